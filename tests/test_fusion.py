@@ -17,9 +17,9 @@ def fuse(name, rng, frames, **options):
     return jax.jit(fusion.make_fusion({"name": name, **options}))(rng, frames)
 
 
-def draw(seed, weights, **options):
-    """Returns the shares of the frames of one clip in fused frames, [num_draws, T]."""
-    fused = fuse("random", jax.random.key(seed), one_hot_frames(weights), **options)
+def draw(*, seed, quality, **options):
+    """Fuses drawn frames of one clip. Returns the share of each frame in them, [num_draws, T]."""
+    fused = fuse("random", jax.random.key(seed), one_hot_frames(quality), **options)
     shares = np.asarray(fused.features[0])
     np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-6)
     return shares
@@ -29,11 +29,11 @@ def draw(seed, weights, **options):
 def test_number_of_fused_frames_follows_probs():
     probs = (0.25, 0, 0.65, 0, 0.10)  # of fusing 1, 2, 3, 4 and 5 frames
 
-    shares = draw(2, np.ones(300), num_draws=4_000, probs=probs)
+    shares = draw(seed=2, quality=np.ones(300), num_draws=4_000, probs=probs)
 
     # The smallest share of n different frames is 1 / n. Of 300 frames, few are drawn twice.
     smallest = np.where(shares > 0, shares, 1).min(axis=1)
-    counts = np.bincount(np.rint(1 / smallest).astype(int), minlength=6)[1:]
+    counts = np.bincount(np.rint(1 / smallest).astype(int), minlength=6)[1:]  # of 1 to 5
     np.testing.assert_allclose(counts / 4_000, probs, atol=0.03)
 
 
@@ -43,14 +43,14 @@ def test_drawn_frames_are_weighted_by_quality():
     # The options draw 2 frames for each fused frame. All frames have the same probability.
     options = {"num_draws": 500, "max_frames": 2, "probs": (0, 1)}
     # `draw` returns the shares with equal weights. The same key draws the same frames.
-    expected = draw(3, quality, **options) * quality
+    expected = draw(seed=3, quality=quality, **options) * quality
     expected /= expected.sum(axis=1, keepdims=True)
 
     frames = one_hot_frames(quality)
     weighted = fuse("random", jax.random.key(3), frames, weighting="quality", **options)
 
     np.testing.assert_allclose(weighted.features[0], expected, rtol=1e-6)
-    np.testing.assert_allclose(weighted.quality[0], expected @ quality, rtol=1e-6)
+    np.testing.assert_allclose(weighted.quality[0], expected @ quality, rtol=1e-6)  # a mean
 
 
 @pytest.mark.slow
@@ -59,7 +59,7 @@ def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
     # Each fused frame contains all three frames.
     options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
 
-    shares = draw(seed=8, weights=np.ones(3), weighting="mixup", **options)
+    shares = draw(seed=8, quality=np.ones(3), weighting="mixup", **options)
 
     np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
@@ -69,7 +69,7 @@ def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
 def test_weights_that_are_all_0_count_as_equal():
     """Otherwise they would give 0 / 0. Negative qualities count as 0."""
     # Some draws contain only frames of quality -1. `draw` asserts that all shares sum to 1.
-    draw(seed=4, weights=[-1, -1, 5], num_draws=200, weighting="quality")
+    draw(seed=4, quality=[-1, -1, 5], num_draws=200, weighting="quality")
 
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
@@ -77,7 +77,7 @@ def test_weights_that_are_all_0_count_as_equal():
 
     weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
 
-    # A quality of 10 counts 0.2 times.
+    # `graded` multiplies a quality of 10 by 0.2, and a quality of 50 by 1.
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
 
@@ -89,18 +89,19 @@ def test_weights_that_are_all_0_count_as_equal():
     ("windows", {"min_quality": 20.0}),
 ])  # fmt: skip
 def test_padding_and_bad_quality_do_not_change_fused_features(name, options):
-    frames = make_frames([5, 0, 1, 3, 3], max_frames=5)
+    frames = make_frames([5, 0, 1, 3, 3], max_frames=5)  # clip 1 is empty
     frames.quality[3:, :3] = [[np.nan, np.inf, -1], [-1, -2, np.nan]]
 
     short = fuse(name, jax.random.key(5), frames, **options)
-    long = fuse(name, jax.random.key(5), pad(frames, 7), **options)
+    long = fuse(name, jax.random.key(5), pad(frames, count=7), **options)
 
     np.testing.assert_array_equal(short.mask.sum(axis=1), long.mask.sum(axis=1))
     np.testing.assert_array_equal(short.mask.any(axis=1), [True, False, True, True, True])
-    for left, right in zip(short[:4], long[:4], strict=True):
+    for field in ("features", "quality", "detection", "number"):
+        left, right = getattr(short, field), getattr(long, field)
         np.testing.assert_array_equal(np.asarray(left)[short.mask], np.asarray(right)[long.mask])
     assert np.isfinite(short.features).all()
-    assert np.any(short.features[short.mask], axis=1).all()
+    assert np.any(short.features[short.mask], axis=1).all()  # no vector is 0
 
 
 @pytest.mark.slow
@@ -108,7 +109,8 @@ def test_padding_and_bad_quality_do_not_change_fused_features(name, options):
 def test_draws_without_replacement_repeat_no_frame_before_all_frames_are_drawn(length):
     options = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
 
-    counts = 5 * draw(6, np.ones(length), **options)  # 5 frames are averaged
+    # 5 frames are averaged, so 5 x share is the number of times that a frame is drawn.
+    counts = 5 * draw(seed=6, quality=np.ones(length), **options)
 
     np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
     assert np.ptp(np.rint(counts), axis=1).max() <= 1
@@ -117,13 +119,13 @@ def test_draws_without_replacement_repeat_no_frame_before_all_frames_are_drawn(l
 
 @pytest.mark.slow
 def test_second_draw_without_replacement_follows_the_remaining_qualities():
-    weights = np.array([1.0, 0.0, 2.0, 4.0, 3.0])
+    quality = np.array([1.0, 0.0, 2.0, 4.0, 3.0])
     options = {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1), "replacement": False}
 
-    drawn = draw(7, weights, sampling="quality", **options) > 0
+    drawn = draw(seed=7, quality=quality, sampling="quality", **options) > 0
 
     np.testing.assert_array_equal(drawn.sum(axis=1), 2)
-    p = weights / weights.sum()
+    p = quality / quality.sum()
     # P(i is drawn) = P(i is first) + sum over j of P(j is first) P(i | j is gone).
     expected = [x + sum(np.delete(p, i) * x / (1 - np.delete(p, i))) for i, x in enumerate(p)]
     np.testing.assert_allclose(drawn.mean(axis=0), expected, atol=0.015)
@@ -134,20 +136,10 @@ def real(frames, clip, field="features"):
     return np.asarray(getattr(frames, field)[clip])[np.asarray(frames.mask[clip])]
 
 
-@pytest.mark.slow
-def test_padding_does_not_change_joined_clips():
-    padded = {name: pad(frames, 4) for name, frames in JOINED.items()}
-
-    short, long = (join_clips(jax.random.key(0), clips)["face"] for clips in (JOINED, padded))
-
-    for clip in range(7):
-        np.testing.assert_array_equal(real(short, clip), real(long, clip))
-
-
 def windows_oracle(frames, clip, max_frames):
-    """Computes the fixed windows of one clip in a loop: its frames, then the merged frames."""
+    """Returns the frames of one clip, then means of each frame and the next frames of a ring."""
     own = real(frames, clip)
-    # The library orders frames by this hash of their rank.
+    # The library orders the ring by this hash of the rank. A mean has 2 to `max_frames` frames.
     ring = sorted(range(len(own)), key=lambda rank: rank * 2654435769 % 2**32)
     merged = []
     for rank in range(len(own)):
@@ -166,9 +158,10 @@ def test_fixed_windows_match_a_loop(dtype):
 
     assert union.features.dtype == dtype
     for clip in (0, 1, 2, 4):  # clip 3 has no frame
-        expected = windows_oracle(frames, clip, 4)
+        expected = windows_oracle(frames, clip, max_frames=4)
         expected = np.round(expected) if dtype == "int8" else expected
         np.testing.assert_allclose(real(union, clip), expected, atol=1e-6)
+    # Each frame occurs twice: as the frame itself, and as the first frame of a mean.
     np.testing.assert_array_equal(union.mask, np.tile(frames.mask, 2))
     np.testing.assert_array_equal(union.number, np.tile(frames.number, 2))
 
@@ -181,8 +174,9 @@ def test_random_windows_average_their_frame_and_one_to_four_others():
     union = jax.jit(merge)(jax.random.split(jax.random.key(9), 500))
 
     # First the frames themselves with their padding, then the averages of frames.
-    np.testing.assert_array_equal(union.features[:, 0, :length], [np.eye(length)] * 500)
-    merged = np.asarray(union.features[:, 0, length + 2 : -2], np.float32) > 0  # (500, 12, 12)
+    own, means = np.split(np.asarray(union.features[:, 0], np.float32), 2, axis=1)
+    np.testing.assert_array_equal(own[:, :length], [np.eye(length)] * 500)
+    merged = means[:, :length] > 0  # [500 keys, 12 averages, 12 frames]
     assert merged[:, range(length), range(length)].all()
     counts = merged.sum(axis=2)
     # 2, 3, 4 and 5 frames are equally frequent in 500 x 12 averages: 2.5 others of 11 on average.
@@ -197,7 +191,8 @@ def test_crops_are_weighted_means_of_their_frames():
     frames.mask[1, 3] = False  # 11 real frames are left
     crops = fuse("crops", None, frames)
 
-    # Number of frames -> begin and end of each crop. In a short clip, all crops are the whole clip.
+    # Number of frames -> begin and end of each crop: the whole clip, and without its first third, its
+    # last third, and both outer sixths. All are rounded down: 0 in clips of 1 or 2 frames.
     bounds = {7: [(0, 7), (2, 7), (0, 5), (1, 6)], 11: [(0, 11), (3, 11), (0, 8), (1, 10)]}
     for clip in range(4):
         times = np.flatnonzero(frames.mask[clip])
@@ -231,30 +226,31 @@ def test_random_fusion_without_a_key_suggests_fusions_that_draw_nothing():
         fusion.random_fusion(None, make_frames([2], max_frames=2), num_draws=1)
 
 
-def filter_oracle(frames, clip, min_quality, min_detection, top_share):
-    """Returns which frames of a clip pass the limits; all, if none passes."""
+def filter_oracle(frames, clip, *, min_quality, min_detection, top_share):
+    """Returns which frames are kept: of those that pass, the best share; all, if none passes."""
     quality, real = frames.quality[clip], frames.mask[clip]
     kept = real & (quality >= (-np.inf if min_quality is None else min_quality))
     kept &= frames.detection[clip] >= (min_detection or 0)
     best = np.argsort(np.where(kept, -quality, np.inf), kind="stable")
-    best = best[: math.ceil(round(top_share * kept.sum(), 9))]
+    best = best[: math.ceil(round(top_share * kept.sum(), 9))]  # exact
     return np.isin(np.arange(len(real)), best) if kept.any() else real
 
 
-@pytest.mark.parametrize(
-    "limits", [(None, 0.8, 0.7), (30.0, 0.7, 0.5), (-np.inf, None, 0.1)], ids=str
-)
+@pytest.mark.parametrize("limits", [
+    {"min_quality": None, "min_detection": 0.8, "top_share": 0.7},
+    {"min_quality": 30.0, "min_detection": 0.7, "top_share": 0.5},
+    {"min_quality": -np.inf, "min_detection": None, "top_share": 0.1},
+])  # fmt: skip
 def test_frame_filters_match_a_loop(limits):
     frames = make_frames([30, 10, 1, 0, 9, 20], max_frames=30)
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
     frames.quality[4] = 2  # below the limit of 30
     frames.mask[5, 3:9] = False
-    options = dict(zip(("min_quality", "min_detection", "top_share"), limits, strict=True))
 
-    kept = fuse("all", None, frames, **options)
+    kept = fuse("all", None, frames, **limits)
 
-    expected = [filter_oracle(frames, clip, *limits) for clip in range(6)]
-    np.testing.assert_array_equal(kept.mask, expected)
+    expected = [filter_oracle(frames, clip, **limits) for clip in range(6)]
+    np.testing.assert_array_equal(kept.mask, expected)  # only the mask changes
     jax.tree.map(np.testing.assert_array_equal, kept._replace(mask=frames.mask), frames)
 
 
@@ -267,13 +263,13 @@ def test_number_of_frames_in_a_top_share_is_rounded_up():
         np.testing.assert_array_equal(kept, np.ceil(share * lengths * (1 - 1e-12)))
 
 
-def test_filters_treat_a_quality_that_is_not_finite_as_the_lowest():
+def test_filters_treat_a_score_that_is_not_finite_as_the_lowest():
     frames = make_frames([4, 2], max_frames=4)
-    numbers = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
+    scores = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
 
     # In clip 1, no frame reaches 20, so both are kept.
     for field in ("quality", "detection"):
-        given: Any = frames._replace(**{field: numbers})
+        given: Any = frames._replace(**{field: scores})
         for least, expected in ((-np.inf, frames.mask), (20.0, [[0, 1, 0, 1], [1, 1, 0, 0]])):
             kept = fuse("all", None, given, **{f"min_{field}": least})
             np.testing.assert_array_equal(kept.mask, expected)
@@ -297,13 +293,14 @@ def test_top_frames_are_the_best_frames_repeated_in_turn_in_short_clips():
     np.testing.assert_array_equal(turns.mask.sum(axis=1), [32, 32, 0, 32, 32])
 
 
-def test_randomly_repeated_top_frames_include_every_frame_once():
+def test_randomly_repeated_top_frames_include_every_frame():
+    # With a key, frames repeat at random. Clip 0 has 3 frames.
     pick = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
     drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(8), 200)))
 
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
     assert counts.min() >= 1
-    assert counts.std() > 1
+    assert counts.std() > 1  # frames in turn: 11, 11 and 10 times
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
 
 
@@ -313,30 +310,40 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     assert counts.min() >= 1 and counts.sum() == 32
     assert counts.max() > 11  # in turn: at most 11
 
+    # Clip 3 alone, with less padding.
     one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
 
 
-def test_samples_are_different_frames_in_time_order():
-    frames = make_frames([12, 10, 2, 0], max_frames=12)
-    frames.mask[0, [0, 7]] = False  # 10 are left
-    pick = jax.vmap(lambda rng: fusion.sample_frames(rng, frames, num_frames=5))
+SAMPLED = make_frames([12, 10, 2, 0], max_frames=12)
+SAMPLED.mask[0, [0, 7]] = False  # 10 are left
+
+
+def test_drawn_samples_are_different_frames_in_time_order():
+    """Clip 2 has fewer frames than the sample, so frames 0 and 1 repeat. Both are drawn."""
+    pick = jax.vmap(lambda rng: fusion.sample_frames(rng, SAMPLED, num_frames=5))
     drawn = jax.jit(pick)(jax.random.split(jax.random.key(1), 600))
 
-    number = np.asarray(drawn.number) // 10  # (600, 4, 5)
+    number = np.asarray(drawn.number) // 10  # [600 keys, 4 clips, 5 frames]
     assert np.all(np.diff(number[:, 0]) > 0)
-    assert np.all(np.diff(number[:, 2]) >= 0)  # 2 frames repeat
+    assert np.all(np.diff(number[:, 2]) >= 0)
     share = np.bincount(number[:, 0].ravel(), minlength=12) / 600
-    np.testing.assert_allclose(share, 0.5 * frames.mask[0], atol=0.08)  # 5 of 10 frames
+    np.testing.assert_allclose(share, 0.5 * SAMPLED.mask[0], atol=0.08)  # 5 of 10 frames
     ones = number[:, 2].sum(axis=1)  # how often frame 1 of clip 2 is drawn
-    assert (ones.min(), ones.max()) == (1, 4)  # frame 0 is drawn too
+    assert (ones.min(), ones.max()) == (1, 4)
     np.testing.assert_array_equal(drawn.mask[0], [[True] * 5] * 3 + [[False] * 5])
-    np.testing.assert_array_equal(drawn.features[7, 0], frames.features[0, number[7, 0]])
+    np.testing.assert_array_equal(drawn.features[7, 0], SAMPLED.features[0, number[7, 0]])
 
-    even = fuse("sample", None, frames, num_frames=5)  # without a key: evenly spaced
+
+def test_samples_without_a_key_are_evenly_spaced():
+    """A sample has the middle frames of five equal pieces of the clip. Clip 3 is empty."""
+    even = fuse("sample", None, SAMPLED, num_frames=5)
+
+    # The real frames of clip 0 are 1 to 6 and 8 to 11.
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)
-    assert even.features.dtype == np.float16 and not even.mask[3].any()
+    assert even.features.dtype == np.float16
+    assert not even.mask[3].any()
 
 
 def test_frames_are_drawn_in_proportion_to_quality():
@@ -349,7 +356,7 @@ def test_frames_are_drawn_in_proportion_to_quality():
     fused = fuse("random", jax.random.key(1), frames, **options)
 
     drawn = np.asarray(fused.features)
-    np.testing.assert_array_equal(drawn.max(axis=2), 1)
+    np.testing.assert_array_equal(drawn.max(axis=2), 1)  # a single frame is drawn
     np.testing.assert_array_equal(np.argmax(drawn, axis=2), fused.number)
     frequency = drawn.mean(axis=1)
     np.testing.assert_allclose(frequency, expected, atol=0.015)
@@ -357,6 +364,7 @@ def test_frames_are_drawn_in_proportion_to_quality():
 
 
 # Clips to join, up to 6 frames. Clips 0, 1 and 3 are short, clip 2 is too long, clip 5 is empty.
+# Clips 4 and 6 are not chosen.
 JOINED = {
     "face": make_frames([5, 3, 9, 4, 2, 0, 8], max_frames=9),
     "audio": make_frames([1, 0, 7, 2, 1, 0, 1], max_frames=7, seed=4),
@@ -367,7 +375,7 @@ JOINED["face"].features[..., 0] = np.arange(7)[:, None]  # the number of the cli
 
 @jax.jit
 def join_clips(rng, clips):
-    """Joins every modality of all clips but 4 and 6. The number of faces decides what is short."""
+    """Joins clips in every modality. The number of faces decides which clips are short."""
     length = clips["face"].mask.sum(axis=1)
     short, chosen = (length > 0) & (length < 6), ~np.isin(np.arange(7), (4, 6))
     return {
@@ -377,12 +385,22 @@ def join_clips(rng, clips):
 
 
 @pytest.mark.slow
+def test_padding_does_not_change_joined_clips():
+    padded = {name: pad(frames, count=4) for name, frames in JOINED.items()}
+
+    short, long = (join_clips(jax.random.key(0), clips)["face"] for clips in (JOINED, padded))
+
+    for clip in range(7):
+        np.testing.assert_array_equal(real(short, clip), real(long, clip))
+
+
+@pytest.mark.slow
 def test_short_clips_are_joined_with_the_same_partner_in_each_modality():
-    pairs, padded = [], {name: pad(frames, 4) for name, frames in JOINED.items()}
+    pairs, padded = [], {name: pad(frames, count=4) for name, frames in JOINED.items()}
     for seed in range(60):
         union = join_clips(jax.random.key(seed), padded)
         for clip in (0, 1, 3):
-            partner = int(real(union["face"], clip)[-1, 0])
+            partner = int(real(union["face"], clip)[-1, 0])  # feature 0 of the last face
             pairs.append((clip, partner))
             for name, frames in JOINED.items():
                 # A clip whose partner is the clip itself stays as it is.
@@ -392,7 +410,7 @@ def test_short_clips_are_joined_with_the_same_partner_in_each_modality():
 
     assert set(pairs) == set(itertools.product((0, 1, 3), repeat=2))
     unchanged = [partner == clip for clip, partner in pairs]
-    # Clips are joined with probability 0.5.
+    # Clips are joined with probability 0.5, and never with themselves.
     np.testing.assert_allclose(np.mean(unchanged), 0.5, atol=0.13)
 
 
@@ -401,12 +419,12 @@ def test_long_clips_are_cut_and_clips_that_are_not_chosen_stay_as_they_are():
     face, starts = JOINED["face"], set()
     for seed in range(60):
         union = join_clips(jax.random.key(seed), JOINED)
-        for clip in (4, 5, 6):
+        for clip in (4, 5, 6):  # not chosen, or empty
             np.testing.assert_array_equal(real(union["face"], clip), real(face, clip))
         first = real(union["face"], 2, "number")[0]
         start = real(face, 2, "number").tolist().index(first)
         np.testing.assert_array_equal(real(union["face"], 2), real(face, 2)[start : start + 6])
-        assert len(real(union["audio"], 2)) == 6
+        assert len(real(union["audio"], 2)) == 6  # of 7
         starts.add(start)
 
-    assert starts == {0, 1, 2}  # of 6 of the 8 frames
+    assert starts == {0, 1, 2}  # 6 of the 8 faces are left

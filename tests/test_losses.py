@@ -52,8 +52,8 @@ def test_losses_match_their_equations_in_float64(name, gamma):
     options = {"gamma": gamma} if gamma else {}
     loss = jax.jit(functools.partial(LOSSES[name], **options))
 
-    for first in (0, 1):  # 1: the first column is masked, and has a huge logit
-        class_mask = np.arange(logits.shape[1]) >= first
+    for num_masked in (0, 1):  # a masked column has a huge logit
+        class_mask = np.arange(logits.shape[1]) >= num_masked
         expected = oracle(name, logits, labels, gamma, class_mask)
         given = np.where(class_mask, logits, np.float32(1e4))
 
@@ -102,7 +102,7 @@ def cosines():
 @nightly_after_first("margin", [0.5, 1.5])
 def test_angular_margin_matches_the_equation(margin):
     cosine, labels = cosines()
-    angle = np.arccos(cosine) + margin  # ArcFace, in float64
+    angle = np.arccos(cosine) + margin  # ArcFace, in float64; above pi, another formula
     harder = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
     expected = 30 * np.where(np.arange(6) == labels[:, None], harder, cosine)
 
@@ -138,9 +138,9 @@ def test_cosine_margin_is_subtracted_from_the_cosine_of_the_label():
 def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
     # Just below, at and just above 1.
     ends = np.nextafter(np.float32(1), np.array([0, 1, 2], np.float32))
-    column = 30 * np.concatenate([ends, -ends, [0]])
-    logits = np.stack([column, column[::-1]], axis=1).astype(np.float32)
-    labels = np.zeros(len(column), np.int32)
+    of_label = 30 * np.concatenate([ends, -ends, [0]])
+    logits = np.stack([of_label, of_label[::-1]], axis=1).astype(np.float32)
+    labels = np.zeros(len(of_label), np.int32)
 
     @jax.jit
     def totals(logits):

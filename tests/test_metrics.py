@@ -17,7 +17,6 @@ from tests.helpers.small_runs import assert_equal_weights, shrunk
 from vidjax.core import metrics
 from vidjax.evaluation import ranking, significance, topk
 from vidjax.evaluation.analysis import measures
-from vidjax.evaluation.report import run_page
 from vidjax.evaluation.scoring import ClipScores
 from vidjax.runs import config_io
 from vidjax.training import loop
@@ -26,7 +25,7 @@ open_set: Any = measures.open_set
 MANY = " ".join(f"p{i}.mp4" for i in range(150))
 HUNDRED = " ".join(f"p{i}.mp4" for i in range(100))
 # Each line of a file has an identity and its clips. Only the first 100 clips of a line count.
-# Name of a case -> ground truth, submission, score as a fraction.
+# Name of a case -> ground truth, submission, score as a fraction: the mean AP of the identities.
 BY_HAND = {
     "hit at place 100": ("1 a.mp4", "1 " + HUNDRED.replace("p99", "a"), (1, 100)),
     "hit at place 101": ("1 a.mp4", f"1 {HUNDRED} a.mp4", (0, 1)),
@@ -34,15 +33,15 @@ BY_HAND = {
     "1/1 and 2/3 of 2": ("1 a.mp4 b.mp4", "1 a.mp4 x.mp4 b.mp4", (5, 6)),
     "one of two positives missing": ("1 a.mp4 b.mp4", "1 a.mp4", (1, 2)),
     "150 positives, 100 hits": (f"1 {MANY}", f"1 {HUNDRED}", (2, 3)),
-    "missing identity": ("1 a.mp4\n2 b.mp4", "1 a.mp4", (1, 2)),
-    "identity without a clip": ("1 a.mp4\n2 b.mp4", "1 a.mp4\n2", (1, 2)),
+    "missing identity: AP 1 and 0": ("1 a.mp4\n2 b.mp4", "1 a.mp4", (1, 2)),
+    "identity without a clip: AP 1 and 0": ("1 a.mp4\n2 b.mp4", "1 a.mp4\n2", (1, 2)),
     "unknown identity": ("1 a.mp4", "1 a.mp4\n7 a.mp4", (1, 1)),
-    "repeated hit": ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),
+    "repeated hit counts once": ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),
     "suffix in one file only": ("1 a.mp4 b.mp4", "1 a b", (0, 1)),
-    "truth by clip": ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),
-    "BOM, CRLF, blanks": ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),
-    "the last line of an identity": ("1 a.mp4", "1 a.mp4\n1 x.mp4 a.mp4", (1, 2)),
-    "odd blanks": ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),
+    "truth by clip; AP 1 and 0": ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),
+    "BOM, CRLF, blanks; 1/2 of 2": ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),
+    "the last line of an identity counts": ("1 a.mp4", "1 a.mp4\n1 x.mp4 a.mp4", (1, 2)),
+    "odd blanks; 1/2 and 2/3 of 2": ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),
     "empty submission": ("1 a.mp4", "", (0, 1)),
 }
 SPEC = "configs/mma.py:iqiyi_vid"
@@ -89,8 +88,8 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 29, 400)  # identities 29 and 30 have no clip
     index = np.stack([rng.permutation(400)[:100] for _ in range(30)]).astype(np.int32)
-    index[3, 40:] = topk.NO_CLIP
-    positives = np.bincount(labels, minlength=31)[1:]
+    index[3, 40:] = topk.NO_CLIP  # the short list
+    positives = np.bincount(labels, minlength=31)[1:]  # without label 0, a distractor
     positives[5] += 2  # of identity 6
     score = metrics.mean_average_precision(index, labels, positives)
 
@@ -112,7 +111,7 @@ def test_map_is_0_without_ranked_clips_and_refused_without_identities_or_with_to
     with pytest.raises(ValueError, match="no identity"):
         metrics.mean_average_precision(no_clips, no_labels, positives=np.array([0, 0]))
     with pytest.raises(ValueError, match="more hits"):
-        metrics.average_precision(np.ones((1, 2), bool), np.array([1]))
+        metrics.average_precision(hits=np.ones((1, 2), bool), positives=np.array([1]))
 
 
 def tied_scores(rng, count):
@@ -138,7 +137,8 @@ def test_auroc_is_the_share_of_correctly_ordered_pairs():
         assert type(ours) is float
         assert ours == pytest.approx(expected, rel=0, abs=1e-15)
 
-    assert metrics.auroc([1.0, 2.0], [True, True]) is metrics.auroc([], []) is None
+    assert metrics.auroc([1.0, 2.0], [True, True]) is None  # without a negative
+    assert metrics.auroc([], []) is None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -146,13 +146,14 @@ def test_identification_errors_match_a_direct_count(dtype):
     rng = np.random.default_rng(4)
     for _ in range(40):
         scores = tied_scores(rng, 60).astype(dtype)
-        known, correct = rng.random((2, 60)) < 0.6
+        known, correct = rng.random((2, 60)) < 0.6  # `correct` of a stranger does not count
         num_strangers = np.sum(~known)
         fpir = float(rng.choice([0, 0.01, 0.1, 0.29, 0.5, 1]))
 
         errors = metrics.identification_errors(scores, correct, known, fpir=fpir)
 
-        assert (errors is None) == (1 / (num_strangers + 1) > fpir)  # too few strangers
+        # The next stranger may pass, so with S strangers the lowest rate is 1 / (S + 1).
+        assert (errors is None) == (1 / (num_strangers + 1) > fpir)
         if errors is None:
             continue
         assert dtype(errors.threshold) == errors.threshold  # no rounding in this type
@@ -188,7 +189,8 @@ def test_identification_errors_match_hand_computed_values():
     assert errors(0.4) == (np.nextafter(2, 3), 0.25, 0.75)  # the person with score 2 fails, too
     assert errors(1) == (np.finfo(np.float64).min, 0.75, 0.25)  # -inf is never identified
 
-    # With a new stranger, 29 of 100 pass. In floating point, 0.29 * 100 is less than 29.
+    # Of 99 strangers 28 may pass: with a new stranger, this is 29 of 100. In floating point,
+    # 0.29 * 100 is less than 29.
     assert metrics.count_allowed(99, 0.29) == 28
 
     # Without strangers, or without known people.
@@ -208,7 +210,7 @@ def workdir(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def analysed(workdir):
-    """Values and arrays of `analysis.npz`, and the results in `metrics.json`."""
+    """Returns values and arrays of `analysis.npz`, and the results in `metrics.json`."""
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     return facts, arrays, json.loads((workdir / "metrics.json").read_text())
 
@@ -221,7 +223,7 @@ TRAINED, KNOWN, DISTRACTORS = 96, 40, 20
 def test_groups_of_an_analysis_contain_all_clips(analysed, data):
     facts, arrays, _ = analysed
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
-    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)
+    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)  # [old, new]
     assert arrays["positives"].sum() == KNOWN
     assert arrays["train_clips"].sum() == TRAINED
 
@@ -229,7 +231,8 @@ def test_groups_of_an_analysis_contain_all_clips(analysed, data):
     lengths = data.split("val").lengths
     with_frames = np.any([lengths[name] > 0 for name in ("face", "head", "audio")], axis=0).sum()
     assert arrays["score_known"].sum() + arrays["score_strange"].sum() == with_frames
-    assert arrays["calibration"][:, 0].sum() == with_frames
+    num_clips, _, _ = arrays["calibration"].T  # of each range of probabilities
+    assert num_clips.sum() == with_frames
 
     assert len(facts["strata"]) == 4  # by training clips, quality, frames and modalities
     for table in facts["strata"]:
@@ -244,6 +247,7 @@ def test_groups_of_an_analysis_contain_all_clips(analysed, data):
 @pytest.mark.slow
 def test_analysis_agrees_with_map_and_the_open_set_results(analysed):
     facts, arrays, results = analysed
+    # `num_others` identities of the ground truth have no training clip. Their AP is 0.
     of_known = arrays["ap"][arrays["positives"] > 0]
     assert math.fsum(of_known) / (len(of_known) + facts["num_others"]) == results["map"]
     worst = [row["ap"] for row in facts["worst"]]
@@ -261,18 +265,19 @@ def test_analysis_agrees_with_map_and_the_open_set_results(analysed):
 
 @pytest.mark.slow
 def test_analysis_does_not_change_the_weights_of_a_run(workdir, trained):
+    """`trained` makes the same run without an analysis."""
     assert_equal_weights(trained(SPEC), workdir)
 
 
 @pytest.mark.slow
-@nightly_after_first("module", [run_page, measures])
-def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monkeypatch, module):
+@nightly_after_first("failing", ["report.run_page.render", "analysis.measures.open_set"])
+def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monkeypatch, failing):
     def fail(*_args, **_kwargs):
         raise MemoryError("cannot allocate 9 GB")
 
     folder = Path(shutil.copytree(workdir, tmp_path / "run"))
     (folder / "ranking.txt").unlink()
-    monkeypatch.setattr(module, "open_set" if module is measures else "render", fail)
+    monkeypatch.setattr(f"vidjax.evaluation.{failing}", fail)
     config = config_io.load_workdir(folder)
 
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
@@ -281,14 +286,14 @@ def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monk
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
     # If the analysis fails, the analysis of the earlier results is deleted.
-    assert (folder / "analysis.npz").exists() == (module is run_page)
+    assert (folder / "analysis.npz").exists() == (failing == "report.run_page.render")
 
 
 def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 40)
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
-    positives = np.bincount(labels, minlength=5)[1:]
+    positives = np.bincount(labels, minlength=5)[1:]  # label 0: no identity
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
     all_clips: Any = {"names": ["c"] * 40, "pool": np.ones(40, bool)}
     scored = measures.ScoredSplit(top, labels, **all_clips, positives=positives)
@@ -306,6 +311,7 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     np.testing.assert_allclose(precisions, averages)
     assert num_clips == chosen.sum()
 
+    # Among all clips, the mean is MAP.
     of_all, _ = scored.averages_among(labels > 0)
     assert of_all.mean() == pytest.approx(metrics.mean_average_precision(index, labels, positives))
 
@@ -315,7 +321,7 @@ def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
     """The AP of a person with one clip is 1 if the clip is right, and otherwise 0."""
     labels = np.arange(1, 61)
     right = labels <= 60 * share
-    clips = metrics.ClipScores(pool=np.ones(60, bool), best=labels / 60, right=right)
+    clips = ClipScores(pool=np.ones(60, bool), best=labels / 60, right=right)
 
     intervals = measures.compute_clip_intervals(clips, labels)
 
@@ -325,6 +331,7 @@ def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
 
 
 def clip_scores(best, right):
+    """Returns the best score of each clip, and whether the best identity is right."""
     return ClipScores(np.ones(len(best), bool), np.asarray(best, np.float32), np.asarray(right))
 
 
@@ -337,11 +344,12 @@ def normal(rng):
 
 def test_open_set_summary_equals_identification_errors():
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 9, 500) * (rng.random(500) < 0.6)
+    labels = rng.integers(0, 9, 500) * (rng.random(500) < 0.6)  # 8 people; 0 is a stranger
     clips = clip_scores(rng.normal(size=500).round(1), (labels > 0) & (rng.random(500) < 0.8))
-    clips = clips._replace(pool=rng.random(500) < 0.9)
+    pool = rng.random(500) < 0.9  # only these clips count
+    clips = clips._replace(pool=pool)
 
-    result, pool = open_set(clips, labels, num_identities=8), clips.pool
+    result = open_set(clips, labels, num_identities=8)
 
     assert result["num_known"] == np.sum(labels[pool] > 0)
     assert (result["num_people"], result["num_identities"]) == (8, 8)
@@ -362,10 +370,10 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
     covered = []
     for _ in range(400):
         clips, labels = normal(rng)
-        row = open_set(clips, labels, 200)["rates"][1]  # an FPIR of 10 %
+        _, row = open_set(clips, labels, num_identities=200)["rates"]  # FPIR of 1 % and of 10 %
         true_fpir = stats.norm.sf(row["threshold"])  # of strangers that come later
-        rates = (("fnir", true_fnir), ("fpir", true_fpir))
-        covered.append([row[f"{x}_low"] <= rate <= row[f"{x}_high"] for x, rate in rates])
+        rates = {"fnir": true_fnir, "fpir": true_fpir}
+        covered.append([row[f"{x}_low"] <= rates[x] <= row[f"{x}_high"] for x in rates])
 
     coverage = np.mean(covered, axis=0)  # of FNIR and FPIR
     assert ((coverage > 0.92) & (coverage < 0.98)).all()
@@ -374,12 +382,12 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
 def test_intervals_treat_clips_of_one_person_as_dependent():
     """Three copies of each clip of a person add no information: the FNIR interval stays equal."""
     clips, labels = normal(np.random.default_rng(1))
-    single = open_set(clips, labels, 200)["rates"][1]  # an FPIR of 10 %
+    _, single = open_set(clips, labels, num_identities=200)["rates"]  # FPIR of 1 % and of 10 %
 
     known = np.flatnonzero(labels)
     again = np.r_[np.arange(len(labels)), known, known, known]
     copies = clip_scores(clips.best[again], clips.right[again])
-    copied = open_set(copies, labels[again], 200)["rates"][1]
+    _, copied = open_set(copies, labels[again], num_identities=200)["rates"]
 
     assert single["fnir_low"] == copied["fnir_low"]
     assert single["fnir_high"] == copied["fnir_high"]
@@ -392,7 +400,8 @@ def test_calibration_stays_finite_for_certain_but_wrong_clips():
 
     measured: Any = measures.measure_calibration(clip_scores(log_p, rng.random(3000) < 0.4))
     bins, error = measured
+    num_clips, _probability, _share_right = bins.T
 
     assert np.isfinite(bins).all()
-    assert bins[:, 0].sum() == 3000 - 3  # column 0 counts clips
+    assert num_clips.sum() == 3000 - 3
     assert 0 < error < 1

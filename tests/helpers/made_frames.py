@@ -7,6 +7,7 @@ from vidjax.core.batch import Frames
 
 
 def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):
+    """Returns clips of these lengths with random frames. Frame t has the number 10 t."""
     rng = np.random.default_rng(seed)
     shape = (len(lengths), max_frames)
     mask = np.arange(max_frames) < np.asarray(lengths)[:, None]
@@ -20,7 +21,7 @@ def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):
 
 
 def pad(frames, count):
-    """Adds padding with random values."""
+    """Adds `count` masked frames with random values to each clip."""
     clips, dim = len(frames.mask), frames.features.shape[-1]
     garbage = make_frames([count] * clips, max_frames=count, dim=dim, seed=9)
     garbage = garbage._replace(mask=np.zeros_like(garbage.mask))
