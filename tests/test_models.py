@@ -30,8 +30,20 @@ COSINE = {"name": "cosine", "embed_dim": 7}
 WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
 
 
+def randomised(model, x, mask):
+    """Returns variables of a layer with random parameters."""
+    variables = made.init(model, x, mask, train=False)
+    return {**variables, "params": made.randomised(variables["params"])}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train(model, variables, x, mask):
+    output, _ = model.apply(variables, x, mask, train=True, mutable=["batch_stats"])
+    return output
+
+
 def netvlad_oracle(params, features, mask, reduce, norms):
-    """Returns pooled frames [B, K, D] by section 5.2 of the iQIYI-VID paper."""
+    """Returns pooled frames [B, K, D], for K clusters, by section 5.2 of the iQIYI-VID paper."""
     z = features @ params["assignment"]["kernel"] + params["assignment"].get("bias", 0)
     if "batch" in norms:  # the statistics are of the real frames
         z = (z - z[mask].mean(axis=0)) / np.sqrt(z[mask].var(axis=0) + 1e-5)
@@ -54,7 +66,7 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
     """Arandjelovic et al. use L2 norms. The iQIYI-VID paper uses BatchNorm."""
     with jax.enable_x64(True):
         frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
-        model = NetVLAD(3, reduce=reduce, norms=norms, dtype=FLOAT64)
+        model = NetVLAD(num_clusters=3, reduce=reduce, norms=norms, dtype=FLOAT64)
         variables = randomised(model, frames.features, frames.mask)
 
         pooled = train(model, variables, frames.features, frames.mask)
@@ -67,16 +79,17 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
 
 def test_dropout_of_modalities_never_drops_the_last_one():
     present = np.random.default_rng(0).random((4000, 4)) < 0.7
-    kept = np.asarray(drop_modalities(jax.random.key(1), jnp.asarray(present), 0.999))
+    kept = np.asarray(drop_modalities(jax.random.key(1), jnp.asarray(present), rate=0.999))
     assert not np.any(kept & ~present)
     np.testing.assert_array_equal(kept.any(axis=1), present.any(axis=1))
 
     # With probability 0.3 ** 3 = 0.027 all three would be dropped. Then one of them stays.
-    kept = np.asarray(drop_modalities(jax.random.key(2), jnp.ones((20_000, 3), bool), 0.3))
+    all_three = jnp.ones((20_000, 3), bool)
+    kept = np.asarray(drop_modalities(jax.random.key(2), all_three, rate=0.3))
     np.testing.assert_allclose(kept.mean(axis=0), 0.7 + 0.027 / 3, atol=0.015)
 
 
-# Dropout draws 8 or 16 random bits for each number.
+# Dropout draws 8 random bits for each number, or 16 bits if the rate is no multiple of 1/256.
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
     @jax.jit
@@ -94,26 +107,27 @@ def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
 
 def test_knn_scores_are_the_best_cosine_of_every_identity():
     vectors = np.random.default_rng(0).standard_normal((14, 6)).astype(np.float32)
-    # Of 14 frames, 10 are clips that are learned, and 4 are queries. Clip 7 has no face, row 9 is
-    # padding, so no clip of class 3 is known.
-    frames = make_frames([1] * 10, max_frames=1)._replace(features=vectors[:10, None])
+    learned, asked = vectors[:10], vectors[10:]
+    # Clip 7 has no face, and row 9 is padding, so no clip of class 3 is known.
+    frames = make_frames([1] * 10, max_frames=1)._replace(features=learned[:, None])
     frames.mask[7] = False
     labels = np.array([1, 1, 2, 4, 4, 0, 2, 3, 1, 3], np.int32)
-    clips = ClipInfo(np.arange(10, dtype=np.int32)[::-1], np.arange(10) < 9, labels)
+    places = np.arange(10, dtype=np.int32)[::-1]
+    clips = ClipInfo(index=places, mask=np.arange(10) < 9, labels=labels)
     spec = {"name": "knn", "logit_scale": 16.0}
     model = identifier.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
     blank = made.init_identifier(model, {"face": frames}, clips)
     _, memory = made.train_logits(model, blank, {"face": frames}, clips)
-    queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=vectors[10:, None])
+    queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=asked[:, None])
     four_clips = jax.tree.map(lambda x: x[:4], clips)
     scores = made.eval_logits(model, memory, {"face": queries}, four_clips)
 
-    x = unit(vectors)
-    for query, row in zip(x[10:13], scores[:3], strict=True):
-        cosines = np.where(np.isin(np.arange(10), (7, 9)), -2, x[:10] @ query)
+    for query, row in zip(unit(asked[:3]), scores[:3], strict=True):
+        cosines = unit(learned) @ query
+        cosines[[7, 9]] = -2  # below every cosine
         best = [cosines[labels == column].max() for column in range(5)]
         np.testing.assert_allclose(row, 16 * np.array(best), atol=1e-5)
-    np.testing.assert_array_equal(scores[3], 16 * -2)  # a query without a frame has no cosine
+    np.testing.assert_array_equal(scores[3], 16 * -2)  # a query without a frame
 
 
 def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
@@ -148,7 +162,7 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
 
     # Products of rounded numbers are exact, so only sums in float32 are rounded.
     x, kernel, weight = (a.astype(dtype).astype(np.float64) for a in operands)
-    expected = (x @ kernel, weight @ kernel.T, x.T @ weight)
+    expected = (x @ kernel, weight @ kernel.T, x.T @ weight)  # value, gradients of x and kernel
     for ours, oracle in zip((value, *gradients), expected, strict=True):
         np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-5)
 
@@ -176,16 +190,6 @@ def layer_oracle(params, rows, mask, activation, batch_norm, norm_first=False):
     return norm(out) if batch_norm and not norm_first else out
 
 
-def randomised(model, x, mask):
-    variables = made.init(model, x, mask, train=False)
-    return {**variables, "params": made.randomised(variables["params"])}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def train(model, variables, x, mask):
-    return model.apply(variables, x, mask, train=True, mutable=["batch_stats"])[0]
-
-
 def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
     x = np.array([[0] * 5, [1e18] * 5], np.float32)  # a clip of zeros, and an enormous clip
     kernel = np.random.default_rng(5).standard_normal((5, 3)).astype(np.float32)
@@ -196,14 +200,15 @@ def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
     def gradient(kernel, x):
         logits: Any = model.apply({"params": {"kernel": kernel}}, x)
-        return jnp.sum((1 + logits) ** 2), logits
+        return jnp.sum((1 + logits) ** 2), logits  # the slope at a logit of 0 is not 0
 
     (by_kernel, by_x), logits = gradient(kernel, x)
 
     for of_zeros in (logits[0], logits[:, 0], by_x[0], by_kernel[:, 0]):
         np.testing.assert_array_equal(of_zeros, 0)
     assert 0 < np.abs(logits[1, 1:]).max() <= 64.001  # a cosine is at most 1
-    assert np.isfinite(by_kernel).all() and np.isfinite(by_x).all()
+    assert np.isfinite(by_kernel).all()
+    assert np.isfinite(by_x).all()
 
 
 def test_mlp_matches_its_equations():
@@ -225,12 +230,12 @@ def test_mlp_matches_its_equations():
 @pytest.mark.slow
 @nightly_after_first("shortcut", ["concat", "add", "none"])
 def test_residual_dense_net_matches_its_equations(shortcut):
-    """A sigmoid gate multiplies each layer. Shortcuts add or concatenate earlier layers."""
+    """A sigmoid gate multiplies each layer. Layers 1 and 2 have shortcuts from earlier layers."""
     mask = np.arange(8) != 2
     with jax.enable_x64(True):
         x = np.random.default_rng(1).standard_normal((8, 3))
-        # Width 5, 4 layers, no dropout.
-        model = ResidualDenseNet(5, 4, "swish", 0.0, shortcut, gate=True, dtype=FLOAT64)
+        sizes: Any = {"width": 5, "num_layers": 4, "activation": "swish", "dropout_rate": 0.0}
+        model = ResidualDenseNet(**sizes, shortcut=shortcut, gate=True, dtype=FLOAT64)
         variables = randomised(model, x, mask)
         params = variables["params"]
 
@@ -283,14 +288,14 @@ def weights_oracle(params, clip, scores, aggregation):
 
 
 def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggregation):
-    """Returns the logits [B, C]. BatchNorm uses the clips that have the modality."""
+    """Returns the logits [B, C]. BatchNorm uses the clips that have the modality (`exists`)."""
     prelu_layer = functools.partial(layer_oracle, activation="prelu", batch_norm=True)
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)
     for name, (features, quality, detection, _, mask) in frames.items():
         exists = mask.any(axis=1) & batch_mask
         seen |= exists
-        if name == "face":
+        if name == "face":  # attention between the frames, then their weighted mean
             part = np.zeros((num_clips, features.shape[-1] + 2))
             for b in np.flatnonzero(exists):
                 x = features[b, mask[b]]
@@ -300,7 +305,7 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
                 clip = ORACLES[form](params.get("channel_attention"), np.hstack([x, two_more]))
                 scores = (quality[b] * detection[b])[mask[b]]
                 part[b] = weights_oracle(params, clip, scores, aggregation) @ clip
-        else:
+        else:  # the mean frame, then two layers
             count = np.maximum(mask.sum(axis=1), 1)[:, None]
             part = (features * mask[..., None]).sum(axis=1) / count
             for i in range(2):
@@ -316,7 +321,7 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
         x = x + linear(params, "back", hidden)
     kernel = np.asarray(params["classifier"]["kernel"])
     lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
-    return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)
+    return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)  # 30 is the default scale
 
 
 @nightly_after_first("form, rms_norm, published, aggregation", [
@@ -365,6 +370,7 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         options = {"feature_scale": feature_scale, "logit_scale": 9.0}
         model = made.make_model(COSINE, dtype="float64", **options)
         variables = made.init_identifier(model, frames, clips)
+        # Each modality starts with half of the weight of the modality before it.
         np.testing.assert_array_equal(variables["params"]["weights"], [1, 0.5, 0.25])
         assert variables["params"]["scale"] == 9
 
@@ -372,11 +378,11 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         stats = jax.tree.map(np.abs, made.randomised(variables["batch_stats"]))
         variables = {"params": params, "batch_stats": stats}
         if train:
-            stats = None
             output, _ = made.train_output(model, variables, frames, clips, jax.random.key(0))
         else:
             output = made.eval_output(model, variables, frames, clips)
 
+        stats = None if train else stats
         z, logits = cosine_oracle(params, stats, frames, clips, feature_scale=feature_scale)
         assert output.embedding.dtype == np.float64
         np.testing.assert_allclose(output.embedding, z, atol=1e-6)
@@ -422,6 +428,7 @@ def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
 
 @nightly_after_first("form", ["two", "gram"])
 def test_attention_matches_equations_1_to_3_with_both_masks(form):
+    """The form `two` has the maps W_F and W_G. The form `gram` has only W_F, which replaces W_G."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         exists = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
@@ -500,7 +507,8 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     config = config_io.load_file(f"mma:published,{words}").to_dict()
     sizes = {name: WIDTHS[name] for name in config["modalities"]}
     config["model"] |= {"embed_dim": 8, "gram_dim": 4, "num_clusters": 2}
-    task = TaskSpec(sizes, 6, None, num_clips=4, total_steps=9, train_other=True)
+    counts: Any = {"num_identities": 6, "num_clusters": None, "num_clips": 4, "total_steps": 9}
+    task = TaskSpec(sizes, **counts, train_other=True)
     system = make_system(config, task)
 
     # Three clips of up to 40 faces. The second has no audio, and the third no face.
@@ -512,7 +520,7 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     clips = ClipInfo(np.arange(3, dtype=np.int32), np.ones(3, bool), np.zeros(3, np.int32))
 
     # Random parameters, and the initial statistics of BatchNorm.
-    fused = jax.jit(lambda: system.fuse(None, frames, jnp.int32(-1)))()
+    fused = jax.jit(lambda: system.fuse(None, frames, jnp.int32(-1)))()  # all features
     shapes = jax.eval_shape(lambda: made.init_identifier(system.model, fused, clips))
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda x: draw(0, 0.4, x.shape).astype("f4"), shapes["params"])

@@ -68,7 +68,7 @@ def test_each_branch_equals_a_separate_model_on_its_clips():
     frames, clips = tiny.make_batch()
     model = tiny.make_model(FALLBACK)
     variables = tiny.init_identifier(model, frames, clips)
-    out, new = tiny.train_output(model, variables, frames, clips, jax.random.key(5))
+    out, after = tiny.train_output(model, variables, frames, clips, jax.random.key(5))
     evaluated = tiny.eval_output(model, variables, frames, clips)
 
     sizes: Any = {"modalities": {"head": tiny.DIMS["head"]}, "num_classes": 5, "num_clips": 6}
@@ -76,10 +76,10 @@ def test_each_branch_equals_a_separate_model_on_its_clips():
     separate = (("main", tiny.make_model(MAIN), "face"), ("other", other, "head"))
     for branch, (name, net, modality) in enumerate(separate):
         own = {collection: tree[name] for collection, tree in variables.items()}
-        seen = clips.mask & frames[modality].mask.any(axis=1)
-        logits, net_new = tiny.train_logits(net, own, frames, clips._replace(mask=seen), seed=5)
+        seen = clips.mask & frames[modality].mask.any(axis=1)  # the branch learns from these
+        logits, net_after = tiny.train_logits(net, own, frames, clips._replace(mask=seen), seed=5)
         assert_close(out.logits[:, branch][seen], logits[seen])
-        jax.tree.map(assert_close, net_new["batch_stats"], new["batch_stats"][name])
+        jax.tree.map(assert_close, net_after["batch_stats"], after["batch_stats"][name])
         assert_close(evaluated.logits[:, branch], tiny.eval_logits(net, own, frames, clips))
 
 
@@ -95,16 +95,17 @@ def test_main_model_may_use_only_some_modalities():
 def test_fallback_threshold_is_a_quantile_of_the_training_clips_or_a_given_number(data):
     """The norm uses all features of a face, although a member of `views` sees only a part."""
     words = ("--config.model.threshold_share=0.2", "--config.ensemble.views=3")
-    both = "--config.data.train_splits=train,val"
+    both_splits = "--config.data.train_splits=train,val"
     norms = []
     for split, config in {
         "train": shrunk(*words, spec=DEEPMEF_RUN),
-        "val": shrunk(*words, both, spec=f"{DEEPMEF_RUN},trainval"),
+        "val": shrunk(*words, both_splits, spec=f"{DEEPMEF_RUN},trainval"),
     }.items():
         for _, frames in real_frames(data, split):
             if len(frames.features):
                 norms.append(np.linalg.norm(np.float64(frames.features), axis=-1).mean())
-        wanted = np.sort(norms)[int(0.2 * len(norms))]  # of train, then of train and val
+        # One fifth of the norms are below the threshold: of train, then of train and val.
+        wanted = np.sort(norms)[int(0.2 * len(norms))]
         fitted: Any = plan_lib.make_plan(config, data).task.settings
         assert fitted["threshold"] == pytest.approx(wanted, rel=1e-6)
 
@@ -141,6 +142,7 @@ class Net(NamedTuple):
 
 @functools.cache
 def made(name):
+    """Returns a model of MODELS with random parameters, and the batch of `tiny`."""
     frames, clips = tiny.make_batch(dtype="float32")
     model = tiny.make_model(MODELS[name][0])
     variables = dict(tiny.init_identifier(model, frames, clips))
@@ -189,36 +191,36 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
 
     # The same clips with reversed frames, with garbage in padded rows, and with more padding.
-    rows = net.clips.mask
+    real = net.clips.mask
     reverse, garbage, longer = {}, {}, {}
     for key, value in net.frames.items():
         reverse[key] = jax.tree.map(lambda x: x[:, ::-1], value)
-        features = np.where(rows[:, None, None], value.features, 99)
-        quality = np.where(rows[:, None], value.quality, np.nan)
+        features = np.where(real[:, None, None], value.features, 99)
+        quality = np.where(real[:, None], value.quality, np.nan)
         garbage[key] = value._replace(features=features, quality=quality)
         longer[key] = pad(value, 3)
 
     # Training gives the same logits and statistics.
     results = [learned(*net._replace(frames=frames))[:2] for frames in (reverse, garbage)]
     results.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
-    scale = net.model.logit_scale
+    scale = net.model.logit_scale  # above 1, the logits are cosines x scale
     atol = 1e-5 if scale == 1 else 6e-6 * scale
-    for other, new in results:
-        np.testing.assert_allclose(other.logits[rows], output.logits[rows], atol=atol)
-        for part in new.keys() - {"params"}:
-            jax.tree.map(assert_close, new[part], after[part])
+    for other, other_after in results:
+        np.testing.assert_allclose(other.logits[real], output.logits[real], atol=atol)
+        for part in other_after.keys() - {"params"}:
+            jax.tree.map(assert_close, other_after[part], after[part])
 
     # So does evaluation, also of padded rows, except for knn, which scores the garbage.
     before, _ = evaluated(net.model, after, net.frames, net.clips)
     other, _ = evaluated(net.model, after, garbage, net.clips)
-    num_rows = 6 if name == "knn" else 8
+    num_rows = 6 if name == "knn" else 8  # rows 6 and 7 are padding
     assert_equal(*jax.tree.map(lambda x: x[:num_rows], (before, other)))
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_gradients_are_finite_without_features_and_zero_without_frames(name):
     net = made(name)
-    for field in ("features", "mask"):
+    for field in ("features", "mask"):  # features of 0, then no frames
         frames = {}
         for key, value in net.frames.items():
             frames[key] = value._replace(**{field: np.zeros_like(getattr(value, field))})
@@ -243,7 +245,7 @@ def test_bfloat16_outputs_are_close_to_float32_with_float32_parameters(name):
 
     (output, _), (other, _) = evaluated(*net), evaluated(*half)
     assert other.embedding.dtype == other.logits.dtype == np.float32
-    scale = net.model.logit_scale
+    scale = net.model.logit_scale  # above 1, the logits are cosines x scale
     assert 0 < np.abs(other.logits - output.logits).max() < (0.03 if scale == 1 else 0.02 * scale)
 
 
@@ -305,7 +307,7 @@ def test_embedding_is_the_input_of_the_classifier(name):
 
     wanted = inputs
     if name == "fallback":  # the unit vectors of both branches, or 0 if a branch has the weight 0
-        weights = np.moveaxis(np.asarray(output.eval_weight), 1, 0)[..., None]
+        weights = np.asarray(output.eval_weight).T[..., None]  # [branches, clips, 1]
         counted = [x * (weight > 0) for x, weight in zip(inputs, weights, strict=True)]
         wanted = [x / np.maximum(np.linalg.norm(x, axis=1)[:, None], 1e-12) for x in counted]
     if name == "knn":  # it has no classifier, and compares mean faces

@@ -32,7 +32,7 @@ DIMS = {"face": 6, "audio": 4}
 NUM_CLASSES, NUM_CLIPS = 6, 23
 log_ratios = jax.jit(plda_fit.log_ratios)
 SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5, centred=0.9)
-TWICE = [*range(NUM_CLIPS)] * 2
+TWICE = [*range(NUM_CLIPS)] * 2  # the rows of two passes
 EVERY = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
 
 
@@ -93,11 +93,11 @@ def oracle(frames, labels, name, used):
 def test_plda_training_counts_every_clip_once():
     """Two batches of 30 rows contain two passes over 23 clips, and 14 repeated clips."""
     frames, labels = make_clips()
-    used = [clip for clip in range(NUM_CLIPS) if clip % 3]
-    stream = [*TWICE, *range(14)]
-    stream = np.where(np.isin(stream, used), stream, -1)  # clips of another fold are padded rows
+    used = [clip for clip in range(NUM_CLIPS) if clip % 3]  # the others belong to another fold
+    drawn = [*TWICE, *range(14)]
+    rows = np.where(np.isin(drawn, used), drawn, -1)  # clips of another fold are padded rows
 
-    state = train(frames, labels, np.split(stream, 2))["sums"]
+    state = train(frames, labels, np.split(rows, 2))["sums"]
     for name in DIMS:
         centre, sums = oracle(frames, labels, name, used)
         mean = state[name]["centre"] / state[name]["num"]
@@ -145,7 +145,7 @@ def test_plda_logits_match_the_equations():
 def test_plda_members_with_different_clips_are_solved_separately():
     """Members with different numbers of clips per identity share an array of coefficients."""
     frames, labels = make_clips()
-    half = [clip if clip % 2 else -1 for clip in TWICE]
+    half = [clip if clip % 2 else -1 for clip in TWICE]  # -1 is a padded row
     states = [train(frames, labels, [rows]) for rows in (TWICE, half)]
 
     for state, of_two in zip(states, solved(*states), strict=True):
@@ -168,13 +168,14 @@ def test_fitted_settings_favour_no_modality():
 
     known = {name: x[enrolled] for name, x in vectors.items()}
     backend = backend_lib.fit(known, labels[enrolled], centred=False)
-    names, rows = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
-    index = backend_lib.Index(backend, [backend.enrol(names, rows, labels[enrolled] - 1)])
-    answers = index.nearest([x[~enrolled] for x in vectors.values()], 1)
-    named = np.array([int(answer.best[0][0]) for answer in answers])
+    names, joined = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
+    index = backend_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
+    answers = index.nearest([x[~enrolled] for x in vectors.values()], k=1)
+    named = np.array([int(name) for answer in answers for name, _ in answer.best])
 
     right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
-    assert right[has_voice].mean() > 0.9 and right[~has_voice].mean() > 0.8
+    assert right[has_voice].mean() > 0.9
+    assert right[~has_voice].mean() > 0.8
     assert abs((named > 30).mean() - 0.5) < 0.06  # half of the clips show voiceless people
 
 
@@ -199,7 +200,8 @@ def test_plda_probabilities_are_calibrated(num_people):
 
 
 def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
-    settings = plda_fit.fit_settings({"face": np.eye(3)}, np.array([1, 2, 3]), {}, 0)
+    """Without a second clip of a person, nothing is fitted. The mean counts 0 as half a person."""
+    settings = plda_fit.fit_settings({"face": np.eye(3)}, np.array([1, 2, 3]), given={}, seed=0)
     prior = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
     assert settings == Settings(within=0.8, between=0.75, **prior, centred=3 / (3 + 0.5))
 
@@ -207,11 +209,12 @@ def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
 @pytest.mark.slow
 def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     labels = np.repeat(np.arange(1, 31), 4)
-    vectors = {"face": exact(np.random.default_rng(0), 30, 4, 16, 0.5).reshape(-1, 16)}
+    faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
+    vectors = {"face": faces.reshape(-1, 16)}
 
     def fit(cores):
         monkeypatch.setattr(plda_fit, "num_cores", lambda: cores)
-        return plda_fit.fit_settings(vectors, labels, {"within": 0.33}, seed=0)
+        return plda_fit.fit_settings(vectors, labels, given={"within": 0.33}, seed=0)
 
     fitted = fit(cores=1)
     assert fitted == fit(cores=5)
@@ -232,11 +235,12 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     config = config_io.load_file("plda:iqiyi_vid,face,audio")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
     labels = data.split("train").labels
-    used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])
+    used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])  # [members, clips]
     clips = plan.make_training_clips(config, data, labels, used)
+    # Settings that are None are fitted for each member.
     given = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
     settings: Any = plda_fit.fit_member_settings(given, clips)
-    assert len(set(settings["scale"])) == 3  # None is fitted for each member
+    assert len(set(settings["scale"])) == 3
     assert "within" not in settings
 
     # Labels of the clips that member 1 leaves out affect member 0, but not member 1.
@@ -278,17 +282,18 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     space = two_covariance.make_space(fit, within=within, between=between)
     enrolled = two_covariance.enrol(space, sums.count, sums.total)
     noise, people = (fit.axes @ x @ fit.axes.T for x in (np.diag(fit.within), fit.between))
-    normal = (fit.mean, shrink(noise, within), shrink(people, between))
+    normal = {"mean": fit.mean, "within": shrink(noise, within), "between": shrink(people, between)}
     new = np.random.default_rng(1).normal(size=(4, WIDTH))
     with jax.enable_x64(True):
         ratios = np.asarray(plda_fit.log_ratios(space, enrolled, jnp.asarray(new)))
 
     for clip, label in itertools.product(range(len(new)), range(1, NUM_COLUMNS)):
         own = list(vectors[labels == label])
-        wanted = joint_log_density([*own, new[clip]], *normal)
-        wanted -= joint_log_density(own, *normal) + joint_log_density([new[clip]], *normal)
+        wanted = joint_log_density([*own, new[clip]], **normal)
+        wanted -= joint_log_density(own, **normal) + joint_log_density([new[clip]], **normal)
         assert abs(ratios[clip, label] - wanted) < 1e-9 * max(1, abs(wanted)), (clip, label)
-    assert not enrolled.known[0] and np.abs(ratios[:, 0]).max() < 1e-9  # a class without a clip
+    assert not enrolled.known[0]  # a class without a clip
+    assert np.abs(ratios[:, 0]).max() < 1e-9
 
 
 def test_covariances_equal_their_definitions():
@@ -296,7 +301,7 @@ def test_covariances_equal_their_definitions():
     vectors, labels, sums = draw_vectors()
     fit = two_covariance.covariances(sums)
     num_people, num_clips = len(np.unique(labels)), len(vectors)
-    prior = np.mean(vectors**2) * np.eye(WIDTH) / 2
+    prior = np.mean(vectors**2) * np.eye(WIDTH) / 2  # half is noise, half are people
 
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
     within = (gaps.T @ gaps + 10 * prior) / (num_clips - num_people + 10)

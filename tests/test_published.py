@@ -73,13 +73,19 @@ def test_learning_rates_equal_the_published_rates(spec, epochs, published):
     np.testing.assert_allclose(rates, published, rtol=1e-5)
 
 
+def training_weight(system, clip, min_quality=-1000.0):
+    """Returns the weight of the loss of one clip."""
+    _, (weight,) = trained_on(system, clip, min_quality)
+    return weight
+
+
 def trained_on(system, frames, min_quality=-1000.0):
     """Returns the face frames of a training step, and the weights of the losses of the clips."""
     ones = jnp.ones(len(frames.mask))
     clips = MemberClips({"face": frames}, ones, ones, jnp.float32(min_quality), ())
     for transform in system.clip_transforms:
         clips = transform(jax.random.key(0), clips)
-    fused = system.fuse(jax.random.key(1), clips.frames, jnp.int32(-1))
+    fused = system.fuse(jax.random.key(1), clips.frames, jnp.int32(-1))  # all features
     clips = clips._replace(frames=fused, weight=clips.weight * fusion.has_frames(fused))
     for transform in system.transforms:
         clips = transform(jax.random.key(2), clips)
@@ -107,11 +113,10 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
 
     # A clip has the weight of its frames and of as many merged frames.
     frames = one_clip([-5, 19.9, 20, 20.1, 40, 40.1])
-    weights = [trained_on(system, frames, member.min_quality)[1][0] for member in members]
+    weights = [training_weight(system, frames, member.min_quality) for member in members]
     assert weights == [2 * 6, 2 * 3, 2 * 1]  # L32: all, > 20, > 40
     # The second member drops a clip whose frames are all at most 20.
-    _, weight = trained_on(system, one_clip([20.0, 3.0]), members[1].min_quality)
-    assert weight == 0
+    assert training_weight(system, one_clip([20.0, 3.0]), members[1].min_quality) == 0
 
 
 @pytest.mark.nightly
@@ -119,15 +124,16 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
     _, system = official(f"{RESIDUAL_DENSE},face")
     frames = make_frames([9, 1, 4], max_frames=9, dtype="float32", dim=512)
 
-    union, weight = trained_on(system, frames)
+    union, weights = trained_on(system, frames)
+    own, merged = np.split(np.asarray(union.features), 2, axis=1)
 
-    np.testing.assert_array_equal(weight, [18, 2, 8])  # L32: long clips have more frames
-    np.testing.assert_array_equal(union.mask.sum(axis=1), weight)
-    np.testing.assert_array_equal(union.features[:, :9], frames.features)  # L32: "combined with"
+    np.testing.assert_array_equal(weights, [18, 2, 8])  # L32: long clips have more frames
+    np.testing.assert_array_equal(union.mask.sum(axis=1), weights)
+    np.testing.assert_array_equal(own, frames.features)  # L32: "combined with"
 
     # A merged frame is a weighted mean of 2 to 5 frames. Least squares finds their weights.
-    clip = np.asarray(frames.features[0])
-    shares = np.linalg.lstsq(clip.T, np.asarray(union.features[0, 9:]).T, rcond=None)[0].T
+    shares, *_ = np.linalg.lstsq(np.asarray(frames.features[0]).T, merged[0].T, rcond=None)
+    shares = shares.T  # [9 merged frames, 9 frames] of clip 0
     assert set(np.count_nonzero(shares > 1e-3, axis=1)) <= {2, 3, 4, 5}  # L32: 1 to 4 others
     np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-4)
 
@@ -136,8 +142,10 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
 def test_residual_dense_ranks_the_best_70_percent_of_all_and_merged_frames():
     _, system = official(f"{RESIDUAL_DENSE},face")
     fused = system.fuse(None, {"face": make_frames([10, 1], max_frames=10)}, jnp.int32(-1))["face"]
-    np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # L36: 70 % of 20, of 2
-    quality, kept = np.asarray(fused.quality)[0], np.asarray(fused.mask)[0]
+    np.testing.assert_array_equal(
+        fused.mask.sum(axis=1), [14, 2]
+    )  # L36: 70 % of 20; of 2, rounded up
+    quality, kept = np.asarray(fused.quality)[0], np.asarray(fused.mask)[0]  # of clip 0
     assert quality[kept].min() >= quality[~kept].max()
 
 
@@ -173,12 +181,13 @@ def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
     focal = np.sum((1 - right) ** 2 * -np.log(right))  # training.py:267-282, gamma 2
 
     epoch_steps = CLIPS / config.batch_size
-    objective = losses.make_objective(config.loss.to_dict(), None, epoch_steps, logit_scale=1.0)
-    output = ModelOutput(jnp.asarray(logits, jnp.float32)[:, None], jnp.zeros((1, 4)))
+    sizes = {"class_mask": None, "steps_per_epoch": epoch_steps}
+    objective = losses.make_objective(config.loss.to_dict(), **sizes, logit_scale=1.0)
+    output = ModelOutput(jnp.asarray(logits, jnp.float32)[:, None], embedding=jnp.zeros((1, 4)))
     for epoch, share in ((0, 0.75), (23.9, 0.75), (24.1, 1), (98.9, 1), (99.1, 0.98), (199, 0.98)):
         step = jnp.int32(round(epoch * epoch_steps))
         loss = objective(output, jnp.array([label]), jnp.ones(1, bool), step)
-        wanted = share * focal + (1 - share) * softmax  # :295, 308, 327-333
+        wanted = share * focal + (1 - share) * softmax  # training.py:295, 308, 327-333
         np.testing.assert_allclose(loss, [wanted], rtol=1e-4, err_msg=str(epoch))
 
 
@@ -190,7 +199,7 @@ def test_quality_fusion_drops_training_clips_without_a_good_face():
         ([25.0, 24.9, 80.0], 0.9, 1), ([24.9, 3.0, -1.0], 0.9, 0),  # training.py:94, 98
         ([80.0], 0.69, 0), ([80.0], 0.7, 1),
     ):  # fmt: skip
-        assert trained_on(system, one_clip(quality, detection))[1] == [weight]
+        assert training_weight(system, one_clip(quality, detection)) == weight
     probs = config.fusion.face.train.probs  # of 1 to 5 faces
     assert probs == (0.25, 0, 0.65, 0, 0.1)  # training.py:162-167
 
@@ -291,12 +300,12 @@ def test_deepmef_weight_decay_applies_to_every_parameter():
 
 
 def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
-    """scripts/main.sh, get_mask_index: view v hides chunk v of 16, or of 32 for only the scene."""
+    """scripts/main.sh lists the views. By get_mask_index, view v of face and scene hides chunk v."""
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
 
-    # Features count from 0, so that the features of a view show which chunk is hidden.
+    # Features count from 0, so that the features of a view show which of 16 chunks is hidden.
     ones, widths = jnp.ones((1, 1)), {"face": 512, "scene": 2048}
     frames = {
         name: Frames(jnp.arange(width)[None, None] * 1.0, ones, ones, ones.astype(int), ones == 1)
@@ -348,7 +357,7 @@ def test_residual_block_starts_with_kaiming_normal_weights():
 def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     """Maps over 4 frames have no bias. BatchNorm follows theta, phi and out."""
     frames = make_frames([4, 4, 0, 4], max_frames=4, dtype="float32")
-    layer: Any = ChannelAttention("channels", 4, norm=True)
+    layer: Any = ChannelAttention("channels", num_frames=4, norm=True)
     variables = init(layer, frames.features, frames.mask)
     for name in ("theta", "phi", "out"):  # all start at 0, so theta and phi never learn
         np.testing.assert_array_equal(variables["params"][name]["kernel"], 0)
@@ -416,7 +425,8 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # row 5 is padding
     sees[2, 0] = 0  # branch 0 does not learn from clip 2, so it is not in the batch of branch 0
     spec = load_file(DEEPMEF).loss.to_dict()
-    objective = losses.make_objective(spec, None, 14.125, logit_scale=30.0)
+    sizes = {"class_mask": None, "steps_per_epoch": 14.125}
+    objective = losses.make_objective(spec, **sizes, logit_scale=30.0)
 
     def total(cosines):
         output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), train_weight=jnp.asarray(sees))
@@ -435,12 +445,13 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
             loss += (1 - np.exp(-mean)) ** 2 * mean
         return loss
 
-    step = np.zeros_like(cosines)  # for the slope at the label of clip 3 in branch 1
-    step[3, 1, 4] = 1e-5
+    # The slope is compared in one number: at clip 3, branch 1 and class 4, the label of the clip.
+    shift = np.zeros_like(cosines)
+    shift[3, 1, 4] = 1e-5
     with jax.enable_x64(True):
         value, slope = jax.jit(jax.value_and_grad(total))(jnp.asarray(cosines))
     np.testing.assert_allclose(value, by_hand(cosines), rtol=1e-6)
-    expected = (by_hand(cosines + step) - by_hand(cosines - step)) / 2e-5
+    expected = (by_hand(cosines + shift) - by_hand(cosines - shift)) / 2e-5
     np.testing.assert_allclose(slope[3, 1, 4], expected, rtol=1e-4)
 
 
@@ -498,9 +509,10 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
 
 @pytest.mark.nightly
 def test_noise_classes_crop_short_clips_as_the_code_does():
-    """load_data in ..._predict_v2.py."""
+    """load_data in ..._predict_v2.py. A third and a sixth have a frame, if one remains."""
     spec = load_file(NOISE).fusion.face.evaluate.to_dict()
-    # The frames of the 4 crops of clips with 1, 3 and 7 frames.
+    # The frames of the 4 crops of clips with 1, 3 and 7 frames: all, without the first third,
+    # without the last third, without both sixths.
     for wanted in ("0 0 0 0", "012 12 01 1", "0123456 23456 01234 12345"):
         count = len(wanted.split()[0])
         crops = shares_of_frames(spec, [50.0] * count, [1.0] * count)
@@ -510,6 +522,7 @@ def test_noise_classes_crop_short_clips_as_the_code_does():
 def test_long_noise_clips_are_cut_to_pieces_of_random_length():
     """random_split draws a start from 0 to n - 1, then an end from start + 1 to n."""
     frames = make_frames([60, 60, 3], max_frames=60)
+    # Clip 0 is long and chosen, clip 1 is long, and clip 2 is short.
     options = {"chosen": np.array([True, False, False]), "short": np.array([False, False, True])}
     cut = functools.partial(augment.concat_clips, frames=frames, pieces="random", **options)
     draw = jax.jit(jax.vmap(lambda key: cut(key).mask))

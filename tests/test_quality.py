@@ -49,35 +49,37 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
         for reader in (
             own,
             vidjax.load_data(folder, cache_dir=cache, quality=quality),
-            memory.MemoryClips.from_dict(clips, widths, (), quality),
-            memory.load_clips(folder, widths, (), quality=quality),
+            memory.MemoryClips.from_dict(clips, widths, identities=(), quality=quality),
+            memory.load_clips(folder, widths, identities=(), quality=quality),
         ):
             np.testing.assert_allclose(qualities(reader), of_clips, rtol=1e-6)
-        np.testing.assert_allclose(qualities(own, "voice")[0], norm(clips["a"]["voice"][None]))
+        of_voice, _ = qualities(own, "voice")  # clip b has no voice
+        np.testing.assert_allclose(of_voice, norm(clips["a"]["voice"][None]))
 
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": {"face": clips["a"]["face"]}, "b": {"face": clips["b"]["face"]["features"]}}
         table = write_parquet(tmp_path / "table.parquet", faces)
-        by_table = qualities(memory.load_clips(table, widths, ()))
+        by_table = qualities(memory.load_clips(table, widths, identities=()))
         np.testing.assert_allclose(by_table, [a, b], rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
     """Nearest neighbours compare quality-weighted means, so qualities change scores."""
-    rng, labels = np.random.default_rng(0), {}
-    splits = {"train": {}, "val": {}}
+    rng = np.random.default_rng(0)
+    splits, labels = {"train": {}, "val": {}}, {}
     for split, i in itertools.product(splits, range(8)):
         face = rng.normal(size=(1 + i % 5, DIM))
         rated = {"features": face, "quality": rng.random(len(face))}
-        splits[split][f"{split}{i}"], labels[f"{split}{i}"] = {"face": rated}, f"p{i % 4}"
+        splits[split][f"{split}{i}"] = {"face": rated}
+        labels[f"{split}{i}"] = f"p{i % 4}"
 
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
     words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
     small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py"), tmp_path / "run", data)
 
     run = vidjax.restore(tmp_path / "run", num_devices=1)
-    wanted = run.scores(data, split="val")
+    wanted = run.scores(data, split="val")  # `data` has the configured quality, the norm
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
     folder = write_npz(tmp_path / "own", {"val": splits["val"]})
     np.testing.assert_allclose(run.scores(run.load(folder / "val")), wanted, rtol=1e-6)

@@ -24,7 +24,7 @@ from vidjax.runs import config as config_lib
 from vidjax.training import train_step
 
 DIMS = {"face": 6, "audio": 4}
-C = 37
+C = 37  # identities
 LINEAR = {"name": "dense", "layers": (), "feature_scale": 1.0}
 
 
@@ -101,9 +101,10 @@ def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
 
     logits = np.stack([linear_logits(state, batch, frame) / 1.5 for frame in range(11)])
     probabilities = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": expit(logits)}
-    votes = probabilities.get(scores, logits)
+    votes = probabilities.get(scores, logits)  # [frames, clips, columns]
+    reduce_votes = {"mean": np.mean, "max": np.max}[reduce]
     for clip in (0, 1, 2, 4):
-        wanted = getattr(np, reduce)(votes[examples_of(batch, clip), clip], axis=0)
+        wanted = reduce_votes(votes[examples_of(batch, clip), clip], axis=0)
         if scores != "logits":
             wanted = np.log(wanted)
         np.testing.assert_allclose(scored[clip], wanted, rtol=1e-5, atol=1e-5)
@@ -120,13 +121,12 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     state = init(system, labels)
     _, loss = train(system, state, batch, weight)
 
-    weight[3] = 0  # clip 3 has no frames
-    total = 0.0
-    for clip in np.flatnonzero(weight):
+    counted, total = np.array([1.0, 0.5, 2.0, 0.0, 0.0]), 0.0  # clip 3 has no frames
+    for clip in np.flatnonzero(counted):
         frames = examples_of(batch, clip)
         logits = [linear_logits(state, batch, frame)[clip] for frame in frames]
         total += weight[clip] * np.mean([-log_softmax(x)[labels[clip]] for x in logits])
-    divisor = np.sum(weight) if mean_over == "weights" else np.count_nonzero(weight)
+    divisor = np.sum(counted) if mean_over == "weights" else np.count_nonzero(counted)
     assert float(loss[0]) == pytest.approx(total / divisor, rel=1e-5)
 
 
@@ -150,7 +150,9 @@ def test_mixup_equals_a_numpy_reference():
     (own, share), (partner, rest) = jax.tree.map(np.asarray, clips.targets)
     np.testing.assert_array_equal(own, labels)
     np.testing.assert_array_equal(rest, 1 - share)
-    assert sorted(partner) == list(range(5)) and (share >= 0.5).all() and (share < 1).any()
+    assert sorted(partner) == list(range(5))
+    assert (share >= 0.5).all()
+    assert (share < 1).any()  # some clips are mixed
     assert (share[weight[partner] == 0] == 1).all()
 
     for name, before in batch.frames.items():
@@ -166,7 +168,7 @@ def test_mixup_equals_a_numpy_reference():
     ("drop", np.finfo(np.float32).min, [2, 1, 1, 1, 0]),
 ], ids=["keep", "drop", "drop without a bound"])  # fmt: skip
 def test_clips_without_good_frames_are_kept_or_dropped(poor_clips, bound, weight_after):
-    """Only clip 0 has a frame of quality 40. Clip 3 has no face, and clip 4 has weight 0."""
+    """Only clip 0 has a frame of quality 40. Clip 3 has no face, so it stays. Clip 4 has weight 0."""
     batch = make_batch((3, 3, 3, 0, 1), (1, 1, 1, 1, 0))
     face = batch.frames["face"]
     quality = np.where(face.mask, 10.0, 0.0).astype(np.float32)
@@ -225,6 +227,7 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     wanted_loss = np.sum(train_weight * losses, axis=1) @ weight / weight.sum()
     assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
 
+    # The weights multiply probabilities, or logits.
     parts = logits if scores == "logits" else [np.exp(log_softmax(branch)) for branch in logits]
     wanted = sum(eval_weight[:, i, None] * branch for i, branch in enumerate(parts))
     if scores != "logits":
@@ -274,9 +277,9 @@ def test_is_argmax_equals_numpy_argmax():
 
 def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     """The logits are `lead`, 0, any number for a class without clips, and -1."""
-    leads = np.array([0.1, 3.0, 18.0, 60.0, 86.0])
-    leads = np.stack([leads, leads + 0.01])
-    logits = np.zeros((2, 5, 4))
+    smaller = np.array([0.1, 3.0, 18.0, 60.0, 86.0])
+    leads = np.stack([smaller, smaller + 0.01])
+    logits = np.zeros((2, 5, 4))  # smaller and larger leads, 5 leads, 4 columns
     logits[..., 0], logits[..., 3] = leads, -1
     logits[0, :, 2], logits[1, :, 2] = 99, -99
     has_clips = np.array([True, True, False, True])
@@ -286,11 +289,13 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     others = 1 + np.exp(-1.0)  # so log p of column 0 is -log(1 + exp(-lead) others)
     np.testing.assert_allclose(logs[..., 0], -np.log1p(others * np.exp(-leads)), rtol=2e-5)
     np.testing.assert_allclose(logs[..., 1], -np.logaddexp(leads, np.log(others)), rtol=1e-5)
-    assert (logs[0, :, 0] < logs[1, :, 0]).all()
-    assert (logs[1, :, 0] <= 0).all()
+    of_smaller, of_larger = logs[..., 0]
+    assert (of_smaller < of_larger).all()
+    assert (of_larger <= 0).all()
 
 
 def test_log_softmax_of_a_single_column_is_0_and_of_nan_is_nan():
     logits = jnp.array([[5.0, 1.0], [1.0, jnp.nan]])
     logs = losses.log_softmax(logits, jnp.array([False, True]))
-    assert logs[0, 1] == 0.0 and np.isnan(logs[1, 1])
+    assert logs[0, 1] == 0.0
+    assert np.isnan(logs[1, 1])

@@ -11,7 +11,7 @@ from tests.helpers.cases import quick_first
 from vidjax.core import devices
 from vidjax.evaluation import device_topk, topk
 
-C, K = 7, 20
+C, K = 7, 20  # identities, and places in the list of an identity
 
 
 def full_sort(scores: np.ndarray, clip_index: np.ndarray, k: int) -> topk.TopK:
@@ -65,14 +65,15 @@ def test_top_k_equals_a_full_sort(monkeypatch, name):
         clip_index = 2**30 + np.sort(rng.permutation(900)[:num_clips]).astype(np.int32)
         expected = full_sort(scores, clip_index, K)
         order = rng.permutation(num_clips)
-        blocks = list(blocks_of(scores[order], clip_index[order], 16, rng))
+        blocks = list(blocks_of(scores[order], clip_index[order], rows=16, rng=rng))
 
+        # Identities that are ranked together, and scores that may wait before they are merged.
         for chunk, candidates in ((C, 0), (3, 10), (3, 10**6)):
             monkeypatch.setattr(topk, "CHUNK", chunk)
             monkeypatch.setattr(topk, "MAX_CANDIDATES", candidates)
             np.testing.assert_equal(topk.rank(blocks, C, K), expected)
-        for rows in (16, 48):
-            np.testing.assert_equal(rank_on_device(blocks, C, K, rows), expected)
+        for rows in (16, 48):  # of one block, or of three blocks
+            np.testing.assert_equal(rank_on_device(blocks, C, K, rows=rows), expected)
 
 
 @pytest.mark.parametrize("name", ["random", "descending", "all equal"])
@@ -87,10 +88,11 @@ def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name
     top = topk.TopK(jnp.full((C, K), jnp.float32(-jnp.inf)), jnp.full((C, K), topk.NO_CLIP))
 
     needed_groups = []
-    for block in blocks_of(scores, clip_index, 60, rng):
+    for block in blocks_of(scores, clip_index, rows=60, rng=rng):
         block_scores, _, real = block
         best = np.where(real[:, None], block_scores, -np.inf).reshape(15, 4, C).max(axis=1)
-        needed_groups.append(np.max(np.sum(best >= np.min(top.scores, axis=1), axis=0)))
+        can_change = best >= np.min(top.scores, axis=1)  # [groups, identities]
+        needed_groups.append(can_change.sum(axis=0).max())
         top = update(top, block)
 
     joined = topk.join_tops(topk.TopK(*(np.asarray(x)[None] for x in top)))
@@ -107,7 +109,8 @@ def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
         stream = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in order]
         assert topk.rank(stream, num_identities=1, k=3).index.tolist() == [[7, 8, 2]]
         for rows in (1, 3, 5):
-            assert rank_on_device(stream, 1, 3, rows).index.tolist() == [[7, 8, 2]]
+            top = rank_on_device(stream, num_identities=1, k=3, rows=rows)
+            assert top.index.tolist() == [[7, 8, 2]]
 
 
 # With chunks of 3 of the 7 identities, the last chunk overlaps.
@@ -119,14 +122,15 @@ def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
     rng = np.random.default_rng(0)
     scores = np.round(4 * rng.standard_normal((256, C), np.float32))
     clip_index = rng.permutation(256).astype(np.int32)
-    blocks = list(blocks_of(scores, clip_index, 32, rng))
+    blocks = list(blocks_of(scores, clip_index, rows=32, rng=rng))
 
     # On the host and on the devices, with blocks on the host or split over devices.
     split = [jax.device_put(block, devices.row_layout(mesh)) for block in blocks]
     host = device_topk.start_top_k(C, K, mesh=mesh)
     for block in split:
         host.add(block)
-    tops = [host.finish(), *(rank_on_device(x, C, K, 64, mesh) for x in (blocks, split))]
+    tops = [host.finish()]
+    tops += [rank_on_device(given, C, K, rows=64, mesh=mesh) for given in (blocks, split)]
 
     # In three parts, each of every third block, which are joined.
     parts = [topk.rank(blocks[start::3], C, K) for start in range(3)]
@@ -153,15 +157,19 @@ def test_top_k_orders_nan_zeros_and_infinities(rank):
     assert top.scores.tolist() == [[0.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
 
     one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
-    assert topk.rank(one_by_one, 1, 3).index.tolist() == [[3, 4, 5]]
+    assert topk.rank(one_by_one, num_identities=1, k=3).index.tolist() == [[3, 4, 5]]
 
 
 @pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
-def test_top_k_of_no_clips_is_empty_and_of_bfloat16_exact(rank):
-    assert (rank([], 3, 5).index == topk.NO_CLIP).all()
+def test_top_k_of_no_clips_is_empty(rank):
+    assert (rank([], num_identities=3, k=5).index == topk.NO_CLIP).all()
+
+
+@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
+def test_top_k_of_bfloat16_scores_is_exact(rank):
     scores = jnp.arange(7, dtype=jnp.bfloat16)[:, None]
     block = (scores, np.arange(7, dtype=np.int32), np.ones(7, bool))
-    assert rank([block], 1, 3).index.tolist() == [[6, 5, 4]]
+    assert rank([block], num_identities=1, k=3).index.tolist() == [[6, 5, 4]]
 
 
 def test_count_ties_counts_tied_pairs_of_neighbouring_places():

@@ -34,12 +34,14 @@ def make_model(spec=SMALL, dtype="float32", num_classes=5, **options):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train_output(model, variables, frames, clips, rng):
+    """Returns the output of a training step, and the variables that the step changed."""
     rngs = {"dropout": rng, "modality_dropout": rng}
     mutable = [name for name in variables if name != "params"]
     return model.apply(variables, frames, clips, train=True, rngs=rngs, mutable=mutable)
 
 
 def train_logits(model, variables, frames, clips, seed=5):
+    """Returns the logits [B, K] of a training step, and the variables that the step changed."""
     output, new = train_output(model, variables, frames, clips, jax.random.key(seed))
     return output.logits[:, 0], new
 
@@ -54,7 +56,7 @@ def eval_logits(model, variables, frames, clips):
 
 
 def randomised(params):
-    """Every parameter at random, so that none hides at 0 or 1."""
+    """Adds a random number to each parameter, because 0 and 1 hide mistakes."""
     rng = np.random.default_rng(3)
     params = jax.tree.map(np.asarray, params)
     return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params)
