@@ -191,8 +191,8 @@ def test_crops_are_weighted_means_of_their_frames():
     frames.mask[1, 3] = False  # 11 real frames are left
     crops = fuse("crops", None, frames)
 
-    # Number of frames -> (begin, end) of each crop: all, without the first third, without the last third,
-    # without both sixths. Thirds and sixths are rounded down: 0 in clips of 1 or 2 frames.
+    # Number of frames -> (begin, end) of each crop: all, without the first third, the last third, or both
+    # sixths. Thirds and sixths are rounded down, so they are empty in clips of 1 or 2 frames.
     bounds = {7: [(0, 7), (2, 7), (0, 5), (1, 6)], 11: [(0, 11), (3, 11), (0, 8), (1, 10)]}
     for clip in range(4):
         times = np.flatnonzero(frames.mask[clip])

@@ -142,9 +142,7 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
 def test_residual_dense_ranks_the_best_70_percent_of_all_and_merged_frames():
     _, system = official(f"{RESIDUAL_DENSE},face")
     fused = system.fuse(None, {"face": make_frames([10, 1], max_frames=10)}, jnp.int32(-1))["face"]
-    np.testing.assert_array_equal(
-        fused.mask.sum(axis=1), [14, 2]
-    )  # L36: 70 % of 20; of 2, rounded up
+    np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # L36: 70 % of 20; 1.4 of 2
     quality, kept = np.asarray(fused.quality)[0], np.asarray(fused.mask)[0]  # of clip 0
     assert quality[kept].min() >= quality[~kept].max()
 
@@ -300,7 +298,7 @@ def test_deepmef_weight_decay_applies_to_every_parameter():
 
 
 def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
-    """scripts/main.sh lists the views. By get_mask_index, view v of face and scene hides chunk v."""
+    """Views of scripts/main.sh. get_mask_index: view v hides chunk v of 16 (only the scene: 32)."""
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
@@ -509,7 +507,7 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
 
 @pytest.mark.nightly
 def test_noise_classes_crop_short_clips_as_the_code_does():
-    """load_data in ..._predict_v2.py. A third and a sixth have a frame, if one remains."""
+    """load_data in ..._predict_v2.py. A third or a sixth is at least a frame, if one remains."""
     spec = load_file(NOISE).fusion.face.evaluate.to_dict()
     # The frames of the 4 crops of clips with 1, 3 and 7 frames: all, without the first third,
     # without the last third, without both sixths.

@@ -168,7 +168,7 @@ def test_mixup_equals_a_numpy_reference():
     ("drop", np.finfo(np.float32).min, [2, 1, 1, 1, 0]),
 ], ids=["keep", "drop", "drop without a bound"])  # fmt: skip
 def test_clips_without_good_frames_are_kept_or_dropped(poor_clips, bound, weight_after):
-    """Only clip 0 has a frame of quality 40. Clip 3 has no face, so it stays. Clip 4 has weight 0."""
+    """Only clip 0 has a frame of quality 40. Clip 3 has no face and stays. Clip 4 has weight 0."""
     batch = make_batch((3, 3, 3, 0, 1), (1, 1, 1, 1, 0))
     face = batch.frames["face"]
     quality = np.where(face.mask, 10.0, 0.0).astype(np.float32)
