@@ -191,8 +191,8 @@ def test_crops_are_weighted_means_of_their_frames():
     frames.mask[1, 3] = False  # 11 real frames are left
     crops = fuse("crops", None, frames)
 
-    # Number of frames -> (begin, end) of each crop: all, without the first third, the last third, or both
-    # sixths. Thirds and sixths are rounded down, so they are empty in clips of 1 or 2 frames.
+    # Number of frames -> (begin, end) of each crop: all, without the first third, without the last
+    # third, without both sixths. Thirds and sixths are rounded down: 0 of 1 or 2 frames.
     bounds = {7: [(0, 7), (2, 7), (0, 5), (1, 6)], 11: [(0, 11), (3, 11), (0, 8), (1, 10)]}
     for clip in range(4):
         times = np.flatnonzero(frames.mask[clip])
@@ -232,7 +232,7 @@ def filter_oracle(frames, clip, *, min_quality, min_detection, top_share):
     kept = real & (quality >= (-np.inf if min_quality is None else min_quality))
     kept &= frames.detection[clip] >= (min_detection or 0)
     best = np.argsort(np.where(kept, -quality, np.inf), kind="stable")
-    best = best[: math.ceil(round(top_share * kept.sum(), 9))]  # exact
+    best = best[: math.ceil(round(top_share * kept.sum(), 9))]  # rounding errors add no frame
     return np.isin(np.arange(len(real)), best) if kept.any() else real
 
 
@@ -245,7 +245,7 @@ def test_frame_filters_match_a_loop(limits):
     frames = make_frames([30, 10, 1, 0, 9, 20], max_frames=30)
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
     frames.quality[4] = 2  # below the limit of 30
-    frames.mask[5, 3:9] = False
+    frames.mask[5, 3:9] = False  # a hole
 
     kept = fuse("all", None, frames, **limits)
 

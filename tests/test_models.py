@@ -112,7 +112,7 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
     frames = make_frames([1] * 10, max_frames=1)._replace(features=learned[:, None])
     frames.mask[7] = False
     labels = np.array([1, 1, 2, 4, 4, 0, 2, 3, 1, 3], np.int32)
-    places = np.arange(10, dtype=np.int32)[::-1]
+    places = np.arange(10, dtype=np.int32)[::-1]  # of the clips among the training clips
     clips = ClipInfo(index=places, mask=np.arange(10) < 9, labels=labels)
     spec = {"name": "knn", "logit_scale": 16.0}
     model = identifier.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
