@@ -403,7 +403,7 @@ def test_short_clips_are_joined_with_the_same_partner_in_each_modality():
             partner = int(real(union["face"], clip)[-1, 0])  # feature 0 of the last face
             pairs.append((clip, partner))
             for name, frames in JOINED.items():
-                # A clip whose partner is the clip itself stays as it is.
+                # If a clip is not joined, `partner` is the clip itself.
                 parts = [real(frames, each) for each in dict.fromkeys((clip, partner))]
                 np.testing.assert_array_equal(real(union[name], clip), np.concatenate(parts))
             assert np.all(np.diff(real(union["face"], clip, "number")) > 0)
