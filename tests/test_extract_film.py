@@ -1,5 +1,7 @@
 """Films of drawn people: tracks, kept pictures, heads, bodies, the scene, and voices."""
 
+import shlex
+
 import numpy as np
 import pytest
 
@@ -56,7 +58,7 @@ def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
     films.write(tmp_path / "show.mkv", pictures, "ffv1", fps=10)
     starts, ends, names = zip(*read_tracks(tmp_path / "show.mkv", drawn.models), strict=True)
     assert names == SLIDES
-    # Faces are searched every 0.2 s.
+    # Faces are searched every 0.2 s. A change is found at most two searches too early or too late.
     np.testing.assert_allclose((starts, ends), ([0, 4, 8, 12], [4, 8, 12, 16]), atol=0.41)
 
 
@@ -77,18 +79,18 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
 
 @pytest.mark.slow
 def test_kept_faces_cover_the_whole_time_of_a_track(tmp_path, drawn):
-    shot = (30, 20, [("Ada", 0, 30)])
+    shot = (30, 20, [("Ada", 0, 30)])  # 30 s, 10 pictures per second
     extracted, clips = shoot(tmp_path / "long.mkv", drawn.models, shot, size=(96, 256))
     (track,) = extracted.tracks
     number = clips[track.clip]["face_number"]
-    assert film.MOST_FRAMES / 2 < len(number) <= film.MOST_FRAMES
+    assert film.MOST_FRAMES / 2 < len(number) <= film.MOST_FRAMES  # MOST_FRAMES is 32
     assert number[0] < 20 and number[-1] > 280, "of 300 frames"
-    assert np.diff(number).max() < 25
+    assert np.diff(number).max() < 25, "between two kept faces, where 300 / 32 frames are the mean"
 
 
 @nightly_after_first("degrees", [90, 0])
-def test_box_of_a_track_is_the_box_of_its_best_face(tmp_path, drawn, degrees):
-    """Boxes are fractions of the displayed picture at the time of the face."""
+def test_box_of_a_track_is_the_place_of_its_face_at_the_time_of_the_box(tmp_path, drawn, degrees):
+    """Boxes are fractions of the displayed picture of 128 x 96 pixels."""
     pictures = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
     stored = [np.rot90(x, -degrees // 90) for x in pictures]
     films.write(tmp_path / "film.mp4", stored, "mpeg4", fps=10, rotation=degrees)
@@ -115,7 +117,8 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
     for path, count in ((single, 0), (both, 1)):
         _, text = drawn.extract(path)
         assert "fewer than 2 frames per second" in text
-        assert text.count(f"ffmpeg -i '{both}' -map 0:V:1 -map 0:a? -c copy second.mkv") == count
+        remedy = f"ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
+        assert text.count(remedy) == count
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +134,10 @@ def models(drawn):
 
 
 def add(models, role, **fields):
-    """Adds a net to a folder of nets. Embedders average the colours of their crops."""
+    """Adds a net to a folder of nets. Embedders average the colours of their crops.
+
+    The field `around` is a box around the face: left, top, right, bottom, where the face is 0 to 1.
+    """
     if not role.endswith("detector"):
         fields = {"content": made_nets.embedder(weights=made_nets.colours()), **fields}
     return made_nets.write(models, role, role, **fields)
@@ -149,7 +155,8 @@ def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, drawn):
     side = right - left
     np.testing.assert_allclose(clip["head_box"][:, 0], left - side / 4, atol=1e-4)
     np.testing.assert_allclose(clip["body_box"].T, [left, bottom, right, top + 3 * side], atol=1e-4)
-    # Only the face is bright. The net of the face subtracts a mean, and the other nets do not.
+    # Only the face is bright, so a crop with more of the dark background is darker. The net of the
+    # face subtracts a mean, and the other nets do not.
     face = clip["face"] + drawn_people.EMBED["input"]["mean"][0]
     red = {"face": face[:, 0], **{part: clip[part][:, 0] for part in ("head", "scene", "body")}}
     assert np.all(red["face"] > red["head"] + 20) and np.all(red["head"] > red["scene"] + 20)
@@ -170,7 +177,7 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, drawn
     face_and_head = sorted(("face" in clip, "head" in clip) for clip in clips.values())
     assert face_and_head == [(False, True), (True, False), (True, True)]  # the back, Eve, Ada
     (back,) = (track for track in extracted.tracks if "face" not in clips[track.clip])
-    assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "the place of the head"
+    assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "left side of BACK"
     faces = [clip for clip in clips.values() if "face" in clip]
     for old in before.values():
         (new,) = (clip for clip in faces if np.array_equal(clip["face"], old["face"]))
@@ -221,15 +228,17 @@ def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, models, recwa
     drawn.who(drawn.folder / "film.mkv")
 
     assert sorted(row["identity"] or "" for row in drawn.rows()) == ["", "Ada", "unknown 1"]
+    # The gallery does not warn that no clip has a voice: the film has no sound.
     assert not [warning for warning in recwarn if "no clip has" in str(warning.message)]
 
 
 @pytest.mark.usefixtures("read_here")
 def test_face_tag_of_a_rotated_photo_names_the_face_at_its_place(drawn):
     """The tag refers to the stored picture, which EXIF orientation 6 rotates by 90 degrees."""
-    stored = np.ascontiguousarray(np.rot90(picture([ADA, BOB])))
-    top = 128 - ADA[1] - SIDE  # of Ada in the stored picture, which has 128 x 96 pixels
-    tag = drawn_people.tags(("Ada", ADA[2], top), size=(128, 96))
+    stored = np.ascontiguousarray(np.rot90(picture([ADA, BOB])))  # 128 rows, 96 columns
+    _, shown_left, shown_top = ADA
+    left, top = shown_top, 128 - shown_left - SIDE  # of Ada in the stored picture
+    tag = drawn_people.tags(("Ada", left, top), size=(128, 96))
     drawn.friends.mkdir()
     photo = films.photo(stored, "mjpeg", orientation=6)
     (drawn.friends / "both.jpg").write_bytes(photo + tag)
@@ -278,7 +287,8 @@ def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, mode
     extracted, clips = shoot(path, models, *shots, sound=tone(440, 8), broken=0.5)
 
     assert [name for name, clip in clips.items() if "audio" in clip] == ["broken.s001.t00"]
-    assert extracted.lost_sound > 10 and not extracted.damaged and extracted.refused == 0
+    assert extracted.lost_sound > 10, "of 16 damaged packets"
+    assert not extracted.damaged and extracted.refused == 0, "only the sound is damaged"
 
     _, warnings = drawn.extract(path)
     assert f"{extracted.lost_sound:,} pieces of sound could not be decoded" in warnings
@@ -300,10 +310,12 @@ def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_
     assert {*clips} == {"film.s000", "film.s002"}
 
     extracted, by_track = extract(path, tmp_path / "tracks", models)
-    # Bob leaves. Ada stays until 8 s.
-    gone = max(each.end_s for each in extracted.tracks if each.shot == 0 and each.end_s < 7)
-    begins = clips["film.s000"]["audio_number"]
-    assert begins[0] == pytest.approx(gone * 1000, abs=1) and begins[0] > 1000 and len(begins) > 2
+    # The tracks of the first shot. Bob leaves before 7 s, and Ada stays until 8 s.
+    bob_s, ada_s = sorted(each.end_s for each in extracted.tracks if each.shot == 0)
+    assert 1 < bob_s < 7 and ada_s == pytest.approx(8, abs=0.01)
+    begins_ms = clips["film.s000"]["audio_number"]  # of windows of sound
+    assert begins_ms[0] == pytest.approx(bob_s * 1000, abs=1) and len(begins_ms) > 2
+    # The main figures are Ada, who is track 1, and Eve.
     for clip, same in {"film.s000": "film.s000.t01", "film.s002": "film.s002.t00"}.items():
         np.testing.assert_array_equal(clips[clip]["audio"], by_track[same]["audio"])
 
@@ -341,28 +353,29 @@ def speak(tmp_path, models):
 
 @pytest.mark.slow
 def test_gallery_identifies_people_by_face_and_voice(tmp_path, models, speak):
-    gallery, both = Gallery.of_models(tmp_path / "g", models), speak("Ada", 440)
+    gallery, both = Gallery.of_models(tmp_path / "g", models), speak("Ada", hertz=440)
     gallery.enrol({"film": both}, "Ada")
 
+    # Ada with another voice, Bob with the voice of Ada, and Ada without a voice.
     answers = gallery.identify({
-        "both": both, "hoarse": speak("Ada", 3000), "dubbed": speak("Bob", 440),
+        "both": both, "hoarse": speak("Ada", hertz=3000), "dubbed": speak("Bob", hertz=440),
         "mute": {"face": both["face"], "audio": None},
     })  # fmt: skip
 
     evidence = {clip: (answer.identity, answer.evidence) for clip, answer in answers.items()}
     assert evidence["both"] == ("Ada", ("face", "audio"))
     assert evidence["mute"] == ("Ada", ("face",))
-    assert evidence["dubbed"] == (None, ())
+    assert evidence["dubbed"] == (None, ()), "a voice does not outweigh another face"
     assert answers["both"].score > answers["mute"].score > answers["hoarse"].score
 
 
 @pytest.mark.slow
 def test_voice_names_nobody_if_only_faces_are_enrolled(tmp_path, models, speak):
-    gallery, both = Gallery.of_models(tmp_path / "g", models), speak("Ada", 440)
+    gallery, both = Gallery.of_models(tmp_path / "g", models), speak("Ada", hertz=440)
     gallery.enrol({"photo": {"face": both["face"]}}, "Ada")
 
     clips = {"voice": {"face": None, "audio": both["audio"]}, "both": both}
-    answers = gallery.identify(clips, threshold=0.4)
+    answers = gallery.identify(clips, threshold=0.4)  # below the default of 0.5
 
     assert [answers[name].identity for name in clips] == [None, "Ada"]
 

@@ -52,7 +52,7 @@ def test_centerface_decoder_follows_its_paper():
     points = corner + marks[at].reshape(5, 2, -1) * size
 
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
-    faces = nets.decode_centerface(outputs, 0)
+    faces = nets.decode_centerface(outputs, width=0)  # the width is not used
     boxes = np.concatenate([corner[::-1], (corner + size)[::-1]]).T
     assert_faces(faces, heat[tuple(cells)], boxes, points[:, ::-1].transpose(2, 0, 1))
 
@@ -85,7 +85,7 @@ def test_yunet_decoder_follows_opencv(stride):
 
     parts = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
     outputs = {name: x[None] for name, x in give_to_stride(stride, parts).items()}
-    faces = nets.decode_yunet(outputs, width * stride)
+    faces = nets.decode_yunet(outputs, width=width * stride)
     assert_faces(faces, scores[kept], np.hstack([centre - size / 2, centre + size / 2]), points)
 
 
@@ -104,7 +104,7 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
 
     # The decoder uses the order of the outputs, not their names.
     parts = {"first": scores[:, None], "second": distances, "third": marks}
-    faces = nets.decode_scrfd(give_to_stride(stride, parts), width * stride)
+    faces = nets.decode_scrfd(give_to_stride(stride, parts), width=width * stride)
     assert_faces(faces, scores[kept], stride * np.hstack([left_top, right_bottom]), points)
 
 
@@ -121,7 +121,7 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
 
     faces = Faces(boxes.astype(np.float32), scores, points)
     assert 1 < len(kept) < 60
-    for part, whole in zip(nets.suppress_overlaps(faces, 0.3), faces, strict=True):
+    for part, whole in zip(nets.suppress_overlaps(faces, most_overlap=0.3), faces, strict=True):
         np.testing.assert_array_equal(part, whole[kept])
 
 
@@ -141,7 +141,8 @@ def test_resize_is_bilinear_after_block_averages(size):
     resized = nets.resize(image, *size)
 
     assert resized.dtype == np.uint8
-    np.testing.assert_allclose(resized, np.stack(expected, -1), atol=0.501)
+    np.testing.assert_allclose(resized, np.stack(expected, -1), atol=0.501)  # rounded
+    # A picture of one row has no second row for the interpolation.
     assert nets.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
 
 
@@ -194,6 +195,7 @@ def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
 
+    # The net is accepted with this answer. Wrong pixels change it by more than a coarse tolerance.
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
     nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):
@@ -223,6 +225,7 @@ def write_card(text):
     ("face_embedder face.json two.json move", lambda x: made_nets.write(x, "two")),
     ("face.json face.onnx convert", lambda x: (x / "face.onnx").unlink()),
     ("face.onnx sha256 convert", lambda x: (x / "face.onnx").write_bytes(b"another net")),
+    # The sides of a detector's input must be multiples of 32.
     ("face.json 32", lambda x: made_nets.write(x, role="face_detector", input={"size": [32, 33]})),
     ("face.json large", write_card(" " * cards.CARD_BYTES + "{}")),
     ("face.json pipe", lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json"))),
@@ -414,14 +417,17 @@ def test_speakers_are_identified_and_the_card_contains_their_cosines(converted):
     benchmark = pytest.importorskip("tests.benchmarks.voices")
     rates = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), converted)
     assert rates["first"] == [70, 70]  # for 70 of 70 utterances, the speaker is the first answer
-    # At most 1 % of the strangers with whom the threshold was chosen reach it.
+    # At most 1 % of the strangers with whom the threshold was chosen reach it. Of other strangers,
+    # up to 2 % may reach it.
     assert rates["at_1_percent"]["right"] >= 0.85 and rates["at_1_percent"]["strangers"] <= 0.02
+    # The names that a gallery gives with the cosines of the card, without a chosen threshold.
     assert rates["by_card"]["right"] >= 0.8
     assert rates["by_card"]["strangers"] <= 0.01 and rates["by_card"]["wrong"] == 0
 
     back_end = cards.load(converted)["voice_embedder"].back_end
     assert back_end and not any(back_end.centre)
-    card_cosines = {"same": back_end.same, "different": back_end.different}
-    for number, (name, (mean, deviation, count)) in enumerate(rates["cosines"].items()):
-        np.testing.assert_allclose((mean, deviation), card_cosines[name], atol=0.001)
-        assert count == back_end.pairs[number]
+    in_card = {"same": back_end.same, "different": back_end.different}
+    pairs = dict(zip(in_card, back_end.pairs, strict=True))
+    for name, (mean, deviation, count) in rates["cosines"].items():
+        np.testing.assert_allclose((mean, deviation), in_card[name], atol=0.001)
+        assert count == pairs[name]

@@ -47,7 +47,7 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
         xmp.attributes(SPELLED) + xmp.microsoft([EVE]),  # digiKam; the tags of MWG have priority
         xmp.attributes(SPELLED, unit=""),  # Lightroom
         xmp.elements(SPELLED, bag="Bag").replace('"', "'"),  # Apple and ExifTool
-        xmp.elements(SPELLED, resource=""),
+        xmp.elements(SPELLED, resource=""),  # each value in an rdf:Description
         xmp.microsoft(SPELLED),
         xmp.microsoft(SPELLED, as_elements=True),
     ):
@@ -59,6 +59,7 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
 
 
 def photo(kind, packet):
+    """Returns the bytes of a photo in the format `kind` with XMP."""
     file, picture = io.BytesIO(), Image.new("RGB", (64, 48))
     options = {"xmp": packet}
     if kind == "png":
@@ -81,6 +82,7 @@ def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
 
 
 def test_face_tags_are_read_from_both_ends_of_photos(tags_of):
+    # Only the first and the last 2 MB of a photo are searched.
     rest = b"\0" * (9 << 20)
     assert boxes(tags_of(MWG + rest)) == boxes(tags_of(rest + MWG)) == TAGS
     first = photo("jpeg", xmp.packet("<MP:RegionInfo/>"))  # its XMP has no face tag
@@ -97,7 +99,8 @@ def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
     ):
         (tmp_path / sidecar).write_bytes(packet)
         parsed = tags_of(photo("jpeg", MWG))
-        assert boxes(parsed) == tags and problem in parsed.problem
+        assert boxes(parsed) == tags
+        assert problem in parsed.problem and bool(parsed.problem) == bool(problem)
     assert [x.name for x in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
 
 
@@ -107,6 +110,7 @@ def test_sidecar_that_is_a_link_or_whose_name_is_too_long_is_not_read(tags_of, t
 
     parsed = tags_of(own)
     assert boxes(parsed) == TAGS and "is a link" in parsed.problem
+    # The name has 255 bytes, the most that file systems allow, so a name with .xmp is too long.
     assert boxes(tags_of(own, "b" * 251 + ".jpg")) == TAGS
 
 
@@ -158,10 +162,11 @@ def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content,
 def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
     """Programs tag the stored or the displayed picture. FACES refer to the displayed picture."""
     for orientation, stored in xmp.STORED.items():
-        tags, shape = [], (0, 0)
+        tags, shape = [], (0, 0)  # the shape of the tagged picture
         for number, (left, top, right, bottom) in enumerate(FACES):
             picture = np.zeros((300, 400))
             picture[top:bottom, left:right] = 1
+            # `stored` rotates or mirrors the displayed picture.
             drawn = stored(picture) if tagged == "stored" else picture
             (y, x), (height, width) = np.nonzero(drawn), drawn.shape
             box = x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height
@@ -169,6 +174,7 @@ def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
             shape = width, height
 
         made = regions.Tags(tags, shape if shape_is_known else None)
+        # Tag 0 gets face 0, and tag 1 gets face 1.
         assert regions.match_faces(made, FACES, (400, 300), orientation).tolist() == [0, 1]
         # Without faces, both tags get -1.
         assert regions.match_faces(made, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
@@ -176,12 +182,14 @@ def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
 
 
 def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
-    # If the tag refers to the stored picture of 300 x 400 pixels, it is at the place of the face. A
-    # square shape does not decide.
+    # The tag is at the top left. In the stored picture of 300 x 400 pixels, the face is at the top
+    # left, too. In the displayed picture of 400 x 300 pixels, the face is at the top right. If the
+    # shape is not known or is a square, the picture with more matches counts: the stored picture.
     face = np.array([[280, 30, 360, 90]])
     for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
         tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
-        assert regions.match_faces(tags, face, (400, 300), 6).tolist() == matches, shape
+        found = regions.match_faces(tags, face, size=(400, 300), orientation=6)
+        assert found.tolist() == matches, shape
 
 
 def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
@@ -189,4 +197,5 @@ def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
     tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
 
-    assert regions.match_faces(tags, FACES, (400, 300), 1).tolist() == [1, -1, 0, -1]
+    face_of_each_tag = regions.match_faces(tags, FACES, size=(400, 300), orientation=1)
+    assert face_of_each_tag.tolist() == [1, -1, 0, -1]

@@ -29,7 +29,7 @@ def draw_shot(rng, frames, slow):
     in all pictures, at random places.
     """
     faces = [[] for _ in range(frames)]  # of each picture
-    for room in rng.choice(12, rng.integers(1, 7), replace=False):
+    for room in rng.choice(12, rng.integers(1, 7), replace=False):  # 1 to 6 of 3 x 4 rooms
         begin = rng.integers(0, max(1, frames - 4)) if slow else 0
         end = rng.integers(min(begin + 5, frames), frames + 1) if slow else frames
         place, step = rng.uniform(8, 40, 2), rng.uniform(-3, 3, 2)

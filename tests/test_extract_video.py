@@ -33,6 +33,7 @@ def red_corners(rgb):
 
 
 def read(path, fps=5):
+    """Returns all frames of a film, `fps` per second with a picture `rgb`, and the video."""
     with decode.open_video(path) as video:
         return list(video.frames(fps)), video
 
@@ -92,7 +93,7 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
     shown, path = films.scene(3, 96, 128), tmp_path / f"photo.{ending}"
     photo = Image.fromarray(np.ascontiguousarray(xmp.STORED[orientation](shown)))
     exif = photo.getexif()
-    exif[0x112] = orientation
+    exif[0x112] = orientation  # the number of this field in EXIF
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo.save(path, exif=exif.tobytes(), icc_profile=profile, quality=95)
 
@@ -178,14 +179,15 @@ def test_truncated_film_is_read_as_far_as_possible(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
 
     frames, video = read(film)
-    assert 0 < len(frames) < 30
+    assert 0 < len(frames) < 30, "a third of the bytes has about 20 frames"
     assert video.counts.damaged
     assert video.info.seconds == pytest.approx(2.4, abs=0.05)  # of 60 frames at 25 per second
 
 
 def test_undamaged_frames_of_a_damaged_film_are_read(film):
-    films.write(film, [films.scene(n) for n in range(60)])
+    films.write(film, [films.scene(n) for n in range(60)])  # in H.264
     content, rng = bytearray(film.read_bytes()), np.random.default_rng(0)
+    # Flips 15 bits outside the header and the index. A bit may damage several frames.
     for place in rng.integers(2000, len(content) - 2000, 15):
         content[place] ^= 1 << rng.integers(8)
     film.write_bytes(content)

@@ -47,8 +47,8 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
         (tmp_path / name).write_text(lines)
         return tmp_path / name
 
-    # Labels and groups.
-    clips, nfd, nfc = {"train": ["x", "y"]}, names.escape(NFD), names.escape(NFC)
+    # Labels and groups: the name of clip x is NFD, and the name of clip y is NFC.
+    clips, (nfd, nfc) = {"train": ["x", "y"]}, map(names.escape, (NFD, NFC))  # blanks become %20
     table = write("labels.csv", f"clip,identity\nx,{NFD}\ny,{NFC}\n")
     groups = write("unknown.tsv", f"clip\tidentity\nx\t{NFD}\ny\t{NFC}\n")
     assert NFC != NFD
@@ -58,6 +58,7 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
         labels.load_ground_truth(write("train_gt.txt", f"x.mp4 {nfd}\ny.mp4 {nfc}\n")),
     ):  # fmt: skip
         assert loaded == {"x": NFC, "y": NFC}
+    # In val_gt.txt, a line lists the clips of a person. The person of line 2 is already in line 1.
     inverted = write("val_gt.txt", f"{nfd} x.mp4\n{nfc} y.mp4\n")
     refused(lambda: labels.load_ground_truth(inverted), "already in line 1")
 
@@ -68,7 +69,7 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
     loaded, identity = memory.load_people(tmp_path / "photos", {"face": 4})
     assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
 
-    # Rankings.
+    # Rankings: the ground truth is NFD, and the ranking is NFC. The score is 1 if they are equal.
     positives = ranking.read_ground_truth(write("truth.txt", f"{nfd} x.mp4\n"))
     loaded = ranking.read_submission(write("r.txt", f"{nfc} x.mp4\n"), identities=positives)
     assert not loaded.faults and ranking.score(positives, loaded.ranking) == 1
@@ -95,7 +96,8 @@ def test_a_gallery_file_with_an_nfd_name_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "other"), [
-    ("Ada Lovelace", "ADA  lovelace"), ("Sofi Groß", "so\ufb01 gross"), ("Ada", "Ada\ufe0f"),
+    ("Ada Lovelace", "ADA  lovelace"), ("Sofi Groß", "so\ufb01 gross"),  # \ufb01 is the ligature fi
+    ("Ada", "Ada\ufe0f"),  # \ufe0f is invisible
 ])  # fmt: skip
 def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other, tmp_path):
     gallery = make(tmp_path / "a gallery", {"x": make_clip(1, name)})

@@ -11,7 +11,7 @@ from vidjax.apps.video.features_folder import FileStamp, Film
 
 
 def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
-    """Returns the page of a film, or of a photo, with these appearances of people."""
+    """Returns the page of a film of 100 s, or of a photo, with these appearances of people."""
 
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
@@ -30,6 +30,7 @@ def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95,
 
 
 def text_of(html):
+    """Returns the text that a page shows."""
     body = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", html, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", body).split()).replace(" ,", ",")
 
@@ -46,15 +47,20 @@ def test_page_shows_times_probabilities_and_links_as_text():
 
 def test_doubtful_names_are_listed_first_with_other_candidates():
     """The doubt is 30 % for Ada and 45 % for unknown 2. It is small for Bob and unknown 1."""
+    bob = seen(2, 3, "Bob", probability=0.95, clip="b")
     appearances = [
-        seen(0, 1, "Ada", 0.7, "a"), seen(2, 3, "Bob", 0.95, "b"),
-        seen(4, 5, "unknown 2", None, "c"), seen(6, 7, "unknown 1", None, "d"),
+        seen(0, 1, "Ada", probability=0.7, clip="a"), bob,
+        seen(4, 5, "unknown 2", probability=None, clip="c"),
+        seen(6, 7, "unknown 1", probability=None, clip="d"),
     ]  # fmt: skip
-    best = {
+    best = {  # clip -> the most likely people; people below 10 % are not shown
         "a": (("Ada", 0.7), ("Bob", 0.2), ("Eve", 0.05)), "b": (("Bob", 0.95), ("Ada", 0.04)),
         "c": (("Ada", 0.45), ("Bob", 0.1)), "d": (("Ada", 0.02),),
     }  # fmt: skip
-    answers = {clip: Answer(None, names[0][1], 0.0, names) for clip, names in best.items()}
+    answers = {
+        clip: Answer(identity=None, probability=first[1], score=0.0, best=(first, *others))
+        for clip, (first, *others) in best.items()
+    }
 
     words = text_of(render(appearances, answers))
 
@@ -65,9 +71,8 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
     )
     people = words[words.rindex("People") :]
     places = [people.index(name) for name in ("Ada", "Bob", "unknown 1", "unknown 2")]
-    assert places == sorted(places)
-    only_bob = appearances[1:2]
-    assert "Doubtful" not in render(only_bob, answers)
+    assert places == sorted(places), "the list of people is in this order"
+    assert "Doubtful" not in render([bob], answers)
 
 
 def test_page_allows_only_its_script_and_escapes_names():

@@ -23,8 +23,9 @@ class Reviewed:
 
     def __init__(self, drawn):
         self.drawn, self.names = drawn, drawn.names
-        self.films = drawn.film(), drawn.folder / "more.mkv"
-        write_film(self.films[1], (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
+        more = drawn.folder / "more.mkv"
+        self.films = drawn.film(), more
+        write_film(more, (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
         write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
         self.before = self.again()
         gallery, numbers = Gallery(drawn.out / "gallery"), who.read_numbers(drawn.out)
@@ -51,7 +52,7 @@ class Reviewed:
 
 @pytest.fixture
 def reviewed(drawn, monkeypatch):
-    monkeypatch.setattr(review, "IDLE_SECONDS", 0)
+    monkeypatch.setattr(review, "IDLE_SECONDS", 0)  # results are written after this time
     return Reviewed(drawn)
 
 
@@ -64,7 +65,8 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
     named = {clip: "Zo\u00eb" if name == bob else name for clip, name in before.items()}
     assert f"Saved: {bob} is Zo" in text and "Undo" in text
-    # Bob is in the last 2 s of both films, of 4 and 6 s. Cuts begin 0.25 s earlier, at 24 frames/s.
+    # Bob is in the last 2 s of both films, of 4 and 6 s. Cuts begin 0.25 s earlier and end with the
+    # films. At 24000/1001 frames per second, the films have 95 and 143 frames.
     edl = (drawn.out / "cuts" / "Zo\u00eb.edl").read_text()
     assert " 00:00:01:18 00:00:03:23 " in edl and " 00:00:03:18 00:00:05:23 " in edl
     assert reviewed.names() == named == reviewed.again()
@@ -86,33 +88,35 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     for _ in ("deny", "name", "deny"):
         reviewed.post("undo")
     assert reviewed.names() == before
-    reviewed.post("undo", status=422)
+    reviewed.post("undo", status=422)  # nothing is left to undo
 
 
 @pytest.mark.slow
 def test_review_asks_about_similar_names_but_not_about_numbered_names(reviewed):
-    for similar in ("ada", "Ad a", "ad\u0430a"):
+    for similar in ("ada", "Ad a", "ad\u0430a"):  # \u0430 is a Cyrillic letter that looks like a
         text = reviewed.post(status=422, do="name", of="unknown 1", person=similar)
         assert "there is already Ada" in text and f">{similar} is another person<" in text
     assert reviewed.names() == reviewed.before
 
     # `new` confirms that Ad a is another person.
     assert "Saved: unknown 1 is Ad a." in reviewed.post(do="name", of="unknown 1", new="Ad a")
+    # Guest 1 and Guest 2 are similar, too, but no question is asked.
     for of, person in {"Ad a": "Guest 1", "unknown 2": "Guest 2"}.items():
         assert f"Saved: {of} is {person}." in reviewed.post(do="name", of=of, person=person)
     names = reviewed.names()
     assert {*names.values()} == {"Ada", "Guest 1", "Guest 2"} and names == reviewed.again()
 
-    for _ in range(2):
+    for _ in ("Guest 2", "Guest 1"):
         reviewed.post("undo")
     assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}
 
 
 def test_review_returns_to_the_next_person_after_a_change(reviewed):
     text = reviewed.post(do="name", of="unknown 2", next="unknown 1", person="Bob")
-    place = text.index("autofocus")
-    assert text.index("Saved: unknown 2 is Bob.") < text.index("Undo: unknown 2 is Bob") < place
-    assert "Who is unknown 1?" in text[place - 200 : place]
+    field = text.index("autofocus")  # the field in which the next name is typed
+    assert text.index("Saved: unknown 2 is Bob.") < text.index("Undo: unknown 2 is Bob") < field
+    just_before_field = text[field - 200 : field]
+    assert "Who is unknown 1?" in just_before_field
     assert "Saved" not in reviewed.client.get("").text, "the message is shown once"
 
     # After a change on the page of a person or film, this page is shown.
@@ -121,6 +125,7 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     assert "<title>Eva: " in reviewed.post(do="name", of="Ada", person="Eva", view="person=Ada")
     text = reviewed.client.get("?film=more.mkv").text
     assert "<title>more.mkv: " in text and 'value="clip: more.s000.t00"' in text
+    # For a film that does not exist, the page of all films is shown.
     assert "<title>Who appears" in reviewed.client.get("?film=less.mkv").text
 
 
@@ -129,16 +134,17 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
     pictures = re.findall('<img[^>]* src="([^"]+)"', client.get("").text)
     assert len(pictures) > 2 and all((drawn.out / address).exists() for address in pictures)
     assert all(client.get(address).content.startswith(b"\x89PNG") for address in pictures)
-    other = drawn.folder / "thumbnails" / "x" / "x.png"
-    other.parent.mkdir(parents=True)
-    other.write_bytes(b"")
-    for address in ("names.tsv", "unknown.json", "..%2fthumbnails%2fx%2fx.png", f"%2f{other}"):
+    outside = drawn.folder / "thumbnails" / "x" / "x.png"  # not in the folder of results
+    outside.parent.mkdir(parents=True)
+    outside.write_bytes(b"")
+    for address in ("names.tsv", "unknown.json", "..%2fthumbnails%2fx%2fx.png", f"%2f{outside}"):
         assert client.get(address).status_code == 404
 
+    # Film 1 is party.mkv. A link opens a page that plays the film from a time.
     assert 'href="play/1?t=2.0"' in client.get("").text
     text = client.get("play/1?t=2.0").text
     assert 'src="../film/1#t=2.0"' in text and "party.mkv, from 0:02" in text
-    assert "#t=0.0" in client.get("play/1?t=%22%3E").text
+    assert "#t=0.0" in client.get("play/1?t=%22%3E").text, "a time that is no number is ignored"
 
     whole = client.get("film/1")
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
@@ -154,7 +160,7 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
 @pytest.mark.slow
 def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
     before = reviewed.before
-    reviewed.post(do="name", of="unknown 2", person="Unknown  1")
+    reviewed.post(do="name", of="unknown 2", person="Unknown  1")  # the same name as unknown 1
     joined = {clip: name.replace("unknown 2", "unknown 1") for clip, name in before.items()}
     assert reviewed.names() == joined == reviewed.again() != before
 
@@ -166,18 +172,20 @@ def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
 
 
 def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
-    of = {"do": "name", "of": "unknown 1"}
-    # 422: a wrong field. 409: a form of another version. 413: a form that is too large.
+    naming = {"do": "name", "of": "unknown 1"}
+    # 422: a wrong field. 409: a form of another version. 413: a form of more than 10,000 bytes.
     for fields, status in [
-        *((of | {"person": word}, 422) for word in (" ", "a\u202eb", "unknown 9", "unknown")),
-        *((of | {"of": word, "person": "Bob"}, 422) for word in ("unknown 99", "clip: 9999", "")),
+        *((naming | {"person": new}, 422) for new in (" ", "a\u202eb", "unknown 9", "unknown")),
+        *((naming | {"of": old, "person": "Bob"}, 422) for old in ("unknown 99", "clip: 9999", "")),
         ({"do": "name", "of": "Ada", "person": "unknown 1"}, 422),
         ({"do": "burn", "of": "unknown 1"}, 422), ({}, 422),
-        (of | {"person": "Bob", "version": "9"}, 409), (of | {"person": "x" * 20_000}, 413),
+        (naming | {"person": "Bob", "version": "9"}, 409),
+        (naming | {"person": "x" * 20_000}, 413),
     ]:  # fmt: skip
         text = reviewed.post(status=status, **fields)
         assert status == 413 or "Nothing was changed" in text  # 413: the form was not read
 
+    # Addresses without the token or without a page, another host, and forms of other websites.
     client = reviewed.client
     for path in ("/", "/x/", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/", f"/{TOKEN}/film/9", "/\u00e9/"):
         assert client.get(f"{SITE}{path}").status_code == 404

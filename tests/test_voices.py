@@ -54,25 +54,27 @@ def test_mels_equal_the_band_powers_of_frames_every_10_ms():
 
 def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
     windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)  # faint, loud, silent
-    raised = voices.raise_level(windows)
-    level = np.sqrt((raised[0].astype(float) ** 2).mean())
-    assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)  # decibels
-    np.testing.assert_array_equal(raised[1:], windows[1:])
+    faint, *others = voices.raise_level(windows)
+    level = np.sqrt((faint.astype(float) ** 2).mean())
+    assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)  # decibels, the least level
+    np.testing.assert_array_equal(others, windows[1:])
 
 
 def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder"))
-    embedder, windows = voices.open_voice_embedder(card), noise(nets.BLOCK_CROPS + 3, voices.WINDOW)
+    embedder = voices.open_voice_embedder(card)
+    windows = noise(nets.BLOCK_CROPS + 3, voices.WINDOW)  # two blocks
     wanted = voices.make_mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
     np.testing.assert_allclose(embedder(windows), wanted, rtol=1e-3, atol=1e-4)
     assert embedder(windows[:0]).shape == (0, made_nets.WIDTH)
 
-    # Four numbers of the output for a test image.
+    # The first 4 of the 5 numbers of the output for a test image with seed 7.
     numbers = nets.make_formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
     wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, wanted, rtol=1e-4)
 
+    # The card says that the output has 6 numbers.
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder", width=6))
     embedder = voices.open_voice_embedder(card)
     refused(lambda: embedder(noise(1, voices.WINDOW)), "voice.json", "width")
@@ -83,10 +85,10 @@ def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count
     """The made net returns its state: the sum of the means of 64 old and 512 new samples."""
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")
-    samples = noise(count) + np.float32(0.2)
+    samples = noise(count) + np.float32(0.2)  # so that the state grows
 
     speech = voices.Listener(cards.load(tmp_path)).detect_speech(samples)
 
     padded, steps = np.pad(samples.astype(float), (64, 512)), math.ceil(count / 512)
-    means = [padded[place * 512 : place * 512 + 576].sum() / 576 for place in range(steps)]
+    means = [padded[step * 512 : step * 512 + 576].sum() / 576 for step in range(steps)]  # 64 + 512
     np.testing.assert_allclose(speech, np.cumsum(means), rtol=1e-4)

@@ -67,7 +67,8 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:02,")
     assert vtt.count("-->") == srt.count("-->") == 2 and "\nAda\nBob\n" in vtt
 
-    # --padding starts the cut of Bob 0.5 s before second 4: at 3 s and 12 frames, 24 a second.
+    # --padding starts Bob's cut at 3.5 s. The cut ends with the film. In a cut list, the film has
+    # 24000/1001 frames per second: 6 s are 143 frames. A second of a time code has 24 frames.
     assert {path.name for path in (out / "cuts").iterdir()} == {"Ada.edl", "Bob.edl"}
     assert "  C        00:00:03:12 00:00:05:23 00:00" in (out / "cuts" / "Bob.edl").read_text()
     page = (out / "names.html").read_text()
@@ -88,7 +89,7 @@ def test_files_other_than_films_and_photos_are_skipped(drawn):
 
     assert content["people"] == {"Ada": 1}
     assert {row["video"] for row in drawn.rows()} == {"party.MKV", "Bob at the sea.png"}
-    words = "files in {} that are not films or photos are left out: {}"
+    words = "files in {} that are not films or photos are left out: {}"  # without Thumbs.db
     assert output.count(words.format(films, "party-poster.jpg and 2 more")) == 1
     assert output.count(words.format(drawn.friends, "party.nfo and 1 more")) == 1
     drawn.who(films / "party.nfo", code=1)  # a file on the command line is read, and this one fails
@@ -101,15 +102,16 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     films.mkdir()
 
     def numbers(place=films):
+        """Returns first clip of each appearance -> name, after a call."""
         drawn.who(place, people=False)
         return {row["clips"][0]: row["identity"] for row in drawn.rows()}
 
     write_film(films / "b.mkv", shot("Bob"), (2, 60, [("Bob", 30, 30)]))
-    first = {"b.s000.t00": "unknown 1"}
+    first = {"b.s000.t00": "unknown 1"}  # both shots are one appearance of Bob
     assert numbers() == first
 
     # People of new films get new numbers, although film a comes before film b.
-    write_film(films / "a.mkv", *[(2, place, [("Eve", place, 30)]) for place in (20, 35)])
+    write_film(films / "a.mkv", (2, 20, [("Eve", 20, 30)]), (2, 35, [("Eve", 35, 30)]))
     write_film(films / "c.mkv", shot("Ada"))
     more = first | {"a.s000.t00": "unknown 2", "c.s000.t00": "unknown 3"}
     assert numbers() == more == numbers(films / "c.mkv") == numbers()
@@ -123,7 +125,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
 
     # If a film is replaced by another of the same name, its clips get new numbers.
     write_film(films / "c.mkv", shot("Bob", left=40))
-    assert numbers()["c.s000.t00"] == "unknown 1"
+    assert numbers()["c.s000.t00"] == "unknown 1"  # Bob
 
     # If the features of a film are deleted, its clips leave the file of numbers.
     for path in (drawn.out / "features").rglob("a.*"):
@@ -139,13 +141,14 @@ def test_names_written_into_the_unknown_table_are_used(drawn):
     drawn.who(film)
     assert [line.split("\t")[:3] for line in table.read_text().splitlines()[1:]] == [
         ["party.s001.t00", "unknown 1", "party.mkv"], ["party.s002.t01", "unknown 2", "party.mkv"],
-    ]  # fmt: skip
+    ], "Eve and Bob"  # fmt: skip
 
     name = "unknown neighbour"  # without a number, this is the name of a person
     table.write_text(table.read_text().replace("unknown 2", name) + "gone.s000.t00\tZoe\n")
     content, output = drawn.who(film)
 
-    assert content["people"] == {"Ada": 1, name: 1} and content["groups"] == 1
+    assert content["people"] == {"Ada": 1, name: 1}
+    assert content["groups"] == 1, "only Eve is still an unknown person"
     assert "no longer exist, such as gone.s000.t00" in output
     assert f"{name} is enrolled with 1 clip from unknown.tsv" in output
     (row,) = table.read_text().splitlines()[1:]
@@ -168,7 +171,7 @@ def test_damaged_or_contradicting_unknown_table_is_refused_and_kept(drawn):
 @pytest.mark.parametrize("name", ["unknown", "Unknown 7"])
 def test_person_in_the_photos_may_not_be_called_unknown(drawn, name):
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
-    assert "stands for an unknown person" in drawn.who(write_group(drawn), code=2)[1]
+    assert "stands for an unknown person" in drawn.who(write_group(drawn), code=2).output
 
 
 @pytest.mark.slow
@@ -178,14 +181,14 @@ def test_threshold_flag_sets_the_probability_that_a_name_needs(drawn):
     drawn.who(film, flags=["--threshold=1"])
     assert "Ada" not in drawn.names().values()
 
-    assert "give a number above 0" in drawn.who(film, flags=["--threshold=2"], code=2)[1]
+    assert "give a number above 0" in drawn.who(film, flags=["--threshold=2"], code=2).output
 
 
 def test_numbered_photos_in_one_folder_get_a_warning(drawn):
     """A photo that is in no folder of a person counts as a person. Its file name is the name."""
     for name in ("Ada_1", "Ada_2"):
         write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
-    assert "each photo in" in drawn.who(write_group(drawn))[1]
+    assert "counts as a different person" in drawn.who(write_group(drawn)).output
 
 
 def test_photos_of_people_without_exactly_one_face_are_reported(drawn):
@@ -200,6 +203,7 @@ def test_photos_of_people_without_exactly_one_face_are_reported(drawn):
 
     write_photo(drawn.friends / "Bob.png", ("Bob", 20, 20))
     content, _ = drawn.who(group, code=1)
+    # Eve is not in this list, because her folder contains no photo.
     assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
 
 
@@ -229,8 +233,9 @@ def test_photo_that_crashes_the_reader_does_not_affect_other_photos(drawn, monke
     read = pipeline.run_limited_each
 
     def crash_on_bad_photo(module, given, **limits):
-        if any(path == bad for path, _ in given):
-            raise UserError(f"{given[0][0]}: its reader ended with SIGSEGV")
+        batch = [path for path, _ in given]
+        if bad in batch:
+            raise UserError(f"{batch[0]}: its reader ended with SIGSEGV")
         return read(module, given, **limits)
 
     monkeypatch.setattr(pipeline, "run_limited_each", crash_on_bad_photo)
@@ -275,18 +280,19 @@ def interrupt(*args, **options):
 @pytest.mark.slow
 def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, monkeypatch):
     film, table = drawn.meet("Ada", "Bob"), drawn.out / "unknown.tsv"
+    # The user gives two wrong names: Eve (unknown 1) is Ada, and Ada in the first shot is Eve.
     named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
     table.write_text(named)
 
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
         drawn.who(film, code=130)
-    # Ada has her photo and the clip of unknown 1.
+    # Ada has her photo and the clip of unknown 1. Bob has a photo, and Eve has a clip.
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
 
     table.write_text(named)  # as it was before the call
     shutil.rmtree(drawn.friends / "Ada")
-    assert drawn.who(film)[0]["people"] == {"Bob": 1, "Eve": 1}
+    assert drawn.who(film).content["people"] == {"Bob": 1, "Eve": 1}
 
 
 @pytest.mark.slow
@@ -309,11 +315,12 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
         write_film(film, shot(name))
         drawn.who(film, people=False)
         table.write_text(re.sub(r"unknown \d", name, table.read_text()))
-        assert drawn.who(film, people=False)[0]["people"] == {name: 1}
+        assert drawn.who(film, people=False).content["people"] == {name: 1}
 
 
 @pytest.mark.slow
 def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
+    """A live photo is a photo and a short film with the same name. Only the photo is read."""
     films = drawn.folder / "films"
     for place, name in (("", "Ada"), ("2019/summer", "Bob"), (".hidden", "Eve")):
         (films / place).mkdir(parents=True, exist_ok=True)
@@ -337,7 +344,7 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     other.parent.mkdir()
     write_film(other, shot("Bob"))
 
-    def films():
+    def list_films():
         subtitles = {path.stem for path in (drawn.out / "subtitles").glob("*.srt")}
         return {row["video"] for row in drawn.rows()}, subtitles
 
@@ -345,29 +352,29 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     drawn.who(other.parent)
     folder = drawn.folder.name
     paths = {f"{folder}/party.mkv", "other/party.mkv"}
-    assert films() == (paths, {f"{folder} - party", "other - party"})
+    assert list_films() == (paths, {f"{folder} - party", "other - party"})
 
     # A film is not read a second time, even if it was moved: reading would now fail.
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "film_lib", None)
         moved = film.rename(film.with_name("the party.mkv"))
-        assert "the party.mkv: 6.0 s, 3 shots, 4 faces, as before" in drawn.who(moved)[1]
-    assert films() == ({"the party.mkv", "party.mkv"}, {"the party", "party"})
+        assert "the party.mkv: 6.0 s, 3 shots, 4 faces, as before" in drawn.who(moved).output
+    assert list_films() == ({"the party.mkv", "party.mkv"}, {"the party", "party"})
 
     # If a film changes but keeps its size and time, only --check sees the change.
     info, content = other.stat(), bytearray(other.read_bytes())
     content[-1] ^= 1
     other.write_bytes(content)
     os.utime(other, ns=(info.st_atime_ns, info.st_mtime_ns))
-    assert "as before" in drawn.who(other)[1]
-    assert "replaces another" in drawn.who(other, flags=["--check"])[1]
+    assert "as before" in drawn.who(other).output
+    assert "replaces another" in drawn.who(other, flags=["--check"]).output
 
     # A film that no longer exists stays in the results until --prune.
     moved.unlink()
-    assert "1 film cannot be found, such as the party.mkv: to delete" in drawn.who(other)[1]
-    assert f"{moved} no longer exists" in drawn.who(other, flags=["--prune"])[1]
-    assert films() == ({"party.mkv"}, {"party"})
-    assert not list((drawn.out / "features").glob("party.s002*"))
+    assert "1 film cannot be found, such as the party.mkv: to delete" in drawn.who(other).output
+    assert f"{moved} no longer exists" in drawn.who(other, flags=["--prune"]).output
+    assert list_films() == ({"party.mkv"}, {"party"})
+    assert not (drawn.out / "features" / "party.npz").exists(), "features of the deleted film"
 
 
 @pytest.mark.slow
@@ -398,7 +405,7 @@ def test_adding_voice_models_keeps_all_names(drawn):
     # Without voice models, the gallery does not fit the models.
     for name in ("speech", "voice"):
         (drawn.models / f"{name}.json").unlink()
-    assert "other models of audio" in drawn.who(film, code=2)[1]
+    assert "other models of audio" in drawn.who(film, code=2).output
 
 
 @pytest.mark.slow
@@ -427,44 +434,44 @@ def test_photos_that_seem_to_show_another_person_are_reported(drawn):
 
 
 def test_enrol_reports_photos_without_one_good_face(drawn):
-    photos, people, g = (drawn.folder / name for name in ("photos", "people", "g"))
+    photos, people, gallery = (drawn.folder / name for name in ("photos", "people", "g"))
     write_photo(photos / "none.png")
     write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
     write_photo(photos / "one.png", ("Ada", 20, 20))
     write_photo(photos / "poor.png", ("Ada", 20, 20), dim=True)
     pipeline.extract([photos], people / "Ada", drawn.models)
-    Gallery.of_models(g, drawn.models)
+    Gallery.of_models(gallery, drawn.models)
 
     with pytest.warns(UserWarning, match="face") as caught:
-        drawn.run("gallery", "enrol", g, f"--input={people}")
+        drawn.run("gallery", "enrol", gallery, f"--input={people}")
 
     assert [str(warning.message).partition(":")[0] for warning in caught] == [
         f"{people}/Ada/{name}.png" for name in ("none", "poor", "two")
     ]
-    assert {*Gallery(g).clips} == {"Ada/one", "Ada/poor"}  # poor faces are enrolled, too
+    assert {*Gallery(gallery).clips} == {"Ada/one", "Ada/poor"}  # poor faces are enrolled, too
 
     # The second face of a photo is enrolled by the name of its clip.
     words = (f"--input={people / 'Ada' / 'two.npz'}", "--clip=two.f02", "--identity=Bob")
-    drawn.run("gallery", "enrol", g, *words)
-    assert Gallery(g).identities == {"Ada": 2, "Bob": 1}
+    drawn.run("gallery", "enrol", gallery, *words)
+    assert Gallery(gallery).identities == {"Ada": 2, "Bob": 1}
 
 
 def test_enrol_ignores_tracks_whose_clips_are_absent(drawn):
-    photos, made, g = (drawn.folder / name for name in ("photos", "made", "g"))
+    photos, made, gallery = (drawn.folder / name for name in ("photos", "made", "g"))
     write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
     write_photo(photos / "odd.png", ("Ada", 20, 20))
     pipeline.extract([photos], made, drawn.models)
-    Gallery.of_models(g, drawn.models)
+    Gallery.of_models(gallery, drawn.models)
 
-    (_, face), *_ = read_arrays(made).items()
-    write_npz(made / "two.npz", {"two.f01": face})  # without two.f02
+    ada = read_arrays(made)["two.f01"]
+    write_npz(made / "two.npz", {"two.f01": ada})  # without two.f02
     facts = made / "videos" / "odd.json"
     facts.write_text(facts.read_text().replace('"odd"', '".x"'))  # no such clip
 
     with pytest.warns(UserWarning, match=r"odd\.png: the photo shows no face"):
-        drawn.run("gallery", "enrol", g, f"--input={made}", "--identity=Ada")
+        drawn.run("gallery", "enrol", gallery, f"--input={made}", "--identity=Ada")
     # Now two.png has one track, so its face enrols Ada. A clip without a track enrols Ada, too.
-    assert {*Gallery(g).clips} == {"odd", "two.f01"}
+    assert {*Gallery(gallery).clips} == {"odd", "two.f01"}
 
 
 def pictures_of(path):
@@ -521,9 +528,10 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
     photo = drawn.friends / "Ada" / "2.png"
     write_photo(photo, *GROUP, tagged=GROUP)
     film = drawn.meet("Ada", "Eve")
-    clip = f"--input={drawn.out / 'features' / 'party.npz'}"
-    drawn.gallery("enrol", clip, "--clip=party.s002.t00", "--identity=Bob")
+    features = f"--input={drawn.out / 'features' / 'party.npz'}"
+    drawn.gallery("enrol", features, "--clip=party.s002.t00", "--identity=Bob")  # a label by a user
     drawn.who(film)
+    # The code is 1, because the gallery and the results still contain Bob.
     content, _ = drawn.run("forget", "--identity=Bob", drawn.out, code=1)
     assert {place["kind"] for place in content["places"]} == {"gallery", "who"}
 
@@ -534,20 +542,20 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):
     else:
         shutil.rmtree(photo.parent)
 
-    assert "Bob no longer has photos and is forgotten" in drawn.who(film)[1]
+    assert "Bob no longer has photos and is forgotten" in drawn.who(film).output
     assert "Bob" not in Gallery(drawn.out / "gallery").identities
-    assert drawn.run("forget", "--identity=Bob", drawn.out)[0]["places"] == []
+    assert drawn.run("forget", "--identity=Bob", drawn.out).content["places"] == []
 
 
 @pytest.mark.slow
 def test_last_person_without_photos_is_forgotten(drawn):
     film = drawn.meet("Ada")
     shutil.rmtree(drawn.friends / "Ada")
-    assert "Ada no longer has photos and is forgotten" in drawn.who(film, code=2)[1]
+    assert "Ada no longer has photos and is forgotten" in drawn.who(film, code=2).output
     assert not Gallery(drawn.out / "gallery").identities
     assert not (drawn.out / "people/Ada").exists()
     shutil.rmtree(drawn.out)
-    assert "contains no photos" in drawn.who(film, code=2)[1]
+    assert "contains no photos" in drawn.who(film, code=2).output
     assert not drawn.out.exists()
 
 
@@ -562,7 +570,7 @@ def test_people_of_an_unreadable_tagged_photo_are_not_forgotten(drawn):
     assert "forgotten" not in output and "Bob cannot be recognised" in output
 
     photo.write_bytes(whole)
-    assert drawn.who(film)[0]["people"] == {"Ada": 1, "Bob": 1, "Eve": 1}
+    assert drawn.who(film).content["people"] == {"Ada": 1, "Bob": 1, "Eve": 1}
 
 
 def test_poor_faces_and_damaged_tags_are_reported_in_every_call(drawn):
@@ -621,7 +629,10 @@ def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     drawn.who(group)
 
     # The folder of one person, and a folder of other people: neither contains Ada and Bob.
-    for folder, hint in (("Ada", f"--people={drawn.friends}"), ("strangers", "an empty folder")):
+    for folder, hint in (
+        ("Ada", f"--people={drawn.friends}"),
+        ("strangers", "an empty folder to forget them"),
+    ):
         write_photo(drawn.friends / folder / "new.png", ("Eve", 40, 40))
         flags = [f"--people={drawn.friends / folder}"]
         _, output = drawn.who(group, people=False, flags=flags, code=2)
@@ -648,12 +659,12 @@ def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(dr
     done = command("who", drawn.film(), *words)
 
     assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
-    assert "over 99 %" in done.out and "100%" not in done.out
+    assert "over 99 %" in done.out and "100 %" not in done.out
     assert "1 person without a name: to name them, add --review" in done.out  # Eve
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):
-    arguments, g = ([write_group(drawn)], drawn.out, drawn.models), drawn.folder / "g"
+    arguments, gallery = ([write_group(drawn)], drawn.out, drawn.models), drawn.folder / "g"
     pipeline.extract(*arguments)
 
     slower = features_folder.ExtractionSettings(fps=2.0)
@@ -663,6 +674,6 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
     card.write_text(json.dumps(json.loads(card.read_text()) | {"notes": "another"}))
     refused(lambda: pipeline.extract(*arguments), "with another net for the role face_embedder")
 
-    Gallery.of_models(g, drawn.models)
-    words = ("gallery", "enrol", g, f"--input={drawn.out}", "--identity=Ada")
-    assert "not from the model of the gallery" in drawn.run(*words, code=2)[1]
+    Gallery.of_models(gallery, drawn.models)
+    words = ("gallery", "enrol", gallery, f"--input={drawn.out}", "--identity=Ada")
+    assert "not from the model of the gallery" in drawn.run(*words, code=2).output

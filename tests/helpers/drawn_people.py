@@ -1,6 +1,7 @@
 """Films and photos of drawn people, and nets that identify them by the colours of their faces."""
 
 import json
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +43,10 @@ def write_photo(path, *faces, dim=False, tagged=()):
 
 
 def write_film(path, *shots, fps=10, codec=None, size=(96, 128), **options):
-    """Writes a film, .mkv without loss; each shot is (seconds, brightness, faces)."""
+    """Writes a film, .mkv without loss; each shot is (seconds, brightness, faces).
+
+    A face is (name, left, top). In a shot, faces move to the right by a pixel every two pictures.
+    """
     pictures = (
         picture([(name, left + number // 2, top) for name, left, top in faces], brightness, size)
         for seconds, brightness, faces in shots
@@ -83,11 +87,19 @@ def write_party(path):
 
 
 def extract(path, out, models, **settings):
+    """Extracts a film or photo into the folder `out`; returns the facts of the film, and clips."""
     settings = features_folder.ExtractionSettings(**settings)
     nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
     out.mkdir(exist_ok=True)
     told = film.extract(path, out, path.stem, nets, settings, stamp.of(path), "0" * 64)
     return told, clip_files.read_arrays(out)
+
+
+class Done(NamedTuple):
+    """What a command with --json prints: `content` to stdout, and messages (`output`) to stderr."""
+
+    content: dict[str, Any]
+    output: str
 
 
 class Drawn:
@@ -102,20 +114,23 @@ class Drawn:
         self.friends, self.out = folder / "friends", folder / "out"
 
     def film(self):
+        """Writes the film party.mkv; returns its path."""
         return write_party(self.folder / "party.mkv")
 
     def befriend(self, *names):
+        """Writes a photo of each person into a folder of the person."""
         for name in names:
             write_photo(self.friends / name / "1.png", (name, 40, 40))
 
     def run(self, *words, code=0):
-        """Runs a command that must end with a code; returns what --json prints, and messages."""
+        """Runs a command that must end with the exit code `code`."""
         self._capsys.readouterr()
         found, said = program.main([*map(str, words), "--json"]), self._capsys.readouterr()
         assert found == code and (code != 2 or "Traceback" not in said.err), said.err
-        return json.loads(said.out) if said.out else {}, said.err
+        return Done(json.loads(said.out) if said.out else {}, said.err)
 
     def who(self, *films, people=True, flags=(), code=0):
+        """Runs `vidjax who`, if `people` with the photos of `friends`."""
         flags = [f"--models={self.models}", f"--out={self.out}", *flags]
         flags += [f"--people={self.friends}"] if people else []
         return self.run("who", *films, *flags, code=code)
@@ -132,9 +147,11 @@ class Drawn:
         return self.run("extract", *paths, *flags, code=code)
 
     def rows(self):
+        """Returns the appearances in names.jsonl, in order of time."""
         return [json.loads(line) for line in (self.out / "names.jsonl").read_text().splitlines()]
 
     def names(self):
+        """Returns clip -> name, where None is an ignored clip."""
         return {clip: row["identity"] for row in self.rows() for clip in row["clips"]}
 
     def gallery(self, command, *words):

@@ -27,7 +27,7 @@ NO_FILMS = {
 
 
 def scene(seed: int, height: int = 120, width: int = 160) -> np.ndarray:
-    """Returns a picture of soft patches in the colours of a room, uint8 [height, width, 3]."""
+    """Returns 6 x 8 patches in colours of a room, uint8 [height, width, 3]."""
     rng = np.random.default_rng(seed)
     low, high = np.sort(rng.uniform(0, 255, (2, 3)), axis=0)
     coarse = rng.uniform(low, high, (6, 8, 3)).repeat(-(-height // 6), 0).repeat(-(-width // 8), 1)
@@ -137,6 +137,7 @@ def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
 
 
 def read_photo(path: Path) -> np.ndarray:
+    """Returns the picture of a photo, uint8 [H, W, 3], as `vidjax who` reads it."""
     with decode.open_video(path) as video:
         (frame,) = video.frames(1.0)
     assert video.info.photo and frame.rgb is not None

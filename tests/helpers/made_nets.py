@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-SIDE, WIDTH = 8, 5  # of the embedder's crops and vectors
+SIDE, WIDTH = 8, 5  # the side of the embedder's crops, and the width of its vectors
 FACE = 16  # side in pixels of the squares that the detector finds
 POINTS = np.array([(0.3, 0.3), (0.7, 0.3), (0.5, 0.5), (0.35, 0.8), (0.65, 0.8)])  # x, y of a box
 # The matrix of the embedder, for pixels row by row in rgb.
@@ -104,6 +104,8 @@ def loudness():
 
 
 def model(nodes, weights, shape, outputs, more=None):
+    """Returns the bytes of an ONNX net with the input x [B, *shape], and `more` inputs."""
+
     def value(name, dims, kind=TensorProto.FLOAT):
         return helper.make_tensor_value_info(name, kind, dims)
 
@@ -117,7 +119,7 @@ def model(nodes, weights, shape, outputs, more=None):
 
 
 def back_end(same=(0.95, 0.05), different=(0.1, 0.2), width=WIDTH):
-    """Returns the back end of a card: the distribution of cosines in pairs of vectors."""
+    """Returns the back end of a card: the mean and deviation of the cosines of pairs of vectors."""
     pairs = {"same": [*same], "different": [*different], "pairs": [10, 10]}
     return {"centre": [0.0] * width, "data": "made", **pairs}
 
