@@ -2,9 +2,9 @@
 
 import os
 
-# Before jax or TensorFlow is imported anywhere. Eight devices on two cores may wait for each other
-# longer than the 40 seconds after which XLA aborts the process. Twice a blend over eight devices
-# hung: a device that waits may keep one of XLA's threads, of which there are `NPROC`.
+# JAX and TensorFlow read these variables when they are imported. Eight devices on two cores may
+# wait for each other longer than 40 seconds. By default, XLA then aborts the process. XLA has
+# `NPROC` threads, and a device that waits may block a thread: with few threads, a blend hung twice.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=180"
@@ -30,18 +30,18 @@ from jax._src import compiler
 from tests.helpers import clip_files, limits
 
 ROOT = Path(__file__).parent.parent
-# Fewer programs in flight, and no memory of several.
+# Programs run one after the other, so that they do not need memory at the same time.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-MOST_RESIDENT = [2 << 30]  # bytes of this process above which programs are forgotten
-gc.set_threshold(100_000, 50, 50)  # tracing makes objects by the million, which nothing frees
+MOST_RESIDENT = [2 << 30]  # if this process has more bytes, compiled programs are forgotten
+gc.set_threshold(100_000, 50, 50)  # rarely: JAX makes millions of objects that stay in use
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--campaign", action="store_true", help="random faults by the hundred")
+    parser.addoption("--campaign", action="store_true", help="hundreds of random faults")
     parser.addoption("--fault-seed", type=int, help="repeats the faults of a failed test")
 
 
-# Files of few tests that take long. Started last, one would leave the other processes idle.
+# Files with few, long tests. If such a file started last, the other processes would be idle.
 LONG_FILES = {
     "test_adding.py", "test_blend.py", "test_distributed.py", "test_everything.py",
     "test_export.py", "test_gallery_commands.py", "test_kill.py", "test_notebooks.py",
@@ -62,13 +62,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def campaign(pytestconfig: pytest.Config) -> bool:
-    """Whether random faults come by the hundred (`--campaign`) or as a sample."""
+    """Whether tests cause hundreds of random faults (`--campaign`) instead of a few."""
     return bool(pytestconfig.getoption("--campaign"))
 
 
 @pytest.fixture
 def fault_seed(request: pytest.FixtureRequest, campaign: bool) -> int:
-    """A seed for random faults; in a campaign another one every time, which a failed test shows."""
+    """A seed for random faults, which a failed test prints. In a campaign, each seed is new."""
     given = request.config.getoption("--fault-seed")
     seed = time.time_ns() % 10**9 * campaign if given is None else given
     sys.stdout.write(f"the same faults again: pytest {request.node.nodeid} --fault-seed={seed}\n")
@@ -92,12 +92,12 @@ def forget_programs() -> Iterator[None]:
     if limits.held_by(os.getpid()) > MOST_RESIDENT[0]:
         jax.clear_caches()
         gc.collect()
-        # What is free is not always given back, and another look would find as much.
+        # The process may keep freed memory. If the limit did not grow, each module would forget.
         MOST_RESIDENT[0] = max(MOST_RESIDENT[0], limits.held_by(os.getpid()) + (1 << 29))
 
 
-# Fusion emitters take half of the time of compilation; jax has no setting for them. A program in
-# one part takes a tenth less than one whose parts are compiled side by side.
+# Fusion emitters take half of the time of compilation; jax has no setting for them. A program that
+# is compiled as a whole takes a tenth less time than several parts that are compiled in parallel.
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
@@ -106,7 +106,7 @@ QUICK = {
 
 
 def is_known(option: str, value: Any) -> bool:
-    """Returns False for a compile option that the XLA of a later JAX has no more."""
+    """Returns whether XLA knows a compile option. A later JAX may lack the option."""
     try:
         jax.jit(abs).lower(1.0).compile(compiler_options={option: value})
     except jax.errors.JaxRuntimeError:
@@ -135,6 +135,7 @@ def compile_quickly() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests with the mark `optimized` compile their programs as commands do."""
     optimized = request.node.get_closest_marker("optimized") is not None
     jax.config.update("jax_disable_most_optimizations", not optimized)
     yield
@@ -143,7 +144,7 @@ def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A records cache that the tests share; the user's own is never touched."""
+    """A cache of records that all tests share. No test uses the cache of the user."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["VIDJAX_CACHE"] = str(folder)
     return folder
@@ -151,7 +152,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Drawn films and people, and the nets that know them."""
+    """Drawn films and people, and nets that identify the people."""
     for package in ("av", "onnxruntime", "onnx"):
         pytest.importorskip(package, reason="needs the extra [video]")
     from tests.helpers.drawn_people import Drawn
@@ -169,7 +170,8 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(_: str, given: Any, **limits: Any) -> Any:
         film._load_nets.cache_clear()
         told = [processes._answer(film.work, str(path), arguments, "") for path, arguments in given]
-        return [processes._parse_answer(answer) for answer in json.loads(json.dumps(told))]
+        answers = json.loads(json.dumps(told))  # as children send them
+        return [processes._parse_answer(answer) for answer in answers]
 
     monkeypatch.setattr(pipeline, "run_limited_each", read)
 

@@ -105,7 +105,7 @@ def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cach
     source = arrays.FeatureFolder(folder)
     records = convert(source, cache)
 
-    assert source.read_labels(records.clips) == {}
+    assert source.read_labels(records.clips) == {}  # the folder has no labels
     assert digests(records) == digests(convert(arrays.FeatureDict(splits), cache))
     lengths = records.splits["train"].lengths["face"].tolist()
     assert {1, 2, 3} <= {*lengths}  # clip i has i % 4 frames
@@ -190,12 +190,13 @@ def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path, c
     assert convert_both() == first
 
     frames["quality"][0] += 1
+    # The file of the clip also loses the other fields.
     np.savez(folder / "val" / "val_03.npz", face=frames["features"], face_quality=frames["quality"])
     assert not {*first} & {*convert_both()}
 
 
 def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
-    two = {"features": np.zeros((2, DIM), np.float32)}  # a correct clip of two frames
+    two = {"features": np.zeros((2, DIM), np.float32)}  # correct features of two frames
     for value, words in (
         (np.zeros((2, DIM + 1)), "features are 7 wide, but 6 wide in other clips: "),
         ([[1.0, 2.0], [3.0]], "rows have different lengths"),
@@ -254,10 +255,11 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         (b"clip,identity\n\xff,1\n", "UTF-8"),
         (tmp_path / "none.csv", "none.csv", "does not exist"),
     ):
+        labels = given
         if isinstance(given, bytes):  # the content of a table
-            (tmp_path / "labels.csv").write_bytes(given)
-            words, given = [*words, "labels.csv"], tmp_path / "labels.csv"
-        refused(make_splits(), *words, labels=given)
+            labels, words = tmp_path / "labels.csv", [*words, "labels.csv"]
+            labels.write_bytes(given)
+        refused(make_splits(), *words, labels=labels)
 
 
 def test_load_errors_name_the_missing_setting_or_folder(tmp_path):

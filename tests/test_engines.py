@@ -61,7 +61,7 @@ def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
     )
 
     assert by_one == by_two
-    assert len(by_one) > 10
+    assert len(by_one) > 10  # at least 8 shards of each split, and three other files
 
 
 def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
@@ -73,7 +73,10 @@ def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
 
 
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
-    """On a file system with ticks of 2 s, a second write in a tick does not change the time."""
+    """On a file system with ticks of 2 s, a second write in a tick does not change the time.
+
+    So a digest is stored only if the last tick before the call was without a write.
+    """
     path, sha256_file, tick = tmp_path / "a.npz", files.sha256_file, 10**8
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)
@@ -110,7 +113,7 @@ def test_file_that_changes_during_the_conversion_is_refused(tmp_path):
 def test_failure_of_one_process_ends_the_other_processes():
     def work(children, item):
         if item == "fails":
-            time.sleep(0.3)
+            time.sleep(0.3)  # the process of "waits" has begun
             raise ValueError("a file is damaged")
         children.run("code", given=b"import time; time.sleep(60)\n", timeout=60)
 
@@ -121,7 +124,10 @@ def test_failure_of_one_process_ends_the_other_processes():
 
 
 def run(wanted, cpu_seconds=20, **more):
-    """Runs the job of `tests/helpers/limited_job.py` in a child with limits."""
+    """Runs the job of `tests/helpers/limited_job.py` in a child with limits.
+
+    The job "echo" returns its arguments, and tries to open a socket and to run a program.
+    """
     limits: Any = {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds}
     return processes.run_limited(
         limited_job.__name__, Path("film.mp4"), {"wanted": wanted, **more}, **limits
@@ -149,7 +155,7 @@ def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
     assert len(str(caught.value).splitlines()) <= 3
 
 
-@pytest.mark.parametrize(("groups", "files", "most", "free", "cores"), [
+@pytest.mark.parametrize(("groups", "files", "limit", "free", "cores"), [
     (None, {}, None, None, None),  # not Linux
     (V2, {
         "memory.max": "max", "pod/one/memory.max": 16 * MB, "pod/one/memory.current": 8 * MB,
@@ -158,12 +164,12 @@ def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
     }, 16 * MB, (16 - 8 + 4) * MB, 1),  # memory of inactive files is free
     (V2, {"memory.max": 16 * MB}, 16 * MB, 16 * MB, None),  # the container sees only its own group
     (V1, {
-        "memory/pod/one/memory.limit_in_bytes": 1 << 63,
+        "memory/pod/one/memory.limit_in_bytes": 1 << 63,  # no limit
         "memory/pod/memory.limit_in_bytes": 16 * MB, "memory/pod/memory.usage_in_bytes": 8 * MB,
         "cpu/pod/one/cpu.cfs_quota_us": 50000, "cpu/pod/one/cpu.cfs_period_us": 100000,
-    }, 16 * MB, 8 * MB, 1),
+    }, 16 * MB, 8 * MB, 1),  # half a core is rounded up
 ])  # fmt: skip
-def test_memory_and_cores_are_read_from_cgroups(tmp_path, groups, files, most, free, cores):
+def test_memory_and_cores_are_read_from_cgroups(tmp_path, groups, files, limit, free, cores):
     texts = {f"sys/fs/cgroup/{name}": f"{value}\n" for name, value in files.items()}
     if groups:
         texts["proc/self/cgroup"] = groups
@@ -171,7 +177,8 @@ def test_memory_and_cores_are_read_from_cgroups(tmp_path, groups, files, most, f
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
 
+    # Without a limit, the values of the machine count. Free memory is then unknown, which gives 0.
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert machine.memory_bytes(tmp_path) == (most or physical)
+    assert machine.memory_bytes(tmp_path) == (limit or physical)
     assert machine.free_bytes(tmp_path) == (free or 0)
     assert machine.num_cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))

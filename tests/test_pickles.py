@@ -28,7 +28,8 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
 
     lengths = {b"c0": 3, b"c1": 0, b"c2": 2, b"c3": 40}
     value = {clip: [*map(frame, range(count))] for clip, count in lengths.items()}
-    value[b"c2"][1][4][5] = np.nan  # a feature of frame 1
+    *_, features_of_frame_1 = value[b"c2"][1]
+    features_of_frame_1[5] = np.nan
     kept = [entry for entries in value.values() for entry in entries if np.isfinite(entry[4]).all()]
 
     for name, data in {"2": python2.dumps(value), "3": pickle.dumps(value)}.items():
@@ -100,6 +101,7 @@ def test_label_and_weight_files_parse_equally_after_any_editor(edit, tmp_path):
     by_identity = "9 V_70.mp4 V_900.mp4\n10 V_8.mp4\n"
     assert truth(tmp_path, edit(by_clip)) == wanted
     assert truth(tmp_path, edit(by_identity)) == wanted
+    # Without .mp4, the name of the file decides: only train has the clips in the first column.
     for text, name in ((by_clip, "train_gt.txt"), (by_identity, "val_gt.txt")):
         assert truth(tmp_path, edit(text).replace(".mp4", ""), name) == wanted
 

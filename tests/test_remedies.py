@@ -48,6 +48,7 @@ def test_suggested_command_of_an_error_runs(
 
 def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(tmp_path):
     run = made_runs.write(tmp_path / "run", {"1": 0.5})
+    # The gallery should come first, and the run second.
     refused(lambda: Gallery.create(run, "new"), "is a run: Gallery.create(", str(run))
     gallery = servers.make_gallery(tmp_path / "people")
     clips = {"c": {"face": np.ones((1, 8), np.float32)}}

@@ -80,11 +80,11 @@ def clips_of(data, modalities=MODALITIES, devices=1, splits=("train",), **change
 @pytest.mark.slow
 @nightly_after_first("split, devices", [("val", 8), ("train", 1)])
 def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devices):
-    clips, count = clips_of(ragged, devices=devices)[0], COUNTS[split]
+    (clips, *_), count = clips_of(ragged, devices=devices), COUNTS[split]
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
 
     only = np.random.default_rng(0).random(count) < 0.4  # scores only these clips
-    lengths = np.maximum(longest(ragged.split(split), MODALITIES), 40)
+    lengths = np.maximum(longest(ragged.split(split), MODALITIES), 40)  # more padding than needed
     for names, chosen, number in (
         (("face",), {"only": only}, only.sum()), (("face",), {"only": np.zeros_like(only)}, 0),
         (("body", "audio"), {"lengths": lengths}, count),
@@ -100,12 +100,12 @@ CHOSEN = np.sort(np.random.default_rng(1).permutation(33)[:29]).astype(np.int32)
 
 
 @pytest.mark.slow
-@nightly_after_first("crop, splits, modalities, first, epoch_clips", [
+@nightly_after_first("crop, splits, modalities, first_step, epoch_clips", [
     ("quality", ("val", "train"), ("body", "face"), 3, CHOSEN),
     ("window", ("train",), MODALITIES, 0, None),
 ])  # fmt: skip
 def test_resident_training_batches_equal_streaming_batches(
-    ragged, crop, splits, modalities, first, epoch_clips
+    ragged, crop, splits, modalities, first_step, epoch_clips
 ):
     """The steps cover three epochs of chosen clips or of all clips."""
     options = {"splits": splits, "crop": crop, "epoch_clips": epoch_clips}
@@ -117,8 +117,9 @@ def test_resident_training_batches_equal_streaming_batches(
         frames = {k: x._replace(features=fusion.read(x.features)) for k, x in batch.frames.items()}
         return batch._replace(frames=frames)
 
-    stream = ragged.train_batches(plan, step=first)
-    for step in range(first, first + 3 * plan.num_places // plan.batch_size):
+    stream = ragged.train_batches(plan, step=first_step)
+    num_steps = 3 * plan.num_places // plan.batch_size
+    for step in range(first_step, first_step + num_steps):
         jax.tree.map(np.testing.assert_array_equal, next(stream), draw(np.int32(step)))
 
 
@@ -147,7 +148,8 @@ def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
         field[-1] = 0  # the last frame is the empty frame of padding
     starts = np.cumsum(lengths, dtype=np.int32) - lengths
     packed = jax.device_put(Packed(*frames[:4], starts, lengths))
-    lazy = resident.gather_frames(packed, np.arange(6), np.arange(6) < 5, 12)
+    is_clip = np.arange(6) < 5  # the last row stays empty
+    lazy = resident.gather_frames(packed, np.arange(6), batch_mask=is_clip, size=12)
     assert isinstance(lazy.features, LazyFeatures) and lazy.features.shape == (6, 12, 5)
     plain = lazy._replace(features=fusion.read(lazy.features))
 
@@ -191,16 +193,16 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
     clips, layout, _ = clips_of(ragged)
-    # Features are float16.
-    empty_frame = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
+    # Each modality also has an empty frame for padding. Features are float16, of 2 bytes.
+    empty_frames = sum(2 * width + resident.SCALAR_BYTES for width in RAGGED.values())
     fields = ("features", "quality", "detection", "number")
     taken = [getattr(x, field).nbytes for x in clips.train.values() for field in fields]
-    assert sum(taken) == layout.nbytes + empty_frame
+    assert sum(taken) == layout.nbytes + empty_frames
 
 
 def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
     """Clips may take half of the free memory that a training step leaves."""
-    layout, mesh = clips_of(data, ("face", "audio"))[1], devices_lib.make_mesh(1)
+    (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
     twice = 2.0 * layout.nbytes
     for free, taken_by_step, wanted in (
         (twice, 0, "resident"), (0.995 * twice, 0, "streaming"),
@@ -215,7 +217,7 @@ def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
 
 def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
-    layout, mesh = clips_of(data, ("face", "audio"))[1], devices_lib.make_mesh(1)
+    (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
     for plan, num_drawn in ((huge, 100), (layout, 2**31)):
         assert resident.choose_mode("auto", plan, mesh, num_drawn) == "streaming"

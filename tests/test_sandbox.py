@@ -137,9 +137,9 @@ def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_w
     """If a clip refers to a clip of an earlier piece, the pickle is read as a whole."""
     _, clips = clips_with_nan
     whole = convert(tmp_path, clips)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
-    monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)
-    with_reference = {**clips, b"39": clips[b"20"]}
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)  # a piece for each clip
+    monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)  # clips that an opcode adds to the dict
+    with_reference = {**clips, b"39": clips[b"20"]}  # clips are read in the order of the dict
     assert convert(tmp_path, with_reference)["lengths"][39] == whole["lengths"][20]
 
     # Without `load`, pickles can be read only in pieces.
@@ -159,7 +159,7 @@ def test_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_w
     of_faces, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
 
     monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
-    monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)
+    monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)  # clips before the first block is written
 
     np.testing.assert_equal(convert(tmp_path, clips), of_faces)
     np.testing.assert_equal(convert(tmp_path, voices, "audio"), of_voices)

@@ -35,10 +35,10 @@ def make_items(seed):
 def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
     """If the preferred step is damaged, the other is restored with a warning. No file changes."""
     folder, workdir = tmp_path / "pristine" / "checkpoints", tmp_path / "damaged"
-    for step, score in {3: 0.9, 8: 0.1}.items():
-        checkpoint.save(folder.parent, step, make_items(step), {"map": score, "evaluated": True})
+    for step, mean_ap in {3: 0.9, 8: 0.1}.items():  # step 3 is the best, and step 8 the latest
+        checkpoint.save(folder.parent, step, make_items(step), {"map": mean_ap, "evaluated": True})
     before = contents(folder)
-    names = [name for name, content in before.items() if content]
+    names = [name for name, content in before.items() if content]  # files that are not empty
 
     everywhere = devices.replicated_layout(devices.make_mesh(1))
     rng, found_steps = random.Random(0), set()
@@ -109,7 +109,7 @@ def stopped(config, data, tmp_path_factory):
     """The folder of the same run, stopped by SIGINT between steps 6 and 12."""
     folder = tmp_path_factory.mktemp("checkpoints") / "stopped"
     with pytest.raises(signals.Interrupted):
-        run(config, folder, Interrupting(data, 9, signal.SIGINT))
+        run(config, folder, Interrupting(data, batch=9, signum=signal.SIGINT))
     assert 6 < max(checkpoint.manifests(folder)) < 12
     return folder
 
@@ -149,6 +149,7 @@ def test_evaluate_refuses_a_run_whose_checkpoints_are_all_damaged(command, finis
 
 def test_evaluate_refuses_changed_or_missing_identities_members_and_config(command, finished):
     ranking = (finished / "ranking.txt").read_bytes()
+    # The lengths of members.npz and of config.json stay the same. Digests reveal the changes.
     for name, old, new in (
         ("identities.json", b'"1",', b'"1000",'),
         ("members.npz", b"trained", b"traine\0"),
@@ -191,7 +192,7 @@ def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, dat
 
 
 def test_resuming_with_another_configuration_is_refused_with_the_difference(say, words, parts):
-    """The run is refused even without config.json: the checkpoint contains the digest."""
+    """The run is refused even without config.json: checkpoints also contain the configuration."""
     before = contents(parts / "checkpoints")
 
     for word, difference in [
@@ -206,9 +207,11 @@ def test_resuming_with_another_configuration_is_refused_with_the_difference(say,
 
 
 def test_finished_run_can_train_more_epochs_but_not_fewer(config, words, data, finished, say):
+    # Both fields may change when a run is resumed.
     more = ("--config.num_epochs=6", "--config.checkpoint_every_seconds=77")
     with pytest.raises(signals.Interrupted):
-        run(config_io.override(config, more), finished, Interrupting(data, 1, signal.SIGINT))
+        interrupting = Interrupting(data, batch=1, signum=signal.SIGINT)
+        run(config_io.override(config, more), finished, interrupting)
 
     assert config_io.load_workdir(finished).num_epochs == 6
     assert "num_epochs: 6.0 -> 5.0" in say(*words, f"--workdir={finished}", code=2)
@@ -240,7 +243,7 @@ def test_moved_run_with_half_written_log_lines_resumes_to_the_same_bytes(
     assert_same_run(place, whole, RUN_FILES)
     steps = [json.loads(line)["step"] for line in (place / "timing.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
-    (place / "ranking.txt").unlink()
+    (place / "ranking.txt").unlink()  # the evaluation writes it again
     say("evaluate", "--workdir=./a link/")
     assert_same_run(place, whole)
 
@@ -285,17 +288,18 @@ def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, 
 
 
 def test_full_disk_stops_training_and_loses_no_checkpoint(config, data, stopped, mounted, campaign):
-    """The number of free bytes decides whether the start, a log or a save fails."""
+    """The number of free bytes decides which file has no room: at the start, a log or a save."""
     small_disk = mounted("size=16m,mode=777") or pytest.skip("no file system may be mounted here")
     parts, failed_files = small_disk / "parts", set()
     step = stopped / "checkpoints" / str(max(checkpoint.manifests(stopped)))
     one_save = sum(map(len, contents(step).values()))
 
-    for share in np.random.default_rng(0).uniform(0, 0.9, 20) if campaign else (0.0, 0.5):
+    shares = np.random.default_rng(0).uniform(0, 0.9, 20) if campaign else (0.0, 0.5)
+    for share_of_save in shares:
         shutil.copytree(stopped, parts)
         before = contents(parts / "checkpoints")
 
-        with filled(small_disk, int(share * one_save)):
+        with filled(small_disk, int(share_of_save * one_save)):
             error = failing_run(config, parts, data)
 
         assert str(parts) in error and "No space left" in error, error
@@ -303,4 +307,4 @@ def test_full_disk_stops_training_and_loses_no_checkpoint(config, data, stopped,
         failed_files.add(error.split("'")[1].removeprefix(str(parts)))
         shutil.rmtree(parts)
 
-    assert len(failed_files) > 1, failed_files
+    assert len(failed_files) > 1, failed_files  # the shares fill the disk at different files

@@ -173,7 +173,7 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
             shutil.copytree(whole, at)
             place = at / entry.relative_to(whole)
             victim.mkdir()
-            if kind == "link":
+            if kind == "link":  # the entry belongs to the victim, and the folder has only a link
                 moved = place.rename(victim / place.name)
                 place.symlink_to(moved)
                 for folder in (victim, *victim.rglob("*/")):
@@ -186,6 +186,7 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
             call(row.words, at=at, new=new, **world)
 
             assert made_runs.snapshot(victim) == before, (place, kind)
+            # No command copies a link, because a copy would lead to the files of the victim.
             assert not [path for path in new.rglob("*") if path.is_symlink()]
             shutil.rmtree(victim)
             shutil.rmtree(at)

@@ -56,7 +56,7 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
         with start_extract(*inputs, f"--out={out}") as process:  # is killed at the end of `with`
             if number % 2 == 0:  # kills it while clips are written and moved
                 # Unlike glob, os.walk ignores folders that are deleted meanwhile.
-                while process.poll() is None and ".npz" not in str([*os.walk(out)]):
+                while process.poll() is None and ".npz" not in str([*os.walk(out)]):  # no clip yet
                     time.sleep(0.002)
                 time.sleep(rng.random() * 0.05)
             else:
@@ -103,6 +103,7 @@ def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
     write_photo(photo, ("Ada", 20, 20))
     inputs = [photo, drawn.film()]
 
+    # A limit on the size of files stands for a full disk.
     with file_limit(1500):  # room for extract.json, but not for the clips of the film
         _, stderr = drawn.extract(*inputs, flags=["--workers=1"], code=2)
 
@@ -184,7 +185,8 @@ def test_names_of_people_are_escaped_in_every_output_or_refused(drawn, read_here
     assert page.read_text().count("<script") == 1
     assert "\t'=cmd()\t" in table.read_text()  # the ' prevents a formula
     text = (drawn.out / "subtitles" / "party.vtt").read_text()
-    assert all(line.count("-->") == (":" in line) for line in text.splitlines())  # only in times
+    # Lines of times have a colon and one arrow. All other lines have neither.
+    assert all(line.count("-->") == (":" in line) for line in text.splitlines())
     assert "<" not in text and "--&gt;" in text and "&amp;" in text
 
 
@@ -277,7 +279,7 @@ def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_
         subprocess.run([sys.executable, "-c", HALF, path], check=False)
         assert path.stat().st_size and path.with_name(store.JOURNAL_FILE).stat().st_size
 
-    assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3
+    assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3  # Ada, Bob, Eve
 
 
 def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here):
@@ -373,4 +375,4 @@ def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
     # Bob's photo is replaced by a photo of Eve, who gets the name Bob.
     write_photo(friends / "Bob" / "1.png", ("Eve", 40, 40))
     call_who()
-    assert drawn.names()["party.s001.t00"] == "Bob"
+    assert drawn.names()["party.s001.t00"] == "Bob"  # the clip of the second shot shows Eve

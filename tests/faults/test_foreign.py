@@ -69,7 +69,7 @@ def complaint(command):
 def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path):
     """A hard link gives a file a second name: `cp -al` or a stranger may have made it."""
     lock, empty = tmp_path / ".lock", tmp_path / "empty"
-    lock.write_text("my notes")
+    lock.write_text("my notes")  # a file of the user has the name of the lock
     with pytest.raises(ValueError, match=r"move the file elsewhere"), files.lock(tmp_path):
         pass
     assert lock.read_text() == "my notes"
@@ -104,14 +104,14 @@ def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complain
         kept = path.rename(stranger / "kept")
         content = kept.read_bytes()
 
-        for kind, expected in words.items():
-            mutations.put(path, kind, kept)
+        for kind, expected in words.items():  # for the kinds see `mutations.put`
+            mutations.put(path, kind, target=kept)
             code, output = complaint(mode, stranger)
             assert code in (2, 3) and name in output, output
             assert all(word in output for word in expected), output
 
         assert kept.read_bytes() == content
-        path.rmdir()
+        path.rmdir()  # the last kind is a folder
         kept.rename(path)
 
 
@@ -163,6 +163,7 @@ def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complain
         assert "metrics.json' is damaged" in output and "vidjax evaluate" in output
 
 
+# The folder `stranger` is of a run with 2 identities and 50 clips.
 WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []}
 
 
@@ -193,7 +194,7 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
     link.symlink_to(real)
     with pytest.raises(checkpoint.DamagedError, match="is a link"):
         checkpoint.verify(link)
-    assert load(place.parent)[1]["step"] == 2
+    assert load_latest(place.parent) == 2
     checkpoint.save(place.parent, 3, ITEMS, {"map": 0.5})
     assert not link.is_symlink() and contents(real) == before
 
@@ -207,17 +208,20 @@ ITEMS = {"params": {"kernel": np.arange(3.0, dtype=np.float32)}}
 
 
 def save(folder, *steps):
+    """Saves checkpoints; returns the folder of the last checkpoint."""
     for step in steps:
         checkpoint.save(folder, step, ITEMS, {})
     return folder / "checkpoints" / str(steps[-1])
 
 
-def load(folder):
+def load_latest(folder):
+    """Loads the latest undamaged checkpoint; returns its step."""
     everywhere = devices.replicated_layout(devices.make_mesh(1))
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
         latest = checkpoint.find(folder)
         assert latest is not None
-        return checkpoint.load(latest, ITEMS, everywhere), latest.manifest
+        checkpoint.load(latest, ITEMS, everywhere)
+        return latest.manifest["step"]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +240,7 @@ def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
     manifest["files"] = dict.fromkeys(("thesis.tex", "photo.jpg", "sub/photo.jpg"), "0" * 64)
     files.write_manifest(theirs / "manifest.json", manifest)
     shutil.copy(theirs / "manifest.json", outside)
-    (outside / "state").symlink_to(outside)
+    (outside / "state").symlink_to(outside)  # so that `outside` looks like a whole checkpoint
     shutil.rmtree(theirs / "state" if link else theirs)
     (theirs / link).parent.mkdir(exist_ok=True)
     (theirs / link).symlink_to(outside, target_is_directory=True)
@@ -245,7 +249,7 @@ def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
 
     save(folder, 2, 3, 4)  # deletes steps 0 to 2
 
-    assert load(folder)[1]["step"] == 4
+    assert load_latest(folder) == 4
     assert contents(outside) == before
 
 
@@ -269,7 +273,7 @@ def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, ki
     """The sparse file has 500 GB. The missing file is a file outside, which the manifest lists."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
-    path = folder / "state" / max(manifest["files"])
+    path = folder / "state" / max(manifest["files"])  # any file
     if kind == "a pipe":
         mutations.put(path, "pipe", target=folder)
     elif kind == "holes":
@@ -319,7 +323,7 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, cac
 
 def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, cache):
     (manifest,) = cache.rglob("manifest.json")
-    folder = manifest.parents[1]
+    folder = manifest.parents[1]  # of all conversions
     theirs = folder.rename(tmp_path / "theirs")
     folder.symlink_to(theirs, target_is_directory=True)
     before = contents(theirs)
@@ -355,8 +359,10 @@ def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
     # Only a flag of the user decides.
     for flags, wanted in (([], None), ([cache], f"{tmp_path}/theirs/cache")):
         args = program.parse(["--mode=evaluate", f"--workdir={theirs}", *flags])
-        assert run_commands.read_evaluate_settings(args)[0].data.cache_dir == wanted
+        read, _ = run_commands.read_evaluate_settings(args)
+        assert read.data.cache_dir == wanted
 
+    # A run of the user does not store the folder of the cache.
     RunFolder(theirs).write_config(config)
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 
@@ -374,7 +380,7 @@ def test_compiled_programs_are_cached_only_if_others_cannot_write_there(tmp_path
 
     cache.chmod(0o755)
     if os.geteuid() == 0:
-        os.chown(cache, 12345, 12345)
+        os.chown(cache, 12345, 12345)  # now another user may change it
         assert files.find_foreign_folder(cache / "programs") == cache
         os.chown(cache, 0, 0)
     devices.cache_programs(cache)

@@ -85,6 +85,7 @@ def test_error_for_a_conversion_without_tfds_names_the_extra(tmp_path, official_
     )
 
     assert "the package 'tensorflow_datasets' is missing" in error and "pip install" in error
+    # The mode `check` prints all problems as its result.
     assert "pip install 'vidjax[train]'" in printed and not error_of_check
 
 
@@ -152,6 +153,7 @@ def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, kind):
     path = tmp_path / f"{kind}.jsonl"
 
     def write(first, last):
+        """Writes lines of steps first, ..., last - 1; removes later steps of the log."""
         with contextlib.closing(Logs(tmp_path, step=first - 1)) as logs:
             for step in range(first, last):  # the log grows faster than the file of TensorBoard
                 getattr(logs, kind)(step, {"text": "x" * 100})
@@ -167,5 +169,5 @@ def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, kind):
     assert 4 < count < 12  # lines of over 100 bytes in 1000 bytes
     assert path.read_text()[-1] == "\n"
 
-    write(count, 20)
+    write(count, 20)  # resumes from step count - 1
     assert steps() == [*range(1, 20)]

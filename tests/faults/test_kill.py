@@ -197,7 +197,7 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
         used = sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + common.children_seconds()
         for signum in signals:
             process.send_signal(signum)
-        assert process.wait(120) - 128 in signals, run.output()
+        assert process.wait(120) - 128 in signals, run.output()  # the exit code is 128 + signal
         assert common.children_seconds() - used < seconds
 
     end("conversion", signal.SIGTERM, seconds=2)

@@ -118,7 +118,7 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
         "val", ("a", "b", "c", "d"), labels=ones, labelled=True, positives=np.array([4]),
         num_others=0, lengths={"face": ones},
     )  # fmt: skip
-    evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)
+    evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)  # of a, b, c, d
 
     def without_nan(*best):
         clips = ClipScores(evaluated, np.array(best, np.float32), right)
@@ -145,6 +145,7 @@ def test_infinite_values_in_a_configuration_are_refused():
 
 def test_total_decay_is_refused_if_the_learning_rates_sum_to_infinity():
     spec = make_config("optim.learning_rate=1e38", "optim.total_decay=0.1").optim.to_dict()
+    # float32 cannot hold the sum of 1000 learning rates of 1e38.
     with pytest.raises(ValueError, match=r"--config\.optim\.total_decay=0"):
         optim.make_optimizer(spec, total_steps=1000, steps_per_epoch=1.0)
 
@@ -160,7 +161,8 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     assert note(6) == note(6, "data.whole_epochs=True") == "None"
     assert "--config.batch_size=6" in note(7)
     hint = note(7, "data.whole_epochs=True")
-    assert "a step uses all clips" in hint and "--config.batch_size=3" in hint
+    assert "a step uses all clips" in hint
+    assert "--config.batch_size=3" in hint  # two steps of an epoch
     with pytest.raises(ValueError, match=r"batch_size=100000000.*\nuse --config.batch_size=6"):
         note(100_000_000)
 
@@ -187,7 +189,7 @@ def test_misspelt_splits_of_own_features_get_a_suggestion(tmp_path, entry, remed
 
 
 def test_misspelt_splits_of_official_files_get_a_suggestion(tmp_path):
-    """Unknown splits, such as dev, are left out. A misspelt split or modality is an error."""
+    """Unknown splits, such as dev and testing, are left out. A misspelt split is an error."""
     for present in ("face_test.pickle", "test_gt.txt", "face_dev.pickle", "face_testing.pickle"):
         (tmp_path / present).touch()
     assert list(iqiyi_vid.find_pickles(tmp_path)) == [("face", "test")]
@@ -210,6 +212,7 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     some, none = np.array([1, 2]), np.array([0, 0])
     (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
     assert "'fase'" in problem and "'face'" in problem
+    # No clip has both a fase and a face.
     assert [*find_misspelt({"train": {"fase": none, "face": some}})]
     # Names with numbers are right.
     assert not [*find_misspelt({"train": {"face1": some, "face2": some}, "val": {"face1": some}})]

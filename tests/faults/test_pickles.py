@@ -78,6 +78,7 @@ def check_refused(ends, *, strict):
 def test_hostile_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path):
     """The error names what the pickle asks for, such as os.system."""
     mark = tmp_path / "canary" / "mark"
+    # For "greed", which takes long, see the next test.
     files = {n: data for n, data in collection(mark).items() if not n.startswith("greed")}
     ends = read_all(files, tmp_path, "fork")
 
@@ -101,7 +102,7 @@ def test_mutated_pickles_are_refused_or_load_to_sound_arrays(tmp_path, campaign)
     """Sound pickles are changed at random, in the same way in every run."""
     count, chance = 2000 if campaign else 80, random.Random(0)
     attacks = hostile.attacks(tmp_path / "canary" / "mark").values()
-    grafts = [attack.data[:-1] for attack in attacks]
+    grafts = [attack.data[:-1] for attack in attacks]  # without STOP, the last byte
     grafts += [data[:-1] for data in hostile.TRICKS.values()]
     seeds = [*python2.real().values()]
     files = {f"{n:05d}": hostile.mutate(seeds, grafts, chance) for n in range(count)}

@@ -112,7 +112,7 @@ def test_every_reader_reports_the_damaged_file_and_record(records, source):
     shard = shards_of(records)[5]
     whole = shard.path.read_bytes()
     places = boundaries(whole)
-    # In record 18, a bit flips in the content, the length, or the checksum of the length.
+    # In record 18, a bit flips in the content (at byte 40), the length or its checksum (at byte 9).
     flipped = [bytearray(whole) for _ in range(3)]
     for damaged, at in zip(flipped, (40, 0, 9), strict=True):
         damaged[places[17] + at] ^= 16

@@ -61,9 +61,9 @@ def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path,
     with servers.served(tmp_path / "g") as server, ThreadPoolExecutor(64) as pool:
 
         def ask(body):
-            with contextlib.suppress(ConnectionError):  # the server hangs up while it is sent
+            with contextlib.suppress(ConnectionError):
                 return server.ask("POST", "/identify?clip=c", body, content)[0]
-            return 429
+            return 429  # an overloaded server may also end the connection without an answer
 
         assert {*pool.map(ask, [body] * 64)} <= {200, 413, 422, 429, 503}
 

@@ -208,7 +208,7 @@ def refuse_table(path, *words):
 def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
-    refuse_table(path, "80,0", "bytes of almost equal values")
+    refuse_table(path, "80,0", "bytes of almost equal values")  # 80 MB and a few bytes
 
     forge_count(path, "footer", ZEROS, 1)
     refuse_table(path, "20,000,000 values of features, but its footer lists 1")
@@ -253,4 +253,4 @@ def test_clip_name_of_1_mb_in_4000_rows_takes_memory_once(tmp_path):
     os.link(*paths)  # the same clip in both tables
     before = peak_memory()
     refused(lambda: bulk._check_once(paths), "in two tables")
-    assert peak_memory() - before < 1 << 30  # 1 GB
+    assert peak_memory() - before < 1 << 30  # 1 GB; a copy in each row would take 4 GB

@@ -52,7 +52,7 @@ def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[st
 
 
 def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str, Clip]) -> Path:
-    """Writes `{modality}_{split}.pickle` and returns its path; audio has only the first frame."""
+    """Writes `{modality}_{split}.pickle`; returns the path. Audio has only the first frame."""
     content: dict[bytes, Any] = {}
     for name, clip in clips.items():
         frames = []
@@ -151,11 +151,15 @@ RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
 
 
 def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
-    """Returns modality -> clip -> frames: 0 to 700 frames, some of equal quality."""
+    """Returns modality -> clip -> frames: 0 to 700 frames, some of equal quality.
+
+    Every third clip lacks audio, and every second clip lacks a body.
+    """
     rng = np.random.default_rng(count)
     clips: dict[str, dict[str, Clip]] = {name: {} for name in RAGGED}
     for number in range(count):
         name = f"{split}_{number:03d}"
+        # Records keep at most 512 frames. Batches have room for 32, 128 or 512 frames.
         length = {1: 700, 2: 100, 3: 513, 4: 32, 5: 33}.get(number, number % 11)
         clips["face"][name] = random_clip(rng, length, RAGGED["face"])
         if number in (1, 2):  # frames of equal quality; the earlier frame counts as better
