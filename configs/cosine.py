@@ -7,7 +7,8 @@ Score: MAP@100 0.900 on the small synthetic dataset, 0.916 on the small real dat
 seeds).
 
 Each modality passes through a linear map and becomes a unit vector. The vectors are joined, each
-with a learned weight. The score of an identity is the cosine to its learned direction.
+with a learned weight. The score of an identity is the cosine of the joined vector and the learned
+direction of the identity.
 
 Arguments: the words of WORDS below, in any combination, and names of modalities. Name the strongest
 modality first: the weights start at 1, 1/2, 1/4 and 1/8.

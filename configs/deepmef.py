@@ -18,10 +18,10 @@ pickles `scene_{train,val,test}.pickle` next to the official files, with a list 
 for each clip, and name both modalities: `iqiyi_vid,face,scene`. The team used 2048 features of one
 frame per clip, from a SE-ResNeXt that was trained for 20 epochs to name the person.
 
-`published` is the system that the team ran. If the article does not describe a value, or if it
-contradicts the team's code, the value is from the code. Add `views` for the team's eleven nets, and
-`trainval` for the team's training clips. A batch has 4096 clips. With `few`, or with synthetic
-clips, there are not enough clips, and a batch has 128.
+`published` is the system that the team ran. If the article does not describe a value, or if the
+article contradicts the team's code, the value is from the code. Add `views` for the team's eleven
+nets, and `trainval` for the team's training clips. A batch has 4096 clips. With `few`, or with
+synthetic clips, there are not enough clips, and a batch has 128.
 
 A comment after each value names its source: `paper` (the team's article), `code` (the team's code,
 github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92) or `ours`.
@@ -35,7 +35,7 @@ from vidjax.runs import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,
-    "published": "net, training and test of the authors' code; one frame of the scene (article)",
+    "published": "net, training and test of the code; one frame of the scene, as in the article",
     "danet": "channel attention as in DANet's code",
     "average": "mean weighted by quality and detection, instead of learned aggregation",
     "views": "eleven members; each omits a different sixteenth of the features",
@@ -141,7 +141,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.loss.schedule = ((0.0, 1.0),)  # code
     config.loss.mean_over = (
         "branches" if published else "weights"
-    )  # code: each net has its own mean; ours
+    )  # code: a mean for each net; ours
     config.data.whole_epochs = published  # code: its loader keeps the short last batch
     config.optim.name = "sgd"  # code
     config.optim.momentum = 0.9  # code

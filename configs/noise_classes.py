@@ -8,7 +8,8 @@ Score: MAP@100 0.892 on the small synthetic dataset, 0.832 on the small real dat
 
 DBSCAN groups the distractors into clusters, and each cluster is a class. Each identity also has a
 mirror class. A distractor in no cluster begins in a random mirror class. After every epoch, if the
-model takes the distractor for an identity, it moves to the mirror class of this identity.
+model takes the distractor for an identity, the distractor moves to the mirror class of this
+identity.
 
 Only val has distractors, so the members are trained on folds of train and val. Every clip of val is
 scored by the member that was not trained on it. The clustering uses the distractors of all folds,
@@ -54,7 +55,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.ensemble.folds = 8 if full else 5  # ours
     if published:
         config.data.max_frames = 4096  # code: all frames
-        config.ensemble.folds = 8  # README of the code; its program's default is 10
+        config.ensemble.folds = 8  # README of the code; the default of the code is 10
     if "everything" in words:
         config.ensemble.folds = 0  # ours: no clip of val is scored
     config.data.distractors = "noise"  # paper
@@ -69,12 +70,12 @@ def get_config(args: str = "") -> config_lib.Config:
         config.noise.eps = 0.85 if full else 0.9  # ours
         config.noise.min_samples = 2  # code
         config.noise.relabel_every_epochs = 1.0  # paper
-        # Paper: a clip for which no identity is predicted keeps its label. Code: it gets the
-        # predicted class.
+        # Paper: a clip for which no identity is predicted keeps its label. Code: the clip
+        # gets the predicted class.
         config.noise.keep = "prediction" if "prediction" in words else "label"
         weights = ((0.0, 0.1), (0.9 * config.num_epochs, 0.6))  # ours: a line through the stairs
         if published:
-            config.noise.relabel_by = "train"  # code: by the vectors of training
+            config.noise.relabel_by = "train"  # code: predicts with the fusion of training
             stair = config.num_epochs / 10
             ends = [(i * stair, (i + 1) * stair, weight) for i, weight in enumerate(STAIRS)]
             weights = tuple((end, weight) for *both, weight in ends for end in both)
@@ -94,7 +95,7 @@ def get_config(args: str = "") -> config_lib.Config:
     )
     mean = {"name": "mean", "weighting": "quality"}  # ours: quality x detection
     crops = {"name": "crops", "weighting": "quality"}  # code: the crops; ours: the weights
-    if published:  # paper: weights by quality, without a formula; code: by its square
+    if published:  # paper: weights by quality, without a formula; code: by squared quality
         mean |= {"weighting": "squared", "min_quality": 0.0, "min_detection": 0.0}  # code
         crops |= {"weighting": "squared", "always_shorter": True}  # code
     config.fusion = ConfigDict({modality: {"train": mean, "evaluate": crops}})
@@ -103,7 +104,7 @@ def get_config(args: str = "") -> config_lib.Config:
 
     config.loss.margin = 0.5  # code
     config.optim.name = "adam"  # code
-    config.optim.learning_rate = 1e-3  # code; ours: its warm-up and cosine
+    config.optim.learning_rate = 1e-3  # code; ours: warm-up and cosine decay
     if published:
         config.loss.mean_over = "clips"  # code
         config.optim.warmup = 0.0  # code

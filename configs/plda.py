@@ -15,8 +15,8 @@ yourself, use a flag such as `--config.model.scale=0.1`.
 
 Three extensions did not help: a scale and an offset per modality, a prior of each identity that
 depends on its number of clips, and a scale that depends on frames, quality, clips and the number of
-modalities. The first two changed MAP on val by -.002 to 0 on real clips and by -.005 to 0 on
-synthetic clips, and the error of the probabilities by -.003 to +.007. The prior improved the
+modalities. The first two extensions changed MAP on val by -.002 to 0 on real clips and by -.005 to
+0 on synthetic clips, and the error of the probabilities by -.003 to +.007. The prior improved the
 probabilities only on synthetic clips, in which people with many training clips appear more often.
 
 Arguments: the words of WORDS below, in any combination, and names of modalities.
@@ -28,7 +28,7 @@ from vidjax.runs import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,
-    "trainval": "adds up train and val, in five folds of all their clips",
+    "trainval": "adds up the clips of train and val, in five folds",
 }
 
 

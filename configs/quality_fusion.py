@@ -36,7 +36,7 @@ WORDS = {
     "mlp3": "the 3rd published net: 1024 swish units, batch norm",
     "mlp4": "the 4th published net: 768 and 1024 swish units",
     "mlp5": "the 5th published net, the default: 1024 and 1024 swish units",
-    "published": "the code's batches, learning rate and stages; no clip without a good face",
+    "published": "the code's batches, learning rate and stages; drops clips without a good face",
     "folds": "five members; each omits a different fifth of the clips",
     "trainval": "trains on train and val, in five folds of all their clips",
     "raw": "trains on single faces of any quality, without selection and fusion",
@@ -96,7 +96,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.loss.focal = "binary"  # code
     config.loss.gamma = 2.0  # code
     part = config.num_epochs / 200.0  # scales the stages, which are published for 200 epochs
-    last = 99.0 if to_the_letter else 100.0  # code: with epoch 100, counted from 1; ours
+    last = 99.0 if to_the_letter else 100.0  # code: from its epoch 100, counted from 1; ours
     config.loss.schedule = (  # code
         (0.0, 0.75),
         (24.0 * part, 0.75),

@@ -7,7 +7,8 @@ Score: MAP@100 0.864 on the small synthetic dataset, 0.828 on the small real dat
 argument `face` (means of 3 seeds).
 
 Arguments: the words of WORDS below, in any combination, and names of modalities. The first name is
-the main modality, by default `face`. Clips without it are scored by the other modalities.
+the main modality, by default `face`. If a clip lacks the main modality, the other modalities
+score the clip.
 
 The team's score belongs to two joined nets, with and without shortcuts:
 
@@ -26,7 +27,8 @@ from vidjax.runs import config as config_lib
 
 WORDS = {
     **config_lib.SCALE_WORDS,
-    "published": "the article's frames, subsets, epochs, learning rate and test, with the top 100",
+    "published": "the article's frames, subsets, epochs, learning rate and test; a clip is "
+    "ranked for 100 identities",
     "trainval": "trains on nine tenths of train and val, and ranks the remaining clips",
     "plain": "no shortcuts",
     "one": "one member trained on all frames, instead of three quality subsets",
@@ -49,17 +51,17 @@ def get_config(args: str = "") -> config_lib.Config:
     config.num_epochs = 240.0 if full else 60.0  # ours
     if published:
         config.num_epochs = 8.0  # paper
-        config.batch_size = 64 if full else 16  # ours: a few thousand, or hundred, frames
+        config.batch_size = 64 if full else 16  # ours: a few thousand (or hundred) frames a batch
         config.data.max_frames = 512  # paper: all frames
         config.transforms = ("by_example",)  # paper: frames are drawn, so long clips count more
     config.after_fusion = "examples"  # paper
     if "one" not in words:
         above = [float(np.nextafter(np.float32(q), np.float32(np.inf))) for q in (20, 40)]
-        least = above if published else (20.0, 40.0)  # paper: all, > 20, > 40; ours: from 20, 40 on
+        least = above if published else (20.0, 40.0)  # paper: > 20, > 40; ours: >= 20, >= 40
         config.ensemble.min_quality = (-1000.0, *least)
         # Paper: a clip without a frame of this quality is not in the subset. Ours: the subset has
-        # all frames of the clip. If the main modality is not the face, this is also so with
-        # `published`, because official heads, bodies and voices have no quality.
+        # all frames of the clip. If the main modality is not the face, `published` also does
+        # so, because official heads, bodies and voices have no quality.
         config.ensemble.poor_clips = "drop" if published and main == "face" else "keep"
     config.ensemble.folds = 5 if "folds" in words else 0  # ours
     if "trainval" in words:

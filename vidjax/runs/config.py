@@ -194,8 +194,8 @@ TABLE: tuple[Field | Group, ...] = (
           "most half of the free memory", choices=("auto", "resident", "streaming")),
     Field("data.max_frames", 64, "maximum number of frames of a clip in training", low=1,
           high=2**20),
-    Field("data.crop", "window", "frames of a longer clip in training: a random `window`, or the "
-          "frames of the best `quality`", choices=("window", "quality")),
+    Field("data.crop", "window", "frames of a clip longer than `data.max_frames` in training: a "
+          "random `window`, or the frames of the best `quality`", choices=("window", "quality")),
     Field("data.whole_epochs", False, "`True`: an epoch has only the clips that a member learns "
           "from, and its last batch is short; `False`: an epoch has all clips, and a batch may "
           "span two epochs"),
@@ -237,8 +237,8 @@ TABLE: tuple[Field | Group, ...] = (
           "for distractors in no cluster. With `data.distractors=noise`"),
     Field("noise.eps", 0.9, "largest Euclidean distance between the unit vectors of two "
           "neighbours in DBSCAN, above 0 to 2", above=0, high=2, read_when=NOISE_CLASSES),
-    Field("noise.min_samples", 2, "DBSCAN: number of vectors within `noise.eps` of a vector, "
-          "including this vector, from which they form a cluster", low=1, read_when=NOISE_CLASSES),
+    Field("noise.min_samples", 2, "DBSCAN: lowest number of vectors within `noise.eps` of a "
+          "vector, including this vector, that form a cluster", low=1, read_when=NOISE_CLASSES),
     Field("noise.modality", "face", "modality whose mean frames are clustered",
           read_when=NOISE_CLASSES),
     Field("noise.relabel_every_epochs", 1.0, "epochs after which the distractors in no cluster get "
@@ -302,8 +302,8 @@ TABLE: tuple[Field | Group, ...] = (
           "weight), linear between them"),
     Field("loss.margin", 0.0, "margin of a cosine classifier in training, 0 to pi/2, in radians "
           "for `angular`; 0: none", low=0, high=math.pi / 2),
-    Field("loss.margin_type", "angular", "kind of margin, for losses that do not define a margin. "
-          "With `loss.margin` above 0", read_when=_read_unless("loss.margin", 0, 0.5)),
+    Field("loss.margin_type", "angular", "kind of margin; a loss with an argument `margin` ignores "
+          "the kind. With `loss.margin` above 0", read_when=_read_unless("loss.margin", 0, 0.5)),
     Field("loss.label_smoothing", 0.0, "share of the target, from 0 to below 1, that the softmax "
           "cross-entropy spreads over all classes", low=0, below=1, read_when=SMOOTHING),
 
