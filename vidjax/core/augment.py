@@ -217,11 +217,10 @@ def make_transforms(
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
     """Builds the transforms of a configuration.
 
-    Returns the transforms before the fusion of frames, and the transforms after it. First come the
-    transforms of `config.ensemble.min_quality`, `config.noise.join` and `config.mixup`. Then come
-    the entries of `config.transforms`. An entry is a key of TRANSFORMS, or a dict of the key
-    (`name`) and keyword arguments. Raises UserError if a transform is unknown or an argument is
-    missing.
+    Returns the transforms before the fusion of frames, and the transforms after it. In both, the
+    transforms of `config.ensemble.min_quality`, `config.noise.join` and `config.mixup` precede the
+    entries of `config.transforms`. An entry is a key of TRANSFORMS, or a dict of the key (`name`)
+    and keyword arguments. Raises UserError if a transform is unknown or an argument is missing.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -282,7 +282,10 @@ class Predictor(NamedTuple):
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Converts clips in any form that `Predictor` takes. Few clips get a small `block_size`."""
+        """Converts clips in any form that `Predictor` takes.
+
+        If there are only a few clips, `block_size` is small.
+        """
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(TrainingData, clips), split or str(self.config.eval.split)

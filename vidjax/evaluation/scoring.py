@@ -413,13 +413,13 @@ def start_compiling(
 
 
 class _Ranker:
-    """Scores clips, and ranks them by a blend of all models, by each model and by each member.
+    """Scores clips, and ranks them by a blend of all models, by each model and its members.
 
     Attributes:
       scorers: a scorer for each model.
       pool: [N] bool, True for the clips that all models score.
       ranking: the ranking by the blend of all models, or by the only model.
-      best: for each clip, the highest score of an identity, as an array on the devices.
+      best: the highest score of each clip over all identities, on the devices.
     """
 
     def __init__(

@@ -217,9 +217,10 @@ class MultimodalAttention(nn.Module):
           mask: [B, M] bool, True for vectors that exist.
 
         Returns:
-          O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
-          Column j of Y sums to 1. If a clip has no vector, column j of Y and vector j of O are 0.
-          They are also 0 if vector j is missing and `fill_missing` is False.
+          O, [B, M, D] in `dtype`; and Y, [B, M, M] float32. Y[:, i, j] is the weight of vector i
+          in the new vector j, a softmax over the existing vectors i. If `fill_missing` is False,
+          column j of Y and vector j of O are 0 for each missing vector j. If a clip has no vector,
+          its Y and O are 0.
         """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)

@@ -224,7 +224,11 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model. If `config.ensemble.views` hides a chunk, the model has fewer inputs."""
+    """Builds the model of a configuration.
+
+    With `config.ensemble.views`, each member lacks a chunk of the features of each modality, so the
+    model has narrower inputs.
+    """
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
