@@ -190,6 +190,7 @@ def test_rank_writes_a_submission(tell, folder, tmp_path, made, data):
     ranked, out = made.rank(data, split="val"), tmp_path / "ranking.txt"
     words = ("rank", folder, "--split=val", f"--out={out}")
 
+    # The threshold is a probability, and the scores are logarithms of probabilities.
     for least, flags in ((0, ()), (0.2, ("--threshold=0.2",))):
         tell(*words, *flags)
         assert made_runs.lists(out) == {

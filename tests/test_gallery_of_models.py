@@ -284,7 +284,8 @@ def test_all_clips_of_a_group_get_one_answer(gallery):
 def test_clips_that_a_user_grouped_stay_together(gallery):
     ada, eve = draw(6, people=2, clips=6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
-    begin = {clip: f"{clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}  # a0: a0 and a1
+    # Pairs: a0 and a1, a2 and a3, and so on.
+    begin = {clip: f"pair {clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}
     names = {"a": "unknown 1", "e": "unknown 2"}
 
     assert gallery.group(vectors, begin=begin) == {clip: names[clip[0]] for clip in begin}

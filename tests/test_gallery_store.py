@@ -151,9 +151,9 @@ def test_enrolment_with_an_unusable_vector_or_name_adds_no_clip(gallery):
 def test_removing_a_clip_refits_the_back_end_without_it(tmp_path):
     """The clip was relabelled twice, but the back end was fitted to it as a clip of person 3."""
     gallery = make(tmp_path / "g", FITTED)
-    gallery.relabel("clip 30", None)
+    gallery.relabel("clip 30", None)  # becomes a clip of a stranger
     assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
-    gallery.add({"clip 30": CLIPS["clip 30"]._replace(identity="Ada")})
+    gallery.add({"clip 30": CLIPS["clip 30"]._replace(identity="Ada")})  # becomes a clip of Ada
 
     before = gallery.backend.numbers()
     gallery.remove(identity="Ada")

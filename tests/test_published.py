@@ -520,7 +520,7 @@ def test_noise_classes_crop_short_clips_as_the_code_does():
 def test_long_noise_clips_are_cut_to_pieces_of_random_length():
     """random_split draws a start from 0 to n - 1, then an end from start + 1 to n."""
     frames = make_frames([60, 60, 3], max_frames=60)
-    # Clip 0 is long and chosen, clip 1 is long, and clip 2 is short.
+    # Clip 0 is long and chosen, as a noise clip. Clip 1 is long, and clip 2 is short.
     options = {"chosen": np.array([True, False, False]), "short": np.array([False, False, True])}
     cut = functools.partial(augment.concat_clips, frames=frames, pieces="random", **options)
     draw = jax.jit(jax.vmap(lambda key: cut(key).mask))

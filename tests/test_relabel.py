@@ -83,9 +83,9 @@ def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, monkeypa
 
 def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     truth = training_labels(data)
-    hidden = {"train": truth[:96] == 0, "val": truth[96:] == 0}  # 96 clips of train come first
+    distractors = {"train": truth[:96] == 0, "val": truth[96:] == 0}  # train has 96 clips
     config = shrunk("--config.num_epochs=1", *WORDS[1:], spec=f"{SPEC},leave_out")
-    for name, clips in {"whole": data, "spoilt": small.Spoilt(data, hidden)}.items():
+    for name, clips in {"whole": data, "spoilt": small.Spoilt(data, distractors)}.items():
         run(config, tmp_path / name, clips)
     small.assert_equal_weights(tmp_path / "whole", tmp_path / "spoilt")
 

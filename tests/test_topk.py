@@ -156,6 +156,7 @@ def test_top_k_orders_nan_zeros_and_infinities(rank):
     assert top.index.tolist() == [[3, 4, 5, 6, 1, 0, 2]]
     assert top.scores.tolist() == [[0.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
 
+    # On the host, ties have the same order if each clip is a block.
     one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
     assert topk.rank(one_by_one, num_identities=1, k=3).index.tolist() == [[3, 4, 5]]
 

@@ -302,7 +302,7 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
     drawn.who(film, people=False)
     write_film(film, shot("Eve"))
 
-    # The interrupted call does not write the table. The table still lists the clip of Bob.
+    # The interrupted call reads the new film, but does not write the table with the clip of Bob.
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
         drawn.who(film, people=False, code=130)

@@ -123,9 +123,9 @@ def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     (where / "list.mp4").write_bytes(films.NO_FILMS["list.mp4"])
     (where / "device.mp4").symlink_to("/dev/zero")
     os.mkfifo(where / "pipe.mp4")
-    films.write(where / "voice.m4a", [], sound=np.zeros(8000))
+    films.write(where / "voice.m4a", [], sound=np.zeros(8000))  # sound without pictures
     failing = sorted(path.name for path in where.iterdir())
-    # The good files: a film, and half of a film.
+    # The good files: a film, to which list.mp4 refers, and half of a film.
     (where / "secret.mkv").write_bytes(whole)
     (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
 
