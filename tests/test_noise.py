@@ -61,10 +61,9 @@ def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> N
 
 def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     labels, predicted = np.indices((9, 9))  # every label with every prediction
-    # Column 0 is "other", 1 to 3 are identities, 4 and 5 clusters, 6 to 8 the mirrors of 1 to 3.
     moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
     new = plan.relabel(labels, predicted, LAYOUT)
-    np.testing.assert_array_equal(new, np.where(moves, predicted + 5, labels))
+    np.testing.assert_array_equal(new, np.where(moves, predicted + 3 + 2, labels))  # see LAYOUT
     np.testing.assert_array_equal(plan.relabel(new, predicted, LAYOUT), new)  # nothing moves twice
 
 
