@@ -48,9 +48,11 @@ def digest_files(
         if len(text) == DIGEST_LETTERS:
             return text
     sha256 = hashlib.sha256()
+    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]
     with ThreadPoolExecutor(workers or num_cores()) as threads:
-        for path, digest in zip(paths, threads.map(files.sha256_file, paths), strict=True):
-            sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
+        for group, digests in zip(groups, threads.map(_sha256_each, groups), strict=True):
+            for path, digest in zip(group, digests, strict=True):
+                sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     text = sha256.hexdigest()
     newest = max(changed for _, _, *times in states for changed in times)
     unchanged = newest < began - TICK_NS and states == [_read_file_state(path) for path in paths]
@@ -92,3 +94,7 @@ def mark_used(folder: Path) -> None:
     """Sets the modification time of a cache folder to now, if the folder is writable."""
     with contextlib.suppress(OSError):
         os.utime(folder)
+
+
+def _sha256_each(paths: Sequence[Path]) -> list[str]:
+    return [files.sha256_file(path) for path in paths]

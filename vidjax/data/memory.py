@@ -34,6 +34,8 @@ from vidjax.data.untrusted.names import clean_identity, show
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
 
+MAX_BLOCK_FRAMES = 1 << 12  # frames that are copied as float64 at once
+
 
 class MemoryClips:
     """Clips in memory that a model can score. They form a single split, which is called `clips`.
@@ -162,15 +164,28 @@ class MemoryClips:
         flat = self._packed.get(modality)
         if flat is None or not len(flat.features):
             return vectors
+        lengths, starts = self._split.lengths[modality][self.places], self._starts[modality]
         quality, features = flat.frames["quality"], flat.features
-        starts, lengths = self._starts[modality], self._split.lengths[modality]
-        for row, place in enumerate(self.places.tolist()):
-            frames = slice(starts[place], starts[place] + lengths[place])
-            weight = np.maximum(quality[frames].astype(np.float64), 0.0)
-            weight = weight if weight.any() else np.ones_like(weight)
-            if lengths[place]:
-                total = np.einsum("t,td->d", weight, features[frames])  # without a float64 copy
-                vectors[row] = total / weight.sum()
+        # A few clips at a time, because all frames as float64 would take up to 8 times the memory.
+        ends = np.cumsum(lengths, dtype=np.int64)
+        blocks = np.flatnonzero(np.diff(ends // MAX_BLOCK_FRAMES)) + 1
+        for clips in np.split(np.arange(len(lengths)), blocks):
+            length = lengths[clips]
+            first = starts[self.places[clips]] - (np.cumsum(length) - length)
+            owner = np.repeat(np.arange(len(clips)), length)
+            index = np.repeat(first, length) + np.arange(len(owner))
+            weight = np.maximum(quality[index].astype(np.float64), 0.0)
+            total = np.bincount(owner, weight, len(clips))
+            weight = np.where(total[owner] > 0, weight, 1.0)
+            total = np.bincount(owner, weight, len(clips))
+            sums = np.zeros((len(clips), vectors.shape[1]))
+            for at in range(0, len(owner), MAX_BLOCK_FRAMES):  # a clip may be longer than a block
+                part = slice(at, at + MAX_BLOCK_FRAMES)
+                present, begins = np.unique(owner[part], return_index=True)
+                weighted = features[index[part]].astype(np.float64) * weight[part, None]
+                sums[present] += np.add.reduceat(weighted, begins, axis=0)
+            filled = length > 0
+            vectors[clips[filled]] = sums[filled] / total[filled, None]
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:

@@ -61,8 +61,9 @@ class Parser(argparse.ArgumentParser):
     ):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False
-        )
+            prog, usage=usage, description=description, epilog=epilog,
+            formatter_class=layout, allow_abbrev=False,
+        )  # fmt: skip
         self.example = ""
         # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None

@@ -19,9 +19,9 @@ from vidjax.apps.video.align import GREY
 LEAST_DIFFERENCE = 3.0  # smaller differences come from noise and compression
 UNLIKE = 0.5  # a change with a smaller likeness is a cut if it stands out by CLEAR
 LIKE = 0.9  # a change with a larger likeness is never a cut
-# A change that stands out by LIKELY is a cut if its difference is larger than LARGE_DIFFERENCE, or
-# if the colour changes in more than the share RECOLOURED_SHARE of the pixels.
-LARGE_DIFFERENCE, RECOLOURED_SHARE = 18.0, 0.5
+# A change that stands out by LIKELY is a cut if one of these two limits is exceeded.
+LARGE_DIFFERENCE = 18.0  # the difference of the two pictures
+RECOLOURED_SHARE = 0.5  # the share of the pixels whose colour changes
 # A change stands out if it exceeds the first factor times the median of recent changes, and the
 # second factor times the last change. The second factor avoids several cuts when a fast pan starts.
 CLEAR = (2.0, 1.5)  # factors for 1 - likeness

@@ -114,12 +114,26 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
 
     All names have been checked by `clean_identity`.
     """
-    new = [*new]
+    new, known = [*new], [*known] if new else []
+    folded, known_folded = _fold_all(new), _fold_all(known)
+    words = set(folded)
+    if len(words) == len(new) and words.isdisjoint(known_folded):  # usual, and fast
+        return {}
     seen, similar = dict[str, str](), dict[str, str]()
-    for name in [*known, *new]:
-        if (other := seen.setdefault(fold(name), name)) != name:
+    for word, name in zip(known_folded + folded, known + new, strict=True):
+        if (other := seen.setdefault(word, name)) != name:
             similar[name] = other
     return {name: similar[name] for name in new if name in similar}
+
+
+def _fold_all(names: list[str]) -> list[str]:
+    """Calls `fold` for all names at once, because a million single calls take half a second."""
+    text = "\n".join(names)
+    folded = re.sub("  +", " ", text).casefold().split("\n") if names else []
+    if text.isascii():
+        return folded
+    pairs = zip(folded, names, strict=True)
+    return [word if name.isascii() else fold(name) for word, name in pairs]
 
 
 def make_file_stems(labels: Iterable[str]) -> list[str]:
