@@ -65,6 +65,18 @@ class Groups:
         for clip, other in apart:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
         self._squares = [np.vecdot(mean, mean) for mean in self.means]
+        self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
+
+    def _noise(self, number: int, rows: slice | int) -> np.ndarray:
+        """Returns the variance of the means of groups divided by the variance of a single clip.
+
+        `number` is the index of a part, and `rows` are the indices of the groups.
+        """
+        count = np.maximum(self.counts[number][rows], 1)
+        distances = self._backend.parts[number].distances
+        if distances is None:
+            return 1 / count
+        return 1 / distance.effective_count(distances, count, self._squares[number][rows])
 
     def join(self, target: int, source: int) -> None:
         """Moves all clips of the group with index `source` to the group with index `target`."""
@@ -73,6 +85,7 @@ class Groups:
             count[target] += count[source]
             mean[target] = shares @ mean[[target, source]]
             self._squares[number][target] = mean[target] @ mean[target]
+            self._noises[number][target] = self._noise(number, target)
         self.sizes[target] += self.sizes[source]
         self.sizes[source] = 0
         self.apart[target] |= self.apart[source]
@@ -81,7 +94,7 @@ class Groups:
     def drop_joined(self) -> np.ndarray:
         """Drops groups without clips; returns the old indices [G] of the groups that stay."""
         rows = np.flatnonzero(self.sizes)
-        for arrays in (self.counts, self.means, self._squares):
+        for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
         self.sizes, self.apart = self.sizes[rows], self.apart[np.ix_(rows, rows)]
         return rows
@@ -106,13 +119,12 @@ class Groups:
         return total
 
     def _part_ratios(self, number: int, row: int) -> np.ndarray:
-        part, mean = self._backend.parts[number], self.means[number]
-        count, square = np.maximum(self.counts[number], 1), self._squares[number]
+        part, mean, noise = self._backend.parts[number], self.means[number], self._noises[number]
         if part.space is not None:
-            ratios = two_covariance.pair_log_ratios(part.space, 1 / count, mean, row)
+            ratios = two_covariance.pair_log_ratios(part.space, noise, mean, row)
             return float(self._backend.settings.scale) * ratios
         assert part.distances is not None
-        noise = 1 / distance.effective_count(part.distances, count, square)
+        square = self._squares[number]
         gap = square + square[row] - 2 * (mean @ mean[row])
         return distance.pair_log_ratios(part.distances, gap, noise + noise[row])
 
