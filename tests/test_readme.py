@@ -275,6 +275,7 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
 
     query = example("query: together", "vidjax/apps/video/README.md")
     seen = [*database.execute(query.replace("'names/names.jsonl'", "names"))]
+    database.close()
     # The third shot of the film, from 4 to 6 seconds, shows both people.
     assert seen == [(str(photo.resolve()), 0.0, 0.0), (str(film.resolve()), 4.0, 6.0)]
 

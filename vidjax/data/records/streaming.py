@@ -165,6 +165,8 @@ def _make_pipeline(records: Records, plan: BatchPlan, queue: Any) -> Any:
     keys = [f"frames/{name}/{field}" for name in plan.modalities for field in BATCHED]
     strings = {key: tf.io.FixedLenFeature([], tf.string) for key in keys}
 
+    # The functions have no control flow for TensorFlow, and AutoGraph warns in Python 3.13.
+    @tf.autograph.experimental.do_not_convert
     def make(messages: Any, clip_index: Any, batch_mask: Any, first: Any) -> Batch:
         examples = tf.io.parse_example(messages, strings)
         firsts = dict(zip(plan.windowed, tf.unstack(first), strict=True))
@@ -178,7 +180,8 @@ def _make_pipeline(records: Records, plan: BatchPlan, queue: Any) -> Any:
             frames[name] = _decode(fields, modality, size, firsts.get(name), best=best)
         return Batch(frames, clip_index, batch_mask)
 
-    batches = tf.data.Dataset.counter().map(lambda _: queue.dequeue())
+    dequeue = tf.autograph.experimental.do_not_convert(lambda _: queue.dequeue())
+    batches = tf.data.Dataset.counter().map(dequeue)
     return batches.map(make, num_parallel_calls=2, deterministic=True).prefetch(1)
 
 
