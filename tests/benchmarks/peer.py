@@ -178,7 +178,8 @@ class ResidualDense(nn.Module):
     def __init__(self, num_classes: int):
         super().__init__()
         first, *rest = (
-            make_layer(in_dim, 4096, nn.ReLU(), nn.BatchNorm1d(4096)) for in_dim in (DIM, 4096, 4096)
+            make_layer(in_dim, 4096, nn.ReLU(), nn.BatchNorm1d(4096))
+            for in_dim in (DIM, 4096, 4096)
         )
         self.first, self.rest = first, nn.ModuleList(rest)
         self.classifier = make_linear(4096, num_classes)

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.rehearsal FOLDER [--only=STEP,STEP] [--scale=F] [--collect]
 
 The step `files` writes 10,034 identities, 57,620 training clips and 72,730 clips to rank, of which
-27,274 are distractors. Each step adds a row to `FOLDER/rows.json`. Steps with a row are skipped, and
-unfinished runs are resumed. All steps take more than a day on 2 cores, and need 25 GB of disk and
-8 GB of memory.
+27,274 are distractors. Each step adds a row to `FOLDER/rows.json`. Steps with a row are skipped.
+Unfinished runs are resumed. All steps take more than a day on 2 cores, 25 GB of disk and 8 GB of
+memory.
 
 - `--scale` is the share of the identities. If it is below 1, runs have at most two epochs. Use it
   to test this script.
