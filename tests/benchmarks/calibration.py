@@ -86,8 +86,8 @@ def main() -> None:
         figures = measure(people, clips=clips, width=width, within=within, seed=0)
         settings = " ".join(f"{value:.2f}" for value in figures.settings)
         common.print_text(
-            f"{people:6} {clips:5} {width:5} {within:6.2f}   {figures.new:6.3f} {figures.error:6.3f}"
-            f"  {100 * figures.named:10.2f} %  {figures.right:5.3f}   {settings}"
+            f"{people:6} {clips:5} {width:5} {within:6.2f}   {figures.new:6.3f} "
+            f"{figures.error:6.3f}  {figures.named:12.2%}  {figures.right:5.3f}   {settings}"
         )
 
 
