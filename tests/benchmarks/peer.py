@@ -471,7 +471,7 @@ def train_mlp(args: argparse.Namespace) -> None:
     recipe = make_recipe("mlp", 1 + len(columns), focal=False)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     step = Step(recipe, learning_rate=args.learning_rate, compiled=args.compile, dtype=dtype)
-    score = make_scorer(recipe, compiled=args.compile, dtype=dtype)
+    scorer = make_scorer(recipe, compiled=args.compile, dtype=dtype)
     num_steps = args.epochs * len(loader)
     warmup = max(1, math.ceil(0.1 * num_steps))
 
@@ -487,8 +487,8 @@ def train_mlp(args: argparse.Namespace) -> None:
 
     def compute_map() -> float:
         """Returns MAP@100 on val. The AP of identities without a training clip is 0."""
-        best, rows = (x.cpu().numpy() for x in rank(score, blocks))
-        recipe.net.train()  # `score` has changed the mode
+        best, rows = (x.cpu().numpy() for x in rank(scorer, blocks))
+        recipe.net.train()  # `rank` has changed the mode
         hits = (labels[rows] == np.arange(1, 1 + len(rows))[:, None]) & np.isfinite(best)
         total = (np.cumsum(hits, axis=1) / np.arange(1, 1 + hits.shape[1]) * hits).sum(axis=1)
         known = positives.keys() & columns.keys()
@@ -499,11 +499,13 @@ def train_mlp(args: argparse.Namespace) -> None:
         for batch in loader:
             step(batch)
             schedule.step()
-        sys.stdout.write(f"step {epoch * len(loader)}: map {compute_map():.4f}\n")
+        score = compute_map()
+        if epoch == args.epochs:
+            states = [step.net.state_dict(), step.optimizer.state_dict(), num_steps]
+            with tempfile.TemporaryFile() as file:
+                torch.save(states, file)
+        sys.stdout.write(f"step {epoch * len(loader)}: map {score:.4f}\n")
         sys.stdout.flush()
-    with tempfile.TemporaryDirectory() as place:
-        state = {"net": step.net.state_dict(), "optimizer": step.optimizer.state_dict()}
-        torch.save({**state, "step": num_steps}, Path(place) / "checkpoint.pt")
 
 
 def main() -> None:
