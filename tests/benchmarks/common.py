@@ -43,14 +43,10 @@ Result = TypeVar("Result")
 def parse(
     doc: str | None, *flags: str, argv: Sequence[str] | None = None, **options: Any
 ) -> argparse.Namespace:
-    """Parses the arguments of a script.
+    """Parses the arguments of a script. `flags` are arguments without a value.
 
-    Args:
-      doc: the text of `--help`.
-      flags: arguments without a value, such as `--peer`.
-      argv: the arguments. If it is None, they are read from the command line.
-      options: a dict, name -> default of the argument `--name=VALUE`. If the default is a type,
-        `name` is a positional argument of this type.
+    `options` maps the name of an argument to its default. If the default is a type, the argument is
+    positional. If `argv` is None, the arguments are read from the command line.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,17 +127,16 @@ def format_ratio(seconds: Mapping[str, Sequence[float]], numerator: str, divisor
 
 
 def peak_bytes() -> int:
-    """Returns the maximum of the memory of this process since its start."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def describe_machine() -> str:
-    """Returns the names of the processor and of its relevant instructions, and JAX's version."""
+    """Returns the name of the processor, its instructions for products, and the version of JAX."""
     kind = jax.devices()[0].device_kind
     if kind == "cpu":
         parts = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
         fields = {name.strip(): value.strip() for name, _, value in parts}
-        known = ("avx512f", "avx512_bf16", "amx_bf16")  # they change the speed of products
+        known = ("avx512f", "avx512_bf16", "amx_bf16")
         flags = [flag for flag in known if flag in fields.get("flags", "").split()]
         kind = f"{os.cpu_count()} cores of {fields.get('model name', 'a processor')}"
         kind += f" with {', '.join(flags) or 'no AVX-512'}"
@@ -149,7 +144,6 @@ def describe_machine() -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
@@ -243,7 +237,6 @@ def make_loop(run: Run) -> Any:
 
 
 def make_torch_batch(frames: Mapping[str, Frames], labels: np.ndarray) -> Any:
-    """Returns frames and labels as a batch of the PyTorch program."""
     from tests.benchmarks import peer
 
     arrays = {

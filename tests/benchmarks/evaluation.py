@@ -6,14 +6,12 @@
 The net is the MLP of `configs/quality_fusion.py`. The clips are random, and stay on the device:
 
     whole              `vidjax.evaluation.scoring.score`, with MAP and the open-set figures
-    forward            only the scores of the net, for the same blocks of clips
+    forward            only the scores of the net
     top 100            the difference: whole without forward
-    eager, compiled    with `--peer`, the same net and ranking in PyTorch (the extra `bench`), with
-                       padded blocks in memory
+    eager, compiled    with `--peer`, the same net and ranking in PyTorch (the extra `bench`)
 
-All programs take turns in one process. `--published` instead measures the tests for which a
-publication reports a time. Use many more clips than `--block_size`, because the last block of
-clips of similar length is filled with padding.
+`--published` instead measures the tests for which a publication reports a time. Use many more clips
+than `--block_size`, because the last block of clips of similar length has much padding.
 """
 
 # pyright: reportMissingImports=false
@@ -62,8 +60,7 @@ class RandomClips:
         self._gather = jax.jit(resident.gather_modalities, static_argnames="sizes")
 
     def split(self, name: str) -> Split:
-        """Returns the only split."""
-        del name
+        del name  # there is only one split
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:

@@ -64,7 +64,6 @@ def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
 def make_clips(
     num_parts: int, count: int, rng: np.random.Generator, start: int = 0
 ) -> dict[str, StoredClip]:
-    """Returns clips of different people, who are numbered from `start`."""
     parts = [near(rng.standard_normal((count, WIDTH), np.float32), rng) for _ in range(num_parts)]
     return {
         f"clip_{number:07}": StoredClip(f"person_{number:07}", row)
@@ -103,7 +102,6 @@ def measure_median(action: Callable[[int], object], repeats: int) -> str:
 
 
 def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str, str]]:
-    """Yields the rows of the table. The gallery is made in a folder."""
     rng = np.random.default_rng(0)
     write(folder, num_people, ["face", "head", "audio"][:num_parts], rng)
     galleries: list[Gallery] = []
@@ -118,8 +116,8 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
         for n in range(REPEATS)
     ]
     people.identify(queries[0], threshold=0.5)  # the first answer also makes tables
-    identify = lambda n: people.identify(queries[n], threshold=0.5)  # noqa: E731
-    yield "identify a clip", measure_median(identify, REPEATS)
+    time_to_identify = measure_median(lambda n: people.identify(queries[n], threshold=0.5), REPEATS)
+    yield "identify a clip", time_to_identify
     blocks = zip(*(block.linear for block in people.index.blocks), strict=True)
     rows, vector = [np.concatenate(block) for block in blocks], x[0, :WIDTH]
     product = measure_median(lambda _: np.argmax(sum(x @ vector for x in rows)), REPEATS)
@@ -137,7 +135,6 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
 
 
 def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
-    """Yields the rows of the table of `--start`."""
     faces = unit(np.random.default_rng(0).standard_normal((175, 128))).astype(np.float32)
     clips = {
         f"clip {n}": StoredClip(f"person {n}" if n < 20 else None, face)

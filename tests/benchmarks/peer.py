@@ -2,10 +2,9 @@
 
     python -m tests.benchmarks.peer FOLDER [--epochs=10] [--batch_size=1024] [--compile]
 
-The script reads the faces of the official files in FOLDER into memory and trains the MLP with the
-softmax cross-entropy. After every epoch, it ranks val and prints MAP. At the end, it saves a
-checkpoint. Other benchmarks measure `Step`, `make_scorer` and `rank`. The module needs torch and
-does not import vidjax.
+The script reads the faces of the official files in FOLDER, trains the MLP with the softmax
+cross-entropy, and prints MAP after every epoch. At the end, it saves a checkpoint. Other benchmarks
+measure `Step`, `make_scorer` and `rank`. The module needs torch and does not import vidjax.
 """
 
 # pyright: reportMissingImports=false
@@ -146,7 +145,6 @@ def fuse_all_frames(frames: Frames, weighting: str = "uniform") -> Fused:
 
 
 def make_linear(in_dim: int, width: int) -> nn.Linear:
-    """Returns a linear layer with the initial weights of Xavier."""
     linear = nn.Linear(in_dim, width)
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -154,7 +152,6 @@ def make_linear(in_dim: int, width: int) -> nn.Linear:
 
 
 def make_layer(in_dim: int, width: int, activation: nn.Module, norm: nn.Module) -> nn.Module:
-    """Returns a linear layer, an activation, a normalisation and dropout."""
     return nn.Sequential(make_linear(in_dim, width), activation, norm, nn.Dropout(0.5))
 
 
@@ -163,9 +160,8 @@ class MLP(nn.Module):
 
     def __init__(self, num_classes: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            *(make_layer(in_dim, 1024, nn.SiLU(), nn.Identity()) for in_dim in (DIM, 1024))
-        )
+        layers = (make_layer(in_dim, 1024, nn.SiLU(), nn.Identity()) for in_dim in (DIM, 1024))
+        self.layers = nn.Sequential(*layers)
         self.classifier = make_linear(1024, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
@@ -177,16 +173,14 @@ class ResidualDense(nn.Module):
 
     def __init__(self, num_classes: int):
         super().__init__()
-        first, *rest = (
-            make_layer(in_dim, 4096, nn.ReLU(), nn.BatchNorm1d(4096))
-            for in_dim in (DIM, 4096, 4096)
-        )
-        self.first, self.rest = first, nn.ModuleList(rest)
+        dims = (DIM, 4096, 4096)
+        layers = (make_layer(in_dim, 4096, nn.ReLU(), nn.BatchNorm1d(4096)) for in_dim in dims)
+        self.layers = nn.ModuleList(layers)
         self.classifier = make_linear(4096, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
-        x = self.first(fused["face"].features.flatten(0, 1))
-        for layer in self.rest:
+        x = self.layers[0](fused["face"].features.flatten(0, 1))
+        for layer in self.layers[1:]:
             x = x + layer(x)
         return self.classifier(x)
 
@@ -270,18 +264,12 @@ class MMA(nn.Module):
 
 
 class Recipe(NamedTuple):
-    """A net and the steps around it.
-
-    Attributes:
-      fuse: a function of (modality -> Frames, True in training), which returns modality -> Fused.
-      score: a function of logits, which returns the scores for the ranking.
-      focal: True if the loss is a mixture of the focal loss and the softmax cross-entropy.
-    """
+    """A net, its fusion of frames in training (True) or ranking, its scores, and its loss."""
 
     net: nn.Module
     fuse: Callable[[Mapping[str, Frames], bool], dict[str, Fused]]
-    score: Callable[[Tensor], Tensor]
-    focal: bool
+    score: Callable[[Tensor], Tensor]  # maps logits to the scores of the ranking
+    focal: bool  # True if the focal loss is a part of the loss
 
 
 # Net -> its class, its modalities, arguments of the fusion of faces in training, and the weights of
@@ -296,8 +284,7 @@ NETS: dict[str, tuple[Callable[[int], nn.Module], Sequence[str], dict[str, Any],
 }  # fmt: skip
 
 
-def make_recipe(name: str, num_classes: int, *, focal: bool | None = None) -> Recipe:
-    """Returns the recipe of a net. By default, only the MLP has a focal loss."""
+def make_recipe(name: str, num_classes: int) -> Recipe:
     make_net, modalities, options, weighting = NETS[name]
     is_mlp = name == "mlp"
 
@@ -309,9 +296,8 @@ def make_recipe(name: str, num_classes: int, *, focal: bool | None = None) -> Re
             fused = fuse_all_frames(face, weighting)
         return {"face": fused} | {other: fuse_all_frames(frames[other]) for other in modalities[1:]}
 
-    focal = is_mlp if focal is None else focal
     score = F.logsigmoid if is_mlp else functools.partial(F.log_softmax, dim=-1)
-    return Recipe(make_net(num_classes).to(DEVICE), fuse, score, focal)
+    return Recipe(make_net(num_classes).to(DEVICE), fuse, score, focal=is_mlp)
 
 
 def compute_focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -409,20 +395,8 @@ def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Ten
 # Official files.
 
 
-def load_clips(folder: Path, split: str) -> dict[str, tuple[np.ndarray, ...]]:
-    """Returns clip -> features [T, D], qualities [T] and detection scores [T] of the faces."""
-    content = pickle.loads((folder / f"face_{split}.pickle").read_bytes(), encoding="bytes")
-    clips = {}
-    for key, frames in content.items():
-        if frames:
-            features = np.stack([frame[-1] for frame in frames])
-            detection, quality = np.array([frame[2:4] for frame in frames], np.float32).T
-            clips[key.decode().removesuffix(".mp4")] = (features, quality, detection)
-    return clips
-
-
 def load_truth(folder: Path, split: str) -> dict[str, int]:
-    """Returns clip -> identity. A line of val has an identity and then all clips of it."""
+    """Returns clip -> identity. A line of val has an identity and then its clips."""
     labels = {}
     for line in (folder / f"{split}_gt.txt").read_text().splitlines():
         first, *rest = line.split()
@@ -450,25 +424,28 @@ def load(folder: Path, split: str, columns: Mapping[int, int], batch_size: int) 
     complete and sorted by length, so that blocks have little padding. Distractors have column 0.
     """
     train, truth = split == "train", load_truth(folder, split)
-    clips = sorted(load_clips(folder, split).items())
-    examples: Any = [(clip, columns.get(truth.get(name, -1), 0)) for name, clip in clips]
-    if train:
-        examples = [(clip, column) for clip, column in examples if column]
-    else:
+    content = pickle.loads((folder / f"face_{split}.pickle").read_bytes(), encoding="bytes")
+    examples: Any = []
+    for name, frames in sorted(content.items()):
+        column = columns.get(truth.get(name.decode().removesuffix(".mp4"), -1), 0)
+        if frames and (column or not train):
+            features = np.stack([frame[-1] for frame in frames])
+            detection, quality = np.array([frame[2:4] for frame in frames], np.float32).T
+            examples.append(((features, quality, detection), column))
+    if not train:
         examples.sort(key=lambda example: len(example[0][0]))
     options: dict[str, Any] = {"shuffle": train, "drop_last": train, "collate_fn": collate}
     return DataLoader(examples, batch_size=min(batch_size, len(examples)), **options)
 
 
 def train_mlp(args: argparse.Namespace) -> None:
-    """Trains the MLP, prints MAP after every epoch, and saves a checkpoint."""
     identities = sorted(set(load_truth(args.folder, "train").values()))
     columns = {identity: 1 + i for i, identity in enumerate(identities)}
     loader, blocks = (
         load(args.folder, split, columns, args.batch_size) for split in ("train", "val")
     )
     torch.manual_seed(0)
-    recipe = make_recipe("mlp", 1 + len(columns), focal=False)
+    recipe = make_recipe("mlp", 1 + len(columns))._replace(focal=False)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     step = Step(recipe, learning_rate=args.learning_rate, compiled=args.compile, dtype=dtype)
     scorer = make_scorer(recipe, compiled=args.compile, dtype=dtype)

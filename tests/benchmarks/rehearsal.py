@@ -102,7 +102,6 @@ def write_split(folder: Path, split: str, scale: float) -> None:
 
 
 def count_bytes(folder: Path) -> int:
-    """Returns the size of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -145,7 +144,6 @@ def run_module(words: Sequence[str], log: Path, kill: Callable[[], bool] | None 
 
 
 def count_epochs(run: Run) -> int:
-    """Returns the number of epochs of the complete run."""
     return int(config_io.load_file(f"{common.CONFIGS / run.spec}").num_epochs)
 
 
@@ -158,7 +156,6 @@ def make_words(run: Run, folder: Path, workdir: Path, scale: float) -> list[str]
 
 
 def run_step(step: str, folder: Path, scale: float) -> dict[str, Any]:
-    """Runs a step, and returns its results."""
     log, workdir = folder / f"{step}.log", folder / "runs" / step
     files, cache = folder / "files", folder / "cache"
     if step == "files":

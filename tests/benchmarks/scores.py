@@ -2,19 +2,17 @@
 
     python -m tests.benchmarks.scores FOLDER [--real=DIR] [--only=ROWS] [--collect] [--time]
 
-The tables of the READMEs list what is trained. A row of the table `scores` is a configuration with
-overrides, or several configurations that are joined by ` + `. Rows of tables with a column `to`
-compare two rows of `scores`. In a new row, the cells of scores are empty, or contain the reason why
-there is no run. The script trains the runs that FOLDER lacks, and stores the results in
-`scores.json`.
+A row of the table `scores` is a configuration with overrides, or several configurations that are
+joined by ` + `. Rows of tables with a column `to` compare two rows of `scores`. In a new row, the
+cells of scores are empty, or contain the reason why there is no run. The script trains the runs
+that FOLDER lacks, and stores the results in `scores.json`.
 
 - `--collect` trains nothing. Runs that FOLDER lacks keep the results in `scores.json`.
 - `--real` is a folder of official files, for the columns of real clips.
-- `--only` selects the rows to train or to time, without `.py`, separated by `;`. `*` is any text.
+- `--only` is a regular expression, which selects the rows to train or to time.
 - `--time` measures the times in the main README, and trains nothing else.
 """
 
-import fnmatch
 import functools
 import itertools
 import json
@@ -22,7 +20,7 @@ import math
 import re
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +55,6 @@ def read_tables(page: str) -> dict[str, list[list[str]]]:
 
 
 def is_reason(cell: str) -> bool:
-    """Returns True if a cell contains a reason instead of scores."""
     return bool(cell) and not cell[0].isdigit()
 
 
@@ -70,17 +67,10 @@ def read_rows() -> dict[str, dict[str, str]]:
     return rows
 
 
-def is_selected(row: str, patterns: str) -> bool:
-    """Returns True if a row matches a pattern of `--only`, or if there are no patterns."""
-    names = [pattern for pattern in patterns.split(";") if pattern]
-    return not names or any(fnmatch.fnmatchcase(row.replace(".py", ""), name) for name in names)
-
-
 # Runs.
 
 
 def find_folder(folder: Path, row: str, dataset: str, seed: int) -> Path:
-    """Returns the folder of a run."""
     return folder / re.sub(r"[^\w.=-]+", "_", f"{row.replace('.py', '')}-{dataset}-{seed}")
 
 
@@ -101,26 +91,22 @@ def make_flags(row: str, dataset: str, seed: int, folder: str) -> list[str]:
     return [f"--config={spec}", *overrides, f"--config.seed={seed}", data]
 
 
-def list_runs(folder: Path, real: str) -> Iterator[tuple[str, Path, list[str]]]:
-    """Yields the row, the folder and the flags of every run. A join comes after its parts.
+def train(folder: Path, real: str, only: str) -> None:
+    """Trains the runs that a folder lacks, and resumes interrupted runs.
 
-    `real` is the folder of real clips. If it is empty, only synthetic runs are listed.
+    `real` is the folder of real clips. If it is empty, only synthetic clips are used.
     """
     rows = read_rows()
-    for row in sorted(rows, key=lambda row: " + " in row):
+    for row in sorted(rows, key=lambda row: " + " in row):  # a join comes after its parts
         for dataset, seed in itertools.product(DATASETS if real else (SYNTHETIC,), SEEDS):
+            workdir = find_folder(folder, row, dataset, seed)
+            is_done = (workdir / "metrics.json").exists()
+            if is_done or rows[row][dataset] or not re.search(only, row):
+                continue
             flags = make_flags(row, dataset, seed, real)
             if " + " in row:
                 parts = [find_folder(folder, part, dataset, seed) for part in row.split(" + ")]
                 flags = ["--mode=evaluate", f"--runs={','.join(map(str, parts))}"]
-            if not rows[row][dataset]:
-                yield row, find_folder(folder, row, dataset, seed), flags
-
-
-def train(folder: Path, real: str, only: str) -> None:
-    """Trains the runs that a folder lacks, and resumes interrupted runs."""
-    for row, workdir, flags in list_runs(folder, real):
-        if is_selected(row, only) and not (workdir / "metrics.json").exists():
             common.print_text(f"{workdir.name}: {' '.join(flags)}")
             common.run_python("-m", "vidjax.main", *flags, f"--workdir={workdir}", "--quiet")
 
@@ -130,7 +116,7 @@ def time_systems(only: str) -> dict[str, float]:
     seconds = {}
     systems = [spec.strip("`") for spec, *_ in read_tables("systems")["systems"][1:]]
     for row in dict.fromkeys((*systems, *DOCUMENTED)):
-        if is_selected(row, only):
+        if re.search(only, row):
             spec, *overrides = row.split()
             with tempfile.TemporaryDirectory() as folder:
                 flags = (f"--config=configs/{spec}", *overrides)
@@ -143,15 +129,10 @@ def time_systems(only: str) -> dict[str, float]:
 
 
 def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of `scores.json`, from the runs in a folder.
+    """Returns the content of `scores.json`. The `old` content is kept for runs that are missing.
 
-    Args:
-      old: the content so far. It is kept for runs that the folder lacks.
-
-    Returns:
-      A dict. `rows` maps row -> dataset -> `map`, `top1` and `fnir` (at an FPIR of 1 %) of each
-      seed, and `commits`, the versions of the code. `rungs` maps a comparison -> dataset -> `mean`
-      and `error` of the difference in MAP. `seconds` maps row -> time.
+    `rows` maps row -> dataset -> metric -> value of each seed. `fnir` is FNIR at an FPIR of 1 %.
+    `rungs` maps comparison -> dataset -> mean and standard error of the difference in MAP.
     """
     read = functools.cache(lambda path: comparison.read(str(path)))
     rows = {row: {x: _read_scores(folder, row, x) for x in DATASETS} for row in read_rows()}
@@ -216,7 +197,7 @@ def _compare(
 
 
 def get_scores(results: Mapping[str, Any], row: str, dataset: str, metric: str) -> list[float]:
-    """Returns the values of a metric, one per seed. The list is empty without runs."""
+    """Returns the values of a metric, one per seed, or an empty list without runs."""
     values = results["rows"].get(row.strip("`"), {}).get(dataset, {}).get(metric, [])
     return [value for value in values if value is not None]
 
@@ -230,7 +211,6 @@ def format_mean(
 
 
 def fill_scores(cells: Sequence[str], results: Mapping[str, Any]) -> list[str]:
-    """Returns the cells of a row of the table `scores` with the results."""
     spec, *old = cells
     new = [spec]
     for dataset, cell in zip(DATASETS, old[::2], strict=True):
@@ -270,7 +250,6 @@ def fill_comparison(
 
 
 def fill_system(cells: Sequence[str], results: Mapping[str, Any]) -> list[str]:
-    """Returns the cells of a row of the table `systems` with the results."""
     spec, about, _, _, published, _ = cells
     seconds = results["seconds"].get(spec.strip("`"))
     scores = [format_mean(results, spec, dataset) for dataset in DATASETS]

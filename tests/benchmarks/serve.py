@@ -93,8 +93,6 @@ async def run_client(port: int, requests: Sequence[bytes], end: float) -> list[f
 
 
 def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> dict[str, float]:
-    """Sends requests for some seconds, and returns the figures of the clients."""
-
     async def run() -> list[list[float]]:
         end, parts = time.perf_counter() + seconds, [requests[n::clients] for n in range(clients)]
         return await asyncio.gather(*(run_client(port, part, end) for part in parts))
@@ -126,7 +124,6 @@ def measure(
 
 
 def read_cpu_seconds(pid: int) -> float:
-    """Returns the CPU seconds that a process has used so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

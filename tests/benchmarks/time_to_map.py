@@ -84,7 +84,6 @@ def run(folder: Path, *words: str) -> list[tuple[float, float]]:
 
 
 def make_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int) -> list[str]:
-    """Returns the words of a training with vidjax."""
     return [
         "vidjax.main", "--config=configs/quality_fusion.py:iqiyi_vid", "--config.eval.report=0",
         f"--config.data.dir={folder}", f"--workdir={folder / workdir}",
@@ -93,8 +92,6 @@ def make_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int
 
 
 def compare_modes(args: argparse.Namespace, folder: Path) -> None:
-    """Prints the speed of training on clips in memory, and on streamed clips."""
-
     def train(mode: str, number: int) -> dict[str, float]:
         words = make_words(args, folder, f"{mode}{number}", args.epochs)
         run(folder, *words, f"--config.data.mode={mode}", "--config.eval.every_epochs=0")

@@ -3,9 +3,8 @@
     python -m tests.benchmarks.training_step [--nets=mlp,residual,mma] [--peer] [--bfloat16]
         [--batch_size=1024] [--num_identities=10034] [--rounds=5]
 
-The clips stay on the device, and one call takes four steps. `bare` computes only the matrix
-products of the step. With `--peer`, the same nets are trained in PyTorch (the extra `bench`) on a
-padded batch in memory, in eager mode and compiled. All programs take turns in one process.
+The clips stay on the device, and one call takes four steps. With `--peer`, the same nets are
+trained in PyTorch (the extra `bench`) on a padded batch in memory.
 """
 
 # pyright: reportMissingImports=false
@@ -52,7 +51,6 @@ def find_products(jaxpr: Any, in_loop: bool = False) -> Iterator[Any]:
 
 
 def count_flops(product: Any) -> int:
-    """Returns the number of additions and multiplications of a matrix product."""
     shape, contracted = product.invars[0].aval.shape, product.params["dimension_numbers"][0][0]
     terms = math.prod(shape[axis] for axis in contracted)
     return 2 * terms * math.prod(product.outvars[0].aval.shape)
@@ -111,7 +109,6 @@ def make_torch_steps(
 
 
 def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
-    """Returns the cells of the row of a net."""
     spec, overrides = NETS[name]
     overrides = (*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}")
     run = common.make_run(

@@ -62,7 +62,6 @@ def measure_cosines(vectors: Vectors) -> dict[str, list[float]]:
 
 
 def measure(speech: Path, models: Path) -> dict[str, Any]:
-    """Returns the figures of the docstring of this module."""
     with tempfile.TemporaryDirectory() as folder:
         vectors = embed(speech, models, Gallery.of_models(f"{folder}/none", models))
         names, speakers = np.array(vectors.names), np.array(vectors.labels)
@@ -102,8 +101,6 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
     named = np.array([answer.identity is not None for answer in answers])
     strangers_named = [answer.identity is not None for x in strangers.values() for answer in x]
     return {
-        "speakers": len(strangers),
-        "utterances": len(names),
         "cosines": measure_cosines(vectors),
         "first": [int(right.sum()), len(right)],
         "by_card": compute_shares(named, strangers_named),
