@@ -334,9 +334,7 @@ class _Fork(processes.Children):
         super().__init__()
         self._folder = folder
 
-    def run(
-        self, module: str, given: bytes = b"", timeout: float | None = None
-    ) -> CompletedProcess[bytes]:
+    def run(self, module: str, *, given: bytes, timeout: float) -> CompletedProcess[bytes]:
         del module, timeout
         streams = [self._folder / name for name in ("stdin", "stdout", "stderr")]
         streams[0].write_bytes(given)

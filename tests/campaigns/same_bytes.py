@@ -28,34 +28,29 @@ from orbax.checkpoint import v1 as ocp
 
 ROOT = Path(__file__).parents[2]
 VIDJAX = (sys.executable, "-m", "vidjax.main")
-SHORT = ("--config.num_epochs=2", "--config.log_every_steps=3", "--config.eval.every_epochs=1")
-PLAIN = (*SHORT, "--config.eval.report=False")
+SHORT = "--config.num_epochs=2 --config.log_every_steps=3 --config.eval.every_epochs=1"
+PLAIN = f"{SHORT} --config.eval.report=False"
 LAYER = "--config.model.layers=((32,'swish',True,0.5),)"
-FOLDS = ("--config.ensemble.folds=3", "--config.ensemble.seeds=2")
-VIEWS = ("--config.ensemble.only=0,2", "--config.model.main.hidden_dim=16")
-STREAMED = ("--config.data.mode=streaming", "--config.mixup=0.4")
-SMOOTHED = (
-    "--config.loss.label_smoothing=0.1", "--config.mixup=0.2", "--config.data.balance=0.5",
-    "--config.loss.schedule=((0.0,0.3),)",
-)  # fmt: skip
-
-# Name of a run -> configuration and overrides.
-RUNS: Mapping[str, tuple[str, Sequence[str]]] = {
-    "mma": ("mma.py", SHORT),
-    "cosine": ("cosine.py", SHORT),
-    "knn": ("knn.py", SHORT[1:]),
-    "plda": ("plda.py", SHORT),
-    "quality_fusion": ("quality_fusion.py", (*SHORT, LAYER)),
-    "residual_dense": ("residual_dense.py", (*PLAIN, "--config.model.main.width=32")),
-    "deepmef": ("deepmef.py", SHORT),
-    "noise_classes": ("noise_classes.py", (*SHORT, "--config.ensemble.folds=3")),
-    "folds": ("quality_fusion.py:folds", (*PLAIN, LAYER, *FOLDS)),
-    "views": ("deepmef.py:views", (*PLAIN, *VIEWS)),
-    "vmap": ("mma.py:ensemble,face", (*SHORT, "--config.ensemble.mapping=vmap")),
-    "streaming": ("mma.py:face,audio", (*PLAIN, *STREAMED)),
-    "published": ("mma.py:published,face", (*PLAIN, "--config.dtype=bfloat16")),
-    "smoothed": ("quality_fusion.py:mlp3", (*PLAIN, *SMOOTHED)),
-}
+RUNS = {  # name -> configuration and overrides
+    "mma": f"mma.py {SHORT}",
+    "cosine": f"cosine.py {SHORT}",
+    "knn": f"knn.py {SHORT.partition(' ')[2]}",
+    "plda": f"plda.py {SHORT}",
+    "quality_fusion": f"quality_fusion.py {SHORT} {LAYER}",
+    "residual_dense": f"residual_dense.py {PLAIN} --config.model.main.width=32",
+    "deepmef": f"deepmef.py {SHORT}",
+    "noise_classes": f"noise_classes.py {SHORT} --config.ensemble.folds=3",
+    "folds": f"quality_fusion.py:folds {PLAIN} {LAYER} --config.ensemble.folds=3"
+             " --config.ensemble.seeds=2",
+    "views": f"deepmef.py:views {PLAIN} --config.ensemble.only=0,2"
+             " --config.model.main.hidden_dim=16",
+    "vmap": f"mma.py:ensemble,face {SHORT} --config.ensemble.mapping=vmap",
+    "streaming": f"mma.py:face,audio {PLAIN} --config.data.mode=streaming --config.mixup=0.4",
+    "published": f"mma.py:published,face {PLAIN} --config.dtype=bfloat16",
+    "smoothed": f"quality_fusion.py:mlp3 {PLAIN} --config.loss.label_smoothing=0.1"
+                " --config.mixup=0.2 --config.data.balance=0.5"
+                " --config.loss.schedule=((0.0,0.3),)",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         env["VIDJAX_CACHE"] = args.cache or str(folder / "cache")
         for name in names:
             workdir = f"--workdir={folder / name}"
-            spec, overrides = RUNS.get(name, RUNS["mma"])
-            words = (f"--config=configs/{spec}", workdir, *overrides)
+            spec, *overrides = RUNS.get(name, RUNS["mma"]).split()
+            words = [f"--config=configs/{spec}", workdir, *overrides]
             if name == "blend":
                 runs = f"--runs={folder / 'quality_fusion'},{folder / 'deepmef'}"
-                words = ("--mode=evaluate", workdir, runs, "--config.join.weights=2,1")
+                words = ["--mode=evaluate", workdir, runs, "--config.join.weights=2,1"]
             elif name == "resumed":
                 stop(words, folder / name / "metrics.jsonl", env)
             run(words, env)
