@@ -37,7 +37,7 @@ PAGE = common.ROOT / "README.md"
 COLLECTED = Path(__file__).with_suffix(".json")  # the rows of the table
 IDENTITIES = 10_034
 CLIPS_AT_ONCE = 1000
-EMPTY_DICT = b"\x80\x03}"  # the begin of a pickle of a dict, in protocol 3
+EMPTY_DICT = b"\x80\x03}"  # the first bytes of a pickle of a dict, in protocol 3
 SECONDS = 0.25  # between two measurements of the memory
 IDLE = 0.05  # an idle machine spends at most this share of its time on other processes
 GB = 1e9
@@ -92,7 +92,7 @@ def write_split(folder: Path, split: str, scale: float) -> None:
         drawn = clips.frames(rows)
         for modality, file in files.items():
             entries = drawn[modality].entries(modality, clips.names[first : first + len(rows)])
-            # The instructions that add these entries to the dict at the begin of the file.
+            # The instructions that add these entries to the dict at the start of the file.
             content = pickle.dumps(dict(entries), protocol=3)
             file.write(content.removeprefix(EMPTY_DICT + b"q\x00").removesuffix(pickle.STOP))
     for file in files.values():

@@ -11,6 +11,7 @@ import ctypes
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import pickletools
@@ -20,7 +21,6 @@ import struct
 import sys
 import tarfile
 import time
-import traceback
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -338,19 +338,18 @@ class _Fork(processes.Children):
         del module, timeout
         streams = [self._folder / name for name in ("stdin", "stdout", "stderr")]
         streams[0].write_bytes(given)
-        child = os.fork()
-        if child == 0:
-            try:
-                for number, stream in enumerate(streams):
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
-                    os.dup2(os.open(stream, flags), number)
-                os._exit(processes.serve(sandbox.work))
-            except BaseException:
-                os.write(2, traceback.format_exc().encode())
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        return CompletedProcess([], code, *(stream.read_bytes() for stream in streams[1:]))
+
+        def serve() -> None:
+            for number, stream in enumerate(streams):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
+                os.dup2(os.open(stream, flags), number)
+            sys.exit(processes.serve(sandbox.work))
+
+        child = multiprocessing.get_context("fork").Process(target=serve)
+        child.start()
+        child.join()
+        output, errors = (stream.read_bytes() for stream in streams[1:])
+        return CompletedProcess([], child.exitcode or 0, output, errors)
 
 
 def read(folder: Path, *, in_fork: bool) -> Iterator[list[Any]]:
