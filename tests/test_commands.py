@@ -32,8 +32,8 @@ def check_outcome(case, command):
     """Runs a case: checks exit code, a part of the text, and CPU time; returns standard output."""
     began = time.process_time()
     code, out, err = command(*case.words.split())
-    outcome = commands.Outcome(code, (time.process_time() - began) / slowness(), out, err)
-    assert commands.faults(case, outcome) == []
+    seconds = (time.process_time() - began) / slowness()
+    assert commands.list_faults(case, code, out, err, seconds) == []
     return out
 
 
@@ -86,9 +86,9 @@ def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
 
     one_field = commands.FIELDS[2]  # tests above run all FIELDS, so one of them is enough
     for case in [one_field, *commands.FILES, *commands.WORKS]:
-        outcome = commands.run(tmp_path, case)  # does not measure the CPU time
-        faults = commands.faults(case, outcome)
-        assert not faults, (case.words, faults, outcome)
+        done = commands.run(tmp_path, case)
+        faults = commands.list_faults(case, done.returncode, done.stdout, done.stderr)
+        assert not faults, (case.words, faults, done)
 
     # WORKS trains one run without --workdir. Refused commands have --workdir=new.
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["knn_seed=1"]

@@ -1,6 +1,6 @@
-"""Shared parts of the benchmarks: made-up clips and runs, timing in turns, products, tables.
+"""Functions that several benchmarks share: arguments, timing, tables, and systems to train.
 
-Made-up clips are drawn on the device, so a benchmark needs neither TensorFlow nor a dataset.
+Random clips are drawn on the device, so a benchmark needs neither TensorFlow nor a dataset.
 """
 
 import argparse
@@ -8,19 +8,18 @@ import math
 import os
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from vidjax.core import devices, ensemble, fusion
 from vidjax.core.batch import Array, Frames, Packed
@@ -32,66 +31,148 @@ from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-# The nets of published size, the residual one 4096 wide with one draw a clip.
-WIDE = ("model.width=4096", "fusion.face.train.num_draws=1")
-NETS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mlp": ("quality_fusion.py:iqiyi_vid", ()),
-    "residual": ("residual_dense.py:iqiyi_vid,face,one", WIDE),
-    "mma": ("mma.py:iqiyi_vid", ()),
-}
-DIM = 512
-LONGEST = {"face": 59, "head": 59, "body": 29, "audio": 1}  # frames: 1 to these, 30 on average
-PLACES = {"face": 64, "head": 64, "body": 32, "audio": 1}  # to which they are padded
-DRAWN = 1 << 16  # different frames of a modality; more frames repeat them
-SECONDS = 0.25  # the least that is timed at once: a step of an accelerator takes milliseconds
-MIB = 1 << 20
-median = statistics.median
+DIM = 512  # width of features
+# Clips have 1 to this number of frames, so 30 on average.
+MAX_FRAMES = {"face": 59, "head": 59, "body": 29, "audio": 1}
+PADDED_FRAMES = {"face": 64, "head": 64, "body": 32, "audio": 1}
+DISTINCT_FRAMES = 1 << 16  # if a modality has more frames, frames are repeated
+MIN_SECONDS = 0.25  # a function is called again and again for this time, because a call is short
+Result = TypeVar("Result")
 
 
 def parse(
     doc: str | None, *flags: str, argv: Sequence[str] | None = None, **options: Any
 ) -> argparse.Namespace:
-    """Returns the parsed words of a command: flags, and options with their defaults.
+    """Parses the arguments of a script. `flags` are arguments without a value.
 
-    If a type stands in place of a default, the word is required, and has no `--name=`.
+    `options` maps the name of an argument to its default. If the default is a type, the argument is
+    positional. If `argv` is None, the arguments are read from the command line.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, value in options.items():
-        if isinstance(value, type):
-            parser.add_argument(name, type=value)
+    for name, default in options.items():
+        if isinstance(default, type):
+            parser.add_argument(name, type=default)
         else:
-            parser.add_argument(f"--{name}", type=type(value), default=value, metavar="X")
+            parser.add_argument(f"--{name}", type=type(default), default=default, metavar="X")
     for flag in flags:
         parser.add_argument(flag, action="store_true")
     return parser.parse_args(argv)
 
 
-def say(text: str) -> None:
-    """Prints a line at once, also into a pipe."""
+def print_text(text: str) -> None:
+    """Prints a line immediately, even if the output is a pipe."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def children_seconds() -> float:
-    """Returns the seconds of the processor that ended children of this process used."""
+    """Returns the CPU seconds of all child processes that have ended."""
     return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # user and system
 
 
-def timed(command: Sequence[str], **options: Any) -> tuple[float, float]:
-    """Runs a command; returns its seconds, and the seconds of all cores."""
-    began, used = time.perf_counter(), children_seconds()
-    subprocess.run(command, capture_output=True, check=True, **options)
-    return time.perf_counter() - began, children_seconds() - used
+def run_python(*words: str, cwd: Path = ROOT, **env: str) -> tuple[float, float]:
+    """Runs Python in a child process. Returns its elapsed seconds and its CPU seconds.
+
+    `env` are additional environment variables. If the process fails, SystemExit has its errors.
+    """
+    start, cpu_start = time.perf_counter(), children_seconds()
+    command, environment = [sys.executable, *words], os.environ | env
+    ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(words)}: {ended.stderr[-2000:]}")
+    return time.perf_counter() - start, children_seconds() - cpu_start
+
+
+def alternate(
+    functions: Mapping[str, Callable[[int], Result]], rounds: int
+) -> dict[str, list[Result]]:
+    """Calls each function once per round, with the number of the round. Returns all results.
+
+    The speed of a machine drifts, so only the times of one round can be compared.
+    """
+    results: dict[str, list[Result]] = {name: [] for name in functions}
+    for number in range(rounds):
+        for name, function in functions.items():
+            results[name].append(function(number))
+    return results
+
+
+def time_calls(function: Callable[[], Any], count: int) -> float:
+    """Returns the seconds of a call. A call does not wait for the results of earlier calls."""
+    start, result = time.perf_counter(), None
+    for _ in range(count):
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / count
+
+
+def time_functions(
+    functions: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[float]]:
+    """Returns a dict, name -> the seconds of a call in each round. See `alternate`."""
+    timers: dict[str, Callable[[int], float]] = {}
+    for name, function in functions.items():
+        jax.block_until_ready(function())  # compiles
+        count = math.ceil(MIN_SECONDS / time_calls(function, 1))
+        timers[name] = lambda _, function=function, count=count: time_calls(function, count)
+    return alternate(timers, rounds)
+
+
+def format_ratio(seconds: Mapping[str, Sequence[float]], numerator: str, divisor: str) -> str:
+    """Returns the median and the range of the ratios of two times in each round."""
+    ratios = [a / b for a, b in zip(seconds[numerator], seconds[divisor], strict=True)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def describe_machine() -> str:
+    """Returns the name of the processor, its instructions for products, and the version of JAX."""
+    kind = jax.devices()[0].device_kind
+    if kind == "cpu":
+        parts = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in parts}
+        known = ("avx512f", "avx512_bf16", "amx_bf16")
+        flags = [flag for flag in known if flag in fields.get("flags", "").split()]
+        kind = f"{os.cpu_count()} cores of {fields.get('model name', 'a processor')}"
+        kind += f" with {', '.join(flags) or 'no AVX-512'}"
+    return f"{kind}, jax {jax.__version__}"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    print_text(format_table(header, rows))
+
+
+def read_table(text: str) -> list[list[str]]:
+    """Returns the cells of a Markdown table, row by row. The first row is the header."""
+    rows = [[*map(str.strip, line.strip()[1:-1].split("|"))] for line in text.splitlines()]
+    return [row for row in rows if set(row[0]) != {"-"}]
+
+
+def replace_table(page: str, name: str, table: str) -> str:
+    """Replaces the table below `<!-- table: NAME -->` in the text of a page."""
+    pattern = rf"(<!-- table: {name} -->\n)(?:\|.*\n)+"
+    new_page, count = re.subn(pattern, lambda match: match[1] + table, page)
+    if count != 1:
+        raise ValueError(f"the page must have exactly one table below `<!-- table: {name} -->`")
+    return new_page
 
 
 def make_clips(modalities: Sequence[str], num_clips: int) -> dict[str, Packed]:
-    """Returns resident clips of random frames, 512 numbers in float16 each."""
+    """Returns a dict, modality -> clips of random frames on the device, 512 float16 values each."""
     clips = {}
-    for number, name in enumerate(modalities):
-        lengths = np.random.default_rng((0, number)).integers(1, LONGEST[name] + 1, num_clips)
-        fields = _draw_frames(jax.random.key(number), 1 + int(lengths.sum()))
+    for seed, name in enumerate(modalities):
+        lengths = np.random.default_rng((0, seed)).integers(1, MAX_FRAMES[name] + 1, num_clips)
+        fields = _draw_frames(jax.random.key(seed), 1 + int(lengths.sum()))
         start = jnp.asarray(np.cumsum(lengths) - lengths, jnp.int32)
         clips[name] = Packed(*fields, start=start, length=jnp.asarray(lengths, jnp.int32))
     return clips
@@ -99,43 +180,36 @@ def make_clips(modalities: Sequence[str], num_clips: int) -> dict[str, Packed]:
 
 @partial(jax.jit, static_argnums=1)
 def _draw_frames(key: Array, count: int) -> list[Array]:
-    """Returns features, qualities, detections and numbers of frames; the last frame is padding."""
-    keys = jax.random.split(key, 3)
-    # Numbers between -2 and 2 by their bits: a normal draw of all would take minutes.
-    bits = jax.random.bits(keys[0], (DRAWN, DIM), jnp.uint16)
-    drawn = jax.lax.bitcast_convert_type(bits & jnp.uint16(0xBFFF), jnp.float16)
-    features = drawn[jnp.arange(count) % DRAWN].at[-1].set(0)
+    """Returns features, qualities, detections and numbers. The last frame is padding."""
+    keys, number = jax.random.split(key, 3), jnp.arange(count, dtype=jnp.int32)
+    distinct = jax.random.normal(keys[0], (DISTINCT_FRAMES, DIM), jnp.float16)
+    features = distinct[number % DISTINCT_FRAMES].at[-1].set(0)
     quality = jax.random.uniform(keys[1], (count,), minval=1, maxval=100)
     detection = jax.random.uniform(keys[2], (count,), minval=0.5, maxval=1)
-    return [features, quality, detection, jnp.arange(count, dtype=jnp.int32)]
+    return [features, quality, detection, number]
 
 
 class Run(NamedTuple):
-    """A system on made-up resident clips, ready to train."""
+    """A system, and random clips on the device to train it."""
 
     system: System
     state: train_step.TrainState
     constants: train_step.MemberConstants
     clips: dict[str, Packed]
     plan: BatchPlan
-    num_params: int
 
 
 def make_run(
     spec: str, overrides: Sequence[str] = (), *, batch_size: int, num_identities: int,
-    num_clips: int | None = None,
+    num_clips: int,
 ) -> Run:  # fmt: skip
-    """Returns the system of a configuration on as many clips as there are in four batches.
-
-    `spec` is NAME:ARGS of a file in `configs/`, `overrides` are FIELD=VALUE.
-    """
+    """Returns the system of a configuration `FILE:ARGUMENTS` with overrides `FIELD=VALUE`."""
     config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
     config = config_io.override(config, [f"--config.{word}" for word in words])
-    num_clips = num_clips or 4 * batch_size
     modalities = dict.fromkeys(config.modalities, DIM)
-    sizes = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True)
-    system = make_system(config.to_dict(), sizes)
+    task = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True)
+    system = make_system(config.to_dict(), task)
     members = ensemble.make_members(config.ensemble.to_dict())
     labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(members), num_clips))
     mesh = devices.make_mesh(1)
@@ -145,146 +219,28 @@ def make_run(
         return train_step.init_state(system, rngs, jnp.asarray(labels, jnp.int32))
 
     state: Any = train_step.make_state(init, system.tx, devices.replicated_layout(mesh))
-    tables = train_step.make_member_constants(members, np.ones((len(members), num_clips)))
-    tables = devices.replicate(mesh, tables)
+    constants = train_step.make_member_constants(members, np.ones((len(members), num_clips)))
+    constants = devices.replicate(mesh, constants)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
-    places = {name: PLACES[name] for name in modalities}
-    plan = BatchPlan(("train",), batch_size, num_clips, places, (), "window", config.seed)
-    num_params = sum(x.size for x in jax.tree.leaves(state.params))
-    return Run(system, state, tables, clips, plan, num_params)
+    padded = {name: PADDED_FRAMES[name] for name in modalities}
+    plan = BatchPlan(("train",), batch_size, num_clips, padded, (), "window", config.seed)
+    return Run(system, state, constants, clips, plan)
 
 
 def make_loop(run: Run) -> Any:
-    """Returns compiled steps on resident clips: (state, tables, clips, count) to state, outcome."""
-    draw = lambda clips, step: resident.draw_batch(clips, run.plan, step)  # noqa: E731
+    """Returns the compiled loop of `train_step.make_train_loop` for the clips of a run."""
+
+    def draw(clips: Any, step: Array) -> Any:
+        return resident.draw_batch(clips, run.plan, step)
+
     return train_step.make_train_loop(run.system, devices.make_mesh(1), draw)
 
 
-def for_torch(frames: Mapping[str, Frames]) -> dict[str, tuple[np.ndarray, ...]]:
-    return {
-        name: tuple(map(np.array, (fusion.read(x.features), x.quality, x.detection, x.mask)))
-        for name, x in frames.items()
+def make_torch_batch(frames: Mapping[str, Frames], labels: np.ndarray) -> Any:
+    from tests.benchmarks import peer
+
+    arrays = {
+        name: [np.array(x) for x in (fusion.read(f.features), f.quality, f.detection, f.mask)]
+        for name, f in frames.items()
     }
-
-
-def products(jaxpr: Any) -> Iterator[Any]:
-    """Yields the equation of every matrix product of a trace and of its inner functions.
-
-    Raises ValueError for a product in a loop: it would count once and run often.
-    """
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name == "dot_general":
-            yield equation
-        for inner in core.jaxprs_in_params(equation.params):
-            for product in products(inner):
-                if name in ("scan", "while", "cond"):
-                    raise ValueError(f"a matrix product within '{name}'")
-                yield product
-
-
-def flops(product: Any) -> int:
-    left, axes = product.invars[0].aval.shape, product.params["dimension_numbers"][0][0]
-    inner = math.prod(left[axis] for axis in axes)
-    return 2 * inner * math.prod(product.outvars[0].aval.shape)
-
-
-def make_bare(found: Sequence[Any], times: int) -> Callable[[], Array]:
-    """Returns a compiled program that makes only the products, of made-up operands.
-
-    The program repeats all of them `times` times in a loop, as training repeats its steps.
-    Otherwise it would also measure how the system hands out memory for new results.
-    """
-    keys = iter(jax.random.split(jax.random.key(1), 2 * len(found)))
-    operands = [  # all differ, so no product stands for another
-        [jax.random.normal(next(keys), x.aval.shape, x.aval.dtype) for x in product.invars]
-        for product in found
-    ]
-
-    @jax.jit
-    def bare(operands: Any) -> Array:
-        def body(_: Array, total: Array) -> Array:
-            # Behind the barriers nothing is moved out of the loop, and no product is cut short.
-            pairs = jax.lax.optimization_barrier((operands, total))[0]
-            results = [
-                product.primitive.bind(*pair, **product.params)
-                for product, pair in zip(found, pairs, strict=True)
-            ]
-            results = jax.lax.optimization_barrier(results)
-            return total + sum(jnp.ravel(x)[0].astype(jnp.float32) for x in results)
-
-        return jax.lax.fori_loop(0, times, body, jnp.float32(0))
-
-    return lambda: bare(operands)
-
-
-def seconds_each(function: Callable[[], Any], repeats: int) -> float:
-    """Returns the time of one call, over calls that are dispatched one after another."""
-    start, result = time.perf_counter(), None
-    for _ in range(repeats):
-        result = function()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / repeats
-
-
-def in_turns(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Returns name -> seconds of a call, by round; each runs in every round, in turn.
-
-    Machines drift, so only figures of one round can be compared.
-    """
-    repeats = {}
-    for name, function in functions.items():
-        jax.block_until_ready(function())  # compiles
-        repeats[name] = math.ceil(SECONDS / seconds_each(function, 1))
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            found[name].append(seconds_each(function, repeats[name]))
-    return found
-
-
-def ratio(found: Mapping[str, Sequence[float]], above: str, below: str) -> str:
-    """Returns the median and the range of the ratio of two times, of the same rounds."""
-    values = [a / b for a, b in zip(found[above], found[below], strict=True)]
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-
-
-def peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def describe() -> str:
-    """Returns the processor, its flags and the JAX version that the figures were measured with."""
-    kind = jax.devices()[0].device_kind
-    if kind == "cpu":
-        parts = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        lines = {name.strip(): value.strip() for name, _, value in parts}
-        known = ("avx512f", "avx512_bf16", "amx_bf16")  # change products in bfloat16
-        flags = [flag for flag in known if flag in lines.get("flags", "").split()]
-        kind = f"{os.cpu_count()} cores of {lines.get('model name', 'a processor')}"
-        kind += f" with {', '.join(flags) or 'no AVX-512'}"
-    return f"{kind}, jax {jax.__version__}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
-def read_markdown(text: str) -> list[list[str]]:
-    """Returns the cells of the rows of a Markdown table, the first row the header."""
-    rows = [[*map(str.strip, line.strip()[1:-1].split("|"))] for line in text.splitlines()]
-    return [row for row in rows if set(row[0]) != {"-"}]
-
-
-def replace_table(text: str, name: str, table: str) -> str:
-    """Returns a page with another table below `<!-- table: NAME -->`, of which it must have one."""
-    pattern = rf"(<!-- table: {name} -->\n)(?:\|.*\n)+"
-    new, count = re.subn(pattern, lambda match: match[1] + table, text)
-    if count != 1:
-        raise ValueError(f"wanted one table below `<!-- table: {name} -->`")
-    return new
-
-
-def write_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    say(markdown(header, rows))
+    return peer.make_batch(arrays, labels)

@@ -1,9 +1,9 @@
-"""Who is named in films, and how surely: right, wrong, strangers, calibration, unknown people.
+"""Measures the names of people and the groups of unknown people in films.
 
     python -m tests.benchmarks.decision --tracks=FOLDER
 
-FOLDER holds `tracks.npz`: the vectors of faces of films and of photos, with the people in truth.
-Some people are enrolled by photos, in many random draws; everybody else is a stranger.
+FOLDER contains `tracks.npz`, with vectors of faces in films and in photos, and the true people. In
+each of several random draws, some people are enrolled by photos. All other people are strangers.
 """
 
 import itertools
@@ -13,88 +13,89 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.benchmarks import common
-from tests.benchmarks.calibration import calibration_error
+from tests.benchmarks.calibration import compute_calibration_error
 from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend, grouping
 from vidjax.apps.video.cards import PUBLISHED, BackEnd
 from vidjax.apps.video.tracks import find_changes
 from vidjax.apps.video.who import STRANGER_ODDS
 
+CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
+
 
 class Films(NamedTuple):
-    """N tracks of films. `apart` are pairs of clips that are seen at the same time."""
+    """N tracks of films. `apart` are pairs of clips that are visible at the same time."""
 
     vectors: np.ndarray  # [N, D], of length 1
-    people: np.ndarray  # [N], the truth
+    people: np.ndarray  # [N], the true people
     clips: list[str]
     apart: list[tuple[str, str]]
 
 
-CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
-
-
-def split(data: dict[str, np.ndarray]) -> Films:
-    """Returns the tracks of the films. Where its vectors change, a track is split."""
+def split_tracks(data: dict[str, np.ndarray]) -> Films:
+    """Returns the tracks of the films, split where their vectors change."""
     vectors, people, clips, times = [], [], [], []
-    for number, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
-        at = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
-        for begin, end in itertools.pairwise([low, *(low + x for x in at), high]):
+    for track, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
+        changes = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
+        for begin, end in itertools.pairwise([low, *(low + x for x in changes), high]):
             rows = slice(begin, end)
             weight = np.maximum(data["quality"][rows], 1e-3)
             vectors.append(unit(weight @ unit(data["vector"][rows])))
             names, counts = np.unique(data["person"][rows], return_counts=True)
             people.append(int(names[counts.argmax()]))
-            shot = f"{data['film'][number]}.s{data['shot'][number]:03}"
+            shot = f"{data['film'][track]}.s{data['shot'][track]:03}"
             clips.append(f"{shot}.t{len(clips)}")
-            times.append((data["film"][number], *data["time_s"][rows][[0, -1]]))
+            times.append((data["film"][track], *data["time_s"][rows][[0, -1]]))
     film, begin, end = map(np.array, zip(*times, strict=True))
-    shared = np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
-    pairs = np.argwhere(np.triu((film[:, None] == film) & shared, 1)).tolist()
-    apart = [(clips[one], clips[other]) for one, other in pairs]
+    overlap = np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
+    pairs = np.argwhere(np.triu((film[:, None] == film) & overlap, 1)).tolist()
+    apart = [(clips[a], clips[b]) for a, b in pairs]
     return Films(np.array(vectors, np.float32), np.array(people), clips, apart)
 
 
 def measure(
     films: Films, photos: np.ndarray, *, known: int, count: int, draws: int, votes: bool = True
 ) -> dict[str, float]:
-    """Returns means over random draws: shares of tracks, and figures of unknown people.
+    """Returns the means over random draws of the figures that README.md explains.
 
-    `photos` are [P, K, D] vectors of K photos of P people. In each of the `draws`, `known` people
-    are enrolled with `count` photos each. With `votes`, the tracks of a group get one answer.
+    Args:
+      photos: [P, K, D], vectors of K photos of P people.
+      known: number of people to enrol, with `count` photos each.
+      votes: if True, all tracks of a group get the same name.
     """
     model = backend.make_card_backend({"face": CARD}, STRANGER_ODDS)
-    rng, shares, sure, correct = np.random.default_rng(0), [], [], []
+    rng, figures, probabilities, rights = np.random.default_rng(0), [], [], []
     groups = grouping.group(model, films.clips, [films.vectors], films.apart, absorb=False)
     owner = groups if votes else np.arange(len(groups))
     for _ in range(draws):
         people = rng.permutation(len(photos))[:known]
-        shown = photos[people][:, rng.permutation(photos.shape[1])[:count]]
+        chosen = photos[people][:, rng.permutation(photos.shape[1])[:count]]
         rows = np.repeat(np.arange(known), count)
-        enrolled = model.enrol([*map(str, people)], shown.reshape(len(rows), -1), rows)
-        nearest = [*backend.Index(model, [enrolled]).nearest([films.vectors], 1, owner)]
-        best = np.array([int(nearest[group].best[0][0]) for group in owner])
-        probability = np.exp([nearest[group].best[0][1] for group in owner])
-        there, named = np.isin(films.people, people), probability > 0.5
-        right = there & (best == films.people)
+        enrolled = model.enrol([*map(str, people)], chosen.reshape(len(rows), -1), rows)
+        answers = [*backend.Index(model, [enrolled]).nearest([films.vectors], 1, owner)]
+        best = np.array([int(answers[group].best[0][0]) for group in owner])
+        probability = np.exp([answers[group].best[0][1] for group in owner])
+        is_known, named = np.isin(films.people, people), probability > 0.5
+        right = is_known & (best == films.people)
         unknown = np.flatnonzero(~named)
-        names = [films.clips[row] for row in unknown]
+        names, truth = [films.clips[row] for row in unknown], films.people[unknown]
         labels = grouping.group(model, names, [films.vectors[unknown]], films.apart)
-        purest = [
-            np.unique(films.people[unknown[labels == n]], return_counts=True)[1].max()
-            for n in np.unique(labels)
+        main_people = [
+            np.unique(truth[labels == label], return_counts=True)[1].max()
+            for label in np.unique(labels)
         ]
-        shares.append([
-            np.sum(named & right) / np.sum(there),
-            np.sum(named & there & ~right) / np.sum(there),
-            np.sum(named & ~there) / np.sum(~there),
-            len(purest) / len(np.unique(films.people[unknown])),
-            np.sum(purest) / len(unknown),
-        ])  # fmt: skip
-        sure.append(probability)
-        correct.append(right)
-    names = ("right", "wrong", "strangers named", "groups per person", "purity")
-    means = dict(zip(names, np.mean(shares, axis=0).tolist(), strict=True))
-    return means | {"ECE": calibration_error(np.concatenate(sure), np.concatenate(correct))}
+        figures.append({
+            "right": np.mean(named[is_known] & right[is_known]),
+            "wrong": np.mean(named[is_known] & ~right[is_known]),
+            "strangers named": np.mean(named[~is_known]),
+            "groups per person": len(main_people) / len(np.unique(truth)),
+            "purity": np.sum(main_people) / len(truth),
+        })  # fmt: skip
+        probabilities.append(probability)
+        rights.append(right)
+    means = {name: float(np.mean([x[name] for x in figures])) for name in figures[0]}
+    error = compute_calibration_error(np.concatenate(probabilities), np.concatenate(rights))
+    return means | {"ECE": error}
 
 
 def load(folder: Path) -> tuple[Films, np.ndarray]:
@@ -102,15 +103,16 @@ def load(folder: Path) -> tuple[Films, np.ndarray]:
     with np.load(folder / "tracks.npz") as file:
         data = dict(file)
     photos = unit(data["photo_vector"]).astype(np.float32)
-    return split(data), photos.reshape(data["photo_person"].max() + 1, -1, photos.shape[1])
+    photos = photos.reshape(data["photo_person"].max() + 1, -1, photos.shape[1])
+    return split_tracks(data), photos
 
 
 def main() -> None:
     films, photos = load(Path(common.parse(__doc__, tracks="").tracks))
     for known, count, votes in itertools.product((8, len(photos)), (1, 3), (False, True)):
-        found = measure(films, photos, known=known, count=count, draws=20, votes=votes)
-        cells = " | ".join(f"{name} {value:.3f}" for name, value in found.items())
-        common.say(f"{known} people, {count} photos, votes {votes} | {cells}")
+        figures = measure(films, photos, known=known, count=count, draws=20, votes=votes)
+        cells = " | ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        common.print_text(f"{known} people, {count} photos, votes {votes} | {cells}")
 
 
 if __name__ == "__main__":

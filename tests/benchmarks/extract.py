@@ -1,11 +1,11 @@
-"""Speed and memory of `vidjax extract`, on made films.
+"""Measures the speed and the memory of `vidjax extract`.
 
-    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--people=DIR]
+    VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--people=PHOTOS]
 
-DIR has a folder of photos of each person. A film in H.264 shows all of them in turn, at 25 frames a
-second. It is extracted in one process with one thread, at each size, with both PRESETS. Then both
-settings of `vidjax who` are compared: names, times and CPU time. Without `--people`, the most
-memory of `vidjax extract` is measured, for films that show moving patches.
+PHOTOS has a folder of photos of each person. A film shows all photos in turn, in H.264 with 25
+pictures per second. For each size of SIZES, the script prints how many seconds of film one core
+extracts per second, with both PRESETS. Then it compares names, times and CPU time of `vidjax who`.
+Without `--people`, the script prints the memory of `vidjax extract` for films of random patches.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 from tests.benchmarks import common
 from tests.helpers import films, limits
@@ -32,8 +33,8 @@ PRESETS = {
 }
 
 
-def panned(picture: np.ndarray, height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
-    """Yields the frames of a shot: a window that moves over a larger picture."""
+def pan(picture: np.ndarray, height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
+    """Yields the pictures of a shot: a window that moves over a larger picture."""
     room = np.subtract(picture.shape[:2], (height, width))
     for number in range(seconds * FPS):
         top, left = room * number // (seconds * FPS)
@@ -41,48 +42,31 @@ def panned(picture: np.ndarray, height: int, width: int, seconds: int) -> Iterat
 
 
 def repeated(path: Path, source: Path, times: int) -> Path:
-    """Writes a film that shows another film several times, without coding it again."""
-    with av.open(str(source)) as one, av.open(str(path), "w") as made:
-        stream = one.streams.video[0]
-        copy = made.add_stream_from_template(stream)
-        length = 0
-        for turn in range(times):
-            one.seek(0)
-            for packet in one.demux(stream):
-                if packet.dts is None or packet.pts is None:
-                    continue
-                if not turn:
-                    length = max(length, packet.pts + (packet.duration or 1))
-                packet.pts += turn * length
-                packet.dts += turn * length
-                packet.stream = copy
-                made.mux(packet)
+    """Writes a film that repeats another film of the same folder, without coding it again."""
+    playlist = path.with_suffix(".ffconcat")
+    playlist.write_text("ffconcat version 1.0\n" + f"file {source.name}\n" * times)
+    with av.open(str(playlist)) as film, av.open(str(path), "w") as copy:
+        stream = copy.add_stream_from_template(film.streams.video[0])
+        for packet in film.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    playlist.unlink()
     return path
 
 
 def peak(path: Path, out: Path, models: Path) -> int:
-    """Returns the most bytes that the command and its child hold at once."""
+    """Returns the most memory of `vidjax extract` and its child processes, in bytes."""
     words = [sys.executable, "-m", "vidjax", "extract", path, f"--out={out}", f"--models={models}"]
-    done = limits.run([*words, "--workers=1"])
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return done.peak
-
-
-def framed(photo: Path, height: int, width: int) -> np.ndarray:
-    """Returns a photo on a grey wall, which is larger than a frame of the film by a tenth."""
-    from PIL import Image
-
-    picture, room = Image.open(photo).convert("RGB"), height * 9 // 10
-    picture = picture.resize((round(picture.width * room / picture.height), room))
-    wall = Image.new("RGB", (width * 11 // 10, height * 11 // 10), (60, 70, 90))
-    wall.paste(picture, ((width - picture.width) // 3 + width // 10, height // 10))
-    return np.array(wall)
+    ended = limits.run([*words, "--workers=1"])
+    if ended.returncode:
+        raise SystemExit(ended.stderr)
+    return ended.peak
 
 
 def measure_memory(folder: Path, models: Path) -> Iterator[dict[str, object]]:
     minute, size = folder / "minute.mp4", (180, 320)
-    shots = (panned(films.scene(shot, 225, 400), *size, seconds=4) for shot in range(15))
+    shots = (pan(films.scene(seed, 225, 400), *size, seconds=4) for seed in range(15))
     films.write(minute, itertools.chain.from_iterable(shots))
     for minutes in (3, 30):
         path = repeated(folder / f"{minutes}.mp4", minute, minutes)
@@ -90,67 +74,77 @@ def measure_memory(folder: Path, models: Path) -> Iterator[dict[str, object]]:
         yield {f"{minutes} min of 180p": {"peak_mb": peak_mb}}
 
 
-def measure_people(folder: Path, people: Path, models: Path) -> Iterator[dict[str, object]]:
-    """Yields how many seconds of a film a core extracts per second, and `compare_presets`."""
-    photos = [sorted(person.iterdir()) for person in sorted(people.iterdir())]
+def show_photos(photos: list[list[Path]], height: int, width: int) -> Iterator[np.ndarray]:
+    """Yields the pictures of a film that shows the photos of each person in turn.
+
+    A photo hangs on a grey wall, which is larger than a picture of the film by a tenth.
+    """
+    for turn in range(max(map(len, photos))):
+        for of_person in photos:
+            photo = Image.open(of_person[turn % len(of_person)]).convert("RGB")
+            room = height * 9 // 10
+            photo = photo.resize((round(photo.width * room / photo.height), room))
+            wall = Image.new("RGB", (width * 11 // 10, height * 11 // 10), (60, 70, 90))
+            wall.paste(photo, ((width - photo.width) // 3 + width // 10, height // 10))
+            yield from pan(np.array(wall), height, width, seconds=7)
+
+
+def measure_speed(
+    folder: Path, photos: list[list[Path]], models: Path
+) -> Iterator[dict[str, object]]:
+    """Yields the seconds of film that a core extracts per second, for each size."""
     for name, size in SIZES.items():
         path, speeds = folder / f"{name}.mp4", {}
         films.write(path, show_photos(photos, *size))
         stamp = features_folder.FileStamp.of(path)
         for preset, settings in PRESETS.items():
-            nets, began = film.load_nets(cards.load(models), settings.size), time.process_time()
-            found = film.extract(path, folder, name, nets, settings, stamp, "0" * 64)
-            speeds[preset] = round(found.seconds / (time.process_time() - began), 2)
+            nets, start = film.load_nets(cards.load(models), settings.size), time.process_time()
+            report = film.extract(path, folder, name, nets, settings, stamp, "0" * 64)
+            speeds[preset] = round(report.seconds / (time.process_time() - start), 2)
         yield {name: speeds}
-    yield from compare_presets(folder, photos, models)
-
-
-def show_photos(photos: list[list[Path]], height: int, width: int) -> Iterator[np.ndarray]:
-    """Yields the frames of a film that shows all photos in turn. `photos` has a list a person."""
-    for turn in range(max(map(len, photos))):
-        for own in photos:
-            wall = framed(own[turn % len(own)], height, width)
-            yield from panned(wall, height, width, seconds=7)
 
 
 def compare_presets(
-    place: Path, photos: list[list[Path]], models: Path
+    folder: Path, photos: list[list[Path]], models: Path
 ) -> Iterator[dict[str, object]]:
-    """Yields the figures of each of PRESETS, and their difference.
+    """Yields the results of `vidjax who` with each preset, and the largest difference in times.
 
-    Every person is enrolled by the first photo of a folder, and the film shows all photos in turn.
+    The first photo of each person enrols the person.
     """
-    first = place / "first"
+    first = folder / "first"
     for photo, *_ in photos:
         (first / photo.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, first / photo.parent.name)
-    path = place / "photos.mp4"
+    path = folder / "photos.mp4"
     films.write(path, show_photos(photos, 720, 1280))
-    found = []
+    appearances = []
     for settings in PRESETS.values():
-        began, out = common.children_seconds(), place / f"who{settings.size}"
-        found.append(who.name_people([path], first, out, models, settings).decision.appearances)
-        cpu = round(common.children_seconds() - began, 1)
-        names = [str(one.identity) for one in found[-1]]
+        start, out = common.children_seconds(), folder / f"who{settings.size}"
+        named = who.name_people([path], first, out, models, settings)
+        appearances.append(named.decision.appearances)
+        cpu = round(common.children_seconds() - start, 1)
+        names = [str(appearance.identity) for appearance in appearances[-1]]
         yield {"fps": settings.fps, "size": settings.size, "cpu_s": cpu, "names": names}
-    gaps = [
+    differences = [
         max(abs(x.start_s - y.start_s), abs(x.end_s - y.end_s))
-        for x, y in zip(*found, strict=False)
+        for x, y in zip(*appearances, strict=False)
         if x.identity == y.identity
     ]
-    yield {"most_seconds_apart": round(max(gaps), 2)}
+    yield {"most_seconds_apart": round(max(differences), 2)}
 
 
 def main() -> None:
     args = common.parse(__doc__, folder=Path, people="")
     models = Path(os.environ["VIDJAX_MODELS"])
     args.folder.mkdir(parents=True, exist_ok=True)
+    figures = measure_memory(args.folder, models)
     if args.people:
-        figures = measure_people(args.folder, Path(args.people), models)
-    else:
-        figures = measure_memory(args.folder, models)
-    for one in figures:
-        common.say(json.dumps(one))
+        photos = [sorted(person.iterdir()) for person in sorted(Path(args.people).iterdir())]
+        figures = itertools.chain(
+            measure_speed(args.folder, photos, models), compare_presets(args.folder, photos, models)
+        )
+    for row in figures:
+        common.print_text(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Times of the first command of README.md, from the start of its process to its end.
+"""Time of the first command of README.md, from the start of the process to its end.
 
     python -m tests.benchmarks.first_command [--rounds=3]
 
-A cold one finds neither dataset nor compiled programs in its cache, as after an installation; a
-warm one follows it, and trains anew. Figures are medians of the rounds.
+`cold` has an empty cache, without dataset and compiled programs, as after an installation. `warm`
+repeats the command with the same cache. The figures are medians of the rounds.
 """
 
-import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,26 +14,26 @@ from tests.benchmarks import common
 
 
 def run(folder: Path, *words: str) -> tuple[float, float]:
-    """Trains in `folder/run` with the cache `folder/cache`; returns seconds, and of all cores."""
-    command = [sys.executable, "-m", "vidjax.main", *words, f"--workdir={folder}/run"]
-    env = os.environ | {"VIDJAX_CACHE": f"{folder}/cache"}
-    return common.timed(command, cwd=common.ROOT, env=env)
+    """Trains with the cache `folder/cache`. Returns elapsed seconds and CPU seconds."""
+    flags = (*words, f"--workdir={folder}/run")
+    seconds = common.run_python("-m", "vidjax.main", *flags, VIDJAX_CACHE=f"{folder}/cache")
+    shutil.rmtree(folder / "run")
+    return seconds
 
 
 def main() -> None:
     args = common.parse(__doc__, rounds=3)
-    found: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
-    for _ in range(args.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            for name, times in found.items():
-                times.append(run(Path(folder), "--config=configs/mma.py"))
-                shutil.rmtree(f"{folder}/run")
-                sys.stderr.write(f"{name}: {times[-1][0]:.1f} s\n")
+    with tempfile.TemporaryDirectory() as folder:
+
+        def train(number: int) -> tuple[float, float]:
+            return run(Path(folder, str(number)), "--config=configs/mma.py")
+
+        seconds = common.alternate({"cold": train, "warm": train}, args.rounds)
     rows = [
         [name, *(f"{common.median(column):.1f}" for column in zip(*times, strict=True))]
-        for name, times in found.items()
+        for name, times in seconds.items()
     ]
-    common.write_table(["the first command", "seconds", "of the processor"], rows)
+    common.print_table(["the first command", "seconds", "of the processor"], rows)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""Times of a gallery: opening it, finding, enrolling and removing people, on made-up vectors.
+"""Measures the times of a gallery with random vectors.
 
     python -m tests.benchmarks.gallery [--people=10000] [--start]
 
-Up to 100,000 people have a face, a head and an audio vector of 512 each. More people have one
-vector of 512, and nobody is removed. Times are medians, with processor times in brackets. A search
-needs at least one product of numpy's with all coefficients.
+Up to 100,000 people have a vector of a face, a head and a voice. More people have one vector each,
+and the removal of people is not measured. The times are medians, with CPU times in brackets.
 
-With `--start`, whole processes ask a gallery of cards of 20 people and 150 strangers once. The
-times are medians of seven turns, after a turn that fills caches.
+With `--start`, new processes use a gallery of 20 people and 150 strangers. The times are medians of
+seven rounds, after a round that fills caches.
 """
 
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,19 +29,18 @@ WIDTH = 512
 SETTINGS = Settings(
     within=0.8, between=0.75, scale=0.1, unenrolled=-2.0, stranger=-4.0, centred=1.0
 )
-TRIES = 20
-MANY = 100_000  # people from which on they have one part, and nobody is removed
 CARDS = VectorOrigin("made-up", "0" * 64, True, {"face": "0" * 64})
-TURNS = 7
+REPEATS = 20
+MANY = 100_000
+ROUNDS = 7
 ANSWER = """
 from pathlib import Path
 import numpy as np
 from vidjax import Gallery
 Gallery("people").identify({x.stem: dict(np.load(x)) for x in Path("clips").iterdir()})
 """
-LEAST = "numpy only"
 STARTS = {
-    LEAST: ["-c", "import numpy"],
+    "numpy only": ["-c", "import numpy"],
     "a first answer from Python": ["-c", ANSWER],
     "vidjax gallery --help": ["-m", "vidjax", "gallery", "--help"],
     "vidjax gallery list": ["-m", "vidjax", "gallery", "list", "people"],
@@ -53,11 +49,12 @@ STARTS = {
 
 
 def near(centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns random vectors of length 1 near the centres of people."""
     return unit(centres + 0.5 * rng.standard_normal(centres.shape, np.float32))
 
 
 def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
-    """Returns a front that is fitted to some people of their own."""
+    """Returns a back end that is fitted to 400 other people, with 3 clips each."""
     people = rng.standard_normal((400, WIDTH), np.float32)
     labels = np.repeat(np.arange(1, 401), 3)
     vectors = {name: near(people[labels - 1], rng) for name in parts}
@@ -75,14 +72,14 @@ def make_clips(
 
 
 def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Generator) -> None:
-    """Writes a gallery whose people have the vectors of a few in turn, under names of their own."""
+    """Writes a gallery. To save time, blocks of people have the same vectors."""
     front = make_front(parts, rng)
     few = list(make_clips(len(parts), min(MAX_BLOCK_PEOPLE, num_people), rng).values())
-    vectors = np.stack([clip.vector for clip in few])
-    block = front.enrol([str(clip.identity) for clip in few], vectors, np.arange(len(few)))
+    vectors, numbers = np.stack([clip.vector for clip in few]), np.arange(len(few))
+    block = front.enrol([str(clip.identity) for clip in few], vectors, numbers)
     names = [f"person_{number:07}" for number in range(num_people)]
     pieces = (tuple(names[at : at + len(few)]) for at in range(0, num_people, len(few)))
-    blocks = (block.take(np.arange(len(some)))._replace(names=some) for some in pieces)
+    blocks = (block.take(numbers[: len(piece)])._replace(names=piece) for piece in pieces)
     clips = {
         f"clip_{n:07}": StoredClip(name, few[n % len(few)].vector) for n, name in enumerate(names)
     }
@@ -91,47 +88,50 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
     Store(folder).create(State(1, origin, Index(front, blocks), clips, group(clips)))
 
 
-def timed(action: Callable[[int], object], tries: int) -> str:
-    """Returns medians of several times as text: of the clock, and of all cores of the processor."""
+def measure_median(action: Callable[[int], object], repeats: int) -> str:
+    """Calls a function with 0, 1, 2, ... Returns the median of the time and of the CPU time."""
     times = []
-    for number in range(tries):
-        began = time.perf_counter(), time.process_time()
+    for number in range(repeats):
+        start, cpu_start = time.perf_counter(), time.process_time()
         action(number)
-        times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
-    clock, processor = (
+        times.append((time.perf_counter() - start, time.process_time() - cpu_start))
+    seconds, cpu_seconds = (
         f"{x:.1f} s" if x >= 1 else f"{1000 * x:.3g} ms" for x in np.median(times, axis=0).tolist()
     )
-    return f"{clock} ({processor})"
+    return f"{seconds} ({cpu_seconds})"
 
 
 def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str, str]]:
-    """Yields what was done and how long it took, in a gallery that is made in a folder."""
     rng = np.random.default_rng(0)
     write(folder, num_people, ["face", "head", "audio"][:num_parts], rng)
-    opened: list[Gallery] = []
-    yield "open", timed(lambda _: opened.append(Gallery(folder)), 1)
-    (people,) = opened
-    yield "memory of the process", f"{common.peak_bytes() / common.MIB / 1024:.1f} GB"
-    query = np.stack([x.vector for x in make_clips(num_parts, TRIES, rng, 5_000_000).values()])
-    parts = dict(zip(people.backend.widths, people.backend.split(query), strict=True))
-    asked = [
+    galleries: list[Gallery] = []
+    yield "open", measure_median(lambda _: galleries.append(Gallery(folder)), 1)
+    (people,) = galleries
+    yield "memory of the process", f"{common.peak_bytes() / 2**30:.1f} GB"
+    clips = make_clips(num_parts, REPEATS, rng, start=5_000_000).values()
+    x = np.stack([clip.vector for clip in clips])
+    parts = dict(zip(people.backend.widths, people.backend.split(x), strict=True))
+    queries = [
         Vectors(("query",), {part: x[n : n + 1] for part, x in parts.items()}, (None,))
-        for n in range(TRIES)
+        for n in range(REPEATS)
     ]
-    people.identify(asked[0], threshold=0.5)  # the first answer makes tables
-    yield "identify a clip", timed(lambda n: people.identify(asked[n], threshold=0.5), TRIES)
+    people.identify(queries[0], threshold=0.5)  # the first answer also makes tables
+    time_to_identify = measure_median(lambda n: people.identify(queries[n], threshold=0.5), REPEATS)
+    yield "identify a clip", time_to_identify
     blocks = zip(*(block.linear for block in people.index.blocks), strict=True)
-    rows, one = [np.concatenate(x) for x in blocks], query[0, :WIDTH]
-    product = timed(lambda _: np.argmax(sum(x @ one for x in rows)), TRIES)
+    rows, vector = [np.concatenate(block) for block in blocks], x[0, :WIDTH]
+    product = measure_median(lambda _: np.argmax(sum(x @ vector for x in rows)), REPEATS)
     yield "the same as one product of numpy's", product
-    for count, tries in ((1, TRIES), (1000, 1)):
-        made = [*make_clips(num_parts, count * tries, rng, 2_000_000 + 1_000 * count).items()]
-        turns = [dict(made[n * count :][:count]) for n in range(tries)]
-        enrolled = "a clip" if count == 1 else f"{count:,} clips at once"
-        yield f"enrol {enrolled}", timed(lambda n, t=turns: people.add(t[n]), tries)
+    for count, repeats in ((1, REPEATS), (1000, 1)):
+        start = 2_000_000 + 1_000 * count
+        new = [*make_clips(num_parts, count * repeats, rng, start).items()]
+        turns = [dict(new[n * count :][:count]) for n in range(repeats)]
+        what = "a clip" if count == 1 else f"{count:,} clips at once"
+        yield f"enrol {what}", measure_median(lambda n, t=turns: people.add(t[n]), repeats)
         if num_people <= MANY and count == 1:
-            gone = [next(iter(turn.values())).identity or "" for turn in turns]
-            yield "remove a person", timed(lambda n, g=gone: people.remove(identity=g[n]), tries)
+            names = [str(clip.identity) for _, clip in new]
+            remove = lambda n, names=names: people.remove(identity=names[n])  # noqa: E731
+            yield "remove a person", measure_median(remove, repeats)
 
 
 def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
@@ -144,15 +144,16 @@ def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
     (folder / "clips").mkdir()
     for number, face in enumerate(faces[-5:]):
         np.savez(folder / "clips" / f"{number}.npz", face=face)
-    env = os.environ | {"PYTHONPATH": str(common.ROOT)}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in STARTS}
-    for _ in range(1 + TURNS):
-        for name, words in STARTS.items():
-            found[name].append(common.timed([sys.executable, *words], cwd=folder, env=env))
-    least = np.median(found[LEAST][1:], axis=0)[1]
-    for name, times in found.items():
-        seconds, processor = np.median(times[1:], axis=0)
-        yield name, f"{seconds:.2f}", f"{processor:.2f}", f"{processor / least:.1f}"
+
+    def start(words: Sequence[str]) -> tuple[float, float]:
+        return common.run_python(*words, cwd=folder, PYTHONPATH=str(common.ROOT))
+
+    processes = {name: lambda _, words=words: start(words) for name, words in STARTS.items()}
+    rounds = common.alternate(processes, 1 + ROUNDS)
+    medians = {name: np.median(times[1:], axis=0) for name, times in rounds.items()}
+    for name, (seconds, cpu_seconds) in medians.items():
+        ratio = cpu_seconds / medians["numpy only"][1]
+        yield name, f"{seconds:.2f}", f"{cpu_seconds:.2f}", f"{ratio:.1f}"
 
 
 def main() -> None:
@@ -160,11 +161,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.start:
             header = ["process", "seconds", "of the processor", "times numpy"]
-            common.write_table(header, list(measure_starts(Path(folder))))
-            return
-        num_parts = 3 if args.people <= MANY else 1
-        rows = list(measure(Path(folder, "people"), args.people, num_parts))
-    common.write_table(["", f"{args.people:,} people, {num_parts} x {WIDTH}"], rows)
+            rows = list(measure_starts(Path(folder)))
+        else:
+            num_parts = 3 if args.people <= MANY else 1
+            header = ["", f"{args.people:,} people, {num_parts} x {WIDTH}"]
+            rows = list(measure(Path(folder, "people"), args.people, num_parts))
+    common.print_table(header, rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The same nets and data in idiomatic PyTorch, eager or compiled, on a GPU if there is one.
+"""The nets of three configurations in PyTorch, in its usual style. It runs on a GPU if possible.
 
-    python -m tests.benchmarks.peer DIR [--epochs=10] [--batch_size=1024] [--compile]
+    python -m tests.benchmarks.peer FOLDER [--epochs=10] [--batch_size=1024] [--compile]
 
-Unpickles the faces of the official files of DIR into memory, trains the MLP by softmax, ranks val
-after every epoch, saves a checkpoint, and prints one line of JSON. Other benchmarks time `Step`,
-`make_scorer` and `rank`. Needs torch, and does not use vidjax.
+The script reads the faces of the official files in FOLDER, trains the MLP with the softmax
+cross-entropy, and prints MAP after every epoch. At the end, it saves a checkpoint. Other benchmarks
+measure `Step`, `make_scorer` and `rank`. The module needs torch and does not import vidjax.
 """
 
 # pyright: reportMissingImports=false
@@ -12,7 +12,6 @@ after every epoch, saves a checkpoint, and prints one line of JSON. Other benchm
 import argparse
 import collections
 import functools
-import json
 import math
 import pickle
 import sys
@@ -28,74 +27,79 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 MMA_MODALITIES = ("face", "head", "body", "audio")
-DIM = 512  # of features, and of the vectors of MMA
-FRAME_STEP = 16  # padding is to a multiple of it, so that few shapes are compiled
+DIM = 512  # width of features, and of the vectors of MMA
+FRAME_STEP = 16  # the padded length is a multiple of it, so that few shapes are compiled
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Frames(NamedTuple):
-    """The frames of one modality of B clips, padded to T."""
+    """The frames of B clips in a modality, padded to T frames."""
 
-    features: Tensor  # [B, T, D], float16 as stored; 0 on padding
-    quality: Tensor  # [B, T] float32; 0 where the modality has none
-    detection: Tensor  # [B, T] float32; 1 where the modality has none
+    features: Tensor  # [B, T, D] float16, 0 for padding
+    quality: Tensor  # [B, T] float32, 0 if the modality has no qualities
+    detection: Tensor  # [B, T] float32, 1 if the modality has no detection scores
     mask: Tensor  # [B, T] bool, True for real frames
 
 
 class Batch(NamedTuple):
+    """B clips, and the class columns [B] int64 of the clips."""
+
     frames: dict[str, Frames]
-    labels: Tensor  # [B] int64, class columns
+    labels: Tensor
 
 
 class Fused(NamedTuple):
-    features: Tensor  # [B, N, D]
-    mask: Tensor  # [B, N] bool, True where the clip has a frame
+    """N fused vectors of each clip: features [B, N, D], and mask [B, N], False without frames."""
+
+    features: Tensor
+    mask: Tensor
 
 
 def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
-    made = {
+    """Copies numpy arrays to the device. `frames` has the fields of `Frames` of each modality."""
+    tensors = {
         name: Frames(*(torch.from_numpy(array).to(DEVICE) for array in arrays))
         for name, arrays in frames.items()
     }
-    return Batch(made, torch.as_tensor(labels, device=DEVICE).long())
+    return Batch(tensors, torch.as_tensor(labels, device=DEVICE).long())
 
 
-# Fusion.
+# Fusion of frames.
 
 
-def keep_good(frames: Frames) -> Frames:
-    """Returns the frames with a mask of the good ones; a clip that would lose all keeps them."""
+def mask_bad_frames(frames: Frames) -> Frames:
+    """Leaves out frames of low quality or low detection score, unless a clip has no other frame."""
     good = frames.mask & (frames.quality >= 25.0) & (frames.detection >= 0.7)
     return frames._replace(mask=torch.where(good.any(dim=1, keepdim=True), good, frames.mask))
 
 
 def frame_weights(frames: Frames, weighting: str) -> Tensor:
-    """Returns weights of frames [B, T] float32, 0 on padding and not all 0 in a clip with frames.
+    """Returns weights of frames [B, T] float32. Padding has the weight 0.
 
-    They are `uniform`; `quality`, the product of quality and detection; or `graded`, this product
-    times 0, .2, .3, .6 or 1 for a quality below 0, 20, 30, 40 or at least 40.
+    The weights are equal ('uniform'), the product of quality and detection score ('quality'), or
+    this product multiplied by a factor ('graded'): 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30
+    or 40, and else 1. If all weights of a clip are 0, the weights are equal.
     """
     uniform = frames.mask.float()
     if weighting == "uniform":
         return uniform
     weights = frames.quality * frames.detection
     if weighting == "graded":
-        grade = torch.ones_like(weights)
-        for least, value in ((40.0, 0.6), (30.0, 0.3), (20.0, 0.2), (0.0, 0.0)):
-            grade = torch.where(frames.quality < least, value, grade)
-        weights = weights * grade
+        factors = torch.tensor([0.0, 0.2, 0.3, 0.6, 1.0], device=DEVICE)
+        limits = torch.tensor([0.0, 20.0, 30.0, 40.0], device=DEVICE)
+        weights = weights * factors[torch.bucketize(frames.quality, limits, right=True)]
     weights = weights.clamp(min=0) * uniform
     return torch.where((weights > 0).any(dim=1, keepdim=True), weights, uniform)
 
 
-def random_fusion(
+def fuse_random_frames(
     frames: Frames, *, num_draws: int = 1, probs: Sequence[float] = (0.2, 0.2, 0.2, 0.2, 0.2),
     replacement: bool = True, weighting: str = "uniform",
 ) -> Fused:  # fmt: skip
-    """Returns `num_draws` vectors a clip, each the weighted mean of 1 to S frames at random.
+    """Returns `num_draws` vectors of each clip. A vector is the weighted mean of random frames.
 
-    `probs` are S probabilities of fusing 1, 2, ... frames. Without `replacement` no frame comes
-    twice in a vector, unless the clip has too few frames.
+    `probs` has the probabilities of fusing 1, 2, ... S frames. If `replacement` is False, a frame
+    occurs only once in a vector, unless the clip has too few frames.
     """
     num_slots, (num_clips, num_frames) = len(probs), frames.mask.shape
     rand = functools.partial(torch.rand, device=DEVICE)
@@ -123,28 +127,21 @@ def random_fusion(
     return Fused((weights * picked.float()).sum(dim=2), exists)
 
 
-def mean_frame(frames: Frames, weighting: str = "uniform") -> Fused:
-    """Returns the weighted mean of all frames of a clip, N = 1."""
+def fuse_all_frames(frames: Frames, weighting: str = "uniform") -> Fused:
+    """Returns the weighted mean of all frames of each clip."""
     weights = frame_weights(frames, weighting)
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
     features, num_clips = frames.features, len(weights)
-    # Eager, 8 times faster than one product of all in float32, which leaves the cache.
+    # In eager mode, pieces that fit into the cache are 8 times faster than all clips at once.
     step = num_clips if torch.compiler.is_compiling() else 64
     means = [
         torch.bmm(weights[i : i + step, None], features[i : i + step].float())
         for i in range(0, num_clips, step)
     ]
-    mean = torch.cat(means) if len(means) > 1 else means[0]  # [B, 1, D]
-    return Fused(mean, frames.mask.any(dim=1, keepdim=True))
+    return Fused(torch.cat(means), frames.mask.any(dim=1, keepdim=True))
 
 
-# Nets: functions of modality -> Fused, with logits [B N, 1 + C] of N fused vectors of a clip.
-
-
-def make_layer(in_dim: int, width: int, activation: nn.Module, batch_norm: bool) -> nn.Module:
-    """Returns a linear layer, an activation, BatchNorm or not, dropout."""
-    norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
-    return nn.Sequential(make_linear(in_dim, width), activation, norm, nn.Dropout(0.5))
+# Nets: functions of modality -> Fused, which return logits [B N, 1 + C].
 
 
 def make_linear(in_dim: int, width: int) -> nn.Linear:
@@ -154,13 +151,17 @@ def make_linear(in_dim: int, width: int) -> nn.Linear:
     return linear
 
 
+def make_layer(in_dim: int, width: int, activation: nn.Module, norm: nn.Module) -> nn.Module:
+    return nn.Sequential(make_linear(in_dim, width), activation, norm, nn.Dropout(0.5))
+
+
 class MLP(nn.Module):
-    """Quality fusion (4th place 2019), its main net: swish layers with dropout, a classifier."""
+    """The main net of quality fusion (4th place 2019)."""
 
     def __init__(self, num_classes: int):
         super().__init__()
-        pairs = ((DIM, 1024), (1024, 1024))
-        self.layers = nn.Sequential(*(make_layer(*pair, nn.SiLU(), False) for pair in pairs))
+        layers = (make_layer(in_dim, 1024, nn.SiLU(), nn.Identity()) for in_dim in (DIM, 1024))
+        self.layers = nn.Sequential(*layers)
         self.classifier = make_linear(1024, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
@@ -172,19 +173,20 @@ class ResidualDense(nn.Module):
 
     def __init__(self, num_classes: int):
         super().__init__()
-        widths = ((DIM, 4096), (4096, 4096), (4096, 4096))
-        self.layers = nn.ModuleList(make_layer(*pair, nn.ReLU(), True) for pair in widths)
+        dims = (DIM, 4096, 4096)
+        layers = (make_layer(in_dim, 4096, nn.ReLU(), nn.BatchNorm1d(4096)) for in_dim in dims)
+        self.layers = nn.ModuleList(layers)
         self.classifier = make_linear(4096, num_classes)
 
     def forward(self, fused: Mapping[str, Fused]) -> Tensor:
-        x = fused["face"].features.flatten(0, 1)
-        for i, layer in enumerate(self.layers):
-            x = x + layer(x) if i else layer(x)
+        x = self.layers[0](fused["face"].features.flatten(0, 1))
+        for layer in self.layers[1:]:
+            x = x + layer(x)
         return self.classifier(x)
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the real frames of [B, T, K]; nn.BatchNorm1d would count the others too."""
+    """BatchNorm of [B, T, K] without padding, which nn.BatchNorm1d would include."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         mean: Tensor = self.running_mean  # type: ignore[assignment]
@@ -201,7 +203,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 
 class NetVLAD(nn.Module):
-    """Means of the differences of frames from three learned cluster centres."""
+    """Means of the differences between frames and three learned cluster centres."""
 
     def __init__(self):
         super().__init__()
@@ -209,7 +211,7 @@ class NetVLAD(nn.Module):
         self.centers = nn.Parameter(torch.randn(3, DIM) * DIM**-0.5)
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Returns [B, K, D] of features [B, T, D] float32 with mask [B, T]."""
+        """Returns [B, K, D] for features [B, T, D] float32 and mask [B, T]."""
         scores = self.norm(self.assignment(features).float(), mask)  # [B, T, K]
         assignment = scores.softmax(dim=-1) * mask[..., None]
         weighted = torch.bmm(assignment.transpose(1, 2), features)  # [B, K, D]
@@ -218,10 +220,11 @@ class NetVLAD(nn.Module):
 
 
 class MMA(nn.Module):
-    """The iQIYI-VID paper's system: NetVLAD on the face, maps, attention, a classifier.
+    """The system of the iQIYI-VID paper: NetVLAD of the face, maps, attention, a classifier.
 
-    The attention is O = X + gamma X Y, Y the softmax of the Gram matrix of W_f X over the vectors
-    that exist. A clip that loses modalities in training never loses all.
+    The attention is O = X + gamma X Y. Y is the softmax of the Gram matrix of W_f X over the
+    vectors that exist. In training, each modality of a clip is dropped with probability 0.5, but
+    never all modalities.
     """
 
     def __init__(self, num_classes: int):
@@ -257,68 +260,72 @@ class MMA(nn.Module):
         return self.classifier(self.dropout(x.flatten(1)))
 
 
-def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the sigmoid one-vs-rest focal loss [B] with gamma 2, summed over classes."""
-
-    def negative(x: Tensor) -> Tensor:
-        return x.sigmoid().pow(2.0) * F.softplus(x)
-
-    at_label = logits.gather(1, labels[:, None])[:, 0]  # corrected there, without a one-hot array
-    return negative(logits).sum(dim=1) + negative(-at_label) - negative(at_label)
-
-
-# A recipe, a training step, and ranking.
+# Training and ranking.
 
 
 class Recipe(NamedTuple):
-    net: nn.Module  # a function of modality -> Fused
-    fuse: Callable[[Mapping[str, Frames], bool], dict[str, Fused]]  # in training or not
-    score: Callable[[Tensor], Tensor] = functools.partial(F.log_softmax, dim=-1)  # to rank by
-    focal: bool = False  # whether the loss has a focal part
+    """A net, its fusion of frames in training (True) or ranking, its scores, and its loss."""
+
+    net: nn.Module
+    fuse: Callable[[Mapping[str, Frames], bool], dict[str, Fused]]
+    score: Callable[[Tensor], Tensor]  # maps logits to the scores of the ranking
+    focal: bool  # True if the focal loss is a part of the loss
 
 
-# Net -> modalities, options of the random fusion of faces in training, and the weighting of their
-# mean in evaluation.
-FUSION: dict[str, tuple[Sequence[str], dict[str, Any], str]] = {
-    "mlp": (("face",), {"probs": (0.25, 0, 0.65, 0, 0.1), "weighting": "quality"}, "graded"),
+# Net -> its class, its modalities, arguments of the fusion of faces in training, and the weights of
+# faces in the ranking.
+NETS: dict[str, tuple[Callable[[int], nn.Module], Sequence[str], dict[str, Any], str]] = {
+    "mlp": (MLP, ["face"], {"probs": (0.25, 0, 0.65, 0, 0.1), "weighting": "quality"}, "graded"),
     "residual": (
-        ("face",), {"probs": (0.5, 0.125, 0.125, 0.125, 0.125), "replacement": False}, "quality",
+        ResidualDense, ["face"],
+        {"probs": (0.5, 0.125, 0.125, 0.125, 0.125), "replacement": False}, "quality",
     ),
-    "mma": (MMA_MODALITIES, {"num_draws": 4, "weighting": "quality"}, "quality"),
+    "mma": (MMA, MMA_MODALITIES, {"num_draws": 4, "weighting": "quality"}, "quality"),
 }  # fmt: skip
-NETS = {"mlp": MLP, "residual": ResidualDense, "mma": MMA}
 
 
 def make_recipe(name: str, num_classes: int) -> Recipe:
-    modalities, draw, weighting = FUSION[name]
+    make_net, modalities, options, weighting = NETS[name]
+    is_mlp = name == "mlp"
 
     def fuse(frames: Mapping[str, Frames], train: bool) -> dict[str, Fused]:
-        face = keep_good(frames["face"]) if train and name == "mlp" else frames["face"]
-        fused = random_fusion(face, **draw) if train else mean_frame(face, weighting)
-        return {"face": fused, **{other: mean_frame(frames[other]) for other in modalities[1:]}}
+        face = frames["face"]
+        if train:
+            fused = fuse_random_frames(mask_bad_frames(face) if is_mlp else face, **options)
+        else:
+            fused = fuse_all_frames(face, weighting)
+        return {"face": fused} | {other: fuse_all_frames(frames[other]) for other in modalities[1:]}
 
-    recipe = Recipe(NETS[name](num_classes).to(DEVICE), fuse)
-    return recipe._replace(score=F.logsigmoid, focal=True) if name == "mlp" else recipe
+    score = F.logsigmoid if is_mlp else functools.partial(F.log_softmax, dim=-1)
+    return Recipe(make_net(num_classes).to(DEVICE), fuse, score, focal=is_mlp)
+
+
+def compute_focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the sigmoid focal loss [B] with gamma 2, summed over the classes."""
+
+    def negative_loss(x: Tensor) -> Tensor:
+        return x.sigmoid().pow(2.0) * F.softplus(x)
+
+    at_label = logits.gather(1, labels[:, None])[:, 0]
+    # Every class counts as wrong at first. The class of the label is corrected.
+    return negative_loss(logits).sum(dim=1) + negative_loss(-at_label) - negative_loss(at_label)
 
 
 def _autocast(dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype != torch.float32)
 
 
-def _seen(frames: Mapping[str, Frames]) -> Tensor:
+def _has_frames(frames: Mapping[str, Frames]) -> Tensor:
+    """Returns [B] bool, False for clips without a frame in any modality."""
     return torch.stack([one.mask.any(dim=1) for one in frames.values()]).any(dim=0)
 
 
 class Step:
-    """One training step: fusion, net, loss, backward, fused Adam; parameters are float32.
-
-    Fusion, net and loss are compiled as one function if `compile`.
-    """
+    """A training step: fusion, net, loss, gradients, and Adam. The parameters are float32."""
 
     def __init__(
-        self, recipe: Recipe, *, compile: bool, dtype: torch.dtype = torch.float32,
-        learning_rate: float = 1e-3,
-    ):  # fmt: skip
+        self, recipe: Recipe, *, compiled: bool, dtype: torch.dtype, learning_rate: float = 1e-3
+    ):
         self.net = recipe.net.train()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=learning_rate, fused=True)
 
@@ -327,15 +334,15 @@ class Step:
                 fused = recipe.fuse(batch.frames, True)
             with _autocast(dtype):
                 logits = recipe.net(fused)
-            repeats = len(logits) // len(batch.labels)  # examples of a clip
+            repeats = len(logits) // len(batch.labels)  # vectors of a clip
             labels = batch.labels.repeat_interleave(repeats)
             losses = F.cross_entropy(logits.float(), labels, reduction="none")
             if recipe.focal:
-                losses = 0.75 * focal_loss(logits.float(), labels) + 0.25 * losses
-            seen = _seen(batch.frames).repeat_interleave(repeats)
-            return (losses * seen).sum() / seen.sum().clamp(min=1)
+                losses = 0.75 * compute_focal_loss(logits.float(), labels) + 0.25 * losses
+            weight = _has_frames(batch.frames).repeat_interleave(repeats)
+            return (losses * weight).sum() / weight.sum().clamp(min=1)
 
-        self.mean_loss = torch.compile(mean_loss) if compile else mean_loss
+        self.mean_loss = torch.compile(mean_loss) if compiled else mean_loss
 
     def __call__(self, batch: Batch) -> Tensor:
         loss = self.mean_loss(batch)
@@ -346,31 +353,31 @@ class Step:
 
 
 def make_scorer(
-    recipe: Recipe, *, compile: bool, dtype: torch.dtype = torch.float32
+    recipe: Recipe, *, compiled: bool, dtype: torch.dtype = torch.float32
 ) -> Callable[[Batch], Tensor]:
-    """Returns a function of a batch that gives scores [B, C] of identities, -inf where unseen."""
+    """Returns a function of a batch. It returns scores [B, C], -inf for clips without frames."""
 
-    def scores(batch: Batch) -> Tensor:
+    def compute_scores(batch: Batch) -> Tensor:
         fused = recipe.fuse(batch.frames, False)
         with _autocast(dtype):
             logits = recipe.net(fused)
         scores = recipe.score(logits.float())[:, 1:]
-        return scores.masked_fill(~_seen(batch.frames)[:, None], -torch.inf)
+        return scores.masked_fill(~_has_frames(batch.frames)[:, None], -torch.inf)
 
-    compiled = torch.compile(scores) if compile else scores
+    function = torch.compile(compute_scores) if compiled else compute_scores
 
     def score(batch: Batch) -> Tensor:
         recipe.net.eval()
         with torch.inference_mode():
-            return compiled(batch)
+            return function(batch)
 
     return score
 
 
 def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Returns the best 100 clips of every identity, best first: scores and rows, both [C, 100].
+    """Returns the scores and the numbers of the best 100 clips of each identity, both [C, 100].
 
-    `blocks` are the clips in the order of their rows. Places that no clip takes have -inf.
+    Clips are numbered in the order of `blocks`.
     """
     start, best, rows = 0, torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.int64)
     with torch.inference_mode():
@@ -385,25 +392,13 @@ def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Ten
     return best, rows
 
 
-# The official files in memory.
+# Official files.
 
 
-def load_clips(directory: Path, split: str) -> dict[str, tuple[np.ndarray, ...]]:
-    """Returns clip name -> features [T, D], qualities [T] and detections [T] of its faces."""
-    content = pickle.loads((directory / f"face_{split}.pickle").read_bytes(), encoding="bytes")
-    clips = {}
-    for key, frames in content.items():
-        if len(frames):
-            features = np.stack([frame[-1] for frame in frames])
-            detection, quality = np.array([frame[2:4] for frame in frames], np.float32).T
-            clips[key.decode().removesuffix(".mp4")] = (features, quality, detection)
-    return clips
-
-
-def load_truth(directory: Path, split: str) -> dict[str, int]:
-    """Returns clip name -> identity, of `train_gt.txt` or of the inverted `val_gt.txt`."""
+def load_truth(folder: Path, split: str) -> dict[str, int]:
+    """Returns clip -> identity. A line of val has an identity and then its clips."""
     labels = {}
-    for line in (directory / f"{split}_gt.txt").read_text().splitlines():
+    for line in (folder / f"{split}_gt.txt").read_text().splitlines():
         first, *rest = line.split()
         pairs = [(first, rest[0])] if split == "train" else [(name, first) for name in rest]
         labels.update((name.removesuffix(".mp4"), int(identity)) for name, identity in pairs)
@@ -411,7 +406,7 @@ def load_truth(directory: Path, split: str) -> dict[str, int]:
 
 
 def collate(examples: Sequence[tuple[Sequence[np.ndarray], int]]) -> Batch:
-    """Returns clips and their class columns as a batch, padded to a multiple of FRAME_STEP."""
+    """Joins clips and their class columns in a batch, padded to a multiple of FRAME_STEP."""
     clips, labels = zip(*examples, strict=True)
     lengths = np.array([len(features) for features, _, _ in clips])
     longest = math.ceil(lengths.max() / FRAME_STEP) * FRAME_STEP
@@ -422,78 +417,82 @@ def collate(examples: Sequence[tuple[Sequence[np.ndarray], int]]) -> Batch:
     return make_batch({"face": [*arrays, np.arange(longest) < lengths[:, None]]}, labels)
 
 
-def load(directory: Path, split: str, columns: Mapping[int, int], batch_size: int) -> DataLoader:
-    """Returns batches: of train, shuffled and of one size; of others, by length and all.
+def load(folder: Path, split: str, columns: Mapping[int, int], batch_size: int) -> DataLoader:
+    """Returns the batches of a split. `columns` is a dict, identity -> class column, from 1.
 
-    `columns` are identity -> class column, from 1; clips of no column have 0, but not of train.
+    Batches of train are shuffled, have equal sizes, and contain no distractors. Other splits are
+    complete and sorted by length, so that blocks have little padding. Distractors have column 0.
     """
-    train, truth = split == "train", load_truth(directory, split)
-    clips = sorted(load_clips(directory, split).items())
-    examples: Any = [(clip, columns.get(truth.get(name, -1), 0)) for name, clip in clips]
-    if train:
-        examples = [(clip, column) for clip, column in examples if column]
-    else:  # by length, so that blocks have little padding
+    train, truth = split == "train", load_truth(folder, split)
+    content = pickle.loads((folder / f"face_{split}.pickle").read_bytes(), encoding="bytes")
+    examples: Any = []
+    for name, frames in sorted(content.items()):
+        column = columns.get(truth.get(name.decode().removesuffix(".mp4"), -1), 0)
+        if frames and (column or not train):
+            features = np.stack([frame[-1] for frame in frames])
+            detection, quality = np.array([frame[2:4] for frame in frames], np.float32).T
+            examples.append(((features, quality, detection), column))
+    if not train:
         examples.sort(key=lambda example: len(example[0][0]))
     options: dict[str, Any] = {"shuffle": train, "drop_last": train, "collate_fn": collate}
     return DataLoader(examples, batch_size=min(batch_size, len(examples)), **options)
 
 
-def fit(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains the MLP on official files, saves a checkpoint and returns the MAP@100 on val."""
-    identities = sorted(set(load_truth(args.directory, "train").values()))
+def train_mlp(args: argparse.Namespace) -> None:
+    identities = sorted(set(load_truth(args.folder, "train").values()))
     columns = {identity: 1 + i for i, identity in enumerate(identities)}
     loader, blocks = (
-        load(args.directory, split, columns, args.batch_size) for split in ("train", "val")
+        load(args.folder, split, columns, args.batch_size) for split in ("train", "val")
     )
     torch.manual_seed(0)
     recipe = make_recipe("mlp", 1 + len(columns))._replace(focal=False)
-    options = {"compile": args.compile, "dtype": torch.bfloat16 if args.bfloat16 else torch.float32}
-    step = Step(recipe, learning_rate=args.learning_rate, **options)
-    score, num_steps = make_scorer(recipe, **options), args.epochs * len(loader)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    step = Step(recipe, learning_rate=args.learning_rate, compiled=args.compile, dtype=dtype)
+    scorer = make_scorer(recipe, compiled=args.compile, dtype=dtype)
+    num_steps = args.epochs * len(loader)
     warmup = max(1, math.ceil(0.1 * num_steps))
 
-    def scale(done: int) -> float:  # a linear warm-up of a tenth, then a cosine to 0.01
+    def rate(done: int) -> float:
+        """Returns the factor of the learning rate: it rises linearly, and then falls to 0.01."""
         share = min(1.0, (done - warmup) / max(1, num_steps - warmup))
         cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
         return (done + 1) / warmup if done < warmup else cosine
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(step.optimizer, scale)
-    positives = collections.Counter(load_truth(args.directory, "val").values())
+    schedule = torch.optim.lr_scheduler.LambdaLR(step.optimizer, rate)
+    positives = collections.Counter(load_truth(args.folder, "val").values())
     labels = np.array([label for _, label in blocks.dataset])
 
-    def evaluate() -> float:
-        """Returns MAP over all identities of val; the AP of one without a column is 0."""
-        best, rows = (x.cpu().numpy() for x in rank(score, blocks))
-        recipe.net.train()  # scoring left it in evaluation
+    def compute_map() -> float:
+        """Returns MAP@100 on val. The AP of identities without a training clip is 0."""
+        best, rows = (x.cpu().numpy() for x in rank(scorer, blocks))
+        recipe.net.train()  # `rank` has changed the mode
         hits = (labels[rows] == np.arange(1, 1 + len(rows))[:, None]) & np.isfinite(best)
         total = (np.cumsum(hits, axis=1) / np.arange(1, 1 + hits.shape[1]) * hits).sum(axis=1)
         known = positives.keys() & columns.keys()
-        found = sum(total[columns[identity] - 1] / positives[identity] for identity in known)
-        return float(found) / len(positives)
+        ap = [total[columns[identity] - 1] / positives[identity] for identity in known]
+        return float(sum(ap)) / len(positives)
 
-    loss = torch.zeros(())
     for epoch in range(1, args.epochs + 1):
         for batch in loader:
-            loss = step(batch)
+            step(batch)
             schedule.step()
-        if epoch < args.epochs:
-            sys.stdout.write(f"step {epoch * len(loader)}: map {evaluate():.4f}\n")
-            sys.stdout.flush()
-    result = {"map": evaluate(), "loss": loss.item(), "steps": num_steps}
-    with tempfile.TemporaryDirectory() as folder:
-        state = {"net": step.net.state_dict(), "optimizer": step.optimizer.state_dict()}
-        torch.save({**state, "step": num_steps}, Path(folder) / "checkpoint.pt")
-    return result
+        score = compute_map()
+        if epoch == args.epochs:
+            states = [step.net.state_dict(), step.optimizer.state_dict(), num_steps]
+            with tempfile.TemporaryFile() as file:
+                torch.save(states, file)
+        sys.stdout.write(f"step {epoch * len(loader)}: map {score:.4f}\n")
+        sys.stdout.flush()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="of official files")
+    parser.add_argument("folder", type=Path, help="the folder of the official files")
     for name, value in {"epochs": 10, "batch_size": 1024, "learning_rate": 1e-3}.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     for name in ("compile", "bfloat16"):
         parser.add_argument(f"--{name}", action="store_true")
-    sys.stdout.write(json.dumps(fit(parser.parse_args())) + "\n")
+    train_mlp(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,22 +1,17 @@
-"""Rehearses the challenge on made-up official files of the official size, and measures each step.
+"""Runs commands of a user on synthetic official files of the official size, and measures each step.
 
     python -m tests.benchmarks.rehearsal FOLDER [--only=STEP,STEP] [--scale=F] [--collect]
 
-The official files are gone. So the step `files` writes files of their layout and size: 10,034
-identities, 57,620 clips to train on, and 72,730 to rank, of which 27,274 are distractors. The other
-steps run commands of a user in child processes, and add rows to `FOLDER/rows.json`. Steps with a
-row are skipped, and unfinished runs are resumed, so the script can be interrupted. Delete a row to
-repeat its step. All steps take more than a day on 2 cores, 25 GB of disk and 8 GB of memory.
+The step `files` writes 10,034 identities, 57,620 training clips and 72,730 clips to rank, of which
+27,274 are distractors. Each step adds a row to `FOLDER/rows.json`. Steps with a row are skipped.
+Unfinished runs are resumed. All steps take more than a day on 2 cores, 25 GB of disk and 8 GB of
+memory.
 
-- `--only` names the steps to run.
-- `--scale` is the share of the identities. Below 1, runs have two epochs at most, to test this
-  script.
-- `--collect` runs nothing. It adds the rows to `rehearsal.json`, and writes the table `rehearsal`
-  of the main README.
+- `--scale` is the share of the identities. If it is below 1, runs have at most two epochs. Use it
+  to test this script.
+- `--collect` runs nothing. It copies the rows to `rehearsal.json` and to the main README.
 """
 
-import functools
-import io
 import json
 import multiprocessing
 import os
@@ -41,24 +36,25 @@ from vidjax.runs import config_io
 PAGE = common.ROOT / "README.md"
 COLLECTED = Path(__file__).with_suffix(".json")  # the rows of the table
 IDENTITIES = 10_034
-CLIPS_AT_ONCE = 1000  # as many as pickle puts into a dict at once
-SECONDS = 0.25  # between two readings of the memory
-IDLE = 0.05  # largest share of other processes in the time of the cores of an idle machine
+CLIPS_AT_ONCE = 1000
+EMPTY_DICT = b"\x80\x03}"  # the first bytes of a pickle of a dict, in protocol 3
+SECONDS = 0.25  # between two measurements of the memory
+IDLE = 0.05  # an idle machine spends at most this share of its time on other processes
 GB = 1e9
 STREAMED = ("data.mode=streaming",)
 
 
 class Run(NamedTuple):
-    """A run of a configuration, of `epochs` epochs; 0: to its end."""
+    """A configuration, and the number of its epochs. If `epochs` is 0, the run is complete."""
 
     spec: str
     epochs: int = 0
     overrides: Sequence[str] = ()
 
 
-# Clips of four modalities take 7.3 GB, and nets of published size several, so their clips are
-# streamed. Without `fused`, residual_dense would score 150 merged frames of each clip, which takes
-# days.
+# Clips of four modalities take 7.3 GB, and nets of the published size several GB. So their clips
+# are streamed. Without `fused`, residual_dense would score 150 merged frames of each clip, which
+# takes days.
 RUNS = {
     "cosine": Run("cosine.py:iqiyi_vid,face"),
     "knn": Run("knn.py:iqiyi_vid"),
@@ -71,48 +67,16 @@ RUNS = {
     "streaming": Run("quality_fusion.py:iqiyi_vid", 3, STREAMED),
 }
 KILLED = Run("quality_fusion.py:iqiyi_vid", 3, ("checkpoint_every_seconds=20",))
-NAMES = {
+OTHER_STEPS = {
     "files": "write the synthetic files",
     "convert": "convert them to TFRecords",
     "resume": "train 3 epochs twice, once with `kill -9`",
 }
-STEPS = ("files", "convert", "resume", *RUNS)
-
-
-class PickleFile:
-    """A dict that is pickled a few clips at a time, as `pickle.dump` writes the whole dict."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._file.write(b"\x80\x04}\x94")  # protocol 4; a dict, the first object of the memo
-        self._memo: dict[int, tuple[int, Any]] = {}
-
-    def add(self, clips: Mapping[str, Any]) -> None:
-        """Writes clips. Two clips may share only what numpy shares between arrays."""
-        content, at, frames = io.BytesIO(), 2, list[bytes]()
-        pickler: Any = pickle.Pickler(content, 4)
-        if self._memo:
-            pickler.memo = self._memo
-        pickler.dump(dict(clips))
-        kept = (type, type(len), np.dtype, bytes)
-        memo = pickler.memo.copy().items()
-        self._memo = {k: v for k, v in memo if isinstance(v[1], kept) and len(repr(v[1])) < 99}
-        while at < len(whole := content.getvalue()):
-            end = at + 9 + int.from_bytes(whole[at + 1 : at + 9], "little")
-            frames.append(whole[at + 9 : end])
-            at = end
-        frames[0] = frames[0].removeprefix(b"}\x94")  # the clips belong to the dict of the file
-        frames[-1] = frames[-1].removesuffix(b".")
-        for frame in filter(None, frames):
-            self._file.write(b"\x95" + len(frame).to_bytes(8, "little") + frame)
-
-    def close(self) -> None:
-        self._file.write(b".")
-        self._file.close()
+STEPS = (*OTHER_STEPS, *RUNS)
 
 
 def write_split(folder: Path, split: str, scale: float) -> None:
-    """Writes the pickles and the ground truth of a split."""
+    """Writes the pickles and the ground truth of a split, a few clips at a time."""
     dims = {"face": 512, "head": 512, "body": 512, "audio": 512, "scene": 64}
     spread = synthetic.SIZES["standard"].spread
     size = synthetic.Size(max(20, round(scale * IDENTITIES)), 29.5, dims, spread)
@@ -120,149 +84,143 @@ def write_split(folder: Path, split: str, scale: float) -> None:
     seeds = [0, 1 + ("train", "val").index(split)]
     clips = synthetic._Clips(world, split, seeds, synthetic.CALIBRATED)
     names = {"face": f"face_{split}_v2"} | {m: f"{m}_{split}" for m in ("head", "body", "audio")}
-    files = {name: PickleFile(folder / f"{stem}.pickle") for name, stem in names.items()}
+    files = {name: (folder / f"{stem}.pickle").open("wb") for name, stem in names.items()}
+    for file in files.values():
+        file.write(EMPTY_DICT)
     for first in range(0, len(clips.names), CLIPS_AT_ONCE):
         rows = np.arange(first, min(first + CLIPS_AT_ONCE, len(clips.names)))
         drawn = clips.frames(rows)
         for modality, file in files.items():
-            # From 10 on, equal numbers are different strings.
-            frames = drawn[modality]._replace(number=drawn[modality].number + 100)
-            file.add(dict(frames.entries(modality, clips.names[rows[0] : rows[-1] + 1])))
+            entries = drawn[modality].entries(modality, clips.names[first : first + len(rows)])
+            # The instructions that add these entries to the dict at the start of the file.
+            content = pickle.dumps(dict(entries), protocol=3)
+            file.write(content.removeprefix(EMPTY_DICT + b"q\x00").removesuffix(pickle.STOP))
     for file in files.values():
+        file.write(pickle.STOP)
         file.close()
     synthetic._write_ground_truth(folder / f"{split}_gt.txt", clips, inverted=split == "val")
 
 
-def make_files(folder: Path, scale: float) -> dict[str, Any]:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
-        list(processes.map(write_split, [folder] * 2, ["train", "val"], [scale] * 2))
-    return {"disk": disk(folder)}
-
-
-def disk(folder: Path) -> int:
+def count_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def clocks() -> tuple[float, float, float]:
-    """Returns seconds: of the clock, of ended children, and of the working cores of the machine."""
+def read_clocks() -> np.ndarray:
+    """Returns elapsed seconds, the CPU seconds of ended children, and of the whole machine."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
     busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-    return time.perf_counter(), common.children_seconds(), busy
+    return np.array([time.perf_counter(), common.children_seconds(), busy])
 
 
-def measure(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the results of a function and what its child processes took: time and memory.
-
-    `others` is the share of other processes in the time of the cores.
-    """
+def measure(step: str, folder: Path, scale: float) -> dict[str, Any]:
+    """Runs a step. Returns its row: results, times, and the memory of all child processes."""
 
     def memory() -> int:
         return sum(map(limits.held_by, limits.children_of(os.getpid())))
 
-    before = clocks()
+    start = read_clocks()
     with limits.peak_of(memory, every_s=SECONDS) as peak:
-        row = function()
-    seconds, used, busy = (b - a for a, b in zip(before, clocks(), strict=True))
-    others = max(0.0, busy - used) / (seconds * (os.cpu_count() or 1))
-    times = {"seconds": seconds, "processor_seconds": used, "others": others}
-    return row | times | {"memory": peak[0]}
+        row = run_step(step, folder, scale)
+    seconds, used, busy = (read_clocks() - start).tolist()
+    row |= {"seconds": seconds, "processor_seconds": used, "memory": peak[0]}
+    # The share of other processes in the CPU time that the machine has.
+    row["others"] = max(0.0, busy - used) / (seconds * (os.cpu_count() or 1))
+    return row | {"machine": common.describe_machine()}
 
 
-def call(words: Sequence[str], log: Path, kill: Callable[[], bool] | None = None) -> None:
-    """Runs a module; its output is appended to `log`. Kills it as soon as `kill` is true."""
-    command = [sys.executable, "-m", *words]
+def run_module(words: Sequence[str], log: Path, kill: Callable[[], bool] | None = None) -> None:
+    """Runs a module, and appends its output to a log. If `kill` returns True, it is killed."""
     with log.open("a") as output:
         output.write(f"{' '.join(words)}\n")
         output.flush()
+        command = [sys.executable, "-m", *words]
         process = subprocess.Popen(command, cwd=common.ROOT, stdout=output, stderr=output)
-        while process.poll() is None:
+        while kill and process.poll() is None:
             time.sleep(SECONDS)
-            if kill and kill():
+            if kill():
                 process.kill()
-    if process.returncode != (-signal.SIGKILL if kill else 0):
+    if process.wait() != (-signal.SIGKILL if kill else 0):
         raise SystemExit(f"{' '.join(words)}\nended with {process.returncode}: see {log}")
 
 
-def all_epochs(run: Run) -> int:
-    """Returns the epochs of a run to its end."""
+def count_epochs(run: Run) -> int:
     return int(config_io.load_file(f"{common.CONFIGS / run.spec}").num_epochs)
 
 
-def command(run: Run, folder: Path, workdir: Path, scale: float) -> list[str]:
-    epochs = run.epochs or (0 if scale == 1 else min(2, all_epochs(run)))
+def make_words(run: Run, folder: Path, workdir: Path, scale: float) -> list[str]:
+    epochs = run.epochs or (0 if scale == 1 else min(2, count_epochs(run)))
     fields = [*run.overrides, f"data.dir={folder / 'files'}", f"data.cache_dir={folder / 'cache'}"]
     fields += [f"num_epochs={epochs}"] if epochs else []
     config = f"--config={common.CONFIGS / run.spec}"
     return ["vidjax.main", config, f"--workdir={workdir}", *(f"--config.{x}" for x in fields)]
 
 
-def do(step: str, folder: Path, scale: float) -> dict[str, Any]:
-    """Runs a step, and returns the results that are not measured from outside."""
+def run_step(step: str, folder: Path, scale: float) -> dict[str, Any]:
     log, workdir = folder / f"{step}.log", folder / "runs" / step
+    files, cache = folder / "files", folder / "cache"
     if step == "files":
-        return make_files(folder / "files", scale)
+        shutil.rmtree(files, ignore_errors=True)
+        files.mkdir(parents=True)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+            list(processes.map(write_split, [files] * 2, ["train", "val"], [scale] * 2))
+        return {"disk": count_bytes(files)}
     if step == "convert":
-        shutil.rmtree(folder / "cache", ignore_errors=True)
-        flag = f"--cache_dir={folder / 'cache'}"
-        call(["vidjax.data.iqiyi_vid", str(folder / "files"), flag], log)
-        return {"disk": disk(folder / "cache")}
+        shutil.rmtree(cache, ignore_errors=True)
+        run_module(["vidjax.data.iqiyi_vid", str(files), f"--cache_dir={cache}"], log)
+        return {"disk": count_bytes(cache)}
     if step == "resume":
-        return resume(workdir, log, lambda name: command(KILLED, folder, workdir / name, scale))
+        return resume(folder, workdir, log, scale)
     if (workdir / "metrics.json").exists():
-        shutil.rmtree(workdir)  # finished: the step is repeated
-    row: dict[str, Any] = {"resumed": workdir.exists()}  # then the time is of the last process
-    call(command(RUNS[step], folder, workdir, scale), log)
+        shutil.rmtree(workdir)  # its row was deleted, so the step is repeated
+    resumed = workdir.exists()
+    run_module(make_words(RUNS[step], folder, workdir, scale), log)
     metrics = json.loads((workdir / "metrics.json").read_text())
-    for name in ("map", "mode", "num_params", "num_members", "train_clips_per_second"):
-        row[name] = metrics[name]
-    row["disk"] = disk(workdir)
-    shutil.rmtree(workdir / "checkpoints")  # gigabytes
-    return row
+    disk = count_bytes(workdir)
+    shutil.rmtree(workdir / "checkpoints")  # they take gigabytes
+    return {"map": metrics["map"], "mode": metrics["mode"], "resumed": resumed, "disk": disk}
 
 
-def resume(workdir: Path, log: Path, command_in: Callable[[str], list[str]]) -> dict[str, Any]:
-    """Runs twice; the second run is killed after its first checkpoint, and resumed."""
+def resume(folder: Path, workdir: Path, log: Path, scale: float) -> dict[str, Any]:
+    """Trains twice. The second run is killed after its first checkpoint, and resumed."""
     shutil.rmtree(workdir, ignore_errors=True)
     whole, killed = workdir / "whole", workdir / "killed"
-    saved = killed / "checkpoints"
-    call(command_in("whole"), log)
-    call(command_in("killed"), log, kill=lambda: any(saved.glob("[0-9]*/manifest.json")))
-    call(command_in("killed"), log)
+    run_module(make_words(KILLED, folder, whole, scale), log)
+    words, checkpoints = make_words(KILLED, folder, killed, scale), killed / "checkpoints"
+    run_module(words, log, kill=lambda: any(checkpoints.glob("[0-9]*/manifest.json")))
+    run_module(words, log)
     names = ("metrics.jsonl", "ranking.txt")
     equal = all((whole / name).read_bytes() == (killed / name).read_bytes() for name in names)
-    return {"equal": equal, "disk": disk(workdir)}
+    return {"equal": equal, "disk": count_bytes(workdir)}
 
 
 def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the table of the README. Wall time is left out if other programs were busy.
+    """Returns the table of the README.
 
-    The header names the machine of the first row. Rows of another machine name the machine.
+    The header names the machine of the first row. Rows of other machines name their machine.
     """
     lines, machine = [], next(iter(rows.values()))["machine"]
     for step in (step for step in STEPS if step in rows):
         row = rows[step]
         minutes = f"{row['seconds'] / 60:,.0f}" if row["others"] < IDLE else "busy"
-        used, name, epochs, hours, score = row["processor_seconds"], step, "", "", ""
+        used, epochs, hours, score = row["processor_seconds"], "", "", ""
         if step in RUNS:
-            run, every = RUNS[step], all_epochs(RUNS[step])
+            run, all_epochs = RUNS[step], count_epochs(RUNS[step])
             name = f"`{run.spec}`" + (", streamed" if row["mode"] == "streaming" else "")
-            epochs = f"{run.epochs or every} of {every}"
-            hours = f"{used / 3600 * every / (run.epochs or every):,.1f}"
+            epochs = f"{run.epochs or all_epochs} of {all_epochs}"
+            hours = f"{used / 3600 * all_epochs / (run.epochs or all_epochs):,.1f}"
             score = f"{row['map']:.3f}"
+        else:
+            name = OTHER_STEPS[step]
         if step == "resume":
             score = "equal" if row["equal"] else "differs"
         if row.get("resumed"):
             minutes = hours = "interrupted"
-        name = NAMES.get(step, name)
         if row["machine"] != machine:
             name += f" ({row['machine']})"
         sizes = (f"{row[key] / GB:.1f}" for key in ("memory", "disk"))
-        times = (f"{used / 60:,.0f}", minutes, hours)
-        lines.append([name, epochs, *times, *sizes, score])
+        lines.append([name, epochs, f"{used / 60:,.0f}", minutes, hours, *sizes, score])
     header = [machine, "epochs", "CPU minutes", "elapsed minutes", "CPU hours, all epochs"]
-    return common.markdown([*header, "memory, GB", "disk, GB", "MAP"], lines)
+    return common.format_table([*header, "memory, GB", "disk, GB", "MAP"], lines)
 
 
 def main() -> None:
@@ -271,15 +229,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "rows.json"
     rows = json.loads(results.read_text()) if results.exists() else {}
-    for step in [] if args.collect else args.only.split(","):
-        if step in rows:
-            continue
-        rows[step] = measure(functools.partial(do, step, folder, args.scale))
-        rows[step] |= {"machine": common.describe(), "scale": args.scale}
+    steps = [] if args.collect else args.only.split(",")
+    for step in (step for step in steps if step not in rows):
+        rows[step] = measure(step, folder, args.scale)
         results.write_text(json.dumps(rows, indent=1) + "\n")
-        common.say(f"{step} {json.dumps(rows[step])}")
+        common.print_text(f"{step} {json.dumps(rows[step])}")
     if args.scale < 1:
-        common.say(render(rows))
+        common.print_text(render(rows))
     elif args.collect:
         rows = json.loads(COLLECTED.read_text()) | rows
         COLLECTED.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,11 +1,10 @@
-"""Measures speed on this machine and writes it into `README.md`, with a column for each machine.
+"""Runs the benchmarks on this machine, and writes their tables into `README.md`.
 
     python -m tests.benchmarks.speed [--only=NAME,NAME] [--collect]
 
-Every benchmark of BENCHMARKS is a process. Its printed tables go into `speed.json`, under the name
-of the processor, and from there into the tables below `<!-- table: speed NAME -->`. `--collect`
-only writes the tables. The measurement needs PyTorch (the extra `bench`), 20 GB of memory, an hour
-on 2 cores, and an otherwise idle machine.
+Each machine has a column, named after its processor. The figures are also stored in `speed.json`.
+`--collect` only writes the tables. The measurement takes an hour on 2 cores. It needs PyTorch (the
+extra `bench`), 20 GB of memory, and an otherwise idle machine.
 """
 
 import json
@@ -17,10 +16,9 @@ from pathlib import Path
 
 from tests.benchmarks import common
 
-FOLDER = Path(__file__).parent
-RESULTS = FOLDER / "speed.json"
-PAGE = FOLDER / "README.md"
-BENCHMARKS = {
+RESULTS = Path(__file__).with_suffix(".json")
+PAGE = Path(__file__).with_name("README.md")
+BENCHMARKS = {  # name of a table -> module and flags
     "first_command": ["first_command"], "training_step": ["training_step", "--peer"],
     "training_step_bfloat16": ["training_step", "--peer", "--bfloat16"],
     "evaluation": ["evaluation", "--peer"],
@@ -31,42 +29,38 @@ BENCHMARKS = {
 }  # fmt: skip
 
 
-def read_tables(text: str) -> dict[str, str]:
-    """Returns row and column -> value of all Markdown tables in what a benchmark printed."""
-    found = {}
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        (_, *names), *rows = common.read_markdown(table)
+def measure(module: str, *flags: str) -> dict[str, str]:
+    """Runs a benchmark. Returns `ROW: COLUMN` -> figure, for all tables that it prints."""
+    command = [sys.executable, "-m", f"tests.benchmarks.{module}", *flags]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    figures = {}
+    for table in re.findall(r"(?:^\|.*\n)+", output, re.MULTILINE):
+        (_, *columns), *rows = common.read_table(table)
         for row, *cells in rows:
-            found |= {f"{row}: {name}": x for name, x in zip(names, cells, strict=True) if x}
-    return found
+            figures |= {f"{row}: {c}": x for c, x in zip(columns, cells, strict=True) if x}
+    return figures
 
 
-def measure(words: list[str]) -> dict[str, str]:
-    command = [sys.executable, "-m", f"tests.benchmarks.{words[0]}", *words[1:]]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return read_tables(done.stdout)
-
-
-def render(found: Mapping[str, Mapping[str, Mapping[str, str]]], name: str) -> str:
-    """Returns the table of a benchmark: a row for each figure, and a column for each machine."""
-    columns = {machine: results[name] for machine, results in found.items() if name in results}
+def render(results: Mapping[str, Mapping[str, Mapping[str, str]]], name: str) -> str:
+    """Returns a table with a row for each figure, and a column for each machine."""
+    columns = {machine: tables[name] for machine, tables in results.items() if name in tables}
     labels = dict.fromkeys(label for column in columns.values() for label in column)
     rows = [[label, *(column.get(label, "") for column in columns.values())] for label in labels]
-    return common.markdown(["", *columns], rows)
+    return common.format_table(["", *columns], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parse(__doc__, "--collect", argv=argv, only=",".join(BENCHMARKS))
-    found = json.loads(RESULTS.read_text())
+    results = json.loads(RESULTS.read_text())
     for name in [] if args.collect else args.only.split(","):
-        found.setdefault(common.describe(), {})[name] = measure(BENCHMARKS[name])
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-        common.say(f"{name}\n{render(found, name)}")
-    text = PAGE.read_text()
+        results.setdefault(common.describe_machine(), {})[name] = measure(*BENCHMARKS[name])
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        common.print_text(f"{name}\n{render(results, name)}")
+    page = PAGE.read_text()
     for name in BENCHMARKS:
-        if any(name in results for results in found.values()):
-            text = common.replace_table(text, f"speed {name}", render(found, name))
-    PAGE.write_text(text)
+        if any(name in tables for tables in results.values()):
+            page = common.replace_table(page, f"speed {name}", render(results, name))
+    PAGE.write_text(page)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Whole training runs, each a process: time to a MAP within 0.005 of a final MAP, and in all.
+"""Measures the time from the start of a training until MAP is within 0.005 of a target.
 
-    python -m tests.benchmarks.time_to_map [--clips=20000] [--epochs=10] [--rounds=1] [--streaming]
+    python -m tests.benchmarks.time_to_map [--clips=20000] [--val_clips=5000] [--epochs=10]
+        [--num_identities=10034] [--batch_size=1024] [--rounds=1] [--streaming]
 
-The MLP of `configs/quality_fusion.py` at published size trains on made-up official files; only by
-softmax, as the focal loss learns little from two clips a person. RUNS have the same net, files,
-batches and schedule, and take turns, after a run of each kind that fills its cache. PyTorch needs
-the extra `bench`, and `--streaming` the extra `tensorflow`, but not PyTorch.
+The MLP of `configs/quality_fusion.py` is trained on synthetic official files. The loss is the
+softmax cross-entropy, because the focal loss learns little from two clips of a person. All RUNS
+have the same net, files, batches and learning rates. They take turns, after a run of each kind that
+fills its cache. PyTorch needs the extra `bench`. `--streaming` compares streamed clips with clips
+in memory. It needs the extra `tensorflow`, but not PyTorch.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -16,19 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tests.benchmarks import common
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 
-NEAR = 0.005  # of the final MAP
-LIKENESS = 0.6  # with which no net finds everybody, and every net most
+NEAR = 0.005
+LIKENESS = 0.6  # nets find most people with this likeness, but not all
 RATE = 0.003
-SCORE = re.compile(r"(?:^step \d+.*: |\")map\"?:? ([\d.]+)")
 RUNS = {
     "vidjax, float32": ["--config.dtype=float32"],
     "vidjax, bfloat16": ["--config.dtype=bfloat16"],
@@ -38,59 +39,51 @@ RUNS = {
 }
 
 
-def write_files(directory: Path, counts: Mapping[str, int], num_identities: int) -> None:
-    """Writes faces as official files, `counts` are split -> clips; a third of val are distractors.
+def write_files(folder: Path, counts: Mapping[str, int], num_identities: int) -> None:
+    """Writes faces as official files. `counts` is a dict, split -> number of clips.
 
-    A face has a person's own part, of length LIKENESS, and the rest has a standard deviation of 1.
+    A feature is the sum of a vector of the person, whose standard deviation is LIKENESS, and of
+    noise with the standard deviation 1. A third of the val clips are distractors.
     """
     rng = np.random.default_rng(0)
     frames = random_clip(rng, 4096, 512)
     frames = frames._replace(features=frames.features / frames.features.std(dtype=np.float32))
     people = rng.normal(0, LIKENESS, (1 + num_identities, 512))
-    people[0] = 0  # of distractors
+    people[0] = 0  # distractors
     for split, count in counts.items():
         clips, labels = {}, {}
         for number in range(count):
             first, length = int(rng.integers(0, 4000)), int(rng.integers(20, 31))
-            name = f"IQIYI_VID_{split.upper()}_{number:07d}"
             clip = type(frames)(*(field[first : first + length] for field in frames))
             identity = 1 + number % num_identities if split == "train" or number % 3 else 0
+            name = f"IQIYI_VID_{split.upper()}_{number:07d}"
             if identity:
                 labels[name] = str(identity)
             features = (clip.features + people[identity]).astype(np.float16)
             clips[name] = clip._replace(features=features)
-        write_pickle(directory, "face", split, clips)
-        write_truth(directory, split, labels)
+        write_pickle(folder, "face", split, clips)
+        write_truth(folder, split, labels)
 
 
-def run(words: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, float]]:
-    """Returns seconds from the start of a process, and MAP, after every epoch and at the end."""
-    began, lines, course = time.perf_counter(), [], []
-    pipes: Any = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    command = [sys.executable, "-m", *words]
-    with subprocess.Popen(command, cwd=common.ROOT, env=env, **pipes) as process:
-        assert process.stdout
-        for line in process.stdout:
+def run(folder: Path, *words: str) -> list[tuple[float, float]]:
+    """Runs a training. Returns seconds and MAP after every epoch, and at the end of the process."""
+    start, lines, course = time.perf_counter(), [], []
+    env = os.environ | {"VIDJAX_CACHE": f"{folder}/cache"}
+    env["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+    with subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=common.ROOT, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        for line in process.stdout or ():
             lines.append(line)
-            if match := SCORE.search(line):
-                course.append((time.perf_counter() - began, float(match[1])))
+            if match := re.match(r"step \d+.*: map ([\d.]+)", line):
+                course.append((time.perf_counter() - start, float(match[1])))
     if process.returncode:
         raise SystemExit("".join(lines[-20:]))
-    return [*course, (time.perf_counter() - began, course[-1][1])]
+    return [*course, (time.perf_counter() - start, course[-1][1] if course else 0.0)]
 
 
-def main() -> None:
-    sizes: Any = {"clips": 20_000, "val_clips": 5_000, "num_identities": 10_034, "epochs": 10}
-    args = common.parse(__doc__, "--streaming", **sizes, batch_size=1024, rounds=1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        caches = {"VIDJAX_CACHE": f"{name}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{name}/inductor"}
-        write_files(folder, {"train": args.clips, "val": args.val_clips}, args.num_identities)
-        compare = compare_modes if args.streaming else compare_with_torch
-        compare(args, folder, os.environ | caches)
-
-
-def our_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int) -> list[str]:
+def make_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int) -> list[str]:
     return [
         "vidjax.main", "--config=configs/quality_fusion.py:iqiyi_vid", "--config.eval.report=0",
         f"--config.data.dir={folder}", f"--workdir={folder / workdir}",
@@ -98,66 +91,75 @@ def our_words(args: argparse.Namespace, folder: Path, workdir: str, epochs: int)
     ]  # fmt: skip
 
 
-def compare_modes(args: argparse.Namespace, folder: Path, env: Mapping[str, str]) -> None:
-    """Prints the rates of training on resident and on streamed clips."""
-    rates: dict[str, list[float]] = {"resident": [], "streaming": []}
-    waits = []  # shares of the time
-    for number in range(args.rounds):
-        for mode, of_mode in rates.items():
-            workdir = f"{mode}{number}"
-            words = our_words(args, folder, workdir, args.epochs)
-            run([*words, f"--config.data.mode={mode}", "--config.eval.every_epochs=0"], env)
-            metrics = json.loads((folder / workdir / "metrics.json").read_text())
-            of_mode.append(metrics["train_clips_per_second"])
-            if mode == "streaming":
-                waits.append(metrics["waited_seconds"] / metrics["train_seconds"])
+def compare_modes(args: argparse.Namespace, folder: Path) -> None:
+    def train(mode: str, number: int) -> dict[str, float]:
+        words = make_words(args, folder, f"{mode}{number}", args.epochs)
+        run(folder, *words, f"--config.data.mode={mode}", "--config.eval.every_epochs=0")
+        return json.loads((folder / f"{mode}{number}" / "metrics.json").read_text())
+
+    modes = {mode: functools.partial(train, mode) for mode in ("resident", "streaming")}
+    metrics = common.alternate(modes, args.rounds)
+    rates = {mode: [x["train_clips_per_second"] for x in metrics[mode]] for mode in modes}
+    waits = [x["waited_seconds"] / x["train_seconds"] for x in metrics["streaming"]]
     rows = [[f"{mode}: clips/s", f"{common.median(x):,.0f}"] for mode, x in rates.items()]
-    rows.append(["streaming / resident", common.ratio(rates, "streaming", "resident")])
+    rows.append(["streaming / resident", common.format_ratio(rates, "streaming", "resident")])
     rows.append(["share of the time in which a step waits for clips", f"{max(waits):.3f}"])
-    common.write_table(["training", "measured"], rows)
+    common.print_table(["training", "measured"], rows)
 
 
-def compare_with_torch(args: argparse.Namespace, folder: Path, env: Mapping[str, str]) -> None:
-    """Prints the medians of each kind of run, and how much faster ours are than PyTorch's."""
+def compare_with_torch(args: argparse.Namespace, folder: Path) -> None:
+    """Prints the times of RUNS, and the ratios of the fastest PyTorch run to the vidjax runs."""
 
-    def measure(name: str, turn: int, epochs: int) -> list[tuple[float, float]]:
+    def train(name: str, turn: int) -> list[tuple[float, float]]:
+        """Trains for all epochs, or for one epoch if `turn` is 0."""
+        epochs = args.epochs if turn else 1
         if "PyTorch" in name:
             words = ["tests.benchmarks.peer", str(folder), f"--epochs={epochs}"]
             words += [f"--batch_size={args.batch_size}", f"--learning_rate={RATE}"]
         else:
-            words = our_words(args, folder, f"{name.replace(', ', '_')}{turn}", epochs)
+            words = make_words(args, folder, f"{name.replace(', ', '_')}{turn}", epochs)
             words += ["--config.loss.schedule=((0.0, 0.0),)", "--config.eval.every_epochs=1"]
             words += [f"--config.optim.learning_rate={RATE}", "--config.optim.warmup=0.1"]
-            words += ["--config.optim.warmup_scale=0"]  # as PyTorch's
-        return run([*words, *RUNS[name]], env)
+            words += ["--config.optim.warmup_scale=0"]
+        return run(folder, *words, *RUNS[name])
 
-    for name in RUNS:
-        measure(name, 0, 1)
-    found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in RUNS}
-    for turn in range(args.rounds):
-        for name, courses in found.items():
-            courses.append(measure(name, 1 + turn, args.epochs))
-
-    def seconds_to(goal: float, course: list[tuple[float, float]]) -> float:
-        return next(seconds for seconds, score in course if score >= goal - NEAR)
-
-    finals = {name: [course[-1][1] for course in courses] for name, courses in found.items()}
+    runs = {name: functools.partial(train, name) for name in RUNS}
+    rounds = common.alternate(runs, 1 + args.rounds)
+    courses = {name: of_rounds[1:] for name, of_rounds in rounds.items()}
+    finals = {name: [course[-1][1] for course in courses[name]] for name in RUNS}
     lowest = min(map(min, finals.values()))
+
+    def seconds_to(target: float, course: list[tuple[float, float]]) -> float:
+        return next(seconds for seconds, score in course if score >= target - NEAR)
+
     times: dict[str, dict[str, list[float]]] = {
-        "to its MAP": {name: [seconds_to(x[-1][1], x) for x in found[name]] for name in RUNS},
-        "to the lowest MAP": {name: [seconds_to(lowest, x) for x in found[name]] for name in RUNS},
-        "in all": {name: [x[-1][0] for x in found[name]] for name in RUNS},
+        "to its MAP": {k: [seconds_to(x[-1][1], x) for x in courses[k]] for k in RUNS},
+        "to the lowest MAP": {k: [seconds_to(lowest, x) for x in courses[k]] for k in RUNS},
+        "in all": {k: [x[-1][0] for x in courses[k]] for k in RUNS},
     }
     rows, ratios = [], []
     for name in RUNS:
-        cells = [f"{common.median(of_runs[name]):.0f}" for of_runs in times.values()]
+        cells = [f"{common.median(seconds[name]):.0f}" for seconds in times.values()]
         rows.append([name, *cells, f"{common.median(finals[name]):.3f}"])
-    common.write_table(["run", *(f"seconds {title}" for title in times), "final MAP"], rows)
-    for title, of_runs in times.items():
-        fastest = min((n for n in RUNS if "PyTorch" in n), key=lambda name: sum(of_runs[name]))
-        for name in ("vidjax, float32", "vidjax, bfloat16"):
-            ratios.append([f"{title}, {fastest} / {name}", common.ratio(of_runs, fastest, name)])
-    common.write_table(["seconds", "ratio"], ratios)
+    common.print_table(["run", *(f"seconds {title}" for title in times), "final MAP"], rows)
+    del times["in all"]
+    for title, seconds in times.items():
+        fastest = min((name for name in RUNS if "PyTorch" in name), key=lambda k: sum(seconds[k]))
+        for name in (name for name in RUNS if "vidjax" in name):
+            ratio = common.format_ratio(seconds, fastest, name)
+            ratios.append([f"{title}, {fastest} / {name}", ratio])
+    common.print_table(["seconds", "ratio"], ratios)
+
+
+def main() -> None:
+    args = common.parse(
+        __doc__, "--streaming", clips=20_000, val_clips=5_000, num_identities=10_034, epochs=10,
+        batch_size=1024, rounds=1,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        folder, counts = Path(place), {"train": args.clips, "val": args.val_clips}
+        write_files(folder, counts, args.num_identities)
+        (compare_modes if args.streaming else compare_with_torch)(args, folder)
 
 
 if __name__ == "__main__":

@@ -1,96 +1,159 @@
-"""Rate of the training step against its bare matrix products, the memory, and PyTorch.
+"""Speed and memory of a training step, compared with its matrix products and with PyTorch.
 
     python -m tests.benchmarks.training_step [--nets=mlp,residual,mma] [--peer] [--bfloat16]
         [--batch_size=1024] [--num_identities=10034] [--rounds=5]
 
-The nets of `configs/` have their published size, but the residual net is 4096 wide with one draw a
-clip. A step is a step of training on resident clips; four steps are one dispatch. The bare products
-are the products of the step's trace and nothing between them. With `--peer`, the same nets in
-PyTorch (the extra `bench`), eager and by torch.compile, train on padded batches in memory. All take
-turns in one process, because machines drift: the ratios are medians over rounds.
+The clips stay on the device, and one call takes four steps. With `--peer`, the same nets are
+trained in PyTorch (the extra `bench`) on a padded batch in memory.
 """
 
 # pyright: reportMissingImports=false
 
 import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from tests.benchmarks import common
+from vidjax.core.batch import Array
 from vidjax.data import resident
 from vidjax.training import train_step
 
-STEPS = 4  # a dispatch
+STEPS = 4  # of a call
+# Name -> configuration of the published size, and overrides. The residual net is 4096 units wide
+# instead of 8192, and trains on one random vector of each clip.
+NETS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mlp": ("quality_fusion.py:iqiyi_vid", ()),
+    "residual": ("residual_dense.py:iqiyi_vid,face,one",
+                 ("model.width=4096", "fusion.face.train.num_draws=1")),
+    "mma": ("mma.py:iqiyi_vid", ()),
+}  # fmt: skip
 
 
-def make_peers(name: str, run: common.Run, args: argparse.Namespace) -> dict[str, Any]:
+def find_products(jaxpr: Any, in_loop: bool = False) -> Iterator[Any]:
+    """Yields the equations of the matrix products of a program, except in loops.
+
+    Raises ValueError if a loop has a product, because its number of repetitions is not known.
+    """
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            if in_loop:
+                raise ValueError("a loop has a matrix product")
+            yield equation
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from find_products(inner, in_loop or name in ("scan", "while", "cond"))
+
+
+def count_flops(product: Any) -> int:
+    shape, contracted = product.invars[0].aval.shape, product.params["dimension_numbers"][0][0]
+    terms = math.prod(shape[axis] for axis in contracted)
+    return 2 * terms * math.prod(product.outvars[0].aval.shape)
+
+
+def make_products_program(products: Sequence[Any], count: int) -> Callable[[], Array]:
+    """Returns a compiled program that computes matrix products of random operands, `count` times.
+
+    The loop is inside the program, as in training. So the results use the same memory again.
+    """
+    keys = iter(jax.random.split(jax.random.key(1), 2 * len(products)))
+    # Equal operands would let the compiler join products.
+    operands = [
+        [jax.random.normal(next(keys), x.aval.shape, x.aval.dtype) for x in product.invars]
+        for product in products
+    ]
+
+    @jax.jit
+    def run(operands: Any) -> Array:
+        def compute(_: Array, total: Array) -> Array:
+            # The barriers keep the compiler from moving products out of the loop, and from
+            # computing only the element that is read.
+            pairs = jax.lax.optimization_barrier((operands, total))[0]
+            results = [
+                product.primitive.bind(*pair, **product.params)
+                for product, pair in zip(products, pairs, strict=True)
+            ]
+            results = jax.lax.optimization_barrier(results)
+            return total + sum(jnp.ravel(x)[0].astype(jnp.float32) for x in results)
+
+        return jax.lax.fori_loop(0, count, compute, jnp.float32(0))
+
+    return lambda: run(operands)
+
+
+def make_torch_steps(
+    name: str, run: common.Run, args: argparse.Namespace
+) -> dict[str, Callable[[], float]]:
+    """Returns functions that take STEPS steps in PyTorch: `eager` and `compiled`."""
     import torch
 
     from tests.benchmarks import peer
 
     batch = resident.draw_batch(run.clips, run.plan, np.zeros((), np.int32))
-    classes = 1 + args.num_identities
-    labels = np.random.default_rng(1).integers(0, classes, len(batch.clip_index))
-    clips = peer.make_batch(common.for_torch(batch.frames), labels)
+    labels = np.random.default_rng(1).integers(0, 1 + args.num_identities, len(batch.clip_index))
+    torch_batch = common.make_torch_batch(batch.frames, labels)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
-    eager, compiled = (
-        peer.Step(peer.make_recipe(name, classes), compile=compile, dtype=dtype)
-        for compile in (False, True)
-    )
-    torch.backends.cuda.matmul.allow_tf32 = True  # as XLA's default on a GPU
+    torch.backends.cuda.matmul.allow_tf32 = True  # the default of JAX on a GPU
 
-    def train(step: Any) -> float:
-        return [step(clips) for _ in range(STEPS)][-1].item()
+    def make(compiled: bool) -> Callable[[], float]:
+        recipe = peer.make_recipe(name, 1 + args.num_identities)
+        step = peer.Step(recipe, compiled=compiled, dtype=dtype)
+        return lambda: [step(torch_batch) for _ in range(STEPS)][-1].item()
 
-    return {"eager": lambda: train(eager), "compiled": lambda: train(compiled)}
+    return {"eager": make(False), "compiled": make(True)}
 
 
 def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
-    spec, overrides = common.NETS[name]
-    words = [*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}"]
-    sizes: Any = {"batch_size": args.batch_size, "num_identities": args.num_identities}
-    run = common.make_run(spec, words, **sizes)
+    spec, overrides = NETS[name]
+    overrides = (*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}")
+    run = common.make_run(
+        spec, overrides, batch_size=args.batch_size, num_identities=args.num_identities,
+        num_clips=4 * args.batch_size,
+    )  # fmt: skip
     loop, state = common.make_loop(run), run.state
+    num_params = sum(x.size for x in jax.tree.leaves(state.params))
 
-    def one_step(state: Any, clips: Any) -> Any:
+    def take_step(state: Any, clips: Any) -> Any:
         batch = resident.draw_batch(clips, run.plan, state.step)
         return train_step.train_step(run.system, state, run.constants, batch)
 
-    found = list(common.products(jax.make_jaxpr(one_step)(state, run.clips).jaxpr))
+    products = list(find_products(jax.make_jaxpr(take_step)(state, run.clips).jaxpr))
 
     def train() -> Any:
         nonlocal state
-        state, outcome = loop(state, run.constants, run.clips, np.int32(STEPS))
-        return outcome
+        state, result = loop(state, run.constants, run.clips, np.int32(STEPS))
+        return result
 
     jax.block_until_ready(train())
-    peak = common.peak_bytes()  # before the operands of the bare products are made
-    functions = {"step": train, "bare": common.make_bare(found, STEPS)}
-    functions |= make_peers(name, run, args) if args.peer else {}
-    seconds = common.in_turns(functions, args.rounds)
-    seconds = {name: [x / STEPS for x in values] for name, values in seconds.items()}
-    step, flops = common.median(seconds["step"]), sum(map(common.flops, found))
+    peak = common.peak_bytes()  # without the operands of `bare`
+    functions = {"step": train, "bare": make_products_program(products, STEPS)}
+    functions |= make_torch_steps(name, run, args) if args.peer else {}
+    seconds = common.time_functions(functions, args.rounds)
+    step = common.median(seconds["step"]) / STEPS
     if loop._cache_size() != 1:
-        raise SystemExit(f"the steps were compiled {loop._cache_size()} times instead of once")
+        raise SystemExit(f"the loop was compiled {loop._cache_size()} times instead of once")
     return [
-        name, f"{run.num_params:,}", f"{args.batch_size / step:,.0f}",
-        f"{flops / step / 1e9:,.0f}", common.ratio(seconds, "bare", "step"),
-        f"{peak / common.MIB:,.0f}",
-        *(common.ratio(seconds, kind, "step") for kind in ("eager", "compiled") if args.peer),
+        name, f"{num_params:,}", f"{args.batch_size / step:,.0f}",
+        f"{sum(map(count_flops, products)) / step / 1e9:,.0f}",
+        common.format_ratio(seconds, "bare", "step"), f"{peak / 2**20:,.0f}",
+        *(common.format_ratio(seconds, kind, "step") for kind in ("eager", "compiled")
+          if args.peer),
     ]  # fmt: skip
 
 
 def main() -> None:
-    sizes: Any = {"batch_size": 1024, "num_identities": 10_034, "rounds": 5}
-    args = common.parse(__doc__, "--peer", "--bfloat16", nets=",".join(common.NETS), **sizes)
-    classes = 1 + args.num_identities
-    common.say(f"{common.describe()}, batch {args.batch_size}, {classes} classes\n")
-    rows = [benchmark(name, args) for name in args.nets.split(",")]
+    args = common.parse(
+        __doc__, "--peer", "--bfloat16", nets=",".join(NETS), batch_size=1024,
+        num_identities=10_034, rounds=5,
+    )  # fmt: skip
     header = ["net", "parameters", "clips/s", "GFLOP/s", "bare products / step", "peak MiB so far"]
     header += ["faster than eager", "than torch.compile"] if args.peer else []
-    common.write_table(header, rows)
+    common.print_table(header, [benchmark(name, args) for name in args.nets.split(",")])
 
 
 if __name__ == "__main__":

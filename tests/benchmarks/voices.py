@@ -1,16 +1,15 @@
-"""Speakers named by their voices, with nets and cards as they ship and nothing trained.
+"""Measures how often speakers are named correctly by their voices.
 
     VIDJAX_MODELS=models VIDJAX_SPEECH=FOLDER python -m tests.benchmarks.voices
 
-The folder has SPEAKER/*.flac. README.md describes the measurement. The figures, as JSON:
+FOLDER contains SPEAKER/*.flac. README.md explains the measurement. The output is JSON:
 
     cosines         mean, deviation and number of pairs of utterances, as in the card
-    first           utterances whose most probable identity is right, and their number
-    by_card         shares with the right name, a wrong name, and strangers with a name
-    at_1_percent    the same by a threshold that at most 1 % of strangers reach
+    first           number of utterances whose most probable person is right, and of all utterances
+    by_card         shares of right names and wrong names, and of strangers with a name
+    at_1_percent    the same shares, with a threshold that at most 1 % of strangers reach
 """
 
-import itertools
 import json
 import os
 import tempfile
@@ -26,12 +25,12 @@ from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.video import cards, voices
 from vidjax.core import metrics
 
-ENROLLED = 3
-FPIR = 1 / 91  # the lowest rate that the 90 utterances of all other speakers can show
+ENROLLED = 3  # utterances of each speaker
+FPIR = 1 / 91  # the lowest rate that 90 utterances of strangers can measure
 
 
-def read(path: Path) -> np.ndarray:
-    """Returns the samples of a file of sound, at the rate of the nets."""
+def read_sound(path: Path) -> np.ndarray:
+    """Returns the samples of a file, at the rate of the nets."""
     with av.open(str(path)) as container:
         resampler = av.AudioResampler("flt", "mono", voices.RATE)
         frames = [*container.decode(audio=0), None]
@@ -40,83 +39,79 @@ def read(path: Path) -> np.ndarray:
 
 
 def embed(speech: Path, models: Path, gallery: Gallery) -> Vectors:
-    """Returns the vectors of all utterances, SPEAKER/FILE, labelled with their speakers."""
-    hear, clips = voices.Listener(cards.load(models)), {}
+    """Returns the vectors of all utterances with speech. The labels are the speakers."""
+    listener, clips = voices.Listener(cards.load(models)), {}
     for path in sorted(speech.glob("*/*.flac")):
-        voice = hear(read(path))
-        if len(voice.begin):  # features as `vidjax extract` makes them
+        voice = listener(read_sound(path))
+        if len(voice.begin):  # features as in `vidjax extract`
             features = {"features": voice.vectors, "quality": voice.quality}
             clips[f"{path.parent.name}/{path.stem}"] = {"audio": features}
     vectors = gallery.embed(clips)
     return vectors._replace(labels=tuple(name.partition("/")[0] for name in vectors.names))
 
 
-def cosines(vectors: Vectors) -> dict[str, list[float]]:
-    """Returns mean, deviation and number of the cosines of pairs: of one and of two speakers."""
+def measure_cosines(vectors: Vectors) -> dict[str, list[float]]:
+    """Returns mean, deviation and number of the cosines in pairs of one and of two speakers."""
     x, speakers = unit(vectors.parts["audio"]), np.array(vectors.labels)
     pairs = np.triu_indices(len(x), 1)
-    found, same = (x @ x.T)[pairs], (speakers[:, None] == speakers)[pairs]
-    kinds = {"same": found[same], "different": found[~same]}
+    cosines, same = (x @ x.T)[pairs], (speakers[:, None] == speakers)[pairs]
     return {
         kind: [round(float(some.mean()), 4), round(float(some.std()), 4), len(some)]
-        for kind, some in kinds.items()
+        for kind, some in (("same", cosines[same]), ("different", cosines[~same]))
     }
 
 
 def measure(speech: Path, models: Path) -> dict[str, Any]:
-    """Returns the figures of the module's docstring."""
     with tempfile.TemporaryDirectory() as folder:
         vectors = embed(speech, models, Gallery.of_models(f"{folder}/none", models))
-        speaker = dict(zip(vectors.names, vectors.labels, strict=True))
-        of_each: dict[str, list[str]] = {}
-        for name, one in speaker.items():
-            of_each.setdefault(str(one), []).append(name)
-        first = {name for names in of_each.values() for name in names[:ENROLLED]}
-        asked = vectors.only({*speaker} - first)
+        names, speakers = np.array(vectors.names), np.array(vectors.labels)
+        enrolled = np.zeros(len(names), bool)
+        for speaker in np.unique(speakers):
+            enrolled[np.flatnonzero(speakers == speaker)[:ENROLLED]] = True
 
-        def enrolled(name: str, chosen: set[str]) -> Gallery:
+        def identify(name: str, known: np.ndarray, asked: np.ndarray) -> list[Any]:
             gallery = Gallery.of_models(f"{folder}/{name}", models)
-            gallery.enrol(vectors.only(chosen))
-            return gallery
+            gallery.enrol(vectors.only({*names[known]}))
+            return [*gallery.identify(vectors.only({*names[asked]}), 1).values()]
 
-        answers = [*enrolled("all", first).identify(asked, 1).values()]
-        strangers = {}
-        for one, names in of_each.items():
-            gallery = enrolled(f"without {one}", first - {*names})
-            strangers[one] = [*gallery.identify(vectors.only({*names}), 1).values()]
+        answers = identify("all", enrolled, ~enrolled)
+        # Speaker -> answers for all utterances of the speaker, who is not enrolled.
+        strangers = {
+            speaker: identify(
+                f"without {speaker}", enrolled & (speakers != speaker), speakers == speaker
+            )
+            for speaker in np.unique(speakers)
+        }
 
-    truth = np.array([speaker[name] for name in asked.names])
+    truth = speakers[~enrolled]
     right = np.array([answer.best[0][0] for answer in answers]) == truth
-    score = np.array([answer.score for answer in answers])
-    reached, alarms = np.zeros(len(truth), bool), []
-    for one, own in strangers.items():
-        others = [x.score for other, some in strangers.items() if other != one for x in some]
-        threshold = metrics.find_threshold(np.array(others), fpir=FPIR)
-        reached[truth == one] = score[truth == one] >= threshold
-        alarms += [answer.score >= threshold for answer in own]
-    named, strangers_named = (
-        np.array([answer.identity is not None for answer in some])
-        for some in (answers, itertools.chain(*strangers.values()))
-    )
+    scores = np.array([answer.score for answer in answers])
+    stranger_scores = {k: np.array([x.score for x in some]) for k, some in strangers.items()}
+    accepted, accepted_strangers = np.zeros(len(truth), bool), []
+    for speaker, own in stranger_scores.items():
+        others = np.concatenate([x for other, x in stranger_scores.items() if other != speaker])
+        threshold = metrics.find_threshold(others, fpir=FPIR)
+        accepted[truth == speaker] = scores[truth == speaker] >= threshold
+        accepted_strangers += (own >= threshold).tolist()
 
-    def shares(named: np.ndarray, alarms: Any) -> dict[str, float]:
-        found = {"right": right & named, "wrong": ~right & named, "strangers": alarms}
-        return {name: round(float(np.mean(share)), 3) for name, share in found.items()}
+    def compute_shares(named: Any, strangers_named: Any) -> dict[str, float]:
+        shares = {"right": right & named, "wrong": ~right & named, "strangers": strangers_named}
+        return {name: round(float(np.mean(share)), 3) for name, share in shares.items()}
 
+    named = np.array([answer.identity is not None for answer in answers])
+    strangers_named = [answer.identity is not None for x in strangers.values() for answer in x]
     return {
-        "speakers": len(of_each),
-        "utterances": len(speaker),
-        "cosines": cosines(vectors),
+        "cosines": measure_cosines(vectors),
         "first": [int(right.sum()), len(right)],
-        "by_card": shares(named, strangers_named),
-        "at_1_percent": shares(reached, alarms),
+        "by_card": compute_shares(named, strangers_named),
+        "at_1_percent": compute_shares(accepted, accepted_strangers),
     }
 
 
 def main() -> None:
     common.parse(__doc__)
-    found = measure(Path(os.environ["VIDJAX_SPEECH"]), Path(os.environ["VIDJAX_MODELS"]))
-    common.say(json.dumps(found, indent=1))
+    figures = measure(Path(os.environ["VIDJAX_SPEECH"]), Path(os.environ["VIDJAX_MODELS"]))
+    common.print_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Commands as users type them: mistakes with their remedies, and commands that must work.
+"""Commands with mistakes, and commands that must succeed.
 
-A mistake must end with exit code 2 and one to three lines that name the remedy. A mistake in words
-or values must take less than SECONDS of CPU time. No command may end with a traceback.
+After a mistake, the exit code is 2, and an error of one to three lines names the remedy. A mistake
+in words or values takes less than SECONDS of CPU time. No command prints a traceback.
 """
 
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from tests.helpers import clip_files, made_runs
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 2.0  # most CPU time of a mistake in words or values
+SECONDS = 2.0
 TRAIN = "--config=knn --workdir=new"
 OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
 PROGRESS = ("making ", "converting ")
@@ -26,12 +26,12 @@ NO_GPU = {"JAX_PLATFORMS": "cuda"}
 
 
 class Case(NamedTuple):
-    """A command: its words, a part of its output, exit code, most CPU seconds, environment."""
+    """A command, and what it must print and return."""
 
     words: str
-    remedy: str
+    remedy: str  # a part of the output or of the error
     code: int = 2
-    seconds: float = SECONDS
+    seconds: float = SECONDS  # limit of the CPU time
     env: Mapping[str, str] = {}
 
 
@@ -74,7 +74,7 @@ FIELDS = [
          "whole number of 1 or more"),
     Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "reduce its sizes"),
 ]  # fmt: skip
-# Configuration files of a user: name -> (content, words of the error).
+# Faulty configuration files: name -> content, and words of the error.
 BEGIN = "from ml_collections import ConfigDict\nfrom vidjax.runs import config\n"
 BEGIN += "\ndef get_config(args=''):\n"
 MINE = {
@@ -86,7 +86,7 @@ MINE = {
     "typed.py": (f"{BEGIN}    values = config.default().to_dict() | {{'batch_size': '8'}}\n"
                  "    return ConfigDict(values)\n", "config.batch_size"),
 }  # fmt: skip
-# In the folders of `prepare_places`, which contain made-up runs and data.
+# These commands are run in the folder of `prepare_places`.
 PLACES = [
     Case("--mode=report --workdir=.", "such as a, b"),
     Case("--mode=report --workdir=empty", "vidjax train --config=mma"),
@@ -110,7 +110,7 @@ PLACES = [
     Case(f"{OWN}own", "labels.csv"),
     Case(f"{OWN}alone", "--config.ensemble.folds=5"),
 ]  # fmt: skip
-# In a separate process, with the trained run of `prepare`. CPU time is not measured.
+# These commands are run in new processes and in the folder of `prepare`.
 FILES = [
     Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
     Case("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val"),
@@ -128,15 +128,8 @@ WORKS = [
 ]  # fmt: skip
 
 
-class Outcome(NamedTuple):
-    code: int
-    seconds: float  # of CPU
-    output: str
-    errors: str
-
-
 def prepare_places(folder: Path) -> None:
-    """Writes configuration files, some of them wrong, data, and made-up runs."""
+    """Writes synthetic runs, data, and configuration files, some of which are faulty."""
     values = {"1": 0.5, "2": 0.75}
     made_runs.write(folder / "a", values, "--config.seed=3")
     made_runs.write(folder / "b", values)
@@ -158,33 +151,31 @@ def prepare_places(folder: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Calls `prepare_places`, and trains a run."""
+    """Calls `prepare_places`, and trains a run in the folder `run`."""
     prepare_places(folder)
     trained = run(folder, Case("--config=knn --workdir=run --config.eval.report=false", "", 0))
-    assert not trained.code, trained.errors
+    assert not trained.returncode, trained.stderr
 
 
-def run(folder: Path, case: Case) -> Outcome:
+def run(folder: Path, case: Case) -> subprocess.CompletedProcess[str]:
     unset = {"JAX_PLATFORMS", "XLA_FLAGS", "TQDM_DISABLE"}
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"VIDJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT), **case.env}
-    done = subprocess.run(
-        [sys.executable, "-m", "vidjax.main", *case.words.split()],
-        cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    return Outcome(done.returncode, 0, done.stdout, done.stderr)
+    command = [sys.executable, "-m", "vidjax.main", *case.words.split()]
+    options = {"capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run(command, cwd=folder, env=env, check=False, **options)
 
 
-def faults(case: Case, outcome: Outcome) -> list[str]:
-    """Returns a few words for each fault of an outcome."""
-    lines = [line for line in outcome.errors.splitlines() if not line.startswith(PROGRESS)]
+def list_faults(case: Case, code: int, output: str, errors: str, seconds: float = 0) -> list[str]:
+    """Returns the differences between a case and what the command printed and returned."""
+    lines = [line for line in errors.splitlines() if not line.startswith(PROGRESS)]
     if "--json" in case.words.split() and not case.code:
-        assert isinstance(json.loads(outcome.output), dict)
-    found = {
-        f"exit code {outcome.code}, not {case.code}": outcome.code != case.code,
-        "traceback": "Traceback" in outcome.errors,
-        f"without '{case.remedy}'": case.remedy not in outcome.output + outcome.errors,
-        f"{len(lines)} lines": case.code and not outcome.output and not 1 <= len(lines) <= 3,
-        f"longer than {case.seconds:.0f} s": outcome.seconds > case.seconds,
+        assert isinstance(json.loads(output), dict)
+    faults = {
+        f"exit code {code}, not {case.code}": code != case.code,
+        "traceback": "Traceback" in errors,
+        f"without '{case.remedy}'": case.remedy not in output + errors,
+        f"{len(lines)} lines": case.code and not output and not 1 <= len(lines) <= 3,
+        f"longer than {case.seconds:.0f} s": seconds > case.seconds,
     }
-    return [fault for fault, there in found.items() if there]
+    return [fault for fault, is_present in faults.items() if is_present]

@@ -1,8 +1,8 @@
-"""Changes of a gallery are killed at random moments, or the disk is full. The gallery stays whole.
+"""Kills changes of a gallery at random moments, or fills the disk.
 
-After a kill, the gallery must equal, row by row, the gallery before or after the change. No byte of
-a removed vector may remain. If a write fails, as on a full disk, nothing is changed, and the same
-change succeeds later.
+After a kill, the gallery must equal the gallery before or after the change. No byte of a removed
+vector may remain. If a write fails, as on a full disk, nothing is changed, and the same change
+succeeds later.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip
 
 PEOPLE = 100
-SPANS = (0.001, 0.004, 0.03)  # most seconds from the start of a change to its kill
+MAX_DELAYS = (0.001, 0.004, 0.03)  # seconds from the start of a change to the kill
 CLIPS: dict[str, StoredClip] = {
     f"clip {n}": made_galleries.make_clip(n, f"person {n // 2}") for n in range(2 * PEOPLE)
 }
 
 
-def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
+def draw_changes(seed: int) -> Iterator[tuple[str, list[str]]]:
     """Yields ("remove", people) and then ("enrol", people) for the same people, without end."""
     rng = random.Random(seed)
     while True:
@@ -35,21 +35,21 @@ def changes(seed: int) -> Iterator[tuple[str, list[str]]]:
         yield from [("remove", people), ("enrol", people)]
 
 
-def change(people: Gallery, what: str, whom: Sequence[str]) -> None:
-    if what == "remove":
-        people.remove(identity=whom)
+def change(gallery: Gallery, action: str, people: Sequence[str]) -> None:
+    if action == "remove":
+        gallery.remove(identity=people)
     else:
-        people.add({name: clip for name, clip in CLIPS.items() if clip.identity in set(whom)})
+        gallery.add({name: clip for name, clip in CLIPS.items() if clip.identity in people})
 
 
-def work(folder: Path, seed: int) -> None:
-    """Makes changes until the process is killed; each change waits for a line."""
-    people = Gallery(folder)
-    for number, (what, whom) in enumerate(changes(seed)):
-        sys.stdout.write(f"{number}\n")
+def change_on_request(folder: Path, seed: int) -> None:
+    """Makes a change for each line of the input, until the process is killed."""
+    gallery = Gallery(folder)
+    for action, people in draw_changes(seed):
+        sys.stdout.write("ready\n")
         sys.stdout.flush()
-        sys.stdin.readline()  # go
-        change(people, what, whom)
+        sys.stdin.readline()
+        change(gallery, action, people)
 
 
 def make_two(folder: Path, other: Path, seed: int, count: int) -> list[dict[str, list]]:
@@ -57,59 +57,60 @@ def make_two(folder: Path, other: Path, seed: int, count: int) -> list[dict[str,
 
     Returns the contents before the first change, and after each change.
     """
-    people = made_galleries.make(other, CLIPS)
+    gallery = made_galleries.make(other, CLIPS)
     shutil.copytree(other, folder)
     states = [made_galleries.contents(other)]
-    for what, whom in itertools.islice(changes(seed), count):
-        change(people, what, whom)
+    for action, people in itertools.islice(draw_changes(seed), count):
+        change(gallery, action, people)
         states.append(made_galleries.contents(other))
     return states
 
 
 def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
-    """Kills a process that changes a gallery; asserts that the gallery is whole."""
-    seed, last = rng.randrange(10**9), rng.randrange(6)
-    states = make_two(folder, place / "other", seed, last + 1)
-    code = f"from tests.campaigns.gallery_kills import *; work(Path({str(folder)!r}), {seed})"
+    """Kills a process that changes a gallery, and asserts that the gallery is complete."""
+    seed, count = rng.randrange(10**9), 1 + rng.randrange(6)
+    states = make_two(folder, place / "other", seed, count)
+    code = "from tests.campaigns.gallery_kills import *; "
+    code += f"change_on_request(Path({str(folder)!r}), {seed})"
     pipes = {"stdin": subprocess.PIPE, "stderr": None}
     with limits.running([sys.executable, "-c", code], **pipes) as process:
         assert process.stdin and process.stdout
-        for _ in range(last + 1):
+        for _ in range(count):
             process.stdout.readline()
             process.stdin.write("go\n")
             process.stdin.flush()
-        time.sleep(rng.uniform(0, rng.choice(SPANS)))
+        time.sleep(rng.uniform(0, rng.choice(MAX_DELAYS)))
 
-    people = Gallery(folder)
     contents = made_galleries.contents(folder)
-    assert contents in states[-2:], f"seed {seed}, change {last}"
+    assert contents in states[-2:], f"seed {seed}, {count} changes"
 
-    # A change of nobody fails, but deletes what the killed change left behind.
+    # A change of nobody fails, but deletes the files that the killed process has left.
     with contextlib.suppress(ValueError):
-        people.remove(identity=["nobody"])
+        Gallery(folder).remove(identity=["nobody"])
     assert made_galleries.contents(folder) == contents
     # If the killed change had not begun to write, its journal remains until the next change.
     assert all(path.name.startswith(store.GALLERY_FILE) for path in folder.iterdir())
     content = b"".join(path.read_bytes() for path in folder.iterdir())
     removed = [CLIPS[name].vector.tobytes()[:16] for name in CLIPS.keys() - contents["clip"].keys()]
-    assert not [part for part in removed if part in content], f"seed {seed}: bytes are left"
+    assert not any(part in content for part in removed), f"seed {seed}: bytes are left"
 
 
 def fill_once(folder: Path, place: Path, rng: random.Random) -> int:
-    """Makes changes with a limit on the size of files; returns the number of failed changes."""
-    seed = rng.randrange(10**9)
+    """Makes changes with a limit on the size of files. Returns the number of failed changes."""
+    seed, failed = rng.randrange(10**9), 0
     states = make_two(folder, place / "other", seed, 4)
-    people, failed = Gallery(folder), 0
-    largest = max(path.stat().st_size for path in folder.iterdir())
-    for done, (what, whom) in enumerate(itertools.islice(changes(seed), 4)):
+    gallery, largest = Gallery(folder), max(path.stat().st_size for path in folder.iterdir())
+    for (action, people), (before, after) in zip(
+        draw_changes(seed), itertools.pairwise(states), strict=False
+    ):
         try:
             with limits.file_limit(rng.randrange(largest + 1)):
-                change(people, what, whom)
+                change(gallery, action, people)
         except OSError:
             failed += 1
-            assert made_galleries.contents(folder) == states[done]
-            change(people, what, whom)
-        assert made_galleries.contents(folder) == states[done + 1]
-    wanted = made_galleries.answers(Gallery(place / "other"))
-    assert made_galleries.answers(people) == wanted == made_galleries.answers(Gallery(folder))
+            assert made_galleries.contents(folder) == before
+            change(gallery, action, people)
+        assert made_galleries.contents(folder) == after
+    expected = made_galleries.answers(Gallery(place / "other"))
+    assert made_galleries.answers(gallery) == expected == made_galleries.answers(Gallery(folder))
     return failed

@@ -1,6 +1,6 @@
-"""Hostile pickles: code, tricks, greed, damage, and mutations of sound files.
+"""Pickles that run code or need much memory or time, and damaged pickles.
 
-As a program, this module reads the files of a folder, and reports the result of each file:
+As a program, this module reads the files of a folder, and prints the result of each file:
 
     python -m tests.campaigns.hostile unpack FOLDER   with `sandbox.unpack`
     python -m tests.campaigns.hostile fork FOLDER     in forks of this process, which is faster
@@ -11,6 +11,7 @@ import ctypes
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import pickletools
@@ -20,7 +21,6 @@ import struct
 import sys
 import tarfile
 import time
-import traceback
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,26 +35,24 @@ from vidjax.data.frame_fields import PackedClips
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name
 
-# Parts of pickles. Opcodes have the names of `pickletools`. `words` are "module name".
+# Parts of pickles. Opcodes have the names in `pickletools`. `words` are "module name".
 
 
 def text(value: str) -> bytes:
-    """Returns BINUNICODE of a string."""
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def name(words: str) -> bytes:
-    """Returns GLOBAL of "module name"."""
     return b"c" + words.replace(" ", "\n").encode() + b"\n"
 
 
 def dotted(words: str) -> bytes:
-    """Returns STACK_GLOBAL of "module name". Only this opcode reads dots in names as attributes."""
+    """Returns STACK_GLOBAL. Only this opcode reads dots in names as attributes."""
     return b"\x80\x04" + b"".join(map(text, words.split())) + b"\x93"
 
 
 def part(value: Any) -> bytes:
-    """Returns the bytes that Python 2 writes in protocol 1, without STOP."""
+    """Returns a value as Python 2 writes it in protocol 1, without STOP."""
     return python2.dumps(value, 1)[:-1]
 
 
@@ -63,7 +61,6 @@ def tuple_of(*parts: bytes) -> bytes:
 
 
 def call(words: str, *parts: bytes) -> bytes:
-    """Returns REDUCE: a call of "module name" with these arguments."""
     return name(words) + tuple_of(*parts) + b"R"
 
 
@@ -74,12 +71,11 @@ EMPTY = RECONSTRUCT + name("numpy ndarray") + b"K\x00\x85U\x01b\x87R"
 
 
 def array_pickle(state: Any, kind: str = "numpy ndarray") -> bytes:
-    """Returns a pickle of an array with this state: (version, shape, dtype, is Fortran, bytes)."""
+    """Returns a pickle of an array. Its state is (version, shape, dtype, is Fortran, bytes)."""
     return EMPTY.replace(name("numpy ndarray"), name(kind)) + part(state) + b"b."
 
 
 def dtype_pickle(code: bytes, *state: Any) -> bytes:
-    """Returns a pickle of a dtype such as b"f2"."""
     build = part(state) + b"b" if state else b""
     return name("numpy dtype") + part((code, 0, 1)) + b"R" + build + b"."
 
@@ -91,8 +87,12 @@ class Attack(NamedTuple):
     error_words: str
 
 
+def attacks(mark: Path) -> dict[str, Attack]:
+    """Returns a dict, name -> pickle that would create the file `mark`, or do other harm."""
+    return {words: Attack(data, error_words) for words, error_words, data in _attacks(mark)}
+
+
 def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Yields (name, words of the error, pickle)."""
     # Every way to run code. Each pickle would run `touch MARK`, or create this file in another way.
     command, path, system = text(f"touch {mark}"), text(str(mark)), name("os system")
     run = call("os system", command)
@@ -105,7 +105,7 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     yield "numpy ndarray.tofile", "numpy.ndarray.tofile", to_file
     yield "INST", "os.system", b"(" + command + b"ios\nsystem\n."
     yield "OBJ", "os.system", b"(" + system + command + b"o."
-    # Without REDUCE: iterators, and __setstate__ that the object itself provides.
+    # Without REDUCE: iterators, and a __setstate__ that is an attribute of the object.
     lazy = name("builtins map") + tuple_of(system, b"]" + command + b"a") + b"\x81"
     yield "NEWOBJ", "builtins.map", name("builtins bytes") + lazy + b"\x85\x81."
     yield "NEWOBJ_EX", "builtins.map", name("builtins bytes") + lazy + b"\x85}\x92."
@@ -162,13 +162,8 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
         yield words, words.replace(" ", "."), dotted(words) + b"."
 
 
-def attacks(mark: Path) -> dict[str, Attack]:
-    """Returns name -> pickle that would create the file `mark`, or do other harm."""
-    return {words: Attack(data, error_words) for words, error_words, data in _attacks(mark)}
-
-
 def _tricks() -> Iterator[tuple[str, bytes]]:
-    """Yields pickles that misuse the names that a reader of arrays must allow."""
+    """Yields pickles that misuse functions that arrays need."""
     new = b"}" + text("__new__") + b"Ns"
     for words in ("numpy ndarray", "_codecs encode"):
         yield f"slots of {words}", name(words) + b"(N" + new + b"tb."
@@ -218,19 +213,17 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
 
 TRICKS = dict(_tricks())
 
-# Greed: each pickle asks for gigabytes, for hours of time, or for a deep stack.
-
 FRAME = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
 
 
 def _laughs() -> bytes:
-    """Returns a list of ten references to a list of ten references, and so on for 40 levels."""
+    """Returns a list with ten references to a list with ten references, and so on 40 times."""
     levels = [b"](" + b"h%c" % level * 10 + b"eq%c0" % (level + 1) for level in range(40)]
     return b"]q\x000" + b"".join(levels) + b"h\x28"
 
 
 def _shared(frames: int, clips: int) -> bytes:
-    """Returns a pickle whose clips are all the same list, which repeats one frame."""
+    """Returns a pickle in which all clips are one list, which repeats one frame."""
     head = b"\x80\x02" + part(FRAME)
     head += b"r\xff\x00\x00\x000]r\xfe\x00\x00\x00(" + b"h\xff" * frames + b"e0"
     pairs = b"".join(b"U\x05%05dh\xfe" % clip for clip in range(clips))
@@ -238,14 +231,14 @@ def _shared(frames: int, clips: int) -> bytes:
 
 
 def wide(*shape: int) -> bytes:
-    """Returns a pickle of one array of this shape, with bytes for only three numbers or none."""
+    """Returns a pickle of an array that contains three numbers or none, but has a large shape."""
     count = 0 if 0 in shape else 3
     dims = b"".join(b"\x8a\x10" + n.to_bytes(16, "little") for n in shape)
     state = tuple_of(part(1), tuple_of(dims), part(F2), part(False), part(bytes(2 * count)))
     return b"}U\x01a" + EMPTY + state + b"bs."
 
 
-GREED = {
+GREED = {  # pickles that ask for gigabytes, for hours, or for a deep stack
     "memo": b"Nr\xff\xff\xff\xff.",
     "bytes of 60 GB": b"\x80\x04\x8e" + struct.pack("<Q", 60 << 30) + b"abc.",
     "bytearray of 60 GB": b"\x80\x05\x96" + struct.pack("<Q", 60 << 30) + b"abc.",
@@ -271,11 +264,9 @@ GREED = {
     "a list in itself": b"}U\x01a]q\x00h\x00as.",
 }  # fmt: skip
 
-# Damage, and files that are not pickles.
-
 
 def damage(sound: bytes) -> dict[str, bytes]:
-    """Returns name -> damaged version of the pickle `sound`, or a file of another format."""
+    """Returns a dict, name -> damaged copy of the pickle `sound`, or file of another format."""
     archive, tar, npz = io.BytesIO(), io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("archive/data.pkl", sound)
@@ -299,22 +290,22 @@ def damage(sound: bytes) -> dict[str, bytes]:
 
 
 def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> bytes:
-    """Returns one of the sound pickles `seeds` with a few random changes.
+    """Returns one of the pickles `seeds` with a few random changes.
 
     A change flips bits, removes or repeats bytes, or inserts an opcode or one of `grafts`.
     """
-    made = bytearray(chance.choice(seeds))
+    data = bytearray(chance.choice(seeds))
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
-        at, length = chance.randrange(len(made)), chance.choice([0, 1, 1, 1, 8])
+        at, length = chance.randrange(len(data)), chance.choice([0, 1, 1, 1, 8])
         code = chance.choice(pickletools.opcodes).code.encode("latin-1")
-        bits = bytes(x ^ 1 << chance.randrange(8) for x in made[at : at + length])
+        bits = bytes(x ^ 1 << chance.randrange(8) for x in data[at : at + length])
         new = chance.choice([bits, bits, bits, b"", code, 2 * bits, chance.choice(grafts)])
-        made[at : at + length] = new
-    return bytes(made)
+        data[at : at + length] = new
+    return bytes(data)
 
 
 def check(packed: PackedClips, out_dir: Path) -> None:
-    """Asserts that the arrays and their files agree with the documentation of `unpack`."""
+    """Asserts that the result of `unpack` and its files agree with the documentation."""
     names, features, lengths = packed.names, packed.features, packed.lengths
     assert len(set(names)) == len(names) and [clean_name(n) for n in names] == [*names]
     assert lengths.dtype == np.int32 and lengths.shape == (len(names),)
@@ -337,79 +328,58 @@ def check(packed: PackedClips, out_dir: Path) -> None:
 
 
 class _Fork(processes.Children):
-    """Runs the work of `sandbox` in a fork of this process, without the time to import modules."""
+    """Runs `sandbox.work` in a fork of this process, which has already imported all modules."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._folder = folder
 
-    def run(
-        self, module: str, *words: str | Path, given: bytes = b"", timeout: float | None = None
-    ) -> CompletedProcess[bytes]:
-        del module, words, timeout
+    def run(self, module: str, *, given: bytes, timeout: float) -> CompletedProcess[bytes]:
+        del module, timeout
         streams = [self._folder / name for name in ("stdin", "stdout", "stderr")]
         streams[0].write_bytes(given)
-        child = os.fork()
-        if child == 0:
-            try:
-                for number, stream in enumerate(streams):
-                    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
-                    os.dup2(os.open(stream, flags), number)
-                os._exit(processes.serve(sandbox.work))
-            except BaseException:
-                os.write(2, traceback.format_exc().encode())
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        return CompletedProcess([], code, *(stream.read_bytes() for stream in streams[1:]))
+
+        def serve() -> None:
+            for number, stream in enumerate(streams):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
+                os.dup2(os.open(stream, flags), number)
+            sys.exit(processes.serve(sandbox.work))
+
+        child = multiprocessing.get_context("fork").Process(target=serve)
+        child.start()
+        child.join()
+        output, errors = (stream.read_bytes() for stream in streams[1:])
+        return CompletedProcess([], child.exitcode or 0, output, errors)
 
 
-def _used() -> tuple[float, float]:
-    """Returns the CPU seconds, and the largest memory in MB, of all ended children."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+def read(folder: Path, *, in_fork: bool) -> Iterator[list[Any]]:
+    """Reads all files. Yields [name, error, CPU seconds, seconds, largest memory so far in MB].
 
-
-def read(folder: Path, *, quick: bool) -> Iterator[list[Any]]:
-    """Yields [name, error, CPU seconds, seconds, largest memory so far in MB] for every file.
-
-    The error is empty if the file loads to sound arrays.
+    The error is empty if a file is read without an error.
     """
     out_dir = folder.parent / f"{folder.name}_out" / "flat"
     out_dir.parent.mkdir()
-    # PR_SET_CHILD_SUBREAPER: orphaned descendants become children of this process, and are found
-    # at the end.
+    # PR_SET_CHILD_SUBREAPER: descendants without a parent become children of this process, so the
+    # last lines find them.
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     for path in sorted(folder.iterdir()):
-        cpu, start, error = _used()[0], time.perf_counter(), ""
+        before, start, error = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), ""
         try:
-            children = _Fork(out_dir.parent) if quick else None
+            children = _Fork(out_dir.parent) if in_fork else None
             check(sandbox.unpack(path, "face", out_dir, children=children), out_dir)
         except ValueError as refusal:
             assert not list(out_dir.iterdir()), "files are left"
             error = str(refusal)
-        seconds = time.perf_counter() - start
-        after, memory = _used()
-        yield [path.name, error, after - cpu, seconds, memory]
+        after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        yield [path.name, error, cpu, seconds, after.ru_maxrss / 1024]
     with contextlib.suppress(ChildProcessError):
         raise AssertionError(f"a process is left: {os.waitpid(-1, os.WNOHANG)}")
 
 
-def set_canary(folder: Path) -> None:
-    """Creates the folder that no pickle may change, with one file."""
-    folder.mkdir()
-    (folder / "keep").write_text("keep")
-
-
-def listing(folder: Path) -> dict[str, bytes | None]:
-    """Returns path -> content of a file, or None for a folder, of all that a folder contains."""
-    content = {path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
-    return {str(path.relative_to(folder)): data for path, data in content.items()}
-
-
 def main() -> None:
     mode, folder = sys.argv[1:]
-    for row in read(Path(folder), quick=mode == "fork"):
+    for row in read(Path(folder), in_fork=mode == "fork"):
         sys.stdout.write(json.dumps(row) + "\n")
 
 

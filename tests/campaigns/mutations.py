@@ -13,7 +13,7 @@ SECONDS = 60
 
 
 class TooLong(BaseException):
-    """A command hangs. No command catches this error."""
+    """A command does not end. It is no Exception, so that no command catches it."""
 
 
 def flip(path: Path, rng: random.Random) -> None:
@@ -24,8 +24,7 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def cut(path: Path, rng: random.Random) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: rng.randrange(len(content) + 1)])
+    os.truncate(path, rng.randrange(path.stat().st_size + 1))
 
 
 def insert(path: Path, rng: random.Random) -> None:
@@ -35,6 +34,7 @@ def insert(path: Path, rng: random.Random) -> None:
 
 
 def repeat(path: Path, rng: random.Random) -> None:
+    """Inserts a copy of a part of the file after this part."""
     content = path.read_bytes()
     begin, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
     path.write_bytes(content[:end] + content[begin:])
@@ -59,22 +59,22 @@ def put(path: Path, kind: str, target: Path) -> None:
         path.touch()
         os.truncate(path, 30 << 30)
     else:
-        other = {"zero": Path("/dev/zero"), "nothing": target.with_name("absent")}
-        path.symlink_to(other.get(kind, target))
+        others = {"zero": Path("/dev/zero"), "nothing": target.with_name("absent")}
+        path.symlink_to(others.get(kind, target))
 
 
 @contextlib.contextmanager
 def alarm() -> Iterator[None]:
-    """Raises TooLong in a context that takes longer than SECONDS of wall time."""
+    """Raises TooLong if the context takes longer than SECONDS of elapsed time."""
 
-    def ring(signum: int, frame: object) -> None:
+    def stop(signum: int, frame: object) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2)  # of all threads
-        raise TooLong(f"longer than {SECONDS} s of wall time")
+        raise TooLong(f"longer than {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
