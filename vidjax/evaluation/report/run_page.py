@@ -325,10 +325,10 @@ def _worst_identities(run: RunFiles) -> Markup:
         return Markup()
     caption = f"The {len(rows)} identities with the lowest average precision"
     return html.table(caption, head, rows) + html.paragraph(
-        "Clips lost to: clips of the identity that score highest in the list of another identity. "
-        "'No list' means that no list contains the clip. Mixed with: clips of other identities "
-        "among the first n places of the list, where n is the number of clips of the identity. "
-        "The numbers in brackets are numbers of clips."
+        "Clips lost to: clips of the identity that score highest for another identity. 'No list': "
+        "the clip is not among the best 100 of its best identity. Mixed with: clips of other "
+        "identities among the first n places of the list, where n is the number of clips of the "
+        "identity. The numbers in brackets are numbers of clips."
     )
 
 
