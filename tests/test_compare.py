@@ -235,6 +235,13 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(
     assert not (tmp_path / "out").exists()
 
 
+def test_run_without_a_report_is_evaluated_with_a_report(tmp_path, compared):
+    made_runs.write(tmp_path / "a", averages(3))
+    made_runs.write(tmp_path / "b", averages(3), "--config.eval.report=False")
+    (tmp_path / "b" / "analysis.npz").unlink()
+    assert compared().refused("--config.eval.split=val --config.eval.report=True")
+
+
 def test_runs_with_other_features_or_without_digests_are_compared(tmp_path, compared):
     for name, results in {"a": trained_on(), "b": trained_on(features="b"), "c": {}}.items():
         made_runs.write(tmp_path / name, averages(3), results=results)

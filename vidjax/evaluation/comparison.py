@@ -209,6 +209,8 @@ def read(name: str, split: str | None = None) -> RankedRun:
     split = split or str(config.eval.split)
     paths = folder.paths(split)
     remedy = f"to evaluate it: vidjax evaluate --workdir={name} --config.eval.split={split}"
+    if not config.eval.report:  # which writes analysis.npz
+        remedy += " --config.eval.report=True"
     metrics, analysed = folder.metrics(paths), folder.analysis(paths)
     if metrics and metrics.get("map") is None:
         reason = results_lib.explain_unmeasured(config.to_dict(), folder.path)
