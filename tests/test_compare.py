@@ -1,6 +1,7 @@
 """Comparison of runs: intervals, corrected p, refused runs, and equal files."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,6 +174,18 @@ def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_pa
         "b1+c1": "the same seed", "b1+c2": "the seed: num_epochs",
     }.items():  # fmt: skip
         assert compared(runs=("a1+a2", group)).refused(words)
+
+
+def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
+    write_groups(tmp_path)
+    for name in ("c1", "c2"):
+        joined = f"--config.join.runs=('{name}',)", "--config.join.weights=(2,)"
+        made_runs.write(tmp_path / name, averages(0), *joined)
+
+    assert compared(runs=("a1+a2", "c1+c2")).code == 0  # blends have no seed
+    table = (tmp_path / "out" / "comparison.html").read_text().split("configurations differ")[2]
+    fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table.split("</table>")[0])
+    assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
 
 
 def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
