@@ -180,12 +180,14 @@ def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
     write_groups(tmp_path)
     for name in ("c1", "c2"):
         joined = f"--config.join.runs=('{name}',)", "--config.join.weights=(2,)"
-        made_runs.write(tmp_path / name, averages(0), *joined)
+        results = {"runs": [{"name": name, "weight": 3.0}]}  # another split has the weight 2
+        made_runs.write(tmp_path / name, averages(0), *joined, results=results)
 
     assert compared(runs=("a1+a2", "c1+c2")).code == 0  # blends have no seed
     table = (tmp_path / "out" / "comparison.html").read_text().split("configurations differ")[2]
     fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table.split("</table>")[0])
     assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
+    assert "(3.0,)" in table and "(2,)" not in table
 
 
 def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():

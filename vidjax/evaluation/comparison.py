@@ -373,11 +373,13 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def list_fields(run: RankedRun) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    A blend has only the fields `join`, because its runs have their own values of other fields.
+    A blend has only the fields `join`, because its runs have their own values of other fields. Its
+    `config.json` has the weights of the last evaluation, which may be of another split.
     """
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     if values["join.runs"]:
-        values = {name: values[name] for name in ("join.runs", "join.weights")}
+        weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
+        values = {"join.runs": values["join.runs"], "join.weights": weights}
     return {name: config_io.value_text(value) for name, value in values.items()}
 
 
