@@ -1,6 +1,7 @@
 """Comparison of runs: intervals, corrected p, refused runs, and equal files."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -175,6 +176,20 @@ def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_pa
         assert compared(runs=("a1+a2", group)).refused(words)
 
 
+def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
+    write_groups(tmp_path)
+    for name in ("c1", "c2"):
+        joined = f"--config.join.runs=('{name}',)", "--config.join.weights=(2,)"
+        results = {"runs": [{"name": name, "weight": 3.0}]}  # another split has the weight 2
+        made_runs.write(tmp_path / name, averages(0), *joined, results=results)
+
+    assert compared(runs=("a1+a2", "c1+c2")).code == 0  # blends have no seed
+    table = (tmp_path / "out" / "comparison.html").read_text().split("configurations differ")[2]
+    fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table.split("</table>")[0])
+    assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
+    assert "(3.0,)" in table and "(2,)" not in table
+
+
 def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
     """An interval of two standard errors would cover the true difference in only 70 %."""
     rng, true, covered = np.random.default_rng(2), 0.05, []
@@ -233,6 +248,13 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(
 
     assert compared().refused(message)
     assert not (tmp_path / "out").exists()
+
+
+def test_run_without_a_report_is_evaluated_with_a_report(tmp_path, compared):
+    made_runs.write(tmp_path / "a", averages(3))
+    made_runs.write(tmp_path / "b", averages(3), "--config.eval.report=False")
+    (tmp_path / "b" / "analysis.npz").unlink()
+    assert compared().refused("--config.eval.split=val --config.eval.report=True")
 
 
 def test_runs_with_other_features_or_without_digests_are_compared(tmp_path, compared):

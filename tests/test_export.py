@@ -23,6 +23,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video.cards import BackEnd
 from vidjax.core import fusion
 from vidjax.evaluation import predict
+from vidjax.utils.errors import UserError
 
 # Configurations and their overrides. Of the eleven nets of `views`, two are enough.
 SYSTEMS = {
@@ -166,6 +167,15 @@ def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
     }.items():
         assert command(*words.split()).refused(remedy), words
         assert not new.exists()
+
+
+def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_path, export):
+    run = predict.restore(nearest_run)._replace(modalities={"a-b": 8, "a_b": 8})
+    lengths = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
+    assert lengths["a-b_mask"] != lengths["a_b_mask"]
+
+    with pytest.raises(UserError, match=r"'a-b'\nchoose --format=stablehlo"):
+        formats.tensorflow(run, {}, tmp_path)  # which would name both `a_b_mask`
 
 
 def test_export_of_too_large_weights_suggests_a_format(nearest_run, export, monkeypatch):

@@ -296,7 +296,8 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     positives = np.bincount(labels, minlength=5)[1:]  # label 0: no identity
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
     all_clips: Any = {"names": ["c"] * 40, "pool": np.ones(40, bool)}
-    scored = measures.ScoredSplit(top, labels, **all_clips, positives=positives)
+    best = np.zeros(40, np.float32)
+    scored = measures.ScoredSplit(top, best, labels, **all_clips, positives=positives)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
 
     # Of an identity, the clips that are not chosen are deleted from the list.
@@ -314,6 +315,22 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     # Among all clips, the mean is MAP.
     of_all, _ = scored.averages_among(labels > 0)
     assert of_all.mean() == pytest.approx(metrics.mean_average_precision(index, labels, positives))
+
+
+def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
+    """The first person has 150 clips. The lists have 100 places, so many are in the second list."""
+    labels = np.repeat([1, 2], [150, 3])
+    scores = np.full((153, 2), [-1.0, -9.0], np.float32)
+    scores[150:] = [[-9, -1], [-0.5, -5], [-2, -5]]  # right, in the first list, in no first list
+    names, pool = [*map(str, range(153))], np.ones(153, bool)
+    top = topk.rank([(scores, np.arange(153, dtype=np.int32), pool)], 2)
+    best, positives = scores.max(axis=1), np.array([150, 3])
+    scored = measures.ScoredSplit(top, best, labels, names, pool, positives)
+
+    mistake = {"clip": "151", "shows": 1, "identity": 0, "score": -0.5}
+    assert measures.find_wrong_clips(scored) == {"distractors": [], "known": [mistake]}
+    lost = {row["identity"]: row["lost_to"] for row in measures.find_worst_identities(scored)}
+    assert lost == {0: [(-1, 51)], 1: [(0, 1), (-1, 1)]}
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])

@@ -124,10 +124,10 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypa
     path = write("configs/mine.py", kind="example", page="configs/README.md")
     own, known = f"--config={path}", dict(identifier.MODELS)
 
-    def command(*words, code=0):
+    def command(*words, workdir="--workdir=run", code=0):
         """Runs a command without the models of earlier commands; returns results or the error."""
         monkeypatch.setattr(identifier, "MODELS", dict(known))
-        error = say(*words, "--workdir=run", code=code)
+        error = say(*words, workdir, code=code)
         return error if code else json.loads(Path("run/metrics.json").read_text())
 
     small = ("batch_size=32", "num_epochs=20", "optim.learning_rate=0.01")
@@ -142,6 +142,9 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypa
     assert command("--mode=evaluate", own)["map"] == results["map"]
     command("--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=a.tsv")
     assert len(Path("a.tsv").read_text().splitlines()) > 100  # of 12 identities, each with 60 clips
+    for to, *words in ("out", "export", "run", "--format=safetensors"), ("copy", "import", "out"):
+        assert "--config=FILE" in command(*words, workdir=f"--to={to}", code=2)
+        command(*words, own, workdir=f"--to={to}")
     vidjax.load_config(path)
     assert len(vidjax.restore("run").identities) == 12
 

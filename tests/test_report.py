@@ -136,6 +136,10 @@ def spoilt(value):
     return EVIL + value if isinstance(value, str) else value
 
 
+def test_report_begins_with_the_date_of_the_evaluation(full, page):
+    assert f"evaluated on val; {full.metrics.eval_date}" in page
+
+
 def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
     text, open_set = section(page, "open_set"), full.analysis.open_set
     few, enough = open_set.rates  # `few` has no error rates

@@ -113,6 +113,17 @@ def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
             assert top.index.tolist() == [[7, 8, 2]]
 
 
+def test_equal_scores_of_later_clips_are_dropped_immediately(monkeypatch):
+    kept, make_keys = [], topk._make_keys
+    monkeypatch.setattr(topk, "MAX_CANDIDATES", 100)
+    monkeypatch.setattr(topk, "_make_keys", lambda *x: kept.append(len(x[0])) or make_keys(*x))
+    scores, clips = np.zeros((1000, 2), np.float32), np.arange(1000, dtype=np.int32)
+    scores[:, 1] = -np.inf  # as for a person that a run cannot score
+    top = topk.rank(blocks_of(scores, clips, 8, np.random.default_rng(0)), 2, K)
+    np.testing.assert_equal(top, full_sort(scores, clips, K))
+    assert sum(kept) < 200
+
+
 # With chunks of 3 of the 7 identities, the last chunk overlaps.
 @pytest.mark.parametrize("chunk", quick_first([3, device_topk.CHUNK]))
 def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):

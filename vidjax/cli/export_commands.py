@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vidjax.cli import shared_flags
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.messages import Parser, Result
@@ -34,6 +35,7 @@ def add_export_flags(parser: Parser) -> None:
     parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help=about)
     about = "of a run: the latest checkpoint (default), or the checkpoint with the best MAP"
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help=about)
+    shared_flags.add_definitions(parser)
     examples = ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy")
     parser.command(_export, *examples)
 
@@ -43,6 +45,7 @@ def add_import_flags(parser: Parser) -> None:
     about = "a folder that vidjax export has written for a run"
     parser.add_argument("folder", metavar="DIR", help=about)
     parser.add_argument("--to", metavar="NEW_RUN", required=True, help="the folder of the new run")
+    shared_flags.add_definitions(parser)
     parser.command(_import, "exported --to=runs/copy")
 
 
@@ -55,6 +58,7 @@ def _export(args: argparse.Namespace) -> Result:
     from vidjax.apps.export.formats import FORMATS
     from vidjax.apps.gallery.store import GALLERY_FILE
 
+    shared_flags.load_definitions(args)
     target = FORMATS[args.format]
     require_packages(f"--format={args.format}", *target.packages, extra=target.extra)
     with files.atomic_folder(to) as folder:
@@ -140,6 +144,7 @@ def _import(args: argparse.Namespace) -> Result:
     from vidjax.evaluation import predict
 
     source, to = _read_paths(args)
+    shared_flags.load_definitions(args)
     weights.read(source, to)
     run = predict.restore(to)
     rows = {"workdir": messages.relative_path(to), "step": f"{run.step:,}"}

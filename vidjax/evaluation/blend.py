@@ -16,6 +16,8 @@ from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
+MIN_WEIGHT, MAX_WEIGHT = 1e-30, 1e30  # of a run that counts; weights are float32
+
 
 def blend_runs(
     config: Config,
@@ -70,10 +72,11 @@ def _parse_weights(config: Config) -> tuple[float, ...]:
     runs, weights = config.join.runs, config.join.weights
     if not weights:
         return (1.0,) * len(runs)
-    if len(weights) != len(runs) or min(weights) < 0 or not sum(weights) > 0:
+    is_usable = all(isinstance(x, int | float) and 0 <= x <= MAX_WEIGHT for x in weights)
+    if len(weights) != len(runs) or not is_usable or max(weights) < MIN_WEIGHT:
         raise UserError(
             f"config.join.weights={weights}: give {len(runs)} numbers, one for each run\n"
-            "each must be 0 or more, and at least one above 0"
+            f"each must be from 0 to {MAX_WEIGHT:g}, and at least one {MIN_WEIGHT:g} or more"
         )
     return tuple(map(float, weights))
 

@@ -209,6 +209,8 @@ def read(name: str, split: str | None = None) -> RankedRun:
     split = split or str(config.eval.split)
     paths = folder.paths(split)
     remedy = f"to evaluate it: vidjax evaluate --workdir={name} --config.eval.split={split}"
+    if not config.eval.report:  # which writes analysis.npz
+        remedy += " --config.eval.report=True"
     metrics, analysed = folder.metrics(paths), folder.analysis(paths)
     if metrics and metrics.get("map") is None:
         reason = results_lib.explain_unmeasured(config.to_dict(), folder.path)
@@ -359,15 +361,25 @@ def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns a table of the configuration fields in which runs differ: titles and rows."""
-    every = [list_fields(run) for run in runs]
-    names = dict.fromkeys(name for values in every for name in values)
-    rows = [[name, *(values.get(name, "") for values in every)] for name in names]
-    return ["field", *shorten_names(runs)], [row for row in rows if len({*row[1:]}) > 1]
+    every, rows = [list_fields(run) for run in runs], []
+    for name in dict.fromkeys(name for values in every for name in values):
+        # A blend has no fields except `join`, so its other fields do not differ.
+        compared = [values for values in every if "seed" in values or name.startswith("join.")]
+        if len({values.get(name, "") for values in compared}) > 1:
+            rows.append([name, *(values.get(name, "") for values in every)])
+    return ["field", *shorten_names(runs)], rows
 
 
 def list_fields(run: RankedRun) -> dict[str, str]:
-    """Returns the configuration with which a run was evaluated: field -> value as text."""
+    """Returns the configuration with which a run was evaluated: field -> value as text.
+
+    A blend has only the fields `join`, because its runs have their own values of other fields. Its
+    `config.json` has the weights of the last evaluation, which may be of another split.
+    """
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
+    if values["join.runs"]:
+        weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
+        values = {"join.runs": values["join.runs"], "join.weights": weights}
     return {name: config_io.value_text(value) for name, value in values.items()}
 
 

@@ -77,13 +77,15 @@ class _Chunk:
 
     def __init__(self, num_identities: int, k: int):
         self.keys = np.full((num_identities, k), EMPTY)
-        self._least = np.full(num_identities, -np.inf, np.float32)
+        self._set_bounds()
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # identities and keys
         self._num_waiting = 0
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray) -> None:
         """Collects the scores [B, C] float32 that can be among the k best, and drops the others."""
-        places = np.flatnonzero(~(scores < self._least))
+        after_last = self._last < clip_index.min(initial=NO_CLIP)
+        bounds = np.where(after_last, self._above_least, self._least)
+        places = np.flatnonzero(~(scores < bounds))
         rows, identities = np.divmod(places.astype(np.uint32), np.uint32(len(self.keys)))
         keys = _make_keys(scores[rows, identities], clip_index[rows])
         self._waiting.append((identities.astype(np.uint16), keys))
@@ -106,10 +108,18 @@ class _Chunk:
         table[identities[order], k + place] = keys[order]
         table.partition(most, axis=1)
         self.keys = table[:, most:].copy()
-        least = _read_keys(self.keys.min(axis=1)).scores
+        self._set_bounds()
+        self._waiting, self._num_waiting = [], 0
+
+    def _set_bounds(self) -> None:
+        """Finds the lowest scores that can enter the k best clips.
+
+        A score that ties with the last place enters only if its clip index is lower.
+        """
+        least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)
-        self._waiting, self._num_waiting = [], 0
+        self._above_least = np.where(least == 0, TINY, np.nextafter(least, np.float32(np.inf)))
 
 
 def _make_keys(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:

@@ -100,8 +100,14 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
     The model consists of a single operation, which TensorFlow runs with XLA. So TensorFlow Lite and
     runtimes without XLA cannot load it. The weights are variables, because constants of a graph are
-    limited to 2 GB and are copied dozens of times.
+    limited to 2 GB and are copied dozens of times. Raises UserError if the name of a modality
+    contains `-`, because TensorFlow would replace it by `_` in the names of the inputs.
     """
+    if refused := [name for name in run.modalities if "-" in name]:
+        raise UserError(
+            f"--format=saved_model: TensorFlow allows no '-' in names, as in '{refused[0]}'\n"
+            "choose --format=stablehlo or --format=onnx"
+        )
     from jax.experimental import jax2tf
 
     from vidjax.data.records.streaming import tf

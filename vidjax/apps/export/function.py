@@ -7,7 +7,6 @@ FIELDS.
 """
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -52,7 +51,8 @@ def input_shapes(run: Predictor) -> Shapes:
     scope = jax.export.SymbolicScope()
     shapes = {}
     for name, width in run.modalities.items():
-        frames = "T" if same_length else re.sub("[^A-Za-z0-9]", "_", f"T_{name}")
+        word = name.replace("_", "__").replace("-", "_m")  # `-` is not allowed in a symbol
+        frames = "T" if same_length else f"T_{word}"
         dims = jax.export.symbolic_shape(f"{BATCH}, {frames}", scope=scope)
         for field, dtype in FIELDS.items():
             shape = (*dims, width) if field == "features" else dims

@@ -70,7 +70,8 @@ def analyse(
         return values, arrays
     pool = evaluation.clips.pool
     positives = count_positives(split, pool)
-    scored = ScoredSplit(evaluation.top, split.labels, split.clips, pool, positives)
+    best = evaluation.clips.best
+    scored = ScoredSplit(evaluation.top, best, split.labels, split.clips, pool, positives)
     train_clips = measures.count_train_clips(model, config["data"]["train_splits"])
     if train_clips is not None:
         arrays["train_clips"] = train_clips

@@ -44,6 +44,7 @@ class ScoredSplit:
 
     Attributes:
       top: the best k clips of every identity as numpy arrays, best first.
+      best: [N] float32, the highest score of each clip for any identity.
       labels: [N] int, the class column of each clip: 1..C, or 0 for a distractor.
       names: N names of clips.
       pool: [N] bool, True for clips that are ranked.
@@ -51,6 +52,7 @@ class ScoredSplit:
     """
 
     top: TopK
+    best: np.ndarray
     labels: np.ndarray
     names: Sequence[str]
     pool: np.ndarray
@@ -89,12 +91,13 @@ class ScoredSplit:
 
     @cached_property
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each clip, the identity [N] in whose list it scores highest, and this score [N].
+        """For each clip, the identity [N] for which it scores highest, and this score [N].
 
-        If scores are equal, the first identity is taken. If a clip is in no list, its identity is
-        -1 and its score is -inf.
+        If scores are equal, the first identity is taken. If the list of the identity does not
+        contain the clip, the identity is -1 and the score is -inf.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
+        real &= self.top.scores >= self.best[np.where(real, self.top.index, 0)]
         index, scores, identity = self.top.index[real], self.top.scores[real], np.nonzero(real)[0]
         order = np.lexsort((identity, -scores))
         clips, first = np.unique(index[order], return_index=True)
@@ -211,8 +214,8 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
     """Lists the identities with the lowest average precision, worst first.
 
     `lost_to` and `mixed_with` are up to three pairs (index of a second identity, number of clips):
-    - `lost_to` counts clips of the identity that score highest in the list of the second identity.
-      Clips that are in no list are counted in a pair with the index -1.
+    - `lost_to` counts clips of the identity that score highest for the second identity. Clips that
+      are not in the list of their best identity are counted in a pair with the index -1.
     - `mixed_with` counts clips of the second identity among the first n places in the list of the
       identity, if the identity has n clips. Distractors are counted in a pair with the index -1.
     """
@@ -242,7 +245,7 @@ def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
     """Lists clips that score highest for a wrong identity, highest scores first.
 
     `shows` is the identity in the clip, or -1 for a distractor. `identity` is the wrong identity.
-    Clips that are in no list are left out.
+    Clips that are not in the list of this identity are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)

@@ -325,10 +325,10 @@ def _worst_identities(run: RunFiles) -> Markup:
         return Markup()
     caption = f"The {len(rows)} identities with the lowest average precision"
     return html.table(caption, head, rows) + html.paragraph(
-        "Clips lost to: clips of the identity that score highest in the list of another identity. "
-        "'No list' means that no list contains the clip. Mixed with: clips of other identities "
-        "among the first n places of the list, where n is the number of clips of the identity. "
-        "The numbers in brackets are numbers of clips."
+        "Clips lost to: clips of the identity that score highest for another identity. 'No list': "
+        "the clip is not among the best 100 of its best identity. Mixed with: clips of other "
+        "identities among the first n places of the list, where n is the number of clips of the "
+        "identity. The numbers in brackets are numbers of clips."
     )
 
 
@@ -524,13 +524,13 @@ def write(folder: RunFolder) -> Path:
 
 def render(run: RunFiles) -> str:
     """Returns a report as HTML. Raises UserError if its files come from different evaluations."""
-    date = f"; {run.metrics.date}" if run.metrics.date else ""
+    date = run.metrics.eval_date or run.metrics.date  # of the evaluation
     try:
         shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
         return html.page(
             title(run),
             [(key, heading, content) for key, heading, content in shown if content],
-            lead=f"Folder {run.folder.name}; evaluated on {run.split or 'nothing'}{date}",
+            lead=f"Folder {run.folder.name}; evaluated on {run.split}{f'; {date}' if date else ''}",
             footer="vidjax made this page from the files of the run. It contains names of clips "
             "and identities, and no features.",
         )
