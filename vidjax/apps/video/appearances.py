@@ -136,7 +136,7 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict
     """Returns answers in which tracks that overlap in time have different names.
 
     If two of these tracks have the same name, the track with the less probable name becomes
-    unknown.
+    unknown. A name that a user gave to a track remains.
     """
     apart: dict[str, set[str]] = {}
     for clip, rival in pair_seen_together(films):
@@ -146,7 +146,8 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict
     for clip in sorted(answers.keys() & apart.keys(), key=lambda clip: (answers[clip].score, clip)):
         name = answers[clip].identity
         rivals = (settled[rival].identity for rival in apart[clip] & settled.keys())
-        if name is not None and name in rivals:
+        told = answers[clip].evidence == (TOLD,)
+        if name is not None and not told and name in rivals:
             settled[clip] = answers[clip]._replace(identity=None, evidence=())
     return settled
 
