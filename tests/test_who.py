@@ -133,6 +133,9 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     numbers(films / "b.mkv")
     kept = (drawn.out / "unknown.json").read_text()
     assert "b.s000" in kept and "a.s000" not in kept
+    # A number is not used again for another person after it was joined with a lower number.
+    joined = who.read_numbers(drawn.out).join(["unknown 2", "unknown 7"])
+    assert joined.keep([], ()).highest == 7
 
 
 def test_names_written_into_the_unknown_table_are_used(drawn):

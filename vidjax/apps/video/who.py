@@ -116,8 +116,9 @@ class UnknownNumbers(Struct, kw_only=True):
 
     @property
     def highest(self) -> int:
-        """The highest number of an unknown person. If there is none, it is 0."""
-        return max((n for clips in self.films.values() for n in clips.values()), default=0)
+        """The highest number that an unknown person has or had. If there is none, it is 0."""
+        numbers = [number for clips in self.films.values() for number in clips.values()]
+        return max([*numbers, *dict(self.same)], default=0)
 
     def resolve(self, group: str) -> str:
         """Returns the name that the unknown person `group` has after all joins in `same`.
