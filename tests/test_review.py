@@ -84,8 +84,10 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     assert reviewed.names()["party.s000.t00"] == "Ada" == reviewed.again()["party.s000.t00"]
     reviewed.post(do="deny", of=ada)
     assert reviewed.names() == denied == reviewed.again(), "a name by the user can be denied, too"
+    reviewed.post(do="name", of="Ada", person="Ada Lovelace")
+    assert reviewed.names()["party.s000.t00"] == unknown, "the new name is denied, too"
 
-    for _ in ("deny", "name", "deny"):
+    for _ in ("name", "deny", "name", "deny"):
         reviewed.post("undo")
     assert reviewed.names() == before
     reviewed.post("undo", status=422)  # nothing is left to undo

@@ -170,8 +170,9 @@ class Review:
             numbers = self._numbers.join([self._find_group(old), group])
             self._finish(f"{subject} is {group}", of, after, {}, numbers)
         else:
-            entries = self._label_clips(clips, check_person(name))
-            self._finish(f"{subject} is {name}", of, after, entries)
+            name = check_person(name)
+            entries, numbers = self._label_clips(clips, name), self._numbers.rename(of, name)
+            self._finish(f"{subject} is {name}", of, after, entries, numbers)
 
     def similar(self, name: str, of: str) -> str | None:
         """Returns an enrolled person other than `of` whose name is almost `name`, or None."""

@@ -150,6 +150,17 @@ class UnknownNumbers(Struct, kw_only=True):
                 denied[_hash_film(film)] = denied_in_film
         return msgspec.structs.replace(self, denied=denied)
 
+    def rename(self, person: str, to: str) -> "UnknownNumbers":
+        """Returns a copy in which the denied name `person` is `to`."""
+        denied = {
+            digest: {
+                clip: sorted({to if name == person else name for name in names})
+                for clip, names in clips.items()
+            }
+            for digest, clips in self.denied.items()
+        }
+        return msgspec.structs.replace(self, denied=denied)
+
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
         """Returns a copy with only the entries of `films`, and only denied names in `people`."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
