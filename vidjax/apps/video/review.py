@@ -328,7 +328,7 @@ class _Pages:
     def play(self, request: Request) -> Response:
         """Answers with a page that plays a film from the time `t` in the query, in seconds."""
         path, query = self._find_film(request), request.query_params
-        seconds = float(query["t"]) if re.fullmatch(r"[\d.]{1,12}", query.get("t", "")) else 0.0
+        seconds = float(query["t"]) if re.fullmatch(r"\d{1,9}(\.\d)?", query.get("t", "")) else 0.0
         address = f"../film/{request.path_params['number']}#t={seconds:.1f}"
         about = (
             f"{path.name}, from {format_time(seconds, short=True)}. If it does not play, your "
