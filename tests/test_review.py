@@ -175,6 +175,18 @@ def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
     assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
 
 
+def test_change_that_cannot_be_saved_changes_nothing(reviewed, drawn):
+    numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
+    numbers.unlink()
+    numbers.mkdir()  # nothing can be written at this path
+    assert "Nothing was changed" in reviewed.post(status=422, **bob)
+    assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
+    reviewed.post("undo", status=422)
+
+    numbers.rmdir()
+    assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
+
+
 def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     naming = {"do": "name", "of": "unknown 1"}
     # 422: a wrong field. 409: a form of another version. 413: a form of more than 10,000 bytes.

@@ -188,9 +188,9 @@ class Review:
         """Undoes the last change that was not undone yet, or raises UserError."""
         if not self._steps:
             raise UserError("there is no change to undo")
-        step = self._steps.pop()
-        self._put(step.clips)
-        self._decide(step.numbers)
+        step = self._steps[-1]
+        self._apply(step.clips, step.numbers)
+        self._steps.pop()
         self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
 
     def save_later(self) -> None:
@@ -256,6 +256,25 @@ class Review:
             draft.add({clip: entry for clip, entry in clips.items() if entry})
         return before
 
+    def _apply(
+        self, clips: Mapping[str, StoredClip | None], numbers: who.UnknownNumbers
+    ) -> dict[str, StoredClip | None]:
+        """Replaces entries of the gallery, and decides again; returns the old entries.
+
+        If a name cannot be decided, the gallery is not changed.
+        """
+        before = self._put(clips)
+        try:
+            self._decision = who.decide(
+                self._gallery, self._out, self._films, numbers, self._identify, self._decision
+            )
+        except BaseException:  # a full disk, or too few strangers for `fpir`
+            self._put(before)
+            raise
+        self._numbers = who.read_numbers(self._out)
+        self.version += 1
+        return before
+
     def _finish(
         self,
         words: str,
@@ -270,16 +289,8 @@ class Review:
         clip. `numbers` are the new contents of `unknown.json`. For `of` and `after`, see `change`.
         """
         before = self._numbers
-        self._steps.append(Step(words, of, self._put(clips), before))
-        self._decide(numbers or before)
+        self._steps.append(Step(words, of, self._apply(clips, numbers or before), before))
         self._forms = Forms(message=f"Saved: {words}.", at=after)
-
-    def _decide(self, numbers: who.UnknownNumbers) -> None:
-        self._decision = who.decide(
-            self._gallery, self._out, self._films, numbers, self._identify, self._decision
-        )
-        self._numbers = who.read_numbers(self._out)
-        self.version += 1
 
 
 def _fold_letters(name: str) -> str:
