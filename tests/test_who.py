@@ -622,6 +622,15 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     assert len(pictures_of(page)) == 4  # Bob and three shots
     assert "Ada" not in pictures_of(page)
 
+    # A film of which there is no thumbnail must be read again, but a deleted film cannot be read.
+    more = drawn.folder / "more.mkv"
+    write_film(more, (2, 20, [("Eve", 30, 30)]))
+    drawn.who(more)
+    shutil.rmtree(out / "features" / "thumbnails" / "more")
+    assert "there are no thumbnails of more.mkv" in drawn.who(film).output
+    more.unlink()
+    assert "no thumbnails" not in drawn.who(film).output
+
     drawn.who(film, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 

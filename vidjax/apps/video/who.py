@@ -353,7 +353,7 @@ def _read_photos(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many film files no longer exist, and one film whose thumbnails are missing."""
+    """Prints how many film files no longer exist, and one existing film without thumbnails."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
@@ -363,7 +363,8 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
         )
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
-        if stem and pipeline.lacks_pictures(out / FEATURES, stem):
+        lacks = stem and pipeline.lacks_pictures(out / FEATURES, stem)
+        if lacks and film.source.path.exists():
             say(f"there are no thumbnails of {film.video}: add this film to the command")
             return
 
