@@ -668,8 +668,11 @@ def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(dr
     drawn.befriend("Ada", "Bob")
     words = (f"--models={drawn.models}", f"--out={drawn.out}", f"--people={drawn.friends}")
 
-    done = command("who", drawn.film(), *words)
+    write_photo(drawn.folder / "group.png", ("Ada", 20, 30))
 
+    done = command("who", drawn.film(), drawn.folder / "group.png", *words)
+
+    assert re.search("group.png +in the photo +Ada, over 99 %", done.out)
     assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
     assert "over 99 %" in done.out and "100 %" not in done.out
     assert "1 person without a name: to name them, add --review" in done.out  # Eve

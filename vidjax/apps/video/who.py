@@ -83,10 +83,10 @@ class WhoResults(NamedTuple):
     @property
     def lines(self) -> list[tuple[str, str, str]]:
         """The film, the time and the person of each appearance, as texts."""
-        rows = []
+        rows, films = [], {film.video: film for film in self.decision.films}
         for appearance in self.decision.appearances:
             name = appearance.identity or answers_lib.IGNORED
-            time = appearances.format_span(appearance.start_s, appearance.end_s)
+            time = names_page.format_appearance_time(appearance, films[appearance.video])
             words = filter(None, (name, appearances.format_certainty(appearance)))
             rows.append((appearance.video, time, ", ".join(words)))
         return rows
