@@ -196,7 +196,7 @@ def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) 
 
 def format_percent(probability: float) -> str:
     """Returns a probability as text in per cent, but never 100 %, because no name is certain."""
-    return "over 99 %" if probability > 0.995 else f"{round(100 * probability)} %"
+    return "over 99 %" if probability >= 0.995 else f"{round(100 * probability)} %"
 
 
 def _describe_file(film: Film) -> dict[str, str]:
