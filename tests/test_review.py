@@ -28,6 +28,11 @@ class Reviewed:
         write_film(more, (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
         write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
         self.before = self.again()
+        self.open()
+
+    def open(self):
+        """Opens the page of the results."""
+        drawn = self.drawn
         gallery, numbers = Gallery(drawn.out / "gallery"), who.read_numbers(drawn.out)
         films = who.read_films(drawn.out)
         decision = who.decide(gallery, drawn.out, films, numbers, gallery.identify)
@@ -173,6 +178,24 @@ def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
     ignored = {clip: None if name == "unknown 2" else name for clip, name in before.items()}
     assert reviewed.names() == ignored == reviewed.again()
     assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
+
+
+@pytest.mark.slow
+def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed):
+    """Eve is enrolled with the first clip of more.mkv. Then another film replaces more.mkv."""
+    bob = reviewed.names()["more.s001.t00"]
+    reviewed.post(do="name", of="clip: more.s000.t00", person="Eve")
+    write_film(reviewed.films[1], (2, 20, [("Bob", 30, 30)]))
+    assert reviewed.again()["more.s000.t00"] == bob
+
+    reviewed.open()
+    reviewed.post(do="name", of="clip: more.s000.t00", person="Bob")
+    names = reviewed.names()
+    assert names["more.s000.t00"] == "Bob" == names["party.s002.t01"]
+    assert names["party.s001.t00"] != "Bob", "the old clip of Eve is not called Bob"
+    reviewed.post("undo")
+    assert reviewed.names()["party.s001.t00"] == "Eve"
+    assert f"Saved: {bob} is Bob." in reviewed.post(do="name", of=bob, person="Bob")
 
 
 def test_change_that_cannot_be_saved_changes_nothing(reviewed, drawn):

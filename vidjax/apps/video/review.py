@@ -16,7 +16,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
@@ -155,14 +155,14 @@ class Review:
         """
         clips, old, subject = self._find_clips(of)
         if action == "deny":
-            entries = {clip: None for clip in clips if clip in self._gallery.clips}
+            entries = dict.fromkeys(self._find_enrolled(clips))
             numbers = self._numbers.deny(self._films, clips, old)
             self._finish(f"{subject} is not {old}", of, "", entries, numbers)
             new = next(x.identity for x in self._decision.appearances if clips[0] in x.clips)
             message = f"Saved: {subject} is not {old}, but {new or IGNORED}."
             self._forms = self._forms._replace(message=message)
         elif action == "ignore":
-            self._finish(f"{subject} is ignored", of, after, self._label_clips(clips, None))
+            self._finish(f"{subject} is ignored", of, after, self._label_clips(of, clips, None))
         elif action != "name" or not name:
             raise UserError("the name is empty: type a name")
         elif is_unknown(name):
@@ -171,7 +171,7 @@ class Review:
             self._finish(f"{subject} is {group}", of, after, {}, numbers)
         else:
             name = check_person(name)
-            entries, numbers = self._label_clips(clips, name), self._numbers.rename(of, name)
+            entries, numbers = self._label_clips(of, clips, name), self._numbers.rename(of, name)
             self._finish(f"{subject} is {name}", of, after, entries, numbers)
 
     def similar(self, name: str, of: str) -> str | None:
@@ -218,9 +218,9 @@ class Review:
                 film = next(film for film in self._films if film.video == x.video)
                 subject = f"{x.video}, {format_appearance_time(x, film)},"
                 return x.clips, x.identity or IGNORED, subject
-        enrolled = self._gallery.clips.items()
-        shown = self._decision.unknown | {clip: x.identity for clip, x in enrolled if x.identity}
-        clips = [clip for clip, name in shown.items() if name == of]
+        unknown, enrolled = self._decision.unknown.items(), self._gallery.clips.items()
+        clips = [clip for clip, name in unknown if name == of]
+        clips += [clip for clip, x in enrolled if x.identity == of]
         if not clips:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
         return tuple(sorted(clips)), of, of
@@ -234,16 +234,28 @@ class Review:
             )
         return group
 
-    def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
-        """Returns entries of the gallery that give the name `name` to clips.
+    def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
+        """Returns the clips of `clips` that are enrolled.
+
+        If a film was replaced, its clips may have the names of old clips that are enrolled. These
+        clips are not enrolled.
+        """
+        vectors = self._decision.vectors
+        return self._gallery.complete(vectors.only({*clips})) if vectors else set()
+
+    def _label_clips(
+        self, of: str, clips: Collection[str], name: str | None
+    ) -> dict[str, StoredClip | None]:
+        """Returns entries of the gallery that give the name `name` to the clips of `of`.
 
         If `name` is None, the person in the clips is ignored. Clips without a clear face are left
         out. Raises UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
-        new = select_usable_clips(vectors.only({*clips} - enrolled.keys())) if vectors else {}
-        known = {clip: enrolled[clip] for clip in clips if clip in enrolled}
-        entries = {clip: entry._replace(identity=name) for clip, entry in (new | known).items()}
+        known = clips if of in self._gallery.identities else self._find_enrolled(clips)
+        new = select_usable_clips(vectors.only({*clips}.difference(known))) if vectors else {}
+        old = {clip: enrolled[clip] for clip in known}
+        entries = {clip: entry._replace(identity=name) for clip, entry in (new | old).items()}
         if not entries:
             raise UserError("no face in this appearance is clear enough: name another appearance")
         return dict(entries)
