@@ -561,6 +561,10 @@ def test_last_person_without_photos_is_forgotten(drawn):
     assert "contains no photos" in drawn.who(film, code=2).output
     assert not drawn.out.exists()
 
+    # The first call had no folder of people.
+    drawn.who(film, people=False)
+    assert "add photos" in drawn.who(film, code=2).output
+
 
 @pytest.mark.slow
 def test_people_of_an_unreadable_tagged_photo_are_not_forgotten(drawn):

@@ -737,7 +737,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     if labelled:
         _drop_rows(out / UNKNOWN, labelled)  # otherwise these rows would enrol them again
     gallery.remove(clip=gone | labelled.keys())
-    for folder in (out / PEOPLE).iterdir():
+    for folder in (out / PEOPLE).glob("[!.]*"):  # the folder may be missing
         if folder.name not in places and normal_form(folder.name) in names:
             say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
         if folder.name not in places and not pipeline.remove_features(folder):
