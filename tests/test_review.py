@@ -198,6 +198,15 @@ def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed
     assert f"Saved: {bob} is Bob." in reviewed.post(do="name", of=bob, person="Bob")
 
 
+def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, drawn):
+    page = reviewed.client.get("?person=Ada").text
+    drawn.gallery("rename", "--identity=Ada", "--to=Eva")
+    assert 'value="clip: party.s000.t00"' in reviewed.client.get("?person=Eva").text
+    (version, *_) = re.findall('name="version" value="([0-9]+)"', page)
+    answer = reviewed.client.post("change", data={"version": version, "do": "name", "of": "Ada"})
+    assert answer.status_code == 409, "the page was out of date"
+
+
 def test_change_that_cannot_be_saved_changes_nothing(reviewed, drawn):
     numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
     numbers.unlink()

@@ -89,12 +89,17 @@ class Review:
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
-        self._films, self._decision = decision.films, decision
+        self._films, self._decision, self._digest = decision.films, decision, self._gallery.digest
         self._steps: list[Step] = []
         self._saving = threading.Lock()
         self.version = self._saved = 0
         self._forms = Forms()
         self._numbers = who.read_numbers(out)
+
+    def refresh(self) -> None:
+        """If another program has changed the gallery, decides again."""
+        if self._gallery.digest != self._digest:
+            self._apply({}, self._numbers)
 
     @property
     def done(self) -> who.WhoResults:
@@ -283,6 +288,8 @@ class Review:
         except BaseException:  # a full disk, or too few strangers for `fpir`
             self._put(before)
             raise
+        finally:
+            self._digest = self._gallery.digest
         self._numbers = who.read_numbers(self._out)
         self.version += 1
         return before
@@ -338,6 +345,7 @@ class _Pages:
         self._check(request)
         query = request.query_params
         with self._lock:
+            self._review.refresh()
             page = self._review.render(query.get("film", ""), query.get("person", ""))
         return HTMLResponse(page, headers=HEADERS)
 
@@ -387,6 +395,7 @@ class _Pages:
         problem, status = Forms(at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
         with self._lock:
             try:
+                review.refresh()
                 if form.get("version") != str(review.version):
                     raise UserError("the page was out of date: repeat the change on this new page")
                 status = HTTPStatus.UNPROCESSABLE_ENTITY
@@ -484,5 +493,6 @@ def serve_review(
         try:
             app_lib.serve(make_app(review, token, port), listener, Limits())
         finally:
+            review.refresh()
             review.save()
         return review.done
