@@ -635,7 +635,10 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     more.unlink()
     assert "no thumbnails" not in drawn.who(film).output
 
-    drawn.who(film, flags=["--no-thumbnails"])
+    killed = out / "people" / "Bob" / ".extract-0123abcd"  # a killed call left this folder
+    killed.mkdir()
+    (killed / "1.png").touch()
+    drawn.who(film, people=False, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 

@@ -578,7 +578,11 @@ def _remove(out: Path, stem: str) -> None:
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes all pictures of clips. If files of other programs remain, returns False."""
+    """Removes all pictures of clips, and temporary files, which may contain pictures.
+
+    If files of other programs remain, returns False.
+    """
+    _remove_leftovers(out, None)
     if not files.exists(out / THUMBNAILS):
         return True
     for folder in (out / THUMBNAILS).iterdir():

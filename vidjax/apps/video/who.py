@@ -294,7 +294,7 @@ def name_people(
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
-            for folder in (out / PEOPLE).glob("*"):
+            for folder in (out / PEOPLE).glob("*/"):
                 pipeline.remove_thumbnails(folder)
         before = read_numbers(out).keep(read_films(out), gallery.identities)
         outcomes = pipeline.extract(
