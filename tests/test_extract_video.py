@@ -107,6 +107,10 @@ def test_gif_is_read_as_a_photo_of_its_first_picture(tmp_path):
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
     assert red_corners(films.read_photo(tmp_path / "a.gif")) == [0]
 
+    # FFmpeg cannot decode an animated WebP. The remedy is another format.
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
+    refused(tmp_path / "a.webp", "convert it to JPEG")
+
 
 def test_film_that_claims_to_be_a_heic_photo_is_refused(tmp_path):
     """FFmpeg would read the tiles of a photo as frames of a film."""
