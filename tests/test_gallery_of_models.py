@@ -225,8 +225,8 @@ def test_simultaneous_tracks_never_get_the_same_name():
     # b is more probable than a. c is not seen with them.
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
 
-    told = {clip: answer("Ada", 1.0)._replace(evidence=("told",)) for clip in "ab"}
-    settled = appearances.settle_answers(answers | told, films)
+    given = {clip: answer("Ada", 1.0)._replace(evidence=("told",)) for clip in "ab"}
+    settled = appearances.settle_answers(answers | given, films)
     assert [settled[clip].identity for clip in "ab"] == ["Ada", "Ada"], "a user named both"
 
 

@@ -146,8 +146,8 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict
     for clip in sorted(answers.keys() & apart.keys(), key=lambda clip: (answers[clip].score, clip)):
         name = answers[clip].identity
         rivals = (settled[rival].identity for rival in apart[clip] & settled.keys())
-        told = answers[clip].evidence == (TOLD,)
-        if name is not None and not told and name in rivals:
+        by_user = answers[clip].evidence == (TOLD,)
+        if name is not None and not by_user and name in rivals:
             settled[clip] = answers[clip]._replace(identity=None, evidence=())
     return settled
 
