@@ -107,6 +107,10 @@ def test_gif_is_read_as_a_photo_of_its_first_picture(tmp_path):
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
     assert red_corners(films.read_photo(tmp_path / "a.gif")) == [0]
 
+    # FFmpeg cannot decode an animated WebP. The remedy is another format.
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
+    refused(tmp_path / "a.webp", "convert it to JPEG")
+
 
 def test_film_that_claims_to_be_a_heic_photo_is_refused(tmp_path):
     """FFmpeg would read the tiles of a photo as frames of a film."""
@@ -141,9 +145,12 @@ def test_uneven_frame_times_are_kept_and_sampled_by_time(tmp_path):
 
 def test_times_count_from_the_first_frame_to_the_end_of_the_last_frame(tmp_path):
     stamps = [60_000 + 40 * n for n in range(10)]
-    films.write(tmp_path / "late.ts", [films.scene(0)] * 10, stamps=stamps)
-    frames, _ = read(tmp_path / "late.ts")
-    np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(10) / 25, atol=1e-3)
+    for name in ("late.ts", "late.mkv"):
+        films.write(tmp_path / name, [films.scene(0)] * 10, stamps=stamps)
+        frames, video = read(tmp_path / name)
+        times = [frame.time_s for frame in frames]
+        np.testing.assert_allclose(times, np.arange(10) / 25, atol=1e-3)
+        assert not video.counts.damaged
 
     films.write(tmp_path / "slides.mp4", [corner()] * 20, "mpeg4", held_ms=6000)
     _, video = read(tmp_path / "slides.mp4")
@@ -169,6 +176,8 @@ def test_bad_time_stamps_are_repaired():
         ([0.0, 0.1, 0.1, 0.3], [0.0, 0.1, 0.2, 0.4], 1),
         ([5.0, 5.1, 0.0, 0.1], [5.0, 5.1, 5.2, 5.3], 1),  # two films, one after the other
         ([0.0, 0.1, 1e9, 1e9 + 0.1], [0.0, 0.1, 0.2, 0.3], 1),  # long after `latest_s`
+        ([-4e-7, 0.1], [0.0, 0.1], 0),  # the start of the file was rounded up
+        ([-0.5, -0.4, 0.3], [0.0, 0.1, 0.8], 1),
     ):
         clock = decode.Clock(step_s=0.1, latest_s=10.0)
         np.testing.assert_allclose([clock.time(stamp) for stamp in stamps], times, atol=1e-6)

@@ -225,6 +225,10 @@ def test_simultaneous_tracks_never_get_the_same_name():
     # b is more probable than a. c is not seen with them.
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
 
+    given = {clip: answer("Ada", 1.0)._replace(evidence=("told",)) for clip in "ab"}
+    settled = appearances.settle_answers(answers | given, films)
+    assert [settled[clip].identity for clip in "ab"] == ["Ada", "Ada"], "a user named both"
+
 
 def test_a_name_needs_a_probability_above_one_half(gallery):
     """If two people are equally probable, neither is named."""

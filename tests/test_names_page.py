@@ -41,6 +41,7 @@ def test_page_shows_times_probabilities_and_links_as_text():
     assert html.count('href="../a%20film.mp4#t=12.3"') == 2  # below the bar, and in Ada's table
     assert "Bob This person is in no film." in text_of(html)
 
+    assert "0:12\u20131:15 over 99 %" in text_of(render([seen(12.34, 75.0, probability=0.995)]))
     html = render([seen(0, 0, probability=0.9)], photo=True)
     assert "in the photo 90 %" in text_of(html) and "#t=" not in html
 

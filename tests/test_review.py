@@ -28,6 +28,11 @@ class Reviewed:
         write_film(more, (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
         write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
         self.before = self.again()
+        self.open()
+
+    def open(self):
+        """Opens the page of the results."""
+        drawn = self.drawn
         gallery, numbers = Gallery(drawn.out / "gallery"), who.read_numbers(drawn.out)
         films = who.read_films(drawn.out)
         decision = who.decide(gallery, drawn.out, films, numbers, gallery.identify)
@@ -84,8 +89,10 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     assert reviewed.names()["party.s000.t00"] == "Ada" == reviewed.again()["party.s000.t00"]
     reviewed.post(do="deny", of=ada)
     assert reviewed.names() == denied == reviewed.again(), "a name by the user can be denied, too"
+    reviewed.post(do="name", of="Ada", person="Ada Lovelace")
+    assert reviewed.names()["party.s000.t00"] == unknown, "the new name is denied, too"
 
-    for _ in ("deny", "name", "deny"):
+    for _ in ("name", "deny", "name", "deny"):
         reviewed.post("undo")
     assert reviewed.names() == before
     reviewed.post("undo", status=422)  # nothing is left to undo
@@ -144,7 +151,9 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
     assert 'href="play/1?t=2.0"' in client.get("").text
     text = client.get("play/1?t=2.0").text
     assert 'src="../film/1#t=2.0"' in text and "party.mkv, from 0:02" in text
-    assert "#t=0.0" in client.get("play/1?t=%22%3E").text, "a time that is no number is ignored"
+    for time in ("%22%3E", "1.2.3"):
+        text = client.get(f"play/1?t={time}").text
+        assert "#t=0.0" in text, "a time that is no number is ignored"
 
     whole = client.get("film/1")
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
@@ -169,6 +178,45 @@ def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
     ignored = {clip: None if name == "unknown 2" else name for clip, name in before.items()}
     assert reviewed.names() == ignored == reviewed.again()
     assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
+
+
+@pytest.mark.slow
+def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed):
+    """Eve is enrolled with the first clip of more.mkv. Then another film replaces more.mkv."""
+    bob = reviewed.names()["more.s001.t00"]
+    reviewed.post(do="name", of="clip: more.s000.t00", person="Eve")
+    write_film(reviewed.films[1], (2, 20, [("Bob", 30, 30)]))
+    assert reviewed.again()["more.s000.t00"] == bob
+
+    reviewed.open()
+    reviewed.post(do="name", of="clip: more.s000.t00", person="Bob")
+    names = reviewed.names()
+    assert names["more.s000.t00"] == "Bob" == names["party.s002.t01"]
+    assert names["party.s001.t00"] != "Bob", "the old clip of Eve is not called Bob"
+    reviewed.post("undo")
+    assert reviewed.names()["party.s001.t00"] == "Eve"
+    assert f"Saved: {bob} is Bob." in reviewed.post(do="name", of=bob, person="Bob")
+
+
+def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, drawn):
+    page = reviewed.client.get("?person=Ada").text
+    drawn.gallery("rename", "--identity=Ada", "--to=Eva")
+    assert 'value="clip: party.s000.t00"' in reviewed.client.get("?person=Eva").text
+    (version, *_) = re.findall('name="version" value="([0-9]+)"', page)
+    answer = reviewed.client.post("change", data={"version": version, "do": "name", "of": "Ada"})
+    assert answer.status_code == 409, "the page was out of date"
+
+
+def test_change_that_cannot_be_saved_changes_nothing(reviewed, drawn):
+    numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
+    numbers.unlink()
+    numbers.mkdir()  # nothing can be written at this path
+    assert "Nothing was changed" in reviewed.post(status=422, **bob)
+    assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
+    reviewed.post("undo", status=422)
+
+    numbers.rmdir()
+    assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
 
 
 def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):

@@ -133,6 +133,9 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     numbers(films / "b.mkv")
     kept = (drawn.out / "unknown.json").read_text()
     assert "b.s000" in kept and "a.s000" not in kept
+    # A number is not used again for another person after it was joined with a lower number.
+    joined = who.read_numbers(drawn.out).join(["unknown 2", "unknown 7"])
+    assert joined.keep([], ()).highest == 7
 
 
 def test_names_written_into_the_unknown_table_are_used(drawn):
@@ -558,6 +561,10 @@ def test_last_person_without_photos_is_forgotten(drawn):
     assert "contains no photos" in drawn.who(film, code=2).output
     assert not drawn.out.exists()
 
+    # The first call had no folder of people.
+    drawn.who(film, people=False)
+    assert "add photos" in drawn.who(film, code=2).output
+
 
 @pytest.mark.slow
 def test_people_of_an_unreadable_tagged_photo_are_not_forgotten(drawn):
@@ -619,7 +626,19 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     assert len(pictures_of(page)) == 4  # Bob and three shots
     assert "Ada" not in pictures_of(page)
 
-    drawn.who(film, flags=["--no-thumbnails"])
+    # A film of which there is no thumbnail must be read again, but a deleted film cannot be read.
+    more = drawn.folder / "more.mkv"
+    write_film(more, (2, 20, [("Eve", 30, 30)]))
+    drawn.who(more)
+    shutil.rmtree(out / "features" / "thumbnails" / "more")
+    assert "there are no thumbnails of more.mkv" in drawn.who(film).output
+    more.unlink()
+    assert "no thumbnails" not in drawn.who(film).output
+
+    killed = out / "people" / "Bob" / ".extract-0123abcd"  # a killed call left this folder
+    killed.mkdir()
+    (killed / "1.png").touch()
+    drawn.who(film, people=False, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 
@@ -656,8 +675,11 @@ def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(dr
     drawn.befriend("Ada", "Bob")
     words = (f"--models={drawn.models}", f"--out={drawn.out}", f"--people={drawn.friends}")
 
-    done = command("who", drawn.film(), *words)
+    write_photo(drawn.folder / "group.png", ("Ada", 20, 30))
 
+    done = command("who", drawn.film(), drawn.folder / "group.png", *words)
+
+    assert re.search("group.png +in the photo +Ada, over 99 %", done.out)
     assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
     assert "over 99 %" in done.out and "100 %" not in done.out
     assert "1 person without a name: to name them, add --review" in done.out  # Eve

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,6 +239,24 @@ def test_extract_changes_nothing_outside_a_hostile_feature_folder(drawn, read_he
 
     assert contents(drawn.out) == undamaged
     assert mine.read_bytes() == b"mine"
+
+
+def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "films" / "closed").mkdir(parents=True, mode=0)
+    (tmp_path / "films" / "a.mp4").touch()
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read all folders
+    try:
+        with pytest.raises(PermissionError):
+            pipeline.list_files([Path("films/closed")])
+        assert pipeline.list_files([Path("films")]) == [Path("films/a.mp4")]
+        pipeline.say_left_out([Path("films"), Path("films/a.mp4")])
+    finally:
+        os.seteuid(user)
+    assert capsys.readouterr().err.count("closed is left out, because you may not read") == 1
 
 
 def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):

@@ -136,7 +136,7 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict
     """Returns answers in which tracks that overlap in time have different names.
 
     If two of these tracks have the same name, the track with the less probable name becomes
-    unknown.
+    unknown. A name that a user gave to a track remains.
     """
     apart: dict[str, set[str]] = {}
     for clip, rival in pair_seen_together(films):
@@ -146,7 +146,8 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict
     for clip in sorted(answers.keys() & apart.keys(), key=lambda clip: (answers[clip].score, clip)):
         name = answers[clip].identity
         rivals = (settled[rival].identity for rival in apart[clip] & settled.keys())
-        if name is not None and name in rivals:
+        by_user = answers[clip].evidence == (TOLD,)
+        if name is not None and not by_user and name in rivals:
             settled[clip] = answers[clip]._replace(identity=None, evidence=())
     return settled
 
@@ -195,7 +196,7 @@ def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) 
 
 def format_percent(probability: float) -> str:
     """Returns a probability as text in per cent, but never 100 %, because no name is certain."""
-    return "over 99 %" if probability > 0.995 else f"{round(100 * probability)} %"
+    return "over 99 %" if probability >= 0.995 else f"{round(100 * probability)} %"
 
 
 def _describe_file(film: Film) -> dict[str, str]:

@@ -127,7 +127,8 @@ class Clock:
     A time stamp is bad if it is missing, if it does not increase, or if it is more than 10 seconds
     beyond the declared end. A frame with a bad time stamp gets the time of the previous frame plus
     the average duration of a frame. If this time differs from the bad time stamp, all later frames
-    are moved by this difference.
+    are moved by this difference. The first time is at least 0: the declared start of a file, which
+    is subtracted from time stamps, is rounded to microseconds.
 
     `step_s` is the average duration of a frame. `latest_s` is the declared end, or None.
     """
@@ -151,6 +152,8 @@ class Clock:
             self.repaired += 1
             self._shift += 0.0 if stamp_s is None else after - time
             time = after
+        if self._last is None:
+            time = max(time, 0.0)
         self._last = time
         return time
 
@@ -213,7 +216,9 @@ class Video:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
             raise UserError(f"{problem}\ncopy the file again, or leave it out")
         declared = 0.0 if self.info.photo else self.info.seconds or 0.0
-        missing = declared - self.counts.seconds
+        # Some programs write the time stamp of the end into Matroska files, not the duration.
+        from_zero = self.info.start_s if "matroska" in self._container.format.name else 0.0
+        missing = declared - self.counts.seconds - from_zero
         self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
@@ -456,10 +461,10 @@ def _parse_duration(text: str) -> float | None:
 
 def _check_size(path: Path, info: Info) -> None:
     if info.width < 1 or info.height < 1:
-        # FFmpeg reports no size if the size is above the limit.
+        # FFmpeg reports no size if the size is above the limit, or if a WebP is animated.
         raise UserError(
             f"'{path}' has pictures of unknown size, or with more than {MOST_PIXELS:,} pixels\n"
-            "convert it to a smaller size"
+            "convert it to JPEG or MP4, with fewer pixels"
         )
     _check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height)
 

@@ -4,7 +4,7 @@ document.addEventListener("click", (event) => {
   const bar = event.target.closest(".track i");
   if (bar) {
     const place = [...bar.parentElement.children].indexOf(bar);
-    bar.closest(".line").querySelectorAll(".times li")[place].querySelector("a")?.click();
+    bar.closest(".line").querySelectorAll(".times li")[place].querySelector("a").click();
   }
   const link = event.target.closest(".times a[href*='t=']");
   if (link) link.target = "film";

@@ -46,7 +46,7 @@ class PageEntry(NamedTuple):
       seconds: the duration.
       left, width: the place on the timeline, in per cent.
       others: other possible people with their probabilities, the most likely first.
-      address: the URL of the film at this time. If there is none, it is empty.
+      address: the URL of the film at this time.
     """
 
     key: str
@@ -149,7 +149,7 @@ def render(
       people: the pictures of each enrolled person's photos, by name.
       picture: a function that returns the URL of a clip's picture, or "" if there is no picture.
       answers: the answer of the gallery for each clip, with the other likely people.
-      address: a function that returns the URL of a film at a time in seconds, or "" for no URL.
+      address: a function that returns the URL of a film at a time in seconds.
       forms: the state of the forms with which a user corrects names. If None, there are no forms.
     """
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()

@@ -271,6 +271,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"there is no file or folder '{path}'{suggest_path(path)}")
         inside = [path]
         if path.is_dir():
+            list_entries(path)  # raises OSError if the user may not read the folder
             inside = [file for folder in walk(path) for file in split_files(folder)[0]]
         for file in inside:
             path_of.setdefault(Path(os.path.realpath(file)), file)
@@ -291,13 +292,14 @@ def suggest_path(path: Path) -> str:
     return f"\ndid you mean '{show(str(path.with_name(similar[0])))}'?" if similar else ""
 
 
-def walk(path: Path) -> list[Path]:
+def walk(path: Path, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
     """Returns a folder and all its subfolders, sorted by path.
 
-    Links, hidden folders, and folders that vidjax wrote are left out.
+    Links, hidden folders, and folders that vidjax wrote are left out. If a folder cannot be read,
+    it is left out, too, and `unreadable` is called with the error.
     """
     folders = []
-    for folder, subfolders, names in os.walk(path):
+    for folder, subfolders, names in os.walk(path, onerror=unreadable):
         if {features_folder.NAME, features_folder.NUMBERS}.intersection(names):
             subfolders.clear()
             continue
@@ -321,8 +323,16 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def say_left_out(paths: Iterable[Path]) -> None:
-    """Prints a line for each folder that contains files other than films and photos."""
-    for path in (folder for named in paths for folder in walk(named)):
+    """Prints a line for each folder that contains files other than films and photos.
+
+    Also prints a line for each folder that the user may not read.
+    """
+
+    def say_unreadable(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            say(f"{show(error.filename)} is left out, because you may not read this folder")
+
+    for path in (folder for named in paths for folder in walk(named, say_unreadable)):
         accepted, others = split_files(path)
         expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
         expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
@@ -568,7 +578,11 @@ def _remove(out: Path, stem: str) -> None:
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes all pictures of clips. If files of other programs remain, returns False."""
+    """Removes all pictures of clips, and temporary files, which may contain pictures.
+
+    If files of other programs remain, returns False.
+    """
+    _remove_leftovers(out, None)
     if not files.exists(out / THUMBNAILS):
         return True
     for folder in (out / THUMBNAILS).iterdir():

@@ -16,7 +16,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
@@ -89,12 +89,17 @@ class Review:
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
-        self._films, self._decision = decision.films, decision
+        self._films, self._decision, self._digest = decision.films, decision, self._gallery.digest
         self._steps: list[Step] = []
         self._saving = threading.Lock()
         self.version = self._saved = 0
         self._forms = Forms()
         self._numbers = who.read_numbers(out)
+
+    def refresh(self) -> None:
+        """If another program has changed the gallery, decides again."""
+        if self._gallery.digest != self._digest:
+            self._apply({}, self._numbers)
 
     @property
     def done(self) -> who.WhoResults:
@@ -155,14 +160,14 @@ class Review:
         """
         clips, old, subject = self._find_clips(of)
         if action == "deny":
-            entries = {clip: None for clip in clips if clip in self._gallery.clips}
+            entries = dict.fromkeys(self._find_enrolled(clips))
             numbers = self._numbers.deny(self._films, clips, old)
             self._finish(f"{subject} is not {old}", of, "", entries, numbers)
             new = next(x.identity for x in self._decision.appearances if clips[0] in x.clips)
             message = f"Saved: {subject} is not {old}, but {new or IGNORED}."
             self._forms = self._forms._replace(message=message)
         elif action == "ignore":
-            self._finish(f"{subject} is ignored", of, after, self._label_clips(clips, None))
+            self._finish(f"{subject} is ignored", of, after, self._label_clips(of, clips, None))
         elif action != "name" or not name:
             raise UserError("the name is empty: type a name")
         elif is_unknown(name):
@@ -170,8 +175,9 @@ class Review:
             numbers = self._numbers.join([self._find_group(old), group])
             self._finish(f"{subject} is {group}", of, after, {}, numbers)
         else:
-            entries = self._label_clips(clips, check_person(name))
-            self._finish(f"{subject} is {name}", of, after, entries)
+            name = check_person(name)
+            entries, numbers = self._label_clips(of, clips, name), self._numbers.rename(of, name)
+            self._finish(f"{subject} is {name}", of, after, entries, numbers)
 
     def similar(self, name: str, of: str) -> str | None:
         """Returns an enrolled person other than `of` whose name is almost `name`, or None."""
@@ -187,9 +193,9 @@ class Review:
         """Undoes the last change that was not undone yet, or raises UserError."""
         if not self._steps:
             raise UserError("there is no change to undo")
-        step = self._steps.pop()
-        self._put(step.clips)
-        self._decide(step.numbers)
+        step = self._steps[-1]
+        self._apply(step.clips, step.numbers)
+        self._steps.pop()
         self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
 
     def save_later(self) -> None:
@@ -217,9 +223,9 @@ class Review:
                 film = next(film for film in self._films if film.video == x.video)
                 subject = f"{x.video}, {format_appearance_time(x, film)},"
                 return x.clips, x.identity or IGNORED, subject
-        enrolled = self._gallery.clips.items()
-        shown = self._decision.unknown | {clip: x.identity for clip, x in enrolled if x.identity}
-        clips = [clip for clip, name in shown.items() if name == of]
+        unknown, enrolled = self._decision.unknown.items(), self._gallery.clips.items()
+        clips = [clip for clip, name in unknown if name == of]
+        clips += [clip for clip, x in enrolled if x.identity == of]
         if not clips:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
         return tuple(sorted(clips)), of, of
@@ -233,16 +239,28 @@ class Review:
             )
         return group
 
-    def _label_clips(self, clips: Iterable[str], name: str | None) -> dict[str, StoredClip | None]:
-        """Returns entries of the gallery that give the name `name` to clips.
+    def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
+        """Returns the clips of `clips` that are enrolled.
+
+        If a film was replaced, its clips may have the names of old clips that are enrolled. These
+        clips are not enrolled.
+        """
+        vectors = self._decision.vectors
+        return self._gallery.complete(vectors.only({*clips})) if vectors else set()
+
+    def _label_clips(
+        self, of: str, clips: Collection[str], name: str | None
+    ) -> dict[str, StoredClip | None]:
+        """Returns entries of the gallery that give the name `name` to the clips of `of`.
 
         If `name` is None, the person in the clips is ignored. Clips without a clear face are left
         out. Raises UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
-        new = select_usable_clips(vectors.only({*clips} - enrolled.keys())) if vectors else {}
-        known = {clip: enrolled[clip] for clip in clips if clip in enrolled}
-        entries = {clip: entry._replace(identity=name) for clip, entry in (new | known).items()}
+        known = clips if of in self._gallery.identities else self._find_enrolled(clips)
+        new = select_usable_clips(vectors.only({*clips}.difference(known))) if vectors else {}
+        old = {clip: enrolled[clip] for clip in known}
+        entries = {clip: entry._replace(identity=name) for clip, entry in (new | old).items()}
         if not entries:
             raise UserError("no face in this appearance is clear enough: name another appearance")
         return dict(entries)
@@ -253,6 +271,27 @@ class Review:
         with self._gallery.change() as draft:
             draft.remove(clip=[clip for clip, entry in before.items() if entry])
             draft.add({clip: entry for clip, entry in clips.items() if entry})
+        return before
+
+    def _apply(
+        self, clips: Mapping[str, StoredClip | None], numbers: who.UnknownNumbers
+    ) -> dict[str, StoredClip | None]:
+        """Replaces entries of the gallery, and decides again; returns the old entries.
+
+        If a name cannot be decided, the gallery is not changed.
+        """
+        before = self._put(clips)
+        try:
+            self._decision = who.decide(
+                self._gallery, self._out, self._films, numbers, self._identify, self._decision
+            )
+        except BaseException:  # a full disk, or too few strangers for `fpir`
+            self._put(before)
+            raise
+        finally:
+            self._digest = self._gallery.digest
+        self._numbers = who.read_numbers(self._out)
+        self.version += 1
         return before
 
     def _finish(
@@ -269,16 +308,8 @@ class Review:
         clip. `numbers` are the new contents of `unknown.json`. For `of` and `after`, see `change`.
         """
         before = self._numbers
-        self._steps.append(Step(words, of, self._put(clips), before))
-        self._decide(numbers or before)
+        self._steps.append(Step(words, of, self._apply(clips, numbers or before), before))
         self._forms = Forms(message=f"Saved: {words}.", at=after)
-
-    def _decide(self, numbers: who.UnknownNumbers) -> None:
-        self._decision = who.decide(
-            self._gallery, self._out, self._films, numbers, self._identify, self._decision
-        )
-        self._numbers = who.read_numbers(self._out)
-        self.version += 1
 
 
 def _fold_letters(name: str) -> str:
@@ -314,6 +345,7 @@ class _Pages:
         self._check(request)
         query = request.query_params
         with self._lock:
+            self._review.refresh()
             page = self._review.render(query.get("film", ""), query.get("person", ""))
         return HTMLResponse(page, headers=HEADERS)
 
@@ -327,7 +359,7 @@ class _Pages:
     def play(self, request: Request) -> Response:
         """Answers with a page that plays a film from the time `t` in the query, in seconds."""
         path, query = self._find_film(request), request.query_params
-        seconds = float(query["t"]) if re.fullmatch(r"[\d.]{1,12}", query.get("t", "")) else 0.0
+        seconds = float(query["t"]) if re.fullmatch(r"\d{1,9}(\.\d)?", query.get("t", "")) else 0.0
         address = f"../film/{request.path_params['number']}#t={seconds:.1f}"
         about = (
             f"{path.name}, from {format_time(seconds, short=True)}. If it does not play, your "
@@ -363,6 +395,7 @@ class _Pages:
         problem, status = Forms(at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
         with self._lock:
             try:
+                review.refresh()
                 if form.get("version") != str(review.version):
                     raise UserError("the page was out of date: repeat the change on this new page")
                 status = HTTPStatus.UNPROCESSABLE_ENTITY
@@ -460,5 +493,6 @@ def serve_review(
         try:
             app_lib.serve(make_app(review, token, port), listener, Limits())
         finally:
+            review.refresh()
             review.save()
         return review.done

@@ -83,10 +83,10 @@ class WhoResults(NamedTuple):
     @property
     def lines(self) -> list[tuple[str, str, str]]:
         """The film, the time and the person of each appearance, as texts."""
-        rows = []
+        rows, films = [], {film.video: film for film in self.decision.films}
         for appearance in self.decision.appearances:
             name = appearance.identity or answers_lib.IGNORED
-            time = appearances.format_span(appearance.start_s, appearance.end_s)
+            time = names_page.format_appearance_time(appearance, films[appearance.video])
             words = filter(None, (name, appearances.format_certainty(appearance)))
             rows.append((appearance.video, time, ", ".join(words)))
         return rows
@@ -116,8 +116,9 @@ class UnknownNumbers(Struct, kw_only=True):
 
     @property
     def highest(self) -> int:
-        """The highest number of an unknown person. If there is none, it is 0."""
-        return max((n for clips in self.films.values() for n in clips.values()), default=0)
+        """The highest number that an unknown person has or had. If there is none, it is 0."""
+        numbers = [number for clips in self.films.values() for number in clips.values()]
+        return max([*numbers, *dict(self.same)], default=0)
 
     def resolve(self, group: str) -> str:
         """Returns the name that the unknown person `group` has after all joins in `same`.
@@ -147,6 +148,17 @@ class UnknownNumbers(Struct, kw_only=True):
                 denied_in_film[clip] = sorted({*denied_in_film.get(clip, ()), name})
             if denied_in_film:
                 denied[_hash_film(film)] = denied_in_film
+        return msgspec.structs.replace(self, denied=denied)
+
+    def rename(self, person: str, to: str) -> "UnknownNumbers":
+        """Returns a copy in which the denied name `person` is `to`."""
+        denied = {
+            digest: {
+                clip: sorted({to if name == person else name for name in names})
+                for clip, names in clips.items()
+            }
+            for digest, clips in self.denied.items()
+        }
         return msgspec.structs.replace(self, denied=denied)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
@@ -282,7 +294,7 @@ def name_people(
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
-            for folder in (out / PEOPLE).glob("*"):
+            for folder in (out / PEOPLE).glob("*/"):
                 pipeline.remove_thumbnails(folder)
         before = read_numbers(out).keep(read_films(out), gallery.identities)
         outcomes = pipeline.extract(
@@ -341,7 +353,7 @@ def _read_photos(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many film files no longer exist, and one film whose thumbnails are missing."""
+    """Prints how many film files no longer exist, and one existing film without thumbnails."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
@@ -351,7 +363,8 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
         )
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
-        if stem and pipeline.lacks_pictures(out / FEATURES, stem):
+        lacks = stem and pipeline.lacks_pictures(out / FEATURES, stem)
+        if lacks and film.source.path.exists():
             say(f"there are no thumbnails of {film.video}: add this film to the command")
             return
 
@@ -724,7 +737,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     if labelled:
         _drop_rows(out / UNKNOWN, labelled)  # otherwise these rows would enrol them again
     gallery.remove(clip=gone | labelled.keys())
-    for folder in (out / PEOPLE).iterdir():
+    for folder in (out / PEOPLE).glob("[!.]*"):  # the folder may be missing
         if folder.name not in places and normal_form(folder.name) in names:
             say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
         if folder.name not in places and not pipeline.remove_features(folder):
