@@ -258,22 +258,22 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "fnir_at_fpir_0.01": Metric(
         "FNIR at FPIR 1 %",
-        "known clips missed or misnamed if 1 % of the distractors pass",
+        "known clips missed or misnamed if at most 1 % of new distractors pass",
         functools.partial(open_set, value="fnir", fpir=0.01),
     ),
     "threshold_at_fpir_0.01": Metric(
         "threshold at FPIR 1 %",
-        "the lowest score of a clip that counts as identified; 1 % of the distractors reach it",
+        "the lowest score of a clip that counts as identified; at most 1 % of new distractors reach it",
         functools.partial(open_set, value="threshold", fpir=0.01),
     ),
     "fnir_at_fpir_0.1": Metric(
         "FNIR at FPIR 10 %",
-        "known clips missed or misnamed if 10 % of the distractors pass",
+        "known clips missed or misnamed if at most 10 % of new distractors pass",
         functools.partial(open_set, value="fnir", fpir=0.1),
     ),
     "threshold_at_fpir_0.1": Metric(
         "threshold at FPIR 10 %",
-        "the lowest score of a clip that counts as identified; 10 % of the distractors reach it",
+        "the lowest score of a clip that counts as identified; at most 10 % of new distractors reach it",
         functools.partial(open_set, value="threshold", fpir=0.1),
     ),
 }

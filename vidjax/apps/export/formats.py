@@ -101,7 +101,8 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     The model consists of a single operation, which TensorFlow runs with XLA. So TensorFlow Lite and
     runtimes without XLA cannot load it. The weights are variables, because constants of a graph are
     limited to 2 GB and are copied dozens of times. Raises UserError if the name of a modality
-    contains `-`, because TensorFlow would replace it by `_` in the names of the inputs.
+    contains `-`, because TensorFlow would replace it by `_` in the names of the inputs. The
+    function that is returned raises UserError if JAX is too new for TensorFlow.
     """
     if refused := [name for name in run.modalities if "-" in name]:
         raise UserError(
@@ -136,7 +137,16 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
     def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         tensors = {name: tf.constant(value) for name, value in inputs.items()}
-        return {name: value.numpy() for name, value in loaded(**tensors).items()}
+        try:
+            return {name: value.numpy() for name, value in loaded(**tensors).items()}
+        except tf.errors.InvalidArgumentError as error:
+            if "deserialize" not in str(error):
+                raise
+            raise UserError(
+                f"--format=saved_model: TensorFlow {tf.__version__} cannot run programs of jax "
+                f"{jax.__version__}\ninstall an older jax or a newer TensorFlow, or choose "
+                "--format=stablehlo or --format=onnx"
+            ) from error
 
     return predict_outputs
 
