@@ -263,7 +263,7 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "threshold_at_fpir_0.01": Metric(
         "threshold at FPIR 1 %",
-        "the lowest score of a clip that counts as identified; at most 1 % of new distractors reach it",
+        "the lowest score of an identified clip; at most 1 % of new distractors reach it",
         functools.partial(open_set, value="threshold", fpir=0.01),
     ),
     "fnir_at_fpir_0.1": Metric(
@@ -273,7 +273,7 @@ CLIP_METRICS: dict[str, Metric] = {
     ),
     "threshold_at_fpir_0.1": Metric(
         "threshold at FPIR 10 %",
-        "the lowest score of a clip that counts as identified; at most 10 % of new distractors reach it",
+        "the lowest score of an identified clip; at most 10 % of new distractors reach it",
         functools.partial(open_set, value="threshold", fpir=0.1),
     ),
 }
