@@ -226,6 +226,7 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, "clip a", "modality 'fa ce'"),
         ({"train": {"a": one, "a.mp4": one}}, "train: clip a comes twice"),
         ({"train": {7: one}}, "clip name 7 is of type int"),
+        ({"train": {"a": one | {7: [1.0]}}}, "train: clip a: modality 7 is of type int", "a name"),
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),
         ({"train": {"a": one}, "val": {"a": one}}, "in two splits", "a (train and val)"),
         ({"train": {"a": one}, "val": {"b": {"f": [1.0, 2.0]}}}, "features have width 1 in train"),

@@ -212,7 +212,7 @@ def _select(
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
-        others = [str(name) for name in clip.modalities if name not in modalities]
+        others = [name for name in clip.modalities if name not in modalities]
         selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
         if others and not selected:
             similar = closest(others[0].lower(), modalities)
