@@ -247,6 +247,7 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         ({"nobody": 1}, "none of its 1 clips", "nobody"),
         ({**LABELS, "nobody": 1}, "1 of 5 clips", "nobody"),
         ({"train_01": 1.5}, "clip train_01", "float", "str()"),
+        ({"train_01": np.array(["a", "b"])}, "clip train_01", "ndarray", "str()"),
         ({"train_01": -1}, "clip train_01", "identity -1"),
         ({"train_01": 1, "train_01.mp4": 2}, "clip train_01 has the labels 1 and 2"),
         (b"name,identity\na,1\n", "line 1", "clip,identity", "name,identity"),

@@ -148,7 +148,9 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
         if identity is None:
             continue
         place = f"{place} clip {show(name)}"
-        if identity == "" or identity != identity:  # NaN is a missing value of pandas
+        # A NaN is an empty cell of pandas.
+        is_nan = isinstance(identity, (float, np.floating)) and np.isnan(identity)
+        if is_nan or (isinstance(identity, str) and not identity):
             empty.append(place)
             continue
         if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
