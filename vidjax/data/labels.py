@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.untrusted.names import clean_identity, clean_name_at, show, unescape
 from vidjax.utils import files
-from vidjax.utils.errors import NoFileError, UserError, check_argument, closest, prefix_errors, warn
+from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # split with labels -> clip -> identity
@@ -51,7 +52,8 @@ def load_folder_truth(
     check_file(table)
     if not table.is_file():
         for path in () if official else list_entries(folder):
-            if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
+            # Not `errors.closest`, for which all names with the ending .csv are similar.
+            if path.is_file() and get_close_matches(path.name.lower(), [TABLE], cutoff=0.8):
                 raise UserError(
                     f"'{path}' would be ignored, because labels are read from {TABLE}: "
                     f"rename it to {TABLE}"
