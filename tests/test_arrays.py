@@ -251,6 +251,7 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         ({"train_01": -1}, "clip train_01", "identity -1"),
         ({"train_01": 1, "train_01.mp4": 2}, "clip train_01 has the labels 1 and 2"),
         (b"name,identity\na,1\n", "line 1", "clip,identity", "name,identity"),
+        (b"clip;identity\na;1\n", "line 1", "'clip;identity'", "by commas"),
         (b"clip,identity\ntrain_01\n", "line 2", "lacks a value"),
         (b"clip,identity\ntrain_01,Smith, John\n", "line 2", "more values", "quotes"),
         (b'clip,identity\n"train\n1",1\n', "line 3", "rename it"),

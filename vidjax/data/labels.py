@@ -117,7 +117,7 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
             if not {"clip", "identity"} <= set(header):
                 raise UserError(
                     f"{path}: line 1: the columns are '{show(','.join(header))}': "
-                    "write clip,identity into the first line"
+                    "write clip,identity into the first line, and separate columns by commas"
                 )
             for row in table:
                 if row["clip"] is None or row["identity"] is None:
