@@ -257,6 +257,7 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         (b'clip,identity\n"train\n1",1\n', "line 3", "rename it"),
         (b"clip,identity\n\xff,1\n", "UTF-8"),
         (tmp_path / "none.csv", "none.csv", "does not exist"),
+        (tmp_path, "is not a file", "correct the path"),
     ):
         labels = given
         if isinstance(given, bytes):  # the content of a table

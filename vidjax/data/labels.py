@@ -106,8 +106,7 @@ def load_label_table(
 
 def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (start of an error message, clip, identity) for each row of a `.csv` of labels."""
-    if not path.exists():
-        raise NoFileError(f"'{path}' does not exist: correct the path of the labels")
+    _refuse_no_file(path)
     try:
         with io.TextIOWrapper(
             io.BufferedReader(files.open_input(path)), encoding="utf-8-sig", newline=""
@@ -135,6 +134,12 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
         raise UserError(
             f"'{path}' is not a table of UTF-8 text: {error}\nsave it as CSV in UTF-8"
         ) from None
+
+
+def _refuse_no_file(path: Path) -> None:
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise NoFileError(f"'{path}' {problem}: correct the path")
 
 
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
@@ -301,8 +306,7 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     Raises UserError if the text is not UTF-8, or if all lines are blank. The message shows `form`,
     for example 'NAME.mp4 ID'.
     """
-    if not path.exists():
-        raise NoFileError(f"'{path}' does not exist: correct the path")
+    _refuse_no_file(path)
     with files.open_input(path) as file:
         data = file.readall()
     try:
