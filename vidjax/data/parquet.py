@@ -267,10 +267,9 @@ class _Compact:
             case 4 | 5 | 6:
                 return self._int()
             case 3 | 7:
-                self.at += 1 if kind == 3 else 8
+                self._skip(1 if kind == 3 else 8)
             case 8:
-                length = self._varint()
-                self.at += length
+                self._skip(self._varint())
             case 9 | 10:
                 head = self._byte()
                 count = self._varint() if head >> 4 == 15 else head >> 4
@@ -281,6 +280,11 @@ class _Compact:
             case _:
                 raise ValueError("a page has a damaged header")
         return None
+
+    def _skip(self, count: int) -> None:
+        self.at += count
+        if self.at > len(self._content):  # ends a list that claims more items than there are bytes
+            raise IndexError
 
     def _byte(self) -> int:
         self.at += 1
