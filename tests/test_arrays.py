@@ -414,6 +414,18 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
         path.write_bytes(damaged)
         faces_refused(path, "clips.parquet' is not a parquet table", "write it again")
 
+    parquet.write_table(good, path, use_dictionary=False)
+    offset = b"\x26\x08"  # in the footer: the first column begins at byte 4, written as 2 * 4
+    assert offset in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(offset, b"\x26\x07"))  # at byte -4
+    faces_refused(
+        path, "clips.parquet' is not a parquet table", "before the file", "write it again"
+    )
+
+    latin = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    parquet.write_table(good.set_column(0, "clip", latin), path)
+    faces_refused(path, "clips.parquet: column clip", "UTF-8")
+
     parquet.write_table(good.append_column("clip", [["b"]]), path)
     faces_refused(path, "clips.parquet: two columns are named clip: delete one")
 
