@@ -1,6 +1,7 @@
 """A user's own features become the records of official files, or an error."""
 
 import functools
+import io
 import sys
 import warnings
 from typing import Any
@@ -373,7 +374,17 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     assert load_faces(folder).names == ("x",)
 
 
+def begins_too_early():
+    """Returns an .npz whose list of entries claims to begin a byte later than it does."""
+    file = io.BytesIO()
+    np.savez(file, face=np.ones((1, 4)))
+    content = bytearray(file.getvalue())
+    content[-6] += 1  # the last 6 bytes are where the list begins, and the length of a comment
+    return bytes(content)
+
+
 @pytest.mark.parametrize(("content", "words"), [
+    pytest.param(begins_too_early(), "): write it again", id="entry before the file"),
     pytest.param(b"no archive", "): write it again", id="text"),
     pytest.param(b"", "): write it again", id="empty"),
     pytest.param({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)", id="no name"),
