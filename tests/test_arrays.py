@@ -1,6 +1,7 @@
 """A user's own features become the records of official files, or an error."""
 
 import functools
+import io
 import sys
 import warnings
 from typing import Any
@@ -226,6 +227,7 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, "clip a", "modality 'fa ce'"),
         ({"train": {"a": one, "a.mp4": one}}, "train: clip a comes twice"),
         ({"train": {7: one}}, "clip name 7 is of type int"),
+        ({"train": {"a": one | {7: [1.0]}}}, "train: clip a: modality 7 is of type int", "a name"),
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),
         ({"train": {"a": one}, "val": {"a": one}}, "in two splits", "a (train and val)"),
         ({"train": {"a": one}, "val": {"b": {"f": [1.0, 2.0]}}}, "features have width 1 in train"),
@@ -246,14 +248,17 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         ({"nobody": 1}, "none of its 1 clips", "nobody"),
         ({**LABELS, "nobody": 1}, "1 of 5 clips", "nobody"),
         ({"train_01": 1.5}, "clip train_01", "float", "str()"),
+        ({"train_01": np.array(["a", "b"])}, "clip train_01", "ndarray", "str()"),
         ({"train_01": -1}, "clip train_01", "identity -1"),
         ({"train_01": 1, "train_01.mp4": 2}, "clip train_01 has the labels 1 and 2"),
         (b"name,identity\na,1\n", "line 1", "clip,identity", "name,identity"),
+        (b"clip;identity\na;1\n", "line 1", "'clip;identity'", "by commas"),
         (b"clip,identity\ntrain_01\n", "line 2", "lacks a value"),
         (b"clip,identity\ntrain_01,Smith, John\n", "line 2", "more values", "quotes"),
         (b'clip,identity\n"train\n1",1\n', "line 3", "rename it"),
         (b"clip,identity\n\xff,1\n", "UTF-8"),
         (tmp_path / "none.csv", "none.csv", "does not exist"),
+        (tmp_path, "is not a file", "correct the path"),
     ):
         labels = given
         if isinstance(given, bytes):  # the content of a table
@@ -266,6 +271,8 @@ def test_load_errors_name_the_missing_setting_or_folder(tmp_path):
     seen.refused(lambda: load_dataset("imagenet"), "'imagenet'", "synthetic, iqiyi_vid")
     seen.refused(lambda: load_dataset("iqiyi_vid"), "config.data.dir")
     seen.refused(lambda: load_dataset("iqiyi_vid", directory=tmp_path / "nowhere"), "nowhere")
+    only_val = sources.load({"val": {"a": {"f": [1.0]}}}, cache_dir=tmp_path)
+    seen.refused(lambda: only_val.split("train"), "only val", "choose one", "add clips of train")
 
 
 # Names of files and folders, and words of the error.
@@ -367,7 +374,17 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     assert load_faces(folder).names == ("x",)
 
 
+def begins_too_early():
+    """Returns an .npz whose list of entries claims to begin a byte later than it does."""
+    file = io.BytesIO()
+    np.savez(file, face=np.ones((1, 4)))
+    content = bytearray(file.getvalue())
+    content[-6] += 1  # the last 6 bytes are where the list begins, and the length of a comment
+    return bytes(content)
+
+
 @pytest.mark.parametrize(("content", "words"), [
+    pytest.param(begins_too_early(), "): write it again", id="entry before the file"),
     pytest.param(b"no archive", "): write it again", id="text"),
     pytest.param(b"", "): write it again", id="empty"),
     pytest.param({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)", id="no name"),
@@ -407,6 +424,18 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
         path.write_bytes(damaged)
         faces_refused(path, "clips.parquet' is not a parquet table", "write it again")
+
+    parquet.write_table(good, path, use_dictionary=False)
+    offset = b"\x26\x08"  # in the footer: the first column begins at byte 4, written as 2 * 4
+    assert offset in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(offset, b"\x26\x07"))  # at byte -4
+    faces_refused(
+        path, "clips.parquet' is not a parquet table", "before the file", "write it again"
+    )
+
+    latin = pyarrow.array([b"\xff"]).view(pyarrow.string())
+    parquet.write_table(good.set_column(0, "clip", latin), path)
+    faces_refused(path, "clips.parquet: column clip", "UTF-8")
 
     parquet.write_table(good.append_column("clip", [["b"]]), path)
     faces_refused(path, "clips.parquet: two columns are named clip: delete one")

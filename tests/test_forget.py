@@ -130,6 +130,19 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forge
     assert "places      5, 0 of them deleted" in text and "train without them" in text
 
 
+def test_forget_deletes_what_a_killed_conversion_has_left(tmp_path, places):
+    """The features of its clips are already on the disk, but the names of the clips are not."""
+    folder = tmp_path / "cache" / "arrays" / f"{'0' * 20}.12345678.partial"
+    (folder / "staging").mkdir(parents=True)
+    (folder / "staging" / "features.bin").write_bytes(b"features of somebody")
+
+    assert places("--clip=ada 1", tmp_path) == {str(folder): ("records", "--delete")}
+    assert places("--clip=ada 1", "--delete", tmp_path, code=0) == {
+        str(folder): ("records", "deleted")
+    }
+    assert not folder.exists() and not places("--clip=ada 1", tmp_path, code=0)
+
+
 def test_forget_finds_names_in_file_contents_and_file_names(tmp_path, places):
     texts = {
         "answers.jsonl": json.dumps({"clip": "x", "identity": GONE}),

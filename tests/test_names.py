@@ -68,6 +68,12 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
     clip_files.write_npz(tmp_path / "photos", {NFC: {"2": face}})
     loaded, identity = memory.load_people(tmp_path / "photos", {"face": 4})
     assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
+    for hidden in (".trash/x.npz", f"{NFC}/._2.npz"):  # macOS and others write such files
+        (tmp_path / "photos" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "photos" / hidden).touch()
+    assert memory.load_people(tmp_path / "photos", {"face": 4})[1] == identity
+    (tmp_path / "photos" / NFC / "3.npy").touch()
+    refused(lambda: memory.load_people(tmp_path / "photos", {"face": 4}), "3.npy' would be ignored")
 
     # Rankings: the ground truth is NFD, and the ranking is NFC. The score is 1 if they are equal.
     positives = ranking.read_ground_truth(write("truth.txt", f"{nfd} x.mp4\n"))

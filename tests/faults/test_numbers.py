@@ -202,6 +202,8 @@ def test_misspelt_splits_of_official_files_get_a_suggestion(tmp_path):
 def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
+    (tmp_path / "shots.csv").touch()  # is not similar to labels.csv, except for the ending
+    assert not arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
     with pytest.raises(ValueError, match="rename it to 'face_quality'"):
         arrays.FeatureFolder(tmp_path).read(tmp_path / "scratch", "drop")

@@ -245,6 +245,18 @@ def test_page_that_claims_gigabytes_is_refused(tmp_path):
     refuse_table(path, "damaged")
 
 
+@pytest.mark.parametrize("kind", [3, 7])  # items of a byte, and of 8 bytes
+def test_page_header_with_a_list_of_a_trillion_items_is_refused_at_once(tmp_path, kind):
+    path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
+    with parquet.ParquetFile(path) as file:
+        at = file.metadata.row_group(0).column(2).data_page_offset
+    # A list is a field of type 9. A size of 15 (in the upper 4 bits) means that a number follows.
+    header = bytes([0x19, 0xF0 | kind]) + varint(1 << 40)
+    content = path.read_bytes()
+    path.write_bytes(content[:at] + header + content[at + len(header) :])
+    refuse_table(path, "a page has no header")
+
+
 def test_clip_name_of_1_mb_in_4000_rows_takes_memory_once(tmp_path):
     paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])

@@ -62,6 +62,8 @@ OWN = {
     ),
     "who": re.compile(r"names\.(tsv|jsonl|html)|unknown\.(tsv|json)|subtitles|cuts|people"),
 }
+# A folder of the cache that a killed process has left. The list of its clips is written last.
+UNFINISHED = re.compile(r"([0-9a-f]{20})\.[0-9a-f]{8}\.partial")
 
 
 class Place(NamedTuple):
@@ -172,6 +174,8 @@ def forget(
             names.update(map(normal_form, shown))
     for folder in of_kind("records"):
         found += _search_records(folder, names, delete=delete)
+    for folder in of_kind("unfinished"):
+        found.append(_report_unfinished(folder, delete=delete))
     for kind, (names_of, remedy) in READERS.items():
         for folder in of_kind(kind):
             try:
@@ -199,15 +203,20 @@ def _survey(
 ) -> None:
     """Lists the files and folders below `root` that must be searched. Links are not followed.
 
-    Adds path -> kind to `folders` for each gallery, run, converted dataset, and folder of results
-    of `vidjax who`. Adds path -> True to `others` for each other file, and path -> False for each
-    other folder. Adds a `Place` to `found` for each folder that cannot be read.
+    Adds path -> kind to `folders` for each gallery, run, converted dataset, unfinished conversion,
+    and folder of results of `vidjax who`. Adds path -> True to `others` for each other file, and
+    path -> False for each other folder. Adds a `Place` to `found` for each folder that cannot be
+    read.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
     tell = lambda error: found.append(_list_unread(error.filename or root, error))  # noqa: E731
     for place, inner, names in os.walk(root, onerror=tell):
         folder, there = Path(place), {*names, *inner}
+        if UNFINISHED.fullmatch(folder.name):
+            folders[folder] = "unfinished"
+            inner.clear()
+            continue
         if GALLERY_FILE in there:
             folders[folder] = "gallery"
         elif {"index.npz", "manifest.json"} <= there:
@@ -266,6 +275,16 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> It
             if not remove(folder):
                 remedy = "some files are left in this folder: run the command again to search them"
     yield Place("records", folder, about, remedy)
+
+
+def _report_unfinished(folder: Path, *, delete: bool) -> Place:
+    """Returns the place of an unfinished conversion. If `delete` is True, deletes the folder."""
+    remedy = "--delete"
+    if delete and (name := UNFINISHED.fullmatch(folder.name)):
+        with cache.exclusive(folder.with_name(name[1])):  # deletes what killed processes have left
+            remedy = "deleted"
+    about = "a killed conversion, which may contain features of the clips"
+    return Place("records", folder, about, remedy)
 
 
 def _lines(content: bytes) -> Iterator[str]:

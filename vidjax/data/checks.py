@@ -18,7 +18,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
     """
     directory = Path(directory)
     if not directory.exists():
-        raise NoFileError(f"'{directory}' does not exist: correct --config.data.dir")
+        raise NoFileError(f"'{directory}' does not exist: correct the path")
     if not directory.is_dir():
         raise NoFileError(f"'{directory}' is not a directory: name the directory of the files")
     return sorted(path for path in directory.iterdir() if path.name[0] != ".")

@@ -294,11 +294,6 @@ def make_batch_plan(
     """
     names = tuple(split.name for split in splits)
     _check_distinct("config.data.train_splits", names)
-    if batch_size < 1 or max_frames < 1:
-        raise UserError(
-            f"config.batch_size={batch_size} and config.data.max_frames={max_frames} "
-            "must be 1 or more"
-        )
     for split in splits:
         check_modalities(split, modalities)
     longest_clip = {
@@ -326,8 +321,6 @@ def count_cropped(
 
     Returns a dict, modality -> {"clips": number of clips, "frames": number of lost frames}.
     """
-    for split in splits:
-        check_modalities(split, modalities)
     counts = {}
     for name in modalities:
         lengths = np.concatenate([split.lengths[name] for split in splits])

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.untrusted.names import clean_identity, clean_name_at, show, unescape
 from vidjax.utils import files
-from vidjax.utils.errors import NoFileError, UserError, check_argument, closest, prefix_errors, warn
+from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
 
 TABLE = "labels.csv"
 Truth = Mapping[str, Mapping[str, str]]  # split with labels -> clip -> identity
@@ -51,7 +52,8 @@ def load_folder_truth(
     check_file(table)
     if not table.is_file():
         for path in () if official else list_entries(folder):
-            if path.is_file() and closest(path.name.lower(), [TABLE], cutoff=0.8):
+            # Not `errors.closest`, for which all names with the ending .csv are similar.
+            if path.is_file() and get_close_matches(path.name.lower(), [TABLE], cutoff=0.8):
                 raise UserError(
                     f"'{path}' would be ignored, because labels are read from {TABLE}: "
                     f"rename it to {TABLE}"
@@ -104,8 +106,7 @@ def load_label_table(
 
 def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (start of an error message, clip, identity) for each row of a `.csv` of labels."""
-    if not path.exists():
-        raise NoFileError(f"'{path}' does not exist: correct the path of the labels")
+    _refuse_no_file(path)
     try:
         with io.TextIOWrapper(
             io.BufferedReader(files.open_input(path)), encoding="utf-8-sig", newline=""
@@ -115,7 +116,7 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
             if not {"clip", "identity"} <= set(header):
                 raise UserError(
                     f"{path}: line 1: the columns are '{show(','.join(header))}': "
-                    "write clip,identity into the first line"
+                    "write clip,identity into the first line, and separate columns by commas"
                 )
             for row in table:
                 if row["clip"] is None or row["identity"] is None:
@@ -135,6 +136,12 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
         ) from None
 
 
+def _refuse_no_file(path: Path) -> None:
+    if not path.is_file():
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise NoFileError(f"'{path}' {problem}: correct the path")
+
+
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
     """Checks labels, and returns a dict, clip -> identity.
 
@@ -148,7 +155,9 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
         if identity is None:
             continue
         place = f"{place} clip {show(name)}"
-        if identity == "" or identity != identity:  # NaN is a missing value of pandas
+        # A NaN is an empty cell of pandas.
+        is_nan = isinstance(identity, (float, np.floating)) and np.isnan(identity)
+        if is_nan or (isinstance(identity, str) and not identity):
             empty.append(place)
             continue
         if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
@@ -297,8 +306,7 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     Raises UserError if the text is not UTF-8, or if all lines are blank. The message shows `form`,
     for example 'NAME.mp4 ID'.
     """
-    if not path.exists():
-        raise NoFileError(f"'{path}' does not exist: correct the path")
+    _refuse_no_file(path)
     with files.open_input(path) as file:
         data = file.readall()
     try:

@@ -212,7 +212,7 @@ def _select(
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
-        others = [str(name) for name in clip.modalities if name not in modalities]
+        others = [name for name in clip.modalities if name not in modalities]
         selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
         if others and not selected:
             similar = closest(others[0].lower(), modalities)
@@ -348,14 +348,17 @@ def load_people(
 
     Raises:
       NoFileError: there are no such files, or there are clips directly in `path`.
-      UserError: the folders are splits of a dataset, or a clip is malformed.
+      UserError: the folders are splits of a dataset, features would be ignored, or a clip is
+        malformed.
     """
     path = Path(path).expanduser()
-    people = dict[str, list[Path]]()
-    for folder in sorted(path.iterdir()):
-        if folder.is_dir() and (paths := sorted(folder.glob("*.npz"))):
+    people, others, entries = dict[str, list[Path]](), list[Path](), list_entries(path)
+    for folder in filter(Path.is_dir, entries):
+        inside = list_entries(folder)
+        others += [entry for entry in inside if entry.suffix != ".npz"]
+        if paths := [entry for entry in inside if entry.suffix == ".npz"]:
             people.setdefault(clean_identity(folder.name), []).extend(paths)
-    if not people or next(path.glob("*.npz"), None):
+    if not people or any(entry.suffix == ".npz" for entry in entries):
         problem = "has clips outside the folders of people" if people else "has no clips of people"
         raise NoFileError(f"'{path}' {problem}\nput each clip into {path}/PERSON/CLIP.npz")
     if people.keys() <= set(SPLITS):
@@ -363,6 +366,7 @@ def load_people(
             f"{path}: {', '.join(people)} are splits of a dataset, not names of people\n"
             f"choose a split with --split, or name its folder: --input={path / next(iter(people))}"
         )
+    refuse_unread(others, "PERSON/CLIP.npz")
     identity: dict[str, str] = {}
 
     def clips() -> Iterator[Clip]:

@@ -50,7 +50,8 @@ class Clip(NamedTuple):
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
     """Yields the clips of a dict, clip -> modality -> features. Error messages begin with `place`.
 
-    Raises UserError if the name of a clip is not a valid text, or if its value is not a dict.
+    Raises UserError if the name of a clip is not a valid text, or if its value is not a dict whose
+    keys are text.
     """
     for given, modalities in clips.items():
         name = clean_name_at(f"{place}:", given)
@@ -59,6 +60,12 @@ def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
                 f"{place}: clip {show(name)} is of type {type(modalities).__name__}: "
                 "give a dict {modality: features}"
             )
+        for key in modalities:
+            if not isinstance(key, str):
+                raise UserError(
+                    f"{place}: clip {show(name)}: modality {key!r:.40} is of type "
+                    f"{type(key).__name__}: give it a name, such as 'face'"
+                )
         yield Clip(name, place, modalities, given)
 
 
@@ -219,13 +226,13 @@ def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
     `known` are the modalities that already have folders.
     """
     problem = ""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         problem = " may have only letters, digits, '-' and '_': rename it"
     elif name.casefold() in map(str.casefold, known):  # would be the same folder on macOS
         problem = " differs only in upper and lower case from another modality: rename one of them"
     if problem:
         place = f"{clip.place}: clip {show(clip.name)}"
-        raise UserError(f"{place}: modality '{show(str(name))}'{problem}")
+        raise UserError(f"{place}: modality '{show(name)}'{problem}")
 
 
 class Packer(contextlib.ExitStack):

@@ -215,6 +215,8 @@ def _walk_pages(
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first
+    if at < 0:
+        raise ValueError("a column begins before the file")
     end, left = at + column.total_compressed_size, column.num_values
     while left > 0 and at < end:
         length, fields = _read_header(opened, at)
@@ -267,10 +269,9 @@ class _Compact:
             case 4 | 5 | 6:
                 return self._int()
             case 3 | 7:
-                self.at += 1 if kind == 3 else 8
+                self._skip(1 if kind == 3 else 8)
             case 8:
-                length = self._varint()
-                self.at += length
+                self._skip(self._varint())
             case 9 | 10:
                 head = self._byte()
                 count = self._varint() if head >> 4 == 15 else head >> 4
@@ -281,6 +282,11 @@ class _Compact:
             case _:
                 raise ValueError("a page has a damaged header")
         return None
+
+    def _skip(self, count: int) -> None:
+        self.at += count
+        if self.at > len(self._content):  # ends a list that claims more items than there are bytes
+            raise IndexError
 
     def _byte(self) -> int:
         self.at += 1
@@ -345,12 +351,15 @@ def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # no
 
 
 def _encode_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (pyarrow)
-    """Dictionary-encodes a column of text. Raises UserError if the column is not text."""
+    """Dictionary-encodes a column of text. Raises UserError if it is not text in UTF-8."""
     import pyarrow
 
     try:
         codes = column.dictionary_encode()
         values = codes.dictionary.cast(pyarrow.string())
+        values.validate(full=True)  # a damaged table may contain text that is not UTF-8
     except pyarrow.ArrowException:
-        raise UserError(f"{path}: column {name} is of type {column.type}: write text") from None
+        raise UserError(
+            f"{path}: column {name} is of type {column.type}: write text in UTF-8"
+        ) from None
     return pyarrow.DictionaryArray.from_arrays(codes.indices, values)

@@ -6,6 +6,7 @@ raise UserError or an OSError, such as FileNotFoundError.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -266,7 +267,8 @@ def _npz_errors() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:
+        # In a damaged archive, an entry may begin before the file, which gives EINVAL.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"it is damaged or not an .npz ({reason}): write it again") from error
