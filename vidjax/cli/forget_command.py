@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vidjax.apps.forget import Place, commands, forget
-from vidjax.data.untrusted.names import normal_form, show
+from vidjax.data.untrusted.names import clean_name, normal_form, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
@@ -64,7 +64,7 @@ def forget_names(args: argparse.Namespace) -> Result:
         "similar": similar,
         "commands": commands(names, places, roots),
     }
-    given = {*map(normal_form, (*args.identity, *args.clip))}
+    given = {normal_form(clean_name(name)) for name in (*args.identity, *args.clip)}
     lines = [*_describe_places(places)]
     printed = sorted(names, key=lambda name: (name not in given, name))[:MAX_PRINTED_NAMES]
     if searches := commands(printed, places, roots):
