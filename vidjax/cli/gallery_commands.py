@@ -340,8 +340,15 @@ def _enrol(args: argparse.Namespace) -> Result:
         clips, split = gallery.embed(clips, split).only({args.clip}), None
         if not clips.names:
             raise UserError(f"--clip={args.clip}: no clip has this name: name a clip of the input")
+        if isinstance(identity, Mapping):
+            identity = {name: person for name, person in identity.items() if name == args.clip}
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
         identity = _drop_group_photos(Path(args.input).expanduser(), clips.names, identity)
+        if not identity:
+            raise UserError(
+                f"--input={args.input}: every photo shows several people\n"
+                "add photos of one person, or enrol a single face: --clip=CLIP --identity=NAME"
+            )
     with prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
