@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import tritonclient.http as http
 import uvicorn
+from tritonclient.utils import InferenceServerException
 
 from tests.helpers import limits as child
 from tests.helpers import made_galleries, servers
@@ -242,6 +243,8 @@ def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monke
         http.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
     ):
         served: Any = infer(client, "run", {"face": face[None]}, k=2)
+        with pytest.raises(InferenceServerException, match="no fpir and no threshold"):
+            infer(client, "run", {"face": face[None]}, fpir=0.1)
     np.testing.assert_array_equal(served.as_numpy("scores"), net.run.scores({"c": {"face": face}}))
     assert served.as_numpy("identities").shape == (1, 2)
 
@@ -427,6 +430,8 @@ def test_wrong_requests_get_a_one_line_error(inside):
         assert words in content["error"]
         assert "\n" not in content["error"]
 
+    status, content = inside.ask("POST", "/enrol", {**one_clip(), "identities": {}})
+    assert (status, content["error"][:21]) == (422, "send either identity,")
     assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert inside.ask("GET", "/nothing")[0] == 404
     assert inside.ask("PUT", "/identify")[0] == 405
