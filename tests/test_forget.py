@@ -1,6 +1,7 @@
 """`vidjax forget` lists every place of a person, and deletes galleries and records."""
 
 import bz2
+import errno
 import functools
 import gzip
 import html
@@ -184,9 +185,25 @@ def test_a_file_that_grep_cannot_read_hides_no_other_file(tmp_path, places, monk
     }  # fmt: skip
 
 
+def test_forget_deletes_from_other_galleries_if_a_disk_is_full(tmp_path, places, monkeypatch):
+    for name in ("a", "b"):
+        made_galleries.make(tmp_path / name, {"x": made_galleries.make_clip(1, GONE)})
+
+    def remove(self, real=vidjax.Gallery.remove, **names):
+        if self.folder.name == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, **names)
+
+    monkeypatch.setattr(vidjax.Gallery, "remove", remove)
+    listed = places(f"--identity={GONE}", "--delete", tmp_path)
+    assert [remedy for _, remedy in listed.values()] == ["--delete", "deleted"]
+
+
 def test_forget_refuses_empty_names_and_ignores_the_ending_of_a_clip(tmp_path, forget, places):
-    made_galleries.make(tmp_path / "g", {"c1": made_galleries.make_clip(1, GONE)})
-    assert len(places("--clip=c1.mp4", tmp_path)) == 1
+    for clip in ("c1", "c1.mp4"):  # a server keeps the ending
+        made_galleries.make(tmp_path / clip, {clip: made_galleries.make_clip(1, GONE)})
+        assert len(places("--clip=c1.mp4", tmp_path / clip)) == 1
+        assert len(places("--clip=c1", tmp_path / clip)) == 1
     for flag in ("--identity=", "--identity= ", "--clip=.mp4", "--clip=a\nb"):
         forget(flag, tmp_path, code=2)
 

@@ -153,7 +153,8 @@ def forget(
     from vidjax.apps.gallery.gallery import Gallery
 
     people = {normal_form(check_name(name, "identity")) for name in identities}
-    asked = {normal_form(clean_name(name)) for name in clips}
+    bare = {normal_form(clean_name(name)) for name in clips}
+    asked = bare | {f"{name}.mp4" for name in bare}
     found: list[Place] = []
     folders: dict[Path, str] = {}
     others: dict[Path, bool] = {}
@@ -162,14 +163,14 @@ def forget(
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
         _survey(root, folders, others, found)
     of_kind = lambda kind: [path for path in sorted(folders) if folders[path] == kind]  # noqa: E731
-    wanted = people | asked
-    names, known = {*wanted}, SimilarNames(wanted)
+    wanted = people | bare
+    names, known = people | asked, SimilarNames(wanted)
     runs_of_galleries: dict[Path, Path] = {}
     for folder in of_kind("gallery"):
         try:
             gallery = Gallery(folder)
             known.add({*gallery.identities, *map(normal_form, gallery.clips)})
-        except UserError as error:
+        except (UserError, OSError) as error:
             found.append(_list_unread(folder, error))
             continue
         runs_of_galleries[folder] = Path(gallery.origin.workdir)
@@ -244,7 +245,7 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
         try:
             gallery.remove(clip=clips)
             remedy = "deleted"
-        except UserError as error:
+        except (UserError, OSError) as error:
             about += f", not deleted: {str(error).splitlines()[0]}"
     return Place("gallery", gallery.folder, about, remedy)
 
