@@ -13,16 +13,20 @@ changes does not matter: a new gallery of the same clips and with the same back 
 gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
-changed the folder. A change makes a new `State`, the content in memory, and never edits the old
-state. So a thread that computes an answer uses the same state from its beginning to its end. A
-change is first written to the folder. If writing fails, folder and memory stay as they were.
+changed the folder. So do `len`, `in`, iteration, `identities` and `digest`. The other properties,
+such as `clips` and `version`, show the content that was read last, see `refresh`.
+
+A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
+computes an answer uses the same state from its beginning to its end. A change is first written to
+the folder. If writing fails, folder and memory stay as they were.
 
 A removed person leaves no trace in the folder. The back end, the set of parameters that compare
 vectors, is fitted to clips. From the back end and all clips but one, the vector of this one clip
-could be computed. Therefore `remove` fits the back end again to the clips that are left: also to
-clips that were enrolled later, so clips that are enrolled after the removal change less. The
-training run still depends on its training clips, and so does the back end of a gallery that was
-made with `empty=True`. Only a new training run without the clips removes this dependence.
+could be computed. Therefore `remove` fits the back end again to all clips that are left, including
+clips that were enrolled after the creation. Clips that are enrolled after the removal do not change
+the back end. The training run still depends on its training clips, and so does the back end of a
+gallery that was made with `empty=True`. Only a new training run without the clips removes this
+dependence.
 """
 
 import contextlib
@@ -495,6 +499,7 @@ class Gallery:
                 wanted = f"the name of a person for clip {name!r}"
                 check_argument("enrol: identities", identity, (str, type(None)), wanted)
                 _ = None if identity is None else check_person(identity)
+        self.refresh()  # another process may have added a modality
         vectors = self.embed(clips, split)
         if isinstance(identities, str):
             identities = dict.fromkeys(vectors.names, identities)
