@@ -17,6 +17,7 @@ import sqlite3
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from vidjax.apps.serve import served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
-from vidjax.utils import errors
+from vidjax.utils import errors, messages
 from vidjax.utils.errors import UserError
 
 SMALL = Limits(
@@ -739,6 +740,21 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
         assert time.monotonic() - began < 10
         assert process.stderr.read().splitlines()[-1] == "ended before its work was finished"
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
+
+
+def test_serve_command_serves_a_run_that_did_not_make_the_gallery(
+    nearest_run, official_data, trained, tmp_path, say, monkeypatch
+):
+    gallery = Gallery.create(tmp_path / "g", nearest_run, official_data)
+    served = []
+    monkeypatch.setattr(app_lib, "make_app", lambda *given: served.append(given[:2]))
+    monkeypatch.setattr(app_lib, "serve", lambda *_: True)
+    monkeypatch.setenv(messages.QUIET, "1")
+    with warnings.catch_warnings():
+        for run in (trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), nearest_run):
+            say("serve", f"--gallery={gallery.folder}", f"--run={run}", "--port=0")
+            assert served[-1][0].run.workdir == nearest_run
+            assert served[-1][1].workdir == run
 
 
 @pytest.mark.slow
