@@ -525,6 +525,15 @@ def test_results_of_many_tables_need_another_folder(ask, folder, day):
     for flags in ([], ["--out=answers.csv"]):
         assert "--out=FOLDER" in ask(*words, *flags, code=2)
     assert "name another folder" in ask(*words, f"--out={day}", code=2)
+    rank = ("gallery", "rank", folder, f"--input={day}", "--out=ranking.txt")
+    assert "--out=FOLDER" in ask(*rank, code=2)
+
+
+def test_split_is_read_although_the_working_folder_has_tables(ask, folder, day, monkeypatch):
+    monkeypatch.chdir(day)
+    for command in ("identify", "rank"):
+        done = ask("gallery", command, folder, "--split=val", f"--out={command}.parquet")
+        assert done["clips"] > 0 and (day / f"{command}.parquet").is_file()
 
 
 def test_folder_of_tables_with_other_files_of_clips_is_refused(day):

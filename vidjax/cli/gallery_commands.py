@@ -427,7 +427,7 @@ def _read_films(args: argparse.Namespace) -> "list[Film]":
 
 
 def _identify(args: argparse.Namespace) -> Result:
-    if inputs := bulk.list_tables(args.input or ""):
+    if args.input and (inputs := bulk.list_tables(args.input)):
         return _process_tables(args, inputs, answers_lib.Identify, k=args.k)
     out = Path(args.out).expanduser() if args.out else None
     films = None
@@ -471,7 +471,7 @@ def _process_tables(
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax.evaluation import ranking, topk
 
-    if inputs := bulk.list_tables(args.input or ""):
+    if args.input and (inputs := bulk.list_tables(args.input)):
         return _process_tables(args, inputs, bulk.Rank)
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))
