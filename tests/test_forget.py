@@ -208,6 +208,20 @@ def test_forget_refuses_empty_names_and_ignores_the_ending_of_a_clip(tmp_path, f
         forget(flag, tmp_path, code=2)
 
 
+def test_forget_finds_the_clips_of_a_person_in_features_of_several_clips(tmp_path, places):
+    made_galleries.make(tmp_path / "g", {"film.s001": made_galleries.make_clip(1, GONE)})
+    face = np.ones((1, 8), np.float32)
+    for name, save in {"a": np.savez, "b": np.savez_compressed, "c": np.savez}.items():
+        clips = np.array(["other", "film.s001.mp4" if name != "c" else "film.s0011"])
+        save(tmp_path / f"{name}.npz", clips=clips, face=np.repeat(face, 2, 0), face_length=[1, 1])
+    (tmp_path / "d.npz").write_bytes(b"PK clips.npy")  # is damaged
+
+    listed = places(f"--identity={GONE}", tmp_path)
+    assert {Path(path).name: kind for path, (kind, _) in listed.items()} == {
+        "g": "gallery", "a.npz": "file", "b.npz": "file", "d.npz": "unread",
+    }  # fmt: skip
+
+
 def write_tar(path, text):
     with tarfile.open(path, "w:gz") as file:
         entry = tarfile.TarInfo("x")

@@ -21,6 +21,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from vidjax.data import cache
 from vidjax.data.untrusted.names import (
     check_name,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
 INDEX_BYTES = 512 * files.MB  # limit for a converted dataset's list of clips, and a file of a run
+SEVERAL_CLIPS = b"clips.npy"  # is in an .npz of several clips, see `clip_files.has_several_clips`
 MAX_NAMES_IN_INDEX = 10_000_000
 TABLE_BYTES = 64 * files.MB
 MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among so many names takes a second
@@ -338,8 +341,15 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
 # ---- all other files
 
 
+def _read_names_of_clips(path: Path) -> Iterator[str]:
+    """Yields the names of the clips in an `.npz` of several clips, where grep finds no UTF-32."""
+    clips = files.read_npz(path, INDEX_BYTES).get("clips", np.empty(0, np.str_))
+    for name in clips.ravel().tolist() if clips.dtype.kind == "U" else ():
+        yield normal_form(name.removesuffix(".mp4"))
+
+
 def _search_files(
-    paths: Mapping[Path, bool], names: Collection[str], given: Collection[str]
+    paths: Mapping[Path, bool], names: set[str], given: Collection[str]
 ) -> list[Place]:
     """Searches the paths and contents of files for names. Links are not followed.
 
@@ -377,7 +387,7 @@ def _search_files(
             continue
         read.append(path)
         compressed += [path] if _unpack(path) else []
-    held = set[bytes]()
+    held, archives = set[bytes](), list[bytes]()
     left = [read[at : at + MAX_GREP_FILES] for at in range(0, len(read), MAX_GREP_FILES)]
     while left:
         some = left.pop()
@@ -387,11 +397,17 @@ def _search_files(
                 held |= {*_run_grep(f"-liZ{flags}", spellings, some)}
             held |= {*_run_grep("-liaZP", _make_pattern(wide), small, locale="C")}
             held |= {os.fsencode(path) for path in small if _has_line_end_in_name(path, wide)}
+            archives += _run_grep("-laZF", SEVERAL_CLIPS, [x for x in some if x.suffix == ".npz"])
         except OSError as error:
             if len(some) == 1:
                 places.append(_list_unread(some[0], error))
             else:  # a file that grep cannot read must not hide the others
                 left += [some[: len(some) // 2], some[len(some) // 2 :]]
+    for path in (Path(os.fsdecode(path)) for path in sorted({*archives} - held)):
+        try:
+            held |= {os.fsencode(path)} if names.intersection(_read_names_of_clips(path)) else set()
+        except (UserError, OSError) as error:
+            places.append(_list_unread(path, error))
     remedy = "it is your file: delete it, or remove the name from it"
     holding = [Path(os.fsdecode(path)) for path in sorted(held)]
     places += [Place("file", path, "it contains one of the names", remedy) for path in holding]

@@ -26,7 +26,8 @@ Runs are only listed: their weights depend on the training clips, so a run must
 be trained again. Other files are only listed, because they are yours.
 Compressed files are not searched: the last lines of the output are commands
 that search them. In galleries, caches, runs and results of `vidjax who`, only
-equal names match. In other files, a name also matches inside a text.
+equal names match. In other files, a name also matches inside a text. In files
+above 64 MB, names are searched only in UTF-8.
 
 The exit code is 0 if no place is left. It is 1 if a place still contains a
 name, or could not be searched.
