@@ -254,6 +254,14 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, model
     assert [clip for clip, _ in gallery.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
 
+def test_arguments_without_a_meaning_are_refused_and_leave_nothing(tmp_path, gallery, models):
+    for odds in (0, -1.0, np.inf, np.nan):
+        folder = tmp_path / "refused"
+        refused(lambda n=odds, to=folder: Gallery.of_models(to, models, stranger_odds=n), "above 0")
+        assert not folder.exists()
+    refused(lambda: gallery.embed({"a": {"face": np.ones((1, WIDTH))}}, "val"), "leave it out")
+
+
 def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
     (ada,) = draw(4, people=1, clips=2)
     odds = []

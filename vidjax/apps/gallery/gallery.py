@@ -248,8 +248,12 @@ class Gallery:
             With 1, half of the clips are expected to show strangers.
 
         Raises:
-          ValueError: no card of a face or voice model contains a distribution of distances.
+          ValueError: no card of a face or voice model contains a distribution of distances, or
+            `stranger_odds` is not above 0 and finite.
         """
+        check_argument("of_models: stranger_odds", stranger_odds, numbers.Real, "a number")
+        if not 0 < stranger_odds < math.inf:
+            raise UserError(f"stranger_odds={stranger_odds:g}: give a number above 0, such as 1")
         origin, back_ends = make_models_origin(models)
         backend = backend_lib.make_card_backend(back_ends, stranger_odds)
         return cls.of_clips(folder, origin, backend, {})
@@ -424,6 +428,8 @@ class Gallery:
         widths = self.backend.widths
         if isinstance(clips, Mapping):
             clips = MemoryClips.from_dict(clips, widths, ())
+        if isinstance(clips, MemoryClips) and split is not None:
+            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
                 "a gallery of models has no run, so it cannot embed a split of a dataset\n"
