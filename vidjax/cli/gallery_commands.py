@@ -256,6 +256,8 @@ def _create(args: argparse.Namespace) -> Result:
 
     check_new(Path(args.gallery))
     if args.models:
+        if ignored := ["--strangers"] if args.strangers else args.overrides:
+            raise UserError(f"{ignored[0]} has no effect with --models: leave it out")
         return _summarise(Gallery.of_models(args.gallery, args.models))
     from vidjax.evaluation import predict  # loads JAX, which only galleries of runs need
     from vidjax.runs import config_io
@@ -281,6 +283,8 @@ def _open(args: argparse.Namespace) -> "Gallery":
     from vidjax.data.memory import check_path, find_files
 
     path = Path(args.input).expanduser() if getattr(args, "input", None) else None
+    if path and args.overrides:
+        raise UserError(f"{args.overrides[0]} has no effect with --input: leave it out")
     people = args.command == "enrol" and not (args.identity or args.labels or args.strangers)
     if path and (people or bulk.list_tables(path)):
         check_path(path)
