@@ -512,8 +512,10 @@ def test_ambiguous_or_unsupported_headers_are_refused(inside):
         assert int(answer.split()[1]) == status and words in answer
 
 
-def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path):
+def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, say, monkeypatch):
     path = tmp_path / "token"
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the `~` in `--flag=~/token`
+    assert str(path) in say("serve", "--gallery=x", "--token-file=~/token", code=2)
     for text, mode, remedy in (("short\n", 0o600, "openssl"), ("a" * 40, 0o644, "chmod 600")):
         path.write_text(text)
         path.chmod(mode)
