@@ -462,6 +462,19 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
     assert count <= 9 and purity > 0.99
 
 
+def test_equal_clips_are_grouped_in_few_comparisons(monkeypatch):
+    """Two pictures are repeated. A clip is compared a few times, not once for each equal clip."""
+    calls, ratios = [], grouping.Groups.ratios
+    monkeypatch.setattr(
+        grouping.Groups, "ratios", lambda self, row: calls.append(row) or ratios(self, row)
+    )
+    vectors = np.repeat(draw(3, people=2, clips=1)[:, 0], 100, axis=0)
+    labels = grouping.group(BACKEND, [f"a.s{n:03}" for n in range(200)], [vectors])
+
+    assert len({*labels[:100]}) == len({*labels[100:]}) == 1 and labels[0] != labels[199]
+    assert len(calls) < 3 * len(labels)
+
+
 def test_real_people_are_identified_and_strangers_are_grouped():
     folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
     if not folder.exists():
