@@ -1,6 +1,7 @@
 """`vidjax forget` lists every place of a person, and deletes galleries and records."""
 
 import bz2
+import errno
 import functools
 import gzip
 import html
@@ -22,6 +23,7 @@ import pytest
 import vidjax
 from tests.helpers import clip_files, made_galleries, small_runs
 from tests.helpers.cases import nightly_after_first, quick_first
+from vidjax.apps import forget as forget_lib
 from vidjax.data import cache
 from vidjax.runs import config_io
 from vidjax.utils import files, tables
@@ -172,6 +174,65 @@ def test_forget_finds_names_in_file_contents_and_file_names(tmp_path, places):
         *texts, "utf-16.csv", "utf-16-be.csv", "utf-32.csv", f"{GONE}.jpg", GONE,
     }  # fmt: skip
     assert {kind for kind, _ in listed.values()} == {"file"}
+
+
+@pytest.mark.parametrize(("name", "text", "encoding"), [
+    ("李小龙", "我喜欢李小龙的电影", "utf-8"),  # Chinese has no blanks between words
+    ("김연아", json.dumps("이김연아는"), "utf-8"),
+    ("上官婉儿", "x 上官婉儿 y", "utf-16-le"),  # the first letter has the byte of a line end
+    ("Ċgis", "x ĊGIS", "utf-16"),
+])  # fmt: skip
+def test_forget_finds_names_in_texts_of_many_languages(name, text, encoding, tmp_path, places):
+    (tmp_path / "a.txt").write_text(text, encoding=encoding)
+    (tmp_path / "b.txt").write_text("somebody else", encoding=encoding)
+    assert [*places(f"--identity={name}", tmp_path)] == [str(tmp_path / "a.txt")]
+
+
+def test_a_file_that_grep_cannot_read_hides_no_other_file(tmp_path, places, monkeypatch):
+    monkeypatch.setattr(forget_lib, "GREP", forget_lib.GREP.replace("1048576", "100000"))
+    for name, text in {"a": GONE, "b": "x" * (200 << 20), "c": GONE}.items():
+        (tmp_path / name).write_text(text)
+    listed = places(f"--identity={GONE}", tmp_path)
+    assert {Path(path).name: kind for path, (kind, _) in listed.items()} == {
+        "a": "file", "b": "unread", "c": "file",
+    }  # fmt: skip
+
+
+def test_forget_deletes_from_other_galleries_if_a_disk_is_full(tmp_path, places, monkeypatch):
+    for name in ("a", "b"):
+        made_galleries.make(tmp_path / name, {"x": made_galleries.make_clip(1, GONE)})
+
+    def remove(self, real=vidjax.Gallery.remove, **names):
+        if self.folder.name == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, **names)
+
+    monkeypatch.setattr(vidjax.Gallery, "remove", remove)
+    listed = places(f"--identity={GONE}", "--delete", tmp_path)
+    assert [remedy for _, remedy in listed.values()] == ["--delete", "deleted"]
+
+
+def test_forget_refuses_empty_names_and_ignores_the_ending_of_a_clip(tmp_path, forget, places):
+    for clip in ("c1", "c1.mp4"):  # a server keeps the ending
+        made_galleries.make(tmp_path / clip, {clip: made_galleries.make_clip(1, GONE)})
+        assert len(places("--clip=c1.mp4", tmp_path / clip)) == 1
+        assert len(places("--clip=c1", tmp_path / clip)) == 1
+    for flag in ("--identity=", "--identity= ", "--clip=.mp4", "--clip=a\nb"):
+        forget(flag, tmp_path, code=2)
+
+
+def test_forget_finds_the_clips_of_a_person_in_features_of_several_clips(tmp_path, places):
+    made_galleries.make(tmp_path / "g", {"film.s001": made_galleries.make_clip(1, GONE)})
+    face = np.ones((1, 8), np.float32)
+    for name, save in {"a": np.savez, "b": np.savez_compressed, "c": np.savez}.items():
+        clips = np.array(["other", "film.s001.mp4" if name != "c" else "film.s0011"])
+        save(tmp_path / f"{name}.npz", clips=clips, face=np.repeat(face, 2, 0), face_length=[1, 1])
+    (tmp_path / "d.npz").write_bytes(b"PK clips.npy")  # is damaged
+
+    listed = places(f"--identity={GONE}", tmp_path)
+    assert {Path(path).name: kind for path, (kind, _) in listed.items()} == {
+        "g": "gallery", "a.npz": "file", "b.npz": "file", "d.npz": "unread",
+    }  # fmt: skip
 
 
 def write_tar(path, text):

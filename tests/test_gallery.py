@@ -57,6 +57,21 @@ def oracle(people, clip):
     return dict(zip(logits, special.log_softmax([*logits.values()]).tolist(), strict=True))
 
 
+def test_vectors_of_another_gallery_are_refused(tmp_path):
+    gallery, clips = make(tmp_path / "g"), {"a": make_clip(1, "person 1")}
+    good, version = vectors_of(gallery, clips), gallery.version
+    face, audio = good.parts["face"], good.parts["audio"]
+    for parts in (
+        {"audio": audio, "face": face},
+        {"face": face},
+        {"face": face[:, :4], "audio": audio},
+    ):
+        bad = good._replace(parts=parts)
+        for use in (gallery.identify, gallery.rank, gallery.group, gallery.enrol):
+            refused(lambda use=use, bad=bad: use(bad), "call `embed` of the gallery")
+    assert gallery.version == version
+
+
 @pytest.mark.parametrize("lacks", ["", "face"])
 def test_probabilities_match_the_float64_equations(tmp_path, lacks):
     people = make(tmp_path / "g")

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,10 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from vidjax.apps import bulk
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.utils.errors import UserError
+from vidjax.apps.video import features_folder
+from vidjax.apps.video.features_folder import FileStamp, Film, FilmTrack
+from vidjax.data import clip_files as several_clips
+from vidjax.utils.errors import UserError, VidjaxWarning
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -159,6 +163,28 @@ def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
     assert listed["Ada"] == ["Ada/0", "Ada/Ada 1"]
     assert listed["Grace"] == ["Grace/0", "Grace/Grace 1"]
 
+    write_clips(photos / "Eve", "Eve")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", VidjaxWarning)  # not even about the clips of other people
+        assert "1 clip," in tell("enrol", folder, f"--input={photos}", "--clip=Eve/Eve 1")
+
+
+def test_photo_of_several_people_enrols_nobody_without_the_clip(tell, folder, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    names, faces = ("a.f01", "a.f02"), np.ones((1, WIDTH), np.float32)
+    (tmp_path / "f" / "videos").mkdir(parents=True)
+    several_clips.write_npz(tmp_path / "f" / "a.npz", {name: {"face": faces} for name in names})
+    tracks = [FilmTrack(clip=name, shot=0, start_s=0, end_s=0, seen=1) for name in names]
+    features_folder.write(tmp_path / "f" / "videos" / "a.json", Film(
+        video="a.jpg", source=FileStamp.of(tmp_path / "a.jpg"), sha256="0" * 64, photo=True,
+        seconds=0, shots=[(0, 0)], tracks=tracks, frames=1,
+    ))  # fmt: skip
+    words = ("enrol", folder, f"--input={tmp_path / 'f'}", "--identity=Ada")
+
+    with pytest.warns(VidjaxWarning, match="the photo shows 2 faces"):
+        assert "--clip=CLIP --identity=NAME" in tell(*words, code=2)
+    assert "enrolled    1 clip," in tell(*words, "--clip=a.f01")
+
 
 def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tmp_path):
     photos = write_clips(tmp_path / "photos" / "Ada", "Ada").parent
@@ -255,6 +281,9 @@ MISTAKES = {
     "identify G --split=val --threshold=0.5 --fpir=0.1": "not allowed with argument --threshold",
     "identify G --split=val --threshold=-3": "a number above 0 and at most 1",
     "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
+    "identify G --input=. --config.data.dir=x": "has no effect with --input: leave it out",
+    "create H --models=. --strangers=val": "has no effect with --models: leave it out",
+    "create H --models=. --config.data.dir=x": "has no effect with --models: leave it out",
     "identify G --split=val --k=nan": "must be a whole number from 1",
     "enrol G --split=test": "no clip has a label",
     "remove G --identity=13": "no identity '13' is enrolled",
@@ -499,6 +528,15 @@ def test_results_of_many_tables_need_another_folder(ask, folder, day):
     for flags in ([], ["--out=answers.csv"]):
         assert "--out=FOLDER" in ask(*words, *flags, code=2)
     assert "name another folder" in ask(*words, f"--out={day}", code=2)
+    rank = ("gallery", "rank", folder, f"--input={day}", "--out=ranking.txt")
+    assert "--out=FOLDER" in ask(*rank, code=2)
+
+
+def test_split_is_read_although_the_working_folder_has_tables(ask, folder, day, monkeypatch):
+    monkeypatch.chdir(day)
+    for command in ("identify", "rank"):
+        done = ask("gallery", command, folder, "--split=val", f"--out={command}.parquet")
+        assert done["clips"] > 0 and (day / f"{command}.parquet").is_file()
 
 
 def test_folder_of_tables_with_other_files_of_clips_is_refused(day):

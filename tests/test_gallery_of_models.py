@@ -144,7 +144,9 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     before = gallery.identify(asked)["query"]
 
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
+    opened = Gallery(gallery.folder)
     assert gallery.widen(models) == ("audio",)
+    assert opened.enrol({"ada 1": {"face": ada[:1]}}, "Ada").unchanged == 1
 
     after = Gallery(gallery.folder).identify(asked)["query"]
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
@@ -254,6 +256,14 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, model
     # The voice shows Ada or a new person with the probability 0.5, above the threshold.
     assert gallery.identify(clips, threshold=0.4)["voice"].identity is None
     assert [clip for clip, _ in gallery.rank(clips, threshold=0.4)["Ada"]] == ["face"]
+
+
+def test_arguments_without_a_meaning_are_refused_and_leave_nothing(tmp_path, gallery, models):
+    for odds in (0, -1.0, np.inf, np.nan):
+        folder = tmp_path / "refused"
+        refused(lambda n=odds, to=folder: Gallery.of_models(to, models, stranger_odds=n), "above 0")
+        assert not folder.exists()
+    refused(lambda: gallery.embed({"a": {"face": np.ones((1, WIDTH))}}, "val"), "leave it out")
 
 
 def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
@@ -454,6 +464,19 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
     count, purity = measure_groups(num_people=8, clips_of_each=15)
     assert count <= 9 and purity > 0.99
+
+
+def test_equal_clips_are_grouped_in_few_comparisons(monkeypatch):
+    """Two pictures are repeated. A clip is compared a few times, not once for each equal clip."""
+    calls, ratios = [], grouping.Groups.ratios
+    monkeypatch.setattr(
+        grouping.Groups, "ratios", lambda self, row: calls.append(row) or ratios(self, row)
+    )
+    vectors = np.repeat(draw(3, people=2, clips=1)[:, 0], 100, axis=0)
+    labels = grouping.group(BACKEND, [f"a.s{n:03}" for n in range(200)], [vectors])
+
+    assert len({*labels[:100]}) == len({*labels[100:]}) == 1 and labels[0] != labels[199]
+    assert len(calls) < 3 * len(labels)
 
 
 def test_real_people_are_identified_and_strangers_are_grouped():

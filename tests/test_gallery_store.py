@@ -124,6 +124,10 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
         (lambda: gallery.remove(identity=["persn 3"]), "did you mean 'person 3'?"),
         (lambda: gallery.remove(identity=[""]), "no identity"),
         (lambda: gallery.remove(clip=["clip 30", "clop 31"]), "did you mean 'clip 31'?"),
+        (lambda: gallery.rename(3, "Ada"), "identity must be a name, not int 3"),  # type: ignore
+        (lambda: gallery.rename("person 3", None), "identity must be a name"),  # type: ignore
+        (lambda: gallery.relabel(30, "Ada"), "clip must be a name, not int 30"),  # type: ignore
+        (lambda: gallery.add({30: make_clip(1, "x")}), "clip name must be"),  # type: ignore
     ):
         refused(change, *words)
     assert contents(gallery.folder) == before

@@ -17,6 +17,7 @@ import sqlite3
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 import pytest
 import tritonclient.http as http
 import uvicorn
+from tritonclient.utils import InferenceServerException
 
 from tests.helpers import limits as child
 from tests.helpers import made_galleries, servers
@@ -42,7 +44,7 @@ from vidjax.apps.serve import served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
-from vidjax.utils import errors
+from vidjax.utils import errors, messages
 from vidjax.utils.errors import UserError
 
 SMALL = Limits(
@@ -242,6 +244,8 @@ def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monke
         http.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
     ):
         served: Any = infer(client, "run", {"face": face[None]}, k=2)
+        with pytest.raises(InferenceServerException, match="no fpir and no threshold"):
+            infer(client, "run", {"face": face[None]}, fpir=0.1)
     np.testing.assert_array_equal(served.as_numpy("scores"), net.run.scores({"c": {"face": face}}))
     assert served.as_numpy("identities").shape == (1, 2)
 
@@ -427,6 +431,8 @@ def test_wrong_requests_get_a_one_line_error(inside):
         assert words in content["error"]
         assert "\n" not in content["error"]
 
+    status, content = inside.ask("POST", "/enrol", {**one_clip(), "identities": {}})
+    assert (status, content["error"][:21]) == (422, "send either identity,")
     assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert inside.ask("GET", "/nothing")[0] == 404
     assert inside.ask("PUT", "/identify")[0] == 405
@@ -506,8 +512,10 @@ def test_ambiguous_or_unsupported_headers_are_refused(inside):
         assert int(answer.split()[1]) == status and words in answer
 
 
-def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path):
+def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, say, monkeypatch):
     path = tmp_path / "token"
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the `~` in `--flag=~/token`
+    assert str(path) in say("serve", "--gallery=x", "--token-file=~/token", code=2)
     for text, mode, remedy in (("short\n", 0o600, "openssl"), ("a" * 40, 0o644, "chmod 600")):
         path.write_text(text)
         path.chmod(mode)
@@ -734,6 +742,21 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
         assert time.monotonic() - began < 10
         assert process.stderr.read().splitlines()[-1] == "ended before its work was finished"
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
+
+
+def test_serve_command_serves_a_run_that_did_not_make_the_gallery(
+    nearest_run, official_data, trained, tmp_path, say, monkeypatch
+):
+    gallery = Gallery.create(tmp_path / "g", nearest_run, official_data)
+    served = []
+    monkeypatch.setattr(app_lib, "make_app", lambda *given: served.append(given[:2]))
+    monkeypatch.setattr(app_lib, "serve", lambda *_: True)
+    monkeypatch.setenv(messages.QUIET, "1")
+    with warnings.catch_warnings():
+        for run in (trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), nearest_run):
+            say("serve", f"--gallery={gallery.folder}", f"--run={run}", "--port=0")
+            assert served[-1][0].run.workdir == nearest_run
+            assert served[-1][1].workdir == run
 
 
 @pytest.mark.slow

@@ -153,7 +153,8 @@ def list_tables(source: str | Path) -> list[Path]:
 def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
     """Raises UserError if `out`, the value of `--out`, cannot be the output folder of `work`."""
     path = Path(out).expanduser() if out else None
-    if path is None or path.suffix in tables.ENDINGS or (path.exists() and not path.is_dir()):
+    endings = (*tables.ENDINGS, ".txt")
+    if path is None or path.suffix in endings or (path.exists() and not path.is_dir()):
         flag = f"--out={out}" if out else "without --out"
         raise UserError(
             f"{flag}: the results of the {len(inputs):,} tables in '{inputs[0].parent}' need a "

@@ -21,8 +21,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from vidjax.data import cache
-from vidjax.data.untrusted.names import escape, fold, normal_form, unescape
+from vidjax.data.untrusted.names import (
+    check_name,
+    clean_name,
+    escape,
+    fold,
+    normal_form,
+    unescape,
+)
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
 INDEX_BYTES = 512 * files.MB  # limit for a converted dataset's list of clips, and a file of a run
+SEVERAL_CLIPS = b"clips.npy"  # is in an .npz of several clips, see `clip_files.has_several_clips`
 MAX_NAMES_IN_INDEX = 10_000_000
 TABLE_BYTES = 64 * files.MB
 MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among so many names takes a second
@@ -142,10 +152,14 @@ def forget(
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets
-    that contain any of the clips are deleted. Raises UserError if a folder does not exist.
+    that contain any of the clips are deleted. Raises UserError if a folder does not exist, or a
+    name is empty or invalid.
     """
     from vidjax.apps.gallery.gallery import Gallery
 
+    people = {normal_form(check_name(name, "identity")) for name in identities}
+    bare = {normal_form(clean_name(name)) for name in clips}
+    asked = bare | {f"{name}.mp4" for name in bare}
     found: list[Place] = []
     folders: dict[Path, str] = {}
     others: dict[Path, bool] = {}
@@ -154,16 +168,14 @@ def forget(
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
         _survey(root, folders, others, found)
     of_kind = lambda kind: [path for path in sorted(folders) if folders[path] == kind]  # noqa: E731
-    people = {*map(normal_form, identities)}
-    asked = {*map(normal_form, clips)}
-    wanted = people | asked
-    names, known = {*wanted}, SimilarNames(wanted)
+    wanted = people | bare
+    names, known = people | asked, SimilarNames(wanted)
     runs_of_galleries: dict[Path, Path] = {}
     for folder in of_kind("gallery"):
         try:
             gallery = Gallery(folder)
             known.add({*gallery.identities, *map(normal_form, gallery.clips)})
-        except UserError as error:
+        except (UserError, OSError) as error:
             found.append(_list_unread(folder, error))
             continue
         runs_of_galleries[folder] = Path(gallery.origin.workdir)
@@ -245,7 +257,7 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
         try:
             gallery.remove(clip=clips)
             remedy = "deleted"
-        except UserError as error:
+        except (UserError, OSError) as error:
             about += f", not deleted: {str(error).splitlines()[0]}"
     return Place("gallery", gallery.folder, about, remedy)
 
@@ -348,8 +360,15 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
 # ---- all other files
 
 
+def _read_names_of_clips(path: Path) -> Iterator[str]:
+    """Yields the names of the clips in an `.npz` of several clips, where grep finds no UTF-32."""
+    clips = files.read_npz(path, INDEX_BYTES).get("clips", np.empty(0, np.str_))
+    for name in clips.ravel().tolist() if clips.dtype.kind == "U" else ():
+        yield normal_form(name.removesuffix(".mp4"))
+
+
 def _search_files(
-    paths: Mapping[Path, bool], names: Collection[str], given: Collection[str]
+    paths: Mapping[Path, bool], names: set[str], given: Collection[str]
 ) -> list[Place]:
     """Searches the paths and contents of files for names. Links are not followed.
 
@@ -360,10 +379,19 @@ def _search_files(
     if shutil.which("grep") is None:
         about = "other files are not searched, because grep is not installed"
         return [Place("unread", Path(), about, "install grep")]
-    patterns = "\n".join(_list_spellings(names)).encode()
+    inside = {name for name in names if _is_inside_words(name)}
+    # Flags of grep -> the spellings that grep searches with these flags.
+    patterns = {
+        flags: "\n".join(_list_spellings(some)).encode()
+        for flags, some in {"wF": {*names} - inside, "F": inside}.items() if some
+    }  # fmt: skip
+    wide = _list_wide_spellings(given)
     words = [os.fsencode(path.name) for path in paths]
     order = [*paths]
-    rows = _run_grep("-zniawF", patterns, text=b"\0".join(words))
+    rows = [
+        row for flags, some in patterns.items()
+        for row in _run_grep(f"-znia{flags}", some, text=b"\0".join(words))
+    ]  # fmt: skip
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
     about, remedy = "its path contains one of the names", "it is your file: delete it, or rename it"
@@ -378,17 +406,30 @@ def _search_files(
             continue
         read.append(path)
         compressed += [path] if _unpack(path) else []
-    held = set[bytes]()
-    for some in (read[at : at + MAX_GREP_FILES] for at in range(0, len(read), MAX_GREP_FILES)):
+    held, archives = set[bytes](), list[bytes]()
+    left = [read[at : at + MAX_GREP_FILES] for at in range(0, len(read), MAX_GREP_FILES)]
+    while left:
+        some = left.pop()
         try:
             small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
-            held |= {*_run_grep("-liZwF", patterns, some)}
-            held |= {*_run_grep("-liaZP", _make_wide_pattern(given), small, locale="C")}
+            for flags, spellings in patterns.items():
+                held |= {*_run_grep(f"-liZ{flags}", spellings, some)}
+            held |= {*_run_grep("-liaZP", _make_pattern(wide), small, locale="C")}
+            held |= {os.fsencode(path) for path in small if _has_line_end_in_name(path, wide)}
+            archives += _run_grep("-laZF", SEVERAL_CLIPS, [x for x in some if x.suffix == ".npz"])
         except OSError as error:
-            places.append(_list_unread(some[0].parent, error))
-    inside = "it is your file: delete it, or remove the name from it"
+            if len(some) == 1:
+                places.append(_list_unread(some[0], error))
+            else:  # a file that grep cannot read must not hide the others
+                left += [some[: len(some) // 2], some[len(some) // 2 :]]
+    for path in (Path(os.fsdecode(path)) for path in sorted({*archives} - held)):
+        try:
+            held |= {os.fsencode(path)} if names.intersection(_read_names_of_clips(path)) else set()
+        except (UserError, OSError) as error:
+            places.append(_list_unread(path, error))
+    remedy = "it is your file: delete it, or remove the name from it"
     holding = [Path(os.fsdecode(path)) for path in sorted(held)]
-    places += [Place("file", path, "it contains one of the names", inside) for path in holding]
+    places += [Place("file", path, "it contains one of the names", remedy) for path in holding]
     about, remedy = "it is compressed", "search it with the command below"
     packed = [path for path in compressed if path not in holding]
     return places + [Place("unread", path, about, remedy) for path in packed]
@@ -427,16 +468,41 @@ def _list_spellings(names: Iterable[str]) -> list[str]:
     return sorted({way(form) for form in forms for way in ways})
 
 
-def _make_wide_pattern(names: Iterable[str]) -> bytes:
-    """Returns a pattern for `grep -P` that matches names in UTF-16, UTF-32 and Windows-1252."""
+def _is_inside_words(name: str) -> bool:
+    """Returns True if a name may touch other letters: many scripts have no blanks between words.
+
+    Such scripts, and scripts whose particles touch a name, have letters of the category Lo.
+    """
+    return any(unicodedata.category(letter) == "Lo" for letter in name)
+
+
+def _list_wide_spellings(names: Iterable[str]) -> list[bytes]:
+    """Returns the spellings of names in UTF-16, UTF-32 and Windows-1252, in NFC and NFD."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     wide = ("utf-16-le", "utf-16-be", "utf-32-le")
     spellings = {form.encode(encoding) for form in forms for encoding in wide}
     for form in (form for form in forms if not form.isascii()):
         with contextlib.suppress(UnicodeEncodeError):
             spellings.add(form.encode("cp1252"))
-    escaped = ("".join(f"\\x{byte:02x}" for byte in spelling) for spelling in sorted(spellings))
+    return sorted(spellings)
+
+
+def _make_pattern(spellings: Iterable[bytes]) -> bytes:
+    """Returns a pattern for `grep -P` that matches any of the spellings."""
+    escaped = ("".join(f"\\x{byte:02x}" for byte in spelling) for spelling in spellings)
     return "|".join(escaped).encode()
+
+
+def _has_line_end_in_name(path: Path, spellings: Iterable[bytes]) -> bool:
+    """Returns True if a file contains a spelling with the byte of a line end, as U+4E0A has.
+
+    grep cannot find such a spelling, because it searches line by line.
+    """
+    broken = [spelling.lower() for spelling in spellings if b"\n" in spelling]
+    if not broken or not path.is_file():
+        return False
+    content = path.read_bytes().lower()
+    return any(spelling in content for spelling in broken)
 
 
 def _unpack(path: Path) -> str | None:
@@ -451,12 +517,14 @@ def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Pat
     There is a command for each type of compressed file in `unread`.
     """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
+    names = [*names]
     spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"
+    flags = "-qiF" if any(map(_is_inside_words, names)) else "-qiwF"
     lines = []
     for ends, unpack in UNPACK.items():
         if unpack in kinds:
             alike = [word for end in ends for word in ("-o", "-iname", f"*{end}")][1:]
-            search = f'{unpack} "$0" | grep -qiwF -e "$N" && echo "$0"'
+            search = f'{unpack} "$0" | grep {flags} -e "$N" && echo "$0"'
             words = ["find", *map(str, places), "-type", "f", "(", *alike, ")"]
             words += ["-exec", "sh", "-c", search, "{}", ";"]
             lines.append(f"{spelled} {shlex.join(words)}")

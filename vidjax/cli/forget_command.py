@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vidjax.apps.forget import Place, commands, forget
-from vidjax.data.untrusted.names import normal_form, show
+from vidjax.data.untrusted.names import clean_name, normal_form, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
@@ -26,7 +26,8 @@ Runs are only listed: their weights depend on the training clips, so a run must
 be trained again. Other files are only listed, because they are yours.
 Compressed files are not searched: the last lines of the output are commands
 that search them. In galleries, caches, runs and results of `vidjax who`, only
-equal names match. In other files, a name also matches inside a text.
+equal names match. In other files, a name also matches inside a text. In files
+above 64 MB, names are searched only in UTF-8.
 
 The exit code is 0 if no place is left. It is 1 if a place still contains a
 name, or could not be searched.
@@ -64,7 +65,7 @@ def forget_names(args: argparse.Namespace) -> Result:
         "similar": similar,
         "commands": commands(names, places, roots),
     }
-    given = {*map(normal_form, (*args.identity, *args.clip))}
+    given = {normal_form(clean_name(name)) for name in (*args.identity, *args.clip)}
     lines = [*_describe_places(places)]
     printed = sorted(names, key=lambda name: (name not in given, name))[:MAX_PRINTED_NAMES]
     if searches := commands(printed, places, roots):

@@ -256,6 +256,8 @@ def _create(args: argparse.Namespace) -> Result:
 
     check_new(Path(args.gallery))
     if args.models:
+        if ignored := ["--strangers"] if args.strangers else args.overrides:
+            raise UserError(f"{ignored[0]} has no effect with --models: leave it out")
         return _summarise(Gallery.of_models(args.gallery, args.models))
     from vidjax.evaluation import predict  # loads JAX, which only galleries of runs need
     from vidjax.runs import config_io
@@ -281,6 +283,8 @@ def _open(args: argparse.Namespace) -> "Gallery":
     from vidjax.data.memory import check_path, find_files
 
     path = Path(args.input).expanduser() if getattr(args, "input", None) else None
+    if path and args.overrides:
+        raise UserError(f"{args.overrides[0]} has no effect with --input: leave it out")
     people = args.command == "enrol" and not (args.identity or args.labels or args.strangers)
     if path and (people or bulk.list_tables(path)):
         check_path(path)
@@ -340,8 +344,15 @@ def _enrol(args: argparse.Namespace) -> Result:
         clips, split = gallery.embed(clips, split).only({args.clip}), None
         if not clips.names:
             raise UserError(f"--clip={args.clip}: no clip has this name: name a clip of the input")
+        if isinstance(identity, Mapping):
+            identity = {name: person for name, person in identity.items() if name == args.clip}
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
         identity = _drop_group_photos(Path(args.input).expanduser(), clips.names, identity)
+        if not identity:
+            raise UserError(
+                f"--input={args.input}: every photo shows several people\n"
+                "add photos of one person, or enrol a single face: --clip=CLIP --identity=NAME"
+            )
     with prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
@@ -420,7 +431,7 @@ def _read_films(args: argparse.Namespace) -> "list[Film]":
 
 
 def _identify(args: argparse.Namespace) -> Result:
-    if inputs := bulk.list_tables(args.input or ""):
+    if args.input and (inputs := bulk.list_tables(args.input)):
         return _process_tables(args, inputs, answers_lib.Identify, k=args.k)
     out = Path(args.out).expanduser() if args.out else None
     films = None
@@ -464,7 +475,7 @@ def _process_tables(
 def _rank(args: argparse.Namespace) -> Result:
     from vidjax.evaluation import ranking, topk
 
-    if inputs := bulk.list_tables(args.input or ""):
+    if args.input and (inputs := bulk.list_tables(args.input)):
         return _process_tables(args, inputs, bulk.Rank)
     out = Path(args.out).expanduser()
     tables.check_new(out, (".txt", *tables.ENDINGS))

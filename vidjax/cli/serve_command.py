@@ -33,13 +33,13 @@ def serve(args: argparse.Namespace) -> Result:
     )
     from vidjax.apps.serve import limits as limits_lib
 
-    token = limits_lib.read_token(Path(args.token_file)) if args.token_file else None
+    token = limits_lib.read_token(Path(args.token_file).expanduser()) if args.token_file else None
     if token is None and not limits_lib.is_loopback(args.host):
         raise UserError(
             f"--host={args.host} can be reached from other machines, so clients need a token: add "
             "--token-file=F\nto make a token: (umask 077; openssl rand -hex 32 > F)"
         )
-    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import Gallery, make_run_origin
     from vidjax.apps.serve import app as app_lib
 
     restored = None
@@ -48,6 +48,8 @@ def serve(args: argparse.Namespace) -> Result:
 
         restored = predict.restore(args.run)
     gallery = Gallery(args.gallery, run=restored)  # a gallery of models ignores the run
+    if restored and make_run_origin(restored).digest != gallery.origin.digest:
+        gallery = Gallery(args.gallery)  # it finds the run that it was made with
     gallery.remove_leftovers()
     limits = limits_lib.Limits()
     app = app_lib.make_app(gallery, restored, limits, token)

@@ -103,6 +103,7 @@ class Draft:
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
         """Gives a person another name; returns the number of clips."""
+        check_argument("rename: identity", identity, str, "a name")
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
             raise UserError(f"the person '{show(to)}' already has this name: choose another name")
@@ -116,13 +117,14 @@ class Draft:
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
         """Changes the identity of a clip; returns the old identity. None stands for a stranger."""
+        check_argument("relabel: clip", clip, str, "a name")
         check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
         if old is None:  # no hint: a clip with a similar name may show another person
             raise UserError(
                 f"no clip '{show(clip)}' is enrolled: enrol it with an identity or --strangers\n"
-                "to see all clips: vidjax gallery list G --clips"
+                "to see the clips of all people: vidjax gallery list G --clips"
             )
         if old.identity == identity:
             raise UserError(
@@ -292,6 +294,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
     Raises UserError if a name is invalid, if the vector is not finite float32 [width], or if the
     clip has no usable frame, so that the vector is 0.
     """
+    check_argument("clip name", name, str, "a name")
     _check_length("clip name", check_name(name))
     if clip.identity is not None:
         clip = clip._replace(identity=check_person(clip.identity))
@@ -312,6 +315,7 @@ def check_person(name: str) -> str:
 
     Raises UserError if it is invalid, too long, or stands for unknown people, like `unknown 1`.
     """
+    check_argument("identity", name, str, "a name")
     name = _check_length("identity", clean_identity(name))
     if is_unknown(name):
         raise UserError(
@@ -354,5 +358,5 @@ class NotEnrolledError(UserError):
         hint = f": did you mean '{show(close)}'?" if close else ""
         return (
             f"no {kind} '{show(name)}' is enrolled{hint}\n"
-            "to see all people and clips: vidjax gallery list G --clips"
+            "to see all people and their clips: vidjax gallery list G --clips"
         )

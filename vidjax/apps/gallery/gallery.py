@@ -9,18 +9,24 @@
 
 A gallery contains the vectors of all clips, and coefficients of each person for the comparison.
 Thresholds are measured on strangers, which are clips of people who are not enrolled. The order of
-changes does not matter: a new gallery of the same clips gives the same answers to 1e-6.
+changes does not matter: a new gallery of the same clips and with the same back end (see below)
+gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
-changed the folder. A change makes a new `State`, the content in memory, and never edits the old
-state. So a thread that computes an answer uses the same state from its beginning to its end. A
-change is first written to the folder. If writing fails, folder and memory stay as they were.
+changed the folder. So do `len`, `in`, iteration, `identities` and `digest`. The other properties,
+such as `clips` and `version`, show the content that was read last, see `refresh`.
+
+A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
+computes an answer uses the same state from its beginning to its end. A change is first written to
+the folder. If writing fails, folder and memory stay as they were.
 
 A removed person leaves no trace in the folder. The back end, the set of parameters that compare
 vectors, is fitted to clips. From the back end and all clips but one, the vector of this one clip
-could be computed. Therefore `remove` fits the back end again to the clips that are left. The
-training run still depends on its training clips, and so does the back end of a gallery that was
-made with `empty=True`. Only a new training run without the clips removes this dependence.
+could be computed. Therefore `remove` fits the back end again to all clips that are left, including
+clips that were enrolled after the creation. Clips that are enrolled after the removal do not change
+the back end. The training run still depends on its training clips, and so does the back end of a
+gallery that was made with `empty=True`. Only a new training run without the clips removes this
+dependence.
 """
 
 import contextlib
@@ -242,8 +248,12 @@ class Gallery:
             With 1, half of the clips are expected to show strangers.
 
         Raises:
-          ValueError: no card of a face or voice model contains a distribution of distances.
+          ValueError: no card of a face or voice model contains a distribution of distances, or
+            `stranger_odds` is not above 0 and finite.
         """
+        check_argument("of_models: stranger_odds", stranger_odds, numbers.Real, "a number")
+        if not 0 < stranger_odds < math.inf:
+            raise UserError(f"stranger_odds={stranger_odds:g}: give a number above 0, such as 1")
         origin, back_ends = make_models_origin(models)
         backend = backend_lib.make_card_backend(back_ends, stranger_odds)
         return cls.of_clips(folder, origin, backend, {})
@@ -404,19 +414,22 @@ class Gallery:
         """Returns the vectors of clips.
 
         The run of the gallery computes the vectors. In a gallery of models, the vector of a
-        modality is the mean of its frames. If `clips` are vectors, they are returned unchanged.
+        modality is the mean of its frames. If `clips` are vectors, they are returned unchanged, or
+        refused if they are not vectors of this gallery.
 
         Args:
           clips, split: see the class.
           advance: is called with the number of clips of each finished batch.
         """
         if isinstance(clips, Vectors):
-            return clips
+            return _check_parts(clips, self.backend)
         if not self.origin.cards:
             return embed(self.run, clips, split, advance)
         widths = self.backend.widths
         if isinstance(clips, Mapping):
             clips = MemoryClips.from_dict(clips, widths, ())
+        if isinstance(clips, MemoryClips) and split is not None:
+            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
                 "a gallery of models has no run, so it cannot embed a split of a dataset\n"
@@ -492,6 +505,7 @@ class Gallery:
                 wanted = f"the name of a person for clip {name!r}"
                 check_argument("enrol: identities", identity, (str, type(None)), wanted)
                 _ = None if identity is None else check_person(identity)
+        self.refresh()  # another process may have added a modality
         vectors = self.embed(clips, split)
         if isinstance(identities, str):
             identities = dict.fromkeys(vectors.names, identities)
@@ -641,6 +655,7 @@ class Gallery:
           absorb: True to join groups of at most 3 clips to larger groups that show the same person
             with a probability above 0.6.
         """
+        _check_parts(vectors, self.backend)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
         names = [vectors.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in vectors.parts.values()]
@@ -846,6 +861,17 @@ def _check_width(backend: Backend) -> int:
             f"{MAX_VECTOR_WIDTH:,}\nuse an ensemble with fewer members, or a narrower net"
         )
     return width
+
+
+def _check_parts(vectors: Vectors, backend: Backend) -> Vectors:
+    """Raises UserError if vectors were not made for a back end; returns the vectors."""
+    widths = {part: x.shape[1] for part, x in vectors.parts.items()}
+    if [*widths.items()] != [*backend.widths.items()]:
+        raise UserError(
+            f"the vectors have the widths {widths}, but the gallery compares {backend.widths}\n"
+            "call `embed` of the gallery that gets the vectors"
+        )
+    return vectors
 
 
 def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:

@@ -209,13 +209,14 @@ def _agglomerate(groups: Groups) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
     Returns the group [G] to which each group was joined. For each group, the highest of the
-    log-likelihood ratios of its pairs is stored. When two groups are joined, the stored ratios to
-    these groups become stale. A stale ratio is treated as an upper bound. It is computed again only
-    when it is the highest of all ratios.
+    log-likelihood ratios of its pairs is stored, and an upper bound of its other ratios. When two
+    groups are joined, the highest ratio of a pair with one of them no longer exists. The bound then
+    replaces the ratio, which is stale. A stale ratio is computed again only when it is the highest
+    of all ratios.
     """
     num = left = len(groups.sizes)
-    labels, best, highest = np.arange(num), np.zeros(num, int), np.full(num, np.inf)
-    stale = np.ones(num, bool)
+    labels, best, stale = np.arange(num), np.zeros(num, int), np.ones(num, bool)
+    highest, others = np.full((2, num), np.inf)
     while left > 1:
         row = int(highest.argmax())
         if highest[row] <= np.log(left):
@@ -225,16 +226,20 @@ def _agglomerate(groups: Groups) -> np.ndarray:
             left -= 1
             labels[labels == other] = row
             groups.join(row, other)
-            highest[other] = -np.inf
+            highest[other] = others[other] = -np.inf
             stale |= (best == row) | (best == other)
+            np.copyto(highest, others, where=stale)
         new = groups.ratios(row)
+        added = stale | (best != row)  # the highest ratio of the others is in `new`
+        np.maximum(others, np.minimum(highest, new), out=others, where=added)
         nearer = new >= highest
         best[nearer], highest[nearer], stale[nearer] = row, new[nearer], False
         best[row], highest[row], stale[row] = new.argmax(), new.max(), False
+        others[row] = np.partition(new, -2)[-2]
         if left <= MAX_KEPT_SHARE * len(best):
             place, rows = np.cumsum(groups.sizes > 0) - 1, groups.drop_joined()
             labels, best = place[labels], place[best[rows]]
-            highest, stale = highest[rows], stale[rows]
+            highest, others, stale = highest[rows], others[rows], stale[rows]
     return labels
 
 

@@ -273,6 +273,7 @@ class Application:
             parsed, tensors = protocol.parse(body, length, inputs, self.limits)
             protocol.check_outputs(parsed, model.outputs)
             parameters = parsed.parameters
+            served_models.check_parameters(model, parameters)
             return parsed, served_models.make_question(model, tensors, parameters, self.limits)
 
         parsed, question = await self._parse(read, large=len(body) > LARGE_BYTES)
@@ -300,7 +301,7 @@ class Application:
     async def enrol(self, request: Request) -> Response:
         """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
         clips, body = await self._read(request, EnrolRequest)
-        if (body.identity is not None) + (body.identities is not None) + body.strangers != 1:
+        if (body.identity is not None) + bool(body.identities) + body.strangers != 1:
             text = "send either identity, identities ({clip: name}) or strangers (true)"
             raise unprocessable(text)
         identities = body.identities or {}

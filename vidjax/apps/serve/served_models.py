@@ -76,6 +76,12 @@ def list_inputs(model: "Model") -> list[Spec]:
     return specs
 
 
+def check_parameters(model: "Model", parameters: Parameters) -> None:
+    """Raises Refused if the model does not use one of the parameters."""
+    if isinstance(model, RunModel) and (parameters.fpir or parameters.threshold):
+        raise unprocessable("the model run has no fpir and no threshold: leave them out")
+
+
 def make_question(
     model: "Model", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
 ) -> Question:
