@@ -37,7 +37,7 @@ def test_warmup_and_cosine_decay_match_their_formula():
         np.testing.assert_allclose(computed, wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (1 / 3, 49.0)])
+@pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (1 / 3, 49.0), (1e9, 10.0)])
 def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epoch):
     options: Any = {"total_steps": 60, "steps_per_epoch": steps_per_epoch, "decay": "steps"}
     options |= {"decay_factor": 0.7, "decay_every_epochs": every, "final_scale": 1.0}

@@ -96,7 +96,8 @@ def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -
     num_stairs = math.ceil(ramp.total_steps / width) + 1
     # The table is computed on the host. In float32, as in `optax.exponential_decay`, rounding could
     # move an edge by a step.
-    edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
+    edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12))
+    edges = np.minimum(edges, np.iinfo(np.int32).max).astype(np.int32)  # a stair may be very wide
     scales = (float(decay_factor) ** np.arange(num_stairs)).astype(np.float32)
     return ramp.multiply(
         lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")]
