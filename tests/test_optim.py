@@ -60,6 +60,17 @@ def test_piecewise_decay_jumps_and_interpolates_between_points():
     np.testing.assert_allclose(computed, 0.1 * factors, rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps_per_epoch", [10.0, 61.0, 3.3, 7.8125, 109.0])
+def test_jump_is_at_the_first_step_of_its_epoch(steps_per_epoch):
+    # Compiled programs multiply by 1 / 61, so that step 183 would be slightly before epoch 3.
+    for epoch in (3.0, 10.0, 32.0):
+        fn = optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)])
+        first = math.ceil(epoch * Fraction(str(steps_per_epoch)))
+        compiled = jax.jit(lambda step, fn=fn: fn(step / steps_per_epoch))
+        values = compiled(np.int32([first - 1, first]))
+        np.testing.assert_array_equal(values, [0.0, 1.0])
+
+
 @pytest.mark.parametrize("decay", ["cosine", "steps"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_short_runs_have_positive_learning_rates(decay, total):

@@ -36,6 +36,9 @@ def make_piecewise(
     if not pairs or np.any(np.diff(table[:, 0]) < 0):
         raise UserError(f"{name}={points}: must be finite pairs (epoch, value) in order of epochs")
     epochs, values = table.T
+    # Rounding of step / steps_per_epoch must not delay a jump by a step.
+    is_jump = np.isin(epochs, epochs[1:][np.diff(epochs) == 0])
+    epochs = np.where(is_jump, epochs * np.float32(1 - 5e-7), epochs)
     # `optax.piecewise_interpolate_schedule` multiplies scales: it can never leave 0 and has no
     # jumps. The added point makes a jump at the last epoch take its second value.
     epochs, values = np.append(epochs, np.inf), np.append(values, values[-1])
