@@ -35,6 +35,8 @@ def test_warmup_and_cosine_decay_match_their_formula():
         cosine = 0.5 * (1 + np.cos(np.pi * np.arange(40) / 40))
         wanted = [*np.linspace(start, 0.1, 10, endpoint=False), *(0.1 * (0.01 + 0.99 * cosine))]
         np.testing.assert_allclose(computed, wanted, rtol=1e-5)
+    for total_steps, wanted in ((100, 7), (101, 8)):  # a share of 0.07, rounded up
+        assert np.argmax(rates(total_steps=total_steps, warmup=0.07)) == wanted
 
 
 @pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (1 / 3, 49.0), (1e9, 10.0)])

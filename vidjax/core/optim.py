@@ -154,7 +154,8 @@ def make_schedule(
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
     check_entry("config.optim.decay", decay, DECAYS)
-    warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
+    # In floating point 100 x 0.07 is slightly more than 7.
+    warmup_steps = min(math.ceil(total_steps * warmup * (1 - 1e-12)), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     ramp = Warmup(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
     return DECAYS[decay](ramp, **select_options(DECAYS[decay], spec))
