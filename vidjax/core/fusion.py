@@ -644,7 +644,10 @@ def _fuse(
 
 def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
     """Returns the cumulative probabilities of fusing 1, 2, ... frames, float32 [length]."""
-    weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
+    try:
+        weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
+    except (ValueError, TypeError):
+        weights = np.empty(0)
     if weights.shape != (length,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
         raise UserError(
             f"probs={probs} must be {length} finite numbers of 0 or more, and not all 0"
