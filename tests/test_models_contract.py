@@ -288,6 +288,8 @@ def test_dropout_is_used_only_in_training(name):
     (PLDA, {"scale": 0.0}, "scale=0.0: must be above 0"),
     ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),
     (FALLBACK, {"threshold_share": 1.0}, "threshold_share=1.0: must be 0 or more, below 1"),
+    (FALLBACK, {"missing_scale": 95.0}, "missing_scale=95.0: must be from 0 to 1"),
+    (FALLBACK, {"other_share": -0.2}, "other_share=-0.2: must be from 0 to 1"),
     (FALLBACK, {"other_modalities": ("face",)}, "modalities other than 'face', not face"),
     (FALLBACK, {"other_modalities": ("scene",)}, "of model 'fallback' names scene"),
     (FALLBACK, {"main": {**DENSE, **COSINE}}, "must be equal, not 64.0 and 1"),
