@@ -234,6 +234,8 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(leaves)), part
     if name in ("cosine", "deepmef"):  # they have no bias
         np.testing.assert_array_equal(output.logits, 0)
+    stats = "batch_stats"  # no row counts, so they stay
+    assert_equal(after.get(stats), jax.tree.map(np.asarray, net.variables.get(stats)))
 
 
 @pytest.mark.parametrize("name", LEARNED)
