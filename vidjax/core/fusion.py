@@ -105,8 +105,8 @@ def sample_frames(
       order: `time`, or `random` for an order independent of time. Without a key, the random order
         is the same for all clips.
       replacement: if True, the frames of a clip with fewer than `num_frames` frames are drawn with
-        replacement. With `replacement`, frames are never evenly spaced. If `rng` is None, they are
-        drawn with a fixed key, and clips of equal length get the same draws.
+        replacement. If `rng` is also None, these draws use a fixed key, so clips of equal length
+        get the same draws, and the frames of longer clips are spread over the clip almost evenly.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
