@@ -197,9 +197,9 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
     rank = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     # Multiples of the golden ratio modulo 1, as 31-bit integers, put frames that are close in time
     # far apart. They are computed in halves, because OpenVINO has no integers of over 32 bits.
-    low = rank * 31161
-    high = jax.lax.rem(rank * 40503 + jax.lax.div(low, 1 << 16), 1 << 16)
-    key = high * (1 << 15) + jax.lax.div(jax.lax.rem(low, 1 << 16), 2)
+    low, base, two = rank * 31161, jnp.int32(1 << 16), jnp.int32(2)
+    high = jax.lax.rem(rank * 40503 + jax.lax.div(low, base), base)
+    key = high * (1 << 15) + jax.lax.div(jax.lax.rem(low, base), two)
     return jnp.argsort(jnp.where(mask, key, (1 << 31) - 1), axis=1)
 
 
@@ -343,7 +343,8 @@ def random_fusion(
 
     picks = _draw_frames(frame_weights(frames, sampling), uniforms[..., 1:], replacement)
     if weighting == "mixup":
-        shares = jax.random.exponential(jax.random.fold_in(rng, 1), uniforms[..., 1:].shape)
+        mix_rng = jax.random.fold_in(rng, 1)
+        shares = jax.random.exponential(mix_rng, uniforms[..., 1:].shape, jnp.float32)
         weights = [shares[..., slot] for slot in range(max_frames)]
     else:
         all_weights = frame_weights(frames, weighting)
