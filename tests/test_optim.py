@@ -69,7 +69,7 @@ def test_jump_is_at_the_first_step_of_its_epoch(steps_per_epoch):
         fn = optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)])
         first = math.ceil(epoch * Fraction(str(steps_per_epoch)))
         compiled = jax.jit(lambda step, fn=fn: fn(step / steps_per_epoch))
-        values = compiled(np.int32([first - 1, first]))
+        values = compiled(np.array([first - 1, first], np.int32))
         np.testing.assert_array_equal(values, [0.0, 1.0])
 
 
