@@ -10,8 +10,8 @@ Each modality passes through a linear map and becomes a unit vector. The vectors
 with a learned weight. The score of an identity is the cosine of the joined vector and the learned
 direction of the identity.
 
-Arguments: the words of WORDS below, in any combination, and names of modalities. Name the strongest
-modality first: the weights start at 1, 1/2, 1/4 and 1/8.
+Arguments: the words of WORDS below, and names of modalities. Name the strongest modality first: the
+weights start at 1, 1/2, 1/4 and 1/8.
 
 A comment after each value names its source: `code` (the code of the quality-fusion system, 4th
 place of 2019; its draws of faces are used here) or `ours`.

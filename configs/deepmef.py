@@ -9,7 +9,7 @@ The system has two models. The first model uses the face and the scene. The seco
 the scene, and scores clips without a face. If the face vectors of a clip are among the shortest
 1 %, both models score the clip.
 
-Arguments: the words of WORDS below, in any combination, and names of modalities. With only `face`,
+Arguments: the words of WORDS below, and names of modalities. With only `face`,
 there is no second model. With only `scene`, only the second model is trained. You can also name
 other modalities instead of `scene`.
 
@@ -64,10 +64,11 @@ def get_config(args: str = "") -> config_lib.Config:
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # code
         config.eval.split = "test"  # ours: the only split that is left
-    if "views" in words:
+    ensemble = config_lib.choose_name(words, ("views", "bagging"), "")
+    if ensemble == "views":
         config.ensemble.views = 11  # code
         config.ensemble.chunks = 16  # code
-    if "bagging" in words:  # paper: a sample can lose identities with one or two clips
+    if ensemble == "bagging":  # paper: a sample can lose identities with one or two clips
         config.ensemble.bootstraps = 11  # ours: as many as views
         config.ensemble.resample = "all"  # paper
 
@@ -75,7 +76,7 @@ def get_config(args: str = "") -> config_lib.Config:
     # features, and the layer of the face has twice its 514 values (512 features, quality and
     # detection). With `views`, a net has a sixteenth fewer features and narrower layers. Paper:
     # 128 for the scene. Ours: the widths of `views`, except for `published`.
-    whole = published and "views" not in words
+    whole = published and ensemble != "views"
     model = {
         "name": "deepmef",
         "channel_attention": "features",  # ours
@@ -119,7 +120,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "main_share": 0.2,  # code
             "other_share": 0.8,  # code
         }
-    if published and "views" in words:
+    if published and ensemble == "views":
         chunks, views = (16, VIEWS) if "face" in config.modalities else (32, SCENE_VIEWS)
         config.ensemble.views = config.ensemble.chunks = chunks  # code
         config.ensemble.only = views  # code

@@ -15,7 +15,7 @@ Only val has distractors, so the members are trained on folds of train and val. 
 scored by the member that was not trained on it. The clustering uses the distractors of all folds,
 but no identities.
 
-Arguments: the words of WORDS below, in any combination, and a modality to use instead of `face`.
+Arguments: the words of WORDS below, and a modality to use instead of `face`.
 
 `published` is the system that the author ran. If the article does not describe a value, the value
 is from the author's code. A batch has 10,240 clips. With `few`, or with synthetic clips, there are
@@ -58,10 +58,8 @@ def get_config(args: str = "") -> config_lib.Config:
         config.ensemble.folds = 8  # README of the code; the default of the code is 10
     if "everything" in words:
         config.ensemble.folds = 0  # ours: no clip of val is scored
-    config.data.distractors = "noise"  # paper
-    for word in ("other", "leave_out"):
-        if word in words:
-            config.data.distractors = word
+    word = config_lib.choose_name(words, ("other", "leave_out", "prediction"), "label")
+    config.data.distractors = word if word in ("other", "leave_out") else "noise"  # paper: noise
 
     if config.data.distractors == "noise":
         config.noise.modality = modality
@@ -72,7 +70,7 @@ def get_config(args: str = "") -> config_lib.Config:
         config.noise.relabel_every_epochs = 1.0  # paper
         # Paper: a clip for which no identity is predicted keeps its label. Code: the clip
         # gets the predicted class.
-        config.noise.keep = "prediction" if "prediction" in words else "label"
+        config.noise.keep = word
         weights = ((0.0, 0.1), (0.9 * config.num_epochs, 0.6))  # ours: a line through the stairs
         if published:
             config.noise.relabel_by = "train"  # code: predicts with the fusion of training

@@ -6,7 +6,7 @@ Time: about 13 seconds on 2 CPU cores.
 Score: MAP@100 0.843 on the small synthetic dataset, 0.805 on the small real dataset (means of 3
 seeds).
 
-Arguments: the words of WORDS below, in any combination, and names of modalities.
+Arguments: the words of WORDS below, and names of modalities.
 
 The team planned to join 25 nets, the five nets below on each of five folds, and completed some of
 them. configs/README.md has the commands that train and join all of them. Column 0 of the classifier

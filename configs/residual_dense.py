@@ -6,9 +6,8 @@ Time: about 87 seconds on 2 CPU cores with the argument `face`.
 Score: MAP@100 0.864 on the small synthetic dataset, 0.828 on the small real dataset with the
 argument `face` (means of 3 seeds).
 
-Arguments: the words of WORDS below, in any combination, and names of modalities. The first name is
-the main modality, by default `face`. If a clip lacks the main modality, the other modalities
-score the clip.
+Arguments: the words of WORDS below, and names of modalities. The first name is the main
+modality, by default `face`. If a clip lacks the main modality, the other modalities score the clip.
 
 The team's score belongs to two joined nets, with and without shortcuts:
 

@@ -45,6 +45,9 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
     # `trainval` and `everything` choose different training clips.
     if name in ("deepmef", "quality_fusion", "residual_dense"):
         refused(lambda: load(f"{name}:trainval,everything"), "'everything' and 'trainval'")
+    for pair in ("mma:concat,pooled", "deepmef:bagging,views", "noise_classes:other,prediction"):
+        if pair.startswith(name):
+            refused(lambda pair=pair: load(pair), "exclude each other: name only one")
     # Every word changes something, except `mlp5`, which names the default.
     assert written.count(written[0]) == 1 + ("mlp5" in words)
 

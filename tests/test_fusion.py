@@ -149,12 +149,13 @@ def windows_oracle(frames, clip, max_frames):
     return np.concatenate([own, merged])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_fixed_windows_match_a_loop(dtype):
+@pytest.mark.parametrize(("dtype", "x64"), [("float32", False), ("int8", False), ("float32", True)])
+def test_fixed_windows_match_a_loop(dtype, x64):
     frames = make_frames([9, 1, 3, 0, 6], max_frames=9, dtype=dtype)
     frames.mask[0, 4] = frames.mask[4, 0] = False  # filters leave holes
 
-    union = fuse("windows", None, frames, max_frames=4)
+    with jax.enable_x64(x64):
+        union = fuse("windows", None, frames, max_frames=4)
 
     assert union.features.dtype == dtype
     for clip in (0, 1, 2, 4):  # clip 3 has no frame
@@ -212,6 +213,7 @@ def test_crops_are_weighted_means_of_their_frames():
     ({"name": "sample", "order": "quality"}, "order 'quality'; choose from random, time"),
     ({"name": "random"}, "needs num_draws"),
     ({"name": "random", "num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 finite"),
+    ({"name": "random", "num_draws": 1, "max_frames": 2, "probs": (1, "a")}, "2 finite"),
     ({"name": "mean", "weighting": "norm"}, "from graded, quality, score, squared, uniform"),
     ({"name": "mean", "top_share": 0.0}, "above 0 and at most 1"),
 ])  # fmt: skip

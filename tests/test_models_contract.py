@@ -234,6 +234,8 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(leaves)), part
     if name in ("cosine", "deepmef"):  # they have no bias
         np.testing.assert_array_equal(output.logits, 0)
+    stats = "batch_stats"  # no row counts, so they stay
+    assert_equal(after.get(stats), jax.tree.map(np.asarray, net.variables.get(stats)))
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -288,6 +290,8 @@ def test_dropout_is_used_only_in_training(name):
     (PLDA, {"scale": 0.0}, "scale=0.0: must be above 0"),
     ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),
     (FALLBACK, {"threshold_share": 1.0}, "threshold_share=1.0: must be 0 or more, below 1"),
+    (FALLBACK, {"missing_scale": 95.0}, "missing_scale=95.0: must be from 0 to 1"),
+    (FALLBACK, {"other_share": -0.2}, "other_share=-0.2: must be from 0 to 1"),
     (FALLBACK, {"other_modalities": ("face",)}, "modalities other than 'face', not face"),
     (FALLBACK, {"other_modalities": ("scene",)}, "of model 'fallback' names scene"),
     (FALLBACK, {"main": {**DENSE, **COSINE}}, "must be equal, not 64.0 and 1"),

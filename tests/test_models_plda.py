@@ -206,6 +206,15 @@ def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
     assert settings == Settings(within=0.8, between=0.75, **prior, centred=3 / (3 + 0.5))
 
 
+@pytest.mark.parametrize(("clips", "people", "most"), [(600, 10, 400), (100, 40, 100)])
+def test_settings_are_fitted_on_enough_people_if_people_have_many_clips(clips, people, most):
+    labels = np.tile(np.arange(51), clips)  # 50 people, and strangers
+    wanted = plda_fit.draw_identities(labels, seed=0)
+    counts = np.bincount(labels[wanted], minlength=51)
+    assert counts[0] == 0 and sorted(counts)[-people:] == [most] * people
+    assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
+
+
 @pytest.mark.slow
 def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     labels = np.repeat(np.arange(1, 31), 4)

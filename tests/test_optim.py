@@ -35,9 +35,11 @@ def test_warmup_and_cosine_decay_match_their_formula():
         cosine = 0.5 * (1 + np.cos(np.pi * np.arange(40) / 40))
         wanted = [*np.linspace(start, 0.1, 10, endpoint=False), *(0.1 * (0.01 + 0.99 * cosine))]
         np.testing.assert_allclose(computed, wanted, rtol=1e-5)
+    for total_steps, wanted in ((100, 7), (101, 8)):  # a share of 0.07, rounded up
+        assert np.argmax(rates(total_steps=total_steps, warmup=0.07)) == wanted
 
 
-@pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (1 / 3, 49.0)])
+@pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (1 / 3, 49.0), (1e9, 10.0)])
 def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epoch):
     options: Any = {"total_steps": 60, "steps_per_epoch": steps_per_epoch, "decay": "steps"}
     options |= {"decay_factor": 0.7, "decay_every_epochs": every, "final_scale": 1.0}
@@ -58,6 +60,17 @@ def test_piecewise_decay_jumps_and_interpolates_between_points():
     factors[epochs < 2] = 0.5
     computed = rates(total_steps=60, steps_per_epoch=10, decay="piecewise", points=points, warmup=0)
     np.testing.assert_allclose(computed, 0.1 * factors, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [10.0, 61.0, 3.3, 7.8125, 109.0])
+def test_jump_is_at_the_first_step_of_its_epoch(steps_per_epoch):
+    # Compiled programs multiply by 1 / 61, so that step 183 would be slightly before epoch 3.
+    for epoch in (3.0, 10.0, 32.0):
+        fn = optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)])
+        first = math.ceil(epoch * Fraction(str(steps_per_epoch)))
+        compiled = jax.jit(lambda step, fn=fn: fn(step / steps_per_epoch))
+        values = compiled(np.array([first - 1, first], np.int32))
+        np.testing.assert_array_equal(values, [0.0, 1.0])
 
 
 @pytest.mark.parametrize("decay", ["cosine", "steps"])

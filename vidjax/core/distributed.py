@@ -21,7 +21,8 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 def join_processes(args: argparse.Namespace) -> None:
     """Joins the other processes of the run, if the command line `args` has the flags in FLAGS.
 
-    Call it before JAX is used. If only some of the flags are given, UserError is raised.
+    Call it before JAX is used. If only some of the flags are given, or if the address is malformed,
+    UserError is raised.
     """
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
@@ -30,6 +31,12 @@ def join_processes(args: argparse.Namespace) -> None:
         raise UserError(
             f"a run of several processes also needs {', '.join(missing)}\n"
             "give each process --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        )
+    host, _, port = args.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UserError(
+            f"--coordinator={args.coordinator} is not an address: write HOST:PORT, such as "
+            "--coordinator=a:9876"
         )
     import jax
 

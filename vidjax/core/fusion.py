@@ -105,8 +105,8 @@ def sample_frames(
       order: `time`, or `random` for an order independent of time. Without a key, the random order
         is the same for all clips.
       replacement: if True, the frames of a clip with fewer than `num_frames` frames are drawn with
-        replacement. With `replacement`, frames are never evenly spaced. If `rng` is None, they are
-        drawn with a fixed key, and clips of equal length get the same draws.
+        replacement. If `rng` is also None, these draws use a fixed key, so clips of equal length
+        get the same draws, and the frames of longer clips are spread over the clip almost evenly.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
@@ -197,9 +197,9 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
     rank = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
     # Multiples of the golden ratio modulo 1, as 31-bit integers, put frames that are close in time
     # far apart. They are computed in halves, because OpenVINO has no integers of over 32 bits.
-    low = rank * 31161
-    high = jax.lax.rem(rank * 40503 + jax.lax.div(low, 1 << 16), 1 << 16)
-    key = high * (1 << 15) + jax.lax.div(jax.lax.rem(low, 1 << 16), 2)
+    low, base, two = rank * 31161, jnp.int32(1 << 16), jnp.int32(2)
+    high = jax.lax.rem(rank * 40503 + jax.lax.div(low, base), base)
+    key = high * (1 << 15) + jax.lax.div(jax.lax.rem(low, base), two)
     return jnp.argsort(jnp.where(mask, key, (1 << 31) - 1), axis=1)
 
 
@@ -343,7 +343,8 @@ def random_fusion(
 
     picks = _draw_frames(frame_weights(frames, sampling), uniforms[..., 1:], replacement)
     if weighting == "mixup":
-        shares = jax.random.exponential(jax.random.fold_in(rng, 1), uniforms[..., 1:].shape)
+        mix_rng = jax.random.fold_in(rng, 1)
+        shares = jax.random.exponential(mix_rng, uniforms[..., 1:].shape, jnp.float32)
         weights = [shares[..., slot] for slot in range(max_frames)]
     else:
         all_weights = frame_weights(frames, weighting)
@@ -644,7 +645,10 @@ def _fuse(
 
 def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
     """Returns the cumulative probabilities of fusing 1, 2, ... frames, float32 [length]."""
-    weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
+    try:
+        weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
+    except (ValueError, TypeError):
+        weights = np.empty(0)
     if weights.shape != (length,) or not np.all(weights >= 0) or not 0 < weights.sum() < np.inf:
         raise UserError(
             f"probs={probs} must be {length} finite numbers of 0 or more, and not all 0"

@@ -36,6 +36,9 @@ def make_piecewise(
     if not pairs or np.any(np.diff(table[:, 0]) < 0):
         raise UserError(f"{name}={points}: must be finite pairs (epoch, value) in order of epochs")
     epochs, values = table.T
+    # Rounding of step / steps_per_epoch must not delay a jump by a step.
+    is_jump = np.isin(epochs, epochs[1:][np.diff(epochs) == 0])
+    epochs = np.where(is_jump, epochs * np.float32(1 - 5e-7), epochs)
     # `optax.piecewise_interpolate_schedule` multiplies scales: it can never leave 0 and has no
     # jumps. The added point makes a jump at the last epoch take its second value.
     epochs, values = np.append(epochs, np.inf), np.append(values, values[-1])
@@ -96,7 +99,8 @@ def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -
     num_stairs = math.ceil(ramp.total_steps / width) + 1
     # The table is computed on the host. In float32, as in `optax.exponential_decay`, rounding could
     # move an edge by a step.
-    edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12)).astype(np.int32)
+    edges = np.ceil(width * np.arange(1, num_stairs) * (1 - 1e-12))
+    edges = np.minimum(edges, np.iinfo(np.int32).max).astype(np.int32)  # a stair may be very wide
     scales = (float(decay_factor) ** np.arange(num_stairs)).astype(np.float32)
     return ramp.multiply(
         lambda step: jnp.asarray(scales)[jnp.searchsorted(edges, step, side="right")]
@@ -150,7 +154,8 @@ def make_schedule(
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
     check_entry("config.optim.decay", decay, DECAYS)
-    warmup_steps = min(math.ceil(total_steps * warmup), total_steps - 1)
+    # In floating point 100 x 0.07 is slightly more than 7.
+    warmup_steps = min(math.ceil(total_steps * warmup * (1 - 1e-12)), total_steps - 1)
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     ramp = Warmup(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
     return DECAYS[decay](ramp, **select_options(DECAYS[decay], spec))

@@ -72,6 +72,9 @@ class FallbackIdentifier(Identifier):
             raise UserError(
                 f"config.model.threshold_share={self.threshold_share}: must be 0 or more, below 1"
             )
+        for name in ("missing_scale", "main_share", "other_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"config.model.{name}={getattr(self, name)}: must be from 0 to 1")
         main = self.main_modalities or self.modalities
         if self.modality not in main:
             raise UserError(

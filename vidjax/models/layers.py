@@ -61,13 +61,19 @@ def batch_norm(x: Array, mask: Array, *, train: bool, name: str = "norm") -> Arr
     """Applies BatchNorm in float32 or wider, as the submodule `name` of the calling module.
 
     `mask` has the leading axes of x and is True for rows that count in the batch statistics. In
-    training the running statistics in `batch_stats` change; this collection must be mutable.
+    training the running statistics in `batch_stats` change; this collection must be mutable. If no
+    row counts, the running statistics stay.
     """
-    # If no row were real, the mean would be 0 / 0, and the running statistics would become NaN.
-    counted = jnp.logical_or(mask, ~mask.any())
+    is_any = mask.any()
+    counted = jnp.logical_or(mask, ~is_any)  # the mean of no row would be 0 / 0
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     norm = nn.BatchNorm(not train, momentum=0.9, dtype=dtype, param_dtype=dtype, name=name)
-    return norm(x, mask=counted.reshape(counted.shape + (1,) * (x.ndim - counted.ndim)))
+    before = dict(norm.variables.get("batch_stats", {})) if train else {}
+    y = norm(x, mask=counted.reshape(counted.shape + (1,) * (x.ndim - counted.ndim)))
+    for key, old in before.items():
+        new = norm.get_variable("batch_stats", key)
+        norm.put_variable("batch_stats", key, jnp.where(is_any, new, old))
+    return y
 
 
 class Linear(nn.Module):

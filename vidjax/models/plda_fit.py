@@ -57,7 +57,8 @@ FEWEST_PEOPLE = 10  # with two clips or more; if there are fewer, only the prior
 FOLDS = 4
 HIDDEN = 0.2  # share of identities that are not enrolled in a modality, if there are several
 STRANGERS = 0.2  # share of identities that are not enrolled at all
-MAX_FITTED_CLIPS = 4000  # clips for the fit; if there are more, whole identities are drawn
+MAX_FITTED_CLIPS = 4000  # clips for the fit; if there are more, identities are drawn
+MAX_CLIPS_OF_A_PERSON = MAX_FITTED_CLIPS // FEWEST_PEOPLE  # if identities are drawn
 
 
 def unit_mean(frames: Frames) -> Array:
@@ -175,13 +176,24 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
 
-    If more than MAX_FITTED_CLIPS clips have such labels, only clips of random identities are True.
+    If more than MAX_FITTED_CLIPS clips have such labels, only clips of random identities are True,
+    and at most MAX_CLIPS_OF_A_PERSON random clips of an identity. So no person with many clips can
+    leave fewer than FEWEST_PEOPLE people for the fit.
     """
-    known = np.unique(labels[labels > 0])
-    order = np.random.default_rng(seed).permutation(known)
-    counts = np.bincount(labels, minlength=int(labels.max()) + 1)[order]
-    enough = max(int(np.searchsorted(np.cumsum(counts), MAX_FITTED_CLIPS, side="right")), 2)
-    return np.isin(labels, order[:enough])
+    wanted = labels > 0
+    if np.sum(wanted) <= MAX_FITTED_CLIPS:
+        return wanted
+    rng = np.random.default_rng(seed)
+    known, counts = np.unique(labels[wanted], return_counts=True)
+    order = rng.permutation(len(known))
+    totals = np.cumsum(np.minimum(counts[order], MAX_CLIPS_OF_A_PERSON))
+    enough = np.searchsorted(totals, MAX_FITTED_CLIPS, side="right")
+    rows = rng.permutation(np.flatnonzero(np.isin(labels, known[order[:enough]])))
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    place = np.arange(len(rows)) - np.searchsorted(labels[rows], labels[rows])  # in the identity
+    chosen = np.zeros(len(labels), bool)
+    chosen[rows[place < MAX_CLIPS_OF_A_PERSON]] = True
+    return chosen
 
 
 def fit_settings(
