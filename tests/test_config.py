@@ -74,6 +74,10 @@ def test_differences_of_configurations_omit_unread_fields():
     assert config_lib.differences(plain, other) == {}
     assert set(config_lib.differences(plain, sgd)) == {"optim.name", "optim.momentum"}
 
+    # A configuration file may contain lists, but JSON has no tuples.
+    plain.model.sizes = ([1, 2], {"a": [3]})
+    assert config_lib.differences(config_io.from_json(config_io.to_json(plain)), plain) == {}
+
 
 # A word of the command line -> the fields that are read only with this word, with a value each.
 # With no word, the fields of `join` are read only by `vidjax evaluate`.

@@ -377,13 +377,23 @@ def default() -> Config:
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field of a configuration or of a nested dict."""
+    """Yields (dotted name, value) of every field of a configuration or of a nested dict.
+
+    Lists are yielded as tuples, because JSON does not distinguish them.
+    """
     values = config if isinstance(config, Mapping) else config.to_dict()
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{name}", leaf) for name, leaf in fields(value))
         else:
-            yield key, value
+            yield key, to_tuples(value)
+
+
+def to_tuples(value: Any) -> Any:
+    """Returns a value with tuples instead of lists, also inside of dicts, lists and tuples."""
+    if isinstance(value, dict):
+        return {key: to_tuples(item) for key, item in value.items()}
+    return tuple(map(to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

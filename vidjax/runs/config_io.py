@@ -241,16 +241,10 @@ def from_json(text: str | bytes) -> Config:
         raise UserError("it is not a JSON object")
     try:
         with config.unlocked():
-            config.update(_with_tuples(values))
+            config.update(config_lib.to_tuples(values))
     except (TypeError, AttributeError, KeyError) as error:
         raise UserError(" ".join(str(error).split())[:300]) from error
     return config
-
-
-def _with_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_tuples(item) for key, item in value.items()}
-    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def load_workdir(workdir: Path) -> Config:
