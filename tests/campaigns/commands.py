@@ -85,6 +85,8 @@ MINE = {
     "bare.py": (f"{BEGIN}    return ConfigDict({{'seed': 1}})\n", "config.default()"),
     "typed.py": (f"{BEGIN}    values = config.default().to_dict() | {{'batch_size': '8'}}\n"
                  "    return ConfigDict(values)\n", "config.batch_size"),
+    "function.py": (f"{BEGIN}    values = config.default()\n    values.model.activation = max\n"
+                    "    return values\n", "set its name"),
 }  # fmt: skip
 # In the folders of `prepare_places`, which contain made-up runs and data.
 PLACES = [

@@ -6,6 +6,7 @@ read only if another field has a certain value (`Field.read_when`). For example,
 the change would look like an experiment but have no effect.
 """
 
+import json
 import math
 import operator
 import re
@@ -442,7 +443,13 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_find_numbers(value))
-        if any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
+        if not _is_json(value):
+            yield (
+                f"config.{name} is of type {type(value).__name__}, which config.json cannot store\n"
+                "set it to a number, a text, True, False, None, or a list or dict of these; to "
+                "choose a function, set its name, and find the function in the model"
+            )
+        elif any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
             yield f"config.{name} is a whole number that does not fit into 64 bits: reduce it"
         elif field and (wanted := _find_violated(field, value)):
             yield f"{text}: must be {wanted}"
@@ -452,6 +459,14 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
             yield f"{text}: must be finite"
         elif name.endswith("dropout_rate") and not (numbers and 0 <= numbers[0] <= 1):
             yield f"{text}: must lie between 0 and 1"
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _find_violated(field: Field, value: float) -> str:

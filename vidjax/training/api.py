@@ -222,6 +222,7 @@ def train_run(
     from vidjax.evaluation.analysis import analysis
     from vidjax.training import loop as training
 
+    config_lib.check(config)
     results = training.read_finished_metrics(folder, config)
     if results is None:
         set_up_devices(config)

@@ -143,7 +143,8 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def print_result(result: Result, name: str, *, as_json: bool) -> None:
     """Prints the result of the command `name` as text or JSON."""
     if as_json:
-        print_text(json.dumps(_plain({"mode": name, **result.content}), allow_nan=False))
+        content = _plain({"mode": name, **result.content})
+        print_text(json.dumps(content, allow_nan=False, default=str))
         return
     rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
     heading = [name + result.note] if rows else []
