@@ -111,6 +111,8 @@ PLACES = [
     Case(f"{OWN}own --config.eval.split=test", "train, val"),
     Case(f"{OWN}own", "labels.csv"),
     Case(f"{OWN}alone", "--config.ensemble.folds=5"),
+    Case("--config=knn --workdir=own/train", "a folder of clips"),
+    Case(f"{TRAIN} --config.data.weights=own", "name a file"),
 ]  # fmt: skip
 # In a separate process, with the trained run of `prepare`. CPU time is not measured.
 FILES = [

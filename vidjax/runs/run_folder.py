@@ -23,7 +23,7 @@ from vidjax.utils.errors import UserError
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 
 # Files of a folder of features. The folder of a run has no such file.
-DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz",
+DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "*.npz", "train/*.npz", "val/*.npz",
                  "test/*.npz", "*.parquet")  # fmt: skip
 
 
