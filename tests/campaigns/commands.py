@@ -59,6 +59,10 @@ WORDS = [
     Case("extract none.mp4 --out=x --models=m --size=1", "32 to 8,192"),
     Case("extract none.mp4 --out=x --models=m --fps=nan", "a number above 0"),
     Case("convert dlib", "needs FILE, --out"), Case("forget", "--identity=NAME"),
+    Case("forget --identity=", "--identity= has no value"),
+    Case("serve --gallery=g --token-file=", "--token-file= has no value"),
+    Case("report --workdir=~no-such-user/run", "write ~/"),
+    Case("--config=knn --workdir=s3://bucket/run", "is an address"),
 ]  # fmt: skip
 FIELDS = [
     Case(f"{TRAIN} --config.optimizer.learning_rate=1", "--config.optim.learning_rate"),

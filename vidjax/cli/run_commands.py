@@ -22,7 +22,7 @@ from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.training import api
-from vidjax.utils import messages
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
 
@@ -51,7 +51,7 @@ def add_train_flags(parser: Parser) -> None:
 def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
     """Returns the configuration of the run to train, and its folder."""
     config = config_io.override(api.load_config(args.config), args.overrides)
-    workdir = Path(args.workdir or Path("runs", _make_default_name(args, config))).expanduser()
+    workdir = files.local(args.workdir or Path("runs", _make_default_name(args, config)))
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
         raise UserError(
             f"--workdir={workdir} is the folder of the data, config.data.dir\n"
