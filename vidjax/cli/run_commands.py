@@ -28,8 +28,10 @@ from vidjax.utils.messages import Parser, Result
 
 # Fields and groups that only training reads.
 TRAINING_FIELDS = (
-    "batch_size", "checkpoint_every_seconds", "data.balance", "data.weights", "eval.every_epochs",
-    "log_every_steps", "loss", "mixup", "num_epochs", "optim", "seed", "transforms",
+    "batch_size", "checkpoint_every_seconds", "data.balance", "data.crop", "data.distractors",
+    "data.max_frames", "data.mode", "data.train_splits", "data.weights", "data.whole_epochs",
+    "ensemble", "eval.every_epochs", "log_every_steps", "loss", "mixup", "noise", "num_epochs",
+    "optim", "seed", "transforms",
 )  # fmt: skip
 # Fields that a blend of runs reads. For all other fields, each run keeps its values.
 JOINED_FIELDS = (
