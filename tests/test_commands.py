@@ -47,6 +47,11 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(case, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())  # nothing is written
 
 
+def test_empty_argument_is_named_as_in_the_help(command):
+    for words, name in (("gallery list", "G"), ("export --to=new --format=numpy", "RUN")):
+        assert f"{name} is empty" in command(*words.split(), "").err
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A folder with data, made-up runs, and configuration files, some of them wrong."""
