@@ -182,6 +182,7 @@ def test_values_outside_the_range_of_a_field_are_refused():
 
 def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
 
     assert config_io.load_file("mma:face").modalities == ("face",)
     for name in ("mmaa", "configs/mma.py", "mma.py"):
@@ -191,6 +192,7 @@ def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "knn.py", tmp_path / "configs" / "mma.py")
     assert config_io.load_file("mma").model.name == "knn"  # from the working directory
+    assert config_io.load_file("~/configs/mma.py").model.name == "knn"
 
 
 def test_page_of_configurations_equals_the_generated_documentation():

@@ -72,7 +72,7 @@ def _check_types(spec: str, values: Mapping[str, Any]) -> None:
 
 def find_file(name: str) -> Path:
     """Returns the path of a configuration file, given its path or a name such as `mma`."""
-    path, known = Path(name), dict[str, Path]()
+    path, known = Path(name).expanduser(), dict[str, Path]()
     if path.is_file():
         return path
     for folder in (shipped_folder(), Path("configs")):  # the working directory takes precedence
