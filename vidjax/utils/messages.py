@@ -256,10 +256,15 @@ def _print(text: str, stream: TextIO) -> bool:
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:  # `| head -1` closes the pipe early
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except BrokenPipeError:
+        drop_output(stream)
         return False
     return True
+
+
+def drop_output(stream: TextIO) -> None:
+    """Replaces a closed pipe by /dev/null. `| head -1` closes the pipe early."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Printable(logging.Formatter):
