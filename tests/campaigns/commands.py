@@ -72,6 +72,7 @@ FIELDS = [
     Case(f"{TRAIN} --config.seed=1 --config.batch_size=abc", "--config.batch_size=abc"),
     Case(f"{TRAIN} --config.batch_size=12.5", "whole number"),
     Case(f"{TRAIN} --config.modalities=5", "separated by commas"),
+    Case(f"{TRAIN} --config.modalities={{[]:1}}", "choose from face"),
     Case("--config=mma:face,haed --workdir=new", "'head'"),
     Case("--config=mma --workdir=new --config.optim.name=adamw", "'adam'?"),
     Case(f"{TRAIN} --config.data.train_splits=train,val", "--config.ensemble.folds=5"),

@@ -167,7 +167,7 @@ TABLE: tuple[Field | Group, ...] = (
           "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", movable=True),
     Field("data.size", "small", "size of the synthetic dataset: `small` (100 identities) or "
           "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC),
-    Field("data.seed", 0, "seed of the synthetic dataset: another seed gives other clips",
+    Field("data.seed", 0, "seed of the synthetic dataset: another seed gives other clips", low=0,
           read_when=SYNTHETIC),
     Field("data.wrong_clips", 0.15, "share of synthetic clips in which a third of the frames shows "
           "another person", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),

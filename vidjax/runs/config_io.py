@@ -213,7 +213,7 @@ def convert(text: str, kind: type, example: Any) -> Any:
 def _convert_tuple(text: str) -> tuple[Any, ...]:
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = tuple(word.strip() for word in text.split(",") if word.strip())
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 

@@ -133,6 +133,8 @@ def describe_system_error(error: BaseException) -> str | None:
             f"'{escape_controls(error.object)[:100]}'\n"
             "set another locale: export LC_ALL=C.UTF-8"
         )
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "a path begins with ~ and no user of this name exists\nfor your own folder, write ~/"
     if not isinstance(error, OSError) or isinstance(error, Expected):
         return None
     remedy = REMEDIES.get(error.errno or 0)

@@ -201,7 +201,8 @@ def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
         else:
             print_problem(text)
     if "--json" in words:
-        print_text(json.dumps({"error": text}))
+        with contextlib.suppress(OSError):  # the disk of standard output may be full
+            print_text(json.dumps({"error": text}))
     return code or 1
 
 
