@@ -60,6 +60,8 @@ WORDS = [
     Case("extract none.mp4 --out=x --models=m --size=1", "32 to 8,192"),
     Case("extract none.mp4 --out=x --models=m --fps=nan", "a number above 0"),
     Case("convert dlib", "needs FILE, --out"), Case("forget", "--identity=NAME"),
+    Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator=a", "HOST:PORT"),
+    Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator=a:99999", "HOST:PORT"),
     Case("forget --identity=", "--identity= has no value"),
     Case("serve --gallery=g --token-file=", "--token-file= has no value"),
     Case("report --workdir=~no-such-user/run", "write ~/"),
