@@ -19,6 +19,7 @@ from vidjax.data.synthetic import LARGEST
 from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.files import INTEGER_LIMIT
 
+MAX_MEMBERS = 10_000  # of an ensemble; `metrics.json` can list as many
 Values = Mapping[str, Any]  # dotted name -> value, of every field of `default()`
 
 
@@ -206,14 +207,15 @@ TABLE: tuple[Field | Group, ...] = (
     Field("data.weights", None, "file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that "
           "is not named has weight 1", movable=True),
     Field("data.balance", 0.0, "class balancing: a clip of a class of n clips has the loss weight "
-          "n ** -balance, divided by the mean weight; 0: equal weights"),
+          "n ** -balance, divided by the mean weight, -10 to 10; 0: equal weights", low=-10,
+          high=10),
 
     Group("ensemble", "the members of an ensemble: all combinations of folds, bootstrap "
           "samples, views, qualities and seeds"),
     Field("ensemble.folds", 0, "number of stratified folds, 2 or more; each member leaves out a "
-          "fold; 0: no folds", low=0),
+          "fold; 0: no folds", low=0, high=MAX_MEMBERS),
     Field("ensemble.bootstraps", 0, "number of bootstrap samples of the training clips, each for "
-          "a member; 0: none", low=0),
+          "a member; 0: none", low=0, high=MAX_MEMBERS),
     Field("ensemble.resample", "identity", "how a bootstrap sample is drawn: from the clips of "
           "each `identity` separately, or from `all` clips together. With `all`, an identity of "
           "few clips may get none. With `ensemble.bootstraps`", choices=("identity", "all"),
@@ -227,7 +229,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("ensemble.poor_clips", "keep", "clips whose frames are all below "
           "`ensemble.min_quality`: `keep` trains on all their frames, `drop` leaves them out",
           choices=("keep", "drop"), read_when=_read_unless("ensemble.min_quality", (), "0,20,40")),
-    Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1),
+    Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1,
+          high=MAX_MEMBERS),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
           "all"),
     Field("ensemble.mapping", "auto", "`map`: members are trained in turn; `vmap`: "
