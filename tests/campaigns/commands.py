@@ -107,6 +107,7 @@ PLACES = [
     Case("compare --workdir=out --runs=a,b --config.eval.split=test",
          "vidjax evaluate --workdir=a --config.eval.split=test"),
     Case("--config=nowhere/mma.py", "'mma'"),
+    Case("export nowhere --to=new/deep/folder --format=numpy", "is not a folder"),
     Case("--config=configs", "choose from cosine"),
     *[Case(f"--config=mine/{name}", remedy) for name, (_, remedy) in MINE.items()],
     Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=zip",
