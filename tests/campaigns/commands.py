@@ -65,6 +65,7 @@ WORDS = [
     Case("forget --identity=", "--identity= has no value"),
     Case("serve --gallery=g --token-file=", "--token-file= has no value"),
     Case("report --workdir=~no-such-user/run", "write ~/"),
+    Case("serve --gallery=g --token-file=~no-such-user/token", "write ~/"),
     Case("--config=knn --workdir=s3://bucket/run", "is an address"),
 ]  # fmt: skip
 FIELDS = [
