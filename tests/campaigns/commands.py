@@ -103,6 +103,7 @@ PLACES = [
     Case("--mode=report --workdir=empty", "vidjax train --config=mma"),
     Case("--config=mma --workdir=a", "another workdir"),
     Case("--mode=evaluate --workdir=a --runs=b,a", "another folder"),
+    Case("--mode=evaluate --workdir=a --config.join.weights=1,2", "no effect"),
     Case("compare --workdir=out --runs=a,a", "a run is named twice"),
     Case("compare --workdir=a --runs=a,b", "contains a run"),
     Case("compare --workdir=out --runs=a,b --config.eval.split=test",

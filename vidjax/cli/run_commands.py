@@ -137,6 +137,11 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
     config = config_io.override(config, args.overrides)
     if config.join.runs:
         shared_flags.check_fields(args, JOINED_FIELDS)
+    else:
+        values = dict(config_lib.fields(config))
+        for name in config_io.override_names(args.overrides):
+            if problem := config_lib.explain_unread(name, values):
+                raise UserError(problem)
     config_lib.check_ranges(config)
     return config, folder
 

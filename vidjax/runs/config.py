@@ -522,19 +522,28 @@ def _find_unread(values: Values) -> Iterator[str]:
     for name in values:
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"the field config.{name} does not exist: {suggest_field(name, FIELDS)}"
-    for name, field in FIELDS.items():
-        when = field.read_when
-        if when and values[name] != field.default and not when.condition(values):
-            yield (
-                f"config.{name}={values[name]} has no effect with config.{when.field}="
-                f"{values[when.field]}\nto make it count, use {when.remedy}\n"
-                f"or leave config.{name} at the default, {field.default}"
-            )
+    yield from filter(None, (explain_unread(name, values) for name in FIELDS))
     if runs := values["join.runs"]:
         yield (
             f"config.join.runs={','.join(map(str, runs))} has no effect on a training\n"
             "to blend runs, use vidjax evaluate --workdir=FOLDER --runs=A,B"
         )
+
+
+def explain_unread(name: str, values: Values) -> str:
+    """Returns a message if the field `name` has another value than the default but is not read.
+
+    Otherwise returns "".
+    """
+    field = FIELDS.get(name)
+    if not field or not field.read_when or is_read(name, values) or values[name] == field.default:
+        return ""
+    other = field.read_when.field
+    return (
+        f"config.{name}={values[name]} has no effect with config.{other}={values[other]}\n"
+        f"to make it count, use {field.read_when.remedy}\n"
+        f"or leave config.{name} at the default, {field.default}"
+    )
 
 
 def find_closest_field(name: str, known: Collection[str]) -> str | None:
