@@ -1,6 +1,7 @@
 """The functions of `import vidjax`: what the README's ten lines use, from end to end."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     folder = tmp_path / "runs" / "memory"
     assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
 
-    results = vidjax.train(config, folder, made, num_devices=1)
+    with ThreadPoolExecutor() as pool:  # a program may train in any thread
+        results = pool.submit(vidjax.train, config, folder, made, num_devices=1).result()
     assert results.map == pytest.approx(1.0)  # the people of `clips` are easy to tell apart
     assert results.to_dict() == json.loads(results.paths.metrics.read_text())
     assert "map=1.0, map_kind='val'" in repr(results)
@@ -70,6 +72,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
     assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]  # new: person_2
     refused("clips must be a dict .* not str", run.rank, str(folder))
+    refused("data must be the result of vidjax.load_data", UNTYPED.evaluate, folder, clips)
     refused("identify: k must be a number", run.identify, new, "2")
     refused("identify: threshold must be a score", run.identify, new, threshold="0.5")
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from tests.helpers import seen
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import slowness
 from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
+from vidjax.runs import config_io, terminal
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.signals import Interrupted
 from vidjax.training import plan
@@ -45,6 +46,11 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(case, tmp_path, monkeyp
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     assert check_outcome(case, command) == ""  # the error is on stderr
     assert not list(tmp_path.iterdir())  # nothing is written
+
+
+def test_empty_argument_is_named_as_in_the_help(command):
+    for words, name in (("gallery list", "G"), ("export --to=new --format=numpy", "RUN")):
+        assert f"{name} is empty" in command(*words.split(), "").err
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +197,13 @@ def test_commands_survive_closed_standard_streams(mode, code):
         done = subprocess.run(words, capture_output=True, text=True, timeout=100)
         assert done.returncode == code, done
         assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_message_to_a_closed_pipe_does_not_end_a_run(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.delenv(messages.QUIET, raising=False)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        for text in ("train: compiling", "step 1"):
+            terminal.say(text)

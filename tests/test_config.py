@@ -77,6 +77,10 @@ def test_differences_of_configurations_omit_unread_fields():
     assert config_lib.differences(plain, other) == {}
     assert set(config_lib.differences(plain, sgd)) == {"optim.name", "optim.momentum"}
 
+    # A configuration file may contain lists, but JSON has no tuples.
+    plain.model.sizes = ([1, 2], {"a": [3]})
+    assert config_lib.differences(config_io.from_json(config_io.to_json(plain)), plain) == {}
+
 
 # A word of the command line -> the fields that are read only with this word, with a value each.
 # With no word, the fields of `join` are read only by `vidjax evaluate`.
@@ -181,6 +185,7 @@ def test_values_outside_the_range_of_a_field_are_refused():
 
 def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
 
     assert config_io.load_file("mma:face").modalities == ("face",)
     for name in ("mmaa", "configs/mma.py", "mma.py"):
@@ -190,6 +195,7 @@ def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "knn.py", tmp_path / "configs" / "mma.py")
     assert config_io.load_file("mma").model.name == "knn"  # from the working directory
+    assert config_io.load_file("~/configs/mma.py").model.name == "knn"
 
 
 def test_page_of_configurations_equals_the_generated_documentation():

@@ -47,6 +47,7 @@ WORDS = [
     Case("evaluate --workdir=run --out=o.tsv", "no flag --out"),
     Case("rank", "needs --workdir, --input, --out"),
     Case("--mode=evaluate --workdir=w --config.optim.learning_rate=0.1", "no effect"),
+    Case("--mode=evaluate --workdir=w --config.data.max_frames=3", "no effect"),
     Case("--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w",
          "is the folder of the data"),
     Case("gallery creat", "create"),
@@ -59,6 +60,13 @@ WORDS = [
     Case("extract none.mp4 --out=x --models=m --size=1", "32 to 8,192"),
     Case("extract none.mp4 --out=x --models=m --fps=nan", "a number above 0"),
     Case("convert dlib", "needs FILE, --out"), Case("forget", "--identity=NAME"),
+    Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator=a", "HOST:PORT"),
+    Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator=a:99999", "HOST:PORT"),
+    Case("forget --identity=", "--identity= has no value"),
+    Case("serve --gallery=g --token-file=", "--token-file= has no value"),
+    Case("report --workdir=~no-such-user/run", "write ~/"),
+    Case("serve --gallery=g --token-file=~no-such-user/token", "write ~/"),
+    Case("--config=knn --workdir=s3://bucket/run", "is an address"),
 ]  # fmt: skip
 FIELDS = [
     Case(f"{TRAIN} --config.optimizer.learning_rate=1", "--config.optim.learning_rate"),
@@ -67,6 +75,7 @@ FIELDS = [
     Case(f"{TRAIN} --config.seed=1 --config.batch_size=abc", "--config.batch_size=abc"),
     Case(f"{TRAIN} --config.batch_size=12.5", "whole number"),
     Case(f"{TRAIN} --config.modalities=5", "separated by commas"),
+    Case(f"{TRAIN} --config.modalities={{[]:1}}", "choose from face"),
     Case("--config=mma:face,haed --workdir=new", "'head'"),
     Case("--config=mma --workdir=new --config.optim.name=adamw", "'adam'?"),
     Case(f"{TRAIN} --config.data.train_splits=train,val", "--config.ensemble.folds=5"),
@@ -85,6 +94,8 @@ MINE = {
     "bare.py": (f"{BEGIN}    return ConfigDict({{'seed': 1}})\n", "config.default()"),
     "typed.py": (f"{BEGIN}    values = config.default().to_dict() | {{'batch_size': '8'}}\n"
                  "    return ConfigDict(values)\n", "config.batch_size"),
+    "function.py": (f"{BEGIN}    values = config.default()\n    values.model.activation = max\n"
+                    "    return values\n", "set its name"),
 }  # fmt: skip
 # These commands are run in the folder of `prepare_places`.
 PLACES = [
@@ -92,11 +103,13 @@ PLACES = [
     Case("--mode=report --workdir=empty", "vidjax train --config=mma"),
     Case("--config=mma --workdir=a", "another workdir"),
     Case("--mode=evaluate --workdir=a --runs=b,a", "another folder"),
+    Case("--mode=evaluate --workdir=a --config.join.weights=1,2", "no effect"),
     Case("compare --workdir=out --runs=a,a", "a run is named twice"),
     Case("compare --workdir=a --runs=a,b", "contains a run"),
     Case("compare --workdir=out --runs=a,b --config.eval.split=test",
          "vidjax evaluate --workdir=a --config.eval.split=test"),
     Case("--config=nowhere/mma.py", "'mma'"),
+    Case("export nowhere --to=new/deep/folder --format=numpy", "is not a folder"),
     Case("--config=configs", "choose from cosine"),
     *[Case(f"--config=mine/{name}", remedy) for name, (_, remedy) in MINE.items()],
     Case("--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=zip",
@@ -109,6 +122,8 @@ PLACES = [
     Case(f"{OWN}own --config.eval.split=test", "train, val"),
     Case(f"{OWN}own", "labels.csv"),
     Case(f"{OWN}alone", "--config.ensemble.folds=5"),
+    Case("--config=knn --workdir=own/train", "a folder of clips"),
+    Case(f"{TRAIN} --config.data.weights=own", "name a file"),
 ]  # fmt: skip
 # These commands are run in new processes and in the folder of `prepare`.
 FILES = [

@@ -77,6 +77,8 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
         return checks
     workdir = Path(args.workdir).expanduser().absolute()
     if files.exists(workdir / store.GALLERY_FILE):
+        if args.overrides:
+            raise UserError(f"{args.overrides[0]} has no effect on a gallery: leave it out")
         return checks | {"gallery": partial(_check_gallery, workdir)}
     config = config_io.override(api.open_run(workdir).config, args.overrides)
     if config.join.runs:

@@ -20,6 +20,8 @@ MANIFEST = "export.json"
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
     """Returns the folders to read and to write. If the second folder exists, raises UserError."""
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
+    if not source.is_dir():
+        raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
     if files.exists(to):
         raise UserError(f"--to={to} already exists: name a new folder")
     to.parent.mkdir(parents=True, exist_ok=True)

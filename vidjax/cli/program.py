@@ -134,9 +134,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         text = f"there is no flag {flag}" if word.startswith("-") else f"'{word}' has no flag"
         hint = _suggest_flag(flag, args) if word.startswith("-") else _explain(word, strays, args)
         args.parser.error(f"{text}: {hint}" if hint else text)
-    for flag, value in vars(args).items():
-        if value == "":
-            raise UserError(f"--{flag}= has no value: give a value, or leave out the flag")
+    for action in args.parser._actions:
+        value = getattr(args, action.dest, None)
+        if value == "" or (isinstance(value, list) and "" in value):
+            if not action.option_strings:
+                args.parser.error(f"{action.metavar} is empty")
+            flag = action.option_strings[0]
+            raise UserError(f"{flag}= has no value: give a value, or leave out the flag")
     args.overrides = tuple(overrides)
     args.line = shlex.join(["vidjax", *words])
     return args

@@ -22,14 +22,16 @@ from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.training import api
-from vidjax.utils import messages
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
 
 # Fields and groups that only training reads.
 TRAINING_FIELDS = (
-    "batch_size", "checkpoint_every_seconds", "data.balance", "data.weights", "eval.every_epochs",
-    "log_every_steps", "loss", "mixup", "num_epochs", "optim", "seed", "transforms",
+    "batch_size", "checkpoint_every_seconds", "data.balance", "data.crop", "data.distractors",
+    "data.max_frames", "data.mode", "data.train_splits", "data.weights", "data.whole_epochs",
+    "ensemble", "eval.every_epochs", "log_every_steps", "loss", "mixup", "noise", "num_epochs",
+    "optim", "seed", "transforms",
 )  # fmt: skip
 # Fields that a blend of runs reads. For all other fields, each run keeps its values.
 JOINED_FIELDS = (
@@ -51,7 +53,7 @@ def add_train_flags(parser: Parser) -> None:
 def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
     """Returns the configuration of the run to train, and its folder."""
     config = config_io.override(api.load_config(args.config), args.overrides)
-    workdir = Path(args.workdir or Path("runs", _make_default_name(args, config))).expanduser()
+    workdir = files.local(args.workdir or Path("runs", _make_default_name(args, config)))
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
         raise UserError(
             f"--workdir={workdir} is the folder of the data, config.data.dir\n"
@@ -135,6 +137,11 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
     config = config_io.override(config, args.overrides)
     if config.join.runs:
         shared_flags.check_fields(args, JOINED_FIELDS)
+    else:
+        values = dict(config_lib.fields(config))
+        for name in config_io.override_names(args.overrides):
+            if problem := config_lib.explain_unread(name, values):
+                raise UserError(problem)
     config_lib.check_ranges(config)
     return config, folder
 

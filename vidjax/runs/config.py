@@ -6,6 +6,7 @@ read only if another field has a certain value (`Field.read_when`). For example,
 the change would look like an experiment but have no effect.
 """
 
+import json
 import math
 import operator
 import re
@@ -18,6 +19,7 @@ from vidjax.data.synthetic import LARGEST
 from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.files import INTEGER_LIMIT
 
+MAX_MEMBERS = 10_000  # of an ensemble; `metrics.json` can list as many
 Values = Mapping[str, Any]  # dotted name -> value, of every field of `default()`
 
 
@@ -166,7 +168,7 @@ TABLE: tuple[Field | Group, ...] = (
           "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", movable=True),
     Field("data.size", "small", "size of the synthetic dataset: `small` (100 identities) or "
           "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC),
-    Field("data.seed", 0, "seed of the synthetic dataset: another seed gives other clips",
+    Field("data.seed", 0, "seed of the synthetic dataset: another seed gives other clips", low=0,
           read_when=SYNTHETIC),
     Field("data.wrong_clips", 0.15, "share of synthetic clips in which a third of the frames shows "
           "another person", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),
@@ -205,14 +207,15 @@ TABLE: tuple[Field | Group, ...] = (
     Field("data.weights", None, "file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that "
           "is not named has weight 1", movable=True),
     Field("data.balance", 0.0, "class balancing: a clip of a class of n clips has the loss weight "
-          "n ** -balance, divided by the mean weight; 0: equal weights"),
+          "n ** -balance, divided by the mean weight, -10 to 10; 0: equal weights", low=-10,
+          high=10),
 
     Group("ensemble", "the members of an ensemble: all combinations of folds, bootstrap "
           "samples, views, qualities and seeds"),
     Field("ensemble.folds", 0, "number of stratified folds, 2 or more; each member leaves out a "
-          "fold; 0: no folds", low=0),
+          "fold; 0: no folds", low=0, high=MAX_MEMBERS),
     Field("ensemble.bootstraps", 0, "number of bootstrap samples of the training clips, each for "
-          "a member; 0: none", low=0),
+          "a member; 0: none", low=0, high=MAX_MEMBERS),
     Field("ensemble.resample", "identity", "how a bootstrap sample is drawn: from the clips of "
           "each `identity` separately, or from `all` clips together. With `all`, an identity of "
           "few clips may get none. With `ensemble.bootstraps`", choices=("identity", "all"),
@@ -226,7 +229,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("ensemble.poor_clips", "keep", "clips whose frames are all below "
           "`ensemble.min_quality`: `keep` trains on all their frames, `drop` leaves them out",
           choices=("keep", "drop"), read_when=_read_unless("ensemble.min_quality", (), "0,20,40")),
-    Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1),
+    Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1,
+          high=MAX_MEMBERS),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
           "all"),
     Field("ensemble.mapping", "auto", "`map`: members are trained in turn; `vmap`: "
@@ -377,13 +381,23 @@ def default() -> Config:
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field of a configuration or of a nested dict."""
+    """Yields (dotted name, value) of every field of a configuration or of a nested dict.
+
+    Lists are yielded as tuples, because JSON does not distinguish them.
+    """
     values = config if isinstance(config, Mapping) else config.to_dict()
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from ((f"{key}.{name}", leaf) for name, leaf in fields(value))
         else:
-            yield key, value
+            yield key, to_tuples(value)
+
+
+def to_tuples(value: Any) -> Any:
+    """Returns a value with tuples instead of lists, also inside of dicts, lists and tuples."""
+    if isinstance(value, dict):
+        return {key: to_tuples(item) for key, item in value.items()}
+    return tuple(map(to_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -432,7 +446,13 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_find_numbers(value))
-        if any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
+        if not _is_json(value):
+            yield (
+                f"config.{name} is of type {type(value).__name__}, which config.json cannot store\n"
+                "set it to a number, a text, True, False, None, or a list or dict of these; to "
+                "choose a function, set its name, and find the function in the model"
+            )
+        elif any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
             yield f"config.{name} is a whole number that does not fit into 64 bits: reduce it"
         elif field and (wanted := _find_violated(field, value)):
             yield f"{text}: must be {wanted}"
@@ -442,6 +462,14 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
             yield f"{text}: must be finite"
         elif name.endswith("dropout_rate") and not (numbers and 0 <= numbers[0] <= 1):
             yield f"{text}: must lie between 0 and 1"
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _find_violated(field: Field, value: float) -> str:
@@ -494,19 +522,28 @@ def _find_unread(values: Values) -> Iterator[str]:
     for name in values:
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"the field config.{name} does not exist: {suggest_field(name, FIELDS)}"
-    for name, field in FIELDS.items():
-        when = field.read_when
-        if when and values[name] != field.default and not when.condition(values):
-            yield (
-                f"config.{name}={values[name]} has no effect with config.{when.field}="
-                f"{values[when.field]}\nto make it count, use {when.remedy}\n"
-                f"or leave config.{name} at the default, {field.default}"
-            )
+    yield from filter(None, (explain_unread(name, values) for name in FIELDS))
     if runs := values["join.runs"]:
         yield (
             f"config.join.runs={','.join(map(str, runs))} has no effect on a training\n"
             "to blend runs, use vidjax evaluate --workdir=FOLDER --runs=A,B"
         )
+
+
+def explain_unread(name: str, values: Values) -> str:
+    """Returns a message if the field `name` has another value than the default but is not read.
+
+    Otherwise returns "".
+    """
+    field = FIELDS.get(name)
+    if not field or not field.read_when or is_read(name, values) or values[name] == field.default:
+        return ""
+    other = field.read_when.field
+    return (
+        f"config.{name}={values[name]} has no effect with config.{other}={values[other]}\n"
+        f"to make it count, use {field.read_when.remedy}\n"
+        f"or leave config.{name} at the default, {field.default}"
+    )
 
 
 def find_closest_field(name: str, known: Collection[str]) -> str | None:

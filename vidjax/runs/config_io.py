@@ -72,7 +72,7 @@ def _check_types(spec: str, values: Mapping[str, Any]) -> None:
 
 def find_file(name: str) -> Path:
     """Returns the path of a configuration file, given its path or a name such as `mma`."""
-    path, known = Path(name), dict[str, Path]()
+    path, known = Path(name).expanduser(), dict[str, Path]()
     if path.is_file():
         return path
     for folder in (shipped_folder(), Path("configs")):  # the working directory takes precedence
@@ -213,7 +213,7 @@ def convert(text: str, kind: type, example: Any) -> Any:
 def _convert_tuple(text: str) -> tuple[Any, ...]:
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = tuple(word.strip() for word in text.split(",") if word.strip())
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
@@ -241,16 +241,10 @@ def from_json(text: str | bytes) -> Config:
         raise UserError("it is not a JSON object")
     try:
         with config.unlocked():
-            config.update(_with_tuples(values))
+            config.update(config_lib.to_tuples(values))
     except (TypeError, AttributeError, KeyError) as error:
         raise UserError(" ".join(str(error).split())[:300]) from error
     return config
-
-
-def _with_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_tuples(item) for key, item in value.items()}
-    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def load_workdir(workdir: Path) -> Config:

@@ -22,8 +22,8 @@ from vidjax.utils.errors import UserError
 
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 
-# Files of a folder of features. The folder of a run has no such file.
-DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "train/*.npz", "val/*.npz",
+# Files of a folder of features.
+DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "*.npz", "train/*.npz", "val/*.npz",
                  "test/*.npz", "*.parquet")  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def refuse_folder_of_data(folder: Path) -> None:
     """Raises UserError if a folder contains clips, because a run must not write among them."""
-    if files.exists(folder / CONFIG):
+    if any(files.exists(folder / name) for name in (CONFIG, IDENTITIES)):  # a run also has .npz
         return
     paths = (path for pattern in DATA_PATTERNS for path in folder.glob(pattern))
     if path := next(paths, None):

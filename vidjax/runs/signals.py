@@ -62,8 +62,14 @@ _interruption: Interruption | None = None  # of the training loop that runs now
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Yields an `Interruption` that stores SIGINT and SIGTERM until the context ends."""
+    """Yields an `Interruption` that stores SIGINT and SIGTERM until the context ends.
+
+    Only the main thread of a program can receive signals. In another thread, nothing is stored.
+    """
     global _interruption
+    if threading.current_thread() is not threading.main_thread():
+        yield Interruption()
+        return
     interruption = _interruption = Interruption()
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, interruption.handle) for number in signals}

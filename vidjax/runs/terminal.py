@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from vidjax.core import distributed
+from vidjax.utils import messages
 from vidjax.utils.errors import escape_controls
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
@@ -22,8 +23,11 @@ def say(text: str) -> None:
     if not is_quiet():
         from tqdm import tqdm
 
-        tqdm.write(escape_controls(text), file=sys.stderr)
-        sys.stderr.flush()
+        try:
+            tqdm.write(escape_controls(text), file=sys.stderr)
+            sys.stderr.flush()
+        except BrokenPipeError:  # the command must not stop
+            messages.drop_output(sys.stderr)
 
 
 def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:

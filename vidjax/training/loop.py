@@ -24,7 +24,6 @@ from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_com
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import make_system
 from vidjax.runs import checkpoint, config_io, signals
-from vidjax.runs import config as config_lib
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.results import Logs
@@ -92,7 +91,6 @@ def train(
     """
     began = time.monotonic() if began is None else began
     config = make_paths_absolute(config)  # the run may resume from another working directory
-    config_lib.check(config)
     mesh = devices.make_mesh(num_devices)
     plan = make_plan(config, data)
     schedule = make_schedule(config, plan)

@@ -133,6 +133,8 @@ def describe_system_error(error: BaseException) -> str | None:
             f"'{escape_controls(error.object)[:100]}'\n"
             "set another locale: export LC_ALL=C.UTF-8"
         )
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return "a path begins with ~ and no user of this name exists\nfor your own folder, write ~/"
     if not isinstance(error, OSError) or isinstance(error, Expected):
         return None
     remedy = REMEDIES.get(error.errno or 0)
@@ -186,10 +188,11 @@ def check_entry(field: str, name: object, table: Collection[str]) -> None:
     """Raises UserError unless `name`, the value of `field`, is in `table`, such as `OPTIMIZERS`.
 
     A user's own configuration file may add entries to `table`, so the message explains how to load
-    such a file.
+    such a file. Commands such as `export` load no such file.
     """
     if name not in table:
         raise UserError(
             f"{field}='{name}' is unknown: {suggest(str(name), table)}\n"
-            "if your own file adds it, give --config=FILE, or first call vidjax.load_config(FILE)"
+            "if your own file adds it: train, evaluate, rank and embed load it with --config=FILE, "
+            "Python with vidjax.load_config(FILE)"
         )

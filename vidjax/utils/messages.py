@@ -143,7 +143,8 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def print_result(result: Result, name: str, *, as_json: bool) -> None:
     """Prints the result of the command `name` as text or JSON."""
     if as_json:
-        print_text(json.dumps(_plain({"mode": name, **result.content}), allow_nan=False))
+        content = _plain({"mode": name, **result.content})
+        print_text(json.dumps(content, allow_nan=False, default=str))
         return
     rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
     heading = [name + result.note] if rows else []
@@ -200,7 +201,8 @@ def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
         else:
             print_problem(text)
     if "--json" in words:
-        print_text(json.dumps({"error": text}))
+        with contextlib.suppress(OSError):  # the disk of standard output may be full
+            print_text(json.dumps({"error": text}))
     return code or 1
 
 
@@ -255,10 +257,15 @@ def _print(text: str, stream: TextIO) -> bool:
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:  # `| head -1` closes the pipe early
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except BrokenPipeError:
+        drop_output(stream)
         return False
     return True
+
+
+def drop_output(stream: TextIO) -> None:
+    """Replaces a closed pipe by /dev/null. `| head -1` closes the pipe early."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Printable(logging.Formatter):

@@ -17,15 +17,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vidjax.utils.errors import DiskError, UserError
-from vidjax.utils.files.reading import open_regular, read_json, sha256_json
+from vidjax.utils.files.reading import local, open_regular, read_json, sha256_json
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     """Makes a folder if it does not exist, and returns its absolute path.
 
-    Raises UserError if the folder is not writable. `name` is the word for the folder in messages.
+    Raises UserError if the folder is not writable, or `path` is an address such as s3://x. `name`
+    is the word for the folder in messages.
     """
-    workdir = Path(path).expanduser().absolute()
+    workdir = local(path).absolute()
     try:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"{name} '{workdir}' is a file, not a folder\nname a folder")
