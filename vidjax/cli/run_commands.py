@@ -29,7 +29,7 @@ from vidjax.utils.messages import Parser, Result
 # Fields and groups that only training reads.
 TRAINING_FIELDS = (
     "batch_size", "checkpoint_every_seconds", "data.balance", "data.crop", "data.distractors",
-    "data.max_frames", "data.mode", "data.train_splits", "data.weights", "data.whole_epochs",
+    "data.max_frames", "data.train_splits", "data.weights", "data.whole_epochs",
     "ensemble", "eval.every_epochs", "log_every_steps", "loss", "mixup", "noise", "num_epochs",
     "optim", "seed", "transforms",
 )  # fmt: skip

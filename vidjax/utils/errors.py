@@ -188,11 +188,11 @@ def check_entry(field: str, name: object, table: Collection[str]) -> None:
     """Raises UserError unless `name`, the value of `field`, is in `table`, such as `OPTIMIZERS`.
 
     A user's own configuration file may add entries to `table`, so the message explains how to load
-    such a file. Commands such as `export` load no such file.
+    such a file. Other commands, such as `gallery create`, load no such file.
     """
     if name not in table:
         raise UserError(
             f"{field}='{name}' is unknown: {suggest(str(name), table)}\n"
-            "if your own file adds it: train, evaluate, rank and embed load it with --config=FILE, "
-            "Python with vidjax.load_config(FILE)"
+            "if your own file adds it, give --config=FILE (train, evaluate, rank, embed, export, "
+            "import), or first call vidjax.load_config(FILE)"
         )
