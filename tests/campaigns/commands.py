@@ -123,7 +123,7 @@ PLACES = [
     Case(f"{OWN}own", "labels.csv"),
     Case(f"{OWN}alone", "--config.ensemble.folds=5"),
     Case("--config=knn --workdir=own/train", "a folder of clips"),
-    Case(f"{TRAIN} --config.data.weights=own", "name a file"),
+    Case(f"{TRAIN} --config.data.weights=own", "correct the path"),
 ]  # fmt: skip
 # These commands are run in new processes and in the folder of `prepare`.
 FILES = [
