@@ -5,7 +5,6 @@ Clips are read from a `.npz` file, from a parquet table, or from a folder. The f
 """
 
 import shlex
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_identity, show
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
+from vidjax.utils.scratch import scratch_folder
 
 MAX_BLOCK_FRAMES = 1 << 12  # frames that are copied as float64 at once
 
@@ -297,9 +297,9 @@ def load_clips(
             f"{', '.join(modalities)}\nadd a pickle of one of these modalities"
         )
     packed = {}
-    with tempfile.TemporaryDirectory() as scratch:  # memory maps keep the deleted files open
+    with scratch_folder() as scratch:  # memory maps keep the deleted files open
         for name in [name for name in paths if name in modalities]:
-            flat = sandbox.unpack(paths[name], name, Path(scratch, name))
+            flat = sandbox.unpack(paths[name], name, scratch / name)
             frames = dict(flat.frames)
             if quality == "norm":
                 frames["quality"] = compute_feature_norms(flat.features)

@@ -20,7 +20,6 @@ figures of iQIYI-VID-2019. Unpublished properties (TV programmes, strangers, box
 """
 
 import pickle
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, check_choice
+from vidjax.utils.scratch import scratch_folder
 
 RANK = 64  # dimensions in which people differ
 _SINGLETON_RATE = 0.4  # share of distractors whose stranger has only one clip
@@ -187,16 +187,12 @@ def write(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir}: exists and is not an empty folder\nname a new folder")
     # Files are moved when all are complete, so that an interrupted call leaves no files.
-    partial = out_dir / ".partial"
-    partial.mkdir(parents=True)
-    try:
+    with scratch_folder(out_dir / ".partial") as partial:
         world = _World(SIZES[size], np.random.default_rng([seed, 0]))
         for index, split in enumerate(_CLIPS_PER_IDENTITY):
             _write_split(partial, _Clips(world, split, [seed, 1 + index], options), split)
         for path in sorted(partial.iterdir()):
             path.rename(out_dir / path.name)
-    finally:
-        shutil.rmtree(partial)
 
 
 def _write_split(folder: Path, clips: "_Clips", split: str) -> None:

@@ -9,6 +9,7 @@ from types import FrameType
 
 from vidjax.core import distributed
 from vidjax.utils.errors import Expected
+from vidjax.utils.messages import stop_at_once
 
 
 class Interruption:
@@ -99,8 +100,7 @@ def end_on_signals() -> None:
             if signum not in (signal.SIGINT, signal.SIGTERM):
                 continue
             if interruption is None or interruption.at_once or stored is interruption:
-                os.write(2, b"vidjax: stopped\n")
-                os._exit(128 + signum)
+                stop_at_once(signum)
             stored = interruption
 
     threading.Thread(target=read, daemon=True).start()

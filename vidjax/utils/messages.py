@@ -25,6 +25,7 @@ from vidjax.utils.errors import (
     describe_system_error,
     escape_controls,
 )
+from vidjax.utils.scratch import remove_scratch_folders
 
 QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars of tqdm
 
@@ -327,9 +328,10 @@ def show_warning(message: object, *args: object, **kwargs: object) -> None:
     print_problem(f"warning: {message}")
 
 
-def stop_at_once(signum: int, frame: object) -> None:
+def stop_at_once(signum: int, frame: object = None) -> NoReturn:
     """Ends the process immediately with exit code 128 + `signum`. It is a signal handler."""
     del frame
     # An exception would be lost during an import or in the callback of a library.
     os.write(2, b"vidjax: stopped\n")
+    remove_scratch_folders()
     os._exit(128 + signum)

@@ -7,7 +7,6 @@ threads write the shards. Equal datasets give equal files.
 import itertools
 import logging
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +32,7 @@ from vidjax.data.records.manifest import (
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, check_choice
 from vidjax.utils.machine import max_open_files, num_cores
+from vidjax.utils.scratch import scratch_folder
 
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
@@ -87,8 +87,8 @@ def convert(
     if non_finite == "error" and skipped:
         # An earlier call with 'drop' made these records. Now the source is read again, which raises
         # an error that names the clip.
-        with tempfile.TemporaryDirectory() as scratch:
-            source.read(Path(scratch), "error")
+        with scratch_folder() as scratch:
+            source.read(scratch, "error")
     return records
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from vidjax.utils.errors import DiskError, UserError
 from vidjax.utils.files.reading import local, open_regular, read_json, sha256_json
+from vidjax.utils.scratch import scratch_folder
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
@@ -187,14 +188,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.mkdir(mode=0o700)
-        yield partial
-        for path in partial.rglob("*"):
-            path.chmod(0o700 if path.is_dir() else 0o600)
-        _rename_to_new(partial, folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
+        with scratch_folder(partial):
+            yield partial
+            for path in partial.rglob("*"):
+                path.chmod(0o700 if path.is_dir() else 0o600)
+            _rename_to_new(partial, folder)
+    except OSError as error:
+        if error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(partial)) from error
         raise
 

@@ -1,0 +1,34 @@
+"""Folders of temporary files, which are removed even if a signal ends the process."""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_folders: set[Path] = set()
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
+    """Makes a folder that only this user can read, and removes it when the context ends.
+
+    The folder is also removed if SIGINT or SIGTERM ends a command, because it may contain features
+    of people. `folder` must not exist. By default, the folder is in the system's temporary folder.
+    """
+    if folder is None:
+        folder = Path(tempfile.mkdtemp())
+    else:
+        folder.mkdir(mode=0o700, parents=True)
+    _folders.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _folders.remove(folder)
+
+
+def remove_scratch_folders() -> None:
+    """Removes all scratch folders of this process."""
+    for folder in tuple(_folders):
+        shutil.rmtree(folder, ignore_errors=True)
