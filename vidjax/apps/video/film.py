@@ -475,13 +475,15 @@ def _make_clips(
             clips.add(frame.time_s, frame.number, owners, people, frame.rgb)
             end_clips()
 
-    for number, frame in enumerate(video.frames(fps)):
-        if cuts.update(frame.time_s, frame.small) and number:
-            take(search.end_shot())
-            end_shot(cuts.starts[-1])
-        if frame.rgb is not None:
-            (out / features_folder.PROGRESS).write_text(str(video.tell()))
-            take(search.add(number, frame.time_s, frame.rgb))
+    with (out / features_folder.PROGRESS).open("wb", buffering=0) as progress:
+        for number, frame in enumerate(video.frames(fps)):
+            if cuts.update(frame.time_s, frame.small) and number:
+                take(search.end_shot())
+                end_shot(cuts.starts[-1])
+            if frame.rgb is not None:
+                progress.seek(0)  # the number only grows; opening the file again is slow
+                progress.write(str(video.tell()).encode())
+                take(search.add(number, frame.time_s, frame.rgb))
     take(search.end_shot())
     end_shot(video.counts.seconds)
     return cuts.shots(video.counts.seconds), seen if main else clips.tracks
