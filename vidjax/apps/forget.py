@@ -46,7 +46,7 @@ MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among so many name
 MAX_GREP_FILES = 1000  # per process of grep
 WIDE_BYTES = 64 * files.MB  # in larger files, names are searched only in UTF-8
 # grep keeps a line in memory. If a file is a single long line, the limit ends grep with an error.
-GREP = 'ulimit -v 1048576; LC_ALL=$1; export LC_ALL; shift; exec grep "$@"'
+GREP = 'ulimit -v 1048576; LC_ALL=C.UTF-8; export LC_ALL; exec grep "$@"'
 PRINT_PARQUET = (
     "import sys, pyarrow.parquet as p; t = p.read_table(sys.argv[1]); "
     "[print(x) for c in t.columns if 'string' in str(c.type) for x in c.to_pylist()]"
@@ -411,11 +411,9 @@ def _search_files(
     while left:
         some = left.pop()
         try:
-            small = [path for path in some if path.stat().st_size <= WIDE_BYTES]
             for flags, spellings in patterns.items():
                 held |= {*_run_grep(f"-liZ{flags}", spellings, some)}
-            held |= {*_run_grep("-liaZP", _make_pattern(wide), small, locale="C")}
-            held |= {os.fsencode(path) for path in small if _has_line_end_in_name(path, wide)}
+            held |= {os.fsencode(path) for path in some if _contains_any(path, wide)}
             archives += _run_grep("-laZF", SEVERAL_CLIPS, [x for x in some if x.suffix == ".npz"])
         except OSError as error:
             if len(some) == 1:
@@ -436,12 +434,7 @@ def _search_files(
 
 
 def _run_grep(
-    flags: str,
-    patterns: bytes,
-    paths: Sequence[Path] = (),
-    *,
-    text: bytes = b"",
-    locale: str = "C.UTF-8",
+    flags: str, patterns: bytes, paths: Sequence[Path] = (), *, text: bytes = b""
 ) -> list[bytes]:
     """Runs grep on files, or on `text` if `paths` is empty; returns the output, split at NUL bytes.
 
@@ -451,7 +444,7 @@ def _run_grep(
     memory = os.memfd_create("names")
     try:
         os.write(memory, patterns)
-        words = ["sh", "-c", GREP, "grep", locale, flags, "-D", "skip", "-f"]
+        words = ["sh", "-c", GREP, "grep", flags, "-D", "skip", "-f"]
         words += [f"/proc/self/fd/{memory}", "--", *map(str, paths), *([] if paths else ["-"])]
         done = subprocess.run(words, input=text, capture_output=True, pass_fds=[memory])  # noqa: S603
     finally:
@@ -477,32 +470,29 @@ def _is_inside_words(name: str) -> bool:
 
 
 def _list_wide_spellings(names: Iterable[str]) -> list[bytes]:
-    """Returns the spellings of names in UTF-16, UTF-32 and Windows-1252, in NFC and NFD."""
+    """Returns the spellings of names in UTF-16, UTF-32 and Windows-1252, with small letters a to z.
+
+    Each name is spelled in NFC and in NFD.
+    """
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     wide = ("utf-16-le", "utf-16-be", "utf-32-le")
     spellings = {form.encode(encoding) for form in forms for encoding in wide}
     for form in (form for form in forms if not form.isascii()):
         with contextlib.suppress(UnicodeEncodeError):
             spellings.add(form.encode("cp1252"))
-    return sorted(spellings)
+    return [spelling.lower() for spelling in spellings]
 
 
-def _make_pattern(spellings: Iterable[bytes]) -> bytes:
-    """Returns a pattern for `grep -P` that matches any of the spellings."""
-    escaped = ("".join(f"\\x{byte:02x}" for byte in spelling) for spelling in spellings)
-    return "|".join(escaped).encode()
+def _contains_any(path: Path, spellings: Iterable[bytes]) -> bool:
+    """Returns True if a file contains one of `spellings`, in any case of the letters a to z.
 
-
-def _has_line_end_in_name(path: Path, spellings: Iterable[bytes]) -> bool:
-    """Returns True if a file contains a spelling with the byte of a line end, as U+4E0A has.
-
-    grep cannot find such a spelling, because it searches line by line.
+    grep searches lines, so it misses spellings with the byte of a line end, such as U+4E0A in
+    UTF-16. Files above WIDE_BYTES are not searched.
     """
-    broken = [spelling.lower() for spelling in spellings if b"\n" in spelling]
-    if not broken or not path.is_file():
+    if not path.is_file() or path.stat().st_size > WIDE_BYTES:
         return False
     content = path.read_bytes().lower()
-    return any(spelling in content for spelling in broken)
+    return any(spelling in content for spelling in spellings)
 
 
 def _unpack(path: Path) -> str | None:
