@@ -124,7 +124,7 @@ class SimilarNames:
         self._near, self._few = dict[str, str](), set[str]()
 
     def add(self, names: set[str]) -> None:
-        """Adds stored names in Unicode form NFC."""
+        """Adds names that a searched folder contains. They must be in Unicode form NFC."""
         for name in names.difference(self._wanted):
             if (own := self._looks.get(fold(name))) is not None:
                 self._near[own] = min(name, self._near.get(own, name))

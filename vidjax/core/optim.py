@@ -220,13 +220,14 @@ def make_optimizer(
 
     Args:
       spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the two
-        decays; `clip_norm`, the largest global norm of the gradient (0: no limit); `decay_all`;
-        `restart_epoch` (0: no restart); the fields that `make_schedule` reads.
+        weight decays; `clip_norm`, the largest global norm of the gradient (0: no limit);
+        `decay_all`; `restart_epoch`, the epoch at which the momentum or the moments are reset to 0
+        (0: never); the fields that `make_schedule` reads.
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: the name, or the decay of the rate, is unknown; or `total_decay` is set and no rate
-        is above 0.
+      UserError: the optimiser `name`, or the `decay` of the learning rate, is unknown; or
+        `total_decay` is set, and the sum of all learning rates is not above 0 and finite.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]

@@ -44,12 +44,13 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
     """Draws the batch of a training step from clips on the devices.
 
-    The features of the batch are not gathered yet, because the fusion of a model may use only some
-    frames.
+    The batch contains LazyFeatures: the indices of its frames, not copies of their features. The
+    fusion of a model may use only some frames, and then only their features are read.
 
     Args:
       clips: a dict, modality -> the joined frames of all clips. The last frame consists of zeros,
         and is used as padding.
+      plan: the settings that determine the clips and frames of each batch.
       step: [] int32, number of the step, from 0.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)

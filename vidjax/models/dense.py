@@ -320,10 +320,12 @@ class NeighbourIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes cosines x `logit_scale`, [B, 1, 1 + C], with the mean frame as embedding.
+        """Computes the logits [B, 1, 1 + C]: `logit_scale` x the cosine to the nearest clip.
 
-        Training stores the clips at the rows `clips.index` of `memory`; its logits are 0. For a
-        class without a training clip, or a clip without a frame, the cosine is -2.
+        The cosine is taken between the mean frame of a clip and the nearest training clip of each
+        class. It is -2 for a class without a training clip, and for a clip without a frame. The
+        embedding is the mean frame. If `train` is True, the clips are stored at the rows
+        `clips.index` of `memory`, and the returned logits are 0.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)
         mean = fusion.mean_frame(real[self.modality]).features[:, 0]  # [B, D]

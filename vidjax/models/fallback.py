@@ -110,10 +110,12 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Computes the `threshold` below which the share `threshold_share` of the measures lies.
+        """Returns the `threshold`: the share `threshold_share` of the training clips lies below it.
 
-        All training clips that have the modality `self.modality` are measured, in all folds, with
-        or without an identity. If several measures are equal, the share may be smaller.
+        The measure of a clip is the mean norm or the mean quality of its frames, see the class. All
+        training clips that have the modality `self.modality` count, in all folds, with or without
+        an identity. If several clips have equal measures, the share may be smaller. If
+        `threshold_share` is 0, returns an empty dict.
         """
         if not self.threshold_share:
             return {}

@@ -257,7 +257,8 @@ class ResidualBlock(nn.Module):
     first layer has the width `hidden_dim`; 0 means twice the width of x.
 
     Source: DeepMEF (3rd place 2019), authors' code, in which all networks end with this block;
-    normal weights of Kaiming (He et al. 2015), biases of 0. The masks are not in the code.
+    normal weights of Kaiming (He et al. 2015), biases of 0. We added the masks, which exclude
+    padded rows from the batch statistics.
     """
 
     hidden_dim: int = 0

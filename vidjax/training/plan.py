@@ -135,9 +135,9 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _check_plan(
     config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if the run cannot be trained, or its files could not be read later.
+    """Raises UserError if the run cannot be trained, or would write files too large to be read.
 
-    `weight` [E, N] has the weights of N training clips for E members.
+    `weight` [E, N] has the weights of N training clips for E members of the ensemble.
     """
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
@@ -189,9 +189,10 @@ def label_distractors(
 ) -> tuple[np.ndarray, NoiseClassLayout]:
     """Clusters distractors (label 0), and gives each cluster a class column.
 
-    Each identity also gets a mirror column, for strangers who resemble it. A distractor in no
-    cluster gets the mirror column of a random identity. Returns the new labels [N] int32 and the
-    order of the class columns.
+    Each identity also gets a mirror column, for strangers who resemble it. At first, a distractor
+    in no cluster gets the mirror column of a random identity. If the model later predicts another
+    identity for it, `relabel` moves it to the mirror column of that identity. Returns the new
+    labels [N] int32 and the order of the class columns. Raises UserError if there is no distractor.
     """
     is_noise = labels == 0
     if not is_noise.any():

@@ -230,7 +230,10 @@ class Graph:
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Returns 0, 1, 2, ... along an axis of the shape `dims`. All other axes have size 1."""
+        """Adds nodes that compute 0, 1, 2, ... along an axis; returns the name of the result.
+
+        The result is int64. Its size along `axis` is `dims[axis]`, and all other axes have size 1.
+        """
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
             return line

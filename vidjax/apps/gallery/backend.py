@@ -70,7 +70,10 @@ class Part(NamedTuple):
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Returns the PLDA coordinates [N, D] of unit vectors x. For distances, returns x."""
+        """Returns the PLDA coordinates [N, D] of unit vectors x.
+
+        If the part is compared by distances, it has no PLDA coordinates, and x is returned.
+        """
         if self.space is None:
             return x
         with _one_thread():

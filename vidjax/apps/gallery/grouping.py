@@ -68,9 +68,11 @@ class Groups:
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns the variance of the means of groups divided by the variance of a single clip.
+        """Returns the variance of each group's mean, as a share of the variance of one clip.
 
-        `number` is the index of a part, and `rows` are the indices of the groups.
+        For PLDA it is 1 / k if k clips of the group have the part. For distances it may be larger,
+        see `distance.effective_count`. `number` is the index of the part in the vectors of clips.
+        `rows` are the indices of the groups.
         """
         count = np.maximum(self.counts[number][rows], 1)
         distances = self._backend.parts[number].distances

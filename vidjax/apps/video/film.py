@@ -259,8 +259,9 @@ class ClipBuilder:
     ) -> None:
         """Adds the pictures of the N people in a frame to their tracks.
 
-        `frame` is the number of the frame, and `rgb` are the pixels, uint8 [H, W, 3]. `owners` [N]
-        int is the number of the track of each person. Without a track, it is -1.
+        `frame` is the number of the frame, and `rgb` are the pixels, uint8 [H, W, 3]. `figures` has
+        the boxes and scores of the N people. `owners` [N] int is the number of the track of each
+        person. It is -1 for a person without a track, whose picture is not added.
         """
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):

@@ -138,9 +138,11 @@ class Embedder:
         self._make_input = make_input or prepare_images
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Returns embeddings, float32 [N, D], of N crops, uint8 [N, H, W, 3] RGB, or of N windows.
+        """Returns embeddings, float32 [N, D], of N crops or of N windows of sound.
 
-        Raises UserError if the length D of the embeddings differs from `width` in the card.
+        Crops are uint8 [N, H, W, 3] RGB. Windows are samples from -1 to 1, [N, T], and need a
+        `make_input`. Raises UserError if the length D of the embeddings differs from `width` in the
+        card.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
         for start in range(0, len(inputs), BLOCK_CROPS):

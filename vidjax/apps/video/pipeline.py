@@ -352,13 +352,15 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
-    """Returns the settings of a folder of features. A new folder gets the given settings.
+    """Returns the settings of a folder of features.
 
-    `digests` contains the sha256 of the card of each net, by role. If there are new nets and
-    `upgrade` is True, all features in the folder are removed.
+    A new folder gets `settings`. If `settings` is None, a new folder gets the default settings, and
+    an old folder keeps its own. `digests` contains the sha256 of the card of each net, by role. If
+    there are nets for new roles, all other nets are unchanged and `upgrade` is True, all features
+    in the folder are removed.
 
-    Raises UserError if the features are of other nets or settings, or another program wrote the
-    folder.
+    Raises UserError if the features were computed with other nets or settings and are not removed,
+    or if another program wrote the folder.
     """
     before = features_folder.read_extraction(out)
     if before is None:

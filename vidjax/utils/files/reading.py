@@ -150,7 +150,10 @@ def refuse_links(folder: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `limit` bytes. For `below`, see `open_regular`."""
+    """Returns the content of a file. Raises UserError if it has more than `limit` bytes.
+
+    If `below` is given, the file must lie in the folder `below`, see `open_regular`.
+    """
     with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
         return file.read(limit)
 
