@@ -323,6 +323,7 @@ def test_sharpness_separates_detail_from_film_grain():
     sharp, grained, soft, soft_grained, dark, noise, black = align.measure_sharpness(crops)
     assert sharp < 1 and black == 0
     assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
+    # Sharpness is v / (v + 1200). For the variance v, `dark` has 0.2^2 times the value of `sharp`.
     assert soft < 0.5 * sharp and dark < 0.2 * sharp and noise < 0.05 * sharp
 
 

@@ -119,7 +119,7 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forge
     assert listed[str(records / "with")][1].startswith("deleted")
     assert (records / "without").exists()
 
-    listed = places(f"--identity={GONE}", "--clip=ada 1", "--delete", world)
+    listed = places(f"--identity={GONE}", "--delete", world)  # deletes what is left: the gallery
     deleted = {path for path, (_, remedy) in listed.items() if remedy.startswith("deleted")}
     assert deleted == {str(people.folder)}
     people.refresh()

@@ -127,8 +127,8 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
 
 
 def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, clips, tmp_path):
-    """All members score other clips, even if these have the names of training clips."""
-    run = restored("ensemble")
+    """Training clips are scored by members not trained on them. All members score other clips."""
+    run = restored("ensemble")  # trained on folds of train and val
 
     def as_data(**splits):
         return sources.load(splits, cache_dir=tmp_path)

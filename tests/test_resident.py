@@ -43,9 +43,10 @@ def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
     orders = orders_of(seed=0, first_epoch=0)
     np.testing.assert_array_equal(np.sort(orders), [np.arange(n)] * epochs)
 
-    # Every clip is equally often at every place, with (n - 1)^2 degrees of freedom.
+    # Every clip is equally often at every place, with (n - 1)^2 degrees of freedom. The usual
+    # statistic is multiplied by (n - 1) / n, because a clip has exactly one place in each epoch.
     counts = np.stack([np.bincount(place, minlength=n) for place in orders.T])
-    statistic = np.sum((counts - epochs / n) ** 2) * (n - 1) / epochs
+    statistic = np.sum((counts - epochs / n) ** 2) / (epochs / n) * (n - 1) / n
     assert stats.chi2.sf(statistic, (n - 1) ** 2) > 1e-3
 
     # Every pair of different clips is equally often at two neighbouring places.

@@ -240,7 +240,7 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
     draw = {"name": "random", "num_draws": 2, "max_frames": 3}
     model = {"name": "dense", "layers": ((8, "swish", True, 0.3),)}  # BatchNorm and dropout
     system = make(model, fusion={"face": {"train": draw, "evaluate": {"name": "all"}}})
-    batch = make_batch((7, 3, 0, 5, 1), (1, 0, 0, 1, 1))
+    batch = make_batch(face=(7, 3, 0, 5, 1), audio=(1, 0, 0, 1, 1))  # numbers of frames
     batch = batch._replace(batch_mask=np.array([True, True, True, False, True]))
     unused = np.array([False, False, True, True, False])
     state = init(system, np.array([3, 1, 4, 1, 5]))
@@ -251,10 +251,10 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
         return part._replace(features=features, quality=quality)
 
     spoilt = batch._replace(frames={name: spoil(part) for name, part in batch.frames.items()})
-    spoilt_labels = jnp.where(unused, 9, state.labels)
+    spoilt_state = state.replace(labels=jnp.where(unused, 9, state.labels))
 
-    left, left_loss = train(system, state, batch, np.ones(5))
-    right, right_loss = train(system, state.replace(labels=spoilt_labels), spoilt, np.ones(5))
+    left, left_loss = train(system, state, batch, weight=np.ones(5))  # of each clip
+    right, right_loss = train(system, spoilt_state, spoilt, weight=np.ones(5))
 
     first, second = ((x.params, x.model_state, x.sums) for x in (left, right))
     jax.tree.map(np.testing.assert_array_equal, (left_loss, *first), (right_loss, *second))

@@ -229,7 +229,7 @@ def test_resuming_with_another_list_of_identities_is_refused(config, data, parts
 def test_moved_run_with_half_written_log_lines_resumes_to_the_same_bytes(
     say, monkeypatch, config, data, parts, whole, tmp_path
 ):
-    """The folder is moved, and named by a link with a space and by a relative path."""
+    """`parts`, a stopped run, is moved, and named by a link with a space and a relative path."""
     step = max(checkpoint.manifests(parts))
     for name in ("metrics.jsonl", "timing.jsonl"):
         with open(parts / name, "a") as file:

@@ -85,6 +85,7 @@ def write_non_finite(folder):
 
 
 def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
+    # Spoils frame 1 of train005, which has 3 frames, frame 0 of train008, and frame 0 of train009.
     write_non_finite(official)
 
     with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames are left out"):
