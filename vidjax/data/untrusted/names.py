@@ -66,7 +66,7 @@ def clean_identity(name: str) -> str:
     """
     if name != name.strip() and name.strip():
         raise UserError(
-            f"identity '{show(name)}' has leading or trailing blanks: remove them with strip()"
+            f"identity '{show(name)}' has leading or trailing blanks: remove these blanks"
         )
     name = normal_form(check_name(name, "identity"))
     if name.isprintable():  # then no letter is invisible
