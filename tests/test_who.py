@@ -171,10 +171,10 @@ def test_damaged_or_contradicting_unknown_table_is_refused_and_kept(drawn):
         assert table.read_text() == wrong
 
 
-@pytest.mark.parametrize("name", ["unknown", "Unknown 7"])
-def test_person_in_the_photos_may_not_be_called_unknown(drawn, name):
+@pytest.mark.parametrize("name", ["unknown", "Unknown 7", "Ignored"])
+def test_person_in_the_photos_may_not_be_called_unknown_or_ignored(drawn, name):
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
-    assert "stands for an unknown person" in drawn.who(write_group(drawn), code=2).output
+    assert "stands for people without a name" in drawn.who(write_group(drawn), code=2).output
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
-from vidjax.data.untrusted.names import make_file_stems, normal_form, show
+from vidjax.data.untrusted.names import IGNORED, make_file_stems, normal_form, show
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Sha256, Size, Text
 from vidjax.runs.terminal import say
@@ -85,7 +85,7 @@ class WhoResults(NamedTuple):
         """The film, the time and the person of each appearance, as texts."""
         rows, films = [], {film.video: film for film in self.decision.films}
         for appearance in self.decision.appearances:
-            name = appearance.identity or answers_lib.IGNORED
+            name = appearance.identity or IGNORED
             time = names_page.format_appearance_time(appearance, films[appearance.video])
             words = filter(None, (name, appearances.format_certainty(appearance)))
             rows.append((appearance.video, time, ", ".join(words)))
