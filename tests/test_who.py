@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, pipeline, who
 from vidjax.data.clip_files import write_npz
+from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("read_here")
@@ -175,6 +177,19 @@ def test_damaged_or_contradicting_unknown_table_is_refused_and_kept(drawn):
 def test_person_in_the_photos_may_not_be_called_unknown_or_ignored(drawn, name):
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
     assert "stands for people without a name" in drawn.who(write_group(drawn), code=2).output
+
+
+def test_film_with_a_damaged_description_is_read_again_and_keeps_denied_names(drawn):
+    film, out = drawn.meet("Ada"), drawn.out
+    denied = who.read_numbers(out).deny(who.read_films(out), ["party.s000.t00"], "Ada")
+    files.write_json(out / "unknown.json", msgspec.to_builtins(denied))
+    drawn.who(film)
+    names = drawn.names()
+    assert names["party.s000.t00"].startswith("unknown")
+
+    (out / "features" / "videos" / "party.json").write_text("damaged")
+    assert "party.json is damaged" in drawn.who(film).output
+    assert drawn.names() == names
 
 
 @pytest.mark.slow

@@ -236,8 +236,11 @@ def _prepare_folder(
             f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
             "move these files, or name another folder"
         )
-    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
-    known = {stem: film for stem in names if (film := _find_film(out, stem))}
+    known = find_films(out)
+    for path in (out / VIDEOS).glob("*.json"):
+        if path.stem not in known:
+            say(f"{path} is damaged: the features are removed, and read again if you name the film")
+            _remove(out, path.stem)
     stems = _choose_stems(listed, known)
     kept = None if drop == "nothing" else {*stems.values()}
     if kept is not None and drop == "missing":
@@ -432,6 +435,12 @@ def _sha256_or_of_name(path: Path) -> str:
         return files.sha256_file(path)
     except (UserError, OSError):  # `_compare` reads the file again, and reports the error
         return files.sha256_json(str(path.absolute()))
+
+
+def find_films(out: Path) -> dict[str, Film]:
+    """Returns stem -> film for all films of earlier calls, without incomplete or damaged films."""
+    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
+    return {stem: film for stem in names if (film := _find_film(out, stem))}
 
 
 def _find_film(out: Path, stem: str) -> Film | None:

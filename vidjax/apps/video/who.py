@@ -284,7 +284,8 @@ def name_people(
         failed, names = dict[str, str](), set[str]()
         if people is not None:
             failed, names = _update_people(gallery, people, photos, out, workers, options)
-        _enrol_named(gallery, out)
+        earlier = pipeline.find_films(out / FEATURES).values()
+        _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
             raise UserError(
                 f"no photo in '{people}' shows exactly one face, so nobody can be recognised\n"
@@ -296,7 +297,6 @@ def name_people(
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*/"):
                 pipeline.remove_thumbnails(folder)
-        before = read_numbers(out).keep(read_films(out), gallery.identities)
         outcomes = pipeline.extract(
             films, out / FEATURES, settings=settings, workers=workers,
             drop="missing" if prune else "nothing", done=done, **options,
@@ -304,6 +304,7 @@ def name_people(
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
         _report_missing(all_films, out)
+        before = read_numbers(out).keep([*earlier, *all_films], gallery.identities)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
         write(out, gallery, decision, padding)
@@ -389,14 +390,13 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     return gallery
 
 
-def _enrol_named(gallery: Gallery, out: Path) -> None:
-    """Enrols the clips of films to which a user gave names in `unknown.tsv`."""
+def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
+    """Enrols the clips of `films` to which a user gave names in `unknown.tsv`."""
     path, features = out / UNKNOWN, out / FEATURES
     names = answers_lib.read_groups(path) if files.exists(path) else {}
     # If the last call was interrupted, a replaced film may have other clips with the same names.
     numbered = read_numbers(out).films
-    films = [film for film in read_films(out) if _hash_film(film) in numbered]
-    present = {track.clip for film in films for track in film.tracks}
+    present = {x.clip for film in films if _hash_film(film) in numbered for x in film.tracks}
     known = {clip: name for clip, name in names.items() if clip in present}
     if len(known) < len(names):
         example = show(min(names.keys() - present))
