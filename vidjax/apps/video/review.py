@@ -98,7 +98,7 @@ class Review:
     def refresh(self) -> None:
         """If another program has changed the gallery, decides again."""
         if self._gallery.digest != self._digest:
-            self._apply({}, self._numbers)
+            self._apply({}, who.read_numbers(self._out))
 
     @property
     def done(self) -> who.WhoResults:
