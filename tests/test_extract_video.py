@@ -1,5 +1,6 @@
 """Decoding of films and photos: times, rotation, sound, damaged and hostile files."""
 
+import io
 import os
 from pathlib import Path
 
@@ -99,6 +100,12 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
 
     rgb = films.read_photo(path)
     assert rgb.shape == shown.shape and np.abs(rgb.astype(int) - shown).mean() < 6
+
+
+@pytest.mark.parametrize(("stored", "read"), [(0, 1), (6, 6), (9, 1)])
+def test_only_orientations_from_1_to_8_are_read(stored, read):
+    photo = films.photo(films.scene(0), "mjpeg", orientation=stored)
+    assert decode.read_orientation(io.BytesIO(photo)) == read
 
 
 def test_gif_is_read_as_a_photo_of_its_first_picture(tmp_path):

@@ -52,7 +52,9 @@ TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1
 MIRRORED = (2, 4, 5, 7)  # the EXIF orientations of mirrored photos
 TIFF = re.compile(rb"MM\0\*|II\*\0")  # the EXIF header in both byte orders
 # The EXIF tag 0x0112, a 16-bit number, in both byte orders.
-ORIENTATION = re.compile(rb"\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0", re.DOTALL)
+ORIENTATION = re.compile(
+    rb"\x01\x12\0\x03\0\0\0\x01\0([\1-\x08])|\x12\x01\x03\0\x01\0\0\0([\1-\x08])\0"
+)
 # A header is searched in the first PHOTO_BYTES of a photo, and the orientation in the EXIF_BYTES
 # after the header.
 EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
