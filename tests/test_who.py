@@ -451,6 +451,20 @@ def test_photos_that_seem_to_show_another_person_are_reported(drawn):
     ]
 
 
+def test_people_with_only_voices_have_no_doubtful_photos(drawn):
+    photo = write_group(drawn)
+    write_voices(drawn.models)
+    drawn.befriend("Ada")
+    drawn.who(photo)
+    heard = {"face": np.zeros((0, 1), np.float32), "audio": np.ones((3, 1), np.float32)}
+    widths = Gallery(drawn.out / "gallery").backend.widths
+    clip = {part: x.repeat(widths[part], 1) for part, x in heard.items()}
+    write_npz(drawn.folder / "heard.npz", {"heard": clip})
+    drawn.gallery("enrol", f"--input={drawn.folder / 'heard.npz'}", "--identity=Eve")
+    shutil.rmtree(drawn.friends / "Ada")
+    assert drawn.who(photo).content["people"] == {"Eve": 1}
+
+
 def test_enrol_reports_photos_without_one_good_face(drawn):
     photos, people, gallery = (drawn.folder / name for name in ("photos", "people", "g"))
     write_photo(photos / "none.png")
