@@ -240,7 +240,10 @@ def _prepare_folder(
     known = find_films(out)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in known:
-            say(f"{path} is damaged: the features are removed, and read again if you name the film")
+            say(
+                f"{path} is damaged or has no features: it is removed, and the film is read again "
+                "if you name it"
+            )
             _remove(out, path.stem)
     stems = _choose_stems(listed, known)
     kept = None if drop == "nothing" else {*stems.values()}
