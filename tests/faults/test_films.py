@@ -102,11 +102,11 @@ def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_extract_that_a_signal_ends_leaves_no_partial_files(drawn, signum):
     with start_extract(drawn.film(), f"--out={drawn.out}", f"--models={drawn.models}") as process:
-        while process.poll() is None and not [*drawn.out.glob(".extract-*")]:
+        while process.poll() is None and not [*drawn.out.glob(".extract-*/progress")]:
             time.sleep(0.002)
         process.send_signal(signum)
         assert process.wait(60) == 128 + signum
-    assert not [*drawn.out.glob(".extract-*")]
+    assert not [*drawn.out.glob("*.extract-*")]
 
 
 def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
