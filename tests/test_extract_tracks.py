@@ -451,6 +451,12 @@ def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
         assert find_cuts(filmed(rng, np.array([picture[:, :64] for picture in pan]))) == []
 
 
+def test_flicker_between_a_picture_and_its_negative_is_not_taken_for_a_dissolve():
+    light = (np.indices((36, 64)).sum(0) // 4 % 2 * 255)[..., None].repeat(3, 2).astype(np.uint8)
+    dark = 255 - light
+    assert find_cuts([light, dark] * 15 + [light] * 3 + [dark] * 60) == [1]
+
+
 def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
     rng = np.random.default_rng(1)
     film = shot(rng, "hand", 60, 0.5)

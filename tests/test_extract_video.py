@@ -1,5 +1,6 @@
 """Decoding of films and photos: times, rotation, sound, damaged and hostile files."""
 
+import io
 import os
 from pathlib import Path
 
@@ -99,6 +100,12 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
 
     rgb = films.read_photo(path)
     assert rgb.shape == shown.shape and np.abs(rgb.astype(int) - shown).mean() < 6
+
+
+@pytest.mark.parametrize(("stored", "read"), [(0, 1), (6, 6), (9, 1)])
+def test_only_orientations_from_1_to_8_are_read(stored, read):
+    photo = films.photo(films.scene(0), "mjpeg", orientation=stored)
+    assert decode.read_orientation(io.BytesIO(photo)) == read
 
 
 def test_gif_is_read_as_a_photo_of_its_first_picture(tmp_path):
@@ -249,6 +256,15 @@ def test_sound_follows_its_time_stamps(tmp_path):
     within = (times > 0.87) & (times < 1.25)
     tone = 0.5 * np.sin((times[within] - 0.85) * 2 * np.pi * 440)
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
+
+
+def test_loud_stereo_sound_is_the_mean_of_both_channels(tmp_path):
+    tone, path = 0.9 * np.sin(np.arange(16_000) / 16_000 * 2 * np.pi * 440), tmp_path / "film.mkv"
+    for right in (1, 0):
+        films.write(path, [films.scene(0)] * 25, sound=np.stack([tone, right * tone]))
+        with decode.open_video(path) as video:
+            heard = np.concatenate([block for _, block in video.sound()])
+        np.testing.assert_allclose(heard, tone * (1 + right) / 2, atol=1e-4)
 
 
 def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):

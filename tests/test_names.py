@@ -24,7 +24,8 @@ NFC, NFD = (unicodedata.normalize(form, "Zoë Müller O'Brien") for form in ("NF
 ZWSP = "\u200b"
 
 
-def test_names_with_invisible_letters_are_refused(tmp_path):
+def test_names_with_invisible_letters_or_outer_blanks_are_refused(tmp_path):
+    refused(lambda: names.clean_identity("Ada "), "identity 'Ada '", "remove these blanks")
     for name in (f"Ada{ZWSP}", "A\u202eda", "Ada\ufeff", "A\xadda", "A \u200cda", "Ada\u200d"):
         refused(lambda x=name: names.clean_identity(x), "identity '", "remove this letter")
 

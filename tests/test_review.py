@@ -206,6 +206,14 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     answer = reviewed.client.post("change", data={"version": version, "do": "name", "of": "Ada"})
     assert answer.status_code == 409, "the page was out of date"
 
+    # A name that was denied remains denied under the new name.
+    reviewed.post(do="deny", of="clip: party.s000.t00")
+    denied = reviewed.names()
+    drawn.gallery("rename", "--identity=Eva", "--to=Ada Lovelace")
+    reviewed.client.get("")
+    renamed = {clip: "Ada Lovelace" if x == "Eva" else x for clip, x in denied.items()}
+    assert reviewed.again() == renamed and "Eva" in denied.values()
+
 
 def test_change_that_cannot_be_saved_changes_nothing(reviewed, drawn):
     numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}

@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.seen import refused
 from vidjax.apps.video import cards, nets, voices
+from vidjax.apps.video.features_folder import FilmTrack
 
 pytest.importorskip("onnxruntime")
 made_nets = pytest.importorskip("tests.helpers.made_nets")
@@ -78,6 +79,11 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder", width=6))
     embedder = voices.open_voice_embedder(card)
     refused(lambda: embedder(noise(1, voices.WINDOW)), "voice.json", "width")
+
+
+def test_part_of_a_film_as_long_as_a_window_is_heard_despite_rounding_errors():
+    track = FilmTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6
+    assert len([*voices.find_solo_spans([track])]) == 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 512, 5000])

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, pipeline, who
 from vidjax.data.clip_files import write_npz
+from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("read_here")
@@ -171,10 +173,23 @@ def test_damaged_or_contradicting_unknown_table_is_refused_and_kept(drawn):
         assert table.read_text() == wrong
 
 
-@pytest.mark.parametrize("name", ["unknown", "Unknown 7"])
-def test_person_in_the_photos_may_not_be_called_unknown(drawn, name):
+@pytest.mark.parametrize("name", ["unknown", "Unknown 7", "Ignored"])
+def test_person_in_the_photos_may_not_be_called_unknown_or_ignored(drawn, name):
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
-    assert "stands for an unknown person" in drawn.who(write_group(drawn), code=2).output
+    assert "stands for people without a name" in drawn.who(write_group(drawn), code=2).output
+
+
+def test_film_with_a_damaged_description_is_read_again_and_keeps_denied_names(drawn):
+    film, out = drawn.meet("Ada"), drawn.out
+    denied = who.read_numbers(out).deny(who.read_films(out), ["party.s000.t00"], "Ada")
+    files.write_json(out / "unknown.json", msgspec.to_builtins(denied))
+    drawn.who(film)
+    names = drawn.names()
+    assert names["party.s000.t00"].startswith("unknown")
+
+    (out / "features" / "videos" / "party.json").write_text("damaged")
+    assert "party.json is damaged" in drawn.who(film).output
+    assert drawn.names() == names
 
 
 @pytest.mark.slow
@@ -434,6 +449,20 @@ def test_photos_that_seem_to_show_another_person_are_reported(drawn):
         ("Bob/5", "is enrolled as Bob, but differs from Bob's other photos"),
         ("Eve", "is also a photo of Ada"),
     ]
+
+
+def test_people_with_only_voices_have_no_doubtful_photos(drawn):
+    photo = write_group(drawn)
+    write_voices(drawn.models)
+    drawn.befriend("Ada")
+    drawn.who(photo)
+    heard = {"face": np.zeros((0, 1), np.float32), "audio": np.ones((3, 1), np.float32)}
+    widths = Gallery(drawn.out / "gallery").backend.widths
+    clip = {part: x.repeat(widths[part], 1) for part, x in heard.items()}
+    write_npz(drawn.folder / "heard.npz", {"heard": clip})
+    drawn.gallery("enrol", f"--input={drawn.folder / 'heard.npz'}", "--identity=Eve")
+    shutil.rmtree(drawn.friends / "Ada")
+    assert drawn.who(photo).content["people"] == {"Eve": 1}
 
 
 def test_enrol_reports_photos_without_one_good_face(drawn):

@@ -99,6 +99,16 @@ def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
     assert drawn.extract(film)[0]["clips"] == 4
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_extract_that_a_signal_ends_leaves_no_partial_files(drawn, signum):
+    with start_extract(drawn.film(), f"--out={drawn.out}", f"--models={drawn.models}") as process:
+        while process.poll() is None and not [*drawn.out.glob(".extract-*/progress")]:
+            time.sleep(0.002)
+        process.send_signal(signum)
+        assert process.wait(60) == 128 + signum
+    assert not [*drawn.out.glob("*.extract-*")]
+
+
 def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
     photo, out = drawn.folder / "photo.png", drawn.out
     write_photo(photo, ("Ada", 20, 20))

@@ -1,6 +1,7 @@
 """Folders of temporary files, which are removed even if a signal ends the process."""
 
 import contextlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,4 +32,7 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
 def remove_scratch_folders() -> None:
     """Removes all scratch folders of this process."""
     for folder in tuple(_folders):
-        shutil.rmtree(folder, ignore_errors=True)
+        # A child process may still write into the folder, but it cannot find a renamed folder.
+        with contextlib.suppress(OSError):
+            renamed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+            shutil.rmtree(folder.rename(renamed), ignore_errors=True)

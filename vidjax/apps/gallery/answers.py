@@ -35,7 +35,6 @@ MIN_NAMED_PROBABILITY = 0.5  # above it, a name is more probable than all other 
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
-IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no clear face
 # Optional columns after GROUP_COLUMNS: the video of a clip, and its times.
 PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")
 NUM_TABLE_PEOPLE = 3  # best identities that a line of text lists

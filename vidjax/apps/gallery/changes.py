@@ -15,7 +15,7 @@ from vidjax.data.untrusted.names import (
     check_name,
     clean_identity,
     find_similar_names,
-    is_unknown,
+    is_reserved,
     normal_form,
     show,
 )
@@ -313,13 +313,13 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
 def check_person(name: str) -> str:
     """Returns the cleaned name of a person.
 
-    Raises UserError if it is invalid, too long, or stands for unknown people, like `unknown 1`.
+    Raises UserError if it is invalid, too long, or reserved, like `unknown 1` and `ignored`.
     """
     check_argument("identity", name, str, "a name")
     name = _check_length("identity", clean_identity(name))
-    if is_unknown(name):
+    if is_reserved(name):
         raise UserError(
-            f"the name '{show(name)}' stands for an unknown person\n"
+            f"the name '{show(name)}' stands for people without a name\n"
             "choose another name, such as 'neighbour'"
         )
     return name

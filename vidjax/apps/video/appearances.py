@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from vidjax.apps.gallery.answers import IGNORED, Answer
+from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.video.features_folder import Box, Film, FilmTrack
+from vidjax.data.untrusted.names import IGNORED
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 

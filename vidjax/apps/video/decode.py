@@ -52,7 +52,9 @@ TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1
 MIRRORED = (2, 4, 5, 7)  # the EXIF orientations of mirrored photos
 TIFF = re.compile(rb"MM\0\*|II\*\0")  # the EXIF header in both byte orders
 # The EXIF tag 0x0112, a 16-bit number, in both byte orders.
-ORIENTATION = re.compile(rb"\x01\x12\0\x03\0\0\0\x01\0(.)|\x12\x01\x03\0\x01\0\0\0(.)\0", re.DOTALL)
+ORIENTATION = re.compile(
+    rb"\x01\x12\0\x03\0\0\0\x01\0([\1-\x08])|\x12\x01\x03\0\x01\0\0\0([\1-\x08])\0"
+)
 # A header is searched in the first PHOTO_BYTES of a photo, and the orientation in the EXIF_BYTES
 # after the header.
 EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
@@ -230,10 +232,10 @@ class Video:
     def sound(self) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.
 
-        `seconds` is the time of the first sample. `samples` are float32 [n] from -1 to 1, the mean
-        of all channels, at 16 kHz. There may be gaps between blocks. If a block begins more than a
-        second before the end of the previous block, the rest of the sound is dropped, because its
-        times are unknown.
+        `seconds` is the time of the first sample. `samples` are float32 [n] from -1 to 1, a
+        weighted mean of all channels, at 16 kHz. There may be gaps between blocks. If a block
+        begins more than a second before the end of the previous block, the rest of the sound is
+        dropped, because its times are unknown.
         """
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler
@@ -241,12 +243,13 @@ class Video:
 
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
-            resampler, source = AudioResampler("flt", "mono", SOUND_RATE), None
+            # FFmpeg mixes channels to a weighted mean for integers, but to a larger sum for floats.
+            resampler, source = AudioResampler("s32", "mono", SOUND_RATE), None
             time_s = 0.0
             for decoded in self._decode(stream, AudioFrame):
                 form = (decoded.format.name, decoded.layout.name, decoded.sample_rate)
                 if form != source:  # broadcasts change the format between programmes
-                    resampler, source = AudioResampler("flt", "mono", SOUND_RATE), form
+                    resampler, source = AudioResampler("s32", "mono", SOUND_RATE), form
                 try:
                     resampled = resampler.resample(decoded)
                 except (FFmpegError, ValueError):  # a sound format that cannot be converted
@@ -260,7 +263,7 @@ class Video:
                             self.counts.damaged = True
                             return
                         time_s = stamp_s if abs(stamp_s - time_s) > ROUNDING_SECONDS else time_s
-                    samples = np.clip(np.nan_to_num(block.to_ndarray()[0]), -1, 1)
+                    samples = (block.to_ndarray()[0] / 2**31).astype(np.float32)
                     yield time_s, samples
                     time_s += len(samples) / SOUND_RATE
 

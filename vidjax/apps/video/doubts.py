@@ -62,7 +62,7 @@ def compare_photos(
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)
-    num = int(owner.max(initial=-1)) + 1
+    num = int(owner.max(initial=0)) + 1
     while True:
         count, total = sum_by_owner(units * kept[:, None], owner, num)
         num_others = count[owner] - kept

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlencode
 
-from vidjax.apps.gallery.answers import IGNORED, Answer, parse_group_number
+from vidjax.apps.gallery.answers import Answer, parse_group_number
 from vidjax.apps.video.appearances import (
     Appearance,
     format_certainty,
@@ -19,6 +19,7 @@ from vidjax.apps.video.appearances import (
     group_by_video,
 )
 from vidjax.apps.video.features_folder import Film
+from vidjax.data.untrusted.names import IGNORED
 
 if TYPE_CHECKING:
     import jinja2

@@ -122,7 +122,7 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
             raise EOFError("the archive ends early")
         if not header.strip(b"\0"):
             break
-        size, kind = int(header[124:136].strip(b" \0") or b"0", 8), header[156:157]
+        size, kind = max(0, int(header[124:136].strip(b" \0") or b"0", 8)), header[156:157]
         room = -(-size // 512) * 512
         if kind == b"L" and room == 512:
             long_name = archive.read(room)

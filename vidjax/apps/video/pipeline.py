@@ -30,6 +30,7 @@ from vidjax.runs import schemas
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, describe_system_error
+from vidjax.utils.scratch import scratch_folder
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 # The names of temporary files and folders, which remain if a call is killed.
@@ -236,8 +237,14 @@ def _prepare_folder(
             f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
             "move these files, or name another folder"
         )
-    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
-    known = {stem: film for stem in names if (film := _find_film(out, stem))}
+    known = find_films(out)
+    for path in (out / VIDEOS).glob("*.json"):
+        if path.stem not in known:
+            say(
+                f"{path} is damaged or has no features: it is removed, and the film is read again "
+                "if you name it"
+            )
+            _remove(out, path.stem)
     stems = _choose_stems(listed, known)
     kept = None if drop == "nothing" else {*stems.values()}
     if kept is not None and drop == "missing":
@@ -436,6 +443,12 @@ def _sha256_or_of_name(path: Path) -> str:
         return files.sha256_json(str(path.absolute()))
 
 
+def find_films(out: Path) -> dict[str, Film]:
+    """Returns stem -> film for all films of earlier calls, without incomplete or damaged films."""
+    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
+    return {stem: film for stem in names if (film := _find_film(out, stem))}
+
+
 def _find_film(out: Path, stem: str) -> Film | None:
     """Returns the film of an earlier call. If its files are incomplete or damaged, returns None."""
     try:
@@ -460,33 +473,31 @@ def _extract_batch(
     """
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, dict[str, Any]] = {}
-    for job in jobs:
-        try:
-            outcome = _compare(job, check)
-        except (UserError, OSError) as error:
-            outcome = _describe_failure(job, error)
-        if isinstance(outcome, dict):
-            pending[job] = outcome | {"models": str(models.absolute())}
-        else:
-            outcomes[job] = outcome
-    if pending:
-        photos = f"{len(pending):,} photo" + "s" * (len(pending) > 1)
-        say(f"{features_folder.make_printable(title) or photos} ...")
-    given = [(job.path, arguments) for job, arguments in pending.items()]
-    try:
+    with contextlib.ExitStack() as folders:
+        for job in jobs:
+            try:
+                outcome = _compare(job, check, folders)
+            except (UserError, OSError) as error:
+                outcome = _describe_failure(job, error)
+            if isinstance(outcome, dict):
+                pending[job] = outcome | {"models": str(models.absolute())}
+            else:
+                outcomes[job] = outcome
+        if pending:
+            photos = f"{len(pending):,} photo" + "s" * (len(pending) > 1)
+            say(f"{features_folder.make_printable(title) or photos} ...")
+        given = [(job.path, arguments) for job, arguments in pending.items()]
         answers = _read_batch(children, given)
         for (job, arguments), answer in zip(pending.items(), answers, strict=True):
             outcomes[job] = _take_results(job, arguments, answer)
-    finally:
-        for arguments in pending.values():
-            files.remove_tree(Path(arguments["out"]))
     return [outcomes[job] for job in jobs]
 
 
-def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
+def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
     """Returns the outcome of a file if its features are complete and up to date.
 
-    If not, removes the features, and returns the arguments with which `film.work` extracts them.
+    If not, removes the features, and returns the arguments with which `film.work` extracts them
+    into a new temporary folder, which `folders` removes.
     """
     before = _find_film(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
@@ -501,8 +512,7 @@ def _compare(job: _Job, check: bool) -> FileOutcome | dict[str, Any]:
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
     _remove(job.out, job.stem)
-    partial = job.out / f".extract-{secrets.token_hex(4)}"
-    partial.mkdir(mode=0o700)
+    partial = folders.enter_context(scratch_folder(job.out / f".extract-{secrets.token_hex(4)}"))
     if (job.out / THUMBNAILS).exists():
         (partial / THUMBNAILS).mkdir(mode=0o700)
     return {

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from vidjax.apps.video.tracks import measure_overlaps, pair_greedily
-from vidjax.data.untrusted.names import clean_identity, is_unknown, show
+from vidjax.data.untrusted.names import clean_identity, is_reserved, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
@@ -134,7 +134,7 @@ def parse_packet(packet: bytes) -> Tags:
         except UserError as error:
             problem = str(error)
             continue
-        if not is_unknown(name) and len(name) <= MOST_LETTERS:
+        if not is_reserved(name) and len(name) <= MOST_LETTERS:
             tags.append(tag._replace(name=name))
     applied = next(map(_collect_values, root.iter(f"{MWG}AppliedToDimensions")), {})
     width, height = (_parse_number(applied.get(SIZE + key)) for key in "wh")

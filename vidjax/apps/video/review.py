@@ -29,7 +29,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-from vidjax.apps.gallery.answers import IGNORED
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
 from vidjax.apps.gallery.store import StoredClip
@@ -37,7 +36,7 @@ from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
 from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
-from vidjax.data.untrusted.names import fold, is_unknown, normal_form
+from vidjax.data.untrusted.names import IGNORED, fold, is_unknown, normal_form
 from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
 
@@ -99,7 +98,7 @@ class Review:
     def refresh(self) -> None:
         """If another program has changed the gallery, decides again."""
         if self._gallery.digest != self._digest:
-            self._apply({}, self._numbers)
+            self._apply({}, who.read_numbers(self._out))
 
     @property
     def done(self) -> who.WhoResults:

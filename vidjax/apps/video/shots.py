@@ -184,15 +184,17 @@ def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int
     """Returns the index of the first picture in which `end` has a larger weight than `start`.
 
     Returns None if the pictures `between` are not weighted sums of `start` and `end`. Also returns
-    None if `start` and `end` are alike, or are alike after a shift.
+    None if `start` and `end` are alike, or are alike after a shift, or one is the negative of the
+    other.
     """
-    if min(start.deviation, end.deviation) < BLANK or _measure_likeness(start, end) > UNLIKE:
+    likeness = _measure_likeness(start, end)
+    if min(start.deviation, end.deviation) < BLANK or not -LIKE < likeness <= UNLIKE:
         return None
     if _measure_difference(start, end) < LEAST_DIFFERENCE:
         return None
     ends = np.stack([start.centred, end.centred], 1)
     middle = np.stack([picture.centred for picture in between], 1)
-    parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)  # the ends are unlike: never singular
+    parts = np.linalg.solve(ends.T @ ends, ends.T @ middle)
     rest = (middle - ends @ parts).std(0) / np.maximum(middle.std(0), 1.0)
     mixed = (parts.min(0) > LEAST_WEIGHT) & (rest < MIXED_REST)
     # If pictures are alike after a shift, the camera moves slowly.

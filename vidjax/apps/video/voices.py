@@ -115,7 +115,7 @@ def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
     If the part is shorter than a window of 1.6 seconds, yields nothing.
     """
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
-    count = int((end - begin - window) / step + 1e-6) + 1 if end - begin >= window else 0
+    count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
     for first in range(0, count, PIECE_WINDOWS):
         last = min(first + PIECE_WINDOWS, count) - 1
         yield Span(clip, begin + first * step, begin + last * step + window)

@@ -47,7 +47,7 @@ from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
-from vidjax.data.untrusted.names import make_file_stems, normal_form, show
+from vidjax.data.untrusted.names import IGNORED, make_file_stems, normal_form, show
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Sha256, Size, Text
 from vidjax.runs.terminal import say
@@ -85,7 +85,7 @@ class WhoResults(NamedTuple):
         """The film, the time and the person of each appearance, as texts."""
         rows, films = [], {film.video: film for film in self.decision.films}
         for appearance in self.decision.appearances:
-            name = appearance.identity or answers_lib.IGNORED
+            name = appearance.identity or IGNORED
             time = names_page.format_appearance_time(appearance, films[appearance.video])
             words = filter(None, (name, appearances.format_certainty(appearance)))
             rows.append((appearance.video, time, ", ".join(words)))
@@ -231,6 +231,13 @@ def read_numbers(out: Path) -> UnknownNumbers:
     return schemas.read(path, UnknownNumbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
+def rename_denied(out: Path, person: str, to: str) -> None:
+    """Renames a person in the names that a user denied, if `out` is a folder of results."""
+    if files.exists(out / NUMBERS):
+        numbers = read_numbers(out).rename(person, to)
+        files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
+
+
 def name_people(
     films: Sequence[Path],
     people: Path | None,
@@ -284,7 +291,8 @@ def name_people(
         failed, names = dict[str, str](), set[str]()
         if people is not None:
             failed, names = _update_people(gallery, people, photos, out, workers, options)
-        _enrol_named(gallery, out)
+        earlier = pipeline.find_films(out / FEATURES).values()
+        _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
             raise UserError(
                 f"no photo in '{people}' shows exactly one face, so nobody can be recognised\n"
@@ -296,7 +304,6 @@ def name_people(
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*/"):
                 pipeline.remove_thumbnails(folder)
-        before = read_numbers(out).keep(read_films(out), gallery.identities)
         outcomes = pipeline.extract(
             films, out / FEATURES, settings=settings, workers=workers,
             drop="missing" if prune else "nothing", done=done, **options,
@@ -304,6 +311,7 @@ def name_people(
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
         _report_missing(all_films, out)
+        before = read_numbers(out).keep([*earlier, *all_films], gallery.identities)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
         write(out, gallery, decision, padding)
@@ -389,14 +397,13 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     return gallery
 
 
-def _enrol_named(gallery: Gallery, out: Path) -> None:
-    """Enrols the clips of films to which a user gave names in `unknown.tsv`."""
+def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
+    """Enrols the clips of `films` to which a user gave names in `unknown.tsv`."""
     path, features = out / UNKNOWN, out / FEATURES
     names = answers_lib.read_groups(path) if files.exists(path) else {}
     # If the last call was interrupted, a replaced film may have other clips with the same names.
     numbered = read_numbers(out).films
-    films = [film for film in read_films(out) if _hash_film(film) in numbered]
-    present = {track.clip for film in films for track in film.tracks}
+    present = {x.clip for film in films if _hash_film(film) in numbered for x in film.tracks}
     known = {clip: name for clip, name in names.items() if clip in present}
     if len(known) < len(names):
         example = show(min(names.keys() - present))

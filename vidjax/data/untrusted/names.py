@@ -21,6 +21,7 @@ _SHAPELESS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
+IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no clear face
 MAX_STEM_BYTES = 200  # a file name has at most 255 bytes, including suffixes of temporary files
 
 
@@ -66,7 +67,7 @@ def clean_identity(name: str) -> str:
     """
     if name != name.strip() and name.strip():
         raise UserError(
-            f"identity '{show(name)}' has leading or trailing blanks: remove them with strip()"
+            f"identity '{show(name)}' has leading or trailing blanks: remove these blanks"
         )
     name = normal_form(check_name(name, "identity"))
     if name.isprintable():  # then no letter is invisible
@@ -93,6 +94,11 @@ def normal_form(name: str) -> str:
 def is_unknown(name: str) -> bool:
     """Returns True if a name is reserved for strangers: `unknown`, or `unknown` with a number."""
     return re.fullmatch("unknown( [0-9]+)?", name.casefold()) is not None
+
+
+def is_reserved(name: str) -> bool:
+    """Returns True if a name stands for people without a name: `ignored`, or see `is_unknown`."""
+    return is_unknown(name) or name.casefold() == IGNORED
 
 
 def fold(name: str) -> str:
