@@ -258,15 +258,6 @@ def test_sound_follows_its_time_stamps(tmp_path):
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
 
 
-def test_loud_stereo_sound_is_the_mean_of_both_channels(tmp_path):
-    tone, path = 0.9 * np.sin(np.arange(16_000) / 16_000 * 2 * np.pi * 440), tmp_path / "film.mkv"
-    for right in (1, 0):
-        films.write(path, [films.scene(0)] * 25, sound=np.stack([tone, right * tone]))
-        with decode.open_video(path) as video:
-            heard = np.concatenate([block for _, block in video.sound()])
-        np.testing.assert_allclose(heard, tone * (1 + right) / 2, atol=1e-4)
-
-
 def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
     data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height

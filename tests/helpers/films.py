@@ -42,9 +42,8 @@ def write(
     """Writes pictures uint8 [H, W, 3] as a film. Without pictures, the film has only sound.
 
     `stamps` are times in milliseconds. `aspect` is the width of a pixel divided by its height. If
-    `held_ms` is above 0, the last picture lasts as long. `sound` are samples [n], or [2, n] for
-    stereo, which begin at `start_s`. A share `broken` of the packets of sound, from the first
-    packet on, is damaged.
+    `held_ms` is above 0, the last picture lasts as long. `sound` are samples [n], which begin at
+    `start_s`. A share `broken` of the packets of sound, from the first packet on, is damaged.
     """
     pictures = iter(frames)
     first, stream = next(pictures, None), None
@@ -102,14 +101,12 @@ def _sound(
 ) -> list[av.Packet]:
     """Returns the packets of a new stream of sound."""
     lossless = path.suffix in (".mkv", ".mp4")
-    whole = (np.clip(np.atleast_2d(samples), -1, 1) * 32767).astype(np.int16)
-    layout = "stereo" if len(whole) == 2 else "mono"
-    stream = container.add_stream("alac" if lossless else "aac", rate=rate, layout=layout)
+    stream = container.add_stream("alac" if lossless else "aac", rate=rate, layout="mono")
     stream.time_base = Fraction(1, rate)
     packets = []
-    for start in range(0, whole.shape[1], 1024):
-        block = np.ascontiguousarray(whole[:, start : start + 1024])
-        frame = av.AudioFrame.from_ndarray(block, "s16p", layout)
+    whole = (np.clip(samples, -1, 1) * 32767).astype(np.int16)
+    for start in range(0, len(whole), 1024):
+        frame = av.AudioFrame.from_ndarray(whole[None, start : start + 1024], "s16p", "mono")
         frame.rate, frame.pts = rate, round(start_s * rate) + start
         frame.time_base = Fraction(1, rate)
         packets += stream.encode(frame)

@@ -232,10 +232,10 @@ class Video:
     def sound(self) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.
 
-        `seconds` is the time of the first sample. `samples` are float32 [n] from -1 to 1, a
-        weighted mean of all channels, at 16 kHz. There may be gaps between blocks. If a block
-        begins more than a second before the end of the previous block, the rest of the sound is
-        dropped, because its times are unknown.
+        `seconds` is the time of the first sample. `samples` are float32 [n] from -1 to 1, the mean
+        of all channels, at 16 kHz. There may be gaps between blocks. If a block begins more than a
+        second before the end of the previous block, the rest of the sound is dropped, because its
+        times are unknown.
         """
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler
@@ -243,13 +243,12 @@ class Video:
 
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
-            # FFmpeg mixes channels to a weighted mean for integers, but to a larger sum for floats.
-            resampler, source = AudioResampler("s32", "mono", SOUND_RATE), None
+            resampler, source = AudioResampler("flt", "mono", SOUND_RATE), None
             time_s = 0.0
             for decoded in self._decode(stream, AudioFrame):
                 form = (decoded.format.name, decoded.layout.name, decoded.sample_rate)
                 if form != source:  # broadcasts change the format between programmes
-                    resampler, source = AudioResampler("s32", "mono", SOUND_RATE), form
+                    resampler, source = AudioResampler("flt", "mono", SOUND_RATE), form
                 try:
                     resampled = resampler.resample(decoded)
                 except (FFmpegError, ValueError):  # a sound format that cannot be converted
@@ -263,7 +262,7 @@ class Video:
                             self.counts.damaged = True
                             return
                         time_s = stamp_s if abs(stamp_s - time_s) > ROUNDING_SECONDS else time_s
-                    samples = (block.to_ndarray()[0] / 2**31).astype(np.float32)
+                    samples = np.clip(np.nan_to_num(block.to_ndarray()[0]), -1, 1)
                     yield time_s, samples
                     time_s += len(samples) / SOUND_RATE
 
