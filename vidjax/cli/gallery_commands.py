@@ -515,11 +515,13 @@ def _remove(args: argparse.Namespace) -> Result:
 
 
 def _rename(args: argparse.Namespace) -> Result:
-    from vidjax.apps.video import who
-
     gallery = _open(args)
     count = gallery.rename(args.identity, args.to, merge=args.merge)
-    who.rename_denied(gallery.folder.parent, normal_form(args.identity), normal_form(args.to))
+    results = gallery.folder.parent
+    if files.exists(results / "unknown.json"):  # a folder of `vidjax who`
+        from vidjax.apps.video import who
+
+        who.rename_denied(results, normal_form(args.identity), normal_form(args.to))
     clips = _count_clips(gallery.identities[normal_form(args.to)])
     text = f"{args.identity} is {args.to}, with {clips}"
     return _summarise(gallery, {"renamed": text}, {"renamed": count})

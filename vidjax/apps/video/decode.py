@@ -232,10 +232,10 @@ class Video:
     def sound(self) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.
 
-        `seconds` is the time of the first sample. `samples` are float32 [n] from -1 to 1, the mean
-        of all channels, at 16 kHz. There may be gaps between blocks. If a block begins more than a
-        second before the end of the previous block, the rest of the sound is dropped, because its
-        times are unknown.
+        `seconds` is the time of the first sample. `samples` are float32 [n] at 16 kHz: a weighted
+        sum of all channels, 0.71 x (left + right) for stereo, clipped to -1 to 1. There may be gaps
+        between blocks. If a block begins more than a second before the end of the previous block,
+        the rest of the sound is dropped, because its times are unknown.
         """
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler

@@ -232,10 +232,9 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
 
 def rename_denied(out: Path, person: str, to: str) -> None:
-    """Renames a person in the names that a user denied, if `out` is a folder of results."""
-    if files.exists(out / NUMBERS):
-        numbers = read_numbers(out).rename(person, to)
-        files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
+    """Renames a person in the names that a user denied, in the folder of results `out`."""
+    numbers = read_numbers(out).rename(person, to)
+    files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
 
 
 def name_people(
