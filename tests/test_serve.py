@@ -536,6 +536,11 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
             assert server.ask("GET", "/identities", headers=headers)[0] == status
 
 
+def test_address_that_cannot_be_used_gets_a_remedy(inside):
+    refused(lambda: app_lib.listen("127.0.0.1", inside.port), "in use", "--port")
+    refused(lambda: app_lib.listen(64 * "a", 0), "--host")  # longer than a part of a name may be
+
+
 def talk(port, content):
     """Sends bytes, and returns all that comes back until the server hangs up."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
