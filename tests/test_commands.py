@@ -144,6 +144,8 @@ def test_printed_configuration_lists_the_origin_of_each_value(command):
 @pytest.mark.parametrize(("error", "code"), [
     (DiskError("cannot write 'x'"), 2), (MemoryError(), 2),
     (OSError(errno.ENOSPC, "No space left on device"), 2),
+    (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 2),
+    (RuntimeError("Could not determine home directory."), 2),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2),
     (ModuleNotFoundError("no", name="pyarrow"), 2),
     (CheckpointError("none"), 3), (Interrupted(signal.SIGTERM, step=3), 143),

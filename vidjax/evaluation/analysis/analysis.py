@@ -129,7 +129,8 @@ def import_slow_libraries(*, report: bool) -> None:
     """Starts a thread that imports Orbax and, if wanted, the report. Both take half a second."""
 
     def load() -> None:
-        with contextlib.suppress(ImportError):  # the code that needs a library reports it
+        # The code that needs a library reports the error. OSError: matplotlib finds no folder.
+        with contextlib.suppress(ImportError, OSError):
             from orbax.checkpoint import v1  # noqa: F401
 
             if report:
