@@ -389,7 +389,8 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith("SQLITE_BUSY"):
             raise InUseError(
-                f"gallery '{path.parent}' is in use by another process: try again later"
+                f"gallery '{path.parent}' is in use by another process, or by an open "
+                "'with gallery.change()' of this program\ntry again when the other change has ended"
             ) from error
         if name.startswith("SQLITE_READONLY") and write:
             raise UnwritableError(
