@@ -141,6 +141,8 @@ def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
     # Of the folder with a table, only the table is read.
     for path, names in ((table, {*clips}), (tmp_path, {*clips}), (arrays, {"Ada Byron", "b.mp4"})):
         assert {*load_clips(path, widths, identities=NAMES).names} == names
+        chosen = functools.partial(load_clips, path, widths, identities=NAMES, split="val")
+        refused(chosen, "has no split")
     missing = tmp_path / "none.parquet"
     refused(lambda: load_clips(missing, widths, identities=()), "does not exist")
     val = load_clips(official_dir, OFFICIAL, identities=(), split="val")  # has 60 clips
