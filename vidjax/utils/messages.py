@@ -301,7 +301,7 @@ def describe_error(error: Exception) -> str:
             f"no memory is left: {reason}\n"
             "to train: --config.batch_size=32, --config.data.max_frames=32, or clips from disk by "
             "--config.data.mode=streaming\n"
-            "to evaluate: --config.eval.block_size=64; in other commands, use fewer or shorter clips"
+            "to evaluate: --config.eval.block_size=64; for other commands, use fewer clips"
         )
     return describe_system_error(error) or str(error)
 
