@@ -125,6 +125,8 @@ def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
         ("out.parquet", "pip install 'vidjax[parquet]'", "-e '.[parquet]'", "or end the name in"),
     ):  # fmt: skip
         refused(functools.partial(tables.check_new, tmp_path / name), *remedies)
+    only = refused(lambda: tables.check_new(tmp_path / "out.parquet", (".parquet",)), "[parquet]")
+    assert "end the name" not in only
 
 
 # Modality -> width, of two of the three official modalities.
