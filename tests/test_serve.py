@@ -6,6 +6,7 @@ the answers of `Gallery.identify`.
 
 import asyncio
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -339,7 +340,9 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         assert server.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 20 + 6
 
 
-def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, caplog):
+def test_gallery_errors_are_logged_without_leaking_to_clients(
+    tmp_path, folder, caplog, monkeypatch
+):
     people, path = Gallery(folder), folder / "gallery.sqlite"
     body = enrolment("Secret", 0)
     query = ("POST", "/identify", {"clips": body["clips"]})
@@ -373,6 +376,12 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
         assert "is damaged" in caplog.text and "Secret" not in caplog.text
         path.unlink()
         ask(503, "GET", "/identities")
+
+        def refuse(**_):  # root may read every file, so no permission is removed
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(people._store, "_check_files", refuse)
+        assert "cannot be used" in ask(503, "GET", "/identities")
 
 
 WORDS = (  # a client puts the words of errors, each with another status, into names

@@ -50,6 +50,7 @@ REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
     UnwritableError: (
         HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be changed" + SEE_LOG, None
     ),
+    PermissionError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be used" + SEE_LOG, None),
     TimeoutError: (HTTPStatus.SERVICE_UNAVAILABLE, "the answer took too long: try again", 1),
 }  # fmt: skip
 # Platforms such as Kubernetes ask these paths without a token.
