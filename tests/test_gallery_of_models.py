@@ -115,7 +115,8 @@ assert gallery.identify(clips, fpir=0.25) and gallery.threshold(0.25).score < 0
 assert gallery.enrol({"new": clips["0"]}, "0").enrolled == 1
 assert gallery.relabel("new", "1") == "0" and gallery.remove(clip="new") == 1
 for words in (
-    "list g", "identify g --input=in --threshold=0.5", "enrol g --input=in/0.npz --identity=Ada",
+    "list g", "identify g --input=in --threshold=0.5", "identify g --input=in --fpir=0.3",
+    "threshold g --fpir=0.3", "enrol g --input=in/0.npz --identity=Ada",
 ):
     assert main(["gallery", *words.split()]) == 0, words
 """

@@ -329,6 +329,7 @@ def test_a_change_is_refused_during_another_change(gallery):
     with Gallery(gallery.folder).change():
         message = refused(lambda: gallery.remove(clip=["clip 30"]), "in use by another process")
         assert message.startswith("gallery ") and str(gallery.folder) in message
+        assert "'with gallery.change()' of this program" in message
 
     assert gallery.remove(clip=["clip 30"]) == 1
 

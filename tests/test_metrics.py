@@ -422,3 +422,9 @@ def test_calibration_stays_finite_for_certain_but_wrong_clips():
     assert np.isfinite(bins).all()
     assert num_clips.sum() == 3000 - 3
     assert 0 < error < 1
+
+
+@pytest.mark.parametrize("passing", [0, 1, 50, 98])
+def test_fpir_interval_has_the_quantiles_of_the_beta_distribution(passing):
+    wanted = special.betaincinv(passing + 1, 99 - passing, [0.025, 0.975])
+    np.testing.assert_allclose(metrics.fpir_interval(passing, 99), wanted, rtol=1e-10)

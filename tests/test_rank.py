@@ -125,6 +125,8 @@ def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
         ("out.parquet", "pip install 'vidjax[parquet]'", "-e '.[parquet]'", "or end the name in"),
     ):  # fmt: skip
         refused(functools.partial(tables.check_new, tmp_path / name), *remedies)
+    only = refused(lambda: tables.check_new(tmp_path / "out.parquet", (".parquet",)), "[parquet]")
+    assert "end the name" not in only
 
 
 # Modality -> width, of two of the three official modalities.
@@ -141,6 +143,8 @@ def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
     # Of the folder with a table, only the table is read.
     for path, names in ((table, {*clips}), (tmp_path, {*clips}), (arrays, {"Ada Byron", "b.mp4"})):
         assert {*load_clips(path, widths, identities=NAMES).names} == names
+        chosen = functools.partial(load_clips, path, widths, identities=NAMES, split="val")
+        refused(chosen, "has no split")
     missing = tmp_path / "none.parquet"
     refused(lambda: load_clips(missing, widths, identities=()), "does not exist")
     val = load_clips(official_dir, OFFICIAL, identities=(), split="val")  # has 60 clips

@@ -83,6 +83,7 @@ FAULTS = {
     "102 clips, hit last": (f"1 {MANY} a.mp4\n", "0", "line 1: the line has 102 clips"),
     "unknown identity": ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
     "repeated identity": ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),
+    "long name": ("1 a.mp4" + 2 * (" " + 999 * "x") + "\n", "1", f"'{100 * 'x'}...' is repeated"),
     "empty line": ("\n1 a.mp4\n", "1", "line 1"),
     "tab": ("1\ta.mp4\n", "1", "line 1: fields"),
     "no-break space": ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),

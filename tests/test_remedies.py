@@ -49,7 +49,8 @@ def test_suggested_command_of_an_error_runs(
 def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(tmp_path):
     run = made_runs.write(tmp_path / "run", {"1": 0.5})
     # The gallery should come first, and the run second.
-    refused(lambda: Gallery.create(run, "new"), "is a run: Gallery.create(", str(run))
+    remedy = f"is a run; make a gallery from it: vidjax gallery create NEW_FOLDER --run={run}"
+    refused(lambda: Gallery.create(run, "new"), remedy)
     gallery = servers.make_gallery(tmp_path / "people")
     clips = {"c": {"face": np.ones((1, 8), np.float32)}}
     refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'", "clip is 'c'")

@@ -12,10 +12,12 @@ from tests.helpers import made_runs
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import shrunk
+from vidjax.evaluation.analysis import analysis
 from vidjax.evaluation.report import run_page
 from vidjax.runs import schemas
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
+from vidjax.utils.errors import VidjaxWarning
 
 SECTIONS = ["summary", "reading", "learning", "identities", "mistakes", "strata", "open_set"]
 EVIL = (
@@ -200,3 +202,9 @@ def test_report_explains_missing_results_and_refuses_damaged_files(tmp_path):
     assert "and there is no MAP" in summary()
     (tmp_path / "metrics.json").write_text("[]")
     refused(summary, "metrics.json' is damaged")
+
+
+def test_warning_about_a_failed_report_names_the_command_for_its_split(tmp_path):
+    wanted = r"ValueError: no axis\n.*\n.* --config.eval.split=test$"
+    with pytest.warns(VidjaxWarning, match=wanted), analysis.describe_faults(tmp_path, "test"):
+        raise ValueError("no axis")

@@ -6,6 +6,7 @@ the answers of `Gallery.identify`.
 
 import asyncio
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -339,7 +340,9 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         assert server.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 20 + 6
 
 
-def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, caplog):
+def test_gallery_errors_are_logged_without_leaking_to_clients(
+    tmp_path, folder, caplog, monkeypatch
+):
     people, path = Gallery(folder), folder / "gallery.sqlite"
     body = enrolment("Secret", 0)
     query = ("POST", "/identify", {"clips": body["clips"]})
@@ -373,6 +376,12 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
         assert "is damaged" in caplog.text and "Secret" not in caplog.text
         path.unlink()
         ask(503, "GET", "/identities")
+
+        def refuse(**_):  # root may read every file, so no permission is removed
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(people._store, "_check_files", refuse)
+        assert "cannot be used" in ask(503, "GET", "/identities")
 
 
 WORDS = (  # a client puts the words of errors, each with another status, into names
@@ -521,8 +530,12 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
         path.chmod(mode)
         refused(lambda: limits_lib.read_token(path), remedy)
 
-    path.chmod(0o600)
-    with Inside(people, token=limits_lib.read_token(path)) as server:
+    # Kubernetes mounts a secret as a link to a file of root, which the group may read.
+    path.chmod(0o440)
+    refused(lambda: limits_lib.read_token(path), "defaultMode: 0440")
+    (link := tmp_path / "link").symlink_to(path)
+    monkeypatch.setattr(limits_lib.os, "geteuid", lambda: path.stat().st_uid + 1)
+    with Inside(people, token=limits_lib.read_token(link)) as server:
         # With a token, the server accepts any host.
         for sent, status in (
             ("Bearer " + "a" * 40, 200), ("bearer  " + "a" * 40, 200),  # upper or lower case
@@ -530,6 +543,11 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
         ):  # fmt: skip
             headers = {"Host": "people.example"} | ({"Authorization": sent} if sent else {})
             assert server.ask("GET", "/identities", headers=headers)[0] == status
+
+
+def test_address_that_cannot_be_used_gets_a_remedy(inside):
+    refused(lambda: app_lib.listen("127.0.0.1", inside.port), "in use", "--port")
+    refused(lambda: app_lib.listen(64 * "a", 0), "--host")  # longer than a part of a name may be
 
 
 def talk(port, content):

@@ -24,7 +24,6 @@ def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
     if files.exists(to):
         raise UserError(f"--to={to} already exists: name a new folder")
-    to.parent.mkdir(parents=True, exist_ok=True)
     return source, to
 
 

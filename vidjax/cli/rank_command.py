@@ -61,10 +61,10 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
     overridden = shared_flags.check_fields(args, READ_FIELDS)
     inputs, out = bulk.list_tables(args.input), Path(args.out).expanduser()
-    if "eval.split" in overridden and (inputs or Path(args.input).suffix == ".parquet"):
+    if "eval.split" in overridden and inputs:
         raise UserError(
-            f"--config.eval.split has no effect, because tables such as {args.input} have no "
-            "splits\nleave it out"
+            "--config.eval.split has no effect, because the tables of a folder have no splits\n"
+            "leave it out"
         )
     if inputs:
         bulk.check_out(args.out, inputs, work)

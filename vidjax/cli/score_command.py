@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vidjax.data.untrusted.names import show
 from vidjax.utils import messages
 from vidjax.utils.messages import Parser, Result
 
@@ -61,6 +62,6 @@ def _warn_if_nothing_matches(
     if true_clips.isdisjoint(ranked_clips):
         messages.print_problem(
             f"warning: {path} lists no clip of the ground truth: compare the names of clips. The "
-            f"ground truth has {min(true_clips)!r}, the submission "
-            f"{min(ranked_clips, default='no clip')!r}"
+            f"ground truth has '{show(min(true_clips))}', the submission "
+            f"'{show(min(ranked_clips, default='no clip'))}'"
         )

@@ -217,7 +217,7 @@ def load(folder: Path) -> TrainingSets:
         members = msgspec.convert(rows, tuple[Member, ...])
         names, trained = arrays["clips"].tobytes().decode(), arrays["trained"]
     except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"'{path}' is damaged: {error}") from error
+        raise UserError(f"'{path}' is damaged: it does not list members and clips") from error
     shape = (len(members), names.count("\n") + 1)
     if not members or trained.dtype != bool or trained.shape != shape:
         raise UserError(f"'{path}' is damaged: its arrays do not fit each other")

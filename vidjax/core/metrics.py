@@ -176,11 +176,24 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """
-    from scipy import special  # imported here, because it takes a fifth of a second
+    counts = np.arange(num_passing + 1)
+    steps = np.log((num_distractors + 1 - counts[1:]) / counts[1:])
+    coefficients = np.concatenate([[0.0], np.cumsum(steps)])  # logs of binomial coefficients
 
-    tails = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    low, high = special.betaincinv(num_passing + 1, num_distractors - num_passing, tails)
-    return float(low), float(high)
+    def share_above(rate: float) -> float:
+        """Returns the share of the beta distribution above `rate`: a binomial distribution."""
+        others = num_distractors - counts
+        logs = coefficients + counts * math.log(rate) + others * math.log1p(-rate)
+        return float(np.exp(logs).sum())
+
+    def find_rate(share: float) -> float:
+        low, high = 0.0, 1.0
+        while low < (middle := (low + high) / 2) < high:
+            low, high = (middle, high) if share_above(middle) > share else (low, middle)
+        return middle
+
+    # scipy has the inverse of this distribution, but a gallery of models works without scipy.
+    return find_rate((1 + LEVEL) / 2), find_rate((1 - LEVEL) / 2)
 
 
 def _without_nan(scores: ArrayLike) -> np.ndarray:

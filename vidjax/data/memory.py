@@ -316,21 +316,29 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
       modality -> pickle.
 
     Raises:
-      UserError: features would be ignored, or the folder has several splits and `split` is None.
+      UserError: features would be ignored, the folder has several splits and `split` is None, or it
+        has no splits and `split` is not None.
       FileNotFoundError: the path does not exist, or has no clips.
     """
     check_path(path)
-    if path.is_file():
-        return [path]
-    if pickles := iqiyi_vid.find_pickles(path):
-        split = _choose_split(path, {split for _, split in pickles}, split)
-        return {name: file for (name, its_split), file in pickles.items() if its_split == split}
-    entries = list_entries(path)
-    if paths := [entry for entry in entries if entry.suffix == ".npz"]:
+    if path.is_dir():
+        if pickles := iqiyi_vid.find_pickles(path):
+            split = _choose_split(path, {split for _, split in pickles}, split)
+            return {name: file for (name, of), file in pickles.items() if of == split}
+        entries = list_entries(path)
+        paths = [entry for entry in entries if entry.suffix == ".npz"]
+        if not paths:
+            splits = group_files_by_split(path)
+            return splits[_choose_split(path, splits, split)]
         refuse_unread((entry for entry in entries if entry.suffix != ".npz"), "CLIP.npz")
-        return paths
-    splits = group_files_by_split(path)
-    return splits[_choose_split(path, splits, split)]
+    else:
+        paths = [path]
+    if split is not None:
+        raise UserError(
+            f"'{path}' has no splits, so the split '{split}' cannot be chosen\n"
+            "leave it out; for vidjax rank and embed, leave out --config.eval.split"
+        )
+    return paths
 
 
 def load_people(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax.core import metrics
-from vidjax.data.untrusted.names import check_name, escape, normal_form
+from vidjax.data.untrusted.names import check_name, escape, normal_form, show
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -61,7 +61,8 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
             raise UserError(f"{path}: {error}") from None
     if len(set(names)) < len(names):
         repeated = next(name for name, count in Counter(names).items() if count > 1)
-        raise UserError(f"{path}: {kind} {repeated!r} is repeated: list each {kind} only once")
+        text = f"{kind} '{show(repeated)}' is repeated: list each {kind} only once"
+        raise UserError(f"{path}: {text}")
 
 
 class Submission(NamedTuple):
@@ -123,16 +124,18 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
         names = list(dict.fromkeys(given))
         if len(names) < len(given):
             repeated = next(name for name, count in Counter(given).items() if count > 1)
-            note("repeated name", f"{place}: {repeated!r} is repeated: name each clip only once")
+            text = f"'{show(repeated)}' is repeated: name each clip only once"
+            note("repeated name", f"{place}: {text}")
         if len(names) > MAX_NAMES:
             note("too many", f"{place}: the line has {len(names)} clips: name at most {MAX_NAMES}")
         if identity in ranking:
-            note("second line", f"{place}: identity {identity!r} already has a line: join both")
+            text = f"identity '{show(identity)}' already has a line: join both"
+            note("second line", f"{place}: {text}")
         if identities is not None and identity not in identities:
             note(
                 "unknown identity",
-                f"{place}: identity {identity!r} is not in the ground truth: correct the name, or "
-                "delete the line",
+                f"{place}: identity '{show(identity)}' is not in the ground truth: correct the "
+                "name, or delete the line",
             )
         ranking[identity] = names[:MAX_NAMES]
     if not lines:
@@ -180,7 +183,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
             raise UserError(f"{place}: the line is not UTF-8 text: save the file as UTF-8")
         if len(fields) < 2:
             raise UserError(
-                f"{place}: identity {fields[0]!r} has no clip\n"
+                f"{place}: identity '{show(fields[0])}' has no clip\n"
                 "write NAME.mp4 ID, or ID NAME.mp4 NAME.mp4 ..."
             )
     direct = _names_come_first(path, [fields for _, fields in rows])
@@ -192,11 +195,11 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
         identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
         identity = normal_form(identity)
         if identity in positives and not direct:
-            raise UserError(f"{place}: identity {identity!r} already has a line: join both")
+            raise UserError(f"{place}: identity '{show(identity)}' already has a line: join both")
         for clip in clips:
             if clip in seen:
                 raise UserError(
-                    f"{place}: clip {clip!r} is already listed in {seen[clip]}\n"
+                    f"{place}: clip '{show(clip)}' is already listed in {seen[clip]}\n"
                     "delete one of the two"
                 )
             seen[clip] = place

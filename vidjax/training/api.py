@@ -242,7 +242,7 @@ def train_run(
         return metrics, False
     restore.check_data(folder.path, results["trained_on"], config, data)
     if report and not files.exists(folder.paths().report) and distributed.is_first():
-        analysis.write_report(folder)  # the report was deleted
+        analysis.write_report(folder, config.eval.split)  # the report was deleted
     return results, True
 
 

@@ -134,7 +134,15 @@ def describe_system_error(error: BaseException) -> str | None:
             "set another locale: export LC_ALL=C.UTF-8"
         )
     if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return "a path begins with ~ and no user of this name exists\nfor your own folder, write ~/"
+        return (
+            "a path begins with ~, and the home folder of the user is not known\n"
+            "for your own folder, write ~/; if you have none, set the variable HOME to a folder"
+        )
+    if isinstance(error, OSError) and "temporary directory" in str(error):
+        return (
+            "no folder for temporary files can be written\n"
+            "set the variable TMPDIR to a folder that you can write to"
+        )
     if not isinstance(error, OSError) or isinstance(error, Expected):
         return None
     remedy = REMEDIES.get(error.errno or 0)

@@ -299,9 +299,9 @@ def describe_error(error: Exception) -> str:
         reason = (str(error) or "a request failed").splitlines()[0][:200]
         return (
             f"no memory is left: {reason}\n"
-            "read fewer clips at a time (--config.batch_size=32, --config.eval.block_size=64),\n"
-            "fewer frames (--config.data.max_frames=32), or clips from disk "
-            "(--config.data.mode=streaming)"
+            "to train: --config.batch_size=32, --config.data.max_frames=32, or clips from disk by "
+            "--config.data.mode=streaming\n"
+            "to evaluate: --config.eval.block_size=64; for other commands, use fewer clips"
         )
     return describe_system_error(error) or str(error)
 

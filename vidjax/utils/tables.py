@@ -47,7 +47,7 @@ def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--out={path}: the folder '{path.parent}' does not exist: make it first")
     if path.suffix == ".parquet":
-        instead = "end the name in .tsv or .jsonl"
+        instead = "end the name in .tsv or .jsonl" if ".tsv" in endings else ""
         require_packages(f"--out={path}", "pyarrow", extra="parquet", instead=instead)
 
 

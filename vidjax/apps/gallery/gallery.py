@@ -843,10 +843,10 @@ def check_new(folder: Path) -> None:
     if not store.folder.is_dir():
         return
     if foreign := store.foreign():
-        remedy = "name a new folder"
-        if files.exists(store.folder / "config.json"):
-            remedy = f"it is a run: Gallery.create('NEW_FOLDER', {str(store.folder)!r})"
-        raise UserError(f"'{store.folder}' is not empty: it contains '{show(foreign)}'\n{remedy}")
+        raise UserError(
+            f"'{store.folder}' is not empty: it contains '{show(foreign)}'\n"
+            f"{store.describe_run() or 'name a new folder'}"
+        )
     with contextlib.suppress(NoGalleryError):
         store.sha256()
         raise UserError(f"'{store.folder}' already contains a gallery: name another folder")

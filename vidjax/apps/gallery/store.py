@@ -207,13 +207,18 @@ class Store:
         names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
         return min((name for name in names if not PROBE.fullmatch(name)), default=None)
 
+    def describe_run(self) -> str:
+        """Returns how to make a gallery of the run in this folder, or "" if there is no run."""
+        if not files.exists(self.folder / "config.json"):
+            return ""
+        command = f"vidjax gallery create NEW_FOLDER --run={self.folder}"
+        return f"it is a run; make a gallery from it: {command}"
+
     def _no_gallery(self) -> NoGalleryError:
-        command = "vidjax gallery create"
-        make = f"make a gallery from a run: {command} {self.folder} --run=RUN"
-        if files.exists(self.folder / "config.json"):
-            make = f"it is a run; make a gallery from it: {command} NEW_FOLDER --run={self.folder}"
+        make = f"make a gallery from a run: vidjax gallery create {self.folder} --run=RUN"
         return NoGalleryError(
-            f"'{self.folder}' contains no gallery: name the folder of a gallery\n{make}"
+            f"'{self.folder}' contains no gallery: name the folder of a gallery\n"
+            f"{self.describe_run() or make}"
         )
 
     def _check_files(self, *, write: bool) -> None:
@@ -389,7 +394,8 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith("SQLITE_BUSY"):
             raise InUseError(
-                f"gallery '{path.parent}' is in use by another process: try again later"
+                f"gallery '{path.parent}' is in use by another process, or by an open "
+                "'with gallery.change()' of this program\ntry again when the other change has ended"
             ) from error
         if name.startswith("SQLITE_READONLY") and write:
             raise UnwritableError(

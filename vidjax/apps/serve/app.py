@@ -565,6 +565,7 @@ def listen(host: str, port: int) -> socket.socket:
 
     Port 0 stands for any free port.
     """
+    listener = None
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -575,9 +576,12 @@ def listen(host: str, port: int) -> socket.socket:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         listener.bind(address)
         listener.listen()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the host is too long
+        if listener:
+            listener.close()
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"cannot listen at {host}:{port}: {error.strerror}\nname another --host or --port"
+            f"cannot listen at {host}:{port}: {reason}\nname another --host or --port"
         ) from None
     return listener
 

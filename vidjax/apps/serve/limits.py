@@ -50,6 +50,7 @@ REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
     UnwritableError: (
         HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be changed" + SEE_LOG, None
     ),
+    PermissionError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be used" + SEE_LOG, None),
     TimeoutError: (HTTPStatus.SERVICE_UNAVAILABLE, "the answer took too long: try again", 1),
 }  # fmt: skip
 # Platforms such as Kubernetes ask these paths without a token.
@@ -137,16 +138,20 @@ def one_line(text: str) -> str:
 
 
 def read_token(path: Path) -> bytes:
-    """Reads the token, the secret that clients must send, from a file.
+    """Reads the token, the secret that clients must send, from a file or a link to a file.
 
     Raises UserError if other users may read the file, or the token is not a word of 16 letters or
-    more.
+    more. If another user owns the file, its group may read it: Kubernetes mounts secrets so.
     """
-    with files.open_regular(path) as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    with files.open_input(path) as file:
+        status = os.fstat(file.fileno())
         content = file.read(4096)
-    if mode & 0o077:
-        raise UserError(f"'{path}' can be read by other users\ncall chmod 600 {path}")
+    others = stat.S_IRWXO | (stat.S_IRWXG if status.st_uid == os.geteuid() else 0)
+    if status.st_mode & others:
+        raise UserError(
+            f"'{path}' can be read by other users\n"
+            f"call chmod 600 {path}; for a secret of Kubernetes, set defaultMode: 0440"
+        )
     token = content.strip()
     if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:
         raise UserError(

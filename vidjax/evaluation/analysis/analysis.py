@@ -129,7 +129,8 @@ def import_slow_libraries(*, report: bool) -> None:
     """Starts a thread that imports Orbax and, if wanted, the report. Both take half a second."""
 
     def load() -> None:
-        with contextlib.suppress(ImportError):  # the code that needs a library reports it
+        # The code that needs a library reports the error. OSError: matplotlib finds no folder.
+        with contextlib.suppress(ImportError, OSError):
             from orbax.checkpoint import v1  # noqa: F401
 
             if report:
@@ -171,30 +172,30 @@ def write_results(
         pending = {"finished": False} if ends_training else {}
         folder.write_metrics({**values, **pending}, paths)
     if report:
-        with describe_faults(folder.path):
+        with describe_faults(folder.path, split.name):
             analysis = analyse(models, evaluation, mesh)
             if distributed.is_first():
                 results.save_analysis(paths.analysis, *analysis)
     if not distributed.is_first():
         return
     if report:
-        write_report(folder)
+        write_report(folder, split.name)
     if ends_training:
         folder.write_metrics(values, paths)
 
 
-def write_report(folder: RunFolder) -> None:
-    """Writes the report of a run. If an error is raised, warns instead."""
+def write_report(folder: RunFolder, split: str) -> None:
+    """Writes the report of a run after `split` was ranked. If an error is raised, warns instead."""
     # This import takes nearly a second, and many runs write no report.
     from vidjax.evaluation.report import run_page
 
-    with describe_faults(folder.path):
+    with describe_faults(folder.path, split):
         run_page.write(folder)
 
 
 @contextlib.contextmanager
-def describe_faults(workdir: Path) -> Iterator[None]:
-    """Turns an exception of the analysis or the report into a warning.
+def describe_faults(workdir: Path, split: str) -> Iterator[None]:
+    """Turns an exception of the analysis or the report of a split into a warning.
 
     The warning says that all other results are in `workdir`. Exceptions of failed writes and of
     signals are raised. If there are several processes, every exception is raised, because the other
@@ -209,7 +210,7 @@ def describe_faults(workdir: Path) -> Iterator[None]:
         warn(
             f"the analysis and the report were not written: {type(error).__name__}: {reason}\n"
             f"all other results are in '{workdir}'\n"
-            f"to write the report: vidjax evaluate --workdir={workdir}"
+            f"to write the report: vidjax evaluate --workdir={workdir} --config.eval.split={split}"
         )
 
 

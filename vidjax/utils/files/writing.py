@@ -183,10 +183,12 @@ def _plain(value: object) -> object:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder to fill. It is renamed to `folder` at the end, or removed after an error.
 
-    Raises UserError if another process has made `folder` in the meantime.
+    Missing parents of `folder` are made, and removed after an error. Raises UserError if another
+    process has made `folder` in the meantime.
     """
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     try:
         with scratch_folder(partial):
             yield partial
@@ -197,6 +199,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(partial)) from error
         raise
+    finally:
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # without an error, it is not empty
+                parent.rmdir()
 
 
 def list_partials(folder: Path) -> list[Path]:
