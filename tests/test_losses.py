@@ -186,3 +186,17 @@ def test_loss_with_the_option_margin_gets_plain_logits_and_the_learned_scale(mon
     value, gradient = total(jnp.float32(20))
     np.testing.assert_allclose(value, logits[:, 0].sum() + 7 * 0.5 * 20, rtol=1e-6)
     np.testing.assert_allclose(gradient, 7 * 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("value", "found"), [
+    (jnp.mean, r"float32 \[\]"), (lambda x: x, r"float32 \[7, 9\]"),
+    (lambda x: x[:, :1], r"float32 \[7, 1\]"), (lambda x: x[:, 0] > 0, r"bool \[7\]"),
+    (lambda x: None, "NoneType"),
+])  # fmt: skip
+def test_loss_that_is_not_a_float_for_each_label_is_refused(monkeypatch, value, found):
+    """In the mean of two losses, a scalar would be added to the loss of each clip."""
+    monkeypatch.setitem(losses.CLASSIFICATION, "own", lambda logits, labels: value(logits))
+    spec = config_lib.default().loss.to_dict() | {"focal": "own", "schedule": ((0, 0.5),)}
+    loss = losses.make_loss(spec, class_mask=None, steps_per_epoch=10, logit_scale=1.0)
+    with pytest.raises(ValueError, match=rf"loss 'own' returns {found} .*\n.* of shape \[7\]"):
+        loss(*map(jnp.asarray, example()), jnp.int32(0))

@@ -256,7 +256,8 @@ def make_loss(
 
     Raises:
       UserError: a name is unknown, the schedule is not in order or has weights outside 0 to 1, or
-        a margin is set without a cosine classifier.
+        a margin is set without a cosine classifier. The returned function raises it if a loss does
+        not return a float for each label.
     """
     check_entry("config.loss.classification", spec["classification"], CLASSIFICATION)
     check_entry("config.loss.focal", spec["focal"], CLASSIFICATION)
@@ -293,7 +294,16 @@ def make_loss(
             if spec["margin"] and "margin" not in options:
                 margin_fn = MARGINS[spec["margin_type"]]
                 harder = margin_fn(logits, labels, margin=spec["margin"], scale=scale_now)
-            return function(harder, labels, **options)
+            value = function(harder, labels, **options)
+            is_array = isinstance(value, jax.Array)
+            found = f"{value.dtype} {list(value.shape)}" if is_array else type(value).__name__
+            is_float = is_array and jnp.issubdtype(value.dtype, jnp.floating)
+            if not is_float or value.shape != labels.shape:
+                raise UserError(
+                    f"the loss '{name}' returns {found} for logits {list(logits.shape)}\n"
+                    f"return a float for each label, of shape {list(labels.shape)}"
+                )
+            return value
 
         if not weights.any():
             return loss(spec["classification"])
