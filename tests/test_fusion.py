@@ -223,6 +223,19 @@ def test_invalid_fusion_specs_are_refused(spec, message):
         fusion.make_fusion(spec)(jax.random.key(0), frames)
 
 
+def test_result_of_a_users_fusion_that_is_not_frames_with_a_mask_is_refused(monkeypatch):
+    for own in (
+        lambda frames: None,
+        lambda frames: frames.features,
+        lambda frames: frames._replace(mask=None),
+        lambda frames: frames._replace(mask=frames.mask.astype(np.float32)),
+        lambda frames: frames._replace(features=frames.features[:, :1]),
+    ):
+        monkeypatch.setitem(fusion.FUSIONS, "own", own)
+        with pytest.raises(ValueError, match=r"fusion 'own' must return .* mask \[B, T\] bool\n"):
+            fusion.make_fusion({"name": "own"})(None, make_frames([2], max_frames=2))
+
+
 def test_random_fusion_without_a_key_suggests_fusions_that_draw_nothing():
     with pytest.raises(ValueError, match="choose sample, top"):
         fusion.random_fusion(None, make_frames([2], max_frames=2), num_draws=1)

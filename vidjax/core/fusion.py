@@ -532,6 +532,14 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     def fuse(rng: Array | None, frames: Frames) -> Frames:
         frames = filter_frames(frames, **filter_options) if filter_options else frames
         fused = function(rng, frames, **options) if takes_key else function(frames, **options)
+        features, mask = getattr(fused, "features", None), getattr(fused, "mask", None)
+        shape, kind = getattr(features, "shape", None), str(getattr(mask, "dtype", None))
+        if shape is None or shape[:-1] != getattr(mask, "shape", None) or kind != "bool":
+            raise UserError(
+                f"fusion {name!r} must return Frames with features [B, T, D] and a mask [B, T] bool"
+                f"\nnow it returns {type(fused).__name__} with features of the shape {shape}, and "
+                f"a mask of the shape {getattr(mask, 'shape', None)} and the dtype {kind}"
+            )
         return filter_frames(fused, top_share=kept_share) if kept_share != 1 else fused
 
     return fuse
