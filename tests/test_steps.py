@@ -1,6 +1,7 @@
 """Training and evaluation steps equal computations by hand."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -196,13 +197,40 @@ class TwoBranches(Identifier):
     train_weight: tuple
     eval_weight: tuple
     logit_scale: float = 1.0
+    num_classes: int = 1 + C
 
     @nn.compact
     def __call__(self, frames, clips, *, train):
         x = frames["audio"].features[:, 0]
-        logits = [nn.Dense(1 + C, name=f"branch_{i}")(x) for i in range(2)]
-        weights = (jnp.asarray(w, jnp.float32) for w in (self.train_weight, self.eval_weight))
+        logits = [nn.Dense(self.num_classes, name=f"branch_{i}")(x) for i in range(2)]
+        weights = (self.train_weight, self.eval_weight)
+        weights = (jnp.asarray(w, jnp.float32)[: len(x)] for w in weights)
         return ModelOutput(jnp.stack(logits, axis=1), x, *weights)
+
+
+class Returning(Identifier):
+    """Returns the result of a function of the number of clips."""
+
+    made: Callable[[int], Any]
+    num_classes: int = 1 + C
+
+    def __call__(self, frames, clips, *, train):
+        return self.made(len(clips.mask))
+
+
+def test_output_of_a_users_model_with_a_wrong_shape_is_refused_at_the_beginning():
+    model: Any = Returning
+    logits, embedding = (lambda b: jnp.zeros((b, 1, 1 + C))), (lambda b: jnp.zeros((b, 3)))
+    for made, word in (
+        (logits, "ModelOutput"),
+        (lambda b: ModelOutput(logits(b)[:, 0], embedding(b)), "logits"),
+        (lambda b: ModelOutput(logits(b).transpose(1, 0, 2), embedding(b)), "logits"),
+        (lambda b: ModelOutput(logits(b)[..., 1:], embedding(b)), "logits"),
+        (lambda b: ModelOutput(logits(b), embedding(b)[0]), "embedding"),
+        (lambda b: ModelOutput(logits(b), embedding(b), jnp.ones(b)), "train_weight"),
+    ):
+        system = make()._replace(model=model(made))
+        refused(lambda system=system: init(system, np.arange(5)), "model Returning", word)
 
 
 @pytest.mark.slow

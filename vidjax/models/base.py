@@ -66,9 +66,9 @@ class Identifier(nn.Module):
         num_classes: int
         logit_scale: float
 
-        def init(  # pyright: ignore[reportIncompatibleMethodOverride]
+        def init_with_output(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, rngs: Array, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
-        ) -> Mapping[str, Any]: ...
+        ) -> tuple[object, Mapping[str, Any]]: ...
 
         def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
             self,
@@ -144,3 +144,31 @@ class Identifier(nn.Module):
     def gallery_settings(self) -> Any | None:
         """Returns the `two_covariance.Settings` of galleries, or None if galleries use cosines."""
         return None
+
+
+def check_output(model: Identifier, output: object, num_clips: int) -> None:
+    """Raises UserError unless the output of a model for B clips has the shapes of ModelOutput."""
+    name = type(model).__name__
+    if not isinstance(output, ModelOutput):
+        raise UserError(
+            f"model {name} returns {type(output).__name__}\n"
+            "return ModelOutput(logits, embedding) of vidjax.core.batch"
+        )
+    shapes = {field: getattr(x, "shape", None) for field, x in output._asdict().items()}
+    branches = (shapes["logits"] or ())[1:2]
+    sizes = {
+        "logits": (num_clips, *branches, model.num_classes),
+        "embedding": (num_clips, *(shapes["embedding"] or ())[-1:]),
+        "train_weight": (num_clips, *branches),
+        "eval_weight": (num_clips, *branches),
+        "logit_scale": branches,
+    }
+    letters = dict(zip(sizes, ("B, G, K", "B, D", "B, G", "B, G", "G"), strict=True))
+    for field, wanted in sizes.items():
+        is_optional = field not in ("logits", "embedding")
+        if shapes[field] != wanted and not (is_optional and getattr(output, field) is None):
+            raise UserError(
+                f"model {name}: {field} has the shape {shapes[field]}, but must have the shape "
+                f"[{letters[field]}]\nhere B is {num_clips} clips, G is the number of branches, "
+                f"usually 1, and K is {model.num_classes} classes"
+            )

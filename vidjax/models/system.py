@@ -15,7 +15,7 @@ from vidjax.core import augment, ensemble, fusion, losses, optim
 from vidjax.core.augment import BatchTransform
 from vidjax.core.batch import Array, ClipInfo, Frames, NoiseClassLayout
 from vidjax.models import identifier
-from vidjax.models.base import Identifier, ModelState, Params
+from vidjax.models.base import Identifier, ModelState, Params, check_output
 from vidjax.runs import config as config_lib
 from vidjax.utils.errors import UserError, check_entry, prefix_errors
 
@@ -88,13 +88,16 @@ class System(NamedTuple):
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
         """Draws the initial parameters of the model, and its other variables, with the key `rng`.
 
-        `fuse_rng` is the key for the fusion of a blank clip, which gives the shapes of the inputs.
+        `fuse_rng` is the key for the fusion of blank clips, which give the shapes of the inputs.
+        Raises UserError if the output of the model has a wrong shape.
         """
-        fused = self.fuse(fuse_rng, make_blank_clip(self.task.modalities), jnp.int32(0))
+        fused = self.fuse(fuse_rng, make_blank_clips(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
-        variables = dict(self.model.init(rng, fused, clips, train=False))
+        output, made = self.model.init_with_output(rng, fused, clips, train=False)
+        check_output(self.model, output, len(rows))
+        variables = dict(made)
         return variables.pop("params", {}), variables
 
     def compute_shapes(self, num_members: int) -> tuple[Params, ModelState]:
@@ -132,14 +135,14 @@ class System(NamedTuple):
         return {name: jax.tree.map(reshape, modality) for name, modality in frames.items()}, exists
 
 
-def make_blank_clip(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns a clip of one frame of zeros, modality -> Frames [1, 1].
+def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
+    """Returns two clips of one frame of zeros, modality -> Frames [2, 1].
 
     `modalities` maps a modality to its feature width.
     """
-    row = jnp.zeros((1, 1))
+    row = jnp.zeros((2, 1))
     return {
-        name: Frames(jnp.zeros((1, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
+        name: Frames(jnp.zeros((2, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
         for name, dim in modalities.items()
     }
 
