@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers.seen import refused
 from vidjax.core import optim
 from vidjax.runs import config as config_lib
 
@@ -142,3 +143,11 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
 def test_impossible_optimiser_specifications_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(total_steps=1, **spec)
+
+
+def test_impossible_optimisers_and_decays_are_refused(monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "adamw", optax.adamw)
+    refused(lambda: make_optimizer(total_steps=9, name="adamw"), "'adamw'", "scale_by_adam()")
+    for every in (1e-9, 5e-324):
+        spec: Any = {"decay": "steps", "decay_every_epochs": every}
+        refused(lambda spec=spec: rates(total_steps=9, **spec), "config.optim.decay_every_epochs=")

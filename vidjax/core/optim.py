@@ -13,6 +13,8 @@ import optax
 from vidjax.core.batch import Array
 from vidjax.utils.errors import UserError, check_entry
 
+MAX_STAIRS = 10**7  # of `staircase`
+
 
 def make_piecewise(
     points: Sequence[Sequence[float]], *, name: str = "schedule"
@@ -96,6 +98,11 @@ def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -
     Epochs are counted from the first step. Both numbers are above 0; the epochs may be a fraction.
     """
     width = decay_every_epochs * ramp.steps_per_epoch  # width of a stair in steps
+    if ramp.total_steps > MAX_STAIRS * width:
+        raise UserError(
+            f"config.optim.decay_every_epochs={decay_every_epochs:g}: the rate decays more than "
+            f"{MAX_STAIRS:,} times\nuse a larger number, such as 1"
+        )
     num_stairs = math.ceil(ramp.total_steps / width) + 1
     # The table is computed on the host. In float32, as in `optax.exponential_decay`, rounding could
     # move an edge by a step.
@@ -226,8 +233,9 @@ def make_optimizer(
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: the optimiser `name`, or the `decay` of the learning rate, is unknown; or
-        `total_decay` is set, and the sum of all learning rates is not above 0 and finite.
+      UserError: the optimiser `name`, or the `decay` of the learning rate, is unknown; the
+        function of the optimiser takes `learning_rate`; or `total_decay` is set, and the sum of all
+        learning rates is not above 0 and finite.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]
@@ -237,7 +245,13 @@ def make_optimizer(
     decayed = None if spec["decay_all"] else lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
     if spec["weight_decay"]:
         parts.append(optax.add_decayed_weights(spec["weight_decay"], mask=decayed))
-    scaled = OPTIMIZERS[name](**select_options(OPTIMIZERS[name], spec))
+    options = select_options(OPTIMIZERS[name], spec)
+    if "learning_rate" in options:  # `optax.adamw` would multiply by it, and by -1, a second time
+        raise UserError(
+            f"config.optim.name='{name}': its function takes learning_rate, but must not\n"
+            "the rate is applied later: return, for example, optax.scale_by_adam()"
+        )
+    scaled = OPTIMIZERS[name](**options)
     restart = round(spec["restart_epoch"] * steps_per_epoch)
     parts.append(restart_before(scaled, restart) if restart else scaled)
     if spec["total_decay"]:
