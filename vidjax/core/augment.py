@@ -239,7 +239,7 @@ def make_transforms(
     if config["mixup"]:
         after.append(functools.partial(mix_up, alpha=config["mixup"]))
     for spec in config["transforms"]:
-        options = {"name": spec} if isinstance(spec, str) else dict(spec)
+        options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
         name = str(options.pop("name", None))
         check_entry("config.transforms", name, TRANSFORMS)
         function, before_fusion = TRANSFORMS[name]

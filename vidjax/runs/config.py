@@ -557,20 +557,25 @@ def find_closest_field(name: str, known: Collection[str]) -> str | None:
     if inside := [field for field in known if group and field.rpartition(".")[0] == group]:
         if match := closest(leaf, [field.rpartition(".")[2] for field in inside], cutoff=0.7):
             return f"{group}.{match}"
-        if leaf == "name":  # many groups have a field `name`
+        if leaf == "name" or name.startswith("fusion."):  # many groups have a field `name`
             return None
     return closest(name, known, cutoff=0.55)
 
 
 def suggest_field(name: str, known: Collection[str]) -> str:
     """Returns a hint for an unknown field: a similar field, its group, or `vidjax config`."""
-    if match := find_closest_field(name, known):
-        return f"did you mean --config.{match}?"
+    match = find_closest_field(name, known)
+    meant = f"did you mean --config.{match}?" if match else ""
+    if name.startswith(SPECIFICATIONS):
+        more = "to add an argument, set it in a copy of the configuration file"
+        return f"{meant}\n{more}" if match else more
+    if match:
+        return meant
     group = name.rpartition(".")[0]
     inside = [
         field.rpartition(".")[2] for field in known if group and is_in_groups(field, (group,))
     ]
-    if 0 < len(inside) <= MAX_LISTED_FIELDS and not name.startswith(SPECIFICATIONS):
+    if 0 < len(inside) <= MAX_LISTED_FIELDS:
         return f"config.{group} has {', '.join(inside)}"
     return "to list all fields, use vidjax config"
 

@@ -206,6 +206,7 @@ def convert(text: str, kind: type, example: Any) -> Any:
     if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
         raise UserError("a whole number that fits into 64 bits")
     if math.isnan(value):
+        example = kind(1) if example is None else example
         raise UserError(f"a{' whole' if kind is int else ''} number such as {example}")
     return value
 
