@@ -6,10 +6,9 @@ from pathlib import Path
 from vidjax.cli import shared_flags
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
-from vidjax.runs.run_folder import CONFIG, RunFolder
+from vidjax.runs.run_folder import RunFolder
 from vidjax.training import api
 from vidjax.utils import messages
-from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
 
 
@@ -32,10 +31,6 @@ def add_flags(parser: Parser) -> None:
 def compare_runs(args: argparse.Namespace) -> Result:
     """Compares runs with the first run, and writes the comparison into a folder."""
     folder = RunFolder(args.workdir)
-    if folder.has(CONFIG):
-        raise UserError(
-            f"--workdir={args.workdir} contains a run: name another folder for the comparison"
-        )
     overridden = shared_flags.check_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
     split = config.eval.split if overridden else None

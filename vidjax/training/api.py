@@ -344,12 +344,19 @@ def compare(
       split: the split to compare on. None means the split that each run evaluated.
 
     Raises:
-      UserError: there are fewer than two runs, the lists have different lengths, or the runs have
-        ranked different clips.
+      UserError: there are fewer than two runs, the lists have different lengths, the runs have
+        ranked different clips, or `out` contains a run.
     """
     check_argument("compare: runs", runs, (list, tuple), "a list of folders, or of lists of them")
-    lists = ([run] if isinstance(run, (str, os.PathLike)) else run for run in runs)
-    groups = [[os.fspath(path) for path in paths] for paths in lists]
+    check_argument("compare: out", out, (str, os.PathLike, type(None)), "the path of a folder")
+    groups: list[list[str]] = []
+    for run in runs:
+        paths = run if isinstance(run, (list, tuple)) else [run]
+        for path in paths:
+            check_argument("compare: run", path, (str, os.PathLike), "the path of a run's folder")
+        groups.append([os.fspath(path) for path in cast("Sequence[str | Path]", paths)])
+    if out is not None and RunFolder(out).has(CONFIG):
+        raise UserError(f"'{out}' contains a run: name another folder for the comparison")
     if len(groups) < 2 or not all(groups):
         raise UserError("compare: there are too few runs: give two runs, or two lists of runs")
     from vidjax.evaluation import comparison
