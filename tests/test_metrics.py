@@ -13,6 +13,7 @@ from scipy import special, stats
 
 from tests.helpers import made_runs, map_oracle, small_runs
 from tests.helpers.cases import nightly_after_first
+from tests.helpers.seen import refused
 from tests.helpers.small_runs import assert_equal_weights, shrunk
 from vidjax.core import metrics
 from vidjax.evaluation import ranking, significance, topk
@@ -428,3 +429,20 @@ def test_calibration_stays_finite_for_certain_but_wrong_clips():
 def test_fpir_interval_has_the_quantiles_of_the_beta_distribution(passing):
     wanted = special.betaincinv(passing + 1, 99 - passing, [0.025, 0.975])
     np.testing.assert_allclose(metrics.fpir_interval(passing, 99), wanted, rtol=1e-10)
+
+
+def test_metric_of_a_user_becomes_a_number_of_python_or_is_refused(monkeypatch):
+    clips = metrics.ClipScores(np.ones(2, bool), np.zeros(2, np.float32), np.ones(2, bool))
+    returned: Any = None
+
+    def compute():
+        metric = metrics.Metric("mine", "mine", lambda *_: returned)
+        monkeypatch.setitem(metrics.CLIP_METRICS, "mine", metric)
+        return metrics.compute_clip_metrics(clips, np.array([0, 1]))["mine"]
+
+    assert compute() is None
+    returned = np.float32(0.5)
+    assert json.dumps(compute()) == "0.5"
+    for wrong in (np.zeros(2), "good"):
+        returned = wrong
+        refused(compute, "metric 'mine'", "return a number, or None")

@@ -292,6 +292,23 @@ CLIP_METRICS: dict[str, Metric] = {
 }
 
 
+def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, float | None]:
+    """Computes all `CLIP_METRICS` as numbers of Python; `labels` are [N] int, class columns.
+
+    Raises UserError if the function of a user returns neither a number nor None.
+    """
+    values = {}
+    for name, metric in CLIP_METRICS.items():
+        value = metric.fn(clips, labels)
+        try:  # JSON has no numbers of NumPy
+            values[name] = None if value is None else float(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the metric '{name}' returns {type(value).__name__}: return a number, or None"
+            ) from error
+    return values
+
+
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
     """Selects MAP and the metrics with `log=True` from `results`, the content of `metrics.json`.
 

@@ -493,7 +493,7 @@ def _compute_metrics(
             "map": value,
             "map_kind": _map_kind(split.name, scorers),
             "num_map_identities": int(np.sum(count_positives(split, pool) > 0)) + others,
-            **{name: x.fn(clips, split.labels) for name, x in metrics.CLIP_METRICS.items()},
+            **metrics.compute_clip_metrics(clips, split.labels),
         }
     return results | {
         "num_clips": int(np.sum(pool)),
