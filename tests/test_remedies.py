@@ -56,6 +56,18 @@ def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(tmp_path):
     refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'", "clip is 'c'")
 
 
+def test_gallery_names_an_argument_of_a_wrong_type(nearest_run, tmp_path):
+    create, new = Gallery.create, tmp_path / "new"
+    for call, words in (
+        (lambda: create(None, nearest_run), "folder must be the path"),  # pyright: ignore
+        (lambda: create(new, 5), "run must be a run, or the path"),  # pyright: ignore
+        (lambda: create(new, nearest_run, {}), "data must be the result"),  # pyright: ignore
+        (lambda: Gallery.of_models(new, None), "models must be the path"),  # pyright: ignore
+    ):
+        refused(call, words)
+    assert not new.exists()
+
+
 @pytest.mark.slow
 def test_only_a_run_without_a_checkpoint_accepts_another_configuration(
     tmp_path, data, official_dir

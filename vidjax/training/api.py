@@ -173,14 +173,14 @@ def train(
     """
     check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")
-    _check_loaded("train", data)
+    check_loaded("train", data)
     config = _name_data(config, data)
     with make_and_lock(workdir) as path:
         metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices)
     return _make_results(RunFolder(path), config, metrics)
 
 
-def _check_loaded(function: str, data: object) -> None:
+def check_loaded(function: str, data: object) -> None:
     """Raises ArgumentError unless `data` is the result of `load_data`."""
     if not hasattr(data, "train_batches"):
         raise ArgumentError(
@@ -285,7 +285,7 @@ def evaluate(
     check_argument("evaluate: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
     check_argument("evaluate: split", split, (str, type(None)), "the name of a split, or None")
     if data is not None:
-        _check_loaded("evaluate", data)
+        check_loaded("evaluate", data)
     folder = open_run(workdir)
     config = folder.config
     if config.join.runs:

@@ -194,11 +194,14 @@ class Gallery:
           ValueError: the folder is not empty, or no training clip has a label.
         """
         from vidjax.evaluation import restore
-        from vidjax.training.api import load_data
+        from vidjax.training.api import check_loaded, load_data
 
+        check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
         check_new(Path(folder))
         run = _restored(run)
-        if data is None:
+        if data is not None:
+            check_loaded("Gallery.create", data)
+        else:
             data = load_data(run.config)
             restore.check_data(run.workdir, run.manifest["data"], run.config, data)
         clips: dict[str, StoredClip] = {}
@@ -884,7 +887,10 @@ def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
 def _restored(run: "Predictor | str | Path") -> "Predictor":
     from vidjax.evaluation import predict  # imports JAX
 
-    return run if isinstance(run, predict.Predictor) else predict.restore(run)
+    if isinstance(run, predict.Predictor):
+        return run
+    check_argument("Gallery: run", run, (str, os.PathLike), "a run, or the path of its folder")
+    return predict.restore(run)
 
 
 def make_run_origin(run: "Predictor") -> VectorOrigin:
@@ -901,6 +907,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     """
     from vidjax.apps.video import cards
 
+    check_argument("Gallery: models", models, (str, os.PathLike), "the path of a folder")
     path = Path(models).expanduser().absolute()
     usable = cards.list_embedders(cards.load(path))
     # Clothes and places do not identify a person: they change, and people share them.
