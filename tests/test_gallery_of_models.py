@@ -1,6 +1,7 @@
 """Galleries of nets with cards, without a run: friends, strangers, groups and times."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +332,20 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
     assert vtt.count("-->") == 4
     assert "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
     assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
+
+
+def test_subtitles_take_linear_time(monkeypatch):
+    """A subtitle does not look at people who were seen before."""
+    sizes = []
+
+    class Counted(Counter):
+        def __pos__(self):
+            sizes.append(len(self))
+            return Counted(super().__pos__())
+
+    monkeypatch.setattr(appearances, "Counter", Counted)
+    appearances.to_subtitles([appearance(f"Ada {n}", n, n + 0.5) for n in range(9)], ".vtt")
+    assert max(sizes) == 1
 
 
 def test_subtitles_of_two_films_in_one_file_are_refused():
