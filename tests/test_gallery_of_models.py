@@ -17,7 +17,7 @@ from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import appearances, cards
+from vidjax.apps.video import appearances, cards, doubts
 from vidjax.apps.video.features_folder import FileStamp, Film, FilmTrack
 from vidjax.data.memory import MemoryClips
 from vidjax.models import distance
@@ -479,6 +479,20 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
     count, purity = measure_groups(num_people=8, clips_of_each=15)
     assert count <= 9 and purity > 0.99
+
+
+def test_photos_are_compared_again_only_with_changed_people(monkeypatch):
+    """20 people have 3 photos each. One more folder has photos of 30 different people."""
+    sizes, compute = [], doubts._compute_log_ratios
+    monkeypatch.setattr(
+        doubts, "_compute_log_ratios", lambda *args: sizes.append(args[-1].size) or compute(*args)
+    )
+    photos = [draw(1, people=20, clips=3).reshape(-1, WIDTH), draw(2, people=30, clips=1)[:, 0]]
+    owner = np.append(np.repeat(np.arange(20), 3), np.full(30, 20))
+    doubtful = doubts.compare_photos(DLIB, np.concatenate(photos, dtype=float), owner)
+
+    assert len(doubtful) > 20 and min(doubtful) >= 60
+    assert sum(sizes) < 90 * 21 + 2 * 90 * (len(doubtful) + 2)
 
 
 def test_equal_clips_are_grouped_in_few_comparisons(monkeypatch):
