@@ -274,6 +274,17 @@ def test_forget_prints_a_command_that_searches_compressed_files(name, file, tmp_
     assert done.stdout.splitlines() == [str(folder / file)]
 
 
+def test_forget_compares_no_path_with_all_others(tmp_path, monkeypatch):
+    for n in range(50):
+        (tmp_path / f"{n}.txt").write_text("Ada was here")
+        (tmp_path / f"{n}.gz").write_bytes(b"")
+    compared, equal = [], Path.__eq__
+    monkeypatch.setattr(Path, "__eq__", lambda x, y: compared.append(1) or equal(x, y))
+    found = forget_lib.forget({"Ada"}, (), [tmp_path]).found
+    assert [place.kind for place in found] == ["file"] * 50 + ["unread"] * 50
+    assert len(compared) < 1000
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_forget_finds_both_unicode_forms_of_a_name(forms, tmp_path, forget):
     typed, stored = (unicodedata.normalize(form, "José Müller") for form in forms)

@@ -1,6 +1,7 @@
 """Galleries of nets with cards, without a run: friends, strangers, groups and times."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery import backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import appearances, cards
+from vidjax.apps.video import appearances, cards, doubts
 from vidjax.apps.video.features_folder import FileStamp, Film, FilmTrack
 from vidjax.data.memory import MemoryClips
 from vidjax.models import distance
@@ -335,6 +336,20 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
     assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
 
 
+def test_subtitles_take_linear_time(monkeypatch):
+    """A subtitle does not look at people who were seen before."""
+    sizes = []
+
+    class Counted(Counter):
+        def __pos__(self):
+            sizes.append(len(self))
+            return Counted(super().__pos__())
+
+    monkeypatch.setattr(appearances, "Counter", Counted)
+    appearances.to_subtitles([appearance(f"Ada {n}", n, n + 0.5) for n in range(9)], ".vtt")
+    assert max(sizes) == 1
+
+
 def test_subtitles_of_two_films_in_one_file_are_refused():
     found = [appearance("Ada", 0, 1), appearance("Ada", 0, 1, video="b.mp4")]
     refused(lambda: appearances.to_subtitles(found, ".srt"), "--out=names.tsv")
@@ -466,6 +481,20 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
     count, purity = measure_groups(num_people=8, clips_of_each=15)
     assert count <= 9 and purity > 0.99
+
+
+def test_photos_are_compared_again_only_with_changed_people(monkeypatch):
+    """20 people have 3 photos each. One more folder has photos of 30 different people."""
+    sizes, compute = [], doubts._compute_log_ratios
+    monkeypatch.setattr(
+        doubts, "_compute_log_ratios", lambda *args: sizes.append(args[-1].size) or compute(*args)
+    )
+    photos = [draw(1, people=20, clips=3).reshape(-1, WIDTH), draw(2, people=30, clips=1)[:, 0]]
+    owner = np.append(np.repeat(np.arange(20), 3), np.full(30, 20))
+    doubtful = doubts.compare_photos(DLIB, np.concatenate(photos, dtype=float), owner)
+
+    assert len(doubtful) > 20 and min(doubtful) >= 60
+    assert sum(sizes) < 90 * 21 + 2 * 90 * (len(doubtful) + 2)
 
 
 def test_equal_clips_are_grouped_in_few_comparisons(monkeypatch):

@@ -28,6 +28,7 @@ from tests.helpers.made_galleries import SETTINGS, answers, contents, make, make
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery import store as store_lib
+from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.gallery import Gallery, fit_backend
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin, group
 from vidjax.models import two_covariance
@@ -104,6 +105,22 @@ def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, t
     wanted = {n: x._replace(identity=names.get(n, x.identity)) for n, x in (CLIPS | NEW).items()}
     del wanted[clips_of["person 5"][0]]
     check_same(gallery, make(gallery.folder.parent / "once", wanted))
+
+
+def test_a_change_of_many_clips_takes_linear_time(gallery):
+    """The number of people, or of clips of a person, does not matter."""
+    vector, num = make_clip(7, "x").vector, 5000
+
+    def measure(person):
+        draft, begin = Draft(gallery._now()), time.process_time()
+        draft.add({f"c{n}": StoredClip(person.format(n), vector) for n in range(num)})
+        added = time.process_time()
+        for n in range(num):
+            draft.relabel(f"c{n}", f"q{n}")
+        return added - begin, time.process_time() - added
+
+    (add_one, relabel_one), (add_many, relabel_many) = measure("p"), measure("p{}")
+    assert add_many < 5 * add_one and relabel_one < 5 * relabel_many
 
 
 def test_a_refused_change_leaves_the_gallery_unchanged(gallery):

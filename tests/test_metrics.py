@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import special, stats
+from threadpoolctl import threadpool_limits
 
 from tests.helpers import made_runs, map_oracle, small_runs
 from tests.helpers.cases import nightly_after_first
@@ -346,6 +347,15 @@ def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
     expected = significance.map_interval(right.astype(float))
     assert intervals.keys() == {"top1"}  # without distractors, there is no AUROC
     np.testing.assert_allclose(intervals["top1"], expected, atol=0.02)
+
+
+def test_intervals_do_not_depend_on_the_number_of_cores():
+    rng, labels = np.random.default_rng(0), np.arange(30_000) % 7000
+    clips = clip_scores(rng.normal(size=30_000), rng.random(30_000) < 0.5)
+    with threadpool_limits(1, user_api="blas"):
+        single = measures.compute_clip_intervals(clips, labels)
+    with threadpool_limits(2, user_api="blas"):
+        assert measures.compute_clip_intervals(clips, labels) == single
 
 
 def clip_scores(best, right):

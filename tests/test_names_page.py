@@ -46,6 +46,20 @@ def test_page_shows_times_probabilities_and_links_as_text():
     assert "in the photo 90 %" in text_of(html) and "#t=" not in html
 
 
+def test_page_compares_each_name_with_few_others():
+    class Name(str):
+        __hash__, compared = str.__hash__, 0
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    people, unknown = ([Name(f"{kind}{n}") for n in range(200)] for kind in ("Ada ", "unknown "))
+    rows = [seen(n, n, name, clip=f"c{n}") for n, name in enumerate(people + unknown)]
+    render(rows, people=people)
+    assert Name.compared < 20 * len(rows)
+
+
 def test_doubtful_names_are_listed_first_with_other_candidates():
     """The doubt is 30 % for Ada and 45 % for unknown 2. It is small for Bob and unknown 1."""
     bob = seen(2, 3, "Bob", probability=0.95, clip="b")

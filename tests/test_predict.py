@@ -3,6 +3,7 @@
 import functools
 import resource
 import shutil
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,24 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
     # The threshold of a run that was trained without the clips of val is used.
     val = run._replace(results={**run.results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
+
+
+def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
+    """6,400 clips have 25 MB of scores of 1,000 people."""
+    names, people = (tuple(map(str, range(count))) for count in (6400, 1000))
+
+    def score_blocks(*_):
+        for clips in np.split(np.arange(6400, dtype=np.int32), 100):
+            yield np.zeros((64, 1000), np.float32), clips, np.ones(64, bool)
+
+    request = predict.Request(restored("knn"), "clips", np.arange(6400), names, 64)
+    monkeypatch.setattr(predict.Predictor, "request", lambda *_: request)
+    monkeypatch.setattr(predict.Predictor, "_score_blocks", score_blocks)
+    run = restored("knn")._replace(identities=people)
+    tracemalloc.start()
+    answers, (_, peak) = run.identify({}, threshold=-1.0), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert answers == {name: [("0", 0.0)] for name in names} and peak < 8e6
 
 
 def test_threshold_needs_at_least_99_distractors(restored, new):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import pickle
+import time
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,12 @@ def test_equal_seeds_write_equal_bytes(make):
 
 
 @pytest.mark.slow
+def test_strangers_are_drawn_in_linear_time():
+    begin = time.process_time()
+    assert len(synthetic._draw_strangers(np.random.default_rng(0), 100_000)) == 100_000
+    assert time.process_time() - begin < 1
+
+
 def test_missing_rate_only_empties_modalities(make):
     """Even at a rate of 0, clips lack a face, head or voice with the probability `least`."""
     plain, sparse = make(), make(missing_rate=0.3)

@@ -140,6 +140,23 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     assert joined.keep([], ()).highest == 7
 
 
+def test_work_is_done_once_for_all_people_and_clips(drawn, monkeypatch):
+    """Faces are listed equally often for one and for three people."""
+    listed, counts, list_faces = [], [], who._list_faces
+    resolved, resolve = [], who.UnknownNumbers.resolve
+    monkeypatch.setattr(who, "_list_faces", lambda gallery: listed.append(1) or list_faces(gallery))
+    monkeypatch.setattr(
+        who.UnknownNumbers, "resolve", lambda self, x: resolved.append(x) or resolve(self, x)
+    )
+    for names in (("Eve",), ("Ada", "Bob")):
+        listed.clear()
+        drawn.meet(*names)
+        counts.append(len(listed))
+
+    assert counts[0] == counts[1]
+    assert len(resolved) == 2, "Ada, in two clips, and Bob are unknown in the first call"
+
+
 def test_names_written_into_the_unknown_table_are_used(drawn):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))

@@ -429,7 +429,7 @@ def _search_files(
     holding = [Path(os.fsdecode(path)) for path in sorted(held)]
     places += [Place("file", path, "it contains one of the names", remedy) for path in holding]
     about, remedy = "it is compressed", "search it with the command below"
-    packed = [path for path in compressed if path not in holding]
+    packed = [path for path in compressed if os.fsencode(path) not in held]
     return places + [Place("unread", path, about, remedy) for path in packed]
 
 

@@ -474,9 +474,10 @@ def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarr
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
     """Draws which stranger each clip shows, [count] int. Many strangers have a single clip."""
     singles = round(count * _SINGLETON_RATE)
-    sizes = [1] * singles
-    while sum(sizes) < count:
-        sizes.append(min(2 + int(rng.poisson(_CLUSTER_SIZE - 2)), count - sum(sizes)))
+    sizes, left = [1] * singles, count - singles
+    while left > 0:
+        sizes.append(min(2 + int(rng.poisson(_CLUSTER_SIZE - 2)), left))
+        left -= sizes[-1]
     return np.repeat(np.arange(len(sizes)), sizes)
 
 

@@ -184,15 +184,18 @@ class Predictor(NamedTuple):
             )
         request = self.request(clips, split)
         limit = self.threshold if threshold is None else threshold
-        names_of = {}
-        for name, row in zip(request.names, self._scores(request), strict=True):
-            best = np.argsort(-row, kind="stable")[:k]
-            names_of[name] = [
-                (self.identities[column], float(row[column]))
-                for column in best.tolist()
-                if row[column] > -np.inf and (limit is None or row[column] >= limit)
-            ]
-        return names_of
+        best_of: dict[int, list[tuple[str, float]]] = {}
+        for block in self._score_blocks(request):
+            scores, clip_index, mask = map(np.asarray, block)
+            for clip, row in zip(clip_index[mask].tolist(), scores[mask], strict=True):
+                best = np.argsort(-row, kind="stable")[:k]
+                best_of[clip] = [
+                    (self.identities[column], float(row[column]))
+                    for column in best.tolist()
+                    if row[column] > -np.inf and (limit is None or row[column] >= limit)
+                ]
+        places = zip(request.names, request.clip_index.tolist(), strict=True)
+        return {name: best_of.get(clip, []) for name, clip in places}
 
     def scores(self, clips: FrameClips, *, split: str | None = None) -> np.ndarray:
         """Returns the scores of N clips (see `Predictor`) for each identity, [N, C] float32.
@@ -200,9 +203,7 @@ class Predictor(NamedTuple):
         Scores are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
         """
-        return self._scores(self.request(clips, split))
-
-    def _scores(self, request: Request) -> np.ndarray:
+        request = self.request(clips, split)
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
         for block_scores, clip_index, mask in self._score_blocks(request):
             rows = np.asarray(mask)

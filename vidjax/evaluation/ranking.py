@@ -6,6 +6,7 @@ digits is escaped, too. All other characters are written as they are.
 """
 
 import codecs
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -239,4 +240,4 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 
 def _is_text(line: str) -> bool:
     """Returns True if the line was valid UTF-8 in the file."""
-    return not any("\udc80" <= character <= "\udcff" for character in line)
+    return re.search("[\udc80-\udcff]", line) is None

@@ -15,6 +15,7 @@ are in another order, or clips are in other batches. The formulas are the same a
 
 import contextlib
 import functools
+import heapq
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -691,7 +692,10 @@ class Index:
             peaks = logits[: count * PEAK_PEOPLE].reshape(PEAK_PEOPLE, count).max(axis=0)
         rows = np.flatnonzero(logits >= np.partition(peaks, -k)[-k] - MAX_LOGIT_ERROR)
         if len(rows) > MAX_FINE_PEOPLE:
-            rows = np.sort(sorted(rows, key=lambda row: (-logits[row], self.names[row]))[:k])
+            least = np.partition(logits[rows], -k)[-k]
+            better, equal = rows[logits[rows] > least], rows[logits[rows] == least]
+            first = heapq.nsmallest(k - len(better), equal.tolist(), key=self.names.__getitem__)
+            rows = np.sort([*better, *first])
         return rows
 
 

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,12 +32,14 @@ class Draft:
 
     Attributes:
       clips: name -> clip, including strangers.
-      groups: identity -> the sorted names of its clips. The key of strangers is the empty string.
+      groups: identity -> the names of its clips, as a sorted tuple, or as a set if the draft has
+        changed them. The key of strangers is the empty string.
     """
 
     def __init__(self, state: State):
         self._state = state
-        self.clips, self.groups = dict(state.clips), dict(state.groups)
+        self.clips = dict(state.clips)
+        self.groups: dict[str, Any] = dict(state.groups)
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()
 
@@ -137,22 +139,29 @@ class Draft:
     def _find_clips(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:
             raise NotEnrolledError("identity", identity, ())
-        return find_enrolled("identity", normal_form(identity), self.groups)
+        return tuple(find_enrolled("identity", normal_form(identity), self.groups))
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
         """Replaces or adds clips, name -> clip. A clip whose value is None is removed."""
-        added: dict[str, set[str]] = {}  # identity -> its new clips
         for name, clip in clips.items():
             if old := self.clips.pop(name, None):
-                added.setdefault(old.identity or STRANGER, set())
+                names = self._open_group(old.identity)
+                names.discard(name)
+                if not names:
+                    del self.groups[old.identity or STRANGER]
             if clip is not None:
-                added.setdefault(clip.identity or STRANGER, set()).add(name)
+                self._open_group(clip.identity).add(name)
                 self.clips[name] = clip
-        for identity, new in added.items():
-            if names := ({*self.groups.pop(identity, ())} - clips.keys()) | new:
-                self.groups[identity] = tuple(sorted(names))
         self._changed_clips |= clips.keys()
-        self._changed_people |= added.keys()
+
+    def _open_group(self, identity: str | None) -> set[str]:
+        """Returns the names of an identity's clips as a set, which `_edit` changes."""
+        key = identity or STRANGER
+        names = self.groups.get(key, ())
+        if not isinstance(names, set):
+            names = self.groups[key] = {*names}
+            self._changed_people.add(key)
+        return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
         """Returns True if a clip is not enrolled yet, or changes from stranger to person.
@@ -214,8 +223,10 @@ class Draft:
         """Returns the content after the changes, and the coefficients of the changed people."""
         old = self._state
         # `keys & set` iterates over the small set, but `set & keys` over all keys.
-        changed = sorted(self.groups.keys() & self._changed_people - {STRANGER})
-        groups = {name: self.groups[name] for name in changed}
+        changed = sorted(self.groups.keys() & self._changed_people)
+        groups = {name: tuple(sorted(self.groups[name])) for name in changed}
+        self.groups |= groups
+        groups.pop(STRANGER, None)
         people = enrol(old.index.backend, groups, self.clips)
         state = old._replace(
             version=old.version + 1,

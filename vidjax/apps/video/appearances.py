@@ -253,8 +253,9 @@ def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float
     for begin, end in itertools.pairwise(sorted(changes)):
         for name, change in changes[begin]:
             seen[name] += change
-        if names := sorted((+seen).keys()):
-            yield begin, end, names
+        seen = +seen  # drops people who are no longer seen
+        if seen:
+            yield begin, end, sorted(seen)
 
 
 def to_rttm(appearances: Iterable[Appearance]) -> str:

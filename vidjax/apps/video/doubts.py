@@ -63,13 +63,15 @@ def compare_photos(
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)
     num = int(owner.max(initial=0)) + 1
+    others, changed = np.zeros((len(units), num)), np.arange(num)
     while True:
         count, total = sum_by_owner(units * kept[:, None], owner, num)
         num_others = count[owner] - kept
         rest = (total[owner] - units * kept[:, None]) / np.maximum(num_others, 1)[:, None]
         log_odds_own = _compute_log_ratios(distances, num_others, rest, np.vecdot(units, rest))
-        mean = total / np.maximum(count, 1)[:, None]
-        others = _compute_log_ratios(distances, count, mean, units @ mean.T)  # [N, num]
+        mean = total[changed] / np.maximum(count[changed], 1)[:, None]
+        ratios = _compute_log_ratios(distances, count[changed], mean, units @ mean.T)
+        others[:, changed] = ratios
         others[rows, owner] = -np.inf
         like = others.argmax(axis=1)
         gain = others[rows, like] - np.log(max(num - 1, 1)) - np.maximum(log_odds_own, 0)
@@ -82,6 +84,7 @@ def compare_photos(
         for photo in worst.values():
             doubtful[photo] = int(like[photo]) if gain[photo] > 0 else None
             kept[photo] = False
+        changed = np.array([*worst])
 
 
 def _compute_log_ratios(

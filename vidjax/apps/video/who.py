@@ -563,9 +563,12 @@ def _enrol_photos(
         _warn_of_tags(folder.name, outcomes, people)
     only_files = len(single) == len(outcomes_of) and not known
     _warn_of_numbers([name for name in single if name in names], people, only_files)
-    labels = _choose_labels(gallery, names)
+    labels, old = _choose_labels(gallery, names), dict[str, set[str]]()
+    for clip, photo in _list_faces(gallery).items():
+        if photo.person in labels:
+            old.setdefault(photo.folder, set()).add(clip)
     for folder, named in usable.items():
-        _enrol(gallery, folder, named, labels)
+        _enrol(gallery, folder, named, labels, old.get(folder.name, set()))
     for name in sorted(names.difference(*(named.values() for named in usable.values()))):
         say(f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face")
     return failed, names
@@ -632,17 +635,17 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
 
 
 def _enrol(
-    gallery: Gallery, folder: Path, usable: Mapping[str, str], labels: Mapping[str, str]
+    gallery: Gallery,
+    folder: Path,
+    usable: Mapping[str, str],
+    labels: Mapping[str, str],
+    old: set[str],
 ) -> None:
     """Enrols the clips of a folder of features, and removes clips whose photo no longer exists.
 
     `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
+    `old` are the enrolled clips of the folder.
     """
-    old = {
-        clip
-        for clip, photo in _list_faces(gallery).items()
-        if photo.folder == folder.name and photo.person in labels
-    }
     if not usable:
         gallery.remove(clip=old)
         return
@@ -809,7 +812,8 @@ def decide(
     numbers = msgspec.to_builtins(before.update(films, groups))
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
     files.write_json(out / NUMBERS, numbers)
-    groups = {clip: before.resolve(group) for clip, group in groups.items()}
+    resolved = {group: before.resolve(group) for group in {*groups.values()}}
+    groups = {clip: resolved[group] for clip, group in groups.items()}
     in_films = appearances.find_appearances(answers, films, groups)
     return Decision(films, vectors, votes, answers, groups, in_films)
 

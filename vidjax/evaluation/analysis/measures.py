@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from vidjax.core import metrics
 from vidjax.core.metrics import ClipScores
@@ -375,6 +376,8 @@ def resample_fnir(
     return np.array(rates)
 
 
+# BLAS threads would wait for each other for longer than they compute.
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
     """Returns the 95 % intervals of the metrics `top1` and `auroc`.
 
