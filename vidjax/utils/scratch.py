@@ -4,10 +4,12 @@ import contextlib
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 _folders: set[Path] = set()
+_lock = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -25,12 +27,17 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _folders.remove(folder)
+        with _lock:
+            shutil.rmtree(folder, ignore_errors=True)
+            _folders.remove(folder)
 
 
 def remove_scratch_folders() -> None:
-    """Removes all scratch folders of this process."""
+    """Removes all scratch folders of this process. The caller must then end the process.
+
+    The lock stays locked. So another thread that finds no folder cannot end the process earlier.
+    """
+    _lock.acquire()
     for folder in tuple(_folders):
         # A child process may still write into the folder, but it cannot find a renamed folder.
         with contextlib.suppress(OSError):
