@@ -1,4 +1,4 @@
-"""Folders of temporary files, which are removed even if a signal ends the process."""
+"""Temporary folders that are removed even if a signal ends the process."""
 
 import contextlib
 import secrets
