@@ -241,7 +241,7 @@ def make_optimizer(
     options = select_options(OPTIMIZERS[name], spec)
     if "learning_rate" in options:  # `optax.adamw` would multiply by it, and by -1, a second time
         raise UserError(
-            f"config.optim.name='{name}': its function takes learning_rate, but must not\n"
+            f"config.optim.name='{name}': the optimiser takes learning_rate, but must not\n"
             "the rate is applied later: return, for example, optax.scale_by_adam()"
         )
     scaled = OPTIMIZERS[name](**options)

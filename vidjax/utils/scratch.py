@@ -35,11 +35,12 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
 def remove_scratch_folders() -> None:
     """Removes all scratch folders of this process. The caller must then end the process.
 
-    The lock stays locked. So another thread that finds no folder cannot end the process earlier.
+    The lock stays locked: an error of another thread, whose files are gone, must not end the process
+    before all folders are removed.
     """
     _lock.acquire()
     for folder in tuple(_folders):
         # A child process may still write into the folder, but it cannot find a renamed folder.
         with contextlib.suppress(OSError):
-            renamed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-            shutil.rmtree(folder.rename(renamed), ignore_errors=True)
+            renamed = folder.rename(folder.with_name(f".{secrets.token_hex(8)}.partial"))
+            shutil.rmtree(renamed, ignore_errors=True)
