@@ -35,8 +35,8 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
 def remove_scratch_folders() -> None:
     """Removes all scratch folders of this process. The caller must then end the process.
 
-    The lock stays locked: an error of another thread, whose files are gone, must not end the process
-    before all folders are removed.
+    The lock stays locked: an error of another thread, whose files are gone, must not end the
+    process before all folders are removed.
     """
     _lock.acquire()
     for folder in tuple(_folders):
