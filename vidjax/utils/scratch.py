@@ -43,4 +43,5 @@ def remove_scratch_folders() -> None:
         # A child process may still write into the folder, but it cannot find a renamed folder.
         with contextlib.suppress(OSError):
             renamed = folder.rename(folder.with_name(f".{secrets.token_hex(8)}.partial"))
+            _folders.add(renamed)  # a second signal interrupts rmtree
             shutil.rmtree(renamed, ignore_errors=True)
