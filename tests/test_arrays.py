@@ -272,7 +272,7 @@ def test_load_errors_name_the_missing_setting_or_folder(tmp_path):
     seen.refused(lambda: load_dataset("iqiyi_vid"), "config.data.dir")
     seen.refused(lambda: load_dataset("iqiyi_vid", directory=tmp_path / "nowhere"), "nowhere")
     only_val = sources.load({"val": {"a": {"f": [1.0]}}}, cache_dir=tmp_path)
-    seen.refused(lambda: only_val.split("train"), "only val", "choose one", "add clips of train")
+    seen.refused(lambda: only_val.split("train"), "only val", "choose one")
 
 
 # Names of files and folders, and words of the error.

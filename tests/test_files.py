@@ -41,13 +41,22 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
     assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
 
 
-def test_signal_removes_unfinished_folders(tmp_path):
-    code = """
+@pytest.mark.parametrize("handler", [
+    "signal.signal(signal.SIGTERM, messages.stop_at_once)",
+    "signals.end_on_signals()",  # a thread removes the folders
+])  # fmt: skip
+def test_signal_removes_unfinished_folders(tmp_path, handler):
+    code = f"""
 import os, pathlib, signal
+from vidjax.runs import signals
 from vidjax.utils import files, messages, scratch
-signal.signal(signal.SIGTERM, messages.stop_at_once)
-with files.atomic_folder(pathlib.Path("new")), scratch.scratch_folder(pathlib.Path("features")):
+{handler}
+with files.atomic_folder(pathlib.Path("new")) as new, scratch.scratch_folder():
+    for number in range(2000):
+        (new / str(number)).touch()
     os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        (new / "features").touch()
 """
 
     done = subprocess.run(

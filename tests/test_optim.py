@@ -145,9 +145,6 @@ def test_impossible_optimiser_specifications_are_refused(spec, message):
         make_optimizer(total_steps=1, **spec)
 
 
-def test_impossible_optimisers_and_decays_are_refused(monkeypatch):
+def test_an_optimiser_that_applies_the_rate_is_refused(monkeypatch):
     monkeypatch.setitem(optim.OPTIMIZERS, "adamw", optax.adamw)
     refused(lambda: make_optimizer(total_steps=9, name="adamw"), "'adamw'", "scale_by_adam()")
-    for every in (1e-9, 5e-324):
-        spec: Any = {"decay": "steps", "decay_every_epochs": every}
-        refused(lambda spec=spec: rates(total_steps=9, **spec), "config.optim.decay_every_epochs=")

@@ -106,7 +106,7 @@ def sample_frames(
         is the same for all clips.
       replacement: if True, the frames of a clip with fewer than `num_frames` frames are drawn with
         replacement. If `rng` is also None, these draws use a fixed key, so clips of equal length
-        get the same draws, and the frames of longer clips are spread over the clip almost evenly.
+        get the same draws. The frames of longer clips are then spread over the clip almost evenly.
 
     Returns:
       Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.

@@ -181,7 +181,7 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
     coefficients = np.concatenate([[0.0], np.cumsum(steps)])  # logs of binomial coefficients
 
     def share_above(rate: float) -> float:
-        """Returns the share of the beta distribution above `rate`: a binomial distribution."""
+        """Returns the share of the beta distribution above `rate`, by binomial probabilities."""
         others = num_distractors - counts
         logs = coefficients + counts * math.log(rate) + others * math.log1p(-rate)
         return float(np.exp(logs).sum())

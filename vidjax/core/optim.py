@@ -13,8 +13,6 @@ import optax
 from vidjax.core.batch import Array
 from vidjax.utils.errors import UserError, check_entry
 
-MAX_STAIRS = 10**7  # of `staircase`
-
 
 def make_piecewise(
     points: Sequence[Sequence[float]], *, name: str = "schedule"
@@ -98,11 +96,6 @@ def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -
     Epochs are counted from the first step. Both numbers are above 0; the epochs may be a fraction.
     """
     width = decay_every_epochs * ramp.steps_per_epoch  # width of a stair in steps
-    if ramp.total_steps > MAX_STAIRS * width:
-        raise UserError(
-            f"config.optim.decay_every_epochs={decay_every_epochs:g}: the rate decays more than "
-            f"{MAX_STAIRS:,} times\nuse a larger number, such as 1"
-        )
     num_stairs = math.ceil(ramp.total_steps / width) + 1
     # The table is computed on the host. In float32, as in `optax.exponential_decay`, rounding could
     # move an edge by a step.
@@ -248,7 +241,7 @@ def make_optimizer(
     options = select_options(OPTIMIZERS[name], spec)
     if "learning_rate" in options:  # `optax.adamw` would multiply by it, and by -1, a second time
         raise UserError(
-            f"config.optim.name='{name}': its function takes learning_rate, but must not\n"
+            f"config.optim.name='{name}': the optimiser takes learning_rate, but must not\n"
             "the rate is applied later: return, for example, optax.scale_by_adam()"
         )
     scaled = OPTIMIZERS[name](**options)

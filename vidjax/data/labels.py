@@ -52,7 +52,7 @@ def load_folder_truth(
     check_file(table)
     if not table.is_file():
         for path in () if official else list_entries(folder):
-            # Not `errors.closest`, for which all names with the ending .csv are similar.
+            # For `errors.closest`, all names with the ending .csv are similar.
             if path.is_file() and get_close_matches(path.name.lower(), [TABLE], cutoff=0.8):
                 raise UserError(
                     f"'{path}' would be ignored, because labels are read from {TABLE}: "

@@ -363,7 +363,7 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     """Returns a table of the configuration fields in which runs differ: titles and rows."""
     every, rows = [list_fields(run) for run in runs], []
     for name in dict.fromkeys(name for values in every for name in values):
-        # A blend has no fields except `join`, so its other fields do not differ.
+        # A blend has only the fields `join`, so only runs can differ in other fields.
         compared = [values for values in every if "seed" in values or name.startswith("join.")]
         if len({values.get(name, "") for values in compared}) > 1:
             rows.append([name, *(values.get(name, "") for values in every)])

@@ -156,19 +156,18 @@ def check_output(model: Identifier, output: object, num_clips: int) -> None:
         )
     shapes = {field: getattr(x, "shape", None) for field, x in output._asdict().items()}
     branches = (shapes["logits"] or ())[1:2]
-    sizes = {
-        "logits": (num_clips, *branches, model.num_classes),
-        "embedding": (num_clips, *(shapes["embedding"] or ())[-1:]),
-        "train_weight": (num_clips, *branches),
-        "eval_weight": (num_clips, *branches),
-        "logit_scale": branches,
+    wanted = {
+        "logits": ((num_clips, *branches, model.num_classes), "[B, G, K]"),
+        "embedding": ((num_clips, *(shapes["embedding"] or ())[-1:]), "[B, D]"),
+        "train_weight": ((num_clips, *branches), "[B, G]"),
+        "eval_weight": ((num_clips, *branches), "[B, G]"),
+        "logit_scale": (branches, "[G]"),
     }
-    letters = dict(zip(sizes, ("B, G, K", "B, D", "B, G", "B, G", "G"), strict=True))
-    for field, wanted in sizes.items():
+    for field, (shape, letters) in wanted.items():
         is_optional = field not in ("logits", "embedding")
-        if shapes[field] != wanted and not (is_optional and getattr(output, field) is None):
+        if shapes[field] != shape and not (is_optional and getattr(output, field) is None):
             raise UserError(
                 f"model {name}: {field} has the shape {shapes[field]}, but must have the shape "
-                f"[{letters[field]}]\nhere B is {num_clips} clips, G is the number of branches, "
+                f"{letters}\nhere B is {num_clips} clips, G is the number of branches, "
                 f"usually 1, and K is {model.num_classes} classes"
             )

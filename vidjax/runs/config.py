@@ -207,8 +207,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("data.weights", None, "file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that "
           "is not named has weight 1", movable=True),
     Field("data.balance", 0.0, "class balancing: a clip of a class of n clips has the loss weight "
-          "n ** -balance, divided by the mean weight, -10 to 10; 0: equal weights", low=-10,
-          high=10),
+          "n ** -balance, divided by the mean weight; from -10 to 10; 0: equal weights",
+          low=-10, high=10),
 
     Group("ensemble", "the members of an ensemble: all combinations of folds, bootstrap "
           "samples, views, qualities and seeds"),
@@ -325,7 +325,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("optim.decay_factor", 0.7, "factor of the learning rate at every decay. "
           "With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two decays; a fraction is "
-          "allowed. With `optim.decay=steps`", above=0, read_when=STEPS),
+          "allowed. With `optim.decay=steps`", low=0.001, read_when=STEPS),
     Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
           "linear between them. With `optim.decay=piecewise`",
           read_when=_read_if("optim.decay", "piecewise")),
@@ -448,7 +448,7 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
         numbers = list(_find_numbers(value))
         if not _is_json(value):
             yield (
-                f"config.{name} is of type {type(value).__name__}, which config.json cannot store\n"
+                f"config.{name} is of type {type(value).__name__}: config.json cannot store it\n"
                 "set it to a number, a text, True, False, None, or a list or dict of these; to "
                 "choose a function, set its name, and find the function in the model"
             )
@@ -565,12 +565,11 @@ def find_closest_field(name: str, known: Collection[str]) -> str | None:
 def suggest_field(name: str, known: Collection[str]) -> str:
     """Returns a hint for an unknown field: a similar field, its group, or `vidjax config`."""
     match = find_closest_field(name, known)
-    meant = f"did you mean --config.{match}?" if match else ""
+    hint = f"did you mean --config.{match}?\n" if match else ""
     if name.startswith(SPECIFICATIONS):
-        more = "to add an argument, set it in a copy of the configuration file"
-        return f"{meant}\n{more}" if match else more
+        return f"{hint}to add an argument, set it in a copy of the configuration file"
     if match:
-        return meant
+        return hint.strip()
     group = name.rpartition(".")[0]
     inside = [
         field.rpartition(".")[2] for field in known if group and is_in_groups(field, (group,))

@@ -4,6 +4,7 @@ Each function does the same as a command. JAX and TensorFlow are imported when a
 """
 
 import copy
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -349,12 +350,10 @@ def compare(
     """
     check_argument("compare: runs", runs, (list, tuple), "a list of folders, or of lists of them")
     check_argument("compare: out", out, (str, os.PathLike, type(None)), "the path of a folder")
-    groups: list[list[str]] = []
-    for run in runs:
-        paths = run if isinstance(run, (list, tuple)) else [run]
-        for path in paths:
-            check_argument("compare: run", path, (str, os.PathLike), "the path of a run's folder")
-        groups.append([os.fspath(path) for path in cast("Sequence[str | Path]", paths)])
+    lists: list[Any] = [run if isinstance(run, (list, tuple)) else [run] for run in runs]
+    for path in itertools.chain(*lists):
+        check_argument("compare: run", path, (str, os.PathLike), "the path of a run's folder")
+    groups = [[os.fspath(path) for path in paths] for paths in lists]
     if out is not None and RunFolder(out).has(CONFIG):
         raise UserError(f"'{out}' contains a run: name another folder for the comparison")
     if len(groups) < 2 or not all(groups):

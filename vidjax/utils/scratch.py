@@ -1,13 +1,15 @@
-"""Folders of temporary files, which are removed even if a signal ends the process."""
+"""Temporary folders that are removed even if a signal ends the process."""
 
 import contextlib
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 _folders: set[Path] = set()
+_lock = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -25,14 +27,21 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _folders.remove(folder)
+        with _lock:
+            shutil.rmtree(folder, ignore_errors=True)
+            _folders.remove(folder)
 
 
 def remove_scratch_folders() -> None:
-    """Removes all scratch folders of this process."""
+    """Removes all scratch folders of this process. The caller must then end the process.
+
+    The lock stays locked: an error of another thread, whose files are gone, must not end the
+    process before all folders are removed.
+    """
+    _lock.acquire()
     for folder in tuple(_folders):
         # A child process may still write into the folder, but it cannot find a renamed folder.
         with contextlib.suppress(OSError):
-            renamed = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-            shutil.rmtree(folder.rename(renamed), ignore_errors=True)
+            renamed = folder.rename(folder.with_name(f".{secrets.token_hex(8)}.partial"))
+            _folders.add(renamed)  # a second signal interrupts rmtree
+            shutil.rmtree(renamed, ignore_errors=True)

@@ -76,15 +76,12 @@ class Dataset:
     def split(self, name: str) -> Split:
         """Returns the clips and labels of a split. Raises UserError if no split has this name."""
         if name not in self._splits:
-            remedy = "choose one of them, or add clips of train"
+            known = ", ".join(self._splits)
+            remedy = "choose one of them"
             if "train" in self._splits:
-                remedy = (
-                    "choose one of them, or evaluate on left-out clips of train:\n"
-                    "--config.eval.split=train --config.ensemble.folds=5"
-                )
-            raise UserError(
-                f"the data have no split {name!r}, only {', '.join(self._splits)}\n{remedy}"
-            )
+                remedy += ", or evaluate on left-out clips of train:\n"
+                remedy += "--config.eval.split=train --config.ensemble.folds=5"
+            raise UserError(f"the data have no split {name!r}, only {known}\n{remedy}")
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":

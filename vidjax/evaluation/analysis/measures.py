@@ -98,7 +98,7 @@ class ScoredSplit:
         contain the clip, the identity is -1 and the score is -inf.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
-        real &= self.top.scores >= self.best[np.where(real, self.top.index, 0)]
+        real[real] = self.top.scores[real] >= self.best[self.top.index[real]]
         index, scores, identity = self.top.index[real], self.top.scores[real], np.nonzero(real)[0]
         order = np.lexsort((identity, -scores))
         clips, first = np.unique(index[order], return_index=True)

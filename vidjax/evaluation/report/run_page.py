@@ -525,12 +525,13 @@ def write(folder: RunFolder) -> Path:
 def render(run: RunFiles) -> str:
     """Returns a report as HTML. Raises UserError if its files come from different evaluations."""
     date = run.metrics.eval_date or run.metrics.date  # of the evaluation
+    lead = [f"Folder {run.folder.name}", f"evaluated on {run.split}", date]
     try:
         shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
         return html.page(
             title(run),
             [(key, heading, content) for key, heading, content in shown if content],
-            lead=f"Folder {run.folder.name}; evaluated on {run.split}{f'; {date}' if date else ''}",
+            lead="; ".join(filter(None, lead)),
             footer="vidjax made this page from the files of the run. It contains names of clips "
             "and identities, and no features.",
         )
