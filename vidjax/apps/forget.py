@@ -21,9 +21,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from vidjax.data import cache
+from vidjax.data.clip_files import has_several_clips
 from vidjax.data.untrusted.names import (
     check_name,
     clean_name,
@@ -73,7 +72,7 @@ OWN = {
     "who": re.compile(r"names\.(tsv|jsonl|html)|unknown\.(tsv|json)|subtitles|cuts|people"),
 }
 # A folder of the cache that a killed process has left. The list of its clips is written last.
-UNFINISHED = re.compile(r"([0-9a-f]{20})\.[0-9a-f]{8}\.partial")
+UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
 
 
 class Place(NamedTuple):
@@ -292,9 +291,9 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> It
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:
     """Returns the place of an unfinished conversion. If `delete` is True, deletes the folder."""
     remedy = "--delete"
-    if delete and (name := UNFINISHED.fullmatch(folder.name)):
-        with cache.exclusive(folder.with_name(name[1])):  # deletes what killed processes have left
-            remedy = "deleted"
+    if delete:
+        with cache.exclusive(folder.with_name(folder.name[:20])):  # deletes unfinished folders
+            remedy = "delete the files that are left" if folder.exists() else "deleted"
     about = "a killed conversion, which may contain features of the clips"
     return Place("records", folder, about, remedy)
 
@@ -361,9 +360,9 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
 
 
 def _read_names_of_clips(path: Path) -> Iterator[str]:
-    """Yields the names of the clips in an `.npz` of several clips, where grep finds no UTF-32."""
-    clips = files.read_npz(path, INDEX_BYTES).get("clips", np.empty(0, np.str_))
-    for name in clips.ravel().tolist() if clips.dtype.kind == "U" else ():
+    """Yields the names of clips in an `.npz` of several clips. They are UTF-32 or compressed."""
+    arrays = files.read_npz(path, INDEX_BYTES)
+    for name in arrays["clips"].ravel().tolist() if has_several_clips(arrays) else ():
         yield normal_form(name.removesuffix(".mp4"))
 
 
@@ -383,7 +382,7 @@ def _search_files(
     # Flags of grep -> the spellings that grep searches with these flags.
     patterns = {
         flags: "\n".join(_list_spellings(some)).encode()
-        for flags, some in {"wF": {*names} - inside, "F": inside}.items() if some
+        for flags, some in {"wF": names - inside, "F": inside}.items() if some
     }  # fmt: skip
     wide = _list_wide_spellings(given)
     words = [os.fsencode(path.name) for path in paths]
@@ -420,9 +419,11 @@ def _search_files(
                 places.append(_list_unread(some[0], error))
             else:  # a file that grep cannot read must not hide the others
                 left += [some[: len(some) // 2], some[len(some) // 2 :]]
-    for path in (Path(os.fsdecode(path)) for path in sorted({*archives} - held)):
+    for archive in sorted({*archives} - held):
+        path = Path(os.fsdecode(archive))
         try:
-            held |= {os.fsencode(path)} if names.intersection(_read_names_of_clips(path)) else set()
+            if names.intersection(_read_names_of_clips(path)):
+                held.add(archive)
         except (UserError, OSError) as error:
             places.append(_list_unread(path, error))
     remedy = "it is your file: delete it, or remove the name from it"
@@ -470,10 +471,7 @@ def _is_inside_words(name: str) -> bool:
 
 
 def _list_wide_spellings(names: Iterable[str]) -> list[bytes]:
-    """Returns the spellings of names in UTF-16, UTF-32 and Windows-1252, with small letters a to z.
-
-    Each name is spelled in NFC and in NFD.
-    """
+    """Returns names in UTF-16, UTF-32 and Windows-1252, in NFC and NFD, in small letters a to z."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     wide = ("utf-16-le", "utf-16-be", "utf-32-le")
     spellings = {form.encode(encoding) for form in forms for encoding in wide}

@@ -273,7 +273,6 @@ class Application:
             parsed, tensors = protocol.parse(body, length, inputs, self.limits)
             protocol.check_outputs(parsed, model.outputs)
             parameters = parsed.parameters
-            served_models.check_parameters(model, parameters)
             return parsed, served_models.make_question(model, tensors, parameters, self.limits)
 
         parsed, question = await self._parse(read, large=len(body) > LARGE_BYTES)

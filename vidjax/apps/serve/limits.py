@@ -150,7 +150,7 @@ def read_token(path: Path) -> bytes:
     if status.st_mode & others:
         raise UserError(
             f"'{path}' can be read by other users\n"
-            f"call chmod 600 {path}; for a secret of Kubernetes, set defaultMode: 0440"
+            f"call chmod 600 {path}; for a secret of Kubernetes, set defaultMode: 0400"
         )
     token = content.strip()
     if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:
