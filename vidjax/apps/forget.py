@@ -45,7 +45,7 @@ MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among so many name
 MAX_GREP_FILES = 1000  # per process of grep
 WIDE_BYTES = 64 * files.MB  # in larger files, names are searched only in UTF-8
 # grep keeps a line in memory. If a file is a single long line, the limit ends grep with an error.
-GREP = 'ulimit -v 1048576; LC_ALL=C.UTF-8; export LC_ALL; exec grep "$@"'
+GREP = 'ulimit -v 1048576; exec grep "$@"'
 PRINT_PARQUET = (
     "import sys, pyarrow.parquet as p; t = p.read_table(sys.argv[1]); "
     "[print(x) for c in t.columns if 'string' in str(c.type) for x in c.to_pylist()]"
@@ -385,6 +385,8 @@ def _search_files(
         for flags, some in {"wF": names - inside, "F": inside}.items() if some
     }  # fmt: skip
     wide = _list_wide_spellings(given)
+    # grep searches lines, so it misses spellings such as U+4E0A in UTF-16.
+    broken = [spelling for spelling in wide if b"\n" in spelling]
     words = [os.fsencode(path.name) for path in paths]
     order = [*paths]
     rows = [
@@ -412,7 +414,9 @@ def _search_files(
         try:
             for flags, spellings in patterns.items():
                 held |= {*_run_grep(f"-liZ{flags}", spellings, some)}
-            held |= {os.fsencode(path) for path in some if _contains_any(path, wide)}
+            small = [x for x in some if x.is_file() and x.stat().st_size <= WIDE_BYTES]
+            held |= {*_run_grep("-liaZF", b"\n".join({*wide} - {*broken}), small, locale="C")}
+            held |= {os.fsencode(path) for path in small if _contains_any(path, broken)}
             archives += _run_grep("-laZF", SEVERAL_CLIPS, [x for x in some if x.suffix == ".npz"])
         except OSError as error:
             if len(some) == 1:
@@ -435,7 +439,12 @@ def _search_files(
 
 
 def _run_grep(
-    flags: str, patterns: bytes, paths: Sequence[Path] = (), *, text: bytes = b""
+    flags: str,
+    patterns: bytes,
+    paths: Sequence[Path] = (),
+    *,
+    text: bytes = b"",
+    locale: str = "C.UTF-8",
 ) -> list[bytes]:
     """Runs grep on files, or on `text` if `paths` is empty; returns the output, split at NUL bytes.
 
@@ -447,7 +456,10 @@ def _run_grep(
         os.write(memory, patterns)
         words = ["sh", "-c", GREP, "grep", flags, "-D", "skip", "-f"]
         words += [f"/proc/self/fd/{memory}", "--", *map(str, paths), *([] if paths else ["-"])]
-        done = subprocess.run(words, input=text, capture_output=True, pass_fds=[memory])  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            words, input=text, capture_output=True, pass_fds=[memory],
+            env=os.environ | {"LC_ALL": locale},
+        )  # fmt: skip
     finally:
         os.close(memory)
     if done.returncode > 1:
@@ -481,15 +493,9 @@ def _list_wide_spellings(names: Iterable[str]) -> list[bytes]:
     return [spelling.lower() for spelling in spellings]
 
 
-def _contains_any(path: Path, spellings: Iterable[bytes]) -> bool:
-    """Returns True if a file contains one of `spellings`, in any case of the letters a to z.
-
-    grep searches lines, so it misses spellings with the byte of a line end, such as U+4E0A in
-    UTF-16. Files above WIDE_BYTES are not searched.
-    """
-    if not path.is_file() or path.stat().st_size > WIDE_BYTES:
-        return False
-    content = path.read_bytes().lower()
+def _contains_any(path: Path, spellings: Collection[bytes]) -> bool:
+    """Returns True if a file contains one of `spellings`, in any case of the letters a to z."""
+    content = path.read_bytes().lower() if spellings else b""
     return any(spelling in content for spelling in spellings)
 
 
