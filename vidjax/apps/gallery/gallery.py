@@ -13,8 +13,8 @@ changes does not matter: a new gallery of the same clips and with the same back 
 gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
-changed the folder. So do `len`, `in`, iteration, `identities` and `digest`. The other properties,
-such as `clips` and `version`, show the content that was read last, see `refresh`.
+changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. The other
+properties, such as `clips` and `version`, show the content that was read last, see `refresh`.
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
 computes an answer uses the same state from its beginning to its end. A change is first written to
