@@ -68,7 +68,7 @@ def test_vectors_of_another_gallery_are_refused(tmp_path):
     ):
         bad = good._replace(parts=parts)
         for use in (gallery.identify, gallery.rank, gallery.group, gallery.enrol):
-            refused(lambda use=use, bad=bad: use(bad), "call `embed` of the gallery")
+            refused(lambda use=use, bad=bad: use(bad), "`embed` of this gallery")
     assert gallery.version == version
 
 

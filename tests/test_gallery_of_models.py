@@ -146,10 +146,11 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     before = gallery.identify(asked)["query"]
 
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
-    opened_before = Gallery(gallery.folder)  # as if in another process
+    opened_before, asking = Gallery(gallery.folder), Gallery(gallery.folder)  # other processes
     assert gallery.widen(models) == ("audio",)
     # `enrol` reads the wider gallery, in which the clip is already enrolled.
     assert opened_before.enrol({"ada 1": {"face": ada[:1]}}, "Ada").unchanged == 1
+    assert asking.identify(asking.embed(asked))["query"].identity == "Ada"
 
     after = Gallery(gallery.folder).identify(asked)["query"]
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)

@@ -532,7 +532,7 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
 
     # Kubernetes mounts a secret as a link to a file of root, which the group may read.
     path.chmod(0o440)
-    refused(lambda: limits_lib.read_token(path), "defaultMode: 0440")
+    refused(lambda: limits_lib.read_token(path), "defaultMode: 0400")
     (link := tmp_path / "link").symlink_to(path)
     monkeypatch.setattr(limits_lib.os, "geteuid", lambda: path.stat().st_uid + 1)
     with Inside(people, token=limits_lib.read_token(link)) as server:

@@ -21,9 +21,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from vidjax.data import cache
+from vidjax.data.clip_files import has_several_clips
 from vidjax.data.untrusted.names import (
     check_name,
     clean_name,
@@ -46,7 +45,7 @@ MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among so many name
 MAX_GREP_FILES = 1000  # per process of grep
 WIDE_BYTES = 64 * files.MB  # in larger files, names are searched only in UTF-8
 # grep keeps a line in memory. If a file is a single long line, the limit ends grep with an error.
-GREP = 'ulimit -v 1048576; LC_ALL=C.UTF-8; export LC_ALL; exec grep "$@"'
+GREP = 'ulimit -v 1048576; exec grep "$@"'
 PRINT_PARQUET = (
     "import sys, pyarrow.parquet as p; t = p.read_table(sys.argv[1]); "
     "[print(x) for c in t.columns if 'string' in str(c.type) for x in c.to_pylist()]"
@@ -73,7 +72,7 @@ OWN = {
     "who": re.compile(r"names\.(tsv|jsonl|html)|unknown\.(tsv|json)|subtitles|cuts|people"),
 }
 # A folder of the cache that a killed process has left. The list of its clips is written last.
-UNFINISHED = re.compile(r"([0-9a-f]{20})\.[0-9a-f]{8}\.partial")
+UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
 
 
 class Place(NamedTuple):
@@ -292,9 +291,9 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> It
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:
     """Returns the place of an unfinished conversion. If `delete` is True, deletes the folder."""
     remedy = "--delete"
-    if delete and (name := UNFINISHED.fullmatch(folder.name)):
-        with cache.exclusive(folder.with_name(name[1])):  # deletes what killed processes have left
-            remedy = "deleted"
+    if delete:
+        with cache.exclusive(folder.with_name(folder.name[:20])):  # deletes unfinished folders
+            remedy = "delete the files that are left" if folder.exists() else "deleted"
     about = "a killed conversion, which may contain features of the clips"
     return Place("records", folder, about, remedy)
 
@@ -361,9 +360,9 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
 
 
 def _read_names_of_clips(path: Path) -> Iterator[str]:
-    """Yields the names of the clips in an `.npz` of several clips, where grep finds no UTF-32."""
-    clips = files.read_npz(path, INDEX_BYTES).get("clips", np.empty(0, np.str_))
-    for name in clips.ravel().tolist() if clips.dtype.kind == "U" else ():
+    """Yields the names of clips in an `.npz` of several clips. They are UTF-32 or compressed."""
+    arrays = files.read_npz(path, INDEX_BYTES)
+    for name in arrays["clips"].ravel().tolist() if has_several_clips(arrays) else ():
         yield normal_form(name.removesuffix(".mp4"))
 
 
@@ -383,9 +382,11 @@ def _search_files(
     # Flags of grep -> the spellings that grep searches with these flags.
     patterns = {
         flags: "\n".join(_list_spellings(some)).encode()
-        for flags, some in {"wF": {*names} - inside, "F": inside}.items() if some
+        for flags, some in {"wF": names - inside, "F": inside}.items() if some
     }  # fmt: skip
     wide = _list_wide_spellings(given)
+    # grep searches lines, so it misses spellings such as U+4E0A in UTF-16.
+    broken = [spelling for spelling in wide if b"\n" in spelling]
     words = [os.fsencode(path.name) for path in paths]
     order = [*paths]
     rows = [
@@ -413,16 +414,20 @@ def _search_files(
         try:
             for flags, spellings in patterns.items():
                 held |= {*_run_grep(f"-liZ{flags}", spellings, some)}
-            held |= {os.fsencode(path) for path in some if _contains_any(path, wide)}
+            small = [x for x in some if x.is_file() and x.stat().st_size <= WIDE_BYTES]
+            held |= {*_run_grep("-liaZF", b"\n".join({*wide} - {*broken}), small, locale="C")}
+            held |= {os.fsencode(path) for path in small if _contains_any(path, broken)}
             archives += _run_grep("-laZF", SEVERAL_CLIPS, [x for x in some if x.suffix == ".npz"])
         except OSError as error:
             if len(some) == 1:
                 places.append(_list_unread(some[0], error))
             else:  # a file that grep cannot read must not hide the others
                 left += [some[: len(some) // 2], some[len(some) // 2 :]]
-    for path in (Path(os.fsdecode(path)) for path in sorted({*archives} - held)):
+    for archive in sorted({*archives} - held):
+        path = Path(os.fsdecode(archive))
         try:
-            held |= {os.fsencode(path)} if names.intersection(_read_names_of_clips(path)) else set()
+            if names.intersection(_read_names_of_clips(path)):
+                held.add(archive)
         except (UserError, OSError) as error:
             places.append(_list_unread(path, error))
     remedy = "it is your file: delete it, or remove the name from it"
@@ -434,7 +439,12 @@ def _search_files(
 
 
 def _run_grep(
-    flags: str, patterns: bytes, paths: Sequence[Path] = (), *, text: bytes = b""
+    flags: str,
+    patterns: bytes,
+    paths: Sequence[Path] = (),
+    *,
+    text: bytes = b"",
+    locale: str = "C.UTF-8",
 ) -> list[bytes]:
     """Runs grep on files, or on `text` if `paths` is empty; returns the output, split at NUL bytes.
 
@@ -446,7 +456,10 @@ def _run_grep(
         os.write(memory, patterns)
         words = ["sh", "-c", GREP, "grep", flags, "-D", "skip", "-f"]
         words += [f"/proc/self/fd/{memory}", "--", *map(str, paths), *([] if paths else ["-"])]
-        done = subprocess.run(words, input=text, capture_output=True, pass_fds=[memory])  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            words, input=text, capture_output=True, pass_fds=[memory],
+            env=os.environ | {"LC_ALL": locale},
+        )  # fmt: skip
     finally:
         os.close(memory)
     if done.returncode > 1:
@@ -470,10 +483,7 @@ def _is_inside_words(name: str) -> bool:
 
 
 def _list_wide_spellings(names: Iterable[str]) -> list[bytes]:
-    """Returns the spellings of names in UTF-16, UTF-32 and Windows-1252, with small letters a to z.
-
-    Each name is spelled in NFC and in NFD.
-    """
+    """Returns names in UTF-16, UTF-32 and Windows-1252, in NFC and NFD, in small letters a to z."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     wide = ("utf-16-le", "utf-16-be", "utf-32-le")
     spellings = {form.encode(encoding) for form in forms for encoding in wide}
@@ -483,15 +493,9 @@ def _list_wide_spellings(names: Iterable[str]) -> list[bytes]:
     return [spelling.lower() for spelling in spellings]
 
 
-def _contains_any(path: Path, spellings: Iterable[bytes]) -> bool:
-    """Returns True if a file contains one of `spellings`, in any case of the letters a to z.
-
-    grep searches lines, so it misses spellings with the byte of a line end, such as U+4E0A in
-    UTF-16. Files above WIDE_BYTES are not searched.
-    """
-    if not path.is_file() or path.stat().st_size > WIDE_BYTES:
-        return False
-    content = path.read_bytes().lower()
+def _contains_any(path: Path, spellings: Collection[bytes]) -> bool:
+    """Returns True if a file contains one of `spellings`, in any case of the letters a to z."""
+    content = path.read_bytes().lower() if spellings else b""
     return any(spelling in content for spelling in spellings)
 
 

@@ -33,8 +33,7 @@ def serve(args: argparse.Namespace) -> Result:
     )
     from vidjax.apps.serve import limits as limits_lib
 
-    path = Path(args.token_file).expanduser() if args.token_file else None
-    token = limits_lib.read_token(path) if path else None
+    token = limits_lib.read_token(Path(args.token_file).expanduser()) if args.token_file else None
     if token is None and not limits_lib.is_loopback(args.host):
         raise UserError(
             f"--host={args.host} can be reached from other machines, so clients need a token: add "

@@ -100,9 +100,11 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
     The model consists of a single operation, which TensorFlow runs with XLA. So TensorFlow Lite and
     runtimes without XLA cannot load it. The weights are variables, because constants of a graph are
-    limited to 2 GB and are copied dozens of times. Raises UserError if the name of a modality
-    contains `-`, because TensorFlow would replace it by `_` in the names of the inputs. The
-    function that is returned raises UserError if JAX is too new for TensorFlow.
+    limited to 2 GB and are copied dozens of times.
+
+    Raises UserError if the name of a modality contains `-`, because TensorFlow would write `_` in
+    the names of the inputs. The returned function raises UserError if JAX is too new for
+    TensorFlow.
     """
     if refused := [name for name in run.modalities if "-" in name]:
         raise UserError(

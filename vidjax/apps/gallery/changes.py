@@ -120,7 +120,6 @@ class Draft:
     def relabel(self, clip: str, identity: str | None) -> str | None:
         """Changes the identity of a clip; returns the old identity. None stands for a stranger."""
         check_argument("relabel: clip", clip, str, "a name")
-        check_argument("relabel: identity", identity, (str, type(None)), "a name, or None")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
         if old is None:  # no hint: a clip with a similar name may show another person

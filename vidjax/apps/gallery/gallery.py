@@ -13,8 +13,8 @@ changes does not matter: a new gallery of the same clips and with the same back 
 gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
-changed the folder. So do `len`, `in`, iteration, `identities` and `digest`. The other properties,
-such as `clips` and `version`, show the content that was read last, see `refresh`.
+changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. The other
+properties, such as `clips` and `version`, show the content that was read last, see `refresh`.
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
 computes an answer uses the same state from its beginning to its end. A change is first written to
@@ -424,6 +424,7 @@ class Gallery:
           clips, split: see the class.
           advance: is called with the number of clips of each finished batch.
         """
+        self.refresh()  # another process may have added a modality
         if isinstance(clips, Vectors):
             return _check_parts(clips, self.backend)
         if not self.origin.cards:
@@ -508,7 +509,6 @@ class Gallery:
                 wanted = f"the name of a person for clip {name!r}"
                 check_argument("enrol: identities", identity, (str, type(None)), wanted)
                 _ = None if identity is None else check_person(identity)
-        self.refresh()  # another process may have added a modality
         vectors = self.embed(clips, split)
         if isinstance(identities, str):
             identities = dict.fromkeys(vectors.names, identities)
@@ -872,7 +872,7 @@ def _check_parts(vectors: Vectors, backend: Backend) -> Vectors:
     if [*widths.items()] != [*backend.widths.items()]:
         raise UserError(
             f"the vectors have the widths {widths}, but the gallery compares {backend.widths}\n"
-            "call `embed` of the gallery that gets the vectors"
+            "compute them with `embed` of this gallery"
         )
     return vectors
 

@@ -37,7 +37,7 @@ from starlette.types import ASGIApp
 
 from vidjax import __version__
 from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import protocol, served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import (
@@ -273,7 +273,6 @@ class Application:
             parsed, tensors = protocol.parse(body, length, inputs, self.limits)
             protocol.check_outputs(parsed, model.outputs)
             parameters = parsed.parameters
-            served_models.check_parameters(model, parameters)
             return parsed, served_models.make_question(model, tensors, parameters, self.limits)
 
         parsed, question = await self._parse(read, large=len(body) > LARGE_BYTES)
@@ -313,17 +312,12 @@ class Application:
             raise unprocessable(text)
         self._check_ready()
         gallery = self.people.gallery
-
-        def embed() -> Vectors:
-            gallery.refresh()  # another process may have changed the width of the vectors
-            return gallery.embed(clips)
-
         waiting = self.people_batcher.size + self.embedding
         if waiting and waiting + len(clips) > self.limits.waiting_clips:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
         self.embedding += len(clips)
         try:
-            vectors = await self.people_batcher.run(embed)
+            vectors = await self.people_batcher.run(functools.partial(gallery.embed, clips))
         finally:
             self.embedding -= len(clips)
         make = functools.partial(gallery.enrol, vectors, people_of_clips, strangers=body.strangers)

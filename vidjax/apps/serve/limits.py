@@ -141,7 +141,7 @@ def read_token(path: Path) -> bytes:
     """Reads the token, the secret that clients must send, from a file or a link to a file.
 
     Raises UserError if other users may read the file, or the token is not a word of 16 letters or
-    more. If another user owns the file, its group may read it: Kubernetes mounts secrets so.
+    more. If another user owns the file, the group may read it, as in Kubernetes.
     """
     with files.open_input(path) as file:
         status = os.fstat(file.fileno())
@@ -150,7 +150,7 @@ def read_token(path: Path) -> bytes:
     if status.st_mode & others:
         raise UserError(
             f"'{path}' can be read by other users\n"
-            f"call chmod 600 {path}; for a secret of Kubernetes, set defaultMode: 0440"
+            f"call chmod 600 {path}; for a secret of Kubernetes, set defaultMode: 0400"
         )
     token = content.strip()
     if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:

@@ -76,20 +76,17 @@ def list_inputs(model: "Model") -> list[Spec]:
     return specs
 
 
-def check_parameters(model: "Model", parameters: Parameters) -> None:
-    """Raises Refused if the model does not use one of the parameters."""
-    if isinstance(model, RunModel) and (parameters.fpir or parameters.threshold):
-        raise unprocessable("the model run has no fpir and no threshold: leave them out")
-
-
 def make_question(
     model: "Model", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
 ) -> Question:
     """Makes a question from the input tensors of a request, name -> array [clips, frames, ...].
 
     Frames whose mask is False are left out. Raises Refused if there are too many clips or frames, a
-    tensor has a wrong shape or is missing, or a frame is not finite.
+    tensor has a wrong shape or is missing, a frame is not finite, or the model does not use a
+    parameter.
     """
+    if isinstance(model, RunModel) and (parameters.fpir or parameters.threshold):
+        raise unprocessable("the model run has no fpir and no threshold: leave them out")
     present = [name for name in model.widths if name in tensors]
     if not present:
         raise unprocessable(f"the request has no features: send any of {', '.join(model.widths)}")

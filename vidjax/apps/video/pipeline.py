@@ -303,7 +303,7 @@ def walk(path: Path, unreadable: Callable[[OSError], object] | None = None) -> l
     """Returns a folder and all its subfolders, sorted by path.
 
     Links, hidden folders, and folders that vidjax wrote are left out. If a folder cannot be read,
-    it is left out, too, and `unreadable` is called with the error.
+    `unreadable` is called with the error, and the folder is left out.
     """
     folders = []
     for folder, subfolders, names in os.walk(path, onerror=unreadable):
@@ -330,10 +330,7 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def say_left_out(paths: Iterable[Path]) -> None:
-    """Prints a line for each folder that contains files other than films and photos.
-
-    Also prints a line for each folder that the user may not read.
-    """
+    """Prints a line for each folder that has unused files, or that the user may not read."""
 
     def say_unreadable(error: OSError) -> None:
         if isinstance(error, PermissionError):
