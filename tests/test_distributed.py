@@ -39,13 +39,6 @@ def test_coordinator_without_the_number_of_processes_is_refused():
         distributed.join_processes(flags)
 
 
-@pytest.mark.parametrize("address", ["h", ":9", "h:", "h:nine", "h:0", "h:65536"])
-def test_coordinator_without_a_host_or_a_port_is_refused(address):
-    words = [f"--coordinator={address}", "--num_processes=1", "--process_id=0"]
-    with pytest.raises(UserError, match=r"is not an address: write HOST:PORT"):
-        distributed.join_processes(program.parse(["--config=mma", *words]))
-
-
 def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
     for number in (0, 9):  # `conftest` emulates 8 devices
         with pytest.raises(ValueError, match=f"num_devices={number}: this machine has 8"):
