@@ -60,6 +60,7 @@ WORDS = [
     Case("extract none.mp4 --out=x --models=m --size=1", "32 to 8,192"),
     Case("extract none.mp4 --out=x --models=m --fps=nan", "a number above 0"),
     Case("convert dlib", "needs FILE, --out"), Case("forget", "--identity=NAME"),
+    Case(f"{TRAIN} --coordinator=a:9", "also needs --num_processes"),
     *[Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator={address}", "HOST:PORT")
       for address in ("a", ":9", "a:", "a:nine", "a:0", "a:65536")],
     Case("forget --identity=", "--identity= has no value"),
