@@ -262,19 +262,3 @@ def test_unsupported_modalities_and_epochs_of_a_system_are_refused():
     plan.check_model(config)
     config.num_epochs = 1.5
     refused(lambda: plan.check_model(config), "config.num_epochs=1.5", "--config.num_epochs=2")
-
-
-def test_wrong_overrides_name_the_field_and_a_remedy_that_works():
-    copy = "set it in a copy of the configuration file"
-    for word, *expected in (
-        ("model.scale=nan", "--config.model.scale=nan: must be a number such as 1.0"),
-        ("model.scal=1", "did you mean --config.model.scale?", copy),
-        ("fusion.face.train.kept_share=0.7", copy),
-        ("fusion.face.train.min_quality=20", copy),
-    ):
-        message = refused(
-            lambda word=word: config_io.override(load("plda"), [f"--config.{word}"]), *expected
-        )
-        assert "fusion" not in word or "did you mean" not in message
-    config = config_io.override(load(), ["--config.transforms=5"])
-    refused(lambda: plan.dry_run(config), "config.transforms='5' is unknown")

@@ -16,9 +16,8 @@ import pytest
 
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, QUICK, ROOT, run, saved, shrunk, weights
-from vidjax.cli import program
-from vidjax.core import devices, distributed
-from vidjax.utils.errors import UserError, VidjaxWarning
+from vidjax.core import devices
+from vidjax.utils.errors import VidjaxWarning
 
 SECONDS = 300
 SPEC = "configs/quality_fusion.py:iqiyi_vid"
@@ -31,19 +30,6 @@ SGD = (
     "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.optim.decay=constant",
     "--config.optim.warmup=0", "--config.optim.warmup_scale=0", "--config.optim.total_decay=0",
 )  # fmt: skip
-
-
-def test_coordinator_without_the_number_of_processes_is_refused():
-    flags = program.parse(["--config=mma", "--coordinator=h:9"])
-    with pytest.raises(UserError, match=r"also needs (?s:.*)--coordinator=HOST:PORT"):
-        distributed.join_processes(flags)
-
-
-@pytest.mark.parametrize("address", ["h", ":9", "h:", "h:nine", "h:0", "h:65536"])
-def test_coordinator_without_a_host_or_a_port_is_refused(address):
-    words = [f"--coordinator={address}", "--num_processes=1", "--process_id=0"]
-    with pytest.raises(UserError, match=r"is not an address: write HOST:PORT"):
-        distributed.join_processes(program.parse(["--config=mma", *words]))
 
 
 def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():

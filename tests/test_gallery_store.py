@@ -211,7 +211,6 @@ def test_replaced_names_leave_no_byte_on_disk(gallery):
 
 def test_a_named_and_removed_stranger_leaves_no_byte_on_disk(gallery):
     clip = CLIPS["stranger 3"]
-
     assert gallery.add({"stranger 3": clip._replace(identity="known now")}) == 1
     assert gallery.add({"stranger 3": clip}) == 0  # the clip keeps its person
     gallery.remove(identity=["known now"])

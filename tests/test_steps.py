@@ -208,29 +208,29 @@ class TwoBranches(Identifier):
         return ModelOutput(jnp.stack(logits, axis=1), x, *weights)
 
 
-class Returning(Identifier):
-    """Returns the result of a function of the number of clips."""
+class Changing(Identifier):
+    """Returns a correct output that a function has changed."""
 
-    made: Callable[[int], Any]
+    change: Callable[[ModelOutput], Any]
     num_classes: int = 1 + C
 
     def __call__(self, frames, clips, *, train):
-        return self.made(len(clips.mask))
+        rows = len(clips.mask)
+        return self.change(ModelOutput(jnp.zeros((rows, 1, 1 + C)), jnp.zeros((rows, 3))))
 
 
 def test_output_of_a_users_model_with_a_wrong_shape_is_refused_at_the_beginning():
-    model: Any = Returning
-    logits, embedding = (lambda b: jnp.zeros((b, 1, 1 + C))), (lambda b: jnp.zeros((b, 3)))
-    for made, word in (
-        (logits, "ModelOutput"),
-        (lambda b: ModelOutput(logits(b)[:, 0], embedding(b)), "logits"),
-        (lambda b: ModelOutput(logits(b).transpose(1, 0, 2), embedding(b)), "logits"),
-        (lambda b: ModelOutput(logits(b)[..., 1:], embedding(b)), "logits"),
-        (lambda b: ModelOutput(logits(b), embedding(b)[0]), "embedding"),
-        (lambda b: ModelOutput(logits(b), embedding(b), jnp.ones(b)), "train_weight"),
+    model: Any = Changing
+    for change, word in (
+        (lambda right: right.logits, "ModelOutput"),
+        (lambda right: right._replace(logits=right.logits[:, 0]), "logits"),
+        (lambda right: right._replace(logits=right.logits.transpose(1, 0, 2)), "logits"),
+        (lambda right: right._replace(logits=right.logits[..., 1:]), "logits"),
+        (lambda right: right._replace(embedding=right.embedding[0]), "embedding"),
+        (lambda right: right._replace(train_weight=right.logits[:, 0, 0]), "train_weight"),
     ):
-        system = make()._replace(model=model(made))
-        refused(lambda system=system: init(system, np.arange(5)), "model Returning", word)
+        system = make()._replace(model=model(change))
+        refused(lambda system=system: init(system, np.arange(5)), "model Changing", word)
 
 
 @pytest.mark.slow

@@ -60,8 +60,9 @@ WORDS = [
     Case("extract none.mp4 --out=x --models=m --size=1", "32 to 8,192"),
     Case("extract none.mp4 --out=x --models=m --fps=nan", "a number above 0"),
     Case("convert dlib", "needs FILE, --out"), Case("forget", "--identity=NAME"),
-    Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator=a", "HOST:PORT"),
-    Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator=a:99999", "HOST:PORT"),
+    Case(f"{TRAIN} --coordinator=a:9", "also needs --num_processes"),
+    *[Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator={address}", "HOST:PORT")
+      for address in ("a", ":9", "a:", "a:nine", "a:0", "a:65536")],
     Case("forget --identity=", "--identity= has no value"),
     Case("serve --gallery=g --token-file=", "--token-file= has no value"),
     Case("report --workdir=~no-such-user/run", "write ~/"),
@@ -82,6 +83,14 @@ FIELDS = [
     Case("--config=quality_fusion --workdir=new --config.model.layers=((0,'swish',False,0.5),)",
          "whole number of 1 or more"),
     Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "reduce its sizes"),
+    Case("--config=mma --workdir=new --config.transforms=5", "config.transforms='5' is unknown"),
+    Case("--config=plda --workdir=new --config.model.scale=nan", "must be a number such as 1.0"),
+    Case("--config=plda --workdir=new --config.model.scal=1",
+         "did you mean --config.model.scale?\nto add an argument, set it in a copy"),
+    *[Case(f"--config=plda --workdir=new --config.fusion.face.train.{field}",
+           "no field config.fusion.face.train.{}: to add an argument, set it in a copy".format(
+               field.partition("=")[0]))
+      for field in ("kept_share=0.7", "min_quality=20")],
 ]  # fmt: skip
 # Faulty configuration files: name -> content, and words of the error.
 BEGIN = "from ml_collections import ConfigDict\nfrom vidjax.runs import config\n"
