@@ -378,17 +378,8 @@ def _search_files(
     if shutil.which("grep") is None:
         about = "other files are not searched, because grep is not installed"
         return [Place("unread", Path(), about, "install grep")]
-    inside = {name for name in names if _is_inside_words(name)}
-    # Flags of grep -> the spellings that grep searches with these flags.
-    patterns = {
-        flags: "\n".join(_list_spellings(some)).encode()
-        for flags, some in {"wF": names - inside, "F": inside}.items() if some
-    }  # fmt: skip
-    wide = _list_wide_spellings(given)
-    # grep searches lines, so it misses spellings such as U+4E0A in UTF-16.
-    broken = [spelling for spelling in wide if b"\n" in spelling]
-    words = [os.fsencode(path.name) for path in paths]
-    order = [*paths]
+    patterns = _make_patterns(names)
+    words, order = [os.fsencode(path.name) for path in paths], [*paths]
     rows = [
         row for flags, some in patterns.items()
         for row in _run_grep(f"-znia{flags}", some, text=b"\0".join(words))
@@ -396,46 +387,57 @@ def _search_files(
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
     about, remedy = "its path contains one of the names", "it is your file: delete it, or rename it"
-    places = [Place("file", path, about, remedy) for path in sorted(named)]
-    compressed, read = [], []
+    places, read = [Place("file", path, about, remedy) for path in sorted(named)], list[Path]()
     for path, is_file in paths.items():
         if not is_file or path.is_symlink() or path in named or named.intersection(path.parents):
             continue
-        if not os.access(path, os.R_OK):
+        if os.access(path, os.R_OK):
+            read.append(path)
+        else:
             about = "you have no permission to read the file"
             places.append(Place("unread", path, about, "search it yourself"))
-            continue
-        read.append(path)
-        compressed += [path] if _unpack(path) else []
-    held, archives = set[bytes](), list[bytes]()
-    left = [read[at : at + MAX_GREP_FILES] for at in range(0, len(read), MAX_GREP_FILES)]
+    held, unread = _search_contents(read, patterns, names, _list_wide_spellings(given))
+    remedy = "it is your file: delete it, or remove the name from it"
+    places += [Place("file", path, "it contains one of the names", remedy) for path in sorted(held)]
+    about, remedy = "it is compressed", "search it with the command below"
+    packed = [path for path in read if path not in held and _unpack(path)]
+    return [*places, *unread, *(Place("unread", path, about, remedy) for path in packed)]
+
+
+def _search_contents(
+    paths: Sequence[Path], patterns: Mapping[str, bytes], names: set[str], wide: Collection[bytes]
+) -> tuple[set[Path], list[Place]]:
+    """Searches the contents of files. Returns the files with a name, and files that are not read.
+
+    `patterns` are the result of `_make_patterns(names)`. `wide` are spellings in other encodings.
+    """
+    held, archives, unread = set[bytes](), set[bytes](), list[Place]()
+    # grep searches lines, so it misses spellings such as U+4E0A in UTF-16.
+    broken = [spelling for spelling in wide if b"\n" in spelling]
+    left = [paths[at : at + MAX_GREP_FILES] for at in range(0, len(paths), MAX_GREP_FILES)]
     while left:
         some = left.pop()
         try:
             for flags, spellings in patterns.items():
-                held |= {*_run_grep(f"-liZ{flags}", spellings, some)}
+                held.update(_run_grep(f"-liZ{flags}", spellings, some))
             small = [x for x in some if x.is_file() and x.stat().st_size <= WIDE_BYTES]
-            held |= {*_run_grep("-liaZF", b"\n".join({*wide} - {*broken}), small, locale="C")}
-            held |= {os.fsencode(path) for path in small if _contains_any(path, broken)}
-            archives += _run_grep("-laZF", SEVERAL_CLIPS, [x for x in some if x.suffix == ".npz"])
+            held.update(_run_grep("-liaZF", b"\n".join({*wide} - {*broken}), small, locale="C"))
+            held.update(os.fsencode(path) for path in small if _contains_any(path, broken))
+            npz = [path for path in some if path.suffix == ".npz"]
+            archives.update(_run_grep("-laZF", SEVERAL_CLIPS, npz))
         except OSError as error:
             if len(some) == 1:
-                places.append(_list_unread(some[0], error))
+                unread.append(_list_unread(some[0], error))
             else:  # a file that grep cannot read must not hide the others
                 left += [some[: len(some) // 2], some[len(some) // 2 :]]
-    for archive in sorted({*archives} - held):
+    for archive in sorted(archives - held):
         path = Path(os.fsdecode(archive))
         try:
             if names.intersection(_read_names_of_clips(path)):
                 held.add(archive)
         except (UserError, OSError) as error:
-            places.append(_list_unread(path, error))
-    remedy = "it is your file: delete it, or remove the name from it"
-    holding = [Path(os.fsdecode(path)) for path in sorted(held)]
-    places += [Place("file", path, "it contains one of the names", remedy) for path in holding]
-    about, remedy = "it is compressed", "search it with the command below"
-    packed = [path for path in compressed if os.fsencode(path) not in held]
-    return places + [Place("unread", path, about, remedy) for path in packed]
+            unread.append(_list_unread(path, error))
+    return {Path(os.fsdecode(path)) for path in held}, unread
 
 
 def _run_grep(
@@ -472,6 +474,15 @@ def _list_spellings(names: Iterable[str]) -> list[str]:
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
     return sorted({way(form) for form in forms for way in ways})
+
+
+def _make_patterns(names: set[str]) -> dict[str, bytes]:
+    """Returns flags of grep -> the spellings of names that grep searches with these flags."""
+    inside = {name for name in names if _is_inside_words(name)}
+    groups = {"wF": names - inside, "F": inside}
+    return {
+        flags: "\n".join(_list_spellings(some)).encode() for flags, some in groups.items() if some
+    }
 
 
 def _is_inside_words(name: str) -> bool:

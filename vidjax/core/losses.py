@@ -236,6 +236,20 @@ def make_objective(
     return objective
 
 
+def _check_loss(name: str, value: object, labels: Array) -> Array:
+    """Returns `value`. Raises UserError unless it is an array with a float for each label."""
+    if isinstance(value, jax.Array):
+        if jnp.issubdtype(value.dtype, jnp.floating) and value.shape == labels.shape:
+            return value
+        kind = f"{value.dtype} {list(value.shape)}"
+    else:
+        kind = type(value).__name__
+    raise UserError(
+        f"the loss '{name}' returns {kind} for {len(labels)} labels\n"
+        f"return a float for each label, of shape {list(labels.shape)}"
+    )
+
+
 def make_loss(
     spec: Mapping[str, Any], class_mask: Array | None, steps_per_epoch: float, *, logit_scale: float
 ) -> Callable[..., Array]:
@@ -294,16 +308,7 @@ def make_loss(
             if spec["margin"] and "margin" not in options:
                 margin_fn = MARGINS[spec["margin_type"]]
                 harder = margin_fn(logits, labels, margin=spec["margin"], scale=scale_now)
-            value = function(harder, labels, **options)
-            is_array = isinstance(value, jax.Array)
-            found = f"{value.dtype} {list(value.shape)}" if is_array else type(value).__name__
-            is_float = is_array and jnp.issubdtype(value.dtype, jnp.floating)
-            if not is_float or value.shape != labels.shape:
-                raise UserError(
-                    f"the loss '{name}' returns {found} for logits {list(logits.shape)}\n"
-                    f"return a float for each label, of shape {list(labels.shape)}"
-                )
-            return value
+            return _check_loss(name, function(harder, labels, **options), labels)
 
         if not weights.any():
             return loss(spec["classification"])

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Draft:
     def __init__(self, state: State):
         self._state = state
         self.clips = dict(state.clips)
-        self.groups: dict[str, Any] = dict(state.groups)
+        self.groups: dict[str, Collection[str]] = dict(state.groups)
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()
 

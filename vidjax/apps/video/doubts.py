@@ -70,8 +70,7 @@ def compare_photos(
         rest = (total[owner] - units * kept[:, None]) / np.maximum(num_others, 1)[:, None]
         log_odds_own = _compute_log_ratios(distances, num_others, rest, np.vecdot(units, rest))
         mean = total[changed] / np.maximum(count[changed], 1)[:, None]
-        ratios = _compute_log_ratios(distances, count[changed], mean, units @ mean.T)
-        others[:, changed] = ratios
+        others[:, changed] = _compute_log_ratios(distances, count[changed], mean, units @ mean.T)
         others[rows, owner] = -np.inf
         like = others.argmax(axis=1)
         gain = others[rows, like] - np.log(max(num - 1, 1)) - np.maximum(log_odds_own, 0)
