@@ -24,10 +24,7 @@ TICK_NS = 2 * 10**9  # the coarsest file systems store times in steps of two sec
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the path `cache_dir/kind/DIGEST`, where DIGEST is a digest of the JSON value `key`.
-
-    If `cache_dir` is None, the path is in the default cache.
-    """
+    """Returns the path `cache_dir/kind/DIGEST`, with a digest of the JSON value `key`."""
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
@@ -36,9 +33,9 @@ def digest_files(
 ) -> str:
     """Returns the sha256 of the names and contents of files, in hexadecimal.
 
-    The digest depends on the order of `paths`. It is stored in the cache, so that unchanged files
-    are not read again. If a file changed less than 2 seconds before this call, the digest is not
-    stored, because a second change of the file in these seconds might not change its time.
+    The digest depends on the order of `paths`. The cache stores the digest, so that unchanged files
+    are not read again. If a file changed less than 2 seconds before this call, nothing is stored,
+    because a second change in these seconds might not change the time of the file.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]
@@ -73,7 +70,7 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 def exclusive(folder: Path) -> Iterator[None]:
     """Locks a folder of the cache during a `with` block, so that only one process fills it.
 
-    Before the block, unfinished copies of the folder are deleted. Killed processes have left them.
+    Before the block, unfinished copies of the folder by killed processes are deleted.
     """
     root = folder.parent
     files.make_private(root)

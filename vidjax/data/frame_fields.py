@@ -60,7 +60,7 @@ STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on th
 
 
 class FlatFiles(Mapping[str, np.ndarray]):
-    """A dict, field -> the values of all frames, which are in the file `FIELD.bin` of a folder.
+    """Field -> the values of all frames, which are in the file `FIELD.bin` of a folder.
 
     Each access to a field memory-maps the file again. The file stays open while the array exists.
     """
@@ -95,9 +95,9 @@ class PackedClips:
     Attributes:
       names: N clip names without `.mp4`, in the order of the file.
       lengths: [N] int32, number of frames of each clip.
-      frames: a dict, field -> array with a row per frame. `features` is [F, D] float16, float32,
-        float64 or int8; D is 0 if there are no frames. The other fields are in FRAME_FIELDS.
-      seen: number of frames in the file. This is F plus the number of skipped frames.
+      frames: field -> array with a row per frame. `features` is [F, D] float16, float32, float64 or
+        int8; D is 0 if there are no frames. The other fields are in FRAME_FIELDS.
+      seen: number of frames in the file, which is F plus the number of skipped frames.
       skipped: {"non_finite": number of frames whose feature is not finite in float32}.
       skipped_clips: number of clips without frames, by reason. The reason is `empty` if the file
         has no frames of the clip, and `non_finite` if all its frames were left out.
@@ -115,10 +115,7 @@ class PackedClips:
 
     @classmethod
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Opens frames that another process wrote to `folder`, with one file per field.
-
-        `summary` is the result of the method `summary` in the other process.
-        """
+        """Opens files that another process wrote to `folder`. `summary` is from that process."""
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
         return cls(
@@ -170,7 +167,7 @@ def compute_feature_norms(features: np.ndarray) -> np.ndarray:
     return norms
 
 
-# A dict, split -> modality -> the frames of its clips.
+# split -> modality -> the frames of its clips
 Unpacked = Mapping[str, Mapping[str, PackedClips]]
 
 
@@ -215,17 +212,11 @@ class RecordSource(Protocol):
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Reads all frames. A modality has the same width and dtype in all clips of a split.
 
-        Args:
-          scratch: a folder for files of frames. It must exist as long as the returned arrays, which
-            may be memory maps.
-          non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
-            'error' raises UserError.
+        `scratch` is a folder for files of frames. It must exist as long as the returned arrays,
+        which may be memory maps.
         """
         ...
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
-        """Returns a dict, split -> clip -> identity, of the splits with labels.
-
-        `clips` is a dict, split -> the names of its clips.
-        """
+        """Returns split -> clip -> identity for splits with labels. `clips` is split -> names."""
         ...

@@ -28,9 +28,8 @@ def load_official_truth(
 ) -> dict[str, dict[str, str]]:
     """Reads the ground-truth files `{split}_gt.txt` of a directory.
 
-    `clips` is a dict, split -> the clips that have features. Returns a dict, split -> clip ->
-    identity. Splits without a file are left out. Raises UserError if a file is malformed, or lists
-    too many clips without features.
+    `clips` is split -> the clips that have features. Returns split -> clip -> identity, without
+    splits that have no file. Raises UserError if a file lists too many clips without features.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -73,15 +72,12 @@ def load_label_table(
     """Reads labels, and groups them by the split of their clips.
 
     Args:
-      labels: a dict, clip -> identity; or a `.csv` file with the columns `clip` and `identity`; or
-        a ground-truth file (see `load_ground_truth`). If it is None, there are no labels.
-      clips: a dict, split -> the clips that have features.
+      labels: clip -> identity; or a `.csv` file with the columns `clip` and `identity`; or a
+        ground-truth file. If it is None, there are no labels.
+      clips: split -> the clips that have features.
 
     Returns:
-      A dict, split -> clip -> identity. It does not contain splits without a labelled clip.
-
-    Raises:
-      UserError: labels are malformed, or name too many clips without features.
+      split -> clip -> identity, without splits that have no labelled clip.
     """
     if labels is None:
         return {}
@@ -143,10 +139,10 @@ def _refuse_no_file(path: Path) -> None:
 
 
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
-    """Checks labels, and returns a dict, clip -> identity.
+    """Checks rows of (start of an error message, clip, identity), and returns clip -> identity.
 
-    Each row has the start of an error message, the clip and the identity. If the identity is None
-    or empty, the clip shows no known person, and is left out. A warning counts empty identities.
+    If the identity is None or empty, the clip shows no known person, and is left out. A warning
+    counts empty identities.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -188,7 +184,7 @@ MAX_UNKNOWN_RATE = 0.01  # share of the labelled clips that may be in no feature
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns a dict, split -> path of `{split}_gt.txt`, in the order train, val, test.
+    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test.
 
     Raises UserError if a file name is misspelt, such as `valid_gt.txt` or `val_gt.csv`.
     """
@@ -222,16 +218,14 @@ def load_ground_truth(
     ignored. A blank within a name is written as in a URL, `First%20Last`.
 
     Args:
-      known_clips: names of clips with features, without `.mp4`. In these names, a `%20` is not
-        replaced by a blank.
+      known_clips: names of clips in which a `%20` is not replaced by a blank.
 
     Returns:
-      A dict, clip (without `.mp4`) -> identity, in the order of the file.
+      Clip (without `.mp4`) -> identity, in the order of the file.
 
     Raises:
-      UserError: the text is not UTF-8; the form is ambiguous; a line has the other form; a clip or
-        an identity comes twice; an identity has no clips; or most labels are whole numbers, but at
-        least one is not a whole number above 0. The message contains the number of the line.
+      UserError: the form is ambiguous or changes; a clip or an identity comes twice; an identity
+        has no clips; or most labels are whole numbers, but not all are whole numbers above 0.
     """
     path, known = Path(path), frozenset(known_clips)
     lines = _read_lines(path, "NAME.mp4 ID")
@@ -292,20 +286,13 @@ def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
 
 
 def _parse_clip(text: str, known: Collection[str], where: str) -> str:
-    """Returns the name of a clip without `.mp4`, in which each `%20` is replaced by a blank.
-
-    If `known` contains the name with `%20`, nothing is replaced. Error messages begin with `where`.
-    """
+    """Returns the name of a clip without `.mp4`. Unless it is `known`, `%20` becomes a blank."""
     clean = clean_name_at(where, text)
     return clean if clean in known else clean_name_at(where, unescape(text))
 
 
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
-    """Returns the number and the words of each line of a text file, without blank lines.
-
-    Raises UserError if the text is not UTF-8, or if all lines are blank. The message shows `form`,
-    for example 'NAME.mp4 ID'.
-    """
+    """Returns the number and the words of each line that is not blank. Errors show `form`."""
     _refuse_no_file(path)
     with files.open_input(path) as file:
         data = file.readall()
@@ -347,14 +334,14 @@ def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str,
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
     """Reads the weights of N clips from a text file of lines `NAME.mp4 WEIGHT`.
 
-    A byte order mark, CRLF, tabs, blank lines, additional spaces and a missing `.mp4` are ignored.
+    The format allows the same deviations as in `load_ground_truth`, and a missing `.mp4`.
 
     Returns:
       [N] float32. The weight of a clip that is not in the file is 1.
 
     Raises:
-      UserError: the file is empty, a weight is not a finite number of 0 or more, a clip comes
-        twice, or more than 1 % of the clips in the file are not in `clips`.
+      UserError: a weight is not a finite number of 0 or more, a clip comes twice, or more than 1 %
+        of the clips in the file are not in `clips`.
     """
     path = Path(path)
     lines = _read_lines(path, "NAME.mp4 WEIGHT")
@@ -389,10 +376,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
 
 
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
-    """Warns if a file of labels or weights names clips that have no features.
-
-    Raises UserError if more than 1 % of the named clips have no features.
-    """
+    """Warns if a file names clips without features. More than 1 % of them are an error."""
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]
     if not unknown:

@@ -1,7 +1,7 @@
 """Draws the clips of each training step, and the windows that are cut from long clips.
 
 The draw depends only on the seed and the number of the step, so a resumed run continues with the
-same clips. Clips that stay on the devices and clips that are read from disk have the same order.
+same clips. Clips on the devices and clips on disk have the same order.
 """
 
 import math
@@ -25,8 +25,8 @@ class DrawnClips(NamedTuple):
     Attributes:
       clip_index: [B] int32, the number of each clip in the training splits.
       batch_mask: [B] bool, False for empty rows of the last batch of an epoch.
-      windows: a dict, modality whose clips are cut -> [B] float32, uniformly distributed in [0, 1).
-        `choose_first_frame` turns these numbers into the first frame of a window.
+      windows: modality whose clips are cut -> [B] float32, uniform in [0, 1), for
+        `choose_first_frame`.
     """
 
     clip_index: Array
@@ -39,8 +39,8 @@ def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -
 
     Args:
       step: [] int32, number of the step, from 0.
-      epoch: [B] int32, the epoch of each row, that is, `(step * B + arange(B)) // plan.num_places`.
-      place: [B] int32, the position of each row in its epoch: the remainder of this division.
+      epoch: [B] int32, the epoch of each row, `(step * B + arange(B)) // plan.num_places`.
+      place: [B] int32, the remainder of this division, the position of each row in its epoch.
     """
     order_rng, window_rng = jax.random.split(
         jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)
@@ -67,8 +67,8 @@ def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
       length: [B] int32, number of frames of each clip.
 
     Returns:
-      [B] int32, uniformly distributed over the windows that lie in the clip. If a clip is shorter
-      than a window, its first frame is 0.
+      [B] int32, uniformly distributed over the windows that lie in the clip. It is 0 if the clip is
+        shorter than a window.
     """
     places = jnp.maximum(length - size, 0) + 1
     return jnp.minimum((uniform * places).astype(jnp.int32), places - 1)
@@ -77,11 +77,11 @@ def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
 def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
     """Returns the clips at given positions of shuffled epochs, without shuffling whole epochs.
 
-    Each epoch has another order of all N clips. Sorting N random numbers for each epoch would take
-    as long as many training steps, but this function takes a time of O(B).
+    Each epoch has another order of all N clips. This function takes a time of O(B). Sorting N
+    random numbers for each epoch would take as long as many training steps.
 
     Args:
-      rng: the random key. It determines the orders of all epochs.
+      rng: the random key, which determines the orders of all epochs.
       epoch: [B] int32, numbers of epochs.
       place: [B] int32, positions in the orders of these epochs, 0 to N - 1.
       num_clips: N.

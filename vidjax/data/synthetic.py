@@ -81,9 +81,9 @@ class Size(NamedTuple):
     Attributes:
       identities: number of identities.
       mean_frames: mean number of frames per clip.
-      dims: a dict, modality -> feature width.
-      spread: a dict, modality -> median length of the displacement of a clip. The vector of a
-        person has the length 1.
+      dims: modality -> feature width.
+      spread: modality -> median length of the displacement of a clip. The vector of a person has
+        the length 1.
     """
 
     identities: int
@@ -161,7 +161,7 @@ LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # upper limits; all lo
 def write(
     out_dir: str | Path, *, size: str, seed: int = 0, options: SyntheticOptions = CALIBRATED
 ) -> None:
-    """Writes the synthetic dataset to a folder, in the layout of iQIYI-VID.
+    """Writes the synthetic dataset to an empty folder, in the layout of iQIYI-VID.
 
     For each modality and split there is a pickle, `{face,head,body,audio,scene}_{train,val,test}`,
     where face train and face val end in `_v2`. `train_gt.txt` has a clip and its identity per line.
@@ -172,10 +172,6 @@ def write(
       out_dir: the folder. It must be empty, or must not exist.
       size: 'small' or 'standard'.
       seed: the random seed, 0 or more.
-
-    Raises:
-      UserError: `out_dir` is not empty, the size is unknown, the seed is negative, or an option is
-        out of range.
     """
     check_choice("size", size, SIZES)
     if seed < 0:
@@ -355,7 +351,7 @@ class _Clips:
         self.false = {"face": is_false & of_face, "audio": is_false & ~of_face}
 
     def frames(self, rows: np.ndarray) -> dict[str, _FlatFrames]:
-        """Draws the frames of the clips `rows` [n]. Returns a dict, modality -> frames."""
+        """Draws the frames of the clips `rows` [n]. Returns modality -> frames."""
         rng = self.rng
         lengths = self.length[rows]
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
@@ -486,8 +482,7 @@ def _draw_frame_steps(
 ) -> np.ndarray:
     """Draws the number [F] of the picture that shows each of F faces, from 0 in each clip.
 
-    A number may repeat, because a picture may show two faces. `clip` [F] is the clip of each face,
-    and `position` [F] is the position of the face in this clip.
+    A number may repeat, because a picture may show two faces. `clip` and `position` are [F].
     """
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))

@@ -1,9 +1,8 @@
 """Compares runs on the same clips, with confidence intervals of their differences in MAP.
 
-A group of seeds, which is a list of runs that differ only in their seeds, is compared like a single
-run. The average precisions are read from the file `analysis.npz` of each run, so no model is
-applied and no data are read. A comparison is written as text for the terminal, JSON, LaTeX and an
-HTML page.
+A group of seeds, a list of runs that differ only in their seeds, is compared like a single run. The
+average precisions are read from `analysis.npz` of each run, so no model is applied and no data are
+read. A comparison is written as text for the terminal, JSON, LaTeX and an HTML page.
 """
 
 import itertools
@@ -43,8 +42,7 @@ class RankedRun(NamedTuple):
       ap, positives: [C] average precision and number of clips of each identity.
       num_others: number of identities in the ground truth that are not in the training data.
       metrics: content of `metrics.json`, including `map_kind` and `num_clips`.
-      seeds: the name and the MAP of each run of a group of seeds, if the results are the means of
-        the group.
+      seeds: the name and the MAP of each run, if the results are the means of a group of seeds.
     """
 
     name: str
@@ -65,10 +63,7 @@ class RankedRun(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The results of runs on the same clips, and their differences in MAP from the first run.
-
-    If groups of runs are compared, `runs` has the mean results of each group.
-    """
+    """The results of runs (or groups of seeds), and their differences in MAP from the first run."""
 
     runs: list[RankedRun]
     differences: list[Difference]
@@ -145,11 +140,11 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
       groups: lists of the folders of runs. To compare runs, every list has a single folder. To
         compare systems by their mean MAP, every list has the same number of runs, which differ only
         in their seeds.
-      split: the split to compare on. If it is None, each run is compared on its `eval.split`.
+      split: the split to compare on, by default `eval.split` of each run.
 
     Raises:
-      ValueError: a run is named twice, groups differ in size, the runs of a group differ in more
-        than their seeds, a run has no results on the split, or the runs ranked different clips.
+      UserError: a run is named twice, groups do not fit, a run has no results on the split, or the
+        runs ranked different clips.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
@@ -176,7 +171,7 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
-    """Raises ValueError if runs differ in more than their seeds, or if two have the same seed."""
+    """Raises UserError if runs differ in more than their seeds, or if two have the same seed."""
     fields = [list_fields(run) for run in runs]
     first, seeds = fields[0], [own.get("seed") for own in fields]
     names = [run.name for run in runs]
@@ -194,11 +189,7 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
 
 
 def read(name: str, split: str | None = None) -> RankedRun:
-    """Reads the results of the run in the folder `name` on a split, by default its `eval.split`.
-
-    Raises ValueError if the folder contains no run, or the results are missing, damaged or have no
-    MAP.
-    """
+    """Reads the results of the run in the folder `name` on a split, by default its `eval.split`."""
     folder = RunFolder(name)
     if not folder.has(CONFIG):
         raise UserError(
@@ -256,7 +247,7 @@ def read(name: str, split: str | None = None) -> RankedRun:
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
     """Sorts the identities of a run into the order of the first run.
 
-    Raises ValueError if the runs were evaluated on different splits, identities or clips.
+    Raises UserError if the runs were evaluated on different splits, identities or clips.
     """
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
@@ -325,7 +316,7 @@ Rows = list[list[str]]
 def make_difference_table(
     runs: Sequence[RankedRun], differences: Sequence[Difference]
 ) -> tuple[list[str], Rows]:
-    """Returns a table of MAP and the differences in MAP, as titles of columns and rows of text."""
+    """Returns the titles and the rows of a table of MAP and the differences in MAP."""
     head = ["run", "MAP@100", "difference", "95 % interval"]
     if not runs[0].seeds:
         head.append(HOLM if len(differences) > 1 else "p")
@@ -349,7 +340,7 @@ def make_difference_table(
 
 
 def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns a table of all `metrics.CLIP_METRICS`: titles of columns, and rows of text."""
+    """Returns the titles and the rows of a table of all `metrics.CLIP_METRICS`."""
     head, columns = ["run"], [[run.name for run in runs]]
     for name, metric in metrics.CLIP_METRICS.items():
         values = [run.metrics.get(name) for run in runs]
@@ -360,7 +351,7 @@ def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns a table of the configuration fields in which runs differ: titles and rows."""
+    """Returns the titles and the rows of a table of the fields in which configurations differ."""
     every, rows = [list_fields(run) for run in runs], []
     for name in dict.fromkeys(name for values in every for name in values):
         # A blend has only the fields `join`, so only runs can differ in other fields.

@@ -1,8 +1,7 @@
 """Ranks clips with numpy: finds the exact k best clips of every identity.
 
-The scores come in blocks. A block has the scores of B clips for all C identities. Clips are ordered
-by descending score. Clips with equal scores are ordered by ascending clip index, which is the order
-of their names.
+The scores come in blocks, each with the scores of B clips for all C identities. Clips are ordered
+by descending score, and clips with equal scores by ascending clip index, the order of their names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +20,8 @@ EMPTY = np.uint64(0x007FFFFF << 32)  # sort key of an empty entry: -inf and NO_C
 class TopK(NamedTuple):
     """The k best clips of C identities: scores [C, k] float32 and clip indices [C, k] int32.
 
-    A list of fewer clips is filled with the score -inf and the index NO_CLIP. The arrays are numpy
-    or jax arrays.
+    A shorter list is filled with the score -inf and the index NO_CLIP. The arrays are numpy or jax
+    arrays.
     """
 
     scores: Any
@@ -171,7 +170,7 @@ def count_ties(top: TopK) -> int:
 def convert_to_lists(
     identities: Sequence[str], names: Mapping[int, str], top: TopK
 ) -> dict[str, list[tuple[str, float]]]:
-    """Returns identity -> its clips as (name, score), best first. `names` maps indices to names."""
+    """Returns identity -> its clips as (name, score), best first. `names` is index -> name."""
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
         identity: [(names[i], score) for i, score in zip(*row, strict=True) if i != NO_CLIP]

@@ -50,9 +50,8 @@ def convert(
 
     Args:
       cache_dir: the cache. If it is None, it is `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
-        'error' raises UserError.
-      workers: number of threads that write files. If it is None, it is the number of cores.
+      non_finite: see `NonFinite`.
+      workers: number of threads that write files, by default one per core.
 
     Returns:
       The list of the files, with the names and lengths of all clips.
@@ -164,10 +163,9 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
 def _join_modalities(
     staged: Mapping[str, StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
-    """Returns a dict, modality -> width and dtype of its features in all splits.
+    """Returns modality -> width and dtype of its features in all splits.
 
-    If the dtype differs between splits, the returned dtype represents all values exactly. Raises
-    UserError if the width of a modality differs between splits, or if there are no frames.
+    If the dtype differs between splits, the returned dtype represents all values exactly.
     """
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
@@ -240,10 +238,7 @@ def cut(
 def write_shard(
     path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
-    """Writes the clips at the positions `order` [n] in `split.clips` to a TFRecord file.
-
-    Returns the entry of the file in the manifest.
-    """
+    """Writes the clips `order` [n] of `split.clips` to a TFRecord file, and returns its entry."""
     with path.open("wb") as file:
         for at in range(0, len(order), CLIPS_AT_ONCE):
             _write_clips(file, order[at : at + CLIPS_AT_ONCE].tolist(), split, modalities)
@@ -254,7 +249,7 @@ def write_shard(
 def _write_clips(
     file: BinaryIO, order: Sequence[int], split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> None:
-    """Appends the clips at the positions `order` in `split.clips` to a file, one record each."""
+    """Appends the clips `order` of `split.clips` to a file, one record each."""
     # Each call maps the files of frames again, so that the memory of their pages is freed.
     mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
     for clip in order:
@@ -281,8 +276,8 @@ def run_command(
 ) -> int:
     """Runs the command `python -m MODULE DIR`, which converts a folder and prints a report.
 
-    `description` is a sentence for `--help`. `open_source` opens the dataset of a directory, and
-    also takes the arguments `workers` and `cache_dir`. Returns the exit code.
+    `open_source` opens the dataset of a directory, and also takes `workers` and `cache_dir`.
+    Returns the exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)

@@ -33,7 +33,7 @@ class SplitRecords(NamedTuple):
     Attributes:
       clips: N clip names in byte order.
       order: [N] int32, the order of the clips on disk, as positions in `clips`.
-      lengths: a dict, modality -> [N] int32, the number of frames of each clip of `clips`.
+      lengths: modality -> [N] int32, the number of frames of each clip of `clips`.
       shards: the TFRecord files.
     """
 
@@ -47,8 +47,8 @@ class Records(NamedTuple):
     """The converted clips of a dataset.
 
     Attributes:
-      modalities: a dict, modality -> width and dtype of its features.
-      splits: a dict, split -> its clips and files.
+      modalities: modality -> width and dtype of its features.
+      splits: split -> its clips and files.
       report: the data report without labels, which counts frames and clips.
     """
 
@@ -59,14 +59,14 @@ class Records(NamedTuple):
 
     @property
     def clips(self) -> dict[str, tuple[str, ...]]:
-        """A dict, split -> clip names in byte order."""
+        """Split -> clip names in byte order."""
         return {name: split.clips for name, split in self.splits.items()}
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
     """Writes `index.npz`, `data_report.json`, and then `manifest.json`, which lists all files.
 
-    A folder with a manifest is complete. `fingerprint` describes the files that were converted.
+    `fingerprint` describes the files that were converted.
     """
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
@@ -101,11 +101,7 @@ def remove(folder: Path) -> bool:
 
 
 def load_records(folder: Path) -> Records:
-    """Loads the list of the converted clips, and checks the TFRecord files.
-
-    Only files whose size or time has changed are read and compared with their sha256. Raises
-    UserError if a file is missing or damaged.
-    """
+    """Loads the list of the converted clips, and checks changed TFRecord files."""
     records = load_index(folder)
     splits = {
         name: split._replace(shards=check_changed(split.shards))
@@ -115,10 +111,7 @@ def load_records(folder: Path) -> Records:
 
 
 def load_index(folder: Path) -> Records:
-    """Loads the list of the converted clips, but does not check the TFRecord files.
-
-    Raises UserError if `manifest.json`, `index.npz` or `data_report.json` is missing or damaged.
-    """
+    """Loads the list of the converted clips, but does not check the TFRecord files."""
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {

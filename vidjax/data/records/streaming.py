@@ -92,11 +92,7 @@ def _close(queue: Any) -> None:
 def _read_records(
     records: Records, plan: BatchPlan, reader: Reader, step: int
 ) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
-    """Reads the records of each training step, beginning with `step`.
-
-    Yields the content of the B records; and clip_index, batch_mask and the first frames, as
-    `_locate_clips` does.
-    """
+    """Yields the records of each step, and the last three results of `_locate_clips`."""
     located = _locate_clips(records, plan, reader, step)
     waiting: collections.deque[tuple[list[Future[list[bytes]]], np.ndarray, Any]] = (
         collections.deque()
@@ -191,10 +187,10 @@ def _decode(
     """Decodes B clips to arrays with `size` frames per clip, padded with zeros.
 
     Args:
-      fields: a dict, field -> [B] strings, the bytes of all frames of each clip.
+      fields: field -> [B] strings, the bytes of all frames of each clip.
       first: [B] int32, the first frame to take from each clip. If it is None, it is frame 0.
-      best: if True, the frames of the highest quality are taken from clips of more than `size`
-        frames, in time order.
+      best: takes the frames of the highest quality, in time order, from clips of more than `size`
+        frames.
     """
     nbytes, dtypes = count_frame_bytes(modality), {"features": tf.as_dtype(modality.dtype)}
     dtypes |= {name: tf.as_dtype(field.dtype) for name, field in FRAME_FIELDS.items()}

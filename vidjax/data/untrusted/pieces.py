@@ -127,7 +127,7 @@ class _Runs:
     def skip(self, at: int) -> tuple[int, int]:
         """Skips the opcodes that begin at byte `at`.
 
-        Returns the byte after the opcodes, and the number of objects that they put into the memo.
+        Returns the byte after them, and the number of objects that they put into the memo.
         """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)

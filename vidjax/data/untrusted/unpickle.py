@@ -203,9 +203,7 @@ class Unpickler(pickle.Unpickler):
 def load(file: BinaryIO, size: int) -> Any:
     """Unpickles a file of `size` bytes. Arrays become objects of the class `Array`.
 
-    Raises:
-      UserError: the pickle is refused, damaged or truncated, or bytes follow it.
-      MemoryError: the content exceeds the memory limit of the process.
+    Raises MemoryError if the content exceeds the memory limit of the process.
     """
     if size == 0:
         raise UserError("the file is empty: copy the pickle again")

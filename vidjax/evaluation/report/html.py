@@ -139,10 +139,9 @@ def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
 
 
 def page(title: str, sections: Sequence[tuple[str, str, Markup]], *, lead: str, footer: str) -> str:
-    """Returns a whole page as HTML.
+    """Returns a whole page as HTML. A section is (identifier, heading, content).
 
-    A section is (identifier, heading, content). `lead` is a line below the title, and `footer` is
-    a line at the end.
+    `lead` is a line below the title, and `footer` is a line at the end.
     """
     template = ENVIRONMENT.get_template("page.html.j2")
     return plain(template.render(title=title, sections=sections, lead=lead, footer=footer))
@@ -215,10 +214,9 @@ class Plot:
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
-        """Returns the figure as HTML. The text below the figure is `caption`.
+        """Returns the figure as HTML, with `caption`, or else `title`, below it.
 
-        If `caption` is empty, the text is `title`. `key` is unique on the page. `description` is
-        for a reader who cannot see the figure.
+        `key` is unique on the page. `description` is for a reader who cannot see the figure.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)

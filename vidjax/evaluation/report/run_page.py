@@ -173,10 +173,7 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns a row (label, number) for each of `labels`, (key, label, digits).
-
-    A key that `values` lacks, or that has the value None, gets no row.
-    """
+    """Returns a row (label, number) for each (key, label, digits), except for missing values."""
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
@@ -227,7 +224,7 @@ def _data_of(run: RunFiles) -> str:
 
 
 def reading(run: RunFiles) -> Markup | None:
-    """Returns definitions of the terms of a report. If the run has no MAP, returns None."""
+    """Returns definitions of the terms of a report, if the run has a MAP."""
     if run.metrics.map is None:
         return None
     words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
@@ -236,7 +233,7 @@ def reading(run: RunFiles) -> Markup | None:
 
 
 def learning(run: RunFiles) -> Markup | None:
-    """Returns curves of losses and scores over the epochs. If there are none, returns None."""
+    """Returns curves of losses and scores over the epochs."""
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
@@ -286,7 +283,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns quantiles of AP and the worst identities, or None if there is no analysis."""
+    """Returns quantiles of AP and the worst identities."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -333,7 +330,7 @@ def _worst_identities(run: RunFiles) -> Markup:
 
 
 def mistakes(run: RunFiles) -> Markup | None:
-    """Returns tables of the mistakes with the highest scores. If there are none, returns None."""
+    """Returns tables of the mistakes with the highest scores."""
     wrong = run.analysis.wrong_clips or schemas.WrongClips()
     alarms = [(row.clip, run.identity(row.identity), row.score) for row in wrong.distractors or ()]
     others = [
@@ -378,10 +375,7 @@ def strata(run: RunFiles) -> Markup | None:
 
 
 def open_set(run: RunFiles) -> Markup | None:
-    """Returns histograms of scores, a curve and a table of error rates, and the calibration.
-
-    If no clip has a score, returns None.
-    """
+    """Returns histograms of scores, a curve and a table of error rates, and the calibration."""
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
@@ -510,8 +504,7 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 def write(folder: RunFolder) -> Path:
     """Writes `report.html`, and a page for every other split that has an analysis.
 
-    A page is written completely or not at all. Returns the path of `report.html`. Raises UserError
-    if a file is missing or damaged.
+    A page is written completely or not at all. Returns the path of `report.html`.
     """
     run = load(folder)
     for split in run.analysed:
