@@ -46,7 +46,7 @@ def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep"
 
     If all frames of a clip in a modality are below this quality, the clip keeps them. With
     `poor_clips="drop"`, the weight of a clip becomes 0 if all its frames in the first modality of
-    `clips.frames` are below this quality. `rng` is not used.
+    `clips.frames` are below this quality.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
     option `keep`. The paper also drops frames whose quality equals the limit.
@@ -162,10 +162,7 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Mixes each of B clips with a partner: returns share x clip + (1 - share) x partner.
-
-    `partner` [B] is the row of the partner in the batch. Missing frames count as 0.
-    """
+    """Returns share x clip + (1 - share) x the clip in row `partner` [B]. Missing frames are 0."""
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(first: Array, second: Array) -> Array:
@@ -198,12 +195,11 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 class Transform(NamedTuple):
     """A transform that the configuration field `config.transforms` may name.
 
-    `function` maps (rng, MemberClips, *, options) to MemberClips. It receives the fused frames. If
-    `before_fusion` is True, it receives all frames of the clips instead.
+    `function` maps (rng, MemberClips, *, options) to MemberClips.
     """
 
     function: Callable[..., MemberClips]
-    before_fusion: bool = False
+    before_fusion: bool = False  # True: receives all frames of the clips, not the fused frames
 
 
 # name in `config.transforms` -> transform. To add a transform, write a function and a line here.
@@ -215,12 +211,11 @@ TRANSFORMS: dict[str, Transform] = {
 def make_transforms(
     config: Mapping[str, Any], num_identities: int
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """Builds the transforms of a configuration.
+    """Builds the transforms of a configuration, before and after the fusion of frames.
 
-    Returns the transforms before the fusion of frames, and the transforms after it. In both, the
-    transforms of `config.ensemble.min_quality`, `config.noise.join` and `config.mixup` precede the
-    entries of `config.transforms`. An entry is a key of TRANSFORMS, or a dict of the key (`name`)
-    and keyword arguments. Raises UserError if a transform is unknown or an argument is missing.
+    In both lists, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
+    `config.mixup` precede the entries of `config.transforms`. An entry is a key of TRANSFORMS, or a
+    dict of the key (`name`) and keyword arguments.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -65,8 +65,7 @@ class LazyFeatures(NamedTuple):
 
     Attributes:
       values: [F, D], features of all F frames of the dataset, in the stored dtype.
-      index: [B, T] int32, the row of `values` for each frame. For padded frames the row is
-        arbitrary.
+      index: [B, T] int32, the row of `values` for each frame, arbitrary for padded frames.
     """
 
     values: Array
@@ -125,9 +124,7 @@ class ClipInfo(NamedTuple):
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, a property of all frames before fusion, such as their mean quality.
-        `Identifier.measure_clips` computes it. It is None in training, and for models that do not
-        use it.
+      measure: [B] float32, the result of `Identifier.measure_clips` in evaluation, or None.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
@@ -140,16 +137,15 @@ class ModelOutput(NamedTuple):
     """Output of a model for B clips.
 
     A branch is a set of logits. Most models have a single branch, G = 1. With several branches, the
-    two weights decide how much each branch contributes for a clip.
+    two weights decide how much each branch contributes for a clip. None means 1 for all.
 
     Attributes:
       logits: [B, G, 1 + C] float32.
       embedding: [B, D] float32, input of the classifier.
       train_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
-        learn from the clip. None means 1 for all.
+        learn from the clip.
       eval_weight: [B, G] float32, weight of each branch's score (a probability, not a logit) in
-        evaluation. None means 1 for all. The weights of a clip need not sum to 1: smaller weights
-        rank the clip lower.
+        evaluation. The weights of a clip need not sum to 1: smaller weights rank the clip lower.
       attention: [B, M, M], for the report: entry [b, i, j] is the weight of vector i in the new
         vector j. It is None if the model has no attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.

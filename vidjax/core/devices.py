@@ -86,10 +86,7 @@ def disable_program_cache() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Sets the XLA flag that makes runs on a GPU bit-identical.
-
-    If jax already uses the GPU, the flag has no effect, and a warning is printed.
-    """
+    """Sets the XLA flag for bit-identical runs on a GPU. Warns if jax already uses the GPU."""
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return
@@ -106,11 +103,7 @@ def make_deterministic() -> None:
 
 
 def collect_versions() -> dict[str, str]:
-    """Returns the versions of packages and of Python, the devices, and the git commit.
-
-    The keys are the names of packages, `python`, `device` (number and kind of the devices), and
-    `commit` if vidjax lies in a git checkout.
-    """
+    """Returns the versions of packages, `python`, `device` (number and kind) and git `commit`."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {"vidjax": __version__}
     versions |= {name: importlib.metadata.version(name) for name in packages}
@@ -222,9 +215,9 @@ def fetch(tree: Tree) -> Tree:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns the PartitionSpec of each array of a batch.
+    """Returns the PartitionSpecs of a batch that is split by clips.
 
-    Arrays are split by clips. Every device stores all of `LazyFeatures.values`.
+    Every device stores all of `LazyFeatures.values`.
     """
     rows, whole = PartitionSpec("data"), PartitionSpec()
 

@@ -39,8 +39,7 @@ class Member(NamedTuple):
       number: position among all members of the ensemble. It decides the random keys of the member.
       fold: fold that the member is not trained on, or -1.
       bootstrap: number of the member's bootstrap sample, or -1.
-      view: number of the chunk of every feature vector that is hidden from the member (see
-        `drop_chunk`), or -1.
+      view: number of the chunk of every feature vector that is hidden from the member, or -1.
       min_quality: lowest quality of its training frames. The lowest float32 allows all frames.
     """
 
@@ -65,11 +64,11 @@ class TrainingSets(NamedTuple):
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Builds a member for each combination of the options in `spec`.
+    """Builds a member for each combination of the options in `spec`, as in `config.ensemble`.
 
-    `spec` contains the fields of `config.ensemble`. Members are numbered from 0, in the order of
-    nested loops: over folds or bootstraps (the outermost loop), views, qualities, and seeds. If
-    `spec["only"]` lists numbers, only these members are built.
+    Members are numbered from 0, in the order of nested loops: over folds or bootstraps (the
+    outermost loop), views, qualities, and seeds. If `spec["only"]` lists numbers, only these
+    members are built.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: must be 0 (no folds), or 2 or more")
@@ -131,8 +130,8 @@ def draw_bootstrap(
     """Draws bootstrap sample `number`. Returns how many times it contains each clip, [N] int32.
 
     If `resample` is `identity`, the clips of every identity are resampled separately, so that no
-    identity is lost. If it is `all`, all clips are resampled at once, and some identities with
-    few clips are lost.
+    identity is lost. If it is `all`, all clips are resampled at once, and some identities with few
+    clips are lost.
     """
     rng = np.random.default_rng((seed, number))
     if resample == "all":
@@ -206,7 +205,7 @@ def check_size(training_sets: TrainingSets) -> None:
 
 
 def load(folder: Path) -> TrainingSets:
-    """Reads `members.npz` of a run's folder. Raises UserError if it is missing or damaged."""
+    """Reads `members.npz` of a run's folder."""
     path = folder / FILE
     try:
         arrays = files.read_npz(path, MAX_FILE_BYTES)
@@ -231,14 +230,12 @@ def load(folder: Path) -> TrainingSets:
 def choose_scoring_members(
     training_sets: TrainingSets, clips: Sequence[str]
 ) -> tuple[np.ndarray, bool]:
-    """Decides which members score each of n clips.
+    """Decides which members score each of n clips, by the names of the clips.
 
     A member scores the clips that it was not trained on. There is one exception: if all members
     were trained on all training clips, and `clips` contains a training clip, then all members score
-    all of `clips`. Clips are compared by name.
-
-    Returns [E, n] bool, True where a member scores a clip. The second result is True if members
-    score clips that they were trained on.
+    all of `clips`. Returns [E, n] bool, True where a member scores a clip; and True in the
+    exceptional case.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

@@ -48,17 +48,13 @@ def mean_average_precision(
     Args:
       index: [C, k] int, the clips that are ranked for every identity, best first. A number outside
         0..N-1 marks a rank without a clip.
-      labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor, which shows none
-        of the identities.
-      positives: [C] int, number of clips that show the identity. Identities with 0 are left out.
-      num_others: number of further identities in the ground truth, for which nothing is ranked.
-        The AP of each of them is 0.
+      labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
+      positives: [C] int, number of clips that show the identity. Identities with 0 are left out,
+        but at least one must have a clip.
+      num_others: number of further identities in the ground truth, each with an AP of 0.
 
     Returns:
       The mean from 0 to 1, with the same bits for any order of identities.
-
-    Raises:
-      UserError: no identity has positives.
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
@@ -118,11 +114,8 @@ def identification_errors(
       fpir: the limit, a share of the distractors from 0 to 1.
 
     Returns:
-      The errors. The threshold has the precision of the scores. Returns None if no clip is known or
-        if there are too few distractors for the limit.
-
-    Raises:
-      UserError: `fpir` is outside 0 to 1.
+      The errors, or None if no clip is known or there are too few distractors for the limit. The
+        threshold has the precision of the scores.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
@@ -227,10 +220,7 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Computes how well the best scores separate labelled clips from distractors, as AUROC.
-
-    For the arguments see `top1`.
-    """
+    """Returns the AUROC of labelled clips against distractors. For the arguments see `top1`."""
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
@@ -293,10 +283,7 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, float | None]:
-    """Computes all `CLIP_METRICS` as numbers of Python; `labels` are [N] int, class columns.
-
-    Raises UserError if the function of a user returns neither a number nor None.
-    """
+    """Computes all `CLIP_METRICS` as numbers of Python; `labels` are [N] int, class columns."""
     values = {}
     for name, metric in CLIP_METRICS.items():
         value = metric.fn(clips, labels)
@@ -310,10 +297,7 @@ def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, flo
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics with `log=True` from `results`, the content of `metrics.json`.
-
-    Metrics with the value None are left out.
-    """
+    """Selects MAP and the metrics with `log=True` from `results`, without values of None."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

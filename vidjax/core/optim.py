@@ -19,14 +19,9 @@ def make_piecewise(
 ) -> Callable[[Array], Array]:
     """Builds a piecewise linear function of the epoch: [...] -> [...] float32, also under jit.
 
-    Args:
-      points: finite (epoch, value) pairs with increasing epochs. Two pairs with equal epochs are a
-        jump; at that epoch the second value holds. The function is constant before the first pair
-        and after the last pair.
-      name: name of the points in error messages.
-
-    Raises:
-      UserError: there are no points, or they are not finite pairs in order.
+    `points` are finite (epoch, value) pairs with increasing epochs. Two pairs with equal epochs are
+    a jump; at that epoch the second value holds. The function is constant before the first pair and
+    after the last pair. Errors begin with `name`.
     """
     try:
         table = np.asarray(points, np.float32)
@@ -49,7 +44,8 @@ class Warmup(NamedTuple):
     """The warm-up of the learning rate and the length of the run, which all decays need.
 
     Attributes:
-      peak, start: learning rates at the peak, and at the first step of the warm-up.
+      peak: learning rate after the warm-up.
+      start: learning rate at the first step of the warm-up.
       warmup_steps: steps of the warm-up; 0 means no warm-up.
       total_steps: steps of the run, including the warm-up.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
@@ -142,14 +138,10 @@ def make_schedule(
         warmup_scale: rate at the first step relative to the peak, at most 1. 0 means
           1 / (number of warm-up steps), because a rate of 0 would waste the first step.
         decay: a key of DECAYS.
-      total_steps: steps of the whole run, including the warm-up.
-      steps_per_epoch: optimiser steps per epoch; may be a fraction.
+      total_steps, steps_per_epoch: as in Warmup.
 
     Returns:
       Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
-
-    Raises:
-      UserError: the decay is unknown.
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
@@ -226,9 +218,8 @@ def make_optimizer(
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: the optimiser `name`, or the `decay` of the learning rate, is unknown; the
-        function of the optimiser takes `learning_rate`; or `total_decay` is set, and the sum of all
-        learning rates is not above 0 and finite.
+      UserError: a name is unknown; the function of the optimiser takes `learning_rate`; or
+        `total_decay` is set, and the sum of all learning rates is not above 0 and finite.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]

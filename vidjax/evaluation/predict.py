@@ -209,10 +209,11 @@ class Predictor(NamedTuple):
     def rank(
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> dict[str, list[tuple[str, float]]]:
-        """Returns identity -> its best 100 clips as (name, score), best first, or in order of names.
+        """Returns identity -> its best 100 clips as (name, score), best first.
 
-        For `clips` and `split`, see `Predictor`. `advance` is called with the number of rows of
-        each finished block, including padding.
+        Clips with equal scores are in the order of their names. For `clips` and `split`, see
+        `Predictor`. `advance` is called with the number of rows of each finished block, including
+        padding.
         """
         request = self.request(clips, split)
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
@@ -271,8 +272,7 @@ class Predictor(NamedTuple):
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Converts clips in any form that `Predictor` takes. For few clips, `block_size` is small.
-        """
+        """Converts clips in any form that `Predictor` takes. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(TrainingData, clips), split or str(self.config.eval.split)
@@ -374,8 +374,7 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json`, or {} if it is damaged or does not belong to `step`.
-    """
+    """Returns the content of `metrics.json`, or {} if it is damaged or not of `step`."""
     try:
         results = folder.metrics()
     except ValueError as error:

@@ -529,8 +529,7 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
 
 
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
-    """Returns `in_sample` if a member scores its training clips, else the split or `out_of_fold`.
-    """
+    """Returns `in_sample`, `out_of_fold`, or the split if all members score all clips."""
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
     return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"

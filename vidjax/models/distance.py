@@ -45,7 +45,7 @@ class Distances(NamedTuple):
       between: B, the variance of the means of people, summed over the dimensions.
       same: the shape of the gamma distribution of squared distances within a person, half of its
         degrees of freedom.
-      different: the shape of the gamma distribution of squared distances between two people.
+      different: the same shape for distances between two people.
     """
 
     within: float
@@ -64,12 +64,10 @@ class Population(NamedTuple):
 def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
     """Computes the distribution of distances from statistics of cosines.
 
-    `same` is the mean and the standard deviation of the cosine of two clips of the same person.
-    `different` is the mean and the standard deviation of the cosine of clips of two people.
-
-    A shape (see Distances) is the squared ratio of the mean to the standard deviation of
-    1 - cosine. The shape for the same person is limited to the shape for two people, because
-    distances between people do not spread less than distances within a person.
+    `same` is the mean and the standard deviation of the cosine of two clips of the same person, and
+    `different` of two people. A shape (see Distances) is the squared ratio of the mean to the
+    standard deviation of 1 - cosine. The shape for the same person is limited to the shape for two
+    people, because distances between people do not spread less than distances within a person.
     """
     within, total = 1 - same[0], 1 - different[0]
     shapes = (within / same[1]) ** 2, (total / different[1]) ** 2
@@ -102,12 +100,12 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people.
 
-    The people are given in blocks of P people. People without a clip are ignored.
+    Each argument has an array per block of P people. People without a clip are ignored.
 
     Args:
-      means: for each block, the mean of the unit vectors of each person, [P, D].
-      effective: for each block, the effective number of clips of each person, [P].
-      counts: for each block, the real number of clips of each person, [P].
+      means: the mean of the unit vectors of each person, [P, D].
+      effective: the effective number of clips of each person, [P].
+      counts: the real number of clips of each person, [P].
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)
@@ -145,7 +143,7 @@ def person_log_density(
 
     `square` is the squared distance between a clip and a person. `variance` is the expectation of
     this square. Both are float arrays that broadcast. Terms that are equal for all people are left
-    out. `stranger_log_density` leaves out the same terms.
+    out, as in `stranger_log_density`.
     """
     shape = distances.same
     square = np.maximum(square, MIN_SQUARE * distances.within)
@@ -161,8 +159,7 @@ def stranger_log_density(
 ) -> np.ndarray:
     """Computes the log density of clips, given that they show strangers.
 
-    `square` is the squared distance between a clip and the mean of all people. `variance` is the
-    expectation of this square. See `person_log_density`.
+    As in `person_log_density`, but the squared distance is to the mean of all people.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)
@@ -173,7 +170,7 @@ def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray)
     """Computes the log-likelihood ratio: two groups of clips show the same person, or two people.
 
     `square` is the squared distance between the means of the groups. `noise` is 1 / k + 1 / k' for
-    groups of k and k' effective clips (see `effective_count`). Both are float arrays.
+    groups of k and k' effective clips (see `effective_count`).
     """
     same = distances.within * noise
     different = same + 2 * distances.between

@@ -45,7 +45,6 @@ def make_identifier(
       modalities: name -> feature width.
       num_classes: number of class columns, K.
       num_clips: number of training clips, for models that store them.
-      dtype: dtype of the matrix products.
 
     Raises:
       UserError: a name or an attribute is unknown, or an attribute is missing.

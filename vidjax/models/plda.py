@@ -24,10 +24,10 @@ from vidjax.utils.errors import UserError
 class PLDAIdentifier(Identifier):
     """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    The vector of a clip is the mean of its frames, scaled to length 1, minus the mean of all
-    clips, and scaled to length 1 again. Training passes over the clips twice. The first pass sums
-    the vectors, for the mean. The second pass sums the centred vectors. `finalise_state` computes
-    the coefficients that score clips from these sums. The fields from `within` to `centred` are the
+    The vector of a clip is the mean of its frames, scaled to length 1, minus the mean of all clips,
+    and scaled to length 1 again. Training passes over the clips twice. The first pass sums the
+    vectors, for the mean. The second pass sums the centred vectors. `finalise_state` computes the
+    coefficients that score clips from these sums. The fields from `within` to `centred` are the
     fields of Settings. Each is a number, a tuple with a number for each member (net) of an
     ensemble, or None if `prepare` fits it.
 
@@ -64,7 +64,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns a member's settings. Raises UserError if a setting has no value."""
+        """Returns a member's settings, which must all have values."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -107,10 +107,10 @@ class PLDAIdentifier(Identifier):
     ) -> list[Array]:
         """Subtracts `share` x the mean from vectors. Returns unit vectors [B, D] per modality.
 
-        `vectors` maps a modality to [B, D], with rows of length 1 or 0. If `update` is set, the
-        vectors are also added to the collection `sums`: at the first occurrence of a clip to the
-        mean, at the second to the other sums, and later not at all. A batch may contain clips of
-        two passes, and a clip more than once.
+        `vectors` is modality -> [B, D], with rows of length 1 or 0. If `update` is set, the vectors
+        are also added to the collection `sums`: at the first occurrence of a clip to the mean, at
+        the second to the other sums, and later not at all. A batch may contain clips of two passes,
+        and a clip more than once.
         """
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
@@ -183,8 +183,7 @@ def _add(
 ) -> dict[str, jax.Array]:
     """Adds vectors x [B, D] to the sums of a modality, as `PLDAIdentifier._add_up` describes.
 
-    `part` maps the name of each sum to its array. `turn` [B] is 0 at the first occurrence of a clip
-    in the training, 1 at the second, and so on.
+    `turn` [B] is 0 at the first occurrence of a clip in the training, 1 at the second, and so on.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)

@@ -89,7 +89,6 @@ class System(NamedTuple):
         """Draws the initial parameters of the model, and its other variables, with the key `rng`.
 
         `fuse_rng` is the key for the fusion of blank clips, which give the shapes of the inputs.
-        Raises UserError if the output of the model has a wrong shape.
         """
         fused = self.fuse(fuse_rng, make_blank_clips(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
@@ -136,10 +135,7 @@ class System(NamedTuple):
 
 
 def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns two clips of one frame of zeros, modality -> Frames [2, 1].
-
-    `modalities` maps a modality to its feature width.
-    """
+    """Returns two clips of one frame of zeros, modality -> Frames [2, 1]."""
     row = jnp.zeros((2, 1))
     return {
         name: Frames(jnp.zeros((2, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -156,8 +152,7 @@ class TaskSpec(NamedTuple):
       total_steps: optimiser steps of the whole run.
       train_other: True if training clips of column 0 have a weight above 0.
       settings: name -> value of the attributes that `Identifier.prepare` computed, or None.
-      num_places: number of rows of all batches of an epoch, including empty rows of the last batch.
-        None means `num_clips`.
+      num_places: see `BatchPlan`. None means `num_clips`.
     """
 
     modalities: Mapping[str, int]
@@ -272,11 +267,10 @@ def make_fusions(
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds `System.column_weight`, a function (labels [B], step) -> weight [B] of each clip.
+    """Builds `System.column_weight`.
 
     A clip of a mirror class (see `NoiseClassLayout`) has the weight `spec["mirror_weight"]`, a
-    schedule over the epochs. A clip of another class has the weight 1. If `layout` is None, there
-    are no mirror classes.
+    schedule over the epochs. A clip of another class has the weight 1.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

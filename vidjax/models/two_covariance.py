@@ -27,10 +27,7 @@ SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit 
 
 
 class Sums(NamedTuple):
-    """The three sums from which PLDA is fitted.
-
-    x is the vector [D] of a clip, and K is the number of classes.
-    """
+    """The three sums from which PLDA is fitted, over vectors x [D] of clips in K classes."""
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  ([K], clips of each class)
     total: Array  # [K, D], sum of x over the clips of each class
@@ -153,9 +150,9 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
     """Enrols K classes with `count` [K] clips whose coordinates z add up to `sums` [K, D].
 
-    After k clips with the mean z, the posterior of the vector of the class has the mean
-    k psi z / (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new clip
-    adds the variance within classes, which is 1.
+    After k clips with the mean z, the posterior of the vector of the class has the mean k psi z /
+    (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new clip adds the
+    variance within classes, which is 1.
     """
     kinds, kind = np.unique(count, return_inverse=True)  # [U], the different numbers of clips
     weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]
@@ -192,8 +189,8 @@ class Settings(NamedTuple):
     """The parameters of a PLDA model.
 
     Attributes:
-      within: share of the within-class covariance that is replaced by a multiple of the identity.
-      between: share of the between-class covariance that is replaced by such a multiple.
+      within, between: shares of the covariances within and between classes that are replaced by
+        multiples of the identity.
       scale: factor on the log-likelihood ratios. Without it they would be too confident.
       unenrolled: value that replaces scale x ratio if no clip of an identity has the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.

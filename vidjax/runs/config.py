@@ -75,8 +75,8 @@ class Group(NamedTuple):
 def _focal_weights(values: Values) -> tuple[float, ...]:
     """Returns the weights of the loss `loss.focal` in `loss.schedule`.
 
-    If the schedule is malformed, returns (0.5,): then `loss.focal` and `loss.classification` both
-    count as used. The function that makes the schedule reports the mistake.
+    For a malformed schedule, returns (0.5,), so that both losses count as used. The function that
+    makes the schedule reports the mistake.
     """
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
@@ -87,9 +87,9 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 def _logit_losses(values: Values) -> set[str]:
     """Returns the names of the losses of the logits whose weight is above 0 at some epoch.
 
-    `GAMMA` and `SMOOTHING` need these names. From the names, `GAMMA` removes the losses of vidjax
-    that do not read `loss.gamma`. If a name remains, `loss.gamma` is read. `SMOOTHING` does the
-    same for `loss.label_smoothing`. The name of a loss that a user has added always remains.
+    `GAMMA` removes the losses of vidjax that do not read `loss.gamma`. If a name remains, such as a
+    loss that a user has added, `loss.gamma` is read. `SMOOTHING` does the same for
+    `loss.label_smoothing`.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -592,8 +592,8 @@ SCALE_WORDS: Mapping[str, str] = {
 def choose_data(config: Any, words: Collection[str]) -> bool:
     """Sets the dataset and the splits of a configuration to those that `words` name.
 
-    `words` contains keys of SCALE_WORDS, such as `iqiyi_vid`. Other words are ignored. Returns True
-    if a configuration should use its values for the full size of iQIYI-VID.
+    `words` are keys of SCALE_WORDS and others, which are ignored. Returns True if a configuration
+    should use its values for the full size of iQIYI-VID.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
@@ -614,10 +614,7 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Splits ARGS of `--config=FILE:ARGS` into the words in `known` and the modalities.
-
-    Raises UserError if a modality comes twice, or resembles a word in `known`.
-    """
+    """Splits ARGS of `--config=FILE:ARGS` into the words in `known` and the modalities."""
     words = [word.strip() for word in args.split(",") if word.strip()]
     options = {word for word in words if word in known}
     modalities = tuple(word for word in words if word not in known)
@@ -630,10 +627,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the only word that is in `names`. If no word is in `names`, returns `default`.
-
-    Raises UserError if several words are in `names`, because such names exclude each other.
-    """
+    """Returns the only word that is in `names`, or `default`. Several words exclude each other."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)

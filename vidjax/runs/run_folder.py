@@ -39,8 +39,7 @@ class ResultPaths(NamedTuple):
 class RunFolder:
     """The files of a run. Each file is read at its first use, and not read again.
 
-    If another object or program changes a file, only a new RunFolder reads the change. If a file is
-    damaged, the method that reads the file raises UserError.
+    If another object or program changes a file, only a new RunFolder reads the change.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -96,7 +95,7 @@ class RunFolder:
         return {name: self.metrics(self.paths(name, apart=True)) for name in sorted(names)}
 
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
-        """Writes `values` to `paths.metrics` or, if `paths` is None, to `metrics.json`."""
+        """Writes `values` to `paths.metrics` (default: `metrics.json`)."""
         path = paths.metrics if paths else self.path / METRICS
         files.write_json(path, values)
         self._metrics[path] = cast(dict[str, Any], files.parse_json(files.to_json(values)))
@@ -156,8 +155,8 @@ def refuse_folder_of_data(folder: Path) -> None:
 def describe_changes(old: Config, new: Config) -> str:
     """Lists the changed fields with which a run cannot resume, as `seed: 0 -> 1, ...`.
 
-    The text is cut after 300 characters. The text is "" if the run can resume: if only fields
-    changed that do not affect the results, or `num_epochs` grew.
+    The text has at most 300 characters. It is "" if the run can resume: if only fields changed that
+    do not affect the results, or `num_epochs` grew.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:

@@ -36,9 +36,8 @@ class Interruption:
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
 
-        `save_due` is True if the last checkpoint of this process is old. The result is True in all
-        processes if `save_due` is True in a process, or a process got a signal. All processes must
-        call the method at the same step.
+        This is True in all processes if a process got a signal or has `save_due`, because its last
+        checkpoint is old. All processes must call the method at the same step.
         """
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None

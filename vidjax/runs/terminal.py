@@ -107,10 +107,7 @@ class Progress:
             say(f"{self._label}: {', '.join(self._parts(text))}")
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Yields the parts of a line of progress: finished units, rate, `text`, remaining time.
-
-        `text` has the latest loss and MAP. A part that is empty or not known is left out.
-        """
+        """Yields the parts of a line of progress: finished units, rate, `text`, remaining time."""
         yield f"{self._done:,} of {self._total:,} {self._unit}s"
         seconds = time.monotonic() - self._began
         rate = (self._done - self._initial) / max(seconds, 1e-3)

@@ -87,7 +87,7 @@ def train(
     The caller has locked the folder `workdir`. If `analyse` is True, `analysis.npz` and
     `report.html` are written at the end. `command` is the command line that repeats the training,
     for `metrics.json` and the report. `began` is the value of `time.monotonic()` when this process
-    started. The function raises the errors that `api.train` lists.
+    started. `api.train` lists the errors.
     """
     began = time.monotonic() if began is None else began
     config = make_paths_absolute(config)  # the run may resume from another working directory
@@ -284,9 +284,8 @@ class TrainingRun:
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
         """Returns the reader of the training clips, and the source of clips for evaluation.
 
-        `mode` is `streaming` or `resident`. If it is None, as in a new run, the free memory
-        decides. A resumed run keeps its mode, because the compiled steps of both modes round
-        differently, although the batches are equal.
+        If `mode` is None, as in a new run, the free memory decides. A resumed run keeps its mode,
+        because the compiled steps of both modes round differently, although the batches are equal.
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
@@ -410,10 +409,7 @@ class TrainingRun:
         ]
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint of this step, with the entries `more` in its manifest.
-
-        If this step already has a checkpoint, the entries are added to that manifest.
-        """
+        """Saves a checkpoint of this step, or adds the entries `more` to its manifest."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)

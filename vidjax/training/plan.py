@@ -189,10 +189,7 @@ def label_distractors(
 ) -> tuple[np.ndarray, NoiseClassLayout]:
     """Clusters distractors (label 0), and gives each cluster a class column.
 
-    Each identity also gets a mirror column, for strangers who resemble it. At first, a distractor
-    in no cluster gets the mirror column of a random identity. If the model later predicts another
-    identity for it, `relabel` moves it to the mirror column of that identity. Returns the new
-    labels [N] int32 and the order of the class columns. Raises UserError if there is no distractor.
+    Returns the new labels [N] int32 and the order of the class columns.
     """
     is_noise = labels == 0
     if not is_noise.any():
@@ -262,10 +259,7 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Makes a description of the training clips, from which a model computes its settings.
-
-    It is the argument of `Identifier.prepare`. `TrainingClips` explains `labels` and `used`.
-    """
+    """Makes the argument of `Identifier.prepare`."""
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -365,11 +359,9 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Computes the loss weight [N] of each clip.
+    """Computes the loss weight [N] of each clip, by `data.balance` and the file `data.weights`.
 
-    The weight is the product of two factors. The first factor depends on the class of the clip, see
-    `data.balance`. The second factor is the weight of the clip in the file `data.weights`. `labels`
-    are the class columns of the clips, and `clips` are the names of the clips.
+    `labels` are the class columns of the clips, and `clips` are the names of the clips.
     """
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
@@ -435,13 +427,12 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
-    """Clusters vectors by direction with DBSCAN.
+    """Clusters vectors [n, D] by direction with DBSCAN.
 
     The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
     1 - d^2 / 2. Zero vectors, for example of clips without frames, are in no cluster.
 
     Args:
-      vectors: [n, D] float, finite.
       eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
         a cluster. With more vectors, use a smaller value, because accidental neighbours join
         different people in a long chain.
@@ -450,7 +441,7 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
 
     Returns:
       [n] int32, the cluster of every vector, or -1 if it is in no cluster. Clusters are numbered in
-      the order of their first vectors.
+        the order of their first vectors.
 
     Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
     """
@@ -484,8 +475,7 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 
     A distractor in a cluster gets the column of the cluster. A distractor in no cluster gets the
     mirror column of a random identity, which depends only on `seed` and on the place of the
-    distractor in `clusters`. A mirror column is the second column of an identity, for strangers who
-    resemble it. `clusters` [n] int has the cluster of each distractor, or -1 if it is in none.
+    distractor in `clusters`. `clusters` [n] int has the cluster of each distractor, or -1.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     mirrors = identities + layout.mirror_shift
@@ -498,9 +488,8 @@ def relabel(
 ) -> np.ndarray:
     """Gives distractors in no cluster the class that the model predicts.
 
-    If the model predicts an identity, the clip moves to the mirror column of this identity, a
-    second column for strangers who resemble it. If the model predicts column 0, the clip keeps its
-    label.
+    If the model predicts an identity, the clip moves to its mirror column. If the model predicts
+    column 0, the clip keeps its label.
 
     Args:
       labels: [...] int, present class columns of the distractors.
@@ -508,9 +497,6 @@ def relabel(
       keep: what happens if the model predicts a cluster or a mirror column. `label` keeps the
         label. `prediction` takes the predicted column. With `label`, only clips in mirror columns
         move.
-
-    Returns:
-      [...] new labels, in the dtype of `labels`.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

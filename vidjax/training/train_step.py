@@ -1,6 +1,6 @@
 """Updates the members of an ensemble with an optimiser step.
 
-An ensemble has E members. A member is one net. A single net is an ensemble with E = 1.
+A member is one of the E nets of an ensemble. A single net is an ensemble with E = 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -311,7 +311,7 @@ def make_train_loop(
 
     The function maps (state, constants, clips, count) to (state, result). The first argument is
     donated: its memory is used again. `draw` maps (clips, step) to the batch of a step. It runs on
-    the devices. If clips are streamed, `clips` already is this batch, so `draw` returns `clips`.
+    the devices. If clips are streamed, `clips` already is this batch.
 
     `count` is an argument, so that the function is compiled only once. Two calls give the same
     result as one call with the sum of the counts. If `count` is None, the function takes one step

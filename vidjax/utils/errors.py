@@ -97,10 +97,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError unless `value` is of a type in `kinds`.
-
-    The message is "ARGUMENT must be WANTED, not ...", with the words `argument` and `wanted`.
-    """
+    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if `value` has another type."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -183,10 +180,7 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns a hint for an unknown word, such as `did you mean 'optim.decay'?`.
-
-    If no word of `known` is similar, the hint lists all of them.
-    """
+    """Returns a hint for an unknown word: the `closest` word of `known`, or all of them."""
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"

@@ -35,8 +35,7 @@ class Result(NamedTuple):
 
     Attributes:
       content: the JSON object that `--json` prints instead of `text` and `rows`.
-      rows: label -> text. Each entry is printed as a line below a heading. Without rows, no heading
-        is printed.
+      rows: label -> text, lines below a heading. Without rows, no heading is printed.
       text: text that is printed before the heading.
       note: the end of the heading. The heading begins with the name of the command.
       code: the exit code.
@@ -123,10 +122,9 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates the words of a command line that override fields of the configuration.
+    """Returns the other words of a command line, and the words that begin with `--config.`.
 
-    Returns all other words, and the words that begin with `--config.`. The two words
-    `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
+    The two words `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
     """
     flags, overrides = [], []
     rest = list(words)
@@ -186,8 +184,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command and returns its exit code. If the command fails, prints the error.
 
-    `words` is the command line. If it contains `--debug`, the traceback is printed. If it contains
-    `--json`, `{"error": TEXT}` is printed to standard output. `utils.errors` lists the exit codes.
+    `words` is the command line. With `--debug`, the traceback is printed. With `--json`, `{"error":
+    TEXT}` is printed to standard output. `utils.errors` lists the exit codes.
     """
     try:
         return command()

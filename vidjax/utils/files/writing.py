@@ -163,7 +163,7 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Reads the entries that `write_manifest` wrote. Raises UserError if their digest is wrong.
+    """Reads the entries that `write_manifest` wrote, and checks their digest.
 
     For `below`, see `open_regular`.
     """
