@@ -20,21 +20,14 @@ NOISE_FRAMES = 50  # shorter distractor clips are concatenated (code of 5th plac
 
 
 class MemberClips(NamedTuple):
-    """The B clips of a training step, as a member (net) of an ensemble receives them.
+    """The B clips of a training step, as a member (net) of an ensemble receives them."""
 
-    Attributes:
-      frames: modality -> Frames [B, T].
-      labels: [B] int32, column of the class of each clip in the logits.
-      weight: [B] float32, weight of the loss; 0 for clips that the member is not trained on.
-      min_quality: [] float32, lowest quality of the frames that the member is trained on.
-      targets: pairs (labels [B] int32, share [B] float32). The loss of a clip is the sum of share x
-        loss over the pairs. The shares of a clip sum to 1.
-    """
-
-    frames: Mapping[str, Frames]
-    labels: Array
-    weight: Array
-    min_quality: Array
+    frames: Mapping[str, Frames]  # modality -> Frames [B, T]
+    labels: Array  # [B] int32, column of the class of each clip in the logits
+    weight: Array  # [B] float32, weight of the loss; 0 for clips that the member is not trained on
+    min_quality: Array  # [] float32, lowest quality of the frames that the member is trained on
+    # Pairs (labels [B] int32, share [B] float32). The loss of a clip is the sum of share x loss
+    # over the pairs. The shares of a clip sum to 1.
     targets: tuple[tuple[Array, Array], ...]
 
 

@@ -102,17 +102,11 @@ BATCHED = tuple(name for name in Frames._fields if name != "mask")
 
 
 class Batch(NamedTuple):
-    """The clips of a training step, or of a block of an evaluation.
+    """The clips of a training step, or of a block of an evaluation."""
 
-    Attributes:
-      frames: modality -> Frames [B, T]; modalities may differ in T.
-      clip_index: [B] int32, row of each clip in arrays such as the labels; 0 on padded rows.
-      batch_mask: [B] bool, True for real clips.
-    """
-
-    frames: Mapping[str, Frames]
-    clip_index: Array
-    batch_mask: Array
+    frames: Mapping[str, Frames]  # modality -> Frames [B, T]; modalities may differ in T
+    clip_index: Array  # [B] int32, row of each clip in arrays such as the labels; 0 on padded rows
+    batch_mask: Array  # [B] bool, True for real clips
 
 
 class ClipInfo(NamedTuple):
@@ -160,18 +154,11 @@ class ModelOutput(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """All F frames of N clips in a modality: arrays without padding, clip after clip.
+    """All F frames of N clips in a modality: arrays without padding, clip after clip."""
 
-    Attributes:
-      features: [F, D] in the stored dtype.
-      quality, detection: [F] float32, see Frames.
-      number: [F] int32, frame number within the clip.
-      start, length: [N] int32, row of the first frame and number of frames of each clip.
-    """
-
-    features: Array
-    quality: Array
-    detection: Array
-    number: Array
-    start: Array
-    length: Array
+    features: Array  # [F, D] in the stored dtype
+    quality: Array  # [F] float32, see Frames
+    detection: Array  # [F] float32, see Frames
+    number: Array  # [F] int32, frame number within the clip
+    start: Array  # [N] int32, row of the first frame of each clip
+    length: Array  # [N] int32, number of frames of each clip

@@ -33,34 +33,21 @@ MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
-    """The options of a member (net) of an ensemble.
+    """The options of a member (net) of an ensemble."""
 
-    Attributes:
-      number: position among all members of the ensemble. It decides the random keys of the member.
-      fold: fold that the member is not trained on, or -1.
-      bootstrap: number of the member's bootstrap sample, or -1.
-      view: number of the chunk of every feature vector that is hidden from the member, or -1.
-      min_quality: lowest quality of its training frames. The lowest float32 allows all frames.
-    """
-
-    number: Number = 0
-    fold: Number = -1
-    bootstrap: Number = -1
-    view: Number = -1
-    min_quality: float = _NO_QUALITY
+    number: Number = 0  # position among all members; it decides the random keys of the member
+    fold: Number = -1  # fold that the member is not trained on, or -1
+    bootstrap: Number = -1  # number of the member's bootstrap sample, or -1
+    view: Number = -1  # number of the chunk of features that is hidden from the member, or -1
+    min_quality: float = _NO_QUALITY  # lowest quality of training frames; by default, no limit
 
 
 class TrainingSets(NamedTuple):
-    """The clips that each of E members was trained on. A member should score only other clips.
-
-    Attributes:
-      clips: names of the N training clips.
-      trained: [E, N] bool, False if the member's fold or bootstrap sample excludes the clip.
-    """
+    """The clips that each of E members was trained on. A member should score only other clips."""
 
     members: tuple[Member, ...]
-    clips: tuple[str, ...]
-    trained: np.ndarray
+    clips: tuple[str, ...]  # names of the N training clips
+    trained: np.ndarray  # [E, N] bool, False if the fold or bootstrap sample excludes the clip
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:

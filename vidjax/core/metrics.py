@@ -88,17 +88,11 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 class IdentificationErrors(NamedTuple):
-    """The errors of open-set identification at a threshold.
+    """The errors of open-set identification at a threshold."""
 
-    Attributes:
-      threshold: a clip is identified if its best score is at least this score.
-      fpir: false-positive identification rate, the share of distractors that are identified.
-      fnir: false-negative identification rate, the share of known clips that are missed or get a
-        wrong name.
-    """
-
-    threshold: float
-    fpir: float
+    threshold: float  # a clip is identified if its best score is at least this score
+    fpir: float  # false-positive identification rate, the share of distractors that are identified
+    # False-negative identification rate, the share of known clips without the right name.
     fnir: float
 
 
@@ -197,17 +191,11 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
 
 
 class ClipScores(NamedTuple):
-    """The best score of each of the N clips of a split, and whether its identity is right.
+    """The best score of each of the N clips of a split, and whether its identity is right."""
 
-    Attributes:
-      pool: [N] bool, the clips that are ranked.
-      best: [N] float32, the highest score for any identity; -inf outside the pool.
-      right: [N] bool, True if that identity is the label of the clip.
-    """
-
-    pool: np.ndarray
-    best: np.ndarray
-    right: np.ndarray
+    pool: np.ndarray  # [N] bool, the clips that are ranked
+    best: np.ndarray  # [N] float32, the highest score for any identity; -inf outside the pool
+    right: np.ndarray  # [N] bool, True if that identity is the label of the clip
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
@@ -237,20 +225,14 @@ def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) 
 
 
 class Metric(NamedTuple):
-    """A metric that is computed from the best score of each clip.
+    """A metric that is computed from the best score of each clip."""
 
-    Attributes:
-      label, about: the name of the metric for a reader, and half a sentence that explains it.
-      fn: (clip scores, labels [N]) -> value, or None if the value is undefined.
-      digits: number of digits to print after the decimal point.
-      log: if True, every evaluation writes it to `metrics.jsonl`, TensorBoard and the terminal.
-    """
-
-    label: str
-    about: str
+    label: str  # the name of the metric for a reader
+    about: str  # half a sentence that explains it
+    # (clip scores, labels [N]) -> value, or None if the value is undefined
     fn: Callable[[ClipScores, np.ndarray], float | None]
-    digits: int = 4
-    log: bool = False
+    digits: int = 4  # number of digits to print after the decimal point
+    log: bool = False  # True: every evaluation writes it to the logs and the terminal
 
 
 # Key in `metrics.json` -> metric. MAP is not among them, because it needs the ranking.

@@ -41,21 +41,13 @@ def make_piecewise(
 
 
 class Warmup(NamedTuple):
-    """The warm-up of the learning rate and the length of the run, which all decays need.
+    """The warm-up of the learning rate and the length of the run, which all decays need."""
 
-    Attributes:
-      peak: learning rate after the warm-up.
-      start: learning rate at the first step of the warm-up.
-      warmup_steps: steps of the warm-up; 0 means no warm-up.
-      total_steps: steps of the run, including the warm-up.
-      steps_per_epoch: optimiser steps per epoch; may be a fraction.
-    """
-
-    peak: float
-    start: float
-    warmup_steps: int
-    total_steps: int
-    steps_per_epoch: float
+    peak: float  # learning rate after the warm-up
+    start: float  # learning rate at the first step of the warm-up
+    warmup_steps: int  # steps of the warm-up; 0 means no warm-up
+    total_steps: int  # steps of the run, including the warm-up
+    steps_per_epoch: float  # optimiser steps per epoch; may be a fraction
 
     def multiply(self, scale: optax.Schedule) -> optax.Schedule:
         """Returns a schedule: the warm-up, then the peak. Each rate is multiplied by `scale`."""

@@ -38,26 +38,16 @@ class Modality(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of a split and their labels.
+    """The clips of a split and their labels."""
 
-    Attributes:
-      name: 'train', 'val' or 'test'.
-      clips: N clip names in byte order. The `clip_index` of a clip is its position in this tuple.
-      labels: [N] int32, the class 1..C of each clip. It is 0 if the clip shows no known identity.
-      labelled: False if the split has no ground truth.
-      positives: [C] int64, number of clips of each identity in the ground truth, even clips without
-        features.
-      num_others: number of identities in the ground truth that are not among the C classes.
-      lengths: modality -> [N] int32, the number of frames of each clip.
-    """
-
-    name: str
-    clips: tuple[str, ...]
-    labels: np.ndarray
-    labelled: bool
+    name: str  # 'train', 'val' or 'test'
+    clips: tuple[str, ...]  # N names in byte order; `clip_index` is the position in this tuple
+    labels: np.ndarray  # [N] int32, the class 1..C of each clip, 0 if it shows no known identity
+    labelled: bool  # False if the split has no ground truth
+    # [C] int64, number of clips of each identity in the ground truth, even clips without features
     positives: np.ndarray
-    num_others: int
-    lengths: Mapping[str, np.ndarray]
+    num_others: int  # number of identities in the ground truth that are not among the C classes
+    lengths: Mapping[str, np.ndarray]  # modality -> [N] int32, the number of frames of each clip
 
 
 class EvalPlan(NamedTuple):
@@ -76,30 +66,20 @@ class EvalPlan(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """Settings that determine which clips and frames form each training batch.
+    """Settings that determine which clips and frames form each training batch."""
 
-    Attributes:
-      splits: names of the training splits. Their clips are numbered from 0, split after split. The
-        number of a clip is its `clip_index`.
-      batch_size: B, the number of clips of a batch.
-      num_clips: N, the number of clips of an epoch.
-      padded_lengths: modality -> T, the number of frames to which clips are padded.
-      longer: the modalities in which at least one clip has more than T frames.
-      crop: how a longer clip is cut to T frames. 'window' takes consecutive frames from a random
-        start. 'quality' takes the T frames of the best quality, in time order.
-      seed: the seed for the order of the clips and for random windows.
-      epoch_clips: [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch
-        may then have empty rows. If None, an epoch has all clips, and a batch may contain clips of
-        two epochs.
-    """
-
+    # The training splits. `clip_index` numbers their clips from 0, split after split.
     splits: tuple[str, ...]
-    batch_size: int
-    num_clips: int
-    padded_lengths: Mapping[str, int]
-    longer: tuple[str, ...]
+    batch_size: int  # B, the number of clips of a batch
+    num_clips: int  # N, the number of clips of an epoch
+    padded_lengths: Mapping[str, int]  # modality -> T, the number of frames of a padded clip
+    longer: tuple[str, ...]  # the modalities in which at least one clip has more than T frames
+    # How a longer clip is cut to T frames. 'window' takes consecutive frames from a random start.
+    # 'quality' takes the T frames of the best quality, in time order.
     crop: str
-    seed: int
+    seed: int  # the seed for the order of the clips and for random windows
+    # [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch may then have
+    # empty rows. If None, an epoch has all clips, and a batch may contain clips of two epochs.
     epoch_clips: np.ndarray | None = None
 
     @property

@@ -23,19 +23,12 @@ LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 class FrameField(NamedTuple):
-    """A value that is stored with each frame, in addition to its feature.
-
-    Attributes:
-      dtype: the numpy dtype.
-      width: the number of values per frame.
-      missing: the default value. None stands for the position of the frame in its clip.
-      official: the name of the value in the pickles of the iQIYI-VID dataset.
-    """
+    """A value that is stored with each frame, in addition to its feature."""
 
     dtype: str
-    width: int
-    missing: float | None
-    official: str
+    width: int  # the number of values per frame
+    missing: float | None  # the default; None stands for the position of the frame in its clip
+    official: str  # the name of the value in the pickles of the iQIYI-VID dataset
 
     def shape(self, num_frames: int) -> tuple[int, ...]:
         """Returns the shape of the values of F frames, [F, width], or [F] if the width is 1."""
@@ -190,16 +183,11 @@ class RecordSource(Protocol):
     """A dataset whose frames can be converted to records (TFRecord files), with labels.
 
     To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
-
-    Attributes:
-      kind: the name of the cache folder for the records of all datasets of this class.
-      place: the folder or the name of the dataset, for messages.
-      title: a description of the files, for the log.
     """
 
-    kind: str
-    place: str
-    title: str
+    kind: str  # the name of the cache folder for the records of all datasets of this class
+    place: str  # the folder or the name of the dataset, for messages
+    title: str  # a description of the files, for the log
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a JSON value that changes if any frame changes. It is the key in the cache."""

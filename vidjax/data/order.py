@@ -20,17 +20,11 @@ NUM_ROUNDS = 16  # with 8 rounds, the possible orders of six clips are not equal
 
 
 class DrawnClips(NamedTuple):
-    """The clips of a training step.
+    """The clips of a training step."""
 
-    Attributes:
-      clip_index: [B] int32, the number of each clip in the training splits.
-      batch_mask: [B] bool, False for empty rows of the last batch of an epoch.
-      windows: modality whose clips are cut -> [B] float32, uniform in [0, 1), for
-        `choose_first_frame`.
-    """
-
-    clip_index: Array
-    batch_mask: Array
+    clip_index: Array  # [B] int32, the number of each clip in the training splits
+    batch_mask: Array  # [B] bool, False for empty rows of the last batch of an epoch
+    # Modality whose clips are cut -> [B] float32, uniform in [0, 1), for `choose_first_frame`.
     windows: Mapping[str, Array]
 
 

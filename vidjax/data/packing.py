@@ -32,19 +32,12 @@ NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all c
 
 
 class Clip(NamedTuple):
-    """A clip that has not been checked.
+    """A clip that has not been checked."""
 
-    Attributes:
-      name: the name of the clip, without `.mp4`.
-      place: the file or split of the clip, with which an error message begins.
-      modalities: modality -> its frames, in any form that `read_frames` takes.
-      given: the name in the source, which may end in `.mp4`. If it equals `name`, it may be "".
-    """
-
-    name: str
-    place: str
-    modalities: Mapping[str, Any]
-    given: str = ""
+    name: str  # the name of the clip, without `.mp4`
+    place: str  # the file or split of the clip, with which an error message begins
+    modalities: Mapping[str, Any]  # modality -> its frames, in any form that `read_frames` takes
+    given: str = ""  # the name in the source, which may end in `.mp4`; "" if it equals `name`
 
 
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
@@ -353,21 +346,13 @@ class Packer(contextlib.ExitStack):
 
 
 class StagedSplit(NamedTuple):
-    """The clips of a split, with the place of their frames in the arrays of each modality.
+    """The clips of a split, with the place of their frames in the arrays of each modality."""
 
-    Attributes:
-      clips: N clip names in byte order.
-      order: [N] int32, the order in which clips are stored, as positions in `clips`.
-      packed: modality -> the frames of all clips.
-      starts: modality -> [N] int64, the first frame of each clip of `clips`.
-      lengths: modality -> [N] int32, number of frames of each clip of `clips`.
-    """
-
-    clips: tuple[str, ...]
-    order: np.ndarray
-    packed: Mapping[str, PackedClips]
-    starts: dict[str, np.ndarray]
-    lengths: dict[str, np.ndarray]
+    clips: tuple[str, ...]  # N clip names in byte order
+    order: np.ndarray  # [N] int32, the order in which clips are stored, as positions in `clips`
+    packed: Mapping[str, PackedClips]  # modality -> the frames of all clips
+    starts: dict[str, np.ndarray]  # modality -> [N] int64, the first frame of each clip
+    lengths: dict[str, np.ndarray]  # modality -> [N] int32, number of frames of each clip
 
 
 def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:

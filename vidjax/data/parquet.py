@@ -38,18 +38,12 @@ VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "D
 
 
 class Rows(NamedTuple):
-    """The F rows of a table, one for each frame.
+    """The F rows of a table, one for each frame."""
 
-    Attributes:
-      columns: name -> pyarrow column without nulls, except `features`. The columns `clip` and
-        `modality` are dictionary-encoded.
-      values: the features of all rows, joined in one array.
-      width: [F] int, the number of values of each feature.
-    """
-
+    # Name -> pyarrow column without nulls, except `features`. Text is dictionary-encoded.
     columns: dict[str, Any]
-    values: np.ndarray
-    width: np.ndarray
+    values: np.ndarray  # the features of all rows, joined in one array
+    width: np.ndarray  # [F] int, the number of values of each feature
 
 
 def read(path: Path) -> Rows:

@@ -98,24 +98,16 @@ def _take(values: Array, index: Array) -> Array:
 
 
 class ResidentPlan(NamedTuple):
-    """The clips that are copied to the devices, and the memory that they need.
+    """The clips that are copied to the devices, and the memory that they need."""
 
-    Attributes:
-      train_splits: names of the training splits, as in `BatchPlan.splits`.
-      splits: names of the training splits and of the split to evaluate.
-      num_frames: modality -> number of frames, including the copies of `best`.
-      best: (split, phase, modality) -> T, where the phase is 'train' or 'eval'. If a clip has more
-        than T frames, this phase uses a copy of its T frames of the highest quality.
-      nbytes: number of bytes of all frames.
-      widths: modality -> feature width.
-    """
-
-    train_splits: tuple[str, ...]
-    splits: tuple[str, ...]
-    num_frames: Mapping[str, int]
+    train_splits: tuple[str, ...]  # names of the training splits, as in `BatchPlan.splits`
+    splits: tuple[str, ...]  # names of the training splits and of the split to evaluate
+    num_frames: Mapping[str, int]  # modality -> number of frames, including the copies of `best`
+    # (split, phase, modality) -> T, where the phase is 'train' or 'eval'. If a clip has more than T
+    # frames, this phase uses a copy of its T frames of the highest quality.
     best: Mapping[tuple[str, str, str], int]
-    nbytes: int
-    widths: Mapping[str, int]
+    nbytes: int  # number of bytes of all frames
+    widths: Mapping[str, int]  # modality -> feature width
 
 
 def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:

@@ -48,19 +48,13 @@ _BOX_SCALE = {"face": 1.0, "head": 1.5, "body": 2.2}
 
 
 class _Modality(NamedTuple):
-    """The properties of a modality that do not depend on the size of the dataset.
+    """The properties of a modality that do not depend on the size of the dataset."""
 
-    Attributes:
-      every: distance in frames between two features. If it is 0, a clip has a single feature.
-      blank_rate: share of clips in which the modality has no information about the person.
-      missing_rate: share of clips without the modality.
-      resembles: True if look-alikes resemble each other in this modality. Its displacement then
-        also varies more between clips.
-    """
-
-    every: int
-    blank_rate: float
-    missing_rate: float
+    every: int  # distance in frames between two features. If it is 0, a clip has a single feature.
+    blank_rate: float  # share of clips in which the modality has no information about the person
+    missing_rate: float  # share of clips without the modality
+    # True if look-alikes resemble each other in this modality. Its displacement then also varies
+    # more between clips.
     resembles: bool
 
 
@@ -77,18 +71,12 @@ class Size(NamedTuple):
     """The size and the difficulty of a dataset.
 
     If any other attribute is changed, `spread` must be calibrated again.
-
-    Attributes:
-      identities: number of identities.
-      mean_frames: mean number of frames per clip.
-      dims: modality -> feature width.
-      spread: modality -> median length of the displacement of a clip. The vector of a person has
-        the length 1.
     """
 
     identities: int
-    mean_frames: float
-    dims: Mapping[str, int]
+    mean_frames: float  # per clip
+    dims: Mapping[str, int]  # modality -> feature width
+    # Modality -> median length of the displacement of a clip. Vectors of people have the length 1.
     spread: Mapping[str, float]
 
 
@@ -219,24 +207,15 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 
 
 class _FlatFrames(NamedTuple):
-    """The F frames of n clips in a modality, clip by clip.
+    """The F frames of n clips in a modality, clip by clip."""
 
-    Attributes:
-      present: [n] bool, True if the clip has the modality. Otherwise, its frames are not written.
-      lengths: [n] int, number of frames of each clip.
-      number: [F] int, number of the frame in the video.
-      box: [F, 4] float64, x1, y1, x2, y2 in pixels.
-      detection, quality: [F] float64.
-      features: [F, D] float16 or float32.
-    """
-
-    present: np.ndarray
-    lengths: np.ndarray
-    number: np.ndarray
-    box: np.ndarray
-    detection: np.ndarray
-    quality: np.ndarray
-    features: np.ndarray
+    present: np.ndarray  # [n] bool, False if the frames are not written, as the clip lacks them
+    lengths: np.ndarray  # [n] int, number of frames of each clip
+    number: np.ndarray  # [F] int, number of the frame in the video
+    box: np.ndarray  # [F, 4] float64, x1, y1, x2, y2 in pixels
+    detection: np.ndarray  # [F] float64
+    quality: np.ndarray  # [F] float64
+    features: np.ndarray  # [F, D] float16 or float32
 
     def entries(self, modality: str, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
         """Yields the name of each clip, and its value in the official pickle of a modality."""

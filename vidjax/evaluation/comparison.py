@@ -34,25 +34,17 @@ HOLM = "p (Holm)"
 
 
 class RankedRun(NamedTuple):
-    """The results of a run on a split, or the mean results of several runs.
+    """The results of a run on a split, or the mean results of several runs."""
 
-    Attributes:
-      name: the folder of the run, as the user typed it.
-      identities: names of the C identities in the ground truth that are in the training data, too.
-      ap, positives: [C] average precision and number of clips of each identity.
-      num_others: number of identities in the ground truth that are not in the training data.
-      metrics: content of `metrics.json`, including `map_kind` and `num_clips`.
-      seeds: the name and the MAP of each run, if the results are the means of a group of seeds.
-    """
-
-    name: str
+    name: str  # the folder of the run, as the user typed it
     split: str
-    identities: tuple[str, ...]
-    ap: np.ndarray
-    positives: np.ndarray
-    num_others: int
-    metrics: Mapping[str, Any]
+    identities: tuple[str, ...]  # the C identities of both the ground truth and the training data
+    ap: np.ndarray  # [C] average precision of each identity
+    positives: np.ndarray  # [C] number of clips of each identity
+    num_others: int  # number of identities in the ground truth that are not in the training data
+    metrics: Mapping[str, Any]  # content of `metrics.json`, including `map_kind` and `num_clips`
     config: Mapping[str, Any]
+    # The name and the MAP of each run, if the results are the means of a group of seeds.
     seeds: tuple[tuple[str, float], ...] = ()
 
     @property

@@ -67,15 +67,10 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
 
 
 class Submission(NamedTuple):
-    """The content of a submission file, as the scoring script of the challenge reads it.
+    """The content of a submission file, as the scoring script of the challenge reads it."""
 
-    Attributes:
-      ranking: identity -> at most 100 different clip names, best first.
-      faults: kind of fault -> a sentence, with the line number, for each line with this fault.
-    """
-
-    ranking: dict[str, list[str]]
-    faults: dict[str, list[str]]
+    ranking: dict[str, list[str]]  # identity -> at most 100 different clip names, best first
+    faults: dict[str, list[str]]  # kind of fault -> a sentence for each line with this fault
 
     def complaints(self) -> list[str]:
         """Returns a sentence per kind of fault: the first fault, and the number of such lines."""

@@ -292,18 +292,13 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
 
 
 class Evaluation(NamedTuple):
-    """The ranking of a split and its metrics.
-
-    Attributes:
-      top: the best 100 clips of every identity, sorted.
-      clips: the best score of every clip. It is -inf if a score of the clip is NaN.
-      results: entries of `metrics.json`: counts of clips, the speed, and the MAP of each model and
-        member. If the split has a ground truth, the dict also has the MAP and the other metrics.
-    """
+    """The ranking of a split and its metrics."""
 
     split: Split
-    top: topk.TopK
-    clips: ClipScores
+    top: topk.TopK  # the best 100 clips of every identity, sorted
+    clips: ClipScores  # the best score of every clip. It is -inf if a score of the clip is NaN.
+    # Entries of `metrics.json`: counts of clips, the speed, and the MAP of each model and member.
+    # If the split has a ground truth, the dict also has the MAP and the other metrics.
     results: dict[str, Any]
 
 

@@ -38,20 +38,13 @@ MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
 
 
 class Distances(NamedTuple):
-    """The distribution of distances between unit vectors of a network.
+    """The distribution of distances between unit vectors of a network."""
 
-    Attributes:
-      within: W, the variance of the vectors of a person, summed over the dimensions.
-      between: B, the variance of the means of people, summed over the dimensions.
-      same: the shape of the gamma distribution of squared distances within a person, half of its
-        degrees of freedom.
-      different: the same shape for distances between two people.
-    """
-
-    within: float
-    between: float
+    within: float  # W, the variance of the vectors of a person, summed over the dimensions
+    between: float  # B, the variance of the means of people, summed over the dimensions
+    # The shape of the gamma distribution of squared distances within a person, half of n_same.
     same: float
-    different: float
+    different: float  # the same shape for distances between two people
 
 
 class Population(NamedTuple):
@@ -117,16 +110,11 @@ def population(
 
 
 class Posterior(NamedTuple):
-    """The posterior of the mean vectors of N people, given their clips.
+    """The posterior of the mean vectors of N people, given their clips."""
 
-    Attributes:
-      share: [N] position of the posterior mean between the mean of all people (0) and the mean of
-        the person's clips (1).
-      variance: [N] variance of the posterior, summed over the dimensions.
-    """
-
+    # [N] position of the posterior mean between the means of all people (0) and of the clips (1).
     share: np.ndarray
-    variance: np.ndarray
+    variance: np.ndarray  # [N] variance of the posterior, summed over the dimensions
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:

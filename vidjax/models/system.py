@@ -23,38 +23,26 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 
 
 class System(NamedTuple):
-    """Everything that a training step or an evaluation step needs, except state and data.
+    """Everything that a training step or an evaluation step needs, except state and data."""
 
-    Attributes:
-      config: the configuration as nested dicts, from which the steps read plain values.
-      task: sizes of the training data.
-      fuse_train, fuse_eval: modality -> function (PRNG key, Frames [B, T]) -> Frames [B, T'], for
-        training and for evaluation, where the key is None.
-      frame_is_example: True if each fused frame of a clip is a separate example.
-      clip_transforms, transforms: augmentations before and after the fusion of frames.
-      tx, lr_schedule: the optax optimiser, and its schedule: step -> learning rate.
-      objective: (output, labels [B], mask [B], step) -> loss [B].
-      column_weight: (labels [B], step) -> weight [B] of each clip, by its class column.
-      score_fn: (logits [..., K], class_mask) -> scores [..., K]. Clips are ranked by their scores.
-      scores_are_logs: True if scores are logarithms; then their exponentials are averaged.
-      class_mask: [K] bool, True for columns that take part. Column 0 is False if no clip of this
-        column is trained on, unless the model has `scores_unknown`. Other columns are True.
-    """
-
-    config: Mapping[str, Any]
-    task: "TaskSpec"
+    config: Mapping[str, Any]  # as nested dicts, from which the steps read plain values
+    task: "TaskSpec"  # sizes of the training data
     model: Identifier
-    fuse_train: Mapping[str, FuseFn]
-    fuse_eval: Mapping[str, FuseFn]
-    frame_is_example: bool
-    clip_transforms: tuple[BatchTransform, ...]
-    transforms: tuple[BatchTransform, ...]
-    objective: losses.Objective
+    fuse_train: Mapping[str, FuseFn]  # modality -> (PRNG key, Frames [B, T]) -> Frames [B, T']
+    fuse_eval: Mapping[str, FuseFn]  # the same for evaluation, where the key is None
+    frame_is_example: bool  # True if each fused frame of a clip is a separate example
+    clip_transforms: tuple[BatchTransform, ...]  # augmentations before the fusion of frames
+    transforms: tuple[BatchTransform, ...]  # augmentations after the fusion of frames
+    objective: losses.Objective  # (output, labels [B], mask [B], step) -> loss [B]
+    # (labels [B], step) -> weight [B] of each clip, by its class column
     column_weight: Callable[[Array, Array], Array]
-    tx: optax.GradientTransformation
-    lr_schedule: optax.Schedule
+    tx: optax.GradientTransformation  # the optimiser
+    lr_schedule: optax.Schedule  # step -> learning rate
+    # (logits [..., K], class_mask) -> scores [..., K]. Clips are ranked by their scores.
     score_fn: Callable[[Array, Array], Array]
-    scores_are_logs: bool
+    scores_are_logs: bool  # True if scores are logarithms; then their exponentials are averaged
+    # [K] bool, True for columns that take part. Column 0 is False if no clip of this column is
+    # trained on, unless the model has `scores_unknown`. Other columns are True.
     class_mask: Array
 
     @property
@@ -144,25 +132,17 @@ def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
 
 
 class TaskSpec(NamedTuple):
-    """The sizes of the training data that a model depends on. Checkpoints store them.
+    """The sizes of the training data that a model depends on. Checkpoints store them."""
 
-    Attributes:
-      modalities: name -> feature width, in the order of the configuration.
-      num_clusters: number of clusters, the K of `NoiseClassLayout`, or None without noise classes.
-      total_steps: optimiser steps of the whole run.
-      train_other: True if training clips of column 0 have a weight above 0.
-      settings: name -> value of the attributes that `Identifier.prepare` computed, or None.
-      num_places: see `BatchPlan`. None means `num_clips`.
-    """
-
-    modalities: Mapping[str, int]
+    modalities: Mapping[str, int]  # name -> feature width, in the order of the configuration
     num_identities: int
-    num_clusters: int | None
+    num_clusters: int | None  # the K of `NoiseClassLayout`, or None without noise classes
     num_clips: int
-    total_steps: int
-    train_other: bool
+    total_steps: int  # optimiser steps of the whole run
+    train_other: bool  # True if training clips of column 0 have a weight above 0
+    # The result of `Identifier.prepare`, or None.
     settings: Mapping[str, float | tuple[float, ...]] | None = None
-    num_places: int | None = None
+    num_places: int | None = None  # see `BatchPlan`. None means `num_clips`.
 
     @property
     def layout(self) -> NoiseClassLayout | None:

@@ -24,17 +24,11 @@ Values = Mapping[str, Any]  # dotted name -> value, of every field of `default()
 
 
 class ReadWhen(NamedTuple):
-    """The condition under which the code reads a field, such as `optim.momentum`.
+    """The condition under which the code reads a field, such as `optim.momentum`."""
 
-    Attributes:
-      field: the name of the other field whose value decides, such as `optim.name`.
-      condition: returns True if the code reads `optim.momentum`, given the values of all fields.
-      remedy: the flags with which the code reads it, such as `--config.optim.name=sgd`.
-    """
-
-    field: str
-    condition: Callable[[Values], bool]
-    remedy: str
+    field: str  # the name of the other field whose value decides, such as `optim.name`
+    condition: Callable[[Values], bool]  # returns True if the code reads `optim.momentum`
+    remedy: str  # the flags with which the code reads it, such as `--config.optim.name=sgd`
 
 
 class Field(NamedTuple):

@@ -50,21 +50,13 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 class RunPlan(NamedTuple):
-    """The data that a run needs before the first step.
-
-    Attributes:
-      task: the sizes of the training data. They decide the shapes of the parameters.
-      training_sets: the E members of the ensemble, and the training clips of each.
-      labels: [N] int32, the class (column of the scores) of each training clip at step 0.
-      constants: the weights of the clips and the settings of each member.
-      batches: decides which clips are in the batch of a step.
-    """
+    """The data that a run needs before the first step."""
 
     task: TaskSpec
     training_sets: ensemble.TrainingSets
-    labels: np.ndarray
+    labels: np.ndarray  # [N] int32, the class column of each training clip at step 0
     constants: train_step.MemberConstants
-    batches: BatchPlan
+    batches: BatchPlan  # decides which clips are in the batch of a step
 
 
 def explain_no_identity(config: Config) -> str:
@@ -378,19 +370,12 @@ def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[st
 
 
 class Schedule(NamedTuple):
-    """The steps after which the training pauses for another task.
+    """The steps after which the training pauses for another task."""
 
-    Attributes:
-      log: the steps after which a line of `metrics.jsonl` is written.
-      evaluate: the steps after which the run is evaluated. They include the last step.
-      relabel: the steps after which distractors in no cluster get new labels.
-      stops: all these steps, in ascending order.
-    """
-
-    log: frozenset[int]
-    evaluate: frozenset[int]
-    relabel: frozenset[int]
-    stops: tuple[int, ...]
+    log: frozenset[int]  # the steps after which a line of `metrics.jsonl` is written
+    evaluate: frozenset[int]  # the steps after which the run is evaluated, including the last step
+    relabel: frozenset[int]  # the steps after which distractors in no cluster get new labels
+    stops: tuple[int, ...]  # all these steps, in ascending order
 
     def next_stop(self, step: int) -> int:
         """Returns the first of `stops` after `step`."""

@@ -31,20 +31,12 @@ QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars 
 
 
 class Result(NamedTuple):
-    """The result of a command.
+    """The result of a command."""
 
-    Attributes:
-      content: the JSON object that `--json` prints instead of `text` and `rows`.
-      rows: label -> text, lines below a heading. Without rows, no heading is printed.
-      text: text that is printed before the heading.
-      note: the end of the heading. The heading begins with the name of the command.
-      code: the exit code.
-    """
-
-    content: Mapping[str, Any]
-    rows: Mapping[str, str] = {}
-    text: str = ""
-    note: str = ""
+    content: Mapping[str, Any]  # the JSON object that `--json` prints instead of `text` and `rows`
+    rows: Mapping[str, str] = {}  # label -> text, lines below a heading; without them, no heading
+    text: str = ""  # text that is printed before the heading
+    note: str = ""  # the end of the heading. The heading begins with the name of the command.
     code: int = 0
 
 

@@ -28,34 +28,21 @@ MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
 
 
 class SplitRecords(NamedTuple):
-    """The converted clips of a split.
+    """The converted clips of a split."""
 
-    Attributes:
-      clips: N clip names in byte order.
-      order: [N] int32, the order of the clips on disk, as positions in `clips`.
-      lengths: modality -> [N] int32, the number of frames of each clip of `clips`.
-      shards: the TFRecord files.
-    """
-
-    clips: tuple[str, ...]
-    order: np.ndarray
-    lengths: dict[str, np.ndarray]
-    shards: tuple[Shard, ...]
+    clips: tuple[str, ...]  # N clip names in byte order
+    order: np.ndarray  # [N] int32, the order of the clips on disk, as positions in `clips`
+    lengths: dict[str, np.ndarray]  # modality -> [N] int32, the number of frames of each clip
+    shards: tuple[Shard, ...]  # the TFRecord files
 
 
 class Records(NamedTuple):
-    """The converted clips of a dataset.
-
-    Attributes:
-      modalities: modality -> width and dtype of its features.
-      splits: split -> its clips and files.
-      report: the data report without labels, which counts frames and clips.
-    """
+    """The converted clips of a dataset."""
 
     folder: Path
-    modalities: dict[str, Modality]
-    splits: dict[str, SplitRecords]
-    report: dict[str, Any]
+    modalities: dict[str, Modality]  # modality -> width and dtype of its features
+    splits: dict[str, SplitRecords]  # split -> its clips and files
+    report: dict[str, Any]  # the data report without labels, which counts frames and clips
 
     @property
     def clips(self) -> dict[str, tuple[str, ...]]:

@@ -41,23 +41,14 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class ScoredSplit:
-    """The ranking of N clips for C identities, and values that are computed from it.
+    """The ranking of N clips for C identities, and values that are computed from it."""
 
-    Attributes:
-      top: the best k clips of every identity as numpy arrays, best first.
-      best: [N] float32, the highest score of each clip for any identity.
-      labels: [N] int, the class column of each clip: 1..C, or 0 for a distractor.
-      names: N names of clips.
-      pool: [N] bool, True for clips that are ranked.
-      positives: [C] int, the number of clips of every identity.
-    """
-
-    top: TopK
-    best: np.ndarray
-    labels: np.ndarray
-    names: Sequence[str]
-    pool: np.ndarray
-    positives: np.ndarray
+    top: TopK  # the best k clips of every identity as numpy arrays, best first
+    best: np.ndarray  # [N] float32, the highest score of each clip for any identity
+    labels: np.ndarray  # [N] int, the class column of each clip: 1..C, or 0 for a distractor
+    names: Sequence[str]  # of the N clips
+    pool: np.ndarray  # [N] bool, True for clips that are ranked
+    positives: np.ndarray  # [C] int, the number of clips of every identity
 
     @cached_property
     def columns(self) -> np.ndarray:

@@ -49,30 +49,19 @@ TERMS = {
 
 
 class RunFiles(NamedTuple):
-    """The content of a run's folder. If a file is absent, its field is empty.
-
-    Attributes:
-      lines: the lines of `metrics.jsonl`, the metrics during training.
-      identities: the names of the C identities.
-      other_metrics: split -> content of `metrics_<split>.json`, for each other evaluated split.
-      split: the evaluated split.
-      analysed: the other splits that have an `analysis_<split>.npz`.
-      metrics: `metrics.json` as a struct.
-      values: `metrics.json` as a dict, which includes metrics that users added.
-      analysis, arrays: the values and the arrays of `analysis.npz`.
-    """
+    """The content of a run's folder. If a file is absent, its field is empty."""
 
     folder: Path
     config: dict[str, Any]
-    lines: list[dict[str, Any]]
+    lines: list[dict[str, Any]]  # the lines of `metrics.jsonl`, the metrics during training
     identities: list[str]
-    other_metrics: dict[str, dict[str, Any]]
-    split: str
-    analysed: tuple[str, ...]
-    metrics: schemas.Metrics
-    values: Mapping[str, Any]
-    analysis: schemas.Analysis
-    arrays: Mapping[str, np.ndarray]
+    other_metrics: dict[str, dict[str, Any]]  # split -> content of `metrics_<split>.json`
+    split: str  # the evaluated split
+    analysed: tuple[str, ...]  # the other splits that have an `analysis_<split>.npz`
+    metrics: schemas.Metrics  # `metrics.json` as a struct
+    values: Mapping[str, Any]  # `metrics.json` as a dict, which includes metrics that users added
+    analysis: schemas.Analysis  # the values of `analysis.npz`
+    arrays: Mapping[str, np.ndarray]  # the arrays of `analysis.npz`
 
     def identity(self, column: int) -> str:
         """Returns the name of an identity. `column` is its index in `identities`."""
