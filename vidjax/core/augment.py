@@ -186,13 +186,10 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
 
 class Transform(NamedTuple):
-    """A transform that the configuration field `config.transforms` may name.
-
-    `function` maps (rng, MemberClips, *, options) to MemberClips.
-    """
+    """An entry for `config.transforms`. `function` maps (rng, MemberClips, *, options)."""
 
     function: Callable[..., MemberClips]
-    before_fusion: bool = False  # True: receives all frames of the clips, not the fused frames
+    before_fusion: bool = False  # True: it receives all frames of the clips, not the fused frames
 
 
 # name in `config.transforms` -> transform. To add a transform, write a function and a line here.

@@ -61,10 +61,9 @@ def cache_programs(folder: Path) -> None:
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401
-    """Returns `jax.jit(function, **options)` for a large program, with a shorter compilation.
+    """Returns `jax.jit(function, **options)`, with a shorter compilation of large programs.
 
-    On a CPU, LLVM optimises less. Results and speed stay the same, because libraries compute the
-    matrix products.
+    On a CPU, LLVM optimises less, but libraries compute the matrix products at the same speed.
     """
     level = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=level, **options)
@@ -72,10 +71,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # 
 
 @contextlib.contextmanager
 def disable_program_cache() -> Iterator[None]:
-    """Disables the cache of `cache_programs` while the context is open.
-
-    The cache would store programs that contain all weights of a net, as large files.
-    """
+    """In a `with` block, `cache_programs` has no effect: it would store all weights of a net."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, math.inf)
@@ -215,10 +211,7 @@ def fetch(tree: Tree) -> Tree:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns the PartitionSpecs of a batch that is split by clips.
-
-    Every device stores all of `LazyFeatures.values`.
-    """
+    """Returns the PartitionSpecs of a batch split by clips, and of whole `LazyFeatures.values`."""
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def spec(leaf: Array | LazyFeatures) -> PartitionSpec | LazyFeatures:

@@ -19,10 +19,7 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def join_processes(args: argparse.Namespace) -> None:
-    """Joins the other processes of the run, if the command line `args` has the flags in FLAGS.
-
-    Call it before JAX is used.
-    """
+    """Joins the other processes, if `args` has the flags in FLAGS. Call it before JAX is used."""
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
         return

@@ -134,10 +134,7 @@ def draw_bootstrap(
 def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how many times each member trains on each clip in an epoch, [E, N] float32.
-
-    `folds` is the number of folds; 0 means no folds. For `resample` see `draw_bootstrap`.
-    """
+    """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"

@@ -166,10 +166,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Computes the mean L2 norm or the mean quality of the frames of each clip, [B] float32.
-
-    `measure` is `norm` or `quality`. A quality that is not finite counts as 0.
-    """
+    """Computes the mean `measure`, `norm` or `quality`, of the frames of each clip, [B] float32."""
 
     def value(t: Array | None) -> Array:
         if measure == "norm":
@@ -217,10 +214,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field. For Frames a and b, the new mask is `fn(a.mask, b.mask)`.
-
-    If the features are LazyFeatures, `fn` is applied to their `index`.
-    """
+    """Applies `fn` to each field, also to `mask`, and to the `index` of LazyFeatures."""
 
     def field(*values: Array) -> Array:
         if isinstance(values[0], LazyFeatures):
@@ -526,10 +520,10 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 def check_options(
     what: str, known: Mapping[str, bool], options: Collection[str], more: str = ""
 ) -> None:
-    """Raises UserError if `options` contains an unknown option, or lacks a required option.
+    """Raises UserError if `options` has an unknown option, or lacks a required one.
 
-    `known` is the name of an option -> True if it is required. `what` begins the message, such as
-    `fusion 'top'`. `more` is appended to the message about an unknown option.
+    `known` is option -> True if it is required. `what` begins the message, such as `fusion 'top'`.
+    `more` ends the message about an unknown option.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(

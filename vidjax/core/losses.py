@@ -127,8 +127,7 @@ def multiclass_focal(
 ) -> Array:
     """Computes the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
-    The arguments are as in `binary_focal`. Returns [...] float, where p is the probability of the
-    label.
+    The arguments are as in `binary_focal`. The result is [...] float, with p of the label.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:

@@ -199,10 +199,7 @@ class ClipScores(NamedTuple):
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
-    """Returns the share of the labelled clips whose best identity is right, from 0 to 1.
-
-    `labels` are [N] int, class columns; 0 for a distractor.
-    """
+    """Returns the share of clips with `labels` [N] int above 0 whose best identity is right."""
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
 
@@ -213,10 +210,10 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Computes the lowest threshold with an FPIR of at most `fpir`, or the FNIR at this threshold.
+    """Returns the `threshold` for an FPIR of at most `fpir`, or the `fnir` at this threshold.
 
-    `value` is `fnir` or `threshold`. For the other arguments see `top1`. If the scores are
-    logarithms, so is the threshold. Returns None where `identification_errors` returns None.
+    `value` chooses. If the scores are logarithms, so is the threshold. Returns None where
+    `identification_errors` returns None.
     """
     pool = clips.pool
     known = labels[pool] > 0

@@ -68,10 +68,7 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Locks a folder of the cache during a `with` block, so that only one process fills it.
-
-    Before the block, unfinished copies of the folder by killed processes are deleted.
-    """
+    """In a `with` block, locks a folder of the cache, and deletes copies by killed processes."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"

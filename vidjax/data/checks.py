@@ -52,10 +52,7 @@ FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if an ignored file or folder contains features.
-
-    `wanted` names the files that are read, such as CLIP.npz, for the message.
-    """
+    """Raises UserError if features would be ignored, because only `wanted` files are read."""
     for path in entries:
         patterns = (f"*{suffix}" for suffix in FEATURE_SUFFIXES)
         has_features = path.is_dir() and any(file for end in patterns for file in path.glob(end))
@@ -73,9 +70,8 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for each modality whose name is probably misspelt.
+    """Yields a message if no clip has both of two modalities of similar names (`face`, `faces`).
 
-    A modality is reported if another has a similar name (`face`, `faces`), and no clip has both.
     `splits` is split -> modality -> [N] int, the number of frames of each clip.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
@@ -94,11 +90,7 @@ def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[st
 def find_transposed(
     splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
 ) -> Iterator[str]:
-    """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
-
-    A modality is reported if all its clips have an equal number of frames T, and T >= 4 D. For
-    `splits`, see `find_misspelt`. `widths` is modality -> D.
-    """
+    """Yields a message if all clips have T >= 4 D frames: arrays are [D, T] instead of [T, D]."""
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
         counts = np.unique(np.concatenate([*lengths, [0]]))[1:]
@@ -114,11 +106,7 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality that uses norms as quality, if all norms are equal.
-
-    If clips have at most one frame, the quality has no effect, and nothing is reported. `report` is
-    the data report.
-    """
+    """Yields a message for each modality that uses norms as quality, if all norms are equal."""
     for modality in modalities:
         reports = [
             split["modalities"][modality]
@@ -146,10 +134,7 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality from which no model can learn in the given splits.
-
-    The modality has no usable frame, or features that are too large or too small for float32.
-    """
+    """Yields a message for each modality without usable frames, or with sizes beyond float32."""
     place = ", ".join(splits)
     for modality in modalities:
         counts = [

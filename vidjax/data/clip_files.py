@@ -196,10 +196,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns an array [n, width] whose row i is `values[starts[i] : starts[i] + width]`.
-
-    If the rows follow each other in `values`, the result is a view of `values`.
-    """
+    """Returns rows `values[start : start + width]`. If they are adjacent, the result is a view."""
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):
         return values[first : first + width * count].reshape(count, width)
@@ -207,10 +204,7 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
 
 
 def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields the clip, the modality and the ascending row numbers of each group of rows.
-
-    `clips` and `modalities` are dictionary-encoded columns of pyarrow.
-    """
+    """Yields (clip, modality, ascending row numbers) of dictionary-encoded pyarrow columns."""
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
     order = np.argsort(code, kind="stable")

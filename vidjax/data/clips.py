@@ -106,11 +106,7 @@ class BatchPlan(NamedTuple):
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields blocks of at most `rows` clips of the same bucket.
-
-    `bucket` is as in EvalPlan. Yields the bucket of each block, and [n] int, the positions of its
-    clips in `bucket`.
-    """
+    """Yields blocks of at most `rows` clips: their `bucket` (see EvalPlan) and positions [n]."""
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
         for at in range(0, len(places), rows):
@@ -163,11 +159,7 @@ class TrainingData(ClipSource, Protocol):
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Reads every clip of a split once, with all frames, a few clips at a time.
-
-        Yields [n] int32, the `clip_index` of n clips; and modality -> the joined frames of these
-        clips.
-        """
+        """Yields the `clip_index` [n] of all clips, a few at a time, and modality -> all frames."""
         ...
 
 
@@ -286,10 +278,7 @@ def make_batch_plan(
 def count_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Counts the clips with more than `max_frames` frames, and the frames that they lose.
-
-    Returns modality -> {"clips": number of clips, "frames": number of lost frames}.
-    """
+    """Returns modality -> {"clips": number of cropped clips, "frames": number of lost frames}."""
     counts = {}
     for name in modalities:
         lengths = np.concatenate([split.lengths[name] for split in splits])

@@ -165,13 +165,10 @@ Unpacked = Mapping[str, Mapping[str, PackedClips]]
 
 
 class Origin(NamedTuple):
-    """The name of a dataset as in `config.data.name`, and the absolute path of its folder.
-
-    If clips were generated or are arrays in memory, `dir` is None.
-    """
+    """The name of a dataset as in `config.data.name`, and the absolute path of its folder."""
 
     name: str
-    dir: str | None = None
+    dir: str | None = None  # None if clips were generated or are arrays in memory
 
     @classmethod
     def from_folder(cls, name: str, folder: str | Path) -> "Origin":
@@ -200,8 +197,7 @@ class RecordSource(Protocol):
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Reads all frames. A modality has the same width and dtype in all clips of a split.
 
-        `scratch` is a folder for files of frames. It must exist as long as the returned arrays,
-        which may be memory maps.
+        The returned arrays may be memory maps of files in `scratch`.
         """
         ...
 

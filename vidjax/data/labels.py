@@ -26,10 +26,9 @@ LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a fi
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads the ground-truth files `{split}_gt.txt` of a directory.
+    """Returns split -> clip -> identity, from the files `{split}_gt.txt` of a directory.
 
-    `clips` is split -> the clips that have features. Returns split -> clip -> identity, without
-    splits that have no file. Raises UserError if a file lists too many clips without features.
+    `clips` is split -> the clips that have features. Too many other clips are an error.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -184,10 +183,7 @@ MAX_UNKNOWN_RATE = 0.01  # share of the labelled clips that may be in no feature
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test.
-
-    Raises UserError if a file name is misspelt, such as `valid_gt.txt` or `val_gt.csv`.
-    """
+    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test."""
     entries = list_entries(directory)
     words = {
         path.name.removesuffix("_gt.txt"): path for path in entries if path.name.endswith("_gt.txt")

@@ -199,10 +199,9 @@ class MemoryClips:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Yields clips with only `modalities`, the modalities that the model reads.
+    """Yields clips with only `modalities`. Adds other modalities to `unread`.
 
-    Adds the name of each clip and its name in the input to `names`, and the names of the removed
-    modalities to `unread`.
+    Adds the name of each clip, and its name in the input, to `names`.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)

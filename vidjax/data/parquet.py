@@ -191,10 +191,7 @@ def _check_pages(
 def _walk_pages(
     opened: io.FileIO, column: "parquet.ColumnChunkMetaData"
 ) -> Iterator[tuple[int, int]]:
-    """Yields the number of unpacked bytes of each page of a column, and its number of values.
-
-    Stops when the pages have as many values as the footer lists.
-    """
+    """Yields (unpacked bytes, number of values) of each page, up to the number in the footer."""
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first
@@ -229,10 +226,7 @@ class _Compact:
         self._content, self.at = content, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Parses the next struct, and returns field number -> value.
-
-        Only integers and nested structs are needed. The value of any other type is None.
-        """
+        """Returns field number -> value, which is None unless it is an integer or a struct."""
         if depth > MAX_HEADER_DEPTH:
             raise ValueError("a page header has too many nested structs")
         fields: dict[int, Any] = {}

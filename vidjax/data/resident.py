@@ -176,9 +176,9 @@ def choose_mode(
 
 
 def find_least_free_bytes(mesh: Mesh) -> float:
-    """Returns the free memory in bytes of the local device with the least free memory.
+    """Returns the bytes of free memory of the local device with the least free memory.
 
-    If the devices are emulated on a CPU, they share the free memory of the host equally.
+    Devices that are emulated on a CPU share the free memory of the host equally.
     """
     free = []
     for device in mesh.local_devices:

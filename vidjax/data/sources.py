@@ -127,10 +127,7 @@ def load(
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> "Dataset":
-    """Loads a dataset, which the first call converts to TFRecords in the cache.
-
-    See `vidjax.load_data` for the arguments.
-    """
+    """Loads a dataset, which the first call converts to TFRecords. See `vidjax.load_data`."""
     from vidjax.data.records.conversion import convert
     from vidjax.data.records.dataset import Dataset
 
@@ -144,11 +141,7 @@ def load(
 
 
 def read_modalities(data: Section) -> Mapping[str, int]:
-    """Returns modality -> feature width, without reading features.
-
-    An unknown width is 0. If the names of the files do not contain the modalities, the dict is
-    empty.
-    """
+    """Returns modality -> feature width (0 if unknown), or {} if names of files lack modalities."""
     if is_generated(data["name"]):
         return synthetic.SIZES[data["size"]].dims
     return getattr(open_source(cast(ConfigDict, data)), "modalities", {})

@@ -68,10 +68,7 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """The size and the difficulty of a dataset.
-
-    If any other attribute is changed, `spread` must be calibrated again.
-    """
+    """The size of a dataset. If it changes, the difficulty, `spread`, must be calibrated again."""
 
     identities: int
     mean_frames: float  # per clip
@@ -375,9 +372,9 @@ class _Clips:
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Returns the vectors [F, RANK] of the people that F frames show.
+        """Returns the vectors [F, RANK] of the people in F frames of the clips `rows` [F].
 
-        `rows` [F] has the clip of each frame. `wrong` [F] is True if a frame shows another person.
+        `wrong` [F] is True if a frame shows another person.
         """
         if modality == "scene":
             return self.world.points["scene"][self.programme[rows]]
@@ -459,10 +456,7 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
 def _draw_frame_steps(
     rng: np.random.Generator, clip: np.ndarray, position: np.ndarray
 ) -> np.ndarray:
-    """Draws the number [F] of the picture that shows each of F faces, from 0 in each clip.
-
-    A number may repeat, because a picture may show two faces. `clip` and `position` are [F].
-    """
+    """Draws the number [F] of the picture of each face. Two faces may be in the same picture."""
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))
     return total - total[position == 0][clip]

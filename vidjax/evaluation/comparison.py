@@ -237,10 +237,7 @@ def read(name: str, split: str | None = None) -> RankedRun:
 
 
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
-    """Sorts the identities of a run into the order of the first run.
-
-    Raises UserError if the runs were evaluated on different splits, identities or clips.
-    """
+    """Sorts the identities of a run as in the first run, which must have the same clips."""
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(

@@ -41,10 +41,7 @@ def start_top_k(
 
 
 class RunningTopK:
-    """Finds the k best clips of every identity from blocks of scores on CPU devices.
-
-    Every process ranks the rows of its devices. `finish` joins the best clips of the processes.
-    """
+    """Ranks blocks of scores on CPU devices. Every process ranks the rows of its devices."""
 
     def __init__(self, num_identities: int, k: int, mesh: Mesh):
         self._top = HostTopK(num_identities, k)
@@ -52,10 +49,7 @@ class RunningTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block, see `HostTopK.add`.
-
-        The block is ranked at the next call, because the devices may still compute its scores.
-        """
+        """Adds a block, see `HostTopK.add`. It is ranked later, when its scores are computed."""
         self.flush()
         self._waiting.append(block)
 
@@ -107,11 +101,7 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
 
 
 class DeviceTopK:
-    """Finds the k best clips of every identity from blocks of scores on accelerators.
-
-    Every device ranks its part of the clips, so the scores of blocks do not move between devices.
-    `finish` joins the best clips of the devices.
-    """
+    """Ranks blocks of scores on accelerators. Every device ranks its part of the clips."""
 
     def __init__(self, num_identities: int, k: int, rows: int, mesh: Mesh):
         """For the arguments see `start_top_k`."""

@@ -91,7 +91,7 @@ def attention_step(
 def _make_forward(
     system: System, params: Params, model_state: ModelState, batch: Batch
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
-    """Returns a function that applies the model to G examples of each of the B clips of `batch`.
+    """Returns a function that applies the model to G examples of each of the B clips.
 
     Its arguments are the frames, [B G, T, ...], and the mask of real examples, [B, G] bool.
     """
@@ -251,10 +251,7 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns a mean to which no scores are added yet. `like` [B, K] has their shape and dtype.
-
-    If `logs` is True, the scores are logarithms of probabilities.
-    """
+    """Returns a mean without scores. `like` [B, K] is an array of their shape and dtype."""
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))

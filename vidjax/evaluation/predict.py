@@ -45,10 +45,7 @@ Advance = Callable[[int], None]  # receives the number of rows of a finished blo
 
 
 class Request(NamedTuple):
-    """The N clips that a method of `Predictor` scores, ranks or embeds.
-
-    Row n of the answer is for clip `clip_index[n]` of the split `split` of `data`.
-    """
+    """The N clips of a call. Row n of the answer is for clip `clip_index[n]` of the split."""
 
     data: ClipSource
     split: str
@@ -297,11 +294,7 @@ class Predictor(NamedTuple):
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
     def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model that answers a request.
-
-        Its `training_sets` list which members were trained on which clips of the request. A member
-        does not score these clips.
-        """
+        """Returns the model for a request. Members skip their training clips in the request."""
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)
 

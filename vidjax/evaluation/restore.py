@@ -58,10 +58,7 @@ class FoundRun(NamedTuple):
 
 
 def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
-    """Builds the model of a run, loads its weights and adds a dataset to evaluate.
-
-    `config` is the configuration of the run with the changes of this evaluation.
-    """
+    """Builds the model of a run for `config`, loads its weights and adds a dataset to evaluate."""
     data = fit_data(data, config, run)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
@@ -74,8 +71,8 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
-    `config.eval.checkpoint` selects the checkpoint. If this checkpoint is damaged, an intact one is
-    used, with a warning. Raises UserError if `config.modalities` are not the modalities of the run.
+    If the checkpoint `config.eval.checkpoint` is damaged, an intact one is used, with a warning.
+    Raises UserError if `config.modalities` are not the modalities of the run.
     """
     workdir = folder.path
     saved = checkpoint.find(workdir, config.eval.checkpoint)
@@ -139,8 +136,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
     """Returns `data` with the labels of a run. A label is an identity's column in the scores.
 
-    Raises UserError if the data have other modalities or widths, are not the data of the run (see
-    `check_data`), or their ground truth contains no identity of the run.
+    Raises UserError if the data are not the data of the run, or have no identity of the run.
     """
     split = config.eval.split
     check_widths(data, run.task.modalities)
@@ -242,10 +238,7 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Describes how a split differs from the split that a run has read before, or returns "".
-
-    `before` and `now` are the digests of the split. If the split is missing now, `now` is None.
-    """
+    """Describes how the digests of a split differ, or returns "". `now` is None without it."""
     if now is None:
         return f"{split} is missing"
     if now["names"] != before["names"]:

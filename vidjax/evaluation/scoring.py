@@ -125,10 +125,7 @@ class ModelScorer:
         return [_mean(total) for total in totals]
 
     def _find_members(self, block: Batch) -> np.ndarray:
-        """Returns [E] bool, True for the members that score a clip of the block.
-
-        If there are none, member 0 is True, so that the block has scores.
-        """
+        """Returns [E] bool, True for the members that score a clip of the block, at least one."""
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         used = np.any(self.use[:, clips[real]], axis=1)
         return used if np.any(used) else np.arange(len(used)) == 0
@@ -163,10 +160,7 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 
 @jax.jit
 def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
-    """Returns the logarithm of the weighted mean of probabilities, [B, C].
-
-    `scores` are the log-probabilities [B, C] of each model. A weight is 0 or more.
-    """
+    """Returns the log of the weighted mean of probabilities with the logs `scores`, [B, C] each."""
     total = make_no_scores(scores[0], logs=True)
     for block, weight in zip(scores, weights, strict=True):
         total = add_scores(total, block, jnp.full(len(block), weight, block.dtype))
@@ -502,10 +496,7 @@ def _add_best(
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
-    """Sets the best score of clips with NaN scores to -inf, with a warning, so they rank last.
-
-    Also returns a dict with the entry `num_nan_clips`, or {} if no score is NaN.
-    """
+    """Warns of NaN scores, replaces them by -inf, and returns the entry `num_nan_clips` if any."""
     nan = np.isnan(clips.best) & clips.pool
     if not nan.any():
         return clips, {}

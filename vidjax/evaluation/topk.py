@@ -111,10 +111,7 @@ class _Chunk:
         self._waiting, self._num_waiting = [], 0
 
     def _set_bounds(self) -> None:
-        """Finds the lowest scores that can enter the k best clips.
-
-        A score that ties with the last place enters only if its clip index is lower.
-        """
+        """Finds the lowest scores that can enter. A tie enters only with a lower clip index."""
         least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)

@@ -114,10 +114,9 @@ class Identifier(nn.Module):
         raise NotImplementedError
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
-        """Computes attributes of the model from the training clips, before the first step.
+        """Returns attribute -> value, computed from the training clips before the first step.
 
-        Returns attribute -> value, which checkpoints store. A value is a number, None, or a tuple
-        with a number for each member (net) of an ensemble.
+        Checkpoints store the values, numbers, None, or tuples with a number for each member.
         """
         return {}
 
@@ -133,10 +132,9 @@ class Identifier(nn.Module):
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Computes a property of B clips that evaluation passes to the model: `ClipInfo.measure`.
+        """Returns `ClipInfo.measure` of B clips for the evaluation, [B] float32, or None.
 
-        `frames` is modality -> Frames [B, T], before fusion and with all features. Returns [B]
-        float32, or None if the model needs no such property.
+        `frames` is modality -> Frames [B, T], before fusion and with all features.
         """
         return None
 

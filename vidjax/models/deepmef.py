@@ -178,10 +178,7 @@ class ChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool = False) -> Array:
-        """Computes the frames after attention, [B, T, D] float32, 0 on padding.
-
-        The form `channels` reads padded frames as 0.
-        """
+        """Computes the frames after attention, [B, T, D] float32, 0 on padding."""
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"
@@ -251,10 +248,9 @@ class AttentionAggregation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Computes the weighted sum of the frames x [B, T, D] of each clip, [B, D] float32.
+        """Computes the sum of frames x [B, T, D], weighted by softmax_t(q . x_t): [B, D] float32.
 
-        The weights are the softmax, over the real frames, of the products q . x_t with the query q.
-        `mask` is [B, T] bool. The result is 0 for clips without frames.
+        `mask` [B, T] bool is True for real frames. The sum is 0 for clips without frames.
         """
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)

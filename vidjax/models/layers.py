@@ -36,10 +36,9 @@ def real_frames(
 
 
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
-    """Drops modalities of clips at random. No clip loses all of its modalities.
+    """Drops each modality in `present` [B, M] bool with probability `rate`, but not the last one.
 
-    Each modality in `present` [B, M] bool is dropped with probability `rate`. If all modalities of
-    a clip would be dropped, a random modality stays. Returns the remaining modalities, [B, M] bool.
+    If all modalities of a clip would be dropped, a random modality stays. Returns [B, M] bool.
     """
     uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
     last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)
@@ -47,11 +46,7 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Returns the modalities of each clip that a model uses, [B, M] bool.
-
-    These are the modalities in `present` [B, M] bool. In training, `drop_modalities` drops some of
-    them, with the random key `modality_dropout` of `model`.
-    """
+    """Returns [B, M] bool: `present`, but in training after `drop_modalities`."""
     if not train or not rate:
         return present
     return drop_modalities(model.make_rng("modality_dropout"), present, rate)
@@ -109,8 +104,7 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     """Computes `matmul(x, kernel, dtype)`, with a backward pass that also multiplies in `dtype`.
 
-    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs. The custom VJP
-    allows no forward-mode derivative.
+    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs.
     """
     return matmul(x, kernel, dtype)
 

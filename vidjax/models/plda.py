@@ -150,10 +150,9 @@ class PLDAIdentifier(Identifier):
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
     def finalise_state(self, params: Params, model_state: ModelState) -> dict[str, Any]:
-        """Computes the collection `solved`, with which evaluation scores clips.
+        """Replaces the sums by the collection `solved`, with which evaluation scores clips.
 
-        It replaces `model_state`. It contains `settings` and, for each modality, `centre`, `space`
-        and `enrolled`. All arrays are [E, ...], for E members of an ensemble.
+        It has `settings` and, for each modality, `centre`, `space` and `enrolled`, all [E, ...].
         """
         sums = model_state["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})
@@ -181,10 +180,7 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds vectors x [B, D] to the sums of a modality, as `PLDAIdentifier._add_up` describes.
-
-    `turn` [B] is 0 at the first occurrence of a clip in the training, 1 at the second, and so on.
-    """
+    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] is 0 at the first occurrence."""
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     centre, num = part["centre"] + jnp.dot(first, x), part["num"] + jnp.sum(first)
@@ -222,10 +218,7 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
 
 
 def _stack(*parts: Array) -> Array:
-    """Stacks an array of each member. Arrays with fewer rows are padded with rows of zeros.
-
-    Only `Enrolled.curve` differs in the number of rows, and no code reads the added rows.
-    """
+    """Stacks an array [E, ...] of members. `Enrolled.curve` is padded by rows that are not read."""
     largest = np.max([part.shape for part in parts], axis=0)
     pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
     return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])

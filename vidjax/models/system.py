@@ -47,10 +47,7 @@ class System(NamedTuple):
 
     @property
     def vmap_members(self) -> bool:
-        """True if `jax.vmap` trains all members together, False if they are trained in turn.
-
-        If they are trained in turn, each member is bit-equal to a separate run.
-        """
+        """True if `jax.vmap` trains all members together, False if they are trained in turn."""
         mapping = self.config["ensemble"]["mapping"]
         return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
 
@@ -74,10 +71,7 @@ class System(NamedTuple):
         return fused
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
-        """Draws the initial parameters of the model, and its other variables, with the key `rng`.
-
-        `fuse_rng` is the key for the fusion of blank clips, which give the shapes of the inputs.
-        """
+        """Draws the parameters and the other variables of the model with two PRNG keys."""
         fused = self.fuse(fuse_rng, make_blank_clips(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)
@@ -158,10 +152,7 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds the system of a configuration for the given training data.
-
-    Entries of `config["fusion"]` for other modalities than `task.modalities` are ignored.
-    """
+    """Builds the system of a configuration for the given training data."""
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])
@@ -202,11 +193,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration.
-
-    With `config.ensemble.views`, each member lacks a chunk of the features of each modality, so the
-    model has narrower inputs.
-    """
+    """Builds the model of a configuration. With `config.ensemble.views`, inputs are narrower."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
@@ -231,10 +218,7 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds the fusion of each modality for a phase, `train` or `evaluate`.
-
-    A modality without a specification uses all frames. Errors name the configuration's field.
-    """
+    """Builds the fusion of each modality, by default `all`, for the phase `train` or `evaluate`."""
     fusions = {}
     for name in modalities:
         field = f"config.fusion.{name}.{phase}"
@@ -247,11 +231,7 @@ def make_fusions(
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds `System.column_weight`.
-
-    A clip of a mirror class (see `NoiseClassLayout`) has the weight `spec["mirror_weight"]`, a
-    schedule over the epochs. A clip of another class has the weight 1.
-    """
+    """Builds `System.column_weight`: a schedule for mirror classes, and 1 for other classes."""
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:
         return lambda labels, step: jnp.ones(labels.shape, jnp.float32)

@@ -37,8 +37,7 @@ class Sums(NamedTuple):
 class Space(NamedTuple):
     """The coordinates z = (x - mean) @ transform of vectors x, in which PLDA is simple.
 
-    In these coordinates the covariance W within classes is the identity matrix, and the covariance
-    B between classes is diagonal.
+    Here the covariance within classes is the identity matrix, and between classes it is diagonal.
     """
 
     mean: Array  # [D] float, the mean m of all vectors

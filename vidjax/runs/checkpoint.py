@@ -130,10 +130,7 @@ def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
 
 
 def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Returns the step with the highest MAP in the result of `manifests`, or None without a MAP.
-
-    Among equal MAPs, the latest step wins.
-    """
+    """Returns the (latest) step with the highest MAP in the result of `manifests`, or None."""
     scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
     return max(scored)[1] if scored else None
 
@@ -214,10 +211,7 @@ def set_aside_later(workdir: Path, step: int) -> None:
 
 
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Compares the files of a checkpoint with the manifest, and returns the manifest.
-
-    Raises DamagedError if a file is missing, differs from its digest, or is not listed.
-    """
+    """Returns the manifest of a checkpoint, unless the files differ from it (DamagedError)."""
     manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():

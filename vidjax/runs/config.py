@@ -375,10 +375,7 @@ def default() -> Config:
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field of a configuration or of a nested dict.
-
-    Lists are yielded as tuples, because JSON does not distinguish them.
-    """
+    """Yields (dotted name, value) of every field. Lists become tuples, which JSON cannot store."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -525,10 +522,7 @@ def _find_unread(values: Values) -> Iterator[str]:
 
 
 def explain_unread(name: str, values: Values) -> str:
-    """Returns a message if the field `name` has another value than the default but is not read.
-
-    Otherwise returns "".
-    """
+    """Returns a message if the field `name` is changed but not read, otherwise ""."""
     field = FIELDS.get(name)
     if not field or not field.read_when or is_read(name, values) or values[name] == field.default:
         return ""

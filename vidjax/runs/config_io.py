@@ -179,10 +179,9 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
-    """Converts the text of a flag `--config.FIELD=text` to `kind`, the type of the field.
+    """Converts the text of `--config.FIELD=text` to the type `kind`. `example` is the old value.
 
-    `example` is the present value of the field. If the text does not fit, raises a UserError whose
-    message only describes a valid value, such as `true or false`.
+    If the text does not fit, the UserError only describes a valid value, such as `true or false`.
     """
     if kind is str:
         return text

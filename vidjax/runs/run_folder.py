@@ -37,10 +37,7 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run. Each file is read at its first use, and not read again.
-
-    If another object or program changes a file, only a new RunFolder reads the change.
-    """
+    """The files of a run. Each file is read once; a new RunFolder reads changes by others."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).expanduser().absolute()
@@ -80,10 +77,7 @@ class RunFolder:
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} without the file.
-
-        It includes keys that `schemas.Metrics` does not list.
-        """
+        """Returns all keys of `paths.metrics` (default: `metrics.json`), or {} without the file."""
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
             self._metrics[path] = schemas.load(path, schemas.Metrics, results.REMEDY)[0]

@@ -178,10 +178,7 @@ class WorstIdentity(Struct, kw_only=True):
 
 
 class Stratum(Struct, kw_only=True):
-    """A group of identities or clips, and the 95 % interval of the MAP in this group.
-
-    A group with fewer than `Analysis.fewest_identities` identities has no interval.
-    """
+    """A group, and the 95 % interval of its MAP if `Analysis.fewest_identities` are reached."""
 
     label: Text
     map: Share

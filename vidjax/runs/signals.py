@@ -62,10 +62,7 @@ _interruption: Interruption | None = None  # of the training loop that runs now
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Yields an `Interruption` that stores SIGINT and SIGTERM until the context ends.
-
-    Only the main thread of a program can receive signals. In another thread, nothing is stored.
-    """
+    """Yields an `Interruption` that stores SIGINT and SIGTERM, if this is the main thread."""
     global _interruption
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()

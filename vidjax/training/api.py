@@ -308,10 +308,7 @@ def evaluate_run(
     *,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
-    """Ranks `config.eval.split` with the run in a folder that the caller has locked.
-
-    If `data` is None, `config` describes the data. Returns the content of `metrics.json`.
-    """
+    """Ranks `config.eval.split` with the run in a locked folder. Returns its `metrics.json`."""
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis
 

@@ -209,10 +209,7 @@ class TrainingRun:
         began: float,
         analyse: bool = False,
     ):
-        """Restores the newest checkpoint. If there is none, the run starts at step 0.
-
-        If `analyse` is True, the models of this run can return their attention.
-        """
+        """Restores the newest checkpoint, if any. With `analyse`, models return attention."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
         self._system = make_system(config.to_dict(), plan.task)
@@ -253,10 +250,7 @@ class TrainingRun:
         self._compiling: threading.Thread | None = None  # compiles the evaluation
 
     def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
-        """Returns the newest undamaged state and its manifest, or the state at step 0 and {}.
-
-        Damaged checkpoints of later steps are renamed, because training saves these steps again.
-        """
+        """Returns the newest undamaged state and its manifest, or the state at step 0 and {}."""
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
         sharding = devices.replicated_layout(self._mesh)
 
@@ -278,7 +272,7 @@ class TrainingRun:
         restore.check_data(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, self._description)
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
-        checkpoint.set_aside_later(workdir, manifest["step"])
+        checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
         return train_step.convert_from_items(items), manifest
 
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:

@@ -127,10 +127,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _check_plan(
     config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if the run cannot be trained, or would write files too large to be read.
-
-    `weight` [E, N] has the weights of N training clips for E members of the ensemble.
-    """
+    """Raises UserError if the run cannot be trained, or would write files too large to be read."""
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
@@ -179,10 +176,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Clusters distractors (label 0), and gives each cluster a class column.
-
-    Returns the new labels [N] int32 and the order of the class columns.
-    """
+    """Clusters distractors (label 0). Returns new labels [N] int32 and the class columns."""
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
@@ -351,10 +345,7 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Computes the loss weight [N] of each clip, by `data.balance` and the file `data.weights`.
-
-    `labels` are the class columns of the clips, and `clips` are the names of the clips.
-    """
+    """Computes the loss weight [N] of each clip, by `data.balance` and the file `data.weights`."""
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()

@@ -27,10 +27,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 
 class Expected(Exception):
-    """The base class of all errors that vidjax raises on purpose.
-
-    A command prints their message without a traceback, and exits with `exit_code`.
-    """
+    """The base class of errors that vidjax raises on purpose. Commands print only the message."""
 
     exit_code = 2
 

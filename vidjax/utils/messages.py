@@ -61,20 +61,14 @@ class Parser(argparse.ArgumentParser):
         self.group: str | None = None
 
     def fields(self, group: str = "", *, example: str) -> None:
-        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`.
-
-        `--help` shows `example`, such as `seed=1`.
-        """
+        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`."""
         name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
         about = f"overrides a field, e.g. --config.{example}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
         self.group = group
 
     def command(self, run: Callable[[argparse.Namespace], "Result"], *examples: str) -> None:
-        """Sets the function that runs the command. Adds `--quiet`, `--json` and `--debug`.
-
-        `--help` shows `examples`, the flags of typical calls.
-        """
+        """Sets the function and the `examples` of the command. Adds --quiet, --json and --debug."""
         self.example = f"{self.prog} {examples[0]}"
         lines = []
         for flags in examples:
@@ -114,10 +108,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the other words of a command line, and the words that begin with `--config.`.
-
-    The two words `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
-    """
+    """Returns other words, and words `--config.FIELD=VALUE`, also if written as two words."""
     flags, overrides = [], []
     rest = list(words)
     while rest:
@@ -267,8 +258,7 @@ class _Printable(logging.Formatter):
 def _open_closed_streams() -> None:
     """Opens /dev/null for each standard stream that was closed, for example by `2>&-`.
 
-    Otherwise the next opened file would get the number of the stream, and messages would go into
-    this file.
+    Otherwise messages would go into the next file that is opened.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:

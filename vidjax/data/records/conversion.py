@@ -101,10 +101,7 @@ def write_records(
     non_finite: NonFinite,
     workers: int | None,
 ) -> None:
-    """Writes the TFRecord files of a dataset, and their manifest, to an empty folder.
-
-    `fingerprint` is the result of `source.fingerprint()`. See `convert` for the other arguments.
-    """
+    """Writes the TFRecord files of a dataset, and their manifest, to an empty folder."""
     # During its import, TFDS replaces the import function of all threads. So it is imported before
     # the threads start.
     from vidjax.data.records import codec
@@ -163,10 +160,7 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
 def _join_modalities(
     staged: Mapping[str, StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
-    """Returns modality -> width and dtype of its features in all splits.
-
-    If the dtype differs between splits, the returned dtype represents all values exactly.
-    """
+    """Returns modality -> width, and a dtype that represents the features of all splits exactly."""
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
     dropped = 0
@@ -215,10 +209,10 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
 def cut(
     split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
-    """Divides the clips of a split into shards, whose paths begin with `prefix`.
+    """Divides the clips of a split into at least 8 shards, but not more shards than clips.
 
-    There are at least 8 shards of at most about 256 MB, but not more shards than clips. Returns the
-    path of each shard, and [n] int32, the positions of its n clips in `split.clips`.
+    A shard has at most about 256 MB. Returns its path, which begins with `prefix`, and [n] int32,
+    the positions of its n clips in `split.clips`.
     """
     size = sum(
         int(lengths.sum(dtype=np.int64))
@@ -274,11 +268,7 @@ def run_command(
     description: str,
     open_source: Callable[..., RecordSource],
 ) -> int:
-    """Runs the command `python -m MODULE DIR`, which converts a folder and prints a report.
-
-    `open_source` opens the dataset of a directory, and also takes `workers` and `cache_dir`.
-    Returns the exit code.
-    """
+    """Runs the command `python -m MODULE DIR`, which converts a folder. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)

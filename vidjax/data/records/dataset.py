@@ -40,10 +40,7 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Adds labels to converted clips. For `truth` and `identities`, see `label_records`.
-
-        `origin` is for result files.
-        """
+        """Adds labels to converted clips. See `label_records`. `origin` is for result files."""
         self._records = records
         self._truth = truth
         self._origin = origin or Origin("records")
@@ -103,11 +100,7 @@ class Dataset:
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
-        """Reads every clip of a split once, with all frames, in the order on disk.
-
-        Yields [n] int32, the positions of n <= 256 clips in `Split.clips`; and modality -> the
-        joined frames of these clips.
-        """
+        """Yields all clips, 256 at a time, in the order on disk. See `TrainingData`."""
         check_modalities(self.split(split), modalities)
         reader = Reader(self._records, [split])
         for first in range(0, len(reader.clip_index), MAX_PACKED_CLIPS):
@@ -127,10 +120,7 @@ def _warn_of_gaps(
     modalities: Mapping[str, Modality],
     report: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Warns if the split `name` lacks modalities of other splits, or if frames were left out.
-
-    `report` is modality -> the counts of frames in the data report.
-    """
+    """Warns if a split lacks modalities of other splits, or if frames were left out."""
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
         warn(

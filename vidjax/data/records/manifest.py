@@ -51,10 +51,7 @@ class Records(NamedTuple):
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
-    """Writes `index.npz`, `data_report.json`, and then `manifest.json`, which lists all files.
-
-    `fingerprint` describes the files that were converted.
-    """
+    """Writes `index.npz`, `data_report.json`, and then `manifest.json`, which lists all files."""
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
     files.write_json(folder / "data_report.json", records.report)
@@ -144,11 +141,7 @@ def _parse_modality(dim: int, dtype: str) -> Modality:
 def _load_split(
     folder: Path, name: str, manifest: Mapping[str, Any], index: Mapping[str, np.ndarray]
 ) -> SplitRecords:
-    """Returns the converted clips of the split `name`.
-
-    `manifest` is the entry of the split in `manifest.json`, and `index` has the arrays of
-    `index.npz`. Raises UserError if they contradict each other.
-    """
+    """Returns the clips of a split from its entry in the manifest and the arrays of the index."""
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
     prefix = f"{name}/lengths/"
     split = SplitRecords(

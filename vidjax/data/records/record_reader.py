@@ -112,11 +112,7 @@ class Reader:
         return messages
 
     def _check_whole(self, number: int, file: io.FileIO) -> None:
-        """Raises UserError if a file does not match its sha256.
-
-        The first call compares the sha256. Later calls compare only the size and the time of the
-        file.
-        """
+        """Compares a file with its sha256, at later calls only with its size and time."""
         stat = os.fstat(file.fileno())
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if number not in self._states and files.hash_opened(file) == self.shards[number].sha256:

@@ -42,10 +42,7 @@ class Shard(NamedTuple):
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Checks TFRecord files, and returns `shards` with the present times of the files.
-
-    Only files whose size or time has changed are read and compared with their sha256.
-    """
+    """Compares files with a new size or time with their sha256. Returns `shards` with new times."""
     checked = []
     for shard in shards:
         # A replaced file has a new time. Files of a copied folder have new times, too.
@@ -180,10 +177,9 @@ def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(1 << 14)  # many clips have the same number of frames
 def _encode_entry(key: str, kind: bytes, size: int) -> bytes:
-    """Returns the bytes before a value of `size` bytes in a `tf.train.Example`.
+    """Returns the bytes before a value of `size` bytes: key, tags and lengths.
 
-    These are the key, tags and lengths. `kind` is FIRST_TAG for a string, and THIRD_TAG for an
-    integer.
+    `kind` is FIRST_TAG for a string, and THIRD_TAG for an integer.
     """
     message, rest = b"", size
     for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, its list, its feature

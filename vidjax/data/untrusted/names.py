@@ -36,8 +36,8 @@ def show(text: str | bytes) -> str:
 def check_name(name: str, kind: str = "clip name") -> str:
     """Checks that a name can be written to text files and HTML pages, and returns it unchanged.
 
-    A name must not be blank, and must be valid Unicode without newlines and other control
-    characters. `kind` is the word for the name in messages, such as "identity".
+    A name must not be blank, and must be valid Unicode without control characters. `kind` is the
+    word for the name in messages, such as "identity".
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty: give it a name")
@@ -115,10 +115,7 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns new name -> a different name, new or known, that looks like the new name.
-
-    `clean_identity` has checked all names.
-    """
+    """Returns new name -> a different name that looks like it. Names are from `clean_identity`."""
     new, known = [*new], [*known] if new else []
     folded, known_folded = _fold_all(new), _fold_all(known)
     words = set(folded)
@@ -132,9 +129,9 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
 
 
 def _fold_all(names: list[str]) -> list[str]:
-    """Returns `fold(name)` for each name. Names in ASCII are folded together, which is faster.
+    """Returns `fold(name)` for each name of `clean_identity`. Names in ASCII are folded together.
 
-    A million calls of `fold` would take half a second. `clean_identity` has checked all names.
+    A million calls of `fold` would take half a second.
     """
     text = "\n".join(names)
     folded = re.sub("  +", " ", text).casefold().split("\n") if names else []

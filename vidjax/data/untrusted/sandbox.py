@@ -38,10 +38,7 @@ READ_BYTES = MB // 16
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads a pickle in the child process, and writes the frames of its clips to files.
-
-    `arguments` are as in `unpack`. Returns `PackedClips.summary` of the clips.
-    """
+    """Reads a pickle in the child process, and returns `PackedClips.summary`. See `unpack`."""
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
     # Garbage collection would take a third of the time, but there are no reference cycles.
@@ -149,10 +146,9 @@ def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -
 
 
 def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[str, Any]:
-    """Checks the clip names of an unpickled dict, and removes `.mp4` from them.
+    """Returns an unpickled dict without `.mp4` in names. Adds the checked names to `known`.
 
-    Returns a new dict, and empties `content` to free memory. Adds the names to `known`, the names
-    in earlier dicts of the same file.
+    Empties `content` to free memory.
     """
     if type(content) is not dict:
         raise UserError(
@@ -228,10 +224,9 @@ def _describe_type(value: object) -> str:
 
 
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
-    """Returns the fields that each entry of a clip must have. An entry describes a frame.
+    """Returns the fields of an entry, which describes a frame.
 
-    The modalities of iQIYI-VID have fixed fields. In other modalities, the majority of the clips
-    decides.
+    The modalities of iQIYI-VID have fixed fields. In others, the majority of the clips decides.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:
@@ -250,10 +245,7 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
 def _read_frames(
     value: Any, fields: tuple[str, ...], where: str, budget: _Budget
 ) -> dict[str, Any]:
-    """Checks the frames of a clip, and returns field -> array, for `packing.read_frames`.
-
-    `fields` are the fields that an entry must have. Error messages begin with `where`.
-    """
+    """Checks the frames of a clip, and returns field -> array, for `packing.read_frames`."""
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
         if not count:

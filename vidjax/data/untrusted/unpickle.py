@@ -117,10 +117,7 @@ class Array(metaclass=_Sealed):
 
 
 class _Reconstruct(metaclass=_Sealed):
-    """Replaces numpy.core.multiarray._reconstruct, and makes an empty array.
-
-    The pickle then fills the array with `Array.__setstate__`.
-    """
+    """Replaces numpy.core.multiarray._reconstruct: makes an array for `Array.__setstate__`."""
 
     def __new__(cls, kind: object, shape: object, code: object) -> Array:
         if kind is not _NdArray:

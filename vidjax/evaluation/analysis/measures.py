@@ -187,10 +187,7 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
-    """Counts the training clips of each identity, [C] int. Returns None if no clip has a label.
-
-    A training split that is missing from the model's data is skipped.
-    """
+    """Counts the training clips of each identity in the data, [C] int. None without labels."""
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
     for name in train_splits:
         try:
@@ -295,10 +292,7 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the error rates `fpir` and `fnir`, [n] each, at n thresholds.
-
-    If there is no distractor (`labels` 0) or no known clip, returns an empty dict.
-    """
+    """Returns the error rates `fpir` and `fnir` at n thresholds, or {} if none can be measured."""
     best, right, known = (part[clips.pool] for part in (clips.best, clips.right, labels > 0))
     shares = np.unique([*np.geomspace(1e-3, 1, 40), 0.01, 0.1])
     tries = [metrics.identification_errors(best, right, known, fpir=share) for share in shares]

@@ -40,10 +40,7 @@ def plain(value: object) -> str:
 
 
 def name(value: object) -> Markup:
-    """Returns a name as HTML, in which a line may be broken within long words.
-
-    A name in a right-to-left script does not reorder the text next to it.
-    """
+    """Returns a name as HTML that may break in long words, and that has its own text direction."""
     if isinstance(value, Markup):
         return value
     long = Markup('<span class="long">{}</span>')
@@ -99,10 +96,7 @@ def cell(value: object) -> Markup:
 
 
 def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """Returns a table as HTML. `head` has the titles of the columns.
-
-    The first value of a row is its header. If there are no rows, returns empty HTML.
-    """
+    """Returns a table as HTML, or nothing without rows. The first value of a row is its header."""
     cells = [[cell(value) for value in row] for row in rows]
     if not cells:
         return Markup()

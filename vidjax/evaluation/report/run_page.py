@@ -491,10 +491,7 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes `report.html`, and a page for every other split that has an analysis.
-
-    A page is written completely or not at all. Returns the path of `report.html`.
-    """
+    """Writes `report.html`, and a page for every other split that has an analysis, atomically."""
     run = load(folder)
     for split in run.analysed:
         paths = folder.paths(split, apart=True)

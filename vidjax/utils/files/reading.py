@@ -117,10 +117,7 @@ def open_input(path: Path) -> io.FileIO:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields the relative path of each file in a folder, at any depth.
-
-    Raises UserError if the folder contains a link, a pipe or a device.
-    """
+    """Yields the relative path of each file in a folder, at any depth. Refuses links and pipes."""
     folders = [""]
     while folders:
         place = folders.pop()
@@ -136,10 +133,7 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UserError if a folder contains a link, a pipe or a device, at any depth.
-
-    The folder itself may be a link, because a user chose its path, or missing.
-    """
+    """Raises UserError if a folder, which may be a link or missing, contains a link or a pipe."""
     if os.path.isdir(folder):
         for _ in walk(folder):
             pass
@@ -154,10 +148,7 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Returns the value of a JSON file of at most `limit` bytes, which must be of type `kind`.
-
-    For `below`, see `open_regular`.
-    """
+    """Reads a JSON file of at most `limit` bytes with a value of type `kind`."""
     content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
@@ -271,10 +262,7 @@ def _npz_errors() -> Iterator[None]:
 def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
-    """Yields (name, open file, bytes in memory) for every array of an `.npz`.
-
-    The headers are checked. For `limit` and `least`, see `load_npz`.
-    """
+    """Yields (name, open file, bytes in memory) for every array of an `.npz`. See `load_npz`."""
     if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
         raise UserError("an .npy file has no name for its array: use numpy.savez")
     left = limit
@@ -344,10 +332,9 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens a stored or deflated entry of a zip. It ends after `entry.file_size` bytes.
+    """Opens an entry of a zip that is stored or deflated. It ends after `entry.file_size` bytes.
 
-    With another method of compression, such as bzip2 or LZMA, Python may unpack a short piece to
-    gigabytes at once.
+    With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
     """
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
