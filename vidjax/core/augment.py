@@ -96,14 +96,9 @@ def concat_clips(
     first to a random last frame (both uniform). All other clips stay unchanged.
 
     With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
-    same partner, and cut a clip at the same relative position.
-
-    Args:
-      chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
-      short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
-
-    Returns:
-      Frames [B, 2 T] in the stored dtype.
+    same partner, and cut a clip at the same relative position. `chosen` [B] bool must be False on
+    padded rows. `short` [B] bool is True for clips with fewer than `max_frames` frames in the first
+    modality. Returns Frames [B, 2 T] in the stored dtype.
 
     Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. The
     probability and `equal` pieces are not in the paper.

@@ -7,8 +7,7 @@ branches (sets of logits) of a model.
 
 Class columns are the columns of logits and scores, [B, 1 + C]. Column 0 is "other": distractors,
 which show none of the identities. Columns 1..C are the identities in the order of
-`identities.json`. Noise classes add further columns, see `NoiseClassLayout`. The `num_classes` of a
-model counts all columns.
+`identities.json`. Noise classes add further columns, see `NoiseClassLayout`.
 """
 
 from collections.abc import Mapping
@@ -19,8 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     import jax
 
-# Code on the host fills these structures with numpy arrays, because it must not wait for JAX.
-# Code on the device uses jax arrays.
+# Code on the host fills these structures with numpy arrays, so that it does not wait for JAX.
 Array: TypeAlias = Union["jax.Array", np.ndarray]
 
 

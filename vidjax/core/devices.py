@@ -87,8 +87,7 @@ def make_deterministic() -> None:
     if flag in known.split():
         return
     os.environ["XLA_FLAGS"] = f"{known} {flag}".strip()
-    # No public function reports whether jax has opened its devices. If a later jax lacks this
-    # private function, no warning is printed.
+    # A private function. If a later jax lacks it, no warning is printed.
     bridge = sys.modules.get("jax._src.xla_bridge")
     is_open = getattr(bridge, "backends_are_initialized", lambda: False)
     if is_open() and jax.default_backend() == "gpu":

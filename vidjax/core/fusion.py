@@ -341,13 +341,11 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
     """Returns the frames and, for each frame, its mean with 1 to `max_frames` - 1 other frames.
 
     The other frames follow the frame in a random, cyclic order of the clip's frames. If `rng` is
-    None, the order depends only on the number of real frames. A shorter clip merges all frames. A
-    cheaper way to get such frames is `random_fusion` with `replacement=False` and probability 0.5
+    None, the order depends only on the number of real frames. A shorter clip merges all frames.
+    Returns Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality
+    and detection are means too. A mean has the number of its first frame, so numbers are unordered.
+    A cheaper way to get such frames is `random_fusion` with `replacement=False` and probability 0.5
     for 1 frame.
-
-    Returns:
-      Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
-        detection are means too. A mean has the number of its first frame, so numbers are unordered.
 
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 other frames,
     and united with the original frames. The fixed order for evaluation is not in the paper.

@@ -147,16 +147,10 @@ def batch_focal(
     """Computes a focal loss, (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
     -log p is the weighted mean of all cross-entropies in the batch. If a model computes G sets of
-    logits for each of B examples, each of the G sets has a separate p.
-
-    Args:
-      logits, labels, gamma, class_mask: as in `multiclass_focal`. If there are G sets, the first
-        axis of `logits` and `labels` has B G rows: the G rows of an example are neighbours.
-      counted: [B, G] float, weight of each cross-entropy in the mean. None means a single set with
-        equal weights.
-
-    Returns:
-      The loss of each label, [...] float.
+    logits for each of B examples, each of the G sets has a separate p. Then the first axis of
+    `logits` and `labels` has B G rows: the G rows of an example are neighbours. `counted` [B, G]
+    float is the weight of each cross-entropy in the mean. None means a single set with equal
+    weights. The other arguments and the result are as in `multiclass_focal`.
 
     Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
     factor from the mean.

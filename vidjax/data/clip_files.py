@@ -241,17 +241,10 @@ def read_at_once(
 ) -> dict[str, dict[str, PackedClips]]:
     """Reads the clips of several splits with several processes.
 
-    Args:
-      files: split -> the files of its clips.
-      scratch: folder for the frames. It must exist as long as the returned arrays.
-      non_finite, quality: see `packing.pack`.
-
-    Returns:
-      split -> modality -> the frames of all clips.
-
-    Raises:
-      RetrySerially: a process failed, or two processes contradict each other, for example because
-        both read the same clip.
+    `files` is split -> the files of its clips. `scratch` is a folder for the frames. It must exist
+    as long as the returned arrays. Returns split -> modality -> the frames of all clips. Raises
+    RetrySerially if a process failed, or two processes contradict each other, for example because
+    both read the same clip.
     """
     # There are twice as many parts as processes, because some parts take longer than others.
     length = -(-sum(map(len, files.values())) // (2 * workers))

@@ -70,13 +70,9 @@ def load_label_table(
 ) -> dict[str, dict[str, str]]:
     """Reads labels, and groups them by the split of their clips.
 
-    Args:
-      labels: clip -> identity; or a `.csv` file with the columns `clip` and `identity`; or a
-        ground-truth file. If it is None, there are no labels.
-      clips: split -> the clips that have features.
-
-    Returns:
-      split -> clip -> identity, without splits that have no labelled clip.
+    `labels` is clip -> identity; or a `.csv` file with the columns `clip` and `identity`; or a
+    ground-truth file; or None. `clips` is split -> the clips that have features. Returns split ->
+    clip -> identity, without splits that have no labelled clip.
     """
     if labels is None:
         return {}
@@ -328,16 +324,12 @@ def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str,
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
-    """Reads the weights of N clips from a text file of lines `NAME.mp4 WEIGHT`.
+    """Reads the weights of N clips, [N] float32, from a text file of lines `NAME.mp4 WEIGHT`.
 
-    The format allows the same deviations as in `load_ground_truth`, and a missing `.mp4`.
-
-    Returns:
-      [N] float32. The weight of a clip that is not in the file is 1.
-
-    Raises:
-      UserError: a weight is not a finite number of 0 or more, a clip comes twice, or more than 1 %
-        of the clips in the file are not in `clips`.
+    The format allows the same deviations as in `load_ground_truth`, and a missing `.mp4`. The
+    weight of a clip that is not in the file is 1. Raises UserError if a weight is not a finite
+    number of 0 or more, a clip comes twice, or more than 1 % of the clips in the file are not in
+    `clips`.
     """
     path = Path(path)
     lines = _read_lines(path, "NAME.mp4 WEIGHT")

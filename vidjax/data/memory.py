@@ -269,16 +269,10 @@ def load_clips(
     dataset are read in a child process. Clip names lose the suffix `.mp4`. Only pickles of the
     modalities that the model reads are opened, so a clip that is in none of them is left out.
 
-    Args:
-      modalities: modality that the model reads -> feature width.
-      identities: the names of the classes.
-      split: may be None if the folder has a single split.
-      quality: see `Quality`. But if an iQIYI-VID pickle lacks qualities, they are 0.
-
-    Raises:
-      UserError: clips are malformed, `split` is None but needed, or no clip has a modality that the
-        model reads.
-      FileNotFoundError: the path does not exist, or has no clips.
+    `modalities` is modality that the model reads -> feature width. `split` may be None if the
+    folder has a single split. `quality` is as in `Quality`, but if an iQIYI-VID pickle lacks
+    qualities, they are 0. Raises FileNotFoundError if the path does not exist or has no clips, and
+    UserError for other mistakes.
     """
     path = Path(path).expanduser()
     paths = find_files(path, split)
@@ -304,12 +298,9 @@ def load_clips(
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
     """Finds the files that contain the clips of a folder or file, without reading them.
 
-    Returns:
-      `.npz` files, or one parquet table. For pickles of the iQIYI-VID dataset, modality -> pickle.
-
-    Raises:
-      UserError: features would be ignored, or `split` is needed but None, or the reverse.
-      FileNotFoundError: the path does not exist, or has no clips.
+    Returns `.npz` files, or one parquet table. For pickles of the iQIYI-VID dataset, returns
+    modality -> pickle. Raises FileNotFoundError if the path does not exist or has no clips. Raises
+    UserError if features would be ignored, or if `split` is needed but None, or the reverse.
     """
     check_path(path)
     if path.is_dir():
@@ -338,12 +329,8 @@ def load_people(
     """Loads the clips of people, which are in files `path/PERSON/CLIP.npz`.
 
     `modalities` is modality to read -> feature width. Returns the clips, and clip -> person. A clip
-    is called `PERSON/CLIP`, because two people may have files of the same name.
-
-    Raises:
-      NoFileError: there are no such files, or there are clips directly in `path`.
-      UserError: the folders are splits of a dataset, features would be ignored, or a clip is
-        malformed.
+    is called `PERSON/CLIP`, because two people may have files of the same name. Raises NoFileError
+    if there are no such files, or there are clips directly in `path`.
     """
     path = Path(path).expanduser()
     people, others, entries = dict[str, list[Path]](), list[Path](), list_entries(path)

@@ -29,12 +29,10 @@ class DrawnClips(NamedTuple):
 
 
 def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
-    """Draws the B clips of a training step. Each clip of `plan` is drawn once per epoch.
+    """Draws the B clips of the training step `step` [] int32. Each clip is drawn once per epoch.
 
-    Args:
-      step: [] int32, number of the step, from 0.
-      epoch: [B] int32, the epoch of each row, `(step * B + arange(B)) // plan.num_places`.
-      place: [B] int32, the remainder of this division, the position of each row in its epoch.
+    `epoch` and `place` [B] int32 are the quotient and the remainder of `(step * B + arange(B)) //
+    plan.num_places`, the epoch of each row, and its position in the epoch.
     """
     order_rng, window_rng = jax.random.split(
         jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)
@@ -54,15 +52,11 @@ def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -
 
 
 def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
-    """Returns the first frame of a random window of `size` frames in each clip.
+    """Returns the first frame of a random window of `size` frames in each clip, [B] int32.
 
-    Args:
-      uniform: [B] float32 in [0, 1), uniformly distributed random numbers.
-      length: [B] int32, number of frames of each clip.
-
-    Returns:
-      [B] int32, uniformly distributed over the windows that lie in the clip. It is 0 if the clip is
-        shorter than a window.
+    `uniform` [B] float32 are random numbers in [0, 1). `length` [B] int32 is the number of frames
+    of each clip. The windows that lie in the clip are equally likely. If the clip is shorter than a
+    window, the result is 0.
     """
     places = jnp.maximum(length - size, 0) + 1
     return jnp.minimum((uniform * places).astype(jnp.int32), places - 1)

@@ -66,15 +66,9 @@ def locate(clip: Clip, modality: str) -> str:
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
     """Checks the frames of a clip in a modality, and sorts them by frame number.
 
-    Args:
-      value: features [T, D], or [D] of a single frame; or a dict of `features` and optionally
-        `number`, `quality`, `detection` and `box`.
-      place: the start of an error message.
-      quality: see `Quality`.
-
-    Returns:
-      Field -> array, with all five fields. `features` [T, D] keep their dtype. If the clip has no
-        frames, the dict is empty.
+    `value` is features [T, D], or [D] of a single frame; or a dict of `features` and optionally
+    `number`, `quality`, `detection` and `box`. Returns field -> array, with all five fields, or {}
+    without frames. `features` [T, D] keep their dtype. Errors begin with `place`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
@@ -166,16 +160,9 @@ def pack(
 ) -> dict[str, PackedClips]:
     """Checks the clips of a split, and joins their frames in one array per modality and field.
 
-    Args:
-      out_dir: folder to which the arrays are written. It must exist as long as the returned arrays,
-        which are memory maps. If it is None, the arrays are in memory.
-      non_finite, quality: see `NonFinite` and `Quality`.
-
-    Returns:
-      modality -> the frames of all clips.
-
-    Raises:
-      UserError: a clip comes twice, is malformed, or differs from most clips in width or dtype.
+    Returns modality -> the frames of all clips. If `out_dir` is given, the arrays are memory maps
+    of files in this folder, which must exist as long as the arrays. Raises UserError if a clip
+    comes twice, is malformed, or differs from most clips in width or dtype.
     """
     packers: dict[str, Packer] = {}
     seen: dict[str, str] = {}  # clip -> place

@@ -104,15 +104,9 @@ def map_children(
 ) -> list[Result]:
     """Calls a function for each item, with at most `workers` calls at once, each in a thread.
 
-    After the first error, all child processes are killed, and the error is raised.
-
-    Args:
-      function: takes a `Children` object, with which it starts child processes, and an item.
-      items: the items, in the order in which the calls start.
-      progress: the title of a progress bar. If it is "", there is no progress bar.
-
-    Returns:
-      The results, in the order of the items.
+    After the first error, all child processes are killed, and the error is raised. `function` takes
+    a `Children` object, with which it starts child processes, and an item. Calls start and results
+    are returned in the order of the items. `progress` is the title of a progress bar, or "".
     """
     from tqdm import tqdm
 

@@ -41,14 +41,11 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Draws the batch of a training step from clips on the devices.
+    """Draws the batch of the training step `step` [] int32 from clips on the devices.
 
     The batch contains LazyFeatures, the indices of its frames, because the fusion of a model may
-    use only some frames.
-
-    Args:
-      clips: modality -> the joined frames of all clips. The last frame is zeros, for padding.
-      step: [] int32, number of the step, from 0.
+    use only some frames. `clips` is modality -> the joined frames of all clips. The last frame is
+    zeros, for padding.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
     drawn = draw_batch_clips(plan, step, position // plan.num_places, position % plan.num_places)
@@ -154,13 +151,9 @@ def choose_mode(
 ) -> str:
     """Chooses whether clips stay on the devices ('resident') or are read from disk ('streaming').
 
-    Args:
-      mode: the mode in the configuration. If it is 'auto', the free memory decides.
-      num_drawn: the number of clips in all batches of the run.
-      taken: bytes that a training step needs, see `step_bytes`.
-
-    Raises:
-      UserError: `mode` is 'resident', but an int32 cannot count the clips or frames.
+    If `mode`, the mode in the configuration, is 'auto', the free memory decides. `num_drawn` is the
+    number of clips in all batches of the run, and `taken` is the result of `step_bytes`. Raises
+    UserError if `mode` is 'resident', but an int32 cannot count the clips or frames.
     """
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:

@@ -87,14 +87,9 @@ def open_source(
 ) -> RecordSource:
     """Opens a dataset, without reading its features.
 
-    Args:
-      given: the section `data` of a configuration; or a folder of iQIYI-VID pickles or of a user's
-        own features; or split -> clip -> modality -> features.
-      labels, cache_dir, quality: see `vidjax.load_data`. They are ignored if `given` is a
-        configuration.
-
-    Raises:
-      UserError: there are no features, or `labels` or `quality` are given for iQIYI-VID pickles.
+    `given` is the section `data` of a configuration; or a folder of iQIYI-VID pickles or of a
+    user's own features; or split -> clip -> modality -> features. For the other arguments, see
+    `vidjax.load_data`. They are ignored if `given` is a configuration.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)

@@ -53,9 +53,7 @@ class _Modality(NamedTuple):
     every: int  # distance in frames between two features. If it is 0, a clip has a single feature.
     blank_rate: float  # share of clips in which the modality has no information about the person
     missing_rate: float  # share of clips without the modality
-    # True if look-alikes resemble each other in this modality. Its displacement then also varies
-    # more between clips.
-    resembles: bool
+    resembles: bool  # look-alikes resemble each other, and the displacement of clips varies more
 
 
 _MODALITIES = {
@@ -77,8 +75,7 @@ class Size(NamedTuple):
     spread: Mapping[str, float]
 
 
-# The small dataset has shorter clips and narrower features than the official dataset, so that a
-# first run takes less than a minute.
+# The small dataset has short clips and narrow features, so that a first run takes under a minute.
 SIZES = {
     "small": Size(
         100,
@@ -333,8 +330,7 @@ class _Clips:
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
         position = np.arange(len(clip)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
-        # In `wrong_clip`, a third of the frames, in a row, shows another person. In other clips,
-        # only a few frames do.
+        # In `wrong_clip`, a third of the frames, in a row, shows another person, elsewhere a few.
         run = np.rint(lengths / 3).astype(np.int64)
         first = rng.integers(0, lengths - run + 1)[clip]
         in_run = self.wrong_clip[rows][clip] & (position >= first) & (position < first + run[clip])
@@ -395,12 +391,9 @@ class _Clips:
     ) -> np.ndarray:
         """Draws the features [F, D] of F frames. The frames of a track share a displacement.
 
-        Args:
-          points: [F, RANK], the vector of the person that each frame shows.
-          spread: the length of the displacement of each track. A track is a person in a clip.
-          track: [F] int, the track of each frame.
-          position: [F] int, the position of each frame in its clip. Features drift along positions.
-          quality: [F], the quality of each frame.
+        A track is a person in a clip, and `track` [F] int is the track of each frame. `points` [F,
+        RANK] are the vectors of the people, and `spread` is the length of the displacement of each
+        track. Features drift along `position` [F], the position of the frames in their clips.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]

@@ -128,15 +128,9 @@ class Comparison(NamedTuple):
 def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Comparison:
     """Compares the MAP of runs with the MAP of the first run, on the same clips.
 
-    Args:
-      groups: lists of the folders of runs. To compare runs, every list has a single folder. To
-        compare systems by their mean MAP, every list has the same number of runs, which differ only
-        in their seeds.
-      split: the split to compare on, by default `eval.split` of each run.
-
-    Raises:
-      UserError: a run is named twice, groups do not fit, a run has no results on the split, or the
-        runs ranked different clips.
+    `groups` are lists of the folders of runs. To compare runs, every list has a single folder. To
+    compare systems by their mean MAP, every list has the same number of runs, which differ only in
+    their seeds. `split` is by default `eval.split` of each run.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):

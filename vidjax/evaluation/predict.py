@@ -193,7 +193,7 @@ class Predictor(NamedTuple):
     def scores(self, clips: FrameClips, *, split: str | None = None) -> np.ndarray:
         """Returns the scores of N clips (see `Predictor`) for each identity, [N, C] float32.
 
-        Scores are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
+        They are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
         """
         request = self.request(clips, split)

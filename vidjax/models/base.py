@@ -107,9 +107,6 @@ class Identifier(nn.Module):
             other rows or the batch statistics.
           train: applies dropout (rngs `dropout` and `modality_dropout`) and updates the batch
             statistics. Then all collections of the model except `params` are mutable.
-
-        Raises:
-          ValueError: a modality of the model is missing or has a different width.
         """
         raise NotImplementedError
 

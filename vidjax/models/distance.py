@@ -73,11 +73,8 @@ def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray)
     It is the number of independent clips whose mean has the same variance as the mean of the
     person's clips. Clips of the same day have a share r of their variance W = `distances.within` in
     common. So the mean of k clips has the variance (r + (1 - r) / k) W. The spread of the clips
-    about their mean gives an estimate of r.
-
-    Args:
-      count: [K], the number k of clips of each person.
-      square: [K], squared length of the mean of the unit vectors of each person.
+    about their mean gives an estimate of r. `count` [K] is k, and `square` [K] is the squared
+    length of the mean of the unit vectors.
     """
     count = np.asarray(count, np.float64)
     free = count * (1 - square) / distances.within  # (k - 1) (1 - r), on average
@@ -93,12 +90,9 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people.
 
-    Each argument has an array per block of P people. People without a clip are ignored.
-
-    Args:
-      means: the mean of the unit vectors of each person, [P, D].
-      effective: the effective number of clips of each person, [P].
-      counts: the real number of clips of each person, [P].
+    Each argument is a list of arrays per block of P people: the mean of the unit vectors of each
+    person, [P, D], and the effective and the real number of clips, [P]. People without a clip are
+    ignored.
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)

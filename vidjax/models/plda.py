@@ -32,12 +32,9 @@ class PLDAIdentifier(Identifier):
     ensemble, or None if `prepare` fits it.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
-    Espy-Wilson 2011. The sum over modalities and its scale are not published.
-
-    Three attempts did not help: a learned map x + x A of the vectors of each modality, where A
-    starts at 0 and decays towards 0 (NPLDA, Ramoji et al. 2020; MAP 0.910 on synthetic and 0.935 on
-    real clips, as without the map); a scale per modality; a prior that depends on the number of
-    clips.
+    Espy-Wilson 2011. The sum over modalities and its scale are not published. A learned map of the
+    vectors (NPLDA, Ramoji et al. 2020), a scale per modality, and a prior that depends on the
+    number of clips did not help.
     """
 
     modalities: Mapping[str, int]

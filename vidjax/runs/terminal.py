@@ -57,12 +57,9 @@ class Progress:
     ):
         """Displays the bar. `label` is the text before it.
 
-        Args:
-          initial: the number of units that are done already.
-          unit: the name of a unit in the singular, such as `clip`.
-          leave: if False, `close` removes the bar.
-          compiles: True if the first call of `advance` follows a compilation. Until then, the text
-            `compiling` replaces the bar. This time does not count for the displayed rate.
+        If `leave` is False, `close` removes the bar. `compiles` is True if the first call of
+        `advance` follows a compilation. Until then, the text `compiling` replaces the bar. This
+        time does not count for the displayed rate.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit

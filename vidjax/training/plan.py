@@ -390,23 +390,15 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
 
 
-# Noise classes: distractors are labelled as clusters or as mirrors of identities. Each cluster of
-# distractor clips is a class. Each of the C identities also has a mirror class. A distractor in no
-# cluster starts in a random mirror class. Every `noise.relabel_every_epochs` epochs, the distractor
-# moves to the mirror class of the identity that the model predicts.
-#
-# Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
-# its mirror column. This is a misprint of 4934 + 3691 = 8625. If the model predicts no identity,
-# the article keeps the label of the clip, but the author's code takes the prediction
-# (`noise.keep`). The code moves all distractors. We and the article move only distractors in no
 # cluster.
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
-    """Clusters vectors [n, D] by direction with DBSCAN.
+    """Clusters vectors [n, D] by direction with DBSCAN. Returns the cluster of each, [n] int32.
 
     The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
-    1 - d^2 / 2. Zero vectors, for example of clips without frames, are in no cluster.
+    1 - d^2 / 2. Zero vectors, for example of clips without frames, are in no cluster, -1. Clusters
+    are numbered in the order of their first vectors.
 
     Args:
       eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
@@ -414,10 +406,6 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
         different people in a long chain.
       min_samples: least number of neighbours, including itself, with which a vector can extend a
         chain.
-
-    Returns:
-      [n] int32, the cluster of every vector, or -1 if it is in no cluster. Clusters are numbered in
-        the order of their first vectors.
 
     Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
     """
@@ -464,15 +452,11 @@ def relabel(
 ) -> np.ndarray:
     """Gives distractors in no cluster the class that the model predicts.
 
-    If the model predicts an identity, the clip moves to its mirror column. If the model predicts
-    column 0, the clip keeps its label.
-
-    Args:
-      labels: [...] int, present class columns of the distractors.
-      predicted: [...] int, class columns with the highest score.
-      keep: what happens if the model predicts a cluster or a mirror column. `label` keeps the
-        label. `prediction` takes the predicted column. With `label`, only clips in mirror columns
-        move.
+    `labels` and `predicted` [...] int are the present class columns, and the class columns with the
+    highest score. If the model predicts an identity, the clip moves to its mirror column. If it
+    predicts column 0, the clip keeps its label. If it predicts a cluster or a mirror column, `keep`
+    decides: `label` keeps the label, and `prediction` takes the predicted column. With `label`,
+    only clips in mirror columns move.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

@@ -151,8 +151,7 @@ def escape_controls(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-# These are control characters (except tab and line end), separators of lines, marks of
-# bidirectional text, and unpaired surrogates.
+# Controls except tab and line end, separators of lines, bidirectional marks, unpaired surrogates.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )

@@ -156,8 +156,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     logging.getLogger().handlers[0].setFormatter(_Printable("%(message)s"))
     logging.getLogger("vidjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors also arrive as exceptions
-    # Imports and traces make many objects and little garbage. By default, Python would search for
-    # garbage 800 times in a short training.
+    # By default, Python would search for garbage 800 times in a short training, and find little.
     gc.set_threshold(100_000, 20, 50)
     code = main()
     gc.freeze()  # skips the last garbage collection, which would take over a second

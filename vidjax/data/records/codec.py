@@ -78,8 +78,7 @@ def write_info(
         "clip_index": tfds.features.Scalar(dtype=np.int64),
         "frames": tfds.features.FeaturesDict(frames),
     }
-    # The name and the module are in the metadata. Do not change them: equal data must give equal
-    # files.
+    # Do not change the name and the module in the metadata: equal data must give equal files.
     module, version = "vidjax.data.iqiyi_vid", tfds.core.Version(VERSION)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(NAME, version, str(folder), module),

@@ -50,11 +50,7 @@ def convert(
 
     Args:
       cache_dir: the cache. If it is None, it is `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: see `NonFinite`.
       workers: number of threads that write files, by default one per core.
-
-    Returns:
-      The list of the files, with the names and lengths of all clips.
 
     Raises:
       UserError: a feature is refused, a clip is in two splits, files of the dataset change during
@@ -84,8 +80,7 @@ def convert(
         for counts in split["modalities"].values()
     )
     if non_finite == "error" and skipped:
-        # An earlier call with 'drop' made these records. Now the source is read again, which raises
-        # an error that names the clip.
+        # An earlier call with 'drop' made these records. Reading again raises the right error.
         with scratch_folder() as scratch:
             source.read(scratch, "error")
     return records
@@ -102,8 +97,7 @@ def write_records(
     workers: int | None,
 ) -> None:
     """Writes the TFRecord files of a dataset, and their manifest, to an empty folder."""
-    # During its import, TFDS replaces the import function of all threads. So it is imported before
-    # the threads start.
+    # Imported before the threads start, because TFDS replaces the import function of all threads.
     from vidjax.data.records import codec
 
     staging = folder / "staging"
@@ -115,8 +109,7 @@ def write_records(
     _refuse_shared_clips(staged, source.place)
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
-    # Each thread opens a file per field and modality. All threads together may open half of the
-    # number of files that a process may open.
+    # A thread opens a file per field and modality. All threads may open half of the allowed files.
     max_threads = max_open_files() / 2 / (len(STORED) * len(modalities))
     with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
         reports = {}

@@ -28,8 +28,7 @@ from vidjax.data.records.record_reader import Reader
 from vidjax.data.records.shard_files import check_shard, count_frame_bytes
 from vidjax.utils.errors import UserError
 
-# TensorFlow reads both variables during its import. Its log is not needed, because errors become
-# exceptions. oneDNN would print a message.
+# Read by the import of TensorFlow. They hide its log and a message of oneDNN: errors are raised.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 

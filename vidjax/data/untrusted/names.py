@@ -9,8 +9,7 @@ from collections.abc import Iterable
 
 from vidjax.utils.errors import UserError
 
-# The Unicode categories of control characters, and of separators of lines and paragraphs. These
-# characters would break the lines of a file.
+# Unicode categories that would break the lines of a file: controls, line and paragraph separators.
 _BREAKS = ("Cc", "Zl", "Zp")
 # The characters that `escape` replaces. White space and the byte order mark may be dropped by
 # programs that read text. A % before two hexadecimal digits would be changed by `unescape`.

@@ -55,8 +55,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
             with contextlib.suppress(Exception):
                 return pack(load_pieces(file, size))
-            # Some pickles have to be loaded as a whole. If a pickle is refused, this call raises
-            # the error with the right message.
+            # Some pickles have to be loaded as a whole. This call also raises the right error.
             return pack(load(file, size) for _ in range(1))
     except OSError as error:
         reason = error.strerror or str(error)
@@ -73,16 +72,14 @@ def unpack(
 ) -> PackedClips:
     """Reads a pickle of features in a child process with limits.
 
-    The child process writes the frames to files in `out_dir`, which are then memory-mapped.
+    The child process writes the frames to files in `out_dir`, which are then memory-mapped. Only
+    this call may use the folder, and it must exist as long as the returned arrays.
 
-    Args:
-      path: the pickle. It contains clip -> array [D] or [T, D], or clip -> list of entries with a
-        feature and the other values of a frame.
-      modality: if it is 'face', 'head', 'body', 'audio' or 'scene', the entries have the fields of
-        the iQIYI-VID dataset. Otherwise the majority of the clips decides which fields they have.
-      out_dir: a folder that only this call uses. It must exist as long as the returned arrays.
-      non_finite: see `NonFinite`.
-      children: an object with which another thread can kill the child process.
+    The pickle contains clip -> array [D] or [T, D], or clip -> list of entries with a feature and
+    the other values of a frame. If `modality` is 'face', 'head', 'body', 'audio' or 'scene', the
+    entries have the fields of the iQIYI-VID dataset. Otherwise the majority of the clips decides
+    which fields they have. `children` is an object with which another thread can kill the child
+    process.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size

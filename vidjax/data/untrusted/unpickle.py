@@ -16,8 +16,7 @@ from vidjax.utils.errors import UserError
 
 _DTYPES = ("b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 
-# First bytes of a file that users mistake for a pickle -> kind of the file. No pickle begins with
-# these bytes.
+# First bytes of a file that users mistake for a pickle -> its kind. No pickle begins with them.
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
     b"\x93NUMPY": "a .npy file",

@@ -155,11 +155,10 @@ def write_results(
     not change them. The analysis and the report of an earlier evaluation of the split are deleted.
     All processes call this function, and the first process writes the files.
 
-    Args:
-      values: the metrics. If there is an entry `overrides`, the names of the files contain the name
-        of the split, so that no result of the training is replaced.
-      ends_training: marks the metrics as `finished` only after the report is written. So if the
-        process is killed before, the user can repeat the command to write the report.
+    If the metrics `values` have an entry `overrides`, the names of the files contain the name of
+    the split, so that no result of the training is replaced. With `ends_training`, the metrics are
+    marked as `finished` only after the report is written. So if the process is killed before, the
+    user can repeat the command to write the report.
     """
     split, identities = evaluation.split, models[0].data.identities
     paths = folder.paths(split.name, apart=bool(values.get("overrides")))
