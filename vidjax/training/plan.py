@@ -390,7 +390,14 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
 
 
-# cluster.
+# Noise classes: each cluster of distractors is a class. Each of the C identities also has a mirror
+# class, for strangers who resemble it. A distractor in no cluster starts in a random mirror class.
+# Every `noise.relabel_every_epochs` epochs, it moves to the mirror class of the identity that the
+# model predicts.
+#
+# Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
+# its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
+# clusters.
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
