@@ -227,7 +227,7 @@ def _list_npz_files(folder: Path) -> list[Path]:
 
 
 def _digest(clips: Iterable[Clip]) -> str:
-    """Returns the sha256 of clips in any order."""
+    """Returns the sha256 of clips, independently of their order."""
     digests = []
     for clip in clips:
         sha256 = hashlib.sha256(clip.name.encode())

@@ -7,6 +7,7 @@ Features identify people, so only the user may read the files of the cache.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -45,11 +46,11 @@ def digest_files(
         if len(text) == DIGEST_LETTERS:
             return text
     sha256 = hashlib.sha256()
-    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]
+    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]  # for small files
     with ThreadPoolExecutor(workers or num_cores()) as threads:
-        for group, digests in zip(groups, threads.map(_sha256_each, groups), strict=True):
-            for path, digest in zip(group, digests, strict=True):
-                sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
+        digests = threads.map(lambda group: [*map(files.sha256_file, group)], groups)
+        for path, digest in zip(paths, itertools.chain.from_iterable(digests), strict=True):
+            sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     text = sha256.hexdigest()
     newest = max(changed for _, _, *times in states for changed in times)
     unchanged = newest < began - TICK_NS and states == [_read_file_state(path) for path in paths]
@@ -68,7 +69,7 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """In a `with` block, locks a folder of the cache, and deletes copies by killed processes."""
+    """Locks a folder of the cache in a `with` block, and deletes copies of killed processes."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"
@@ -88,7 +89,3 @@ def mark_used(folder: Path) -> None:
     """Sets the modification time of a cache folder to now, if the folder is writable."""
     with contextlib.suppress(OSError):
         os.utime(folder)
-
-
-def _sha256_each(paths: Sequence[Path]) -> list[str]:
-    return [files.sha256_file(path) for path in paths]

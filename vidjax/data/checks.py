@@ -134,7 +134,7 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality without usable frames, or with sizes beyond float32."""
+    """Yields a message for each modality without usable frames, or with norms beyond float32."""
     place = ", ".join(splits)
     for modality in modalities:
         counts = [

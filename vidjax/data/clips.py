@@ -106,7 +106,7 @@ class BatchPlan(NamedTuple):
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields blocks of at most `rows` clips: their `bucket` (see EvalPlan) and positions [n]."""
+    """Yields (bucket, positions [n] int) of each block, at most `rows` clips of the same bucket."""
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
         for at in range(0, len(places), rows):
@@ -159,7 +159,7 @@ class TrainingData(ClipSource, Protocol):
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields the `clip_index` [n] of all clips, a few at a time, and modality -> all frames."""
+        """Yields, for a few clips at a time, `clip_index` [n] int32 and modality -> all frames."""
         ...
 
 
