@@ -71,7 +71,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # 
 
 @contextlib.contextmanager
 def disable_program_cache() -> Iterator[None]:
-    """In a `with` block, `cache_programs` has no effect: it would store all weights of a net."""
+    """Disables the cache of programs in a `with` block, because it would store all weights."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, math.inf)

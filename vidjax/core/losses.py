@@ -56,8 +56,8 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 
     Returns:
       [..., K], at least float32. The column of the label becomes scale x cos(angle + m). For angles
-        above pi - m this cosine would increase again. There the column becomes scale x (cos(angle)
-        - m sin(m)). Other columns are unchanged.
+        above pi - m this cosine would increase again. There the column becomes
+        scale x (cos(angle) - m sin(m)). Other columns are unchanged.
 
     Source: Deng et al., ArcFace, equation 3. The formula for angles above pi - m is from the
     authors' code. At cosines of 1 and -1, the derivative of the sine is infinite. Unlike that code,

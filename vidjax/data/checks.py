@@ -90,7 +90,7 @@ def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[st
 def find_transposed(
     splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
 ) -> Iterator[str]:
-    """Yields a message if all clips have T >= 4 D frames: arrays are [D, T] instead of [T, D]."""
+    """Yields a message if all clips have equally many frames, T >= 4 D: are arrays transposed?"""
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
         counts = np.unique(np.concatenate([*lengths, [0]]))[1:]

@@ -28,7 +28,7 @@ def load_official_truth(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, from the files `{split}_gt.txt` of a directory.
 
-    `clips` is split -> the clips that have features. Too many other clips are an error.
+    `clips` is split -> the clips that have features, for `check_known`.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -364,7 +364,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
 
 
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
-    """Warns if a file names clips without features. More than 1 % of them are an error."""
+    """Warns if a file names clips without features. If they are more than 1 %, raises UserError."""
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]
     if not unknown:

@@ -31,8 +31,8 @@ class DrawnClips(NamedTuple):
 def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
     """Draws the B clips of the training step `step` [] int32. Each clip is drawn once per epoch.
 
-    `epoch` and `place` [B] int32 are the quotient and the remainder of `(step * B + arange(B)) //
-    plan.num_places`, the epoch of each row, and its position in the epoch.
+    `epoch` and `place` [B] int32 are `divmod(step * B + arange(B), plan.num_places)`: the epoch of
+    each row, and its position in the epoch.
     """
     order_rng, window_rng = jax.random.split(
         jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 
 def read(path: Path) -> Rows:
-    """Reads all rows of a parquet table. UserError if it is damaged or needs too much memory."""
+    """Reads all rows of a parquet table, unless it is damaged or needs too much memory."""
     with _open(path) as (opened, file):
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)

@@ -61,7 +61,7 @@ class Children:
     def run(
         self, module: str, *, given: bytes, timeout: float
     ) -> subprocess.CompletedProcess[bytes]:
-        """Runs a module with `given` as standard input. Kills it after `timeout` seconds."""
+        """Runs a module with the input `given`. After `timeout` seconds, raises TimeoutExpired."""
         # PYTHONPATH makes the child import from the same folders as this process. The child has one
         # BLAS thread, because each thread would reserve address space. The MALLOC variables make
         # glibc keep freed memory, because the system would clear its pages before they are reused.
@@ -105,8 +105,8 @@ def map_children(
     """Calls a function for each item, with at most `workers` calls at once, each in a thread.
 
     After the first error, all child processes are killed, and the error is raised. `function` takes
-    a `Children` object, with which it starts child processes, and an item. Calls start and results
-    are returned in the order of the items. `progress` is the title of a progress bar, or "".
+    a `Children` object, with which it starts child processes, and an item. Results are in the order
+    of the items. `progress` is the title of a progress bar, or "".
     """
     from tqdm import tqdm
 

@@ -203,7 +203,7 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 class _FlatFrames(NamedTuple):
     """The F frames of n clips in a modality, clip by clip."""
 
-    present: np.ndarray  # [n] bool, False if the frames are not written, as the clip lacks them
+    present: np.ndarray  # [n] bool, False if the clip lacks the modality: frames are not written
     lengths: np.ndarray  # [n] int, number of frames of each clip
     number: np.ndarray  # [F] int, number of the frame in the video
     box: np.ndarray  # [F, 4] float64, x1, y1, x2, y2 in pixels

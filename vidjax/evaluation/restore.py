@@ -238,7 +238,7 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Describes how the digests of a split differ, or returns "". `now` is None without it."""
+    """Describes how digests of a split differ, or returns "". If it is missing, `now` is None."""
     if now is None:
         return f"{split} is missing"
     if now["names"] != before["names"]:

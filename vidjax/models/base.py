@@ -113,7 +113,7 @@ class Identifier(nn.Module):
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
         """Returns attribute -> value, computed from the training clips before the first step.
 
-        Checkpoints store the values, numbers, None, or tuples with a number for each member.
+        Checkpoints store the values: a number, None, or a tuple with a number for each member.
         """
         return {}
 

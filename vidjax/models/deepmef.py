@@ -31,14 +31,13 @@ class DeepMEF(Identifier):
     """Attention over the frames of a modality, a residual layer, and a cosine classifier.
 
     1. The features of every frame of `modality` are joined with quality / 100 and the detection
-    score.
-       ChannelAttention and AttentionAggregation turn the frames into a vector.
+       score. ChannelAttention and AttentionAggregation turn the frames into a vector.
     2. The mean frame of each other modality passes through separate dense layers.
     3. The concatenated vectors x become x + f(x). f has two layers: D to `hidden_dim` to D.
     4. A cosine classifier gives the logits.
 
     Attributes:
-      modality: modality with attention over its frames. The others are published with `scene`.
+      modality: modality with attention over its frames. Published: and `scene`.
       channel_attention, num_frames, channel_norm: form, T and norm of ChannelAttention, or `none`.
         `channel_norm` is published as True.
       aggregation: attention | mean | quality (mean weighted by quality x detection).
@@ -150,20 +149,20 @@ class ChannelAttention(nn.Module):
     The map out and the factor gamma start at 0, so the block starts as the identity. With `norm`
     (only for the form `channels`), maps have no bias, BatchNorm follows theta, phi and out, and
     theta and phi also start at 0. Then theta and phi never change, because the gradient of each is
-    a product with the other. So all entries of the attention A (see below) stay equal, and out(A
-    g(x)) maps the mean of g(x).
+    a product with the other. So all entries of the attention A stay equal, and out(A g(x)) maps the
+    mean of g(x).
 
-    Form `features` (not published): the maps act on the features, D -> D/2. The attention is A_ts =
-    softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T]. The output is y_t = x_t
-    + out(sum_s A_ts g(x_s)). It works for any number of frames, in any order.
+    Form `features` (not published): the maps act on the features, D -> D/2. The attention is
+    A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T]. The output is
+    y_t = x_t + out(sum_s A_ts g(x_s)). It works for any number of frames, in any order.
 
-    Form `channels` (the code of DeepMEF): the maps act on the frames, T -> T/2, and treat all
-    features alike. Every clip has T = `num_frames` frames. With A_ij = softmax over j of sum_d
-    theta(x)_id phi(x)_jd, [T/2, T/2], the output is y = x + out(A g(x)).
+    Form `channels` (the code of DeepMEF): the maps act on T = `num_frames` frames, T -> T/2, and
+    treat all features alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2],
+    the output is y = x + out(A g(x)).
 
-    Form `danet` (the code of DANet, with frames as its channels): no maps. With the energies E_ts =
-    x_t . x_s and A_ts = softmax over real frames s of max_s(E_ts) - E_ts, [T, T], the output is y_t
-    = x_t + gamma sum_s A_ts x_s. So each frame receives most from the frames least like it.
+    Form `danet` (the code of DANet, with frames as its channels): no maps. With the energies
+    E_ts = x_t . x_s and A_ts = softmax over real frames s of max_s(E_ts) - E_ts, [T, T], the output
+    is y_t = x_t + gamma sum_s A_ts x_s. So each frame receives most from the frames least like it.
 
     Source: channel attention of DANet (Fu et al., CVPR 2019; the article takes the softmax of E
     itself). DeepMEF (3rd place 2019) names it, and builds `channels` with `norm` in

@@ -177,7 +177,7 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] is 0 at the first occurrence."""
+    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] counts earlier occurrences."""
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     centre, num = part["centre"] + jnp.dot(first, x), part["num"] + jnp.sum(first)
@@ -215,7 +215,7 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
 
 
 def _stack(*parts: Array) -> Array:
-    """Stacks an array [E, ...] of members. `Enrolled.curve` is padded by rows that are not read."""
+    """Stacks the array of each member, [E, ...]. Only `Enrolled.curve` needs rows of padding."""
     largest = np.max([part.shape for part in parts], axis=0)
     pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
     return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])

@@ -149,9 +149,9 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
     """Enrols K classes with `count` [K] clips whose coordinates z add up to `sums` [K, D].
 
-    After k clips with the mean z, the posterior of the vector of the class has the mean k psi z /
-    (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new clip adds the
-    variance within classes, which is 1.
+    After k clips with the mean z, the posterior of the vector of the class has the mean
+    k psi z / (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new clip
+    adds the variance within classes, which is 1.
     """
     kinds, kind = np.unique(count, return_inverse=True)  # [U], the different numbers of clips
     weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]

@@ -149,8 +149,9 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
-    Damaged lines are skipped, because a run may still write the last line. Of a longer log, about
-    20,000 evenly spaced lines, and the lines of the first 20,000 evaluations, are returned.
+    Damaged lines are skipped, because a run may still write the last line. If there are more than
+    20,000 lines, returns about 20,000 evenly spaced lines, and the lines of the first 20,000
+    evaluations.
     """
     if not files.exists(path):
         return []

@@ -2,5 +2,5 @@
 
 `conversion` checks the features and writes the files (shards) to the cache. A record of a shard is
 a clip. Readers check the sha256 of files, and raise UserError if a file is missing or damaged. Only
-`streaming` and `codec` need TensorFlow.
+`streaming` needs TensorFlow, and only `codec` needs TFDS.
 """

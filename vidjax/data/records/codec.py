@@ -2,7 +2,7 @@
 
 The values of all frames of a clip are stored as one string of bytes per field, because
 `tf.train.Example` has no float16, and a list of floats takes several times as long to decode.
-vidjax itself does not use the metadata: `streaming` decodes whole batches, which is much faster.
+vidjax itself does not use the metadata, because `streaming` decodes whole batches much faster.
 """
 
 from collections.abc import Mapping, Sequence

@@ -18,9 +18,10 @@ LOCK_BYTES = 1000  # the longest text of a `.lock`
 
 @contextlib.contextmanager
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
-    """Locks a folder until the context or the process ends. `name` is its word in messages.
+    """Locks a folder until the context or the process ends.
 
-    Raises InUseError if another process has locked the folder.
+    Raises InUseError if another process has locked it. `name` is the word for the folder in
+    messages.
     """
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
