@@ -105,9 +105,8 @@ class FeatureFolder:
     ):
         """Finds the files of each split. For `labels` and `quality`, see `vidjax.load_data`.
 
-        Args:
-          workers: number of reading processes. By default, one per core, or fewer for little data.
-          cache_dir: folder in which the digests of unchanged files are kept.
+        `workers` is the number of reading processes, by default one per core, or fewer for little
+        data. `cache_dir` keeps the digests of unchanged files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         check_choice("config.data.quality", quality, QUALITIES)

@@ -306,13 +306,10 @@ def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) 
 def pad(
     frames: Mapping[str, Sequence[np.ndarray]], shape: tuple[int, int], modality: Modality
 ) -> Frames:
-    """Joins at most B clips in arrays [B, T], which are padded with zeros.
+    """Joins at most B clips in arrays [B, T] = `shape`, which are padded with zeros.
 
-    If a clip has more than T frames, the T frames of the highest quality are kept.
-
-    Args:
-      frames: field -> the values of each clip, [t] or [t, D].
-      shape: (B, T).
+    `frames` is field -> the values of each clip, [t] or [t, D]. If a clip has more than T frames,
+    the T frames of the highest quality are kept.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)

@@ -177,7 +177,7 @@ class Origin(NamedTuple):
 
 
 class RecordSource(Protocol):
-    """A dataset whose frames can be converted to records (TFRecord files), with labels.
+    """A dataset, with labels, whose frames can be converted to records (TFRecord files).
 
     To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
     """

@@ -44,11 +44,8 @@ class OfficialFiles:
     ):
         """Finds the feature pickles.
 
-        Args:
-          workers: number of pickles that are read at once. By default, one per core, or fewer if
-            the memory is small.
-          cache_dir: folder in which the digests of unchanged files are kept.
-          origin: the name of the dataset in result files, by default "iqiyi_vid".
+        `workers` pickles are read at once, by default one per core, or fewer if the memory is
+        small. `cache_dir` keeps the digests of unchanged files. `origin` is for result files.
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)

@@ -201,23 +201,17 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 def load_ground_truth(
     path: str | os.PathLike[str], *, known_clips: Collection[str] = ()
 ) -> dict[str, str]:
-    """Reads a ground-truth file, which has one of two forms.
+    """Reads a ground-truth file. Returns clip (without `.mp4`) -> identity, in order.
 
     The direct form has a line for each clip, `NAME.mp4 ID`. The inverted form has a line for each
     identity, `ID NAME.mp4 NAME.mp4 ...`. The position of the suffix `.mp4` decides the form. If no
     name has the suffix, the name of the file decides: train_gt.txt is direct, val_gt.txt and
     test_gt.txt are inverted. A byte order mark, CRLF, tabs, blank lines and additional spaces are
-    ignored. A blank within a name is written as in a URL, `First%20Last`.
+    ignored. A blank within a name is written as in a URL, `First%20Last`. In the names
+    `known_clips`, a `%20` is not replaced by a blank.
 
-    Args:
-      known_clips: names of clips in which a `%20` is not replaced by a blank.
-
-    Returns:
-      Clip (without `.mp4`) -> identity, in the order of the file.
-
-    Raises:
-      UserError: the form is ambiguous or changes; a clip or an identity comes twice; an identity
-        has no clips; or most labels are whole numbers, but not all are whole numbers above 0.
+    Raises UserError if the form is ambiguous or changes; a clip or an identity comes twice; an
+    identity has no clips; or most labels are whole numbers, but not all are whole numbers above 0.
     """
     path, known = Path(path), frozenset(known_clips)
     lines = _read_lines(path, "NAME.mp4 ID")
@@ -303,7 +297,6 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
 
 
 def _is_integer(text: str) -> bool:
-    """Returns True if a text is a whole number of at most 100 digits."""
     # Python refuses to parse a number with thousands of digits.
     return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 

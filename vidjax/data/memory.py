@@ -55,12 +55,9 @@ class MemoryClips:
     ):
         """Takes the frames of clips that `packing.pack` has checked.
 
-        Args:
-          packed: modality -> the frames of all clips.
-          names: name of a clip -> its name in the input, which may end in `.mp4`.
-          modalities: modality that the model reads -> feature width, which must be the width in
-            `packed`.
-          identities: the names of the classes.
+        `packed` is modality -> the frames of all clips. `names` is name of a clip -> its name in
+        the input, which may end in `.mp4`. `modalities` is modality that the model reads -> feature
+        width, which must be the width in `packed`.
         """
         if not names:
             raise UserError("the input contains no clips: give one or more clips")

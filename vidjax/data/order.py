@@ -65,17 +65,10 @@ def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
 def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
     """Returns the clips at given positions of shuffled epochs, without shuffling whole epochs.
 
-    Each epoch has another order of all N clips. This function takes a time of O(B). Sorting N
-    random numbers for each epoch would take as long as many training steps.
-
-    Args:
-      rng: the random key, which determines the orders of all epochs.
-      epoch: [B] int32, numbers of epochs.
-      place: [B] int32, positions in the orders of these epochs, 0 to N - 1.
-      num_clips: N.
-
-    Returns:
-      [B] int32, the clip at each position, 0 to N - 1.
+    `epoch` [B] int32 are numbers of epochs, and `place` [B] int32 are positions in their orders, 0
+    to N - 1 for N = `num_clips`. `rng` determines the orders of all epochs. Each epoch has another
+    order of all N clips. Returns [B] int32, the clip at each position, 0 to N - 1, in a time of
+    O(B). Sorting N random numbers for each epoch would take as long as many training steps.
 
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002. A generalised Feistel
     network permutes the cells of a rectangle that has at least N cells. If a position is mapped to

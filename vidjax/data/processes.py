@@ -290,7 +290,6 @@ def run_limited_each(
 
 
 def _parse_answer(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:
-    """Returns the result or the error that `_answer` wrote."""
     if "os_error" in answer:
         failed = DiskError(answer["os_error"])
         failed.errno = answer.get("errno")

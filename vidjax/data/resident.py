@@ -65,15 +65,12 @@ def gather_frames(
     *,
     lazy: bool = True,
 ) -> Frames:
-    """Gathers the frames of B clips in a modality, padded to [B, size].
+    """Gathers the frames of the clips `clip_index` [B] int32 in a modality, padded to [B, size].
 
-    Args:
-      clips: the joined frames of N clips. The last frame is zeros, for padding.
-      clip_index: [B] int32, the clips to gather.
-      batch_mask: [B] bool, False for rows that stay empty.
-      window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
-        None, the first `size` frames are taken.
-      lazy: if True, features are gathered later, after the fusion of the model has chosen frames.
+    The last frame of `clips` is zeros, for padding. Rows where `batch_mask` [B] bool is False stay
+    empty. `window` [B] float32 in [0, 1) are random numbers that choose a window of longer clips,
+    or None for the first `size` frames. If `lazy` is True, features are gathered later, after the
+    fusion of the model has chosen frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if window is not None:
@@ -191,7 +188,6 @@ class Resident:
     """
 
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
-        """Copies the clips of `layout` to the devices."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         self._gathered = devices.jit(

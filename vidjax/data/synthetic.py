@@ -432,7 +432,6 @@ def _draw_resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray
 
 
 def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
-    """Draws an array [rank, dim] float32 with orthonormal rows."""
     return np.linalg.qr(rng.standard_normal((dim, rank)))[0].T.astype(np.float32)
 
 

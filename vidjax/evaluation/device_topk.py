@@ -104,7 +104,6 @@ class DeviceTopK:
     """Ranks blocks of scores on accelerators. Every device ranks its part of the clips."""
 
     def __init__(self, num_identities: int, k: int, rows: int, mesh: Mesh):
-        """For the arguments see `start_top_k`."""
         self._layout = devices.row_layout(mesh)
         shape = (mesh.size, num_identities, k)
         empty = TopK(np.full(shape, -np.inf, np.float32), np.full(shape, NO_CLIP, np.int32))

@@ -269,7 +269,6 @@ def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
 
 
 def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -> None:
-    """Raises UserError if the features and scores of a block exceed the free memory of a device."""
     frames, widths = plan.padded_lengths, system.task.modalities
     numbers = [
         sum(widths[name] * frames[name][bucket] for name in system.fuse_eval)

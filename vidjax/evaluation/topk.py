@@ -39,7 +39,6 @@ class HostTopK:
     """
 
     def __init__(self, num_identities: int, k: int = MAX_NAMES):
-        """Makes an empty ranking, which will list at most `k` clips for each identity."""
         self._k = k
         self._chunks = [
             _Chunk(min(CHUNK, num_identities - first), k)
@@ -93,7 +92,6 @@ class _Chunk:
             self.merge()
 
     def merge(self) -> None:
-        """Merges the waiting candidates into the k best clips."""
         if not self._num_waiting:
             return
         identities, keys = map(np.concatenate, zip(*self._waiting, strict=True))

@@ -113,7 +113,6 @@ class DeepMEF(Identifier):
         return ModelOutput(logits[:, None], embedding=x)
 
     def _apply_block(self, x: Array, has_frames: Array, *, train: bool) -> Array:
-        """Applies the residual layer x + f(x) to x [B, D]."""
         if self.layer_form == "published":
             block = ResidualBlock(self.hidden_dim, self.dropout_rate, self.dtype, name="block")
             return block(x, has_frames, train=train)

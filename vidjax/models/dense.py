@@ -143,7 +143,6 @@ class MLP(nn.Module):
 
 
 def _check_layer(layer: object) -> None:
-    """Raises UserError unless a layer has four values, each in its range."""
     if isinstance(layer, tuple) and len(layer) == 4:
         width, _, _, dropout_rate = layer
         are_numbers = isinstance(width, int) and isinstance(dropout_rate, int | float)

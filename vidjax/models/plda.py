@@ -160,7 +160,6 @@ class PLDAIdentifier(Identifier):
         return {"solved": jax.tree.map(_stack, *solved)}
 
     def _finalise_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Computes the coefficients of a member of the ensemble, as in `finalise_state`."""
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
         for name in self.modalities:
             count = sums[name]["count"]

@@ -251,7 +251,6 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _check_precision(precision: str) -> None:
-    """Raises UserError if jax has no such precision."""
     try:
         with jax.default_matmul_precision(precision):
             pass

@@ -224,7 +224,6 @@ def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, An
 
 @contextlib.contextmanager
 def _raise_damaged(path: Path) -> Iterator[None]:
-    """Turns an error of reading `path` into a DamagedError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -249,7 +248,6 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Returns True if the folder of a checkpoint contains no file of a user."""
     listed = {MANIFEST, *(f"state/{name}" for name in manifest["files"])}
     try:
         others = set(files.walk(folder)) - listed

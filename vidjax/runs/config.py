@@ -433,7 +433,6 @@ def check_ranges(config: Config | Mapping[str, Any]) -> None:
 
 
 def _find_out_of_range(values: Values) -> Iterator[str]:
-    """Yields a message for every value outside the range or the choices of the field."""
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_find_numbers(value))
@@ -486,7 +485,6 @@ def _find_numbers(value: Any) -> Iterator[int | float]:
 
 
 def _find_untrainable(values: Values) -> Iterator[str]:
-    """Yields a message for every combination of values with which no run can be trained."""
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: use --config.data.train_splits=train"
     if values["data.mode"] == "streaming":

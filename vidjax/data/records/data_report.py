@@ -81,15 +81,11 @@ def _make_histogram(values: np.ndarray) -> dict[str, Any]:
 def label_records(
     records: Records, truth: Truth, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
-    """Adds labels to the converted clips of a dataset.
+    """Adds labels, split -> clip -> identity, to the converted clips of a dataset.
 
-    Args:
-      truth: split -> clip -> identity.
-      identities: the names of the classes 1..C. By default, the classes are all identities in the
-        ground truth of train and val, even identities without a clip.
-
-    Returns:
-      The names of the classes; split -> its clips and labels; and the data report.
+    `identities` are the names of the classes 1..C. By default, they are all identities in the
+    ground truth of train and val, even identities without a clip. Returns the names of the classes;
+    split -> its clips and labels; and the data report.
     """
     if identities is None:
         identities = sort_identities(
@@ -143,7 +139,6 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
 def _report_labels(
     truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
 ) -> dict[str, Any]:
-    """Counts the labels of a split. `truth` is None if there are no labels."""
     if truth is None:
         return {"labelled": False}
     known = len(truth.keys() & set(clips))

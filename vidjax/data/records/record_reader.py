@@ -45,7 +45,6 @@ class Reader:
     """
 
     def __init__(self, records: Records, splits: Sequence[str]) -> None:
-        """Computes where each record begins."""
         self._modalities = records.modalities
         parts = [records.splits[name] for name in splits]
         before = np.cumsum([0, *(len(split.clips) for split in parts)])

@@ -148,7 +148,6 @@ def _locate_clips(
 
 
 def _get_host_device() -> Any:
-    """Returns the CPU device of JAX, or an accelerator if JAX may not use the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -185,11 +184,9 @@ def _decode(
 ) -> Frames:
     """Decodes B clips to arrays with `size` frames per clip, padded with zeros.
 
-    Args:
-      fields: field -> [B] strings, the bytes of all frames of each clip.
-      first: [B] int32, the first frame to take from each clip. If it is None, it is frame 0.
-      best: takes the frames of the highest quality, in time order, from clips of more than `size`
-        frames.
+    `fields` is field -> [B] strings, the bytes of all frames of each clip. `first` [B] int32 is the
+    first frame to take from each clip, or None for frame 0. `best` takes the frames of the highest
+    quality, in time order, from clips of more than `size` frames.
     """
     nbytes, dtypes = count_frame_bytes(modality), {"features": tf.as_dtype(modality.dtype)}
     dtypes |= {name: tf.as_dtype(field.dtype) for name, field in FRAME_FIELDS.items()}

@@ -237,7 +237,6 @@ def learning(run: RunFiles) -> Markup | None:
 
 
 def _draw_curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup:
-    """Draws a field of the lines of `metrics.jsonl` over the epochs."""
     x, y = _column(train, "epoch"), _column(train, field)
     plot = html.Plot(x="epoch", y=title.lower())
     plot.curve(x, y)

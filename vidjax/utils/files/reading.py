@@ -294,7 +294,6 @@ def _open_arrays(
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Returns the shape and the dtype of an array from the header of an open `.npy`."""
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -310,7 +309,6 @@ class _InPieces(io.BufferedReader):
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Returns the next `size` bytes. If `size` is None or negative, returns all other bytes."""
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
