@@ -1,4 +1,5 @@
 """Mathematics on arrays: batches, augmentation, fusion, losses, optimisers, metrics, ensembles.
 
 The package also places arrays on devices and connects processes. Nothing in it depends on a run.
+Functions raise UserError if an option is unknown, missing or out of range.
 """

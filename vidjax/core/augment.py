@@ -20,21 +20,14 @@ NOISE_FRAMES = 50  # shorter distractor clips are concatenated (code of 5th plac
 
 
 class MemberClips(NamedTuple):
-    """The B clips of a training step, as a member (net) of an ensemble receives them.
+    """The B clips of a training step, as a member (net) of an ensemble receives them."""
 
-    Attributes:
-      frames: modality -> Frames [B, T].
-      labels: [B] int32, column of the class of each clip in the logits.
-      weight: [B] float32, weight of the loss; 0 for clips that the member is not trained on.
-      min_quality: [] float32, lowest quality of the frames that the member is trained on.
-      targets: pairs (labels [B] int32, share [B] float32). The loss of a clip is the sum of share x
-        loss over the pairs. The shares of a clip sum to 1.
-    """
-
-    frames: Mapping[str, Frames]
-    labels: Array
-    weight: Array
-    min_quality: Array
+    frames: Mapping[str, Frames]  # modality -> Frames [B, T]
+    labels: Array  # [B] int32, column of the class of each clip in the logits
+    weight: Array  # [B] float32, weight of the loss; 0 for clips that the member is not trained on
+    min_quality: Array  # [] float32, lowest quality of the frames that the member is trained on
+    # Pairs (labels [B] int32, share [B] float32). The loss of a clip is the sum of share x loss
+    # over the pairs. The shares of a clip sum to 1.
     targets: tuple[tuple[Array, Array], ...]
 
 
@@ -46,7 +39,7 @@ def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep"
 
     If all frames of a clip in a modality are below this quality, the clip keeps them. With
     `poor_clips="drop"`, the weight of a clip becomes 0 if all its frames in the first modality of
-    `clips.frames` are below this quality. `rng` is not used.
+    `clips.frames` are below this quality.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
     option `keep`. The paper also drops frames whose quality equals the limit.
@@ -103,14 +96,9 @@ def concat_clips(
     first to a random last frame (both uniform). All other clips stay unchanged.
 
     With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
-    same partner, and cut a clip at the same relative position.
-
-    Args:
-      chosen: [B] bool, True for clips that may change, such as distractors; False on padded rows.
-      short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
-
-    Returns:
-      Frames [B, 2 T] in the stored dtype.
+    same partner, and cut a clip at the same relative position. `chosen` [B] bool must be False on
+    padded rows. `short` [B] bool is True for clips with fewer than `max_frames` frames in the first
+    modality. Returns Frames [B, 2 T] in the stored dtype.
 
     Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. The
     probability and `equal` pieces are not in the paper.
@@ -162,10 +150,7 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Mixes each of B clips with a partner: returns share x clip + (1 - share) x partner.
-
-    `partner` [B] is the row of the partner in the batch. Missing frames count as 0.
-    """
+    """Returns share x clip + (1 - share) x the clip in row `partner` [B]. Missing frames are 0."""
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(first: Array, second: Array) -> Array:
@@ -196,14 +181,10 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
 
 class Transform(NamedTuple):
-    """A transform that the configuration field `config.transforms` may name.
-
-    `function` maps (rng, MemberClips, *, options) to MemberClips. It receives the fused frames. If
-    `before_fusion` is True, it receives all frames of the clips instead.
-    """
+    """An entry for `config.transforms`. `function` maps (rng, MemberClips, *, options)."""
 
     function: Callable[..., MemberClips]
-    before_fusion: bool = False
+    before_fusion: bool = False  # True: it receives all frames of the clips, not the fused frames
 
 
 # name in `config.transforms` -> transform. To add a transform, write a function and a line here.
@@ -215,12 +196,11 @@ TRANSFORMS: dict[str, Transform] = {
 def make_transforms(
     config: Mapping[str, Any], num_identities: int
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """Builds the transforms of a configuration.
+    """Builds the transforms of a configuration, before and after the fusion of frames.
 
-    Returns the transforms before the fusion of frames, and the transforms after it. In both, the
-    transforms of `config.ensemble.min_quality`, `config.noise.join` and `config.mixup` precede the
-    entries of `config.transforms`. An entry is a key of TRANSFORMS, or a dict of the key (`name`)
-    and keyword arguments. Raises UserError if a transform is unknown or an argument is missing.
+    In both lists, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
+    `config.mixup` precede the entries of `config.transforms`. An entry is a key of TRANSFORMS, or a
+    dict of the key (`name`) and keyword arguments.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

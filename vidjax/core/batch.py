@@ -7,8 +7,7 @@ branches (sets of logits) of a model.
 
 Class columns are the columns of logits and scores, [B, 1 + C]. Column 0 is "other": distractors,
 which show none of the identities. Columns 1..C are the identities in the order of
-`identities.json`. Noise classes add further columns, see `NoiseClassLayout`. The `num_classes` of a
-model counts all columns.
+`identities.json`. Noise classes add further columns, see `NoiseClassLayout`.
 """
 
 from collections.abc import Mapping
@@ -19,8 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     import jax
 
-# Code on the host fills these structures with numpy arrays, because it must not wait for JAX.
-# Code on the device uses jax arrays.
+# Code on the host fills these structures with numpy arrays, so that it does not wait for JAX.
 Array: TypeAlias = Union["jax.Array", np.ndarray]
 
 
@@ -65,8 +63,7 @@ class LazyFeatures(NamedTuple):
 
     Attributes:
       values: [F, D], features of all F frames of the dataset, in the stored dtype.
-      index: [B, T] int32, the row of `values` for each frame. For padded frames the row is
-        arbitrary.
+      index: [B, T] int32, the row of `values` for each frame, arbitrary for padded frames.
     """
 
     values: Array
@@ -103,17 +100,11 @@ BATCHED = tuple(name for name in Frames._fields if name != "mask")
 
 
 class Batch(NamedTuple):
-    """The clips of a training step, or of a block of an evaluation.
+    """The clips of a training step, or of a block of an evaluation."""
 
-    Attributes:
-      frames: modality -> Frames [B, T]; modalities may differ in T.
-      clip_index: [B] int32, row of each clip in arrays such as the labels; 0 on padded rows.
-      batch_mask: [B] bool, True for real clips.
-    """
-
-    frames: Mapping[str, Frames]
-    clip_index: Array
-    batch_mask: Array
+    frames: Mapping[str, Frames]  # modality -> Frames [B, T]; modalities may differ in T
+    clip_index: Array  # [B] int32, row of each clip in arrays such as the labels; 0 on padded rows
+    batch_mask: Array  # [B] bool, True for real clips
 
 
 class ClipInfo(NamedTuple):
@@ -125,9 +116,7 @@ class ClipInfo(NamedTuple):
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, a property of all frames before fusion, such as their mean quality.
-        `Identifier.measure_clips` computes it. It is None in training, and for models that do not
-        use it.
+      measure: [B] float32, the result of `Identifier.measure_clips` in evaluation, or None.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
@@ -140,16 +129,15 @@ class ModelOutput(NamedTuple):
     """Output of a model for B clips.
 
     A branch is a set of logits. Most models have a single branch, G = 1. With several branches, the
-    two weights decide how much each branch contributes for a clip.
+    two weights decide how much each branch contributes for a clip. None means 1 for all.
 
     Attributes:
       logits: [B, G, 1 + C] float32.
       embedding: [B, D] float32, input of the classifier.
       train_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
-        learn from the clip. None means 1 for all.
+        learn from the clip.
       eval_weight: [B, G] float32, weight of each branch's score (a probability, not a logit) in
-        evaluation. None means 1 for all. The weights of a clip need not sum to 1: smaller weights
-        rank the clip lower.
+        evaluation. The weights of a clip need not sum to 1: smaller weights rank the clip lower.
       attention: [B, M, M], for the report: entry [b, i, j] is the weight of vector i in the new
         vector j. It is None if the model has no attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
@@ -164,18 +152,11 @@ class ModelOutput(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """All F frames of N clips in a modality: arrays without padding, clip after clip.
+    """All F frames of N clips in a modality: arrays without padding, clip after clip."""
 
-    Attributes:
-      features: [F, D] in the stored dtype.
-      quality, detection: [F] float32, see Frames.
-      number: [F] int32, frame number within the clip.
-      start, length: [N] int32, row of the first frame and number of frames of each clip.
-    """
-
-    features: Array
-    quality: Array
-    detection: Array
-    number: Array
-    start: Array
-    length: Array
+    features: Array  # [F, D] in the stored dtype
+    quality: Array  # [F] float32, see Frames
+    detection: Array  # [F] float32, see Frames
+    number: Array  # [F] int32, frame number within the clip
+    start: Array  # [N] int32, row of the first frame of each clip
+    length: Array  # [N] int32, number of frames of each clip

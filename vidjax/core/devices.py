@@ -61,10 +61,9 @@ def cache_programs(folder: Path) -> None:
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401
-    """Returns `jax.jit(function, **options)` for a large program, with a shorter compilation.
+    """Returns `jax.jit(function, **options)`, with a shorter compilation of large programs.
 
-    On a CPU, LLVM optimises less. Results and speed stay the same, because libraries compute the
-    matrix products.
+    On a CPU, LLVM optimises less, but libraries compute the matrix products at the same speed.
     """
     level = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=level, **options)
@@ -72,10 +71,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # 
 
 @contextlib.contextmanager
 def disable_program_cache() -> Iterator[None]:
-    """Disables the cache of `cache_programs` while the context is open.
-
-    The cache would store programs that contain all weights of a net, as large files.
-    """
+    """Disables the cache of programs in a `with` block, because it would store all weights."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, math.inf)
@@ -86,16 +82,12 @@ def disable_program_cache() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Sets the XLA flag that makes runs on a GPU bit-identical.
-
-    If jax already uses the GPU, the flag has no effect, and a warning is printed.
-    """
+    """Sets the XLA flag for bit-identical runs on a GPU. Warns if jax already uses the GPU."""
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return
     os.environ["XLA_FLAGS"] = f"{known} {flag}".strip()
-    # No public function reports whether jax has opened its devices. If a later jax lacks this
-    # private function, no warning is printed.
+    # A private function. If a later jax lacks it, no warning is printed.
     bridge = sys.modules.get("jax._src.xla_bridge")
     is_open = getattr(bridge, "backends_are_initialized", lambda: False)
     if is_open() and jax.default_backend() == "gpu":
@@ -106,11 +98,7 @@ def make_deterministic() -> None:
 
 
 def collect_versions() -> dict[str, str]:
-    """Returns the versions of packages and of Python, the devices, and the git commit.
-
-    The keys are the names of packages, `python`, `device` (number and kind of the devices), and
-    `commit` if vidjax lies in a git checkout.
-    """
+    """Returns the versions of packages, `python`, `device` (number and kind) and git `commit`."""
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {"vidjax": __version__}
     versions |= {name: importlib.metadata.version(name) for name in packages}
@@ -222,10 +210,7 @@ def fetch(tree: Tree) -> Tree:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns the PartitionSpec of each array of a batch.
-
-    Arrays are split by clips. Every device stores all of `LazyFeatures.values`.
-    """
+    """Returns the PartitionSpecs of a batch split by clips, and of whole `LazyFeatures.values`."""
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def spec(leaf: Array | LazyFeatures) -> PartitionSpec | LazyFeatures:

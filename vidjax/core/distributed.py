@@ -2,7 +2,7 @@
 
 Each process runs the same program on the same clips, and computes on its devices. Process 0 writes
 the files of the run, except that Orbax writes the arrays of a checkpoint in every process. If a
-process ends with an error, JAX ends the other processes. Usually there is a single process.
+process ends with an error, JAX ends the other processes.
 """
 
 import argparse
@@ -19,11 +19,7 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def join_processes(args: argparse.Namespace) -> None:
-    """Joins the other processes of the run, if the command line `args` has the flags in FLAGS.
-
-    Call it before JAX is used. If only some of the flags are given, or if the address is malformed,
-    UserError is raised.
-    """
+    """Joins the other processes, if `args` has the flags in FLAGS. Call it before JAX is used."""
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
         return
@@ -64,10 +60,7 @@ def is_first() -> bool:
 
 
 def max_over_processes(*values: int) -> list[int]:
-    """Returns the maximum of each value over all processes. Values must fit into int32.
-
-    Waits until all processes have called this function.
-    """
+    """Waits for all processes, and returns the maximum of each value, which must fit into int32."""
     if count() == 1:
         return list(values)
     from jax.experimental import multihost_utils

@@ -33,43 +33,29 @@ MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
-    """The options of a member (net) of an ensemble.
+    """The options of a member (net) of an ensemble."""
 
-    Attributes:
-      number: position among all members of the ensemble. It decides the random keys of the member.
-      fold: fold that the member is not trained on, or -1.
-      bootstrap: number of the member's bootstrap sample, or -1.
-      view: number of the chunk of every feature vector that is hidden from the member (see
-        `drop_chunk`), or -1.
-      min_quality: lowest quality of its training frames. The lowest float32 allows all frames.
-    """
-
-    number: Number = 0
-    fold: Number = -1
-    bootstrap: Number = -1
-    view: Number = -1
-    min_quality: float = _NO_QUALITY
+    number: Number = 0  # position among all members; it decides the random keys of the member
+    fold: Number = -1  # fold that the member is not trained on, or -1
+    bootstrap: Number = -1  # number of the member's bootstrap sample, or -1
+    view: Number = -1  # number of the chunk of features that is hidden from the member, or -1
+    min_quality: float = _NO_QUALITY  # lowest quality of training frames; by default, no limit
 
 
 class TrainingSets(NamedTuple):
-    """The clips that each of E members was trained on. A member should score only other clips.
-
-    Attributes:
-      clips: names of the N training clips.
-      trained: [E, N] bool, False if the member's fold or bootstrap sample excludes the clip.
-    """
+    """The clips that each of E members was trained on. A member should score only other clips."""
 
     members: tuple[Member, ...]
-    clips: tuple[str, ...]
-    trained: np.ndarray
+    clips: tuple[str, ...]  # names of the N training clips
+    trained: np.ndarray  # [E, N] bool, False if the fold or bootstrap sample excludes the clip
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Builds a member for each combination of the options in `spec`.
+    """Builds a member for each combination of the options in `spec`, as in `config.ensemble`.
 
-    `spec` contains the fields of `config.ensemble`. Members are numbered from 0, in the order of
-    nested loops: over folds or bootstraps (the outermost loop), views, qualities, and seeds. If
-    `spec["only"]` lists numbers, only these members are built.
+    Members are numbered from 0, in the order of nested loops: over folds or bootstraps (the
+    outermost loop), views, qualities, and seeds. If `spec["only"]` lists numbers, only these
+    members are built.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: must be 0 (no folds), or 2 or more")
@@ -131,8 +117,8 @@ def draw_bootstrap(
     """Draws bootstrap sample `number`. Returns how many times it contains each clip, [N] int32.
 
     If `resample` is `identity`, the clips of every identity are resampled separately, so that no
-    identity is lost. If it is `all`, all clips are resampled at once, and some identities with
-    few clips are lost.
+    identity is lost. If it is `all`, all clips are resampled at once, and some identities with few
+    clips are lost.
     """
     rng = np.random.default_rng((seed, number))
     if resample == "all":
@@ -148,10 +134,7 @@ def draw_bootstrap(
 def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how many times each member trains on each clip in an epoch, [E, N] float32.
-
-    `folds` is the number of folds; 0 means no folds. For `resample` see `draw_bootstrap`.
-    """
+    """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"
@@ -206,7 +189,7 @@ def check_size(training_sets: TrainingSets) -> None:
 
 
 def load(folder: Path) -> TrainingSets:
-    """Reads `members.npz` of a run's folder. Raises UserError if it is missing or damaged."""
+    """Reads `members.npz` of a run's folder."""
     path = folder / FILE
     try:
         arrays = files.read_npz(path, MAX_FILE_BYTES)
@@ -231,14 +214,12 @@ def load(folder: Path) -> TrainingSets:
 def choose_scoring_members(
     training_sets: TrainingSets, clips: Sequence[str]
 ) -> tuple[np.ndarray, bool]:
-    """Decides which members score each of n clips.
+    """Decides which members score each of n clips, by the names of the clips.
 
     A member scores the clips that it was not trained on. There is one exception: if all members
     were trained on all training clips, and `clips` contains a training clip, then all members score
-    all of `clips`. Clips are compared by name.
-
-    Returns [E, n] bool, True where a member scores a clip. The second result is True if members
-    score clips that they were trained on.
+    all of `clips`. Returns [E, n] bool, True where a member scores a clip; and True in the
+    exceptional case.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

@@ -1,10 +1,11 @@
 """Selects or averages the frames of clips in a modality.
 
-A fusion is a function that maps Frames [B, T] to Frames [B, T']. It is pure and can be jitted.
-Random numbers are drawn in the shape of the whole batch, so they do not depend on the number of
-devices. Selected features keep their stored dtype. Only the selected rows of LazyFeatures are read.
-In a mask, real frames may come after masked frames, for example after `filter_frames`. An option
-that is unknown, missing or out of range raises UserError.
+A fusion is a pure function under jit that maps Frames [B, T] to Frames [B, T']. Random numbers are
+drawn in the shape of the whole batch, so they do not depend on the number of devices. Selected
+features keep their stored dtype. Only the selected rows of LazyFeatures are read. In a mask, real
+frames may come after masked frames, for example after `filter_frames`. For a clip without frames,
+the new mask is False, and means are 0. Among equal qualities the earlier frame is better; NaN is
+the lowest quality.
 """
 
 import fractions
@@ -36,7 +37,6 @@ def filter_frames(
       min_quality, min_detection: lowest scores to keep. None or -inf means no limit. Both may be
         traced.
       top_share: share in (0, 1] of the remaining frames to keep, best quality first, rounded up.
-        Among equal qualities the earlier frame is better; NaN is the lowest quality.
       poor_clips: what happens to a clip that would lose all frames. With `keep` it keeps them. With
         `drop` it loses them. Training ignores a clip that has no frames in any modality.
 
@@ -73,11 +73,7 @@ def top_frames(
     A shorter clip keeps all frames and repeats some. If `rng` is a key, it repeats random frames.
     If `rng` is None, `repeats` decides. With `turn`, it repeats all frames in turn, the best first.
     With `random`, it repeats frames that are drawn with a fixed key, so the draws are the same for
-    all clips of equal length. Among equal qualities the earlier frame is better; NaN is the lowest
-    quality.
-
-    Returns:
-      Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
+    all clips of equal length. Returns Frames [B, num_frames].
 
     Source: iQIYI-VID paper, section 5.1. The paper has no `turn`.
     """
@@ -99,7 +95,7 @@ def sample_frames(
 
     If `rng` is a key, frames are drawn at random. A clip with fewer than `num_frames` frames keeps
     all frames and repeats random frames. If `rng` is None, the frames are evenly spaced over the
-    clip.
+    clip. Returns Frames [B, num_frames].
 
     Args:
       order: `time`, or `random` for an order independent of time. Without a key, the random order
@@ -108,12 +104,9 @@ def sample_frames(
         replacement. If `rng` is also None, these draws use a fixed key, so clips of equal length
         get the same draws. The frames of longer clips are then spread over the clip almost evenly.
 
-    Returns:
-      Frames [B, num_frames] in the stored dtype; the mask is False for clips without frames.
-
     Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
-    training and test. Unlike the paper, a short clip uses every frame before it repeats any,
-    frames may stay in time order, and evaluation may use evenly spaced frames.
+    training and test. Unlike the paper, a short clip uses every frame before it repeats any, frames
+    may stay in time order, and evaluation may use evenly spaced frames.
     """
     _check_count("num_frames", num_frames)
     check_choice("order", order, ("random", "time"))
@@ -173,11 +166,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Computes the mean L2 norm or the mean quality of the frames of each clip, [B] float32.
-
-    `measure` is `norm` or `quality`. A quality that is not finite counts as 0. A clip without
-    frames has the mean 0.
-    """
+    """Computes the mean `measure`, `norm` or `quality`, of the frames of each clip, [B] float32."""
 
     def value(t: Array | None) -> Array:
         if measure == "norm":
@@ -225,10 +214,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field. For Frames a and b, the new mask is `fn(a.mask, b.mask)`.
-
-    If the features are LazyFeatures, `fn` is applied to their `index`.
-    """
+    """Applies `fn` to each field, also to `mask`, and to the `index` of LazyFeatures."""
 
     def field(*values: Array) -> Array:
         if isinstance(values[0], LazyFeatures):
@@ -262,10 +248,9 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` real frames of `order` [B, T] and returns them in time order.
 
-    `order` lists the frame indices of each clip. A clip with fewer frames keeps all frames and
-    repeats random frames. With `replacement`, all frames of this clip are random. If `rng` is None,
-    frames are repeated in turn. If `replacement` or `fixed_draws` is also set, they are drawn with
-    a fixed key instead.
+    A clip with fewer frames keeps all frames and repeats random frames. With `replacement`, all
+    frames of this clip are random. If `rng` is None, frames are repeated in turn. If `replacement`
+    or `fixed_draws` is also set, they are drawn with a fixed key instead.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -317,8 +302,7 @@ def random_fusion(
 
     Returns:
       Frames [B, T'] with float32 features. Quality and detection are means with the same weights.
-        The number is the number of the first drawn frame, so numbers are unordered. For a clip
-        without frames, the mask is False and the features are 0.
+        The number is the number of the first drawn frame, so numbers are unordered.
 
     Source: quality fusion (4th place 2019): 1-5 frames with replacement, a fused vector per clip
     and step, weights quality x detection. `replacement=False`: Residual Dense Net (2nd place 2019),
@@ -356,16 +340,12 @@ def random_fusion(
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
     """Returns the frames and, for each frame, its mean with 1 to `max_frames` - 1 other frames.
 
-    The other frames follow the frame in a random, cyclic order of the clip's frames. A cheaper way
-    to get such frames is `random_fusion` with `replacement=False` and probability 0.5 for 1 frame.
-
-    Args:
-      rng: PRNG key. If it is None, the order depends only on the number of real frames.
-      max_frames: largest number of frames in a mean, 2 or more. A shorter clip merges all frames.
-
-    Returns:
-      Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
-        detection are means too. A mean has the number of its first frame, so numbers are unordered.
+    The other frames follow the frame in a random, cyclic order of the clip's frames. If `rng` is
+    None, the order depends only on the number of real frames. A shorter clip merges all frames.
+    Returns Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality
+    and detection are means too. A mean has the number of its first frame, so numbers are unordered.
+    A cheaper way to get such frames is `random_fusion` with `replacement=False` and probability 0.5
+    for 1 frame.
 
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 other frames,
     and united with the original frames. The fixed order for evaluation is not in the paper.
@@ -399,12 +379,8 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
 def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     """Computes the mean frame of every clip.
 
-    `weighting` is a weighting of `frame_weights`.
-
-    Returns:
-      Frames [B, 1] with float32 features. Quality and detection are means too. The number is the
-        number of the first real frame. For a clip without frames, the mask is False and the
-        features are 0.
+    `weighting` is a weighting of `frame_weights`. Returns Frames [B, 1] with float32 features.
+    Quality and detection are means too. The number is the number of the first real frame.
     """
     weights = frame_weights(frames, weighting)
 
@@ -457,9 +433,8 @@ def crop_means(
     The crops are the whole clip, the clip without its first third, without its last third, and
     without its first and last sixth. Thirds and sixths are rounded down, so no crop of a clip with
     frames is empty. With `always_shorter`, a third is at least 1 frame if the clip has 2 frames or
-    more, and a sixth is at least 1 frame if the clip has 3 frames or more.
-
-    Returns Frames [B, 4], see `mean_frame`. `weighting` is a weighting of `frame_weights`.
+    more, and a sixth is at least 1 frame if the clip has 3 frames or more. Returns Frames [B, 4],
+    see `mean_frame`.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """
@@ -502,17 +477,12 @@ FUSIONS: dict[str, Callable[..., Frames]] = {
 
 
 def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Frames]:
-    """Builds a fusion from its specification.
+    """Builds a fusion (rng, Frames [B, T]) -> Frames [B, T'] from its specification.
 
-    Args:
-      spec: a dict such as `config.fusion.face.train`. It contains `name`, a key of FUSIONS, and
-        keyword arguments of that fusion. It may contain arguments of `filter_frames`, which is
-        applied first. It may also contain `kept_share`: the share of the fused frames to keep at
-        the end, the frames of best quality.
-
-    Returns:
-      Function (rng, Frames [B, T]) -> Frames [B, T']. `rng` is a PRNG key. `all`, `crops` and
-        `mean` ignore `rng`. For `sample`, `top` and `windows`, `rng` may be None.
+    `spec` is a dict such as `config.fusion.face.train`. It contains `name`, a key of FUSIONS, and
+    keyword arguments of that fusion. It may contain arguments of `filter_frames`, which is applied
+    first. It may also contain `kept_share`: the share of the fused frames to keep at the end, the
+    frames of best quality. Only for `random`, `rng` must not be None.
     """
     options = dict(spec)
     name = options.pop("name", None)
@@ -548,10 +518,10 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 def check_options(
     what: str, known: Mapping[str, bool], options: Collection[str], more: str = ""
 ) -> None:
-    """Raises UserError if `options` contains an unknown option, or lacks a required option.
+    """Raises UserError if `options` has an unknown option, or lacks a required one.
 
-    `known` maps the name of an option to True if it is required. `what` begins the message, such as
-    `fusion 'top'`. `more` is appended to the message about an unknown option.
+    `known` is option -> True if it is required. `what` begins the message, such as `fusion 'top'`.
+    `more` ends the message about an unknown option.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(

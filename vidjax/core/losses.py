@@ -59,9 +59,6 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
         above pi - m this cosine would increase again. There the column becomes
         scale x (cos(angle) - m sin(m)). Other columns are unchanged.
 
-    Raises:
-      UserError: `margin` or `scale` is out of range.
-
     Source: Deng et al., ArcFace, equation 3. The formula for angles above pi - m is from the
     authors' code. At cosines of 1 and -1, the derivative of the sine is infinite. Unlike that code,
     this function replaces the infinite derivative by 0.
@@ -87,14 +84,9 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
     """Subtracts a margin from the cosine between the embedding and the direction of the label.
 
-    Unlike `angular_margin`, it allows cosines beyond 1, as dropout on unit vectors makes them.
-
-    The arguments are the same as for `angular_margin`, so `logits` are scale x cosine. The margin m
-    is 0 or more.
-
-    Returns:
-      [..., K], at least float32. The column of the label becomes scale x (cosine - m). Other
-        columns are unchanged.
+    The arguments are as in `angular_margin`, but the margin m is 0 or more, and cosines beyond 1
+    are allowed, as dropout on unit vectors makes them. Returns [..., K], at least float32. The
+    column of the label becomes scale x (cosine - m).
 
     Source: Wang et al., CosFace, equation 4.
     """
@@ -135,12 +127,7 @@ def multiclass_focal(
 ) -> Array:
     """Computes the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
-    Args:
-      logits, labels, class_mask: as in `softmax_cross_entropy`.
-      gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
-
-    Returns:
-      [...] float, where p is the probability of the label.
+    The arguments are as in `binary_focal`. The result is [...] float, with p of the label.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:
@@ -160,16 +147,10 @@ def batch_focal(
     """Computes a focal loss, (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
     -log p is the weighted mean of all cross-entropies in the batch. If a model computes G sets of
-    logits for each of B examples, each of the G sets has a separate p.
-
-    Args:
-      logits, labels, gamma, class_mask: as in `multiclass_focal`. If there are G sets, the first
-        axis of `logits` and `labels` has B G rows: the G rows of an example are neighbours.
-      counted: [B, G] float, weight of each cross-entropy in the mean. None means a single set with
-        equal weights.
-
-    Returns:
-      The loss of each label, [...] float.
+    logits for each of B examples, each of the G sets has a separate p. Then the first axis of
+    `logits` and `labels` has B G rows: the G rows of an example are neighbours. `counted` [B, G]
+    float is the weight of each cross-entropy in the mean. None means a single set with equal
+    weights. The other arguments and the result are as in `multiclass_focal`.
 
     Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
     factor from the mean.
@@ -209,10 +190,10 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective, a function that computes the loss of each example.
 
-    A model may return several sets of logits, its branches. The loss of an example is the sum of
-    `ModelOutput.train_weight` x loss over the branches. If `spec["mean_over"]` is `branches`, the
-    loss of a branch is averaged over only the examples that the branch learns from. For this, each
-    `train_weight` is divided by the share of these examples. For the arguments see `make_loss`.
+    The loss of an example is the sum of `ModelOutput.train_weight` x loss over the branches of the
+    model. If `spec["mean_over"]` is `branches`, the loss of a branch is averaged over only the
+    examples that the branch learns from. For this, each `train_weight` is divided by the share of
+    these examples. For the arguments see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -265,13 +246,8 @@ def make_loss(
 
     Returns:
       Function (logits [..., K], labels [...] int32, step [] int32, scale, counted) -> loss [...]
-        float. The step may be traced. `scale` is a learned scale that broadcasts to [...], or None.
-        A learned scale replaces `logit_scale`. For `counted` see `batch_focal`.
-
-    Raises:
-      UserError: a name is unknown, the schedule is not in order or has weights outside 0 to 1, or
-        a margin is set without a cosine classifier. The returned function raises it if a loss does
-        not return a float for each label.
+        float. The step may be traced. `scale` is a learned scale that broadcasts to [...] and
+        replaces `logit_scale`, or None. For `counted` see `batch_focal`.
     """
     check_entry("config.loss.classification", spec["classification"], CLASSIFICATION)
     check_entry("config.loss.focal", spec["focal"], CLASSIFICATION)

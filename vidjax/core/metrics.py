@@ -48,17 +48,13 @@ def mean_average_precision(
     Args:
       index: [C, k] int, the clips that are ranked for every identity, best first. A number outside
         0..N-1 marks a rank without a clip.
-      labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor, which shows none
-        of the identities.
-      positives: [C] int, number of clips that show the identity. Identities with 0 are left out.
-      num_others: number of further identities in the ground truth, for which nothing is ranked.
-        The AP of each of them is 0.
+      labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
+      positives: [C] int, number of clips that show the identity. Identities with 0 are left out,
+        but at least one must have a clip.
+      num_others: number of further identities in the ground truth, each with an AP of 0.
 
     Returns:
       The mean from 0 to 1, with the same bits for any order of identities.
-
-    Raises:
-      UserError: no identity has positives.
     """
     index, labels, positives = np.asarray(index), np.asarray(labels), np.asarray(positives)
     if not (positives > 0).any():
@@ -92,17 +88,11 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 class IdentificationErrors(NamedTuple):
-    """The errors of open-set identification at a threshold.
+    """The errors of open-set identification at a threshold."""
 
-    Attributes:
-      threshold: a clip is identified if its best score is at least this score.
-      fpir: false-positive identification rate, the share of distractors that are identified.
-      fnir: false-negative identification rate, the share of known clips that are missed or get a
-        wrong name.
-    """
-
-    threshold: float
-    fpir: float
+    threshold: float  # a clip is identified if its best score is at least this score
+    fpir: float  # false-positive identification rate, the share of distractors that are identified
+    # False-negative identification rate, the share of known clips without the right name.
     fnir: float
 
 
@@ -118,11 +108,8 @@ def identification_errors(
       fpir: the limit, a share of the distractors from 0 to 1.
 
     Returns:
-      The errors. The threshold has the precision of the scores. Returns None if no clip is known or
-        if there are too few distractors for the limit.
-
-    Raises:
-      UserError: `fpir` is outside 0 to 1.
+      The errors, or None if no clip is known or there are too few distractors for the limit. The
+        threshold has the precision of the scores.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
@@ -204,41 +191,29 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
 
 
 class ClipScores(NamedTuple):
-    """The best score of each of the N clips of a split, and whether its identity is right.
+    """The best score of each of the N clips of a split, and whether its identity is right."""
 
-    Attributes:
-      pool: [N] bool, the clips that are ranked.
-      best: [N] float32, the highest score for any identity; -inf outside the pool.
-      right: [N] bool, True if that identity is the label of the clip.
-    """
-
-    pool: np.ndarray
-    best: np.ndarray
-    right: np.ndarray
+    pool: np.ndarray  # [N] bool, the clips that are ranked
+    best: np.ndarray  # [N] float32, the highest score for any identity; -inf outside the pool
+    right: np.ndarray  # [N] bool, True if that identity is the label of the clip
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
-    """Returns the share of the labelled clips whose best identity is right, from 0 to 1.
-
-    `labels` are [N] int, class columns; 0 for a distractor.
-    """
+    """Returns the share of clips with `labels` [N] int above 0 whose best identity is right."""
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Computes how well the best scores separate labelled clips from distractors, as AUROC.
-
-    For the arguments see `top1`.
-    """
+    """Returns the AUROC of labelled clips against distractors. For the arguments see `top1`."""
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Computes the lowest threshold with an FPIR of at most `fpir`, or the FNIR at this threshold.
+    """Returns the `threshold` for an FPIR of at most `fpir`, or the `fnir` at this threshold.
 
-    `value` is `fnir` or `threshold`. For the other arguments see `top1`. If the scores are
-    logarithms, so is the threshold. Returns None where `identification_errors` returns None.
+    `value` chooses. If the scores are logarithms, so is the threshold. Returns None where
+    `identification_errors` returns None.
     """
     pool = clips.pool
     known = labels[pool] > 0
@@ -247,20 +222,14 @@ def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) 
 
 
 class Metric(NamedTuple):
-    """A metric that is computed from the best score of each clip.
+    """A metric that is computed from the best score of each clip."""
 
-    Attributes:
-      label, about: the name of the metric for a reader, and half a sentence that explains it.
-      fn: (clip scores, labels [N]) -> value, or None if the value is undefined.
-      digits: number of digits to print after the decimal point.
-      log: if True, every evaluation writes it to `metrics.jsonl`, TensorBoard and the terminal.
-    """
-
-    label: str
-    about: str
+    label: str  # the name of the metric for a reader
+    about: str  # half a sentence that explains it
+    # (clip scores, labels [N]) -> value, or None if the value is undefined
     fn: Callable[[ClipScores, np.ndarray], float | None]
-    digits: int = 4
-    log: bool = False
+    digits: int = 4  # number of digits to print after the decimal point
+    log: bool = False  # True: every evaluation writes it to the logs and the terminal
 
 
 # Key in `metrics.json` -> metric. MAP is not among them, because it needs the ranking.
@@ -293,10 +262,7 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, float | None]:
-    """Computes all `CLIP_METRICS` as numbers of Python; `labels` are [N] int, class columns.
-
-    Raises UserError if the function of a user returns neither a number nor None.
-    """
+    """Computes all `CLIP_METRICS` as numbers of Python; `labels` are [N] int, class columns."""
     values = {}
     for name, metric in CLIP_METRICS.items():
         value = metric.fn(clips, labels)
@@ -310,10 +276,7 @@ def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, flo
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics with `log=True` from `results`, the content of `metrics.json`.
-
-    Metrics with the value None are left out.
-    """
+    """Selects MAP and the metrics with `log=True` from `results`, without values of None."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

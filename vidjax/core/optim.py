@@ -19,14 +19,9 @@ def make_piecewise(
 ) -> Callable[[Array], Array]:
     """Builds a piecewise linear function of the epoch: [...] -> [...] float32, also under jit.
 
-    Args:
-      points: finite (epoch, value) pairs with increasing epochs. Two pairs with equal epochs are a
-        jump; at that epoch the second value holds. The function is constant before the first pair
-        and after the last pair.
-      name: name of the points in error messages.
-
-    Raises:
-      UserError: there are no points, or they are not finite pairs in order.
+    `points` are finite (epoch, value) pairs with increasing epochs. Two pairs with equal epochs are
+    a jump; at that epoch the second value holds. The function is constant before the first pair and
+    after the last pair. Errors begin with `name`.
     """
     try:
         table = np.asarray(points, np.float32)
@@ -46,20 +41,13 @@ def make_piecewise(
 
 
 class Warmup(NamedTuple):
-    """The warm-up of the learning rate and the length of the run, which all decays need.
+    """The warm-up of the learning rate and the length of the run, which all decays need."""
 
-    Attributes:
-      peak, start: learning rates at the peak, and at the first step of the warm-up.
-      warmup_steps: steps of the warm-up; 0 means no warm-up.
-      total_steps: steps of the run, including the warm-up.
-      steps_per_epoch: optimiser steps per epoch; may be a fraction.
-    """
-
-    peak: float
-    start: float
-    warmup_steps: int
-    total_steps: int
-    steps_per_epoch: float
+    peak: float  # learning rate after the warm-up
+    start: float  # learning rate at the first step of the warm-up
+    warmup_steps: int  # steps of the warm-up; 0 means no warm-up
+    total_steps: int  # steps of the run, including the warm-up
+    steps_per_epoch: float  # optimiser steps per epoch; may be a fraction
 
     def multiply(self, scale: optax.Schedule) -> optax.Schedule:
         """Returns a schedule: the warm-up, then the peak. Each rate is multiplied by `scale`."""
@@ -136,20 +124,11 @@ def make_schedule(
 ) -> optax.Schedule:
     """Builds a learning-rate schedule: a linear warm-up, then a decay.
 
-    Args:
-      spec: these fields of `config.optim`, and the options of the decay:
-        learning_rate, warmup: peak of the rate, and share of all steps in the warm-up.
-        warmup_scale: rate at the first step relative to the peak, at most 1. 0 means
-          1 / (number of warm-up steps), because a rate of 0 would waste the first step.
-        decay: a key of DECAYS.
-      total_steps: steps of the whole run, including the warm-up.
-      steps_per_epoch: optimiser steps per epoch; may be a fraction.
-
-    Returns:
-      Function (steps [...]) -> learning rates [...] float32; the steps may be traced.
-
-    Raises:
-      UserError: the decay is unknown.
+    `spec` has the options of the decay, and these fields of `config.optim`: `learning_rate`, the
+    peak; `warmup`, the share of all steps in the warm-up; `warmup_scale`, the rate at the first
+    step relative to the peak, at most 1, or 0 for 1 / (number of warm-up steps), because a rate of
+    0 would waste the first step; `decay`, a key of DECAYS. The other arguments are as in Warmup.
+    The schedule maps steps [...], which may be traced, to learning rates [...] float32.
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]
@@ -226,9 +205,8 @@ def make_optimizer(
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: the optimiser `name`, or the `decay` of the learning rate, is unknown; the
-        function of the optimiser takes `learning_rate`; or `total_decay` is set, and the sum of all
-        learning rates is not above 0 and finite.
+      UserError: a name is unknown; the function of the optimiser takes `learning_rate`; or
+        `total_decay` is set, and the sum of all learning rates is not above 0 and finite.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]

@@ -54,7 +54,7 @@ class FeatureDict:
     def __init__(
         self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
     ):
-        """Takes a dict, split -> clip -> modality -> features [T, D]. See `vidjax.load_data`."""
+        """Takes split -> clip -> modality -> features [T, D]. See `vidjax.load_data`."""
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise UserError(
@@ -75,21 +75,18 @@ class FeatureDict:
         return [shared | {"split": split, "sha256": digest} for split, digest in digests.items()]
 
     def path_of(self, modality: str, split: str) -> Path:
-        """Returns the name of the split, for messages. Arrays in memory have no file."""
+        """Returns the name of the split, because arrays in memory have no file."""
         return Path(split)
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Checks all clips, and copies their frames to files in `scratch`. See `RecordSource`."""
+        """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
         return {
             split: pack(self._clips(split), scratch / split, non_finite, self._quality)
             for split in self._splits
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns a dict, split -> clip -> identity.
-
-        `clips` is a dict, split -> the names of its clips.
-        """
+        """Returns split -> clip -> identity. See `RecordSource`."""
         return load_label_table(self._labels, clips)
 
 
@@ -108,10 +105,8 @@ class FeatureFolder:
     ):
         """Finds the files of each split. For `labels` and `quality`, see `vidjax.load_data`.
 
-        Args:
-          workers: number of processes that read files. If None, it is the number of cores, or less
-            for little data.
-          cache_dir: folder in which the digests of unchanged files are kept.
+        `workers` is the number of reading processes, by default one per core, or fewer for little
+        data. `cache_dir` keeps the digests of unchanged files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         check_choice("config.data.quality", quality, QUALITIES)
@@ -131,12 +126,12 @@ class FeatureFolder:
         return entries
 
     def path_of(self, modality: str, split: str) -> Path:
-        """Returns the parquet table of a split, or the folder of its `.npz` files, for messages."""
+        """Returns the parquet table of a split, or the folder of its `.npz` files."""
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else path.parent
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Checks all clips, and copies their frames to files in `scratch`. See `RecordSource`."""
+        """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
         options = non_finite, self._quality
         workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:
@@ -148,10 +143,7 @@ class FeatureFolder:
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns a dict, split -> clip -> identity.
-
-        `clips` is a dict, split -> the names of its clips.
-        """
+        """Returns split -> clip -> identity. See `RecordSource`."""
         if self._labels is None:
             return load_folder_truth(self._folder, clips)
         return load_label_table(self._labels, clips)
@@ -162,7 +154,7 @@ NPY_HINT = "\na .npy file has no modality: write each clip with numpy.savez('CLI
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Returns a dict, split -> a list with its parquet table, or the list of its `.npz` files.
+    """Returns split -> a list with its parquet table, or the list of its `.npz` files.
 
     Raises:
       UserError: a file with features would be ignored, for example because its name is misspelt.
@@ -202,8 +194,8 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
     """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet.
 
-    `present` are the splits with clips. If a split has no clips, a single table whose name begins
-    with this split is probably misspelt. `refuse_split` reports this table.
+    If a split is not in `present`, a single table whose name begins with this split is probably
+    misspelt. `refuse_split` reports this table.
     """
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
@@ -215,10 +207,7 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
 
 
 def _list_npz_files(folder: Path) -> list[Path]:
-    """Returns the `.npz` files of a split.
-
-    Raises UserError if the folder has other files, except the files of `vidjax extract`.
-    """
+    """Returns the `.npz` files of a split. The only other files may be from `vidjax extract`."""
     with os.scandir(folder) as iterator:  # faster than `list_entries`, for 100 000 clips
         entries = [entry for entry in iterator if entry.name[0] != "."]
     entries.sort(key=lambda entry: entry.name)
@@ -237,7 +226,7 @@ def _list_npz_files(folder: Path) -> list[Path]:
 
 
 def _digest(clips: Iterable[Clip]) -> str:
-    """Returns the sha256 of clips. It does not depend on the order of the clips."""
+    """Returns the sha256 of clips, independently of their order."""
     digests = []
     for clip in clips:
         sha256 = hashlib.sha256(clip.name.encode())
@@ -253,7 +242,7 @@ def _digest(clips: Iterable[Clip]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a folder of features to TFRecords, prints a report, and returns the exit code."""
+    """Converts a folder of features to TFRecords, and returns the exit code."""
     from vidjax.data.records.conversion import run_command
 
     description = "Convert a folder of your own features to TFRecords."

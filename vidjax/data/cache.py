@@ -7,6 +7,7 @@ Features identify people, so only the user may read the files of the cache.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -24,10 +25,7 @@ TICK_NS = 2 * 10**9  # the coarsest file systems store times in steps of two sec
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the path `cache_dir/kind/DIGEST`, where DIGEST is a digest of the JSON value `key`.
-
-    If `cache_dir` is None, the path is in the default cache.
-    """
+    """Returns the path `cache_dir/kind/DIGEST`, with a digest of the JSON value `key`."""
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
@@ -36,9 +34,9 @@ def digest_files(
 ) -> str:
     """Returns the sha256 of the names and contents of files, in hexadecimal.
 
-    The digest depends on the order of `paths`. It is stored in the cache, so that unchanged files
-    are not read again. If a file changed less than 2 seconds before this call, the digest is not
-    stored, because a second change of the file in these seconds might not change its time.
+    The digest depends on the order of `paths`. The cache stores the digest, so that unchanged files
+    are not read again. If a file changed less than 2 seconds before this call, nothing is stored,
+    because a second change in these seconds might not change the time of the file.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]
@@ -48,11 +46,11 @@ def digest_files(
         if len(text) == DIGEST_LETTERS:
             return text
     sha256 = hashlib.sha256()
-    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]
+    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]  # for small files
     with ThreadPoolExecutor(workers or num_cores()) as threads:
-        for group, digests in zip(groups, threads.map(_sha256_each, groups), strict=True):
-            for path, digest in zip(group, digests, strict=True):
-                sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
+        digests = threads.map(lambda group: [*map(files.sha256_file, group)], groups)
+        for path, digest in zip(paths, itertools.chain.from_iterable(digests), strict=True):
+            sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     text = sha256.hexdigest()
     newest = max(changed for _, _, *times in states for changed in times)
     unchanged = newest < began - TICK_NS and states == [_read_file_state(path) for path in paths]
@@ -71,10 +69,7 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Locks a folder of the cache during a `with` block, so that only one process fills it.
-
-    Before the block, unfinished copies of the folder are deleted. Killed processes have left them.
-    """
+    """Locks a folder of the cache in a `with` block, and deletes copies of killed processes."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"
@@ -94,7 +89,3 @@ def mark_used(folder: Path) -> None:
     """Sets the modification time of a cache folder to now, if the folder is writable."""
     with contextlib.suppress(OSError):
         os.utime(folder)
-
-
-def _sha256_each(paths: Sequence[Path]) -> list[str]:
-    return [files.sha256_file(path) for path in paths]

@@ -12,10 +12,7 @@ from vidjax.utils.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns the sorted paths in a directory, without hidden files.
-
-    Raises NoFileError if there is no such directory.
-    """
+    """Returns the sorted paths in a directory that are not hidden, or raises NoFileError."""
     directory = Path(directory)
     if not directory.exists():
         raise NoFileError(f"'{directory}' does not exist: correct the path")
@@ -25,10 +22,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path is a folder, a broken link or a device.
-
-    If nothing exists at the path, there is no error.
-    """
+    """Raises UserError if a path is a folder, a broken link or a device. It may also be missing."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -40,8 +34,8 @@ def check_file(path: Path) -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    `word` is a part of the name of the file `path`, which would be ignored. `present` are the
-    splits that have files with correct names. If `word` resembles one of them, there is no error.
+    `word` is a part of the name of the file `path`, which would be ignored. If the correct split is
+    in `present`, there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]
@@ -58,10 +52,7 @@ FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if an ignored file or folder contains features.
-
-    `wanted` is the kind of files that are read, such as CLIP.npz, for the message.
-    """
+    """Raises UserError if features would be ignored, because only `wanted` files are read."""
     for path in entries:
         patterns = (f"*{suffix}" for suffix in FEATURE_SUFFIXES)
         has_features = path.is_dir() and any(file for end in patterns for file in path.glob(end))
@@ -79,10 +70,9 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for each modality whose name is probably misspelt.
+    """Yields a message if no clip has both of two modalities of similar names (`face`, `faces`).
 
-    A modality is reported if another has a similar name (`face`, `faces`), and no clip has both.
-    `splits` is a dict, split -> modality -> [N] int, the number of frames of each of N clips.
+    `splits` is split -> modality -> [N] int, the number of frames of each clip.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
     for number, name in enumerate(names):
@@ -100,12 +90,7 @@ def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[st
 def find_transposed(
     splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
 ) -> Iterator[str]:
-    """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
-
-    A modality is reported if all its clips have an equal number of frames T, and T >= 4 D. `splits`
-    is a dict, split -> modality -> [N] int, the number of frames of each clip. `widths` is a dict,
-    modality -> D, the feature width.
-    """
+    """Yields a message if all clips have equally many frames, T >= 4 D: are arrays transposed?"""
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
         counts = np.unique(np.concatenate([*lengths, [0]]))[1:]
@@ -121,11 +106,7 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality that uses norms as quality, if all norms are equal.
-
-    A modality with at most one frame per clip is not reported, because its quality has no effect.
-    `report` is the data report, which has histograms of norms and qualities.
-    """
+    """Yields a message for each modality that uses norms as quality, if all norms are equal."""
     for modality in modalities:
         reports = [
             split["modalities"][modality]
@@ -153,11 +134,7 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality from which no model can learn in the given splits.
-
-    The modality has no usable frame, or features that are too large or too small for float32.
-    `report` is the data report, which counts the frames of each split and modality.
-    """
+    """Yields a message for each modality without usable frames, or with norms beyond float32."""
     place = ", ".join(splits)
     for modality in modalities:
         counts = [
@@ -181,10 +158,7 @@ def find_unusable(
 
 
 def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message if the squares of features overflow in float32, or become 0.
-
-    `norms` has a histogram of feature norms for each split. `place` names the splits in messages.
-    """
+    """Yields a message if the squares of features overflow in float32, or become 0."""
     longest, mean = max(norm["edges"][-1] for norm in norms), max(norm["mean"] for norm in norms)
     if longest > MAX_NORM:
         yield (

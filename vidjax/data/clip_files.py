@@ -1,9 +1,9 @@
 """Reads and writes files of a user's own features: `.npz` files and parquet tables.
 
-An `.npz` file usually contains a single clip. It may also contain N clips with T frames in total.
-Then the array `clips` [N] has their names, the arrays `face` [T, D], `face_quality` [T] and so on
-have the frames of all clips, and `face_length` [N] has the number of frames of each clip. A parquet
-table has a row per frame.
+An `.npz` file usually contains a single clip. If it contains several clips, the array `clips` [N]
+has their names, the arrays `face` [T, D], `face_quality` [T] and so on have the frames of all
+clips, and `face_length` [N] has the number of frames of each clip. A parquet table has a row per
+frame.
 """
 
 import io
@@ -46,15 +46,12 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
 
 
 def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Returns True if the arrays of an `.npz` file contain several clips, with names in `clips`.
-
-    If `clips` contains numbers, it is a modality of a single clip.
-    """
+    """Returns True if the array `clips` has names. Numbers would be a modality of one clip."""
     return "clips" in arrays and arrays["clips"].dtype.kind == "U"
 
 
 def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
-    """Yields the clips in the arrays of an `.npz` file of several clips. `path` is for messages."""
+    """Yields the clips in the arrays of an `.npz` file of several clips."""
     names = arrays["clips"]
     length, frames = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for key, array in arrays.items():
@@ -83,10 +80,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
 
 
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes several clips into an `.npz` file.
-
-    `clips` is a dict, clip -> name of an array (`face`, `face_quality` and so on) -> array.
-    """
+    """Writes several clips, clip -> name of an array (`face`, `face_quality`) -> array."""
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
     for key in keys:
@@ -102,8 +96,8 @@ def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None
 def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
     """Reads a clip from the content of an `.npz` file in memory.
 
-    Raises UserError if the content is damaged, has several clips, or if its arrays would take more
-    than `limit` bytes as float32. These bytes are counted before the arrays are unpacked.
+    Raises UserError if the content is damaged, has several clips, or takes more than `limit` bytes
+    as float32. The bytes are counted before the arrays are unpacked.
     """
     clean = clean_name_at("clip:", name)
     with prefix_errors(f"clip {show(clean)}"):
@@ -117,8 +111,7 @@ def read_json(value: object, place: str) -> Clip:
     """Reads a clip from parsed JSON, {"clip": NAME, "face": [[D numbers for each of T frames]]}.
 
     Other modalities, and other values of frames such as `face_quality`, are optional. The features
-    of a single frame may be a plain list of D numbers. Raises UserError if the JSON has a different
-    form. Error messages begin with `place`, such as a file and a line.
+    of a single frame may be a plain list of D numbers. Errors begin with `place`.
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
         raise UserError(
@@ -146,11 +139,10 @@ def read_json(value: object, place: str) -> Clip:
 def _group_by_modality(
     arrays: Mapping[str, np.ndarray], place: str
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Groups arrays with names such as `face` and `face_quality` by modality.
+    """Groups arrays with names such as `face` and `face_quality`.
 
-    Returns a dict, modality -> field -> array. In `face`, the array `face` becomes the field
-    `features`, and `face_quality` becomes `quality`. Raises UserError if a field is misspelt, such
-    as `face_qualty`, or if an array has no name.
+    Returns modality -> field -> array. The array `face` becomes the field `features` of `face`, and
+    `face_quality` the field `quality`.
     """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -173,10 +165,7 @@ def _group_by_modality(
 
 
 def read_parquet(path: Path) -> Iterator[Clip]:
-    """Yields the clips of a parquet table. Rows may have any order.
-
-    Raises UserError if the table is malformed, or does not fit into memory.
-    """
+    """Yields the clips of a parquet table that fits into memory. Rows may have any order."""
     columns, values, width = parquet.read(path)
     start = np.cumsum(width, dtype=np.int64) - width
     scalars = {
@@ -207,10 +196,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns an array [n, width] whose row i is `values[starts[i] : starts[i] + width]`.
-
-    If each row begins in `values` where the row before ends, the result is a view of `values`.
-    """
+    """Returns rows `values[start : start + width]`. If they are adjacent, the result is a view."""
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):
         return values[first : first + width * count].reshape(count, width)
@@ -218,11 +204,7 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
 
 
 def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Groups the rows of a table by clip and modality.
-
-    Takes the dictionary-encoded columns of the table (pyarrow). Yields the clip, the modality, and
-    [n] int, the numbers of their rows in ascending order.
-    """
+    """Yields (clip, modality, ascending row numbers) of dictionary-encoded pyarrow columns."""
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
     order = np.argsort(code, kind="stable")
@@ -244,10 +226,7 @@ def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
 
 
 def choose_num_readers(files: Mapping[str, Sequence[Path]]) -> int:
-    """Returns how many processes should read files: one for each 64 MB, at most one per core.
-
-    `files` is a dict, split -> paths.
-    """
+    """Returns how many processes should read files: one for each 64 MB, at most one per core."""
     paths = [path for split in files.values() for path in split]
     size = sum(OPEN_BYTES + path.stat().st_size for path in paths)
     return max(1, min(num_cores(), size // MIN_READER_BYTES))
@@ -262,17 +241,10 @@ def read_at_once(
 ) -> dict[str, dict[str, PackedClips]]:
     """Reads the clips of several splits with several processes.
 
-    Args:
-      files: a dict, split -> the files of its clips.
-      scratch: folder for the frames. It must exist as long as the returned arrays.
-      non_finite, quality: see `packing.pack`.
-
-    Returns:
-      A dict, split -> modality -> the frames of all clips.
-
-    Raises:
-      RetrySerially: a process failed, or the results of two processes contradict each other, for
-        example because both read the same clip.
+    `files` is split -> the files of its clips. `scratch` is a folder for the frames. It must exist
+    as long as the returned arrays. Returns split -> modality -> the frames of all clips. Raises
+    RetrySerially if a process failed, or two processes contradict each other, for example because
+    both read the same clip.
     """
     # There are twice as many parts as processes, because some parts take longer than others.
     length = -(-sum(map(len, files.values())) // (2 * workers))
@@ -313,9 +285,8 @@ _Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder and `Packed
 def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
     """Joins the clips of a split that several processes read, by appending their files of frames.
 
-    Returns a dict, modality -> the frames of all clips. Raises RetrySerially if two processes read
-    the same clip, or features of different width or dtype, or if the names of two modalities differ
-    only in the case of letters.
+    Raises RetrySerially if two processes read the same clip, or features of different width or
+    dtype, or if the names of two modalities differ only in the case of letters.
     """
     names = [{name for _, packed in part.values() for name in packed["names"]} for part in parts]
     modalities = sorted({name for part in parts for name in part})
@@ -347,12 +318,7 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads clips in a child process, and writes their frames to files.
-
-    `arguments` has `paths` (the files to read), `out_dir` (the folder for frames) and `options`
-    (the arguments `non_finite` and `quality` of `pack`). Returns a dict, modality ->
-    `PackedClips.summary`.
-    """
+    """Reads clips in a child process, writes their frames, and returns their summaries."""
 
     def clips() -> Iterator[Clip]:
         for clip in read_clips(list(map(Path, arguments["paths"]))):

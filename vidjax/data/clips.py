@@ -18,8 +18,8 @@ from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.utils.errors import UserError, closest, suggest
 
 SPLITS = ("train", "val", "test")
-# In evaluation, clips of similar length (in their longest modality) form a bucket. These are the
-# largest numbers of frames of a clip in each bucket.
+# In evaluation, clips of similar length form a bucket. These are the largest lengths per bucket.
+# The length of a clip is its number of frames in its longest modality.
 BUCKETS = (32, 128, 512)
 MAX_EVAL_FRAMES = BUCKETS[-1]
 # The clips of a modality are padded to the longest clip of the split, rounded up to one of these
@@ -30,7 +30,7 @@ MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """The features of a modality: width D (number of values), and dtype on disk ('float16')."""
+    """The features of a modality: width D, and dtype on disk ('float16')."""
 
     dim: int
     dtype: str
@@ -38,35 +38,25 @@ class Modality(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The clips of a split and their labels.
+    """The clips of a split and their labels."""
 
-    Attributes:
-      name: 'train', 'val' or 'test'.
-      clips: N clip names in byte order. The `clip_index` of a clip is its position in this tuple.
-      labels: [N] int32, the class 1..C of each clip. It is 0 if the clip shows no known identity.
-      labelled: False if the split has no ground truth.
-      positives: [C] int64, number of clips that the ground truth lists for each identity. Clips
-        without features count, too.
-      num_others: number of identities in the ground truth that are not among the C classes.
-      lengths: a dict, modality -> [N] int32, the number of frames of each clip.
-    """
-
-    name: str
-    clips: tuple[str, ...]
-    labels: np.ndarray
-    labelled: bool
+    name: str  # 'train', 'val' or 'test'
+    clips: tuple[str, ...]  # N names in byte order; `clip_index` is the position in this tuple
+    labels: np.ndarray  # [N] int32, the class 1..C of each clip, 0 if it shows no known identity
+    labelled: bool  # False if the split has no ground truth
+    # [C] int64, number of clips of each identity in the ground truth, even clips without features
     positives: np.ndarray
-    num_others: int
-    lengths: Mapping[str, np.ndarray]
+    num_others: int  # number of identities in the ground truth that are not among the C classes
+    lengths: Mapping[str, np.ndarray]  # modality -> [N] int32, the number of frames of each clip
 
 
 class EvalPlan(NamedTuple):
     """The evaluated clips of a split, grouped by length, so that batches need little padding.
 
     Attributes:
-      bucket: [N] int, the group of each clip. Group 0 is for at most 32 frames, group 1 for at most
-        128, and group 2 for any number. The value is -1 for a clip that is left out.
-      padded_lengths: a dict, modality -> the number of frames after padding, for each group.
+      bucket: [N] int, the group of each clip, see BUCKETS. Clips longer than 512 frames are in the
+        last group. The value is -1 for a clip that is left out.
+      padded_lengths: modality -> the number of frames after padding, for each group.
     """
 
     split: str
@@ -76,35 +66,25 @@ class EvalPlan(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """Settings that determine which clips and frames form each training batch.
+    """Settings that determine which clips and frames form each training batch."""
 
-    Attributes:
-      splits: names of the training splits. Their clips are numbered from 0, split after split. The
-        number of a clip is its `clip_index`.
-      batch_size: B, the number of clips of a batch.
-      num_clips: N, the number of clips of an epoch.
-      padded_lengths: a dict, modality -> T, the number of frames to which clips are padded.
-      longer: the modalities in which at least one clip has more than T frames.
-      crop: how a longer clip is cut to T frames. 'window' takes consecutive frames from a random
-        start. 'quality' takes the T frames of the best quality, in time order.
-      seed: the seed for the order of the clips and for random windows.
-      epoch_clips: [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch
-        may then have empty rows. If `epoch_clips` is None, an epoch has all clips, and a batch may
-        contain clips of two epochs.
-    """
-
+    # The training splits. `clip_index` numbers their clips from 0, split after split.
     splits: tuple[str, ...]
-    batch_size: int
-    num_clips: int
-    padded_lengths: Mapping[str, int]
-    longer: tuple[str, ...]
+    batch_size: int  # B, the number of clips of a batch
+    num_clips: int  # N, the number of clips of an epoch
+    padded_lengths: Mapping[str, int]  # modality -> T, the number of frames of a padded clip
+    longer: tuple[str, ...]  # the modalities in which at least one clip has more than T frames
+    # How a longer clip is cut to T frames. 'window' takes consecutive frames from a random start.
+    # 'quality' takes the T frames of the best quality, in time order.
     crop: str
-    seed: int
+    seed: int  # the seed for the order of the clips and for random windows
+    # [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch may then have
+    # empty rows. If None, an epoch has all clips, and a batch may contain clips of two epochs.
     epoch_clips: np.ndarray | None = None
 
     @property
     def num_places(self) -> int:
-        """The number of rows of all batches of an epoch, including empty rows of the last batch."""
+        """The number of rows of all batches of an epoch, including empty rows."""
         if self.epoch_clips is None:
             return self.num_clips
         return math.ceil(self.num_clips / self.batch_size) * self.batch_size
@@ -126,12 +106,7 @@ class BatchPlan(NamedTuple):
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Divides clips into blocks of at most `rows` clips. All clips of a block are in one bucket.
-
-    `bucket` is [N] int, the bucket (group of clips of similar length) of each clip. It is -1 for a
-    clip that is left out. Yields the bucket of each block, and [n] int, the positions in `bucket`
-    of the n clips of the block.
-    """
+    """Yields (bucket, positions [n] int) of each block, at most `rows` clips of the same bucket."""
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
         for at in range(0, len(places), rows):
@@ -147,15 +122,15 @@ class ClipSource(Protocol):
         ...
 
     def split(self, name: str) -> Split:
-        """Returns the clips and labels of a split. Raises UserError if no split has this name."""
+        """Returns the clips and labels of a split."""
         ...
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        The last batch of each bucket may have empty rows, where `batch_mask` is False. If a clip
-        has more than 512 frames, the 512 frames of the best quality are taken, in time order. Among
-        frames of equal quality, the earlier frame is preferred.
+        The last batch of each bucket may have empty rows, where `batch_mask` is False. Of a clip
+        with more than 512 frames, the 512 frames of the best quality are taken, in time order.
+        Among frames of equal quality, the earlier frame is preferred.
         """
         ...
 
@@ -165,7 +140,7 @@ class TrainingData(ClipSource, Protocol):
 
     @property
     def modalities(self) -> Mapping[str, Modality]:
-        """A dict, modality -> the width and the dtype on disk of its features."""
+        """Modality -> the width and the dtype on disk of its features."""
         ...
 
     @property
@@ -184,19 +159,12 @@ class TrainingData(ClipSource, Protocol):
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Reads every clip of a split once, with all frames, a few clips at a time.
-
-        Yields [n] int32, the `clip_index` of n clips; and a dict, modality -> the frames of these
-        clips, joined in one array per field.
-        """
+        """Yields, for a few clips at a time, `clip_index` [n] int32 and modality -> all frames."""
         ...
 
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns a dict, name -> feature width, of the modalities `names`.
-
-    Raises UserError if `names` is empty, has a name twice, or has a name that is not in `known`.
-    """
+    """Returns name -> feature width. Raises UserError if a name is repeated, or not in `known`."""
     _check_distinct("config.modalities", names)
     for name in names:
         if name not in known:
@@ -212,10 +180,7 @@ def _check_distinct(field: str, names: Sequence[str]) -> None:
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Raises UserError unless a split has features of all `modalities`.
-
-    It is also an error if `modalities` is empty or has a name twice.
-    """
+    """Raises UserError unless a split has all `modalities`, and none is given twice."""
     _check_distinct("config.modalities", modalities)
     for name in modalities:
         if name not in split.lengths:
@@ -234,11 +199,7 @@ def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
 
 
 def padded(longest: int, limit: int) -> int:
-    """Returns the number of frames to which the clips of a modality are padded.
-
-    It is `longest`, the number of frames of the longest clip, rounded up to 1, 8, 32, 128 or 512,
-    but at most `limit`.
-    """
+    """Returns `longest` rounded up to 1, 8, 32, 128 or 512 frames, but at most `limit`."""
     return min(limit, next((length for length in PAD_LENGTHS if length >= longest), limit))
 
 
@@ -255,12 +216,12 @@ def make_eval_plan(
     The padding of a modality depends on all clips of the split, even if `only` leaves some out.
 
     Args:
-      lengths: [N] int, the length that decides the group of each clip. The default is the number of
-        frames in the longest modality of the clip. A length must not be shorter than the default.
-      only: [N] bool, True for the clips to evaluate. If it is None, all clips are evaluated.
-      join: if True, a group is joined with the next longer group, unless this adds more than 65536
-        frames of padding. So a small split needs only one compiled program. Use False for models
-        that score each frame separately, because their time grows with the padding.
+      lengths: [N] int, the length that decides the group of each clip. The default, which is also
+        the minimum, is the number of frames in the longest modality of the clip.
+      only: [N] bool, True for the clips to evaluate, by default all.
+      join: joins a group with the next longer group, unless this adds more than 65536 frames of
+        padding. So a small split needs only one compiled program. Use False for models that score
+        each frame separately, because their time grows with the padding.
     """
     num_frames = longest(split, modalities)
     lengths = num_frames if lengths is None else np.asarray(lengths)
@@ -287,10 +248,10 @@ def make_batch_plan(
     seed: int,
     epoch_clips: np.ndarray | None = None,
 ) -> BatchPlan:
-    """Returns a plan of the training batches.
+    """Plans the training batches. For the arguments, see BatchPlan.
 
-    A modality is padded to the length of its longest clip, rounded up, but at most `max_frames`.
-    A batch may have more rows than there are clips. For the other arguments, see BatchPlan.
+    A modality is padded to the length of its longest clip, rounded up, but at most `max_frames`. A
+    batch may have more rows than there are clips.
     """
     names = tuple(split.name for split in splits)
     _check_distinct("config.data.train_splits", names)
@@ -317,10 +278,7 @@ def make_batch_plan(
 def count_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Counts the clips with more than `max_frames` frames, and the frames that they lose.
-
-    Returns a dict, modality -> {"clips": number of clips, "frames": number of lost frames}.
-    """
+    """Returns modality -> {"clips": number of cropped clips, "frames": number of lost frames}."""
     counts = {}
     for name in modalities:
         lengths = np.concatenate([split.lengths[name] for split in splits])
@@ -348,14 +306,10 @@ def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) 
 def pad(
     frames: Mapping[str, Sequence[np.ndarray]], shape: tuple[int, int], modality: Modality
 ) -> Frames:
-    """Joins clips in arrays [B, T], which are padded with zeros.
+    """Joins at most B clips in arrays [B, T] = `shape`, which are padded with zeros.
 
-    If a clip has more than T frames, the T frames of the highest quality are kept.
-
-    Args:
-      frames: a dict, field -> the values of each clip, [t] or [t, D]. There are at most B clips.
-      shape: (B, T).
-      modality: the width D and the dtype of the features.
+    `frames` is field -> the values of each clip, [t] or [t, D]. If a clip has more than T frames,
+    the T frames of the highest quality are kept.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)

@@ -23,19 +23,12 @@ LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 class FrameField(NamedTuple):
-    """A value that is stored with each frame, in addition to its feature.
-
-    Attributes:
-      dtype: the numpy dtype.
-      width: the number of values per frame.
-      missing: the default value. None stands for the position of the frame in its clip.
-      official: the name of the value in the pickles of the iQIYI-VID dataset.
-    """
+    """A value that is stored with each frame, in addition to its feature."""
 
     dtype: str
-    width: int
-    missing: float | None
-    official: str
+    width: int  # the number of values per frame
+    missing: float | None  # the default; None stands for the position of the frame in its clip
+    official: str  # the name of the value in the pickles of the iQIYI-VID dataset
 
     def shape(self, num_frames: int) -> tuple[int, ...]:
         """Returns the shape of the values of F frames, [F, width], or [F] if the width is 1."""
@@ -60,7 +53,7 @@ STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on th
 
 
 class FlatFiles(Mapping[str, np.ndarray]):
-    """A dict, field -> the values of all frames, which are in the file `FIELD.bin` of a folder.
+    """Field -> the values of all frames, which are in the file `FIELD.bin` of a folder.
 
     Each access to a field memory-maps the file again. The file stays open while the array exists.
     """
@@ -95,9 +88,9 @@ class PackedClips:
     Attributes:
       names: N clip names without `.mp4`, in the order of the file.
       lengths: [N] int32, number of frames of each clip.
-      frames: a dict, field -> array with a row per frame. `features` is [F, D] float16, float32,
-        float64 or int8; D is 0 if there are no frames. The other fields are in FRAME_FIELDS.
-      seen: number of frames in the file. This is F plus the number of skipped frames.
+      frames: field -> array with a row per frame. `features` is [F, D] float16, float32, float64 or
+        int8; D is 0 if there are no frames. The other fields are in FRAME_FIELDS.
+      seen: number of frames in the file, which is F plus the number of skipped frames.
       skipped: {"non_finite": number of frames whose feature is not finite in float32}.
       skipped_clips: number of clips without frames, by reason. The reason is `empty` if the file
         has no frames of the clip, and `non_finite` if all its frames were left out.
@@ -115,10 +108,7 @@ class PackedClips:
 
     @classmethod
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Opens frames that another process wrote to `folder`, with one file per field.
-
-        `summary` is the result of the method `summary` in the other process.
-        """
+        """Opens files that another process wrote to `folder`. `summary` is from that process."""
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
         return cls(
@@ -170,18 +160,15 @@ def compute_feature_norms(features: np.ndarray) -> np.ndarray:
     return norms
 
 
-# A dict, split -> modality -> the frames of its clips.
+# split -> modality -> the frames of its clips
 Unpacked = Mapping[str, Mapping[str, PackedClips]]
 
 
 class Origin(NamedTuple):
-    """The name of a dataset as in `config.data.name`, and the absolute path of its folder.
-
-    If clips were generated or are arrays in memory, `dir` is None.
-    """
+    """The name of a dataset as in `config.data.name`, and the absolute path of its folder."""
 
     name: str
-    dir: str | None = None
+    dir: str | None = None  # None if clips were generated or are arrays in memory
 
     @classmethod
     def from_folder(cls, name: str, folder: str | Path) -> "Origin":
@@ -190,19 +177,14 @@ class Origin(NamedTuple):
 
 
 class RecordSource(Protocol):
-    """A dataset whose frames can be converted to records (TFRecord files), with labels.
+    """A dataset, with labels, whose frames can be converted to records (TFRecord files).
 
     To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
-
-    Attributes:
-      kind: the name of the cache folder for the records of all datasets of this class.
-      place: the folder or the name of the dataset, for messages.
-      title: a description of the files, for the log.
     """
 
-    kind: str
-    place: str
-    title: str
+    kind: str  # the name of the cache folder for the records of all datasets of this class
+    place: str  # the folder or the name of the dataset, for messages
+    title: str  # a description of the files, for the log
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
@@ -215,17 +197,10 @@ class RecordSource(Protocol):
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
         """Reads all frames. A modality has the same width and dtype in all clips of a split.
 
-        Args:
-          scratch: a folder for files of frames. It must exist as long as the returned arrays, which
-            may be memory maps.
-          non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
-            'error' raises UserError.
+        The returned arrays may be memory maps of files in `scratch`.
         """
         ...
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
-        """Returns a dict, split -> clip -> identity, of the splits with labels.
-
-        `clips` is a dict, split -> the names of its clips.
-        """
+        """Returns split -> clip -> identity for splits with labels. `clips` is split -> names."""
         ...

@@ -4,8 +4,8 @@ This command converts the pickles in DIR to TFRecords. The first training does t
 
     python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C] [--workers=N]
 
-TFRecords contain no labels. Labels are read from the ground-truth files at the start of each run,
-so a corrected label does not require a new conversion.
+TFRecords contain no labels. Each run reads the labels from the ground-truth files, so a corrected
+label does not require a new conversion.
 """
 
 import itertools
@@ -44,11 +44,8 @@ class OfficialFiles:
     ):
         """Finds the feature pickles.
 
-        Args:
-          workers: number of pickles that are read at once. If None, it is the number of cores, or
-            less if the memory is small.
-          cache_dir: folder in which the digests of unchanged files are kept.
-          origin: the name of the dataset in result files. If None, it is "iqiyi_vid".
+        `workers` pickles are read at once, by default one per core, or fewer if the memory is
+        small. `cache_dir` keeps the digests of unchanged files. `origin` is for result files.
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)
@@ -66,7 +63,7 @@ class OfficialFiles:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """A dict, modality -> 0. The 0 means that the feature width is not known yet."""
+        """Modality -> 0, because the feature width is not known yet."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -83,10 +80,7 @@ class OfficialFiles:
         return self._files[modality, split]
 
     def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
-        """Reads all pickles in child processes, several at once, the largest first.
-
-        See `RecordSource.read` for the arguments.
-        """
+        """Reads all pickles in child processes, the largest first. See `RecordSource`."""
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
         def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
@@ -107,22 +101,16 @@ class OfficialFiles:
         return unpacked
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns a dict, split -> clip -> identity, from the ground-truth files."""
+        """Returns split -> clip -> identity, from the ground-truth files."""
         return load_official_truth(self._directory, clips)
 
 
 def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Path]:
-    """Finds the pickles of features in a directory.
+    """Returns a sorted dict, (modality, split) -> path, of the feature pickles in a directory.
 
     A pickle is named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`. If both exist,
-    the second is used.
-
-    Returns:
-      A sorted dict, (modality, split) -> path.
-
-    Raises:
-      UserError: a file is not a pickle, its split is misspelt, or the name of its modality contains
-        other characters than letters, digits, '-' and '_'.
+    the second is used. Raises UserError if a file is not a pickle, its split is misspelt, or the
+    name of its modality has other characters than letters, digits, '-' and '_'.
     """
     files: dict[tuple[str, str], Path] = {}
     pattern = rf"(.*?)_({'|'.join(SPLITS)})(_v2)?\.pickle"
@@ -158,7 +146,7 @@ def _hint(directory: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a directory to TFRecords, prints a report, and returns the exit code."""
+    """Converts a directory to TFRecords, and returns the exit code."""
     from vidjax.data.records.conversion import run_command
 
     description = "Convert a directory of iQIYI-VID files to TFRecords."

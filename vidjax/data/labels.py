@@ -26,11 +26,9 @@ LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a fi
 def load_official_truth(
     directory: str | Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads the ground-truth files `{split}_gt.txt` of a directory.
+    """Returns split -> clip -> identity, from the files `{split}_gt.txt` of a directory.
 
-    `clips` is a dict, split -> the clips that have features. Returns a dict, split -> clip ->
-    identity. Splits without a file are left out. Raises UserError if a file is malformed, or lists
-    too many clips without features.
+    `clips` is split -> the clips that have features, for `check_known`.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -72,16 +70,9 @@ def load_label_table(
 ) -> dict[str, dict[str, str]]:
     """Reads labels, and groups them by the split of their clips.
 
-    Args:
-      labels: a dict, clip -> identity; or a `.csv` file with the columns `clip` and `identity`; or
-        a ground-truth file (see `load_ground_truth`). If it is None, there are no labels.
-      clips: a dict, split -> the clips that have features.
-
-    Returns:
-      A dict, split -> clip -> identity. It does not contain splits without a labelled clip.
-
-    Raises:
-      UserError: labels are malformed, or name too many clips without features.
+    `labels` is clip -> identity; or a `.csv` file with the columns `clip` and `identity`; or a
+    ground-truth file; or None. `clips` is split -> the clips that have features. Returns split ->
+    clip -> identity, without splits that have no labelled clip.
     """
     if labels is None:
         return {}
@@ -143,10 +134,10 @@ def _refuse_no_file(path: Path) -> None:
 
 
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
-    """Checks labels, and returns a dict, clip -> identity.
+    """Checks rows of (start of an error message, clip, identity), and returns clip -> identity.
 
-    Each row has the start of an error message, the clip and the identity. If the identity is None
-    or empty, the clip shows no known person, and is left out. A warning counts empty identities.
+    If the identity is None or empty, the clip shows no known person, and is left out. A warning
+    counts empty identities.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -188,10 +179,7 @@ MAX_UNKNOWN_RATE = 0.01  # share of the labelled clips that may be in no feature
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns a dict, split -> path of `{split}_gt.txt`, in the order train, val, test.
-
-    Raises UserError if a file name is misspelt, such as `valid_gt.txt` or `val_gt.csv`.
-    """
+    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test."""
     entries = list_entries(directory)
     words = {
         path.name.removesuffix("_gt.txt"): path for path in entries if path.name.endswith("_gt.txt")
@@ -213,25 +201,17 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 def load_ground_truth(
     path: str | os.PathLike[str], *, known_clips: Collection[str] = ()
 ) -> dict[str, str]:
-    """Reads a ground-truth file, which has one of two forms.
+    """Reads a ground-truth file. Returns clip (without `.mp4`) -> identity, in order.
 
     The direct form has a line for each clip, `NAME.mp4 ID`. The inverted form has a line for each
     identity, `ID NAME.mp4 NAME.mp4 ...`. The position of the suffix `.mp4` decides the form. If no
     name has the suffix, the name of the file decides: train_gt.txt is direct, val_gt.txt and
     test_gt.txt are inverted. A byte order mark, CRLF, tabs, blank lines and additional spaces are
-    ignored. A blank within a name is written as in a URL, `First%20Last`.
+    ignored. A blank within a name is written as in a URL, `First%20Last`. In the names
+    `known_clips`, a `%20` is not replaced by a blank.
 
-    Args:
-      known_clips: names of clips with features, without `.mp4`. In these names, a `%20` is not
-        replaced by a blank.
-
-    Returns:
-      A dict, clip (without `.mp4`) -> identity, in the order of the file.
-
-    Raises:
-      UserError: the text is not UTF-8; the form is ambiguous; a line has the other form; a clip or
-        an identity comes twice; an identity has no clips; or most labels are whole numbers, but at
-        least one is not a whole number above 0. The message contains the number of the line.
+    Raises UserError if the form is ambiguous or changes; a clip or an identity comes twice; an
+    identity has no clips; or most labels are whole numbers, but not all are whole numbers above 0.
     """
     path, known = Path(path), frozenset(known_clips)
     lines = _read_lines(path, "NAME.mp4 ID")
@@ -292,20 +272,13 @@ def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
 
 
 def _parse_clip(text: str, known: Collection[str], where: str) -> str:
-    """Returns the name of a clip without `.mp4`, in which each `%20` is replaced by a blank.
-
-    If `known` contains the name with `%20`, nothing is replaced. Error messages begin with `where`.
-    """
+    """Returns the name of a clip without `.mp4`. Unless it is `known`, `%20` becomes a blank."""
     clean = clean_name_at(where, text)
     return clean if clean in known else clean_name_at(where, unescape(text))
 
 
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
-    """Returns the number and the words of each line of a text file, without blank lines.
-
-    Raises UserError if the text is not UTF-8, or if all lines are blank. The message shows `form`,
-    for example 'NAME.mp4 ID'.
-    """
+    """Returns the number and the words of each line that is not blank. Errors show `form`."""
     _refuse_no_file(path)
     with files.open_input(path) as file:
         data = file.readall()
@@ -324,7 +297,6 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
 
 
 def _is_integer(text: str) -> bool:
-    """Returns True if a text is a whole number of at most 100 digits."""
     # Python refuses to parse a number with thousands of digits.
     return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 
@@ -345,16 +317,12 @@ def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str,
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
-    """Reads the weights of N clips from a text file of lines `NAME.mp4 WEIGHT`.
+    """Reads the weights of N clips, [N] float32, from a text file of lines `NAME.mp4 WEIGHT`.
 
-    A byte order mark, CRLF, tabs, blank lines, additional spaces and a missing `.mp4` are ignored.
-
-    Returns:
-      [N] float32. The weight of a clip that is not in the file is 1.
-
-    Raises:
-      UserError: the file is empty, a weight is not a finite number of 0 or more, a clip comes
-        twice, or more than 1 % of the clips in the file are not in `clips`.
+    The format allows the same deviations as in `load_ground_truth`, and a missing `.mp4`. The
+    weight of a clip that is not in the file is 1. Raises UserError if a weight is not a finite
+    number of 0 or more, a clip comes twice, or more than 1 % of the clips in the file are not in
+    `clips`.
     """
     path = Path(path)
     lines = _read_lines(path, "NAME.mp4 WEIGHT")
@@ -389,10 +357,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
 
 
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
-    """Warns if a file of labels or weights names clips that have no features.
-
-    Raises UserError if more than 1 % of the named clips have no features.
-    """
+    """Warns if a file names clips without features. If they are more than 1 %, raises UserError."""
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]
     if not unknown:

@@ -55,14 +55,9 @@ class MemoryClips:
     ):
         """Takes the frames of clips that `packing.pack` has checked.
 
-        Args:
-          packed: a dict, modality -> the frames of all clips.
-          names: a dict, name of a clip -> its name in the input, which may end in `.mp4`.
-          modalities: a dict, modality that the model reads -> feature width.
-          identities: the names of the classes.
-
-        Raises:
-          UserError: there are no clips, or the width of features differs from `modalities`.
+        `packed` is modality -> the frames of all clips. `names` is name of a clip -> its name in
+        the input, which may end in `.mp4`. `modalities` is modality that the model reads -> feature
+        width, which must be the width in `packed`.
         """
         if not names:
             raise UserError("the input contains no clips: give one or more clips")
@@ -100,7 +95,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Makes an object from a dict, clip -> modality -> features [T, D]. See `pack`."""
+        """Makes an object from clip -> modality -> features [T, D]. See `pack`."""
         if not isinstance(clips, Mapping):
             raise UserError(
                 f"clips are of type {type(clips).__name__}: "
@@ -118,13 +113,9 @@ class MemoryClips:
     ) -> "MemoryClips":
         """Checks clips, and makes an object of this class from them.
 
-        A warning appears if the model reads a modality that no clip has, and a clip has a modality
-        that the model does not read. The reason may be a misspelt name.
-
-        Args:
-          modalities: a dict, modality that the model reads -> feature width.
-          quality: 'given' takes the quality of frames from the clips, or the norm of the feature if
-            there is no quality. 'norm' always takes the norm. Use the same value as the training.
+        If the model reads a modality that no clip has, and a clip has a modality that the model
+        does not read, a warning appears, because a name may be misspelt. See `Quality` for
+        `quality`, which must be as in the training.
         """
         names: dict[str, str] = {}
         unread: set[str] = set()
@@ -157,8 +148,8 @@ class MemoryClips:
     def mean_vectors(self, modality: str) -> np.ndarray:
         """Returns [N, D] float32, the mean feature of each clip of `names`.
 
-        Frames are weighted by quality. If no frame of a clip has a quality above 0, all frames of
-        the clip have equal weights. The mean of a clip without frames is 0.
+        Frames are weighted by quality. If no frame of a clip has a quality above 0, all its frames
+        have equal weights. The mean of a clip without frames is 0.
         """
         vectors = np.zeros((len(self.names), self._widths[modality]), np.float32)
         flat = self._packed.get(modality)
@@ -205,10 +196,9 @@ class MemoryClips:
 def _select(
     clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
 ) -> Iterator[Clip]:
-    """Yields clips with only `modalities`, the modalities that the model reads.
+    """Yields clips with only `modalities`. Adds other modalities to `unread`.
 
-    Adds the name of each clip and its name in the input to `names`, and the names of the removed
-    modalities to `unread`. Raises UserError if the model reads none of the modalities of a clip.
+    Adds the name of each clip, and its name in the input, to `names`.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
@@ -272,20 +262,14 @@ def load_clips(
 ) -> MemoryClips:
     """Loads the clips of a folder, a parquet table or a `.npz` file for a trained model.
 
-    Frames that are not finite are left out, and a warning counts them. Pickles of the iQIYI-VID
-    dataset are read in a child process. Their clip names lose the suffix `.mp4`. Only pickles of
-    the modalities that the model reads are opened, so a clip that is in none of them is left out.
+    A warning counts frames that are left out because they are not finite. Pickles of the iQIYI-VID
+    dataset are read in a child process. Clip names lose the suffix `.mp4`. Only pickles of the
+    modalities that the model reads are opened, so a clip that is in none of them is left out.
 
-    Args:
-      modalities: a dict, modality that the model reads -> feature width.
-      identities: the names of the classes.
-      split: the split to read. It may be None if the folder has a single split.
-      quality: as in `MemoryClips.pack`. But if an iQIYI-VID pickle lacks qualities, they are 0.
-
-    Raises:
-      UserError: clips are malformed, the folder has several splits and `split` is None, or no clip
-        has a modality that the model reads.
-      FileNotFoundError: the path does not exist, or has no clips.
+    `modalities` is modality that the model reads -> feature width. `split` may be None if the
+    folder has a single split. `quality` is as in `Quality`, but if an iQIYI-VID pickle lacks
+    qualities, they are 0. Raises FileNotFoundError if the path does not exist or has no clips, and
+    UserError for other mistakes.
     """
     path = Path(path).expanduser()
     paths = find_files(path, split)
@@ -309,16 +293,11 @@ def load_clips(
 
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
-    """Finds the files that contain the clips of a folder or file. The files are not read.
+    """Finds the files that contain the clips of a folder or file, without reading them.
 
-    Returns:
-      A list of `.npz` files or of one parquet table. For pickles of the iQIYI-VID dataset, a dict,
-      modality -> pickle.
-
-    Raises:
-      UserError: features would be ignored, the folder has several splits and `split` is None, or it
-        has no splits and `split` is not None.
-      FileNotFoundError: the path does not exist, or has no clips.
+    Returns `.npz` files, or one parquet table. For pickles of the iQIYI-VID dataset, returns
+    modality -> pickle. Raises FileNotFoundError if the path does not exist or has no clips. Raises
+    UserError if features would be ignored, or if `split` is needed but None, or the reverse.
     """
     check_path(path)
     if path.is_dir():
@@ -346,18 +325,9 @@ def load_people(
 ) -> tuple[MemoryClips, dict[str, str]]:
     """Loads the clips of people, which are in files `path/PERSON/CLIP.npz`.
 
-    Args:
-      modalities: a dict, modality to read -> feature width.
-      quality: 'given' or 'norm', as in `load_clips`.
-
-    Returns:
-      The clips, and a dict, clip -> person. A clip is called `PERSON/CLIP`, because two people may
-      have files of the same name.
-
-    Raises:
-      NoFileError: there are no such files, or there are clips directly in `path`.
-      UserError: the folders are splits of a dataset, features would be ignored, or a clip is
-        malformed.
+    `modalities` is modality to read -> feature width. Returns the clips, and clip -> person. A clip
+    is called `PERSON/CLIP`, because two people may have files of the same name. Raises NoFileError
+    if there are no such files, or there are clips directly in `path`.
     """
     path = Path(path).expanduser()
     people, others, entries = dict[str, list[Path]](), list[Path](), list_entries(path)
@@ -401,10 +371,7 @@ def check_path(path: Path) -> None:
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns `split`. If it is None, returns the only split of `splits`.
-
-    Raises UserError if `split` is not in `splits`, or is None although there are several splits.
-    """
+    """Returns `split`, which must be one of `splits`. None stands for the only split."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None or split not in splits:

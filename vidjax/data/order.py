@@ -1,7 +1,7 @@
 """Draws the clips of each training step, and the windows that are cut from long clips.
 
 The draw depends only on the seed and the number of the step, so a resumed run continues with the
-same clips. Clips that stay on the devices and clips that are read from disk have the same order.
+same clips. Clips on the devices and clips on disk have the same order.
 """
 
 import math
@@ -20,27 +20,19 @@ NUM_ROUNDS = 16  # with 8 rounds, the possible orders of six clips are not equal
 
 
 class DrawnClips(NamedTuple):
-    """The clips of a training step.
+    """The clips of a training step."""
 
-    Attributes:
-      clip_index: [B] int32, the number of each clip in the training splits.
-      batch_mask: [B] bool, False for empty rows of the last batch of an epoch.
-      windows: a dict, modality whose clips are cut -> [B] float32, uniformly distributed in [0, 1).
-        `choose_first_frame` turns these numbers into the first frame of a window.
-    """
-
-    clip_index: Array
-    batch_mask: Array
+    clip_index: Array  # [B] int32, the number of each clip in the training splits
+    batch_mask: Array  # [B] bool, False for empty rows of the last batch of an epoch
+    # Modality whose clips are cut -> [B] float32, uniform in [0, 1), for `choose_first_frame`.
     windows: Mapping[str, Array]
 
 
 def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
-    """Draws the B clips of a training step. Each clip of `plan` is drawn once per epoch.
+    """Draws the B clips of the training step `step` [] int32. Each clip is drawn once per epoch.
 
-    Args:
-      step: [] int32, number of the step, from 0.
-      epoch: [B] int32, the epoch of each row, that is, `(step * B + arange(B)) // plan.num_places`.
-      place: [B] int32, the position of each row in its epoch: the remainder of this division.
+    `epoch` and `place` [B] int32 are `divmod(step * B + arange(B), plan.num_places)`: the epoch of
+    each row, and its position in the epoch.
     """
     order_rng, window_rng = jax.random.split(
         jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)
@@ -60,15 +52,11 @@ def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -
 
 
 def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
-    """Returns the first frame of a random window of `size` frames in each clip.
+    """Returns the first frame of a random window of `size` frames in each clip, [B] int32.
 
-    Args:
-      uniform: [B] float32 in [0, 1), uniformly distributed random numbers.
-      length: [B] int32, number of frames of each clip.
-
-    Returns:
-      [B] int32, uniformly distributed over the windows that lie in the clip. If a clip is shorter
-      than a window, its first frame is 0.
+    `uniform` [B] float32 are random numbers in [0, 1). `length` [B] int32 is the number of frames
+    of each clip. The windows that lie in the clip are equally likely. If the clip is shorter than a
+    window, the result is 0.
     """
     places = jnp.maximum(length - size, 0) + 1
     return jnp.minimum((uniform * places).astype(jnp.int32), places - 1)
@@ -77,17 +65,10 @@ def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
 def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
     """Returns the clips at given positions of shuffled epochs, without shuffling whole epochs.
 
-    Each epoch has another order of all N clips. Sorting N random numbers for each epoch would take
-    as long as many training steps, but this function takes a time of O(B).
-
-    Args:
-      rng: the random key. It determines the orders of all epochs.
-      epoch: [B] int32, numbers of epochs.
-      place: [B] int32, positions in the orders of these epochs, 0 to N - 1.
-      num_clips: N.
-
-    Returns:
-      [B] int32, the clip at each position, 0 to N - 1.
+    `epoch` [B] int32 are numbers of epochs, and `place` [B] int32 are positions in their orders, 0
+    to N - 1 for N = `num_clips`. `rng` determines the orders of all epochs. Each epoch has another
+    order of all N clips. Returns [B] int32, the clip at each position, 0 to N - 1, in a time of
+    O(B). Sorting N random numbers for each epoch would take as long as many training steps.
 
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002. A generalised Feistel
     network permutes the cells of a rectangle that has at least N cells. If a position is mapped to

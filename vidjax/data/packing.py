@@ -32,27 +32,16 @@ NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all c
 
 
 class Clip(NamedTuple):
-    """A clip that has not been checked.
+    """A clip that has not been checked."""
 
-    Attributes:
-      name: the name of the clip, without `.mp4`.
-      place: the file or split of the clip, with which an error message begins.
-      modalities: a dict, modality -> its frames, in any form that `read_frames` takes.
-      given: the name in the source, which may end in `.mp4`. If it equals `name`, it may be "".
-    """
-
-    name: str
-    place: str
-    modalities: Mapping[str, Any]
-    given: str = ""
+    name: str  # the name of the clip, without `.mp4`
+    place: str  # the file or split of the clip, with which an error message begins
+    modalities: Mapping[str, Any]  # modality -> its frames, in any form that `read_frames` takes
+    given: str = ""  # the name in the source, which may end in `.mp4`; "" if it equals `name`
 
 
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
-    """Yields the clips of a dict, clip -> modality -> features. Error messages begin with `place`.
-
-    Raises UserError if the name of a clip is not a valid text, or if its value is not a dict whose
-    keys are text.
-    """
+    """Yields the clips of clip -> modality -> features. Error messages begin with `place`."""
     for given, modalities in clips.items():
         name = clean_name_at(f"{place}:", given)
         if not isinstance(modalities, Mapping):
@@ -77,19 +66,9 @@ def locate(clip: Clip, modality: str) -> str:
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
     """Checks the frames of a clip in a modality, and sorts them by frame number.
 
-    Args:
-      value: features [T, D], or [D] of a single frame; or a dict of `features` and optionally
-        `number`, `quality`, `detection` and `box`.
-      place: the start of an error message.
-      quality: 'given' takes the quality from `value`, or the norm of the feature if `value` has no
-        quality. 'norm' always takes the norm.
-
-    Returns:
-      A dict, field -> array, with all five fields. `features` [T, D] keep their dtype. If the clip
-      has no frames, the dict is empty.
-
-    Raises:
-      UserError: a field is unknown, or has a wrong shape, dtype or value.
+    `value` is features [T, D], or [D] of a single frame; or a dict of `features` and optionally
+    `number`, `quality`, `detection` and `box`. Returns field -> array, with all five fields, or {}
+    without frames. `features` [T, D] keep their dtype. Errors begin with `place`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
@@ -133,10 +112,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
 def _read_column(
     values: Any, name: str, field: FrameField, num_frames: int, place: str
 ) -> np.ndarray:
-    """Returns the field `name` of `num_frames` frames as an array with the dtype of the field.
-
-    Raises UserError if the shape is wrong, or a frame number is not a whole number of 0 or more.
-    """
+    """Returns the field `name` of `num_frames` frames as an array with the dtype of the field."""
     column, shape = _to_real_array(values, place), field.shape(num_frames)
     if column.size == 1 and shape == (1,):
         column = column.reshape(1)  # the value of a single frame may be a scalar
@@ -184,18 +160,9 @@ def pack(
 ) -> dict[str, PackedClips]:
     """Checks the clips of a split, and joins their frames in one array per modality and field.
 
-    Args:
-      out_dir: folder to which the arrays are written. It must exist as long as the returned arrays,
-        which are memory maps. If it is None, the arrays are in memory.
-      non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
-        'error' raises UserError.
-      quality: 'given' or 'norm', as in `read_frames`.
-
-    Returns:
-      A dict, modality -> the frames of all clips.
-
-    Raises:
-      UserError: a clip comes twice, is malformed, or differs from most clips in width or dtype.
+    Returns modality -> the frames of all clips. If `out_dir` is given, the arrays are memory maps
+    of files in this folder, which must exist as long as the arrays. Raises UserError if a clip
+    comes twice, is malformed, or differs from most clips in width or dtype.
     """
     packers: dict[str, Packer] = {}
     seen: dict[str, str] = {}  # clip -> place
@@ -221,10 +188,7 @@ def pack(
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
-    """Raises UserError if the modality `name` cannot be the name of a new folder.
-
-    `known` are the modalities that already have folders.
-    """
+    """Raises UserError if the modality `name` cannot be the name of a folder next to `known`."""
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         problem = " may have only letters, digits, '-' and '_': rename it"
@@ -307,10 +271,7 @@ class Packer(contextlib.ExitStack):
             self._write_field(name, column if keep.all() else column[keep])
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
-        """Raises UserError if features differ from most clips in width or dtype.
-
-        If `non_finite` is 'error', features that are not finite are an error, too.
-        """
+        """Raises UserError if features differ from most clips, or must be finite but are not."""
         width, dtype = self._kind or (0, None)
         place, problem = locate(clip, self._modality), ""
         if features.shape[1] != width:
@@ -332,7 +293,7 @@ class Packer(contextlib.ExitStack):
             )
 
     def _write_field(self, name: str, column: np.ndarray) -> None:
-        """Writes the values of a field for several frames. Values that are not finite become 0."""
+        """Writes the values of a field. Values that are not finite become 0."""
         if name in FRAME_FIELDS and column.dtype.kind == "f":
             finite = np.isfinite(column)
             if not finite.all():
@@ -372,21 +333,13 @@ class Packer(contextlib.ExitStack):
 
 
 class StagedSplit(NamedTuple):
-    """The clips of a split, with the place of their frames in the arrays of each modality.
+    """The clips of a split, with the place of their frames in the arrays of each modality."""
 
-    Attributes:
-      clips: N clip names in byte order.
-      order: [N] int32, the order in which clips are stored, as positions in `clips`.
-      packed: a dict, modality -> the frames of all clips.
-      starts: a dict, modality -> [N] int64, the first frame of each clip of `clips`.
-      lengths: a dict, modality -> [N] int32, number of frames of each clip of `clips`.
-    """
-
-    clips: tuple[str, ...]
-    order: np.ndarray
-    packed: Mapping[str, PackedClips]
-    starts: dict[str, np.ndarray]
-    lengths: dict[str, np.ndarray]
+    clips: tuple[str, ...]  # N clip names in byte order
+    order: np.ndarray  # [N] int32, the order in which clips are stored, as positions in `clips`
+    packed: Mapping[str, PackedClips]  # modality -> the frames of all clips
+    starts: dict[str, np.ndarray]  # modality -> [N] int64, the first frame of each clip
+    lengths: dict[str, np.ndarray]  # modality -> [N] int32, number of frames of each clip
 
 
 def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:

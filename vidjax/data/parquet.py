@@ -38,25 +38,16 @@ VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "D
 
 
 class Rows(NamedTuple):
-    """The F rows of a table, one for each frame.
+    """The F rows of a table, one for each frame."""
 
-    Attributes:
-      columns: a dict, name -> pyarrow column without nulls. It does not contain `features`. The
-        columns `clip` and `modality` are dictionary-encoded.
-      values: the features of all rows, joined in one array.
-      width: [F] int, the number of values of each feature.
-    """
-
+    # Name -> pyarrow column without nulls, except `features`. Text is dictionary-encoded.
     columns: dict[str, Any]
-    values: np.ndarray
-    width: np.ndarray
+    values: np.ndarray  # the features of all rows, joined in one array
+    width: np.ndarray  # [F] int, the number of values of each feature
 
 
 def read(path: Path) -> Rows:
-    """Reads all rows of a parquet table.
-
-    Raises UserError if the table is damaged, needs too much memory, or lacks a column.
-    """
+    """Reads all rows of a parquet table, unless it is damaged or needs too much memory."""
     with _open(path) as (opened, file):
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
@@ -87,8 +78,7 @@ def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
     """Opens a table in a `with` block, and yields the file and its table as an object of pyarrow.
 
     Text is dictionary-encoded, so that each distinct text is in memory once. Errors of pyarrow in
-    the block become UserError; system errors stay as they are. Raises UserError if pyarrow is not
-    installed.
+    the block become UserError; system errors stay as they are.
     """
     with files.open_input(path) as opened:
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -115,10 +105,7 @@ def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the names of the columns to read. `names` are the names of all columns of the table.
-
-    Raises UserError if a name is missing or misspelt.
-    """
+    """Returns the columns to read of a table with the columns `names`. None may be misspelt."""
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -138,10 +125,7 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
-    """Checks that `features` are lists of numbers, and that the optional columns are numbers.
-
-    The optional columns are `quality`, `detection` and `number`. Raises UserError otherwise.
-    """
+    """Checks that `features` are lists of numbers, and that the optional columns are numbers."""
     from pyarrow import types
 
     list_kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
@@ -164,10 +148,9 @@ def _check_pages(
 ) -> int:
     """Checks the columns `names` by the headers of their pages, before a page is unpacked.
 
-    Returns the number of values of the column `features`. `opened` and `file` are the same file:
-    `opened` is the file object, and `file` is the object of pyarrow. Raises UserError if the
-    headers and the footer count different numbers of values, if there are too many pages, or if the
-    columns need too much memory.
+    `opened` and `file` are the same file. Returns the number of values of the column `features`.
+    Raises UserError if the headers and the footer count different numbers of values, if there are
+    too many pages, or if the columns need too much memory.
     """
     size, count, pages = 0, 0, 0
     for number in range(file.metadata.num_row_groups):
@@ -208,10 +191,7 @@ def _check_pages(
 def _walk_pages(
     opened: io.FileIO, column: "parquet.ColumnChunkMetaData"
 ) -> Iterator[tuple[int, int]]:
-    """Yields the number of unpacked bytes of each page of a column, and its number of values.
-
-    Stops when the pages have as many values as the footer lists.
-    """
+    """Yields (unpacked bytes, number of values) of each page, up to the number in the footer."""
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first
@@ -230,10 +210,7 @@ def _walk_pages(
 
 
 def _read_header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
-    """Reads the header of the page that begins at byte `at`.
-
-    Returns the length of the header, and a dict, field number of `PageHeader` -> value.
-    """
+    """Returns the length of the page header at byte `at`, and its field number -> value."""
     for size in HEADER_BYTES:
         header = _Compact(os.pread(opened.fileno(), size, at))
         with contextlib.suppress(IndexError):
@@ -249,10 +226,7 @@ class _Compact:
         self._content, self.at = content, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Parses the next struct, and returns a dict, field number -> value.
-
-        Only integers and nested structs are needed. The value of any other type is None.
-        """
+        """Returns field number -> value, which is None unless it is an integer or a struct."""
         if depth > MAX_HEADER_DEPTH:
             raise ValueError("a page header has too many nested structs")
         fields: dict[int, Any] = {}

@@ -1,10 +1,10 @@
 """Runs functions in child processes with limits, so that they can read files from strangers.
 
 A child process runs a module of this package that ends with `sys.exit(processes.serve(work))`.
-`run_limited` starts the module, passes arguments to its function `work`, and returns the result of
-`work`. Arguments and result are JSON values; arrays are passed in files. The child has limits of
-CPU time and, on Linux, of address space. On Linux it can neither open connections nor start
-programs, and it ends when its parent process ends.
+`run_limited` starts the module, and returns the result of its function `work`. Arguments and result
+are JSON values; arrays are passed in files. The child has limits of CPU time and, on Linux, of
+address space. On Linux it can neither open connections nor start programs, and it ends when its
+parent process ends.
 
 The process pools of Python are not used, because each of their processes imports the user's program
 again. A program without `if __name__ == "__main__"` would then run again.
@@ -61,11 +61,7 @@ class Children:
     def run(
         self, module: str, *, given: bytes, timeout: float
     ) -> subprocess.CompletedProcess[bytes]:
-        """Runs a Python module in a child process, with `given` as its standard input.
-
-        Waits until the child ends. Raises subprocess.TimeoutExpired if the child was killed,
-        because it took more than `timeout` seconds.
-        """
+        """Runs a module with the input `given`. After `timeout` seconds, raises TimeoutExpired."""
         # PYTHONPATH makes the child import from the same folders as this process. The child has one
         # BLAS thread, because each thread would reserve address space. The MALLOC variables make
         # glibc keep freed memory, because the system would clear its pages before they are reused.
@@ -108,15 +104,9 @@ def map_children(
 ) -> list[Result]:
     """Calls a function for each item, with at most `workers` calls at once, each in a thread.
 
-    After the first error, all child processes are killed, and the error is raised.
-
-    Args:
-      function: takes a `Children` object, with which it starts child processes, and an item.
-      items: the items, in the order in which the calls start.
-      progress: the title of a progress bar. If it is "", there is no progress bar.
-
-    Returns:
-      The results, in the order of the items.
+    After the first error, all child processes are killed, and the error is raised. `function` takes
+    a `Children` object, with which it starts child processes, and an item. Results are in the order
+    of the items. `progress` is the title of a progress bar, or "".
     """
     from tqdm import tqdm
 
@@ -180,8 +170,8 @@ def forbid_connections() -> None:
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """Runs in a child process: calls `work` with each job that `run_limited_each` sends.
 
-    Jobs are read from standard input as JSON, and the results are written to standard output. What
-    libraries print is redirected to standard error. Returns 0, the exit code.
+    Jobs come as JSON from standard input, and results go to standard output. What libraries print
+    goes to standard error. Returns 0, the exit code.
     """
     if sys.platform == "linux":  # kills this process when its parent process ends
         ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
@@ -254,18 +244,11 @@ def run_limited_each(
     cpu_seconds: int,
     children: Children | None = None,
 ) -> list[dict[str, Any] | UserError]:
-    """Calls the function `work` of a module several times, in the same child process with limits.
+    """Calls `work` of a module several times, in the same child process with common limits.
 
-    All calls share the limits. For the other arguments, see `run_limited`.
-
-    Args:
-      given: for each call, the file that `work` reads, and its arguments.
-
-    Returns:
-      The result of each call, or its error.
-
-    Raises:
-      UserError: the process exceeded a limit or crashed. The message names the first file.
+    `given` has the file that `work` reads and its arguments, for each call. For the other
+    arguments, see `run_limited`. Returns the result or the error of each call. Raises UserError if
+    the process exceeded a limit or crashed. The message names the first file.
     """
     path = given[0][0]
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
@@ -307,7 +290,6 @@ def run_limited_each(
 
 
 def _parse_answer(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:
-    """Returns the result or the error that `_answer` wrote."""
     if "os_error" in answer:
         failed = DiskError(answer["os_error"])
         failed.errno = answer.get("errno")

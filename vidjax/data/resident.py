@@ -2,8 +2,7 @@
 
 The frames of all clips are joined in one array per modality and field. The devices themselves
 choose the clips of each batch, from the seed and the number of the step. So several steps run
-without the host. The fusion of a model selects or averages frames. A step reads only the features
-of frames that the fusion uses.
+without the host. A step reads only the features of the frames that the fusion of the model uses.
 """
 
 import functools
@@ -42,16 +41,11 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Draws the batch of a training step from clips on the devices.
+    """Draws the batch of the training step `step` [] int32 from clips on the devices.
 
-    The batch contains LazyFeatures: the indices of its frames, not copies of their features. The
-    fusion of a model may use only some frames, and then only their features are read.
-
-    Args:
-      clips: a dict, modality -> the joined frames of all clips. The last frame consists of zeros,
-        and is used as padding.
-      plan: the settings that determine the clips and frames of each batch.
-      step: [] int32, number of the step, from 0.
+    The batch contains LazyFeatures, the indices of its frames, because the fusion of a model may
+    use only some frames. `clips` is modality -> the joined frames of all clips. The last frame is
+    zeros, for padding.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
     drawn = draw_batch_clips(plan, step, position // plan.num_places, position % plan.num_places)
@@ -71,15 +65,12 @@ def gather_frames(
     *,
     lazy: bool = True,
 ) -> Frames:
-    """Gathers the frames of B clips in a modality, padded to [B, size].
+    """Gathers the frames of the clips `clip_index` [B] int32 in a modality, padded to [B, size].
 
-    Args:
-      clips: the joined frames of N clips. The last frame consists of zeros, and is used as padding.
-      clip_index: [B] int32, the clips to gather.
-      batch_mask: [B] bool, False for rows that stay empty.
-      window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
-        None, the first `size` frames are taken.
-      lazy: if True, features are gathered later, after the fusion of the model has chosen frames.
+    The last frame of `clips` is zeros, for padding. Rows where `batch_mask` [B] bool is False stay
+    empty. `window` [B] float32 in [0, 1) are random numbers that choose a window of longer clips,
+    or None for the first `size` frames. If `lazy` is True, features are gathered later, after the
+    fusion of the model has chosen frames.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if window is not None:
@@ -101,24 +92,16 @@ def _take(values: Array, index: Array) -> Array:
 
 
 class ResidentPlan(NamedTuple):
-    """The clips that are copied to the devices, and the memory that they need.
+    """The clips that are copied to the devices, and the memory that they need."""
 
-    Attributes:
-      train_splits: names of the training splits, as in `BatchPlan.splits`.
-      splits: names of the training splits and of the split to evaluate.
-      num_frames: a dict, modality -> number of frames, including the copies of `best`.
-      best: a dict, (split, phase, modality) -> T, where the phase is 'train' or 'eval'. If a clip
-        has more than T frames, this phase uses a copy of its T frames of the highest quality.
-      nbytes: number of bytes of all frames.
-      widths: a dict, modality -> feature width.
-    """
-
-    train_splits: tuple[str, ...]
-    splits: tuple[str, ...]
-    num_frames: Mapping[str, int]
+    train_splits: tuple[str, ...]  # names of the training splits, as in `BatchPlan.splits`
+    splits: tuple[str, ...]  # names of the training splits and of the split to evaluate
+    num_frames: Mapping[str, int]  # modality -> number of frames, including the copies of `best`
+    # (split, phase, modality) -> T, where the phase is 'train' or 'eval'. If a clip has more than T
+    # frames, this phase uses a copy of its T frames of the highest quality.
     best: Mapping[tuple[str, str, str], int]
-    nbytes: int
-    widths: Mapping[str, int]
+    nbytes: int  # number of bytes of all frames
+    widths: Mapping[str, int]  # modality -> feature width
 
 
 def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
@@ -151,9 +134,9 @@ def step_bytes(
     """Estimates the bytes that a training step needs on a device for intermediate results.
 
     The batch, the fused frames, the logits, the losses and the gradients with respect to these
-    arrays are counted as float32. The gradients and the updates of the parameters are also counted.
-    The parameters (`params` bytes) and the state of the optimiser are not counted. `columns` is the
-    number of classes.
+    arrays are counted as float32. The gradients and the updates of the parameters are also counted,
+    but not the parameters (`params` bytes) and the state of the optimiser. `columns` is the number
+    of classes.
     """
     frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
                  for name, width in layout.widths.items())  # fmt: skip
@@ -165,13 +148,9 @@ def choose_mode(
 ) -> str:
     """Chooses whether clips stay on the devices ('resident') or are read from disk ('streaming').
 
-    Args:
-      mode: the mode in the configuration. If it is 'auto', the free memory decides.
-      num_drawn: the number of clips in all batches of the run.
-      taken: bytes that a training step needs, see `step_bytes`.
-
-    Raises:
-      UserError: `mode` is 'resident', but there are more clips or frames than an int32 can count.
+    If `mode`, the mode in the configuration, is 'auto', the free memory decides. `num_drawn` is the
+    number of clips in all batches of the run, and `taken` is the result of `step_bytes`. Raises
+    UserError if `mode` is 'resident', but an int32 cannot count the clips or frames.
     """
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:
@@ -187,9 +166,9 @@ def choose_mode(
 
 
 def find_least_free_bytes(mesh: Mesh) -> float:
-    """Returns the free memory in bytes of the local device with the least free memory.
+    """Returns the bytes of free memory of the local device with the least free memory.
 
-    If the devices are emulated on a CPU, they share the free memory of the host equally.
+    Devices that are emulated on a CPU share the free memory of the host equally.
     """
     free = []
     for device in mesh.local_devices:
@@ -204,12 +183,11 @@ class Resident:
 
     Attributes:
       identities: the names of the classes. Label c of a clip means `identities[c - 1]`.
-      train: a dict, modality -> the joined frames of the training clips. The last frame consists of
-        zeros, and is used as padding.
+      train: modality -> the joined frames of the training clips. The last frame is zeros, for
+        padding.
     """
 
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
-        """Copies the clips of `layout` to the devices. Raises UserError if a file is damaged."""
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         self._gathered = devices.jit(
@@ -238,7 +216,7 @@ class Resident:
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
-            """Returns a dict, modality -> the frames of the clips of `splits`, for `phase`."""
+            """Returns modality -> the frames of the clips of `splits`, for `phase`."""
             located = {}
             for name, packed in frames.items():
                 table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
@@ -250,14 +228,14 @@ class Resident:
         self._eval = {split: locate([split], "eval") for split in layout.splits}
 
     def split(self, name: str) -> Split:
-        """Returns the clips and labels of a split. Raises UserError if no split has this name."""
+        """Returns the clips and labels of a split."""
         return self._data.split(name)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
+        """Yields every clip of `plan` once. See `ClipSource`.
 
-        See `ClipSource`. Clips of similar length are sorted by name. If the split or a modality is
-        not on the devices, all frames are read from the dataset.
+        Clips of similar length are sorted by name. If the split or a modality is not on the
+        devices, all frames are read from the dataset.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
             yield from self._data.eval_batches(plan, rows=rows)

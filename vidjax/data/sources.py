@@ -27,11 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
-    """Opens the synthetic dataset. At the first call, it is generated in the cache.
-
-    Its files have the layout of the iQIYI-VID dataset. `data` is the section `data` of a
-    configuration.
-    """
+    """Opens the synthetic dataset. At the first call, it is generated in the cache."""
     if data["dir"]:
         raise UserError(
             f"config.data.dir={data['dir']} would be ignored, because config.data.name=synthetic\n"
@@ -91,14 +87,9 @@ def open_source(
 ) -> RecordSource:
     """Opens a dataset, without reading its features.
 
-    Args:
-      given: the section `data` of a configuration; or a folder of iQIYI-VID pickles or of a user's
-        own features; or a dict, split -> clip -> modality -> features.
-      labels, cache_dir, quality: see `vidjax.load_data`. They are ignored if `given` is a
-        configuration.
-
-    Raises:
-      UserError: there are no features, or `labels` or `quality` are given for iQIYI-VID pickles.
+    `given` is the section `data` of a configuration; or a folder of iQIYI-VID pickles or of a
+    user's own features; or split -> clip -> modality -> features. For the other arguments, see
+    `vidjax.load_data`. They are ignored if `given` is a configuration.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
@@ -131,10 +122,7 @@ def load(
     non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> "Dataset":
-    """Loads a dataset. At the first call, it is converted to TFRecords in the cache.
-
-    See `vidjax.load_data` for the arguments.
-    """
+    """Loads a dataset, which the first call converts to TFRecords. See `vidjax.load_data`."""
     from vidjax.data.records.conversion import convert
     from vidjax.data.records.dataset import Dataset
 
@@ -148,12 +136,7 @@ def load(
 
 
 def read_modalities(data: Section) -> Mapping[str, int]:
-    """Returns a dict, modality -> feature width, without reading features.
-
-    If the width of a modality is unknown, it is 0. If the names of the files do not contain the
-    modalities, the dict is empty. `data` is the section `data` of a configuration. Raises UserError
-    if the folder has no features.
-    """
+    """Returns modality -> feature width (0 if unknown), or {} if names of files lack modalities."""
     if is_generated(data["name"]):
         return synthetic.SIZES[data["size"]].dims
     return getattr(open_source(cast(ConfigDict, data)), "modalities", {})
@@ -170,10 +153,7 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Describes a dataset in a few words: its name, and how it was generated.
-
-    `data` is the section `data` of a configuration. Options with the default value are left out.
-    """
+    """Describes a dataset in a few words: its name, and the options that are not the default."""
     name = data.get("name", "")
     if not is_generated(name):
         return name

@@ -48,20 +48,12 @@ _BOX_SCALE = {"face": 1.0, "head": 1.5, "body": 2.2}
 
 
 class _Modality(NamedTuple):
-    """The properties of a modality that do not depend on the size of the dataset.
+    """The properties of a modality that do not depend on the size of the dataset."""
 
-    Attributes:
-      every: distance in frames between two features. If it is 0, a clip has a single feature.
-      blank_rate: share of clips in which the modality has no information about the person.
-      missing_rate: share of clips without the modality.
-      resembles: True if look-alikes resemble each other in this modality. Its displacement then
-        also varies more between clips.
-    """
-
-    every: int
-    blank_rate: float
-    missing_rate: float
-    resembles: bool
+    every: int  # distance in frames between two features. If it is 0, a clip has a single feature.
+    blank_rate: float  # share of clips in which the modality has no information about the person
+    missing_rate: float  # share of clips without the modality
+    resembles: bool  # look-alikes resemble each other, and the displacement of clips varies more
 
 
 _MODALITIES = {
@@ -74,26 +66,16 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """The size and the difficulty of a dataset.
-
-    If any other attribute is changed, `spread` must be calibrated again.
-
-    Attributes:
-      identities: number of identities.
-      mean_frames: mean number of frames per clip.
-      dims: a dict, modality -> feature width.
-      spread: a dict, modality -> median length of the displacement of a clip. The vector of a
-        person has the length 1.
-    """
+    """The size of a dataset. If it changes, the difficulty, `spread`, must be calibrated again."""
 
     identities: int
-    mean_frames: float
-    dims: Mapping[str, int]
+    mean_frames: float  # per clip
+    dims: Mapping[str, int]  # modality -> feature width
+    # Modality -> median length of the displacement of a clip. Vectors of people have the length 1.
     spread: Mapping[str, float]
 
 
-# The small dataset has shorter clips and narrower features than the official dataset, so that a
-# first run takes less than a minute.
+# The small dataset has short clips and narrow features, so that a first run takes under a minute.
 SIZES = {
     "small": Size(
         100,
@@ -161,7 +143,7 @@ LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # upper limits; all lo
 def write(
     out_dir: str | Path, *, size: str, seed: int = 0, options: SyntheticOptions = CALIBRATED
 ) -> None:
-    """Writes the synthetic dataset to a folder, in the layout of iQIYI-VID.
+    """Writes the synthetic dataset to an empty folder, in the layout of iQIYI-VID.
 
     For each modality and split there is a pickle, `{face,head,body,audio,scene}_{train,val,test}`,
     where face train and face val end in `_v2`. `train_gt.txt` has a clip and its identity per line.
@@ -172,10 +154,6 @@ def write(
       out_dir: the folder. It must be empty, or must not exist.
       size: 'small' or 'standard'.
       seed: the random seed, 0 or more.
-
-    Raises:
-      UserError: `out_dir` is not empty, the size is unknown, the seed is negative, or an option is
-        out of range.
     """
     check_choice("size", size, SIZES)
     if seed < 0:
@@ -223,24 +201,15 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 
 
 class _FlatFrames(NamedTuple):
-    """The F frames of n clips in a modality, clip by clip.
+    """The F frames of n clips in a modality, clip by clip."""
 
-    Attributes:
-      present: [n] bool, True if the clip has the modality. Otherwise, its frames are not written.
-      lengths: [n] int, number of frames of each clip.
-      number: [F] int, number of the frame in the video.
-      box: [F, 4] float64, x1, y1, x2, y2 in pixels.
-      detection, quality: [F] float64.
-      features: [F, D] float16 or float32.
-    """
-
-    present: np.ndarray
-    lengths: np.ndarray
-    number: np.ndarray
-    box: np.ndarray
-    detection: np.ndarray
-    quality: np.ndarray
-    features: np.ndarray
+    present: np.ndarray  # [n] bool, False if the clip lacks the modality: frames are not written
+    lengths: np.ndarray  # [n] int, number of frames of each clip
+    number: np.ndarray  # [F] int, number of the frame in the video
+    box: np.ndarray  # [F, 4] float64, x1, y1, x2, y2 in pixels
+    detection: np.ndarray  # [F] float64
+    quality: np.ndarray  # [F] float64
+    features: np.ndarray  # [F, D] float16 or float32
 
     def entries(self, modality: str, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
         """Yields the name of each clip, and its value in the official pickle of a modality."""
@@ -355,14 +324,13 @@ class _Clips:
         self.false = {"face": is_false & of_face, "audio": is_false & ~of_face}
 
     def frames(self, rows: np.ndarray) -> dict[str, _FlatFrames]:
-        """Draws the frames of the clips `rows` [n]. Returns a dict, modality -> frames."""
+        """Draws the frames of the clips `rows` [n]. Returns modality -> frames."""
         rng = self.rng
         lengths = self.length[rows]
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
         position = np.arange(len(clip)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
-        # In `wrong_clip`, a third of the frames, in a row, shows another person. In other clips,
-        # only a few frames do.
+        # In `wrong_clip`, a third of the frames, in a row, shows another person, elsewhere a few.
         run = np.rint(lengths / 3).astype(np.int64)
         first = rng.integers(0, lengths - run + 1)[clip]
         in_run = self.wrong_clip[rows][clip] & (position >= first) & (position < first + run[clip])
@@ -400,9 +368,9 @@ class _Clips:
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Returns the vectors [F, RANK] of the people that F frames show.
+        """Returns the vectors [F, RANK] of the people in F frames of the clips `rows` [F].
 
-        `rows` [F] has the clip of each frame. `wrong` [F] is True if a frame shows another person.
+        `wrong` [F] is True if a frame shows another person.
         """
         if modality == "scene":
             return self.world.points["scene"][self.programme[rows]]
@@ -423,12 +391,9 @@ class _Clips:
     ) -> np.ndarray:
         """Draws the features [F, D] of F frames. The frames of a track share a displacement.
 
-        Args:
-          points: [F, RANK], the vector of the person that each frame shows.
-          spread: the length of the displacement of each track. A track is a person in a clip.
-          track: [F] int, the track of each frame.
-          position: [F] int, the position of each frame in its clip. Features drift along positions.
-          quality: [F], the quality of each frame.
+        A track is a person in a clip, and `track` [F] int is the track of each frame. `points` [F,
+        RANK] are the vectors of the people, and `spread` is the length of the displacement of each
+        track. Features drift along `position` [F], the position of the frames in their clips.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
@@ -467,7 +432,6 @@ def _draw_resembling(rng: np.random.Generator, points: np.ndarray) -> np.ndarray
 
 
 def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarray:
-    """Draws an array [rank, dim] float32 with orthonormal rows."""
     return np.linalg.qr(rng.standard_normal((dim, rank)))[0].T.astype(np.float32)
 
 
@@ -484,11 +448,7 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
 def _draw_frame_steps(
     rng: np.random.Generator, clip: np.ndarray, position: np.ndarray
 ) -> np.ndarray:
-    """Draws the number [F] of the picture that shows each of F faces, from 0 in each clip.
-
-    A number may repeat, because a picture may show two faces. `clip` [F] is the clip of each face,
-    and `position` [F] is the position of the face in this clip.
-    """
+    """Draws the number [F] of the picture of each face. Two faces may be in the same picture."""
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))
     return total - total[position == 0][clip]

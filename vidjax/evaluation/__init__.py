@@ -1,1 +1,5 @@
-"""Evaluates trained weights: computes scores, rankings, comparisons and reports."""
+"""Evaluates trained weights: computes scores, rankings, comparisons and reports.
+
+Functions raise UserError, which is a ValueError, if a file or an argument of the user is wrong.
+Docstrings write a dict as key -> value.
+"""

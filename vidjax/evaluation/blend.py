@@ -31,8 +31,7 @@ def blend_runs(
 
     The score of a clip is the weighted mean of the probabilities of the runs in `config.join.runs`.
     `load` loads the dataset of a run, given the configuration of the run. The ranking, the metrics
-    and, if `config.eval.report` is set, a report are written to `folder`. Raises ValueError if
-    `config.join.weights` are unusable, or the runs cannot be blended, see `scoring.score`.
+    and, if `config.eval.report` is set, a report are written to `folder`.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)

@@ -1,9 +1,8 @@
 """Compares runs on the same clips, with confidence intervals of their differences in MAP.
 
-A group of seeds, which is a list of runs that differ only in their seeds, is compared like a single
-run. The average precisions are read from the file `analysis.npz` of each run, so no model is
-applied and no data are read. A comparison is written as text for the terminal, JSON, LaTeX and an
-HTML page.
+A group of seeds, a list of runs that differ only in their seeds, is compared like a single run. The
+average precisions are read from `analysis.npz` of each run, so no model is applied and no data are
+read. A comparison is written as text for the terminal, JSON, LaTeX and an HTML page.
 """
 
 import itertools
@@ -35,26 +34,17 @@ HOLM = "p (Holm)"
 
 
 class RankedRun(NamedTuple):
-    """The results of a run on a split, or the mean results of several runs.
+    """The results of a run on a split, or the mean results of several runs."""
 
-    Attributes:
-      name: the folder of the run, as the user typed it.
-      identities: names of the C identities in the ground truth that are in the training data, too.
-      ap, positives: [C] average precision and number of clips of each identity.
-      num_others: number of identities in the ground truth that are not in the training data.
-      metrics: content of `metrics.json`, including `map_kind` and `num_clips`.
-      seeds: the name and the MAP of each run of a group of seeds, if the results are the means of
-        the group.
-    """
-
-    name: str
+    name: str  # the folder of the run, as the user typed it
     split: str
-    identities: tuple[str, ...]
-    ap: np.ndarray
-    positives: np.ndarray
-    num_others: int
-    metrics: Mapping[str, Any]
+    identities: tuple[str, ...]  # the C identities of both the ground truth and the training data
+    ap: np.ndarray  # [C] average precision of each identity
+    positives: np.ndarray  # [C] number of clips of each identity
+    num_others: int  # number of identities in the ground truth that are not in the training data
+    metrics: Mapping[str, Any]  # content of `metrics.json`, including `map_kind` and `num_clips`
     config: Mapping[str, Any]
+    # The name and the MAP of each run, if the results are the means of a group of seeds.
     seeds: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -65,10 +55,7 @@ class RankedRun(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The results of runs on the same clips, and their differences in MAP from the first run.
-
-    If groups of runs are compared, `runs` has the mean results of each group.
-    """
+    """The results of runs (or groups of seeds), and their differences in MAP from the first run."""
 
     runs: list[RankedRun]
     differences: list[Difference]
@@ -141,15 +128,9 @@ class Comparison(NamedTuple):
 def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Comparison:
     """Compares the MAP of runs with the MAP of the first run, on the same clips.
 
-    Args:
-      groups: lists of the folders of runs. To compare runs, every list has a single folder. To
-        compare systems by their mean MAP, every list has the same number of runs, which differ only
-        in their seeds.
-      split: the split to compare on. If it is None, each run is compared on its `eval.split`.
-
-    Raises:
-      ValueError: a run is named twice, groups differ in size, the runs of a group differ in more
-        than their seeds, a run has no results on the split, or the runs ranked different clips.
+    `groups` are lists of the folders of runs. To compare runs, every list has a single folder. To
+    compare systems by their mean MAP, every list has the same number of runs, which differ only in
+    their seeds. `split` is by default `eval.split` of each run.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
@@ -176,7 +157,7 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
-    """Raises ValueError if runs differ in more than their seeds, or if two have the same seed."""
+    """Raises UserError if runs differ in more than their seeds, or if two have the same seed."""
     fields = [list_fields(run) for run in runs]
     first, seeds = fields[0], [own.get("seed") for own in fields]
     names = [run.name for run in runs]
@@ -194,11 +175,7 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
 
 
 def read(name: str, split: str | None = None) -> RankedRun:
-    """Reads the results of the run in the folder `name` on a split, by default its `eval.split`.
-
-    Raises ValueError if the folder contains no run, or the results are missing, damaged or have no
-    MAP.
-    """
+    """Reads the results of the run in the folder `name` on a split, by default its `eval.split`."""
     folder = RunFolder(name)
     if not folder.has(CONFIG):
         raise UserError(
@@ -254,10 +231,7 @@ def read(name: str, split: str | None = None) -> RankedRun:
 
 
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
-    """Sorts the identities of a run into the order of the first run.
-
-    Raises ValueError if the runs were evaluated on different splits, identities or clips.
-    """
+    """Sorts the identities of a run as in the first run, which must have the same clips."""
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(
@@ -325,7 +299,7 @@ Rows = list[list[str]]
 def make_difference_table(
     runs: Sequence[RankedRun], differences: Sequence[Difference]
 ) -> tuple[list[str], Rows]:
-    """Returns a table of MAP and the differences in MAP, as titles of columns and rows of text."""
+    """Returns the titles and the rows of a table of MAP and the differences in MAP."""
     head = ["run", "MAP@100", "difference", "95 % interval"]
     if not runs[0].seeds:
         head.append(HOLM if len(differences) > 1 else "p")
@@ -349,7 +323,7 @@ def make_difference_table(
 
 
 def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns a table of all `metrics.CLIP_METRICS`: titles of columns, and rows of text."""
+    """Returns the titles and the rows of a table of all `metrics.CLIP_METRICS`."""
     head, columns = ["run"], [[run.name for run in runs]]
     for name, metric in metrics.CLIP_METRICS.items():
         values = [run.metrics.get(name) for run in runs]
@@ -360,7 +334,7 @@ def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 
 
 def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns a table of the configuration fields in which runs differ: titles and rows."""
+    """Returns the titles and the rows of a table of the fields in which configurations differ."""
     every, rows = [list_fields(run) for run in runs], []
     for name in dict.fromkeys(name for values in every for name in values):
         # A blend has only the fields `join`, so only runs can differ in other fields.

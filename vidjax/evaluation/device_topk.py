@@ -2,7 +2,7 @@
 
 The scores come in blocks, see `topk`. If the devices are CPUs, the host ranks the clips with
 `topk`. Accelerators rank the clips themselves, because copying the scores to the host would take
-longer than ranking them.
+longer.
 """
 
 import functools
@@ -31,9 +31,9 @@ def start_top_k(
 ) -> "DeviceTopK | RunningTopK":
     """Returns an object that ranks the clips of blocks of scores on the devices of `mesh`.
 
-    The ranking has the k best clips of C identities. Accelerators collect the scores of `rows`
-    clips before they merge these clips into the k best clips. So they need O(C x rows) memory. The
-    ranking does not depend on `rows`.
+    Accelerators collect the scores of `rows` clips for the C identities before they merge these
+    clips into the k best clips. So they need O(C x rows) memory. The ranking does not depend on
+    `rows`.
     """
     if mesh.devices.flat[0].platform == "cpu":
         return RunningTopK(num_identities, k, mesh)
@@ -41,10 +41,7 @@ def start_top_k(
 
 
 class RunningTopK:
-    """Finds the k best clips of every identity from blocks of scores on CPU devices.
-
-    Every process ranks the rows of its devices. `finish` joins the best clips of the processes.
-    """
+    """Ranks blocks of scores on CPU devices. Every process ranks the rows of its devices."""
 
     def __init__(self, num_identities: int, k: int, mesh: Mesh):
         self._top = HostTopK(num_identities, k)
@@ -52,10 +49,7 @@ class RunningTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block, see `HostTopK.add`.
-
-        The block is ranked at the next call, because the devices may still compute its scores.
-        """
+        """Adds a block, see `HostTopK.add`. It is ranked later, when its scores are computed."""
         self.flush()
         self._waiting.append(block)
 
@@ -80,12 +74,8 @@ class RunningTopK:
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
     """Merges blocks of scores into the k best clips so far. The k clips are exact but unsorted.
 
-    A block is (scores [B, C] float, clip_index [B] int32, batch_mask [B] bool) for B clips and C
-    identities. Clips for which `batch_mask` is False are padding, and are ignored. A clip must not
-    be in two blocks. Its index must be below 2**31 - 2**25, so that `_select` can use it as a
-    float. The result does not depend on the order, size and padding of the blocks. A few calls with
-    many clips are cheaper than many calls with few clips. NaN counts as -inf. On all backends,
-    magnitudes below the smallest normal float32 count as 0.
+    For blocks, see `HostTopK.add`. An index must be below 2**31 - 2**25, so that `_select` can use
+    it as a float. A few calls with many clips are cheaper than many calls with few clips.
     """
     num_identities = len(top.scores)
     size = min(CHUNK, num_identities)
@@ -111,14 +101,9 @@ def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
 
 
 class DeviceTopK:
-    """Finds the k best clips of every identity from blocks of scores on accelerators.
-
-    Every device ranks its part of the clips, so the scores of blocks do not move between devices.
-    `finish` joins the best clips of the devices.
-    """
+    """Ranks blocks of scores on accelerators. Every device ranks its part of the clips."""
 
     def __init__(self, num_identities: int, k: int, rows: int, mesh: Mesh):
-        """For the arguments see `start_top_k`."""
         self._layout = devices.row_layout(mesh)
         shape = (mesh.size, num_identities, k)
         empty = TopK(np.full(shape, -np.inf, np.float32), np.full(shape, NO_CLIP, np.int32))
@@ -127,7 +112,7 @@ class DeviceTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block of scores, see `update_top`. All blocks must have the same shape."""
+        """Adds a block of scores, see `HostTopK.add`. All blocks must have the same shape."""
         self._waiting.append(devices.put(block, self._layout))
         if len(self._waiting) * len(block[0]) >= self._rows:
             self.flush()
@@ -211,8 +196,8 @@ def _merge(old: TopK, rows: Array, clips: Array) -> TopK:
 def _select(old: TopK, scores: Array, clips: Array) -> TopK:
     """Selects the best k of k + B candidates per identity by their scores [C, k + B].
 
-    The first k candidates are the clips of `old`. The other candidates are `clips`, [C, B]. If all
-    identities have the same candidates, `clips` is [1, B].
+    The first k candidates are the clips of `old`. The others are `clips`, [C, B], or [1, B] if all
+    identities have the same candidates.
     """
     k = old.scores.shape[1]
     # If the scores k and k + 1 are equal, top_k prefers the earlier column, but the earlier column

@@ -1,8 +1,8 @@
 """Computes scores, embeddings and attention of a member, which is one net of an ensemble.
 
 Every evaluation step maps (params, model_state, hidden_chunk, batch) to an array with a row for
-each of B clips. A part of every feature vector may be hidden from a member: `hidden_chunk`,
-[] int32, is the number of this part. If it is -1, no part is hidden.
+each of B clips. `hidden_chunk`, [] int32, is the number of the part of every feature vector that is
+hidden from a member, or -1 if no part is hidden.
 """
 
 import functools
@@ -59,8 +59,8 @@ def embed_step(
 
     An embedding has length 1. If the model has several classifiers, an embedding consists of a
     vector of length 1 for each classifier that scores the clip, and zeros for the others. If the
-    model takes each frame as an example, the embedding of a clip is the mean of the embeddings of
-    its frames. The embedding of a clip without a usable frame is 0.
+    model takes each frame as an example, the embedding of a clip is the mean over its frames. The
+    embedding of a clip without a usable frame is 0.
     """
     forward = _make_forward(system, params, model_state, batch)
 
@@ -91,7 +91,7 @@ def attention_step(
 def _make_forward(
     system: System, params: Params, model_state: ModelState, batch: Batch
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
-    """Returns a function that applies the model to G examples of each of the B clips of `batch`.
+    """Returns a function that applies the model to G examples of each of the B clips.
 
     Its arguments are the frames, [B G, T, ...], and the mask of real examples, [B, G] bool.
     """
@@ -183,8 +183,8 @@ def _reduce_examples(
 def _choose_num_examples(clips: int, examples: int) -> int:
     """Returns how many examples of each clip a model computes together.
 
-    The number is 1, to save memory. If the sizes are symbols, the model is being exported. Then the
-    number may be larger, because the iterations of a loop are slow in other runtimes.
+    It is 1, to save memory. If the sizes are symbols, the model is being exported. Then it may be
+    larger, because the iterations of a loop are slow in other runtimes.
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1
@@ -241,8 +241,8 @@ class MeanScores(NamedTuple):
     """Sums from which `mean_scores` computes a weighted mean of scores.
 
     If the scores are log-probabilities, the mean is the logarithm of the mean probability. A
-    log-probability near 0 loses its digits when probabilities are added. So the complements,
-    1 minus each probability, are added, too.
+    log-probability near 0 loses its digits when probabilities are added. So the complements, 1
+    minus each probability, are added, too.
     """
 
     total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities
@@ -251,21 +251,16 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns a mean to which no scores are added yet.
-
-    `like` is an array [B, K] with the shape and dtype of the scores. If `logs` is True, the scores
-    are logarithms of probabilities.
-    """
+    """Returns a mean without scores. `like` [B, K] is an array of their shape and dtype."""
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores [B, K] with weights [B] to a mean.
+    """Adds scores [B, K] with weights [B], or [B, G, K] with [B, G] for G examples per clip.
 
-    To add G examples per clip, give scores [B, G, K] with weights [B, G]. Scores of weight 0 are
-    ignored, even if they are NaN or infinite.
+    Scores of weight 0 are ignored, even if they are NaN or infinite.
     """
     if weight.ndim > 1 and weight.shape[1] == 1:
         scores, weight = scores[:, 0], weight[:, 0]
@@ -309,7 +304,7 @@ def sum_scores(mean: MeanScores) -> Array:
 def log_complement(logs: Array) -> Array:
     """Computes log(1 - p) from `logs` = log(p), where p are probabilities.
 
-    NaN stays NaN. Rounding errors can make a logarithm larger than 0. It then counts as 0.
+    NaN stays NaN. If rounding errors make a logarithm larger than 0, it counts as 0.
 
     Source: Mächler 2012, Accurately computing log(1 - exp(-|a|)).
     """

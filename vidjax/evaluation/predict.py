@@ -5,10 +5,8 @@
 
 Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit, because the same
 program runs on the same blocks (batches of clips). A request of at most 4 clips in memory is scored
-in a small block, in milliseconds. The program of a small block rounds in a different order. So a
-clip gets slightly different scores in a small and in a large request: logarithms differ by less
-than 1e-4. In all small requests, a clip gets the same scores to the bit. Clips in memory need no
-TensorFlow.
+in a small block, in milliseconds. The program of a small block rounds in a different order:
+logarithms differ by less than 1e-4 from a large request, and by nothing from other small requests.
 """
 
 import functools
@@ -47,10 +45,7 @@ Advance = Callable[[int], None]  # receives the number of rows of a finished blo
 
 
 class Request(NamedTuple):
-    """The N clips that a method of `Predictor` scores, ranks or embeds.
-
-    Row n of the answer is for clip `clip_index[n]` of the split `split` of `data`.
-    """
+    """The N clips of a call. Row n of the answer is for clip `clip_index[n]` of the split."""
 
     data: ClipSource
     split: str
@@ -63,14 +58,14 @@ class Predictor(NamedTuple):
     """A trained run with its weights.
 
     The methods take `clips` in any of these forms:
-    - a dict clip -> modality -> features [T, D]. Instead of features, a modality may have a dict of
+    - clip -> modality -> features [T, D]. Instead of features, a modality may have a dict of
       features and quality, as in `vidjax.load_data`.
     - `MemoryClips`, which the method `load` returns.
     - a dataset of `vidjax.load_data` and the name of a `split`. If `split` is None, the methods use
       the split that the run evaluates.
 
     A clip may lack modalities. A clip without a usable frame scores -inf. If clips do not fit the
-    run, the methods raise ValueError; the message names the clip, the modality and the field.
+    run, the methods raise ValueError, which names the clip, the modality and the field.
 
     All members of an ensemble score a new clip. A training clip is scored only by the members that
     were not trained on it, unless all members were trained on all training clips.
@@ -84,7 +79,6 @@ class Predictor(NamedTuple):
       params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
         members (nets) of an ensemble.
       training_sets: the clips that each member was trained on.
-      system: model, fusion and scores.
       score_fn, embed_fn: compute a member's scores [B, C] and embeddings [B, D] of B clips.
     """
 
@@ -161,8 +155,7 @@ class Predictor(NamedTuple):
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
-            `threshold` is None and the threshold of the run is unknown (see the property
-            `threshold`). If the run evaluated no strangers, no error is raised.
+            it is None and the threshold of a run that evaluated strangers is unknown.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -200,7 +193,7 @@ class Predictor(NamedTuple):
     def scores(self, clips: FrameClips, *, split: str | None = None) -> np.ndarray:
         """Returns the scores of N clips (see `Predictor`) for each identity, [N, C] float32.
 
-        Scores are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
+        They are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
         """
         request = self.request(clips, split)
@@ -215,11 +208,9 @@ class Predictor(NamedTuple):
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
-        Clips with equal scores are in the order of their names.
-
-        Args:
-          clips, split: N clips, see `Predictor`.
-          advance: called with the number of rows of each finished block, including padding.
+        Clips with equal scores are in the order of their names. For `clips` and `split`, see
+        `Predictor`. `advance` is called with the number of rows of each finished block, including
+        padding.
         """
         request = self.request(clips, split)
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
@@ -246,13 +237,8 @@ class Predictor(NamedTuple):
         for the classifier that does not score the clip. A clip without a usable frame gets a zero
         vector. Rows are in the order of the dict, or of the split's clip names.
 
-        Args:
-          clips, split: N clips, see `Predictor`.
-          advance: called with the number of rows of each finished block, including padding.
-
-        Raises:
-          ValueError: clips do not fit the run, or the model has no classifier of
-            `vidjax.models.layers`.
+        For the arguments, see `rank`. Raises ValueError if clips do not fit the run, or the model
+        has no classifier of `vidjax.models.layers`.
         """
         request = self.request(clips, split)
         model, size = self.model_of(request.data), request.block_size
@@ -283,10 +269,7 @@ class Predictor(NamedTuple):
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Converts clips in any form that `Predictor` takes.
-
-        If there are only a few clips, `block_size` is small.
-        """
+        """Converts clips in any form that `Predictor` takes. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(TrainingData, clips), split or str(self.config.eval.split)
@@ -311,11 +294,7 @@ class Predictor(NamedTuple):
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
     def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model that answers a request.
-
-        The field `training_sets` of the model lists which members of an ensemble were trained on
-        which clips of the request. A member that was trained on a clip does not score the clip.
-        """
+        """Returns the model for a request. Members skip their training clips in the request."""
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)
 
@@ -349,11 +328,10 @@ def restore(
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
 ) -> Predictor:
-    """Restores a trained run and checks its weights against their sha256.
+    """Restores a trained run and checks its weights against their sha256. See `vidjax.restore`.
 
     If the checkpoint of the requested step is damaged, an intact checkpoint is used, with a
-    warning. The folder of the run is not changed. Compiled programs are cached on the disk. For the
-    arguments and errors see `vidjax.restore`.
+    warning. The folder of the run is not changed. Compiled programs are cached on the disk.
     """
     if step not in ("latest", "best"):
         raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
@@ -389,10 +367,7 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json`, or {} if the file does not belong to `step`.
-
-    If the file is damaged, warns and returns {}.
-    """
+    """Returns the content of `metrics.json`, or {} if it is damaged or not of `step`."""
     try:
         results = folder.metrics()
     except ValueError as error:

@@ -1,8 +1,8 @@
 """Writes, reads and scores submission files, which list the best 100 clips of each identity.
 
-The format is defined by the organisers of the iQIYI-VID challenge. White space separates names. So
-white space within a name is escaped as in a URL: `First%20Last`. A `%` before two hexadecimal
-digits is escaped, too. All other characters are written as they are.
+The organisers of the iQIYI-VID challenge define the format. White space separates names. So white
+space within a name is escaped as in a URL: `First%20Last`. A `%` before two hexadecimal digits is
+escaped, too.
 """
 
 import codecs
@@ -28,15 +28,15 @@ def write_ranking(
 
     Each identity has a line `{identity} {clip}.mp4 {clip}.mp4 ...` with at most 100 clips, best
     first. `.mp4` is added to the names of clips that lack it. Empty entries of `top` are left out.
-    `top` has a row for each of C identities, and contains indices into `clips`. Raises ValueError
-    if a name is empty, is repeated or contains a control character, or `top` does not have C rows.
+    `top` has a row for each of C identities, and contains indices into `clips`. Names must be
+    distinct, and valid as in `check_name`.
     """
     path = Path(path)
     files.write_text(path, to_text(path, identities, clips, top))
 
 
 def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: TopK) -> str:
-    """Returns the text of a submission file. For the arguments and errors see `write_ranking`."""
+    """Returns the text of a submission file. For the arguments see `write_ranking`."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
         raise UserError(
@@ -67,15 +67,10 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
 
 
 class Submission(NamedTuple):
-    """The content of a submission file, as the scoring script of the challenge reads it.
+    """The content of a submission file, as the scoring script of the challenge reads it."""
 
-    Attributes:
-      ranking: identity -> at most 100 different clip names, best first.
-      faults: kind of fault -> a sentence, with the line number, for each line with this fault.
-    """
-
-    ranking: dict[str, list[str]]
-    faults: dict[str, list[str]]
+    ranking: dict[str, list[str]]  # identity -> at most 100 different clip names, best first
+    faults: dict[str, list[str]]  # kind of fault -> a sentence for each line with this fault
 
     def complaints(self) -> list[str]:
         """Returns a sentence per kind of fault: the first fault, and the number of such lines."""
@@ -147,10 +142,10 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
 def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]) -> float:
     """Returns MAP@100 of a ranking, as the scoring script of the challenge computes it.
 
-    `positives` maps each identity to the clips that show the identity. `ranking` maps each identity
-    to its ranked clips, best first. An identity that is missing in `ranking` has an average
-    precision of 0. An identity that is missing in `positives` is ignored. Names are compared as
-    exact strings, because both files escape names in the same way.
+    `positives` is identity -> the clips that show the identity. `ranking` is identity -> its ranked
+    clips, best first. An identity that is missing in `ranking` has an average precision of 0. An
+    identity that is missing in `positives` is ignored. Names are compared as exact strings, because
+    both files escape names in the same way.
     """
     columns = [column for column, clips in enumerate(positives.values(), 1) for _ in clips]
     clips = [clip for clips in positives.values() for clip in clips]
@@ -166,11 +161,8 @@ def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence
 def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     """Reads a ground truth file and returns identity -> the clips that show the identity.
 
-    All lines have the form `NAME.mp4 ID`, or all lines have the form `ID NAME.mp4 NAME.mp4 ...`.
-
-    Raises:
-      ValueError: the file is empty, a line is empty or has neither form, an identity has no clip
-        or a second line `ID NAME ...`, or a clip is listed twice.
+    All lines have the form `NAME.mp4 ID`, or all lines have the form `ID NAME.mp4 NAME.mp4 ...`. In
+    the second form, an identity has only one line. A clip must not be listed twice.
     """
     path = Path(path)
     lines = _read_lines(path)

@@ -2,13 +2,14 @@
 
 A checkpoint has a manifest, a JSON file. The manifest contains the configuration and the sha256 of
 `identities.json` and `members.npz`, so that files of another run are detected. Its entry `data`
-contains digests of the data that the run has read. If a command reads the data again, the command
-compares the digests. The entry `trained_on` in the `metrics.json` of a finished run contains the
-same digests:
+contains digests of the data that the run has read. A command that reads the data again compares the
+digests. The entry `trained_on` in the `metrics.json` of a finished run contains the same digests:
 
     splits    split -> {clips: int, modalities: list, names, features, labels: sha256} for every
               split that the run reads; labels are null if the split has no ground truth
     weights   sha256 of the file `config.data.weights`; null if no file is configured
+
+Functions raise CheckpointError if a file is missing, damaged or of another run.
 """
 
 import json
@@ -40,8 +41,8 @@ REMEDY = REWRITE.replace("delete", "delete it and", 1)
 class FoundRun(NamedTuple):
     """The content of a run's folder, except for the weights. All files belong to the same run.
 
-    The sha256 of the files of `checkpoint` have been checked. `identities` has the names of the C
-    identities. Column c of the scores, 1..C, is for the c-th identity.
+    `checkpoint` has been compared with its sha256. Column c of the scores, 1..C, is for the c-th of
+    the C `identities`.
     """
 
     folder: RunFolder
@@ -57,10 +58,7 @@ class FoundRun(NamedTuple):
 
 
 def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
-    """Builds the model of a run, loads its weights and adds a dataset to evaluate.
-
-    `config` is the configuration of the run with the changes of this evaluation.
-    """
+    """Builds the model of a run for `config`, loads its weights and adds a dataset to evaluate."""
     data = fit_data(data, config, run)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
@@ -73,10 +71,8 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run and reads the files that it depends on.
 
-    `config.eval.checkpoint` selects the checkpoint. If this checkpoint is damaged, an intact one
-    is used, with a warning. Raises CheckpointError if the folder has no checkpoint, a file is
-    damaged, or files of different runs are mixed. Raises ValueError if `config.modalities` are not
-    the modalities of the run.
+    If the checkpoint `config.eval.checkpoint` is damaged, an intact one is used, with a warning.
+    Raises UserError if `config.modalities` are not the modalities of the run.
     """
     workdir = folder.path
     saved = checkpoint.find(workdir, config.eval.checkpoint)
@@ -140,8 +136,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
     """Returns `data` with the labels of a run. A label is an identity's column in the scores.
 
-    Raises ValueError if the data have other modalities or widths, are not the data of the run (see
-    `check_data`), or their ground truth contains no identity of the run.
+    Raises UserError if the data are not the data of the run, or have no identity of the run.
     """
     split = config.eval.split
     check_widths(data, run.task.modalities)
@@ -158,7 +153,7 @@ def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
 
 
 def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
-    """Raises ValueError if a dataset lacks a modality of a run, or has another feature width."""
+    """Raises UserError if a dataset lacks a modality of a run, or has another feature width."""
     widths = select_modalities(tuple(modalities), data.modalities)
     for name, width in modalities.items():
         if widths[name] != width:
@@ -190,11 +185,7 @@ def hash_companions(
 
 
 def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a run was trained on other identities, clips or members.
-
-    `manifest` is the manifest of the run's checkpoint. `digests` is the result of `hash_companions`
-    for the training to resume.
-    """
+    """Compares the entries of a manifest with `hash_companions` for the training to resume."""
     for name, noun in {
         "identities_sha256": "another list of identities",
         "members_sha256": "other clips or members",
@@ -215,11 +206,7 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 def _read_companion(
     path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
 ) -> T:
-    """Returns `read()`, the content of the file `path`, which belongs to a checkpoint.
-
-    Raises CheckpointError if the file is missing or damaged, or if `digest(content)` is not
-    `wanted`.
-    """
+    """Returns `read()`, the content of `path`, if its `digest` is `wanted` by a checkpoint."""
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
@@ -251,10 +238,7 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Describes how a split differs from the split that a run has read before, or returns "".
-
-    `before` and `now` are the digests of the split. If the split is missing now, `now` is None.
-    """
+    """Describes how digests of a split differ, or returns "". If it is missing, `now` is None."""
     if now is None:
         return f"{split} is missing"
     if now["names"] != before["names"]:
@@ -277,7 +261,7 @@ def select_sets(
 
     `sets` are the training clips of each member. `own` are the digests of the data that the run was
     trained on. In other data, a different clip may have the name of a training clip. So all members
-    score all clips of other data. If the names of training clips occur there, a warning is printed.
+    score all clips of other data, with a warning if names of training clips occur there.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -296,10 +280,7 @@ def select_sets(
 
 
 def _has_same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    """Returns True if a split has the same clips with the same features as before.
-
-    `before` and `now` are the digests of the split. If the split is missing now, `now` is None.
-    """
+    """Returns True if a split has the same names and features. See `describe_difference`."""
     kinds = ["names", "features"]
     if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
         kinds.remove("features")
@@ -315,7 +296,7 @@ def check_data(
     trains: bool = True,
     named: bool = True,
 ) -> None:
-    """Raises ValueError if `data` differ from the data of a run, which have the digests `own`.
+    """Raises UserError if `data` differ from the data of a run, which have the digests `own`.
 
     If the training continues (`trains` is True), all splits of the run must be unchanged. If the
     run is evaluated, `eval.split` must be unchanged, or be a split that the run has not read.

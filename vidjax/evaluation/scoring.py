@@ -125,10 +125,7 @@ class ModelScorer:
         return [_mean(total) for total in totals]
 
     def _find_members(self, block: Batch) -> np.ndarray:
-        """Returns [E] bool, True for the members that score a clip of the block.
-
-        If no member scores a clip of the block, member 0 is True, so that the block has scores.
-        """
+        """Returns [E] bool, True for the members that score a clip of the block, at least one."""
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         used = np.any(self.use[:, clips[real]], axis=1)
         return used if np.any(used) else np.arange(len(used)) == 0
@@ -163,10 +160,7 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 
 @jax.jit
 def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
-    """Returns the logarithm of the weighted mean of probabilities, [B, C].
-
-    `scores` are the log-probabilities [B, C] of each model. A weight is 0 or more.
-    """
+    """Returns the log of the weighted mean of probabilities with the logs `scores`, [B, C] each."""
     total = make_no_scores(scores[0], logs=True)
     for block, weight in zip(scores, weights, strict=True):
         total = add_scores(total, block, jnp.full(len(block), weight, block.dtype))
@@ -180,9 +174,7 @@ def iterate_block_groups(
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Reads the clips of a split in groups of blocks.
-
-    Yields each group as a list, which has a list of blocks for each model.
+    """Yields the clips of a split in groups, each with a list of blocks for each model.
 
     A block is a batch of `block_size` clips per device. On accelerators, several blocks of short
     clips are joined, because a program takes longer to start than to score few clips.
@@ -258,11 +250,10 @@ def choose_window_rows(num_identities: int) -> int:
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
     """Changes a plan so that the same members score all clips of a block.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. A plan divides the clips
-    into buckets, which are read in blocks of `rows` clips. The clips of a bucket are padded to the
-    same length. This function splits each bucket by the members that score its clips. If the clips
-    of some members would not fill a block, they stay in a common bucket, because separate blocks
-    would be mostly padding.
+    `use` [E, N] bool is True where one of E members scores one of N clips. This function splits
+    each bucket by the members that score its clips. If the clips of some members would not fill a
+    block of `rows` clips, they stay in a common bucket, because separate blocks would be mostly
+    padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket
@@ -278,7 +269,6 @@ def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
 
 
 def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -> None:
-    """Raises UserError if the features and scores of a block exceed the free memory of a device."""
     frames, widths = plan.padded_lengths, system.task.modalities
     numbers = [
         sum(widths[name] * frames[name][bucket] for name in system.fuse_eval)
@@ -295,18 +285,13 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
 
 
 class Evaluation(NamedTuple):
-    """The ranking of a split and its metrics.
-
-    Attributes:
-      top: the best 100 clips of every identity, sorted.
-      clips: the best score of every clip. It is -inf if a score of the clip is NaN.
-      results: entries of `metrics.json`: counts of clips, the speed, and the MAP of each model and
-        member. If the split has a ground truth, the dict also has the MAP and the other metrics.
-    """
+    """The ranking of a split and its metrics."""
 
     split: Split
-    top: topk.TopK
-    clips: ClipScores
+    top: topk.TopK  # the best 100 clips of every identity, sorted
+    clips: ClipScores  # the best score of every clip. It is -inf if a score of the clip is NaN.
+    # Entries of `metrics.json`: counts of clips, the speed, and the MAP of each model and member.
+    # If the split has a ground truth, the dict also has the MAP and the other metrics.
     results: dict[str, Any]
 
 
@@ -341,13 +326,13 @@ def score(
 
     Args:
       block_size: number of clips that a device scores at a time.
-      each_member: if True, the MAP of each member of an ensemble is computed, too.
+      each_member: also computes the MAP of each member of an ensemble.
       check: called every few thousand clips. It may raise an exception to end the evaluation.
 
     Raises:
-      ValueError: the models differ in clips or identities, the scores of a blend are not
-        logarithms, `block_size` is below 1, a block does not fit into memory, no member may score
-        any clip, or all clips have NaN scores.
+      UserError: the models differ in clips or identities, the scores of a blend are not logarithms,
+        a block does not fit into memory, no member may score any clip, or all clips have NaN
+        scores.
     """
     for other in models[1:]:
         _check_same_clips(models[0], other, split_name)
@@ -388,12 +373,10 @@ def score(
 def start_compiling(
     model: TrainedModel, split_name: str, mesh: Mesh, *, block_size: int
 ) -> threading.Thread:
-    """Starts a thread that compiles the programs of `score`, and returns the thread.
+    """Starts a thread that compiles the programs of `score` by scoring a block, and returns it.
 
-    The thread scores and ranks a block of clips with a copy of the weights. If the model has an
-    `attention_step`, it is compiled, too. The model must have a single member, because a copy of
-    several members needs much memory. The mesh must have a single device, because several devices
-    must start all programs in the same order.
+    The model must have a single member, because the thread copies the weights. The mesh must have a
+    single device, because several devices must start all programs in the same order.
     """
     split = model.data.split(split_name)
     # This copies the weights, because the next training step overwrites them.
@@ -458,12 +441,7 @@ class _Ranker:
             self.best = _add_best(self.best, self._labels, *scored)
 
     def compute_maps(self) -> dict[str, list[dict[str, Any]]]:
-        """Returns the entries `runs` and `members` of `metrics.json`.
-
-        `runs` has the MAP of each model, and is left out if there is only one model. `members` has
-        the MAP of each member. It is left out if each model has one member, or `each_member` is
-        False.
-        """
+        """Returns the entries `runs` and `members` of `metrics.json`, if there are several."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for number, (model, scorer) in enumerate(zip(self._models, self.scorers, strict=True)):
             run: dict[str, Any] = {}
@@ -517,10 +495,7 @@ def _add_best(
 
 
 def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
-    """Sets the best score of clips with NaN scores to -inf, with a warning, so they rank last.
-
-    Also returns a dict with the entry `num_nan_clips`, or {} if no score is NaN.
-    """
+    """Warns of NaN scores, replaces them by -inf, and returns the entry `num_nan_clips` if any."""
     nan = np.isnan(clips.best) & clips.pool
     if not nan.any():
         return clips, {}
@@ -539,11 +514,7 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
 
 
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
-    """Returns the `map_kind` of results: `in_sample`, `out_of_fold` or the name of the split.
-
-    If a member scores clips that it was trained on, returns `in_sample`. If all members score all
-    clips, returns the name of the split. Otherwise, returns `out_of_fold`.
-    """
+    """Returns `in_sample`, `out_of_fold`, or the split if all members score all clips."""
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
     return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"

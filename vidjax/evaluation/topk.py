@@ -1,8 +1,7 @@
 """Ranks clips with numpy: finds the exact k best clips of every identity.
 
-The scores come in blocks. A block has the scores of B clips for all C identities. Clips are ordered
-by descending score. Clips with equal scores are ordered by ascending clip index, which is the order
-of their names.
+The scores come in blocks, each with the scores of B clips for all C identities. Clips are ordered
+by descending score, and clips with equal scores by ascending clip index, the order of their names.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +20,8 @@ EMPTY = np.uint64(0x007FFFFF << 32)  # sort key of an empty entry: -inf and NO_C
 class TopK(NamedTuple):
     """The k best clips of C identities: scores [C, k] float32 and clip indices [C, k] int32.
 
-    A list of fewer clips is filled with the score -inf and the index NO_CLIP. The arrays are numpy
-    or jax arrays.
+    A shorter list is filled with the score -inf and the index NO_CLIP. The arrays are numpy or jax
+    arrays.
     """
 
     scores: Any
@@ -40,7 +39,6 @@ class HostTopK:
     """
 
     def __init__(self, num_identities: int, k: int = MAX_NAMES):
-        """Makes an empty ranking, which will list at most `k` clips for each identity."""
         self._k = k
         self._chunks = [
             _Chunk(min(CHUNK, num_identities - first), k)
@@ -94,7 +92,6 @@ class _Chunk:
             self.merge()
 
     def merge(self) -> None:
-        """Merges the waiting candidates into the k best clips."""
         if not self._num_waiting:
             return
         identities, keys = map(np.concatenate, zip(*self._waiting, strict=True))
@@ -112,10 +109,7 @@ class _Chunk:
         self._waiting, self._num_waiting = [], 0
 
     def _set_bounds(self) -> None:
-        """Finds the lowest scores that can enter the k best clips.
-
-        A score that ties with the last place enters only if its clip index is lower.
-        """
+        """Finds the lowest scores that can enter. A tie enters only with a lower clip index."""
         least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)
@@ -171,7 +165,7 @@ def count_ties(top: TopK) -> int:
 def convert_to_lists(
     identities: Sequence[str], names: Mapping[int, str], top: TopK
 ) -> dict[str, list[tuple[str, float]]]:
-    """Returns identity -> its clips as (name, score), best first. `names` maps indices to names."""
+    """Returns identity -> its clips as (name, score), best first. `names` is index -> name."""
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
         identity: [(names[i], score) for i, score in zip(*row, strict=True) if i != NO_CLIP]

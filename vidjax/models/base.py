@@ -36,7 +36,9 @@ class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
     A plain network needs only the fields below and `__call__`. A field of type Literal accepts only
-    the values that it lists, and a field `modality` accepts only known modalities.
+    the values that it lists, and a field `modality` accepts only known modalities. Many models have
+    the fields `feature_scale`, a factor on the raw features, and `modality_dropout_rate`, the
+    probability that training drops a modality of a clip. At least one modality stays.
 
     Attributes:
       modalities: name -> feature width of the fused frames.
@@ -51,8 +53,8 @@ class Identifier(nn.Module):
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: name of each field that contains a model -> name of the field that lists the
-        modalities of the contained model.
+      parts: name of each field that contains a model -> name of the field that lists the modalities
+        of the contained model.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
@@ -103,19 +105,15 @@ class Identifier(nn.Module):
           frames: modality -> Frames [B, T]; modalities may differ in T.
           clips: index, mask and labels of the clips. Rows outside `clips.mask` must not affect the
             other rows or the batch statistics.
-          train: if True, dropout is applied (rngs `dropout` and `modality_dropout`) and the batch
-            statistics are updated. Then all collections of the model except `params` are mutable.
-
-        Raises:
-          ValueError: a modality of the model is missing or has a different width.
+          train: applies dropout (rngs `dropout` and `modality_dropout`) and updates the batch
+            statistics. Then all collections of the model except `params` are mutable.
         """
         raise NotImplementedError
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
-        """Computes attributes of the model from the training clips, before the first step.
+        """Returns attribute -> value, computed from the training clips before the first step.
 
-        Returns a dict of attribute -> value, which checkpoints store. A value is a number, None, or
-        a tuple with a number for each member (net) of an ensemble.
+        Checkpoints store the values: a number, None, or a tuple with a number for each member.
         """
         return {}
 
@@ -127,17 +125,13 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Converts the collections after training to the collections that evaluation needs.
-
-        All arrays are [E, ...], for the E members (nets) of an ensemble.
-        """
+        """Converts the collections [E, ...] of E members after training for the evaluation."""
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Computes a property of B clips that evaluation passes to the model: `ClipInfo.measure`.
+        """Returns `ClipInfo.measure` of B clips for the evaluation, [B] float32, or None.
 
-        `frames` maps a modality to Frames [B, T], before fusion and with all features. Returns [B]
-        float32, or None if the model needs no such property.
+        `frames` is modality -> Frames [B, T], before fusion and with all features.
         """
         return None
 

@@ -37,11 +37,9 @@ class DeepMEF(Identifier):
     4. A cosine classifier gives the logits.
 
     Attributes:
-      modalities: name -> feature width, of `modality` and other modalities (published: `scene`).
-      modality: modality with attention over its frames.
-      channel_attention: features | channels | danet | none, as in ChannelAttention.
-      channel_norm: True for BatchNorm in this attention, as published.
-      num_frames: number of frames T of every clip; only for `channel_attention="channels"`.
+      modality: modality with attention over its frames. Published: and `scene`.
+      channel_attention, num_frames, channel_norm: form, T and norm of ChannelAttention, or `none`.
+        `channel_norm` is published as True.
       aggregation: attention | mean | quality (mean weighted by quality x detection).
       rms_norm: True to scale every frame of `modality` to a root mean square of 1.
       feature_scale: factor on the features, after `rms_norm`.
@@ -49,24 +47,20 @@ class DeepMEF(Identifier):
       hidden_dim: width of the first layer of f.
       layer_form: ours | published, the layers of f and of the other modalities, see below.
       dropout_rate: dropout rate of the layers that have dropout, see below.
-      modality_dropout_rate: probability that training drops a modality of a clip. At least one
-        modality stays.
-      logit_scale: factor on the cosines.
-      dtype: dtype of matrix products. Parameters, softmax and head are float32 or wider.
 
     Layers `published`: Linear-BatchNorm-PReLU-dropout, with normal weights of Kaiming; the last
-    layer of f and of each other modality has no dropout. Layers `ours`: Linear-PReLU-BatchNorm-
-    dropout; the last layer of f is only a linear map that starts at 0, so that the network starts
-    as the cosine of aggregated features.
+    layer of f and of each other modality has no dropout. Layers `ours`:
+    Linear-PReLU-BatchNorm-dropout; the last layer of f is only a linear map that starts at 0, so
+    that the network starts as the cosine of aggregated features.
 
     Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
     aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
     if a sixteenth of 2048 features is hidden (article: 128 = 2048/16); the hidden layer has twice
     the width of the aggregated face; logits are 30 times the cosine in training. Article: the
-    margin loss discards the magnitude of features, so quality is joined to normalised features.
-    Not published: the root mean square of 1, which brings features to the magnitude of
-    quality / 100 (the code does not scale features); masks; the vector of a missing modality, which
-    is 0 even after its layers; modality dropout.
+    margin loss discards the magnitude of features, so quality is joined to normalised features. Not
+    published: the root mean square of 1, which brings features to the magnitude of quality / 100
+    (the code does not scale features); masks; the vector of a missing modality, which is 0 even
+    after its layers; modality dropout.
     """
 
     modalities: Mapping[str, int]
@@ -119,7 +113,6 @@ class DeepMEF(Identifier):
         return ModelOutput(logits[:, None], embedding=x)
 
     def _apply_block(self, x: Array, has_frames: Array, *, train: bool) -> Array:
-        """Applies the residual layer x + f(x) to x [B, D]. For f see the docstring of the class."""
         if self.layer_form == "published":
             block = ResidualBlock(self.hidden_dim, self.dropout_rate, self.dtype, name="block")
             return block(x, has_frames, train=train)
@@ -152,28 +145,23 @@ class ChannelAttention(nn.Module):
     """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
 
     Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
-    The map out and the factor gamma start at 0, so the block starts as the identity. With `norm`,
-    maps have no bias, BatchNorm follows theta, phi and out, and theta and phi also start at 0. Then
-    theta and phi never change, because the gradient of each is a product with the other. So all
-    entries of the attention A (see below) stay equal, and out(A g(x)) maps the mean of g(x).
+    The map out and the factor gamma start at 0, so the block starts as the identity. With `norm`
+    (only for the form `channels`), maps have no bias, BatchNorm follows theta, phi and out, and
+    theta and phi also start at 0. Then theta and phi never change, because the gradient of each is
+    a product with the other. So all entries of the attention A stay equal, and out(A g(x)) maps the
+    mean of g(x).
 
     Form `features` (not published): the maps act on the features, D -> D/2. The attention is
     A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T]. The output is
     y_t = x_t + out(sum_s A_ts g(x_s)). It works for any number of frames, in any order.
 
-    Form `channels` (the code of DeepMEF): the maps act on the frames, T -> T/2, and treat all
-    features alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2], the
-    output is y = x + out(A g(x)).
+    Form `channels` (the code of DeepMEF): the maps act on T = `num_frames` frames, T -> T/2, and
+    treat all features alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2],
+    the output is y = x + out(A g(x)).
 
     Form `danet` (the code of DANet, with frames as its channels): no maps. With the energies
     E_ts = x_t . x_s and A_ts = softmax over real frames s of max_s(E_ts) - E_ts, [T, T], the output
     is y_t = x_t + gamma sum_s A_ts x_s. So each frame receives most from the frames least like it.
-
-    Attributes:
-      form: features | channels | danet.
-      num_frames: number of frames T of every clip; only for the form `channels`.
-      dtype: dtype of the matrix products. Parameters and softmax are float32 or wider.
-      norm: True for BatchNorm; only for the form `channels`.
 
     Source: channel attention of DANet (Fu et al., CVPR 2019; the article takes the softmax of E
     itself). DeepMEF (3rd place 2019) names it, and builds `channels` with `norm` in
@@ -188,10 +176,7 @@ class ChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool = False) -> Array:
-        """Computes the frames after attention, [B, T, D] float32, 0 on padding.
-
-        The form `channels` needs T = `num_frames`, and reads padded frames as 0.
-        """
+        """Computes the frames after attention, [B, T, D] float32, 0 on padding."""
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"
@@ -261,10 +246,9 @@ class AttentionAggregation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Computes the weighted sum of the frames x [B, T, D] of each clip, [B, D] float32.
+        """Computes the sum of frames x [B, T, D], weighted by softmax_t(q . x_t): [B, D] float32.
 
-        The weights are the softmax, over the real frames, of the products q . x_t with the query q.
-        `mask` [B, T] bool is True for real frames. The result is 0 for clips without frames.
+        `mask` [B, T] bool is True for real frames. The sum is 0 for clips without frames.
         """
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)

@@ -41,22 +41,13 @@ class DenseIdentifier(Identifier):
     """A fully connected network and a classifier, on the joined mean frames of all modalities.
 
     Attributes:
-      modalities: name -> feature width, in the order of the concatenation.
       backbone: mlp | residual | block (ResidualBlock with twice the width of its input).
       layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () means no
         layers.
-      width: for `residual`, width of every layer.
-      num_layers: for `residual`, number of layers.
-      activation: for `residual`, activation of every layer, as in DenseLayer.
+      width, num_layers, activation, shortcut, gate: for `residual`, as in ResidualDenseNet.
       dropout_rate: for `residual`, dropout rate of every layer; for `block`, of its first layer.
-      shortcut: for `residual`, add | concat | none.
-      gate: for `residual`, True for a sigmoid gate after every layer.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
-      feature_scale: factor on the raw features.
-      modality_dropout_rate: probability that training drops a modality of a clip. At least one
-        modality stays.
-      dtype: dtype of matrix products. Parameters, logits and cosine head are float32 or wider.
 
     Source, for faces only: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place
     2019: `residual`), noise classes (5th place 2018: a linear layer and the cosine head). For the
@@ -144,10 +135,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Computes the output of the last layer, [B, D'] float32; without layers, returns x.
-
-        Arguments: see DenseLayer.
-        """
+        """Computes the output of the last layer, [B, D'] float32; without layers, returns x."""
         for i, layer in enumerate(self.layers):
             _check_layer(layer)
             x = DenseLayer(*layer, dtype=self.dtype, name=f"layer_{i}")(x, mask, train=train)
@@ -155,7 +143,6 @@ class MLP(nn.Module):
 
 
 def _check_layer(layer: object) -> None:
-    """Raises UserError unless a layer has four values, each in its range."""
     if isinstance(layer, tuple) and len(layer) == 4:
         width, _, _, dropout_rate = layer
         are_numbers = isinstance(width, int) and isinstance(dropout_rate, int | float)
@@ -239,12 +226,8 @@ class CosineIdentifier(Identifier):
       modalities: name -> feature width, from the strongest to the weakest: the weights start at 1,
         1/2, 1/4 and so on.
       embed_dim: width of each e_m.
-      feature_scale: factor on the raw features.
-      modality_dropout_rate: probability that training drops a modality of a clip. At least one
-        modality stays.
       dropout_rate: dropout rate of z.
       logit_scale: initial value of s.
-      dtype: dtype of the linear maps. Parameters and everything else are float32 or wider.
 
     Source: not published, but built from published parts. The scaled cosine is from CosFace (Wang
     et al.), the linear map with BatchNorm before the unit vector from ArcFace (Deng et al., section
@@ -322,10 +305,9 @@ class NeighbourIdentifier(Identifier):
     ) -> ModelOutput:
         """Computes the logits [B, 1, 1 + C]: `logit_scale` x the cosine to the nearest clip.
 
-        The cosine is taken between the mean frame of a clip and the nearest training clip of each
-        class. It is -2 for a class without a training clip, and for a clip without a frame. The
-        embedding is the mean frame. If `train` is True, the clips are stored at the rows
-        `clips.index` of `memory`, and the returned logits are 0.
+        The cosine is -2 for a class without a training clip, and for a clip without a frame. The
+        embedding is the mean frame. Training stores the clips at the rows `clips.index` of
+        `memory`, and returns logits of 0.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)
         mean = fusion.mean_frame(real[self.modality]).features[:, 0]  # [B, D]

@@ -38,20 +38,13 @@ MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
 
 
 class Distances(NamedTuple):
-    """The distribution of distances between unit vectors of a network.
+    """The distribution of distances between unit vectors of a network."""
 
-    Attributes:
-      within: W, the variance of the vectors of a person, summed over the dimensions.
-      between: B, the variance of the means of people, summed over the dimensions.
-      same: the shape of the gamma distribution of squared distances within a person, half of its
-        degrees of freedom.
-      different: the shape of the gamma distribution of squared distances between two people.
-    """
-
-    within: float
-    between: float
+    within: float  # W, the variance of the vectors of a person, summed over the dimensions
+    between: float  # B, the variance of the means of people, summed over the dimensions
+    # The shape of the gamma distribution of squared distances within a person, half of n_same.
     same: float
-    different: float
+    different: float  # the same shape for distances between two people
 
 
 class Population(NamedTuple):
@@ -64,12 +57,10 @@ class Population(NamedTuple):
 def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
     """Computes the distribution of distances from statistics of cosines.
 
-    `same` is the mean and the standard deviation of the cosine of two clips of the same person.
-    `different` is the mean and the standard deviation of the cosine of clips of two people.
-
-    A shape (see Distances) is the squared ratio of the mean to the standard deviation of
-    1 - cosine. The shape for the same person is limited to the shape for two people, because
-    distances between people do not spread less than distances within a person.
+    `same` is the mean and the standard deviation of the cosine of two clips of the same person, and
+    `different` of two people. A shape (see Distances) is the squared ratio of the mean to the
+    standard deviation of 1 - cosine. The shape for the same person is limited to the shape for two
+    people, because distances between people do not spread less than distances within a person.
     """
     within, total = 1 - same[0], 1 - different[0]
     shapes = (within / same[1]) ** 2, (total / different[1]) ** 2
@@ -82,11 +73,8 @@ def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray)
     It is the number of independent clips whose mean has the same variance as the mean of the
     person's clips. Clips of the same day have a share r of their variance W = `distances.within` in
     common. So the mean of k clips has the variance (r + (1 - r) / k) W. The spread of the clips
-    about their mean gives an estimate of r.
-
-    Args:
-      count: [K], the number k of clips of each person.
-      square: [K], squared length of the mean of the unit vectors of each person.
+    about their mean gives an estimate of r. `count` [K] is k, and `square` [K] is the squared
+    length of the mean of the unit vectors.
     """
     count = np.asarray(count, np.float64)
     free = count * (1 - square) / distances.within  # (k - 1) (1 - r), on average
@@ -102,12 +90,9 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people.
 
-    The people are given in blocks of P people. People without a clip are ignored.
-
-    Args:
-      means: for each block, the mean of the unit vectors of each person, [P, D].
-      effective: for each block, the effective number of clips of each person, [P].
-      counts: for each block, the real number of clips of each person, [P].
+    Each argument is a list of arrays per block of P people: the mean of the unit vectors of each
+    person, [P, D], and the effective and the real number of clips, [P]. People without a clip are
+    ignored.
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)
@@ -119,16 +104,11 @@ def population(
 
 
 class Posterior(NamedTuple):
-    """The posterior of the mean vectors of N people, given their clips.
+    """The posterior of the mean vectors of N people, given their clips."""
 
-    Attributes:
-      share: [N] position of the posterior mean between the mean of all people (0) and the mean of
-        the person's clips (1).
-      variance: [N] variance of the posterior, summed over the dimensions.
-    """
-
+    # [N] position of the posterior mean between the means of all people (0) and of the clips (1).
     share: np.ndarray
-    variance: np.ndarray
+    variance: np.ndarray  # [N] variance of the posterior, summed over the dimensions
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
@@ -145,7 +125,7 @@ def person_log_density(
 
     `square` is the squared distance between a clip and a person. `variance` is the expectation of
     this square. Both are float arrays that broadcast. Terms that are equal for all people are left
-    out. `stranger_log_density` leaves out the same terms.
+    out, as in `stranger_log_density`.
     """
     shape = distances.same
     square = np.maximum(square, MIN_SQUARE * distances.within)
@@ -161,8 +141,7 @@ def stranger_log_density(
 ) -> np.ndarray:
     """Computes the log density of clips, given that they show strangers.
 
-    `square` is the squared distance between a clip and the mean of all people. `variance` is the
-    expectation of this square. See `person_log_density`.
+    As in `person_log_density`, but the squared distance is to the mean of all people.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)
@@ -173,7 +152,7 @@ def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray)
     """Computes the log-likelihood ratio: two groups of clips show the same person, or two people.
 
     `square` is the squared distance between the means of the groups. `noise` is 1 / k + 1 / k' for
-    groups of k and k' effective clips (see `effective_count`). Both are float arrays.
+    groups of k and k' effective clips (see `effective_count`).
     """
     same = distances.within * noise
     different = same + 2 * distances.between

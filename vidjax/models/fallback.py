@@ -39,8 +39,7 @@ class FallbackIdentifier(Identifier):
       threshold: measure below which both models score a clip; 0 means never.
       threshold_share: share in [0, 1) of the training clips with `modality` that lie below the
         threshold; `prepare` computes the threshold. With 0, `threshold` is used as given.
-      main_share: weight of the main model below the threshold.
-      other_share: weight of the fallback model below the threshold.
+      main_share, other_share: weights of the two models below the threshold.
 
     Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
     the scene. The article uses the fallback model for clips without a face, and both models for the
@@ -101,7 +100,7 @@ class FallbackIdentifier(Identifier):
 
     @property
     def logit_scale(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The factor on the cosines in the logits. It is equal in both models."""
+        """The factor on the cosines in the logits of both models."""
         return self.main.logit_scale
 
     @property
@@ -110,12 +109,10 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Returns the `threshold`: the share `threshold_share` of the training clips lies below it.
+        """Returns the `threshold` below which `threshold_share` of the training clips lie.
 
-        The measure of a clip is the mean norm or the mean quality of its frames, see the class. All
-        training clips that have the modality `self.modality` count, in all folds, with or without
-        an identity. If several clips have equal measures, the share may be smaller. If
-        `threshold_share` is 0, returns an empty dict.
+        All training clips that have `self.modality` count, in all folds, with or without an
+        identity. If several clips have equal measures, the share may be smaller.
         """
         if not self.threshold_share:
             return {}
@@ -143,10 +140,7 @@ class FallbackIdentifier(Identifier):
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the mean norm or quality of the frames of each clip in `self.modality`, [B].
-
-        `self.measure` chooses the norm or the quality. If `self.threshold` is 0, returns None.
-        """
+        """Returns the measure of `self.modality` of each clip, [B], or None without a threshold."""
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(

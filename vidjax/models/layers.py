@@ -20,8 +20,8 @@ def real_frames(
     """Selects the modalities of a model, and masks the frames of padded rows.
 
     Returns modality -> Frames [B, T] in the order of `modalities`, and [B, M] bool, True where the
-    clip has a frame of the modality. Modalities may differ in T. Raises ValueError if a modality is
-    missing or has a different width, because linen would ignore a missing modality.
+    clip has a frame of the modality. Raises ValueError if a modality is missing or has a different
+    width, because linen would ignore a missing modality.
     """
     if missing := sorted(set(modalities) - set(frames)):
         raise ValueError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")
@@ -36,10 +36,9 @@ def real_frames(
 
 
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
-    """Drops modalities of clips at random. No clip loses all of its modalities.
+    """Drops each modality in `present` [B, M] bool with probability `rate`, but not the last one.
 
-    Each modality in `present` [B, M] bool is dropped with probability `rate`. If all modalities of
-    a clip would be dropped, a random modality stays. Returns the remaining modalities, [B, M] bool.
+    If all modalities of a clip would be dropped, a random modality stays. Returns [B, M] bool.
     """
     uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
     last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)
@@ -47,11 +46,7 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Returns the modalities of each clip that a model uses, [B, M] bool.
-
-    In training, `drop_modalities` drops some of the modalities in `present` [B, M] bool, with the
-    random key `modality_dropout` of `model`. In evaluation, `present` is returned.
-    """
+    """Returns [B, M] bool: `present`, but in training after `drop_modalities`."""
     if not train or not rate:
         return present
     return drop_modalities(model.make_rng("modality_dropout"), present, rate)
@@ -109,8 +104,7 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     """Computes `matmul(x, kernel, dtype)`, with a backward pass that also multiplies in `dtype`.
 
-    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs. This function has
-    no forward-mode derivative, because it has a custom VJP.
+    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs.
     """
     return matmul(x, kernel, dtype)
 
@@ -141,8 +135,7 @@ def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
 def transpose_in_memory(x: Array) -> Array:
     """Returns the transpose of a matrix. On CPUs, the transpose is a copy in memory.
 
-    Without the copy, a product with the transpose would be slow: XLA for CPUs has no fast product
-    that sums over the first axis of both operands.
+    XLA for CPUs has no fast product that sums over the first axis of both operands.
     """
     if jax.default_backend() != "cpu":
         return x.T
@@ -209,7 +202,6 @@ class DenseLayer(nn.Module):
       activation: linear | relu | sigmoid | swish | prelu. PReLU has a single slope, at first 0.25
         as in PyTorch.
       norm_first: if True, BatchNorm comes before the activation; if False, after it.
-      dtype: dtype of the matrix product. Parameters and everything else are float32 or wider.
       kernel_init: initialiser of the weights, by default Xavier-uniform.
 
     Source: quality fusion (4th place 2019): BatchNorm after the activation (the authors report that
@@ -229,11 +221,8 @@ class DenseLayer(nn.Module):
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Computes the output of the layer, [B, width] float32.
 
-        Args:
-          x: [B, D] float.
-          mask: [B] bool, True for rows that count in the batch statistics.
-          train: if True, dropout is applied (rng `dropout`), BatchNorm uses the batch statistics,
-            and the running statistics in `batch_stats` change; this collection must be mutable.
+        `x` is [B, D] float. For `mask` [B] bool and `train`, see `batch_norm`. Training also
+        applies dropout (rng `dropout`).
         """
         check_choice("activation", self.activation, sorted([*_ACTIVATIONS, "prelu"]))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -341,7 +330,6 @@ class NetVLAD(nn.Module):
         of the frames. Without `batch`, this map has a bias. `l2` scales each descriptor, then all
         descriptors of a clip together, to length 1. The paper uses only `batch`, the original
         NetVLAD only `l2`.
-      dtype: dtype of the matrix products. Parameters, sums and softmax are float32 or wider.
 
     Source: iQIYI-VID paper, section 5.2 and figure 4: a fully connected layer, BatchNorm, softmax
     over the clusters, and the VLAD core. `l2`: Arandjelovic et al., NetVLAD, section 3.1. The masks
@@ -355,17 +343,11 @@ class NetVLAD(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, mask: Array, *, train: bool) -> Array:
-        """Computes K descriptors of each clip, [B, K, D] float32.
+        """Computes K descriptors of each clip, [B, K, D] float32, from features [B, T, D] float.
 
         Descriptor k is the sum of a_k(x_t) (x_t - c_k) over the frames x_t, where c_k is a learned
         centre and a is the softmax of a linear map of the frame. The descriptors of a clip without
-        frames are 0.
-
-        Args:
-          features: [B, T, D] float.
-          mask: [B, T] bool, True for real frames. Only these count in the batch statistics.
-          train: if True, BatchNorm uses the batch statistics, and updates the running statistics in
-            `batch_stats`. The collection `batch_stats` must then be mutable.
+        frames are 0. For `mask` [B, T] bool and `train`, see `batch_norm`.
         """
         for norm in self.norms:
             check_choice("NetVLAD norm", norm, ("batch", "l2"))

@@ -27,39 +27,30 @@ class MultimodalIdentifier(Identifier):
     """The model of the iQIYI-VID paper: pooling, feature map, attention, classifier.
 
     The feature map of a clip is a matrix with one or more vectors for each modality. The vectors of
-    a missing modality are set to 0. With `fill_missing`, attention fills them from the other
-    vectors.
+    a missing modality are set to 0.
 
     Attributes:
       modalities: name -> feature width, in the order of the feature map.
       netvlad: modalities that NetVLAD pools; other modalities use the mean frame. A modality that
         is not configured is ignored.
-      num_clusters: number of clusters of NetVLAD, K.
-      netvlad_reduce, netvlad_norms: the attributes `reduce` and `norms` of `NetVLAD`.
+      num_clusters, netvlad_reduce, netvlad_norms: the attributes of `NetVLAD`.
       embed_dim: width of the vectors of the feature map, D.
       num_face_vectors: number of vectors that `face` contributes, each by a separate linear map.
       attention: False to leave out the attention (table 3 of the paper).
-      gram_dim: width in which the attention computes correlations, D~.
-      gram_scale: factor on the Gram matrix of the attention (not in the paper).
-      gamma: strength of the attention.
-      train_gamma: True to learn gamma.
-      attention_form: `gram` (as published) or `two` projections, see `MultimodalAttention`.
-      fill_missing: if True, as published, attention fills the vectors of a missing modality with
-        gamma times a mean of the other vectors. If False (not in the paper), they stay 0.
+      gram_dim, gram_scale, gamma, train_gamma, attention_form, fill_missing: the attributes of
+        `MultimodalAttention`.
       joined: `concat`, as published, to classify all vectors of the feature map side by side;
         `mean` to classify the mean of the vectors that a clip has (average pooling of modalities).
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
-      feature_scale: factor on the raw features.
       unit_length: if True (not in the paper), the vector of each modality is scaled to length 1
         before its map, and frames before NetVLAD. Then only the direction of features counts.
       map_norm: True for LayerNorm after the maps. Then the weight of a modality in the classifier
         does not depend on the norm of its features, which differs between modalities.
-      modality_dropout_rate: probability that training drops a modality of a clip. At least one
-        modality stays. The remaining vectors are not rescaled, as in clips that lack the modality.
+      modality_dropout_rate: see `Identifier`. The remaining vectors are not rescaled, as in clips
+        that lack the modality.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
       dropout_rate: dropout rate of the input of the classifier; with `cosine`, of its unit vectors.
-      dtype: dtype of matrix products. Parameters, logits and cosine head are float32 or wider.
 
     Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves some choices open. Our choices
     are: three maps for the three face vectors, K, the linear classifier, no activation after the
@@ -193,7 +184,6 @@ class MultimodalAttention(nn.Module):
         projection G = W_G X, as in SAGAN, which the paper compares.
       fill_missing: if True, as in the paper, the output of a missing vector is gamma times a mean
         of the vectors that exist. If False (not in the paper), it is 0.
-      dtype: dtype of the matrix products. Parameters and softmax are float32 or wider.
 
     Source: iQIYI-VID paper, equations 1-3. Here a missing vector is 0 and has no weight in the
     softmax; the equations would give it exp(0). Without missing vectors the results are equal.
@@ -217,10 +207,9 @@ class MultimodalAttention(nn.Module):
           mask: [B, M] bool, True for vectors that exist.
 
         Returns:
-          O, [B, M, D] in `dtype`; and Y, [B, M, M] float32. Y[:, i, j] is the weight of vector i
-          in the new vector j, a softmax over the existing vectors i. If `fill_missing` is False,
-          column j of Y and vector j of O are 0 for each missing vector j. If a clip has no vector,
-          its Y and O are 0.
+          O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
+            If `fill_missing` is False, column j of Y and vector j of O are 0 for each missing
+            vector j. If a clip has no vector, its Y and O are 0.
         """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)

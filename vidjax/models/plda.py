@@ -24,20 +24,17 @@ from vidjax.utils.errors import UserError
 class PLDAIdentifier(Identifier):
     """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    The vector of a clip is the mean of its frames, scaled to length 1, minus the mean of all
-    clips, and scaled to length 1 again. Training passes over the clips twice. The first pass sums
-    the vectors, for the mean. The second pass sums the centred vectors. `finalise_state` computes
-    the coefficients that score clips from these sums. The fields from `within` to `centred` are the
+    The vector of a clip is the mean of its frames, scaled to length 1, minus the mean of all clips,
+    and scaled to length 1 again. Training passes over the clips twice. The first pass sums the
+    vectors, for the mean. The second pass sums the centred vectors. `finalise_state` computes the
+    coefficients that score clips from these sums. The fields from `within` to `centred` are the
     fields of Settings. Each is a number, a tuple with a number for each member (net) of an
     ensemble, or None if `prepare` fits it.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
-    Espy-Wilson 2011. The sum over modalities and its scale are not published.
-
-    Three attempts did not help: a learned map x + x A of the vectors of each modality, where A
-    starts at 0 and decays towards 0 (NPLDA, Ramoji et al. 2020; MAP 0.910 on synthetic and 0.935 on
-    real clips, as without the map); a scale per modality; a prior that depends on the number of
-    clips.
+    Espy-Wilson 2011. The sum over modalities and its scale are not published. A learned map of the
+    vectors (NPLDA, Ramoji et al. 2020), a scale per modality, and a prior that depends on the
+    number of clips did not help.
     """
 
     modalities: Mapping[str, int]
@@ -64,7 +61,7 @@ class PLDAIdentifier(Identifier):
             raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns a member's settings. Raises UserError if a setting has no value."""
+        """Returns a member's settings, which must all have values."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -107,10 +104,10 @@ class PLDAIdentifier(Identifier):
     ) -> list[Array]:
         """Subtracts `share` x the mean from vectors. Returns unit vectors [B, D] per modality.
 
-        `vectors` maps a modality to [B, D], with rows of length 1 or 0. If `update` is set, the
-        vectors are also added to the collection `sums`: at the first occurrence of a clip to the
-        mean, at the second to the other sums, and later not at all. A batch may contain clips of
-        two passes, and a clip more than once.
+        `vectors` is modality -> [B, D], with rows of length 1 or 0. If `update` is set, the vectors
+        are also added to the collection `sums`: at the first occurrence of a clip to the mean, at
+        the second to the other sums, and later not at all. A batch may contain clips of two passes,
+        and a clip more than once.
         """
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
@@ -150,10 +147,9 @@ class PLDAIdentifier(Identifier):
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
     def finalise_state(self, params: Params, model_state: ModelState) -> dict[str, Any]:
-        """Computes the collection `solved`, with which evaluation scores clips.
+        """Replaces the sums by the collection `solved`, with which evaluation scores clips.
 
-        It replaces `model_state`. It contains `settings` and, for each modality, `centre`, `space`
-        and `enrolled`. All arrays are [E, ...], for E members of an ensemble.
+        It has `settings` and, for each modality, `centre`, `space` and `enrolled`, all [E, ...].
         """
         sums = model_state["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})
@@ -164,7 +160,6 @@ class PLDAIdentifier(Identifier):
         return {"solved": jax.tree.map(_stack, *solved)}
 
     def _finalise_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Computes the coefficients of a member of the ensemble, as in `finalise_state`."""
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
         for name in self.modalities:
             count = sums[name]["count"]
@@ -181,11 +176,7 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds vectors x [B, D] to the sums of a modality, as `PLDAIdentifier._add_up` describes.
-
-    `part` maps the name of each sum to its array. `turn` [B] is 0 at the first occurrence of a clip
-    in the training, 1 at the second, and so on.
-    """
+    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] counts earlier occurrences."""
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     centre, num = part["centre"] + jnp.dot(first, x), part["num"] + jnp.sum(first)
@@ -223,10 +214,7 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
 
 
 def _stack(*parts: Array) -> Array:
-    """Stacks an array of each member. Arrays with fewer rows are padded with rows of zeros.
-
-    Only `Enrolled.curve` differs in the number of rows, and no code reads the added rows.
-    """
+    """Stacks the array of each member, [E, ...]. Only `Enrolled.curve` needs rows of padding."""
     largest = np.max([part.shape for part in parts], axis=0)
     pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
     return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])

@@ -99,7 +99,6 @@ def combine_modalities(ratios: Array, known: Array, present: Array, settings: Se
       ratios: [M, B, K] float.
       known: [M, K] bool, False for classes without a clip that has the modality.
       present: [M, B] bool, False for clips that lack the modality.
-      settings: supplies `scale`, `unenrolled` and `stranger`.
 
     Returns:
       [B, K] float. Column 0 is a stranger. Identities without any enrolled clip have -inf.
@@ -155,10 +154,7 @@ def fit_member_settings(
 
 
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
-    """Prints a message if too few people have two clips for calibrated probabilities.
-
-    Labels are [N] int, 0 for clips of strangers.
-    """
+    """Prints a message if too few people (`labels` above 0) have two clips for calibration."""
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
         print_message(
@@ -205,10 +201,10 @@ def fit_settings(
 ) -> Settings:
     """Fits the settings of PLDA on held-out clips, except the settings in `given`.
 
-    `vectors` maps a modality to [N, D] float of unit length, 0 for clips that lack the modality.
-    Labels are [N] int from 1 on. `enrolled` has the vectors with which clips are enrolled, if they
-    differ from the vectors that are scored; None means `vectors`. If fewer than FEWEST_PEOPLE
-    people have two clips, nothing is fitted, and the settings have typical values.
+    `vectors` is modality -> [N, D] float of unit length, 0 for clips that lack the modality. Labels
+    are [N] int from 1 on. `enrolled` has the vectors with which clips are enrolled, if they differ
+    from the vectors that are scored. If fewer than FEWEST_PEOPLE people have two clips, nothing is
+    fitted, and the settings have typical values.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
@@ -264,9 +260,8 @@ def _hold_out(
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    The remaining identities, which are random, become strangers. For the arguments, see
-    `fit_settings`. Returns None if a modality has no enrolled clip, if all held-out clips show
-    strangers, or if no held-out clip does.
+    The remaining identities, which are random, become strangers. Returns None if a modality has no
+    enrolled clip, or unless held-out clips show both known people and strangers.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -308,11 +303,7 @@ class _Ratios(NamedTuple):
 
 
 def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
-    """Computes the log-likelihood ratios of the held-out clips.
-
-    `within` and `between` are the shares of the two covariances that are replaced by multiples of
-    the identity matrix, see `two_covariance.make_space`.
-    """
+    """Computes the log-likelihood ratios of the held-out clips. For the shares see `Settings`."""
     ratios = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(fitted, within=within, between=between)

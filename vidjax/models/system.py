@@ -23,46 +23,31 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 
 
 class System(NamedTuple):
-    """Everything that a training step or an evaluation step needs, except state and data.
+    """Everything that a training step or an evaluation step needs, except state and data."""
 
-    Attributes:
-      config: the configuration as nested dicts, from which the steps read plain values.
-      task: sizes of the training data.
-      fuse_train, fuse_eval: modality -> function (PRNG key, Frames [B, T]) -> Frames [B, T'], for
-        training and for evaluation, where the key is None.
-      frame_is_example: True if each fused frame of a clip is a separate example.
-      clip_transforms, transforms: augmentations before and after the fusion of frames.
-      tx, lr_schedule: the optax optimiser, and its schedule: step -> learning rate.
-      objective: (output, labels [B], mask [B], step) -> loss [B].
-      column_weight: (labels [B], step) -> weight [B] of each clip, by its class column.
-      score_fn: (logits [..., K], class_mask) -> scores [..., K]. Clips are ranked by their scores.
-      scores_are_logs: True if scores are logarithms; then their exponentials are averaged.
-      class_mask: [K] bool, True for columns that take part. Column 0 is False if no clip of this
-        column is trained on, unless the model has `scores_unknown`. Other columns are True.
-    """
-
-    config: Mapping[str, Any]
-    task: "TaskSpec"
+    config: Mapping[str, Any]  # as nested dicts, from which the steps read plain values
+    task: "TaskSpec"  # sizes of the training data
     model: Identifier
-    fuse_train: Mapping[str, FuseFn]
-    fuse_eval: Mapping[str, FuseFn]
-    frame_is_example: bool
-    clip_transforms: tuple[BatchTransform, ...]
-    transforms: tuple[BatchTransform, ...]
-    objective: losses.Objective
+    fuse_train: Mapping[str, FuseFn]  # modality -> (PRNG key, Frames [B, T]) -> Frames [B, T']
+    fuse_eval: Mapping[str, FuseFn]  # the same for evaluation, where the key is None
+    frame_is_example: bool  # True if each fused frame of a clip is a separate example
+    clip_transforms: tuple[BatchTransform, ...]  # augmentations before the fusion of frames
+    transforms: tuple[BatchTransform, ...]  # augmentations after the fusion of frames
+    objective: losses.Objective  # (output, labels [B], mask [B], step) -> loss [B]
+    # (labels [B], step) -> weight [B] of each clip, by its class column
     column_weight: Callable[[Array, Array], Array]
-    tx: optax.GradientTransformation
-    lr_schedule: optax.Schedule
+    tx: optax.GradientTransformation  # the optimiser
+    lr_schedule: optax.Schedule  # step -> learning rate
+    # (logits [..., K], class_mask) -> scores [..., K]. Clips are ranked by their scores.
     score_fn: Callable[[Array, Array], Array]
-    scores_are_logs: bool
+    scores_are_logs: bool  # True if scores are logarithms; then their exponentials are averaged
+    # [K] bool, True for columns that take part. Column 0 is False if no clip of this column is
+    # trained on, unless the model has `scores_unknown`. Other columns are True.
     class_mask: Array
 
     @property
     def vmap_members(self) -> bool:
-        """True if `jax.vmap` trains all members together, False if they are trained in turn.
-
-        If they are trained in turn, each member is bit-equal to a separate run.
-        """
+        """True if `jax.vmap` trains all members together, False if they are trained in turn."""
         mapping = self.config["ensemble"]["mapping"]
         return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
 
@@ -86,11 +71,7 @@ class System(NamedTuple):
         return fused
 
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
-        """Draws the initial parameters of the model, and its other variables, with the key `rng`.
-
-        `fuse_rng` is the key for the fusion of blank clips, which give the shapes of the inputs.
-        Raises UserError if the output of the model has a wrong shape.
-        """
+        """Draws the parameters and the other variables of the model with two PRNG keys."""
         fused = self.fuse(fuse_rng, make_blank_clips(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
         rows = jnp.zeros(exists.size, jnp.int32)
@@ -136,10 +117,7 @@ class System(NamedTuple):
 
 
 def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns two clips of one frame of zeros, modality -> Frames [2, 1].
-
-    `modalities` maps a modality to its feature width.
-    """
+    """Returns two clips of one frame of zeros, modality -> Frames [2, 1]."""
     row = jnp.zeros((2, 1))
     return {
         name: Frames(jnp.zeros((2, 1, dim)), row, row, row.astype(jnp.int32), row == 0)
@@ -148,26 +126,17 @@ def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
 
 
 class TaskSpec(NamedTuple):
-    """The sizes of the training data that a model depends on. Checkpoints store them.
+    """The sizes of the training data that a model depends on. Checkpoints store them."""
 
-    Attributes:
-      modalities: name -> feature width, in the order of the configuration.
-      num_clusters: number of clusters, the K of `NoiseClassLayout`, or None without noise classes.
-      total_steps: optimiser steps of the whole run.
-      train_other: True if training clips of column 0 have a weight above 0.
-      settings: name -> value of the attributes that `Identifier.prepare` computed, or None.
-      num_places: number of rows of all batches of an epoch, including empty rows of the last batch.
-        None means `num_clips`.
-    """
-
-    modalities: Mapping[str, int]
+    modalities: Mapping[str, int]  # name -> feature width, in the order of the configuration
     num_identities: int
-    num_clusters: int | None
+    num_clusters: int | None  # the K of `NoiseClassLayout`, or None without noise classes
     num_clips: int
-    total_steps: int
-    train_other: bool
+    total_steps: int  # optimiser steps of the whole run
+    train_other: bool  # True if training clips of column 0 have a weight above 0
+    # The result of `Identifier.prepare`, or None.
     settings: Mapping[str, float | tuple[float, ...]] | None = None
-    num_places: int | None = None
+    num_places: int | None = None  # see `BatchPlan`. None means `num_clips`.
 
     @property
     def layout(self) -> NoiseClassLayout | None:
@@ -183,10 +152,7 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds the system of a configuration for the given training data.
-
-    Entries of `config["fusion"]` for other modalities than `task.modalities` are ignored.
-    """
+    """Builds the system of a configuration for the given training data."""
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])
@@ -227,11 +193,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration.
-
-    With `config.ensemble.views`, each member lacks a chunk of the features of each modality, so the
-    model has narrower inputs.
-    """
+    """Builds the model of a configuration. With `config.ensemble.views`, inputs are narrower."""
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
@@ -256,10 +218,7 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds the fusion of each modality for a phase, `train` or `evaluate`.
-
-    A modality without a specification uses all frames. Errors name the configuration's field.
-    """
+    """Builds the fusion of each modality, by default `all`, for the phase `train` or `evaluate`."""
     fusions = {}
     for name in modalities:
         field = f"config.fusion.{name}.{phase}"
@@ -272,12 +231,7 @@ def make_fusions(
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds `System.column_weight`, a function (labels [B], step) -> weight [B] of each clip.
-
-    A clip of a mirror class (see `NoiseClassLayout`) has the weight `spec["mirror_weight"]`, a
-    schedule over the epochs. A clip of another class has the weight 1. If `layout` is None, there
-    are no mirror classes.
-    """
+    """Builds `System.column_weight`: a schedule for mirror classes, and 1 for other classes."""
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:
         return lambda labels, step: jnp.ones(labels.shape, jnp.float32)
@@ -297,7 +251,6 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _check_precision(precision: str) -> None:
-    """Raises UserError if jax has no such precision."""
     try:
         with jax.default_matmul_precision(precision):
             pass

@@ -27,10 +27,7 @@ SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit 
 
 
 class Sums(NamedTuple):
-    """The three sums from which PLDA is fitted.
-
-    x is the vector [D] of a clip, and K is the number of classes.
-    """
+    """The three sums from which PLDA is fitted, over vectors x [D] of clips in K classes."""
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  ([K], clips of each class)
     total: Array  # [K, D], sum of x over the clips of each class
@@ -40,8 +37,7 @@ class Sums(NamedTuple):
 class Space(NamedTuple):
     """The coordinates z = (x - mean) @ transform of vectors x, in which PLDA is simple.
 
-    In these coordinates the covariance W within classes is the identity matrix, and the covariance
-    B between classes is diagonal.
+    Here the covariance within classes is the identity matrix, and between classes it is diagonal.
     """
 
     mean: Array  # [D] float, the mean m of all vectors
@@ -192,8 +188,8 @@ class Settings(NamedTuple):
     """The parameters of a PLDA model.
 
     Attributes:
-      within: share of the within-class covariance that is replaced by a multiple of the identity.
-      between: share of the between-class covariance that is replaced by such a multiple.
+      within, between: shares of the covariances within and between classes that are replaced by
+        multiples of the identity.
       scale: factor on the log-likelihood ratios. Without it they would be too confident.
       unenrolled: value that replaces scale x ratio if no clip of an identity has the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.

@@ -1,17 +1,17 @@
 """Saves, finds and loads checkpoints with Orbax, and compares them with sha256 digests.
 
 The folder `checkpoints/<step>/` contains the folder `state`, which Orbax writes, and
-`manifest.json`. The manifest lists the sha256 of every file in `state`. Its entry `sha256` is the
-digest of all other entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when
-the manifest is complete. A checkpoint is not used if a file differs from the manifest, if `state`
-has a file that the manifest does not list, or if a path contains a link.
+`manifest.json`. The manifest lists the sha256 of every file in `state`, and a digest of its other
+entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when the manifest is
+complete. A checkpoint is not used if a file differs from the manifest, if `state` has a file that
+the manifest does not list, or if a path contains a link.
 
 At most three checkpoints are kept: the latest checkpoint, the best checkpoint by MAP, and the last
 evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the checkpoint
 before the latest is kept. Other files in `checkpoints/` are not changed.
 
-The class `training.Checkpointer` of Orbax does not fit for two reasons. It renames a step before
-the manifest exists. It needs the MAP when it saves, but vidjax saves a step before the evaluation.
+`training.Checkpointer` of Orbax does not fit: it renames a step before the manifest exists, and it
+needs the MAP when it saves, but vidjax saves a step before the evaluation.
 """
 
 import contextlib
@@ -53,9 +53,9 @@ class Checkpoint(NamedTuple):
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Saves a checkpoint, then deletes older checkpoints. The module docstring lists which stay.
 
-    `items` maps a name to a tree of arrays. `info` has JSON values for the manifest. Its entry
-    `map` decides which checkpoint is the best. If the step already has a checkpoint, the arrays are
-    not saved again, and `info` is added to the manifest.
+    `items` is name -> tree of arrays. `info` has JSON values for the manifest. Its entry `map`
+    decides which checkpoint is the best. If the step already has a checkpoint, the arrays are not
+    saved again, and `info` is added to the manifest.
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()
@@ -130,10 +130,7 @@ def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
 
 
 def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Returns the step with the highest MAP, or None if no step has a MAP.
-
-    `steps` is the result of `manifests`. Among equal MAPs, the latest step wins.
-    """
+    """Returns the (latest) step with the highest MAP in the result of `manifests`, or None."""
     scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
     return max(scored)[1] if scored else None
 
@@ -176,9 +173,9 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
     `abstract` has arrays or ShapeDtypeStructs with the expected shapes and dtypes. Trees of other
     names are not read. `layout` is the sharding of all arrays, or a tree of shardings. The number
-    of devices may have changed since the checkpoint was saved. Raises CheckpointError if the shape
-    or dtype of an array differs from `abstract`, and DamagedError if a file is missing or not
-    listed, or Orbax cannot read the arrays.
+    of devices may have changed since the checkpoint was saved. Raises CheckpointError if an array
+    differs from `abstract`, and DamagedError if Orbax cannot read the arrays or a file is missing
+    or not listed.
     """
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
@@ -214,11 +211,7 @@ def set_aside_later(workdir: Path, step: int) -> None:
 
 
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Compares the files of a checkpoint with the manifest. Returns the content of the manifest.
-
-    If `manifest` is None, `manifest.json` is read. Raises DamagedError if a file is missing,
-    differs from its digest, or is not listed.
-    """
+    """Returns the manifest of a checkpoint, unless the files differ from it (DamagedError)."""
     manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
@@ -231,7 +224,6 @@ def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, An
 
 @contextlib.contextmanager
 def _raise_damaged(path: Path) -> Iterator[None]:
-    """Turns an error of reading `path` into a DamagedError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -256,7 +248,6 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    """Returns True if the folder of a checkpoint contains no file of a user."""
     listed = {MANIFEST, *(f"state/{name}" for name in manifest["files"])}
     try:
         others = set(files.walk(folder)) - listed
@@ -277,10 +268,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _set_aside(folder: Path) -> None:
-    """Renames the folder of a step to `<step>.damaged`, so that the step can be saved again.
-
-    If this name exists, the new name is `<step>.damaged-2` and so on.
-    """
+    """Renames the folder of a step to `<step>.damaged` or `<step>.damaged-2` and so on."""
     if files.exists(folder):
         numbers = ("", *(f"-{number}" for number in range(2, 1000)))
         names = (folder.with_name(f"{folder.name}.damaged{number}") for number in numbers)

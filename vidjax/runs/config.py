@@ -24,17 +24,11 @@ Values = Mapping[str, Any]  # dotted name -> value, of every field of `default()
 
 
 class ReadWhen(NamedTuple):
-    """The condition under which the code reads a field, such as `optim.momentum`.
+    """The condition under which the code reads a field, such as `optim.momentum`."""
 
-    Attributes:
-      field: the name of the other field whose value decides, such as `optim.name`.
-      condition: returns True if the code reads `optim.momentum`, given the values of all fields.
-      remedy: the flags with which the code reads it, such as `--config.optim.name=sgd`.
-    """
-
-    field: str
-    condition: Callable[[Values], bool]
-    remedy: str
+    field: str  # the name of the other field whose value decides, such as `optim.name`
+    condition: Callable[[Values], bool]  # returns True if the code reads `optim.momentum`
+    remedy: str  # the flags with which the code reads it, such as `--config.optim.name=sgd`
 
 
 class Field(NamedTuple):
@@ -75,8 +69,8 @@ class Group(NamedTuple):
 def _focal_weights(values: Values) -> tuple[float, ...]:
     """Returns the weights of the loss `loss.focal` in `loss.schedule`.
 
-    If the schedule is malformed, returns (0.5,): then `loss.focal` and `loss.classification` both
-    count as used. The function that makes the schedule reports the mistake.
+    For a malformed schedule, returns (0.5,), so that both losses count as used. The function that
+    makes the schedule reports the mistake.
     """
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
@@ -87,9 +81,9 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 def _logit_losses(values: Values) -> set[str]:
     """Returns the names of the losses of the logits whose weight is above 0 at some epoch.
 
-    `GAMMA` and `SMOOTHING` need these names. From the names, `GAMMA` removes the losses of vidjax
-    that do not read `loss.gamma`. If a name remains, `loss.gamma` is read. `SMOOTHING` does the
-    same for `loss.label_smoothing`. The name of a loss that a user has added always remains.
+    `GAMMA` removes the losses of vidjax that do not read `loss.gamma`. If a name remains, such as a
+    loss that a user has added, `loss.gamma` is read. `SMOOTHING` does the same for
+    `loss.label_smoothing`.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -381,10 +375,7 @@ def default() -> Config:
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field of a configuration or of a nested dict.
-
-    Lists are yielded as tuples, because JSON does not distinguish them.
-    """
+    """Yields (dotted name, value) of every field. Lists become tuples, which JSON cannot store."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -442,7 +433,6 @@ def check_ranges(config: Config | Mapping[str, Any]) -> None:
 
 
 def _find_out_of_range(values: Values) -> Iterator[str]:
-    """Yields a message for every value outside the range or the choices of the field."""
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_find_numbers(value))
@@ -495,7 +485,6 @@ def _find_numbers(value: Any) -> Iterator[int | float]:
 
 
 def _find_untrainable(values: Values) -> Iterator[str]:
-    """Yields a message for every combination of values with which no run can be trained."""
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: use --config.data.train_splits=train"
     if values["data.mode"] == "streaming":
@@ -531,10 +520,7 @@ def _find_unread(values: Values) -> Iterator[str]:
 
 
 def explain_unread(name: str, values: Values) -> str:
-    """Returns a message if the field `name` has another value than the default but is not read.
-
-    Otherwise returns "".
-    """
+    """Returns a message if the field `name` is changed but not read, otherwise ""."""
     field = FIELDS.get(name)
     if not field or not field.read_when or is_read(name, values) or values[name] == field.default:
         return ""
@@ -592,8 +578,8 @@ SCALE_WORDS: Mapping[str, str] = {
 def choose_data(config: Any, words: Collection[str]) -> bool:
     """Sets the dataset and the splits of a configuration to those that `words` name.
 
-    `words` contains keys of SCALE_WORDS, such as `iqiyi_vid`. Other words are ignored. Returns True
-    if a configuration should use its values for the full size of iQIYI-VID.
+    `words` are keys of SCALE_WORDS and others, which are ignored. Returns True if a configuration
+    should use its values for the full size of iQIYI-VID.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
@@ -614,10 +600,7 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Splits ARGS of `--config=FILE:ARGS` into the words in `known` and the modalities.
-
-    Raises UserError if a modality comes twice, or resembles a word in `known`.
-    """
+    """Splits ARGS of `--config=FILE:ARGS` into the words in `known` and the modalities."""
     words = [word.strip() for word in args.split(",") if word.strip()]
     options = {word for word in words if word in known}
     modalities = tuple(word for word in words if word not in known)
@@ -630,10 +613,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the only word that is in `names`. If no word is in `names`, returns `default`.
-
-    Raises UserError if several words are in `names`, because such names exclude each other.
-    """
+    """Returns the only word that is in `names`, or `default`. Several words exclude each other."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)

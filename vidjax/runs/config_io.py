@@ -29,8 +29,7 @@ def load_file(spec: str) -> Config:
     The file may register functions and classes, for example in the dict `optim.OPTIMIZERS`. `spec`
     is `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`, or a
     name. The name `mma` is `configs/mma.py` of the working directory or, if there is no such file,
-    of vidjax. Raises UserError if the file raises an error, or `get_config` does not return a
-    configuration.
+    of vidjax.
     """
     name, _, args = spec.partition(":")
     path = find_file(name)
@@ -136,8 +135,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
     Each word of `overrides` is a `--config.FIELD=VALUE`. The value is converted to the type of the
     field. A tuple may be written `face,head` or as in Python. If two words set the same field, the
-    last word counts. Raises UserError if a word does not begin with `--config.` or has no value,
-    the field is unknown, or the value does not have the type of the field.
+    last word counts.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
@@ -162,10 +160,9 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
     """Returns the overridden fields as the end of a folder name, such as `_seed=1`.
 
-    `config` is the configuration after the overrides. Each word of `overrides` is a
-    `--config.FIELD=VALUE`. Fields are sorted. Fields in `without` are left out. Characters that are
-    unusual in a file name become `-`. If a character changed or the text is too long, the text is
-    cut to 91 characters, and a digest is added.
+    `config` is the configuration after the overrides, see `override`. Fields are sorted. Fields in
+    `without` are left out. Characters that are unusual in a file name become `-`. If a character
+    changed or the text is too long, the text is cut to 91 characters, and a digest is added.
     """
     values = dict(fields(config))
     parts = []
@@ -182,10 +179,9 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
-    """Converts the text of a flag `--config.FIELD=text` to `kind`, the type of the field.
+    """Converts the text of `--config.FIELD=text` to the type `kind`. `example` is the old value.
 
-    `example` is the present value of the field. If the text does not fit, raises a UserError whose
-    message only describes a valid value, such as `true or false`.
+    If the text does not fit, the UserError only describes a valid value, such as `true or false`.
     """
     if kind is str:
         return text

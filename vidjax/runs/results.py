@@ -58,10 +58,7 @@ class Results(schemas.Metrics, kw_only=True):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], split: str, paths: "ResultPaths") -> Self:
-        """Makes Results from `values`, the content of `paths.metrics`.
-
-        Raises UserError if an entry has a wrong type or range.
-        """
+        """Makes Results from `values`, the content of `paths.metrics`."""
         plain = files.parse_json(files.to_json(values).encode())
         metrics = schemas.parse(paths.metrics, plain, schemas.Metrics, REMEDY)
         known = {name: getattr(metrics, name) for name in metrics.__struct_fields__}
@@ -78,8 +75,7 @@ class Results(schemas.Metrics, kw_only=True):
     def average_precisions(self) -> dict[str, float]:
         """Returns identity -> average precision. Identities without a clip in the split are absent.
 
-        Raises:
-          UserError: there is no `analysis.npz`, because `config.eval.report` was False.
+        Raises UserError if there is no `analysis.npz`, because `config.eval.report` was False.
         """
         if not files.exists(self.paths.analysis):
             raise UserError(
@@ -153,9 +149,9 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
-    Damaged lines are skipped, because a run may still write the last line. If the log has more than
-    20,000 lines, not all are returned, but about 20,000 evenly spaced lines, and the lines of the
-    first 20,000 evaluations.
+    Damaged lines are skipped, because a run may still write the last line. If there are more than
+    20,000 lines, returns about 20,000 evenly spaced lines, and the lines of the first 20,000
+    evaluations.
     """
     if not files.exists(path):
         return []
@@ -181,7 +177,7 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
 
 
 def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
-    """Reads what `save_analysis` wrote. Raises UserError if a type, range or shape is wrong."""
+    """Reads what `save_analysis` wrote."""
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:

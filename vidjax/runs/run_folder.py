@@ -37,11 +37,7 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run. Each file is read at its first use, and not read again.
-
-    If another object or program changes a file, only a new RunFolder reads the change. If a file is
-    damaged, the method that reads the file raises UserError.
-    """
+    """The files of a run. Each file is read once; a new RunFolder reads changes by others."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).expanduser().absolute()
@@ -81,10 +77,7 @@ class RunFolder:
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} without the file.
-
-        It includes keys that `schemas.Metrics` does not list.
-        """
+        """Returns all keys of `paths.metrics` (default: `metrics.json`), or {} without the file."""
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
             self._metrics[path] = schemas.load(path, schemas.Metrics, results.REMEDY)[0]
@@ -96,7 +89,7 @@ class RunFolder:
         return {name: self.metrics(self.paths(name, apart=True)) for name in sorted(names)}
 
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
-        """Writes `values` to `paths.metrics` or, if `paths` is None, to `metrics.json`."""
+        """Writes `values` to `paths.metrics` (default: `metrics.json`)."""
         path = paths.metrics if paths else self.path / METRICS
         files.write_json(path, values)
         self._metrics[path] = cast(dict[str, Any], files.parse_json(files.to_json(values)))
@@ -156,8 +149,8 @@ def refuse_folder_of_data(folder: Path) -> None:
 def describe_changes(old: Config, new: Config) -> str:
     """Lists the changed fields with which a run cannot resume, as `seed: 0 -> 1, ...`.
 
-    The text is cut after 300 characters. The text is "" if the run can resume: if only fields
-    changed that do not affect the results, or `num_epochs` grew.
+    The text has at most 300 characters. It is "" if the run can resume: if only fields changed that
+    do not affect the results, or `num_epochs` grew.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:

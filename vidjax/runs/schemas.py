@@ -1,7 +1,9 @@
 """Defines the JSON files of a run: the meaning, the type and the range of each key.
 
-Each class describes a JSON object. `parse` converts JSON values to such a class. A key without a
-default is required. Unlisted keys are ignored, so that later versions of vidjax can add keys.
+Each class describes a JSON object. A key without a default is required. Unlisted keys are ignored,
+so that later versions of vidjax can add keys. If a value does not fit, the functions raise
+UserError. Its message has the path of the file, the wrong key, such as `$.members[2].map`, and
+`remedy`.
 """
 
 import math
@@ -176,10 +178,7 @@ class WorstIdentity(Struct, kw_only=True):
 
 
 class Stratum(Struct, kw_only=True):
-    """A group of identities or clips, and the 95 % interval of the MAP in this group.
-
-    A group with fewer than `Analysis.fewest_identities` identities has no interval.
-    """
+    """A group, and the 95 % interval of its MAP if `Analysis.fewest_identities` are reached."""
 
     label: Text
     map: Share
@@ -265,11 +264,7 @@ MAX_ARRAY_ROWS = 10_000  # of arrays other than BY_IDENTITY
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Converts a JSON value to an object of the class `kind`.
-
-    If the value does not fit, raises UserError. The message has the path of the file, the wrong
-    key, such as `$.members[2].map`, and `remedy`.
-    """
+    """Converts a JSON value to an object of the class `kind`."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -278,10 +273,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes. Returns its value, and an object of `kind`.
-
-    Raises UserError if the value does not fit `kind`. The message ends with `remedy`.
-    """
+    """Reads a JSON file of at most `limit` bytes. Returns its value, and an object of `kind`."""
     try:
         value = files.read_json(path, object, limit)
     except ValueError as error:
@@ -291,7 +283,7 @@ def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 
 
 def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
-    """Reads a JSON file, and returns its value as an object of `kind`. Errors are as in `load`."""
+    """Reads a JSON file of at most `limit` bytes, and returns its value as an object of `kind`."""
     return load(path, kind, remedy, limit)[1]
 
 

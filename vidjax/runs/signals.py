@@ -36,9 +36,8 @@ class Interruption:
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
 
-        `save_due` is True if the last checkpoint of this process is old. The result is True in all
-        processes if `save_due` is True in a process, or a process got a signal. All processes must
-        call the method at the same step.
+        This is True in all processes if a process got a signal or has `save_due`, because its last
+        checkpoint is old. All processes must call the method at the same step.
         """
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
@@ -63,10 +62,7 @@ _interruption: Interruption | None = None  # of the training loop that runs now
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Yields an `Interruption` that stores SIGINT and SIGTERM until the context ends.
-
-    Only the main thread of a program can receive signals. In another thread, nothing is stored.
-    """
+    """Yields an `Interruption` that stores SIGINT and SIGTERM, if this is the main thread."""
     global _interruption
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()

@@ -31,10 +31,7 @@ def say(text: str) -> None:
 
 
 def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:
-    """Measures the time since `began`, an earlier `time.monotonic()`, and the clips per second.
-
-    Returns label -> text for a reader, and key -> number for JSON.
-    """
+    """Returns label -> text and JSON key -> number: the time since `began`, and the rate."""
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
     text = f"{seconds:.3g} s, {rate:,.0f} clips/s"
@@ -60,12 +57,9 @@ class Progress:
     ):
         """Displays the bar. `label` is the text before it.
 
-        Args:
-          initial: the number of units that are done already.
-          unit: the name of a unit in the singular, such as `clip`.
-          leave: if False, `close` removes the bar.
-          compiles: True if the first call of `advance` follows a compilation. Until then, the text
-            `compiling` replaces the bar. This time does not count for the displayed rate.
+        If `leave` is False, `close` removes the bar. `compiles` is True if the first call of
+        `advance` follows a compilation. Until then, the text `compiling` replaces the bar. This
+        time does not count for the displayed rate.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit
@@ -107,10 +101,7 @@ class Progress:
             say(f"{self._label}: {', '.join(self._parts(text))}")
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Yields the parts of a line of progress: finished units, rate, `text`, remaining time.
-
-        `text` has the latest loss and MAP. A part that is empty or not known is left out.
-        """
+        """Yields the parts of a line of progress: finished units, rate, `text`, remaining time."""
         yield f"{self._done:,} of {self._total:,} {self._unit}s"
         seconds = time.monotonic() - self._began
         rate = (self._done - self._initial) / max(seconds, 1e-3)

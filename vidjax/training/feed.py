@@ -1,8 +1,8 @@
 """Reads batches of clips, and runs training steps on them.
 
-Clips are resident or streamed. Resident clips stay in the memory of the devices during training.
-Streamed clips are read from disk. The host starts several training steps with one call to the
-devices, a dispatch, because each call takes time.
+Resident clips stay in the memory of the devices during training. Streamed clips are read from disk.
+The host starts several training steps with one call to the devices, a dispatch, because each call
+takes time.
 """
 
 import abc
@@ -81,9 +81,9 @@ class Feed(abc.ABC):
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         """Runs at most `count` steps. Returns the new states, and the results of the last steps.
 
-        The results are a list with an entry for the last call of the compiled loop, or for the last
-        two calls. An entry is a list with the result of each group of members. Earlier results are
-        not needed: they have no `bad_step`, because at most one call follows a bad step.
+        The results have an entry for the last call of the compiled loop, or for the last two calls.
+        An entry is a list with the result of each group of members. Earlier results are not needed:
+        they have no `bad_step`, because at most one call follows a bad step.
         """
 
 

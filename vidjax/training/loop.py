@@ -87,7 +87,7 @@ def train(
     The caller has locked the folder `workdir`. If `analyse` is True, `analysis.npz` and
     `report.html` are written at the end. `command` is the command line that repeats the training,
     for `metrics.json` and the report. `began` is the value of `time.monotonic()` when this process
-    started. The function raises the errors that `api.train` lists.
+    started. `api.train` lists the errors.
     """
     began = time.monotonic() if began is None else began
     config = make_paths_absolute(config)  # the run may resume from another working directory
@@ -209,10 +209,7 @@ class TrainingRun:
         began: float,
         analyse: bool = False,
     ):
-        """Restores the newest checkpoint. If there is none, the run starts at step 0.
-
-        If `analyse` is True, the models of this run can return their attention.
-        """
+        """Restores the newest checkpoint, if any. With `analyse`, models return attention."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
         self._system = make_system(config.to_dict(), plan.task)
@@ -253,10 +250,7 @@ class TrainingRun:
         self._compiling: threading.Thread | None = None  # compiles the evaluation
 
     def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
-        """Returns the newest undamaged state and its manifest, or the state at step 0 and {}.
-
-        Damaged checkpoints of later steps are renamed, because training saves these steps again.
-        """
+        """Returns the newest undamaged state and its manifest, or the state at step 0 and {}."""
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
         sharding = devices.replicated_layout(self._mesh)
 
@@ -278,15 +272,14 @@ class TrainingRun:
         restore.check_data(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, self._description)
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
-        checkpoint.set_aside_later(workdir, manifest["step"])
+        checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
         return train_step.convert_from_items(items), manifest
 
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
         """Returns the reader of the training clips, and the source of clips for evaluation.
 
-        `mode` is `streaming` or `resident`. If it is None, as in a new run, the free memory
-        decides. A resumed run keeps its mode, because the compiled steps of both modes round
-        differently, although the batches are equal.
+        If `mode` is None, as in a new run, the free memory decides. A resumed run keeps its mode,
+        because the compiled steps of both modes round differently, although the batches are equal.
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
@@ -410,10 +403,7 @@ class TrainingRun:
         ]
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint of this step, with the entries `more` in its manifest.
-
-        If this step already has a checkpoint, the entries are added to that manifest.
-        """
+        """Saves a checkpoint of this step, or adds the entries `more` to its manifest."""
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)

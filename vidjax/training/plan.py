@@ -50,21 +50,13 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 class RunPlan(NamedTuple):
-    """The data that a run needs before the first step.
-
-    Attributes:
-      task: the sizes of the training data. They decide the shapes of the parameters.
-      training_sets: the E members of the ensemble, and the training clips of each.
-      labels: [N] int32, the class (column of the scores) of each training clip at step 0.
-      constants: the weights of the clips and the settings of each member.
-      batches: decides which clips are in the batch of a step.
-    """
+    """The data that a run needs before the first step."""
 
     task: TaskSpec
     training_sets: ensemble.TrainingSets
-    labels: np.ndarray
+    labels: np.ndarray  # [N] int32, the class column of each training clip at step 0
     constants: train_step.MemberConstants
-    batches: BatchPlan
+    batches: BatchPlan  # decides which clips are in the batch of a step
 
 
 def explain_no_identity(config: Config) -> str:
@@ -135,10 +127,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _check_plan(
     config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if the run cannot be trained, or would write files too large to be read.
-
-    `weight` [E, N] has the weights of N training clips for E members of the ensemble.
-    """
+    """Raises UserError if the run cannot be trained, or would write files too large to be read."""
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
@@ -187,13 +176,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Clusters distractors (label 0), and gives each cluster a class column.
-
-    Each identity also gets a mirror column, for strangers who resemble it. At first, a distractor
-    in no cluster gets the mirror column of a random identity. If the model later predicts another
-    identity for it, `relabel` moves it to the mirror column of that identity. Returns the new
-    labels [N] int32 and the order of the class columns. Raises UserError if there is no distractor.
-    """
+    """Clusters distractors (label 0). Returns new labels [N] int32 and the class columns."""
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
@@ -262,10 +245,7 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Makes a description of the training clips, from which a model computes its settings.
-
-    It is the argument of `Identifier.prepare`. `TrainingClips` explains `labels` and `used`.
-    """
+    """Makes the argument of `Identifier.prepare`."""
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -365,12 +345,7 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Computes the loss weight [N] of each clip.
-
-    The weight is the product of two factors. The first factor depends on the class of the clip, see
-    `data.balance`. The second factor is the weight of the clip in the file `data.weights`. `labels`
-    are the class columns of the clips, and `clips` are the names of the clips.
-    """
+    """Computes the loss weight [N] of each clip, by `data.balance` and the file `data.weights`."""
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
@@ -386,19 +361,12 @@ def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[st
 
 
 class Schedule(NamedTuple):
-    """The steps after which the training pauses for another task.
+    """The steps after which the training pauses for another task."""
 
-    Attributes:
-      log: the steps after which a line of `metrics.jsonl` is written.
-      evaluate: the steps after which the run is evaluated. They include the last step.
-      relabel: the steps after which distractors in no cluster get new labels.
-      stops: all these steps, in ascending order.
-    """
-
-    log: frozenset[int]
-    evaluate: frozenset[int]
-    relabel: frozenset[int]
-    stops: tuple[int, ...]
+    log: frozenset[int]  # the steps after which a line of `metrics.jsonl` is written
+    evaluate: frozenset[int]  # the steps after which the run is evaluated, including the last step
+    relabel: frozenset[int]  # the steps after which distractors in no cluster get new labels
+    stops: tuple[int, ...]  # all these steps, in ascending order
 
     def next_stop(self, step: int) -> int:
         """Returns the first of `stops` after `step`."""
@@ -422,35 +390,29 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
 
 
-# Noise classes: distractors are labelled as clusters or as mirrors of identities. Each cluster of
-# distractor clips is a class. Each of the C identities also has a mirror class. A distractor in no
-# cluster starts in a random mirror class. Every `noise.relabel_every_epochs` epochs, the distractor
-# moves to the mirror class of the identity that the model predicts.
+# Noise classes: each cluster of distractors is a class. Each of the C identities also has a mirror
+# class, for strangers who resemble it. A distractor in no cluster starts in a random mirror class.
+# Every `noise.relabel_every_epochs` epochs, it moves to the mirror class of the identity that the
+# model predicts.
 #
 # Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
-# its mirror column. This is a misprint of 4934 + 3691 = 8625. If the model predicts no identity,
-# the article keeps the label of the clip, but the author's code takes the prediction
-# (`noise.keep`). The code moves all distractors. We and the article move only distractors in no
-# cluster.
+# its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
+# clusters.
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
-    """Clusters vectors by direction with DBSCAN.
+    """Clusters vectors [n, D] by direction with DBSCAN. Returns the cluster of each, [n] int32.
 
     The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
-    1 - d^2 / 2. Zero vectors, for example of clips without frames, are in no cluster.
+    1 - d^2 / 2. Zero vectors, for example of clips without frames, are in no cluster, -1. Clusters
+    are numbered in the order of their first vectors.
 
     Args:
-      vectors: [n, D] float, finite.
       eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
         a cluster. With more vectors, use a smaller value, because accidental neighbours join
         different people in a long chain.
       min_samples: least number of neighbours, including itself, with which a vector can extend a
         chain.
-
-    Returns:
-      [n] int32, the cluster of every vector, or -1 if it is in no cluster. Clusters are numbered in
-      the order of their first vectors.
 
     Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
     """
@@ -484,8 +446,7 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 
     A distractor in a cluster gets the column of the cluster. A distractor in no cluster gets the
     mirror column of a random identity, which depends only on `seed` and on the place of the
-    distractor in `clusters`. A mirror column is the second column of an identity, for strangers who
-    resemble it. `clusters` [n] int has the cluster of each distractor, or -1 if it is in none.
+    distractor in `clusters`. `clusters` [n] int has the cluster of each distractor, or -1.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     mirrors = identities + layout.mirror_shift
@@ -498,19 +459,11 @@ def relabel(
 ) -> np.ndarray:
     """Gives distractors in no cluster the class that the model predicts.
 
-    If the model predicts an identity, the clip moves to the mirror column of this identity, a
-    second column for strangers who resemble it. If the model predicts column 0, the clip keeps its
-    label.
-
-    Args:
-      labels: [...] int, present class columns of the distractors.
-      predicted: [...] int, class columns with the highest score.
-      keep: what happens if the model predicts a cluster or a mirror column. `label` keeps the
-        label. `prediction` takes the predicted column. With `label`, only clips in mirror columns
-        move.
-
-    Returns:
-      [...] new labels, in the dtype of `labels`.
+    `labels` and `predicted` [...] int are the present class columns, and the class columns with the
+    highest score. If the model predicts an identity, the clip moves to its mirror column. If it
+    predicts column 0, the clip keeps its label. If it predicts a cluster or a mirror column, `keep`
+    decides: `label` keeps the label, and `prediction` takes the predicted column. With `label`,
+    only clips in mirror columns move.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

@@ -1,6 +1,6 @@
 """Updates the members of an ensemble with an optimiser step.
 
-An ensemble has E members. A member is one net. A single net is an ensemble with E = 1.
+A member is one of the E nets of an ensemble. A single net is an ensemble with E = 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -119,10 +119,7 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
 
 
 def convert_to_items(state: TrainState) -> dict[str, Any]:
-    """Converts a state to the items of a checkpoint.
-
-    An evaluation reads only `params` and `model_state`. The item `train` has all other fields.
-    """
+    """Converts a state to the items of a checkpoint. An evaluation does not read `train`."""
     rest = dict(vars(state))
     params, model_state = rest.pop("params"), rest.pop("model_state")
     return {"params": params, "model_state": model_state, "train": rest}
@@ -280,10 +277,7 @@ def _transform_and_fuse(
 
 
 def average_over_examples(values: Array, exists: Array) -> Array:
-    """Averages `values` [B * T'] over the T' examples of each clip. Returns [B].
-
-    `exists` [B, T'] is False for padding. If a clip has no example, the average is 0.
-    """
+    """Averages `values` [B * T'] over the examples that exist, [B]; 0 without examples."""
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
@@ -311,7 +305,7 @@ def make_train_loop(
 
     The function maps (state, constants, clips, count) to (state, result). The first argument is
     donated: its memory is used again. `draw` maps (clips, step) to the batch of a step. It runs on
-    the devices. If clips are streamed, `clips` already is this batch, so `draw` returns `clips`.
+    the devices. If clips are streamed, `clips` already is this batch.
 
     `count` is an argument, so that the function is compiled only once. Two calls give the same
     result as one call with the sum of the counts. If `count` is None, the function takes one step

@@ -27,10 +27,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 
 class Expected(Exception):
-    """The base class of all errors that vidjax raises on purpose.
-
-    A command prints their message without a traceback, and exits with `exit_code`.
-    """
+    """The base class of errors that vidjax raises on purpose. Commands print only the message."""
 
     exit_code = 2
 
@@ -97,10 +94,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError unless `value` is of a type in `kinds`.
-
-    The message is "ARGUMENT must be WANTED, not ...", with the words `argument` and `wanted`.
-    """
+    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if `value` has another type."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -157,8 +151,7 @@ def escape_controls(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-# These are control characters (except tab and line end), separators of lines, marks of
-# bidirectional text, and unpaired surrogates.
+# Controls except tab and line end, separators of lines, bidirectional marks, unpaired surrogates.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -183,10 +176,7 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns a hint for an unknown word, such as `did you mean 'optim.decay'?`.
-
-    If no word of `known` is similar, the hint lists all of them.
-    """
+    """Returns a hint for an unknown word: the `closest` word of `known`, or all of them."""
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"

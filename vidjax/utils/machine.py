@@ -87,10 +87,7 @@ def _read_memory_limits(root: Path) -> Iterator[tuple[float, float]]:
 
 
 def _find_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yields the folder of each control group that contains this process, the innermost first.
-
-    `controller` is the limited resource, `cpu` or `memory`.
-    """
+    """Yields the folders of the control groups of this process, the innermost first."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -31,21 +31,12 @@ QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars 
 
 
 class Result(NamedTuple):
-    """The result of a command.
+    """The result of a command."""
 
-    Attributes:
-      content: the JSON object that `--json` prints instead of `text` and `rows`.
-      rows: label -> text. Each entry is printed as a line below a heading. Without rows, no heading
-        is printed.
-      text: text that is printed before the heading.
-      note: the end of the heading. The heading begins with the name of the command.
-      code: the exit code.
-    """
-
-    content: Mapping[str, Any]
-    rows: Mapping[str, str] = {}
-    text: str = ""
-    note: str = ""
+    content: Mapping[str, Any]  # the JSON object that `--json` prints instead of `text` and `rows`
+    rows: Mapping[str, str] = {}  # label -> text, lines below a heading; without them, no heading
+    text: str = ""  # text that is printed before the heading
+    note: str = ""  # the end of the heading. The heading begins with the name of the command.
     code: int = 0
 
 
@@ -70,20 +61,14 @@ class Parser(argparse.ArgumentParser):
         self.group: str | None = None
 
     def fields(self, group: str = "", *, example: str) -> None:
-        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`.
-
-        `--help` shows `example`, such as `seed=1`.
-        """
+        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`."""
         name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
         about = f"overrides a field, e.g. --config.{example}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
         self.group = group
 
     def command(self, run: Callable[[argparse.Namespace], "Result"], *examples: str) -> None:
-        """Sets the function that runs the command. Adds `--quiet`, `--json` and `--debug`.
-
-        `--help` shows `examples`, the flags of typical calls.
-        """
+        """Sets the function and the `examples` of the command. Adds --quiet, --json and --debug."""
         self.example = f"{self.prog} {examples[0]}"
         lines = []
         for flags in examples:
@@ -123,11 +108,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates the words of a command line that override fields of the configuration.
-
-    Returns all other words, and the words that begin with `--config.`. The two words
-    `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
-    """
+    """Returns other words, and words `--config.FIELD=VALUE`, also if written as two words."""
     flags, overrides = [], []
     rest = list(words)
     while rest:
@@ -175,8 +156,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     logging.getLogger().handlers[0].setFormatter(_Printable("%(message)s"))
     logging.getLogger("vidjax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors also arrive as exceptions
-    # Imports and traces make many objects and little garbage. By default, Python would search for
-    # garbage 800 times in a short training.
+    # By default, Python would search for garbage 800 times in a short training, and find little.
     gc.set_threshold(100_000, 20, 50)
     code = main()
     gc.freeze()  # skips the last garbage collection, which would take over a second
@@ -186,8 +166,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command and returns its exit code. If the command fails, prints the error.
 
-    `words` is the command line. If it contains `--debug`, the traceback is printed. If it contains
-    `--json`, `{"error": TEXT}` is printed to standard output. `utils.errors` lists the exit codes.
+    `words` is the command line. With `--debug`, the traceback is printed. With `--json`, `{"error":
+    TEXT}` is printed to standard output. `utils.errors` lists the exit codes.
     """
     try:
         return command()
@@ -277,8 +257,7 @@ class _Printable(logging.Formatter):
 def _open_closed_streams() -> None:
     """Opens /dev/null for each standard stream that was closed, for example by `2>&-`.
 
-    Otherwise the next opened file would get the number of the stream, and messages would go into
-    this file.
+    Otherwise messages would go into the next file that is opened.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:

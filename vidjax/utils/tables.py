@@ -60,7 +60,7 @@ def write(
     """Writes a table to the new file `path`, in the format of its ending.
 
     A .jsonl contains `objects`, one on each line. The other formats contain `rows`, where None is
-    an empty cell. `columns` is a dict, name -> type in Apache Arrow, such as `float32`.
+    an empty cell. `columns` is name -> type in Apache Arrow, such as `float32`.
     """
     if path.suffix == ".jsonl":
         lines = (json.dumps(line, ensure_ascii=False) for line in objects)
@@ -73,7 +73,7 @@ def write(
 
 
 def write_ranking(path: Path, ranking: Ranking) -> None:
-    """Writes a dict, identity -> [(clip, score), ...] with the best clip first, to a new file.
+    """Writes a ranking to a new file.
 
     A line of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. A score has all
     digits of float32. If a clip has no usable frame, the score is -inf, or null in .jsonl.
@@ -92,7 +92,7 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
 
 
 def ranking_columns(ranking: Ranking) -> Columns:
-    """Converts a dict, identity -> [(clip, score), ...] with the best clip first, to columns."""
+    """Converts a ranking to columns."""
     return to_columns(RANKING, list(_list_ranking(ranking)))
 
 
@@ -141,7 +141,7 @@ def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def to_columns(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
-    """Converts rows to columns. `kinds` maps each column name to a type of Apache Arrow."""
+    """Converts rows to columns. `kinds` is column name -> type in Apache Arrow."""
     return {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(kinds.items())}
 
 

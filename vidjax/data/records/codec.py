@@ -2,7 +2,7 @@
 
 The values of all frames of a clip are stored as one string of bytes per field, because
 `tf.train.Example` has no float16, and a list of floats takes several times as long to decode.
-vidjax itself does not use the metadata: `streaming` decodes whole batches, which is much faster.
+vidjax itself does not use the metadata, because `streaming` decodes whole batches much faster.
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,8 +78,7 @@ def write_info(
         "clip_index": tfds.features.Scalar(dtype=np.int64),
         "frames": tfds.features.FeaturesDict(frames),
     }
-    # The name and the module are in the metadata. Do not change them: equal data must give equal
-    # files.
+    # Do not change the name and the module in the metadata: equal data must give equal files.
     module, version = "vidjax.data.iqiyi_vid", tfds.core.Version(VERSION)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(NAME, version, str(folder), module),

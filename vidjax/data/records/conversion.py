@@ -50,12 +50,7 @@ def convert(
 
     Args:
       cache_dir: the cache. If it is None, it is `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
-        'error' raises UserError.
-      workers: number of threads that write files. If it is None, it is the number of cores.
-
-    Returns:
-      The list of the files, with the names and lengths of all clips.
+      workers: number of threads that write files, by default one per core.
 
     Raises:
       UserError: a feature is refused, a clip is in two splits, files of the dataset change during
@@ -85,8 +80,7 @@ def convert(
         for counts in split["modalities"].values()
     )
     if non_finite == "error" and skipped:
-        # An earlier call with 'drop' made these records. Now the source is read again, which raises
-        # an error that names the clip.
+        # An earlier call with 'drop' made these records. Reading again raises the right error.
         with scratch_folder() as scratch:
             source.read(scratch, "error")
     return records
@@ -102,12 +96,8 @@ def write_records(
     non_finite: NonFinite,
     workers: int | None,
 ) -> None:
-    """Writes the TFRecord files of a dataset, and their manifest, to an empty folder.
-
-    `fingerprint` is the result of `source.fingerprint()`. See `convert` for the other arguments.
-    """
-    # During its import, TFDS replaces the import function of all threads. So it is imported before
-    # the threads start.
+    """Writes the TFRecord files of a dataset, and their manifest, to an empty folder."""
+    # Imported before the threads start, because TFDS replaces the import function of all threads.
     from vidjax.data.records import codec
 
     staging = folder / "staging"
@@ -119,8 +109,7 @@ def write_records(
     _refuse_shared_clips(staged, source.place)
     records = folder / NAME / VERSION
     records.mkdir(parents=True)
-    # Each thread opens a file per field and modality. All threads together may open half of the
-    # number of files that a process may open.
+    # A thread opens a file per field and modality. All threads may open half of the allowed files.
     max_threads = max_open_files() / 2 / (len(STORED) * len(modalities))
     with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
         reports = {}
@@ -164,11 +153,7 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
 def _join_modalities(
     staged: Mapping[str, StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
-    """Returns a dict, modality -> width and dtype of its features in all splits.
-
-    If the dtype differs between splits, the returned dtype represents all values exactly. Raises
-    UserError if the width of a modality differs between splits, or if there are no frames.
-    """
+    """Returns modality -> width, and a dtype that represents the features of all splits exactly."""
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
     dropped = 0
@@ -217,10 +202,10 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
 def cut(
     split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
-    """Divides the clips of a split into shards, whose paths begin with `prefix`.
+    """Divides the clips of a split into at least 8 shards, but not more shards than clips.
 
-    There are at least 8 shards of at most about 256 MB, but not more shards than clips. Returns the
-    path of each shard, and [n] int32, the positions of its n clips in `split.clips`.
+    A shard has at most about 256 MB. Returns its path, which begins with `prefix`, and [n] int32,
+    the positions of its n clips in `split.clips`.
     """
     size = sum(
         int(lengths.sum(dtype=np.int64))
@@ -240,10 +225,7 @@ def cut(
 def write_shard(
     path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
-    """Writes the clips at the positions `order` [n] in `split.clips` to a TFRecord file.
-
-    Returns the entry of the file in the manifest.
-    """
+    """Writes the clips `order` [n] of `split.clips` to a TFRecord file, and returns its entry."""
     with path.open("wb") as file:
         for at in range(0, len(order), CLIPS_AT_ONCE):
             _write_clips(file, order[at : at + CLIPS_AT_ONCE].tolist(), split, modalities)
@@ -254,7 +236,7 @@ def write_shard(
 def _write_clips(
     file: BinaryIO, order: Sequence[int], split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> None:
-    """Appends the clips at the positions `order` in `split.clips` to a file, one record each."""
+    """Appends the clips `order` of `split.clips` to a file, one record each."""
     # Each call maps the files of frames again, so that the memory of their pages is freed.
     mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
     for clip in order:
@@ -279,11 +261,7 @@ def run_command(
     description: str,
     open_source: Callable[..., RecordSource],
 ) -> int:
-    """Runs the command `python -m MODULE DIR`, which converts a folder and prints a report.
-
-    `description` is a sentence for `--help`. `open_source` opens the dataset of a directory, and
-    also takes the arguments `workers` and `cache_dir`. Returns the exit code.
-    """
+    """Runs the command `python -m MODULE DIR`, which converts a folder. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)

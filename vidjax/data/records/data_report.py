@@ -22,10 +22,7 @@ CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 
 
 def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any]:
-    """Counts the clips and frames of a split, for its data report.
-
-    `paths` is a dict, modality -> the file of its features.
-    """
+    """Counts the clips and frames of a split. `paths` is modality -> the file of its features."""
     without_frames = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
     modalities = {
         name: _report_modality(flat, split.lengths[name], paths[name])
@@ -84,15 +81,11 @@ def _make_histogram(values: np.ndarray) -> dict[str, Any]:
 def label_records(
     records: Records, truth: Truth, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
-    """Adds labels to the converted clips of a dataset.
+    """Adds labels, split -> clip -> identity, to the converted clips of a dataset.
 
-    Args:
-      truth: a dict, split -> clip -> identity.
-      identities: the names of the classes 1..C. If it is None, the classes are all identities in
-        the ground truth of train and val, even identities without a clip.
-
-    Returns:
-      The names of the classes; a dict, split -> its clips and labels; and the data report.
+    `identities` are the names of the classes 1..C. By default, they are all identities in the
+    ground truth of train and val, even identities without a clip. Returns the names of the classes;
+    split -> its clips and labels; and the data report.
     """
     if identities is None:
         identities = sort_identities(
@@ -129,8 +122,8 @@ def label_records(
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
     """Returns the number of clips of a split, and digests of its names, features and labels.
 
-    A later evaluation compares them, to find out whether the split has changed. The digests do not
-    depend on the paths and times of files, so equal data have equal digests on all machines.
+    A later evaluation compares them, to find out whether the split has changed. Paths and times of
+    files have no effect, so equal data have equal digests on all machines.
     """
     clips, shards = records.splits[split].clips, records.splits[split].shards
     features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]
@@ -146,7 +139,6 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
 def _report_labels(
     truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
 ) -> dict[str, Any]:
-    """Counts the labels of a split for the data report. `truth` is None if there are no labels."""
     if truth is None:
         return {"labelled": False}
     known = len(truth.keys() & set(clips))

@@ -27,7 +27,7 @@ class Dataset:
 
     Attributes:
       identities: the names of the classes. Label c of a clip means `identities[c - 1]`.
-      modalities: a dict, modality -> width and dtype of its features.
+      modalities: modality -> width and dtype of its features.
       report: the data report, which counts frames, clips and labels. Its entry `data` has the name,
         the folder and the digest of the dataset.
     """
@@ -40,14 +40,7 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Adds labels to converted clips.
-
-        Args:
-          truth: a dict, split -> clip -> identity, of the splits with labels.
-          identities: the names of the classes. If it is None, the classes are all identities in the
-            ground truth of train and val.
-          origin: the name and the folder of the dataset, for result files.
-        """
+        """Adds labels to converted clips. See `label_records`. `origin` is for result files."""
         self._records = records
         self._truth = truth
         self._origin = origin or Origin("records")
@@ -74,7 +67,7 @@ class Dataset:
         return f"<data '{place}': {clips}; {widths}; {len(self.identities):,} identities>"
 
     def split(self, name: str) -> Split:
-        """Returns the clips and labels of a split. Raises UserError if no split has this name."""
+        """Returns the clips and labels of a split."""
         if name not in self._splits:
             known = ", ".join(self._splits)
             remedy = "choose one of them"
@@ -91,10 +84,7 @@ class Dataset:
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the training batches of `plan` without end, beginning with the batch of `step`.
-
-        Raises UserError if TensorFlow is not installed, or a file is damaged.
-        """
+        """Yields the training batches of `plan`, see `TrainingData`. This needs TensorFlow."""
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         require_packages(
             "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
@@ -104,22 +94,13 @@ class Dataset:
         return streaming.train_batches(self._records, plan, step)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
-
-        See `ClipSource`. Clips of similar length are in the order on disk. Raises UserError if a
-        file is damaged.
-        """
+        """Yields every clip of `plan` once, per bucket in the order on disk. See `ClipSource`."""
         return eval_batches(self._records, plan, rows)
 
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
-        """Reads every clip of a split once, with all frames, in the order on disk.
-
-        Yields [n] int32, the positions of n <= 256 clips in `Split.clips`; and a dict, modality ->
-        the joined frames of these clips. Raises UserError if the split is unknown or lacks a
-        modality, or a file is damaged.
-        """
+        """Yields all clips, 256 at a time, in the order on disk. See `TrainingData`."""
         check_modalities(self.split(split), modalities)
         reader = Reader(self._records, [split])
         for first in range(0, len(reader.clip_index), MAX_PACKED_CLIPS):
@@ -139,10 +120,7 @@ def _warn_of_gaps(
     modalities: Mapping[str, Modality],
     report: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Warns if the split `name` lacks modalities of other splits, or if frames were left out.
-
-    `report` is a dict, modality -> the counts of frames in the data report.
-    """
+    """Warns if a split lacks modalities of other splits, or if frames were left out."""
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
         warn(

@@ -28,46 +28,30 @@ MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
 
 
 class SplitRecords(NamedTuple):
-    """The converted clips of a split.
+    """The converted clips of a split."""
 
-    Attributes:
-      clips: N clip names in byte order.
-      order: [N] int32, the order of the clips on disk, as positions in `clips`.
-      lengths: a dict, modality -> [N] int32, the number of frames of each clip of `clips`.
-      shards: the TFRecord files.
-    """
-
-    clips: tuple[str, ...]
-    order: np.ndarray
-    lengths: dict[str, np.ndarray]
-    shards: tuple[Shard, ...]
+    clips: tuple[str, ...]  # N clip names in byte order
+    order: np.ndarray  # [N] int32, the order of the clips on disk, as positions in `clips`
+    lengths: dict[str, np.ndarray]  # modality -> [N] int32, the number of frames of each clip
+    shards: tuple[Shard, ...]  # the TFRecord files
 
 
 class Records(NamedTuple):
-    """The converted clips of a dataset.
-
-    Attributes:
-      modalities: a dict, modality -> width and dtype of its features.
-      splits: a dict, split -> its clips and files.
-      report: the data report without labels, which counts frames and clips.
-    """
+    """The converted clips of a dataset."""
 
     folder: Path
-    modalities: dict[str, Modality]
-    splits: dict[str, SplitRecords]
-    report: dict[str, Any]
+    modalities: dict[str, Modality]  # modality -> width and dtype of its features
+    splits: dict[str, SplitRecords]  # split -> its clips and files
+    report: dict[str, Any]  # the data report without labels, which counts frames and clips
 
     @property
     def clips(self) -> dict[str, tuple[str, ...]]:
-        """A dict, split -> clip names in byte order."""
+        """Split -> clip names in byte order."""
         return {name: split.clips for name, split in self.splits.items()}
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
-    """Writes `index.npz`, `data_report.json`, and then `manifest.json`, which lists all files.
-
-    A folder with a manifest is complete. `fingerprint` describes the files that were converted.
-    """
+    """Writes `index.npz`, `data_report.json`, and then `manifest.json`, which lists all files."""
     folder = records.folder
     _write_index(folder / "index.npz", records.splits)
     files.write_json(folder / "data_report.json", records.report)
@@ -101,11 +85,7 @@ def remove(folder: Path) -> bool:
 
 
 def load_records(folder: Path) -> Records:
-    """Loads the list of the converted clips, and checks the TFRecord files.
-
-    Only files whose size or time has changed are read and compared with their sha256. Raises
-    UserError if a file is missing or damaged.
-    """
+    """Loads the list of the converted clips, and checks changed TFRecord files."""
     records = load_index(folder)
     splits = {
         name: split._replace(shards=check_changed(split.shards))
@@ -115,10 +95,7 @@ def load_records(folder: Path) -> Records:
 
 
 def load_index(folder: Path) -> Records:
-    """Loads the list of the converted clips, but does not check the TFRecord files.
-
-    Raises UserError if `manifest.json`, `index.npz` or `data_report.json` is missing or damaged.
-    """
+    """Loads the list of the converted clips, but does not check the TFRecord files."""
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {
@@ -164,11 +141,7 @@ def _parse_modality(dim: int, dtype: str) -> Modality:
 def _load_split(
     folder: Path, name: str, manifest: Mapping[str, Any], index: Mapping[str, np.ndarray]
 ) -> SplitRecords:
-    """Returns the converted clips of the split `name`.
-
-    `manifest` is the entry of the split in `manifest.json`, and `index` has the arrays of
-    `index.npz`. Raises UserError if they contradict each other.
-    """
+    """Returns the clips of a split from its entry in the manifest and the arrays of the index."""
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
     prefix = f"{name}/lengths/"
     split = SplitRecords(

@@ -38,14 +38,13 @@ class Reader:
     Attributes:
       clip_index: [N] int32, the clip of each record. Clips are numbered split after split, and by
         name within a split.
-      lengths: a dict, modality -> [N] int32, number of frames of each record.
+      lengths: modality -> [N] int32, number of frames of each record.
       shards: the files.
       shard: [N] int32, the number of the file of each record.
       start: [N] int64, the first byte of each record in its file.
     """
 
     def __init__(self, records: Records, splits: Sequence[str]) -> None:
-        """Computes where each record begins. Raises UserError if a file has an unexpected size."""
         self._modalities = records.modalities
         parts = [records.splits[name] for name in splits]
         before = np.cumsum([0, *(len(split.clips) for split in parts)])
@@ -90,8 +89,7 @@ class Reader:
         """Reads the records with the numbers `places` [n], serialised as `tf.train.Example`.
 
         If `whole` is True, the sha256 of a whole file is checked before its first record is read.
-        If it is False, only the checksums of the records are checked. Raises UserError if a file is
-        damaged, or changed between two reads.
+        If it is False, only the checksums of the records are checked.
         """
         messages = [b""] * len(places)
         numbers = self.shard[places]
@@ -113,11 +111,7 @@ class Reader:
         return messages
 
     def _check_whole(self, number: int, file: io.FileIO) -> None:
-        """Raises UserError if a file does not match its sha256.
-
-        The first call compares the sha256. Later calls check that the size and the time of the file
-        have not changed.
-        """
+        """Compares a file with its sha256, at later calls only with its size and time."""
         stat = os.fstat(file.fileno())
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if number not in self._states and files.hash_opened(file) == self.shards[number].sha256:
@@ -126,10 +120,7 @@ class Reader:
             raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
-        """Returns the error that a file was changed while it was read.
-
-        If the file is damaged, raises UserError instead.
-        """
+        """Returns the error that a file was changed. If the file is damaged, raises UserError."""
         check_shard(self.shards[number])
         return UserError(
             f"{self.shards[number].path}: the file was changed while it was read\n"
@@ -141,9 +132,8 @@ class Reader:
     ) -> dict[str, list[np.ndarray]]:
         """Decodes the frames of the records `places` [n] in the modality `name`.
 
-        `messages` is the result of `read(places)`. Returns a dict, field -> a list of n arrays, one
-        for each record. If a record has t frames, its array of features is [t, D], and its arrays
-        of the other fields are [t].
+        `messages` is the result of `read(places)`. Returns field -> a list of n arrays. If a record
+        has t frames, its array of features is [t, D], and its arrays of the other fields are [t].
         """
         modality, length = self._modalities[name], self.lengths[name][places]
         starts, _ = self._layout(places)

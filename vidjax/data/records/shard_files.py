@@ -42,11 +42,7 @@ class Shard(NamedTuple):
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Checks TFRecord files, and returns `shards` with the present times of the files.
-
-    Only files whose size or time has changed are read and compared with their sha256. Raises
-    UserError if a file is missing or damaged.
-    """
+    """Compares files with a new size or time with their sha256. Returns `shards` with new times."""
     checked = []
     for shard in shards:
         # A replaced file has a new time. Files of a copied folder have new times, too.
@@ -59,10 +55,7 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def check_shard(shard: Shard) -> None:
-    """Compares a file with its sha256.
-
-    Raises UserError if the file is missing or damaged. The message names the first damaged record.
-    """
+    """Compares a file with its sha256. The error names the first damaged record."""
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     if not files.exists(shard.path):
         raise UserError(
@@ -144,7 +137,7 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
 
 
 def count_frame_bytes(modality: Modality) -> dict[str, int]:
-    """Returns a dict, field -> bytes per frame, of a modality."""
+    """Returns field -> bytes per frame, of a modality."""
     sizes = {"features": np.dtype(modality.dtype).itemsize * modality.dim}
     for name, field in FRAME_FIELDS.items():
         sizes[name] = np.dtype(field.dtype).itemsize * field.width
@@ -154,9 +147,9 @@ def count_frame_bytes(modality: Modality) -> dict[str, int]:
 def locate_values(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Computes where the values of N clips are in the results of `encode`.
 
-    `sizes` is a dict, key -> [N] int64, the number of bytes of the value of each clip. Returns a
-    dict, key -> [N] int64, the position of the first byte of each value; and [N] int64, the number
-    of bytes of each result.
+    `sizes` is key -> [N] int64, the number of bytes of the value of each clip. Returns key -> [N]
+    int64, the position of the first byte of each value; and [N] int64, the number of bytes of each
+    result.
     """
     ends, end = {}, np.zeros(1, np.int64)
     for key in sorted(sizes, key=_sort_key):
@@ -184,9 +177,9 @@ def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(1 << 14)  # many clips have the same number of frames
 def _encode_entry(key: str, kind: bytes, size: int) -> bytes:
-    """Returns the bytes before a value in a `tf.train.Example`: key, tags and lengths.
+    """Returns the bytes before a value of `size` bytes: key, tags and lengths.
 
-    The value has `size` bytes. `kind` is FIRST_TAG for a string, and THIRD_TAG for an integer.
+    `kind` is FIRST_TAG for a string, and THIRD_TAG for an integer.
     """
     message, rest = b"", size
     for tag in (FIRST_TAG, kind, SECOND_TAG):  # the value, its list, its feature

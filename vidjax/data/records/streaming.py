@@ -28,8 +28,7 @@ from vidjax.data.records.record_reader import Reader
 from vidjax.data.records.shard_files import check_shard, count_frame_bytes
 from vidjax.utils.errors import UserError
 
-# TensorFlow reads both variables during its import. Its log is not needed, because errors become
-# exceptions. oneDNN would print a message.
+# Read by the import of TensorFlow. They hide its log and a message of oneDNN: errors are raised.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -92,11 +91,7 @@ def _close(queue: Any) -> None:
 def _read_records(
     records: Records, plan: BatchPlan, reader: Reader, step: int
 ) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
-    """Reads the records of each training step, beginning with `step`.
-
-    Yields the content of the B records; and clip_index, batch_mask and the first frames, as
-    `_locate_clips` does.
-    """
+    """Yields the records of each step, and the last three results of `_locate_clips`."""
     located = _locate_clips(records, plan, reader, step)
     waiting: collections.deque[tuple[list[Future[list[bytes]]], np.ndarray, Any]] = (
         collections.deque()
@@ -153,7 +148,6 @@ def _locate_clips(
 
 
 def _get_host_device() -> Any:
-    """Returns the CPU device of JAX, or an accelerator if JAX may not use the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -190,11 +184,9 @@ def _decode(
 ) -> Frames:
     """Decodes B clips to arrays with `size` frames per clip, padded with zeros.
 
-    Args:
-      fields: a dict, field -> [B] strings, the bytes of all frames of each clip.
-      first: [B] int32, the first frame to take from each clip. If it is None, it is frame 0.
-      best: if True, the frames of the highest quality are taken from clips of more than `size`
-        frames, in time order.
+    `fields` is field -> [B] strings, the bytes of all frames of each clip. `first` [B] int32 is the
+    first frame to take from each clip, or None for frame 0. `best` takes the frames of the highest
+    quality, in time order, from clips of more than `size` frames.
     """
     nbytes, dtypes = count_frame_bytes(modality), {"features": tf.as_dtype(modality.dtype)}
     dtypes |= {name: tf.as_dtype(field.dtype) for name, field in FRAME_FIELDS.items()}

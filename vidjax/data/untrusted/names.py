@@ -9,8 +9,7 @@ from collections.abc import Iterable
 
 from vidjax.utils.errors import UserError
 
-# The Unicode categories of control characters, and of separators of lines and paragraphs. These
-# characters would break the lines of a file.
+# Unicode categories that would break the lines of a file: controls, line and paragraph separators.
 _BREAKS = ("Cc", "Zl", "Zp")
 # The characters that `escape` replaces. White space and the byte order mark may be dropped by
 # programs that read text. A % before two hexadecimal digits would be changed by `unescape`.
@@ -36,8 +35,8 @@ def show(text: str | bytes) -> str:
 def check_name(name: str, kind: str = "clip name") -> str:
     """Checks that a name can be written to text files and HTML pages, and returns it unchanged.
 
-    Raises UserError if the name is empty or blank, is not valid Unicode, or contains a newline or
-    another control character. `kind` is the word for the name in messages, such as "identity".
+    A name must not be blank, and must be valid Unicode without control characters. `kind` is the
+    word for the name in messages, such as "identity".
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty: give it a name")
@@ -61,9 +60,8 @@ def check_name(name: str, kind: str = "clip name") -> str:
 def clean_identity(name: str) -> str:
     """Checks the name of a person, and returns it in the Unicode form NFC.
 
-    Raises UserError if the name is empty, has leading or trailing blanks, is not valid Unicode, or
-    contains a control character or an invisible letter. An invisible joiner (ZWJ or ZWNJ) between
-    two letters or symbols is allowed.
+    Besides the rules of `check_name`, the name must not have leading or trailing blanks or
+    invisible letters. An invisible joiner (ZWJ or ZWNJ) between two letters or symbols is allowed.
     """
     if name != name.strip() and name.strip():
         raise UserError(
@@ -116,10 +114,7 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns a dict, new name -> a different name, new or known, that looks like the new name.
-
-    All names have been checked by `clean_identity`.
-    """
+    """Returns new name -> a different name that looks like it. Names are from `clean_identity`."""
     new, known = [*new], [*known] if new else []
     folded, known_folded = _fold_all(new), _fold_all(known)
     words = set(folded)
@@ -133,10 +128,9 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
 
 
 def _fold_all(names: list[str]) -> list[str]:
-    """Returns `fold(name)` for each name. Names in ASCII are folded together, which is faster.
+    """Returns `fold(name)` for each name of `clean_identity`. Names in ASCII are folded together.
 
-    A million calls of `fold` would take half a second. All names have been checked by
-    `clean_identity`.
+    A million calls of `fold` would take half a second.
     """
     text = "\n".join(names)
     folded = re.sub("  +", " ", text).casefold().split("\n") if names else []
@@ -147,10 +141,10 @@ def _fold_all(names: list[str]) -> list[str]:
 
 
 def make_file_stems(labels: Iterable[str]) -> list[str]:
-    """Returns a file name without suffix for each label, of at most 200 bytes.
+    """Returns a different file name without suffix for each label, of at most 200 bytes.
 
-    All file names differ. Many file systems do not distinguish `ada` and `Ada`, so the file name of
-    the second label is `Ada (2)`.
+    Many file systems do not distinguish `ada` and `Ada`, so the file name of the second label is
+    `Ada (2)`.
     """
     stems, taken = list[str](), Counter[str]()
     for label in labels:
@@ -170,10 +164,7 @@ def _cut(text: str, max_bytes: int) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Checks the name of a clip, and returns it without `.mp4` at its end.
-
-    Raises UserError if the name is empty, is not valid Unicode, or contains a control character.
-    """
+    """Checks the name of a clip with `check_name`, and returns it without `.mp4` at its end."""
     end = len(name)
     while name.endswith(".mp4", 0, end):  # without copies, because a name may be `.mp4` * 10**6
         end -= 4

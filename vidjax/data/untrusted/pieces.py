@@ -53,10 +53,7 @@ _START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(\}(?:\x94|q.|r.{4})?)", re.D
 
 
 def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
-    """Yields the items of a pickled dict, a few items at a time, as new dicts.
-
-    Raises an exception of any kind if the pickle is damaged, refused, or cannot be read in pieces.
-    """
+    """Yields the items of a pickled dict, a few at a time, as new dicts. Raises any exception."""
     pipe = io.BytesIO()
     unpickler = Unpickler(pipe, encoding="bytes")
     old = range(0)  # the numbers of the objects of the previous piece
@@ -125,10 +122,7 @@ class _Runs:
         self._patterns: list[tuple[re.Pattern[bytes], int]] = []
 
     def skip(self, at: int) -> tuple[int, int]:
-        """Skips the opcodes that begin at byte `at`.
-
-        Returns the byte after the opcodes, and the number of objects that they put into the memo.
-        """
+        """Skips opcodes from `at`. Returns the end, and the number of objects put into the memo."""
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
             if found and self._content[found.end()] not in _PLAIN:

@@ -38,11 +38,7 @@ READ_BYTES = MB // 16
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads a pickle in the child process, and writes the frames of its clips to files.
-
-    `arguments` is a dict with `path`, `modality`, `out_dir` and `non_finite`, as in `unpack`.
-    Returns `PackedClips.summary` of the clips.
-    """
+    """Reads a pickle in the child process, and returns `PackedClips.summary`. See `unpack`."""
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
     # Garbage collection would take a third of the time, but there are no reference cycles.
@@ -59,8 +55,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
             with contextlib.suppress(Exception):
                 return pack(load_pieces(file, size))
-            # Some pickles have to be loaded as a whole. If a pickle is refused, this call raises
-            # the error with the right message.
+            # Some pickles have to be loaded as a whole. This call also raises the right error.
             return pack(load(file, size) for _ in range(1))
     except OSError as error:
         reason = error.strerror or str(error)
@@ -77,22 +72,14 @@ def unpack(
 ) -> PackedClips:
     """Reads a pickle of features in a child process with limits.
 
-    The child process writes the frames to files in `out_dir`, which are then memory-mapped.
+    The child process writes the frames to files in `out_dir`, which are then memory-mapped. Only
+    this call may use the folder, and it must exist as long as the returned arrays.
 
-    Args:
-      path: the pickle. It contains a dict, clip -> array [D] or [T, D], or clip -> list of entries
-        with a feature and the other values of a frame.
-      modality: if it is 'face', 'head', 'body', 'audio' or 'scene', the entries have the fields of
-        the iQIYI-VID dataset. Otherwise the majority of the clips decides which fields they have.
-      out_dir: a folder that only this call uses. It is made if it does not exist, and must exist as
-        long as the returned arrays.
-      non_finite: 'drop' leaves out and counts frames whose feature is not finite in float32.
-        'error' refuses the file.
-      children: an object with which another thread can kill the child process.
-
-    Raises:
-      UserError: the file is refused, damaged or truncated, or its structure does not match its
-        modality.
+    The pickle contains clip -> array [D] or [T, D], or clip -> list of entries with a feature and
+    the other values of a frame. If `modality` is 'face', 'head', 'body', 'audio' or 'scene', the
+    entries have the fields of the iQIYI-VID dataset. Otherwise the majority of the clips decides
+    which fields they have. `children` is an object with which another thread can kill the child
+    process.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
@@ -142,8 +129,7 @@ def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -
     """Checks unpickled dicts, and yields their clips. The dicts are emptied to free memory.
 
     See `unpack` for the content of the dicts. The allowed numbers of clips and frames depend on
-    `size`, the number of bytes of the file. Raises UserError if the content has another structure,
-    or exceeds these limits. Error messages begin with `place`.
+    `size`, the number of bytes of the file. Error messages begin with `place`.
     """
     names, budget, fields = set[str](), _Budget(size), ()
     with prefix_errors(place):
@@ -157,10 +143,9 @@ def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -
 
 
 def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[str, Any]:
-    """Checks the clip names of an unpickled dict, and removes `.mp4` from them.
+    """Returns an unpickled dict without `.mp4` in names. Adds the checked names to `known`.
 
-    Returns a new dict, and empties `content` to free memory. The names are added to `known`, which
-    has the names in earlier dicts of the same file.
+    Empties `content` to free memory.
     """
     if type(content) is not dict:
         raise UserError(
@@ -205,10 +190,7 @@ class _Budget:
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts `num_clips` empty clips. Raises UserError if there are too many.
-
-        `among` is the number of clips of which they are a part, for the message.
-        """
+        """Counts `num_clips` empty clips of `among` clips. Raises UserError beyond the limit."""
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(
@@ -217,7 +199,7 @@ class _Budget:
             )
 
     def take(self, num_frames: int, num_bytes: int) -> None:
-        """Counts frames and bytes. Raises UserError if there are too many."""
+        """Counts frames and bytes. Raises UserError beyond the limit."""
         self._frames -= num_frames
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:
@@ -239,10 +221,9 @@ def _describe_type(value: object) -> str:
 
 
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
-    """Returns the fields that each entry of a clip must have. An entry describes a frame.
+    """Returns the fields of an entry, which describes a frame.
 
-    The modalities of iQIYI-VID have fixed fields. In other modalities, the majority of the clips
-    decides.
+    The modalities of iQIYI-VID have fixed fields. In others, the majority of the clips decides.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:
@@ -261,10 +242,7 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
 def _read_frames(
     value: Any, fields: tuple[str, ...], where: str, budget: _Budget
 ) -> dict[str, Any]:
-    """Checks the frames of a clip, and returns a dict, field -> array, for `packing.read_frames`.
-
-    `fields` are the fields that an entry must have. Error messages begin with `where`.
-    """
+    """Checks the frames of a clip, and returns field -> array, for `packing.read_frames`."""
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
         if not count:
@@ -292,10 +270,7 @@ def _read_frames(
 def _join_features(
     entries: Sequence[Any], fields: tuple[str, ...], where: str, budget: _Budget
 ) -> np.ndarray:
-    """Checks the T entries of a clip, one per frame, and returns their features [T, D].
-
-    Raises UserError if an entry does not have `fields`, or if widths or dtypes of features differ.
-    """
+    """Checks the T entries of a clip, one per frame, and returns their features [T, D]."""
     features: list[Array] = []
     for number, entry in enumerate(entries):
         if not _is_list(entry) or len(entry) != len(fields):
@@ -324,10 +299,7 @@ def _join_features(
 
 
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
-    """Converts the values of a field in T entries to an array of integers or float64, [T, ...].
-
-    Raises UserError if a value has a wrong type.
-    """
+    """Converts the values of a field in T entries to an array of integers or float64, [T, ...]."""
     try:
         column = _convert(values, field)
     except (TypeError, OverflowError, ValueError):

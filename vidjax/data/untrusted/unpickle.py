@@ -16,8 +16,7 @@ from vidjax.utils.errors import UserError
 
 _DTYPES = ("b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 
-# First bytes of a file that users mistake for a pickle -> kind of the file. No pickle begins with
-# these bytes.
+# First bytes of a file that users mistake for a pickle -> its kind. No pickle begins with them.
 _OTHER_FILES = {
     b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
     b"\x93NUMPY": "a .npy file",
@@ -117,10 +116,7 @@ class Array(metaclass=_Sealed):
 
 
 class _Reconstruct(metaclass=_Sealed):
-    """Replaces numpy.core.multiarray._reconstruct, and makes an empty array.
-
-    The pickle then fills the array with `Array.__setstate__`.
-    """
+    """Replaces numpy.core.multiarray._reconstruct: makes an array for `Array.__setstate__`."""
 
     def __new__(cls, kind: object, shape: object, code: object) -> Array:
         if kind is not _NdArray:
@@ -203,9 +199,7 @@ class Unpickler(pickle.Unpickler):
 def load(file: BinaryIO, size: int) -> Any:
     """Unpickles a file of `size` bytes. Arrays become objects of the class `Array`.
 
-    Raises:
-      UserError: the pickle is refused, damaged or truncated, or bytes follow it.
-      MemoryError: the content exceeds the memory limit of the process.
+    Raises MemoryError if the content exceeds the memory limit of the process.
     """
     if size == 0:
         raise UserError("the file is empty: copy the pickle again")

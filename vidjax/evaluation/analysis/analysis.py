@@ -153,15 +153,12 @@ def write_results(
 
     The ranking and the metrics are written first, so an error in the analysis or the report does
     not change them. The analysis and the report of an earlier evaluation of the split are deleted.
-    If there are several processes, all of them call this function, and the first process writes the
-    files.
+    All processes call this function, and the first process writes the files.
 
-    Args:
-      values: the metrics. If there is an entry `overrides`, the names of the files contain the name
-        of the split, so that no result of the training is replaced.
-      ends_training: if True, the metrics are marked as `finished` only after the report is written.
-        If the process is killed before, the user can repeat the command, which then writes the
-        report.
+    If the metrics `values` have an entry `overrides`, the names of the files contain the name of
+    the split, so that no result of the training is replaced. With `ends_training`, the metrics are
+    marked as `finished` only after the report is written. So if the process is killed before, the
+    user can repeat the command to write the report.
     """
     split, identities = evaluation.split, models[0].data.identities
     paths = folder.paths(split.name, apart=bool(values.get("overrides")))
@@ -197,9 +194,8 @@ def write_report(folder: RunFolder, split: str) -> None:
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
     """Turns an exception of the analysis or the report of a split into a warning.
 
-    The warning says that all other results are in `workdir`. Exceptions of failed writes and of
-    signals are raised. If there are several processes, every exception is raised, because the other
-    processes would wait for this one.
+    Exceptions of failed writes and of signals are raised. If there are several processes, every
+    exception is raised, because the other processes would wait for this one.
     """
     try:
         yield

@@ -41,23 +41,14 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class ScoredSplit:
-    """The ranking of N clips for C identities, and values that are computed from it.
+    """The ranking of N clips for C identities, and values that are computed from it."""
 
-    Attributes:
-      top: the best k clips of every identity as numpy arrays, best first.
-      best: [N] float32, the highest score of each clip for any identity.
-      labels: [N] int, the class column of each clip: 1..C, or 0 for a distractor.
-      names: N names of clips.
-      pool: [N] bool, True for clips that are ranked.
-      positives: [C] int, the number of clips of every identity.
-    """
-
-    top: TopK
-    best: np.ndarray
-    labels: np.ndarray
-    names: Sequence[str]
-    pool: np.ndarray
-    positives: np.ndarray
+    top: TopK  # the best k clips of every identity as numpy arrays, best first
+    best: np.ndarray  # [N] float32, the highest score of each clip for any identity
+    labels: np.ndarray  # [N] int, the class column of each clip: 1..C, or 0 for a distractor
+    names: Sequence[str]  # of the N clips
+    pool: np.ndarray  # [N] bool, True for clips that are ranked
+    positives: np.ndarray  # [C] int, the number of clips of every identity
 
     @cached_property
     def columns(self) -> np.ndarray:
@@ -196,10 +187,7 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
-    """Counts the training clips of each identity, [C] int. Returns None if no clip has a label.
-
-    A training split that is missing from the model's data is skipped.
-    """
+    """Counts the training clips of each identity in the data, [C] int. None without labels."""
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
     for name in train_splits:
         try:
@@ -216,9 +204,9 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
 
     `lost_to` and `mixed_with` are up to three pairs (index of a second identity, number of clips):
     - `lost_to` counts clips of the identity that score highest for the second identity. Clips that
-      are not in the list of their best identity are counted in a pair with the index -1.
+      are not in the list of their best identity are counted with the index -1.
     - `mixed_with` counts clips of the second identity among the first n places in the list of the
-      identity, if the identity has n clips. Distractors are counted in a pair with the index -1.
+      identity, if the identity has n clips. Distractors are counted with the index -1.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -274,8 +262,8 @@ def measure_open_set(
     """Measures histograms of scores, error rates with distractors, and the calibration.
 
     `labels` [N] int are class columns, 0 for a distractor. Each clip is compared with
-    `num_identities` identities. `logs` is True if scores are logarithms of probabilities. If it is
-    False, the calibration is not measured. Returns values and arrays for `analysis.npz`.
+    `num_identities` identities. If the scores are not logarithms of probabilities (`logs` is
+    False), there is no calibration. Returns values and arrays for `analysis.npz`.
     """
     arrays = score_histograms(clips, labels) | compute_error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
@@ -304,10 +292,7 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the error rates `fpir` and `fnir`, [n] each, at n thresholds.
-
-    If there is no distractor (`labels` 0) or no known clip, returns an empty dict.
-    """
+    """Returns the error rates `fpir` and `fnir` at n thresholds, or {} if none can be measured."""
     best, right, known = (part[clips.pool] for part in (clips.best, clips.right, labels > 0))
     shares = np.unique([*np.geomspace(1e-3, 1, 40), 0.01, 0.1])
     tries = [metrics.identification_errors(best, right, known, fpir=share) for share in shares]
@@ -361,8 +346,8 @@ def resample_fnir(
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
     `strange` [S] are the scores of distractors. For the n known clips, `known` are the scores,
-    `right` is True if the best identity is right, and `people` are the identities. `rate` is the
-    FPIR for which each sample sets its threshold, as `metrics.find_threshold` does.
+    `right` is True if the best identity is right, and `people` are the identities. Each sample sets
+    its threshold for the FPIR `rate`, as `metrics.find_threshold` does.
     """
     rng = np.random.default_rng(0)
     num = len(strange)
@@ -415,9 +400,9 @@ def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, t
 def measure_calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
     """Compares the probability of each clip's best identity with how often this identity is right.
 
-    Returns a table [bins, 3] float and the expected calibration error, 0..1. The table has a row
-    for each range of probabilities: the number of clips, their mean probability, and the share of
-    the clips whose best identity is right. If no clip has a score, returns None.
+    Returns a table [bins, 3] float and the expected calibration error, 0..1. A row of the table is
+    a range of probabilities: the number of clips, their mean probability, and the share of the
+    clips whose best identity is right. If no clip has a score, returns None.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
     """

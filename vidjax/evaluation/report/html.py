@@ -40,10 +40,7 @@ def plain(value: object) -> str:
 
 
 def name(value: object) -> Markup:
-    """Returns a name as HTML, in which a line may be broken within long words.
-
-    A name in a right-to-left script does not reorder the text next to it.
-    """
+    """Returns a name as HTML that may break in long words, and that has its own text direction."""
     if isinstance(value, Markup):
         return value
     long = Markup('<span class="long">{}</span>')
@@ -99,10 +96,7 @@ def cell(value: object) -> Markup:
 
 
 def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """Returns a table as HTML. `head` has the titles of the columns.
-
-    The first value of a row is its header. If there are no rows, returns empty HTML.
-    """
+    """Returns a table as HTML, or nothing without rows. The first value of a row is its header."""
     cells = [[cell(value) for value in row] for row in rows]
     if not cells:
         return Markup()
@@ -139,10 +133,9 @@ def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
 
 
 def page(title: str, sections: Sequence[tuple[str, str, Markup]], *, lead: str, footer: str) -> str:
-    """Returns a whole page as HTML.
+    """Returns a whole page as HTML. A section is (identifier, heading, content).
 
-    A section is (identifier, heading, content). `lead` is a line below the title, and `footer` is
-    a line at the end.
+    `lead` is a line below the title, and `footer` is a line at the end.
     """
     template = ENVIRONMENT.get_template("page.html.j2")
     return plain(template.render(title=title, sections=sections, lead=lead, footer=footer))
@@ -215,10 +208,9 @@ class Plot:
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
-        """Returns the figure as HTML. The text below the figure is `caption`.
+        """Returns the figure as HTML, with `caption`, or else `title`, below it.
 
-        If `caption` is empty, the text is `title`. `key` is unique on the page. `description` is
-        for a reader who cannot see the figure.
+        `key` is unique on the page. `description` is for a reader who cannot see the figure.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)

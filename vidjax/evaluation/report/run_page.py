@@ -49,30 +49,19 @@ TERMS = {
 
 
 class RunFiles(NamedTuple):
-    """The content of a run's folder. If a file is absent, its field is empty.
-
-    Attributes:
-      lines: the lines of `metrics.jsonl`, the metrics during training.
-      identities: the names of the C identities.
-      other_metrics: split -> content of `metrics_<split>.json`, for each other evaluated split.
-      split: the evaluated split.
-      analysed: the other splits that have an `analysis_<split>.npz`.
-      metrics: `metrics.json` as a struct.
-      values: `metrics.json` as a dict, which includes metrics that users added.
-      analysis, arrays: the values and the arrays of `analysis.npz`.
-    """
+    """The content of a run's folder. If a file is absent, its field is empty."""
 
     folder: Path
     config: dict[str, Any]
-    lines: list[dict[str, Any]]
+    lines: list[dict[str, Any]]  # the lines of `metrics.jsonl`, the metrics during training
     identities: list[str]
-    other_metrics: dict[str, dict[str, Any]]
-    split: str
-    analysed: tuple[str, ...]
-    metrics: schemas.Metrics
-    values: Mapping[str, Any]
-    analysis: schemas.Analysis
-    arrays: Mapping[str, np.ndarray]
+    other_metrics: dict[str, dict[str, Any]]  # split -> content of `metrics_<split>.json`
+    split: str  # the evaluated split
+    analysed: tuple[str, ...]  # the other splits that have an `analysis_<split>.npz`
+    metrics: schemas.Metrics  # `metrics.json` as a struct
+    values: Mapping[str, Any]  # `metrics.json` as a dict, which includes metrics that users added
+    analysis: schemas.Analysis  # the values of `analysis.npz`
+    arrays: Mapping[str, np.ndarray]  # the arrays of `analysis.npz`
 
     def identity(self, column: int) -> str:
         """Returns the name of an identity. `column` is its index in `identities`."""
@@ -173,10 +162,7 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns a row (label, number) for each of `labels`, (key, label, digits).
-
-    A key that `values` lacks, or that has the value None, gets no row.
-    """
+    """Returns a row (label, number) for each (key, label, digits), except for missing values."""
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
@@ -227,7 +213,7 @@ def _data_of(run: RunFiles) -> str:
 
 
 def reading(run: RunFiles) -> Markup | None:
-    """Returns definitions of the terms of a report. If the run has no MAP, returns None."""
+    """Returns definitions of the terms of a report, if the run has a MAP."""
     if run.metrics.map is None:
         return None
     words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
@@ -236,7 +222,7 @@ def reading(run: RunFiles) -> Markup | None:
 
 
 def learning(run: RunFiles) -> Markup | None:
-    """Returns curves of losses and scores over the epochs. If there are none, returns None."""
+    """Returns curves of losses and scores over the epochs."""
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
@@ -251,7 +237,6 @@ def learning(run: RunFiles) -> Markup | None:
 
 
 def _draw_curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup:
-    """Draws a field of the lines of `metrics.jsonl` over the epochs."""
     x, y = _column(train, "epoch"), _column(train, field)
     plot = html.Plot(x="epoch", y=title.lower())
     plot.curve(x, y)
@@ -286,7 +271,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns quantiles of AP and the worst identities, or None if there is no analysis."""
+    """Returns quantiles of AP and the worst identities."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -333,7 +318,7 @@ def _worst_identities(run: RunFiles) -> Markup:
 
 
 def mistakes(run: RunFiles) -> Markup | None:
-    """Returns tables of the mistakes with the highest scores. If there are none, returns None."""
+    """Returns tables of the mistakes with the highest scores."""
     wrong = run.analysis.wrong_clips or schemas.WrongClips()
     alarms = [(row.clip, run.identity(row.identity), row.score) for row in wrong.distractors or ()]
     others = [
@@ -378,10 +363,7 @@ def strata(run: RunFiles) -> Markup | None:
 
 
 def open_set(run: RunFiles) -> Markup | None:
-    """Returns histograms of scores, a curve and a table of error rates, and the calibration.
-
-    If no clip has a score, returns None.
-    """
+    """Returns histograms of scores, a curve and a table of error rates, and the calibration."""
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
@@ -508,11 +490,7 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes `report.html`, and a page for every other split that has an analysis.
-
-    A page is written completely or not at all. Returns the path of `report.html`. Raises UserError
-    if a file is missing or damaged.
-    """
+    """Writes `report.html`, and a page for every other split that has an analysis, atomically."""
     run = load(folder)
     for split in run.analysed:
         paths = folder.paths(split, apart=True)

@@ -20,8 +20,8 @@ LOCK_BYTES = 1000  # the longest text of a `.lock`
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
     """Locks a folder until the context or the process ends.
 
-    Raises InUseError if another process has locked the folder. `name` is the word for the folder in
-    messages, such as `gallery`.
+    Raises InUseError if another process has locked it. `name` is the word for the folder in
+    messages.
     """
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
@@ -66,9 +66,8 @@ def find_foreign_folder(folder: Path) -> Path | None:
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
     """Returns True if other users, except root, may replace files in a folder.
 
-    `status` is the result of `os.stat` for the folder. `last` is True for the folder that vidjax
-    will use, and False for its parents. The folder that vidjax will use must be stricter: there,
-    the result is True even if other users can add files but not replace files.
+    `last` is True for the folder that vidjax will use, and False for its parents. In this last
+    folder, other users must not even add files.
     """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):

@@ -90,10 +90,7 @@ def open_regular(
 
 
 def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
-    """Raises UserError unless `path` is a regular file.
-
-    `descriptor` is the number of the open file. If it is None, the path is examined instead.
-    """
+    """Raises UserError unless `path`, or the open file `descriptor`, is a regular file."""
     mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
     if stat.S_ISREG(mode):
         return
@@ -120,10 +117,7 @@ def open_input(path: Path) -> io.FileIO:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields the relative path of each file in a folder, at any depth.
-
-    Raises UserError if the folder contains a link, a pipe or a device.
-    """
+    """Yields the relative path of each file in a folder, at any depth. Refuses links and pipes."""
     folders = [""]
     while folders:
         place = folders.pop()
@@ -139,21 +133,14 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UserError if a folder contains a link, a pipe or a device, at any depth.
-
-    The folder itself may be a link, because a user chose its path. If the folder does not exist,
-    nothing is raised.
-    """
+    """Raises UserError if a folder, which may be a link or missing, contains a link or a pipe."""
     if os.path.isdir(folder):
         for _ in walk(folder):
             pass
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file. Raises UserError if it has more than `limit` bytes.
-
-    If `below` is given, the file must lie in the folder `below`, see `open_regular`.
-    """
+    """Returns the content of a file of at most `limit` bytes. For `below`, see `open_regular`."""
     with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
         return file.read(limit)
 
@@ -161,10 +148,7 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Returns the value of a JSON file of at most `limit` bytes. For `below`, see `open_regular`.
-
-    Raises UserError if the file is damaged, or the value is not of type `kind`.
-    """
+    """Reads a JSON file of at most `limit` bytes with a value of type `kind`."""
     content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
@@ -255,11 +239,7 @@ def max_unpacked_bytes(size: int) -> int:
 
 
 def npz_bytes(content: bytes, limit: int) -> int:
-    """Returns how many bytes the arrays of an `.npz` need as float32, according to their headers.
-
-    `content` is the content of the file. Raises UserError if the arrays need more than `limit`
-    bytes.
-    """
+    """Returns the bytes, at most `limit`, of the arrays of an `.npz` in memory as float32."""
     with _npz_errors():
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least=4))
 
@@ -282,11 +262,7 @@ def _npz_errors() -> Iterator[None]:
 def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
-    """Yields (name, open file, bytes in memory) for every array of an `.npz`.
-
-    Raises UserError if the arrays together need more than `limit` bytes, an array contains Python
-    objects, or the size in the header of an array is wrong. For `least`, see `load_npz`.
-    """
+    """Yields (name, open file, bytes in memory) for every array of an `.npz`. See `load_npz`."""
     if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
         raise UserError("an .npy file has no name for its array: use numpy.savez")
     left = limit
@@ -318,7 +294,6 @@ def _open_arrays(
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Returns the shape and the dtype of an array from the header of an open `.npy`."""
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -334,7 +309,6 @@ class _InPieces(io.BufferedReader):
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Returns the next `size` bytes. If `size` is None or negative, returns all other bytes."""
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
@@ -346,10 +320,7 @@ class _InPieces(io.BufferedReader):
 
 @contextlib.contextmanager
 def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip. Raises UserError if its list of entries has more than PIECE_BYTES (1 MB).
-
-    Use `open_entry` to open an entry.
-    """
+    """Opens a zip whose list of entries has at most 1 MB. Use `open_entry` to open an entry."""
     content = _InPieces(cast(io.RawIOBase, file))
     try:
         with zipfile.ZipFile(content) as archive:
@@ -359,10 +330,9 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip. It ends after `entry.file_size` bytes.
+    """Opens an entry of a zip that is stored or deflated. It ends after `entry.file_size` bytes.
 
-    Raises UserError unless the entry is stored or deflated. With another method of compression,
-    such as bzip2 or LZMA, Python may unpack a short piece to gigabytes at once.
+    With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
     """
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(

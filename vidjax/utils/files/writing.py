@@ -163,10 +163,7 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Reads the entries that `write_manifest` wrote. Raises UserError if their digest is wrong.
-
-    For `below`, see `open_regular`.
-    """
+    """Reads the entries that `write_manifest` wrote, and checks the digest. See `open_regular`."""
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged: its sha256 does not match its content")
