@@ -293,6 +293,7 @@ class Identify(bulk.TableTask):
     """Identifies the clips of a table. `options` are arguments of `Gallery.identify`."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
+        """Returns the answers for clips as the columns of a table."""
         answers = self.trained.identify(clips, **self.options)
         most = min(int(self.options.get("k") or 5), len(self.trained.identities))
         return tables.to_columns(_list_kinds(most), list(_rows(answers, most)))

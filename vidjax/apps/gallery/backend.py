@@ -136,6 +136,7 @@ class Nearest(NamedTuple):
 
 
 def join(blocks: Sequence[People]) -> People:
+    """Joins several `People` into one."""
     names, linear, constant, count = zip(*blocks, strict=True)
     return People(
         tuple(itertools.chain.from_iterable(names)),

@@ -234,7 +234,7 @@ class Gallery:
     def of_models(
         cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
     ) -> "Gallery":
-        """Makes an empty gallery for the features that `vidjax extract` computes with pretrained models.
+        """Makes an empty gallery for features that `vidjax extract` computes with the given models.
 
         Clips are compared by the distances of their vectors. The card of each model, a JSON file,
         contains the distribution of these distances.
@@ -692,7 +692,7 @@ class Gallery:
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule that decides if a clip gets a name. Arguments and errors are as in `identify`."""
+        """Returns the rule that decides if a clip gets a name. Arguments are as in `identify`."""
         return self._rule(self._require_people(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
@@ -825,7 +825,7 @@ class Gallery:
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError unless a folder is new, empty, or contains only files of a killed process."""
+    """Raises UserError unless a folder is new or empty. Files of a killed process do not count."""
     store = Store(folder.expanduser().absolute())
     if not store.folder.is_dir():
         return
@@ -878,6 +878,7 @@ def _restored(run: "Predictor | str | Path") -> "Predictor":
 
 
 def make_run_origin(run: "Predictor") -> VectorOrigin:
+    """Returns the folder of a run, and a digest of its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
@@ -913,10 +914,9 @@ def embed(
     split: str | None = None,
     advance: Callable[[int], None] = ignore_count,
 ) -> Vectors:
-    """Computes the vectors of clips with a run.
+    """Computes the vectors of clips with a run; see `Gallery.embed`.
 
-    If the run is an ensemble of PLDA models, the first member computes the vectors. For `clips` and
-    `advance`, see `Gallery.embed`.
+    If the run is an ensemble of PLDA models, the first member computes the vectors.
     """
     if split is None and hasattr(clips, "train_batches"):
         raise UserError(

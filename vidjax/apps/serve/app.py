@@ -3,9 +3,9 @@
     app = make_app(Gallery("people"), run=None)  # for any ASGI server
 
 The paths `/v2/...` are the Open Inference Protocol. All other paths take and return JSON with names
-of people. `describe` generates the OpenAPI description of all paths. Every answer uses the current
-content of the gallery's folder. The server confirms a removal when the removal is on the disk and
-all answers that could still contain the person are finished.
+of people. Every answer uses the current content of the gallery's folder. The server confirms a
+removal when the removal is on the disk and all answers that could still contain the person are
+finished.
 """
 
 import asyncio
@@ -118,13 +118,12 @@ class Endpoint(NamedTuple):
     """An endpoint of the server.
 
     Attributes:
-      method: the HTTP method.
       path: the path, with parameters such as `{name}`.
       answer: the function that answers a request. The first line of its docstring appears in the
         OpenAPI description.
       errors: the HTTP statuses of errors, in addition to COMMON_ERRORS.
-      body: the type of a JSON body; None if the request has no body.
-      query: the type of the query; None if the request has no query.
+      body: the type of a JSON body.
+      query: the type of the query.
     """
 
     method: str
@@ -377,11 +376,11 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a request to identify or enrol clips.
+        """Reads a request to identify or enrol clips; returns the clips, and the other fields.
 
-        Returns clip -> modality -> field -> array [T, ...] of T frames, and the other fields of the
-        request as an object of the type `kind`. The body is either JSON with all fields, or an
-        `.npz` file with a clip. With an `.npz` file, the other fields are in the query.
+        The body is either JSON with all fields, or an `.npz` file with a clip, and then the other
+        fields are in the query. The clips are a result of `_check_clips`, and the other fields a
+        `kind`.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -555,9 +554,9 @@ def describe(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens at an address; raises UserError if the address cannot be used.
+    """Opens a socket that listens at an address. Port 0 stands for any free port.
 
-    Port 0 stands for any free port.
+    Raises UserError if the address cannot be used.
     """
     listener = None
     try:
@@ -581,7 +580,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns the settings of uvicorn, which runs the application."""
+    """Returns the settings of uvicorn."""
     return uvicorn.Config(
         app,
         ws="none",
