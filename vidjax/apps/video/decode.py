@@ -66,12 +66,11 @@ class Info:
 
     Attributes:
       width, height: the size of the stored picture in pixels, before it is turned upright.
-      aspect: the width of a pixel divided by the height of a pixel. For photos, it is 1.
-      seconds: the duration. If the file declares none, it is None.
+      aspect: the width of a pixel divided by the height of a pixel; 1 for photos.
+      seconds: the duration; None if the file declares none.
       rate: the average number of frames per second.
-      start_s: the time stamp of the first picture or sound. It is subtracted from all time stamps,
-        so that times begin at 0.
-      photo: whether the file is a photo.
+      start_s: the time stamp of the first picture or sound, which is subtracted from all time
+        stamps.
       sound: whether the file contains sound that can be decoded.
       others: the number of further video streams, such as other programmes. They are not read.
     """
@@ -93,8 +92,8 @@ class Frame:
 
     Attributes:
       small: uint8 [36, 64, 3], the stored picture in a fixed small size, for the detection of cuts.
-      rgb: uint8 [H, W, 3], the upright picture in full size. If the frame is not sampled (see
-        `Video.frames`), it is None.
+      rgb: uint8 [H, W, 3], the upright picture in full size; None if the frame is not sampled (see
+        `Video.frames`).
     """
 
     time_s: float
@@ -143,10 +142,7 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None) -> float:
-        """Returns the time of the next frame in seconds.
-
-        `stamp_s` is the time stamp of the frame, or None if the frame has no time stamp.
-        """
+        """Returns the time of the next frame in seconds. `stamp_s` is its time stamp, if it has one."""
         after = 0.0 if self._last is None else self._last + self._step
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)
@@ -182,8 +178,8 @@ class Video:
         """Yields all frames that are not corrupt. About `fps` frames per second are sampled.
 
         Only sampled frames contain the picture in full size, `Frame.rgb`. The first frame at or
-        after each multiple of 1 / `fps` seconds is sampled. If a video has fewer than `fps` frames
-        per second, all frames are sampled. Raises UserError if no frame can be decoded.
+        after each multiple of 1 / `fps` seconds is sampled. Raises UserError if no frame can be
+        decoded.
         """
         from av.error import FFmpegError
         from av.video.frame import VideoFrame
@@ -312,8 +308,7 @@ def open_video(path: Path) -> Iterator[Video]:
     """Opens a video or a photo in a `with` block. A photo is a video with a single frame.
 
     Videos may be MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV or FLV. Photos may be PNG, JPEG,
-    WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. If a GIF is animated, only its first picture is
-    read.
+    WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. Only the first picture of a GIF is read.
 
     Raises:
       UserError: `path` is not a regular file, has an unknown format, contains no picture, or
@@ -352,8 +347,7 @@ def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
 def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
     """Turns a picture [H, W, 3] by a multiple of 90 degrees, or mirrors it, or does both.
 
-    `turn` is (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y). If the angle is not
-    a multiple of 90 degrees, it is rounded to the nearest multiple.
+    If the angle of `turn` is not a multiple of 90 degrees, it is rounded to the nearest multiple.
     """
     a, b, c, d = turn
     across, down = a, d
@@ -364,7 +358,7 @@ def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
 
 
 def read_orientation(file: io.FileIO | io.BytesIO) -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8. Without EXIF, returns 1 (upright)."""
+    """Returns the EXIF orientation of a photo, 1 to 8. Without EXIF, it is 1 (upright)."""
     place = file.tell()
     file.seek(0)
     content = file.read(PHOTO_BYTES)

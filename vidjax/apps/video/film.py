@@ -6,10 +6,9 @@ A clip is the track of a person in a shot. With `--unit=shot`, it is the track o
 a shot. Speech counts as the person's voice while no other person is in the picture. The speaker may
 still be off screen.
 
-Boxes are left, top, right and bottom in pixels of the picture. A detector of heads or bodies finds
-the box of a head or body. If there is no such detector, the box is computed from the box of the
-face and the field `around` in the card of the net, a JSON file. `around` is the box of the head or
-body in units in which the box of the face is [0, 0, 1, 1].
+Boxes are left, top, right and bottom in pixels of the picture. If there is no detector of heads or
+bodies, a head or body is located by the field `around` in the card of its net, a JSON file:
+`around` is the box of the head or body in units in which the box of the face is [0, 0, 1, 1].
 """
 
 import dataclasses
@@ -56,7 +55,7 @@ class Nets(NamedTuple):
     Attributes:
       detect: the detectors of parts: of "face", and if available, of "head" and "body".
       embed: the nets that compute embeddings of the parts "face", "head", "body" and "scene".
-      listen: detects speech and computes embeddings of voices. Without nets for voices, it is None.
+      listen: detects speech and computes embeddings of voices; None without nets for voices.
     """
 
     detect: dict[str, Detector]
@@ -80,7 +79,7 @@ class Figures(NamedTuple):
     parts: dict[str, np.ndarray]
 
     def take(self, index: np.ndarray) -> "Figures":
-        """Returns the people at `index`, which contains their indices or is a mask."""
+        """Selects people by indices or a mask."""
         parts = {part: boxes[index] for part, boxes in self.parts.items()}
         return Figures(self.boxes[index], self.scores[index], self.points[index], parts)
 
@@ -88,10 +87,8 @@ class Figures(NamedTuple):
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     """Loads the nets that cards describe.
 
-    Detectors shrink pictures until their longer side has `size` pixels. A net for embeddings of
-    heads needs the boxes of heads. A detector of heads finds these boxes. Without this detector,
-    the card of the net must have the field `around` (see the top of this file). The same holds for
-    bodies. Raises UserError if a net has neither the detector nor the field.
+    Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if a net
+    for heads or bodies has neither a detector nor the field `around`.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
@@ -115,7 +112,7 @@ def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) ->
     """Joins the faces, heads and bodies that were detected in a picture into people.
 
     People with a face come first, by falling score. Heads without a face follow. `rgb` is uint8
-    [H, W, 3]. `detections` contains the detections of each part, such as "face" or "head".
+    [H, W, 3]. `detections` are part -> detections.
     """
     faces = detections["face"]
     boxes, scores, points = faces
@@ -146,8 +143,8 @@ def cut_crops(
 ) -> dict[int, np.ndarray]:
     """Cuts a part, such as "face" or "body", of each person out of a picture.
 
-    Returns index of a person -> crop. A crop is uint8 [H, W, 3] and has the size of the input of
-    the net that `card` describes. People without this part are left out.
+    Returns index of a person -> crop, uint8 [H, W, 3] in the size of the net that `card` describes.
+    People without this part are left out.
     """
     height, width = card.input.size or (0, 0)
     has = np.flatnonzero(~np.isnan(figures.parts[part][:, 0]))
@@ -171,7 +168,7 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as heads.
 
-    Returns the index of the large box of each small box, int [M]. Without a large box, it is -1.
+    Returns the index of the large box of each small box, int [M], or -1.
 
     Large boxes choose a small box one after the other, starting with the smallest large box. A
     large box contains the centre of its small box. If it contains several centres, the centre
@@ -193,7 +190,7 @@ class Sighting(NamedTuple):
     """A person in a frame. Sightings are ordered by quality.
 
     Attributes:
-      quality: the quality of the face. If there is no face, it is negative.
+      quality: the quality of the face; negative without a face.
       number: a unique number. Sightings of equal quality are ordered by it.
       frame: the number of the frame in the film.
       detection: the score of the detector.
@@ -222,7 +219,7 @@ class BestPictures:
         self._best: dict[int, Sighting] = {}
 
     def add(self, new: Sighting) -> None:
-        """Adds a picture. It must be later than all pictures that were added before."""
+        """Adds a picture, which must be later than all earlier pictures."""
         span = int(new.time_s / self._seconds + 1e-3)
         self._best[span] = max(new, self._best.get(span, new))
         if len(self._best) > MOST_KEPT:
@@ -259,9 +256,8 @@ class ClipBuilder:
     ) -> None:
         """Adds the pictures of the N people in a frame to their tracks.
 
-        `frame` is the number of the frame, and `rgb` are the pixels, uint8 [H, W, 3]. `figures` has
-        the boxes and scores of the N people. `owners` [N] int is the number of the track of each
-        person. It is -1 for a person without a track, whose picture is not added.
+        `frame` is the number of the frame, and `rgb` its pixels, uint8 [H, W, 3]. `owners` [N] int
+        is the number of the track of each person, or -1 for a person whose picture is not added.
         """
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
@@ -284,10 +280,10 @@ class ClipBuilder:
             self._kept.setdefault(track, BestPictures()).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
-        """Makes a clip of a track that has ended.
+        """Makes a clip of a track that has ended. `names` yields the names of clips.
 
         If `split`, and the faces show that a track continues with another person, each person
-        becomes a clip. `names` yields the names of the clips.
+        becomes a clip.
         """
         kept = self._kept.pop(track.number).pictures()
         # Pictures after the end of the track are part of a dissolve.
@@ -308,7 +304,7 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip with the name `name` from the sightings `pictures` of a track.
+        """Makes a clip from the sightings `pictures` of a track.
 
         `faces` contains the embedding of the face of each sighting, by `Sighting.number`.
         """
@@ -394,8 +390,7 @@ def extract(
     Args:
       out: an existing folder.
       stem: the first part of the names of the clips.
-      settings: the frames per second, the size of the pictures, and what a clip is.
-      source, sha256: the path, properties and sha256 of the file. They are copied to the result.
+      source, sha256: are copied to the result.
       tagged: whether names that photo programs stored for faces are read from a photo.
 
     Raises:
@@ -442,8 +437,8 @@ def _make_clips(
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot.
 
-    Returns the start and end of each shot in seconds, and the tracks of all people. These include
-    people without a clip, who may speak.
+    Returns the start and end of each shot in seconds, and the tracks of all people, also of people
+    without a clip, who may speak.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))

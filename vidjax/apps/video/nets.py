@@ -44,7 +44,7 @@ class Faces(NamedTuple):
     points: np.ndarray
 
     def take(self, index: np.ndarray) -> "Faces":
-        """Returns the faces that `index` selects: an array of indices, or a bool mask [F]."""
+        """Selects faces by indices or a mask."""
         return Faces(*(part[index] for part in self))
 
     def take_above(self, score: float) -> "Faces":
@@ -68,8 +68,8 @@ class Region(NamedTuple):
 class Detector:
     """Detects faces, heads or bodies in images with the net that a card describes.
 
-    Images are shrunk until their longer side has `size` pixels. Smaller images are not enlarged. If
-    the net has an input of fixed size, this size is used in place of `size`.
+    Images are shrunk until their longer side has `size` pixels, or until they fit into the input of
+    the net, if its size is fixed. Smaller images are not enlarged.
     """
 
     def __init__(self, card: Card, size: int = 640):
@@ -83,9 +83,9 @@ class Detector:
     def search(self, image: np.ndarray, near: np.ndarray | None = None) -> Faces:
         """Returns the detections in an image, also uncertain ones with scores from 0.2 to 0.5.
 
-        `image` is uint8 [H, W, 3] RGB. `near` [N, 4] are the boxes of faces in another frame. If
-        `near` is given, only the surroundings of these boxes are searched. The whole image is
-        searched if that is less work, or if the net has an input of fixed size.
+        `image` is uint8 [H, W, 3] RGB. If `near` [N, 4], the boxes of faces in another frame, is
+        given, only the surroundings of these boxes are searched. The whole image is searched if
+        that is less work, or if the net has an input of fixed size.
         """
         height, width = image.shape[:2]
         most = self.card.input.size or (self.size, self.size)
@@ -130,10 +130,7 @@ class Embedder:
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net. `make_input` turns inputs of `__call__` into the input of the net.
-
-        The default, `prepare_images`, is for crops.
-        """
+        """Opens the net. `make_input` turns inputs of `__call__` into the input of the net."""
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
 
@@ -141,8 +138,7 @@ class Embedder:
         """Returns embeddings, float32 [N, D], of N crops or of N windows of sound.
 
         Crops are uint8 [N, H, W, 3] RGB. Windows are samples from -1 to 1, [N, T], and need a
-        `make_input`. Raises UserError if the length D of the embeddings differs from `width` in the
-        card.
+        `make_input`. Raises UserError if D differs from `width` in the card.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
         for start in range(0, len(inputs), BLOCK_CROPS):
@@ -273,7 +269,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
     """Pads an image [H, W, 3] at the right and the bottom with black to `height` x `width` pixels.
 
-    If `height` or `width` is 0, this side is padded to the next multiple of 32.
+    A side of 0 stands for the next multiple of 32.
     """
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
@@ -338,11 +334,10 @@ def choose_regions(
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
     """Returns a region of whole pixels that contains a square, except for parts outside the image.
 
-    `square` is left, top, right and bottom in pixels. A detector divides the image, after it is
-    shrunk by `scale`, into cells of 4 x 4 pixels. The region begins at the corner of a cell, so
-    that the detections are nearly the same as in the whole image. The sides of the shrunk region
-    are multiples of 32 pixels, as detectors require, unless the region ends at the border of the
-    image.
+    `square` is left, top, right and bottom in pixels. A detector divides the shrunk image into
+    cells of 4 x 4 pixels. The region begins at the corner of a cell, so that the detections are
+    nearly the same as in the whole image. The sides of the shrunk region are multiples of 32
+    pixels, as detectors require, unless the region ends at the border of the image.
     """
     cell, stride = CELL / scale, STRIDE / scale
     left, top = (max(0, int(at // cell * cell)) for at in square[:2])
@@ -383,8 +378,8 @@ def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
     Source:
       Xu et al., CenterFace: Joint Face Detection and Alignment Using Face as Point, 2020, and
-      its published decoder. If the top left corner of a face is outside the image, the published
-      decoder moves the points of the face. Here the points are not moved.
+      its published decoder, which moves the points of a face whose top left corner is outside the
+      image. Here the points are not moved.
     """
     del width
     (heatmap,), scale, offset, landmarks = (output[0] for output in outputs.values())
@@ -457,10 +452,7 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def _locate_cells(cells: np.ndarray, width: int) -> np.ndarray:
-    """Returns the column and row, float32 [n, 2], of each cell from its number.
-
-    Cells are numbered row by row. Each row has `width` cells.
-    """
+    """Returns the column and row, float32 [n, 2], of cells that are numbered row by row."""
     return np.stack([cells % width, cells // width], axis=1).astype(np.float32)
 
 

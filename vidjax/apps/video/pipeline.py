@@ -59,7 +59,6 @@ class FileOutcome(NamedTuple):
     """The result of the extraction of a file: either a film, or an error and its remedy.
 
     Attributes:
-      film: the description of the extracted video or photo.
       kept: whether the features of an earlier call were kept.
       replaced: whether the features replace the features of another file with the same name.
       remedy: what a user can do about the error.
@@ -76,7 +75,7 @@ class FileOutcome(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A film or photo to read. The folder of features `out` will contain the result.
+    """A film or photo to read into the folder of features `out`.
 
     The names of the file's clips begin with `stem`. If `tagged`, names that photo programs stored
     for faces are read, too.
@@ -115,9 +114,8 @@ def extract_folders(
 ) -> dict[Path, list[FileOutcome]]:
     """Extracts faces and voices from videos and photos; returns the outcomes for each folder.
 
-    Features are not extracted again if the file, the nets and the settings are unchanged. If a call
-    is interrupted, the next call continues. If a file cannot be read, its outcome is an error, and
-    the other files are still read. All folders are locked until the call ends.
+    If a call is interrupted, the next call continues. If a file cannot be read, its outcome is an
+    error, and the other files are still read. All folders are locked until the call ends.
 
     Args:
       paths: the videos, photos, or folders of videos and photos, for each folder of features. If a
@@ -224,10 +222,9 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Prepares a folder of features for the files `listed`; returns file -> stem.
+    """Prepares a folder of features for the files `listed`; returns file -> stem of its clips.
 
-    The names of the clips of a file begin with the stem. `drop` says which features are removed,
-    see `extract_folders`. If `pictures` is False, all thumbnails are removed, too.
+    For `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -256,7 +253,7 @@ def _prepare_folder(
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Divides files into batches. A process reads a batch.
+    """Divides files into batches, one for each process.
 
     The first batches contain one film each. The other batches contain up to 50 photos each, because
     a process for each photo would be slow.
@@ -302,8 +299,8 @@ def suggest_path(path: Path) -> str:
 def walk(path: Path, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
     """Returns a folder and all its subfolders, sorted by path.
 
-    Links, hidden folders, and folders that vidjax wrote are left out. If a folder cannot be read,
-    `unreadable` is called with the error, and the folder is left out.
+    Links, hidden folders, and folders that vidjax wrote are left out. For a folder that cannot be
+    read, `unreadable` is called.
     """
     folders = []
     for folder, subfolders, names in os.walk(path, onerror=unreadable):
@@ -358,10 +355,9 @@ def _check_extraction(
 ) -> ExtractionSettings:
     """Returns the settings of a folder of features.
 
-    A new folder gets `settings`. If `settings` is None, a new folder gets the default settings, and
-    an old folder keeps its own. `digests` contains the sha256 of the card of each net, by role. If
-    there are nets for new roles, all other nets are unchanged and `upgrade` is True, all features
-    in the folder are removed.
+    `digests` contains the sha256 of the card of each net, by role. For `settings` and `upgrade`,
+    see `extract_folders`. Features are removed only if nets for new roles are added and all other
+    nets are unchanged.
 
     Raises UserError if the features were computed with other nets or settings and are not removed,
     or if another program wrote the folder.
@@ -447,7 +443,7 @@ def find_films(out: Path) -> dict[str, Film]:
 
 
 def _find_film(out: Path, stem: str) -> Film | None:
-    """Returns the film of an earlier call. If its files are incomplete or damaged, returns None."""
+    """Returns the film of an earlier call, or None if its files are incomplete or damaged."""
     try:
         film = features_folder.read_film(out / VIDEOS / f"{stem}.json")
     except (UserError, FileNotFoundError):
@@ -466,7 +462,7 @@ def _extract_batch(
 ) -> list[FileOutcome]:
     """Extracts features from a batch of files in one process. Unchanged files are skipped.
 
-    `title` is the name of a film with its number, which is printed. For photos, it is empty.
+    `title` is printed: the name of a film with its number, or "" for photos.
     """
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, dict[str, Any]] = {}
@@ -493,7 +489,7 @@ def _extract_batch(
 def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
     """Returns the outcome of a file if its features are complete and up to date.
 
-    If not, removes the features, and returns the arguments with which `film.work` extracts them
+    Otherwise, removes the features, and returns the arguments with which `film.work` extracts them
     into a new temporary folder, which `folders` removes.
     """
     before = _find_film(job.out, job.stem)
@@ -589,7 +585,7 @@ def _remove(out: Path, stem: str) -> None:
 def remove_thumbnails(out: Path) -> bool:
     """Removes all pictures of clips, and temporary files, which may contain pictures.
 
-    If files of other programs remain, returns False.
+    Returns False if files of other programs remain.
     """
     _remove_leftovers(out, None)
     if not files.exists(out / THUMBNAILS):

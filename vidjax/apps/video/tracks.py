@@ -55,10 +55,7 @@ class Track:
         self.end_sighting(time_s)
 
     def split(self, at: list[float]) -> "list[Track]":
-        """Splits the track at the times `at`, in seconds; returns the parts in order.
-
-        Each part must contain at least one sighting.
-        """
+        """Splits the track at the times `at`, in seconds. Each part must contain a sighting."""
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
         return [
             Track(self.number, self.shot, self.times[low:high], self.ends[low:high])
@@ -69,10 +66,7 @@ class Track:
 class _Motion:
     """Predicts the next box of a track, as if each side of the box moved at a constant speed.
 
-    Attributes:
-      track: the track.
-      last: [4], the last detected box.
-      time_s: the time of the last detection in seconds.
+    `last` [4] is the last detected box, at `time_s` seconds.
 
     Source: the alpha-beta filter with fixed gains, Bar-Shalom et al. 2001, "Estimation with
     Applications to Tracking and Navigation", section 6.5.
@@ -84,7 +78,7 @@ class _Motion:
         self._speed: np.ndarray | None = None  # pixels a second of each side
 
     def predict(self, time_s: float) -> np.ndarray:
-        """Returns the predicted box, [4], at the time `time_s`."""
+        """Returns the predicted box [4]."""
         if self._speed is None:
             return self._box
         return self._box + (time_s - self.time_s) * self._speed
@@ -133,8 +127,8 @@ class Tracker:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Adds the detections `boxes` [N, 4] of the next frame, which is at `time_s` seconds.
 
-        Returns [N] int, the number of each detection's track. If a detection was dropped because
-        two people overlap, the number is -1.
+        Returns [N] int, the number of each detection's track, or -1 if a detection was dropped
+        because two people overlap.
         """
         for motion in self._live:
             motion.track.end_sighting(time_s)
@@ -224,7 +218,7 @@ class MainFigures:
         self._ended: list[Track] = []
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the detections, [N, 4], of the next frame.
+        """Adds the detections [N, 4] of the next frame.
 
         Returns [N] int: the number of the shot for the main person, and -1 for all others.
         """
@@ -252,7 +246,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the track that has not ended. It is the number of the current shot."""
+        """The number of the current shot, which is the number of its track."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
@@ -354,8 +348,8 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
     """Pairs L boxes with N other boxes; the pair with the largest overlap is chosen first.
 
     `overlaps` is [L, N]. No box is in two pairs. Two boxes are paired only if their overlap is
-    above `least`, which must not be negative. Returns a dict with the index of each paired box
-    among the N boxes -> the index of its partner among the L boxes.
+    above `least`, which must not be negative. Returns index among N -> index among L of each paired
+    box.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}
@@ -369,11 +363,10 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Returns for each of N detections whether one person may hide another there: bool [N].
 
-    One person may hide another if the predicted boxes of several tracks overlap each other and the
-    detection, but fewer detections than tracks are near these boxes.
-
-    `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] is the intersection
-    over union of the predicted boxes and the detections.
+    That is so if the predicted boxes of several tracks overlap each other and the detection, but
+    fewer detections than tracks are near these boxes. `expected` [L, 4] are the predicted boxes of
+    L tracks. `overlaps` [L, N] is the intersection over union of the predicted boxes and the
+    detections.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP
