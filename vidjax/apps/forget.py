@@ -76,20 +76,15 @@ UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
 
 
 class Place(NamedTuple):
-    """A folder or a file that contains a searched name, or could not be searched.
+    """A folder or a file that contains a searched name, or could not be searched."""
 
-    Attributes:
-      kind: `gallery`, `records` (a converted dataset), `run`, `who` (the results of `vidjax who`),
-        `file`, or `unread` if the place could not be searched.
-      path: the folder or file.
-      about: a description of the content.
-      remedy: how the user can delete the name. It is `--delete` if vidjax can delete it, and starts
-        with `deleted` if vidjax has deleted it.
-    """
-
+    # `gallery`, `records` (a converted dataset), `run`, `who` (the results of `vidjax who`),
+    # `file`, or `unread` if the place could not be searched
     kind: str
-    path: Path
-    about: str
+    path: Path  # the folder or file
+    about: str  # a description of the content
+    # how the user can delete the name. It is `--delete` if vidjax can delete it, and starts with
+    # `deleted` if vidjax has deleted it
     remedy: str
 
     @property
@@ -99,17 +94,12 @@ class Place(NamedTuple):
 
 
 class Forgotten(NamedTuple):
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-      found: the places that contain a name or could not be searched.
-      names: all searched names, including the names of people's clips, in Unicode form NFC.
-      similar: searched name -> a stored name that looks similar.
-    """
-
-    found: list[Place]
+    found: list[Place]  # the places that contain a name or could not be searched
+    # all searched names, including the names of people's clips, in Unicode form NFC
     names: set[str]
-    similar: dict[str, str]
+    similar: dict[str, str]  # searched name -> a stored name that looks similar
 
 
 class SimilarNames:

@@ -56,27 +56,20 @@ NUMPY_SCOPE = "supports only runs of configs/plda.py and galleries"
 
 
 class Format(NamedTuple):
-    """A format of `vidjax export`.
+    """A format of `vidjax export`."""
 
-    Attributes:
-      file: the name of the file or folder with the model of a run.
-      write: writes the model of a run into a folder that contains the weights. It returns a
-        function that computes the outputs with the runtime of the format.
-      packages: the packages that the format needs in addition to vidjax.
-      extra: the name of the extra of vidjax, as in `pip install vidjax[onnx]`, that installs the
-        packages.
-      outputs: the names of the outputs.
-      gallery_file: the name of the file with the arrays of a gallery. It is empty if the format
-        cannot store galleries.
-      bounded: True if the file contains the weights and can have at most `function.LARGEST` bytes.
-    """
-
-    file: str
+    file: str  # the name of the file or folder with the model of a run
+    # writes the model of a run into a folder that contains the weights. It returns a function that
+    # computes the outputs with the runtime of the format
     write: Callable[[Predictor, Shapes, Path], Predict]
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # the packages that the format needs in addition to vidjax
+    # the name of the extra of vidjax, as in `pip install vidjax[onnx]`, that installs the packages
     extra: str
-    outputs: tuple[str, ...] = function.OUTPUTS
+    outputs: tuple[str, ...] = function.OUTPUTS  # the names of the outputs
+    # the name of the file with the arrays of a gallery. It is empty if the format cannot store
+    # galleries
     gallery_file: str = ""
+    # True if the file contains the weights and can have at most `function.LARGEST` bytes
     bounded: bool = False
 
 

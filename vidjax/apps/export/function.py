@@ -182,15 +182,10 @@ def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch)
 
 
 class RandomClips(NamedTuple):
-    """Random clips, and the outputs that an exported run must compute for them.
+    """Random clips, and the outputs that an exported run must compute for them."""
 
-    Attributes:
-      inputs: name -> array, see `input_shapes`.
-      expected: name of an output -> array.
-    """
-
-    inputs: dict[str, np.ndarray]
-    expected: dict[str, np.ndarray]
+    inputs: dict[str, np.ndarray]  # name -> array, see `input_shapes`
+    expected: dict[str, np.ndarray]  # name of an output -> array
 
 
 def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:

@@ -50,19 +50,15 @@ PEAK_PEOPLE = 32
 
 
 class Part(NamedTuple):
-    """The parameters that compare clips in one part of their vectors.
+    """The parameters that compare clips in one part of their vectors."""
 
-    Attributes:
-      name: the modality, or `embedding`.
-      centre: [D] float64. It is subtracted from unit vectors, which are then scaled to unit length
-        again. It is 0 if the run has already subtracted a centre.
-      space: the parameters of PLDA in float64; None if the part is compared by distances.
-      distances: the parameters from the card; None if PLDA compares the part.
-    """
-
-    name: str
+    name: str  # the modality, or `embedding`
+    # [D] float64. It is subtracted from unit vectors, which are then scaled to unit length again.
+    # It is 0 if the run has already subtracted a centre
     centre: np.ndarray
+    # the parameters of PLDA in float64; None if the part is compared by distances
     space: Space | None = None
+    # the parameters from the card; None if PLDA compares the part
     distances: Distances | None = None
 
     @property
@@ -101,17 +97,12 @@ class People(NamedTuple):
 
     For PLDA, the coefficients are explained in `two_covariance.Enrolled`. For distances, `linear`
     is the mean of a person's unit vectors, and `constant` the squared length of this mean.
-
-    Attributes:
-      linear: M arrays [P, D] float32.
-      constant: [M, P] float64.
-      num_clips: [M, P] int32, the number of each person's clips that have the part.
     """
 
     names: tuple[str, ...]
-    linear: tuple[np.ndarray, ...]
-    constant: np.ndarray
-    num_clips: np.ndarray
+    linear: tuple[np.ndarray, ...]  # M arrays [P, D] float32
+    constant: np.ndarray  # [M, P] float64
+    num_clips: np.ndarray  # [M, P] int32, the number of each person's clips that have the part
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
         """Selects people by their indices."""
@@ -121,17 +112,13 @@ class People(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    """The most probable people of a clip.
+    """The most probable people of a clip."""
 
-    Attributes:
-      new: the log-probability that the clip shows a person who is not enrolled.
-      best: (name, log-probability) of the most probable people, best first. Equal people are in the
-        order of their names.
-      compared: the names of the parts that both the clip and the first person have.
-    """
-
-    new: float
+    new: float  # the log-probability that the clip shows a person who is not enrolled
+    # (name, log-probability) of the most probable people, best first. Equal people are in the order
+    # of their names
     best: list[tuple[str, float]]
+    # the names of the parts that both the clip and the first person have
     compared: tuple[str, ...] = ()
 
 
@@ -306,17 +293,13 @@ def _one_thread() -> contextlib.AbstractContextManager[object]:
 
 
 class _Queries(NamedTuple):
-    """Q clips that are prepared for the comparison with people.
+    """Q clips that are prepared for the comparison with people."""
 
-    Attributes:
-      coordinates: M arrays [Q, D] float64, the factors of `People.linear`; 0 for a missing part.
-      terms: M arrays [Q, ...] float64, terms of the log-likelihood ratio that depend on the clip.
-      missing: [M, Q] bool, True if a clip lacks the part.
-    """
-
+    # M arrays [Q, D] float64, the factors of `People.linear`; 0 for a missing part
     coordinates: list[np.ndarray]
+    # M arrays [Q, ...] float64, terms of the log-likelihood ratio that depend on the clip
     terms: list[np.ndarray]
-    missing: np.ndarray
+    missing: np.ndarray  # [M, Q] bool, True if a clip lacks the part
 
 
 class Ratios:

@@ -82,19 +82,13 @@ BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
-    """The training run or the pretrained models that computed the vectors of the clips.
+    """The training run or the pretrained models that computed the vectors of the clips."""
 
-    Attributes:
-      workdir: the folder of the run or of the models.
-      digest: the sha256 of the weights of the run, or of the cards of all models.
-      centred: True if the run subtracts a centre from its vectors.
-      cards: modality -> the sha256 of its card, the JSON file that describes a model. It is empty
-        if a run computed the vectors.
-    """
-
-    workdir: schemas.Text
-    digest: schemas.Sha256
-    centred: bool
+    workdir: schemas.Text  # the folder of the run or of the models
+    digest: schemas.Sha256  # the sha256 of the weights of the run, or of the cards of all models
+    centred: bool  # True if the run subtracts a centre from its vectors
+    # modality -> the sha256 of its card, the JSON file that describes a model. It is empty if a run
+    # computed the vectors
     cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}
 
 
@@ -119,41 +113,28 @@ class _Facts(Struct):
 
 
 class StoredClip(NamedTuple):
-    """A clip of a person or of a stranger.
+    """A clip of a person or of a stranger."""
 
-    Attributes:
-      identity: the person; None for a stranger.
-      vector: [sum of D] float32, the vectors of all modalities; 0 for a missing modality.
-      fitted: True if the parameters that compare vectors were fitted to this clip.
-    """
-
-    identity: str | None
+    identity: str | None  # the person; None for a stranger
+    # [sum of D] float32, the vectors of all modalities; 0 for a missing modality
     vector: np.ndarray
-    fitted: bool = False
+    fitted: bool = False  # True if the parameters that compare vectors were fitted to this clip
 
 
 class State(NamedTuple):
-    """The whole content of a gallery. A state is immutable.
+    """The whole content of a gallery. A state is immutable."""
 
-    Attributes:
-      version: the number of changes, including the creation.
-      run: the run or the models that computed the vectors.
-      index: the enrolled people with their coefficients.
-      clips: name -> clip, including strangers.
-      groups: identity -> the sorted names of its clips. The key of strangers is STRANGER.
-      rows: the sum of the sha256 of all rows in the file, which shows if a row is damaged.
-      entries: the number of people and clips in all rows, including entries that were replaced.
-      sha256: the digest of the whole content. It is empty if the state was not written.
-    """
-
-    version: int
-    run: VectorOrigin
+    version: int  # the number of changes, including the creation
+    run: VectorOrigin  # the run or the models that computed the vectors
+    # the enrolled people with their coefficients
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
-    clips: Mapping[str, StoredClip]
+    clips: Mapping[str, StoredClip]  # name -> clip, including strangers
+    # identity -> the sorted names of its clips. The key of strangers is STRANGER
     groups: Mapping[str, tuple[str, ...]]
-    rows: int = 0
+    rows: int = 0  # the sum of the sha256 of all rows in the file, which shows if a row is damaged
+    # the number of people and clips in all rows, including entries that were replaced
     entries: int = 0
-    sha256: bytes = b""
+    sha256: bytes = b""  # the digest of the whole content. It is empty if the state was not written
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:

@@ -94,18 +94,12 @@ class IdentifyRequest(protocol.RuleParameters, kw_only=True):
 
 
 class EnrolRequest(Struct, forbid_unknown_fields=True):
-    """A request to enrol clips. It has `identity`, `identities` or `strangers`, but only one.
-
-    Attributes:
-      identity: the person that all clips show.
-      identities: clip -> person, if the clips show several people.
-      strangers: True if the clips show people who must not get a name.
-    """
+    """A request to enrol clips. It has `identity`, `identities` or `strangers`, but only one."""
 
     clips: ClipList
-    identity: str | None = None
-    identities: dict[str, str] | None = None
-    strangers: bool = False
+    identity: str | None = None  # the person that all clips show
+    identities: dict[str, str] | None = None  # clip -> person, if the clips show several people
+    strangers: bool = False  # True if the clips show people who must not get a name
 
 
 class PageQuery(Struct, forbid_unknown_fields=True):
@@ -115,23 +109,16 @@ class PageQuery(Struct, forbid_unknown_fields=True):
 
 
 class Endpoint(NamedTuple):
-    """An endpoint of the server.
-
-    Attributes:
-      path: the path, with parameters such as `{name}`.
-      answer: the function that answers a request. The first line of its docstring appears in the
-        OpenAPI description.
-      errors: the HTTP statuses of errors, in addition to COMMON_ERRORS.
-      body: the type of a JSON body.
-      query: the type of the query.
-    """
+    """An endpoint of the server."""
 
     method: str
-    path: str
+    path: str  # the path, with parameters such as `{name}`
+    # the function that answers a request. The first line of its docstring appears in the OpenAPI
+    # description
     answer: Callable[[Request], Awaitable[Response]]
-    errors: tuple[int, ...] = ()
-    body: type[msgspec.Struct] | None = None
-    query: type[msgspec.Struct] | None = None
+    errors: tuple[int, ...] = ()  # the HTTP statuses of errors, in addition to COMMON_ERRORS
+    body: type[msgspec.Struct] | None = None  # the type of a JSON body
+    query: type[msgspec.Struct] | None = None  # the type of the query
 
 
 class Application:

@@ -56,43 +56,27 @@ OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
 class Limits(NamedTuple):
-    """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds.
+    """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
 
-    Attributes:
-      body_bytes: a binary body, and the arrays of an `.npz` file as float32.
-      json_bytes: a JSON body, or the JSON before binary tensors.
-      held_bytes: everything that is in memory for all requests: bodies, frames, a copy of the
-        frames, and answers that are not sent yet.
-      clips: clips in a request.
-      frames: frames in a clip and modality.
-      batch_clips: clips that the server scores together.
-      waiting_clips: clips that wait to be scored or embedded.
-      waiting_changes: enrolments and removals that wait.
-      connections: open connections.
-      answer_seconds: from the end of the body to the answer.
-      change_seconds: more time for a change of the gallery. After a removal, the parameters of the
-        gallery may be fitted to the remaining clips, which can take minutes.
-      request_seconds: to receive a body, and the same time again to send the answer.
-      idle_seconds: until an idle connection is closed.
-      drain_seconds: for unfinished requests after a signal.
-      end_seconds: from a signal to the forced end of the process.
-    """
-
-    body_bytes: int = 32 << 20
-    json_bytes: int = 4 << 20
+    body_bytes: int = 32 << 20  # a binary body, and the arrays of an `.npz` file as float32
+    json_bytes: int = 4 << 20  # a JSON body, or the JSON before binary tensors
+    # everything that is in memory for all requests: bodies, frames, a copy of the frames, and
+    # answers that are not sent yet
     held_bytes: int = 256 << 20
-    clips: int = 256
-    frames: int = 20_000
-    batch_clips: int = 64
-    waiting_clips: int = 1024
-    waiting_changes: int = 16
-    connections: int = 512
-    answer_seconds: float = 10.0
+    clips: int = 256  # clips in a request
+    frames: int = 20_000  # frames in a clip and modality
+    batch_clips: int = 64  # clips that the server scores together
+    waiting_clips: int = 1024  # clips that wait to be scored or embedded
+    waiting_changes: int = 16  # enrolments and removals that wait
+    connections: int = 512  # open connections
+    answer_seconds: float = 10.0  # from the end of the body to the answer
+    # more time for a change of the gallery. After a removal, the parameters of the gallery may be
+    # fitted to the remaining clips, which can take minutes
     change_seconds: float = 120.0
-    request_seconds: float = 130.0
-    idle_seconds: float = 30.0
-    drain_seconds: float = 15.0
-    end_seconds: float = 20.0
+    request_seconds: float = 130.0  # to receive a body, and the same time again to send the answer
+    idle_seconds: float = 30.0  # until an idle connection is closed
+    drain_seconds: float = 15.0  # for unfinished requests after a signal
+    end_seconds: float = 20.0  # from a signal to the forced end of the process
 
 
 class ServerMetrics:

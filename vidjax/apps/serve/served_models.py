@@ -27,16 +27,11 @@ FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAM
 
 
 class Question(NamedTuple):
-    """Clips to identify or to score.
+    """Clips to identify or to score."""
 
-    Attributes:
-      clips: name of the clip -> modality -> frames.
-      k: the largest number of identities per clip.
-      fpir, threshold: the naming rule of a gallery, see `Gallery.identify`.
-    """
-
-    clips: Mapping[str, Mapping[str, Frames]]
-    k: int = DEFAULT_K
+    clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
+    k: int = DEFAULT_K  # the largest number of identities per clip
+    # `fpir`, `threshold`: the naming rule of a gallery, see `Gallery.identify`
     fpir: float | None = None
     threshold: float | None = None
 

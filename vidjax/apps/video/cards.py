@@ -38,20 +38,17 @@ Spread = tuple[Finite, Positive]  # mean and standard deviation
 
 
 class Input(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The format of a net's input.
-
-    Attributes:
-      layout: the order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1)
-        or "mels" (mel spectrograms [N, T, 40], see `voices.make_mels`).
-      colour: the order of the channels of an image. For sound, it is None.
-      size: the height and width of an image. If it is None, any multiples of 32 are allowed.
-      mean, scale: the input is (pixel - mean) * scale in each channel.
-    """
+    """The format of a net's input."""
 
     name: Text
+    # the order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1) or
+    # "mels" (mel spectrograms [N, T, 40], see `voices.make_mels`)
     layout: Literal["NCHW", "NHWC", "samples", "mels"]
+    # the order of the channels of an image. For sound, it is None
     colour: Literal["rgb", "bgr"] | None = None
+    # the height and width of an image. If it is None, any multiples of 32 are allowed
     size: tuple[Side, Side] | None = None
+    # `mean`, `scale`: the input is (pixel - mean) * scale in each channel
     mean: Three = (0.0, 0.0, 0.0)
     scale: Three = (1.0, 1.0, 1.0)
 
@@ -61,21 +58,15 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The distribution of the cosine of two embeddings, for one person and for two people.
+    """The distribution of the cosine of two embeddings, for one person and for two people."""
 
-    Attributes:
-      centre: the mean embedding. It is subtracted before embeddings are scaled to unit length.
-      same: the mean and standard deviation of the cosine of two embeddings of one person.
-      different: the mean and standard deviation of the cosine of embeddings of two people.
-      pairs: the number of measured pairs of embeddings of one person, and of two people.
-      data: a description of the measured data.
-    """
-
+    # the mean embedding. It is subtracted before embeddings are scaled to unit length
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
-    same: Spread
-    different: Spread
+    same: Spread  # the mean and standard deviation of the cosine of two embeddings of one person
+    different: Spread  # the mean and standard deviation of the cosine of embeddings of two people
+    # the number of measured pairs of embeddings of one person, and of two people
     pairs: tuple[Count, Count]
-    data: Text
+    data: Text  # a description of the measured data
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
@@ -105,8 +96,8 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
     """Four numbers of a net's output for a test. They are checked when the net is loaded.
 
-    `nets.make_formula_inputs` makes the input of the test, an image or sound, from `seed`. Each
-    number may differ by `tolerance`.
+    `nets.make_formula_inputs` makes the input of the test from `seed`. Each number may differ by
+    `tolerance`.
     """
 
     seed: Count

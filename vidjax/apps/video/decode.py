@@ -62,63 +62,44 @@ EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """The properties that a video or photo declares. The file may be wrong about any of them.
+    """The properties that a video or photo declares. The file may be wrong about any of them."""
 
-    Attributes:
-      width, height: the size of the stored picture in pixels, before it is turned upright.
-      aspect: the width of a pixel divided by the height of a pixel; 1 for photos.
-      seconds: the duration; None if the file declares none.
-      rate: the average number of frames per second.
-      start_s: the time stamp of the first picture or sound, which is subtracted from all time
-        stamps.
-      sound: whether the file contains sound that can be decoded.
-      others: the number of further video streams, such as other programmes. They are not read.
-    """
-
+    # `width`, `height`: the size of the stored picture in pixels, before it is turned upright
     width: int
     height: int
-    aspect: float
-    seconds: float | None
-    rate: float
+    aspect: float  # the width of a pixel divided by the height of a pixel; 1 for photos
+    seconds: float | None  # the duration; None if the file declares none
+    rate: float  # the average number of frames per second
+    # the time stamp of the first picture or sound, which is subtracted from all time stamps
     start_s: float
     photo: bool
-    sound: bool
-    others: int
+    sound: bool  # whether the file contains sound that can be decoded
+    others: int  # the number of further video streams, such as other programmes. They are not read
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A picture of a video at `time_s` seconds.
-
-    Attributes:
-      small: uint8 [36, 64, 3], the stored picture in a fixed small size, for the detection of cuts.
-      rgb: uint8 [H, W, 3], the upright picture in full size; None if the frame is not sampled (see
-        `Video.frames`).
-    """
+    """A picture of a video at `time_s` seconds."""
 
     time_s: float
+    # uint8 [36, 64, 3], the stored picture in a fixed small size, for the detection of cuts
     small: np.ndarray
+    # uint8 [H, W, 3], the upright picture in full size; None if the frame is not sampled (see
+    # `Video.frames`)
     rgb: np.ndarray | None
 
 
 @dataclasses.dataclass
 class DecodeCounts:
-    """Counts of the frames and errors so far.
-
-    Attributes:
-      corrupt: the number of frames that the decoder marked as corrupt. They are skipped.
-      refused: the number of packets and frames that could not be decoded or converted.
-      repaired: the number of time stamps that `Clock` replaced.
-      seconds: the end of the last frame in seconds.
-      damaged: whether the video ended long before its declared end, or the pictures or the sound
-        after some time could not be used.
-    """
+    """Counts of the frames and errors so far."""
 
     frames: int = 0
-    corrupt: int = 0
-    refused: int = 0
-    repaired: int = 0
-    seconds: float = 0.0
+    corrupt: int = 0  # the number of frames that the decoder marked as corrupt. They are skipped
+    refused: int = 0  # the number of packets and frames that could not be decoded or converted
+    repaired: int = 0  # the number of time stamps that `Clock` replaced
+    seconds: float = 0.0  # the end of the last frame in seconds
+    # whether the video ended long before its declared end, or the pictures or the sound after some
+    # time could not be used
     damaged: bool = False
 
 
@@ -142,7 +123,7 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None) -> float:
-        """Returns the time of the next frame in seconds. `stamp_s` is its time stamp, if it has one."""
+        """Returns the time in seconds of the next frame, which may have no time stamp."""
         after = 0.0 if self._last is None else self._last + self._step
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)

@@ -50,33 +50,25 @@ MOST_KEPT, KEPT_SECONDS = 96, 0.2
 
 
 class Nets(NamedTuple):
-    """The nets with which a film is read.
+    """The nets with which a film is read."""
 
-    Attributes:
-      detect: the detectors of parts: of "face", and if available, of "head" and "body".
-      embed: the nets that compute embeddings of the parts "face", "head", "body" and "scene".
-      listen: detects speech and computes embeddings of voices; None without nets for voices.
-    """
-
+    # the detectors of parts: of "face", and if available, of "head" and "body"
     detect: dict[str, Detector]
+    # the nets that compute embeddings of the parts "face", "head", "body" and "scene"
     embed: dict[str, Embedder]
+    # detects speech and computes embeddings of voices; None without nets for voices
     listen: Listener | None = None
 
 
 class Figures(NamedTuple):
-    """The N people in a picture. Boxes and points that were not detected are NaN.
+    """The N people in a picture. Boxes and points that were not detected are NaN."""
 
-    Attributes:
-      boxes: [N, 4], the boxes that are tracked: the head, or if no head was detected, the face.
-      scores: [N], the scores of the faces. For a head without a face, it is the score of the head.
-      points: [N, 5, 2], the five points of the faces.
-      parts: the boxes [N, 4] of each part, such as "face" or "body".
-    """
-
+    # [N, 4], the boxes that are tracked: the head, or if no head was detected, the face
     boxes: np.ndarray
+    # [N], the scores of the faces. For a head without a face, it is the score of the head
     scores: np.ndarray
-    points: np.ndarray
-    parts: dict[str, np.ndarray]
+    points: np.ndarray  # [N, 5, 2], the five points of the faces
+    parts: dict[str, np.ndarray]  # the boxes [N, 4] of each part, such as "face" or "body"
 
     def take(self, index: np.ndarray) -> "Figures":
         """Selects people by indices or a mask."""
@@ -187,24 +179,17 @@ def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
 
 
 class Sighting(NamedTuple):
-    """A person in a frame. Sightings are ordered by quality.
+    """A person in a frame. Sightings are ordered by quality."""
 
-    Attributes:
-      quality: the quality of the face; negative without a face.
-      number: a unique number. Sightings of equal quality are ordered by it.
-      frame: the number of the frame in the film.
-      detection: the score of the detector.
-      box: [4], the box of the face, or of the head if there is no face, as fractions of the
-        picture's width and height.
-      parts: the box and the crop of each part, such as "face" or "body".
-    """
-
-    quality: float
-    number: int
+    quality: float  # the quality of the face; negative without a face
+    number: int  # a unique number. Sightings of equal quality are ordered by it
     time_s: float
-    frame: int
-    detection: float
+    frame: int  # the number of the frame in the film
+    detection: float  # the score of the detector
+    # [4], the box of the face, or of the head if there is no face, as fractions of the picture's
+    # width and height
     box: np.ndarray
+    # the box and the crop of each part, such as "face" or "body"
     parts: dict[str, tuple[np.ndarray, np.ndarray]]
 
 

@@ -36,31 +36,21 @@ Picture = tuple[str, str]  # the address of a picture, and its description
 
 
 class PageEntry(NamedTuple):
-    """An appearance of a person in a film, as the page shows it.
+    """An appearance of a person in a film, as the page shows it."""
 
-    Attributes:
-      key: a text that identifies the appearance. It differs from all names of people.
-      name: the name of the person, or `unknown 3` for an unknown person.
-      probability: the probability of the name. For an unknown person, it is None.
-      certainty: the probability as text, see `format_certainty`.
-      time: the start and end as text, such as 3:12–3:15.
-      seconds: the duration.
-      left, width: the place on the timeline, in per cent.
-      others: other possible people with their probabilities, the most likely first.
-      address: the URL of the film at this time.
-    """
-
-    key: str
+    key: str  # a text that identifies the appearance. It differs from all names of people
     video: str
-    name: str
-    probability: float | None
-    certainty: str
-    time: str
-    seconds: float
+    name: str  # the name of the person, or `unknown 3` for an unknown person
+    probability: float | None  # the probability of the name. For an unknown person, it is None
+    certainty: str  # the probability as text, see `format_certainty`
+    time: str  # the start and end as text, such as 3:12–3:15
+    seconds: float  # the duration
+    # `left`, `width`: the place on the timeline, in per cent
     left: float
     width: float
+    # other possible people with their probabilities, the most likely first
     others: list[tuple[str, float]]
-    address: str
+    address: str  # the URL of the film at this time
 
     @property
     def doubt(self) -> float:
@@ -77,32 +67,24 @@ class Forms(NamedTuple):
     """The state of the forms on the page with which a user corrects names.
 
     All texts may be empty.
-
-    Attributes:
-      version: the number of changes before the page was made. If another change was made since
-        then, a change on this page is refused.
-      film, person: the film or person that the page shows. For an overview, both are empty.
-      message: a text about the last change, or an error.
-      last: a description of the change that can be undone.
-      at: the person, or the key of the appearance, next to which the message is shown.
-      next: the value of `at` after the next change.
-      typed: the name that the user typed, if it was not accepted.
-      similar: a person whose name is similar to `typed`.
     """
 
+    # the number of changes before the page was made. If another change was made since then, a
+    # change on this page is refused
     version: int = 0
+    # `film`, `person`: the film or person that the page shows. For an overview, both are empty
     film: str = ""
     person: str = ""
-    message: str = ""
-    last: str = ""
-    at: str = ""
-    next: str = ""
-    typed: str = ""
-    similar: str = ""
+    message: str = ""  # a text about the last change, or an error
+    last: str = ""  # a description of the change that can be undone
+    at: str = ""  # the person, or the key of the appearance, next to which the message is shown
+    next: str = ""  # the value of `at` after the next change
+    typed: str = ""  # the name that the user typed, if it was not accepted
+    similar: str = ""  # a person whose name is similar to `typed`
 
     @property
     def part(self) -> str:
-        """The film or the person that the page shows. For the overview, it is empty."""
+        """The film or the person that the page shows, or "" for the overview."""
         return self.film or self.person
 
     @property
@@ -222,10 +204,7 @@ def _load_template() -> "jinja2.Template":
 
 
 def format_appearance_time(appearance: Appearance, film: Film) -> str:
-    """Returns the start and end of an appearance as text, such as 3:12\u20133:15.
-
-    If the film is a photo, the text is "in the photo".
-    """
+    """Returns the time of an appearance as text, such as 3:12\u20133:15 or "in the photo"."""
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 

@@ -31,17 +31,11 @@ STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
-    """The faces that were detected in an image, by falling score.
+    """The faces that were detected in an image, by falling score."""
 
-    Attributes:
-      boxes: [F, 4] float32, left, top, right and bottom in pixels.
-      scores: [F] float32, 0 to 1.
-      points: [F, 5, 2] float32, x and y in pixels.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    points: np.ndarray
+    boxes: np.ndarray  # [F, 4] float32, left, top, right and bottom in pixels
+    scores: np.ndarray  # [F] float32, 0 to 1
+    points: np.ndarray  # [F, 5, 2] float32, x and y in pixels
 
     def take(self, index: np.ndarray) -> "Faces":
         """Selects faces by indices or a mask."""

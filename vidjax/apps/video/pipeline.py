@@ -56,22 +56,16 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileOutcome(NamedTuple):
-    """The result of the extraction of a file: either a film, or an error and its remedy.
-
-    Attributes:
-      kept: whether the features of an earlier call were kept.
-      replaced: whether the features replace the features of another file with the same name.
-      remedy: what a user can do about the error.
-      label: the name of the file. If several files have this name, it is the path.
-    """
+    """The result of the extraction of a file: either a film, or an error and its remedy."""
 
     path: Path
     film: Film | None
     error: str = ""
-    kept: bool = False
+    kept: bool = False  # whether the features of an earlier call were kept
+    # whether the features replace the features of another file with the same name
     replaced: bool = False
-    remedy: str = ""
-    label: str = ""
+    remedy: str = ""  # what a user can do about the error
+    label: str = ""  # the name of the file. If several files have this name, it is the path
 
 
 class _Job(NamedTuple):

@@ -1,10 +1,10 @@
 """Searches the frames of a film for people, and saves time by searching most frames only in part.
 
 The frames of a shot are divided into groups of at most five frames and less than a second. The last
-frame of a group is searched as a whole. The other frames are then searched from last to first. Each
-of these frames is searched only near the people in two frames: the next frame, and the last frame
-of the previous group. If fewer people are detected than in one of these two frames, the whole frame
-is searched. So a person who is visible for a second is detected in all frames.
+frame of a group is searched as a whole. The other frames are then searched from last to first, and
+only near the people in two frames: the next frame, and the last frame of the previous group. If
+fewer people are detected than in one of these two frames, the whole frame is searched. So a person
+who is visible for a second is detected in all frames.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,8 +22,8 @@ LEAST_SECONDS = 1.0  # a frame this long after the first frame of a group begins
 class SearchedFrame(NamedTuple):
     """A frame `rgb`, uint8 [H, W, 3], at `time_s` seconds, and the people who were detected in it.
 
-    `number` is the number of the frame in the film. `detections` contains the detections of each
-    part, such as "face".
+    `number` is the number of the frame in the film. `detections` are part, such as "face", ->
+    detections.
     """
 
     number: int

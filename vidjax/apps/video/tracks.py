@@ -30,16 +30,13 @@ PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 @dataclasses.dataclass
 class Track:
-    """The sightings of a person in a shot.
+    """The sightings of a person in a shot."""
 
-    Attributes:
-      number, shot: the numbers of the track and of its shot.
-      times, ends: the starts and ends of the sightings in seconds. The end of the last sighting may
-        be missing.
-    """
-
+    # `number`, `shot`: the numbers of the track and of its shot
     number: int
     shot: int
+    # `times`, `ends`: the starts and ends of the sightings in seconds. The end of the last sighting
+    # may be missing
     times: list[float] = dataclasses.field(default_factory=list)
     ends: list[float] = dataclasses.field(default_factory=list)
 

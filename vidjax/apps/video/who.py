@@ -66,19 +66,14 @@ MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an 
 
 
 class WhoResults(NamedTuple):
-    """The results of a call of `vidjax who`.
+    """The results of a call of `vidjax who`."""
 
-    Attributes:
-      people: the number of enrolled clips of each person.
-      failed: path -> remedy, for each file that could not be read or shows no usable face. If the
-        remedy was already printed, it is "".
-      missed: the people without a usable photo, who cannot be recognised.
-    """
-
-    people: dict[str, int]
+    people: dict[str, int]  # the number of enrolled clips of each person
     decision: "Decision"
+    # path -> remedy, for each file that could not be read or shows no usable face. If the remedy
+    # was already printed, it is ""
     failed: dict[str, str]
-    missed: Sequence[str] = ()
+    missed: Sequence[str] = ()  # the people without a usable photo, who cannot be recognised
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
@@ -97,17 +92,15 @@ class UnknownNumbers(Struct, kw_only=True):
 
     A film is identified by a digest of the file and its clips. If the film is replaced, or split
     into other clips, the digest changes. The methods return changed copies.
-
-    Attributes:
-      films: digest of the film -> clip -> number of the unknown person. Films without unknown
-        people are included.
-      denied: digest of the film -> clip -> names that a user removed from the clip.
-      same: pairs (number, lower number) of unknown people whom a user joined to one person.
     """
 
     format: Literal[1] = 1
+    # digest of the film -> clip -> number of the unknown person. Films without unknown people are
+    # included
     films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
+    # digest of the film -> clip -> names that a user removed from the clip
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
+    # pairs (number, lower number) of unknown people whom a user joined to one person
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
 
     def __post_init__(self) -> None:
@@ -121,7 +114,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return max([*numbers, *dict(self.same)], default=0)
 
     def resolve(self, group: str) -> str:
-        """Returns the name, such as `unknown 5`, that the unknown person `group` has after all joins."""
+        """Returns the name, such as `unknown 5`, of an unknown person after all joins."""
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
@@ -167,7 +160,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Adds the unknown people of films. `groups` is clip -> unknown person, such as `unknown 3`."""
+        """Adds the unknown people of films. `groups` is clip -> `unknown 3` or another person."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -177,23 +170,16 @@ class UnknownNumbers(Struct, kw_only=True):
 
 
 class Decision(NamedTuple):
-    """The people in all films of a folder of results.
-
-    Attributes:
-      vectors: the embeddings of all clips; None if there are no clips.
-      vote_groups: the group of each clip. The clips of a group vote on their name.
-      answers: the answer of the gallery for each clip.
-      unknown: the unknown person, such as `unknown 3`, of each clip without a name. Clips of
-        ignored people are left out.
-      appearances: the appearances in order of time.
-    """
+    """The people in all films of a folder of results."""
 
     films: Sequence[Film]
-    vectors: Vectors | None
-    vote_groups: dict[str, str]
-    answers: dict[str, Answer]
+    vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
+    vote_groups: dict[str, str]  # the group of each clip. The clips of a group vote on their name
+    answers: dict[str, Answer]  # the answer of the gallery for each clip
+    # the unknown person, such as `unknown 3`, of each clip without a name. Clips of ignored people
+    # are left out
     unknown: dict[str, str]
-    appearances: list[Appearance]
+    appearances: list[Appearance]  # the appearances in order of time
 
 
 def _hash_film(film: Film) -> str:
@@ -675,16 +661,11 @@ class PhotoFace(NamedTuple):
 
     `str(face)` is the name of its clip in the gallery: `people/FOLDER/CLIP`. If a face tag names a
     person other than the folder, it is `people/FOLDER/CLIP/PERSON`.
-
-    Attributes:
-      folder: the name of the folder in `OUT/people` that contains the features of the photo.
-      clip: the name of the clip in these features.
-      person: the name of the folder, or the name in the face tag.
     """
 
-    folder: str
-    clip: str
-    person: str
+    folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
+    clip: str  # the name of the clip in these features
+    person: str  # the name of the folder, or the name in the face tag
 
     def __str__(self) -> str:
         tag = "" if self.person == self.folder else f"/{self.person}"
