@@ -78,13 +78,13 @@ UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
 class Place(NamedTuple):
     """A folder or a file that contains a searched name, or could not be searched."""
 
-    # `gallery`, `records` (a converted dataset), `run`, `who` (the results of `vidjax who`),
-    # `file`, or `unread` if the place could not be searched
+    # `gallery`, `records` (a converted dataset), `run`, `who` (results of `vidjax who`), `file`, or
+    # `unread` if the place could not be searched.
     kind: str
     path: Path  # the folder or file
     about: str  # a description of the content
-    # how the user can delete the name. It is `--delete` if vidjax can delete it, and starts with
-    # `deleted` if vidjax has deleted it
+    # How the user can delete the name; `--delete` if vidjax can. It starts with `deleted` if vidjax
+    # has deleted the name.
     remedy: str
 
     @property
@@ -97,15 +97,14 @@ class Forgotten(NamedTuple):
     """The result of a search."""
 
     found: list[Place]  # the places that contain a name or could not be searched
-    # all searched names, including the names of people's clips, in Unicode form NFC
-    names: set[str]
+    names: set[str]  # all searched names, including the names of people's clips, in form NFC
     similar: dict[str, str]  # searched name -> a stored name that looks similar
 
 
 class SimilarNames:
     """Finds stored names that are similar to the searched names, which a user may have misspelled.
 
-    `wanted` are the searched names in Unicode form NFC.
+    All names are in Unicode form NFC.
     """
 
     def __init__(self, wanted: Collection[str]):
@@ -113,7 +112,7 @@ class SimilarNames:
         self._near, self._few = dict[str, str](), set[str]()
 
     def add(self, names: set[str]) -> None:
-        """Adds names that a searched folder contains. They must be in Unicode form NFC."""
+        """Adds names that a searched folder contains."""
         for name in names.difference(self._wanted):
             if (own := self._looks.get(fold(name))) is not None:
                 self._near[own] = min(name, self._near.get(own, name))
@@ -123,8 +122,8 @@ class SimilarNames:
     def similar(self, *, closely: bool) -> dict[str, str]:
         """Returns searched name -> a stored name that looks the same, such as in other letter case.
 
-        If no stored name looks the same and `closely` is True, a stored name with a similar
-        spelling is returned.
+        If `closely` is True, and no stored name looks the same, a name with a similar spelling is
+        returned.
         """
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near
@@ -206,8 +205,7 @@ def _survey(
 
     Adds path -> kind to `folders` for each gallery, run, converted dataset, unfinished conversion,
     and folder of results of `vidjax who`. Adds path -> True to `others` for each other file, and
-    path -> False for each other folder. Adds a `Place` to `found` for each folder that cannot be
-    read.
+    path -> False for each other folder. Adds unreadable folders to `found`.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
@@ -476,7 +474,7 @@ def _make_patterns(names: set[str]) -> dict[str, bytes]:
 
 
 def _is_inside_words(name: str) -> bool:
-    """Returns True if a name may touch other letters: many scripts have no blanks between words.
+    """Returns whether a name may touch other letters: many scripts have no blanks between words.
 
     Such scripts, and scripts whose particles touch a name, have letters of the category Lo.
     """
@@ -495,7 +493,7 @@ def _list_wide_spellings(names: Iterable[str]) -> list[bytes]:
 
 
 def _contains_any(path: Path, spellings: Collection[bytes]) -> bool:
-    """Returns True if a file contains one of `spellings`, in any case of the letters a to z."""
+    """Returns whether a file contains one of `spellings`, in any case of the letters a to z."""
     content = path.read_bytes().lower() if spellings else b""
     return any(spelling in content for spelling in spellings)
 
@@ -507,10 +505,7 @@ def _unpack(path: Path) -> str | None:
 
 
 def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
-    """Returns shell commands that search compressed files below the folders `places` for `names`.
-
-    There is a command for each type of compressed file in `unread`.
-    """
+    """Returns shell commands that search the compressed files in `unread`, one for each type."""
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     names = [*names]
     spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"

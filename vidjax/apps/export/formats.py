@@ -59,18 +59,14 @@ class Format(NamedTuple):
     """A format of `vidjax export`."""
 
     file: str  # the name of the file or folder with the model of a run
-    # writes the model of a run into a folder that contains the weights. It returns a function that
-    # computes the outputs with the runtime of the format
+    # Writes the model of a run into a folder that contains the weights. Returns a function that
+    # computes the outputs with the runtime of the format.
     write: Callable[[Predictor, Shapes, Path], Predict]
     packages: tuple[str, ...]  # the packages that the format needs in addition to vidjax
-    # the name of the extra of vidjax, as in `pip install vidjax[onnx]`, that installs the packages
-    extra: str
+    extra: str  # installs the packages, as in `pip install vidjax[onnx]`
     outputs: tuple[str, ...] = function.OUTPUTS  # the names of the outputs
-    # the name of the file with the arrays of a gallery. It is empty if the format cannot store
-    # galleries
-    gallery_file: str = ""
-    # True if the file contains the weights and can have at most `function.LARGEST` bytes
-    bounded: bool = False
+    gallery_file: str = ""  # the file with the arrays of a gallery, if the format has one
+    bounded: bool = False  # True if weights in the file are limited to `function.LARGEST` bytes
 
 
 def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
@@ -95,9 +91,8 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     runtimes without XLA cannot load it. The weights are variables, because constants of a graph are
     limited to 2 GB and are copied dozens of times.
 
-    Raises UserError if the name of a modality contains `-`, because TensorFlow would write `_` in
-    the names of the inputs. The returned function raises UserError if JAX is too new for
-    TensorFlow.
+    Raises UserError if the name of a modality contains `-`, because TensorFlow would write `_`. The
+    returned function raises UserError if JAX is too new for TensorFlow.
     """
     if refused := [name for name in run.modalities if "-" in name]:
         raise UserError(
@@ -169,7 +164,7 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     """Imports the weights in the folder as a run; returns a function that computes its outputs.
 
-    Nothing is written, because `vidjax export` has already written the weights, as for all formats.
+    `vidjax export` has already written the weights, as for all formats.
     """
     del run, inputs
     imported = folder / "imported"
@@ -198,10 +193,7 @@ def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 def _write_arrays(
     path: Path, arrays: dict[str, Any]
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """Writes arrays to a .npz or .safetensors file, and `reader.py` next to it.
-
-    Returns a function that scores vectors with both files.
-    """
+    """Writes arrays to a file, and `reader.py` next to it; returns a function that uses both."""
     from safetensors.numpy import load_file, save_file
 
     if path.suffix == ".npz":
@@ -279,9 +271,9 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
     """Returns the arrays of a gallery, name -> array. The docstring of this file lists them.
 
     People are in the order of `gallery.index.names`. A part that is compared by distances has the
-    arrays `share`, `radius`, `variance` and `card` instead of `transform`, `constant`, `curve`,
-    `kind` and `scale`. They are from `backend.DistanceRatios`, but `variance` also contains the
-    variance of the vectors of a person, `Distances.within`.
+    arrays `share`, `radius`, `variance` and `card` of `backend.DistanceRatios` instead of
+    `transform`, `constant`, `curve`, `kind` and `scale`. `variance` also contains
+    `Distances.within`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

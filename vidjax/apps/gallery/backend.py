@@ -54,12 +54,10 @@ class Part(NamedTuple):
 
     name: str  # the modality, or `embedding`
     # [D] float64. It is subtracted from unit vectors, which are then scaled to unit length again.
-    # It is 0 if the run has already subtracted a centre
+    # It is 0 if the run has already subtracted a centre.
     centre: np.ndarray
-    # the parameters of PLDA in float64; None if the part is compared by distances
-    space: Space | None = None
-    # the parameters from the card; None if PLDA compares the part
-    distances: Distances | None = None
+    space: Space | None = None  # the parameters of PLDA in float64, or None
+    distances: Distances | None = None  # the parameters from the card, or None
 
     @property
     def may_be_offscreen(self) -> bool:
@@ -115,11 +113,8 @@ class Nearest(NamedTuple):
     """The most probable people of a clip."""
 
     new: float  # the log-probability that the clip shows a person who is not enrolled
-    # (name, log-probability) of the most probable people, best first. Equal people are in the order
-    # of their names
-    best: list[tuple[str, float]]
-    # the names of the parts that both the clip and the first person have
-    compared: tuple[str, ...] = ()
+    best: list[tuple[str, float]]  # (name, log-probability), best first; ties in order of names
+    compared: tuple[str, ...] = ()  # the parts that both the clip and the first person have
 
 
 def join(blocks: Sequence[People]) -> People:
@@ -295,10 +290,8 @@ def _one_thread() -> contextlib.AbstractContextManager[object]:
 class _Queries(NamedTuple):
     """Q clips that are prepared for the comparison with people."""
 
-    # M arrays [Q, D] float64, the factors of `People.linear`; 0 for a missing part
-    coordinates: list[np.ndarray]
-    # M arrays [Q, ...] float64, terms of the log-likelihood ratio that depend on the clip
-    terms: list[np.ndarray]
+    coordinates: list[np.ndarray]  # M arrays [Q, D] float64; 0 for a missing part
+    terms: list[np.ndarray]  # M arrays [Q, ...] float64, terms that depend only on the clip
     missing: np.ndarray  # [M, Q] bool, True if a clip lacks the part
 
 

@@ -87,8 +87,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
     workdir: schemas.Text  # the folder of the run or of the models
     digest: schemas.Sha256  # the sha256 of the weights of the run, or of the cards of all models
     centred: bool  # True if the run subtracts a centre from its vectors
-    # modality -> the sha256 of its card, the JSON file that describes a model. It is empty if a run
-    # computed the vectors
+    # Modality -> the sha256 of the JSON file that describes its model. Empty for a run.
     cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}
 
 
@@ -116,8 +115,7 @@ class StoredClip(NamedTuple):
     """A clip of a person or of a stranger."""
 
     identity: str | None  # the person; None for a stranger
-    # [sum of D] float32, the vectors of all modalities; 0 for a missing modality
-    vector: np.ndarray
+    vector: np.ndarray  # [sum of D] float32, of all modalities; 0 for a missing modality
     fitted: bool = False  # True if the parameters that compare vectors were fitted to this clip
 
 
@@ -126,15 +124,12 @@ class State(NamedTuple):
 
     version: int  # the number of changes, including the creation
     run: VectorOrigin  # the run or the models that computed the vectors
-    # the enrolled people with their coefficients
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     clips: Mapping[str, StoredClip]  # name -> clip, including strangers
-    # identity -> the sorted names of its clips. The key of strangers is STRANGER
-    groups: Mapping[str, tuple[str, ...]]
+    groups: Mapping[str, tuple[str, ...]]  # identity or STRANGER -> sorted names of its clips
     rows: int = 0  # the sum of the sha256 of all rows in the file, which shows if a row is damaged
-    # the number of people and clips in all rows, including entries that were replaced
-    entries: int = 0
-    sha256: bytes = b""  # the digest of the whole content. It is empty if the state was not written
+    entries: int = 0  # people and clips in all rows, including entries that were replaced
+    sha256: bytes = b""  # of the whole content. It is empty if the state was not written
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:

@@ -113,8 +113,7 @@ class Endpoint(NamedTuple):
 
     method: str
     path: str  # the path, with parameters such as `{name}`
-    # the function that answers a request. The first line of its docstring appears in the OpenAPI
-    # description
+    # Answers a request. The first line of its docstring appears in the OpenAPI description.
     answer: Callable[[Request], Awaitable[Response]]
     errors: tuple[int, ...] = ()  # the HTTP statuses of errors, in addition to COMMON_ERRORS
     body: type[msgspec.Struct] | None = None  # the type of a JSON body

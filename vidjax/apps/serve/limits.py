@@ -60,8 +60,7 @@ class Limits(NamedTuple):
 
     body_bytes: int = 32 << 20  # a binary body, and the arrays of an `.npz` file as float32
     json_bytes: int = 4 << 20  # a JSON body, or the JSON before binary tensors
-    # everything that is in memory for all requests: bodies, frames, a copy of the frames, and
-    # answers that are not sent yet
+    # Everything in memory for all requests: bodies, frames, a copy of the frames, unsent answers.
     held_bytes: int = 256 << 20
     clips: int = 256  # clips in a request
     frames: int = 20_000  # frames in a clip and modality
@@ -70,8 +69,8 @@ class Limits(NamedTuple):
     waiting_changes: int = 16  # enrolments and removals that wait
     connections: int = 512  # open connections
     answer_seconds: float = 10.0  # from the end of the body to the answer
-    # more time for a change of the gallery. After a removal, the parameters of the gallery may be
-    # fitted to the remaining clips, which can take minutes
+    # More time for a change of the gallery. After a removal, the parameters of the gallery may be
+    # fitted to the remaining clips, which can take minutes.
     change_seconds: float = 120.0
     request_seconds: float = 130.0  # to receive a body, and the same time again to send the answer
     idle_seconds: float = 30.0  # until an idle connection is closed

@@ -31,7 +31,7 @@ class Question(NamedTuple):
 
     clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
     k: int = DEFAULT_K  # the largest number of identities per clip
-    # `fpir`, `threshold`: the naming rule of a gallery, see `Gallery.identify`
+    # The naming rule of a gallery, see `Gallery.identify`.
     fpir: float | None = None
     threshold: float | None = None
 

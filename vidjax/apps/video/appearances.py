@@ -43,15 +43,12 @@ class Appearance(NamedTuple):
     video: str
     start_s: float
     end_s: float
-    # the name, or `unknown 3` for an unknown person, or None for an ignored person
-    identity: str | None
-    # the lowest probability of the name in all joined tracks. For an unknown person, it is None
-    probability: float | None
+    identity: str | None  # the name, or `unknown 3`, or None for an ignored person
+    probability: float | None  # the lowest of all joined tracks; None for an unknown person
     clips: tuple[str, ...]  # the names of the joined tracks
     evidence: tuple[str, ...] = ()  # what identified the person, such as "face" and "audio"
-    # the box of the face in the picture at `box_at_s` seconds, from the longest track
-    box: Box | None = None
-    box_at_s: float | None = None
+    box: Box | None = None  # of the face, from the longest track
+    box_at_s: float | None = None  # the time of the picture with the box
 
 
 def format_certainty(appearance: Appearance) -> str:

@@ -41,14 +41,12 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
     """The format of a net's input."""
 
     name: Text
-    # the order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1) or
-    # "mels" (mel spectrograms [N, T, 40], see `voices.make_mels`)
+    # The order of the axes of an image; or sound at 16 kHz: "samples" (-1 to 1), or "mels", see
+    # `voices.make_mels`.
     layout: Literal["NCHW", "NHWC", "samples", "mels"]
-    # the order of the channels of an image. For sound, it is None
-    colour: Literal["rgb", "bgr"] | None = None
-    # the height and width of an image. If it is None, any multiples of 32 are allowed
-    size: tuple[Side, Side] | None = None
-    # `mean`, `scale`: the input is (pixel - mean) * scale in each channel
+    colour: Literal["rgb", "bgr"] | None = None  # order of the channels; None for sound
+    size: tuple[Side, Side] | None = None  # height and width; None allows any multiples of 32
+    # The input is (pixel - mean) * scale in each channel.
     mean: Three = (0.0, 0.0, 0.0)
     scale: Three = (1.0, 1.0, 1.0)
 
@@ -60,12 +58,11 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     """The distribution of the cosine of two embeddings, for one person and for two people."""
 
-    # the mean embedding. It is subtracted before embeddings are scaled to unit length
+    # The mean embedding, which is subtracted before embeddings are scaled to unit length.
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
-    same: Spread  # the mean and standard deviation of the cosine of two embeddings of one person
-    different: Spread  # the mean and standard deviation of the cosine of embeddings of two people
-    # the number of measured pairs of embeddings of one person, and of two people
-    pairs: tuple[Count, Count]
+    same: Spread  # the cosine of two embeddings of one person
+    different: Spread  # the cosine of embeddings of two people
+    pairs: tuple[Count, Count]  # number of measured pairs of one person, and of two people
     data: Text  # a description of the measured data
 
     def __post_init__(self) -> None:

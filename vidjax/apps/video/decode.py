@@ -64,17 +64,16 @@ EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 class Info:
     """The properties that a video or photo declares. The file may be wrong about any of them."""
 
-    # `width`, `height`: the size of the stored picture in pixels, before it is turned upright
+    # The size of the stored picture in pixels, before it is turned upright.
     width: int
     height: int
     aspect: float  # the width of a pixel divided by the height of a pixel; 1 for photos
     seconds: float | None  # the duration; None if the file declares none
     rate: float  # the average number of frames per second
-    # the time stamp of the first picture or sound, which is subtracted from all time stamps
-    start_s: float
+    start_s: float  # first time stamp of a picture or sound, is subtracted from all time stamps
     photo: bool
     sound: bool  # whether the file contains sound that can be decoded
-    others: int  # the number of further video streams, such as other programmes. They are not read
+    others: int  # number of further video streams, such as other programmes, which are not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +81,8 @@ class Frame:
     """A picture of a video at `time_s` seconds."""
 
     time_s: float
-    # uint8 [36, 64, 3], the stored picture in a fixed small size, for the detection of cuts
-    small: np.ndarray
-    # uint8 [H, W, 3], the upright picture in full size; None if the frame is not sampled (see
-    # `Video.frames`)
-    rgb: np.ndarray | None
+    small: np.ndarray  # uint8 [36, 64, 3], the stored picture, for the detection of cuts
+    rgb: np.ndarray | None  # uint8 [H, W, 3], the upright picture; None if it is not sampled
 
 
 @dataclasses.dataclass
@@ -94,12 +90,12 @@ class DecodeCounts:
     """Counts of the frames and errors so far."""
 
     frames: int = 0
-    corrupt: int = 0  # the number of frames that the decoder marked as corrupt. They are skipped
-    refused: int = 0  # the number of packets and frames that could not be decoded or converted
-    repaired: int = 0  # the number of time stamps that `Clock` replaced
-    seconds: float = 0.0  # the end of the last frame in seconds
-    # whether the video ended long before its declared end, or the pictures or the sound after some
-    # time could not be used
+    corrupt: int = 0  # frames that the decoder marked as corrupt. They are skipped
+    refused: int = 0  # packets and frames that could not be decoded or converted
+    repaired: int = 0  # time stamps that `Clock` replaced
+    seconds: float = 0.0  # the end of the last frame
+    # Whether the video ended long before its declared end, or the pictures or the sound after some
+    # time could not be used.
     damaged: bool = False
 
 

@@ -49,12 +49,9 @@ Box = tuple[Share, Share, Share, Share]
 class ExtractionSettings(Struct, kw_only=True, frozen=True):
     """The settings with which features are extracted from films."""
 
-    # the number of frames per second in which faces are detected
-    fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
-    # frames are shrunk for the detection until their longer side has `size` pixels
-    size: Annotated[int, Meta(ge=32, le=8192)] = 640
-    # what becomes a clip. If it is "track", each person in a shot becomes a clip. If it is "shot",
-    # the main person of each shot becomes a clip, as in iQIYI-VID
+    fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0  # frames in which faces are detected
+    size: Annotated[int, Meta(ge=32, le=8192)] = 640  # longer side of frames for the detection
+    # Each person in a shot becomes a clip, or only the main person, as in iQIYI-VID.
     unit: Literal["track", "shot"] = "track"
 
 
@@ -76,14 +73,11 @@ class FilmTrack(Struct, kw_only=True):
     shot: Count  # the number of the shot in the film
     start_s: Seconds
     end_s: Seconds
-    seen: Size  # the number of frames in which the person was detected
-    # the quality of the best face, see `align.measure_quality`
-    quality: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seen: Size  # number of frames in which the person was detected
+    quality: Share = 0.0  # of the best face, see `align.measure_quality`
     dark_eyes: bool = False  # whether the best face seems to wear sunglasses
-    # the box of the best face, or of the head if there is no face, in the picture at `box_at_s`
-    # seconds
-    box: Box | None = None
-    box_at_s: Seconds | None = None
+    box: Box | None = None  # of the best face, or of the head if there is no face
+    box_at_s: Seconds | None = None  # the time of the picture with the box
     name: Text | None = None  # the name that a photo program stored for this face, see `regions`
 
     def __post_init__(self) -> None:
@@ -95,13 +89,12 @@ class FilmTrack(Struct, kw_only=True):
 class FileStamp(Struct, kw_only=True, frozen=True):
     """The path and properties of a file. A file is read again only if one of them changes."""
 
-    # the absolute path, with special characters quoted as in a URL (`%20`)
+    # The absolute path, with special characters quoted as in a URL (`%20`).
     address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
     size: Annotated[int, Meta(ge=0, le=2**62)]
     mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     inode: Annotated[int, Meta(ge=0)]
-    # the size and time of each sidecar file. A sidecar file contains the face tags of a photo. If
-    # face tags are not read, `sidecars` is empty
+    # Size and time of each sidecar file with the face tags of a photo; empty if tags are not read.
     sidecars: Annotated[tuple[tuple[int, int], ...], Meta(max_length=10)] = ()
 
     @classmethod
@@ -127,30 +120,27 @@ class Film(Struct, kw_only=True):
     """The contents of `videos/STEM.json`, which describes a video or a photo."""
 
     format: Literal[3] = 3
-    # the name of the file. If two files have the same name, `read_films` adds their folders
-    video: Text
+    video: Text  # the name of the file. If two names are equal, `read_films` adds their folders
     source: FileStamp
     sha256: Sha256
     photo: bool
     seconds: Seconds  # the length of the video
-    # the start and end of each shot in seconds
+    # The start and end of each shot.
     shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
     tracks: Annotated[list[FilmTrack], Meta(max_length=files.MAX_ITEMS)]
-    # `frames`, `corrupt`, `refused`, `repaired`, `damaged`: the result of decoding, see
-    # `decode.DecodeCounts`
+    # The next five fields are explained in `decode.DecodeCounts`.
     frames: Count
     corrupt: Count = 0
     refused: Count = 0
     repaired: Count = 0
     damaged: bool = False
-    # the frames per second. For a photo, it is None
-    rate: Annotated[float, Meta(gt=0, le=1000)] | None = None
-    others: Count = 0  # the number of further video streams, which were not read
-    voices: Count = 0  # the number of tracks with a voice
-    lost_sound: Count = 0  # the number of frames and packets of sound that could not be decoded
-    # the names of face tags at which no face was detected
+    rate: Annotated[float, Meta(gt=0, le=1000)] | None = None  # frames per second; None for photos
+    others: Count = 0  # number of further video streams, which were not read
+    voices: Count = 0  # number of tracks with a voice
+    lost_sound: Count = 0  # number of frames and packets of sound that could not be decoded
+    # Names of face tags at which no face was detected.
     lost_tags: Annotated[list[Text], Meta(max_length=10_000)] = []
-    bad_tags: Text = ""  # why face tags could not be read. If there is no problem, it is empty
+    bad_tags: Text = ""  # why face tags could not be read
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)

@@ -52,21 +52,16 @@ MOST_KEPT, KEPT_SECONDS = 96, 0.2
 class Nets(NamedTuple):
     """The nets with which a film is read."""
 
-    # the detectors of parts: of "face", and if available, of "head" and "body"
-    detect: dict[str, Detector]
-    # the nets that compute embeddings of the parts "face", "head", "body" and "scene"
-    embed: dict[str, Embedder]
-    # detects speech and computes embeddings of voices; None without nets for voices
-    listen: Listener | None = None
+    detect: dict[str, Detector]  # by part: "face", and if available, "head" and "body"
+    embed: dict[str, Embedder]  # by part: "face", and if available, "head", "body" and "scene"
+    listen: Listener | None = None  # for voices
 
 
 class Figures(NamedTuple):
     """The N people in a picture. Boxes and points that were not detected are NaN."""
 
-    # [N, 4], the boxes that are tracked: the head, or if no head was detected, the face
-    boxes: np.ndarray
-    # [N], the scores of the faces. For a head without a face, it is the score of the head
-    scores: np.ndarray
+    boxes: np.ndarray  # [N, 4], the tracked box: the head, or if it was not detected, the face
+    scores: np.ndarray  # [N], of the faces, or of heads without a face
     points: np.ndarray  # [N, 5, 2], the five points of the faces
     parts: dict[str, np.ndarray]  # the boxes [N, 4] of each part, such as "face" or "body"
 
@@ -186,11 +181,8 @@ class Sighting(NamedTuple):
     time_s: float
     frame: int  # the number of the frame in the film
     detection: float  # the score of the detector
-    # [4], the box of the face, or of the head if there is no face, as fractions of the picture's
-    # width and height
-    box: np.ndarray
-    # the box and the crop of each part, such as "face" or "body"
-    parts: dict[str, tuple[np.ndarray, np.ndarray]]
+    box: np.ndarray  # [4], of the face or the head, as fractions of the picture's width and height
+    parts: dict[str, tuple[np.ndarray, np.ndarray]]  # box and crop of "face", "body", ...
 
 
 class BestPictures:

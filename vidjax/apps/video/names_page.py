@@ -41,15 +41,13 @@ class PageEntry(NamedTuple):
     key: str  # a text that identifies the appearance. It differs from all names of people
     video: str
     name: str  # the name of the person, or `unknown 3` for an unknown person
-    probability: float | None  # the probability of the name. For an unknown person, it is None
+    probability: float | None  # the probability of the name; None for an unknown person
     certainty: str  # the probability as text, see `format_certainty`
     time: str  # the start and end as text, such as 3:12–3:15
     seconds: float  # the duration
-    # `left`, `width`: the place on the timeline, in per cent
-    left: float
+    left: float  # the place on the timeline, in per cent
     width: float
-    # other possible people with their probabilities, the most likely first
-    others: list[tuple[str, float]]
+    others: list[tuple[str, float]]  # other likely people with probabilities, best first
     address: str  # the URL of the film at this time
 
     @property
@@ -64,15 +62,10 @@ class PageEntry(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """The state of the forms on the page with which a user corrects names.
+    """The state of the forms on the page with which a user corrects names. Texts may be empty."""
 
-    All texts may be empty.
-    """
-
-    # the number of changes before the page was made. If another change was made since then, a
-    # change on this page is refused
-    version: int = 0
-    # `film`, `person`: the film or person that the page shows. For an overview, both are empty
+    version: int = 0  # changes before the page was made. After another change, it is out of date
+    # The film or person that the page shows. For an overview, both are empty.
     film: str = ""
     person: str = ""
     message: str = ""  # a text about the last change, or an error

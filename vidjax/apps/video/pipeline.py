@@ -62,10 +62,9 @@ class FileOutcome(NamedTuple):
     film: Film | None
     error: str = ""
     kept: bool = False  # whether the features of an earlier call were kept
-    # whether the features replace the features of another file with the same name
-    replaced: bool = False
+    replaced: bool = False  # whether features of another file with the same name were replaced
     remedy: str = ""  # what a user can do about the error
-    label: str = ""  # the name of the file. If several files have this name, it is the path
+    label: str = ""  # the name of the file, or the path if several files have this name
 
 
 class _Job(NamedTuple):

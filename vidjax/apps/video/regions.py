@@ -56,10 +56,8 @@ class Tags(NamedTuple):
     """The face tags of a photo."""
 
     tags: list[Tag]
-    # the width and height of the picture in which the boxes were drawn. If they are not stored,
-    # `shape` is None
-    shape: tuple[float, float] | None = None
-    problem: str = ""  # why some tags could not be read. If there is no problem, it is empty
+    shape: tuple[float, float] | None = None  # width and height of the picture with the boxes
+    problem: str = ""  # why some tags could not be read
 
 
 def list_sidecars(path: Path) -> list[Path]:

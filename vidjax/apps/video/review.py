@@ -55,12 +55,8 @@ class Step(NamedTuple):
     """A change of names that can be undone."""
 
     words: str  # a description of the change
-    # the changed person, or the key of the changed appearance. A key is a text that identifies an
-    # appearance on the page, see `PageEntry`
-    at: str
-    # the entry of each changed clip in the gallery before the change. If the clip was not enrolled,
-    # the entry is None
-    clips: dict[str, StoredClip | None]
+    at: str  # the changed person, or the key of the changed appearance, see `PageEntry`
+    clips: dict[str, StoredClip | None]  # entries of the gallery before the change; None: no entry
     numbers: who.UnknownNumbers  # the contents of `unknown.json` before the change
 
 

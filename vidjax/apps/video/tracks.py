@@ -32,11 +32,9 @@ PART_SECONDS, SAME_ODDS = 0.8, 50.0
 class Track:
     """The sightings of a person in a shot."""
 
-    # `number`, `shot`: the numbers of the track and of its shot
     number: int
     shot: int
-    # `times`, `ends`: the starts and ends of the sightings in seconds. The end of the last sighting
-    # may be missing
+    # The starts and ends of the sightings in seconds. The last end may be missing.
     times: list[float] = dataclasses.field(default_factory=list)
     ends: list[float] = dataclasses.field(default_factory=list)
 

@@ -70,8 +70,8 @@ class WhoResults(NamedTuple):
 
     people: dict[str, int]  # the number of enrolled clips of each person
     decision: "Decision"
-    # path -> remedy, for each file that could not be read or shows no usable face. If the remedy
-    # was already printed, it is ""
+    # Path -> remedy, for each file that could not be read or shows no usable face. The remedy is ""
+    # if it was already printed.
     failed: dict[str, str]
     missed: Sequence[str] = ()  # the people without a usable photo, who cannot be recognised
 
@@ -95,12 +95,11 @@ class UnknownNumbers(Struct, kw_only=True):
     """
 
     format: Literal[1] = 1
-    # digest of the film -> clip -> number of the unknown person. Films without unknown people are
-    # included
+    # Digest of the film -> clip -> number of the unknown person, also for films without any.
     films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
-    # digest of the film -> clip -> names that a user removed from the clip
+    # Digest of the film -> clip -> names that a user removed from the clip.
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
-    # pairs (number, lower number) of unknown people whom a user joined to one person
+    # Pairs (number, lower number) of unknown people whom a user joined to one person.
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
 
     def __post_init__(self) -> None:
@@ -174,12 +173,10 @@ class Decision(NamedTuple):
 
     films: Sequence[Film]
     vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
-    vote_groups: dict[str, str]  # the group of each clip. The clips of a group vote on their name
-    answers: dict[str, Answer]  # the answer of the gallery for each clip
-    # the unknown person, such as `unknown 3`, of each clip without a name. Clips of ignored people
-    # are left out
-    unknown: dict[str, str]
-    appearances: list[Appearance]  # the appearances in order of time
+    vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on their name
+    answers: dict[str, Answer]  # of the gallery for each clip
+    unknown: dict[str, str]  # clip without a name -> `unknown 3`. Ignored people are left out
+    appearances: list[Appearance]  # in order of time
 
 
 def _hash_film(film: Film) -> str:
