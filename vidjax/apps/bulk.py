@@ -232,10 +232,7 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns whether the file `results` exists.
-
-    Raises UserError if it does not contain `note`: it was made from other clips or by another task.
-    """
+    """Returns whether `results` exists; raises UserError if its note is not `note`."""
     if not files.exists(results):
         return False
     if _read_note(results) != note:

@@ -250,10 +250,7 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
-    """Yields the place of a converted dataset that contains any of `clips` or cannot be read.
-
-    If `delete` is True, a dataset with any of the clips is deleted.
-    """
+    """Yields the place of a converted dataset with any of `clips`, which is deleted if `delete`."""
     path = folder / "index.npz"
     try:
         limit = min(INDEX_BYTES, files.max_unpacked_bytes(os.lstat(path).st_size))
@@ -395,9 +392,9 @@ def _search_files(
 def _search_contents(
     paths: Sequence[Path], patterns: Mapping[str, bytes], names: set[str], wide: Collection[bytes]
 ) -> tuple[set[Path], list[Place]]:
-    """Searches the contents of files. Returns the files with a name, and files that are not read.
+    """Returns the files with a name, and the files that cannot be read.
 
-    `patterns` are the result of `_make_patterns(names)`. `wide` are spellings in other encodings.
+    `patterns` are from `_make_patterns(names)`. `wide` are spellings in other encodings.
     """
     held, archives, unread = set[bytes](), set[bytes](), list[Place]()
     # grep searches lines, so it misses spellings such as U+4E0A in UTF-16.

@@ -293,10 +293,7 @@ class Graph:
 
 
 def _is_foldable(eqn: Eqn) -> bool:
-    """Returns whether an equation with constant inputs can be computed during the conversion.
-
-    The sizes of all results must be known. Functions with a custom derivative are not computed.
-    """
+    """Returns whether an equation of known sizes can be computed during the conversion."""
     if eqn.primitive.name in ("dim_as_value", *CUSTOM):
         return False
     return all(
@@ -381,9 +378,9 @@ def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
               ) -> str:  # fmt: skip
-    """Slices x along some axes; `windows` are axis -> (name of the start, size of the slice).
+    """Slices x of the shape `dims`. `windows` are axis -> (name of the start, size of the slice).
 
-    `dims` is the shape of x. As in JAX, a slice that extends beyond x is shifted into x.
+    As in JAX, a slice that extends beyond x is shifted into x.
     """
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):

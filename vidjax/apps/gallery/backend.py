@@ -305,10 +305,7 @@ class Ratios:
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
-        """Prepares the comparison with N people who have `count` [N] clips.
-
-        All ratios are multiplied by `scale`. For `constant` [N], see `People`.
-        """
+        """Prepares for people with `count` [N] clips and `constant` [N], see `People`."""
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
         blank = np.zeros((len(kinds), len(part.centre)))
@@ -526,11 +523,7 @@ class Index:
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Computes mean unit vectors [G, D] and effective numbers of clips [G] of groups, by part.
-
-        `owner` [Q] is the group of each clip. For effective numbers, see
-        `distance.effective_count`.
-        """
+        """Computes the mean unit vector and `distance.effective_count` of G groups, by part."""
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
             count, total = sum_by_owner(x, owner, int(owner.max(initial=-1)) + 1)
@@ -622,10 +615,7 @@ class Index:
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns the sorted indices of the k highest of N float32 logits.
-
-        There may be more indices, if float32 cannot decide which logits are the k highest.
-        """
+        """Returns the sorted indices of the k highest logits, or more if float32 cannot decide."""
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)

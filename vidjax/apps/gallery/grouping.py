@@ -68,7 +68,7 @@ class Groups:
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns the variance of each group's mean in a part; a single clip has the variance 1.
+        """Returns the variance of each group's mean, as a share of the variance of one clip.
 
         For PLDA it is 1 / k if k clips of the group have the part. For distances it may be larger.
         """
@@ -242,10 +242,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns the new labels [G] of all groups.
-
-    `labels` [G] are the result of `_agglomerate`.
-    """
+    """Joins small groups to larger groups; returns the new labels [G] of all groups."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)

@@ -194,10 +194,9 @@ class Store:
         )
 
     def _check_files(self, *, write: bool) -> None:
-        """Refuses files that SQLite must not open: links, and journals that name another file.
+        """Refuses links, journals that name another file, and files of the mode WAL (-wal, -shm).
 
-        It also refuses files of the mode WAL (-wal, -shm), which a gallery never uses. A hard link
-        is refused only with `write`.
+        A hard link is refused only with `write`.
         """
         try:
             status = os.lstat(self.path)
@@ -354,8 +353,7 @@ def damaged(path: Path, problem: str) -> UnreadableError:
 def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
     """Turns errors of SQLite into OSError or UserError with a message for the user.
 
-    If the `with` block raises a UserError, the content of the file is wrong. The error becomes an
-    UnreadableError with the path of the file.
+    A UserError of the `with` block means that the content is wrong: it becomes an UnreadableError.
     """
     try:
         yield
@@ -564,11 +562,7 @@ def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
-    """Raises UserError if a name is invalid.
-
-    `names` are the names of `clips`, followed by the names of their people. The name of a stranger
-    is empty.
-    """
+    """Raises UserError if a name is invalid. `names` are `clips`, then their people or STRANGER."""
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
     if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):

@@ -362,11 +362,10 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a request to identify or enrol clips; returns the clips, and the other fields.
+        """Reads a request to identify or enrol clips; returns the clips and the request.
 
         The body is either JSON with all fields, or an `.npz` file with a clip, and then the other
-        fields are in the query. The clips are a result of `_check_clips`, and the other fields a
-        `kind`.
+        fields are in the query. The request is an object of the type `kind`.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):

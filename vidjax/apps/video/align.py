@@ -87,8 +87,8 @@ def _cut_region(
 ) -> tuple[np.ndarray, int, int]:
     """Cuts out the part of a picture that contains the places (x, y), and shrinks it by `factor`.
 
-    Squares of pixels are averaged. Squares that reach beyond the border are padded with black. Also
-    returns the x and y of the part's top left corner in pixels.
+    Squares that reach beyond the border are padded with black. Also returns the x and y of the
+    part's top left corner in pixels.
     """
     height, width = rgb.shape[:2]
     # Squares are counted from the corner of the picture, so that all crops have the same squares.
@@ -116,10 +116,7 @@ def average_squares(picture: np.ndarray, side: int) -> np.ndarray:
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the numbers (first, end) of the squares that interpolation at `positions` reads.
-
-    The squares have sides of `factor` pixels, and divide an axis of `length` pixels.
-    """
+    """Returns the first and the end of the squares that interpolation at `positions` reads."""
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
     high = np.clip(np.ceil(positions.max() / factor) + 2, 0, last)

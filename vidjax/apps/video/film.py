@@ -155,11 +155,9 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as heads.
 
-    Returns the index of the large box of each small box, int [M], or -1.
-
-    Large boxes choose a small box one after the other, starting with the smallest large box. A
-    large box contains the centre of its small box. If it contains several centres, the centre
-    nearest to the middle of its top side is chosen. No box is in two pairs.
+    Returns the index of the large box of each small box, int [M], or -1. The large boxes choose,
+    the smallest first, a small box whose centre they contain: the one nearest to the middle of
+    their top side. No box is in two pairs.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -281,10 +279,7 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip from the sightings `pictures` of a track.
-
-        `faces` contains the embedding of the face of each sighting, by `Sighting.number`.
-        """
+        """Makes a clip from sightings. `faces` are the embeddings by `Sighting.number`."""
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
             span = index * MOST_FRAMES // len(pictures)
@@ -414,8 +409,8 @@ def _make_clips(
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot.
 
-    Returns the start and end of each shot in seconds, and the tracks of all people, also of people
-    without a clip, who may speak.
+    Returns the start and end of each shot, and the tracks of all people, who may speak without a
+    clip.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))

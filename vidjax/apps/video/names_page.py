@@ -225,9 +225,9 @@ def _make_entry(
 
 
 def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
-    """Groups the appearances in a film by person: known, then unknown, then ignored people.
+    """Groups the appearances in a film by person, with the longest total time first.
 
-    Within each of the three groups, people with a longer total time come first.
+    Known people come before unknown people, and ignored people come last.
     """
     by_name: dict[str, list[PageEntry]] = {}
     for entry in entries:

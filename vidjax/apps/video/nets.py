@@ -93,10 +93,7 @@ class Detector:
         return suppress_overlaps(_join(faces), MOST_OVERLAP) if faces else NO_FACES
 
     def _search_region(self, image: np.ndarray, region: Region) -> Faces:
-        """Returns the detections in a region of an image, in pixels of the image.
-
-        Detections that the border of the region may have cut off are dropped.
-        """
+        """Returns the detections that the region does not cut off, in pixels of the image."""
         part = image[region.top : region.bottom, region.left : region.right]
         small = resize(part, *(max(1, round(side * region.scale)) for side in part.shape[:2]))
         padded = pad(small, *(self.card.input.size or ()))
@@ -288,10 +285,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Interpolates an image, as float32, to `length` rows (axis 0) or columns (axis 1).
-
-    Places beyond the centres of the outermost pixels get the values of these pixels.
-    """
+    """Interpolates an image to `length` rows (axis 0) or columns (axis 1); returns float32."""
     at = (np.arange(length) + 0.5) * (image.shape[axis] / length) - 0.5
     at = np.clip(at, 0, image.shape[axis] - 1)
     low = np.minimum(at.astype(int), max(image.shape[axis] - 2, 0))

@@ -246,11 +246,7 @@ def _prepare_folder(
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Divides files into batches, one for each process.
-
-    The first batches contain one film each. The other batches contain up to 50 photos each, because
-    a process for each photo would be slow.
-    """
+    """Divides files into batches, one for each process: a film, or up to 50 photos to save time."""
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
     size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
@@ -346,14 +342,11 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
-    """Returns the settings of a folder of features.
+    """Returns the settings of a folder of features, see `settings` of `extract_folders`.
 
-    `digests` contains the sha256 of the card of each net, by role. For `settings` and `upgrade`,
-    see `extract_folders`. Features are removed only if nets for new roles are added and all other
-    nets are unchanged.
-
-    Raises UserError if the features were computed with other nets or settings and are not removed,
-    or if another program wrote the folder.
+    `digests` contains the sha256 of the card of each net, by role. With `upgrade`, features are
+    removed if nets for new roles are added and all other nets are unchanged. Raises UserError for
+    other nets or settings, or if another program wrote the folder.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -391,7 +384,7 @@ def _check_extraction(
 
 
 def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
-    """Returns the stem of each file. The names of the file's clips begin with the stem.
+    """Returns the stem of each file, with which the names of its clips begin.
 
     `known` contains the films of earlier calls by stem. Such a film keeps its stem, even if the
     file was moved. The stem of a new file is made from its name. If another file has this stem, `~`
@@ -453,10 +446,7 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
-    """Extracts features from a batch of files in one process. Unchanged files are skipped.
-
-    `title` is printed: the name of a film with its number, or "" for photos.
-    """
+    """Extracts features from changed files in one process. `title` is printed; "" for photos."""
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, dict[str, Any]] = {}
     with contextlib.ExitStack() as folders:
@@ -482,8 +472,8 @@ def _extract_batch(
 def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
     """Returns the outcome of a file if its features are complete and up to date.
 
-    Otherwise, removes the features, and returns the arguments with which `film.work` extracts them
-    into a new temporary folder, which `folders` removes.
+    Otherwise, removes them, and returns the arguments with which `film.work` extracts them into a
+    new temporary folder, which `folders` removes.
     """
     before = _find_film(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
@@ -518,8 +508,8 @@ def _read_batch(
 ) -> list[dict[str, Any] | UserError]:
     """Calls `film.work` for each file in one process; returns the results or errors.
 
-    `pending` contains the path and the arguments of each file. If the process crashes, each half of
-    the files is read again in a process, until only the file that causes the crash fails.
+    If the process crashes, each half of the files is read again, until only the file that causes
+    the crash fails.
     """
     if not pending:
         return []

@@ -234,10 +234,9 @@ class Review:
     def _label_clips(
         self, of: str, clips: Collection[str], name: str | None
     ) -> dict[str, StoredClip | None]:
-        """Returns entries of the gallery that give the name `name` to the clips of `of`.
+        """Returns entries of the gallery that give the name `name`, or None, to the clips of `of`.
 
-        If `name` is None, the person is ignored. Clips without a clear face are left out. Raises
-        UserError if no clip remains.
+        Clips without a clear face are left out. Raises UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         known = clips if of in self._gallery.identities else self._find_enrolled(clips)
@@ -287,8 +286,7 @@ class Review:
     ) -> None:
         """Applies a change that can be undone, and sets the message of the page.
 
-        `words` describe the change. `clips` are the new entries of the gallery, and None removes a
-        clip. `numbers` are the new contents of `unknown.json`. For `of` and `after`, see `change`.
+        `clips` are the new entries of the gallery, and None removes a clip. For `of`, see `change`.
         """
         before = self._numbers
         self._steps.append(Step(words, of, self._apply(clips, numbers or before), before))

@@ -114,10 +114,9 @@ class ShotDetector:
         return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
-        """Returns whether the change from the last picture to `picture` is a cut.
+        """Returns whether `change` [2], the difference and 1 - likeness of the last picture, is a cut.
 
-        `change` [2] is the difference and 1 - likeness of these pictures. The change is a cut only
-        if `picture` also differs from the two pictures before the last picture.
+        `picture` must also differ from the two pictures before the last picture.
         """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False

@@ -106,10 +106,9 @@ class Tracker:
     """
 
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
-        """Makes a tracker without tracks.
+        """A track ends after `gap_s` seconds without a sighting, or at a cut.
 
-        A track ends after `gap_s` seconds without a sighting, or at a cut. A track with a single
-        sighting is dropped if the sighting lasts `held_s` seconds or less.
+        A track with a single sighting is dropped if the sighting lasts `held_s` seconds or less.
         """
         self._gap, self._held = gap_s, held_s
         self._cut_s: float | None = None  # the start of a shot, until its first frame is added
@@ -358,10 +357,8 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Returns for each of N detections whether one person may hide another there: bool [N].
 
-    That is so if the predicted boxes of several tracks overlap each other and the detection, but
-    fewer detections than tracks are near these boxes. `expected` [L, 4] are the predicted boxes of
-    L tracks. `overlaps` [L, N] is the intersection over union of the predicted boxes and the
-    detections.
+    That is so if the predicted boxes `expected` [L, 4] of several tracks overlap each other and the
+    detection (`overlaps` [L, N]), but fewer detections than tracks are near these boxes.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

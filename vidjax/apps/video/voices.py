@@ -98,10 +98,7 @@ def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Splits a part of a film into pieces of 60 seconds that overlap by half a window.
-
-    A part that is shorter than a window of 1.6 seconds is dropped.
-    """
+    """Splits a part of a film into pieces of 60 seconds that overlap by half a window."""
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
     for first in range(0, count, PIECE_WINDOWS):

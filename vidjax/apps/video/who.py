@@ -302,8 +302,7 @@ def _update_people(
 ) -> tuple[dict[str, str], set[str]]:
     """Enrols the photos of each person, and forgets people without photos.
 
-    `options` are arguments of `pipeline.extract_folders`. Returns the remedy for each unusable
-    photo by path, and the names of all people with photos.
+    Returns the remedy for each unusable photo by path, and the names of all people with photos.
     """
     _check_people(gallery, photos, people)
     outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
@@ -405,10 +404,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 
 
 def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
-    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
-
-    Raises UserError if there are no photos and no earlier call has created a gallery.
-    """
+    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg."""
     if not people.is_dir():
         hint = pipeline.suggest_path(people)
         raise UserError(
@@ -440,7 +436,7 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
-    """Raises UserError if `people` contains none of the people whom earlier calls have enrolled.
+    """Raises UserError if `people` contains none of the people of earlier calls.
 
     The user has probably named the wrong folder, and all enrolled people would be forgotten.
     """
@@ -462,8 +458,8 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
-    `names` are the people whose photo is a file in the folder `people`. If `only_files` is True,
-    the folder contains no folders of people, and may be the folder of one person.
+    `names` are the people whose photo is a file in `people`. If `only_files` is True, the folder
+    contains no folders of people, and may be the folder of one person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
@@ -486,10 +482,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns photos and films in a folder, without films that have the name of a photo.
-
-    Phones store a short film with a photo, such as `IMG_1.mov` with `IMG_1.heic`.
-    """
+    """Returns photos and films in a folder, without the short film that a phone stores with a photo."""
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
@@ -541,9 +534,9 @@ def _enrol_photos(
 
 
 def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
-    """Returns the names of the people in a photo, and clip -> person for its usable clips.
+    """Returns the people in a photo, and clip -> person for usable clips; prints problems.
 
-    Prints the problems of the photo. If the photo has no face tags, the person is `folder_name`.
+    If the photo has no face tags, the person is `folder_name`.
     """
     film = outcome.film
     names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
@@ -564,10 +557,7 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
 
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
-    """Prints one warning if photos in the folder of a person have face tags only of other people.
-
-    Photos that are not in a person's folder, and photos of an earlier call, are not checked.
-    """
+    """Prints one warning if new photos in the folder of a person have tags only of other people."""
     new = [
         (outcome.path, outcome.film.tags) for outcome in outcomes
         if outcome.film and not outcome.kept and outcome.path.parent != people
@@ -604,10 +594,9 @@ def _enrol(
     labels: Mapping[str, str],
     old: set[str],
 ) -> None:
-    """Enrols the clips of a folder of features, and removes clips whose photo no longer exists.
+    """Enrols clips, clip -> person, of a folder of features, and removes clips of deleted photos.
 
-    `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
-    `old` are the enrolled clips of the folder.
+    `labels` is person -> name in the gallery. `old` are the enrolled clips of the folder.
     """
     if not usable:
         gallery.remove(clip=old)
@@ -683,12 +672,10 @@ def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Forgets people and photos that are no longer in the user's folder of people.
+    """Forgets people who are not in `names`, and folders of features that are not in `places`.
 
-    All clips of people who are not in `names` are removed from the gallery. A folder
-    `out/people/FOLDER` is removed if FOLDER is not in `places`. The page and the tables of the
-    earlier call are removed, too: they contain the names, and this call may fail before it writes
-    new tables.
+    The page and the tables of the earlier call are removed, too: they contain the names, and this
+    call may fail before it writes new tables.
     """
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
@@ -784,8 +771,7 @@ def _keep_numbers(
 
     `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
     group keeps the number that most of its clips had, unless another group has more clips with this
-    number. The other groups get new numbers above `highest`, in the order of their numbers in
-    `groups`.
+    number. The other groups get new numbers above `highest`, in the order of their old numbers.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
