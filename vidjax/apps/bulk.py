@@ -40,10 +40,7 @@ MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Makes results from parquet tables of clips.
-
-    Ray Data can use the subclasses: `dataset.map_batches(Embed, fn_constructor_args=...)`.
-    """
+    """Makes results from parquet tables of clips. Ray Data can use the subclasses."""
 
     joined = False  # True if `best` joins the results of all tables
 

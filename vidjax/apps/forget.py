@@ -102,10 +102,7 @@ class Forgotten(NamedTuple):
 
 
 class SimilarNames:
-    """Finds stored names that are similar to the searched names, which a user may have misspelled.
-
-    All names are in Unicode form NFC.
-    """
+    """Finds stored names that look like searched names, which may be misspelled. All are NFC."""
 
     def __init__(self, wanted: Collection[str]):
         self._wanted, self._looks = wanted, {fold(name): name for name in wanted}

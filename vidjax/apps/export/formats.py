@@ -162,10 +162,7 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Imports the weights in the folder as a run; returns a function that computes its outputs.
-
-    `vidjax export` has already written the weights, as for all formats.
-    """
+    """Imports the weights in the folder, which are already written, as a run."""
     del run, inputs
     imported = folder / "imported"
     weights.read(folder, imported)
@@ -207,10 +204,7 @@ def _write_arrays(
 
 
 def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores.
-
-    The error is measured with random clips. Raises UserError if it is above `function.TOLERANCE`.
-    """
+    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores."""
     path = folder / FORMATS[format_name].gallery_file
     read = _write_arrays(path, make_gallery_arrays(gallery))
     rng, parts = np.random.default_rng(0), {}
@@ -228,10 +222,7 @@ def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
 
 
 def make_run_arrays(run: Predictor) -> Arrays:
-    """Returns the arrays of a PLDA run, name -> array. The docstring of this file lists them.
-
-    Raises UserError for other models, and for settings that `reader.py` does not support.
-    """
+    """Returns the arrays that the docstring of this file lists, or refuses the run."""
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
         raise UserError(

@@ -247,10 +247,7 @@ class Graph:
         return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Returns the elements of `yes` where `which` is True, and of `no` elsewhere.
-
-        `aval` is the abstract value of the result in the jaxpr.
-        """
+        """Returns the elements of `yes` where `which` is True, and of `no` elsewhere."""
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)

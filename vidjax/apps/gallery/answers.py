@@ -190,10 +190,7 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Names groups `unknown 1`, `unknown 2`, ..., the largest first; returns clip -> name.
-
-    `labels` [N] int are the groups of the clips.
-    """
+    """Names the groups `labels` [N] `unknown 1`, ..., the largest first; returns clip -> name."""
     groups, first, counts = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))
     number = {int(groups[row]): place + 1 for place, row in enumerate(order.tolist())}

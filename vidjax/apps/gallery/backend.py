@@ -72,10 +72,7 @@ class Part(NamedTuple):
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes `linear` [P, D] and `constant` [P] of P people, see `People`.
-
-        `count` [P] are the numbers of their clips, and `total` [P, D] the sums of the unit vectors.
-        """
+        """Computes `People.linear` [P, D] and `constant` [P] from counts and sums of vectors."""
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
             return mean, np.vecdot(mean, mean)
@@ -149,10 +146,7 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the `Part.coordinates` of the vectors of Q clips, M arrays [Q, D] float64.
-
-        The coordinates of a missing part are NaN.
-        """
+        """Returns `Part.coordinates` of Q clips, M arrays [Q, D] float64; NaN in a missing part."""
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
@@ -222,10 +216,7 @@ def fit(
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
-    """Makes a back end that compares clips by distances.
-
-    `back_ends` are part -> parameters from the card. For `stranger_odds`, see `Gallery.of_models`.
-    """
+    """Makes a back end that compares clips by distances, from part -> parameters of its card."""
     parts = []
     for name, back_end in back_ends.items():
         distances = distance.from_cosines(back_end.same, back_end.different)
@@ -238,10 +229,7 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and adds up unit vectors [N, D] by owner; returns counts [num] and sums [num, D].
-
-    `owner` [N] is the person or group of each vector, below `num`. Vectors that are 0 do not count.
-    """
+    """Returns the count [num] and the sum [num, D] of each owner's vectors. 0 does not count."""
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
 
@@ -259,10 +247,7 @@ def sizes(width: int, by_card: bool) -> list[int]:
 def from_numbers(
     kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
 ) -> Backend:
-    """Makes a back end from the array that `Backend.numbers` returned.
-
-    `kinds` are (name, D, True if it is compared by distances) of each part.
-    """
+    """Reads `Backend.numbers`. `kinds` are (name, D, True for distances) of each part."""
     parts, at = [], 0
     for name, width, by_card in kinds:
         arrays = []
@@ -441,10 +426,7 @@ class Index:
         return scorers
 
     def replaced(self, removed: Collection[str], new: People) -> "Index":
-        """Returns an index without the people `removed`, and with the people `new`.
-
-        Names in `removed` that the index lacks are ignored.
-        """
+        """Returns an index without the people `removed`, if any, and with the people `new`."""
         removed, kept, small = set(removed), [], [new]
         for block in self.blocks:
             if removed and not removed.isdisjoint(block.names):
@@ -632,10 +614,7 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the log softmax [K] of logits [K] float64.
-
-    The best log-probability is computed from the others, which is more exact if it is near 0.
-    """
+    """Returns the log softmax [K]. The best value is computed from the others: exact near 0."""
     best = logits.argmax()
     shifted = logits - logits[best]
     weights = np.exp(shifted)

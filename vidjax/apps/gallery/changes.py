@@ -246,10 +246,7 @@ def group_by_film(
     clips: Mapping[str, StoredClip],
     film: Callable[[str], str] = cut_film_name,
 ) -> dict[tuple[str, str], list[str]]:
-    """Groups the clips `names` by person and film: (identity, film) -> names of clips.
-
-    `film` turns the name of a clip into the name of its film.
-    """
+    """Groups clips by person and film: (identity, film) -> names of clips."""
     films: dict[tuple[str, str], list[str]] = {}
     for name in names:
         films.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
@@ -304,10 +301,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
 
 
 def check_person(name: str) -> str:
-    """Returns the cleaned name of a person.
-
-    Raises UserError if it is invalid, too long, or reserved, like `unknown 1` and `ignored`.
-    """
+    """Returns the cleaned name of a person. Raises UserError if it is invalid, long or reserved."""
     check_argument("identity", name, str, "a name")
     name = _check_length("identity", clean_identity(name))
     if is_reserved(name):

@@ -360,9 +360,9 @@ class Gallery:
                 self._state = self._store.read()
 
     def remove_leftovers(self) -> None:
-        """Deletes files of a killed process, unless the folder is in use or read-only.
+        """Deletes files of a killed process, which may contain names and vectors of removed people.
 
-        Such files may contain names and vectors of removed people.
+        If the folder is in use or read-only, nothing is deleted.
         """
         with contextlib.suppress(InUseError, UnwritableError, OSError):
             self._store.remove_leftovers()

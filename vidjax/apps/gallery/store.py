@@ -161,10 +161,7 @@ class NoGalleryError(UnreadableError):
 
 
 class Store:
-    """Reads and writes the gallery in `folder`, an absolute path.
-
-    A change returns when it is on the disk.
-    """
+    """Reads and writes the gallery in an absolute folder. A change returns when it is on the disk."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / GALLERY_FILE
@@ -172,10 +169,7 @@ class Store:
     # ---- opening
 
     def foreign(self) -> str | None:
-        """Returns the name of a file in the folder that does not belong to a gallery, or None.
-
-        Files of a process that was killed while it made a gallery belong to the gallery.
-        """
+        """Returns a file in the folder that does not belong to a gallery, even a half made one."""
         names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
         return min((name for name in names if not PROBE.fullmatch(name)), default=None)
 

@@ -482,11 +482,7 @@ def make_app(
 def describe(
     endpoints: Sequence[Endpoint], models: Sequence[str], widths: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Returns the OpenAPI description of the endpoints.
-
-    `models` are the names of the models of the Open Inference Protocol. `widths` are modality ->
-    width of its features in the gallery.
-    """
+    """Returns the OpenAPI description. `widths` are modality -> width of its features."""
     kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in (IdentifyRequest, EnrolRequest):
@@ -539,10 +535,7 @@ def describe(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens at an address. Port 0 stands for any free port.
-
-    Raises UserError if the address cannot be used.
-    """
+    """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
     listener = None
     try:
         family, _, _, _, address = socket.getaddrinfo(

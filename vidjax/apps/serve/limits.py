@@ -79,10 +79,7 @@ class Limits(NamedTuple):
 
 
 class ServerMetrics:
-    """Counters for Prometheus, which contain no names of people or clips.
-
-    Requests are counted by their path pattern, such as `/clips/{name}`, and by their status.
-    """
+    """Counters for Prometheus, by path pattern and status, without names of people or clips."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -97,8 +94,7 @@ class ServerMetrics:
 class Refused(Expected):
     """An error that the server sends to a client.
 
-    `retry_after` is the number of seconds after which the client may try again, or None if trying
-    again cannot help.
+    The client may try again after `retry_after` seconds. If it is None, trying again cannot help.
     """
 
     def __init__(self, status: HTTPStatus, text: str, retry_after: int | None = None):
@@ -189,10 +185,7 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Sets the number of bytes that a request takes in memory.
-
-        Raises Refused (status 429) if all requests together take too much memory.
-        """
+        """Sets the bytes that a request takes in memory. Raises Refused (429) if all take too much."""
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes:
             text = "all requests together take too much memory: try again"

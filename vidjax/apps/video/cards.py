@@ -155,10 +155,7 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
     digest: str
 
     def read_net(self) -> bytes:
-        """Returns the bytes of the ONNX file that this card describes.
-
-        Raises UserError if the file is missing, or its sha256 differs from the card.
-        """
+        """Returns the bytes of the net. Raises UserError if they are missing or have changed."""
         path = self.path.with_name(self.file)
         if not files.exists(path):
             raise UserError(f"'{self.path}' describes '{self.file}', which is missing\n{REMEDY}")

@@ -136,10 +136,7 @@ class Clock:
 class Video:
     """An open video or photo, see `open_video`. Call either `frames` or `sound`, and only once.
 
-    Attributes:
-      info: the properties that the file declares.
-      counts: the counts of decoded frames. They are complete when the iteration ends.
-      tell: a function that returns the place in the file, in bytes, up to which it was read.
+    `counts` are complete when the iteration ends. `tell` returns the place in the file, in bytes.
     """
 
     def __init__(self, path: Path, file: io.FileIO | io.BytesIO, container: "InputContainer"):

@@ -56,13 +56,10 @@ class ExtractionSettings(Struct, kw_only=True, frozen=True):
 
 
 class Extraction(Struct, kw_only=True):
-    """The contents of `extract.json`: the settings and the nets of a folder of features.
-
-    `models` contains the sha256 of the JSON file that describes each net, by role.
-    """
+    """The contents of `extract.json`: the settings and the nets of a folder of features."""
 
     format: Literal[3] = 3
-    models: Annotated[dict[str, Sha256], Meta(max_length=100)]
+    models: Annotated[dict[str, Sha256], Meta(max_length=100)]  # role -> sha256 of the card
     settings: ExtractionSettings
 
 

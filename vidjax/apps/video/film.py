@@ -184,10 +184,7 @@ class Sighting(NamedTuple):
 
 
 class BestPictures:
-    """Keeps the best picture of a track in each span of time.
-
-    All spans are equally long. If there are more than 96 pictures, the length is doubled.
-    """
+    """Keeps the best picture of each span of a track. The spans double above 96 pictures."""
 
     def __init__(self) -> None:
         self._seconds = KEPT_SECONDS

@@ -96,16 +96,12 @@ class PersonAppearances(NamedTuple):
 
 
 class FilmSection(NamedTuple):
-    """A film as the page shows it.
-
-    `about` is a short description, such as the length. `rows` are the appearances of each person.
-    `entries` are all appearances in order of time.
-    """
+    """A film as the page shows it."""
 
     video: str
-    about: str
+    about: str  # a short description, such as the length
     rows: list[PersonAppearances]
-    entries: list[PageEntry]
+    entries: list[PageEntry]  # all appearances in order of time
 
 
 def render(

@@ -248,10 +248,7 @@ class DlibNet:
         self.shrink_shape(self.shape[0], kernel, 2)
 
     def add_block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block: two convolutions, whose output is added to the block's input.
-
-        If `halves` is True, the output has about half the rows and columns of the input.
-        """
+        """Adds a residual block of two convolutions. `halves` divides rows and columns by two."""
         start, start_shape = self.at, self.shape
         self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)
@@ -268,10 +265,7 @@ class DlibNet:
         self.add("Relu", self.at)
 
     def pad_output(self, name: str, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> str:
-        """Pads the output `name` with zeros to `target_shape`; returns the name of the result.
-
-        The zeros are appended to each axis, as when dlib adds tensors of different shapes.
-        """
+        """Pads an output with zeros at the end of each axis, as dlib does when it adds tensors."""
         if shape == target_shape:
             return name
         pads = [0] * 5 + [target - side for side, target in zip(shape, target_shape, strict=True)]

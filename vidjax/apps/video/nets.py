@@ -146,10 +146,7 @@ class Embedder:
 
 
 def open_session(card: Card) -> "InferenceSession":
-    """Opens the net that a card describes, for use in a single thread.
-
-    Raises UserError if the net is missing or damaged, or its output for a test input has changed.
-    """
+    """Opens a net for a single thread, and checks its sha256 and its output for a test input."""
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 
@@ -230,10 +227,7 @@ def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
 def ask_net(
     session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Runs a net; returns its outputs by name.
-
-    Raises UserError if the inputs of the net differ from its description `card`.
-    """
+    """Runs a net; returns its outputs by name. Raises UserError if its card is wrong."""
     try:
         names = [output.name for output in session.get_outputs()]
         answers = session.run(names, dict(inputs))
@@ -258,10 +252,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 
 
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
-    """Pads an image [H, W, 3] at the right and the bottom with black to `height` x `width` pixels.
-
-    A side of 0 stands for the next multiple of 32.
-    """
+    """Pads an image at the right and the bottom with black. 0 is the next multiple of 32."""
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
     padded = np.zeros((*sides, 3), image.dtype)

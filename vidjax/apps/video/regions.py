@@ -43,13 +43,10 @@ REGIONS = "{http://ns.microsoft.com/photo/1.2/t/RegionInfo#}"
 
 
 class Tag(NamedTuple):
-    """The name of a face in a photo.
-
-    `box` is left, top, right and bottom as fractions of the picture's width and height.
-    """
+    """The name of a face in a photo."""
 
     name: str
-    box: tuple[float, float, float, float]
+    box: tuple[float, float, float, float]  # fractions of the picture's width and height
 
 
 class Tags(NamedTuple):
@@ -111,10 +108,7 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
 
 
 def parse_packet(packet: bytes) -> Tags:
-    """Reads the names and boxes of faces from XMP; skips pets, other tags, and empty names.
-
-    Raises SyntaxError if `packet` is not valid XML.
-    """
+    """Reads the names and boxes of faces, not pets, from XMP. SyntaxError: it is not valid XML."""
     root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
     mwg, mp = (_find_items(root, name) for name in (f"{MWG}RegionList", f"{REGIONS}Regions"))
     all_tags = [*filter(None, map(_read_mwg_tag, mwg))] or [*filter(None, map(_read_mp_tag, mp))]

@@ -61,10 +61,7 @@ class Step(NamedTuple):
 
 
 class Review:
-    """Applies a user's corrections to the names in a folder of results.
-
-    `version` is the number of changes so far. Undoing a change counts as a change.
-    """
+    """Applies a user's corrections to the names in a folder of results."""
 
     def __init__(
         self,
@@ -82,7 +79,7 @@ class Review:
         self._films, self._decision, self._digest = decision.films, decision, self._gallery.digest
         self._steps: list[Step] = []
         self._saving = threading.Lock()
-        self.version = self._saved = 0
+        self.version = self._saved = 0  # number of changes. Undoing a change counts as a change
         self._forms = Forms()
         self._numbers = who.read_numbers(out)
 
@@ -396,11 +393,7 @@ class _Pages:
 
 
 def make_app(review: Review, token: str, port: int) -> Starlette:
-    """Returns the web application of the page of names.
-
-    A request is refused if the address does not begin with the secret word `token`, or if the
-    `Host` header does not name this machine and the port `port`.
-    """
+    """Returns the web application of the page of names, at `/TOKEN/` of this machine."""
     pages = _Pages(review, token, port)
 
     def refuse(_: Request, error: Exception) -> Response:

@@ -20,23 +20,16 @@ LEAST_SECONDS = 1.0  # a frame this long after the first frame of a group begins
 
 
 class SearchedFrame(NamedTuple):
-    """A frame `rgb`, uint8 [H, W, 3], at `time_s` seconds, and the people who were detected in it.
+    """A frame and the people who were detected in it."""
 
-    `number` is the number of the frame in the film. `detections` are part, such as "face", ->
-    detections.
-    """
-
-    number: int
+    number: int  # of the frame in the film
     time_s: float
-    rgb: np.ndarray
-    detections: Mapping[str, Faces]
+    rgb: np.ndarray  # uint8 [H, W, 3]
+    detections: Mapping[str, Faces]  # by part, such as "face"
 
 
 class FilmSearch:
-    """Detects people in frames that are added one by one.
-
-    A frame is returned when its group is searched. The order of frames is kept.
-    """
+    """Detects people in frames that are added one by one, and returns group by group."""
 
     def __init__(self, detectors: Mapping[str, Detector]):
         self._detectors = detectors

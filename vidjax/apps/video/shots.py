@@ -114,7 +114,7 @@ class ShotDetector:
         return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
-        """Returns whether `change` [2], the difference and 1 - likeness of the last picture, is a cut.
+        """Returns whether `change` [2], the difference and 1 - likeness, is a cut.
 
         `picture` must also differ from the two pictures before the last picture.
         """

@@ -212,10 +212,7 @@ class MainFigures:
         self._ended: list[Track] = []
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the detections [N, 4] of the next frame.
-
-        Returns [N] int: the number of the shot for the main person, and -1 for all others.
-        """
+        """Adds the boxes [N, 4] of a frame; returns [N] int, the shot of the main person or -1."""
         self._frames += 1
         self._track.end_sighting(time_s)
         numbers = np.full(len(boxes), -1)
@@ -250,10 +247,7 @@ class MainFigures:
 
 
 def choose_held_seconds(fps: float) -> float:
-    """Returns how many seconds a picture must be visible to count as part of a slide show.
-
-    `fps` is the number of frames per second that are searched.
-    """
+    """Returns how long a picture of a slide show is visible, at `fps` searched frames a second."""
     return max(HELD_SECONDS, 1.5 / fps)
 
 

@@ -482,7 +482,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns photos and films in a folder, without the short film that a phone stores with a photo."""
+    """Returns photos and films, without the short films that phones store with photos."""
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
@@ -789,10 +789,7 @@ def _keep_numbers(
 def write(
     out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
 ) -> None:
-    """Writes the tables, subtitles, page, and cut lists of a decision to the folder `out`.
-
-    `padding` is in seconds, see `name_people`.
-    """
+    """Writes the tables, subtitles, page, and cut lists of a decision. `padding` is in seconds."""
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
