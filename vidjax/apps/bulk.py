@@ -55,10 +55,6 @@ class TableTask:
         """Returns the results for clips as the columns of a table."""
         raise NotImplementedError
 
-    def made_by(self) -> dict[str, object]:
-        """Returns values for JSON. Tasks with equal values make equal results from equal clips."""
-        return {"work": type(self).__name__, "by": self.trained.digest, "options": self.options}
-
     def table(self, path: Path) -> "pyarrow.Table":
         """Returns the results for the clips of a parquet table."""
         if parquet.count_rows(path):  # Spark also writes tables without rows
@@ -225,7 +221,8 @@ def _make_note(table: Path, work: TableTask) -> bytes:
     """Returns the note in the results of a table: JSON that identifies its clips and the task."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return msgspec.json.encode({"clips": clips, **work.made_by()})
+    task = {"work": type(work).__name__, "by": work.trained.digest, "options": work.options}
+    return msgspec.json.encode({"clips": clips, **task})
 
 
 def _is_made(results: Path, note: bytes) -> bool:

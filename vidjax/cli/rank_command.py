@@ -56,7 +56,7 @@ def embed(args: argparse.Namespace) -> Result:
 
 
 def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
-    """Runs `vidjax rank` if `work` is `bulk.Rank`, or `vidjax embed` if it is `bulk.Embed`."""
+    """Runs `vidjax rank` or `vidjax embed`."""
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
     overridden = shared_flags.check_fields(args, READ_FIELDS)

@@ -175,8 +175,8 @@ class Gallery:
     ) -> "Gallery":
         """Makes a gallery that enrols the labelled training clips of a run.
 
-        Clips are compared by PLDA. The settings of PLDA are those of a PLDA run, or are fitted to
-        the training clips of another run.
+        Clips are compared by PLDA. If the run is a PLDA run, the gallery uses the settings of the
+        run. Otherwise, the settings are fitted to the training clips.
 
         Args:
           folder: a new or empty folder.

@@ -161,7 +161,7 @@ class NoGalleryError(UnreadableError):
 
 
 class Store:
-    """Reads and writes the gallery in an absolute folder. A change returns when it is on the disk."""
+    """Reads and writes the gallery in an absolute folder. After a change, it is on the disk."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / GALLERY_FILE
