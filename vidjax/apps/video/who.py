@@ -260,10 +260,13 @@ def name_people(
         gallery = _open_gallery(out, models)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
-        options = {"models": models, "thumbnails": thumbnails, "upgrade": True, "check": check}
+        options = {
+            "models": models, "thumbnails": thumbnails, "upgrade": True, "check": check,
+            "workers": workers,
+        }  # fmt: skip
         failed, names = dict[str, str](), set[str]()
         if people is not None:
-            failed, names = _update_people(gallery, people, photos, out, workers, options)
+            failed, names = _update_people(gallery, people, photos, out, options)
         earlier = pipeline.find_films(out / FEATURES).values()
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
@@ -278,8 +281,8 @@ def name_people(
             for folder in (out / PEOPLE).glob("*/"):
                 pipeline.remove_thumbnails(folder)
         outcomes = pipeline.extract(
-            films, out / FEATURES, settings=settings, workers=workers,
-            drop="missing" if prune else "nothing", done=done, **options,
+            films, out / FEATURES, settings=settings, done=done,
+            drop="missing" if prune else "nothing", **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
@@ -297,34 +300,24 @@ def _update_people(
     people: Path,
     photos: Mapping[str, Sequence[Path]],
     out: Path,
-    workers: int,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, str], set[str]]:
     """Enrols the photos of each person, and forgets people without photos.
 
-    Returns the remedy for each unusable photo by path, and the names of all people with photos.
+    `options` are arguments of `pipeline.extract_folders`. Returns the remedy for each unusable
+    photo by path, and the names of all people with photos.
     """
     _check_people(gallery, photos, people)
-    outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
+    folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
+    outcomes_of: dict[Path, list[FileOutcome]] = {}
+    for first in range(0, len(folders), MOST_LOCKED):
+        group = dict(folders[first : first + MOST_LOCKED])
+        outcomes_of |= pipeline.extract_folders(group, drop="others", tagged=True, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
     failed, names = _enrol_photos(gallery, outcomes_of, people)
     _forget(gallery, names, {*photos}, out)
     _warn_of_doubts(gallery, outcomes_of)
     return failed, names
-
-
-def _read_photos(
-    photos: Mapping[str, Sequence[Path]], out: Path, workers: int, options: Mapping[str, Any]
-) -> dict[Path, list[FileOutcome]]:
-    """Writes features of each person's photos to `out / name`; returns the outcomes by folder."""
-    folders = [(out / name, paths) for name, paths in photos.items()]
-    outcomes_of: dict[Path, list[FileOutcome]] = {}
-    for first in range(0, len(folders), MOST_LOCKED):
-        group = dict(folders[first : first + MOST_LOCKED])
-        outcomes_of |= pipeline.extract_folders(
-            group, workers=workers, drop="others", tagged=True, **options
-        )
-    return outcomes_of
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
