@@ -111,21 +111,14 @@ def _make_error(primitive: str) -> UserError:
 
 
 class Graph:
-    """An ONNX graph under construction. The methods take and return the names of values.
-
-    Attributes:
-      nodes: the nodes, in the order of computation.
-      constants: the constants. Graphs of loop bodies share them.
-      known: name of a constant -> its value, an array or a random key.
-      symbols: name of a symbolic size -> (name of an input, axis of the input with this size).
-    """
+    """An ONNX graph under construction. The methods take and return the names of values."""
 
     def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-        self.symbols: dict[str, tuple[str, int]] = {}
+        self.nodes: list[onnx.NodeProto] = []  # in the order of computation
+        self.constants: list[onnx.TensorProto] = []  # graphs of loop bodies share them
+        self.symbols: dict[str, tuple[str, int]] = {}  # symbolic size -> (name of an input, axis)
         self._numbers = itertools.count(1)
-        self.known: dict[str, Any] = {}
+        self.known: dict[str, Any] = {}  # name of a constant -> its value, an array or a random key
         self._names: dict[tuple[str, ...], str] = {}
         self._sizes: dict[str, str] = {}
 

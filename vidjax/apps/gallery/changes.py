@@ -22,17 +22,12 @@ T = TypeVar("T")
 
 
 class Draft:
-    """The future content of a gallery, which `Gallery.change` yields.
-
-    Attributes:
-      clips: name -> clip, including strangers.
-      groups: identity -> the names of its clips, as a sorted tuple, or as a set if the draft has
-        changed them. The key of strangers is STRANGER.
-    """
+    """The future content of a gallery, which `Gallery.change` yields."""
 
     def __init__(self, state: State):
         self._state = state
-        self.clips = dict(state.clips)
+        self.clips = dict(state.clips)  # name -> clip, including strangers
+        # Identity or STRANGER -> names of its clips; a tuple, or a set if the draft has changed it.
         self.groups: dict[str, Collection[str]] = dict(state.groups)
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()

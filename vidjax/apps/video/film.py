@@ -210,18 +210,14 @@ class ClipBuilder:
     If the folder `thumbnails` exists, a picture of the best face of each clip is written into it.
     A track whose pictures are visible for more than `held_s` seconds each is part of a slide show,
     see `find_changes`.
-
-    Attributes:
-      tracks: the tracks of the finished clips, in the order in which they ended.
-      arrays: the arrays of each finished clip, by its name, as in the `.npz` file.
     """
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
         self._kept: dict[int, BestPictures] = {}
         self._numbers = itertools.count()
-        self.tracks: list[FilmTrack] = []
-        self.arrays: dict[str, dict[str, np.ndarray]] = {}
+        self.tracks: list[FilmTrack] = []  # of finished clips, in the order in which they ended
+        self.arrays: dict[str, dict[str, np.ndarray]] = {}  # name of a clip -> arrays of the `.npz`
 
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, figures: Figures, rgb: np.ndarray

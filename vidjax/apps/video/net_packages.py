@@ -180,19 +180,13 @@ class DlibNet:
     The file contains the layers of the net in order. Each layer has a name, whole numbers, and
     tensors. Only the tensors are read. A tensor is found by the name of its layer. This simple
     search is safe, because the sha256 of the file is known.
-
-    Attributes:
-      content, place: the bytes of the file, and the end of the last tensor that was read.
-      nodes: the nodes of the graph.
-      weights: name -> constant of the graph.
-      at: the name of the last node's output.
-      shape: the channels, rows and columns of the last node's output.
     """
 
     def __init__(self, content: bytes):
-        self.content, self.place = content, 0
+        self.content, self.place = content, 0  # the place is the end of the last tensor
         self.nodes: list[NodeProto] = []
-        self.weights: dict[str, np.ndarray] = {}
+        self.weights: dict[str, np.ndarray] = {}  # name -> constant of the graph
+        # The name of the last node's output, and its channels, rows and columns.
         self.at, self.shape = "face", (3, FACE_SIDE, FACE_SIDE)
 
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
