@@ -229,7 +229,7 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the count [num] and the sum [num, D] of each owner's vectors. 0 does not count."""
+    """Returns the count [num] and sum [num, D] of each owner's vectors that are not 0."""
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
 
@@ -247,7 +247,7 @@ def sizes(width: int, by_card: bool) -> list[int]:
 def from_numbers(
     kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
 ) -> Backend:
-    """Reads `Backend.numbers`. `kinds` are (name, D, True for distances) of each part."""
+    """Makes a back end of `Backend.numbers`. `kinds` are (name, D, True for distances)."""
     parts, at = [], 0
     for name, width, by_card in kinds:
         arrays = []
@@ -275,7 +275,7 @@ def _one_thread() -> contextlib.AbstractContextManager[object]:
 class _Queries(NamedTuple):
     """Q clips that are prepared for the comparison with people."""
 
-    coordinates: list[np.ndarray]  # M arrays [Q, D] float64; 0 for a missing part
+    coordinates: list[np.ndarray]  # M arrays [Q, D] float64, factors of `linear`; 0 if missing
     terms: list[np.ndarray]  # M arrays [Q, ...] float64, terms that depend only on the clip
     missing: np.ndarray  # [M, Q] bool, True if a clip lacks the part
 
@@ -290,7 +290,10 @@ class Ratios:
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
-        """Prepares for people with `count` [N] clips and `constant` [N], see `People`."""
+        """Prepares the comparison with N people who have `count` [N] clips.
+
+        All ratios are multiplied by `scale`. For `constant` [N], see `People`.
+        """
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
         blank = np.zeros((len(kinds), len(part.centre)))
@@ -359,9 +362,9 @@ class DistanceRatios:
         """Returns `coordinates` [Q, D] and `terms` [Q, 4] of clips or groups, see `_Queries`.
 
         `units` [Q, D] are the means x of the unit vectors of each group, and `effective` [Q] the
-        effective numbers of its clips. The coordinates are x - m. The terms are (x - m) . m, |x -
-        m|^2, the variance of x if the person is known, and the log density of x if the person is a
-        stranger.
+        effective numbers of its clips. The coordinates are x - m. The terms are (x - m) . m,
+        `|x - m|^2`, the variance of x if the person is known, and the log density of x if the
+        person is a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -614,7 +617,7 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the log softmax [K]. The best value is computed from the others: exact near 0."""
+    """Returns the log softmax [K], in which the best value is exact even if it is near 0."""
     best = logits.argmax()
     shifted = logits - logits[best]
     weights = np.exp(shifted)

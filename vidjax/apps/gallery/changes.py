@@ -296,7 +296,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
 
 
 def check_person(name: str) -> str:
-    """Returns the cleaned name of a person. Raises UserError if it is invalid, long or reserved."""
+    """Returns the cleaned name of a person; refuses invalid, too long and reserved names."""
     check_argument("identity", name, str, "a name")
     name = _check_length("identity", clean_identity(name))
     if is_reserved(name):

@@ -161,7 +161,7 @@ class NoGalleryError(UnreadableError):
 
 
 class Store:
-    """Reads and writes the gallery in an absolute folder. After a change, it is on the disk."""
+    """Reads and writes the gallery in `folder`, an absolute path."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / GALLERY_FILE
@@ -169,7 +169,7 @@ class Store:
     # ---- opening
 
     def foreign(self) -> str | None:
-        """Returns a file in the folder that does not belong to a gallery, even a half made one."""
+        """Returns the name of a file in the folder that does not belong to a gallery, or None."""
         names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
         return min((name for name in names if not PROBE.fullmatch(name)), default=None)
 
@@ -289,7 +289,7 @@ class Store:
         new: Mapping[str, StoredClip] | None = None,
         people: People | None = None,
     ) -> State:
-        """Writes a state and ends the transaction, which began before the state was made.
+        """Writes a state to the disk, in the transaction that began before the state was made.
 
         By default, all rows are written again. If `new` and `people` are given, they are all clips
         and people that differ from the file, and only they are added to the file. If then more than

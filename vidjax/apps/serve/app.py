@@ -94,12 +94,18 @@ class IdentifyRequest(protocol.RuleParameters, kw_only=True):
 
 
 class EnrolRequest(Struct, forbid_unknown_fields=True):
-    """A request to enrol clips. It has `identity`, `identities` or `strangers`, but only one."""
+    """A request to enrol clips. It has `identity`, `identities` or `strangers`, but only one.
+
+    Attributes:
+      identity: the person that all clips show.
+      identities: clip -> person, if the clips show several people.
+      strangers: True if the clips show people who must not get a name.
+    """
 
     clips: ClipList
-    identity: str | None = None  # the person that all clips show
-    identities: dict[str, str] | None = None  # clip -> person, if the clips show several people
-    strangers: bool = False  # True if the clips show people who must not get a name
+    identity: str | None = None
+    identities: dict[str, str] | None = None
+    strangers: bool = False
 
 
 class PageQuery(Struct, forbid_unknown_fields=True):
