@@ -88,10 +88,10 @@ def compare_photos(
 def _compute_log_ratios(
     distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
-    """Compares photos with the other photos of K people; returns log-likelihood ratios.
+    """Compares photos with the other photos of K people; returns ratios in the shape of `product`.
 
-    A ratio is p(photo | this person) / p(photo | another person). If a person has no other photos,
-    its logarithm is 0.
+    A ratio is log(p(photo | this person) / p(photo | another person)). It is 0 if a person has no
+    other photos.
 
     Args:
       count: [K], the number of other photos of each person.

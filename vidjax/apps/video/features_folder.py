@@ -49,7 +49,7 @@ Box = tuple[Share, Share, Share, Share]
 class ExtractionSettings(Struct, kw_only=True, frozen=True):
     """The settings with which features are extracted from films."""
 
-    fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0  # frames in which faces are detected
+    fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0  # frames per second that are searched
     size: Annotated[int, Meta(ge=32, le=8192)] = 640  # longer side of frames for the detection
     # Each person in a shot becomes a clip, or only the main person, as in iQIYI-VID.
     unit: Literal["track", "shot"] = "track"

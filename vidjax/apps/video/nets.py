@@ -252,7 +252,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 
 
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
-    """Pads an image at the right and the bottom with black. 0 is the next multiple of 32."""
+    """Pads an image [H, W, 3] with black. A side of 0 stands for the next multiple of 32."""
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
     padded = np.zeros((*sides, 3), image.dtype)

@@ -29,7 +29,7 @@ class SearchedFrame(NamedTuple):
 
 
 class FilmSearch:
-    """Detects people in frames that are added one by one, and returns group by group."""
+    """Detects people in frames that are added one by one, and returns them group by group."""
 
     def __init__(self, detectors: Mapping[str, Detector]):
         self._detectors = detectors

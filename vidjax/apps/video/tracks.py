@@ -247,7 +247,7 @@ class MainFigures:
 
 
 def choose_held_seconds(fps: float) -> float:
-    """Returns how long a picture of a slide show is visible, at `fps` searched frames a second."""
+    """Returns the least time of a picture in a slide show, at `fps` searched frames a second."""
     return max(HELD_SECONDS, 1.5 / fps)
 
 
