@@ -52,7 +52,7 @@ from vidjax.runs import schemas
 from vidjax.runs.schemas import Sha256, Size, Text
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, prefix_errors
 
 T = TypeVar("T")
 STRANGER_ODDS = 3.0  # the prior: three of four faces in films are strangers
@@ -377,10 +377,8 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
     # If a film was replaced, the new clips may have the same names as old clips that are enrolled.
     if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
         gallery.remove(clip=stale)
-    try:
+    with prefix_errors(str(path)):
         gallery.enrol(vectors._replace(labels=tuple(known[clip] for clip in vectors.names)))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
         clips = f"{count:,} clip{'' if count == 1 else 's'}"
