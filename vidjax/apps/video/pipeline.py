@@ -566,7 +566,10 @@ def _remove(out: Path, stem: str) -> None:
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes pictures and temporary files; returns False if files of other programs remain."""
+    """Removes pictures of clips, and temporary files, which may contain pictures.
+
+    Returns False if files of other programs remain.
+    """
     _remove_leftovers(out, None)
     if not files.exists(out / THUMBNAILS):
         return True

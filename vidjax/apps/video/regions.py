@@ -46,7 +46,7 @@ class Tag(NamedTuple):
     """The name of a face in a photo."""
 
     name: str
-    box: tuple[float, float, float, float]  # fractions of the picture's width and height
+    box: tuple[float, float, float, float]  # left, top, right, bottom; shares of the sides
 
 
 class Tags(NamedTuple):
@@ -108,7 +108,10 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
 
 
 def parse_packet(packet: bytes) -> Tags:
-    """Reads the names and boxes of faces, not pets, from XMP. SyntaxError: it is not valid XML."""
+    """Reads the names and boxes of faces from XMP; skips pets, other tags, and empty names.
+
+    Raises SyntaxError if `packet` is not valid XML.
+    """
     root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
     mwg, mp = (_find_items(root, name) for name in (f"{MWG}RegionList", f"{REGIONS}Regions"))
     all_tags = [*filter(None, map(_read_mwg_tag, mwg))] or [*filter(None, map(_read_mp_tag, mp))]

@@ -72,7 +72,7 @@ class Review:
         threshold: float | None = None,
         padding: float = who.PADDING_SECONDS,
     ):
-        """For the arguments, see `serve_review`."""
+        """Opens a folder of results. For the arguments, see `serve_review`."""
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
@@ -224,16 +224,17 @@ class Review:
         return group
 
     def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
-        """Returns the clips that are enrolled. Clips of a replaced film may have the same names."""
+        """Returns the clips that are enrolled, without clips of a replaced film with equal names."""
         vectors = self._decision.vectors
         return self._gallery.complete(vectors.only({*clips})) if vectors else set()
 
     def _label_clips(
         self, of: str, clips: Collection[str], name: str | None
     ) -> dict[str, StoredClip | None]:
-        """Returns entries of the gallery that give the name `name`, or None, to the clips of `of`.
+        """Returns entries of the gallery that give the name `name` to the clips of `of`.
 
-        Clips without a clear face are left out. Raises UserError if no clip remains.
+        If `name` is None, the person is ignored. Clips without a clear face are left out. Raises
+        UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         known = clips if of in self._gallery.identities else self._find_enrolled(clips)
