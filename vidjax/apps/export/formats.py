@@ -222,7 +222,7 @@ def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
 
 
 def make_run_arrays(run: Predictor) -> Arrays:
-    """Returns the arrays that the docstring of this file lists, or refuses the run."""
+    """Returns the arrays of a PLDA run; refuses other models and unsupported settings."""
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
         raise UserError(

@@ -224,7 +224,7 @@ class Review:
         return group
 
     def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
-        """Returns the clips that are enrolled, without clips of a replaced film with equal names."""
+        """Returns the clips that are enrolled, except clips of a replaced film with old names."""
         vectors = self._decision.vectors
         return self._gallery.complete(vectors.only({*clips})) if vectors else set()
 
