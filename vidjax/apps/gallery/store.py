@@ -120,7 +120,10 @@ class StoredClip(NamedTuple):
 
 
 class State(NamedTuple):
-    """The whole content of a gallery. A state is immutable."""
+    """The whole content of a gallery. A state is immutable.
+
+    The last three fields describe the file. `Store.write` updates them.
+    """
 
     version: int  # the number of changes, including the creation
     run: VectorOrigin  # the run or the models that computed the vectors
@@ -129,7 +132,7 @@ class State(NamedTuple):
     groups: Mapping[str, tuple[str, ...]]  # identity or STRANGER -> sorted names of its clips
     rows: int = 0  # the sum of the sha256 of all rows in the file, which shows if a row is damaged
     entries: int = 0  # people and clips in all rows, including entries that were replaced
-    sha256: bytes = b""  # of the whole content. It is empty if the state was not written
+    sha256: bytes = b""  # of the whole content
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:

@@ -185,7 +185,7 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Sets the bytes that a request takes. Raises Refused (429) if all requests take too many."""
+        """Sets the bytes that a request takes; raises Refused (429) if all take too many."""
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes:
             text = "all requests together take too much memory: try again"
