@@ -40,31 +40,20 @@ MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Makes results from parquet tables of clips. It is the base class of `Embed` and `Rank`.
-
-    Ray Data can use these classes: `dataset.map_batches(Embed, fn_constructor_args=...)`.
-    """
+    """Makes results from parquet tables of clips. Ray Data can use the subclasses."""
 
     joined = False  # True if `best` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens a run or a gallery with `open_trained(*args)`, such as `vidjax.restore(folder)`.
 
-        `options` are arguments of the method that makes the results, such as `fpir` of
-        `Gallery.identify`.
+        `options` are arguments of the method that makes the results, such as `fpir` of `identify`.
         """
         self.trained, self.options = open_trained(*args), options
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
         """Returns the results for clips as the columns of a table."""
         raise NotImplementedError
-
-    def made_by(self) -> dict[str, object]:
-        """Returns values for JSON that identify the task.
-
-        Tasks with equal values make equal results from equal clips.
-        """
-        return {"work": type(self).__name__, "by": self.trained.digest, "options": self.options}
 
     def table(self, path: Path) -> "pyarrow.Table":
         """Returns the results for the clips of a parquet table."""
@@ -80,13 +69,10 @@ class TableTask:
 
 
 class Embed(TableTask):
-    """Embeds clips with a run.
-
-    The results have the columns `clip` and `vector`, a float32 unit vector [D].
-    """
+    """Embeds clips with a run. The columns are `clip` and `vector`, a float32 unit vector [D]."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the columns `clip` and `vector` for clips."""
+        """See `TableTask.columns`."""
         names = clips if isinstance(clips, Mapping) else clips.names
         return {"clip": ("string", [*names]), "vector": ("float32", self.trained.embed(clips))}
 
@@ -94,14 +80,14 @@ class Embed(TableTask):
 class Rank(TableTask):
     """Lists the best 100 clips of each identity, with the scores of a run or a gallery.
 
-    The results have the columns `identity`, `rank`, `clip` and `score`. Each table is ranked by
-    itself, and the function `best` joins the rankings of several tables.
+    The results have the columns `identity`, `rank`, `clip` and `score`. The function `best` joins
+    the rankings of several tables.
     """
 
     joined = True
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the ranking of clips as columns."""
+        """See `TableTask.columns`."""
         return tables.ranking_columns(self.trained.rank(clips, **self.options))
 
 
@@ -133,11 +119,11 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
 
 
 def list_tables(source: str | Path) -> list[Path]:
-    """Returns the sorted paths of the parquet tables in a folder.
+    """Returns the sorted paths of the parquet tables in a folder, if it contains only tables.
 
-    The list is empty if `source` is not a folder or contains no table. It is also empty if a table
-    has the name of a split, such as `val.parquet`, because the folder is then a dataset. Raises
-    UserError if the folder contains tables and other files.
+    The list is empty if `source` is not a folder, contains no table, or contains the table of a
+    split, such as `val.parquet`: the folder is then a dataset. Raises UserError if the folder
+    contains tables and other files.
     """
     source = Path(source).expanduser()
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -177,8 +163,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
     """Writes the results of every table that has no results yet, and returns a summary.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
-    `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet contains the joint
-    ranking.
+    `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet the joint ranking.
 
     Raises:
       UserError: the folder `out` contains results of other clips, or results that were made with
@@ -224,10 +209,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
-    """Writes the results of a table to a new file.
-
-    If another process has already written the same results, the file is not written.
-    """
+    """Writes results to a new file, unless another process has already written the same results."""
     try:
         tables.write_new(results, content)
     except UserError:
@@ -236,22 +218,15 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: TableTask) -> bytes:
-    """Returns the note that is stored in the results of a table.
-
-    The note identifies the clips of the table and the task. It is JSON with the size of the table,
-    the time of its last change, and the values of `TableTask.made_by`.
-    """
+    """Returns the note in the results of a table: JSON that identifies its clips and the task."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    return msgspec.json.encode({"clips": clips, **work.made_by()})
+    task = {"work": type(work).__name__, "by": work.trained.digest, "options": work.options}
+    return msgspec.json.encode({"clips": clips, **task})
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns True if the file `results` exists and contains `note`.
-
-    Raises UserError if the file contains another note, because it was made from other clips or by
-    another task.
-    """
+    """Returns whether `results` exists; raises UserError if its note is not `note`."""
     if not files.exists(results):
         return False
     if _read_note(results) != note:
@@ -290,10 +265,7 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the rankings of the tables `inputs`; `folder` contains a ranking for each table.
-
-    The rankings are read one by one, because all rankings together may not fit in memory.
-    """
+    """Joins the rankings in `folder` one by one, because together they may not fit in memory."""
     import pyarrow
     from pyarrow import parquet
 

@@ -76,20 +76,15 @@ UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
 
 
 class Place(NamedTuple):
-    """A folder or a file that contains a searched name, or could not be searched.
+    """A folder or a file that contains a searched name, or could not be searched."""
 
-    Attributes:
-      kind: `gallery`, `records` (a converted dataset), `run`, `who` (the results of `vidjax who`),
-        `file`, or `unread` if the place could not be searched.
-      path: the folder or file.
-      about: a description of the content.
-      remedy: how the user can delete the name. It is `--delete` if vidjax can delete it, and starts
-        with `deleted` if vidjax has deleted it.
-    """
-
+    # `gallery`, `records` (a converted dataset), `run`, `who` (results of `vidjax who`), `file`, or
+    # `unread` if the place could not be searched.
     kind: str
-    path: Path
-    about: str
+    path: Path  # the folder or file
+    about: str  # a description of the content
+    # How the user can delete the name; `--delete` if vidjax can. It starts with `deleted` if vidjax
+    # has deleted the name.
     remedy: str
 
     @property
@@ -99,31 +94,22 @@ class Place(NamedTuple):
 
 
 class Forgotten(NamedTuple):
-    """The result of a search.
+    """The result of a search."""
 
-    Attributes:
-      found: the places that contain a name or could not be searched.
-      names: all searched names, including the names of people's clips, in Unicode form NFC.
-      similar: searched name -> a stored name that looks similar.
-    """
-
-    found: list[Place]
-    names: set[str]
-    similar: dict[str, str]
+    found: list[Place]  # the places that contain a name or could not be searched
+    names: set[str]  # all searched names, including the names of people's clips, in form NFC
+    similar: dict[str, str]  # searched name -> a stored name that looks similar
 
 
 class SimilarNames:
-    """Finds stored names that are similar to the searched names, which a user may have misspelled.
-
-    `wanted` are the searched names in Unicode form NFC.
-    """
+    """Finds stored names that look like searched names, which may be misspelled. All are NFC."""
 
     def __init__(self, wanted: Collection[str]):
         self._wanted, self._looks = wanted, {fold(name): name for name in wanted}
         self._near, self._few = dict[str, str](), set[str]()
 
     def add(self, names: set[str]) -> None:
-        """Adds names that a searched folder contains. They must be in Unicode form NFC."""
+        """Adds names that a searched folder contains."""
         for name in names.difference(self._wanted):
             if (own := self._looks.get(fold(name))) is not None:
                 self._near[own] = min(name, self._near.get(own, name))
@@ -133,8 +119,8 @@ class SimilarNames:
     def similar(self, *, closely: bool) -> dict[str, str]:
         """Returns searched name -> a stored name that looks the same, such as in other letter case.
 
-        If no stored name looks the same and `closely` is True, a stored name with a similar
-        spelling is returned.
+        If `closely` is True, and no stored name looks the same, a name with a similar spelling is
+        returned.
         """
         near = {name: closest(name, self._few) for name in self._wanted} if closely else {}
         return {name: other for name, other in near.items() if other} | self._near
@@ -216,8 +202,7 @@ def _survey(
 
     Adds path -> kind to `folders` for each gallery, run, converted dataset, unfinished conversion,
     and folder of results of `vidjax who`. Adds path -> True to `others` for each other file, and
-    path -> False for each other folder. Adds a `Place` to `found` for each folder that cannot be
-    read.
+    path -> False for each other folder. Adds unreadable folders to `found`.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
@@ -262,10 +247,7 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
-    """Yields the place of a converted dataset that contains any of `clips` or cannot be read.
-
-    If `delete` is True, a dataset with any of the clips is deleted.
-    """
+    """Yields the place of a converted dataset with any of `clips`, which is deleted if `delete`."""
     path = folder / "index.npz"
     try:
         limit = min(INDEX_BYTES, files.max_unpacked_bytes(os.lstat(path).st_size))
@@ -407,9 +389,9 @@ def _search_files(
 def _search_contents(
     paths: Sequence[Path], patterns: Mapping[str, bytes], names: set[str], wide: Collection[bytes]
 ) -> tuple[set[Path], list[Place]]:
-    """Searches the contents of files. Returns the files with a name, and files that are not read.
+    """Returns the files with a name, and the files that cannot be read.
 
-    `patterns` are the result of `_make_patterns(names)`. `wide` are spellings in other encodings.
+    `patterns` are from `_make_patterns(names)`. `wide` are spellings in other encodings.
     """
     held, archives, unread = set[bytes](), set[bytes](), list[Place]()
     # grep searches lines, so it misses spellings such as U+4E0A in UTF-16.
@@ -486,7 +468,7 @@ def _make_patterns(names: set[str]) -> dict[str, bytes]:
 
 
 def _is_inside_words(name: str) -> bool:
-    """Returns True if a name may touch other letters: many scripts have no blanks between words.
+    """Returns whether a name may touch other letters: many scripts have no blanks between words.
 
     Such scripts, and scripts whose particles touch a name, have letters of the category Lo.
     """
@@ -505,7 +487,7 @@ def _list_wide_spellings(names: Iterable[str]) -> list[bytes]:
 
 
 def _contains_any(path: Path, spellings: Collection[bytes]) -> bool:
-    """Returns True if a file contains one of `spellings`, in any case of the letters a to z."""
+    """Returns whether a file contains one of `spellings`, in any case of the letters a to z."""
     content = path.read_bytes().lower() if spellings else b""
     return any(spelling in content for spelling in spellings)
 
@@ -517,10 +499,7 @@ def _unpack(path: Path) -> str | None:
 
 
 def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
-    """Returns shell commands that search compressed files below the folders `places` for `names`.
-
-    There is a command for each type of compressed file in `unread`.
-    """
+    """Returns shell commands that search the compressed files in `unread`, one for each type."""
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     names = [*names]
     spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"

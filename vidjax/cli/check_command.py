@@ -52,10 +52,9 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns subject -> function for each check that the flags ask for.
+    """Returns subject, such as `data`, -> function for each check that the flags ask for.
 
-    A subject is a word such as `data`. The function returns a summary of the subject, or raises an
-    error if the subject has a fault.
+    The function returns a summary of the subject, or raises an error if the subject has a fault.
     """
     if args.workdir and args.config:
         raise UserError("--workdir and --config cannot be checked together: leave one of them out")

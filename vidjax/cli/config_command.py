@@ -52,9 +52,9 @@ def describe_fields(
 ) -> dict[str, dict[str, Any]]:
     """Returns field -> a dict of its `value`, its `default`, and `from`, the origin of the value.
 
-    `file` is the name of the file from which `config` was read. `overrides` are the words
-    `--config.FIELD=VALUE`. The entry `from` is `command line` for a field in `overrides`, `default`
-    for any other field with its default value, and the name `file` for all other fields.
+    The entry `from` is `command line` for a field in `overrides`, the words `--config.FIELD=VALUE`.
+    It is `default` for any other field with its default value, and the name `file` for all other
+    fields.
 
     Fields with a default come first. Fields that only a file adds, such as `model.embed_dim`, come
     last and have the default None. Both groups are sorted by name.

@@ -18,7 +18,7 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folders to read and to write. If the second folder exists, raises UserError."""
+    """Returns the folders to read and to write, which must not exist."""
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if not source.is_dir():
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
@@ -51,10 +51,7 @@ def add_import_flags(parser: Parser) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Exports a run or a gallery into a new folder.
-
-    The folder appears only if the exported model or gallery gives the same results as vidjax.
-    """
+    """Exports a run or a gallery into a new folder, if the results are the same as in vidjax."""
     (source, to), began = _read_paths(args), time.monotonic()
     from vidjax.apps.export.formats import FORMATS
     from vidjax.apps.gallery.store import GALLERY_FILE

@@ -272,11 +272,7 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _open(args: argparse.Namespace) -> "Gallery":
-    """Returns the gallery of a command, after a check of the path of the clips.
-
-    Raises UserError if there are no clips at the path, or if their features were made with other
-    nets than the features of the gallery.
-    """
+    """Returns the gallery of a command, after a check of the path and the nets of the clips."""
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
@@ -367,10 +363,9 @@ def _drop_group_photos(
 ) -> dict[str, str]:
     """Returns clip -> person, without the clips of photos that show several people.
 
-    A warning names each such photo. `identity` is the person of all `clips`, or a dict, clip ->
-    person. `path` is the folder of the clips. If `identity` is a dict, `path` has a folder for each
-    person. Only features of `vidjax extract` say which clips are from a photo, so all other
-    clips are kept.
+    A warning names each such photo. `identity` is the person of all `clips`, or clip -> person. The
+    folder `path` of the clips then has a folder for each person. Clips that are not features of
+    `vidjax extract` are kept.
     """
     from vidjax.apps.video import features_folder
 
@@ -567,8 +562,7 @@ def _threshold(args: argparse.Namespace) -> Result:
 def _export(args: argparse.Namespace) -> Result:
     """Writes a table of the enrolled clips, with the columns clip and identity, and vectors.
 
-    Each part of the vectors, such as face or audio, has a column with a unit vector for each clip.
-    If a clip lacks the part, the vector is 0.
+    Each part of the vectors has a column with a unit vector for each clip, or 0 for a missing part.
     """
     out = Path(args.out).expanduser()
     tables.check_new(out, (".parquet",))

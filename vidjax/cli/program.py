@@ -1,7 +1,6 @@
 """Parses and runs the command line `vidjax COMMAND`.
 
-The form `python -m vidjax.main --config=FILE [--mode=COMMAND]` is accepted, too. The dict
-`COMMANDS` lists all commands, and `load` imports the module of a command.
+The form `python -m vidjax.main --config=FILE [--mode=COMMAND]` is accepted, too.
 """
 
 import argparse
@@ -105,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line. Raises UserError if a command, a flag or a value is wrong.
 
-    Returns the value of each flag, and five more attributes. `command` is the name of the command.
-    `execute` is the function that runs the command, and `parser` is the parser of its flags.
-    `overrides` are the words `--config.FIELD=VALUE`. `line` is the command line as text.
+    Returns the value of each flag, and five more attributes: `command`, its name; `execute`, the
+    function that runs it; `parser`, the parser of its flags; `overrides`, the words
+    `--config.FIELD=VALUE`; and `line`, the command line as text.
     """
     flags, overrides = messages.split_overrides(_put_command_first(words))
     name = flags[0]
@@ -169,10 +168,7 @@ def _parse_known(
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:
-    """Moves the command to the first place of a command line. If no command is named, adds `train`.
-
-    The command may be written as `--mode=COMMAND`, or after switches such as `--quiet`.
-    """
+    """Moves the command, or `--mode=COMMAND`, to the first place; adds `train` if none is named."""
     count = len([*itertools.takewhile(SWITCHES.__contains__, words)])
     rest, names = [*words[count:], *words[:count]], list[str]()
     if rest and not rest[0].startswith("-"):
@@ -202,10 +198,10 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
 
 
 def load(name: str) -> Callable[[Parser], None]:
-    """Imports the module of a command, and returns the function that adds the flags.
+    """Imports only the module of a command, and returns the function that adds the flags.
 
-    The modules of other commands are not imported, because they may need packages that are not
-    installed. The commands for galleries and films work without the packages that only runs need.
+    Other modules may need packages that are not installed. The commands for galleries and films
+    work without the packages that only runs need.
     """
     match name:
         case "train":
@@ -248,7 +244,7 @@ def load(name: str) -> Callable[[Parser], None]:
 
 
 def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
-    """Returns a hint for an unknown flag. If no flag or field has a similar name, returns None."""
+    """Returns a hint for an unknown flag, or None if no flag or field has a similar name."""
     word = flag.lstrip("-").replace("-", "_")
     if word.startswith("config.") and args.parser.group:
         return f"this command takes only --config.{args.parser.group}FIELD=VALUE"
@@ -273,7 +269,7 @@ def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
 def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
     """Returns a hint about the likely meaning of a word that no flag precedes, or None.
 
-    `strays` are all words of the command line that the command does not know.
+    `strays` are all words that the command does not know.
     """
     if word in COMMANDS:
         return f"write the command first: vidjax {word} --FLAG=VALUE"

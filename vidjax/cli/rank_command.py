@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 from vidjax.apps import bulk
@@ -19,7 +20,7 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax rank`."""
     _add_flags(parser, "the new file: .csv, .tsv, .jsonl or .parquet")
     parser.command(
-        rank,
+        partial(_process, work=bulk.Rank),
         "--workdir=runs/mma --input=PATH --out=ranking.tsv",
         "--workdir=runs/mma --input=FOLDER --out=ranked",
     )
@@ -29,7 +30,7 @@ def add_embed_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax embed`."""
     _add_flags(parser, "the new file: .parquet, with the columns clip and vector")
     parser.command(
-        embed,
+        partial(_process, work=bulk.Embed),
         "--workdir=runs/mma --input=PATH --out=vectors.parquet",
         "--workdir=runs/mma --input=FOLDER --out=vectors",
     )
@@ -45,18 +46,8 @@ def _add_flags(parser: Parser, out: str) -> None:
     parser.fields(example="eval.checkpoint=best")
 
 
-def rank(args: argparse.Namespace) -> Result:
-    """Ranks clips for every identity."""
-    return _process(args, bulk.Rank)
-
-
-def embed(args: argparse.Namespace) -> Result:
-    """Computes a unit vector of each clip."""
-    return _process(args, bulk.Embed)
-
-
 def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
-    """Runs `vidjax rank` if `work` is `bulk.Rank`, or `vidjax embed` if it is `bulk.Embed`."""
+    """Ranks clips for every identity, or computes a unit vector of each clip."""
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
     overridden = shared_flags.check_fields(args, READ_FIELDS)

@@ -1,8 +1,6 @@
 """`vidjax train`, `vidjax evaluate` and `vidjax report`.
 
-`train` trains or resumes a run, and evaluates it. `evaluate` ranks a split with a trained run, or
-with a blend of several. `report` writes the HTML report of a run again. Libraries that take seconds
-to load are imported inside the functions, after the flags were checked.
+Libraries that take seconds to load are imported inside the functions, after the flags were checked.
 """
 
 import argparse
@@ -147,10 +145,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
 
 
 def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
-    """Returns the configuration of a blend of `--runs`.
-
-    If all runs have the same `eval.split`, the blend has it, too.
-    """
+    """Returns the configuration of a blend of `--runs`, with the `eval.split` that all have."""
     runs = tuple(
         str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
     )
@@ -210,7 +205,7 @@ def summarise(
     """Returns the printed result of a command: the scores of a run, and the paths of its files.
 
     `results` is the content of `metrics.json`. `seconds` is the time that the run or the evaluation
-    took. It is None if an earlier command has finished the run.
+    took, or None if an earlier command has finished the run.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})

@@ -50,8 +50,7 @@ def _warn_if_nothing_matches(
 ) -> None:
     """Warns if the score is 0 because the submission has no identity or clip of the ground truth.
 
-    `path` is the file of the submission. `ranking` is the submission and `positives` is the ground
-    truth, both as a dict, identity -> clips.
+    `path` is the file of the submission. `positives` and `ranking` are identity -> clips.
     """
     if positives.keys().isdisjoint(ranking):
         messages.print_problem(

@@ -52,8 +52,7 @@ def split_runs(runs: str) -> list[str]:
 def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str]:
     """Returns the fields that the command line overrides by `--config.FIELD=VALUE`.
 
-    `readable` are the fields that the command reads. Raises UserError for any other field, because
-    the command would ignore the value.
+    Raises UserError for a field that is not in `readable`, because the command would ignore it.
     """
     overridden = set(config_io.override_names(args.overrides))
     if unread := sorted(overridden - set(readable)):

@@ -56,28 +56,17 @@ NUMPY_SCOPE = "supports only runs of configs/plda.py and galleries"
 
 
 class Format(NamedTuple):
-    """A format of `vidjax export`.
+    """A format of `vidjax export`."""
 
-    Attributes:
-      file: the name of the file or folder with the model of a run.
-      write: writes the model of a run into a folder that contains the weights. It returns a
-        function that computes the outputs with the runtime of the format.
-      packages: the packages that the format needs in addition to vidjax.
-      extra: the name of the extra of vidjax, as in `pip install vidjax[onnx]`, that installs the
-        packages.
-      outputs: the names of the outputs.
-      gallery_file: the name of the file with the arrays of a gallery. It is empty if the format
-        cannot store galleries.
-      bounded: True if the file contains the weights and can have at most `function.LARGEST` bytes.
-    """
-
-    file: str
+    file: str  # the name of the file or folder with the model of a run
+    # Writes the model of a run into a folder that contains the weights. Returns a function that
+    # computes the outputs with the runtime of the format.
     write: Callable[[Predictor, Shapes, Path], Predict]
-    packages: tuple[str, ...]
-    extra: str
-    outputs: tuple[str, ...] = function.OUTPUTS
-    gallery_file: str = ""
-    bounded: bool = False
+    packages: tuple[str, ...]  # the packages that the format needs in addition to vidjax
+    extra: str  # installs the packages, as in `pip install vidjax[onnx]`
+    outputs: tuple[str, ...] = function.OUTPUTS  # the names of the outputs
+    gallery_file: str = ""  # the file with the arrays of a gallery, if the format has one
+    bounded: bool = False  # True if weights in the file are limited to `function.LARGEST` bytes
 
 
 def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
@@ -102,9 +91,8 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     runtimes without XLA cannot load it. The weights are variables, because constants of a graph are
     limited to 2 GB and are copied dozens of times.
 
-    Raises UserError if the name of a modality contains `-`, because TensorFlow would write `_` in
-    the names of the inputs. The returned function raises UserError if JAX is too new for
-    TensorFlow.
+    Raises UserError if the name of a modality contains `-`, because TensorFlow would write `_`. The
+    returned function raises UserError if JAX is too new for TensorFlow.
     """
     if refused := [name for name in run.modalities if "-" in name]:
         raise UserError(
@@ -174,10 +162,7 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Imports the weights in the folder as a run; returns a function that computes its outputs.
-
-    Nothing is written, because `vidjax export` has already written the weights, as for all formats.
-    """
+    """Imports the weights in the folder, which are already written, as a run."""
     del run, inputs
     imported = folder / "imported"
     weights.read(folder, imported)
@@ -205,10 +190,7 @@ def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 def _write_arrays(
     path: Path, arrays: dict[str, Any]
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """Writes arrays to a .npz or .safetensors file, and `reader.py` next to it.
-
-    Returns a function that scores vectors with both files.
-    """
+    """Writes arrays to a file, and `reader.py` next to it; returns a function that uses both."""
     from safetensors.numpy import load_file, save_file
 
     if path.suffix == ".npz":
@@ -222,10 +204,7 @@ def _write_arrays(
 
 
 def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores.
-
-    The error is measured with random clips. Raises UserError if it is above `function.TOLERANCE`.
-    """
+    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores."""
     path = folder / FORMATS[format_name].gallery_file
     read = _write_arrays(path, make_gallery_arrays(gallery))
     rng, parts = np.random.default_rng(0), {}
@@ -243,10 +222,7 @@ def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
 
 
 def make_run_arrays(run: Predictor) -> Arrays:
-    """Returns the arrays of a PLDA run, name -> array. The docstring of this file lists them.
-
-    Raises UserError for other models, and for settings that `reader.py` does not support.
-    """
+    """Returns the arrays of a PLDA run; refuses other models and unsupported settings."""
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
         raise UserError(
@@ -286,9 +262,9 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
     """Returns the arrays of a gallery, name -> array. The docstring of this file lists them.
 
     People are in the order of `gallery.index.names`. A part that is compared by distances has the
-    arrays `share`, `radius`, `variance` and `card` instead of `transform`, `constant`, `curve`,
-    `kind` and `scale`. They are from `backend.DistanceRatios`, but `variance` also contains the
-    variance of the vectors of a person, `Distances.within`.
+    arrays `share`, `radius`, `variance` and `card` of `backend.DistanceRatios` instead of
+    `transform`, `constant`, `curve`, `kind` and `scale`. `variance` also contains
+    `Distances.within`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

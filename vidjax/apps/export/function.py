@@ -1,9 +1,8 @@
 """Turns a run into a function of frames, and compares exported functions with the run.
 
-`vidjax export` writes the function in the formats of other runtimes. The function contains the
-fusion, the net, all ensemble members and their mean. Its inputs are the frames of B clips that are
-padded to T frames. They are arrays with the names MODALITY_FIELD, such as `face_features`; see
-FIELDS.
+The function contains the fusion, the net, all ensemble members and their mean. Its inputs are the
+frames of B clips that are padded to T frames: arrays with the names MODALITY_FIELD, such as
+`face_features`; see FIELDS.
 """
 
 import functools
@@ -69,7 +68,7 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
     """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
     C is the number of identities, and D the length of an embedding. `members`, see `get_members`,
-    are the weights. The weights of `run` are not used. `input_shapes` describes `inputs`.
+    are the weights. The weights of `run` are not used.
     """
     batch = make_batch(run, inputs)
     if run.system.frame_is_example:
@@ -142,7 +141,7 @@ def get_members(run: Predictor) -> list[Member]:
     """Returns the weights of each ensemble member on the host.
 
     A member is a tuple of its parameters, other Flax collections, and `view`, the index of the
-    chunk of the features that the member does not see. If the member sees all features, it is -1.
+    chunk of the features that the member does not see, or -1.
     """
     weights = run.params, run.model_state
     return [
@@ -182,25 +181,20 @@ def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch)
 
 
 class RandomClips(NamedTuple):
-    """Random clips, and the outputs that an exported run must compute for them.
+    """Random clips, and the outputs that an exported run must compute for them."""
 
-    Attributes:
-      inputs: name -> array, see `input_shapes`.
-      expected: name of an output -> array.
-    """
-
-    inputs: dict[str, np.ndarray]
-    expected: dict[str, np.ndarray]
+    inputs: dict[str, np.ndarray]  # name -> array, see `input_shapes`
+    expected: dict[str, np.ndarray]  # name of an output -> array
 
 
 def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:
     """Makes four or five random clips, and computes the outputs of a run for these clips.
 
-    The first four clips have 5, 1, 9 and 3 frames. The second clip has only the last modality. A
-    fifth clip is made if the run classifies single frames of several modalities. The fifth clip has
-    a single frame of the last modality, which the run must repeat, and 6 frames of the others. The
-    run scores the fifth clip in a separate call, because padding to the length of other clips would
-    hide that the frame is single. `padding` is the number of padded frames after the longest clip.
+    The second clip has only the last modality. A fifth clip is made if the run classifies single
+    frames of several modalities. It has a single frame of the last modality, which the run must
+    repeat. The run scores the fifth clip in a separate call, because padding to the length of other
+    clips would hide that the frame is single. `padding` is the number of padded frames after the
+    longest clip.
     """
     rng, inputs = np.random.default_rng(seed), {}
     names, longest = list(run.modalities), max(LENGTHS) + padding

@@ -111,23 +111,14 @@ def _make_error(primitive: str) -> UserError:
 
 
 class Graph:
-    """An ONNX graph under construction.
-
-    Values of the graph are outputs of nodes. The methods take and return the names of values.
-
-    Attributes:
-      nodes: the nodes, in the order of computation.
-      constants: the constants. Graphs of loop bodies share them.
-      known: name of a constant -> its value, an array or a random key.
-      symbols: name of a symbolic size -> (name of an input, axis of the input with this size).
-    """
+    """An ONNX graph under construction. The methods take and return the names of values."""
 
     def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-        self.symbols: dict[str, tuple[str, int]] = {}
+        self.nodes: list[onnx.NodeProto] = []  # in the order of computation
+        self.constants: list[onnx.TensorProto] = []  # graphs of loop bodies share them
+        self.symbols: dict[str, tuple[str, int]] = {}  # symbolic size -> (name of an input, axis)
         self._numbers = itertools.count(1)
-        self.known: dict[str, Any] = {}
+        self.known: dict[str, Any] = {}  # name of a constant -> its value, an array or a random key
         self._names: dict[tuple[str, ...], str] = {}
         self._sizes: dict[str, str] = {}
 
@@ -149,15 +140,15 @@ class Graph:
         return names
 
     def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Adds a node with a single output; returns the name of the output."""
+        """Adds a node with a single output."""
         return self.add_node(op, *inputs, names=[name or self.fresh()], **attributes)[0]
 
     def ints(self, value: int | Sequence[int]) -> str:
-        """Adds integers as an int64 constant; returns the name of the constant."""
+        """Adds integers as an int64 constant."""
         return self.constant(value, np.int64)
 
     def constant(self, value: Any, dtype: Any = None) -> str:
-        """Adds a constant; returns the name of the constant. Equal constants share a name."""
+        """Adds a constant. Equal constants share a name."""
         name = self.fresh()
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             self.known[name] = value  # ONNX cannot store random keys, only the drawn numbers
@@ -230,10 +221,7 @@ class Graph:
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Adds nodes that compute 0, 1, 2, ... along an axis; returns the name of the result.
-
-        The result is int64. Its size along `axis` is `dims[axis]`, and all other axes have size 1.
-        """
+        """Adds nodes that compute 0, 1, 2, ... along an axis; int64. Other axes have size 1."""
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
             return line
@@ -252,10 +240,7 @@ class Graph:
         return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Returns the elements of `yes` where `which` is True, and of `no` elsewhere.
-
-        `aval` is the abstract value of the result in the jaxpr, which has a dtype.
-        """
+        """Returns the elements of `yes` where `which` is True, and of `no` elsewhere."""
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)
@@ -271,10 +256,7 @@ class Graph:
     def add_jaxpr(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[str]
     ) -> list[str]:
-        """Adds the nodes of a jaxpr; returns the names of its results.
-
-        `consts` are the values of the constants of the jaxpr. `inputs` are the names of its inputs.
-        """
+        """Adds the nodes of a jaxpr with constants `consts`; returns the names of its results."""
         values: dict[Any, str] = {}
 
         def read(x: Any) -> str:
@@ -301,10 +283,7 @@ class Graph:
 
 
 def _is_foldable(eqn: Eqn) -> bool:
-    """Returns True if an equation with constant inputs can be computed during the conversion.
-
-    The sizes of all results must be known. Functions with a custom derivative are not computed.
-    """
+    """Returns whether an equation of known sizes can be computed during the conversion."""
     if eqn.primitive.name in ("dim_as_value", *CUSTOM):
         return False
     return all(
@@ -389,9 +368,9 @@ def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
               ) -> str:  # fmt: skip
-    """Slices x along some axes; `windows` are axis -> (name of the start, size of the slice).
+    """Slices x of the shape `dims`. `windows` are axis -> (name of the start, size of the slice).
 
-    `dims` is the shape of x. As in JAX, a slice that extends beyond x is shifted into x.
+    As in JAX, a slice that extends beyond x is shifted into x.
     """
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):
@@ -453,9 +432,9 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
     """Returns `places` with the indices of equal values in ascending order.
 
-    `ordered` are the values that TopK has sorted along `axis`, and `places` are the indices of
-    these values before the sort. TopK of ONNX keeps the order of equal values, but TopK of OpenVINO
-    does not guarantee the order. So the values are sorted again, by keys that are never equal.
+    `ordered` and `places` are results of TopK. TopK of ONNX keeps the order of equal values, but
+    TopK of OpenVINO does not guarantee the order. So the values are sorted again, by keys that are
+    never equal.
     """
     start, second, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
     earlier = [graph.node("Slice", ordered, start, stop, along) for stop in (second, end)]
@@ -536,8 +515,7 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for a scatter of JAX that adds N rows to rows of an array, or takes the maximum.
 
-    The array has K rows. If the index of one of the N rows is outside of 0 to K - 1, this row is
-    written to an additional row K, which is removed.
+    Rows whose index is outside of the array are written to an additional row, which is removed.
     """
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:

@@ -54,7 +54,7 @@ def log_probabilities(arrays, vectors):
 def _compute_distance_ratios(values, x):
     """Returns the log-likelihood ratios [Q, N] of Q clips and N people, from distances.
 
-    `values` are the arrays of a modality. `x` [Q, D] are unit vectors minus the mean of all people.
+    `x` [Q, D] are unit vectors minus the mean of all people.
     """
     same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]

@@ -100,10 +100,7 @@ def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> d
 
 
 def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads weights into nested dicts with the structure of `shapes`.
-
-    Raises UserError if the file is damaged, or its arrays have other names, shapes or dtypes.
-    """
+    """Reads weights into nested dicts with the names, shapes and dtypes of `shapes`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

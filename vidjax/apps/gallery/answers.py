@@ -1,13 +1,12 @@
 """Decides which clips get a name, and writes the answers of a gallery to tables.
 
 A clip gets the name of its most probable person if the probability reaches a threshold. The user
-can choose the threshold. By default, the threshold is measured on strangers, clips of people who
-are not enrolled, so that few strangers reach it.
+chooses the threshold, or it is measured on strangers, clips of people who are not enrolled.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
 A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
-of an unknown person is an empty cell, or null in .jsonl. The score is the logarithm of the
-probability. If a clip has no usable frame, its score is -inf, or null in .jsonl.
+of an unknown person is an empty cell, or null in .jsonl. If a clip has no usable frame, its score
+is -inf, or null in .jsonl.
 """
 
 import itertools
@@ -50,8 +49,8 @@ class Answer(NamedTuple):
       probability: the probability of the most probable identity; 0 if the clip has no usable frame.
       score: the logarithm of the probability. It distinguishes clips whose probability rounds to 1.
       best: the most probable identities with their probabilities, best first.
-      evidence: the modalities, such as face and audio, in which the clip was compared with
-        `identity`. It is empty if the person is unknown.
+      evidence: the modalities, such as face, that the clip and `identity` have in common. It is
+        empty if the person is unknown.
     """
 
     identity: str | None
@@ -61,7 +60,7 @@ class Answer(NamedTuple):
     evidence: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the answer as values for JSON. A score of -inf becomes None."""
+        """Returns values for JSON. A score of -inf becomes None."""
         return {
             "identity": self.identity,
             "probability": self.probability,
@@ -76,15 +75,15 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
 class Threshold(NamedTuple):
-    """A threshold that was measured on strangers, clips of people who are not enrolled.
+    """A threshold that was measured on the strangers of a gallery.
 
     Attributes:
       fpir: the false positive identification rate that the user chose: the largest share of new
         strangers that may get a name.
       score: the threshold of the logarithm of the best identity's probability.
       num_identities: the number of enrolled people, with whom each stranger was compared.
-      num_strangers: the number of strangers in the gallery.
-      num_alarms: the number of strangers in the gallery that reach the threshold.
+      num_strangers: the number of strangers.
+      num_alarms: the number of strangers that reach the threshold.
     """
 
     fpir: float
@@ -99,7 +98,7 @@ class Threshold(NamedTuple):
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns the attributes for JSON, and the ends of `interval` as `low` and `high`."""
+        """Returns values for JSON: the attributes, and the ends of `interval`, `low` and `high`."""
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
 
@@ -109,12 +108,10 @@ class NamingRule(NamedTuple):
     Attributes:
       by: the kind of the rule.
         `threshold`: a name needs the probability that the user chose.
-        `fpir`: a name needs a probability that is above 0.5, and that reaches a threshold which
-          was measured on strangers.
-        `new`: a name needs a probability above 0.5. There are too few strangers to measure a
-          threshold.
-      score: the threshold of the logarithm of the probability. It does not include the limit of
-        0.5, so it is -inf for the kind `new`.
+        `fpir`: a name needs a probability above 0.5, and a measured threshold.
+        `new`: a name needs a probability above 0.5; too few strangers to measure a threshold.
+      score: the threshold of the logarithm of the probability, without the limit of 0.5. It is -inf
+        for the kind `new`.
       default: True if the user chose neither a probability nor a rate.
       threshold: the measured threshold; None unless `by` is `fpir`.
       about: a description of the rule for the user.
@@ -127,17 +124,13 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns True for clips that get a name. `best` are their highest log-probabilities."""
+        """Returns whether clips with the highest log-probabilities `best` get a name."""
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)
 
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
-        """Returns the answer for a clip.
-
-        `cards` is True in a gallery of models, whose vectors were computed by pretrained nets. A
-        clip then gets a name only if it has a modality in common with the person.
-        """
+        """Returns the answer for a clip. `cards` is True in a gallery of models."""
         if not nearest.best:
             return NOBODY
         name, score = nearest.best[0]
@@ -186,7 +179,7 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """Returns the lowest threshold that a new stranger reaches with probability `fpir` at most.
 
     `best` [S] float64 is the logarithm of the best identity's probability for each of S strangers.
-    There must be enough strangers, see `check_strangers`.
+    First call `check_strangers`.
 
     Source: FPIR of ISO/IEC 19795-1.
     """
@@ -197,10 +190,7 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Names groups of clips `unknown 1`, `unknown 2`, ..., the largest group first.
-
-    Returns clip -> name. `labels` [N] int are the groups of the clips.
-    """
+    """Names the groups `labels` [N] `unknown 1`, ..., the largest first; returns clip -> name."""
     groups, first, counts = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))
     number = {int(groups[row]): place + 1 for place, row in enumerate(order.tolist())}
@@ -208,18 +198,17 @@ def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
 
 
 def parse_group_number(group: str) -> int:
-    """Returns N for the group with the name `unknown N`."""
+    """Returns N of `unknown N`."""
     return int(group.removeprefix(UNKNOWN))
 
 
 def write_groups(
     path: Path, groups: Mapping[str, str], places: Mapping[str, tuple[str, str, str]] | None = None
 ) -> None:
-    """Writes a new table of clips and their groups.
+    """Writes a table of clips and their groups. The user replaces groups by names of people.
 
-    The user edits the table: the name of a person replaces the name of a group. The ending of
-    `path` is the format. `groups` are clip -> group, such as `unknown 1`. If `places`, clip ->
-    (video, start, end), are given, the table has three more columns.
+    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. If
+    `places`, clip -> (video, start, end), are given, the table has three more columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
@@ -227,9 +216,9 @@ def write_groups(
 
 
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
-    """Reads a table of `write_groups` that a user has edited; returns clip -> person.
+    """Reads an edited table of `write_groups`; returns clip -> person.
 
-    Groups that are still called `unknown N` are left out, or kept if `unknown` is True. Raises
+    Groups that are still called `unknown N` are left out, unless `unknown` is True. Raises
     UserError if a line is malformed, or if a clip has two names.
     """
     names: dict[str, str] = {}
@@ -251,7 +240,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
 
 
 def table(answers: Answers) -> list[str]:
-    """Returns the answers as lines of text: clip, identity, and most probable identities."""
+    """Returns the answers as lines of text."""
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
@@ -268,7 +257,7 @@ def share(value: float) -> str:
 
 
 def describe_rule(rule: NamingRule) -> dict[str, str]:
-    """Describes a rule to the user. Returns the printed rows, label -> text."""
+    """Returns printed rows about a rule, label -> text."""
     chosen = " (to choose another rule: --fpir=R or --threshold=P)" if rule.default else ""
     return {"named if": rule.about + chosen, **(describe(rule.threshold) if rule.threshold else {})}
 
@@ -280,7 +269,7 @@ def convert_rule_to_json(rule: NamingRule) -> dict[str, object]:
 
 
 def describe(limit: Threshold) -> dict[str, str]:
-    """Describes a threshold to the user. Returns the printed rows, label -> text."""
+    """Returns printed rows about a threshold, label -> text."""
     low, high = map(share, limit.interval)
     return {
         "threshold": f"{share(math.exp(min(limit.score, 0.0)))} (logarithm {limit.score:.6g})",
@@ -298,10 +287,7 @@ def write(path: Path, answers: Answers) -> None:
 
 
 class Identify(bulk.TableTask):
-    """Identifies the clips of a table with a gallery.
-
-    `options` are arguments of `Gallery.identify`.
-    """
+    """Identifies the clips of a table. `options` are arguments of `Gallery.identify`."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
         """Returns the answers for clips as the columns of a table."""

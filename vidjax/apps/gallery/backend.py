@@ -1,15 +1,15 @@
 """The back end of a gallery, which computes how probably a clip shows each enrolled person.
 
 The vector of a clip consists of M parts, one for each modality, such as face or audio. If a run
-that is not PLDA computes the vectors, there is a single part, the embedding. A part is compared in
-one of two ways:
+that is not PLDA computes the vectors, there is a single part, the embedding. The vector of a
+missing part is 0. A part is compared in one of two ways:
 
 - PLDA: `fit` learns the parameters of a part from labelled clips.
 - Distances: a card, the JSON file that describes an embedding net, contains the parameters.
 
-A clip is compared with all people by matrix products in float32. The most probable people are then
-compared again in float64. Therefore rounding changes an answer by at most 1e-6 if people or clips
-are in another order, or clips are in other batches. The formulas are the same as in
+A clip is compared with all people in float32. The most probable people are compared again in
+float64. Therefore rounding changes an answer by at most 1e-6 if people or clips are in another
+order, or clips are in other batches. The formulas are the same as in
 `models.plda_fit.combine_modalities` and `losses.log_softmax`.
 """
 
@@ -50,20 +50,14 @@ PEAK_PEOPLE = 32
 
 
 class Part(NamedTuple):
-    """The parameters that compare clips in one part of their vectors, such as the face.
+    """The parameters that compare clips in one part of their vectors."""
 
-    Attributes:
-      name: the modality, or `embedding`.
-      centre: [D] float64. It is subtracted from unit vectors, which are then scaled to unit length
-        again. It is 0 if the run has already subtracted a centre.
-      space: the parameters of PLDA in float64. It is None if the part is compared by distances.
-      distances: the parameters from the JSON file of a net. It is None if PLDA compares the part.
-    """
-
-    name: str
+    name: str  # the modality, or `embedding`
+    # [D] float64. It is subtracted from unit vectors, which are then scaled to unit length again.
+    # It is 0 if the run has already subtracted a centre.
     centre: np.ndarray
-    space: Space | None = None
-    distances: Distances | None = None
+    space: Space | None = None  # the parameters of PLDA in float64, or None
+    distances: Distances | None = None  # the parameters from the card, or None
 
     @property
     def may_be_offscreen(self) -> bool:
@@ -71,20 +65,14 @@ class Part(NamedTuple):
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Returns the PLDA coordinates [N, D] of unit vectors x.
-
-        If the part is compared by distances, it has no PLDA coordinates, and x is returned.
-        """
+        """Returns the PLDA coordinates [N, D] of unit vectors x, or x if the part has no PLDA."""
         if self.space is None:
             return x
         with _one_thread():
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes `linear` [P, D] and `constant` [P] of P people, see `People`.
-
-        `count` [P] are the numbers of their clips, and `total` [P, D] the sums of the unit vectors.
-        """
+        """Computes `People.linear` [P, D] and `constant` [P] from counts and sums of vectors."""
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
             return mean, np.vecdot(mean, mean)
@@ -102,41 +90,28 @@ class Part(NamedTuple):
 class People(NamedTuple):
     """P enrolled people, with the coefficients that compare a clip with them in M parts.
 
-    For PLDA, `linear` and `constant` are coefficients of the coordinates of a clip, see
-    `two_covariance.Enrolled`. For a part that is compared by distances, `linear` is the mean of a
-    person's unit vectors, and `constant` the squared length of this mean.
-
-    Attributes:
-      linear: M arrays [P, D] float32.
-      constant: [M, P] float64.
-      num_clips: [M, P] int32, the number of each person's clips that have the part.
+    For PLDA, the coefficients are explained in `two_covariance.Enrolled`. For distances, `linear`
+    is the mean of a person's unit vectors, and `constant` the squared length of this mean.
     """
 
     names: tuple[str, ...]
-    linear: tuple[np.ndarray, ...]
-    constant: np.ndarray
-    num_clips: np.ndarray
+    linear: tuple[np.ndarray, ...]  # M arrays [P, D] float32
+    constant: np.ndarray  # [M, P] float64
+    num_clips: np.ndarray  # [M, P] int32, the number of each person's clips that have the part
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
-        """Selects people by their indices `rows`."""
+        """Selects people by their indices."""
         linear = tuple(x[rows] for x in self.linear)
         names = tuple(self.names[row] for row in rows)
         return People(names, linear, self.constant[:, rows], self.num_clips[:, rows])
 
 
 class Nearest(NamedTuple):
-    """The most probable people of a clip.
+    """The most probable people of a clip."""
 
-    Attributes:
-      new: the logarithm of the probability that the clip shows a person who is not enrolled.
-      best: (name, logarithm of the probability) of the most probable people, best first. Equal
-        people are in the order of their names.
-      compared: the names of the parts that both the clip and the first person have.
-    """
-
-    new: float
-    best: list[tuple[str, float]]
-    compared: tuple[str, ...] = ()
+    new: float  # the log-probability that the clip shows a person who is not enrolled
+    best: list[tuple[str, float]]  # (name, log-probability), best first; ties in order of names
+    compared: tuple[str, ...] = ()  # the parts that both the clip and the first person have
 
 
 def join(blocks: Sequence[People]) -> People:
@@ -167,28 +142,21 @@ class Backend(NamedTuple):
         return np.split(vectors, ends.tolist(), axis=1)
 
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Centres vectors of Q clips, M arrays [Q, D], and scales them to unit length as float64.
-
-        If a clip lacks a part, the vector is 0 and stays 0.
-        """
+        """Applies `unit` to the vectors of Q clips, M arrays [Q, D]."""
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the coordinates of Q clips, M arrays [Q, D] float64, see `Part.coordinates`.
-
-        `parts` are the vectors of the clips, M arrays [Q, D]. If a clip lacks a part, the vector is
-        0, and the coordinates are NaN.
-        """
+        """Returns `Part.coordinates` of Q clips, M arrays [Q, D] float64; NaN in a missing part."""
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
         return white
 
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
-        """Computes the coefficients of people from their clips.
+        """Computes the coefficients of people from N clips.
 
-        `vectors` [N, sum of D] are the vectors of all clips, and 0 in a missing part. `owner` [N]
-        int is the index in `names` of the person of each clip.
+        `vectors` are [N, sum of D]. `owner` [N] int is the index in `names` of the person of each
+        clip.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
@@ -200,7 +168,7 @@ class Backend(NamedTuple):
         return People(tuple(names), tuple(linear), np.stack(constants), np.stack(counts))
 
     def numbers(self) -> np.ndarray:
-        """Returns the parameters of all parts as a flat float64 array, see `from_numbers`."""
+        """Returns all parameters as a flat float64 array, see `from_numbers`."""
         arrays = (np.ravel(array) for part in self.parts for array in part.arrays())
         return np.concatenate([*arrays]).astype("<f8")
 
@@ -216,7 +184,7 @@ def fit(
     """Fits a back end, with PLDA for each part, to N labelled clips.
 
     Args:
-      vectors: part -> unit vectors [N, D] float32. The vector of a missing part is 0.
+      vectors: part -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
       enrolled: part -> [N, D] float32. Row n enrols the person of clip n, and may be the mean over
         the person's clips in a film. The default is `vectors`.
@@ -248,11 +216,7 @@ def fit(
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
-    """Makes a back end that compares clips by distances.
-
-    `back_ends` are part -> parameters from the card of its net. For `stranger_odds`, see
-    `Gallery.of_models`.
-    """
+    """Makes a back end that compares clips by distances, from part -> parameters of its card."""
     parts = []
     for name, back_end in back_ends.items():
         distances = distance.from_cosines(back_end.same, back_end.different)
@@ -265,38 +229,25 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and adds up the vectors of each owner: returns counts [num] and sums [num, D].
-
-    `units` are N unit vectors [N, D]. `owner` [N] is the index, below `num`, of the person or group
-    that each vector belongs to. Vectors that are 0 are not counted.
-    """
+    """Returns the count [num] and sum [num, D] of each owner's vectors that are not 0."""
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
-    """Subtracts the centre of a part from N vectors x [N, D], and scales them to unit length.
-
-    If a clip lacks the part, the vector is 0 and stays 0.
-    """
+    """Subtracts the centre from vectors x [N, D] and scales them to unit length. 0 stays 0."""
     return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 
 
 def sizes(width: int, by_card: bool) -> list[int]:
-    """Returns the sizes of the arrays in `Part.arrays`, for vectors of length `width`.
-
-    `by_card` is True if the part is compared by distances.
-    """
+    """Returns the sizes of the arrays in `Part.arrays`. `by_card` is True for distances."""
     return [width, len(Distances._fields)] if by_card else [width, width, width * width, width]
 
 
 def from_numbers(
     kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
 ) -> Backend:
-    """Makes a back end from the array that `Backend.numbers` returned.
-
-    `kinds` are (name, D, True if it is compared by distances) of each part.
-    """
+    """Makes a back end of `Backend.numbers`. `kinds` are (name, D, True for distances)."""
     parts, at = [], 0
     for name, width, by_card in kinds:
         arrays = []
@@ -322,18 +273,11 @@ def _one_thread() -> contextlib.AbstractContextManager[object]:
 
 
 class _Queries(NamedTuple):
-    """Q clips that are prepared for the comparison with people.
+    """Q clips that are prepared for the comparison with people."""
 
-    Attributes:
-      coordinates: M arrays [Q, D] float64, which are multiplied with `People.linear`. The
-        coordinates of a missing part are 0.
-      terms: M arrays [Q, ...] float64, terms of the log-likelihood ratio that depend on the clip.
-      missing: [M, Q] bool, True if a clip lacks the part.
-    """
-
-    coordinates: list[np.ndarray]
-    terms: list[np.ndarray]
-    missing: np.ndarray
+    coordinates: list[np.ndarray]  # M arrays [Q, D] float64, factors of `linear`; 0 if missing
+    terms: list[np.ndarray]  # M arrays [Q, ...] float64, terms that depend only on the clip
+    missing: np.ndarray  # [M, Q] bool, True if a clip lacks the part
 
 
 class Ratios:
@@ -348,7 +292,7 @@ class Ratios:
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
         """Prepares the comparison with N people who have `count` [N] clips.
 
-        All ratios are multiplied by `scale`. `constant` [N] is described in `People`.
+        All ratios are multiplied by `scale`. For `constant` [N], see `People`.
         """
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
@@ -359,12 +303,8 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `coordinates` [Q, D] and `terms` [Q, U] of Q clips, see `_Queries`.
-
-        `units` [Q, D] are the unit vectors of the clips. `effective` [Q], the effective numbers of
-        clips, is used only in `DistanceRatios.ask`.
-        """
-        del effective
+        """Returns `coordinates` [Q, D] and `terms` [Q, U] of unit vectors, see `_Queries`."""
+        del effective  # only `DistanceRatios` compares groups of clips
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
 
@@ -373,8 +313,7 @@ class Ratios:
     ) -> None:
         """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
 
-        `rows` are the indices of the people, and `owner` the indices of the clips, see
-        `Index._add_up`. `terms` are from `ask`.
+        `rows` are the people and `owner` the clips, see `Index._add_up`. `terms` are from `ask`.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
         # If all people have the same number of clips, broadcasting is faster than indexing.
@@ -394,11 +333,7 @@ class DistanceRatios:
     """
 
     def __init__(self, distances: Distances, people: Sequence[tuple[np.ndarray, ...]]):
-        """Prepares the comparison with N people.
-
-        `people` are blocks of P people: the numbers of their clips [P], the means of their unit
-        vectors [P, D], and the squared lengths of the means [P].
-        """
+        """Prepares the comparison. `people` are blocks of `num_clips`, `linear`, `constant`."""
         counts, means, _ = zip(*people, strict=True)
         effective = [distance.effective_count(distances, count, x) for count, _, x in people]
         self._distances = distances
@@ -426,10 +361,10 @@ class DistanceRatios:
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns `coordinates` [Q, D] and `terms` [Q, 4] of clips or groups, see `_Queries`.
 
-        `units` [Q, D] are the means of the unit vectors of each group, and `effective` [Q] the
-        effective numbers of its clips, see `distance.effective_count`. The coordinates of a mean x
-        are x - m. The terms are (x - m) . m, |x - m|^2, the variance of x if the person is known,
-        and the log density of x if the clips show a stranger.
+        `units` [Q, D] are the means x of the unit vectors of each group, and `effective` [Q] the
+        effective numbers of its clips. The coordinates are x - m. The terms are (x - m) . m,
+        `|x - m|^2`, the variance of x if the person is known, and the log density of x if the
+        person is a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -441,7 +376,7 @@ class DistanceRatios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Turns products into log-likelihood ratios, in place; see `Ratios.finish`."""
+        """See `Ratios.finish`."""
         kind = ratios.dtype
         across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
         share, radius, variance = (
@@ -494,10 +429,7 @@ class Index:
         return scorers
 
     def replaced(self, removed: Collection[str], new: People) -> "Index":
-        """Returns an index without the people `removed`, and with the people `new`.
-
-        Names in `removed` that the index lacks are ignored.
-        """
+        """Returns an index without the people `removed`, if any, and with the people `new`."""
         removed, kept, small = set(removed), [], [new]
         for block in self.blocks:
             if removed and not removed.isdisjoint(block.names):
@@ -512,9 +444,8 @@ class Index:
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields the log-probabilities of all people for each of Q clips, [1 + N] float64.
 
-        Entry 0 belongs to a person who is not enrolled, and entry 1 + r to `names[r]`. The
-        probabilities add up to 1. If a clip lacks all parts, entry 0 has probability 1. `parts` are
-        M arrays [Q, D]. The vector of a missing part is 0.
+        Entry 0 belongs to a person who is not enrolled, and entry 1 + r to `names[r]`. If a clip
+        lacks all parts, entry 0 has probability 1. `parts` are M arrays [Q, D].
         """
         for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
@@ -527,8 +458,8 @@ class Index:
     ) -> Iterator[Nearest]:
         """Yields the k most probable people of each of Q clips, or of each of G groups of clips.
 
-        `parts` are M arrays [Q, D]. The vector of a missing part is 0. A clip that lacks all parts
-        gets no people. `owner` [Q] int is the group of each clip. By default, each clip is a group.
+        `parts` are M arrays [Q, D]. A clip that lacks all parts gets no people. `owner` [Q] int is
+        the group of each clip. By default, each clip is a group.
         """
         for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
@@ -577,11 +508,7 @@ class Index:
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Computes the means [G, D] of the unit vectors of groups of clips, for each part.
-
-        `owner` [Q] is the group of each clip. Also returns the effective numbers of clips [G] of
-        the groups, for each part; see `distance.effective_count`.
-        """
+        """Computes the mean unit vector and `distance.effective_count` of G groups, by part."""
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
             count, total = sum_by_owner(x, owner, int(owner.max(initial=-1)) + 1)
@@ -593,11 +520,7 @@ class Index:
         return means, effective
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares Q clips or groups of clips for the comparison.
-
-        `units` are M arrays [Q, D], the means of their unit vectors. `effective` are M arrays [Q],
-        the effective numbers of their clips, see `_groups`.
-        """
+        """Prepares Q clips or groups of clips; for the arguments, see the results of `_groups`."""
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
             z, more = scorer.ask(x, k)
@@ -628,10 +551,7 @@ class Index:
         return logits
 
     def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
-        """Computes the logits [R] float64 of R pairs of a person and a clip.
-
-        `rows` [R] are the indices of the people. `owner` [R] are the indices of the clips.
-        """
+        """Computes the logits [R] float64 of R pairs of a person (`rows`) and a clip (`owner`)."""
         places = np.searchsorted(self._ends, rows, side="right") - 1
         products = [np.zeros(len(rows)) for _ in queries.coordinates]
         for place in np.unique(places).tolist():
@@ -656,8 +576,8 @@ class Index:
 
         `products` are M arrays, the products of the clips' coordinates and `People.linear`. They
         are [Q, R] for all pairs of Q clips and R people, or [R] for R pairs. The logits overwrite
-        the first array. `rows` are the indices of the people. `owner` are the indices of the
-        clips, [Q, 1] for all pairs or [R] for R pairs.
+        the first array. `rows` are the indices of the people. `owner` are the indices of the clips,
+        [Q, 1] or [R].
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
@@ -680,10 +600,7 @@ class Index:
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns the sorted indices of the k highest of N float32 logits.
-
-        The indices of more logits are returned if float32 cannot decide which are the k highest.
-        """
+        """Returns the sorted indices of the k highest logits, or more if float32 cannot decide."""
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)
@@ -700,10 +617,7 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the log softmax [K] of logits [K] float64.
-
-    The best log-probability is computed from the others, which is more exact if it is near 0.
-    """
+    """Returns the log softmax [K], in which the best value is exact even if it is near 0."""
     best = logits.argmax()
     shifted = logits - logits[best]
     weights = np.exp(shifted)

@@ -1,7 +1,4 @@
-"""Edits the content of a gallery: people and clips are added, removed and renamed in a draft.
-
-`Gallery.change` writes all changes of a draft together, or none of them.
-"""
+"""Edits the content of a gallery in a draft. `Gallery.change` writes the draft."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -25,33 +22,22 @@ T = TypeVar("T")
 
 
 class Draft:
-    """The future content of a gallery, which is edited in memory.
-
-    See the methods of `Gallery` with the same names. Strangers are clips of people who are not
-    enrolled.
-
-    Attributes:
-      clips: name -> clip, including strangers.
-      groups: identity -> the names of its clips, as a sorted tuple, or as a set if the draft has
-        changed them. The key of strangers is the empty string.
-    """
+    """The future content of a gallery, which `Gallery.change` yields."""
 
     def __init__(self, state: State):
         self._state = state
-        self.clips = dict(state.clips)
+        self.clips = dict(state.clips)  # name -> clip, including strangers
+        # Identity or STRANGER -> names of its clips; a tuple, or a set if the draft has changed it.
         self.groups: dict[str, Collection[str]] = dict(state.groups)
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()
 
     def __bool__(self) -> bool:
-        """Returns True if the draft has changes."""
+        """Returns whether the draft has changes."""
         return bool(self._changed_clips)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips; returns the number of clips that are new or change from stranger to person.
-
-        Raises UserError if a clip is malformed, or enrolled with another vector or person.
-        """
+        """See `Gallery.add`."""
         width = sum(self._state.index.backend.widths.values())
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
         new = {
@@ -63,12 +49,7 @@ class Draft:
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """Adds the modalities that enrolled clips lack.
-
-        `vectors` are clip -> vector of all modalities. A clip is skipped if it is not enrolled, or
-        if it is enrolled with another vector of a modality. Returns the names of the clips in
-        `vectors` that are not skipped.
-        """
+        """See `Gallery.complete`. `vectors` are clip -> vector of all modalities."""
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
             old, vector = self.clips[name].vector, vectors[name]
@@ -85,7 +66,7 @@ class Draft:
         identity: str | Collection[str] | None = None,
         clip: str | Collection[str] | None = None,
     ) -> int:
-        """Removes people with all their clips, or single clips; returns the number of clips."""
+        """See `Gallery.remove`."""
         if (identity is None) == (clip is None):
             raise UserError(
                 "remove needs either people or clips\n"
@@ -104,7 +85,7 @@ class Draft:
         return len(removed)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """Gives a person another name; returns the number of clips."""
+        """See `Gallery.rename`."""
         check_argument("rename: identity", identity, str, "a name")
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
@@ -118,7 +99,7 @@ class Draft:
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the identity of a clip; returns the old identity. None stands for a stranger."""
+        """See `Gallery.relabel`."""
         check_argument("relabel: clip", clip, str, "a name")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
@@ -163,10 +144,7 @@ class Draft:
         return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns True if a clip is not enrolled yet, or changes from stranger to person.
-
-        Raises UserError if the clip is already enrolled with another person or vector.
-        """
+        """Returns whether a clip is not enrolled yet, or changes from stranger to person."""
         old = self.clips.get(name)
         if old is None:
             return True
@@ -209,7 +187,7 @@ class Draft:
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The changed clips, name -> clip, if the file needs only additional rows for them.
+        """The changed clips, if the file needs only additional rows for them.
 
         It is None if a clip was removed, a vector changed, or a clip of a person changed.
         """
@@ -246,8 +224,8 @@ def enrol(
     """Computes the coefficients of people. `groups` are identity -> the names of its clips.
 
     With PLDA, all clips of a person in a film count as a single clip, because such clips are alike.
-    With distances, clips are counted separately, whatever their film. But clips of a person that
-    are alike count less; see `distance.effective_count`.
+    With distances, clips are counted separately, whatever their film, but clips that are alike
+    count less; see `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     film = cut_film_name if backend.parts[0].distances is None else str
@@ -263,10 +241,7 @@ def group_by_film(
     clips: Mapping[str, StoredClip],
     film: Callable[[str], str] = cut_film_name,
 ) -> dict[tuple[str, str], list[str]]:
-    """Groups the clips `names` by person and film: (identity, film) -> names of clips.
-
-    `film` returns the film of the clip with a given name.
-    """
+    """Groups clips by person and film: (identity, film) -> names of clips."""
     films: dict[tuple[str, str], list[str]] = {}
     for name in names:
         films.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
@@ -321,10 +296,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
 
 
 def check_person(name: str) -> str:
-    """Returns the cleaned name of a person.
-
-    Raises UserError if it is invalid, too long, or reserved, like `unknown 1` and `ignored`.
-    """
+    """Returns the cleaned name of a person; refuses invalid, too long and reserved names."""
     check_argument("identity", name, str, "a name")
     name = _check_length("identity", clean_identity(name))
     if is_reserved(name):
@@ -353,9 +325,9 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
 class NotEnrolledError(UserError):
     """The gallery contains no person or clip with the given name.
 
-    The message suggests a similar name. The search for a similar name is slow, so it starts when
-    the message is read, after the gallery is unlocked. A server never reads the message, because
-    answers of a server must not reveal names.
+    The message suggests a similar name. The search for it is slow, so it starts when the message is
+    read, after the gallery is unlocked. A server never reads the message, because answers of a
+    server must not reveal names.
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):

@@ -7,24 +7,23 @@
     gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
     gallery.remove(identity="Ada")
 
-A gallery contains the vectors of all clips, and coefficients of each person for the comparison.
-Thresholds are measured on strangers, which are clips of people who are not enrolled. The order of
-changes does not matter: a new gallery of the same clips and with the same back end (see below)
-gives the same answers to 1e-6.
+Thresholds are measured on strangers, clips of people who are not enrolled. The order of changes
+does not matter: a new gallery of the same clips with the same back end gives the same answers to
+1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
 changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. The other
 properties, such as `clips` and `version`, show the content that was read last, see `refresh`.
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
-computes an answer uses the same state from its beginning to its end. A change is first written to
-the folder. If writing fails, folder and memory stay as they were.
+computes an answer uses one state. A change is first written to the folder. If writing fails, folder
+and memory stay as they were.
 
-A removed person leaves no trace in the folder. The back end, the set of parameters that compare
-vectors, is fitted to clips. From the back end and all clips but one, the vector of this one clip
-could be computed. Therefore `remove` fits the back end again to all clips that are left, including
-clips that were enrolled after the creation. Clips that are enrolled after the removal do not change
-the back end. The training run still depends on its training clips, and so does the back end of a
+A removed person leaves no trace in the folder. The back end, the parameters that compare vectors,
+is fitted to clips. From the back end and all clips but one, the vector of this one clip could be
+computed. Therefore `remove` fits the back end again to all clips that are left, including clips
+that were enrolled after the creation. Clips that are enrolled after the removal do not change the
+back end. The training run still depends on its training clips, and so does the back end of a
 gallery that was made with `empty=True`. Only a new training run without the clips removes this
 dependence.
 """
@@ -97,7 +96,7 @@ class Enrolment(NamedTuple):
     Attributes:
       enrolled: the number of new clips.
       unchanged: the number of clips that were enrolled before.
-      refused: the names of the clips without a usable frame, which were not enrolled.
+      refused: the clips without a usable frame, which were not enrolled.
       similar: new person -> an enrolled person with a similar name.
     """
 
@@ -111,10 +110,8 @@ class Vectors(NamedTuple):
     """The unit vectors of N clips.
 
     Attributes:
-      names: the names of the clips.
-      parts: modality -> vectors [N, D] float32. The length D depends on the modality. If a clip
-        lacks the modality, the vector is 0. If a run that is not PLDA embedded the clips, the only
-        key is `embedding`.
+      parts: modality -> vectors [N, D] float32, where D depends on the modality. The vector of a
+        missing modality is 0. For a run that is not PLDA, the only key is `embedding`.
       labels: the person of each clip, or None if the person is not known.
     """
 
@@ -123,7 +120,7 @@ class Vectors(NamedTuple):
     labels: tuple[str | None, ...]
 
     def only(self, names: Collection[str]) -> "Vectors":
-        """Selects the clips with the given names. Their order stays the same."""
+        """Selects the clips with the given names, in the order of `self.names`."""
         rows = [row for row, name in enumerate(self.names) if name in names]
         parts = {part: x[rows] for part, x in self.parts.items()}
         labels = tuple(self.labels[row] for row in rows)
@@ -151,9 +148,8 @@ class Gallery:
         """Opens a gallery.
 
         Args:
-          run: the training run that the gallery was made with, or the folder of this run. The
-            default is the folder that is stored in the gallery. The run is loaded when a vector
-            must be computed.
+          run: the training run that the gallery was made with, or its folder. The default is the
+            folder that is stored in the gallery. The run is loaded when a vector must be computed.
 
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
@@ -238,17 +234,15 @@ class Gallery:
     def of_models(
         cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
     ) -> "Gallery":
-        """Makes an empty gallery for features of pretrained models, without a training run.
+        """Makes an empty gallery for features that `vidjax extract` computes with the given models.
 
-        `vidjax extract` computes the features with the given models. Clips are compared by the
-        distances of their vectors. The card of each model, a JSON file that describes the model,
+        Clips are compared by the distances of their vectors. The card of each model, a JSON file,
         contains the distribution of these distances.
 
         Args:
           folder: a new or empty folder.
           models: the folder of the models and their cards; see `vidjax.apps.video.cards`.
           stranger_odds: the expected number of clips of strangers per clip of an enrolled person.
-            With 1, half of the clips are expected to show strangers.
 
         Raises:
           ValueError: no card of a face or voice model contains a distribution of distances, or
@@ -273,8 +267,8 @@ class Gallery:
     ) -> "Gallery":
         """Makes a gallery of clips whose vectors are known, in a new or empty folder.
 
-        `origin` is the run or the models that computed the vectors. `run` is the run if it is
-        already loaded. By default, the run is loaded when a vector must be computed.
+        `origin` is the run or the models that computed the vectors. `run` is the loaded run, if
+        any.
         """
         path = Path(folder).expanduser().absolute()
         width = _check_width(backend)
@@ -331,7 +325,7 @@ class Gallery:
 
     @property
     def origin(self) -> VectorOrigin:
-        """The run or the models that compute the vectors, as a folder and a digest."""
+        """The run or the models that compute the vectors."""
         return self._state.run
 
     @property
@@ -366,9 +360,9 @@ class Gallery:
                 self._state = self._store.read()
 
     def remove_leftovers(self) -> None:
-        """Deletes files that a killed process has left, unless the folder is in use or read-only.
+        """Deletes files of a killed process, which may contain names and vectors of removed people.
 
-        Such files may contain names and vectors of removed people.
+        If the folder is in use or read-only, nothing is deleted.
         """
         with contextlib.suppress(InUseError, UnwritableError, OSError):
             self._store.remove_leftovers()
@@ -417,8 +411,8 @@ class Gallery:
         """Returns the vectors of clips.
 
         The run of the gallery computes the vectors. In a gallery of models, the vector of a
-        modality is the mean of its frames. If `clips` are vectors, they are returned unchanged, or
-        refused if they are not vectors of this gallery.
+        modality is the mean of its frames. If `clips` are vectors of this gallery, they are
+        returned unchanged.
 
         Args:
           clips, split: see the class.
@@ -461,9 +455,9 @@ class Gallery:
     def change(self) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
-        The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. All changes
-        are written at the end of the block. If the block raises an error, nothing is written.
-        During the block, no other process can change the gallery.
+        The draft has the methods `add`, `complete`, `remove`, `rename` and `relabel` of this class.
+        All changes are written at the end of the block. If the block raises an error, nothing is
+        written. During the block, no other process can change the gallery.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._now())
@@ -545,8 +539,8 @@ class Gallery:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        A clip that is already enrolled is skipped. Exception: if the clip is enrolled as a
-        stranger, and `clips` contain a person for the clip, the clip gets this person.
+        A clip that is already enrolled is skipped. But if it is enrolled as a stranger, it gets the
+        person that `clips` contain for it.
 
         Raises:
           ValueError: a clip is malformed, or already enrolled for another person or with another
@@ -573,7 +567,7 @@ class Gallery:
             return draft.remove(identity=identity, clip=clip)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """Gives the person `identity` the name `to`; returns the number of the person's clips.
+        """Renames the person `identity` to `to`; returns the number of the person's clips.
 
         If `merge` is True, `to` may be an enrolled person, and the two become one person.
 
@@ -625,11 +619,10 @@ class Gallery:
         return tuple(part for part in now if part not in was)
 
     def complete(self, vectors: Vectors) -> set[str]:
-        """Adds the modalities that enrolled clips lack.
+        """Adds the modalities that enrolled clips lack. `vectors` contain all modalities.
 
-        `vectors` contain all modalities. A clip is skipped if it is not enrolled, or if it is
-        enrolled with another vector of a modality. Returns the names of the clips in `vectors` that
-        are not skipped.
+        A clip is skipped if it is not enrolled, or if it is enrolled with another vector of a
+        modality. Returns the names of the clips that are not skipped.
         """
         clips = select_usable_clips(vectors)
         with self.change() as draft:
@@ -651,7 +644,6 @@ class Gallery:
         without a usable frame are left out.
 
         Args:
-          vectors: the vectors of the clips.
           apart: pairs of clips that show different people, for example two faces in a picture.
           begin: clip -> group for all clips with a usable frame. Groups may be joined, but clips of
             the same group stay together. By default, each clip is a group at the beginning.
@@ -679,8 +671,7 @@ class Gallery:
     def threshold(self, fpir: float) -> Threshold:
         """Returns the lowest threshold that a new stranger reaches with probability `fpir` or less.
 
-        The first call after a change takes longer, because all strangers are compared with all
-        people.
+        The first call after a change compares all strangers with all people.
 
         Raises:
           ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 strangers.
@@ -701,11 +692,7 @@ class Gallery:
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule that decides if a clip gets a name; see `identify` for the arguments.
-
-        Raises:
-          ValueError: as in `identify`.
-        """
+        """Returns the rule that decides if a clip gets a name. Arguments are as in `identify`."""
         return self._rule(self._require_people(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
@@ -838,10 +825,7 @@ class Gallery:
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError unless a gallery can be made in a folder, which must be new or empty.
-
-    Files that a killed process has left in the folder are ignored.
-    """
+    """Raises UserError unless a folder is new or empty. Files of a killed process do not count."""
     store = Store(folder.expanduser().absolute())
     if not store.folder.is_dir():
         return
@@ -867,7 +851,7 @@ def _check_width(backend: Backend) -> int:
 
 
 def _check_parts(vectors: Vectors, backend: Backend) -> Vectors:
-    """Raises UserError if vectors were not made for a back end; returns the vectors."""
+    """Returns vectors. Raises UserError if they were not made for the back end."""
     widths = {part: x.shape[1] for part, x in vectors.parts.items()}
     if [*widths.items()] != [*backend.widths.items()]:
         raise UserError(
@@ -894,7 +878,7 @@ def _restored(run: "Predictor | str | Path") -> "Predictor":
 
 
 def make_run_origin(run: "Predictor") -> VectorOrigin:
-    """Returns the `VectorOrigin` of a run: its folder, and a digest of its weights."""
+    """Returns the folder of a run, and a digest of its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
@@ -902,8 +886,8 @@ def make_run_origin(run: "Predictor") -> VectorOrigin:
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     """Returns the `VectorOrigin` of models, and the parameters that compare their vectors.
 
-    The parameters are modality -> `cards.BackEnd`, from the JSON file (card) of each face and voice
-    model. Raises UserError if no card contains such parameters.
+    The parameters are modality -> `cards.BackEnd`, from the card of each face and voice model.
+    Raises UserError if no card contains such parameters.
     """
     from vidjax.apps.video import cards
 
@@ -930,10 +914,9 @@ def embed(
     split: str | None = None,
     advance: Callable[[int], None] = ignore_count,
 ) -> Vectors:
-    """Computes the vectors of clips with a run.
+    """Computes the vectors of clips with a run; see `Gallery.embed`.
 
-    If the run is an ensemble of PLDA models, the first member computes the vectors. For `clips` and
-    `advance`, see `Gallery.embed`.
+    If the run is an ensemble of PLDA models, the first member computes the vectors.
     """
     if split is None and hasattr(clips, "train_batches"):
         raise UserError(
@@ -961,8 +944,8 @@ def pad_batches(
 ) -> "Iterator[Batch]":
     """Yields the clips of a split in batches of `rows` clips.
 
-    JAX compiles a program for each shape of a batch. So there are only a few shapes: a clip is
-    padded to the smallest length in PAD_LENGTHS that its longest modality fits in.
+    JAX compiles a program for each shape of a batch. So a clip is padded to the smallest length in
+    PAD_LENGTHS that its longest modality fits in.
     """
     lengths = longest(source.split(split), modalities)
     pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
@@ -973,10 +956,7 @@ def pad_batches(
 
 
 def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, sum of D] into unit vectors, modality -> [N, D].
-
-    If the run is not a PLDA run, the only key is `embedding`.
-    """
+    """Splits embeddings [N, sum of D] into the unit vectors of `Vectors.parts`."""
     parts, at, model = {}, 0, run.system.model
     plda = model.gallery_settings()
     for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
@@ -1058,7 +1038,7 @@ def fit_backend(
 
 
 def _refit(state: State) -> State:
-    """Fits the back end to the clips of a state again; returns the new state."""
+    """Returns the state with a back end that is fitted to its clips again."""
     backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()

@@ -4,8 +4,8 @@
    again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
    shows the same person are 1 / G, where G is the present number of groups.
 2. Small groups are joined to larger groups. The prior probability that a small group belongs to a
-   group of n clips is proportional to n. The prior probability that the small group shows a new
-   person is proportional to the number of groups with a single clip.
+   group of n clips is proportional to n. The prior probability that it shows a new person is
+   proportional to the number of groups with a single clip.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.
@@ -53,8 +53,8 @@ class Groups:
         """Makes groups of N clips.
 
         `coordinates` are M arrays [N, D], see `Backend.whiten`, but 0 in a missing part. `labels`
-        [N] int is the group of each clip. `apart` are pairs of clips, by their indices, that show
-        different people.
+        [N] int is the group of each clip. `apart` are pairs of indices of clips that show different
+        people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]
@@ -70,9 +70,7 @@ class Groups:
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
         """Returns the variance of each group's mean, as a share of the variance of one clip.
 
-        For PLDA it is 1 / k if k clips of the group have the part. For distances it may be larger,
-        see `distance.effective_count`. `number` is the index of the part in the vectors of clips.
-        `rows` are the indices of the groups.
+        For PLDA it is 1 / k if k clips of the group have the part. For distances it may be larger.
         """
         count = np.maximum(self.counts[number][rows], 1)
         distances = self._backend.parts[number].distances
@@ -81,7 +79,7 @@ class Groups:
         return 1 / distance.effective_count(distances, count, self._squares[number][rows])
 
     def join(self, target: int, source: int) -> None:
-        """Moves all clips of the group with index `source` to the group with index `target`."""
+        """Moves all clips of the group `source` to the group `target`."""
         for number, (count, mean) in enumerate(zip(self.counts, self.means, strict=True)):
             shares = count[[target, source]] / max(count[target] + count[source], 1)
             count[target] += count[source]
@@ -94,7 +92,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops groups without clips; returns the old indices [G] of the groups that stay."""
+        """Drops groups without clips; returns the old indices of the groups that stay."""
         rows = np.flatnonzero(self.sizes)
         for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
@@ -143,7 +141,6 @@ def group(
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
 
     Args:
-      backend: compares the vectors.
       names: [N], the names of the clips. A name starts with the name of the film.
       parts: the vectors of the clips, M arrays [N, D] float32. The vector of a missing part is 0.
       apart, begin, absorb: see `Gallery.group`. `begin` is [N], the group of each clip.
@@ -210,11 +207,10 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
 def _agglomerate(groups: Groups) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
-    Returns the group [G] to which each group was joined. For each group, the highest of the
-    log-likelihood ratios of its pairs is stored, and an upper bound of its other ratios. When two
-    groups are joined, the highest ratio of a pair with one of them no longer exists. The bound then
-    replaces the ratio, which is stale. A stale ratio is computed again only when it is the highest
-    of all ratios.
+    Returns the group [G] to which each group was joined. For each group, the highest ratio of its
+    pairs is stored, and an upper bound of its other ratios. When two groups are joined, the highest
+    ratio of a pair with one of them no longer exists. The bound then replaces the ratio, which is
+    stale. A stale ratio is computed again only when it is the highest of all ratios.
     """
     num = left = len(groups.sizes)
     labels, best, stale = np.arange(num), np.zeros(num, int), np.ones(num, bool)
@@ -246,10 +242,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns the new labels [G] of all groups.
-
-    `labels` [G] is the group to which `_agglomerate` joined each group.
-    """
+    """Joins small groups to larger groups; returns the new labels [G] of all groups."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)

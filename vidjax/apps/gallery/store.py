@@ -82,21 +82,12 @@ BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
-    """The training run or the pretrained models that computed the vectors of the clips.
+    """The training run or the pretrained models that computed the vectors of the clips."""
 
-    A card is the JSON file that describes a pretrained model.
-
-    Attributes:
-      workdir: the folder of the run or of the models.
-      digest: the sha256 of the weights of the run, or of the cards of all models.
-      centred: True if the run subtracts a centre from its vectors.
-      cards: modality -> the sha256 of the card of its model. It is empty if a run computed the
-        vectors.
-    """
-
-    workdir: schemas.Text
-    digest: schemas.Sha256
-    centred: bool
+    workdir: schemas.Text  # the folder of the run or of the models
+    digest: schemas.Sha256  # the sha256 of the weights of the run, or of the cards of all models
+    centred: bool  # True if the run subtracts a centre from its vectors
+    # Modality -> the sha256 of the JSON file that describes its model. Empty for a run.
     cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}
 
 
@@ -121,43 +112,27 @@ class _Facts(Struct):
 
 
 class StoredClip(NamedTuple):
-    """A clip of a person or of a stranger.
+    """A clip of a person or of a stranger."""
 
-    Attributes:
-      identity: the person; None for a stranger.
-      vector: [sum of D] float32, the joined vectors of all modalities. The vector of a missing
-        modality is 0.
-      fitted: True if the parameters that compare vectors were fitted to this clip.
-    """
-
-    identity: str | None
-    vector: np.ndarray
-    fitted: bool = False
+    identity: str | None  # the person; None for a stranger
+    vector: np.ndarray  # [sum of D] float32, of all modalities; 0 for a missing modality
+    fitted: bool = False  # True if the parameters that compare vectors were fitted to this clip
 
 
 class State(NamedTuple):
     """The whole content of a gallery. A state is immutable.
 
-    Attributes:
-      version: the number of changes, including the creation.
-      run: the run or the models that computed the vectors.
-      index: the enrolled people with their coefficients.
-      clips: name -> clip, including strangers.
-      groups: identity -> the sorted names of its clips. The key of strangers is the empty string.
-      rows: the sum of the sha256 of all rows in the file, which shows if a row is damaged. It is 0
-        if the state was not written.
-      entries: the number of people and clips in all rows, including entries that were replaced.
-      sha256: the digest of the whole content. It is empty if the state was not written.
+    The last three fields describe the file. `Store.write` updates them.
     """
 
-    version: int
-    run: VectorOrigin
+    version: int  # the number of changes, including the creation
+    run: VectorOrigin  # the run or the models that computed the vectors
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
-    clips: Mapping[str, StoredClip]
-    groups: Mapping[str, tuple[str, ...]]
-    rows: int = 0
-    entries: int = 0
-    sha256: bytes = b""
+    clips: Mapping[str, StoredClip]  # name -> clip, including strangers
+    groups: Mapping[str, tuple[str, ...]]  # identity or STRANGER -> sorted names of its clips
+    rows: int = 0  # the sum of the sha256 of all rows in the file, which shows if a row is damaged
+    entries: int = 0  # people and clips in all rows, including entries that were replaced
+    sha256: bytes = b""  # of the whole content
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
@@ -166,7 +141,7 @@ class State(NamedTuple):
 
 
 def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
-    """Returns identity -> the sorted names of its clips. The key of strangers is STRANGER."""
+    """Computes `State.groups`."""
     groups: dict[str, list[str]] = {}
     for name, clip in clips.items():
         groups.setdefault(clip.identity or STRANGER, []).append(name)
@@ -189,10 +164,7 @@ class NoGalleryError(UnreadableError):
 
 
 class Store:
-    """Reads and writes the gallery in `folder`, an absolute path.
-
-    A change returns when it is on the disk.
-    """
+    """Reads and writes the gallery in `folder`, an absolute path."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / GALLERY_FILE
@@ -200,10 +172,7 @@ class Store:
     # ---- opening
 
     def foreign(self) -> str | None:
-        """Returns the name of a file in the folder that does not belong to a gallery, or None.
-
-        Files that a killed process has left while it made a gallery belong to the gallery.
-        """
+        """Returns the name of a file in the folder that does not belong to a gallery, or None."""
         names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
         return min((name for name in names if not PROBE.fullmatch(name)), default=None)
 
@@ -222,10 +191,9 @@ class Store:
         )
 
     def _check_files(self, *, write: bool) -> None:
-        """Refuses files that SQLite must not open: links, and journals that name another file.
+        """Refuses links, journals that name another file, and files of the mode WAL (-wal, -shm).
 
-        The files of the mode WAL (-wal and -shm) are refused, too, because a gallery never uses
-        this mode. A hard link is refused only with `write`.
+        A hard link is refused only with `write`.
         """
         try:
             status = os.lstat(self.path)
@@ -254,8 +222,8 @@ class Store:
     def open(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """Opens the file and begins a transaction. At the end, changes without a COMMIT are undone.
 
-        If an earlier change was interrupted, SQLite first undoes that change, even without `write`.
-        While the file is open with `write`, no other process can change the gallery.
+        SQLite first undoes an interrupted change, even without `write`. While the file is open with
+        `write`, no other process can change the gallery.
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
@@ -283,8 +251,7 @@ class Store:
     def remove_leftovers(self) -> None:
         """Deletes the journal of an interrupted change, because it contains names and vectors.
 
-        SQLite itself deletes a journal after it has undone the change. If the change was
-        interrupted before the file was changed, SQLite keeps the journal.
+        SQLite keeps the journal of a change that was interrupted before it changed the file.
         """
         with self.open(write=True), contextlib.suppress(FileNotFoundError):
             self.path.with_name(JOURNAL_FILE).unlink()
@@ -325,13 +292,13 @@ class Store:
         new: Mapping[str, StoredClip] | None = None,
         people: People | None = None,
     ) -> State:
-        """Writes a state and ends the transaction; returns the state with the new digests.
+        """Writes a state to the disk, in the transaction that began before the state was made.
 
         By default, all rows are written again. If `new` and `people` are given, they are all clips
-        and people that differ from the file, and only they are added to the file. If more than
-        half of the entries in the file would then be outdated, all rows are written again.
+        and people that differ from the file, and only they are added to the file. If then more than
+        half of the entries in the file would be outdated, all rows are written again.
 
-        `connection` is a transaction that `open` began before the state was made.
+        Returns the state with the new digests.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
@@ -383,8 +350,7 @@ def damaged(path: Path, problem: str) -> UnreadableError:
 def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
     """Turns errors of SQLite into OSError or UserError with a message for the user.
 
-    If the `with` block raises a UserError, the content of the file is wrong. The error becomes an
-    UnreadableError, whose message contains the path of the file.
+    A UserError of the `with` block means that the content is wrong: it becomes an UnreadableError.
     """
     try:
         yield
@@ -454,11 +420,10 @@ def _digest(row: tuple[int, str, bytes]) -> int:
 def _append(
     connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
 ) -> int:
-    """Adds N people or clips to a table. The last row is filled before a new row is added.
+    """Adds N people or clips to a table; returns the change of the sum of all rows' digests.
 
-    `words` contains the names of N people, or the names of N clips and the names of their people.
-    `numbers` [N] has the layout of the table. Returns by how much the sum of the digests of all
-    rows changes.
+    The last row is filled before a new row is added. `words` are the names of N people, or the
+    names of N clips and the names of their people. `numbers` [N] has the layout of the table.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -586,10 +551,7 @@ def _read_table(
 
 
 def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies the numbers of a row into the array `numbers`; returns the digest of the row.
-
-    Raises UserError if a number is NaN or infinite.
-    """
+    """Copies the numbers of a row, which must be finite; returns the digest of the row."""
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
         raise UserError("one of its rows contains NaN or infinity")
@@ -597,11 +559,7 @@ def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
-    """Raises UserError if a name is invalid.
-
-    `names` are the names of `clips`, followed by the names of their people. If a clip shows a
-    stranger, the name of the person is empty.
-    """
+    """Raises UserError if a name is invalid. `names` are `clips`, then their people or STRANGER."""
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
     if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):
@@ -629,11 +587,7 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields the people of the table `person` in blocks.
-
-    `names` and `numbers` are all entries of the table. If a person has several entries, the last
-    entry is valid.
-    """
+    """Yields the people of the table `person` in blocks. The last entry of a person is valid."""
     if (numbers["num_clips"] < 0).any():
         raise UserError("its table 'person' contains a number of clips below 0")
     last = {name: place for place, name in enumerate(names)}

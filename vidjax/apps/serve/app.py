@@ -3,9 +3,9 @@
     app = make_app(Gallery("people"), run=None)  # for any ASGI server
 
 The paths `/v2/...` are the Open Inference Protocol. All other paths take and return JSON with names
-of people. `describe` generates the OpenAPI description of all paths. Every answer uses the current
-content of the gallery's folder. The server confirms a removal when the removal is on the disk and
-all answers that could still contain the person are finished.
+of people. Every answer uses the current content of the gallery's folder. The server confirms a
+removal when the removal is on the disk and all answers that could still contain the person are
+finished.
 """
 
 import asyncio
@@ -115,24 +115,15 @@ class PageQuery(Struct, forbid_unknown_fields=True):
 
 
 class Endpoint(NamedTuple):
-    """An endpoint of the server.
-
-    Attributes:
-      method: the HTTP method.
-      path: the path, with parameters such as `{name}`.
-      answer: the function that answers a request. The first line of its docstring appears in the
-        OpenAPI description.
-      errors: the HTTP statuses of errors, in addition to COMMON_ERRORS.
-      body: the type of a JSON body; None if the request has no body.
-      query: the type of the query; None if the request has no query.
-    """
+    """An endpoint of the server."""
 
     method: str
-    path: str
+    path: str  # the path, with parameters such as `{name}`
+    # Answers a request. The first line of its docstring appears in the OpenAPI description.
     answer: Callable[[Request], Awaitable[Response]]
-    errors: tuple[int, ...] = ()
-    body: type[msgspec.Struct] | None = None
-    query: type[msgspec.Struct] | None = None
+    errors: tuple[int, ...] = ()  # the HTTP statuses of errors, in addition to COMMON_ERRORS
+    body: type[msgspec.Struct] | None = None  # the type of a JSON body
+    query: type[msgspec.Struct] | None = None  # the type of the query
 
 
 class Application:
@@ -377,11 +368,10 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a request to identify or enrol clips.
+        """Reads a request to identify or enrol clips; returns the clips and the request.
 
-        Returns clip -> modality -> field -> array [T, ...] of T frames, and the other fields of the
-        request as an object of the type `kind`. The body is either JSON with all fields, or an
-        `.npz` file with a clip. With an `.npz` file, the other fields are in the query.
+        The body is either JSON with all fields, or an `.npz` file with a clip, and then the other
+        fields are in the query. The request is an object of the type `kind`.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -498,11 +488,7 @@ def make_app(
 def describe(
     endpoints: Sequence[Endpoint], models: Sequence[str], widths: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Returns the OpenAPI description of the endpoints.
-
-    `models` are the names of the models of the Open Inference Protocol. `widths` are modality ->
-    width of its features in the gallery.
-    """
+    """Returns the OpenAPI description. `widths` are modality -> width of its features."""
     kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in (IdentifyRequest, EnrolRequest):
@@ -555,10 +541,7 @@ def describe(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens at an address; raises UserError if the address cannot be used.
-
-    Port 0 stands for any free port.
-    """
+    """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
     listener = None
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -581,7 +564,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns the settings of uvicorn, which runs the application."""
+    """Returns the settings of uvicorn."""
     return uvicorn.Config(
         app,
         ws="none",

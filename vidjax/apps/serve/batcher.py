@@ -60,7 +60,7 @@ class Batcher(Generic[Q, A]):
         return await future
 
     async def _work(self) -> None:
-        """Answers one batch after another until no request waits."""
+        """Answers batches until no request waits."""
         loop = asyncio.get_running_loop()
         try:
             while batch := self._take_batch():
@@ -130,7 +130,7 @@ class Changes:
         self.waiting = 0
 
     async def make(self, change: Callable[[], T]) -> T:
-        """Calls `change` and returns the result, even if the client disconnects meanwhile.
+        """Returns the result of `change`, which is made even if the client disconnects meanwhile.
 
         Raises Refused if too many changes are waiting (status 429), or if the change takes too long
         (status 503). A change that takes too long is still made later.

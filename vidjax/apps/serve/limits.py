@@ -1,9 +1,7 @@
 """Limits the size of requests, checks their sender, and counts them.
 
-`Guard` wraps the application: it checks the sender, turns errors into answers, and counts requests.
-`Bodies` reads the bodies of requests, and stops if they are too large. uvicorn limits the number of
-connections. Slow clients and long headers are not limited. On an open network the server needs a
-proxy for TLS, and the proxy must limit slow clients and long headers.
+uvicorn limits the number of connections. Slow clients and long headers are not limited. On an open
+network the server needs a proxy for TLS, and the proxy must limit slow clients and long headers.
 """
 
 import asyncio
@@ -58,50 +56,30 @@ OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
 class Limits(NamedTuple):
-    """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds.
+    """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
 
-    Attributes:
-      body_bytes: size of a binary body, and of the arrays of an `.npz` file as float32.
-      json_bytes: size of a JSON body, or of the JSON before binary tensors.
-      held_bytes: size of everything that is in memory for all requests: bodies, frames, a copy of
-        the frames, and answers that are not sent yet.
-      clips: number of clips in a request.
-      frames: number of frames in a clip and modality.
-      batch_clips: number of clips that the server scores together.
-      waiting_clips: number of clips that wait to be scored or embedded.
-      waiting_changes: number of enrolments and removals that wait.
-      connections: number of open connections.
-      answer_seconds: time from the end of the body to the answer.
-      change_seconds: additional time for a change of the gallery. After a removal, the parameters
-        of the gallery may be fitted to the remaining clips, which can take minutes.
-      request_seconds: time to receive a body, and the same time again to send the answer.
-      idle_seconds: time until an idle connection is closed.
-      drain_seconds: time for unfinished requests after a signal.
-      end_seconds: time from a signal to the forced end of the process.
-    """
-
-    body_bytes: int = 32 << 20
-    json_bytes: int = 4 << 20
+    body_bytes: int = 32 << 20  # a binary body, and the arrays of an `.npz` file as float32
+    json_bytes: int = 4 << 20  # a JSON body, or the JSON before binary tensors
+    # Everything in memory for all requests: bodies, frames, a copy of the frames, unsent answers.
     held_bytes: int = 256 << 20
-    clips: int = 256
-    frames: int = 20_000
-    batch_clips: int = 64
-    waiting_clips: int = 1024
-    waiting_changes: int = 16
-    connections: int = 512
-    answer_seconds: float = 10.0
+    clips: int = 256  # clips in a request
+    frames: int = 20_000  # frames in a clip and modality
+    batch_clips: int = 64  # clips that the server scores together
+    waiting_clips: int = 1024  # clips that wait to be scored or embedded
+    waiting_changes: int = 16  # enrolments and removals that wait
+    connections: int = 512  # open connections
+    answer_seconds: float = 10.0  # from the end of the body to the answer
+    # More time for a change of the gallery. After a removal, the parameters of the gallery may be
+    # fitted to the remaining clips, which can take minutes.
     change_seconds: float = 120.0
-    request_seconds: float = 130.0
-    idle_seconds: float = 30.0
-    drain_seconds: float = 15.0
-    end_seconds: float = 20.0
+    request_seconds: float = 130.0  # to receive a body, and the same time again to send the answer
+    idle_seconds: float = 30.0  # until an idle connection is closed
+    drain_seconds: float = 15.0  # for unfinished requests after a signal
+    end_seconds: float = 20.0  # from a signal to the forced end of the process
 
 
 class ServerMetrics:
-    """Counters for Prometheus, which contain no names of people or clips.
-
-    Requests are counted by their path pattern, such as `/clips/{name}`, and by their status.
-    """
+    """Counters for Prometheus, by path pattern and status, without names of people or clips."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -116,8 +94,7 @@ class ServerMetrics:
 class Refused(Expected):
     """An error that the server sends to a client.
 
-    Long messages are cut, see `one_line`. `retry_after` is the number of seconds after which the
-    client may try again, or None if trying again cannot help.
+    The client may try again after `retry_after` seconds. If it is None, trying again cannot help.
     """
 
     def __init__(self, status: HTTPStatus, text: str, retry_after: int | None = None):
@@ -162,7 +139,7 @@ def read_token(path: Path) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Returns True if only programs on this machine can reach a server at the address `host`."""
+    """Returns whether only programs on this machine can reach a server at the address `host`."""
     if host == "localhost":
         return True
     try:
@@ -174,18 +151,17 @@ def is_loopback(host: str) -> bool:
 class Bodies:
     """Reads the bodies of requests, and limits the memory of all requests together.
 
-    The ASGI scope of a request has two entries. `vidjax.held` is the number of bytes that the
-    request takes in memory. `vidjax.clock` is the `asyncio.Timeout` of the request.
+    The ASGI scope of a request has two entries: `vidjax.held`, the bytes that the request takes in
+    memory, and `vidjax.clock`, the `asyncio.Timeout` of the request.
     """
 
     def __init__(self, limits: Limits):
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """Reads the body of a request, which may be chunked.
+        """Reads the body of a request, and sets its timeout to `Limits.answer_seconds` from now.
 
-        Then the timeout of the request is set to `Limits.answer_seconds` from now. Raises Refused
-        if the body has more than `limit` bytes, or has a Content-Encoding.
+        Raises Refused if the body has more than `limit` bytes, or has a Content-Encoding.
         """
         headers = request.headers
         if headers.get("content-encoding", "identity").strip().lower() != "identity":
@@ -209,10 +185,7 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Sets the number of bytes that a request takes in memory to `size`.
-
-        Raises Refused (status 429) if all requests together take too much memory.
-        """
+        """Sets the bytes that a request takes; raises Refused (429) if all take too many."""
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes:
             text = "all requests together take too much memory: try again"
@@ -327,8 +300,8 @@ class Guard:
 def to_refusal(error: Exception) -> Refused:
     """Converts an exception to the error that is sent to the client.
 
-    The client gets the message of an error that the request has caused. All other messages may
-    contain paths or names of people, so the client gets a general text instead.
+    The client gets the message of an error that the request has caused. Other messages may contain
+    paths or names of people, so the client gets a general text instead.
     """
     if isinstance(error, Refused):
         return error
@@ -363,5 +336,5 @@ def _split(address: str) -> SplitResult:
 
 
 def unprocessable(text: str) -> Refused:
-    """Returns an error for a request that contains a wrong value, with HTTP status 422."""
+    """Returns the error for a request that contains a wrong value, with HTTP status 422."""
     return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, text)

@@ -107,8 +107,8 @@ def parse(
 ) -> tuple[InferRequest, dict[str, np.ndarray]]:
     """Parses the body of a request for inference; returns the request and its input tensors.
 
-    `header_length` is the header `Inference-Header-Content-Length`. `inputs` are the inputs that
-    the model accepts. Raises Refused if the JSON or an input is wrong.
+    `header_length` is the header `Inference-Header-Content-Length`. Raises Refused for a wrong
+    input.
     """
     at = header_size = _read_header_size(body, header_length)
     if header_size > limits.json_bytes:
@@ -222,8 +222,8 @@ def encode_answer(
 ) -> tuple[bytes, int | None]:
     """Encodes the answer of `model`; returns the body, and the length of the JSON at its beginning.
 
-    `request` lists the outputs to send. `outputs` are all outputs of the model, name -> array of
-    float32 or of text (dtype object). If the body contains no binary tensors, the length is None.
+    `request` lists the outputs to send. `outputs` are name -> array of float32 or of text (dtype
+    object). If the body contains no binary tensors, the length is None.
     """
     requested = {output.name: output.parameters.binary_data for output in request.outputs}
     described, tails = [], []

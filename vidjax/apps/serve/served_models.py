@@ -1,8 +1,7 @@
 """The two models of the Open Inference Protocol: a gallery, and the net of a run.
 
 A model answers a batch of questions at once. The answer to a question does not depend on the other
-questions. If a batch fails, each question is answered separately, so that only wrong questions get
-an error.
+questions.
 """
 
 import itertools
@@ -28,46 +27,31 @@ FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAM
 
 
 class Question(NamedTuple):
-    """Clips to identify or to score.
+    """Clips to identify or to score."""
 
-    Attributes:
-      clips: name of the clip -> modality -> frames.
-      k: the largest number of identities per clip.
-      fpir, threshold: the rule by which a clip gets a name, see `Gallery.identify`. A run has no
-        such rule.
-    """
-
-    clips: Mapping[str, Mapping[str, Frames]]
-    k: int = DEFAULT_K
+    clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
+    k: int = DEFAULT_K  # the largest number of identities per clip
+    # The naming rule of a gallery, see `Gallery.identify`.
     fpir: float | None = None
     threshold: float | None = None
 
 
 class Identified(NamedTuple):
-    """The answers of a gallery for N clips, and the vectors of the clips.
-
-    Attributes:
-      vectors: [N, D] float32. A row contains the vectors of all modalities, one after the other.
-    """
+    """The answers for N clips, and the vectors [N, D] of all modalities, one after the other."""
 
     answers: list[Answer]
     vectors: np.ndarray
 
 
 class Scored(NamedTuple):
-    """The scores of a run for N clips and C identities, and the vectors of the clips.
-
-    Attributes:
-      scores: [N, C] float32.
-      vectors: [N, D] float32 unit vectors.
-    """
+    """The scores [N, C] and the unit vectors [N, D] of N clips, for C identities; float32."""
 
     scores: np.ndarray
     vectors: np.ndarray
 
 
 def list_inputs(model: "Model") -> list[Spec]:
-    """Lists the input tensors of a model: the features, quality and mask of each modality."""
+    """Lists the input tensors of a model."""
     specs = []
     for name, width in model.widths.items():
         specs.append(Spec(name, "FP32", (-1, -1, width)))
@@ -121,7 +105,11 @@ def make_question(
 
 
 def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
-    """Answers a batch of questions; returns an answer or an exception for each question."""
+    """Answers a batch of questions; returns an answer or an exception for each question.
+
+    If the batch fails, each question is answered separately, so that only wrong questions get an
+    error.
+    """
     try:
         return [*model.answer_batch(questions)]
     except Exception as error:
@@ -148,19 +136,13 @@ def check_finite(frames: Frames, place: str) -> None:
 
 
 def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
-    """Returns the number of bytes that clips take in memory when they are scored.
-
-    Fields that a clip lacks, such as the quality, are counted, because scoring adds them.
-    """
+    """Returns the bytes that clips take when they are scored, with the fields that scoring adds."""
     features = [frames["features"] for clip in clips.values() for frames in clip.values()]
     return sum(x.nbytes + FIELD_BYTES * len(x) for x in features)
 
 
 def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Joins the clips of all questions, name -> clip.
-
-    If there are several questions, each name gets the number of its question as a prefix.
-    """
+    """Joins the clips of all questions, name -> clip. Names get the number of their question."""
     if len(questions) == 1:  # errors should contain the names that the client has sent
         return questions[0].clips
     return {
@@ -219,9 +201,9 @@ class GalleryModel:
         """Converts an answer to the output tensors, name -> array.
 
         For N clips, they are identity [N], identities [N, K], scores [N, K] and embedding [N, D]. K
-        is the number of identities of the clip with the most identities, at most `question.k`. The
-        identity of an unknown person is empty. If a clip has fewer than K identities, the remaining
-        names are empty and have the score -inf.
+        is the largest number of identities of a clip, at most `question.k`. An unknown person is
+        empty text. If a clip has fewer than K identities, the remaining names are empty and have
+        the score -inf.
         """
         most = max((len(clip.best) for clip in answer.answers), default=0)
         shape = (len(answer.answers), min(question.k, most))
@@ -249,8 +231,8 @@ class RunModel:
     """The model that scores and embeds clips with the net of a run.
 
     JAX compiles a program for each shape of a batch. Clips are padded to the next of PAD_LENGTHS,
-    and batches have one of two numbers of rows. So there are few programs, and `warm` compiles all
-    of them.
+    and batches have one of two numbers of rows. So there are few programs, and `warm` compiles
+    them.
     """
 
     name = "run"
@@ -306,8 +288,8 @@ class RunModel:
     def tensors(self, question: Question, answer: Scored) -> dict[str, np.ndarray]:
         """Converts an answer to the output tensors, name -> array.
 
-        For N clips and C identities, they are scores [N, C], the names of the K best identities
-        [N, K], and embedding [N, D]. A name is empty if the clip has no score for the identity.
+        They are the scores [N, C], the names of the K best identities [N, K], and embedding [N, D].
+        A name is empty if the clip has no score for the identity.
         """
         k = min(question.k, answer.scores.shape[1])
         best = np.argsort(-answer.scores, axis=1, kind="stable")[:, :k]

@@ -87,8 +87,8 @@ def _cut_region(
 ) -> tuple[np.ndarray, int, int]:
     """Cuts out the part of a picture that contains the places (x, y), and shrinks it by `factor`.
 
-    Each pixel of the shrunk part is the mean of a square of pixels. Squares that reach beyond the
-    border are padded with black. Also returns the x and y of the part's top left corner in pixels.
+    Squares that reach beyond the border are padded with black. Also returns the x and y of the
+    part's top left corner in pixels.
     """
     height, width = rgb.shape[:2]
     # Squares are counted from the corner of the picture, so that all crops have the same squares.
@@ -116,10 +116,7 @@ def average_squares(picture: np.ndarray, side: int) -> np.ndarray:
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the numbers (first, end) of the squares that interpolation at `positions` reads.
-
-    The squares have sides of `factor` pixels, and divide an axis of `length` pixels.
-    """
+    """Returns the first and the end of the squares that interpolation at `positions` reads."""
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
     high = np.clip(np.ceil(positions.max() / factor) + 2, 0, last)
@@ -127,10 +124,7 @@ def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int,
 
 
 def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns the colours, uint8 [S, S, 3], of a picture [H, W, 3] at the places x, y [S, S].
-
-    Outside the picture, the colour is black.
-    """
+    """Returns the colours, uint8 [S, S, 3], of a picture at x, y [S, S], or black outside of it."""
     height, width = source.shape[:2]
     # The picture gets a black border. All places outside the picture are moved into the border.
     framed = np.zeros((height + 3, width + 3, 3), np.float32)

@@ -38,33 +38,21 @@ COLUMNS = {  # name of a column -> type in Apache Arrow
 
 
 class Appearance(NamedTuple):
-    """A period, from `start_s` to `end_s` seconds, in which a video shows a person.
-
-    Attributes:
-      identity: the name, or `unknown 3` for an unknown person, or None for an ignored person.
-      probability: the lowest probability of the name in all joined tracks. For an unknown person,
-        it is None.
-      clips: the names of the joined tracks.
-      evidence: what identified the person, such as "face" and "audio".
-      box: the box of the face in the picture at `box_at_s` seconds, from the longest track.
-    """
+    """A period, from `start_s` to `end_s` seconds, in which a video shows a person."""
 
     video: str
     start_s: float
     end_s: float
-    identity: str | None
-    probability: float | None
-    clips: tuple[str, ...]
-    evidence: tuple[str, ...] = ()
-    box: Box | None = None
-    box_at_s: float | None = None
+    identity: str | None  # the name, or `unknown 3`, or None for an ignored person
+    probability: float | None  # the lowest of all joined tracks; None for an unknown person
+    clips: tuple[str, ...]  # the names of the joined tracks
+    evidence: tuple[str, ...] = ()  # what identified the person, such as "face" and "audio"
+    box: Box | None = None  # of the face, from the longest track
+    box_at_s: float | None = None  # the time of the picture with the box
 
 
 def format_certainty(appearance: Appearance) -> str:
-    """Returns the probability of a name as text.
-
-    If a user gave the name, the text says so. For an unknown person, the text is empty.
-    """
+    """Returns the probability of a name as text, or "" for an unknown person."""
     if appearance.probability is None:
         return ""
     given = appearance.evidence == (TOLD,)
@@ -209,11 +197,7 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns a row of the table.
-
-    If a cell has several values, blanks separate them. If a person is ignored, the cell with the
-    name is `ignored`.
-    """
+    """Returns a row of the table. Blanks separate the values of a cell."""
     times = {name: round(values[name], 3) for name in ("start", "end")}
     cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)

@@ -38,20 +38,15 @@ Spread = tuple[Finite, Positive]  # mean and standard deviation
 
 
 class Input(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The format of a net's input.
-
-    Attributes:
-      layout: the order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1)
-        or "mels" (mel spectrograms [N, T, 40], see `voices.make_mels`).
-      colour: the order of the channels of an image. For sound, it is None.
-      size: the height and width of an image. If it is None, any multiples of 32 are allowed.
-      mean, scale: the input is (pixel - mean) * scale in each channel.
-    """
+    """The format of a net's input."""
 
     name: Text
+    # The order of the axes of an image; or sound at 16 kHz: "samples" (-1 to 1), or "mels", see
+    # `voices.make_mels`.
     layout: Literal["NCHW", "NHWC", "samples", "mels"]
-    colour: Literal["rgb", "bgr"] | None = None
-    size: tuple[Side, Side] | None = None
+    colour: Literal["rgb", "bgr"] | None = None  # order of the channels; None for sound
+    size: tuple[Side, Side] | None = None  # height and width; None allows any multiples of 32
+    # The input is (pixel - mean) * scale in each channel.
     mean: Three = (0.0, 0.0, 0.0)
     scale: Three = (1.0, 1.0, 1.0)
 
@@ -61,21 +56,14 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The distribution of the cosine of two embeddings, for one person and for two people.
+    """The distribution of the cosine of two embeddings, for one person and for two people."""
 
-    Attributes:
-      centre: the mean embedding. It is subtracted before embeddings are scaled to unit length.
-      same: the mean and standard deviation of the cosine of two embeddings of one person.
-      different: the mean and standard deviation of the cosine of embeddings of two people.
-      pairs: the number of measured pairs of embeddings of one person, and of two people.
-      data: a description of the measured data.
-    """
-
+    # The mean embedding, which is subtracted before embeddings are scaled to unit length.
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
-    same: Spread
-    different: Spread
-    pairs: tuple[Count, Count]
-    data: Text
+    same: Spread  # the cosine of two embeddings of one person
+    different: Spread  # the cosine of embeddings of two people
+    pairs: tuple[Count, Count]  # number of measured pairs of one person, and of two people
+    data: Text  # a description of the measured data
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
@@ -105,8 +93,8 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
     """Four numbers of a net's output for a test. They are checked when the net is loaded.
 
-    `nets.make_formula_inputs` makes the input of the test, an image or sound, from `seed`. Each
-    number may differ by `tolerance`.
+    `nets.make_formula_inputs` makes the input of the test from `seed`. Each number may differ by
+    `tolerance`.
     """
 
     seed: Count
@@ -167,10 +155,7 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
     digest: str
 
     def read_net(self) -> bytes:
-        """Returns the bytes of the ONNX file that this card describes.
-
-        Raises UserError if the file is missing, or its sha256 differs from the card.
-        """
+        """Returns the bytes of the net. Raises UserError if they are missing or have changed."""
         path = self.path.with_name(self.file)
         if not files.exists(path):
             raise UserError(f"'{self.path}' describes '{self.file}', which is missing\n{REMEDY}")

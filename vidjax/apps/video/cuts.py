@@ -63,11 +63,10 @@ def find_cuts(
 def write(
     folder: Path, appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
 ) -> None:
-    """Writes the cut lists of all people into a folder, as NAME.edl.
+    """Writes the cut lists of all people into a folder, as NAME.edl; see `find_cuts`.
 
-    Each appearance is extended by `padding_s` seconds at both ends. The title of a list contains
-    the frame rate. If the films of a person have several rates, the names of the files also contain
-    the rate.
+    The title of a list contains the frame rate. If the films of a person have several rates, the
+    names of the files also contain the rate.
     """
     lists = find_cuts(appearances, films, padding_s)
     rates = Counter(person for person, _ in lists)
@@ -84,10 +83,7 @@ def write(
 
 
 def to_edl(title: str, rate: float, cuts: Sequence[Cut]) -> str:
-    """Returns the text of a cut list. In the edited film, the cuts follow each other without gaps.
-
-    `rate` is the number of frames per second.
-    """
+    """Returns the text of a cut list. The cuts follow each other without gaps."""
     lines, at = [f"TITLE: {title}", "FCM: NON-DROP FRAME"], 0
     for number, (film, begin, end) in enumerate(cuts, 1):
         frames = (begin, end, at, at + end - begin)

@@ -62,64 +62,40 @@ EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """The properties that a video or photo declares. The file may be wrong about any of them.
+    """The properties that a video or photo declares. The file may be wrong about any of them."""
 
-    Attributes:
-      width, height: the size of the stored picture in pixels, before it is turned upright.
-      aspect: the width of a pixel divided by the height of a pixel. For photos, it is 1.
-      seconds: the duration. If the file declares none, it is None.
-      rate: the average number of frames per second.
-      start_s: the time stamp of the first picture or sound. It is subtracted from all time stamps,
-        so that times begin at 0.
-      photo: whether the file is a photo.
-      sound: whether the file contains sound that can be decoded.
-      others: the number of further video streams, such as other programmes. They are not read.
-    """
-
+    # The size of the stored picture in pixels, before it is turned upright.
     width: int
     height: int
-    aspect: float
-    seconds: float | None
-    rate: float
-    start_s: float
+    aspect: float  # the width of a pixel divided by the height of a pixel; 1 for photos
+    seconds: float | None  # the duration; None if the file declares none
+    rate: float  # the average number of frames per second
+    start_s: float  # first time stamp of a picture or sound, is subtracted from all time stamps
     photo: bool
-    sound: bool
-    others: int
+    sound: bool  # whether the file contains sound that can be decoded
+    others: int  # number of further video streams, such as other programmes, which are not read
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A picture of a video at `time_s` seconds.
-
-    Attributes:
-      small: uint8 [36, 64, 3], the stored picture in a fixed small size, for the detection of cuts.
-      rgb: uint8 [H, W, 3], the upright picture in full size. If the frame is not sampled (see
-        `Video.frames`), it is None.
-    """
+    """A picture of a video at `time_s` seconds."""
 
     time_s: float
-    small: np.ndarray
-    rgb: np.ndarray | None
+    small: np.ndarray  # uint8 [36, 64, 3], the stored picture, for the detection of cuts
+    rgb: np.ndarray | None  # uint8 [H, W, 3], the upright picture; None if it is not sampled
 
 
 @dataclasses.dataclass
 class DecodeCounts:
-    """Counts of the frames and errors so far.
-
-    Attributes:
-      corrupt: the number of frames that the decoder marked as corrupt. They are skipped.
-      refused: the number of packets and frames that could not be decoded or converted.
-      repaired: the number of time stamps that `Clock` replaced.
-      seconds: the end of the last frame in seconds.
-      damaged: whether the video ended long before its declared end, or the pictures or the sound
-        after some time could not be used.
-    """
+    """Counts of the frames and errors so far."""
 
     frames: int = 0
-    corrupt: int = 0
-    refused: int = 0
-    repaired: int = 0
-    seconds: float = 0.0
+    corrupt: int = 0  # frames that the decoder marked as corrupt. They are skipped
+    refused: int = 0  # packets and frames that could not be decoded or converted
+    repaired: int = 0  # time stamps that `Clock` replaced
+    seconds: float = 0.0  # the end of the last frame
+    # Whether the video ended long before its declared end, or the pictures or the sound after some
+    # time could not be used.
     damaged: bool = False
 
 
@@ -143,10 +119,7 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None) -> float:
-        """Returns the time of the next frame in seconds.
-
-        `stamp_s` is the time stamp of the frame, or None if the frame has no time stamp.
-        """
+        """Returns the time in seconds of the next frame, which may have no time stamp."""
         after = 0.0 if self._last is None else self._last + self._step
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)
@@ -163,10 +136,7 @@ class Clock:
 class Video:
     """An open video or photo, see `open_video`. Call either `frames` or `sound`, and only once.
 
-    Attributes:
-      info: the properties that the file declares.
-      counts: the counts of decoded frames. They are complete when the iteration ends.
-      tell: a function that returns the place in the file, in bytes, up to which it was read.
+    `counts` are complete when the iteration ends. `tell` returns the place in the file, in bytes.
     """
 
     def __init__(self, path: Path, file: io.FileIO | io.BytesIO, container: "InputContainer"):
@@ -182,8 +152,8 @@ class Video:
         """Yields all frames that are not corrupt. About `fps` frames per second are sampled.
 
         Only sampled frames contain the picture in full size, `Frame.rgb`. The first frame at or
-        after each multiple of 1 / `fps` seconds is sampled. If a video has fewer than `fps` frames
-        per second, all frames are sampled. Raises UserError if no frame can be decoded.
+        after each multiple of 1 / `fps` seconds is sampled. Raises UserError if no frame can be
+        decoded.
         """
         from av.error import FFmpegError
         from av.video.frame import VideoFrame
@@ -312,8 +282,7 @@ def open_video(path: Path) -> Iterator[Video]:
     """Opens a video or a photo in a `with` block. A photo is a video with a single frame.
 
     Videos may be MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV or FLV. Photos may be PNG, JPEG,
-    WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. If a GIF is animated, only its first picture is
-    read.
+    WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. Only the first picture of a GIF is read.
 
     Raises:
       UserError: `path` is not a regular file, has an unknown format, contains no picture, or
@@ -352,8 +321,7 @@ def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
 def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
     """Turns a picture [H, W, 3] by a multiple of 90 degrees, or mirrors it, or does both.
 
-    `turn` is (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y). If the angle is not
-    a multiple of 90 degrees, it is rounded to the nearest multiple.
+    If the angle of `turn` is not a multiple of 90 degrees, it is rounded to the nearest multiple.
     """
     a, b, c, d = turn
     across, down = a, d
@@ -364,7 +332,7 @@ def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
 
 
 def read_orientation(file: io.FileIO | io.BytesIO) -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8. Without EXIF, returns 1 (upright)."""
+    """Returns the EXIF orientation of a photo, 1 to 8. Without EXIF, it is 1 (upright)."""
     place = file.tell()
     file.seek(0)
     content = file.read(PHOTO_BYTES)

@@ -26,11 +26,11 @@ FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differi
 
 
 def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict[str, str | None]:
-    """Finds the photos of a gallery that may show a person other than their label.
+    """Finds doubtful photos of a gallery; returns clip -> the person whom the photo resembles.
 
-    Each photo is a clip. `person_of` is clip -> person for the photos to check. Returns clip of a
-    doubtful photo -> the person whom the photo resembles, or None if it resembles no other person.
-    If the card of the net contains no distribution of distances, no photo is doubtful.
+    The person is None if the photo resembles no other person. `person_of` is clip -> person for the
+    photos to check. If the card of the net contains no distribution of distances, no photo is
+    doubtful.
     """
     doubtful: dict[str, str | None] = {}
     clips = np.array(sorted(person_of))
@@ -57,8 +57,7 @@ def compare_photos(
       owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 
     Returns:
-      A dict from the row of a doubtful photo to the number of the person whom it resembles. If the
-      photo resembles no other person, the number is None.
+      Row of a doubtful photo -> number of the person whom it resembles, or None.
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)
@@ -89,18 +88,17 @@ def compare_photos(
 def _compute_log_ratios(
     distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
-    """Compares photos with the other photos of K people.
+    """Compares photos with the other photos of K people; returns ratios in the shape of `product`.
 
-    Returns the logarithms of the likelihood ratios of "the photo shows this person" to "the photo
-    shows someone else", in the shape of `product`. If a person has no other photos, the logarithm
-    is 0.
+    A ratio is log(p(photo | this person) / p(photo | another person)). It is 0 if a person has no
+    other photos.
 
     Args:
       count: [K], the number of other photos of each person.
       mean: [K, D], the mean unit embedding of these photos.
-      product: [K] or [N, K], the inner products of `mean` and the unit embeddings of the compared
-        photos. If it is [K], photo k is compared with person k. If it is [N, K], N photos are
-        compared with all K people.
+      product: the inner products of `mean` and the unit embeddings of the compared photos. If it is
+        [K], photo k is compared with person k. If it is [N, K], N photos are compared with all
+        people.
     """
     square = np.vecdot(mean, mean)
     noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)

@@ -10,8 +10,8 @@ in a shot: `STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the
 shot, such as `STEM.s003`. A photo with a single face is the clip `STEM`. A photo with several faces
 has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
 
-`videos/STEM.json` is written last. If it is missing, the extraction of the video was interrupted,
-and the next call extracts the video again.
+`videos/STEM.json` is written last. If it is missing, the extraction was interrupted, and the next
+call extracts the video again.
 """
 
 import os
@@ -47,54 +47,35 @@ Box = tuple[Share, Share, Share, Share]
 
 
 class ExtractionSettings(Struct, kw_only=True, frozen=True):
-    """The settings with which features are extracted from films.
+    """The settings with which features are extracted from films."""
 
-    Attributes:
-      fps: the number of frames per second in which faces are detected.
-      size: frames are shrunk for the detection until their longer side has `size` pixels.
-      unit: what becomes a clip. If it is "track", each person in a shot becomes a clip. If it is
-        "shot", the main person of each shot becomes a clip, as in iQIYI-VID.
-    """
-
-    fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0
-    size: Annotated[int, Meta(ge=32, le=8192)] = 640
+    fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0  # frames per second that are searched
+    size: Annotated[int, Meta(ge=32, le=8192)] = 640  # longer side of frames for the detection
+    # Each person in a shot becomes a clip, or only the main person, as in iQIYI-VID.
     unit: Literal["track", "shot"] = "track"
 
 
 class Extraction(Struct, kw_only=True):
-    """The contents of `extract.json`: the settings and the nets of a folder of features.
-
-    `models` contains the sha256 of the JSON file that describes each net, by role.
-    """
+    """The contents of `extract.json`: the settings and the nets of a folder of features."""
 
     format: Literal[3] = 3
-    models: Annotated[dict[str, Sha256], Meta(max_length=100)]
+    models: Annotated[dict[str, Sha256], Meta(max_length=100)]  # role -> sha256 of the card
     settings: ExtractionSettings
 
 
 class FilmTrack(Struct, kw_only=True):
-    """A person in a shot.
-
-    Attributes:
-      shot: the number of the shot in the film.
-      seen: the number of frames in which the person was detected.
-      quality: the quality of the best face, see `align.measure_quality`.
-      dark_eyes: whether the best face seems to wear sunglasses.
-      box: the box of the best face, or of the head if there is no face, in the picture at
-        `box_at_s` seconds.
-      name: the name that a photo program stored for this face, see `regions`.
-    """
+    """A person in a shot."""
 
     clip: Text
-    shot: Count
+    shot: Count  # the number of the shot in the film
     start_s: Seconds
     end_s: Seconds
-    seen: Size
-    quality: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    dark_eyes: bool = False
-    box: Box | None = None
-    box_at_s: Seconds | None = None
-    name: Text | None = None
+    seen: Size  # number of frames in which the person was detected
+    quality: Share = 0.0  # of the best face, see `align.measure_quality`
+    dark_eyes: bool = False  # whether the best face seems to wear sunglasses
+    box: Box | None = None  # of the best face, or of the head if there is no face
+    box_at_s: Seconds | None = None  # the time of the picture with the box
+    name: Text | None = None  # the name that a photo program stored for this face, see `regions`
 
     def __post_init__(self) -> None:
         _check_file_name(self.clip)
@@ -103,18 +84,14 @@ class FilmTrack(Struct, kw_only=True):
 
 
 class FileStamp(Struct, kw_only=True, frozen=True):
-    """The path and properties of a file. A file is read again only if one of them changes.
+    """The path and properties of a file. A file is read again only if one of them changes."""
 
-    Attributes:
-      address: the absolute path, with special characters quoted as in a URL (`%20`).
-      sidecars: the size and time of each sidecar file. A sidecar file contains the face tags of a
-        photo. If face tags are not read, `sidecars` is empty.
-    """
-
+    # The absolute path, with special characters quoted as in a URL (`%20`).
     address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
     size: Annotated[int, Meta(ge=0, le=2**62)]
     mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     inode: Annotated[int, Meta(ge=0)]
+    # Size and time of each sidecar file with the face tags of a photo; empty if tags are not read.
     sidecars: Annotated[tuple[tuple[int, int], ...], Meta(max_length=10)] = ()
 
     @classmethod
@@ -137,41 +114,30 @@ class FileStamp(Struct, kw_only=True, frozen=True):
 
 
 class Film(Struct, kw_only=True):
-    """The contents of `videos/STEM.json`, which describes a video or a photo.
-
-    Attributes:
-      video: the name of the file. If two files have the same name, `read_films` adds their folders.
-      seconds: the length of the video.
-      shots: the start and end of each shot in seconds.
-      frames, corrupt, refused, repaired, damaged: the result of decoding, see
-        `decode.DecodeCounts`.
-      rate: the frames per second. For a photo, it is None.
-      others: the number of further video streams, which were not read.
-      voices: the number of tracks with a voice.
-      lost_sound: the number of frames and packets of sound that could not be decoded.
-      lost_tags: the names of face tags at which no face was detected.
-      bad_tags: why face tags could not be read. If there is no problem, it is empty.
-    """
+    """The contents of `videos/STEM.json`, which describes a video or a photo."""
 
     format: Literal[3] = 3
-    video: Text
+    video: Text  # the name of the file. If two names are equal, `read_films` adds their folders
     source: FileStamp
     sha256: Sha256
     photo: bool
-    seconds: Seconds
+    seconds: Seconds  # the length of the video
+    # The start and end of each shot.
     shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
     tracks: Annotated[list[FilmTrack], Meta(max_length=files.MAX_ITEMS)]
+    # The next five fields are explained in `decode.DecodeCounts`.
     frames: Count
     corrupt: Count = 0
     refused: Count = 0
     repaired: Count = 0
     damaged: bool = False
-    rate: Annotated[float, Meta(gt=0, le=1000)] | None = None
-    others: Count = 0
-    voices: Count = 0
-    lost_sound: Count = 0
+    rate: Annotated[float, Meta(gt=0, le=1000)] | None = None  # frames per second; None for photos
+    others: Count = 0  # number of further video streams, which were not read
+    voices: Count = 0  # number of tracks with a voice
+    lost_sound: Count = 0  # number of frames and packets of sound that could not be decoded
+    # Names of face tags at which no face was detected.
     lost_tags: Annotated[list[Text], Meta(max_length=10_000)] = []
-    bad_tags: Text = ""
+    bad_tags: Text = ""  # why face tags could not be read
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
@@ -189,11 +155,7 @@ def _check_file_name(name: str) -> None:
 
 
 def make_stem(path: Path) -> str:
-    """Makes the stem of a file from the file's name.
-
-    The names of the file's clips begin with the stem. It contains only letters, digits, `_` and
-    `-`.
-    """
+    """Makes the stem of a file's clips: only letters, digits, `_` and `-`."""
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
 
@@ -252,7 +214,7 @@ def read_films(folder: Path) -> list[Film]:
 def check_photo(film: Film) -> tuple[str | None, str]:
     """Returns the clip with which a photo can enrol a person, and the problem of the photo.
 
-    If the photo does not show exactly one face, the clip is None. If the face is poor, the clip can
+    The clip is None unless the photo shows exactly one face. If the face is poor, the clip can
     still enrol a person. If the face is good, the problem is empty.
     """
     if len(film.tracks) != 1:
@@ -262,7 +224,7 @@ def check_photo(film: Film) -> tuple[str | None, str]:
 
 
 def check_face(track: FilmTrack) -> str:
-    """Returns why a face is poor, with a remedy. If the face is good, returns ""."""
+    """Returns why a face is poor, with a remedy, or "" for a good face."""
     if track.quality < POOR_QUALITY:
         remedy = "add a larger, sharper photo from the front"
         return f"the face is poor, with quality {track.quality:.3f} of 1: {remedy}"
@@ -277,8 +239,8 @@ def write(path: Path, value: Struct) -> None:
 def check_models(path: Path, cards: Mapping[str, str]) -> None:
     """Raises UserError if features were computed by other models than a gallery uses.
 
-    `cards` contains the sha256 of the JSON file that describes the gallery's model, for each
-    modality. Features of other programs are accepted, because their models are unknown.
+    `cards` contains the sha256 of the card of the gallery's model for each modality. Features of
+    other programs are accepted, because their models are unknown.
     """
     folder = path if path.is_dir() else path.parent
     extraction = next(filter(None, map(read_extraction, (folder, folder.parent))), None)

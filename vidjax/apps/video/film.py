@@ -6,10 +6,9 @@ A clip is the track of a person in a shot. With `--unit=shot`, it is the track o
 a shot. Speech counts as the person's voice while no other person is in the picture. The speaker may
 still be off screen.
 
-Boxes are left, top, right and bottom in pixels of the picture. A detector of heads or bodies finds
-the box of a head or body. If there is no such detector, the box is computed from the box of the
-face and the field `around` in the card of the net, a JSON file. `around` is the box of the head or
-body in units in which the box of the face is [0, 0, 1, 1].
+Boxes are left, top, right and bottom in pixels of the picture. If there is no detector of heads or
+bodies, a head or body is located by the field `around` in the card of its net, a JSON file:
+`around` is the box of the head or body in units in which the box of the face is [0, 0, 1, 1].
 """
 
 import dataclasses
@@ -51,36 +50,23 @@ MOST_KEPT, KEPT_SECONDS = 96, 0.2
 
 
 class Nets(NamedTuple):
-    """The nets with which a film is read.
+    """The nets with which a film is read."""
 
-    Attributes:
-      detect: the detectors of parts: of "face", and if available, of "head" and "body".
-      embed: the nets that compute embeddings of the parts "face", "head", "body" and "scene".
-      listen: detects speech and computes embeddings of voices. Without nets for voices, it is None.
-    """
-
-    detect: dict[str, Detector]
-    embed: dict[str, Embedder]
-    listen: Listener | None = None
+    detect: dict[str, Detector]  # by part: "face", and if available, "head" and "body"
+    embed: dict[str, Embedder]  # by part: "face", and if available, "head", "body" and "scene"
+    listen: Listener | None = None  # for voices
 
 
 class Figures(NamedTuple):
-    """The N people in a picture. Boxes and points that were not detected are NaN.
+    """The N people in a picture. Boxes and points that were not detected are NaN."""
 
-    Attributes:
-      boxes: [N, 4], the boxes that are tracked: the head, or if no head was detected, the face.
-      scores: [N], the scores of the faces. For a head without a face, it is the score of the head.
-      points: [N, 5, 2], the five points of the faces.
-      parts: the boxes [N, 4] of each part, such as "face" or "body".
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    points: np.ndarray
-    parts: dict[str, np.ndarray]
+    boxes: np.ndarray  # [N, 4], the tracked box: the head, or if it was not detected, the face
+    scores: np.ndarray  # [N], of the faces, or of heads without a face
+    points: np.ndarray  # [N, 5, 2], the five points of the faces
+    parts: dict[str, np.ndarray]  # the boxes [N, 4] of each part, such as "face" or "body"
 
     def take(self, index: np.ndarray) -> "Figures":
-        """Returns the people at `index`, which contains their indices or is a mask."""
+        """Selects people by indices or a mask."""
         parts = {part: boxes[index] for part, boxes in self.parts.items()}
         return Figures(self.boxes[index], self.scores[index], self.points[index], parts)
 
@@ -88,10 +74,8 @@ class Figures(NamedTuple):
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     """Loads the nets that cards describe.
 
-    Detectors shrink pictures until their longer side has `size` pixels. A net for embeddings of
-    heads needs the boxes of heads. A detector of heads finds these boxes. Without this detector,
-    the card of the net must have the field `around` (see the top of this file). The same holds for
-    bodies. Raises UserError if a net has neither the detector nor the field.
+    Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if a net
+    for heads or bodies has neither a detector nor the field `around`.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
@@ -115,7 +99,7 @@ def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) ->
     """Joins the faces, heads and bodies that were detected in a picture into people.
 
     People with a face come first, by falling score. Heads without a face follow. `rgb` is uint8
-    [H, W, 3]. `detections` contains the detections of each part, such as "face" or "head".
+    [H, W, 3]. `detections` are part -> detections.
     """
     faces = detections["face"]
     boxes, scores, points = faces
@@ -146,8 +130,8 @@ def cut_crops(
 ) -> dict[int, np.ndarray]:
     """Cuts a part, such as "face" or "body", of each person out of a picture.
 
-    Returns index of a person -> crop. A crop is uint8 [H, W, 3] and has the size of the input of
-    the net that `card` describes. People without this part are left out.
+    Returns index of a person -> crop, uint8 [H, W, 3] in the size of the net that `card` describes.
+    People without this part are left out.
     """
     height, width = card.input.size or (0, 0)
     has = np.flatnonzero(~np.isnan(figures.parts[part][:, 0]))
@@ -171,11 +155,9 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as heads.
 
-    Returns the index of the large box of each small box, int [M]. Without a large box, it is -1.
-
-    Large boxes choose a small box one after the other, starting with the smallest large box. A
-    large box contains the centre of its small box. If it contains several centres, the centre
-    nearest to the middle of its top side is chosen. No box is in two pairs.
+    Returns the index of the large box of each small box, int [M], or -1. The large boxes choose,
+    the smallest first, a small box whose centre they contain: the one nearest to the middle of
+    their top side. No box is in two pairs.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -190,39 +172,26 @@ def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
 
 
 class Sighting(NamedTuple):
-    """A person in a frame. Sightings are ordered by quality.
+    """A person in a frame. Sightings are ordered by quality."""
 
-    Attributes:
-      quality: the quality of the face. If there is no face, it is negative.
-      number: a unique number. Sightings of equal quality are ordered by it.
-      frame: the number of the frame in the film.
-      detection: the score of the detector.
-      box: [4], the box of the face, or of the head if there is no face, as fractions of the
-        picture's width and height.
-      parts: the box and the crop of each part, such as "face" or "body".
-    """
-
-    quality: float
-    number: int
+    quality: float  # the quality of the face; negative without a face
+    number: int  # a unique number. Sightings of equal quality are ordered by it
     time_s: float
-    frame: int
-    detection: float
-    box: np.ndarray
-    parts: dict[str, tuple[np.ndarray, np.ndarray]]
+    frame: int  # the number of the frame in the film
+    detection: float  # the score of the detector
+    box: np.ndarray  # [4], of the face or the head, as fractions of the picture's width and height
+    parts: dict[str, tuple[np.ndarray, np.ndarray]]  # box and crop of "face", "body", ...
 
 
 class BestPictures:
-    """Keeps the best picture of a track in each span of time.
-
-    All spans are equally long. If there are more than 96 pictures, the length is doubled.
-    """
+    """Keeps the best picture of each span of a track. The spans double above 96 pictures."""
 
     def __init__(self) -> None:
         self._seconds = KEPT_SECONDS
         self._best: dict[int, Sighting] = {}
 
     def add(self, new: Sighting) -> None:
-        """Adds a picture. It must be later than all pictures that were added before."""
+        """Adds a picture, which must be later than all earlier pictures."""
         span = int(new.time_s / self._seconds + 1e-3)
         self._best[span] = max(new, self._best.get(span, new))
         if len(self._best) > MOST_KEPT:
@@ -241,27 +210,22 @@ class ClipBuilder:
     If the folder `thumbnails` exists, a picture of the best face of each clip is written into it.
     A track whose pictures are visible for more than `held_s` seconds each is part of a slide show,
     see `find_changes`.
-
-    Attributes:
-      tracks: the tracks of the finished clips, in the order in which they ended.
-      arrays: the arrays of each finished clip, by its name, as in the `.npz` file.
     """
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
         self._kept: dict[int, BestPictures] = {}
         self._numbers = itertools.count()
-        self.tracks: list[FilmTrack] = []
-        self.arrays: dict[str, dict[str, np.ndarray]] = {}
+        self.tracks: list[FilmTrack] = []  # of finished clips, in the order in which they ended
+        self.arrays: dict[str, dict[str, np.ndarray]] = {}  # name of a clip -> arrays of the `.npz`
 
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, figures: Figures, rgb: np.ndarray
     ) -> None:
         """Adds the pictures of the N people in a frame to their tracks.
 
-        `frame` is the number of the frame, and `rgb` are the pixels, uint8 [H, W, 3]. `figures` has
-        the boxes and scores of the N people. `owners` [N] int is the number of the track of each
-        person. It is -1 for a person without a track, whose picture is not added.
+        `frame` is the number of the frame, and `rgb` its pixels, uint8 [H, W, 3]. `owners` [N] int
+        is the number of the track of each person, or -1 for a person whose picture is not added.
         """
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
@@ -284,10 +248,10 @@ class ClipBuilder:
             self._kept.setdefault(track, BestPictures()).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
-        """Makes a clip of a track that has ended.
+        """Makes a clip of a track that has ended. `names` yields the names of clips.
 
         If `split`, and the faces show that a track continues with another person, each person
-        becomes a clip. `names` yields the names of the clips.
+        becomes a clip.
         """
         kept = self._kept.pop(track.number).pictures()
         # Pictures after the end of the track are part of a dissolve.
@@ -308,10 +272,7 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip with the name `name` from the sightings `pictures` of a track.
-
-        `faces` contains the embedding of the face of each sighting, by `Sighting.number`.
-        """
+        """Makes a clip from sightings. `faces` are the embeddings by `Sighting.number`."""
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
             span = index * MOST_FRAMES // len(pictures)
@@ -394,8 +355,7 @@ def extract(
     Args:
       out: an existing folder.
       stem: the first part of the names of the clips.
-      settings: the frames per second, the size of the pictures, and what a clip is.
-      source, sha256: the path, properties and sha256 of the file. They are copied to the result.
+      source, sha256: are copied to the result.
       tagged: whether names that photo programs stored for faces are read from a photo.
 
     Raises:
@@ -442,8 +402,8 @@ def _make_clips(
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot.
 
-    Returns the start and end of each shot in seconds, and the tracks of all people. These include
-    people without a clip, who may speak.
+    Returns the start and end of each shot, and the tracks of all people, who may speak without a
+    clip.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))

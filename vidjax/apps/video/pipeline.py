@@ -56,27 +56,19 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileOutcome(NamedTuple):
-    """The result of the extraction of a file: either a film, or an error and its remedy.
-
-    Attributes:
-      film: the description of the extracted video or photo.
-      kept: whether the features of an earlier call were kept.
-      replaced: whether the features replace the features of another file with the same name.
-      remedy: what a user can do about the error.
-      label: the name of the file. If several files have this name, it is the path.
-    """
+    """The result of the extraction of a file: either a film, or an error and its remedy."""
 
     path: Path
     film: Film | None
     error: str = ""
-    kept: bool = False
-    replaced: bool = False
-    remedy: str = ""
-    label: str = ""
+    kept: bool = False  # whether the features of an earlier call were kept
+    replaced: bool = False  # whether features of another file with the same name were replaced
+    remedy: str = ""  # what a user can do about the error
+    label: str = ""  # the name of the file, or the path if several files have this name
 
 
 class _Job(NamedTuple):
-    """A film or photo to read. The folder of features `out` will contain the result.
+    """A film or photo to read into the folder of features `out`.
 
     The names of the file's clips begin with `stem`. If `tagged`, names that photo programs stored
     for faces are read, too.
@@ -115,9 +107,8 @@ def extract_folders(
 ) -> dict[Path, list[FileOutcome]]:
     """Extracts faces and voices from videos and photos; returns the outcomes for each folder.
 
-    Features are not extracted again if the file, the nets and the settings are unchanged. If a call
-    is interrupted, the next call continues. If a file cannot be read, its outcome is an error, and
-    the other files are still read. All folders are locked until the call ends.
+    If a call is interrupted, the next call continues. If a file cannot be read, its outcome is an
+    error, and the other files are still read. All folders are locked until the call ends.
 
     Args:
       paths: the videos, photos, or folders of videos and photos, for each folder of features. If a
@@ -224,10 +215,9 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Prepares a folder of features for the files `listed`; returns file -> stem.
+    """Prepares a folder of features for the files `listed`; returns file -> stem of its clips.
 
-    The names of the clips of a file begin with the stem. `drop` says which features are removed,
-    see `extract_folders`. If `pictures` is False, all thumbnails are removed, too.
+    For `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -256,11 +246,7 @@ def _prepare_folder(
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Divides files into batches. A process reads a batch.
-
-    The first batches contain one film each. The other batches contain up to 50 photos each, because
-    a process for each photo would be slow.
-    """
+    """Divides files into batches, one for each process: a film, or up to 50 photos to save time."""
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
     size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
@@ -302,8 +288,8 @@ def suggest_path(path: Path) -> str:
 def walk(path: Path, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
     """Returns a folder and all its subfolders, sorted by path.
 
-    Links, hidden folders, and folders that vidjax wrote are left out. If a folder cannot be read,
-    `unreadable` is called with the error, and the folder is left out.
+    Links, hidden folders, and folders that vidjax wrote are left out. For a folder that cannot be
+    read, `unreadable` is called.
     """
     folders = []
     for folder, subfolders, names in os.walk(path, onerror=unreadable):
@@ -356,15 +342,11 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
-    """Returns the settings of a folder of features.
+    """Returns the settings of a folder of features, see `settings` of `extract_folders`.
 
-    A new folder gets `settings`. If `settings` is None, a new folder gets the default settings, and
-    an old folder keeps its own. `digests` contains the sha256 of the card of each net, by role. If
-    there are nets for new roles, all other nets are unchanged and `upgrade` is True, all features
-    in the folder are removed.
-
-    Raises UserError if the features were computed with other nets or settings and are not removed,
-    or if another program wrote the folder.
+    `digests` contains the sha256 of the card of each net, by role. With `upgrade`, features are
+    removed if nets for new roles are added and all other nets are unchanged. Raises UserError for
+    other nets or settings, or if another program wrote the folder.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -402,7 +384,7 @@ def _check_extraction(
 
 
 def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
-    """Returns the stem of each file. The names of the file's clips begin with the stem.
+    """Returns the stem of each file, with which the names of its clips begin.
 
     `known` contains the films of earlier calls by stem. Such a film keeps its stem, even if the
     file was moved. The stem of a new file is made from its name. If another file has this stem, `~`
@@ -447,7 +429,7 @@ def find_films(out: Path) -> dict[str, Film]:
 
 
 def _find_film(out: Path, stem: str) -> Film | None:
-    """Returns the film of an earlier call. If its files are incomplete or damaged, returns None."""
+    """Returns the film of an earlier call, or None if its files are incomplete or damaged."""
     try:
         film = features_folder.read_film(out / VIDEOS / f"{stem}.json")
     except (UserError, FileNotFoundError):
@@ -464,10 +446,7 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
-    """Extracts features from a batch of files in one process. Unchanged files are skipped.
-
-    `title` is the name of a film with its number, which is printed. For photos, it is empty.
-    """
+    """Extracts features from changed files in one process. `title` is printed; "" for photos."""
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, dict[str, Any]] = {}
     with contextlib.ExitStack() as folders:
@@ -493,8 +472,8 @@ def _extract_batch(
 def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
     """Returns the outcome of a file if its features are complete and up to date.
 
-    If not, removes the features, and returns the arguments with which `film.work` extracts them
-    into a new temporary folder, which `folders` removes.
+    Otherwise, removes them, and returns the arguments with which `film.work` extracts them into a
+    new temporary folder, which `folders` removes.
     """
     before = _find_film(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
@@ -529,8 +508,8 @@ def _read_batch(
 ) -> list[dict[str, Any] | UserError]:
     """Calls `film.work` for each file in one process; returns the results or errors.
 
-    `pending` contains the path and the arguments of each file. If the process crashes, each half of
-    the files is read again in a process, until only the file that causes the crash fails.
+    If the process crashes, each half of the files is read again, until only the file that causes
+    the crash fails.
     """
     if not pending:
         return []
@@ -587,9 +566,9 @@ def _remove(out: Path, stem: str) -> None:
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes all pictures of clips, and temporary files, which may contain pictures.
+    """Removes pictures of clips, and temporary files, which may contain pictures.
 
-    If files of other programs remain, returns False.
+    Returns False if files of other programs remain.
     """
     _remove_leftovers(out, None)
     if not files.exists(out / THUMBNAILS):

@@ -43,27 +43,18 @@ REGIONS = "{http://ns.microsoft.com/photo/1.2/t/RegionInfo#}"
 
 
 class Tag(NamedTuple):
-    """The name of a face in a photo, and the box around it.
-
-    The box is left, top, right and bottom as fractions of the picture's width and height.
-    """
+    """The name of a face in a photo."""
 
     name: str
-    box: tuple[float, float, float, float]
+    box: tuple[float, float, float, float]  # left, top, right, bottom; shares of the sides
 
 
 class Tags(NamedTuple):
-    """The face tags of a photo.
-
-    Attributes:
-      shape: the width and height of the picture in which the boxes were drawn. If they are not
-        stored, `shape` is None.
-      problem: why some tags could not be read. If there is no problem, it is empty.
-    """
+    """The face tags of a photo."""
 
     tags: list[Tag]
-    shape: tuple[float, float] | None = None
-    problem: str = ""
+    shape: tuple[float, float] | None = None  # width and height of the picture with the boxes
+    problem: str = ""  # why some tags could not be read
 
 
 def list_sidecars(path: Path) -> list[Path]:
@@ -73,10 +64,7 @@ def list_sidecars(path: Path) -> list[Path]:
 
 
 def read_tags(path: Path) -> Tags:
-    """Reads the names of faces from the sidecar files of a photo, or from the photo.
-
-    The first file that contains tags is used. Sidecar files come before the photo.
-    """
+    """Reads the names of faces from the first file with tags: a sidecar file, or the photo."""
     problems: list[str] = []
     for place in (*list_sidecars(path), path):
         try:
@@ -181,10 +169,7 @@ def _parse_number(text: str | None) -> float:
 
 
 def _make_tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
-    """Returns a tag, or None if the name is empty or the middle of the box is not in the picture.
-
-    The place and the size of the box are fractions of the picture's width and height.
-    """
+    """Returns a tag, or None if the name is empty or the middle of the box is outside."""
     x, y = left + width / 2, top + height / 2
     name = (name or "").strip()
     if not (name and 0 < width <= 1 and 0 < height <= 1 and 0 <= x <= 1 and 0 <= y <= 1):
@@ -202,8 +187,8 @@ def match_faces(
     and the other is tall, `tags.shape` shows which picture a program has used. If not, the picture
     in which more tags have a face is used.
 
-    `faces` [N, 4] are boxes in pixels of the displayed picture. `size` is the width and height of
-    the displayed picture. `orientation` is the EXIF orientation of the stored picture, 1 to 8.
+    `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
+    `orientation` is the EXIF orientation of the stored picture, 1 to 8.
     """
     boxes = np.array([tag.box for tag in tags.tags]).reshape(-1, 4)
     scale = np.array(size * 2)

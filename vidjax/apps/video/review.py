@@ -1,9 +1,9 @@
 """Serves a page on which a user corrects the names of people in films (`vidjax who --review`).
 
 The server runs on the user's machine. The address of the page contains a secret word. Requests
-without this word are refused. Changes that other pages send are also refused. Each change is saved
-immediately, in the gallery and in `unknown.json`, so that the next call of `vidjax who` keeps it.
-The other result files are written a second after the last change, and when the server ends.
+without this word, and changes that other pages send, are refused. Each change is saved immediately,
+in the gallery and in `unknown.json`, so that the next call of `vidjax who` keeps it. The other
+result files are written a second after the last change, and when the server ends.
 """
 
 import functools
@@ -52,28 +52,16 @@ HEADERS = {
 
 
 class Step(NamedTuple):
-    """A change of names that can be undone.
+    """A change of names that can be undone."""
 
-    Attributes:
-      words: a description of the change.
-      at: the changed person, or the key of the changed appearance. A key is a text that identifies
-        an appearance on the page, see `PageEntry`.
-      clips: the entry of each changed clip in the gallery before the change. If the clip was not
-        enrolled, the entry is None.
-      numbers: the contents of `unknown.json` before the change.
-    """
-
-    words: str
-    at: str
-    clips: dict[str, StoredClip | None]
-    numbers: who.UnknownNumbers
+    words: str  # a description of the change
+    at: str  # the changed person, or the key of the changed appearance, see `PageEntry`
+    clips: dict[str, StoredClip | None]  # entries of the gallery before the change; None: no entry
+    numbers: who.UnknownNumbers  # the contents of `unknown.json` before the change
 
 
 class Review:
-    """Applies a user's corrections to the names in a folder of results.
-
-    `version` is the number of changes so far. Undoing a change counts as a change.
-    """
+    """Applies a user's corrections to the names in a folder of results."""
 
     def __init__(
         self,
@@ -91,7 +79,7 @@ class Review:
         self._films, self._decision, self._digest = decision.films, decision, self._gallery.digest
         self._steps: list[Step] = []
         self._saving = threading.Lock()
-        self.version = self._saved = 0
+        self.version = self._saved = 0  # number of changes. Undoing a change counts as a change
         self._forms = Forms()
         self._numbers = who.read_numbers(out)
 
@@ -106,7 +94,7 @@ class Review:
         return who.WhoResults(self._gallery.identities, self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of the film with this number. If the file has changed, returns None.
+        """Returns the path of the film with this number, or None if the file has changed.
 
         A malicious folder of results may name any file of this disk as a film. The folder cannot
         contain the right size, time and inode of the file, so the file is not sent.
@@ -213,10 +201,7 @@ class Review:
                 self._saved = version
 
     def _find_clips(self, of: str) -> tuple[tuple[str, ...], str, str]:
-        """Returns the clips, the name and a description of a person or appearance.
-
-        Raises UserError if `of` is not on the page.
-        """
+        """Returns the clips, the name and a description of a person or appearance on the page."""
         for x in self._decision.appearances:
             if of == CLIP + x.clips[0]:
                 film = next(film for film in self._films if film.video == x.video)
@@ -239,11 +224,7 @@ class Review:
         return group
 
     def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
-        """Returns the clips of `clips` that are enrolled.
-
-        If a film was replaced, its clips may have the names of old clips that are enrolled. These
-        clips are not enrolled.
-        """
+        """Returns the clips that are enrolled, except clips of a replaced film with old names."""
         vectors = self._decision.vectors
         return self._gallery.complete(vectors.only({*clips})) if vectors else set()
 
@@ -252,8 +233,8 @@ class Review:
     ) -> dict[str, StoredClip | None]:
         """Returns entries of the gallery that give the name `name` to the clips of `of`.
 
-        If `name` is None, the person in the clips is ignored. Clips without a clear face are left
-        out. Raises UserError if no clip remains.
+        If `name` is None, the person is ignored. Clips without a clear face are left out. Raises
+        UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         known = clips if of in self._gallery.identities else self._find_enrolled(clips)
@@ -303,8 +284,7 @@ class Review:
     ) -> None:
         """Applies a change that can be undone, and sets the message of the page.
 
-        `words` describe the change. `clips` are the new entries of the gallery, and None removes a
-        clip. `numbers` are the new contents of `unknown.json`. For `of` and `after`, see `change`.
+        `clips` are the new entries of the gallery, and None removes a clip. For `of`, see `change`.
         """
         before = self._numbers
         self._steps.append(Step(words, of, self._apply(clips, numbers or before), before))
@@ -325,10 +305,7 @@ class _Pages:
         self._lock = threading.Lock()
 
     def _check(self, request: Request) -> None:
-        """Raises HTTPException if the secret word or the host is wrong.
-
-        Also raises HTTPException if the page of another website sends a change (POST).
-        """
+        """Raises HTTPException if the secret word, the host, or the origin of a change is wrong."""
         headers, given = request.headers, request.path_params["token"]
         if not hmac.compare_digest(given.encode(), self._token.encode()) or (
             headers.get("host") not in self._hosts
@@ -417,11 +394,7 @@ class _Pages:
 
 
 def make_app(review: Review, token: str, port: int) -> Starlette:
-    """Returns the web application of the page of names.
-
-    A request is refused if the address does not begin with the secret word `token`, or if the
-    `Host` header does not name this machine and the port `port`.
-    """
+    """Returns the web application of the page of names, at `/TOKEN/` of this machine."""
     pages = _Pages(review, token, port)
 
     def refuse(_: Request, error: Exception) -> Response:
@@ -455,7 +428,7 @@ def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.
 
 
 async def _read_form(request: Request) -> dict[str, str]:
-    """Reads the fields of a form from a request; refuses forms of more than 10 kB."""
+    """Reads the fields of a form from a request."""
     body = b""
     async for piece in request.stream():
         body += piece

@@ -1,10 +1,10 @@
 """Searches the frames of a film for people, and saves time by searching most frames only in part.
 
 The frames of a shot are divided into groups of at most five frames and less than a second. The last
-frame of a group is searched as a whole. The other frames are then searched from last to first. Each
-of these frames is searched only near the people in two frames: the next frame, and the last frame
-of the previous group. If fewer people are detected than in one of these two frames, the whole frame
-is searched. So a person who is visible for a second is detected in all frames.
+frame of a group is searched as a whole. The other frames are then searched from last to first, and
+only near the people in two frames: the next frame, and the last frame of the previous group. If
+fewer people are detected than in one of these two frames, the whole frame is searched. So a person
+who is visible for a second is detected in all frames.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,23 +20,16 @@ LEAST_SECONDS = 1.0  # a frame this long after the first frame of a group begins
 
 
 class SearchedFrame(NamedTuple):
-    """A frame `rgb`, uint8 [H, W, 3], at `time_s` seconds, and the people who were detected in it.
+    """A frame and the people who were detected in it."""
 
-    `number` is the number of the frame in the film. `detections` contains the detections of each
-    part, such as "face".
-    """
-
-    number: int
+    number: int  # of the frame in the film
     time_s: float
-    rgb: np.ndarray
-    detections: Mapping[str, Faces]
+    rgb: np.ndarray  # uint8 [H, W, 3]
+    detections: Mapping[str, Faces]  # by part, such as "face"
 
 
 class FilmSearch:
-    """Detects people in frames that are added one by one.
-
-    A frame is returned when its group is searched. The order of frames is kept.
-    """
+    """Detects people in frames that are added one by one, and returns them group by group."""
 
     def __init__(self, detectors: Mapping[str, Detector]):
         self._detectors = detectors

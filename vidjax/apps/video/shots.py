@@ -42,13 +42,10 @@ MIXED_REST = 0.35  # the largest error of the weighted sum, in standard deviatio
 
 
 class _Picture:
-    """A small picture and its grey levels.
+    """A small picture, uint8 [h, w, 3], and its grey levels.
 
-    Attributes:
-      small: uint8 [h, w, 3], the picture.
-      grey: float32 [h, w], the grey levels.
-      centred: [h * w], the grey levels minus their mean.
-      deviation: the standard deviation of the grey levels.
+    `centred` [h * w] are the grey levels minus their mean, and `deviation` is their standard
+    deviation.
     """
 
     def __init__(self, small: np.ndarray):
@@ -60,8 +57,7 @@ class _Picture:
 class ShotDetector:
     """Finds the cuts of a film in a single pass, with memory only for the last pictures.
 
-    Attributes:
-      starts: the starts of all shots in seconds.
+    `starts` are the starts of all shots in seconds.
 
     Source: Lienhart 1999, "Comparison of automatic shot boundary detection algorithms", sections 2
     and 3, describes differences of histograms and of pixels, fades and dissolves. Unlike the paper,
@@ -118,10 +114,9 @@ class ShotDetector:
         return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
-        """Returns whether the change from the last picture to `picture` is a cut.
+        """Returns whether `change` [2], the difference and 1 - likeness, is a cut.
 
-        `change` [2] is the difference and 1 - likeness of these pictures. The change is a cut only
-        if `picture` also differs from the two pictures before the last picture.
+        `picture` must also differ from the two pictures before the last picture.
         """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
@@ -144,9 +139,8 @@ class ShotDetector:
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
         """Returns whether each of the two numbers in `change` stands out: bool [2].
 
-        The numbers are the difference and 1 - likeness of the last two pictures. A number stands
-        out if it is above `times_usual` times its median in recent changes, and above `times_last`
-        times its value in the change before.
+        A number stands out if it is above `times_usual` times its median in recent changes, and
+        above `times_last` times its value in the change before.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)
@@ -160,10 +154,10 @@ class _Dissolve:
         self.middle_s = np.inf
 
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
-        """Adds the next picture; returns True if it is the first still picture after a dissolve.
+        """Adds the next picture; returns whether it is the first still picture after a dissolve.
 
-        If the result is True, `self.middle_s` is the time at which both still pictures have the
-        same weight. `difference` is the difference of `picture` from the previous picture.
+        If so, `self.middle_s` is the time at which both still pictures have the same weight.
+        `difference` is the difference of `picture` from the previous picture.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:
@@ -183,9 +177,8 @@ class _Dissolve:
 def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int | None:
     """Returns the index of the first picture in which `end` has a larger weight than `start`.
 
-    Returns None if the pictures `between` are not weighted sums of `start` and `end`. Also returns
-    None if `start` and `end` are alike, or are alike after a shift, or one is the negative of the
-    other.
+    Returns None if the pictures `between` are not weighted sums of `start` and `end`, or if `start`
+    and `end` are alike, or alike after a shift, or one is the negative of the other.
     """
     likeness = _measure_likeness(start, end)
     if min(start.deviation, end.deviation) < BLANK or not -LIKE < likeness <= UNLIKE:
@@ -221,8 +214,7 @@ def _measure_likeness(first: _Picture, second: _Picture) -> float:
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
     """Returns the largest correlation of the middle of `first` with any part of `second`.
 
-    Both pictures are grey levels [h, w]. A part has the size of the middle. The middle
-    lacks MOST_SHIFT pixels at each side.
+    Both pictures are grey levels [h, w]. The middle lacks MOST_SHIFT pixels at each side.
     """
     down, across = MOST_SHIFT
     middle = first[down:-down, across:-across]

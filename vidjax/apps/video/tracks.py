@@ -30,16 +30,11 @@ PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 @dataclasses.dataclass
 class Track:
-    """The sightings of a person in a shot.
-
-    Attributes:
-      number, shot: the numbers of the track and of its shot.
-      times, ends: the starts and ends of the sightings in seconds. The end of the last sighting may
-        be missing.
-    """
+    """The sightings of a person in a shot."""
 
     number: int
     shot: int
+    # The starts and ends of the sightings in seconds. The last end may be missing.
     times: list[float] = dataclasses.field(default_factory=list)
     ends: list[float] = dataclasses.field(default_factory=list)
 
@@ -55,10 +50,7 @@ class Track:
         self.end_sighting(time_s)
 
     def split(self, at: list[float]) -> "list[Track]":
-        """Splits the track at the times `at`, in seconds; returns the parts in order.
-
-        Each part must contain at least one sighting.
-        """
+        """Splits the track at the times `at`, in seconds. Each part must contain a sighting."""
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
         return [
             Track(self.number, self.shot, self.times[low:high], self.ends[low:high])
@@ -69,10 +61,7 @@ class Track:
 class _Motion:
     """Predicts the next box of a track, as if each side of the box moved at a constant speed.
 
-    Attributes:
-      track: the track.
-      last: [4], the last detected box.
-      time_s: the time of the last detection in seconds.
+    `last` [4] is the last detected box, at `time_s` seconds.
 
     Source: the alpha-beta filter with fixed gains, Bar-Shalom et al. 2001, "Estimation with
     Applications to Tracking and Navigation", section 6.5.
@@ -84,7 +73,7 @@ class _Motion:
         self._speed: np.ndarray | None = None  # pixels a second of each side
 
     def predict(self, time_s: float) -> np.ndarray:
-        """Returns the predicted box, [4], at the time `time_s`."""
+        """Returns the predicted box [4]."""
         if self._speed is None:
             return self._box
         return self._box + (time_s - self.time_s) * self._speed
@@ -117,10 +106,9 @@ class Tracker:
     """
 
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
-        """Makes a tracker without tracks.
+        """A track ends after `gap_s` seconds without a sighting, or at a cut.
 
-        A track ends after `gap_s` seconds without a sighting, or at a cut. A track with a single
-        sighting is dropped if the sighting lasts `held_s` seconds or less.
+        A track with a single sighting is dropped if the sighting lasts `held_s` seconds or less.
         """
         self._gap, self._held = gap_s, held_s
         self._cut_s: float | None = None  # the start of a shot, until its first frame is added
@@ -133,8 +121,8 @@ class Tracker:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Adds the detections `boxes` [N, 4] of the next frame, which is at `time_s` seconds.
 
-        Returns [N] int, the number of each detection's track. If a detection was dropped because
-        two people overlap, the number is -1.
+        Returns [N] int, the number of each detection's track, or -1 if a detection was dropped
+        because two people overlap.
         """
         for motion in self._live:
             motion.track.end_sighting(time_s)
@@ -224,10 +212,7 @@ class MainFigures:
         self._ended: list[Track] = []
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the detections, [N, 4], of the next frame.
-
-        Returns [N] int: the number of the shot for the main person, and -1 for all others.
-        """
+        """Adds the boxes [N, 4] of a frame; returns [N] int, the shot of the main person or -1."""
         self._frames += 1
         self._track.end_sighting(time_s)
         numbers = np.full(len(boxes), -1)
@@ -252,7 +237,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the track that has not ended. It is the number of the current shot."""
+        """The number of the current shot, which is the number of its track."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
@@ -262,10 +247,7 @@ class MainFigures:
 
 
 def choose_held_seconds(fps: float) -> float:
-    """Returns how many seconds a picture must be visible to count as part of a slide show.
-
-    `fps` is the number of frames per second that are searched.
-    """
+    """Returns the least time of a picture in a slide show, at `fps` searched frames a second."""
     return max(HELD_SECONDS, 1.5 / fps)
 
 
@@ -354,8 +336,8 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
     """Pairs L boxes with N other boxes; the pair with the largest overlap is chosen first.
 
     `overlaps` is [L, N]. No box is in two pairs. Two boxes are paired only if their overlap is
-    above `least`, which must not be negative. Returns a dict with the index of each paired box
-    among the N boxes -> the index of its partner among the L boxes.
+    above `least`, which must not be negative. Returns index among N -> index among L of each paired
+    box.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}
@@ -369,11 +351,8 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Returns for each of N detections whether one person may hide another there: bool [N].
 
-    One person may hide another if the predicted boxes of several tracks overlap each other and the
-    detection, but fewer detections than tracks are near these boxes.
-
-    `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] is the intersection
-    over union of the predicted boxes and the detections.
+    That is so if the predicted boxes `expected` [L, 4] of several tracks overlap each other and the
+    detection (`overlaps` [L, N]), but fewer detections than tracks are near these boxes.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

@@ -29,10 +29,7 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows 
 
 
 def open_voice_embedder(card: Card) -> nets.Embedder:
-    """Opens the net that computes embeddings of voices.
-
-    The embedder is called with N windows of 1.6 s of sound, [N, 25600] from -1 to 1.
-    """
+    """Opens the net that embeds voices, from N windows of 1.6 s of sound: [N, 25600], -1 to 1."""
     return nets.Embedder(card, lambda windows, _: make_mels(raise_level(windows)))
 
 
@@ -45,17 +42,11 @@ class Span(NamedTuple):
 
 
 class Voice(NamedTuple):
-    """The embeddings of n windows of sound that contain speech.
+    """The embeddings of n windows of sound that contain speech."""
 
-    Attributes:
-      begin: [n], the start of each window in samples.
-      vectors: [n, D], the embeddings.
-      quality: [n], the share of each window that contains speech, 0.5 to 1.
-    """
-
-    begin: np.ndarray
-    vectors: np.ndarray
-    quality: np.ndarray
+    begin: np.ndarray  # [n], the start of each window in samples
+    vectors: np.ndarray  # [n, D], the embeddings
+    quality: np.ndarray  # [n], the share of each window that contains speech, 0.5 to 1
 
 
 class Listener:
@@ -77,10 +68,7 @@ class Listener:
         return Voice(begin, self._embeds(np.ascontiguousarray(windows)), quality)
 
     def detect_speech(self, samples: np.ndarray) -> np.ndarray:
-        """Returns the probability of speech in each step of 512 samples, float32 [ceil(N / 512)].
-
-        `samples` are [N] from -1 to 1.
-        """
+        """Returns the probability of speech in each step of 512 samples, float32 [n]."""
         count = -(-len(samples) // STEP)
         padded = np.zeros(CONTEXT + count * STEP, np.float32)
         padded[CONTEXT : CONTEXT + len(samples)] = samples
@@ -110,10 +98,7 @@ def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Splits a part of a film into pieces of 60 seconds that overlap by half a window.
-
-    If the part is shorter than a window of 1.6 seconds, yields nothing.
-    """
+    """Splits a part of a film into pieces of 60 seconds that overlap by half a window."""
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
     for first in range(0, count, PIECE_WINDOWS):
@@ -153,10 +138,7 @@ def cut_spans(
 
 
 def raise_level(windows: np.ndarray) -> np.ndarray:
-    """Amplifies faint windows of sound, [N, T], to a root mean square of -30 dB.
-
-    Louder windows and silence are unchanged.
-    """
+    """Amplifies faint windows of sound [N, T], but not silence, to a root mean square of -30 dB."""
     level = np.sqrt(np.mean(np.square(windows, dtype=np.float64), axis=1, keepdims=True))
     gain = np.where(level > 0, np.maximum(LEAST_LEVEL / np.maximum(level, 1e-12), 1), 1)
     return (windows * gain).astype(np.float32)

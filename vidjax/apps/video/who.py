@@ -15,10 +15,10 @@ The results are these files:
     OUT/cuts/          .edl files for each person, for programs that edit films
 
 Each call replaces the tables, the page, the subtitles and the cut lists. If a person or a photo is
-removed from the folder of people, the next call forgets the person or the photo. A call without a
-folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or `relabel`
-changed are kept. If nets are added to the models, the films and photos of the call are read again,
-the features of all other films are removed, and the names are kept.
+removed from the folder of people, the next call forgets it. A call without a folder of people keeps
+every person of the gallery. Names that `vidjax gallery rename` or `relabel` changed are kept. If
+nets are added to the models, the films and photos of the call are read again, the features of all
+other films are removed, and the names are kept.
 """
 
 import functools
@@ -52,7 +52,7 @@ from vidjax.runs import schemas
 from vidjax.runs.schemas import Sha256, Size, Text
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, prefix_errors
 
 T = TypeVar("T")
 STRANGER_ODDS = 3.0  # the prior: three of four faces in films are strangers
@@ -66,19 +66,14 @@ MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an 
 
 
 class WhoResults(NamedTuple):
-    """The results of a call of `vidjax who`.
+    """The results of a call of `vidjax who`."""
 
-    Attributes:
-      people: the number of enrolled clips of each person.
-      failed: the remedy for each file that could not be read or shows no usable face, by path. If
-        the remedy was already printed, it is "".
-      missed: the people without a usable photo, who cannot be recognised.
-    """
-
-    people: dict[str, int]
+    people: dict[str, int]  # the number of enrolled clips of each person
     decision: "Decision"
+    # Path -> remedy, for each file that could not be read or shows no usable face. The remedy is ""
+    # if it was already printed.
     failed: dict[str, str]
-    missed: Sequence[str] = ()
+    missed: Sequence[str] = ()  # the people without a usable photo, who cannot be recognised
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
@@ -96,18 +91,15 @@ class UnknownNumbers(Struct, kw_only=True):
     """The contents of `unknown.json`: the numbers of unknown people, and corrections by a user.
 
     A film is identified by a digest of the file and its clips. If the film is replaced, or split
-    into other clips, the digest changes.
-
-    Attributes:
-      films: the number of the unknown person in each clip, by digest of the film and name of the
-        clip. Films without unknown people are included.
-      denied: the names that a user removed from a clip, by digest of the film and name of the clip.
-      same: pairs (number, lower number) of unknown people whom a user joined to one person.
+    into other clips, the digest changes. The methods return changed copies.
     """
 
     format: Literal[1] = 1
+    # Digest of the film -> clip -> number of the unknown person, also for films without any.
     films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
+    # Digest of the film -> clip -> names that a user removed from the clip.
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
+    # Pairs (number, lower number) of unknown people whom a user joined to one person.
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
 
     def __post_init__(self) -> None:
@@ -116,31 +108,25 @@ class UnknownNumbers(Struct, kw_only=True):
 
     @property
     def highest(self) -> int:
-        """The highest number that an unknown person has or had. If there is none, it is 0."""
+        """The highest number that an unknown person has or had, or 0."""
         numbers = [number for clips in self.films.values() for number in clips.values()]
         return max([*numbers, *dict(self.same)], default=0)
 
     def resolve(self, group: str) -> str:
-        """Returns the name that the unknown person `group` has after all joins in `same`.
-
-        Both names are texts such as `unknown 5`.
-        """
+        """Returns the name, such as `unknown 5`, of an unknown person after all joins."""
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Returns a copy in which the unknown people `groups` are one person.
-
-        The person gets the lowest number of these people.
-        """
+        """Makes one person of unknown people. The person gets their lowest number."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
     def deny(self, films: Iterable[Film], clips: Collection[str], name: str) -> "UnknownNumbers":
-        """Returns a copy which records that `clips` do not show the person `name`."""
+        """Records that `clips` do not show the person `name`."""
         denied = {**self.denied}
         for film in films:
             denied_in_film = {**denied.get(_hash_film(film), {})}
@@ -151,7 +137,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def rename(self, person: str, to: str) -> "UnknownNumbers":
-        """Returns a copy in which the denied name `person` is `to`."""
+        """Renames a denied person."""
         denied = {
             digest: {
                 clip: sorted({to if name == person else name for name in names})
@@ -162,7 +148,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
-        """Returns a copy with only the entries of `films`, and only denied names in `people`."""
+        """Keeps only the entries of `films`, and only denied names in `people`."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied: dict[str, dict[str, list[str]]] = {}
         for digest in kept:
@@ -173,10 +159,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Returns a copy to which the unknown people of `films` are added.
-
-        `groups` is clip -> unknown person, such as `unknown 3`.
-        """
+        """Adds the unknown people of films. `groups` is clip -> `unknown 3` or another person."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -186,23 +169,14 @@ class UnknownNumbers(Struct, kw_only=True):
 
 
 class Decision(NamedTuple):
-    """The people in all films of a folder of results.
-
-    Attributes:
-      vectors: the embeddings of all clips. If there are no clips, it is None.
-      vote_groups: the group of each clip. The clips of a group vote on their name.
-      answers: the answer of the gallery for each clip.
-      unknown: the unknown person, such as `unknown 3`, of each clip without a name. Clips of
-        ignored people are left out.
-      appearances: the appearances in order of time.
-    """
+    """The people in all films of a folder of results."""
 
     films: Sequence[Film]
-    vectors: Vectors | None
-    vote_groups: dict[str, str]
-    answers: dict[str, Answer]
-    unknown: dict[str, str]
-    appearances: list[Appearance]
+    vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
+    vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on their name
+    answers: dict[str, Answer]  # of the gallery for each clip
+    unknown: dict[str, str]  # clip without a name -> `unknown 3`. Ignored people are left out
+    appearances: list[Appearance]  # in order of time
 
 
 def _hash_film(film: Film) -> str:
@@ -211,7 +185,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns clip -> value for the clips of `films`. `table` is film digest -> clip -> value."""
+    """Joins the entries of `films` in a table, digest of a film -> clip -> value."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -224,7 +198,7 @@ def read_films(out: Path) -> list[Film]:
 
 
 def read_numbers(out: Path) -> UnknownNumbers:
-    """Reads `unknown.json` in a folder of results. If it does not exist, returns empty numbers."""
+    """Reads `unknown.json` in a folder of results. A missing file counts as empty."""
     path = out / NUMBERS
     if not files.exists(path):
         return UnknownNumbers(films={})
@@ -286,10 +260,13 @@ def name_people(
         gallery = _open_gallery(out, models)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
-        options = {"models": models, "thumbnails": thumbnails, "upgrade": True, "check": check}
+        options = {
+            "models": models, "thumbnails": thumbnails, "upgrade": True, "check": check,
+            "workers": workers,
+        }  # fmt: skip
         failed, names = dict[str, str](), set[str]()
         if people is not None:
-            failed, names = _update_people(gallery, people, photos, out, workers, options)
+            failed, names = _update_people(gallery, people, photos, out, options)
         earlier = pipeline.find_films(out / FEATURES).values()
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
@@ -304,8 +281,8 @@ def name_people(
             for folder in (out / PEOPLE).glob("*/"):
                 pipeline.remove_thumbnails(folder)
         outcomes = pipeline.extract(
-            films, out / FEATURES, settings=settings, workers=workers,
-            drop="missing" if prune else "nothing", done=done, **options,
+            films, out / FEATURES, settings=settings, done=done,
+            drop="missing" if prune else "nothing", **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
@@ -323,40 +300,24 @@ def _update_people(
     people: Path,
     photos: Mapping[str, Sequence[Path]],
     out: Path,
-    workers: int,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols photos, and forgets people without photos.
+    """Enrols the photos of each person, and forgets people without photos.
 
-    `photos` contains the photos of each person. `options` are further arguments of
-    `pipeline.extract_folders`. Returns the remedy for each unusable photo by path, and the names of
-    all people with photos.
+    `options` are arguments of `pipeline.extract_folders`. Returns the remedy for each unusable
+    photo by path, and the names of all people with photos.
     """
     _check_people(gallery, photos, people)
-    outcomes_of = _read_photos(photos, out / PEOPLE, workers, options)
+    folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
+    outcomes_of: dict[Path, list[FileOutcome]] = {}
+    for first in range(0, len(folders), MOST_LOCKED):
+        group = dict(folders[first : first + MOST_LOCKED])
+        outcomes_of |= pipeline.extract_folders(group, drop="others", tagged=True, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
     failed, names = _enrol_photos(gallery, outcomes_of, people)
     _forget(gallery, names, {*photos}, out)
     _warn_of_doubts(gallery, outcomes_of)
     return failed, names
-
-
-def _read_photos(
-    photos: Mapping[str, Sequence[Path]], out: Path, workers: int, options: Mapping[str, Any]
-) -> dict[Path, list[FileOutcome]]:
-    """Extracts features from the photos of each person, and writes them to a folder `out / name`.
-
-    `photos` contains the photos of each person. `options` are further arguments of
-    `pipeline.extract_folders`. Returns the outcomes of the photos in each of these folders.
-    """
-    folders = [(out / name, paths) for name, paths in photos.items()]
-    outcomes_of: dict[Path, list[FileOutcome]] = {}
-    for first in range(0, len(folders), MOST_LOCKED):
-        group = dict(folders[first : first + MOST_LOCKED])
-        outcomes_of |= pipeline.extract_folders(
-            group, workers=workers, drop="others", tagged=True, **options
-        )
-    return outcomes_of
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
@@ -416,10 +377,8 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
     # If a film was replaced, the new clips may have the same names as old clips that are enrolled.
     if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
         gallery.remove(clip=stale)
-    try:
+    with prefix_errors(str(path)):
         gallery.enrol(vectors._replace(labels=tuple(known[clip] for clip in vectors.names)))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
         clips = f"{count:,} clip{'' if count == 1 else 's'}"
@@ -436,10 +395,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 
 
 def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
-    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
-
-    Raises UserError if there are no photos and no earlier call has created a gallery.
-    """
+    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg."""
     if not people.is_dir():
         hint = pipeline.suggest_path(people)
         raise UserError(
@@ -471,10 +427,9 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
-    """Raises UserError if `people` contains none of the people whom earlier calls have enrolled.
+    """Raises UserError if `people` contains none of the people of earlier calls.
 
-    Without this error, all enrolled people would be forgotten, although the user has probably named
-    the wrong folder.
+    The user has probably named the wrong folder, and all enrolled people would be forgotten.
     """
     enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
@@ -494,8 +449,8 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
-    `names` are the people whose photo is a file in the folder `people`. If `only_files` is True,
-    the folder contains no folders of people. It may then be the folder of one person.
+    `names` are the people whose photo is a file in `people`. If `only_files` is True, the folder
+    contains no folders of people, and may be the folder of one person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
@@ -518,10 +473,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns photos and films in a folder, without films that have the name of a photo.
-
-    Phones store a short film with a photo, such as `IMG_1.mov` with `IMG_1.heic`.
-    """
+    """Returns photos and films, without the short films that phones store with photos."""
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
@@ -531,9 +483,7 @@ def _list_stills(folder: Path) -> list[Path]:
 def _enrol_photos(
     gallery: Gallery, outcomes_of: Mapping[Path, Sequence[FileOutcome]], people: Path
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols the faces in photos.
-
-    Returns the remedy for each unusable photo by path, and the names of all people with photos.
+    """Enrols the faces in photos; returns the same as `_update_people`.
 
     A person is enrolled with all photos in the folder or file of the person's name, and with all
     faces that a photo program has tagged with this name. If a photo has face tags, the name of its
@@ -575,10 +525,9 @@ def _enrol_photos(
 
 
 def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
-    """Returns the names of the people in a photo, and clip -> person for its usable clips.
+    """Returns the people in a photo, and clip -> person for usable clips; prints problems.
 
-    Prints the problems of the photo. If the photo has no face tags, the person is `folder_name`,
-    the name of the folder or file.
+    If the photo has no face tags, the person is `folder_name`.
     """
     film = outcome.film
     names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
@@ -599,10 +548,7 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
 
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
-    """Prints one warning if photos in the folder of a person have face tags only of other people.
-
-    Photos that are not in a person's folder, and photos of an earlier call, are not checked.
-    """
+    """Prints one warning if new photos in the folder of a person have tags only of other people."""
     new = [
         (outcome.path, outcome.film.tags) for outcome in outcomes
         if outcome.film and not outcome.kept and outcome.path.parent != people
@@ -615,13 +561,11 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Chooses the label under which new photos of each person are enrolled in the gallery.
+    """Chooses the label under which new photos of each person are enrolled: name -> label.
 
-    Returns name -> label. `names` are the names of the people in the folder of photos. A label
-    differs from the name if a user has renamed the person in the gallery. The label is the most
-    frequent label of the person's enrolled photos. Labels that are names of other people in `names`
-    are chosen only if the photos have no other labels. If no photo of the person is enrolled, the
-    label is the name.
+    A label differs from the name if a user has renamed the person in the gallery. It is the most
+    frequent label of the person's enrolled photos. Names of other people in `names` are chosen only
+    if there are no other labels. If no photo of the person is enrolled, the label is the name.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -641,10 +585,9 @@ def _enrol(
     labels: Mapping[str, str],
     old: set[str],
 ) -> None:
-    """Enrols the clips of a folder of features, and removes clips whose photo no longer exists.
+    """Enrols clips, clip -> person, of a folder of features, and removes clips of deleted photos.
 
-    `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
-    `old` are the enrolled clips of the folder.
+    `labels` is person -> name in the gallery. `old` are the enrolled clips of the folder.
     """
     if not usable:
         gallery.remove(clip=old)
@@ -695,16 +638,11 @@ class PhotoFace(NamedTuple):
 
     `str(face)` is the name of its clip in the gallery: `people/FOLDER/CLIP`. If a face tag names a
     person other than the folder, it is `people/FOLDER/CLIP/PERSON`.
-
-    Attributes:
-      folder: the name of the folder in `OUT/people` that contains the features of the photo.
-      clip: the name of the clip in these features.
-      person: the name of the folder, or the name in the face tag.
     """
 
-    folder: str
-    clip: str
-    person: str
+    folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
+    clip: str  # the name of the clip in these features
+    person: str  # the name of the folder, or the name in the face tag
 
     def __str__(self) -> str:
         tag = "" if self.person == self.folder else f"/{self.person}"
@@ -712,7 +650,7 @@ class PhotoFace(NamedTuple):
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery. If the clip is not of a photo, returns None."""
+        """Parses the name of a clip in the gallery; returns None if the clip is not of a photo."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
@@ -720,17 +658,15 @@ class PhotoFace(NamedTuple):
 
 
 def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
-    """Returns name of a clip -> face for the enrolled faces of photos."""
+    """Returns clip -> face for the enrolled faces of photos."""
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Forgets people and photos that are no longer in the user's folder of people.
+    """Forgets people who are not in `names`, and folders of features that are not in `places`.
 
-    All clips of people whose names are not in `names` are removed from the gallery. A folder
-    `out/people/FOLDER` with features of photos is removed if FOLDER is not in `places`. The page
-    and the tables of the earlier call are removed, too. They contain the names of the removed
-    people, and this call may fail before it writes new tables.
+    The page and the tables of the earlier call are removed, too: they contain the names, and this
+    call may fail before it writes new tables.
     """
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
@@ -756,7 +692,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
 
 
 def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    """Computes the embeddings of clips from a folder of features with the net of the gallery."""
+    """Computes the embeddings of clips from a folder of features."""
     paths = sorted({features_folder.locate_features(features, clip) for clip in clips})
     reads = gallery.backend.widths
     known = (
@@ -785,7 +721,8 @@ def decide(
       out: the folder of results.
       before: the numbers of the last call, and the corrections of a user.
       identify: the method `gallery.identify`, with the rule by which a clip gets a name.
-      last: an earlier decision on the same films. To save time, its embeddings and groups are used.
+      last: an earlier decision on the same films, whose embeddings and groups are used to save
+        time.
     """
     vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
     answers, groups = dict[str, Answer](), dict[str, str]()
@@ -825,8 +762,7 @@ def _keep_numbers(
 
     `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
     group keeps the number that most of its clips had, unless another group has more clips with this
-    number. The other groups get new numbers above `highest`, in the order of their numbers in
-    `groups`.
+    number. The other groups get new numbers above `highest`, in the order of their old numbers.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
@@ -844,10 +780,7 @@ def _keep_numbers(
 def write(
     out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
 ) -> None:
-    """Writes the tables, subtitles, page, and cut lists of a decision to the folder `out`.
-
-    In cut lists, `padding` seconds are added before and after each appearance.
-    """
+    """Writes the tables, subtitles, page, and cut lists of a decision. `padding` is in seconds."""
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
