@@ -202,19 +202,6 @@ def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
     assert "(3.0,)" in table and "(2,)" not in table
 
 
-def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
-    """An interval of two standard errors would cover the true difference in only 70 %."""
-    rng, true, covered = np.random.default_rng(2), 0.05, []
-    for _ in range(300):
-        base = rng.uniform(0.3, 0.6, (2, 50))  # two seeds, 50 identities
-        of_seeds, of_identities = rng.normal(0, 0.05, (2, 1)), rng.normal(0, 0.02, (2, 50))
-        gaps = true + of_seeds + of_identities
-        (difference,) = significance.differences_of_seeds([list(base), list(base + gaps)])
-        covered.append(difference.low <= true <= difference.high)
-
-    assert np.mean(covered) >= 0.88  # of 95 % intervals, which are approximate for two seeds
-
-
 @pytest.mark.parametrize(("kinds", "sentence"), [
     (("val", "val"), "No run was trained on these clips."),
     (("val", "out_of_fold"), "Out of fold: {}/second"),
