@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import made_galleries
 from tests.helpers.datasets import prepare
 from vidjax.runs import checkpoint
 
@@ -100,6 +101,16 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
     for message, given in (("config.data.dir", words), ("embed_dim", no_width)):
         code, lines = check(*given)
         assert code == 2 and message in lines[-2], lines
+
+
+def test_check_of_a_gallery_reports_damage(tmp_path, check):
+    made_galleries.make(tmp_path)
+    words = f"--workdir={tmp_path}"
+    assert "gallery: 12 people with" in "\n".join(check(words)[1])
+
+    damage(tmp_path, "gallery.sqlite")
+    code, lines = check(words)
+    assert code == 2 and lines[-1].startswith("FAULT")
 
 
 def test_check_without_a_folder_checks_the_machine(check):

@@ -22,7 +22,7 @@ from vidjax.apps.video.features_folder import FileStamp, Film, FilmTrack
 from vidjax.data.memory import MemoryClips
 from vidjax.models import distance
 
-VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:1]
+VOICE, OTHER_VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:2, None]
 CARD = made_nets.back_end(SAME, DIFFERENT, WIDTH)
 BACKEND = backend.make_card_backend({"face": cards.BackEnd(**CARD)})
 
@@ -249,17 +249,39 @@ def test_a_name_needs_a_probability_above_one_half(gallery):
     assert gallery.identify(asked, threshold=0.4)["q"].identity in ("Ada", "Eve")
 
 
-def test_rank_omits_clips_that_share_no_modality_with_the_person(tmp_path, models):
-    """Ada has only a photo. So a voice neither confirms nor excludes that a clip shows Ada."""
+@pytest.fixture
+def with_voices(tmp_path, models):
+    """A gallery of faces and voices."""
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
-    gallery = Gallery.of_models(tmp_path / "g", models)
+    return Gallery.of_models(tmp_path / "g", models)
+
+
+def test_people_are_identified_by_face_and_voice(with_voices):
+    ada, bob = draw(6, people=2, clips=2)
+    with_voices.enrol({"film": {"face": ada[:1], "audio": VOICE}}, "Ada")
+    face = {"face": ada[1:]}
+
+    answers = with_voices.identify({
+        "both": face | {"audio": VOICE}, "mute": face, "hoarse": face | {"audio": OTHER_VOICE},
+        "dubbed": {"face": bob[1:], "audio": VOICE},
+    })  # fmt: skip
+
+    evidence = {clip: (answer.identity, answer.evidence) for clip, answer in answers.items()}
+    assert evidence["both"] == ("Ada", ("face", "audio"))
+    assert evidence["mute"] == ("Ada", ("face",))
+    assert evidence["dubbed"] == (None, ()), "a voice does not outweigh another face"
+    assert answers["both"].score > answers["mute"].score > answers["hoarse"].score
+
+
+def test_rank_omits_clips_that_share_no_modality_with_the_person(with_voices):
+    """Ada has only a photo. So a voice neither confirms nor excludes that a clip shows Ada."""
     (ada,) = draw(6, people=1, clips=2)
-    gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
+    with_voices.enrol({"photo": {"face": ada[:1]}}, "Ada")
     clips = {"voice": {"audio": VOICE}, "face": {"face": ada[1:]}}
 
     # The voice shows Ada or a new person with the probability 0.5, above the threshold.
-    assert gallery.identify(clips, threshold=0.4)["voice"].identity is None
-    assert [clip for clip, _ in gallery.rank(clips, threshold=0.4)["Ada"]] == ["face"]
+    assert with_voices.identify(clips, threshold=0.4)["voice"].identity is None
+    assert [clip for clip, _ in with_voices.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
 
 def test_arguments_without_a_meaning_are_refused_and_leave_nothing(tmp_path, gallery, models):
