@@ -15,18 +15,15 @@ import pytest
 
 from tests.campaigns import commands
 from tests.helpers import seen
-from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import slowness
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io, terminal
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.signals import Interrupted
-from vidjax.training import plan
 from vidjax.utils import messages
 from vidjax.utils.errors import DiskError
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def check_outcome(case, command):
@@ -99,11 +96,6 @@ def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
     # WORKS trains one run without --workdir. Refused commands have --workdir=new.
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["knn_seed=1"]
     assert not (tmp_path / "new").exists()
-
-
-@nightly_after_first("name", NAMES)
-def test_shipped_configuration_passes_a_dry_run(name):
-    plan.dry_run(config_io.load_file(name))
 
 
 def test_run_folder_is_named_after_its_overrides():

@@ -14,6 +14,7 @@ from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
+from vidjax.training import plan
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -33,6 +34,8 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         # `few` is refused without `iqiyi_vid`.
         config = load(f"{name}:{'iqiyi_vid,few' if word == 'few' else word}")
         config_lib.check(config)
+        if not word:
+            plan.dry_run(config)
         written.append(config_io.to_json(config))
         again = config_io.from_json(written[-1])
         values, expected = (dict(config_lib.fields(each)) for each in (again, config))

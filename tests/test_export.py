@@ -59,10 +59,7 @@ def export(command, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(trained):
-    def make(name):
-        return trained(*SYSTEMS[name].split())
-
-    return make
+    return lambda name: trained(*SYSTEMS[name].split())
 
 
 @pytest.mark.slow
