@@ -295,13 +295,6 @@ def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, mode
 
 
 @pytest.mark.slow
-def test_films_without_sound_have_no_voices(tmp_path, models):
-    for name, sound in (("mute", None), ("silence", 0 * tone(440, 4))):
-        extracted, clips = shoot(tmp_path / f"{name}.mkv", models, (4, 20, [ADA]), sound=sound)
-        assert len(clips) == 1 and extracted.voices == 0 and extracted.lost_sound == 0
-
-
-@pytest.mark.slow
 def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_path, models):
     """Bob leaves the picture in the first shot. The second shot always shows two people."""
     shots = (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE])
