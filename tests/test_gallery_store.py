@@ -351,6 +351,30 @@ def test_readers_see_the_old_state_until_a_change_is_complete(gallery):
     assert "Ada" in Gallery(gallery.folder)
 
 
+@pytest.mark.slow
+def test_readers_see_the_old_state_or_the_new_one(gallery):
+    """A thread adds and removes a clip again and again while the gallery is read."""
+    stop, open_one = threading.Event(), Gallery(gallery.folder)
+
+    def change():
+        while not stop.is_set():
+            gallery.add(NEW)
+            gallery.remove(clip=["new"])
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(8):
+            open_one.refresh()
+            for people in (open_one, Gallery(gallery.folder)):
+                there = {"new"} & {*people.clips}
+                assert {*people.clips} == {*CLIPS} | there
+                assert ("new" in people.index.names) == bool(there)
+    finally:
+        stop.set()
+        thread.join(60)
+
+
 def test_a_change_of_a_file_with_hard_links_is_refused(gallery, tmp_path):
     """The other link would still contain a removed person."""
     os.link(gallery.folder / store_lib.GALLERY_FILE, tmp_path / "other")
