@@ -2,11 +2,11 @@
 
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.helpers import docs, recorded_config
 from tests.helpers.seen import refused
 from vidjax.cli.program import main
@@ -16,13 +16,8 @@ from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
 from vidjax.training import plan
 
-ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-
-
-def load(spec="mma"):
-    name, _, words = spec.partition(":")
-    return config_io.load_file(f"{ROOT}/configs/{name}.py:{words}")
+load = config_io.load_file
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,11 +58,11 @@ def test_override_has_the_type_of_its_field_and_the_last_one_counts():
         "ensemble.only=2": (2,), "ensemble.only=[0,2]": (0, 2),
         "ensemble.min_quality=-1000,20": (-1000, 20), "data.dir=a=b": "a=b", "eval.split=5": "5",
     }.items():  # fmt: skip
-        config = config_io.override(load(), [f"--config.{word}"])
+        config = config_io.override(load("mma"), [f"--config.{word}"])
         actual = dict(config_lib.fields(config))[word.partition("=")[0]]
         assert (actual, type(actual)) == (value, type(value)), word
 
-    assert config_io.override(load(), ["--config.seed=1", "--config.seed=2"]).seed == 2
+    assert config_io.override(load("mma"), ["--config.seed=1", "--config.seed=2"]).seed == 2
 
 
 def test_differences_of_configurations_omit_unread_fields():
