@@ -136,12 +136,6 @@ def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path
     assert gallery.rule().threshold == gallery.threshold(0.01)
 
 
-def queries(gallery):
-    """Returns 50 clips: of the 12 enrolled people and of 12 other people, in turn."""
-    clips = {f"query {n}": make_clip(700 + n, f"person {n % 24}") for n in range(50)}
-    return vectors_of(gallery, clips)
-
-
 @pytest.mark.parametrize(("by", "least", "named"), [
     ("fpir", 0.01, [0.51]),  # the measured threshold is low, so the limit of one half decides
     ("fpir", 0.6, []),
@@ -168,14 +162,15 @@ def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path)
 
 
 def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
-    """Another process removes 10 of 12 people."""
+    """Another process removes 10 of 12 people. The clips show these 12 people and 12 others."""
     people = make(tmp_path / "g", make_clips(strangers=100), settings=NOBODY_IS_NEW)
     before = people.rule(fpir=0.25)
 
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
 
     assert people.rule(fpir=0.25).score != before.score
-    for answer in people.identify(queries(people), fpir=0.25).values():
+    shown = {f"query {n}": make_clip(700 + n, f"person {n % 24}") for n in range(50)}
+    for answer in people.identify(vectors_of(people, shown), fpir=0.25).values():
         assert (answer.identity is not None) == people.rule(fpir=0.25).names(answer.score)
 
 
