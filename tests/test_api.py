@@ -2,7 +2,6 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from tests.helpers import made_runs
 from vidjax.runs import results as results_lib
 from vidjax.runs.run_folder import RunFolder
 
-KNN = str(Path(__file__).parents[1] / "configs" / "knn.py")
 UNTYPED: Any = vidjax  # tests give arguments of wrong types
 
 
@@ -51,7 +49,7 @@ def made(clips, labels, cache_dir):
 def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     """The restored run also refuses arguments of wrong types."""
     words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
-    config = vidjax.load_config(KNN, *words)
+    config = vidjax.load_config("knn", *words)
     folder = tmp_path / "runs" / "memory"
     assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
 
@@ -104,7 +102,7 @@ def test_load_config_describes_the_expected_arguments():
 
 
 def test_load_data_describes_the_expected_arguments(clips, labels, official_dir, tmp_path):
-    config, load = vidjax.load_config(KNN), UNTYPED.load_data
+    config, load = vidjax.load_config("knn"), UNTYPED.load_data
 
     # A configuration has its own folders and options. Official files have their own labels.
     refused("load_data: source must be a folder, .* not list", load, [clips])
@@ -119,7 +117,7 @@ def test_load_data_describes_the_expected_arguments(clips, labels, official_dir,
 
 def test_train_and_restore_describe_the_expected_arguments(made, tmp_path):
     train, restore = UNTYPED.train, UNTYPED.restore
-    config, misspelt, new = vidjax.load_config(KNN), vidjax.load_config(KNN), tmp_path / "new"
+    config, misspelt, new = vidjax.load_config("knn"), vidjax.load_config("knn"), tmp_path / "new"
     misspelt.optim.learn_rate = 1
 
     refused("train: config must be a configuration", train, str(new), config, made)

@@ -1,11 +1,13 @@
 """`vidjax check`: output for good and damaged data, runs and galleries."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import made_galleries
 from tests.helpers.datasets import prepare
 from vidjax.runs import checkpoint
 
@@ -90,8 +92,7 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
 def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
     check, official_dir, cache_dir
 ):
-    spec = f"{Path(__file__).parents[1]}/configs/mma.py:iqiyi_vid,face,head,audio"
-    words = [f"--config={spec}", f"--config.data.cache_dir={cache_dir}"]
+    words = ["--config=mma:iqiyi_vid,face,head,audio", f"--config.data.cache_dir={cache_dir}"]
     official = [*words, f"--config.data.dir={official_dir}"]
 
     _, lines = check(*official)
@@ -100,6 +101,16 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
     for message, given in (("config.data.dir", words), ("embed_dim", no_width)):
         code, lines = check(*given)
         assert code == 2 and message in lines[-2], lines
+
+
+def test_check_of_a_gallery_reports_damage(tmp_path, check):
+    made_galleries.make(tmp_path)
+    words = f"--workdir={tmp_path}"
+    assert "gallery: 12 people with" in "\n".join(check(words)[1])
+
+    os.truncate(tmp_path / "gallery.sqlite", 5000)
+    code, lines = check(words)
+    assert code == 2 and lines[-1].startswith("FAULT")
 
 
 def test_check_without_a_folder_checks_the_machine(check):

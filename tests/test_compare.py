@@ -12,7 +12,7 @@ from scipy import special
 import vidjax
 from tests.helpers import made_runs
 from tests.helpers.pages import Page
-from tests.helpers.seen import contents, refused
+from tests.helpers.seen import refused
 from vidjax.evaluation import comparison, significance
 
 NAMES = [f"person_{i}" for i in range(40)]
@@ -113,15 +113,12 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
     assert {row.count(" & ") for row in (*rows[:-1], rows[-1].replace(r"\&", ""))} == {7}
 
 
-def test_compare_refuses_paths_of_wrong_types_and_a_run_as_the_folder_of_the_comparison(tmp_path):
+def test_compare_refuses_paths_of_wrong_types(tmp_path):
     first, second = (made_runs.write(tmp_path / name, averages(0)) for name in "ab")
     function: Any = vidjax.compare
     for runs in ([first, None], [[first], [None]], [first, 5]):
         refused(lambda runs=runs: function(runs), "compare: run must be the path of a run's folder")
     refused(lambda: function([first, second], out=5), "compare: out must be the path of a folder")
-    before = contents(first)
-    refused(lambda: function([first, second], out=first), "name another folder for the comparison")
-    assert contents(first) == before
 
 
 @pytest.fixture
@@ -200,19 +197,6 @@ def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
     fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table.split("</table>")[0])
     assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
     assert "(3.0,)" in table and "(2,)" not in table
-
-
-def test_interval_of_two_seeds_covers_the_truth_if_seeds_vary_most():
-    """An interval of two standard errors would cover the true difference in only 70 %."""
-    rng, true, covered = np.random.default_rng(2), 0.05, []
-    for _ in range(300):
-        base = rng.uniform(0.3, 0.6, (2, 50))  # two seeds, 50 identities
-        of_seeds, of_identities = rng.normal(0, 0.05, (2, 1)), rng.normal(0, 0.02, (2, 50))
-        gaps = true + of_seeds + of_identities
-        (difference,) = significance.differences_of_seeds([list(base), list(base + gaps)])
-        covered.append(difference.low <= true <= difference.high)
-
-    assert np.mean(covered) >= 0.88  # of 95 % intervals, which are approximate for two seeds
 
 
 @pytest.mark.parametrize(("kinds", "sentence"), [

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,7 @@ from vidjax.core import ensemble
 from vidjax.runs import results as results_lib
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
-KNN = f"--config={ROOT}/configs/knn.py:iqiyi_vid"
+KNN = "--config=knn:iqiyi_vid"
 # The two remedies of an error: two ways to train a run whose MAP can be measured.
 FOLDS, MEASURED = "--config.ensemble.folds=5", "--config.eval.split=val"
 

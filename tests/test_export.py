@@ -59,10 +59,7 @@ def export(command, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(trained):
-    def make(name):
-        return trained(*SYSTEMS[name].split())
-
-    return make
+    return lambda name: trained(*SYSTEMS[name].split())
 
 
 @pytest.mark.slow
@@ -127,11 +124,18 @@ def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
         assert function.difference({"scores": [other]}, expected) > function.TOLERANCE
 
 
-@pytest.mark.slow
-def test_export_whose_outputs_differ_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
-    monkeypatch.setattr(function, "difference", lambda answers, expected: 2e-5)
-    complaint = export(nearest_run, "safetensors", code=2)
-    assert "outputs differ from vidjax by 2.0e-05" in complaint
+# Function or limit, its value in the test, a format, and words of the error.
+@pytest.mark.parametrize(("changed", "value", "name", "words"), [
+    (f"{function.__name__}.LARGEST", 1000, "stablehlo", "choose --format=safetensors"),  # bytes
+    ("importlib.util.find_spec", lambda name: None, "onnx", "pip install 'vidjax[onnx]'"),
+    pytest.param(f"{function.__name__}.difference", lambda answers, expected: 2e-5, "safetensors",
+                 "outputs differ from vidjax by 2.0e-05", marks=pytest.mark.slow),
+], ids=["too large", "no package", "outputs differ"])  # fmt: skip
+def test_failed_export_names_the_remedy_and_leaves_no_folder(
+    nearest_run, tmp_path, export, monkeypatch, changed, value, name, words
+):
+    monkeypatch.setattr(changed, value)
+    assert words in export(nearest_run, name, code=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -176,18 +180,6 @@ def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_pat
 
     with pytest.raises(UserError, match=r"'a-b'\nchoose --format=stablehlo"):
         formats.tensorflow(run, {}, tmp_path)  # which would name both `a_b_mask`
-
-
-def test_export_of_too_large_weights_suggests_a_format(nearest_run, export, monkeypatch):
-    monkeypatch.setattr(function, "LARGEST", 1000)  # bytes
-    assert "choose --format=safetensors" in export(nearest_run, "stablehlo", code=2)
-
-
-def test_export_without_the_package_of_a_format_names_the_extra(nearest_run, export, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-
-    complaint = export(nearest_run, "onnx", code=2)
-    assert "needs onnx and onnxruntime" in complaint and "pip install 'vidjax[onnx]'" in complaint
 
 
 @pytest.mark.nightly

@@ -14,7 +14,7 @@ from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
 from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery import backend
-from vidjax.apps.gallery.gallery import Gallery, make_models_origin
+from vidjax.apps.gallery.gallery import make_models_origin
 from vidjax.apps.video import cards, film, pipeline, voices
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
@@ -295,13 +295,6 @@ def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, mode
 
 
 @pytest.mark.slow
-def test_films_without_sound_have_no_voices(tmp_path, models):
-    for name, sound in (("mute", None), ("silence", 0 * tone(440, 4))):
-        extracted, clips = shoot(tmp_path / f"{name}.mkv", models, (4, 20, [ADA]), sound=sound)
-        assert len(clips) == 1 and extracted.voices == 0 and extracted.lost_sound == 0
-
-
-@pytest.mark.slow
 def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_path, models):
     """Bob leaves the picture in the first shot. The second shot always shows two people."""
     shots = (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE])
@@ -334,50 +327,6 @@ def test_extraction_by_one_and_two_processes_writes_the_same_bytes(tmp_path, mod
     assert written == contents(tmp_path / "by2") and len(written) == 2 + 2 + 1
     # A clip of Ada in each film.
     assert sum("audio" in clip for clip in read_arrays(tmp_path / "by1").values()) == 2
-
-
-@pytest.fixture
-def speak(tmp_path, models):
-    """Returns a function: name of a face, pitch of a voice -> the frames of both in a film."""
-
-    def extract_clip(name, hertz):
-        path, shot = tmp_path / f"{name}{hertz}.mkv", (4, 20, [(name, 40, 40)])
-        (arrays,) = shoot(path, models, shot, sound=tone(hertz, 4))[1].values()
-        return {
-            part: {"features": arrays[part], "quality": arrays[f"{part}_quality"]}
-            for part in ("face", "audio")
-        }
-
-    return extract_clip
-
-
-@pytest.mark.slow
-def test_gallery_identifies_people_by_face_and_voice(tmp_path, models, speak):
-    gallery, both = Gallery.of_models(tmp_path / "g", models), speak("Ada", hertz=440)
-    gallery.enrol({"film": both}, "Ada")
-
-    # Ada with another voice, Bob with the voice of Ada, and Ada without a voice.
-    answers = gallery.identify({
-        "both": both, "hoarse": speak("Ada", hertz=3000), "dubbed": speak("Bob", hertz=440),
-        "mute": {"face": both["face"], "audio": None},
-    })  # fmt: skip
-
-    evidence = {clip: (answer.identity, answer.evidence) for clip, answer in answers.items()}
-    assert evidence["both"] == ("Ada", ("face", "audio"))
-    assert evidence["mute"] == ("Ada", ("face",))
-    assert evidence["dubbed"] == (None, ()), "a voice does not outweigh another face"
-    assert answers["both"].score > answers["mute"].score > answers["hoarse"].score
-
-
-@pytest.mark.slow
-def test_voice_names_nobody_if_only_faces_are_enrolled(tmp_path, models, speak):
-    gallery, both = Gallery.of_models(tmp_path / "g", models), speak("Ada", hertz=440)
-    gallery.enrol({"photo": {"face": both["face"]}}, "Ada")
-
-    clips = {"voice": {"face": None, "audio": both["audio"]}, "both": both}
-    answers = gallery.identify(clips, threshold=0.4)  # below the default of 0.5
-
-    assert [answers[name].identity for name in clips] == [None, "Ada"]
 
 
 def test_voice_changes_the_odds_of_a_face_at_most_ninefold():

@@ -18,6 +18,7 @@ from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.changes import enrol
 from vidjax.apps.gallery.gallery import Gallery, fit_backend
 from vidjax.apps.gallery.store import StoredClip, group
+from vidjax.core import metrics
 from vidjax.models import distance
 
 NOBODY_IS_NEW = SETTINGS._replace(stranger=-6.0)  # logarithm of the prior odds of a stranger
@@ -97,21 +98,6 @@ def test_log_softmax_is_exact():
         np.testing.assert_allclose(logs, wanted, rtol=1e-10, atol=1e-300)
 
 
-def test_true_false_positive_rate_lies_within_the_reported_interval():
-    """Scores of strangers are uniform, so the true rate of a threshold t is 1 - t."""
-    rng, inside, rates = np.random.default_rng(0), [], []
-    for _ in range(2000):
-        threshold = answers_lib.threshold(rng.random(99), fpir=0.01, num_identities=1)
-        low, high = threshold.interval
-        rates.append(1 - threshold.score)
-        inside.append(low <= rates[-1] <= high)
-        # 1 % of 100 strangers, the 99 and the next stranger, is one: the next stranger.
-        assert threshold.num_alarms == 0
-
-    assert abs(np.mean(inside) - 0.95) < 0.011  # it is a 95 % interval
-    assert 0.6 * 0.01 < np.mean(rates) < 1.05 * 0.01  # at most 1 %, but not much less
-
-
 def test_stranger_whose_vector_is_the_centre_never_passes_the_threshold(tmp_path):
     clips, front = make_clips(), made_galleries.make_front()  # 6 strangers
     centres = front.split(clips["stranger 0"].vector[None])
@@ -130,6 +116,7 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
 
     threshold = people.threshold(fpir=0.29)  # 2 of 7 may pass: one stranger and the next stranger
     assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
+    assert threshold.interval == metrics.fpir_interval(1, 6)
 
     # 0.14 * 7 < 1, so not even the next stranger may pass. 0.14 * 8 > 1.
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
@@ -137,12 +124,6 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
     assert people.threshold(0.14).num_strangers == 7
     for fpir in (0, 1, float("nan")):
         refused(functools.partial(people.threshold, fpir), "give a number above 0 and below 1")
-
-
-def test_fpir_with_a_rounding_error_counts_as_the_exact_fpir():
-    # 1 - 0.9 is a little less than 0.1, but counts as 0.1: 1 of 10 may pass, the next stranger.
-    threshold = answers_lib.threshold(np.arange(-9.0, 0), fpir=1 - 0.9, num_identities=1)
-    assert threshold.num_alarms == 0  # none of the 9 strangers
 
 
 def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path):
@@ -155,17 +136,15 @@ def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path
     assert gallery.rule().threshold == gallery.threshold(0.01)
 
 
-def queries(gallery):
-    """Returns 50 clips: of the 12 enrolled people and of 12 other people, in turn."""
-    clips = {f"query {n}": make_clip(700 + n, f"person {n % 24}") for n in range(50)}
-    return vectors_of(gallery, clips)
-
-
-def test_fpir_rule_names_no_clip_with_a_probability_of_one_half_or_less():
-    # The score, a log-probability, is very low, so only the limit of one half decides.
-    rule = answers_lib.NamingRule("fpir", score=-50.0, default=False, threshold=None, about="")
-
-    np.testing.assert_array_equal(rule.names(np.log([1e-3, 0.5, 0.51])), [False, False, True])
+@pytest.mark.parametrize(("by", "least", "named"), [
+    ("fpir", 0.01, [0.51]),  # the measured threshold is low, so the limit of one half decides
+    ("fpir", 0.6, []),
+    ("threshold", 0.5, [0.5, 0.51]),  # the user has chosen the threshold
+])  # fmt: skip
+def test_a_name_needs_more_than_one_half_or_the_threshold_of_the_user(by, least, named):
+    rule = answers_lib.NamingRule(by, np.log(least), default=False, threshold=None, about="")
+    probabilities = np.array([0.3, 0.5, 0.51])
+    assert probabilities[rule.names(np.log(probabilities))].tolist() == named
 
 
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):
@@ -183,23 +162,16 @@ def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path)
 
 
 def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
-    """Another process removes 10 of 12 people."""
+    """Another process removes 10 of 12 people. The clips show these 12 people and 12 others."""
     people = make(tmp_path / "g", make_clips(strangers=100), settings=NOBODY_IS_NEW)
     before = people.rule(fpir=0.25)
 
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
 
     assert people.rule(fpir=0.25).score != before.score
-    for answer in people.identify(queries(people), fpir=0.25).values():
+    shown = {f"query {n}": make_clip(700 + n, f"person {n % 24}") for n in range(50)}
+    for answer in people.identify(vectors_of(people, shown), fpir=0.25).values():
         assert (answer.identity is not None) == people.rule(fpir=0.25).names(answer.score)
-
-
-def test_probability_threshold_names_clips_of_this_probability_or_more(tmp_path):
-    people = make(tmp_path / "g")
-
-    for least in (1e-6, 0.3, 1.0):
-        for answer in people.identify(queries(people), threshold=least).values():
-            assert (answer.identity is not None) == (answer.score >= np.log(least))
 
 
 @nightly_after_first("num_people", [5, 1, 20])

@@ -252,7 +252,7 @@ def test_threshold_command_equals_the_api(tell, folder, made):
     assert f"strangers   {content['num_strangers']}" in tell("threshold", folder, "--fpir=0.25")
 
 
-# Words after `vidjax gallery`, where G stands for the gallery -> part of the error.
+# Words after `vidjax gallery` -> part of the error. G is a gallery, and TABLES a folder of tables.
 MISTAKES = {
     "": "gallery needs COMMAND",
     "identify G": "identify needs one of --input --split",
@@ -268,13 +268,17 @@ MISTAKES = {
     "enrol G --split=test": "no clip has a label",
     "remove G --identity=13": "no identity '13' is enrolled",
     "export G --out=x.csv": "end the name in .parquet",
+    "identify G --input=TABLES --k=1": "--out=FOLDER",
+    "identify G --input=TABLES --out=answers.csv": "--out=FOLDER",
+    "identify G --input=TABLES --out=TABLES": "name another folder",
+    "rank G --input=TABLES --out=ranking.txt": "--out=FOLDER",
 }
 
 
-def test_usage_errors_name_the_remedy_and_change_nothing(tell, folder):
+def test_usage_errors_name_the_remedy_and_change_nothing(tell, folder, day):
     before = made_galleries.contents(folder)
     for words, remedy in MISTAKES.items():
-        given = [str(folder) if word == "G" else word for word in words.split()]
+        given = words.replace(" G", f" {folder}").replace("TABLES", str(day)).split()
         assert remedy in tell(*given, code=2), words
     assert made_galleries.contents(folder) == before
 
@@ -298,19 +302,6 @@ def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
             np.testing.assert_allclose(rows[name][part], np.nan_to_num(wanted), atol=1e-6)
 
     assert "exists and is not overwritten" in tell(*words, code=2)
-
-
-def test_check_mode_detects_a_damaged_gallery(folder, command):
-    words = ("--mode=check", f"--workdir={folder}")
-    assert "gallery: 12 people with" in command(*words).out
-
-    content = bytearray((folder / "gallery.sqlite").read_bytes())
-    content[-100] ^= 1  # any bit
-    (folder / "gallery.sqlite").write_bytes(content)
-
-    damaged = command(*words)
-    assert damaged.code == 2
-    assert "FAULT" in damaged.out
 
 
 # The page contains programs for Ray Data: name -> program.
@@ -500,15 +491,6 @@ def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folde
     error = ask("gallery", "identify", folder, f"--input={day}", f"--out={out}", code=2)
     assert "part-0.parquet" in error and "2 of 4 tables failed; the other tables are done" in error
     assert [*tables_in(out)] == ["part-2.parquet", "part-3.parquet"]
-
-
-def test_results_of_many_tables_need_another_folder(ask, folder, day):
-    for command, flag, remedy in (
-        ("identify", "--k=1", "--out=FOLDER"), ("identify", "--out=answers.csv", "--out=FOLDER"),
-        ("rank", "--out=ranking.txt", "--out=FOLDER"),
-        ("identify", f"--out={day}", "name another folder"),
-    ):  # fmt: skip
-        assert remedy in ask("gallery", command, folder, f"--input={day}", flag, code=2)
 
 
 def test_split_is_read_although_the_working_folder_has_tables(ask, folder, day, monkeypatch):

@@ -5,11 +5,10 @@ import functools
 import graphlib
 import re
 import tomllib
-from pathlib import Path
 
+from tests.conftest import ROOT
 from tests.helpers.cases import nightly_after_first
 
-ROOT = Path(__file__).parent.parent
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted((ROOT / "vidjax").rglob("*.py"))

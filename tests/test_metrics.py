@@ -186,8 +186,9 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
             metrics.identification_errors(scores, all_known, all_known, fpir=wrong)
 
     # Of 99 strangers 28 may pass: with a new stranger, this is 29 of 100. In floating point,
-    # 0.29 * 100 is less than 29.
+    # 0.29 * 100 is less than 29, and 1 - 0.9 is less than 1 of 10.
     assert metrics.count_allowed(99, 0.29) == 28
+    assert metrics.count_allowed(9, 1 - 0.9) == 0
 
 
 @pytest.fixture(scope="module")
