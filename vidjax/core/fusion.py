@@ -1,11 +1,11 @@
 """Selects or averages the frames of clips in a modality.
 
-A fusion is a pure function under jit that maps Frames [B, T] to Frames [B, T']. Random numbers are
-drawn in the shape of the whole batch, so they do not depend on the number of devices. Selected
-features keep their stored dtype. Only the selected rows of LazyFeatures are read. In a mask, real
-frames may come after masked frames, for example after `filter_frames`. For a clip without frames,
-the new mask is False, and means are 0. Among equal qualities the earlier frame is better; NaN is
-the lowest quality.
+A fusion maps Frames [B, T] to Frames [B, T']. It is a pure function that can be jitted. Random
+numbers are drawn in the shape of the whole batch, so they do not depend on the number of devices.
+Selected features keep their stored dtype. Only the selected rows of LazyFeatures are read. In a
+mask, real frames may come after masked frames, for example after `filter_frames`. For a clip
+without frames, the new mask is False, and means are 0. Among equal qualities the earlier frame is
+better; NaN is the lowest quality.
 """
 
 import fractions
@@ -489,7 +489,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     `spec` is a dict such as `config.fusion.face.train`. It contains `name`, a key of FUSIONS, and
     keyword arguments of that fusion. It may contain arguments of `filter_frames`, which is applied
     first. It may also contain `kept_share`: the share of the fused frames to keep at the end, the
-    frames of best quality. Only for `random`, `rng` must not be None.
+    frames of best quality. `rng` is a PRNG key, or None in evaluation. The fusion `random` needs a
+    key.
     """
     options = dict(spec)
     name = options.pop("name", None)

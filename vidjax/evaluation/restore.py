@@ -241,7 +241,7 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Describes how digests of a split differ, or returns "". A missing split has `now` None."""
+    """Returns "", or how the digests of a split differ. If the split is missing, `now` is None."""
     if now is None:
         return f"{split} is missing"
     if now["names"] != before["names"]:
@@ -283,7 +283,7 @@ def select_sets(
 
 
 def _has_same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    """Returns True if a split has the same names and features. A missing split has `now` None."""
+    """Returns True if names and features of a split are equal. If it is missing, `now` is None."""
     kinds = ["names", "features"]
     if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
         kinds.remove("features")

@@ -209,7 +209,7 @@ class TrainingRun:
         began: float,
         analyse: bool = False,
     ):
-        """Restores the newest checkpoint, if any. If `analyse` is True, models can return attention."""
+        """Restores the newest checkpoint, if any. `analyse` lets the models return attention."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
         self._system = make_system(config.to_dict(), plan.task)

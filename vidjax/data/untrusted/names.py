@@ -95,7 +95,7 @@ def is_unknown(name: str) -> bool:
 
 
 def is_reserved(name: str) -> bool:
-    """Returns True for names of people without a name: `ignored`, and names that `is_unknown`."""
+    """Returns True if a name is reserved: `ignored`, or a name for strangers (`is_unknown`)."""
     return is_unknown(name) or name.casefold() == IGNORED
 
 
