@@ -181,7 +181,7 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
 
 class Transform(NamedTuple):
-    """An entry for `config.transforms`. `function` maps (rng, MemberClips, *, options)."""
+    """An entry of TRANSFORMS. `function` maps (rng, MemberClips, *, options) to MemberClips."""
 
     function: Callable[..., MemberClips]
     before_fusion: bool = False  # True: it receives all frames of the clips, not the fused frames

@@ -3,7 +3,7 @@
 The letters in shapes mean the same in all modules. B counts the clips of a batch, N the clips of a
 dataset, T frames, M modalities (such as face and voice) or the vectors that a model computes from
 them, D features, K clusters or class columns, C identities, E members (nets) of an ensemble, and G
-branches (sets of logits) of a model.
+branches (sets of logits) of a model, or examples of a clip.
 
 Class columns are the columns of logits and scores, [B, 1 + C]. Column 0 is "other": distractors,
 which show none of the identities. Columns 1..C are the identities in the order of

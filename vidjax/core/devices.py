@@ -71,7 +71,10 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # 
 
 @contextlib.contextmanager
 def disable_program_cache() -> Iterator[None]:
-    """Disables the cache of programs in a `with` block, because it would store all weights."""
+    """Disables the cache of compiled programs in a `with` block.
+
+    The cache would store programs that contain all weights of a net, as large files.
+    """
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, math.inf)
@@ -98,7 +101,10 @@ def make_deterministic() -> None:
 
 
 def collect_versions() -> dict[str, str]:
-    """Returns the versions of packages, `python`, `device` (number and kind) and git `commit`."""
+    """Returns the versions of packages and `python`, `device` (number and kind), and git `commit`.
+
+    Outside a git checkout, there is no `commit`.
+    """
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {"vidjax": __version__}
     versions |= {name: importlib.metadata.version(name) for name in packages}
@@ -210,7 +216,10 @@ def fetch(tree: Tree) -> Tree:
 
 
 def batch_specs(batch: Batch) -> Batch:
-    """Returns the PartitionSpecs of a batch split by clips, and of whole `LazyFeatures.values`."""
+    """Returns the PartitionSpec of each array of a batch.
+
+    Arrays are split by clips. Every device stores all of `LazyFeatures.values`.
+    """
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def spec(leaf: Array | LazyFeatures) -> PartitionSpec | LazyFeatures:

@@ -1,11 +1,11 @@
 """Selects or averages the frames of clips in a modality.
 
-A fusion is a pure function under jit that maps Frames [B, T] to Frames [B, T']. Random numbers are
-drawn in the shape of the whole batch, so they do not depend on the number of devices. Selected
-features keep their stored dtype. Only the selected rows of LazyFeatures are read. In a mask, real
-frames may come after masked frames, for example after `filter_frames`. For a clip without frames,
-the new mask is False, and means are 0. Among equal qualities the earlier frame is better; NaN is
-the lowest quality.
+A fusion maps Frames [B, T] to Frames [B, T']. It is a pure function that can be jitted. Random
+numbers are drawn in the shape of the whole batch, so they do not depend on the number of devices.
+Selected features keep their stored dtype. Only the selected rows of LazyFeatures are read. In a
+mask, real frames may come after masked frames, for example after `filter_frames`. For a clip
+without frames, the new mask is False, and means are 0. Among equal qualities the earlier frame is
+better; NaN is the lowest quality.
 """
 
 import fractions
@@ -290,6 +290,7 @@ def random_fusion(
     """Draws `num_draws` fused frames per clip, each the mean of 1 to `max_frames` random frames.
 
     Args:
+      rng: PRNG key. None raises UserError, because this fusion is only for training.
       num_draws: T', fused frames per clip, 1 or more.
       max_frames: largest number of frames in a fused frame, 1 or more.
       probs: `max_frames` weights for fusing 1, 2, ... frames. None means equal weights.
@@ -340,12 +341,18 @@ def random_fusion(
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
     """Returns the frames and, for each frame, its mean with 1 to `max_frames` - 1 other frames.
 
-    The other frames follow the frame in a random, cyclic order of the clip's frames. If `rng` is
-    None, the order depends only on the number of real frames. A shorter clip merges all frames.
-    Returns Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality
-    and detection are means too. A mean has the number of its first frame, so numbers are unordered.
-    A cheaper way to get such frames is `random_fusion` with `replacement=False` and probability 0.5
-    for 1 frame.
+    The other frames follow the frame in a random, cyclic order of the clip's frames. A cheaper way
+    to get such frames is `random_fusion` with `replacement=False` and a probability of 0.5 for 1
+    frame in `probs`.
+
+    Args:
+      rng: PRNG key. If it is None, the order depends only on the number of real frames.
+      max_frames: largest number of frames in a mean, 2 or more. A clip with fewer frames merges all
+        its frames.
+
+    Returns:
+      Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
+        detection are means too. A mean has the number of its first frame, so numbers are unordered.
 
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 other frames,
     and united with the original frames. The fixed order for evaluation is not in the paper.
@@ -433,8 +440,8 @@ def crop_means(
     The crops are the whole clip, the clip without its first third, without its last third, and
     without its first and last sixth. Thirds and sixths are rounded down, so no crop of a clip with
     frames is empty. With `always_shorter`, a third is at least 1 frame if the clip has 2 frames or
-    more, and a sixth is at least 1 frame if the clip has 3 frames or more. Returns Frames [B, 4],
-    see `mean_frame`.
+    more, and a sixth is at least 1 frame if the clip has 3 frames or more. `weighting` is a
+    weighting of `frame_weights`. Returns Frames [B, 4], see `mean_frame`.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """
@@ -482,7 +489,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     `spec` is a dict such as `config.fusion.face.train`. It contains `name`, a key of FUSIONS, and
     keyword arguments of that fusion. It may contain arguments of `filter_frames`, which is applied
     first. It may also contain `kept_share`: the share of the fused frames to keep at the end, the
-    frames of best quality. Only for `random`, `rng` must not be None.
+    frames of best quality. `rng` is a PRNG key, or None in evaluation. The fusion `random` needs a
+    key.
     """
     options = dict(spec)
     name = options.pop("name", None)

@@ -59,6 +59,9 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
         above pi - m this cosine would increase again. There the column becomes
         scale x (cos(angle) - m sin(m)). Other columns are unchanged.
 
+    Raises:
+      UserError: `margin` or `scale` is out of range.
+
     Source: Deng et al., ArcFace, equation 3. The formula for angles above pi - m is from the
     authors' code. At cosines of 1 and -1, the derivative of the sine is infinite. Unlike that code,
     this function replaces the infinite derivative by 0.
@@ -84,9 +87,17 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float | Array) -> Array:
     """Subtracts a margin from the cosine between the embedding and the direction of the label.
 
-    The arguments are as in `angular_margin`, but the margin m is 0 or more, and cosines beyond 1
-    are allowed, as dropout on unit vectors makes them. Returns [..., K], at least float32. The
-    column of the label becomes scale x (cosine - m).
+    Args:
+      logits: [..., K] float, scale x cosine. Unlike `angular_margin`, this margin allows cosines
+        beyond 1, as dropout on unit vectors makes them.
+      labels: [...] int32, class columns.
+      margin: m, 0 or more.
+      scale: factor on the cosines. A scale that the model learns is an array that broadcasts to
+        [...].
+
+    Returns:
+      [..., K], at least float32. The column of the label becomes scale x (cosine - m). Other
+        columns are unchanged.
 
     Source: Wang et al., CosFace, equation 4.
     """
@@ -101,8 +112,9 @@ def binary_focal(
     """Computes the focal loss of the sigmoid of each class column, summed over the columns.
 
     Args:
-      logits, labels, class_mask: as in `softmax_cross_entropy`.
+      logits, labels: [..., K] float, and [...] int32 class columns.
       gamma: focusing exponent, 0 or more; 0 is the binary cross-entropy.
+      class_mask: [K] bool, True for columns that take part. None means all columns.
 
     Returns:
       [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
@@ -127,7 +139,13 @@ def multiclass_focal(
 ) -> Array:
     """Computes the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
-    The arguments are as in `binary_focal`. The result is [...] float, with p of the label.
+    Args:
+      logits, labels: [..., K] float, and [...] int32 class columns.
+      gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
+      class_mask: [K] bool, True for columns that take part. None means all columns.
+
+    Returns:
+      [...] float, where p is the probability of the label.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:
@@ -147,10 +165,18 @@ def batch_focal(
     """Computes a focal loss, (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
     -log p is the weighted mean of all cross-entropies in the batch. If a model computes G sets of
-    logits for each of B examples, each of the G sets has a separate p. Then the first axis of
-    `logits` and `labels` has B G rows: the G rows of an example are neighbours. `counted` [B, G]
-    float is the weight of each cross-entropy in the mean. None means a single set with equal
-    weights. The other arguments and the result are as in `multiclass_focal`.
+    logits for each of B examples, each of the G sets has a separate p.
+
+    Args:
+      logits, labels: [..., K] float, and [...] int32 class columns. If there are G sets, the first
+        axis has B G rows: the G rows of an example are neighbours.
+      gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
+      class_mask: [K] bool, True for columns that take part. None means all columns.
+      counted: [B, G] float, weight of each cross-entropy in the mean. None means a single set with
+        equal weights.
+
+    Returns:
+      The loss of each label, [...] float.
 
     Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
     factor from the mean.
@@ -239,7 +265,8 @@ def make_loss(
     Args:
       spec: the fields of `config.loss`: `classification` and `focal`, names in CLASSIFICATION;
         `schedule`, pairs (epoch, w); `margin_type`, a name in MARGINS; `margin`, the size of the
-        margin; options of the losses. A loss without the option `margin` gets logits with margin.
+        margin, 0 unless logits are cosines; options of the losses. A loss without the option
+        `margin` gets logits with margin.
       class_mask: [K] bool, True for columns that take part. None means all columns.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model, or 1 if its logits are not cosines.

@@ -212,8 +212,8 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
     """Returns the `threshold` for an FPIR of at most `fpir`, or the `fnir` at this threshold.
 
-    `value` chooses. If the scores are logarithms, so is the threshold. Returns None where
-    `identification_errors` returns None.
+    `value` is `threshold` or `fnir`. If the scores are logarithms, so is the threshold. Returns
+    None where `identification_errors` returns None.
     """
     pool = clips.pool
     known = labels[pool] > 0

@@ -124,11 +124,17 @@ def make_schedule(
 ) -> optax.Schedule:
     """Builds a learning-rate schedule: a linear warm-up, then a decay.
 
-    `spec` has the options of the decay, and these fields of `config.optim`: `learning_rate`, the
-    peak; `warmup`, the share of all steps in the warm-up; `warmup_scale`, the rate at the first
-    step relative to the peak, at most 1, or 0 for 1 / (number of warm-up steps), because a rate of
-    0 would waste the first step; `decay`, a key of DECAYS. The other arguments are as in Warmup.
-    The schedule maps steps [...], which may be traced, to learning rates [...] float32.
+    Args:
+      spec: the options of the decay, and these fields of `config.optim`:
+        learning_rate, warmup: peak of the rate, and share of all steps in the warm-up.
+        warmup_scale: rate at the first step relative to the peak, at most 1. 0 means
+          1 / (number of warm-up steps), because a rate of 0 would waste the first step.
+        decay: a key of DECAYS.
+      total_steps: steps of the whole run, including the warm-up.
+      steps_per_epoch: optimiser steps per epoch; may be a fraction.
+
+    Returns:
+      Function: steps [...] -> learning rates [...] float32. The steps may be traced.
     """
     learning_rate, decay = spec["learning_rate"], spec["decay"]
     warmup, warmup_scale = spec["warmup"], spec["warmup_scale"]

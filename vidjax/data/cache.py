@@ -69,7 +69,10 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Locks a folder of the cache in a `with` block, and deletes copies of killed processes."""
+    """Locks a folder of the cache in a `with` block, so that only one process fills it.
+
+    First, it deletes the unfinished copies of the folder that killed processes have left.
+    """
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"

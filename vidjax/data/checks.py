@@ -22,7 +22,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path is a folder, a broken link or a device. It may also be missing."""
+    """Raises UserError if a path is a folder, a broken link or a device. A missing file is fine."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -90,7 +90,10 @@ def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[st
 def find_transposed(
     splits: Mapping[str, Mapping[str, np.ndarray]], widths: Mapping[str, int]
 ) -> Iterator[str]:
-    """Yields a message if all clips have equally many frames, T >= 4 D: are arrays transposed?"""
+    """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
+
+    All its clips have the same number of frames T, and T >= 4 D. `widths` is modality -> D.
+    """
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
         counts = np.unique(np.concatenate([*lengths, [0]]))[1:]

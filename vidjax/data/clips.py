@@ -44,7 +44,7 @@ class Split:
     clips: tuple[str, ...]  # N names in byte order; `clip_index` is the position in this tuple
     labels: np.ndarray  # [N] int32, the class 1..C of each clip, 0 if it shows no known identity
     labelled: bool  # False if the split has no ground truth
-    # [C] int64, number of clips of each identity in the ground truth, even clips without features
+    # [C] int64, number of clips of each identity in the ground truth, with or without features
     positives: np.ndarray
     num_others: int  # number of identities in the ground truth that are not among the C classes
     lengths: Mapping[str, np.ndarray]  # modality -> [N] int32, the number of frames of each clip

@@ -297,7 +297,8 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
 
     Returns `.npz` files, or one parquet table. For pickles of the iQIYI-VID dataset, returns
     modality -> pickle. Raises FileNotFoundError if the path does not exist or has no clips. Raises
-    UserError if features would be ignored, or if `split` is needed but None, or the reverse.
+    UserError if features would be ignored, if `split` is None but there are several splits, or if
+    `split` is given but there are no splits.
     """
     check_path(path)
     if path.is_dir():

@@ -105,7 +105,7 @@ def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the columns to read of a table with the columns `names`. None may be misspelt."""
+    """Returns the columns of `names` to read. Refuses a table with missing or misspelt columns."""
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)

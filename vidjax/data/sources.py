@@ -136,7 +136,10 @@ def load(
 
 
 def read_modalities(data: Section) -> Mapping[str, int]:
-    """Returns modality -> feature width (0 if unknown), or {} if names of files lack modalities."""
+    """Returns modality -> feature width, without reading features.
+
+    An unknown width is 0. If the names of the files do not contain the modalities, returns {}.
+    """
     if is_generated(data["name"]):
         return synthetic.SIZES[data["size"]].dims
     return getattr(open_source(cast(ConfigDict, data)), "modalities", {})

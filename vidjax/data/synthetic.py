@@ -53,7 +53,7 @@ class _Modality(NamedTuple):
     every: int  # distance in frames between two features. If it is 0, a clip has a single feature.
     blank_rate: float  # share of clips in which the modality has no information about the person
     missing_rate: float  # share of clips without the modality
-    resembles: bool  # look-alikes resemble each other, and the displacement of clips varies more
+    resembles: bool  # True: look-alikes resemble each other, and clips are displaced more variably
 
 
 _MODALITIES = {
@@ -330,7 +330,8 @@ class _Clips:
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
         position = np.arange(len(clip)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
-        # In `wrong_clip`, a third of the frames, in a row, shows another person, elsewhere a few.
+        # In a clip of `wrong_clip`, a third of the frames, in a row, shows another person. In other
+        # clips, a few frames do.
         run = np.rint(lengths / 3).astype(np.int64)
         first = rng.integers(0, lengths - run + 1)[clip]
         in_run = self.wrong_clip[rows][clip] & (position >= first) & (position < first + run[clip])

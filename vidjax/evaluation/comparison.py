@@ -38,7 +38,8 @@ class RankedRun(NamedTuple):
 
     name: str  # the folder of the run, as the user typed it
     split: str
-    identities: tuple[str, ...]  # the C identities of both the ground truth and the training data
+    # Names of the C identities that are in both the ground truth and the training data.
+    identities: tuple[str, ...]
     ap: np.ndarray  # [C] average precision of each identity
     positives: np.ndarray  # [C] number of clips of each identity
     num_others: int  # number of identities in the ground truth that are not in the training data

@@ -246,12 +246,15 @@ class MeanScores(NamedTuple):
     """
 
     total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities
-    rest: Array | None  # [B, K] log of the weighted sum of complements; None if logs is False
+    rest: Array | None  # [B, K] log of the weighted sum of complements; None without logarithms
     weight: Array  # [B] sum of the weights
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns a mean without scores. `like` [B, K] is an array of their shape and dtype."""
+    """Returns a mean of no scores yet. Scores to add have the shape and dtype of `like` [B, K].
+
+    If `logs` is True, the scores are logarithms of probabilities.
+    """
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))

@@ -5,8 +5,9 @@
 
 Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit, because the same
 program runs on the same blocks (batches of clips). A request of at most 4 clips in memory is scored
-in a small block, in milliseconds. The program of a small block rounds in a different order:
-logarithms differ by less than 1e-4 from a large request, and by nothing from other small requests.
+in a small block, in milliseconds. The program of a small block rounds in a different order. So the
+logarithms of a clip differ by less than 1e-4 between a small and a large request. In all small
+requests, a clip gets the same scores to the bit.
 """
 
 import functools
@@ -58,8 +59,8 @@ class Predictor(NamedTuple):
     """A trained run with its weights.
 
     The methods take `clips` in any of these forms:
-    - clip -> modality -> features [T, D]. Instead of features, a modality may have a dict of
-      features and quality, as in `vidjax.load_data`.
+    - a dict, clip -> modality -> features [T, D]. Instead of features, a modality may have a dict
+      of features and quality, as in `vidjax.load_data`.
     - `MemoryClips`, which the method `load` returns.
     - a dataset of `vidjax.load_data` and the name of a `split`. If `split` is None, the methods use
       the split that the run evaluates.
@@ -155,7 +156,8 @@ class Predictor(NamedTuple):
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
-            it is None and the threshold of a run that evaluated strangers is unknown.
+            `threshold` is None and the property `threshold` is unknown, although the run evaluated
+            strangers.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -237,8 +239,7 @@ class Predictor(NamedTuple):
         for the classifier that does not score the clip. A clip without a usable frame gets a zero
         vector. Rows are in the order of the dict, or of the split's clip names.
 
-        For the arguments, see `rank`. Raises ValueError if clips do not fit the run, or the model
-        has no classifier of `vidjax.models.layers`.
+        For `clips` and `split`, see `Predictor`. For `advance`, see `rank`.
         """
         request = self.request(clips, split)
         model, size = self.model_of(request.data), request.block_size

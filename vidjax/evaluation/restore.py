@@ -185,7 +185,10 @@ def hash_companions(
 
 
 def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Compares the entries of a manifest with `hash_companions` for the training to resume."""
+    """Raises CheckpointError if a run was trained on other identities, clips or members.
+
+    `digests` is the result of `hash_companions` for the training to resume.
+    """
     for name, noun in {
         "identities_sha256": "another list of identities",
         "members_sha256": "other clips or members",
@@ -206,7 +209,7 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 def _read_companion(
     path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
 ) -> T:
-    """Returns `read()`, the content of `path`, if its `digest` is `wanted` by a checkpoint."""
+    """Returns the content of `path`, which `read` reads. Its `digest` must be `wanted`."""
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
@@ -238,7 +241,7 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Describes how digests of a split differ, or returns "". If it is missing, `now` is None."""
+    """Returns "", or how the digests of a split differ. If the split is missing, `now` is None."""
     if now is None:
         return f"{split} is missing"
     if now["names"] != before["names"]:
@@ -280,7 +283,7 @@ def select_sets(
 
 
 def _has_same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    """Returns True if a split has the same names and features. See `describe_difference`."""
+    """Returns True if names and features of a split are equal. If it is missing, `now` is None."""
     kinds = ["names", "features"]
     if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
         kinds.remove("features")

@@ -327,7 +327,7 @@ def score(
     Args:
       block_size: number of clips that a device scores at a time.
       each_member: also computes the MAP of each member of an ensemble.
-      check: called every few thousand clips. It may raise an exception to end the evaluation.
+      check: called after each group of blocks. It may raise an exception to end the evaluation.
 
     Raises:
       UserError: the models differ in clips or identities, the scores of a blend are not logarithms,
@@ -441,7 +441,11 @@ class _Ranker:
             self.best = _add_best(self.best, self._labels, *scored)
 
     def compute_maps(self) -> dict[str, list[dict[str, Any]]]:
-        """Returns the entries `runs` and `members` of `metrics.json`, if there are several."""
+        """Returns the entries `runs` and `members` of `metrics.json`, with the MAP of each.
+
+        `runs` is left out if there is a single run. `members` is left out if each run has a single
+        member, or `each_member` is False.
+        """
         rows: dict[str, list[dict[str, Any]]] = {}
         for number, (model, scorer) in enumerate(zip(self._models, self.scorers, strict=True)):
             run: dict[str, Any] = {}

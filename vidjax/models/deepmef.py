@@ -37,9 +37,11 @@ class DeepMEF(Identifier):
     4. A cosine classifier gives the logits.
 
     Attributes:
-      modality: modality with attention over its frames. Published: and `scene`.
-      channel_attention, num_frames, channel_norm: form, T and norm of ChannelAttention, or `none`.
-        `channel_norm` is published as True.
+      modality: modality with attention over its frames. Published are `face` with attention, and
+        `scene` as the other modality.
+      channel_attention: features | channels | danet, a form of ChannelAttention; or none.
+      channel_norm: True for BatchNorm in ChannelAttention, as published; only for `channels`.
+      num_frames: number of frames T of every clip; only for `channels`.
       aggregation: attention | mean | quality (mean weighted by quality x detection).
       rms_norm: True to scale every frame of `modality` to a root mean square of 1.
       feature_scale: factor on the features, after `rms_norm`.
@@ -53,14 +55,14 @@ class DeepMEF(Identifier):
     Linear-PReLU-BatchNorm-dropout; the last layer of f is only a linear map that starts at 0, so
     that the network starts as the cosine of aggregated features.
 
-    Source: DeepMEF (3rd place 2019). Code: quality / 100 and detection are appended before
-    aggregation; a scene of D features passes through layers of D/4 and D/16, which are 480 and 120
-    if a sixteenth of 2048 features is hidden (article: 128 = 2048/16); the hidden layer has twice
-    the width of the aggregated face; logits are 30 times the cosine in training. Article: the
-    margin loss discards the magnitude of features, so quality is joined to normalised features. Not
-    published: the root mean square of 1, which brings features to the magnitude of quality / 100
-    (the code does not scale features); masks; the vector of a missing modality, which is 0 even
-    after its layers; modality dropout.
+    Source: DeepMEF (3rd place 2019). In the code, quality / 100 and detection are appended before
+    aggregation. A scene of D features passes through layers of D/4 and D/16, which are 480 and 120
+    if a sixteenth of 2048 features is hidden (article: 128 = 2048/16). The hidden layer has twice
+    the width of the aggregated face. Logits are 30 times the cosine in training. In the article,
+    quality is joined to normalised features, because the margin loss discards the magnitude of
+    features. Not published are the root mean square of 1, which brings features to the magnitude of
+    quality / 100 (the code does not scale features), masks, modality dropout, and the vector of a
+    missing modality, which is 0 even after its layers.
     """
 
     modalities: Mapping[str, int]

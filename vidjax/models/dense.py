@@ -44,7 +44,10 @@ class DenseIdentifier(Identifier):
       backbone: mlp | residual | block (ResidualBlock with twice the width of its input).
       layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () means no
         layers.
-      width, num_layers, activation, shortcut, gate: for `residual`, as in ResidualDenseNet.
+      width, num_layers: for `residual`, width and number of the layers.
+      activation: for `residual`, linear | relu | sigmoid | swish | prelu.
+      shortcut: for `residual`, add | concat | none, see ResidualDenseNet.
+      gate: for `residual`, True for a sigmoid gate after every layer.
       dropout_rate: for `residual`, dropout rate of every layer; for `block`, of its first layer.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.

@@ -44,7 +44,7 @@ class Distances(NamedTuple):
     between: float  # B, the variance of the means of people, summed over the dimensions
     # The shape of the gamma distribution of squared distances within a person, half of n_same.
     same: float
-    different: float  # the same shape for distances between two people
+    different: float  # half of n_different, the shape for distances between two people
 
 
 class Population(NamedTuple):
@@ -90,9 +90,9 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people.
 
-    Each argument is a list of arrays per block of P people: the mean of the unit vectors of each
-    person, [P, D], and the effective and the real number of clips, [P]. People without a clip are
-    ignored.
+    The people are given in blocks of P people. `means` has the mean of the unit vectors of each
+    person, [P, D] per block. `effective` and `counts` have the effective and the real number of
+    clips, [P] per block. People without a clip are ignored.
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)

@@ -46,7 +46,7 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Returns [B, M] bool: `present`, but in training after `drop_modalities`."""
+    """Returns `present` [B, M] bool. In training, `drop_modalities` drops some modalities first."""
     if not train or not rate:
         return present
     return drop_modalities(model.make_rng("modality_dropout"), present, rate)

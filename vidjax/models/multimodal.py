@@ -33,12 +33,17 @@ class MultimodalIdentifier(Identifier):
       modalities: name -> feature width, in the order of the feature map.
       netvlad: modalities that NetVLAD pools; other modalities use the mean frame. A modality that
         is not configured is ignored.
-      num_clusters, netvlad_reduce, netvlad_norms: the attributes of `NetVLAD`.
+      num_clusters: number of clusters of NetVLAD, K.
+      netvlad_reduce, netvlad_norms: the attributes `reduce` and `norms` of `NetVLAD`.
       embed_dim: width of the vectors of the feature map, D.
       num_face_vectors: number of vectors that `face` contributes, each by a separate linear map.
       attention: False to leave out the attention (table 3 of the paper).
-      gram_dim, gram_scale, gamma, train_gamma, attention_form, fill_missing: the attributes of
-        `MultimodalAttention`.
+      gram_dim: width in which the attention computes correlations, D~ in the paper.
+      gram_scale: factor on the Gram matrix of the attention (1 in the paper).
+      gamma, train_gamma: strength of the attention, and True to learn it (not in the paper).
+      attention_form: `gram` (as published) or `two` projections, see `MultimodalAttention`.
+      fill_missing: if True, as published, attention fills the vectors of a missing modality with
+        gamma times a mean of the other vectors. If False (not in the paper), they stay 0.
       joined: `concat`, as published, to classify all vectors of the feature map side by side;
         `mean` to classify the mean of the vectors that a clip has (average pooling of modalities).
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.

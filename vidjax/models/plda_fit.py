@@ -261,7 +261,7 @@ def _hold_out(
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
     The remaining identities, which are random, become strangers. Returns None if a modality has no
-    enrolled clip, or unless held-out clips show both known people and strangers.
+    enrolled clip, or if the held-out clips show no known people or no strangers.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -303,7 +303,7 @@ class _Ratios(NamedTuple):
 
 
 def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
-    """Computes the log-likelihood ratios of the held-out clips. For the shares see `Settings`."""
+    """Computes the ratios of the held-out clips. `within` and `between` are as in `Settings`."""
     ratios = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(fitted, within=within, between=between)

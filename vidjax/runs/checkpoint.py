@@ -130,7 +130,10 @@ def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
 
 
 def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """Returns the (latest) step with the highest MAP in the result of `manifests`, or None."""
+    """Returns the step with the highest MAP, or None if no step has a MAP.
+
+    `steps` is the result of `manifests`. Among equal MAPs, the latest step wins.
+    """
     scored = [(manifest["map"], step) for step, manifest in steps.items() if "map" in manifest]
     return max(scored)[1] if scored else None
 
@@ -211,7 +214,7 @@ def set_aside_later(workdir: Path, step: int) -> None:
 
 
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint, unless the files differ from it (DamagedError)."""
+    """Returns the manifest of a checkpoint. Raises DamagedError if the files differ from it."""
     manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():

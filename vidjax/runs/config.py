@@ -27,8 +27,8 @@ class ReadWhen(NamedTuple):
     """The condition under which the code reads a field, such as `optim.momentum`."""
 
     field: str  # the name of the other field whose value decides, such as `optim.name`
-    condition: Callable[[Values], bool]  # returns True if the code reads `optim.momentum`
-    remedy: str  # the flags with which the code reads it, such as `--config.optim.name=sgd`
+    condition: Callable[[Values], bool]  # values of all fields -> True if the code reads the field
+    remedy: str  # the flags with which the code reads the field, such as `--config.optim.name=sgd`
 
 
 class Field(NamedTuple):
@@ -375,7 +375,7 @@ def default() -> Config:
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field. Lists become tuples, which JSON cannot store."""
+    """Yields (dotted name, value) of every field. Lists, as JSON has them, become tuples."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -578,8 +578,8 @@ SCALE_WORDS: Mapping[str, str] = {
 def choose_data(config: Any, words: Collection[str]) -> bool:
     """Sets the dataset and the splits of a configuration to those that `words` name.
 
-    `words` are keys of SCALE_WORDS and others, which are ignored. Returns True if a configuration
-    should use its values for the full size of iQIYI-VID.
+    Words that are not keys of SCALE_WORDS are ignored. Returns True if a configuration should use
+    its values for the full size of iQIYI-VID.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
@@ -613,7 +613,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the only word that is in `names`, or `default`. Several words exclude each other."""
+    """Returns the only word that is in `names`, or `default`. Refuses two words of `names`."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)

@@ -37,7 +37,10 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run. Each file is read once; a new RunFolder reads changes by others."""
+    """The files of a run. Each file is read only once.
+
+    If another object or program changes a file, only a new RunFolder reads the change.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).expanduser().absolute()

@@ -30,7 +30,8 @@ Scalar = Text | bool | int | float | None
 Whole = Annotated[int, Meta(gt=-(1 << 53), lt=1 << 53)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
-Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]  # column of an identity; -1: no identity
+# Index of an identity in `identities.json`, from 0. -1 means no identity.
+Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NotNaN = Annotated[float, Meta(ge=_LOWEST_FLOAT)]
 Identities = Annotated[list[Text], Meta(max_length=files.MAX_ITEMS)]
@@ -97,7 +98,7 @@ class Metrics(Struct, kw_only=True):
     eval_date: Text | None = None  # UTC: a later evaluation
     eval_clips_per_second: float | None = None
     eval_seconds: float | None = None  # the sum over the parts, if the evaluation has parts
-    step: Whole | None = None  # optimiser steps until the evaluated weights
+    step: Whole | None = None  # optimiser steps after which the evaluated weights were saved
     best_step: Whole | None = None  # step of the best evaluation during training
     best_map: Share | None = None
     num_params: Whole | None = None  # parameters of a member
@@ -112,7 +113,7 @@ class Metrics(Struct, kw_only=True):
     command: Text | None = None
     trained_on: DataDigests | None = None
     versions: Annotated[dict[str, Text], FEW] | None = None  # package -> version
-    members: Annotated[list[dict[str, Scalar]], MANY] | None = None  # name, MAP and options
+    members: Annotated[list[dict[str, Scalar]], MANY] | None = None  # number, options, MAP
     runs: Annotated[list[JoinedRun], TABLE] | None = None  # the runs of a blend
 
 
@@ -164,7 +165,7 @@ class Mistake(Struct, kw_only=True):
 
 
 Mistakes = Annotated[list[Mistake], TABLE]
-Pair = tuple[Column, Column]  # the column of an identity or -1, and a number of clips
+Pair = tuple[Column, Column]  # the index of an identity or -1, and a number of clips
 
 
 class WorstIdentity(Struct, kw_only=True):
@@ -178,7 +179,10 @@ class WorstIdentity(Struct, kw_only=True):
 
 
 class Stratum(Struct, kw_only=True):
-    """A group, and the 95 % interval of its MAP if `Analysis.fewest_identities` are reached."""
+    """A group of identities or clips, and the 95 % interval of the MAP in this group.
+
+    A group with fewer than `Analysis.fewest_identities` identities has no interval.
+    """
 
     label: Text
     map: Share

@@ -31,7 +31,10 @@ def say(text: str) -> None:
 
 
 def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:
-    """Returns label -> text and JSON key -> number: the time since `began`, and the rate."""
+    """Measures the time since `began`, an earlier `time.monotonic()`, and the clips per second.
+
+    Returns label -> text for a reader, and key -> number for JSON.
+    """
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
     text = f"{seconds:.3g} s, {rate:,.0f} clips/s"

@@ -98,10 +98,10 @@ def load_data(
         or have no frame. The second form is the path of a folder of iQIYI-VID pickles, `.npz` files
         or parquet tables. The third form is a configuration. Then the fields of `config.data`
         describe the dataset, and the other arguments must not be given.
-      labels: clip name -> identity, for all splits. It may also be the path of a `.csv` with the
-        columns `clip` and `identity`, or of ground truth in the iQIYI-VID format. A clip without a
-        label, or with the label None, is a distractor. A split without a labelled clip is ranked
-        but not scored. None means the ground truth in the folder of the features.
+      labels: a dict, clip name -> identity, for all splits. It may also be the path of a `.csv`
+        with the columns `clip` and `identity`, or of ground truth in the iQIYI-VID format. A clip
+        without a label, or with the label None, is a distractor. A split without a labelled clip is
+        ranked but not scored. None means the ground truth in the folder of the features.
       cache_dir: the cache folder. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: what happens to a frame whose feature contains a NaN or an infinity. `drop` leaves
         it out and counts it. `error` raises UserError.
@@ -308,7 +308,7 @@ def evaluate_run(
     *,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
-    """Ranks `config.eval.split` with the run in a locked folder. Returns its `metrics.json`."""
+    """Ranks `config.eval.split` with the run in a locked folder. Returns the results."""
     from vidjax.evaluation import restore
     from vidjax.evaluation.analysis import analysis
 

@@ -209,7 +209,7 @@ class TrainingRun:
         began: float,
         analyse: bool = False,
     ):
-        """Restores the newest checkpoint, if any. With `analyse`, models return attention."""
+        """Restores the newest checkpoint, if any. `analyse` lets the models return attention."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
         self._system = make_system(config.to_dict(), plan.task)
@@ -403,7 +403,10 @@ class TrainingRun:
         ]
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint of this step, or adds the entries `more` to its manifest."""
+        """Saves a checkpoint of this step, with the entries `more` in its manifest.
+
+        If the step already has a checkpoint, only its manifest changes.
+        """
         check_not_moved(self._workdir)
         info = {**self._description, **more, "seconds": self.seconds}
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)

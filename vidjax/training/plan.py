@@ -404,8 +404,8 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
     """Clusters vectors [n, D] by direction with DBSCAN. Returns the cluster of each, [n] int32.
 
     The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
-    1 - d^2 / 2. Zero vectors, for example of clips without frames, are in no cluster, -1. Clusters
-    are numbered in the order of their first vectors.
+    1 - d^2 / 2. Clusters are numbered in the order of their first vectors. A vector in no cluster
+    has the number -1, such as the zero vector of a clip without frames.
 
     Args:
       eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is

@@ -119,7 +119,7 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
 
 
 def convert_to_items(state: TrainState) -> dict[str, Any]:
-    """Converts a state to the items of a checkpoint. An evaluation does not read `train`."""
+    """Converts a state to the items of a checkpoint. Only training reads the item `train`."""
     rest = dict(vars(state))
     params, model_state = rest.pop("params"), rest.pop("model_state")
     return {"params": params, "model_state": model_state, "train": rest}

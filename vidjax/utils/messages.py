@@ -34,7 +34,8 @@ class Result(NamedTuple):
     """The result of a command."""
 
     content: Mapping[str, Any]  # the JSON object that `--json` prints instead of `text` and `rows`
-    rows: Mapping[str, str] = {}  # label -> text, lines below a heading; without them, no heading
+    # label -> text: the lines below a heading. Without lines, no heading is printed.
+    rows: Mapping[str, str] = {}
     text: str = ""  # text that is printed before the heading
     note: str = ""  # the end of the heading. The heading begins with the name of the command.
     code: int = 0
@@ -108,7 +109,10 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns other words, and words `--config.FIELD=VALUE`, also if written as two words."""
+    """Separates the words that override fields. Returns the other words, and the overrides.
+
+    The two words `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
+    """
     flags, overrides = [], []
     rest = list(words)
     while rest:
@@ -166,8 +170,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
     """Runs a command and returns its exit code. If the command fails, prints the error.
 
-    `words` is the command line. With `--debug`, the traceback is printed. With `--json`, `{"error":
-    TEXT}` is printed to standard output. `utils.errors` lists the exit codes.
+    `words` is the command line. With `--debug`, the traceback is printed. With `--json`, the error
+    is printed to standard output as `{"error": TEXT}`. `utils.errors` lists the exit codes.
     """
     try:
         return command()

@@ -204,8 +204,8 @@ def cut(
 ) -> list[tuple[Path, np.ndarray]]:
     """Divides the clips of a split into at least 8 shards, but not more shards than clips.
 
-    A shard has at most about 256 MB. Returns its path, which begins with `prefix`, and [n] int32,
-    the positions of its n clips in `split.clips`.
+    A shard has at most about 256 MB. Returns a pair for each shard: its path, which begins with
+    `prefix`, and [n] int32, the positions of its n clips in `split.clips`.
     """
     size = sum(
         int(lengths.sum(dtype=np.int64))

@@ -95,7 +95,7 @@ def is_unknown(name: str) -> bool:
 
 
 def is_reserved(name: str) -> bool:
-    """Returns True if a name stands for people without a name: `ignored`, or see `is_unknown`."""
+    """Returns True if a name is reserved: `ignored`, or a name for strangers (`is_unknown`)."""
     return is_unknown(name) or name.casefold() == IGNORED
 
 

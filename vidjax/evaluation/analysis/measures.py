@@ -187,7 +187,10 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
-    """Counts the training clips of each identity in the data, [C] int. None without labels."""
+    """Counts the training clips of each identity in the data of the model, [C] int.
+
+    If these data have no labelled training clip, returns None.
+    """
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
     for name in train_splits:
         try:

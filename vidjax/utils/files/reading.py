@@ -239,7 +239,7 @@ def max_unpacked_bytes(size: int) -> int:
 
 
 def npz_bytes(content: bytes, limit: int) -> int:
-    """Returns the bytes, at most `limit`, of the arrays of an `.npz` in memory as float32."""
+    """Returns the bytes that the arrays of an `.npz` take as float32. Refuses more than `limit`."""
     with _npz_errors():
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least=4))
 
