@@ -456,9 +456,10 @@ class Gallery:
     def change(self) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
-        The draft has the methods `add`, `complete`, `remove`, `rename` and `relabel` of this class.
-        All changes are written at the end of the block. If the block raises an error, nothing is
-        written. During the block, no other process can change the gallery.
+        The draft has the methods `add`, `remove`, `rename` and `relabel` of this class, and
+        `complete`, whose argument is clip -> vector of all modalities. All changes are written at
+        the end of the block. If the block raises an error, nothing is written. During the block, no
+        other process can change the gallery.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._now())
@@ -649,6 +650,7 @@ class Gallery:
         without a usable frame are left out.
 
         Args:
+          vectors: the vectors of the clips, as from `embed`.
           apart: pairs of clips that show different people, for example two faces in a picture.
           begin: clip -> group for all clips with a usable frame. Groups may be joined, but clips of
             the same group stay together. By default, each clip is a group at the beginning.
@@ -697,7 +699,10 @@ class Gallery:
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule that decides if a clip gets a name. Arguments are as in `identify`."""
+        """Returns the rule that decides if a clip gets a name.
+
+        The arguments and the errors are as in `identify`.
+        """
         return self._rule(self._require_people(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:

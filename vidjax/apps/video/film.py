@@ -52,9 +52,10 @@ MOST_KEPT, KEPT_SECONDS = 96, 0.2
 class Nets(NamedTuple):
     """The nets with which a film is read."""
 
-    detect: dict[str, Detector]  # by part: "face", and if available, "head" and "body"
-    embed: dict[str, Embedder]  # by part: "face", and if available, "head", "body" and "scene"
-    listen: Listener | None = None  # for voices
+    # The keys are the parts: "face", and if available, "head", "body" and for `embed` "scene".
+    detect: dict[str, Detector]
+    embed: dict[str, Embedder]
+    listen: Listener | None = None  # detects speech and embeds voices; None without these nets
 
 
 class Figures(NamedTuple):

@@ -73,7 +73,10 @@ class Review:
         threshold: float | None = None,
         padding: float = who.PADDING_SECONDS,
     ):
-        """Opens a folder of results. For the arguments, see `serve_review`."""
+        """Opens a folder of results. `decision` are the people before the corrections.
+
+        For the other arguments, see `who.name_people`.
+        """
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)

@@ -25,7 +25,7 @@ class SearchedFrame(NamedTuple):
     number: int  # the number of the frame in the film
     time_s: float
     rgb: np.ndarray  # uint8 [H, W, 3]
-    detections: Mapping[str, Faces]  # by part, such as "face"
+    detections: Mapping[str, Faces]  # part, such as "face" -> detections
 
 
 class FilmSearch:
@@ -34,7 +34,7 @@ class FilmSearch:
     def __init__(self, detectors: Mapping[str, Detector]):
         self._detectors = detectors
         self._group: list[SearchedFrame] = []
-        # The detections in the last frame of the previous group, by part.
+        # The detections in the last frame of the previous group, as in `SearchedFrame`.
         self._before: Mapping[str, Faces] = {}
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
