@@ -102,7 +102,10 @@ class Forgotten(NamedTuple):
 
 
 class SimilarNames:
-    """Finds stored names that look like searched names, which may be misspelled. All are NFC."""
+    """Finds stored names that look like searched names, which may be misspelled.
+
+    All names are in Unicode form NFC.
+    """
 
     def __init__(self, wanted: Collection[str]):
         self._wanted, self._looks = wanted, {fold(name): name for name in wanted}
@@ -247,7 +250,10 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
-    """Yields the place of a converted dataset with any of `clips`, which is deleted if `delete`."""
+    """Yields the place of a converted dataset that contains any of `clips` or cannot be read.
+
+    If `delete` is True, a dataset with any of the clips is deleted.
+    """
     path = folder / "index.npz"
     try:
         limit = min(INDEX_BYTES, files.max_unpacked_bytes(os.lstat(path).st_size))
@@ -499,7 +505,10 @@ def _unpack(path: Path) -> str | None:
 
 
 def commands(names: Iterable[str], unread: Iterable[Place], places: Iterable[Path]) -> list[str]:
-    """Returns shell commands that search the compressed files in `unread`, one for each type."""
+    """Returns shell commands that search compressed files below the folders `places` for `names`.
+
+    There is a command for each type of compressed file in `unread`.
+    """
     kinds = {_unpack(place.path) for place in unread if place.kind == "unread"}
     names = [*names]
     spelled = f"N=$(printf '%s\\n' {shlex.join(_list_spellings(names))})"

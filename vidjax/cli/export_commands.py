@@ -18,7 +18,7 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folders to read and to write, which must not exist."""
+    """Returns the folder to read, and the folder to write. The second folder must not exist."""
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if not source.is_dir():
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")

@@ -363,9 +363,9 @@ def _drop_group_photos(
 ) -> dict[str, str]:
     """Returns clip -> person, without the clips of photos that show several people.
 
-    A warning names each such photo. `identity` is the person of all `clips`, or clip -> person. The
-    folder `path` of the clips then has a folder for each person. Clips that are not features of
-    `vidjax extract` are kept.
+    A warning names each such photo. `identity` is the person of all `clips`, or a dict, clip ->
+    person. `path` is the folder of the clips. If `identity` is a dict, `path` has a folder for each
+    person. Clips that are not features of `vidjax extract` are kept.
     """
     from vidjax.apps.video import features_folder
 

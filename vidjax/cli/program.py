@@ -104,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line. Raises UserError if a command, a flag or a value is wrong.
 
-    Returns the value of each flag, and five more attributes: `command`, its name; `execute`, the
-    function that runs it; `parser`, the parser of its flags; `overrides`, the words
-    `--config.FIELD=VALUE`; and `line`, the command line as text.
+    Returns the value of each flag, and five more attributes. `command` is the name of the command.
+    `execute` is the function that runs the command, and `parser` is the parser of its flags.
+    `overrides` are the words `--config.FIELD=VALUE`. `line` is the command line as text.
     """
     flags, overrides = messages.split_overrides(_put_command_first(words))
     name = flags[0]

@@ -145,7 +145,10 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
 
 
 def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
-    """Returns the configuration of a blend of `--runs`, with the `eval.split` that all have."""
+    """Returns the configuration of a blend of `--runs`.
+
+    If all runs have the same `eval.split`, the blend has it, too.
+    """
     runs = tuple(
         str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
     )

@@ -63,7 +63,7 @@ class Format(NamedTuple):
     # computes the outputs with the runtime of the format.
     write: Callable[[Predictor, Shapes, Path], Predict]
     packages: tuple[str, ...]  # the packages that the format needs in addition to vidjax
-    extra: str  # installs the packages, as in `pip install vidjax[onnx]`
+    extra: str  # the extra that installs the packages, as in `pip install vidjax[onnx]`
     outputs: tuple[str, ...] = function.OUTPUTS  # the names of the outputs
     gallery_file: str = ""  # the file with the arrays of a gallery, if the format has one
     bounded: bool = False  # True if weights in the file are limited to `function.LARGEST` bytes
@@ -162,7 +162,7 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Imports the weights in the folder, which are already written, as a run."""
+    """Imports the weights in the folder as a run. `vidjax export` has already written them."""
     del run, inputs
     imported = folder / "imported"
     weights.read(folder, imported)
@@ -204,7 +204,10 @@ def _write_arrays(
 
 
 def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
-    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores."""
+    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores.
+
+    The error is measured with random clips. Raises UserError if it is above `function.TOLERANCE`.
+    """
     path = folder / FORMATS[format_name].gallery_file
     read = _write_arrays(path, make_gallery_arrays(gallery))
     rng, parts = np.random.default_rng(0), {}

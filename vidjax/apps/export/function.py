@@ -68,7 +68,7 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
     """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
     C is the number of identities, and D the length of an embedding. `members`, see `get_members`,
-    are the weights. The weights of `run` are not used.
+    are the weights. The weights of `run` are not used. For `inputs`, see `input_shapes`.
     """
     batch = make_batch(run, inputs)
     if run.system.frame_is_example:

@@ -221,7 +221,10 @@ class Graph:
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Adds nodes that compute 0, 1, 2, ... along an axis; int64. Other axes have size 1."""
+        """Adds nodes that compute 0, 1, 2, ... as int64 along an axis.
+
+        The size along `axis` is `dims[axis]`. All other axes have size 1.
+        """
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
             return line
@@ -283,7 +286,7 @@ class Graph:
 
 
 def _is_foldable(eqn: Eqn) -> bool:
-    """Returns whether an equation of known sizes can be computed during the conversion."""
+    """Returns whether an equation with constant inputs can be computed during the conversion."""
     if eqn.primitive.name in ("dim_as_value", *CUSTOM):
         return False
     return all(

@@ -1,12 +1,13 @@
 """Decides which clips get a name, and writes the answers of a gallery to tables.
 
 A clip gets the name of its most probable person if the probability reaches a threshold. The user
-chooses the threshold, or it is measured on strangers, clips of people who are not enrolled.
+can choose the threshold. By default, the threshold is measured on strangers, clips of people who
+are not enrolled. If there are too few strangers, the probability must be above 0.5.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
 A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
-of an unknown person is an empty cell, or null in .jsonl. If a clip has no usable frame, its score
-is -inf, or null in .jsonl.
+of an unknown person is an empty cell, or null in .jsonl. The score is the logarithm of the
+probability. If a clip has no usable frame, the score is -inf, or null in .jsonl.
 """
 
 import itertools
@@ -108,8 +109,9 @@ class NamingRule(NamedTuple):
     Attributes:
       by: the kind of the rule.
         `threshold`: a name needs the probability that the user chose.
-        `fpir`: a name needs a probability above 0.5, and a measured threshold.
-        `new`: a name needs a probability above 0.5; too few strangers to measure a threshold.
+        `fpir`: a name needs a probability above 0.5 that also reaches the measured threshold.
+        `new`: a name needs a probability above 0.5. There are too few strangers to measure a
+          threshold.
       score: the threshold of the logarithm of the probability, without the limit of 0.5. It is -inf
         for the kind `new`.
       default: True if the user chose neither a probability nor a rate.
@@ -190,7 +192,10 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Names the groups `labels` [N] `unknown 1`, ..., the largest first; returns clip -> name."""
+    """Returns clip -> name of its group: `unknown 1` for the largest group, and so on.
+
+    `labels` [N] int are the groups of the clips.
+    """
     groups, first, counts = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))
     number = {int(groups[row]): place + 1 for place, row in enumerate(order.tolist())}

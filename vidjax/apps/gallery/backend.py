@@ -72,7 +72,10 @@ class Part(NamedTuple):
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes `People.linear` [P, D] and `constant` [P] from counts and sums of vectors."""
+        """Computes `People.linear` [P, D] and `constant` [P].
+
+        `count` [P] are the numbers of people's clips, and `total` [P, D] the sums of unit vectors.
+        """
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
             return mean, np.vecdot(mean, mean)
@@ -142,7 +145,7 @@ class Backend(NamedTuple):
         return np.split(vectors, ends.tolist(), axis=1)
 
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Applies `unit` to the vectors of Q clips, M arrays [Q, D]."""
+        """Centres the vectors of Q clips, M arrays [Q, D], and scales them to unit length."""
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -168,7 +171,7 @@ class Backend(NamedTuple):
         return People(tuple(names), tuple(linear), np.stack(constants), np.stack(counts))
 
     def numbers(self) -> np.ndarray:
-        """Returns all parameters as a flat float64 array, see `from_numbers`."""
+        """Returns all parameters as a flat float64 array, which `from_numbers` reads."""
         arrays = (np.ravel(array) for part in self.parts for array in part.arrays())
         return np.concatenate([*arrays]).astype("<f8")
 
@@ -216,7 +219,11 @@ def fit(
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
-    """Makes a back end that compares clips by distances, from part -> parameters of its card."""
+    """Makes a back end that compares clips by distances.
+
+    `back_ends` are part -> the parameters from its card. For `stranger_odds`, see
+    `Gallery.of_models`.
+    """
     parts = []
     for name, back_end in back_ends.items():
         distances = distance.from_cosines(back_end.same, back_end.different)
@@ -229,13 +236,19 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the count [num] and sum [num, D] of each owner's vectors that are not 0."""
+    """Returns the count [num] and sum [num, D] of each owner's vectors that are not 0.
+
+    `owner` [N] is the index, below `num`, of the person or group that each vector belongs to.
+    """
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
-    """Subtracts the centre from vectors x [N, D] and scales them to unit length. 0 stays 0."""
+    """Subtracts the centre from vectors x [N, D] and scales them to unit length, in float64.
+
+    The vector 0 stays 0.
+    """
     return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 
 
@@ -247,7 +260,10 @@ def sizes(width: int, by_card: bool) -> list[int]:
 def from_numbers(
     kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
 ) -> Backend:
-    """Makes a back end of `Backend.numbers`. `kinds` are (name, D, True for distances)."""
+    """Makes a back end of the array that `Backend.numbers` returned.
+
+    `kinds` are (name, D, True for distances) of each part.
+    """
     parts, at = [], 0
     for name, width, by_card in kinds:
         arrays = []
@@ -290,9 +306,10 @@ class Ratios:
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
-        """Prepares the comparison with N people who have `count` [N] clips.
+        """Prepares the comparison with N people.
 
-        All ratios are multiplied by `scale`. For `constant` [N], see `People`.
+        All ratios are multiplied by `scale`. `count` [N] are the numbers of the people's clips.
+        `constant` [N] is explained in `People`.
         """
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
@@ -333,7 +350,11 @@ class DistanceRatios:
     """
 
     def __init__(self, distances: Distances, people: Sequence[tuple[np.ndarray, ...]]):
-        """Prepares the comparison. `people` are blocks of `num_clips`, `linear`, `constant`."""
+        """Prepares the comparison with N people.
+
+        For each block of people, `people` contains `num_clips`, `linear` and `constant` of one
+        part, see `People`.
+        """
         counts, means, _ = zip(*people, strict=True)
         effective = [distance.effective_count(distances, count, x) for count, _, x in people]
         self._distances = distances
@@ -429,7 +450,10 @@ class Index:
         return scorers
 
     def replaced(self, removed: Collection[str], new: People) -> "Index":
-        """Returns an index without the people `removed`, if any, and with the people `new`."""
+        """Returns an index without the people `removed`, and with the people `new`.
+
+        Names in `removed` that the index lacks are ignored.
+        """
         removed, kept, small = set(removed), [], [new]
         for block in self.blocks:
             if removed and not removed.isdisjoint(block.names):
@@ -508,7 +532,10 @@ class Index:
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Computes the mean unit vector and `distance.effective_count` of G groups, by part."""
+        """Returns, for each part, the mean unit vectors [G, D] and effective counts [G] of groups.
+
+        `owner` [Q] is the group of each clip. See `distance.effective_count`.
+        """
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
             count, total = sum_by_owner(x, owner, int(owner.max(initial=-1)) + 1)
@@ -520,7 +547,10 @@ class Index:
         return means, effective
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares Q clips or groups of clips; for the arguments, see the results of `_groups`."""
+        """Prepares Q clips or groups of clips for the comparison.
+
+        `units` are M arrays [Q, D]. `effective` are M arrays [Q], 1 for a clip.
+        """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
             z, more = scorer.ask(x, k)
@@ -600,7 +630,7 @@ class Index:
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns the sorted indices of the k highest logits, or more if float32 cannot decide."""
+        """Returns the sorted indices of the k highest logits, and of logits that may be as high."""
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)
@@ -617,7 +647,7 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the log softmax [K], in which the best value is exact even if it is near 0."""
+    """Returns the log softmax [K] of logits [K]. The highest value is exact even near 0."""
     best = logits.argmax()
     shifted = logits - logits[best]
     weights = np.exp(shifted)

@@ -144,7 +144,10 @@ class Draft:
         return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns whether a clip is not enrolled yet, or changes from stranger to person."""
+        """Returns whether a clip is not enrolled yet, or changes from stranger to person.
+
+        Raises UserError if the clip is enrolled with another person or vector.
+        """
         old = self.clips.get(name)
         if old is None:
             return True

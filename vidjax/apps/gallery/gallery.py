@@ -8,8 +8,8 @@
     gallery.remove(identity="Ada")
 
 Thresholds are measured on strangers, clips of people who are not enrolled. The order of changes
-does not matter: a new gallery of the same clips with the same back end gives the same answers to
-1e-6.
+does not matter: a new gallery of the same clips with the same back end (explained below) gives the
+same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
 changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. The other
@@ -180,6 +180,7 @@ class Gallery:
 
         Args:
           folder: a new or empty folder.
+          run: the training run, or its folder.
           data: the dataset of the run. By default, it is loaded.
           strangers: the name of a split. Its clips without a label become strangers. The default is
             the evaluated split, if any of its clips has a label.
@@ -246,7 +247,7 @@ class Gallery:
 
         Raises:
           ValueError: no card of a face or voice model contains a distribution of distances, or
-            `stranger_odds` is not above 0 and finite.
+            `stranger_odds` is not a finite number above 0.
         """
         check_argument("of_models: stranger_odds", stranger_odds, numbers.Real, "a number")
         if not 0 < stranger_odds < math.inf:
@@ -412,7 +413,7 @@ class Gallery:
 
         The run of the gallery computes the vectors. In a gallery of models, the vector of a
         modality is the mean of its frames. If `clips` are vectors of this gallery, they are
-        returned unchanged.
+        returned unchanged. Vectors with other modalities or lengths raise ValueError.
 
         Args:
           clips, split: see the class.
@@ -455,9 +456,10 @@ class Gallery:
     def change(self) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
-        The draft has the methods `add`, `complete`, `remove`, `rename` and `relabel` of this class.
-        All changes are written at the end of the block. If the block raises an error, nothing is
-        written. During the block, no other process can change the gallery.
+        The draft has the methods `add`, `remove`, `rename` and `relabel` of this class, and
+        `complete`, whose argument is clip -> vector of all modalities. All changes are written at
+        the end of the block. If the block raises an error, nothing is written. During the block, no
+        other process can change the gallery.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._now())
@@ -578,7 +580,11 @@ class Gallery:
             return draft.rename(identity, to, merge=merge)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the person of a clip; returns the old person. None stands for a stranger."""
+        """Changes the person of a clip; returns the old person. None stands for a stranger.
+
+        Raises:
+          ValueError: the clip is not enrolled, or already belongs to `identity`.
+        """
         with self.change() as draft:
             return draft.relabel(clip, identity)
 
@@ -644,6 +650,7 @@ class Gallery:
         without a usable frame are left out.
 
         Args:
+          vectors: the vectors of the clips, as from `embed`.
           apart: pairs of clips that show different people, for example two faces in a picture.
           begin: clip -> group for all clips with a usable frame. Groups may be joined, but clips of
             the same group stay together. By default, each clip is a group at the beginning.
@@ -692,7 +699,10 @@ class Gallery:
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule that decides if a clip gets a name. Arguments are as in `identify`."""
+        """Returns the rule that decides if a clip gets a name.
+
+        The arguments and the errors are as in `identify`.
+        """
         return self._rule(self._require_people(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
@@ -825,7 +835,7 @@ class Gallery:
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError unless a folder is new or empty. Files of a killed process do not count."""
+    """Raises UserError unless a folder is new or empty. Ignores files of a killed process."""
     store = Store(folder.expanduser().absolute())
     if not store.folder.is_dir():
         return

@@ -131,7 +131,7 @@ class State(NamedTuple):
     clips: Mapping[str, StoredClip]  # name -> clip, including strangers
     groups: Mapping[str, tuple[str, ...]]  # identity or STRANGER -> sorted names of its clips
     rows: int = 0  # the sum of the sha256 of all rows in the file, which shows if a row is damaged
-    entries: int = 0  # people and clips in all rows, including entries that were replaced
+    entries: int = 0  # the number of people and clips in all rows, including replaced entries
     sha256: bytes = b""  # of the whole content
 
     @property
@@ -292,13 +292,13 @@ class Store:
         new: Mapping[str, StoredClip] | None = None,
         people: People | None = None,
     ) -> State:
-        """Writes a state to the disk, in the transaction that began before the state was made.
+        """Writes a state and ends the transaction; returns the state with the new digests.
 
         By default, all rows are written again. If `new` and `people` are given, they are all clips
-        and people that differ from the file, and only they are added to the file. If then more than
-        half of the entries in the file would be outdated, all rows are written again.
+        and people that differ from the file, and only they are added to the file. If more than
+        half of the entries in the file would then be outdated, all rows are written again.
 
-        Returns the state with the new digests.
+        `connection` is a transaction that `open` began before the state was made.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))

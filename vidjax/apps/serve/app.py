@@ -370,8 +370,9 @@ class Application:
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
         """Reads a request to identify or enrol clips; returns the clips and the request.
 
-        The body is either JSON with all fields, or an `.npz` file with a clip, and then the other
-        fields are in the query. The request is an object of the type `kind`.
+        The clips are as from `_check_clips`. The request is an object of the type `kind`, without
+        the clips. The body is either JSON with all fields, or an `.npz` file with a clip. With an
+        `.npz` file, the other fields are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):

@@ -69,8 +69,8 @@ class Limits(NamedTuple):
     waiting_changes: int = 16  # enrolments and removals that wait
     connections: int = 512  # open connections
     answer_seconds: float = 10.0  # from the end of the body to the answer
-    # More time for a change of the gallery. After a removal, the parameters of the gallery may be
-    # fitted to the remaining clips, which can take minutes.
+    # Additional time for a change of the gallery. After a removal, the parameters of the gallery
+    # may be fitted to the remaining clips, which can take minutes.
     change_seconds: float = 120.0
     request_seconds: float = 130.0  # to receive a body, and the same time again to send the answer
     idle_seconds: float = 30.0  # until an idle connection is closed
@@ -185,7 +185,10 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Sets the bytes that a request takes; raises Refused (429) if all take too many."""
+        """Sets the number of bytes that a request takes in memory.
+
+        Raises Refused (status 429) if all requests together take too much memory.
+        """
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes:
             text = "all requests together take too much memory: try again"

@@ -142,7 +142,10 @@ def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
 
 
 def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Joins the clips of all questions, name -> clip. Names get the number of their question."""
+    """Joins the clips of all questions, name -> clip.
+
+    If there are several questions, each name gets the number of its question as a prefix.
+    """
     if len(questions) == 1:  # errors should contain the names that the client has sent
         return questions[0].clips
     return {

@@ -41,8 +41,8 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
     """The format of a net's input."""
 
     name: Text
-    # The order of the axes of an image; or sound at 16 kHz: "samples" (-1 to 1), or "mels", see
-    # `voices.make_mels`.
+    # The order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1) or
+    # "mels" (mel spectrograms, see `voices.make_mels`).
     layout: Literal["NCHW", "NHWC", "samples", "mels"]
     colour: Literal["rgb", "bgr"] | None = None  # order of the channels; None for sound
     size: tuple[Side, Side] | None = None  # height and width; None allows any multiples of 32

@@ -70,7 +70,8 @@ class Info:
     aspect: float  # the width of a pixel divided by the height of a pixel; 1 for photos
     seconds: float | None  # the duration; None if the file declares none
     rate: float  # the average number of frames per second
-    start_s: float  # first time stamp of a picture or sound, is subtracted from all time stamps
+    # The first time stamp of a picture or sound. It is subtracted from all time stamps.
+    start_s: float
     photo: bool
     sound: bool  # whether the file contains sound that can be decoded
     others: int  # number of further video streams, such as other programmes, which are not read

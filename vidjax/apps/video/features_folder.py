@@ -51,7 +51,8 @@ class ExtractionSettings(Struct, kw_only=True, frozen=True):
 
     fps: Annotated[float, Meta(gt=0, le=1000)] = 5.0  # frames per second that are searched
     size: Annotated[int, Meta(ge=32, le=8192)] = 640  # longer side of frames for the detection
-    # Each person in a shot becomes a clip, or only the main person, as in iQIYI-VID.
+    # "track": each person in a shot becomes a clip. "shot": only the main person of each shot
+    # becomes a clip, as in iQIYI-VID.
     unit: Literal["track", "shot"] = "track"
 
 
@@ -155,7 +156,10 @@ def _check_file_name(name: str) -> None:
 
 
 def make_stem(path: Path) -> str:
-    """Makes the stem of a file's clips: only letters, digits, `_` and `-`."""
+    """Makes the stem, with which the names of a file's clips begin.
+
+    It contains only letters, digits, `_` and `-`.
+    """
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
 

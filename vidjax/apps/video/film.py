@@ -52,9 +52,10 @@ MOST_KEPT, KEPT_SECONDS = 96, 0.2
 class Nets(NamedTuple):
     """The nets with which a film is read."""
 
-    detect: dict[str, Detector]  # by part: "face", and if available, "head" and "body"
-    embed: dict[str, Embedder]  # by part: "face", and if available, "head", "body" and "scene"
-    listen: Listener | None = None  # for voices
+    # The keys are the parts: "face", and if available, "head", "body" and for `embed` "scene".
+    detect: dict[str, Detector]
+    embed: dict[str, Embedder]
+    listen: Listener | None = None  # detects speech and embeds voices; None without these nets
 
 
 class Figures(NamedTuple):
@@ -99,7 +100,7 @@ def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) ->
     """Joins the faces, heads and bodies that were detected in a picture into people.
 
     People with a face come first, by falling score. Heads without a face follow. `rgb` is uint8
-    [H, W, 3]. `detections` are part -> detections.
+    [H, W, 3]. `detections` contains the detections of each part, such as "face" or "head".
     """
     faces = detections["face"]
     boxes, scores, points = faces
@@ -155,9 +156,10 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as heads.
 
-    Returns the index of the large box of each small box, int [M], or -1. The large boxes choose,
-    the smallest first, a small box whose centre they contain: the one nearest to the middle of
-    their top side. No box is in two pairs.
+    Returns the index of the large box of each small box, int [M], or -1. Each large box chooses a
+    small box whose centre it contains. If it contains several centres, it chooses the centre
+    nearest to the middle of its top side. The smallest large box chooses first. No box is in two
+    pairs.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -179,12 +181,17 @@ class Sighting(NamedTuple):
     time_s: float
     frame: int  # the number of the frame in the film
     detection: float  # the score of the detector
-    box: np.ndarray  # [4], of the face or the head, as fractions of the picture's width and height
-    parts: dict[str, tuple[np.ndarray, np.ndarray]]  # box and crop of "face", "body", ...
+    # [4], the box of the face, or of the head if there is no face, as fractions of the picture's
+    # width and height.
+    box: np.ndarray
+    parts: dict[str, tuple[np.ndarray, np.ndarray]]  # box and crop of each part, such as "face"
 
 
 class BestPictures:
-    """Keeps the best picture of each span of a track. The spans double above 96 pictures."""
+    """Keeps the best picture of a track in each span of time.
+
+    All spans are equally long. If there are more than 96 pictures, the length is doubled.
+    """
 
     def __init__(self) -> None:
         self._seconds = KEPT_SECONDS
@@ -272,7 +279,10 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes a clip from sightings. `faces` are the embeddings by `Sighting.number`."""
+        """Makes the clip `name` from the sightings `pictures` of a track.
+
+        `faces` contains the embedding of the face of each sighting, by `Sighting.number`.
+        """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
             span = index * MOST_FRAMES // len(pictures)
@@ -355,7 +365,7 @@ def extract(
     Args:
       out: an existing folder.
       stem: the first part of the names of the clips.
-      source, sha256: are copied to the result.
+      source, sha256: the properties and the sha256 of the file. They are copied to the result.
       tagged: whether names that photo programs stored for faces are read from a photo.
 
     Raises:

@@ -46,7 +46,7 @@ class PageEntry(NamedTuple):
     time: str  # the start and end as text, such as 3:12–3:15
     seconds: float  # the duration
     left: float  # the place on the timeline, in per cent
-    width: float
+    width: float  # in per cent of the timeline
     others: list[tuple[str, float]]  # other likely people with probabilities, best first
     address: str  # the URL of the film at this time
 
@@ -64,7 +64,9 @@ class PageEntry(NamedTuple):
 class Forms(NamedTuple):
     """The state of the forms on the page with which a user corrects names. Texts may be empty."""
 
-    version: int = 0  # changes before the page was made. After another change, it is out of date
+    # The number of changes before the page was made. If another change was made since then, a
+    # change on this page is refused.
+    version: int = 0
     # The film or person that the page shows. For an overview, both are empty.
     film: str = ""
     person: str = ""

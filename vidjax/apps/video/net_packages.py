@@ -1,4 +1,4 @@
-"""Converts published nets to ONNX, and writes the card of each net.
+"""Converts published nets to ONNX, and writes for each net a card, a JSON file that describes it.
 
 Only one file in the package that the user has downloaded is read. Its sha256 must be the one in
 `cards.PUBLISHED`. No code of the package is run. The same file always gives the same net, byte by

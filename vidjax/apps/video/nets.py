@@ -121,7 +121,10 @@ class Embedder:
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net. `make_input` turns inputs of `__call__` into the input of the net."""
+        """Opens the net. `make_input` turns inputs of `__call__` into the input of the net.
+
+        The default, `prepare_images`, is for crops.
+        """
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
 
@@ -146,7 +149,10 @@ class Embedder:
 
 
 def open_session(card: Card) -> "InferenceSession":
-    """Opens a net for a single thread, and checks its sha256 and its output for a test input."""
+    """Opens a net for a single thread.
+
+    Raises UserError if its sha256 or its output for a test input differs from the card.
+    """
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 
@@ -252,7 +258,10 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 
 
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
-    """Pads an image [H, W, 3] with black. A side of 0 stands for the next multiple of 32."""
+    """Pads an image [H, W, 3] at the right and the bottom with black to `height` x `width` pixels.
+
+    If `height` or `width` is 0, this side is padded to the next multiple of 32.
+    """
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
     padded = np.zeros((*sides, 3), image.dtype)
@@ -431,7 +440,10 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def _locate_cells(cells: np.ndarray, width: int) -> np.ndarray:
-    """Returns the column and row, float32 [n, 2], of cells that are numbered row by row."""
+    """Returns the column and row, float32 [n, 2], of each cell from its number.
+
+    Cells are numbered row by row. Each row has `width` cells.
+    """
     return np.stack([cells % width, cells // width], axis=1).astype(np.float32)
 
 

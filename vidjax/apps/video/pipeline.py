@@ -246,7 +246,7 @@ def _prepare_folder(
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Divides files into batches, one for each process: a film, or up to 50 photos to save time."""
+    """Divides files into batches. A batch is a film, or up to 50 photos to save time."""
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
     size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
@@ -446,7 +446,10 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
-    """Extracts features from changed files in one process. `title` is printed; "" for photos."""
+    """Extracts features from the changed files of a batch in one process.
+
+    `title` is the printed name of a film. It is empty for photos.
+    """
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, dict[str, Any]] = {}
     with contextlib.ExitStack() as folders:

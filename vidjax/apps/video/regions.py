@@ -46,14 +46,16 @@ class Tag(NamedTuple):
     """The name of a face in a photo."""
 
     name: str
-    box: tuple[float, float, float, float]  # left, top, right, bottom; shares of the sides
+    # Left, top, right and bottom, as fractions of the picture's width and height.
+    box: tuple[float, float, float, float]
 
 
 class Tags(NamedTuple):
     """The face tags of a photo."""
 
     tags: list[Tag]
-    shape: tuple[float, float] | None = None  # width and height of the picture with the boxes
+    # The width and height of the picture in which the boxes were drawn; None if not stored.
+    shape: tuple[float, float] | None = None
     problem: str = ""  # why some tags could not be read
 
 
@@ -169,7 +171,10 @@ def _parse_number(text: str | None) -> float:
 
 
 def _make_tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
-    """Returns a tag, or None if the name is empty or the middle of the box is outside."""
+    """Returns a tag, or None if the name is empty or the middle of the box is not in the picture.
+
+    The place and the size of the box are fractions of the picture's width and height.
+    """
     x, y = left + width / 2, top + height / 2
     name = (name or "").strip()
     if not (name and 0 < width <= 1 and 0 < height <= 1 and 0 <= x <= 1 and 0 <= y <= 1):

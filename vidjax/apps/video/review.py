@@ -56,7 +56,8 @@ class Step(NamedTuple):
 
     words: str  # a description of the change
     at: str  # the changed person, or the key of the changed appearance, see `PageEntry`
-    clips: dict[str, StoredClip | None]  # entries of the gallery before the change; None: no entry
+    # The entry of each changed clip in the gallery before the change; None for a new clip.
+    clips: dict[str, StoredClip | None]
     numbers: who.UnknownNumbers  # the contents of `unknown.json` before the change
 
 
@@ -72,7 +73,10 @@ class Review:
         threshold: float | None = None,
         padding: float = who.PADDING_SECONDS,
     ):
-        """Opens a folder of results. For the arguments, see `serve_review`."""
+        """Opens a folder of results. `decision` are the people before the corrections.
+
+        For the other arguments, see `who.name_people`.
+        """
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
@@ -84,7 +88,7 @@ class Review:
         self._numbers = who.read_numbers(out)
 
     def refresh(self) -> None:
-        """If another program has changed the gallery, decides again."""
+        """If another program has changed the gallery, decides all names again."""
         if self._gallery.digest != self._digest:
             self._apply({}, who.read_numbers(self._out))
 
@@ -256,7 +260,7 @@ class Review:
     def _apply(
         self, clips: Mapping[str, StoredClip | None], numbers: who.UnknownNumbers
     ) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery, and decides again; returns the old entries.
+        """Replaces entries of the gallery, and decides all names again; returns the old entries.
 
         If a name cannot be decided, the gallery is not changed.
         """
@@ -284,7 +288,8 @@ class Review:
     ) -> None:
         """Applies a change that can be undone, and sets the message of the page.
 
-        `clips` are the new entries of the gallery, and None removes a clip. For `of`, see `change`.
+        `clips` are the new entries of the gallery, and None removes a clip. For `of` and `after`,
+        see `change`.
         """
         before = self._numbers
         self._steps.append(Step(words, of, self._apply(clips, numbers or before), before))
@@ -428,7 +433,7 @@ def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.
 
 
 async def _read_form(request: Request) -> dict[str, str]:
-    """Reads the fields of a form from a request."""
+    """Reads the fields of a form from a request; refuses forms of more than 10 kB."""
     body = b""
     async for piece in request.stream():
         body += piece

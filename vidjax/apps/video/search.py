@@ -22,10 +22,10 @@ LEAST_SECONDS = 1.0  # a frame this long after the first frame of a group begins
 class SearchedFrame(NamedTuple):
     """A frame and the people who were detected in it."""
 
-    number: int  # of the frame in the film
+    number: int  # the number of the frame in the film
     time_s: float
     rgb: np.ndarray  # uint8 [H, W, 3]
-    detections: Mapping[str, Faces]  # by part, such as "face"
+    detections: Mapping[str, Faces]  # part, such as "face" -> detections
 
 
 class FilmSearch:
@@ -34,7 +34,8 @@ class FilmSearch:
     def __init__(self, detectors: Mapping[str, Detector]):
         self._detectors = detectors
         self._group: list[SearchedFrame] = []
-        self._before: Mapping[str, Faces] = {}  # of the last frame of the previous group
+        # The detections in the last frame of the previous group, as in `SearchedFrame`.
+        self._before: Mapping[str, Faces] = {}
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
         """Adds a frame. If the frame begins a new group, searches and yields the old group."""

@@ -212,7 +212,10 @@ class MainFigures:
         self._ended: list[Track] = []
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the boxes [N, 4] of a frame; returns [N] int, the shot of the main person or -1."""
+        """Adds the boxes [N, 4] of the next frame.
+
+        Returns [N] int: the number of the shot for the main person, and -1 for all others.
+        """
         self._frames += 1
         self._track.end_sighting(time_s)
         numbers = np.full(len(boxes), -1)
@@ -247,7 +250,10 @@ class MainFigures:
 
 
 def choose_held_seconds(fps: float) -> float:
-    """Returns the least time of a picture in a slide show, at `fps` searched frames a second."""
+    """Returns how many seconds a picture must be visible to count as part of a slide show.
+
+    `fps` is the number of frames per second that are searched.
+    """
     return max(HELD_SECONDS, 1.5 / fps)
 
 
@@ -336,8 +342,7 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
     """Pairs L boxes with N other boxes; the pair with the largest overlap is chosen first.
 
     `overlaps` is [L, N]. No box is in two pairs. Two boxes are paired only if their overlap is
-    above `least`, which must not be negative. Returns index among N -> index among L of each paired
-    box.
+    above `least`, which must not be negative. Returns column -> row of `overlaps` for each pair.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}

@@ -29,7 +29,10 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows 
 
 
 def open_voice_embedder(card: Card) -> nets.Embedder:
-    """Opens the net that embeds voices, from N windows of 1.6 s of sound: [N, 25600], -1 to 1."""
+    """Opens the net that computes embeddings of voices.
+
+    The embedder is called with N windows of 1.6 s of sound, [N, 25600] from -1 to 1.
+    """
     return nets.Embedder(card, lambda windows, _: make_mels(raise_level(windows)))
 
 
@@ -98,7 +101,10 @@ def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Splits a part of a film into pieces of 60 seconds that overlap by half a window."""
+    """Splits a part of a film into pieces of 60 seconds that overlap by half a window.
+
+    If the part is shorter than a window of 1.6 seconds, yields nothing.
+    """
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
     for first in range(0, count, PIECE_WINDOWS):

@@ -95,7 +95,8 @@ class UnknownNumbers(Struct, kw_only=True):
     """
 
     format: Literal[1] = 1
-    # Digest of the film -> clip -> number of the unknown person, also for films without any.
+    # Digest of the film -> clip -> number of the unknown person. Films without unknown people are
+    # included.
     films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
     # Digest of the film -> clip -> names that a user removed from the clip.
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
@@ -137,7 +138,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def rename(self, person: str, to: str) -> "UnknownNumbers":
-        """Renames a denied person."""
+        """Renames a person in the denied names."""
         denied = {
             digest: {
                 clip: sorted({to if name == person else name for name in names})
@@ -159,7 +160,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Adds the unknown people of films. `groups` is clip -> `unknown 3` or another person."""
+        """Adds the unknown people of films. `groups` is clip -> person, such as `unknown 3`."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -174,9 +175,10 @@ class Decision(NamedTuple):
     films: Sequence[Film]
     vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
     vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on their name
-    answers: dict[str, Answer]  # of the gallery for each clip
-    unknown: dict[str, str]  # clip without a name -> `unknown 3`. Ignored people are left out
-    appearances: list[Appearance]  # in order of time
+    answers: dict[str, Answer]  # clip -> answer of the gallery
+    # Clip without a name -> unknown person, such as `unknown 3`. Ignored people are left out.
+    unknown: dict[str, str]
+    appearances: list[Appearance]  # by video, and in order of time
 
 
 def _hash_film(film: Film) -> str:
@@ -185,7 +187,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Joins the entries of `films` in a table, digest of a film -> clip -> value."""
+    """Returns clip -> value for the clips of `films`. `table` is film digest -> clip -> value."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -395,7 +397,10 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 
 
 def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
-    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg."""
+    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
+
+    Raises UserError if there are no photos and no earlier call has created a gallery.
+    """
     if not people.is_dir():
         hint = pipeline.suggest_path(people)
         raise UserError(
@@ -473,7 +478,10 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns photos and films, without the short films that phones store with photos."""
+    """Returns the photos and films in a folder, without films that have the name of a photo.
+
+    Phones store a short film with a photo, such as `IMG_1.mov` with `IMG_1.heic`.
+    """
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
@@ -585,9 +593,10 @@ def _enrol(
     labels: Mapping[str, str],
     old: set[str],
 ) -> None:
-    """Enrols clips, clip -> person, of a folder of features, and removes clips of deleted photos.
+    """Enrols the clips of a folder of features, and removes clips of deleted photos.
 
-    `labels` is person -> name in the gallery. `old` are the enrolled clips of the folder.
+    `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
+    `old` are the enrolled clips of the folder.
     """
     if not usable:
         gallery.remove(clip=old)
@@ -762,7 +771,8 @@ def _keep_numbers(
 
     `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
     group keeps the number that most of its clips had, unless another group has more clips with this
-    number. The other groups get new numbers above `highest`, in the order of their old numbers.
+    number. The other groups get new numbers above `highest`, in the order of their numbers in
+    `groups`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
