@@ -264,7 +264,7 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 2})
     clips = {f"stranger {n}": made_galleries.make_clip(n, None) for n in range(99)}
     clips["Bo"] = made_galleries.make_clip(99, "Bo")
-    origin = servers.CARDS._replace(cards={"face": "0" * 64})
+    origin = servers.VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
     people = made_galleries.make(tmp_path / "g", clips, origin=origin)
     monkeypatch.chdir(tmp_path)
     np.savez("c1.npz", face=np.ones((3, 2), np.float32))
