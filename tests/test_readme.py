@@ -177,7 +177,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 
     for module, *words in ours:
         text = " ".join(words)
-        # These are tested above, in test_convert.py (downloads) and in test_serve.py (signals).
+        # These are tested above, in test_extract_models.py (downloads) and in test_serve.py.
         if "--config=configs/mine.py" in words or words[0] in ("convert", "serve"):
             continue
         # These commands take long.
