@@ -19,6 +19,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import QUICK
 
 ROOT = Path(__file__).parent.parent
@@ -114,10 +115,7 @@ def run(notebook, folder, cache_dir, **more_env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.nightly] * (name != "quickstart")) for name in PATHS],
-)
+@nightly_after_first("name", ["quickstart", *sorted({*PATHS} - {"quickstart"})])
 def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_path):
     """The quickstart trains a smaller net on fewer clips. Outputs must have the stored types."""
     small = ["num_epochs=1", "batch_size=32", "modalities=face,audio", "model.embed_dim=16"]

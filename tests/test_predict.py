@@ -77,7 +77,6 @@ def ranked(run, clips):
 def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     folder = train("knn")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
-    refused(lambda: predict.restore(tmp_path), "no run in")
 
     # A configuration of a blend, and then of a run without a checkpoint.
     config = config_lib.default()

@@ -10,7 +10,6 @@ import pytest
 
 from tests.helpers import made_runs
 from tests.helpers.pages import Page, check_numbers, section, values
-from tests.helpers.seen import refused
 from tests.helpers.small_runs import shrunk
 from vidjax.evaluation.analysis import analysis
 from vidjax.evaluation.report import run_page
@@ -190,18 +189,15 @@ def test_every_number_in_the_report_comes_from_a_run_file(full, page):
         check_numbers(full.folder, page.replace(repr(full.metrics.map), "0.123456"))
 
 
-def test_report_explains_missing_results_and_refuses_damaged_files(tmp_path):
+def test_report_explains_missing_results(tmp_path):
     def summary():
         return section(run_page.write(RunFolder(tmp_path)).read_text(), "summary")
 
-    refused(summary, "no run in")
     (tmp_path / "config.json").write_text("{}")
     assert "The run has no results yet" in summary()
     check_page((tmp_path / "report.html").read_text())
     (tmp_path / "metrics.json").write_text('{"num_clips": 3}')
     assert "and there is no MAP" in summary()
-    (tmp_path / "metrics.json").write_text("[]")
-    refused(summary, "metrics.json' is damaged")
 
 
 def test_warning_about_a_failed_report_names_the_command_for_its_split(tmp_path):
