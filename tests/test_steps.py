@@ -238,7 +238,8 @@ def test_output_of_a_users_model_with_a_wrong_shape_is_refused_at_the_beginning(
 @pytest.mark.slow
 @nightly_after_first("scores", ["log_softmax", "logits"])
 def test_losses_and_scores_of_branches_are_weighted(scores):
-    system = make(eval__scores=scores)._replace(model=TwoBranches())
+    model: Any = TwoBranches
+    system = make(eval__scores=scores)._replace(model=model())
     batch = make_batch(audio=(1, 1, 1, 1, 1))
     labels, weight = np.array([3, 1, 4, 1, 5]), np.array([1.0, 2.0, 1.0, 0.5, 3.0])
     state = init(system, labels)
