@@ -3,8 +3,6 @@
 A distractor starts in the class of its cluster, or in the mirror class of a random identity.
 """
 
-import signal
-
 import numpy as np
 import pytest
 
@@ -12,8 +10,7 @@ from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import ensemble
-from vidjax.runs import checkpoint, signals
-from vidjax.training import feed, plan
+from vidjax.training import plan
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -65,21 +62,6 @@ def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
     assert in_cluster.any()
     assert ((new != start[unclustered]) & layout.is_mirror(new)).any()
     assert (end[:, ~unclustered] == start[~unclustered]).all()
-
-
-def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, monkeypatch):
-    """The run is interrupted after a relabelling (step 5), and within an epoch (step 8)."""
-    config = shrunk(*WORDS, spec=SPEC)
-    for step in (5, 8):
-        done = max(checkpoint.manifests(tmp_path), default=0)
-        with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
-            patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a dispatch is a single step
-            last = step - 1 - done  # the last step of this part, counted from 0
-            small.interrupt_dispatch(patch, number=last, signum=signal.SIGINT)
-            run(config, tmp_path, data)
-    run(config, tmp_path, data)
-    small.assert_same_run(tmp_path, whole)
-    np.testing.assert_array_equal(labels_of(tmp_path), labels_of(whole))
 
 
 def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
