@@ -92,15 +92,6 @@ def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
     np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
 
 
-def test_all_classes_have_the_same_weight_with_class_balance_1(data):
-    """This includes the classes of clusters and the mirror classes."""
-    made = plan.make_plan(shrunk(*WORDS, "--config.data.balance=1", spec=SPEC), data)
-    _, column, counts = np.unique(made.labels, return_inverse=True, return_counts=True)
-    first_member, *_ = made.constants.weight
-    share = first_member * counts[column]  # 0 for clips that the member leaves out
-    np.testing.assert_allclose(share[share > 0], share.max(), rtol=1e-6)
-
-
 def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, whole, tmp_path):
     run(shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
     of_all = small.weights(whole)
