@@ -18,7 +18,6 @@ from vidjax.training import loop
 from vidjax.training.plan import make_plan
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-MMA = "configs/mma.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
 NOISE = "configs/noise_classes.py:iqiyi_vid"
 SPECS = (  # in addition to the configurations that other tests train
@@ -47,7 +46,7 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
 @pytest.mark.slow
 @nightly_after_first("signum, spec", [
     (signal.SIGTERM, NOISE),  # resumes with its new labels
-    (signal.SIGINT, MLP), (signal.SIGINT, COSINE), (signal.SIGINT, MMA),
+    (signal.SIGINT, MLP), (signal.SIGINT, COSINE), (signal.SIGINT, "configs/mma.py:iqiyi_vid"),
 ])  # fmt: skip
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
     """The run keeps streaming. An evaluation between two parts does not finish the run."""
