@@ -151,13 +151,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+def drawn(tmp_path: Path, command: Any) -> Any:
     """Drawn films and people, and nets that identify the people."""
     for package in ("av", "onnxruntime", "onnx"):
         pytest.importorskip(package, reason="needs the extra [video]")
     from tests.helpers.drawn_people import Drawn
 
-    return Drawn(tmp_path, capsys)
+    return Drawn(tmp_path, command)
 
 
 @pytest.fixture

@@ -21,12 +21,11 @@ from vidjax.data.untrusted import names
 from vidjax.evaluation import ranking
 
 NFC, NFD = (unicodedata.normalize(form, "Zoë Müller O'Brien") for form in ("NFC", "NFD"))
-ZWSP = "\u200b"
 
 
 def test_names_with_invisible_letters_or_outer_blanks_are_refused(tmp_path):
     refused(lambda: names.clean_identity("Ada "), "identity 'Ada '", "remove these blanks")
-    for name in (f"Ada{ZWSP}", "A\u202eda", "Ada\ufeff", "A\xadda", "A \u200cda", "Ada\u200d"):
+    for name in ("Ada\u200b", "A\u202eda", "Ada\ufeff", "A\xadda", "A \u200cda", "Ada\u200d"):
         refused(lambda x=name: names.clean_identity(x), "identity '", "remove this letter")
 
     # All functions that accept names of people refuse the last of these names.

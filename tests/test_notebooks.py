@@ -19,6 +19,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import QUICK
 
 ROOT = Path(__file__).parent.parent
@@ -74,19 +75,13 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
 
     assert commands_of_setup("pip", "vidjax", "tensorflow") == []  # vidjax is already installed
 
-    # Installed packages keep their versions.
+    # The command names all needed packages. Installed packages keep their versions.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *extras["rank"], *extras["train"]]
-    needed.remove("vidjax[rank]")  # `needed` already contains the packages of this extra
+    needed = {*project["dependencies"], *extras["rank"], *extras["train"]} - {"vidjax[rank]"}
     ((python, *words),) = commands_of_setup(*HOSTED)
     assert [python, *words[:4]] == [sys.executable, "-m", "pip", "install", "-q"]
-    specs = words[4:]
-    assert {spec for spec in specs if "==" in spec} == {f"{x}=={HOSTED[x]}" for x in HOSTED}
-    # The command names all needed packages, and the packages that keep their versions.
-    asked = {re.split(r"[<>=;\[ ]", spec)[0] for spec in specs}
-    wanted = {re.split(r"[<>=;\[ ]", spec)[0] for spec in needed}
-    assert asked == wanted | {*HOSTED}
+    assert {*words[4:]} == needed | {f"{name}=={version}" for name, version in HOSTED.items()}
     assert not capsys.readouterr().out  # no warning
 
     # If jax is too old, it is upgraded together with its plugin for CUDA.
@@ -120,10 +115,7 @@ def run(notebook, folder, cache_dir, **more_env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.nightly] * (name != "quickstart")) for name in PATHS],
-)
+@nightly_after_first("name", ["quickstart", *sorted({*PATHS} - {"quickstart"})])
 def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_path):
     """The quickstart trains a smaller net on fewer clips. Outputs must have the stored types."""
     small = ["num_epochs=1", "batch_size=32", "modalities=face,audio", "model.embed_dim=16"]

@@ -1,16 +1,14 @@
 """The quality of a user's features is given, or the length of a vector; all readers agree."""
 
 import importlib.util
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import small_runs
+from tests.helpers import clip_files, small_runs
 from tests.helpers.batches import real_frames
-from tests.helpers.clip_files import write_npz, write_parquet
 from tests.helpers.embeddings import unit
 from vidjax.data import memory, sources
 
@@ -41,7 +39,7 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
     """Records in the cache of one setting are not used for the other setting."""
     a, b = norm(clips["a"]["face"]), norm(clips["b"]["face"]["features"])
     widths, cache = {"face": DIM, "voice": DIM}, tmp_path / "cache"
-    folder = write_npz(tmp_path / "own", {"val": clips})
+    folder = clip_files.write_npz(tmp_path / "own", {"val": clips})
 
     wanted: Any = {"given": [a, GIVEN], "norm": [a, b]}
     for quality, of_clips in wanted.items():
@@ -58,7 +56,7 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
 
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": {"face": clips["a"]["face"]}, "b": {"face": clips["b"]["face"]["features"]}}
-        table = write_parquet(tmp_path / "table.parquet", faces)
+        table = clip_files.write_parquet(tmp_path / "table.parquet", faces)
         by_table = qualities(memory.load_clips(table, widths, identities=()))
         np.testing.assert_allclose(by_table, [a, b], rtol=1e-6)
 
@@ -66,22 +64,18 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
 @pytest.mark.slow
 def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
     """Nearest neighbours compare quality-weighted means, so qualities change scores."""
-    rng = np.random.default_rng(0)
-    splits, labels = {"train": {}, "val": {}}, {}
-    for split, i in itertools.product(splits, range(8)):
-        face = rng.normal(size=(1 + i % 5, DIM))
-        rated = {"features": face, "quality": rng.random(len(face))}
-        splits[split][f"{split}{i}"] = {"face": rated}
-        labels[f"{split}{i}"] = f"p{i % 4}"
+    made = [*clip_files.learnable_clips()]
+    splits = {split: clip_files.as_arrays(clips) for split, clips, _ in made}
+    labels = {clip: identity for *_, truth in made for clip, identity in truth.items()}
 
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
     words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
-    small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py"), tmp_path / "run", data)
+    small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py:face"), tmp_path / "run", data)
 
     run = vidjax.restore(tmp_path / "run", num_devices=1)
     wanted = run.scores(data, split="val")  # `data` has the configured quality, the norm
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
-    folder = write_npz(tmp_path / "own", {"val": splits["val"]})
+    folder = clip_files.write_npz(tmp_path / "own", {"val": splits["val"]})
     np.testing.assert_allclose(run.scores(run.load(folder / "val")), wanted, rtol=1e-6)
 
 

@@ -19,6 +19,7 @@ import vidjax
 from tests.benchmarks import common, rehearsal, scores, speed
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
+from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER
 from vidjax.cli import program, run_commands
 from vidjax.data import arrays, iqiyi_vid, synthetic
@@ -150,7 +151,7 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@nightly_after_first("every", [False, True])
 def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
     """Without `every`, the data are tiny, and all nets but the first become nearest neighbours."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
@@ -177,7 +178,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 
     for module, *words in ours:
         text = " ".join(words)
-        # These are tested above, in test_convert.py (downloads) and in test_serve.py (signals).
+        # These are tested above, in test_extract_models.py (downloads) and in test_serve.py.
         if "--config=configs/mine.py" in words or words[0] in ("convert", "serve"):
             continue
         # These commands take long.
@@ -212,7 +213,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", ["nothing", pytest.param("knn", marks=pytest.mark.nightly)])
+@nightly_after_first("only", ["nothing", "knn"])
 def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkeypatch, only):
     """Tables that are rebuilt from stored results do not change. At night, a system is timed."""
     before, written = json.loads(scores.RESULTS.read_text()), speed.PAGE.read_text()
@@ -243,7 +244,7 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["knn:face", pytest.param("mma:face", marks=pytest.mark.nightly)])
+@nightly_after_first("spec", ["knn:face", "mma:face"])
 def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, one_device, spec):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     runpy.run_path(write("features.py"))

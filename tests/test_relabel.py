@@ -3,8 +3,6 @@
 A distractor starts in the class of its cluster, or in the mirror class of a random identity.
 """
 
-import signal
-
 import numpy as np
 import pytest
 
@@ -12,8 +10,7 @@ from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
 from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import ensemble
-from vidjax.runs import checkpoint, signals
-from vidjax.training import feed, plan
+from vidjax.training import plan
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -67,21 +64,6 @@ def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
     assert (end[:, ~unclustered] == start[~unclustered]).all()
 
 
-def test_resumed_run_equals_an_uninterrupted_run(data, whole, tmp_path, monkeypatch):
-    """The run is interrupted after a relabelling (step 5), and within an epoch (step 8)."""
-    config = shrunk(*WORDS, spec=SPEC)
-    for step in (5, 8):
-        done = max(checkpoint.manifests(tmp_path), default=0)
-        with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
-            patch.setattr(feed, "DISPATCH_SECONDS", 0.0)  # a dispatch is a single step
-            last = step - 1 - done  # the last step of this part, counted from 0
-            small.interrupt_dispatch(patch, number=last, signum=signal.SIGINT)
-            run(config, tmp_path, data)
-    run(config, tmp_path, data)
-    small.assert_same_run(tmp_path, whole)
-    np.testing.assert_array_equal(labels_of(tmp_path), labels_of(whole))
-
-
 def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     truth = training_labels(data)
     distractors = {"train": truth[:96] == 0, "val": truth[96:] == 0}  # train has 96 clips
@@ -108,15 +90,6 @@ def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
     wanted = plan.cluster(distractors, eps=config.noise.eps, min_samples=config.noise.min_samples)
     cluster = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
-
-
-def test_all_classes_have_the_same_weight_with_class_balance_1(data):
-    """This includes the classes of clusters and the mirror classes."""
-    made = plan.make_plan(shrunk(*WORDS, "--config.data.balance=1", spec=SPEC), data)
-    _, column, counts = np.unique(made.labels, return_inverse=True, return_counts=True)
-    first_member, *_ = made.constants.weight
-    share = first_member * counts[column]  # 0 for clips that the member leaves out
-    np.testing.assert_allclose(share[share > 0], share.max(), rtol=1e-6)
 
 
 def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, whole, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import clip_files, made_runs, servers
+from tests.helpers import clip_files, servers
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
 
@@ -46,25 +46,18 @@ def test_suggested_command_of_an_error_runs(
         assert say(*shlex.split(words)), typed
 
 
-def test_gallery_refuses_a_run_folder_and_labels_of_absent_clips(tmp_path):
-    run = made_runs.write(tmp_path / "run", {"1": 0.5})
-    # The gallery should come first, and the run second.
-    remedy = f"is a run; make a gallery from it: vidjax gallery create NEW_FOLDER --run={run}"
-    refused(lambda: Gallery.create(run, "new"), remedy)
-    gallery = servers.make_gallery(tmp_path / "people")
-    clips = {"c": {"face": np.ones((1, 8), np.float32)}}
-    refused(lambda: gallery.enrol(clips, {"d": "Ada"}), "no clip is called 'd'", "clip is 'c'")
-
-
-def test_gallery_names_an_argument_of_a_wrong_type(nearest_run, tmp_path):
-    create, new = Gallery.create, tmp_path / "new"
-    for call, words in (
+def test_gallery_refuses_wrong_arguments_and_names_the_remedy(nearest_run, tmp_path):
+    new, clips = tmp_path / "new", {"c": {"face": np.ones((1, 8), np.float32)}}
+    people, create = servers.make_gallery(tmp_path / "people"), Gallery.create
+    for call, *words in (
+        (lambda: create(nearest_run, new), f"vidjax gallery create NEW_FOLDER --run={nearest_run}"),
         (lambda: create(None, nearest_run), "folder must be the path"),  # pyright: ignore
         (lambda: create(new, 5), "run must be a run, or the path"),  # pyright: ignore
         (lambda: create(new, nearest_run, {}), "data must be the result"),  # pyright: ignore
         (lambda: Gallery.of_models(new, None), "models must be the path"),  # pyright: ignore
+        (lambda: people.enrol(clips, {"d": "Ada"}), "no clip is called 'd'", "clip is 'c'"),
     ):
-        refused(call, words)
+        refused(call, *words)
     assert not new.exists()
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from tests.helpers import made_runs
 from tests.helpers.pages import Page, check_numbers, section, values
-from tests.helpers.seen import refused
 from tests.helpers.small_runs import shrunk
 from vidjax.evaluation.analysis import analysis
 from vidjax.evaluation.report import run_page
@@ -127,12 +126,13 @@ def page(full):
 
 
 def spoilt(value):
-    """Returns a value with `EVIL` in all its strings and keys, but not in names of fields."""
+    """Returns a value with `EVIL` in all its strings. Keys occur with and without `EVIL`."""
     if isinstance(value, msgspec.Struct):
         fields = value.__struct_fields__
         return type(value)(**{name: spoilt(getattr(value, name)) for name in fields})
     if isinstance(value, dict):
-        return {EVIL + key: spoilt(item) for key, item in value.items()}
+        items = {key: spoilt(item) for key, item in value.items()}
+        return items | {EVIL + key: item for key, item in items.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(spoilt, value))
     return EVIL + value if isinstance(value, str) else value
@@ -161,13 +161,9 @@ def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
 
 
 def test_report_escapes_hostile_text_of_run_files(full):
-    evil = {name: spoilt(getattr(full, name)) for name in ("identities", "metrics", "analysis")}
+    names = ("identities", "metrics", "analysis", "config")
+    evil = {name: spoilt(getattr(full, name)) for name in names}
     evil["lines"] = [line | {"split": EVIL} for line in full.lines]
-    evil["config"] = {
-        key: {name: EVIL if isinstance(x, str) else x for name, x in item.items()} | {EVIL: EVIL}
-        if isinstance(item, dict) else spoilt(item)
-        for key, item in full.config.items()
-    }  # fmt: skip
     evil["values"] = full.values | {"map_kind": EVIL, "data": {"name": EVIL, "dir": EVIL}}
     evil["other_metrics"] = {EVIL: {"map": 0.5, "map_kind": EVIL}}
     run = full._replace(folder=Path(EVIL), split=EVIL, analysed=(EVIL,), **evil)
@@ -190,18 +186,15 @@ def test_every_number_in_the_report_comes_from_a_run_file(full, page):
         check_numbers(full.folder, page.replace(repr(full.metrics.map), "0.123456"))
 
 
-def test_report_explains_missing_results_and_refuses_damaged_files(tmp_path):
+def test_report_explains_missing_results(tmp_path):
     def summary():
         return section(run_page.write(RunFolder(tmp_path)).read_text(), "summary")
 
-    refused(summary, "no run in")
     (tmp_path / "config.json").write_text("{}")
     assert "The run has no results yet" in summary()
     check_page((tmp_path / "report.html").read_text())
     (tmp_path / "metrics.json").write_text('{"num_clips": 3}')
     assert "and there is no MAP" in summary()
-    (tmp_path / "metrics.json").write_text("[]")
-    refused(summary, "metrics.json' is damaged")
 
 
 def test_warning_about_a_failed_report_names_the_command_for_its_split(tmp_path):

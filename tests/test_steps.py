@@ -191,11 +191,14 @@ def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
     np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])  # 0 and 0 tie
 
 
-class TwoBranches(Identifier):
-    """Two linear layers on the voice, with weights [B, 2] for training and evaluation."""
+# A row for each clip, a column for each branch.
+TRAIN_WEIGHT = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]], np.float32)
+EVAL_WEIGHT = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]], np.float32)
 
-    train_weight: tuple
-    eval_weight: tuple
+
+class TwoBranches(Identifier):
+    """Two linear layers on the voice, with the weights TRAIN_WEIGHT and EVAL_WEIGHT."""
+
     logit_scale: float = 1.0
     num_classes: int = 1 + C
 
@@ -203,8 +206,7 @@ class TwoBranches(Identifier):
     def __call__(self, frames, clips, *, train):
         x = frames["audio"].features[:, 0]
         logits = [nn.Dense(self.num_classes, name=f"branch_{i}")(x) for i in range(2)]
-        weights = (self.train_weight, self.eval_weight)
-        weights = (jnp.asarray(w, jnp.float32)[: len(x)] for w in weights)
+        weights = (jnp.asarray(weight)[: len(x)] for weight in (TRAIN_WEIGHT, EVAL_WEIGHT))
         return ModelOutput(jnp.stack(logits, axis=1), x, *weights)
 
 
@@ -236,12 +238,8 @@ def test_output_of_a_users_model_with_a_wrong_shape_is_refused_at_the_beginning(
 @pytest.mark.slow
 @nightly_after_first("scores", ["log_softmax", "logits"])
 def test_losses_and_scores_of_branches_are_weighted(scores):
-    # A row for each clip, a column for each branch.
-    train_weight = np.array([[1, 1], [1, 0], [0, 1], [0.5, 2], [0, 0]])
-    eval_weight = np.array([[0.2, 0.8], [1, 0], [0, 0.95], [1, 0], [0.5, 0.25]])
-    make_two: Any = TwoBranches
-    model = make_two(tuple(map(tuple, train_weight)), tuple(map(tuple, eval_weight)))
-    system = make(eval__scores=scores)._replace(model=model)
+    model: Any = TwoBranches
+    system = make(eval__scores=scores)._replace(model=model())
     batch = make_batch(audio=(1, 1, 1, 1, 1))
     labels, weight = np.array([3, 1, 4, 1, 5]), np.array([1.0, 2.0, 1.0, 0.5, 3.0])
     state = init(system, labels)
@@ -252,12 +250,12 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
 
     _, loss = train(system, state, batch, weight)
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
-    wanted_loss = np.sum(train_weight * losses, axis=1) @ weight / weight.sum()
+    wanted_loss = np.sum(TRAIN_WEIGHT * losses, axis=1) @ weight / weight.sum()
     assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
 
     # The weights multiply probabilities, or logits.
     parts = logits if scores == "logits" else [np.exp(log_softmax(branch)) for branch in logits]
-    wanted = sum(eval_weight[:, i, None] * branch for i, branch in enumerate(parts))
+    wanted = sum(EVAL_WEIGHT[:, i, None] * branch for i, branch in enumerate(parts))
     if scores != "logits":
         wanted = np.log(wanted)
     np.testing.assert_allclose(evaluate(system, state, batch), wanted, rtol=1e-5, atol=1e-5)

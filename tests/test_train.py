@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_runs as small
-from tests.helpers.cases import nightly_after_first
+from tests.helpers.cases import nightly_after_first, quick_first
 from vidjax.core import devices as devices_lib
 from vidjax.data import resident
 from vidjax.runs import config_io, signals
@@ -18,8 +18,8 @@ from vidjax.training import loop
 from vidjax.training.plan import make_plan
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-MMA = "configs/mma.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
+NOISE = "configs/noise_classes.py:iqiyi_vid"
 SPECS = (  # in addition to the configurations that other tests train
     "residual_dense:face,one,single", "noise_classes:head", "mma:published", "mma:average,concat",
     "quality_fusion:mlp2,voting,face,audio", "residual_dense:face,fused,folds",
@@ -44,9 +44,10 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
 
 
 @pytest.mark.slow
-@nightly_after_first(
-    "signum, spec", [(signal.SIGTERM, MLP), (signal.SIGINT, COSINE), (signal.SIGINT, MMA)]
-)
+@nightly_after_first("signum, spec", [
+    (signal.SIGTERM, NOISE),  # resumes with its new labels
+    (signal.SIGINT, COSINE), (signal.SIGINT, "configs/mma.py:iqiyi_vid"),
+])  # fmt: skip
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
     """The run keeps streaming. An evaluation between two parts does not finish the run."""
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
@@ -55,7 +56,7 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
 
     # The run starts with too little memory to be resident, which is undone after the first part.
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
-    for batch in (4, 7):  # within an epoch of three steps
+    for batch in (4, 7):  # within an epoch, which has 3 or 5 steps
         with pytest.raises(signals.Interrupted) as caught:
             small.run(config, parts, small.Interrupting(data, batch, signum))
         monkeypatch.undo()
@@ -90,10 +91,11 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
     np.testing.assert_array_equal(*scores)
 
 
-def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path):
-    splits = ("train", "val")  # 20 clips of distractors, and 11 or 12 clips of each identity
+@pytest.mark.parametrize("spec", quick_first([MLP, NOISE]))
+def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, spec):
+    """Clusters of distractors and mirror classes are classes, too."""
+    splits = ("train", "val")
     clips = [name for split in splits for name in data.split(split).clips]
-    labels = np.concatenate([data.split(name).labels for name in splits])
     own = np.ones(len(clips))
     own[::3], own[1::7] = 2.5, 0.0
     path = tmp_path / "weights.txt"
@@ -101,9 +103,11 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path):
 
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
     words += ("--config.data.balance=0.5", f"--config.data.weights={path}")
-    weight = make_plan(small.shrunk(*words, spec=MLP), data).constants.weight[0]
+    made = make_plan(small.shrunk(*words, spec=spec), data)
 
-    wanted = own * np.array([np.sum(labels == label) for label in labels]) ** -0.5
+    class_sizes = np.bincount(made.labels)[made.labels]
+    wanted = own * class_sizes**-0.5 * made.training_sets.trained[0]
+    weight = made.constants.weight[0]
     np.testing.assert_allclose(weight / np.sum(weight), wanted / wanted.sum(), rtol=1e-5)
 
 

@@ -76,7 +76,7 @@ def refused(say, cache_dir):
 
 
 def write_non_finite(folder):
-    """Writes train clips with values that are not finite in 3 of 39 frames; returns the path."""
+    """Spoils frame 1 of train005, and frame 0 of train008 and train009; returns the path."""
     clips = clips_of("train", 20)
     clips["train005"].features[1, 2] = np.nan
     clips["train008"].features[0, 0] = -np.inf
@@ -85,7 +85,6 @@ def write_non_finite(folder):
 
 
 def test_frames_with_nan_or_inf_are_left_out_and_counted(official):
-    # Spoils frame 1 of train005, which has 3 frames, frame 0 of train008, and frame 0 of train009.
     write_non_finite(official)
 
     with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames are left out"):

@@ -4,8 +4,6 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Mapping
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -28,15 +26,15 @@ from vidjax.runs.checkpoint import CheckpointError
 from vidjax.training import plan
 
 DIM = 4
-FACES = MappingProxyType({"face": DIM})
 
 
-def make_clips(change=lambda x: x, count=6, widths: Mapping[str, int] = FACES):
+def make_clips(change=lambda x: x, count=6, widths=None):
     """Returns split -> clip -> modality -> 2 frames, which `change` gets and returns.
 
-    Train and val have `count` clips each, of nine people in turn.
+    Train and val have `count` clips each, of nine people in turn. By default, clips have faces.
     """
     rng, clips = np.random.default_rng(0), {"train": {}, "val": {}}
+    widths = widths or {"face": DIM}
     people = {part: rng.normal(size=(9, width)) for part, width in widths.items()}
     for split, n in itertools.product(clips, range(count)):
         clips[split][f"{split}{n}"] = {

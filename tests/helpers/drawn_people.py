@@ -7,7 +7,6 @@ import numpy as np
 
 from tests.helpers import clip_files, films, made_nets, xmp
 from vidjax.apps.video import cards, features_folder, film
-from vidjax.cli import program
 
 SIDE = made_nets.FACE
 # A net that distinguishes people by the colours of their faces.
@@ -108,8 +107,8 @@ class Drawn:
     `models` is the folder of nets, `friends` of photos, and `out` of the results of `vidjax who`.
     """
 
-    def __init__(self, folder, capsys):
-        self.folder, self._capsys = folder, capsys
+    def __init__(self, folder, command):
+        self.folder, self._command = folder, command
         self.models = write_models(folder / "models")
         self.friends, self.out = folder / "friends", folder / "out"
 
@@ -124,10 +123,9 @@ class Drawn:
 
     def run(self, *words, code=0):
         """Runs a command that must end with the exit code `code`."""
-        self._capsys.readouterr()
-        found, said = program.main([*map(str, words), "--json"]), self._capsys.readouterr()
-        assert found == code and (code != 2 or "Traceback" not in said.err), said.err
-        return Done(json.loads(said.out) if said.out else {}, said.err)
+        done = self._command(*words, "--json")
+        assert done.code == code and (code != 2 or "Traceback" not in done.err), done.err
+        return Done(json.loads(done.out) if done.out else {}, done.err)
 
     def who(self, *films, people=True, flags=(), code=0):
         """Runs `vidjax who`, if `people` with the photos of `friends`."""

@@ -1,6 +1,5 @@
 """Runs that take seconds: shipped experiments with tiny nets on the small official files."""
 
-import itertools
 import os
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from vidjax.evaluation import restore, scoring
 from vidjax.evaluation.analysis import analysis
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs.run_folder import RunFolder
-from vidjax.training import feed, loop
+from vidjax.training import loop
 
 ROOT = Path(__file__).parents[2]
 # The environment of a command that compiles in half of the time, as tests do.
@@ -151,19 +150,6 @@ class Interrupting:
             if i == self._batch:
                 os.kill(os.getpid(), self._signum)
             yield batch
-
-
-def interrupt_dispatch(monkeypatch, number, signum):
-    """Sends a signal to this process after dispatch `number` of steps, from 0 (resident data)."""
-    run, dispatches = feed.ResidentFeed.advance, itertools.count()
-
-    def interrupted(self, *args):
-        done = run(self, *args)
-        if next(dispatches) == number:
-            os.kill(os.getpid(), signum)
-        return done
-
-    monkeypatch.setattr(feed.ResidentFeed, "advance", interrupted)
 
 
 def restored(folder, data, config=None, mesh=None):
