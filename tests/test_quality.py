@@ -65,7 +65,10 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
 
 @pytest.mark.slow
 def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
-    """Nearest neighbours compare quality-weighted means, so qualities change scores."""
+    """The norm of a feature replaces the quality that new clips give.
+
+    Nearest neighbours compare quality-weighted means, so a wrong quality would change the scores.
+    """
     rng = np.random.default_rng(0)
     splits, labels = {"train": {}, "val": {}}, {}
     for split, i in itertools.product(splits, range(8)):
@@ -79,7 +82,7 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
     small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py"), tmp_path / "run", data)
 
     run = vidjax.restore(tmp_path / "run", num_devices=1)
-    wanted = run.scores(data, split="val")  # `data` has the configured quality, the norm
+    wanted = run.scores(data, split="val")  # `load_data` has replaced the given quality
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
     folder = write_npz(tmp_path / "own", {"val": splits["val"]})
     np.testing.assert_allclose(run.scores(run.load(folder / "val")), wanted, rtol=1e-6)
