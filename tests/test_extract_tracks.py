@@ -454,6 +454,7 @@ def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
 def test_flicker_between_a_picture_and_its_negative_is_not_taken_for_a_dissolve():
     light = (np.indices((36, 64)).sum(0) // 4 % 2 * 255)[..., None].repeat(3, 2).astype(np.uint8)
     dark = 255 - light
+    # The first change is a cut. A later change of the flicker is neither a cut nor a dissolve.
     assert find_cuts([light, dark] * 15 + [light] * 3 + [dark] * 60) == [1]
 
 

@@ -206,9 +206,9 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     people.enrol(vectors_of(people, of_ada | of_bob))
 
     assert "for Ada: the clips of each person are from one film" in capsys.readouterr().err
+    assert people.identities["Ada"] == 3  # clips
     columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
-    films_and_photos = people.index.counts[:, columns].max(axis=0)  # of both parts
-    assert people.identities["Ada"] == 3
+    films_and_photos = people.index.counts[:, columns].max(axis=0)  # over the parts, face and audio
     assert films_and_photos.tolist() == [1, 2]  # Bob: the film and a photo
 
     # Ada gets the coefficients of a person with one clip, whose vector is the mean of the 3 clips.

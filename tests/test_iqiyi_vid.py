@@ -201,9 +201,9 @@ def test_run_with_data_in_memory_imports_no_tensorflow(tmp_path, official_dir, p
     """The first run converts the files with TFDS. The second run reads records without TFDS."""
     words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     code = (
-        "import sys\nfrom vidjax.cli.program import main\nunread, *words = sys.argv[1:]\n"
-        "assert main(words) == 0\nassert not {'tensorflow', unread} & {*sys.modules}"
+        "import sys\nfrom vidjax.cli.program import main\nbanned, *words = sys.argv[1:]\n"
+        "assert main(words) == 0\nassert not {'tensorflow', banned} & {*sys.modules}"
     )
-    for unread in ("tensorflow", "tensorflow_datasets"):
-        workdir = f"--workdir={tmp_path / unread}"
-        python(code, unread, *words, workdir, VIDJAX_CACHE=str(tmp_path / "cache"))
+    for banned in ("tensorflow", "tensorflow_datasets"):  # the module that a run must not import
+        workdir = f"--workdir={tmp_path / banned}"
+        python(code, banned, *words, workdir, VIDJAX_CACHE=str(tmp_path / "cache"))

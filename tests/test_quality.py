@@ -63,7 +63,10 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
 
 @pytest.mark.slow
 def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
-    """Nearest neighbours compare quality-weighted means, so qualities change scores."""
+    """The norm of a feature replaces the quality that new clips give.
+
+    Nearest neighbours compare quality-weighted means, so a wrong quality would change the scores.
+    """
     made = [*clip_files.learnable_clips()]
     splits = {split: clip_files.as_arrays(clips) for split, clips, _ in made}
     labels = {clip: identity for *_, truth in made for clip, identity in truth.items()}
@@ -73,7 +76,7 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
     small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py:face"), tmp_path / "run", data)
 
     run = vidjax.restore(tmp_path / "run", num_devices=1)
-    wanted = run.scores(data, split="val")  # `data` has the configured quality, the norm
+    wanted = run.scores(data, split="val")  # `load_data` has replaced the given quality
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
     folder = clip_files.write_npz(tmp_path / "own", {"val": splits["val"]})
     np.testing.assert_allclose(run.scores(run.load(folder / "val")), wanted, rtol=1e-6)

@@ -143,10 +143,11 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypa
     assert command("--mode=evaluate", own)["map"] == results["map"]
     command("--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=a.tsv")
     assert len(Path("a.tsv").read_text().splitlines()) > 100  # of 12 identities, each with 60 clips
-    for to, *words in ("out", "export", "run", "--format=safetensors"), ("copy", "import", "out"):
-        assert "--config=FILE" in command(*words, workdir=f"--to={to}", code=2)
-        command(*words, own, workdir=f"--to={to}")
-    vidjax.load_config(path)
+    for verb, start, to in ("export", "run", "out"), ("import", "out", "copy"):
+        copying = [verb, start, *(["--format=safetensors"] if verb == "export" else [])]
+        assert "--config=FILE" in command(*copying, workdir=f"--to={to}", code=2)
+        command(*copying, own, workdir=f"--to={to}")
+    vidjax.load_config(path)  # defines the model, as Python code must do before `restore`
     assert len(vidjax.restore("run").identities) == 12
 
 

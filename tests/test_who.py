@@ -615,7 +615,7 @@ def test_last_person_without_photos_is_forgotten(drawn):
 
 @pytest.mark.slow
 def test_people_of_an_unreadable_tagged_photo_are_not_forgotten(drawn):
-    photo = drawn.friends / "group.png"
+    photo = drawn.friends / "group.png"  # the only photo of Ada and Bob
     write_photo(photo, *GROUP, tagged=GROUP)
     film, whole = drawn.meet("Eve"), photo.read_bytes()
 

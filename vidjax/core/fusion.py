@@ -303,7 +303,7 @@ def random_fusion(
 
     Returns:
       Frames [B, T'] with float32 features. Quality and detection are means with the same weights.
-        The number is the number of the first drawn frame, so numbers are unordered.
+        `number` is the frame number of the first drawn frame, so numbers are unordered.
 
     Source: quality fusion (4th place 2019): 1-5 frames with replacement, a fused vector per clip
     and step, weights quality x detection. `replacement=False`: Residual Dense Net (2nd place 2019),
@@ -352,7 +352,8 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
 
     Returns:
       Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
-        detection are means too. A mean has the number of its first frame, so numbers are unordered.
+        detection are means too. The `number` of a mean is the frame number of its first frame, so
+        numbers are unordered.
 
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 other frames,
     and united with the original frames. The fixed order for evaluation is not in the paper.
@@ -387,7 +388,7 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     """Computes the mean frame of every clip.
 
     `weighting` is a weighting of `frame_weights`. Returns Frames [B, 1] with float32 features.
-    Quality and detection are means too. The number is the number of the first real frame.
+    Quality and detection are means too. `number` is the frame number of the first real frame.
     """
     weights = frame_weights(frames, weighting)
 

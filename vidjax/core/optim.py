@@ -211,8 +211,9 @@ def make_optimizer(
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: a name is unknown; the function of the optimiser takes `learning_rate`; or
-        `total_decay` is set, and the sum of all learning rates is not above 0 and finite.
+      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate` (the
+        rate would be applied twice); or `total_decay` is set, and the sum of all learning rates is
+        not above 0 and finite.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]

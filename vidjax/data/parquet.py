@@ -52,7 +52,7 @@ def read(path: Path) -> Rows:
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
         counted = _check_pages(path, opened, file, names)
-        return _join(path, file, names, counted)
+        return _read_rows(path, file, names, counted)
 
 
 def read_clip_names(path: Path) -> list[str]:
@@ -281,8 +281,12 @@ class _Compact:
         return value >> 1 ^ -(value & 1)
 
 
-def _join(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int) -> Rows:
-    """Reads the columns `names` of a table. `counted` is the number of values of all features."""
+def _read_rows(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int) -> Rows:
+    """Reads the columns `names` of all rows.
+
+    `counted` is the number of values in the features of all rows. It is the size of the array for
+    these values, so features are not copied when they are joined.
+    """
     import pyarrow
     from pyarrow import compute
 

@@ -216,7 +216,10 @@ class Resident:
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
-            """Returns modality -> the frames of the clips of `splits`, for `phase`."""
+            """Returns modality -> the frames of the clips of `splits`.
+
+            `phase` is `train` or `eval`. The largest number of frames of a clip depends on it.
+            """
             located = {}
             for name, packed in frames.items():
                 table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)

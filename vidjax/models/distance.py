@@ -38,7 +38,7 @@ MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
 
 
 class Distances(NamedTuple):
-    """The distribution of distances between unit vectors of a network."""
+    """The distributions of the distance of two unit vectors, for one person and for two people."""
 
     within: float  # W, the variance of the vectors of a person, summed over the dimensions
     between: float  # B, the variance of the means of people, summed over the dimensions
@@ -55,7 +55,7 @@ class Population(NamedTuple):
 
 
 def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
-    """Computes the distribution of distances from statistics of cosines.
+    """Computes the distributions of distances from statistics of cosines.
 
     `same` is the mean and the standard deviation of the cosine of two clips of the same person, and
     `different` of two people. A shape (see Distances) is the squared ratio of the mean to the

@@ -196,7 +196,11 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration. With `config.ensemble.views`, inputs are narrower."""
+    """Builds the model of a configuration.
+
+    With `config.ensemble.views`, each member leaves out a chunk of the features. So the feature
+    vectors of its inputs are shorter by a chunk.
+    """
     spec = config["model"]
     if task.settings:
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)

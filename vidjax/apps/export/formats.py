@@ -190,7 +190,11 @@ def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 def _write_arrays(
     path: Path, arrays: dict[str, Any]
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """Writes arrays to a file, and `reader.py` next to it; returns a function that uses both."""
+    """Writes arrays to a file, and copies `reader.py` next to the file.
+
+    Returns a function that computes the scores of clips from their vectors, as a user does: with
+    `reader.py` and the arrays in the file.
+    """
     from safetensors.numpy import load_file, save_file
 
     if path.suffix == ".npz":

@@ -435,9 +435,10 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
     """Returns `places` with the indices of equal values in ascending order.
 
-    `ordered` and `places` are results of TopK. TopK of ONNX keeps the order of equal values, but
-    TopK of OpenVINO does not guarantee the order. So the values are sorted again, by keys that are
-    never equal.
+    TopK has sorted `size` values along `axis`: `ordered` are the sorted values, and `places` are
+    their indices before the sort. TopK of ONNX keeps the order of equal values, but TopK of
+    OpenVINO does not guarantee the order. So the indices are sorted again, by keys that are never
+    equal.
     """
     start, second, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
     earlier = [graph.node("Slice", ordered, start, stop, along) for stop in (second, end)]

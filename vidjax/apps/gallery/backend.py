@@ -100,7 +100,9 @@ class People(NamedTuple):
     names: tuple[str, ...]
     linear: tuple[np.ndarray, ...]  # M arrays [P, D] float32
     constant: np.ndarray  # [M, P] float64
-    num_clips: np.ndarray  # [M, P] int32, the number of each person's clips that have the part
+    # [M, P] int32, the number of each person's clips that have the part. With PLDA, all clips of a
+    # film count as one.
+    num_clips: np.ndarray
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
         """Selects people by their indices."""

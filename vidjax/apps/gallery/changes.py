@@ -224,8 +224,9 @@ def _describe_person(identity: str | None) -> str:
 def enrol(
     backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, StoredClip]
 ) -> People:
-    """Computes the coefficients of people. `groups` are identity -> the names of its clips.
+    """Computes the coefficients that compare a clip with people, from the clips of these people.
 
+    `groups` are identity -> names of the clips of the person, and `clips` are name -> clip.
     With PLDA, all clips of a person in a film count as a single clip, because such clips are alike.
     With distances, clips are counted separately, whatever their film, but clips that are alike
     count less; see `distance.effective_count`.

@@ -842,7 +842,7 @@ def check_new(folder: Path) -> None:
     if foreign := store.foreign():
         raise UserError(
             f"'{store.folder}' is not empty: it contains '{show(foreign)}'\n"
-            f"{store.describe_run() or 'name a new folder'}"
+            f"{store.advise_on_run() or 'name a new folder'}"
         )
     with contextlib.suppress(NoGalleryError):
         store.sha256()

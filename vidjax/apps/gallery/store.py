@@ -176,8 +176,8 @@ class Store:
         names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
         return min((name for name in names if not PROBE.fullmatch(name)), default=None)
 
-    def describe_run(self) -> str:
-        """Returns how to make a gallery of the run in this folder, or "" if there is no run."""
+    def advise_on_run(self) -> str:
+        """Returns advice on how to make a gallery of the run in the folder, or "" without a run."""
         if not files.exists(self.folder / "config.json"):
             return ""
         command = f"vidjax gallery create NEW_FOLDER --run={self.folder}"
@@ -187,7 +187,7 @@ class Store:
         make = f"make a gallery from a run: vidjax gallery create {self.folder} --run=RUN"
         return NoGalleryError(
             f"'{self.folder}' contains no gallery: name the folder of a gallery\n"
-            f"{self.describe_run() or make}"
+            f"{self.advise_on_run() or make}"
         )
 
     def _check_files(self, *, write: bool) -> None:
@@ -523,10 +523,11 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table with N people or clips, whose numbers have the dtype `layout`.
+    """Reads and checks a table of N entries. A row of the table contains several entries.
 
-    Returns `num_words` lists of N names (1 for people, 2 for clips and their people), the numbers
-    [N], and the sum of the digests of all rows.
+    An entry consists of `num_words` names (1 for people, 2 for clips and their people) and numbers.
+    Returns `num_words` lists of N names, the numbers as an array [N] with the dtype `layout`, and
+    the sum of the digests of all rows.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
