@@ -89,6 +89,7 @@ UNREAD = {
     "loss.schedule=((0,0),(1,1))": {"loss.gamma": "3"},
     "loss.margin=0.1": {"loss.margin_type": "additive"},
     "optim.name=sgd": {"optim.momentum": "0.5"},
+    "optim.weight_decay=1e-5": {"optim.decay_all": "true"},
     "optim.decay=steps": {"optim.decay_factor": "0.5", "optim.decay_every_epochs": "2"},
     "optim.decay=piecewise": {"optim.points": "((0,1),(2,0.5))"},
     "ensemble.views=2": {"ensemble.chunks": "8"},
@@ -136,6 +137,16 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
         assert problems(f"{name}={value}") == []
         assert len(problems(f"{name}={value}", word)) == 1
         assert problems(word) == []  # the default is never refused
+
+
+def test_relabelling_is_needed_in_addition_to_noise_classes():
+    words = "noise.keep=prediction", "data.distractors=noise", "noise.relabel_every_epochs=0"
+    (problem,) = problems(*words)
+    assert "--config.noise.relabel_every_epochs=1" in problem
+
+
+def test_decay_of_all_parameters_is_read_with_either_decay():
+    assert problems("optim.decay_all=true", "optim.total_decay=1") == []
 
 
 def test_gamma_is_read_if_a_loss_with_weight_is_not_softmax():
