@@ -67,6 +67,12 @@ def test_override_has_the_type_of_its_field_and_the_last_one_counts():
 
     assert config_io.override(load(), ["--config.seed=1", "--config.seed=2"]).seed == 2
 
+    config = load("plda")  # a file of a user may set an argument to None, or to a list
+    config.model.update(within=None, centred=None, sizes=[3])
+    words = ("within=0.5", "centred=None", "sizes=4,5")
+    model = config_io.override(config, [f"--config.model.{word}" for word in words]).model
+    assert (model.within, model.centred, model.sizes) == (0.5, None, [4, 5])
+
 
 def test_differences_of_configurations_omit_unread_fields():
     plain = load("noise_classes:other")
