@@ -461,6 +461,8 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
             )
         elif any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
             yield f"config.{name} is a whole number that does not fit into 64 bits: reduce it"
+        elif field and _has_names(field.default) and value and not _has_names(value):
+            yield f"{text}: must be names, such as {','.join(field.default)}"
         elif field and (wanted := _find_violated(field, value)):
             yield f"{text}: must be {wanted}"
         elif field and field.choices and value not in field.choices:
@@ -469,6 +471,11 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
             yield f"{text}: must be finite"
         elif name.endswith("dropout_rate") and not (numbers and 0 <= numbers[0] <= 1):
             yield f"{text}: must lie between 0 and 1"
+
+
+def _has_names(value: Any) -> bool:
+    """Returns True if a value is a tuple of at least one text, and of nothing else."""
+    return isinstance(value, tuple) and bool(value) and all(isinstance(x, str) for x in value)
 
 
 def _is_json(value: Any) -> bool:
