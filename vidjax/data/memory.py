@@ -118,8 +118,10 @@ class MemoryClips:
     ) -> "MemoryClips":
         """Checks clips, and makes an object of this class from them.
 
-        A warning appears if the model reads a modality that no clip has, and a clip has a modality
-        that the model does not read. The reason may be a misspelt name.
+        A clip that has only modalities that the model does not read becomes a clip without frames,
+        with a warning. A warning also appears if the model reads a modality that no clip has, and a
+        clip has a modality that the model does not read. The reason may be a misspelt name. If no
+        clip has a modality that the model reads, this is an error.
 
         Args:
           modalities: a dict, modality that the model reads -> feature width.
@@ -127,16 +129,27 @@ class MemoryClips:
             there is no quality. 'norm' always takes the norm. Use the same value as the training.
         """
         names: dict[str, str] = {}
+        read: set[str] = set()
         unread: set[str] = set()
-        clips = _limit_memory(_select(clips, modalities, names, unread))
+        lost: list[str] = []
+        clips = _limit_memory(_select(clips, modalities, names, read, unread, lost))
         packed = pack(clips, quality=quality)
-        missing = [name for name in modalities if name not in packed]
+        missing = [name for name in modalities if name not in read]
         if missing and unread:
             similar = [closest(name.lower(), missing) for name in sorted(unread)]
-            hint = next((f": did you mean '{name}'?" for name in similar if name), "")
-            warn(
+            hints = (f"did you mean '{name}'?" for name in similar if name)
+            problem = (
                 f"no clip has the modality {', '.join(missing)} of the run\nthe clips have "
-                f"{show(', '.join(sorted(unread)))}, which the run does not use{hint}"
+                f"{show(', '.join(sorted(unread)))}, which the run does not use: "
+                f"{next(hints, 'add a modality of the run, or rename a modality')}"
+            )
+            if not read:
+                raise UserError(problem)
+            warn(problem)
+        if lost:
+            warn(
+                f"{len(lost):,} of {len(names):,} clips have no modality of the run, for example "
+                f"{show(lost[0])}\nthey count as clips without frames"
             )
         return cls(packed, names, modalities, identities)
 
@@ -203,25 +216,27 @@ class MemoryClips:
 
 
 def _select(
-    clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
+    clips: Iterable[Clip],
+    modalities: Mapping[str, int],
+    names: dict[str, str],
+    read: set[str],
+    unread: set[str],
+    lost: list[str],
 ) -> Iterator[Clip]:
     """Yields clips with only `modalities`, the modalities that the model reads.
 
-    Adds the name of each clip and its name in the input to `names`, and the names of the removed
-    modalities to `unread`. Raises UserError if the model reads none of the modalities of a clip.
+    Adds the name of each clip and its name in the input to `names`, the names of the yielded
+    modalities to `read`, and the names of the removed modalities to `unread`. Adds clips that lose
+    all modalities to `lost`.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
         others = [name for name in clip.modalities if name not in modalities]
         selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
-        if others and not selected:
-            similar = closest(others[0].lower(), modalities)
-            raise UserError(
-                f"clip {show(clip.name)}: its modalities are {show(', '.join(others))}\n"
-                f"the run reads {', '.join(modalities)}: add one of them, or rename the modality"
-                f"{f' to {similar!r}' if similar else ''}"
-            )
+        read.update(selected)
         unread.update(others)
+        if others and not selected:
+            lost.append(clip.name)
         # A clip without modalities is kept as a clip without frames.
         yield clip._replace(modalities=selected or {next(iter(modalities)): None})
 
