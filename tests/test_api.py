@@ -126,4 +126,6 @@ def test_train_and_restore_describe_the_expected_arguments(made, tmp_path):
     refused(r"learn_rate .*optim\.learning_rate", train, misspelt, new, made)
     refused("restore: workdir must be the path", restore, config)
     refused(f"no run in '{new}'", restore, new)
+    measured = vidjax.load_config("knn", "--config.data.name=arrays", "--config.data.quality=norm")
+    refused(r"load_data\(\.\.\., quality='norm'\)", train, measured, new, made)
     assert not new.exists()

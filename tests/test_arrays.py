@@ -305,11 +305,21 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
 
 
 @pytest.mark.parametrize(("clips", "words"), [
-    ({"a": {"fcae": [1.0]}}, "reads face, head: add one of them, or rename the modality to 'face'"),
+    ({"a": {"fcae": [1.0]}}, "fcae, which the run does not use: did you mean 'face'?"),
+    ({"a": {"title": [1.0]}, "b": {}}, "add a modality of the run, or rename a modality"),
     ({"a": {"face": [1.0]}, "a.mp4": {"face": [1.0]}}, "clip a comes twice"),
 ])  # fmt: skip
 def test_clips_in_memory_that_do_not_fit_the_run_are_refused(clips, words):
     seen.refused(lambda: memory.MemoryClips.from_dict(clips, {"face": 1, "head": 8}, ()), words)
+
+
+def test_clip_without_a_modality_of_the_run_counts_as_a_clip_without_frames():
+    clips = {"a": {"face": [1.0]}, "b": {"audio": [1.0, 2.0]}}
+
+    with pytest.warns(errors.VidjaxWarning, match="1 of 2 clips have no modality of the run.* b\n"):
+        packed = memory.MemoryClips.from_dict(clips, {"face": 1}, ())
+    assert packed.names == ("a", "b")
+    np.testing.assert_array_equal(packed.split("").lengths["face"], [1, 0])
 
 
 def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):

@@ -64,6 +64,12 @@ def test_override_has_the_type_of_its_field_and_the_last_one_counts():
 
     assert config_io.override(load("mma"), ["--config.seed=1", "--config.seed=2"]).seed == 2
 
+    config = load("plda")  # a file of a user may set an argument to None, or to a list
+    config.model.update(within=None, centred=None, sizes=[3])
+    words = ("within=0.5", "centred=None", "sizes=4,5")
+    model = config_io.override(config, [f"--config.model.{word}" for word in words]).model
+    assert (model.within, model.centred, model.sizes) == (0.5, None, [4, 5])
+
 
 def test_differences_of_configurations_omit_unread_fields():
     plain = load("noise_classes:other")
@@ -86,6 +92,7 @@ UNREAD = {
     "loss.schedule=((0,0),(1,1))": {"loss.gamma": "3"},
     "loss.margin=0.1": {"loss.margin_type": "additive"},
     "optim.name=sgd": {"optim.momentum": "0.5"},
+    "optim.weight_decay=1e-5": {"optim.decay_all": "true"},
     "optim.decay=steps": {"optim.decay_factor": "0.5", "optim.decay_every_epochs": "2"},
     "optim.decay=piecewise": {"optim.points": "((0,1),(2,0.5))"},
     "ensemble.views=2": {"ensemble.chunks": "8"},
@@ -135,6 +142,16 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
         assert problems(word) == []  # the default is never refused
 
 
+def test_relabelling_is_needed_in_addition_to_noise_classes():
+    words = "noise.keep=prediction", "data.distractors=noise", "noise.relabel_every_epochs=0"
+    (problem,) = problems(*words)
+    assert "--config.noise.relabel_every_epochs=1" in problem
+
+
+def test_decay_of_all_parameters_is_read_with_either_decay():
+    assert problems("optim.decay_all=true", "optim.total_decay=1") == []
+
+
 def test_gamma_is_read_if_a_loss_with_weight_is_not_softmax():
     """By default, `loss.classification` is softmax, and `loss.focal` has no weight."""
     assert problems("loss.gamma=3", "loss.classification=binary") == []
@@ -172,6 +189,7 @@ def test_values_outside_the_range_of_a_field_are_refused():
         outside += [] if field.low is None else [field.low - 1]
         # With a finite upper bound, an infinity is outside.
         outside += [math.inf] if (field.below or field.high or math.inf) < math.inf else []
+        outside += [("face", 1)] if name in ("modalities", "data.train_splits") else []
 
         for value in outside:
             with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):

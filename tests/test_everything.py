@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 
 import pytest
 
@@ -89,6 +90,17 @@ def test_run_on_everything_has_no_best_checkpoint(everything, command):
     done = command("evaluate", f"--workdir={everything[0]}", "--config.eval.checkpoint=best")
 
     assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
+
+
+def test_run_that_prefers_the_best_checkpoint_is_imported_without_a_map(everything, tmp_path, say):
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    shutil.copytree(everything[0], run)
+    config = json.loads((run / "config.json").read_text())
+    config["eval"]["checkpoint"] = "best"
+    (run / "config.json").write_text(json.dumps(config))
+
+    say("export", run, f"--to={exported}", "--format=safetensors")
+    say("import", exported, f"--to={tmp_path / 'again'}")
 
 
 def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):

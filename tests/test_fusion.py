@@ -215,6 +215,7 @@ def test_crops_are_weighted_means_of_their_frames():
     ({"name": "random", "num_draws": 1, "max_frames": 2, "probs": (1, -1)}, "2 finite"),
     ({"name": "random", "num_draws": 1, "max_frames": 2, "probs": (1, "a")}, "2 finite"),
     ({"name": "mean", "weighting": "norm"}, "from graded, quality, score, squared, uniform"),
+    ({"name": "sample", "replacement": "no"}, "replacement='no': must be True or False"),
     ({"name": "mean", "top_share": 0.0}, "above 0 and at most 1"),
 ])  # fmt: skip
 def test_invalid_fusion_specs_are_refused(spec, message):

@@ -278,6 +278,8 @@ def test_dropout_is_used_only_in_training(name):
     ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
     ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
     (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, attention_form"),
+    (tiny.SMALL, {"attention": "off"}, "attention='off': must be True or False"),
+    (DENSE, {"layers": ((8, "relu", "no", 0.0),)}, "batch_norm is True or False"),
     (tiny.SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
     (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
     (DENSE, {"width": 8}, "backbone 'mlp' has no option width"),

@@ -11,7 +11,7 @@ better; NaN is the lowest quality.
 import fractions
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -500,7 +500,7 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     takes_key = "rng" in inspect.signature(function).parameters
     check_options(
         f"fusion {name!r}",
-        list_options(function) | filters | {"kept_share": False},
+        list_options(function) | filters | {"kept_share": 1.0},
         options,
         "\n--config.fusion.MODALITY.PHASE.name=NAME keeps the options of the old fusion: "
         "change them in a copy of the configuration file",
@@ -524,29 +524,36 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     return fuse
 
 
+REQUIRED = inspect.Parameter.empty  # instead of the default of an option that has no default
+
+
 def check_options(
-    what: str, known: Mapping[str, bool], options: Collection[str], more: str = ""
+    what: str, known: Mapping[str, Any], options: Mapping[str, Any], more: str = ""
 ) -> None:
     """Raises UserError if `options` has an unknown option, or lacks a required one.
 
-    `known` is option -> True if it is required. `what` begins the message, such as `fusion 'top'`.
-    `more` ends the message about an unknown option.
+    It also raises UserError if an option that is True or False has another value. For example, the
+    text "False" would count as True. `known` is option -> default, or REQUIRED. `what` begins the
+    message, such as `fusion 'top'`. `more` ends the message about an unknown option.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
             f"{what} has no option {', '.join(unknown)}; its options: "
             f"{', '.join(sorted(known)) or 'none'}{more}"
         )
-    if missing := sorted(key for key in known if known[key] and key not in options):
+    if missing := sorted(name for name in known if known[name] is REQUIRED and name not in options):
         raise UserError(
             f"{what} needs {', '.join(missing)}\nadd each missing option to the configuration"
         )
+    for name, value in options.items():
+        if isinstance(known[name], bool) and not isinstance(value, bool):
+            raise UserError(f"{what}: {name}={value!r}: must be True or False")
 
 
-def list_options(function: Callable) -> dict[str, bool]:
-    """Returns the keyword-only parameters of a function: name -> True if it is required."""
+def list_options(function: Callable) -> dict[str, Any]:
+    """Returns the keyword-only parameters of a function: name -> the default, or REQUIRED."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:

@@ -49,7 +49,6 @@ class FeatureDict:
     """Features in memory, which can be converted to TFRecords."""
 
     kind = place = title = "arrays"
-    origin = Origin("arrays")
 
     def __init__(
         self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
@@ -62,6 +61,7 @@ class FeatureDict:
                     "give {'train': {clip: {modality: features}}, 'val': ..., 'test': ...}"
                 )
         check_choice("config.data.quality", quality, QUALITIES)
+        self.origin = Origin("arrays", quality=quality)
         self._splits, self._labels = splits, labels
         self._quality: Quality = quality
 
@@ -113,7 +113,7 @@ class FeatureFolder:
         self._quality: Quality = quality
         self._workers, self._cache_dir = workers, cache_dir
         self._files = group_files_by_split(self._folder)
-        self.origin = Origin.from_folder("arrays", folder)
+        self.origin = Origin.from_folder("arrays", folder, quality)
         self.place = str(self._folder)
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 

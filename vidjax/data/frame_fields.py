@@ -165,15 +165,16 @@ Unpacked = Mapping[str, Mapping[str, PackedClips]]
 
 
 class Origin(NamedTuple):
-    """The name of a dataset as in `config.data.name`, and the absolute path of its folder."""
+    """The values of `config.data.name`, `dir` and `quality` with which a dataset was loaded."""
 
     name: str
     dir: str | None = None  # None if clips were generated or are arrays in memory
+    quality: Quality = "given"
 
     @classmethod
-    def from_folder(cls, name: str, folder: str | Path) -> "Origin":
+    def from_folder(cls, name: str, folder: str | Path, quality: Quality = "given") -> "Origin":
         """Returns the origin of the dataset `name` whose files are in `folder`."""
-        return cls(name, str(files.absolute(folder)))
+        return cls(name, str(files.absolute(folder)), quality)
 
 
 class RecordSource(Protocol):

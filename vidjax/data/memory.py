@@ -113,21 +113,34 @@ class MemoryClips:
     ) -> "MemoryClips":
         """Checks clips, and makes an object of this class from them.
 
-        If the model reads a modality that no clip has, and a clip has a modality that the model
-        does not read, a warning appears, because a name may be misspelt. See `Quality` for
-        `quality`, which must be as in the training.
+        A clip that has only modalities that the model does not read becomes a clip without frames,
+        with a warning. A warning also appears if the model reads a modality that no clip has, and a
+        clip has a modality that the model does not read, because a name may be misspelt. Raises
+        UserError if no clip has a modality that the model reads. See `Quality` for `quality`, which
+        must be as in the training.
         """
         names: dict[str, str] = {}
-        unread: set[str] = set()
-        clips = _limit_memory(_select(clips, modalities, names, unread))
+        given: dict[str, frozenset[str]] = {}
+        clips = _limit_memory(_select(clips, modalities, names, given))
         packed = pack(clips, quality=quality)
-        missing = [name for name in modalities if name not in packed]
+        everything = {name for of_clip in given.values() for name in of_clip}
+        missing = [name for name in modalities if name not in everything]
+        unread = sorted(everything - modalities.keys())
         if missing and unread:
-            similar = [closest(name.lower(), missing) for name in sorted(unread)]
-            hint = next((f": did you mean '{name}'?" for name in similar if name), "")
-            warn(
+            similar = [closest(name.lower(), missing) for name in unread]
+            hints = (f"did you mean '{name}'?" for name in similar if name)
+            problem = (
                 f"no clip has the modality {', '.join(missing)} of the run\nthe clips have "
-                f"{show(', '.join(sorted(unread)))}, which the run does not use{hint}"
+                f"{show(', '.join(unread))}, which the run does not use: "
+                f"{next(hints, 'add a modality of the run, or rename a modality')}"
+            )
+            if len(missing) == len(modalities):
+                raise UserError(problem)
+            warn(problem)
+        if lost := [x for x in given if given[x] and given[x].isdisjoint(modalities)]:
+            warn(
+                f"{len(lost):,} of {len(names):,} clips have no modality of the run, for example "
+                f"{show(lost[0])}\nthey count as clips without frames"
             )
         return cls(packed, names, modalities, identities)
 
@@ -194,25 +207,20 @@ class MemoryClips:
 
 
 def _select(
-    clips: Iterable[Clip], modalities: Mapping[str, int], names: dict[str, str], unread: set[str]
+    clips: Iterable[Clip],
+    modalities: Mapping[str, int],
+    names: dict[str, str],
+    given: dict[str, frozenset[str]],
 ) -> Iterator[Clip]:
-    """Yields clips with only `modalities`. Adds other modalities to `unread`.
+    """Yields clips with only `modalities`. A clip with none of them gets no frames.
 
-    Adds the name of each clip, and its name in the input, to `names`.
+    Adds the name of each clip, and its name in the input, to `names`. Adds the name of each clip,
+    and all its modalities in the input, to `given`.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
-        others = [name for name in clip.modalities if name not in modalities]
+        given[clip.name] = frozenset(clip.modalities)
         selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
-        if others and not selected:
-            similar = closest(others[0].lower(), modalities)
-            raise UserError(
-                f"clip {show(clip.name)}: its modalities are {show(', '.join(others))}\n"
-                f"the run reads {', '.join(modalities)}: add one of them, or rename the modality"
-                f"{f' to {similar!r}' if similar else ''}"
-            )
-        unread.update(others)
-        # A clip without modalities is kept as a clip without frames.
         yield clip._replace(modalities=selected or {next(iter(modalities)): None})
 
 

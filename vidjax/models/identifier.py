@@ -61,7 +61,7 @@ def make_identifier(
     }
     fixed = {key: value for key, value in given.items() if key in fields}
     known = {
-        key: field.default is dataclasses.MISSING
+        key: fusion.REQUIRED if field.default is dataclasses.MISSING else field.default
         for key, field in fields.items()
         if key not in ("parent", "name", *fixed)
     }

@@ -117,7 +117,13 @@ GAMMA = _read_by_schedule(lambda values: bool(_logit_losses(values) - {"softmax"
 SMOOTHING = _read_by_schedule(
     lambda values: bool(_logit_losses(values) - {"binary", "multiclass", "batch"}), 0
 )
+RELABELLED = _read_unless("noise.relabel_every_epochs", 0, 1)
 STEPS = _read_if("optim.decay", "steps")
+DECAYED = ReadWhen(
+    "optim.weight_decay",
+    lambda values: bool(values["optim.weight_decay"] or values["optim.total_decay"]),
+    "--config.optim.weight_decay=1e-5 or --config.optim.total_decay=1",
+)
 JOINED = ReadWhen(
     "join.runs",
     lambda values: bool(values["join.runs"]),
@@ -243,12 +249,12 @@ TABLE: tuple[Field | Group, ...] = (
           "new labels; 0: never", low=0, high=1e6, read_when=NOISE_CLASSES),
     Field("noise.keep", "label", "new class of a distractor in no cluster, if the model predicts "
           "no identity: the present `label`, or the `prediction` (a cluster or a mirror class)",
-          choices=("label", "prediction"), read_when=NOISE_CLASSES),
+          choices=("label", "prediction"), read_when=RELABELLED),
     Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in no cluster: pairs "
           "(epoch, weight), linear between them", read_when=NOISE_CLASSES),
     Field("noise.relabel_by", "evaluate", "entry of the group `fusion` with which a model predicts "
           "the new labels: `evaluate`, or `train` if this fusion is not random",
-          choices=("evaluate", "train"), read_when=NOISE_CLASSES),
+          choices=("evaluate", "train"), read_when=RELABELLED),
     Field("noise.join", False, "`True`: in training, short distractor clips are joined and long "
           "distractor clips are cut. With `data.distractors` `noise` or `other`",
           read_when=_read_unless("data.distractors", "leave_out", "noise")),
@@ -328,7 +334,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
           "a weight matrix would shrink by exp(-total_decay)", low=0),
     Field("optim.decay_all", False, "`True`: `optim.weight_decay` and `optim.total_decay` also act "
-          "on biases and on the parameters of normalisations"),
+          "on biases and on the parameters of normalisations", read_when=DECAYED),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
           read_when=_read_if("optim.name", "sgd")),
     Field("optim.restart_epoch", 0.0, "epoch at which the moments (or the running sum of "
@@ -404,7 +410,8 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def is_read(name: str, values: Values) -> bool:
     """Returns True if the code reads the field `name`, given the values of all fields."""
     field = FIELDS.get(name)
-    return not field or not field.read_when or field.read_when.condition(values)
+    when = field.read_when if field else None
+    return not when or (when.condition(values) and is_read(when.field, values))
 
 
 def is_in_groups(name: str, groups: Collection[str]) -> bool:
@@ -444,6 +451,8 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
             )
         elif any(isinstance(number, int) and abs(number) >= INTEGER_LIMIT for number in numbers):
             yield f"config.{name} is a whole number that does not fit into 64 bits: reduce it"
+        elif field and _has_names(field.default) and value and not _has_names(value):
+            yield f"{text}: must be names, such as {','.join(field.default)}"
         elif field and (wanted := _find_violated(field, value)):
             yield f"{text}: must be {wanted}"
         elif field and field.choices and value not in field.choices:
@@ -452,6 +461,11 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
             yield f"{text}: must be finite"
         elif name.endswith("dropout_rate") and not (numbers and 0 <= numbers[0] <= 1):
             yield f"{text}: must lie between 0 and 1"
+
+
+def _has_names(value: Any) -> bool:
+    """Returns True if a value is a tuple of at least one text, and of nothing else."""
+    return isinstance(value, tuple) and bool(value) and all(isinstance(x, str) for x in value)
 
 
 def _is_json(value: Any) -> bool:
@@ -524,10 +538,13 @@ def explain_unread(name: str, values: Values) -> str:
     field = FIELDS.get(name)
     if not field or not field.read_when or is_read(name, values) or values[name] == field.default:
         return ""
-    other = field.read_when.field
+    when = field.read_when
+    if when.condition(values):  # then the other field is not read, either
+        when = FIELDS[when.field].read_when or when
+    other = when.field
     return (
         f"config.{name}={values[name]} has no effect with config.{other}={values[other]}\n"
-        f"to make it count, use {field.read_when.remedy}\n"
+        f"to make it count, use {when.remedy}\n"
         f"or leave config.{name} at the default, {field.default}"
     )
 

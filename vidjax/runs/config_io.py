@@ -189,12 +189,14 @@ def convert(text: str, kind: type, example: Any) -> Any:
         if text.lower() not in BOOLEANS:
             raise UserError("true or false")
         return BOOLEANS[text.lower()]
-    if kind is tuple:
+    if kind is type(None):  # an argument of a model or a fusion that a file sets to None
+        return _parse(text)
+    if kind in (tuple, list):
         value = _convert_tuple(text)
         names = bool(example) and isinstance(example[0], str)
         if names and not all(isinstance(item, str) for item in value):
             raise UserError(f"names separated by commas, such as {','.join(example)}")
-        return value
+        return kind(value)
     try:
         value = kind(text)
     except (TypeError, ValueError):
@@ -208,11 +210,18 @@ def convert(text: str, kind: type, example: Any) -> Any:
 
 
 def _convert_tuple(text: str) -> tuple[Any, ...]:
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    value = _parse(text)
+    if value == text:
         value = tuple(word.strip() for word in text.split(",") if word.strip())
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _parse(text: str) -> Any:
+    """Returns the value of a text as Python would read it, or the text if it is no value."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def value_text(value: object) -> str:

@@ -192,10 +192,17 @@ def check_loaded(function: str, data: object) -> None:
 def _name_data(config: Config, data: "TrainingData") -> Config:
     """Returns a copy of a configuration in which `data.name` and `data.dir` describe `data`.
 
-    Fields that apply only to other datasets get their default values.
+    Fields that apply only to other datasets get their default values. Raises UserError if `data`
+    were loaded with another quality of frames than `config.data.quality`.
     """
     config, origin = copy.deepcopy(config), data.report["data"]
-    name, folder = origin["name"], origin["dir"]
+    name, folder, quality = origin["name"], origin["dir"], origin["quality"]
+    if name == "arrays" and config.data.quality != quality:
+        raise UserError(
+            f"config.data.quality={config.data.quality}, but the data were loaded with "
+            f"quality={quality!r}\nuse --config.data.quality={quality}, or "
+            f"vidjax.load_data(..., quality={config.data.quality!r})"
+        )
     known = config.data.name, config.data.dir and str(files.absolute(config.data.dir))
     if known == (name, folder):
         return config

@@ -72,6 +72,7 @@ def read(folder: Path, workdir: Path) -> None:
         items = _read_items(folder / WEIGHTS, _make_shapes(config, manifest, len(sets.members)))
         info = {name: x for name, x in manifest.items() if name not in ("step", "files", "arrays")}
         checkpoint.save(partial, manifest["step"], items, info)
+        config.eval.checkpoint = "latest"  # the only checkpoint may have no MAP
         restore.find_run(config, run)  # checks that the files belong together
 
 
