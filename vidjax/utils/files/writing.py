@@ -137,12 +137,22 @@ def append(file: io.FileIO, content: bytes) -> None:
         raise _make_disk_error(file.name, error) from error
 
 
-def _make_disk_error(path: object, error: OSError) -> DiskError:
+@contextlib.contextmanager
+def disk_errors(path: Path, kind: type[Exception]) -> Iterator[None]:
+    """Turns an error of a library that writes `path` into a DiskError. `kind` is its type."""
+    try:
+        yield
+    except kind as error:
+        raise _make_disk_error(path, error) from error
+
+
+def _make_disk_error(path: object, error: Exception) -> DiskError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0][-200:]
     with_number = DiskError(
-        f"cannot write '{path}': {error.strerror}\n"
+        f"cannot write '{path}': {reason}\n"
         "choose another folder or disk; if the disk is full, free some space"
     )
-    with_number.errno = error.errno
+    with_number.errno = getattr(error, "errno", None)
     return with_number
 
 
@@ -196,7 +206,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 path.chmod(0o700 if path.is_dir() else 0o600)
             _rename_to_new(partial, folder)
     except OSError as error:
-        if error.errno and not error.filename:
+        if error.strerror and not error.filename:  # a DiskError contains the path
             raise OSError(error.errno, error.strerror, str(partial)) from error
         raise
     finally:
