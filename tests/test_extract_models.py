@@ -238,7 +238,8 @@ def write_card(text):
     ("face.json large", write_card(" " * cards.CARD_BYTES + "{}")),
     ("face.json pipe", lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json"))),
     ("models convert", shutil.rmtree),
-    *(("face.json convert", write_card(x)) for x in ("[" * 100_000, "{", '{"format": 1}', "\xff")),
+    *(("face.json convert another", write_card(x))
+      for x in ("[" * 100_000, "{", '{"format": 1}', "\xff")),
 ])  # fmt: skip
 def test_damaged_folder_of_nets_is_refused(tmp_path, words, damage):
     folder = tmp_path / "models"
