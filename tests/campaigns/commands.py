@@ -50,7 +50,7 @@ WORDS = [
     Case("--mode=evaluate --workdir=w --config.data.max_frames=3", "no effect"),
     Case("--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w",
          "is the folder of the data"),
-    Case("gallery creat", "create"),
+    Case("gallery creat", "create"), Case("gallery list G stray", "'stray' has no flag\nexample"),
     Case("gallery enrol G --input=x --config.seed=1", "--config.data.FIELD"),
     Case("--mode=compare --workdir=new --runs=run,run --config.seed=1", "--config.eval.split"),
     Case("--mode=check --workdir=run --config=mma", "leave one of them out"),

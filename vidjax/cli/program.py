@@ -282,5 +282,6 @@ def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str 
     if args.command == "compare":
         return f"did you mean --runs={','.join(strays)}?"
     flags = ("workdir", "gallery", "input", "config")
-    flag = next((name for name in flags if name in vars(args)), None)
-    return f"did you mean --{flag}={word}?" if flag else None
+    known = args.parser._option_string_actions  # the gallery of some commands has no flag
+    flag = next((name for name in flags if f"--{name}" in known), None)
+    return f"did you mean --{flag}={shlex.quote(word)}?" if flag else None
