@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,10 +70,7 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Locks a folder of the cache during a `with` block, so that only one process fills it.
-
-    Before the block, unfinished copies of the folder are deleted. Killed processes have left them.
-    """
+    """Locks a folder of the cache during a `with` block, so that only one process fills it."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"
@@ -84,9 +80,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left_over in files.list_partials(folder):
-            # A child of a killed process may still write there. The next call deletes the rest.
-            shutil.rmtree(left_over, ignore_errors=True)
         yield
 
 
