@@ -64,6 +64,7 @@ WORDS = [
     *[Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator={address}", "HOST:PORT")
       for address in ("a", ":9", "a:", "a:nine", "a:0", "a:65536")],
     Case("forget --identity=", "--identity= has no value"),
+    Case("gallery remove G --identity=Ada --identity Bob", "--identity is given twice"),
     Case("serve --gallery=g --token-file=", "--token-file= has no value"),
     Case("report --workdir=~no-such-user/run", "write ~/"),
     Case("serve --gallery=g --token-file=~no-such-user/token", "write ~/"),

@@ -134,7 +134,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         text = f"there is no flag {flag}" if word.startswith("-") else f"'{word}' has no flag"
         hint = _suggest_flag(flag, args) if word.startswith("-") else _explain(word, strays, args)
         args.parser.error(f"{text}: {hint}" if hint else text)
+    names = [word.partition("=")[0] for word in flags]
     for action in args.parser._actions:
+        is_single = type(action) is argparse._StoreAction  # the last value would win
+        if is_single and sum(map(names.count, action.option_strings)) > 1:
+            raise UserError(f"{action.option_strings[0]} is given twice: give one value")
         value = getattr(args, action.dest, None)
         if value == "" or (isinstance(value, list) and "" in value):
             if not action.option_strings:
