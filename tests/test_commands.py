@@ -49,7 +49,11 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(case, tmp_path, monkeyp
 
 
 def test_empty_argument_is_named_as_in_the_help(command):
-    for words, name in (("gallery list", "G"), ("export --to=new --format=numpy", "RUN")):
+    for words, name in (
+        ("gallery list", "G"), ("export --to=new --format=numpy", "RUN"),
+        # An empty path would be the current folder.
+        ("who --out=new --models=m", "FILE"), ("forget --identity=Ada", "PLACE"),
+    ):  # fmt: skip
         assert f"{name} is empty" in command(*words.split(), "").err
 
 
