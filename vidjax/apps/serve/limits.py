@@ -158,7 +158,7 @@ def read_token(path: Path) -> bytes:
     if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:
         raise UserError(
             f"'{path}' must contain a token, one ASCII word of length {MIN_TOKEN_LETTERS} or more\n"
-            f"make one: (umask 077; openssl rand -hex 32 > {path})"
+            f"make one: (umask 077; openssl rand -hex 32 > {shlex.quote(str(path))})"
         )
     return token
 
