@@ -43,7 +43,11 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(case, tmp_path, monkeyp
 
 
 def test_empty_argument_is_named_as_in_the_help(command):
-    for words, name in (("gallery list", "G"), ("export --to=new --format=numpy", "RUN")):
+    for words, name in (
+        ("gallery list", "G"), ("export --to=new --format=numpy", "RUN"),
+        # An empty path would be the current folder.
+        ("who --out=new --models=m", "FILE"), ("forget --identity=Ada", "PLACE"),
+    ):  # fmt: skip
         assert f"{name} is empty" in command(*words.split(), "").err
 
 
@@ -183,7 +187,7 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "code"), [("zzz", 2), ("config", 0)])
 def test_commands_survive_closed_standard_streams(mode, code):
-    for stream in ("2>&-", ">&- 2>&-", "<&-", "2>&1 | head -1"):
+    for stream in ("2>&-", ">&- 2>&-", "<&-", "2>&1 | head -1", "2>/dev/full"):
         command = f"set -o pipefail; {sys.executable} -m vidjax.main --mode={mode} {stream}"
         words = ["/bin/bash", "-c", command]
         done = subprocess.run(words, capture_output=True, text=True, timeout=100)
@@ -191,11 +195,12 @@ def test_commands_survive_closed_standard_streams(mode, code):
         assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_message_to_a_closed_pipe_does_not_end_a_run(monkeypatch):
+def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.delenv(messages.QUIET, raising=False)
-    with os.fdopen(writer, "w") as pipe:
-        monkeypatch.setattr(sys, "stderr", pipe)
-        for text in ("train: compiling", "step 1"):
-            terminal.say(text)
+    for lost in (writer, "/dev/full"):
+        with open(lost, "w") as stream:
+            monkeypatch.setattr(sys, "stderr", stream)
+            for text in ("train: compiling", "step 1"):
+                terminal.say(text)

@@ -16,12 +16,13 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import ROOT
 from tests.helpers import made_galleries, servers, small_runs
 from tests.helpers.cases import nightly_after_first
+from tests.helpers.limits import file_limit
 from vidjax.apps.export import formats, function, reader, weights
 from vidjax.apps.export.formats import FORMATS
 from vidjax.apps.gallery.backend import make_card_backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video.cards import BackEnd
-from vidjax.core import fusion
+from vidjax.core import devices, fusion
 from vidjax.evaluation import predict
 from vidjax.utils.errors import UserError
 
@@ -136,6 +137,21 @@ def test_failed_export_names_the_remedy_and_leaves_no_folder(
 ):
     monkeypatch.setattr(changed, value)
     assert words in export(nearest_run, name, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "name", "file"),
+    [(5000, "safetensors", "weights.safetensors"), (12_000, "saved_model", "saved_model")],
+)
+def test_export_to_a_full_disk_names_the_file(nearest_run, tmp_path, export, limit, name, file):
+    """Libraries that write a file have errors of their own."""
+    if not all(map(importlib.util.find_spec, FORMATS[name].packages)):
+        pytest.skip("needs the packages of the format")
+    with devices.disable_program_cache(), file_limit(limit):
+        error = export(nearest_run, name, code=2)
+    assert "cannot write" in error and f"/{file}'" in error and "free some space" in error
     assert not list(tmp_path.iterdir())
 
 

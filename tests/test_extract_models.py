@@ -204,6 +204,13 @@ def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
         refused(partial(nets.open_session, card), "face.json", "convert")
 
 
+def test_onnx_runtime_stores_no_number_of_the_machine(python, tmp_path):
+    unset = "import os; os.environ.pop('ORT_DISABLE_TELEMETRY', None)\n"
+    places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    python(f"{unset}import vidjax, onnxruntime", **places)
+    assert not list(tmp_path.iterdir())
+
+
 def test_error_names_a_net_that_does_not_match_its_card(tmp_path):
     for wrong in ({"content": b"no net"}, {"input": {"name": "y"}}, {"input": {"size": [9, 8]}}):
         card = cards.read(made_nets.write(tmp_path, **wrong))
@@ -231,7 +238,8 @@ def write_card(text):
     ("face.json large", write_card(" " * cards.CARD_BYTES + "{}")),
     ("face.json pipe", lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json"))),
     ("models convert", shutil.rmtree),
-    *(("face.json convert", write_card(x)) for x in ("[" * 100_000, "{", '{"format": 1}', "\xff")),
+    *(("face.json convert another", write_card(x))
+      for x in ("[" * 100_000, "{", '{"format": 1}', "\xff")),
 ])  # fmt: skip
 def test_damaged_folder_of_nets_is_refused(tmp_path, words, damage):
     folder = tmp_path / "models"

@@ -42,6 +42,18 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
     assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
 
 
+def test_atomic_folder_removes_what_killed_calls_left(tmp_path):
+    for name in ("x.0123abcd.partial", "x.mine.partial", "y.0123abcd.partial"):
+        (tmp_path / name).mkdir()
+    with files.atomic_folder(tmp_path / "x") as living:
+        (living / "clip").touch()
+        with files.atomic_folder(tmp_path / "x"):  # another command at the same time
+            assert (living / "clip").exists()
+
+        (tmp_path / "x").rmdir()
+    assert {*os.listdir(tmp_path)} == {"x", "x.mine.partial", "y.0123abcd.partial"}
+
+
 @pytest.mark.parametrize("handler", [
     "signal.signal(signal.SIGTERM, messages.stop_at_once)",
     "signals.end_on_signals()",  # a thread removes the folders

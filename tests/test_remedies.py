@@ -19,10 +19,11 @@ COMMANDS = [
     ("gallery identify g --input='my own'", r"(--input=.*)", "gallery identify g {}"),
     ("config --config=knn --config.loss.gama=1", r"did you mean (--config\S+)\?",
      "config --config=knn {}=1"),
-    ("check run", r"did you mean (--workdir=\S+)\?", "check {}"),
+    ("check 'my run'", r"did you mean (--workdir=.*)\?", "check {}"),
     ("rank --workdir=run --input=official --out=b.tsv", r"embed, add (--config\S+)",
      "rank --workdir=run --input=official {} --out=b.tsv"),
     ("gallery identify g --input=official", r"--input by (--split.*)", "gallery identify g {}"),
+    ("gallery list 'my run'", r"from it: (vidjax .*)", "{}"),
     ("check --config=knn:face,face", r"'(face)' comes twice", "config --config=knn:{}"),
 ]  # fmt: skip
 
@@ -33,7 +34,8 @@ def test_suggested_command_of_an_error_runs(
 ):
     # The current folder has a run, its gallery, official files, and own features of two splits.
     monkeypatch.chdir(tmp_path)
-    Path("run").symlink_to(nearest_run)
+    for name in ("run", "my run"):
+        Path(name).symlink_to(nearest_run)
     Gallery.create("g", nearest_run, data)
     Path("official").symlink_to(official_dir)
     clips = {"a b": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float16)}}

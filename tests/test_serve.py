@@ -493,10 +493,12 @@ def test_ambiguous_or_unsupported_headers_are_refused(inside):
 
 
 def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, say, monkeypatch):
-    path = tmp_path / "token"
+    path = tmp_path / "my token"
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the `~` in `--flag=~/token`
-    assert str(path) in say("serve", "--gallery=x", "--token-file=~/token", code=2)
-    for text, mode, remedy in (("short\n", 0o600, "openssl"), ("a" * 40, 0o644, "chmod 600")):
+    assert str(path) in say("serve", "--gallery=x", "--token-file=~/my token", code=2)
+    for text, mode, remedy in (
+        ("short\n", 0o600, f"32 > '{path}'"), ("a" * 40, 0o644, f"chmod 600 '{path}'"),
+    ):  # fmt: skip
         path.write_text(text)
         path.chmod(mode)
         refused(lambda: limits_lib.read_token(path), remedy)

@@ -357,6 +357,7 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
 def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
     """A live photo is a photo and a short film with the same name. Only the photo is read."""
     films = drawn.folder / "films"
+    drawn.out = films / "names"
     for place, name in (("", "Ada"), ("2019/summer", "Bob"), (".hidden", "Eve")):
         (films / place).mkdir(parents=True, exist_ok=True)
         write_film(films / place / "a.mkv", shot(name))
@@ -365,10 +366,10 @@ def test_subfolders_are_searched_and_live_photos_are_accepted(drawn):
     write_film(drawn.friends / "Ada" / "2020" / "IMG_1.mov", (1, 20, [("Ada", 40, 40)]))
 
     for _ in range(2):  # in the second call, the folder of films also contains the results
-        content, output = drawn.who(films, flags=[f"--out={films / 'names'}"])
+        content, output = drawn.who(films)
 
         assert content["people"] == {"Ada": 1} and content["failed"] == [], output
-        rows = (films / "names" / "names.tsv").read_text().splitlines()[1:]
+        rows = (drawn.out / "names.tsv").read_text().splitlines()[1:]
         # Without the hidden folder and the link.
         assert [row.split("\t")[0] for row in rows] == ["films/a.mkv", "summer/a.mkv"]
 

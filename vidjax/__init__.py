@@ -14,8 +14,12 @@
 that `Gallery.of_models` makes needs neither of them.
 """
 
+import os
 import sys
 
+# ONNX Runtime reads it when it is imported. By default, ONNX Runtime writes a number that
+# identifies the machine to the home folder, and sends it to its makers.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     # `python -m vidjax` looks for modules in the current folder first. This folder may contain
     # files of a stranger: a `json.py` there would be run. So the folder is searched last.

@@ -50,7 +50,7 @@ WORDS = [
     Case("--mode=evaluate --workdir=w --config.data.max_frames=3", "no effect"),
     Case("--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w",
          "is the folder of the data"),
-    Case("gallery creat", "create"),
+    Case("gallery creat", "create"), Case("gallery list G stray", "'stray' has no flag\nexample"),
     Case("gallery enrol G --input=x --config.seed=1", "--config.data.FIELD"),
     Case("--mode=compare --workdir=new --runs=run,run --config.seed=1", "--config.eval.split"),
     Case("--mode=check --workdir=run --config=mma", "leave one of them out"),
@@ -64,6 +64,7 @@ WORDS = [
     *[Case(f"{TRAIN} --num_processes=2 --process_id=0 --coordinator={address}", "HOST:PORT")
       for address in ("a", ":9", "a:", "a:nine", "a:0", "a:65536")],
     Case("forget --identity=", "--identity= has no value"),
+    Case("gallery remove G --identity=Ada --identity Bob", "--identity is given twice"),
     Case("serve --gallery=g --token-file=", "--token-file= has no value"),
     Case("report --workdir=~no-such-user/run", "write ~/"),
     Case("serve --gallery=g --token-file=~no-such-user/token", "write ~/"),

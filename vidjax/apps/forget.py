@@ -280,7 +280,9 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
     """Returns the place of an unfinished conversion. If `delete` is True, deletes the folder."""
     remedy = "--delete"
     if delete:
-        with cache.exclusive(folder.with_name(folder.name[:20])):  # deletes unfinished folders
+        whole = folder.with_name(folder.name[:20])
+        with cache.exclusive(whole):  # waits for a living conversion
+            files.remove_partials(whole)
             remedy = "delete the files that are left" if folder.exists() else "deleted"
     about = "a killed conversion, which may contain features of the clips"
     return Place("records", folder, about, remedy)

@@ -79,7 +79,7 @@ def run_extract(args: argparse.Namespace) -> Result:
     began = time.monotonic()
     workers = count_workers(args)
     outcomes = pipeline.extract(
-        [path.expanduser() for path in args.files], Path(args.out).expanduser(),
+        [Path(name).expanduser() for name in args.files], Path(args.out).expanduser(),
         Path(args.models).expanduser(), read_settings(args), workers=workers, done=print_outcome,
         check=args.check, drop="missing" if args.prune else "nothing",
     )  # fmt: skip
@@ -103,7 +103,7 @@ def run_extract(args: argparse.Namespace) -> Result:
 def add_shared_flags(parser: Parser) -> None:
     """Adds the arguments that `vidjax extract` and `vidjax who` share."""
     about = "videos and photos, or folders of them"
-    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help=about)
+    parser.add_argument("files", nargs="+", metavar="FILE", help=about)
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
     about = "the folder of the nets, as vidjax convert makes them"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)

@@ -38,7 +38,7 @@ MAX_PRINTED_NAMES = MAX_PRINTED_PLACES = 20  # names in a command, and places of
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax forget`."""
     parser.description = HELP
-    parser.add_argument("places", nargs="*", metavar="PLACE", type=Path, help="a folder")
+    parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder")
     for flag, what in {"identity": "person", "clip": "clip"}.items():
         about = f"the name of a {what}; may be repeated"
         parser.add_argument(f"--{flag}", metavar="NAME", action="append", default=[], help=about)
@@ -52,7 +52,7 @@ def forget_names(args: argparse.Namespace) -> Result:
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
     cache = files.cache_root()
-    roots = args.places or [Path(), *([cache] if cache.exists() else [])]
+    roots = [*map(Path, args.places)] or [Path(), *([cache] if cache.exists() else [])]
     places, names, similar = forget(args.identity, args.clip, roots, delete=args.delete)
     roots = [root.expanduser().absolute() for root in roots]
     left = sum(place.left for place in places)

@@ -408,7 +408,7 @@ def _group(args: argparse.Namespace) -> Result:
     rows = {
         "clips": f"{len(vectors.names):,}, {len(unknown):,} of them show unknown people",
         "people": f"{count:,} unknown",
-        "groups": f"{out}: write names into it, then enrol --labels={out}",
+        "groups": f"{out}: write names into it, then enrol --labels={shlex.quote(str(out))}",
     }
     return Result({"groups": str(out), "people": count, "clips": len(groups)}, rows)
 

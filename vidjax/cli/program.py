@@ -133,7 +133,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         text = f"there is no flag {flag}" if word.startswith("-") else f"'{word}' has no flag"
         hint = _suggest_flag(flag, args) if word.startswith("-") else _explain(word, strays, args)
         args.parser.error(f"{text}: {hint}" if hint else text)
+    names = [word.partition("=")[0] for word in flags]
     for action in args.parser._actions:
+        is_single = type(action) is argparse._StoreAction  # the last value would win
+        if is_single and sum(map(names.count, action.option_strings)) > 1:
+            raise UserError(f"{action.option_strings[0]} is given twice: give one value")
         value = getattr(args, action.dest, None)
         if value == "" or (isinstance(value, list) and "" in value):
             if not action.option_strings:
@@ -278,5 +282,6 @@ def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str 
     if args.command == "compare":
         return f"did you mean --runs={','.join(strays)}?"
     flags = ("workdir", "gallery", "input", "config")
-    flag = next((name for name in flags if name in vars(args)), None)
-    return f"did you mean --{flag}={word}?" if flag else None
+    known = args.parser._option_string_actions  # the gallery of some commands has no flag
+    flag = next((name for name in flags if f"--{name}" in known), None)
+    return f"did you mean --{flag}={shlex.quote(word)}?" if flag else None

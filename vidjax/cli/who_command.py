@@ -15,7 +15,8 @@ def name_people(args: argparse.Namespace) -> Result:
     """Names the people in films. If a file cannot be read, the exit code is 1."""
     if args.review:
         require_packages("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
-    films, out = [path.expanduser() for path in args.files], Path(args.out).expanduser()
+    films = [Path(name).expanduser() for name in args.files]
+    out = Path(args.out).expanduser()
     workers = extract_command.count_workers(args)
     done = who.name_people(
         films, Path(args.people).expanduser() if args.people else None, out,

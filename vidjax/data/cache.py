@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,10 +68,7 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Locks a folder of the cache in a `with` block, so that only one process fills it.
-
-    First, it deletes the unfinished copies of the folder that killed processes have left.
-    """
+    """Locks a folder of the cache in a `with` block, so that only one process fills it."""
     root = folder.parent
     files.make_private(root)
     path = root / f"{folder.name}.lock"
@@ -82,9 +78,6 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for left_over in files.list_partials(folder):
-            # A child of a killed process may still write there. The next call deletes the rest.
-            shutil.rmtree(left_over, ignore_errors=True)
         yield
 
 

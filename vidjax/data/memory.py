@@ -351,7 +351,8 @@ def load_people(
     if people.keys() <= set(SPLITS):
         raise UserError(
             f"{path}: {', '.join(people)} are splits of a dataset, not names of people\n"
-            f"choose a split with --split, or name its folder: --input={path / next(iter(people))}"
+            "choose a split with --split, or name its folder: "
+            f"--input={shlex.quote(str(path / next(iter(people))))}"
         )
     refuse_unread(others, "PERSON/CLIP.npz")
     identity: dict[str, str] = {}

@@ -7,6 +7,7 @@ read. A comparison is written as text for the terminal, JSON, LaTeX and an HTML 
 
 import itertools
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +187,8 @@ def read(name: str, split: str | None = None) -> RankedRun:
     config = folder.config
     split = split or str(config.eval.split)
     paths = folder.paths(split)
-    remedy = f"to evaluate it: vidjax evaluate --workdir={name} --config.eval.split={split}"
+    command = f"vidjax evaluate --workdir={shlex.quote(name)} --config.eval.split={split}"
+    remedy = f"to evaluate it: {command}"
     if not config.eval.report:  # which writes analysis.npz
         remedy += " --config.eval.report=True"
     metrics, analysed = folder.metrics(paths), folder.analysis(paths)

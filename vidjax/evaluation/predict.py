@@ -13,6 +13,7 @@ requests, a clip gets the same scores to the bit.
 import functools
 import math
 import numbers
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -123,7 +124,8 @@ class Predictor(NamedTuple):
     def _explain_no_threshold(self) -> str:
         """Returns why the threshold is unknown, or "" if it is known or no stranger was scored."""
         if not self.results:
-            return f"evaluate the checkpoint first, vidjax evaluate --workdir={self.workdir}"
+            workdir = shlex.quote(str(self.workdir))
+            return f"evaluate the checkpoint first, vidjax evaluate --workdir={workdir}"
         count = self.results.get("num_distractors") or 0
         if count and metrics.count_allowed(count, 0.01) < 0:
             return f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"

@@ -26,7 +26,7 @@ def say(text: str) -> None:
         try:
             tqdm.write(escape_controls(text), file=sys.stderr)
             sys.stderr.flush()
-        except BrokenPipeError:  # the command must not stop
+        except OSError:  # a closed pipe or a full disk; the command must not stop
             messages.drop_output(sys.stderr)
 
 

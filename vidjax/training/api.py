@@ -6,6 +6,7 @@ Each function does the same as a command. JAX and TensorFlow are imported when a
 import copy
 import itertools
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -57,7 +58,7 @@ def open_run(workdir: str | Path) -> RunFolder:
     if not folder.has(CONFIG):
         paths = sorted(folder.path.glob(f"*/{CONFIG}"))
         runs = [messages.relative_path(path.parent) for path in paths]
-        place = messages.relative_path(folder.path)
+        place = shlex.quote(messages.relative_path(folder.path))
         hint = f"to train a run, use vidjax train --config=mma --workdir={place}"
         if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
             hint = "name the folder of a run; to train a run, use vidjax train --config=mma"

@@ -242,14 +242,16 @@ def _print(text: str, stream: TextIO) -> bool:
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise  # a lost result is an error; a lost message is none
         drop_output(stream)
         return False
     return True
 
 
 def drop_output(stream: TextIO) -> None:
-    """Replaces a closed pipe by /dev/null. `| head -1` closes the pipe early."""
+    """Replaces a closed pipe or a full disk by /dev/null. `| head -1` closes the pipe early."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -103,7 +103,7 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
     from vidjax.data.records.streaming import tf
 
-    path = str(folder / "saved_model")
+    path = folder / "saved_model"
     shapes: Any = {name: f"({', '.join(map(str, spec.shape))})" for name, spec in inputs.items()}
     converted = jax2tf.convert(
         partial(function.compute_outputs, run),
@@ -122,8 +122,9 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
     signature = serving.get_concrete_function(**specs)
     module: Any = tf.Module()
     module.weights = jax.tree.leaves(variables)
-    tf.saved_model.save(module, path, signatures={"serving_default": signature})
-    loaded = tf.saved_model.load(path).signatures["serving_default"]
+    with files.disk_errors(path, tf.errors.OpError):
+        tf.saved_model.save(module, str(path), signatures={"serving_default": signature})
+    loaded = tf.saved_model.load(str(path)).signatures["serving_default"]
 
     def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         tensors = {name: tf.constant(value) for name, value in inputs.items()}
@@ -195,15 +196,15 @@ def _write_arrays(
     Returns a function that computes the scores of clips from their vectors, as a user does: with
     `reader.py` and the arrays in the file.
     """
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     if path.suffix == ".npz":
         np.savez(path, **arrays)
         written = files.read_npz(path, path.stat().st_size)
     else:
-        save_file(arrays, path)
+        weights.save(arrays, path)
         written = load_file(path)
-    shutil.copyfile(reader.__file__, path.with_name("reader.py"))
+    path.with_name("reader.py").write_bytes(Path(reader.__file__).read_bytes())
     return lambda vectors: reader.log_probabilities(written, vectors)
 
 

@@ -36,15 +36,13 @@ ITEMS = ("params", "model_state")
 
 def write(workdir: Path, folder: Path, step: str) -> None:
     """Exports a checkpoint of the run in `workdir` to `folder`. `step` is `latest` or `best`."""
-    from safetensors.numpy import save_file
-
     source = RunFolder(workdir)
     config = source.config
     config.eval.checkpoint = step
     run = restore.find_run(config, source)
     shapes = _make_shapes(config, run.manifest, len(run.training_sets.members))
     items = checkpoint.load(run.checkpoint, shapes, devices.replicated_layout(devices.make_mesh(1)))
-    save_file(flatten(items), folder / WEIGHTS)
+    save(flatten(items), folder / WEIGHTS)
     files.write_manifest(folder / CHECKPOINT, {**run.manifest, "files": {}})
     _copy(workdir, folder)
 
@@ -82,6 +80,15 @@ def _copy(source: Path, target: Path) -> None:
     for name in COPIED_FILES:
         if files.exists(source / name):
             (target / name).write_bytes(files.read_bytes(source / name, MEMBERS_BYTES))
+
+
+def save(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Writes arrays to a .safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    with files.disk_errors(path, SafetensorError):
+        save_file(arrays, path)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sqlite3
 import stat
 import time
@@ -180,14 +181,14 @@ class Store:
         """Returns advice on how to make a gallery of the run in the folder, or "" without a run."""
         if not files.exists(self.folder / "config.json"):
             return ""
-        command = f"vidjax gallery create NEW_FOLDER --run={self.folder}"
+        command = f"vidjax gallery create NEW_FOLDER --run={shlex.quote(str(self.folder))}"
         return f"it is a run; make a gallery from it: {command}"
 
     def _no_gallery(self) -> NoGalleryError:
-        make = f"make a gallery from a run: vidjax gallery create {self.folder} --run=RUN"
+        command = f"vidjax gallery create {shlex.quote(str(self.folder))} --run=RUN"
         return NoGalleryError(
             f"'{self.folder}' contains no gallery: name the folder of a gallery\n"
-            f"{self.advise_on_run() or make}"
+            f"{self.advise_on_run() or f'make a gallery from a run: {command}'}"
         )
 
     def _check_files(self, *, write: bool) -> None:

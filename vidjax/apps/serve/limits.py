@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import logging
 import os
+import shlex
 import stat
 import traceback
 from http import HTTPStatus
@@ -127,13 +128,14 @@ def read_token(path: Path) -> bytes:
     if status.st_mode & others:
         raise UserError(
             f"'{path}' can be read by other users\n"
-            f"call chmod 600 {path}; for a secret of Kubernetes, set defaultMode: 0400"
+            f"call chmod 600 {shlex.quote(str(path))}; "
+            "for a secret of Kubernetes, set defaultMode: 0400"
         )
     token = content.strip()
     if len(token) < MIN_TOKEN_LETTERS or not token.isascii() or len(token.split()) != 1:
         raise UserError(
             f"'{path}' must contain a token, one ASCII word of length {MIN_TOKEN_LETTERS} or more\n"
-            f"make one: (umask 077; openssl rand -hex 32 > {path})"
+            f"make one: (umask 077; openssl rand -hex 32 > {shlex.quote(str(path))})"
         )
     return token
 

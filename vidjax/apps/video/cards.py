@@ -192,7 +192,8 @@ def load(folder: Path) -> dict[Role, Card]:
 
 def read(path: Path) -> Card:
     """Reads the card of a net; raises UserError if a key is missing, wrong or unknown."""
-    written = schemas.read(path, Written, REMEDY, CARD_BYTES)
+    remedy = f"{REMEDY}; if the file describes no net, name another folder, or move the file"
+    written = schemas.read(path, Written, remedy, CARD_BYTES)
     return Card(**msgspec.structs.asdict(written), path=path, digest=files.sha256_file(path))
 
 

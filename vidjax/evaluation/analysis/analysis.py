@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -206,7 +207,8 @@ def describe_faults(workdir: Path, split: str) -> Iterator[None]:
         warn(
             f"the analysis and the report were not written: {type(error).__name__}: {reason}\n"
             f"all other results are in '{workdir}'\n"
-            f"to write the report: vidjax evaluate --workdir={workdir} --config.eval.split={split}"
+            f"to write the report: vidjax evaluate --workdir={shlex.quote(str(workdir))} "
+            f"--config.eval.split={split}"
         )
 
 

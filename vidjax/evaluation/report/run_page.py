@@ -6,6 +6,7 @@ section.
 """
 
 import functools
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -517,7 +518,7 @@ def render(run: RunFiles) -> str:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"'{run.folder}' contains results of different evaluations ({reason})\n"
-            f"write them again: vidjax evaluate --workdir={run.folder}"
+            f"write them again: vidjax evaluate --workdir={shlex.quote(str(run.folder))}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import io
 import json
 import os
@@ -137,12 +138,22 @@ def append(file: io.FileIO, content: bytes) -> None:
         raise _make_disk_error(file.name, error) from error
 
 
-def _make_disk_error(path: object, error: OSError) -> DiskError:
+@contextlib.contextmanager
+def disk_errors(path: Path, kind: type[Exception]) -> Iterator[None]:
+    """Turns an error of a library that writes `path` into a DiskError. `kind` is its type."""
+    try:
+        yield
+    except kind as error:
+        raise _make_disk_error(path, error) from error
+
+
+def _make_disk_error(path: object, error: Exception) -> DiskError:
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0][-200:]
     with_number = DiskError(
-        f"cannot write '{path}': {error.strerror}\n"
+        f"cannot write '{path}': {reason}\n"
         "choose another folder or disk; if the disk is full, free some space"
     )
-    with_number.errno = error.errno
+    with_number.errno = getattr(error, "errno", None)
     return with_number
 
 
@@ -180,20 +191,24 @@ def _plain(value: object) -> object:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder to fill. It is renamed to `folder` at the end, or removed after an error.
 
-    Missing parents of `folder` are made, and removed after an error. Raises UserError if another
-    process has made `folder` in the meantime.
+    Missing parents of `folder` are made, and removed after an error. Unfinished folders that killed
+    calls have left are removed, too. Raises UserError if another process has made `folder` in the
+    meantime.
     """
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     new_parents = [parent for parent in folder.parents if not parent.exists()]
+    remove_partials(folder)
     try:
-        with scratch_folder(partial):
+        with scratch_folder(partial), contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # some file systems cannot lock a folder
+                held.enter_context(_lock_folder(partial))
             yield partial
             for path in partial.rglob("*"):
                 path.chmod(0o700 if path.is_dir() else 0o600)
             _rename_to_new(partial, folder)
     except OSError as error:
-        if error.errno and not error.filename:
+        if error.strerror and not error.filename:  # a DiskError contains the path
             raise OSError(error.errno, error.strerror, str(partial)) from error
         raise
     finally:
@@ -202,10 +217,25 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def list_partials(folder: Path) -> list[Path]:
-    """Returns the unfinished folders that killed calls of `atomic_folder(folder)` have left."""
+def remove_partials(folder: Path) -> None:
+    """Removes the unfinished folders that killed calls of `atomic_folder(folder)` have left."""
     ours = re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial"
-    return [path for path in folder.parent.iterdir() if re.fullmatch(ours, path.name)]
+    for path in folder.parent.glob("*.partial"):
+        if re.fullmatch(ours, path.name):
+            with contextlib.suppress(OSError), _lock_folder(path):  # a living process has the lock
+                # A child of a killed process may still write there. The next call deletes the rest.
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Locks a folder until the context or the process ends. Raises OSError if it is locked."""
+    descriptor = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _rename_to_new(partial: Path, folder: Path) -> None:
