@@ -121,6 +121,13 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     assert [match.kind for match in matches] == ["unread"]  # `forget` lists files it cannot read
 
 
+def test_npz_with_millions_of_names_without_letters_is_refused(tmp_path):
+    names = npy_header((60_000_000,), "<U0")  # the names take no bytes
+    (tmp_path / "c.npz").write_bytes(packed(STORED, "clips.npy", names))
+    with bounds():
+        refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "is empty")
+
+
 @pytest.mark.parametrize(
     "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 )
