@@ -399,8 +399,6 @@ def _open_container(path: Path, file: io.FileIO | io.BytesIO) -> "InputContainer
         return av.open(
             nameless, "r", options=options, container_options=lists, buffer_size=READ_BYTES
         )
-    except MemoryError:
-        raise
     except (FFmpegError, UnicodeDecodeError) as error:
         if not file.seek(0, io.SEEK_END):
             raise UserError(f"'{path}' is an empty file\ncopy the file again") from error
