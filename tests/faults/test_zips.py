@@ -273,3 +273,10 @@ def test_clip_name_of_1_mb_in_4000_rows_takes_memory_once(tmp_path):
     before = peak_memory()
     refused(lambda: bulk._check_once(paths), "in two tables")
     assert peak_memory() - before < 1 << 30  # 1 GB; a copy in each row would take 4 GB
+
+
+@pytest.mark.parametrize(("name", "words"), [(None, "row 2: clip is missing"), ("", "is empty")])
+def test_table_with_a_clip_without_a_name_is_refused_before_it_is_ranked(tmp_path, name, words):
+    path, table = tmp_path / "a.parquet", {"clip": ["a", name], "modality": ["face"] * 2}
+    parquet.write_table(pyarrow.table({**table, "features": [[1.0]] * 2}), path)
+    refused(lambda: bulk._check_once([path]), str(path), words)
