@@ -215,7 +215,7 @@ def test_hostile_feature_folders_end_in_short_errors(tmp_path):
         wrong_fields.append({"tracks": [track | {"start_s": start_s, "end_s": end_s}]})
     for name in ("../x.mp4", "\x1b[2J", "x" * 5000, []):
         wrong_fields.append({"video": name})
-    no_films = ("", "[]", "{}", "[" * 200_000, '{"video": "' + "x" * 1_000_000)
+    no_films = ("", "[]", "{}", '{"\\ud800": 1}', "[" * 200_000, '{"video": "' + "x" * 1_000_000)
     path = tmp_path / "videos" / "x.json"
     path.parent.mkdir()
 

@@ -152,7 +152,7 @@ def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\xff\xfe", b"[]", b'{"map": 1e999}', b'{"map": "high"}',
+    b"", b"\xff\xfe", b"[]", b'{"\\ud800": 1}', b'{"map": 1e999}', b'{"map": "high"}',
     b'{"threshold_at_fpir_0.01": NaN}',  # would silently make everybody a stranger
 ])  # fmt: skip
 def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complaint, content):
