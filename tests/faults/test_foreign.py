@@ -349,6 +349,14 @@ def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(cache, cha
     refused(lambda: read_train_clips(cache), "to convert again")
 
 
+def test_config_of_a_run_folder_with_a_value_of_a_wrong_type_is_refused(stranger, complaint):
+    values = json.loads((stranger / "config.json").read_text())
+    (stranger / "config.json").write_text(json.dumps(values | {"batch_size": None}))
+    for mode in ("check", "evaluate"):
+        code, output = complaint(mode, stranger)
+        assert code == 2 and "it has config.batch_size=None, not a value such as" in output
+
+
 def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
     """Otherwise, a stranger's compiled programs would run in this process."""
     theirs, cache = tmp_path / "theirs", f"--config.data.cache_dir={tmp_path}/theirs/cache"

@@ -514,6 +514,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
       Function (rng, Frames [B, T]) -> Frames [B, T']. `rng` is a PRNG key. `all`, `crops` and
         `mean` ignore `rng`. For `sample`, `top` and `windows`, `rng` may be None.
     """
+    if not isinstance(spec, Mapping):
+        raise UserError(f"{str(spec)[:50]!r} is not a dict such as {{'name': 'all'}}")
     options = dict(spec)
     name = options.pop("name", None)
     check_entry("name", name, FUSIONS)
