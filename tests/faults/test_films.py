@@ -225,6 +225,14 @@ def test_hostile_feature_folders_end_in_short_errors(tmp_path):
         path.write_text(text)
         assert len(refused(lambda: features_folder.read_films(tmp_path))) < 1000
 
+    # Two films with one path of 6,000 folders: no number of folders distinguishes them.
+    source, began = {"address": "/a" * 6000, "size": 1, "mtime_ns": 0, "inode": 1}, time.monotonic()
+    for place in (path, path.with_name("y.json")):
+        place.write_text(json.dumps(film | {"source": source}))
+    assert len(features_folder.read_films(tmp_path)) == 2
+    assert time.monotonic() - began < 5
+    place.unlink()
+
     path.unlink()
     path.symlink_to("/etc/passwd")
     refused(lambda: features_folder.read_films(tmp_path), "link")
