@@ -294,10 +294,17 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
 
     # The file has 3 frames of two clips, so [1, 2] would be right.
-    for length in (None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40]):
+    whole = 2**63  # [whole, whole + 3] overflows to a sum of 3
+    for length in (
+        None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40], [whole, whole + 3],
+    ):  # fmt: skip
         more: Any = {} if length is None else {"face_length": length}
         np.savez(path, clips=["a", "b"], face=face, **more)
         seen.refused(load, str(path), "'face_length' does not match the clips and frames")
+    np.savez(path, clips=["a", "b"], face=face, face_length=np.array([1, 2], np.uint64))
+    assert load().names == ("a", "b")
+    np.savez(path, clips=["a"], face=face[:1], face_length=[1], face_quality=0.5)
+    seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=["a", "a"], face=face, face_length=[1, 2])
     seen.refused(load, "clip a comes twice")
     np.savez(path, clips=face)  # the only array, so it is a modality of one clip

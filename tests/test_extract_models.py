@@ -212,7 +212,12 @@ def test_onnx_runtime_stores_no_number_of_the_machine(python, tmp_path):
 
 
 def test_error_names_a_net_that_does_not_match_its_card(tmp_path):
-    for wrong in ({"content": b"no net"}, {"input": {"name": "y"}}, {"input": {"size": [9, 8]}}):
+    mean = made_nets.helper.make_node("ReduceMean", ["x"], ["mean"], keepdims=0)
+    number = made_nets.model([mean], {}, [3, 8, 8], ["mean"])  # gives a number, not a vector
+    for wrong in (
+        {"content": b"no net"}, {"content": number}, {"input": {"name": "y"}},
+        {"input": {"size": [9, 8]}},
+    ):  # fmt: skip
         card = cards.read(made_nets.write(tmp_path, **wrong))
         refused(partial(nets.Embedder, card), "face.onnx", "convert")
 

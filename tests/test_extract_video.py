@@ -215,6 +215,15 @@ def test_undamaged_frames_of_a_damaged_film_are_read(film):
     assert lost > 0 and len(frames) + lost == pytest.approx(60, abs=10)
 
 
+def test_film_that_claims_two_billion_times_is_damaged(tmp_path):
+    films.write(tmp_path / "a.mp4", [films.scene(0)])
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = content.index(b"stts") + 8  # the number of entries in the table of times
+    content[at : at + 4] = b"\x7f" * 4
+    (tmp_path / "a.mp4").write_bytes(content)
+    seen.refused(lambda: read(tmp_path / "a.mp4"), "a.mp4' is damaged")
+
+
 @pytest.mark.parametrize("name", films.NO_FILMS)
 def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
     film.rename(tmp_path / "secret.mkv")  # some of the files refer to it

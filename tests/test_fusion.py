@@ -209,6 +209,7 @@ def test_crops_are_weighted_means_of_their_frames():
 @pytest.mark.parametrize(("spec", "message"), [
     ({"name": "random_fusion"}, "did you mean 'random'?"),
     ({}, f"choose from {', '.join(sorted(fusion.FUSIONS))}"),
+    ({"name": {}}, "choose from"), ("all", "'all' is not a dict such as {'name': 'all'}"),
     ({"name": "top", "frames": 3}, "no option frames; its options: kept_share, min_detection"),
     ({"name": "sample", "order": "quality"}, "order 'quality'; choose from random, time"),
     ({"name": "random"}, "needs num_draws"),

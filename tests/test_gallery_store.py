@@ -553,8 +553,10 @@ FORGED = (
     "INSERT INTO gallery SELECT * FROM gallery",
     "UPDATE clip SET words = zeroblob(900000)",
 )
-# Wrong rows with a correct digest.
+# Wrong rows or columns with a correct digest.
 ILL_FORMED = (
+    # Only the exact columns are safe: SQL code of a column could compute gigabytes for each row.
+    "ALTER TABLE clip RENAME words TO other",
     END.format("clip", 56, "0000c07f" * 13 + "00000000"),  # 13 float32 NaN, `fitted` is 0
     END.format("clip", 4, "02000000"),  # `fitted` is 2
     END.format("person", 76, "ff" * 76),  # all bytes of a person

@@ -212,11 +212,19 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
     wrong_fields = [{"tracks": [track | wrong]} for wrong in wrong_tracks]
     wrong_fields += [{"video": name} for name in ("../x.mp4", "\x1b[2J", "x" * 5000, [])]
     wrong_fields += [{"seconds": 10**400}, {"shots": [[0, 1], [1]]}]
-    no_films = ("", "[]", "{}", "[" * 200_000, '{"video": "' + "x" * 1_000_000)
+    no_films = ("", "[]", "{}", '{"\\ud800": 1}', "[" * 200_000, '{"video": "' + "x" * 1_000_000)
 
     for text in (*no_films, *(json.dumps(film | wrong) for wrong in wrong_fields)):
         path.write_text(text)
         assert len(refused(lambda: features_folder.read_films(drawn.out))) < 1000
+
+    # Two films with one path of 6,000 folders: no number of folders distinguishes them.
+    source, began = {"address": "/a" * 6000, "size": 1, "mtime_ns": 0, "inode": 1}, time.monotonic()
+    for place in (path, path.with_name("y.json")):
+        place.write_text(json.dumps(film | {"source": source}))
+    assert len(features_folder.read_films(drawn.out)) == 2
+    assert time.monotonic() - began < 5
+    place.unlink()
 
     path.unlink()
     path.symlink_to("/etc/passwd")

@@ -152,7 +152,7 @@ def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"\xff\xfe", b"[]", b'{"map": 1e999}', b'{"map": "high"}',
+    b"", b"\xff\xfe", b"[]", b'{"\\ud800": 1}', b'{"map": 1e999}', b'{"map": "high"}',
     b'{"threshold_at_fpir_0.01": NaN}',  # would silently make everybody a stranger
 ])  # fmt: skip
 def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complaint, content):
@@ -347,6 +347,14 @@ def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(cache, cha
     files.write_manifest(path, values)
 
     refused(lambda: read_train_clips(cache), "to convert again")
+
+
+def test_config_of_a_run_folder_with_a_value_of_a_wrong_type_is_refused(stranger, complaint):
+    values = json.loads((stranger / "config.json").read_text())
+    (stranger / "config.json").write_text(json.dumps(values | {"batch_size": None}))
+    for mode in ("check", "evaluate"):
+        code, output = complaint(mode, stranger)
+        assert code == 2 and "it has config.batch_size=None, not a value such as" in output
 
 
 def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):

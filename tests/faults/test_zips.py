@@ -121,6 +121,13 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     assert [match.kind for match in matches] == ["unread"]  # `forget` lists files it cannot read
 
 
+def test_npz_with_millions_of_names_without_letters_is_refused(tmp_path):
+    names = npy_header((60_000_000,), "<U0")  # the names take no bytes
+    (tmp_path / "c.npz").write_bytes(packed(STORED, "clips.npy", names))
+    with bounds():
+        refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "is empty")
+
+
 @pytest.mark.parametrize(
     "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 )
@@ -266,3 +273,10 @@ def test_clip_name_of_1_mb_in_4000_rows_takes_memory_once(tmp_path):
     before = peak_memory()
     refused(lambda: bulk._check_once(paths), "in two tables")
     assert peak_memory() - before < 1 << 30  # 1 GB; a copy in each row would take 4 GB
+
+
+@pytest.mark.parametrize(("name", "words"), [(None, "row 2: clip is missing"), ("", "is empty")])
+def test_table_with_a_clip_without_a_name_is_refused_before_it_is_ranked(tmp_path, name, words):
+    path, table = tmp_path / "a.parquet", {"clip": ["a", name], "modality": ["face"] * 2}
+    parquet.write_table(pyarrow.table({**table, "features": [[1.0]] * 2}), path)
+    refused(lambda: bulk._check_once([path]), str(path), words)

@@ -19,7 +19,7 @@ import numpy as np
 from vidjax.data import parquet
 from vidjax.data.checks import refuse_unread
 from vidjax.data.clips import SPLITS
-from vidjax.data.untrusted.names import clean_name, show
+from vidjax.data.untrusted.names import clean_name, clean_name_at, show
 from vidjax.runs import terminal
 from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
@@ -252,7 +252,8 @@ def _check_once(inputs: Sequence[Path]) -> None:
     """Raises UserError if two tables contain the same clip. Names are compared without `.mp4`."""
     table_of: dict[str, Path] = {}
     for table in inputs:
-        for name in map(clean_name, parquet.read_clip_names(table)):
+        for given in parquet.read_clip_names(table):
+            name = clean_name_at(f"{table}:", given)
             if table_of.setdefault(name, table) != table:
                 raise _repeated_clip_error(name, f", {table_of[name].name} and {table.name}")
 

@@ -493,6 +493,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
     frames of best quality. `rng` is a PRNG key, or None in evaluation. The fusion `random` needs a
     key.
     """
+    if not isinstance(spec, Mapping):
+        raise UserError(f"{str(spec)[:50]!r} is not a dict such as {{'name': 'all'}}")
     options = dict(spec)
     name = options.pop("name", None)
     check_entry("name", name, FUSIONS)

@@ -60,23 +60,29 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
             length[modality] = array
         elif key != "clips":
             frames[key] = array
-    parts = [dict[str, dict[str, np.ndarray]]() for _ in range(names.size)]
-    for modality, fields in _group_by_modality(frames, path).items():
+    grouped, starts = _group_by_modality(frames, path), dict[str, np.ndarray]()
+    for modality, fields in grouped.items():
         count = length.get(modality, np.empty(0))
         if (
             count.dtype.kind not in "iu" or count.shape != names.shape or (count < 0).any()
-            or any(len(np.atleast_1d(array)) != count.sum() for array in fields.values())
+            # A sum of large integers could overflow.
+            or any(array.shape[:1] != (count.sum(dtype=float),) for array in fields.values())
         ):  # fmt: skip
             raise UserError(
                 f"{path}: '{modality}_length' does not match the clips and frames of '{modality}'\n"
                 "write the number of frames of each clip into it"
             )
-        ends = np.cumsum(count)[:-1]
-        for field, array in fields.items():
-            for part, values in zip(parts, np.split(array, ends), strict=False):
-                part.setdefault(modality, {})[field] = values
-    for given, modalities in zip(names.ravel().tolist(), parts, strict=True):
-        yield Clip(clean_name_at(f"{path}:", given), path, modalities, given)
+        starts[modality] = np.append(0, np.cumsum(count, dtype=np.int64))
+    # One clip at a time, because a small file may contain millions of equal names.
+    for number, given in enumerate(names.flat):
+        modalities = {
+            modality: {
+                field: array[starts[modality][number] : starts[modality][number + 1]]
+                for field, array in fields.items()
+            }
+            for modality, fields in grouped.items()
+        }
+        yield Clip(clean_name_at(f"{path}:", given), path, modalities, str(given))
 
 
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:

@@ -59,8 +59,9 @@ def read_clip_names(path: Path) -> list[str]:
     """Returns the distinct clip names of a parquet table, in any order."""
     with _open(path) as (opened, file):
         _check_pages(path, opened, file, ["clip"])
-        column = file.read(columns=["clip"])["clip"].unique()
-        return column.cast("string").to_pylist()
+        column = file.read(columns=["clip"])["clip"].combine_chunks()
+        _refuse_nulls(path, "clip", column, 0)
+        return column.unique().cast("string").to_pylist()
 
 
 def count_rows(path: Path) -> int:

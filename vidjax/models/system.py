@@ -203,6 +203,7 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     """
     spec = config["model"]
     if task.settings:
+        check_entry("model.name", spec.get("name"), identifier.MODELS)
         spec = identifier.MODELS[spec["name"]].with_prepared(spec, task.settings)
     views, chunks, modalities = config["ensemble"]["views"], config["ensemble"]["chunks"], {}
     for name, width in task.modalities.items():
@@ -229,8 +230,10 @@ def make_fusions(
     fusions = {}
     for name in modalities:
         field = f"config.fusion.{name}.{phase}"
+        phases = specs.get(name, {})
         with prefix_errors(field):
-            fuse = fusion.make_fusion(specs.get(name, {}).get(phase) or {"name": "all"})
+            spec = phases.get(phase) if isinstance(phases, Mapping) else phases
+            fuse = fusion.make_fusion(spec or {"name": "all"})
         fusions[name] = prefix_errors(field)(fuse)
     return fusions
 

@@ -56,17 +56,22 @@ def load_file(spec: str) -> Config:
 
 def _check_types(spec: str, values: Mapping[str, Any]) -> None:
     """Raises UserError if a field is missing in `values` or has a wrong type."""
-    for name, default in DEFAULTS.items():
-        kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
-        if name in values and isinstance(values[name], kinds or type(default)):
-            continue
-        problem = f"has no field config.{name}"
-        if name in values:
-            problem = f"has config.{name}={values[name]!r}, not a value such as {default!r}"
+    if problem := _find_wrong_type(values):
         raise UserError(
             f"--config: '{spec}' {problem}\n"
             "begin get_config with config = vidjax.runs.config.default(), and change its fields"
         )
+
+
+def _find_wrong_type(values: Mapping[str, Any]) -> str:
+    """Describes a field that is missing in `values` or has a wrong type. Returns "" for none."""
+    for name, default in DEFAULTS.items():
+        kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
+        if name not in values:
+            return f"has no field config.{name}"
+        if not isinstance(values[name], kinds or type(default)):
+            return f"has config.{name}={values[name]!r}, not a value such as {default!r}"
+    return ""
 
 
 def find_file(name: str) -> Path:
@@ -250,6 +255,8 @@ def from_json(text: str | bytes) -> Config:
             config.update(config_lib.to_tuples(values))
     except (TypeError, AttributeError, KeyError) as error:
         raise UserError(" ".join(str(error).split())[:300]) from error
+    if problem := _find_wrong_type(dict(fields(config))):
+        raise UserError(f"it {problem[:300]}")
     return config
 
 

@@ -271,7 +271,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
     """Converts a JSON value to an object of the class `kind`."""
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a key may be "\ud800"
         text = str(error).replace(f"`float` >= {_LOWEST_FLOAT}", "a number, not NaN")
         raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
 

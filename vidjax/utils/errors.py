@@ -188,7 +188,7 @@ def check_entry(field: str, name: object, table: Collection[str]) -> None:
     A user's own configuration file may add entries to `table`, so the message explains how to load
     such a file. Other commands, such as `gallery create`, load no such file.
     """
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise UserError(
             f"{field}='{name}' is unknown: {suggest(str(name), table)}\n"
             "if your own file adds it, give --config=FILE (train, evaluate, rank, embed, export, "

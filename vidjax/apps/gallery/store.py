@@ -238,14 +238,14 @@ class Store:
                     connection.execute("PRAGMA query_only=ON")
                     connection.execute("BEGIN")  # all queries then read the same state
                 version, tables = _version(connection)
-            if not write and (version, tables) == (0, []):
+            if not write and not version and not tables:
                 raise self._no_gallery()
             if tables and version != FORMAT:
                 raise UnreadableError(
                     f"'{self.path}' was written by another version of vidjax, with the format "
                     f"{version} instead of {FORMAT}\ncreate the gallery again"
                 )
-            if tables and tables != sorted(("table", name) for name in SCHEMA):
+            if tables and tables != {f"CREATE TABLE {name} {SCHEMA[name]}" for name in SCHEMA}:
                 raise damaged(self.path, "its tables are not the tables of a gallery")
             yield connection
 
@@ -392,20 +392,20 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _version(connection: sqlite3.Connection) -> tuple[int, list[tuple[str, str]]]:
-    """Returns the format version, and the sorted (type, name) of tables, views, indexes, triggers.
+def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
+    """Returns the format version, and the SQL code of all tables, views, indexes and triggers.
 
     The time is limited, because the pages of a forged file may refer to each other without end.
     """
     end = time.monotonic() + SCHEMA_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
     ((version,),) = connection.execute("PRAGMA user_version").fetchall()
-    tables = connection.execute("SELECT type, name FROM sqlite_master LIMIT 9").fetchall()
+    tables = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master LIMIT 9")}
     ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
     connection.set_progress_handler(None, 0)
     if mode != "delete":
         raise UserError("its journal_mode is not 'delete'")
-    return version, sorted(tables)
+    return version, tables
 
 
 # ---- rows

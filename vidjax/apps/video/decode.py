@@ -7,6 +7,7 @@ are in seconds since the first picture or sound of the file, as in video players
 
 import contextlib
 import dataclasses
+import errno
 import io
 import re
 import types
@@ -354,14 +355,19 @@ def _open_container(path: Path, file: io.FileIO | io.BytesIO) -> "InputContainer
     options = {"max_pixels": str(MOST_PIXELS)}
     formats = ",".join((*VIDEO_FORMATS, *PHOTO_FORMATS))
     lists = {"format_whitelist": formats, "protocol_whitelist": "none"}
+
+    def seek(offset: int, whence: int) -> int:
+        try:
+            return file.seek(offset, whence)
+        except (OSError, ValueError):  # a damaged file may name a place of 2^62 bytes
+            return -errno.EINVAL  # an error of FFmpeg, not of the system
+
     # The name of the file is hidden, so that FFmpeg cannot guess the format from the name.
-    nameless = types.SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+    nameless = types.SimpleNamespace(read=file.read, seek=seek, tell=file.tell)
     try:
         return av.open(
             nameless, "r", options=options, container_options=lists, buffer_size=READ_BYTES
         )
-    except MemoryError:
-        raise
     except (FFmpegError, UnicodeDecodeError) as error:
         if not file.seek(0, io.SEEK_END):
             raise UserError(f"'{path}' is an empty file\ncopy the file again") from error

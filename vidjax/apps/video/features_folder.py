@@ -14,6 +14,7 @@ has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the c
 call extracts the video again.
 """
 
+import bisect
 import os
 import re
 import urllib.parse
@@ -206,13 +207,23 @@ def read_films(folder: Path) -> list[Film]:
     for film in films:
         by_name.setdefault(film.video, []).append(film)
     for twins in by_name.values():
-        parts = [film.source.path.parts for film in twins]
-        for depth in range(2, max(map(len, parts)) + 1):
-            if len({film.video for film in twins}) == len(twins):
-                break
-            for film, part in zip(twins, parts, strict=True):
-                film.video = "/".join(map(make_printable, part[-depth:]))
+        if len(twins) > 1:
+            _distinguish(twins)
     return films
+
+
+def _distinguish(twins: Sequence[Film]) -> None:
+    """Adds as few folders to the field `video` of several films as make these fields different."""
+    parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
+
+    def differ(depth: int) -> bool:
+        return len({"/".join(part[-depth:]) for part in parts}) == len(parts)
+
+    # A search by bisection, because a hostile path may have thousands of folders.
+    depths = range(2, max(map(len, parts)))
+    depth = 2 + bisect.bisect_left(depths, True, key=differ)
+    for film, part in zip(twins, parts, strict=True):
+        film.video = "/".join(part[-depth:])
 
 
 def check_photo(film: Film) -> tuple[str | None, str]:

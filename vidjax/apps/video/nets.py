@@ -4,7 +4,8 @@ A face has five points: the eyes, the nose, and the corners of the mouth. The ey
 are ordered from left to right in the image. A card is a JSON file that describes a net.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -99,10 +100,8 @@ class Detector:
         padded = pad(small, *(self.card.input.size or ()))
         given = {self.card.input.name: prepare_images(padded[None], self.card.input)}
         outputs = ask_net(self.session, self.card, given)
-        try:
+        with blame_net(self.card):
             faces = DECODERS[self.card.decoder](outputs, padded.shape[1])
-        except (LookupError, ValueError) as error:
-            raise _make_error(self.card, error) from error
         # Overlaps are removed first: a second, worse box of a cut face may lie inside the border.
         faces = suppress_overlaps(faces, MOST_OVERLAP)
         low, high = np.array([region[:2], region[2:4]])
@@ -176,6 +175,15 @@ def _make_error(card: Card, error: Exception) -> UserError:
     )
 
 
+@contextlib.contextmanager
+def blame_net(card: Card) -> Iterator[None]:
+    """In a `with` block that reads outputs of a net, turns errors about them into a UserError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        raise _make_error(card, error) from error
+
+
 def check_test_vector(card: Card, session: "InferenceSession") -> None:
     """Raises UserError if the net's output for a test input differs from the output in `card`."""
     output = answer_formula(card, session, card.test.seed)
@@ -195,8 +203,10 @@ def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.nda
     contains the points of faces, an embedding, or the state of the net for speech. It reveals
     errors better than the other outputs, which are probabilities near 0 or 1.
     """
-    output = [*ask_net(session, card, make_formula_inputs(card, seed)).values()][-1].ravel()
-    return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
+    outputs = ask_net(session, card, make_formula_inputs(card, seed))
+    with blame_net(card):
+        output = [*outputs.values()][-1].ravel()
+        return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
 
 
 def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
@@ -233,13 +243,16 @@ def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
 def ask_net(
     session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Runs a net; returns its outputs by name. Raises UserError if its card is wrong."""
+    """Runs a net; returns its outputs by name, float32.
+
+    Raises UserError if the card is wrong, or if an output is not an array of numbers.
+    """
     try:
         names = [output.name for output in session.get_outputs()]
-        answers = session.run(names, dict(inputs))
+        answers = [np.asarray(answer, np.float32) for answer in session.run(names, dict(inputs))]
     except Exception as error:  # ONNX Runtime raises many types of errors
         raise _make_error(card, error) from error
-    return {name: np.asarray(answer) for name, answer in zip(names, answers, strict=True)}
+    return dict(zip(names, answers, strict=True))
 
 
 def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:

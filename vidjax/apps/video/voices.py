@@ -79,8 +79,10 @@ class Listener:
         for step in range(count):
             piece = padded[None, step * STEP : (step + 1) * STEP + CONTEXT]
             inputs = nets.make_silero_inputs(self._hears, piece, state)
-            probability, state = nets.ask_net(self._session, self._hears, inputs).values()
-            probabilities[step] = probability[0, 0]
+            outputs = nets.ask_net(self._session, self._hears, inputs)
+            with nets.blame_net(self._hears):
+                probability, state = outputs.values()
+                probabilities[step] = probability[0, 0]
         return probabilities
 
 
