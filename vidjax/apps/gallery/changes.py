@@ -34,10 +34,12 @@ class Draft:
       clips: name -> clip, including strangers.
       groups: identity -> the names of its clips, as a sorted tuple, or as a set if the draft has
         changed them. The key of strangers is the empty string.
+      is_open: False after the end of the block of `Gallery.change`. The gallery may then share the
+        content of the draft, so the draft refuses further edits.
     """
 
     def __init__(self, state: State):
-        self._state = state
+        self._state, self.is_open = state, True
         self.clips = dict(state.clips)
         self.groups: dict[str, Collection[str]] = dict(state.groups)
         self._changed_clips: set[str] = set()
@@ -142,6 +144,11 @@ class Draft:
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
         """Replaces or adds clips, name -> clip. A clip whose value is None is removed."""
+        if not self.is_open:
+            raise UserError(
+                "the block 'with gallery.change() as draft' has ended, so nothing was changed\n"
+                "change the draft inside the block"
+            )
         for name, clip in clips.items():
             if old := self.clips.pop(name, None):
                 names = self._open_group(old.identity)

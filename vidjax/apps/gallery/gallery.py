@@ -467,7 +467,10 @@ class Gallery:
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._now())
-            yield draft
+            try:
+                yield draft
+            finally:
+                draft.is_open = False
             if not draft:
                 return
             state, people = draft.state()
