@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import markupsafe
 import numpy as np
 import pytest
 
@@ -193,6 +194,14 @@ def test_forget_finds_names_in_texts_of_many_languages(name, text, encoding, tmp
     (tmp_path / "a.txt").write_text(text, encoding=encoding)
     (tmp_path / "b.txt").write_text("somebody else", encoding=encoding)
     assert [*places(f"--identity={name}", tmp_path)] == [str(tmp_path / "a.txt")]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_forget_finds_names_with_quotation_marks_in_pages_and_tables(name, tmp_path, places):
+    (tmp_path / "a.html").write_text(str(markupsafe.escape(name)))
+    (tmp_path / "b.csv").write_text(tables.to_text([("x", name)], ".csv"))
+    (tmp_path / "c.vtt").write_text(html.escape(name, quote=False))
+    assert len(places(f"--identity={name}", tmp_path)) == 3
 
 
 def test_a_file_that_grep_cannot_read_hides_no_other_file(tmp_path, places, monkeypatch):

@@ -474,9 +474,19 @@ def _run_grep(
 
 
 def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns the spellings of names in text, JSON, HTML, URLs and rankings, in NFC and NFD."""
+    """Returns the spellings of names in text, JSON, HTML, URLs and rankings, in NFC and NFD.
+
+    In HTML, Jinja and Python write different codes for quotation marks. In tables, quotation marks
+    are doubled.
+    """
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
-    ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
+    ways: tuple[Callable[[str], str], ...] = (
+        str, escape, html.escape, urllib.parse.quote,
+        lambda form: html.escape(form, quote=False),
+        lambda form: html.escape(form).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+        lambda form: json.dumps(form)[1:-1],
+        lambda form: form.replace('"', '""'),
+    )  # fmt: skip
     return sorted({way(form) for form in forms for way in ways})
 
 
