@@ -200,6 +200,7 @@ def test_probability_threshold_names_clips_of_this_probability_or_more(tmp_path)
     for least in (1e-6, 0.3, 1.0):
         for answer in people.identify(queries(people), threshold=least).values():
             assert (answer.identity is not None) == (answer.score >= np.log(least))
+    assert "is 99.9999 % or more" in people.rule(threshold=0.999999).about
 
 
 @nightly_after_first("num_people", [5, 1, 20])
