@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import markupsafe
 import numpy as np
 import pytest
 
@@ -68,11 +69,13 @@ def make_run(folder, identities=(), *, clips=("x", "y"), wrong_clip="x"):
     np.savez_compressed(folder / "analysis.npz", facts=letters(facts))
 
 
-def make_who(folder, person, named):
-    """Writes a folder like one of vidjax who: with photos of a person, and with a name."""
+def make_who(folder, person, named, denied="x"):
+    """Writes a folder like one of vidjax who: with photos of a person, a name and a denied name."""
     (folder / "people" / person).mkdir(parents=True)
     (folder / "gallery").mkdir()
-    (folder / "names.tsv").write_text(f"video\tidentity\nx.mp4\t{named}\n")
+    rows = [("video", "identity"), ("x.mp4", named)]
+    (folder / "names.tsv").write_text(tables.to_text(rows, ".tsv"))
+    (folder / "unknown.json").write_text(json.dumps({"denied": {"0": {"x.s000": [denied]}}}))
 
 
 @pytest.fixture
@@ -89,6 +92,7 @@ def world(tmp_path):
     make_run(tmp_path / "runs" / "others")
     make_who(tmp_path / "photos", GONE, "Eve")
     make_who(tmp_path / "named", "Eve", GONE)
+    make_who(tmp_path / "denied", "Eve", "Eve", GONE)
     return tmp_path
 
 
@@ -108,6 +112,7 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forge
     listed = places(f"--identity={GONE}", world)
     assert {str(Path(path).relative_to(world)): kind for path, (kind, _) in listed.items()} == {
         "g": "gallery", "cache/arrays/with": "records", "photos": "who", "named": "who",
+        "denied": "who",
         **dict.fromkeys(("runs/identity", "runs/clip", "runs/analysis"), "run"),
     }  # fmt: skip
     assert GONE in people.identities  # nothing is deleted without --delete
@@ -128,10 +133,10 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forge
     assert GONE not in people.identities
     assert made_galleries.contents(others.folder) == before
 
-    # Three runs and two folders of `vidjax who` are left to the user. The gallery no longer lists
+    # Three runs and three folders of `vidjax who` are left to the user. The gallery no longer lists
     # the clip of GONE, so the command names the clip.
     text = forget(f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
-    assert "places      5, 0 of them deleted" in text and "train without them" in text
+    assert "places      6, 0 of them deleted" in text and "train without them" in text
 
 
 def test_forget_deletes_what_a_killed_conversion_has_left(tmp_path, places):
@@ -188,6 +193,14 @@ def test_forget_finds_names_in_texts_of_many_languages(name, text, encoding, tmp
     (tmp_path / "a.txt").write_text(text, encoding=encoding)
     (tmp_path / "b.txt").write_text("somebody else", encoding=encoding)
     assert [*places(f"--identity={name}", tmp_path)] == [str(tmp_path / "a.txt")]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_forget_finds_names_with_quotation_marks_in_pages_and_tables(name, tmp_path, places):
+    (tmp_path / "a.html").write_text(str(markupsafe.escape(name)))
+    (tmp_path / "b.csv").write_text(tables.to_text([("x", name)], ".csv"))
+    (tmp_path / "c.vtt").write_text(html.escape(name, quote=False))
+    assert len(places(f"--identity={name}", tmp_path)) == 3
 
 
 def test_a_file_that_grep_cannot_read_hides_no_other_file(tmp_path, places, monkeypatch):
@@ -306,6 +319,9 @@ def test_forget_finds_only_whole_names(tmp_path, places):
     assert len(places(f"--identity={GONE}", tmp_path)) == 3  # run, g and who
     assert len(places("--clip=clip 1", tmp_path)) == 1  # run
     assert places("--identity=Ada", tmp_path, code=0) == {}
+    for name in ('Ada "Q" L', "=Ada"):  # the table has more quotation marks
+        make_who(tmp_path / name[-1], "Eve", name)
+        assert len(places(f"--identity={name}", tmp_path)) == 1
 
     # The names of these files begin like names of files of a run, but no run writes the files.
     for name in ("report on Ada.txt", "checks", "metrics Ada.csv"):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import clip_files, limits, made_galleries, made_runs
+from tests.helpers import clip_files, limits, made_galleries, made_runs, servers
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from vidjax.apps import bulk
@@ -394,6 +394,18 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, da
     # Each list has 100 of the 15 + 90 clips.
     places = itertools.product(vidjax.restore(nearest_run).identities, range(1, 101))
     assert [(row["identity"], row["rank"]) for row in rows] == [*places]
+
+
+def test_people_of_a_joint_ranking_are_sorted(ask, tmp_path):
+    """The first table has a clip of person 3, and the second table a clip of person 2."""
+    gallery, day = servers.make_gallery(tmp_path / "g"), tmp_path / "day"
+    day.mkdir()
+    for number, person in enumerate(("person 3", "person 2")):
+        clips = {person: servers.make_frames(700 + number, person)}
+        write_parquet(day / f"part-{number}.parquet", clips)
+    words = ("gallery", "rank", gallery.folder, f"--input={day}", f"--out={tmp_path / 'ranked'}")
+    done = ask(*words, "--threshold=0.5")
+    assert parquet.read_table(done["results"])["clip"].to_pylist() == ["person 2", "person 3"]
 
 
 @pytest.mark.slow

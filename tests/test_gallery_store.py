@@ -134,8 +134,12 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
             draft.rename("person 3", "Ada")
             draft.remove(identity="person 3")
 
+    with gallery.change() as ended:
+        pass
+
     for change, *words in (
         (rename_then_fail, "no identity 'person 3'"),
+        (lambda: ended.rename("person 3", "Ada"), "inside the block"),
         (lambda: gallery.rename("person 3", "person 4"), "would become one", "--merge"),
         (lambda: gallery.rename("person 3", "person 3"), "choose another name"),
         (lambda: gallery.rename("persn 3", "Ada"), "no identity 'persn 3'", "'person 3'"),

@@ -573,6 +573,13 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     assert "Bob no longer has a folder, but is still named by face tags" in output
 
 
+def test_tagged_person_is_enrolled_although_the_folder_of_this_name_shows_others(drawn):
+    for folder, name in {"Ada": "Bob", "Bob": "Eve"}.items():
+        face = (name, 40, 40)
+        write_photo(drawn.friends / folder / "1.png", face, tagged=[face])
+    assert drawn.who(write_group(drawn)).content["people"] == {"Bob": 1, "Eve": 1}
+
+
 @pytest.mark.slow
 @nightly_after_first("way", ["untagged", "deleted", "folder deleted"])
 def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn, way):

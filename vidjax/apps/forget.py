@@ -31,7 +31,7 @@ from vidjax.data.untrusted.names import (
     normal_form,
     unescape,
 )
-from vidjax.utils import files
+from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError, closest
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 INDEX_BYTES = 512 * files.MB  # limit for a converted dataset's list of clips, and a file of a run
 SEVERAL_CLIPS = b"clips.npy"  # is in an .npz of several clips, see `clip_files.has_several_clips`
 MAX_NAMES_IN_INDEX = 10_000_000
-TABLE_BYTES = 64 * files.MB
 MAX_COMPARED_NAMES = 20_000  # a search for similar spellings among so many names takes a second
 MAX_GREP_FILES = 1000  # per process of grep
 WIDE_BYTES = 64 * files.MB  # in larger files, names are searched only in UTF-8
@@ -322,13 +321,18 @@ def _walk_texts(value: object) -> Iterator[str]:
 
 
 def _read_names_of_who(folder: Path) -> Iterator[str]:
-    """Yields all names in results of `vidjax who`: cells of tables, folder names and photo tags."""
-    from vidjax.apps.video.features_folder import read_films
+    """Yields all names in results of `vidjax who`.
+
+    They are cells of tables, names that a user denied, names of folders, and tags of photos.
+    """
+    from vidjax.apps.video.features_folder import NUMBERS, read_films
 
     for table in ("names.tsv", "unknown.tsv"):
         if files.exists(folder / table):
-            for line in _lines(files.read_bytes(folder / table, TABLE_BYTES)):
-                yield from line.split("\t")
+            for _, cells in tables.read_tsv(folder / table):
+                yield from cells
+    if files.exists(folder / NUMBERS):
+        yield from _walk_texts(files.read_json(folder / NUMBERS, limit=INDEX_BYTES))
     if not (people := folder / "people").is_symlink():
         for path in people.glob("*"):
             yield path.name
@@ -460,9 +464,19 @@ def _run_grep(
 
 
 def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns the spellings of names in text, JSON, HTML, URLs and rankings, in NFC and NFD."""
+    """Returns the spellings of names in text, JSON, HTML, URLs and rankings, in NFC and NFD.
+
+    In HTML, Jinja and Python write different codes for quotation marks. In tables, quotation marks
+    are doubled.
+    """
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
-    ways = (str, escape, html.escape, urllib.parse.quote, lambda form: json.dumps(form)[1:-1])
+    ways: tuple[Callable[[str], str], ...] = (
+        str, escape, html.escape, urllib.parse.quote,
+        lambda form: html.escape(form, quote=False),
+        lambda form: html.escape(form).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+        lambda form: json.dumps(form)[1:-1],
+        lambda form: form.replace('"', '""'),
+    )  # fmt: skip
     return sorted({way(form) for form in forms for way in ways})
 
 

@@ -26,6 +26,8 @@ class Draft:
 
     def __init__(self, state: State):
         self._state = state
+        # False after the block of `Gallery.change`, when the gallery may share this content.
+        self.is_open = True
         self.clips = dict(state.clips)  # name -> clip, including strangers
         # Identity or STRANGER -> names of its clips; a tuple, or a set if the draft has changed it.
         self.groups: dict[str, Collection[str]] = dict(state.groups)
@@ -123,6 +125,11 @@ class Draft:
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
         """Replaces or adds clips, name -> clip. A clip whose value is None is removed."""
+        if not self.is_open:
+            raise UserError(
+                "the block 'with gallery.change() as draft' has ended, so nothing was changed\n"
+                "change the draft inside the block"
+            )
         for name, clip in clips.items():
             if old := self.clips.pop(name, None):
                 names = self._open_group(old.identity)

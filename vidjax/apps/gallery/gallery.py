@@ -463,7 +463,10 @@ class Gallery:
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._now())
-            yield draft
+            try:
+                yield draft
+            finally:
+                draft.is_open = False
             if not draft:
                 return
             state, people = draft.state()
@@ -708,7 +711,7 @@ class Gallery:
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
         answers_lib.check_choice(fpir, threshold)
         if threshold is not None:
-            about = f"the probability is {100 * threshold:.3g} % or more"
+            about = f"the probability is {100 * threshold:.10g} % or more"
             return NamingRule("threshold", math.log(threshold), False, None, about)
         wanted = answers_lib.count_needed_strangers(DEFAULT_FPIR)
         strangers = len(state.groups.get(STRANGER, ()))
@@ -717,7 +720,7 @@ class Gallery:
             about += f"at most {100 * DEFAULT_FPIR:g} % of new strangers would get a name"
             return NamingRule("new", -math.inf, True, None, about)
         limit = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
-        about = f"at most {100 * limit.fpir:.3g} % of strangers reach its probability, "
+        about = f"at most {100 * limit.fpir:.10g} % of strangers reach its probability, "
         about += f"and {ABOVE_HALF}"
         return NamingRule("fpir", limit.score, fpir is None, limit, about)
 

@@ -503,16 +503,17 @@ def _enrol_photos(
     enrolled = _list_faces(gallery).values()
     known = {photo.person for photo in enrolled}
     for folder, outcomes in outcomes_of.items():
-        named = usable[folder] = {}
+        named, found = usable.setdefault(folder, {}), set[str]()
         tags = {name for outcome in outcomes if outcome.film for name in outcome.film.tags}
         for outcome in outcomes:
             people_of, clips = _check_photo(folder.name, outcome)
-            names |= people_of
+            found |= people_of
             named |= clips
             failed |= {} if clips else {str(outcome.path): outcome.remedy}
         # A folder of photos in which other people are tagged is not a person.
         if tags and folder.name not in {*tags, *named.values(), *known}:
-            names.discard(folder.name)
+            found.discard(folder.name)
+        names |= found
         # If a photo cannot be read, the people of its tags are not forgotten.
         if not all(outcome.film for outcome in outcomes):
             names |= {photo.person for photo in enrolled if photo.folder == folder.name}
