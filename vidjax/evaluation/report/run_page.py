@@ -411,9 +411,9 @@ def _thresholds(run: RunFiles, open_set: schemas.OpenSet) -> Markup:
         parts.append(html.paragraph(words))
     words = (
         "The interval of FPIR is exact, from the beta distribution of the order statistic. The "
-        "interval of FNIR is from {} bootstrap samples of the people, with all their clips, "
-        "and of the distractors. Each sample has its own threshold. If fewer than four distractors "
-        "pass, the interval is too narrow."
+        "interval of FNIR is from {} bootstrap samples of the people and an unseen person, with "
+        "all their clips, and of the distractors. Each sample has its own threshold. If fewer than "
+        "four distractors pass, the interval is too narrow."
     )
     return Markup().join([*parts, html.paragraph(words, html.number(open_set.resamples))])
 
