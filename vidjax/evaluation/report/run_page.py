@@ -278,7 +278,8 @@ def identities(run: RunFiles) -> Markup | None:
     low, median = np.quantile(values, [0.1, 0.5]).tolist()
     perfect = float(np.mean(values == 1))
     words = html.paragraph(
-        "{} of {} identities have an average precision of 1. The median is {}; 10 % are below {}.",
+        "{} of {} identities have an average precision of 1. The median is {}, and the 10 % "
+        "quantile is {}.",
         html.number(perfect, 1, percent=True), html.number(len(values)), html.number(median, 3),
         html.number(low, 3),
     )  # fmt: skip
