@@ -216,6 +216,13 @@ def test_settings_are_fitted_on_enough_people_if_people_have_many_clips(clips, p
     assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
 
 
+def test_settings_are_fitted_on_enough_people_if_most_people_have_one_clip():
+    labels = np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600))  # 50 people have two
+    wanted = plda_fit.draw_identities(labels, seed=0)
+    assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
+    assert np.sum(np.bincount(labels[wanted]) == 2) == plda_fit.FEWEST_PEOPLE
+
+
 @pytest.mark.slow
 def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     labels = np.repeat(np.arange(1, 31), 4)

@@ -173,8 +173,8 @@ def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
 
     If more than MAX_FITTED_CLIPS clips have such labels, only clips of random identities are True,
-    and at most MAX_CLIPS_OF_A_PERSON random clips of an identity. So no person with many clips can
-    leave fewer than FEWEST_PEOPLE people for the fit.
+    and at most MAX_CLIPS_OF_A_PERSON random clips of an identity. FEWEST_PEOPLE identities with two
+    clips or more are always among them, if there are so many.
     """
     wanted = labels > 0
     if np.sum(wanted) <= MAX_FITTED_CLIPS:
@@ -182,6 +182,8 @@ def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     known, counts = np.unique(labels[wanted], return_counts=True)
     order = rng.permutation(len(known))
+    first = np.flatnonzero(counts[order] > 1)[:FEWEST_PEOPLE]
+    order = np.concatenate([order[first], np.delete(order, first)])
     totals = np.cumsum(np.minimum(counts[order], MAX_CLIPS_OF_A_PERSON))
     enough = np.searchsorted(totals, MAX_FITTED_CLIPS, side="right")
     rows = rng.permutation(np.flatnonzero(np.isin(labels, known[order[:enough]])))
