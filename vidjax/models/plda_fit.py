@@ -262,8 +262,9 @@ def _hold_out(
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    The remaining identities, which are random, become strangers. Returns None if a modality has no
-    enrolled clip, or if the held-out clips show no known people or no strangers.
+    The remaining identities, which are random, become strangers. Modalities without an enrolled
+    clip are left out. Returns None if all are left out, or if the held-out clips show no known
+    people or no strangers.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -276,7 +277,7 @@ def _hold_out(
         hidden = (rng.random(1 + num_identities) < HIDDEN) & (len(vectors) > 1)
         visible = enrolled & present & ~hidden[labels]
         if not visible.any():
-            return None
+            continue
         share = two_covariance.centre_share(len(np.unique(labels[visible])))
         centre = share * x[visible].mean(axis=0)
         centred = two_covariance.unit_vectors_from(centre, x)
@@ -290,6 +291,8 @@ def _hold_out(
             pair = two_covariance.make_totals(to_enrol[chosen], labels[chosen], 1 + num_identities)
             parts[kind].append(pair)
         parts["queries"].append(centred[held_out])
+    if not parts["totals"]:
+        return None
     known = np.any([count > 0 for count, _ in parts["totals"]], axis=0)
     answers = np.where(known[labels[held_out]], labels[held_out], 0).astype(np.int32)
     return _Fold(labels=answers, **parts) if answers.any() and not answers.all() else None
