@@ -325,17 +325,25 @@ def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
-def test_top1_interval_equals_map_interval_with_one_clip_per_person(share):
+def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_person(share):
     """The AP of a person with one clip is 1 if the clip is right, and otherwise 0."""
     labels = np.arange(1, 61)
     right = labels <= 60 * share
-    clips = ClipScores(pool=np.ones(60, bool), best=labels / 60, right=right)
-
-    intervals = measures.compute_clip_intervals(clips, labels)
-
     expected = significance.map_interval(right.astype(float))
+
+    intervals = measures.compute_clip_intervals(clip_scores(labels, right), labels)
     assert intervals.keys() == {"top1"}  # without distractors, there is no AUROC
     np.testing.assert_allclose(intervals["top1"], expected, atol=0.02)
+
+    # All clips score above all of 60 distractors, so only wrong names count.
+    labels = np.append(labels, np.zeros(60, int))
+    clips = clip_scores(labels, np.append(right, np.zeros(60, bool)))
+    _, row = open_set(clips, labels, num_identities=60)["rates"]  # FPIR of 1 % and of 10 %
+    fnir = 1 - row["fnir_high"], 1 - row["fnir_low"]
+    np.testing.assert_allclose(fnir, expected, atol=0.02)
+    perfect = significance.map_interval(np.ones(60))
+    area = measures.compute_clip_intervals(clips, labels)["auroc"]
+    np.testing.assert_allclose(area, perfect, atol=0.01)
 
 
 def test_intervals_do_not_depend_on_the_number_of_cores():
@@ -406,8 +414,8 @@ def test_intervals_treat_clips_of_one_person_as_dependent():
     copies = clip_scores(clips.best[again], clips.right[again])
     _, copied = open_set(copies, labels[again], num_identities=200)["rates"]
 
-    assert single["fnir_low"] == copied["fnir_low"]
-    assert single["fnir_high"] == copied["fnir_high"]
+    assert single["fnir_low"] == pytest.approx(copied["fnir_low"])
+    assert single["fnir_high"] == pytest.approx(copied["fnir_high"])
 
 
 def test_calibration_stays_finite_for_certain_but_wrong_clips():

@@ -216,6 +216,26 @@ def test_settings_are_fitted_on_enough_people_if_people_have_many_clips(clips, p
     assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
 
 
+def test_settings_are_fitted_on_enough_people_if_most_people_have_one_clip():
+    labels = np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600))  # 50 people have two
+    wanted = plda_fit.draw_identities(labels, seed=0)
+    assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
+    assert np.sum(np.bincount(labels[wanted]) == 2) == plda_fit.FEWEST_PEOPLE
+
+
+def test_settings_are_fitted_if_no_clip_or_only_one_clip_has_a_modality():
+    labels = np.repeat(np.arange(1, 31), 4)
+    faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
+    vectors = {"face": faces.reshape(-1, 16), "audio": np.zeros((120, 16))}
+    for scarce in (0, 1):
+        vectors["audio"][:scarce] = 0.25
+        fitted = plda_fit.fit_settings(vectors, labels, given={}, seed=0)
+        assert fitted.stranger != plda_fit.PRIOR["stranger"]
+    nothing = {name: np.zeros((120, 16)) for name in vectors}
+    typical = plda_fit.fit_settings(nothing, labels, given={}, seed=0)
+    assert typical.stranger == plda_fit.PRIOR["stranger"]
+
+
 @pytest.mark.slow
 def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     labels = np.repeat(np.arange(1, 31), 4)

@@ -375,6 +375,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
             f"A run is the mean of {len(first.seeds)} seeds, paired in the order given. "
             "If the seeds vary more than the identities, the interval is wide. With only two seeds "
             "it then contains the true difference in about 9 of 10 cases. "
+            "If only a few identities differ, the interval is too narrow. "
             "The intervals are not corrected for the number of comparisons."
         )
     elif len(runs) > 2:

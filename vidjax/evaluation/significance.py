@@ -123,7 +123,8 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     The runs of a group differ only in their seeds. A group has average precisions [C] for each of
     two or more runs. Runs of two groups are paired in their order. The interval is a t interval, in
     which both identities and seeds vary. An interval of two standard errors would be far too narrow
-    if two or three seeds vary more than the identities. There must be two or more identities.
+    if two or three seeds vary more than the identities. The t interval is too narrow if only a few
+    identities differ. There must be two or more identities.
 
     Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
     """

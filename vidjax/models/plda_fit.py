@@ -173,8 +173,8 @@ def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
 
     If more than MAX_FITTED_CLIPS clips have such labels, only clips of random identities are True,
-    and at most MAX_CLIPS_OF_A_PERSON random clips of an identity. So no person with many clips can
-    leave fewer than FEWEST_PEOPLE people for the fit.
+    and at most MAX_CLIPS_OF_A_PERSON random clips of an identity. FEWEST_PEOPLE identities with two
+    clips or more are always among them, if there are so many.
     """
     wanted = labels > 0
     if np.sum(wanted) <= MAX_FITTED_CLIPS:
@@ -182,6 +182,8 @@ def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     known, counts = np.unique(labels[wanted], return_counts=True)
     order = rng.permutation(len(known))
+    first = np.flatnonzero(counts[order] > 1)[:FEWEST_PEOPLE]
+    order = np.concatenate([order[first], np.delete(order, first)])
     totals = np.cumsum(np.minimum(counts[order], MAX_CLIPS_OF_A_PERSON))
     enough = np.searchsorted(totals, MAX_FITTED_CLIPS, side="right")
     rows = rng.permutation(np.flatnonzero(np.isin(labels, known[order[:enough]])))
@@ -260,8 +262,9 @@ def _hold_out(
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    The remaining identities, which are random, become strangers. Returns None if a modality has no
-    enrolled clip, or if the held-out clips show no known people or no strangers.
+    The remaining identities, which are random, become strangers. Modalities without an enrolled
+    clip are left out. Returns None if all are left out, or if the held-out clips show no known
+    people or no strangers.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -274,7 +277,7 @@ def _hold_out(
         hidden = (rng.random(1 + num_identities) < HIDDEN) & (len(vectors) > 1)
         visible = enrolled & present & ~hidden[labels]
         if not visible.any():
-            return None
+            continue
         share = two_covariance.centre_share(len(np.unique(labels[visible])))
         centre = share * x[visible].mean(axis=0)
         centred = two_covariance.unit_vectors_from(centre, x)
@@ -288,6 +291,8 @@ def _hold_out(
             pair = two_covariance.make_totals(to_enrol[chosen], labels[chosen], 1 + num_identities)
             parts[kind].append(pair)
         parts["queries"].append(centred[held_out])
+    if not parts["totals"]:
+        return None
     known = np.any([count > 0 for count, _ in parts["totals"]], axis=0)
     answers = np.where(known[labels[held_out]], labels[held_out], 0).astype(np.int32)
     return _Fold(labels=answers, **parts) if answers.any() and not answers.all() else None

@@ -279,7 +279,8 @@ def identities(run: RunFiles) -> Markup | None:
     low, median = np.quantile(values, [0.1, 0.5]).tolist()
     perfect = float(np.mean(values == 1))
     words = html.paragraph(
-        "{} of {} identities have an average precision of 1. The median is {}; 10 % are below {}.",
+        "{} of {} identities have an average precision of 1. The median is {}, and the 10 % "
+        "quantile is {}.",
         html.number(perfect, 1, percent=True), html.number(len(values)), html.number(median, 3),
         html.number(low, 3),
     )  # fmt: skip
@@ -412,9 +413,9 @@ def _thresholds(run: RunFiles, open_set: schemas.OpenSet) -> Markup:
         parts.append(html.paragraph(words))
     words = (
         "The interval of FPIR is exact, from the beta distribution of the order statistic. The "
-        "interval of FNIR is from {} bootstrap samples of the people, with all their clips, "
-        "and of the distractors. Each sample has its own threshold. If fewer than four distractors "
-        "pass, the interval is too narrow."
+        "interval of FNIR is from {} bootstrap samples of the people and an unseen person, with "
+        "all their clips, and of the distractors. Each sample has its own threshold. If fewer than "
+        "four distractors pass, the interval is too narrow."
     )
     return Markup().join([*parts, html.paragraph(words, html.number(open_set.resamples))])
 
