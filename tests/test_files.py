@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import contextlib
+import errno
+import fcntl
 import functools
 import os
 import shutil
@@ -18,9 +20,11 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
+from vidjax.data.cache import exclusive
 from vidjax.runs import checkpoint, results
 from vidjax.runs.results import Logs
 from vidjax.utils import files
+from vidjax.utils.errors import describe_system_error
 
 
 def test_failed_write_leaves_no_file(tmp_path):
@@ -40,6 +44,17 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
 
     assert os.listdir(tmp_path) == ["x"]
     assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
+
+
+def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre without `-o flock`
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError) as raised, exclusive(tmp_path / "cache" / "folder"):
+        pass
+    text = str(describe_system_error(raised.value))
+    assert str(tmp_path) in text and "another disk" in text
 
 
 @pytest.mark.parametrize("handler", [

@@ -82,6 +82,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # the file system has no locks
+            raise OSError(error.errno, error.strerror, str(path)) from error
         for left_over in files.list_partials(folder):
             # A child of a killed process may still write there. The next call deletes the rest.
             shutil.rmtree(left_over, ignore_errors=True)
