@@ -46,6 +46,16 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
     assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
 
 
+def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch):
+    def refuse(path, mode, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))  # as on CIFS
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with files.atomic_folder(tmp_path / "x") as partial:
+        (partial / "a.txt").write_text("a")
+    assert (tmp_path / "x" / "a.txt").read_text() == "a"
+
+
 def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre without `-o flock`

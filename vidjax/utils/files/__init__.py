@@ -38,6 +38,7 @@ from vidjax.utils.files.writing import (
     append,
     atomic_file,
     atomic_folder,
+    hide,
     list_partials,
     make_folder,
     make_private,
