@@ -8,8 +8,10 @@ import functools
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from vidjax.runs import checkpoint, results
 from vidjax.runs.results import Logs
 from vidjax.utils import files
 from vidjax.utils.errors import describe_system_error
+from vidjax.utils.files import reading
 
 
 def test_failed_write_leaves_no_file(tmp_path):
@@ -54,6 +57,14 @@ def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch)
     with files.atomic_folder(tmp_path / "x") as partial:
         (partial / "a.txt").write_text("a")
     assert (tmp_path / "x" / "a.txt").read_text() == "a"
+
+
+def test_large_file_is_read_if_the_disk_reports_no_blocks(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"content")
+    monkeypatch.setattr(reading, "LARGE_BYTES", 1)
+    status = SimpleNamespace(st_mode=stat.S_IFREG, st_size=7, st_blocks=0)  # as in an HSM archive
+    monkeypatch.setattr(os, "fstat", lambda descriptor: status)
+    assert files.read_bytes(tmp_path / "x", 7) == b"content"
 
 
 def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp_path, monkeypatch):
