@@ -135,6 +135,7 @@ def test_printed_configuration_lists_the_origin_of_each_value(command):
     (OSError(errno.ENOSPC, "No space left on device"), 2),
     (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 2),
     (RuntimeError("Could not determine home directory."), 2),
+    (RuntimeError("This version of jaxlib was built using AVX instructions, which"), 2),
     (OSError(errno.ESTALE, "Stale file handle"), 2),  # of an open file on a network disk
     (OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/drive/x"), 2),
     (OSError(errno.EINVAL, "Invalid argument", "/usb/A: B"), 2),  # on a disk of Windows

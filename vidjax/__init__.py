@@ -16,6 +16,9 @@ that `Gallery.of_models` makes needs neither of them.
 
 import sys
 
+if sys.platform == "win32":
+    raise ImportError("vidjax needs Linux: on Windows, install vidjax in WSL (wsl --install)")
+
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     # `python -m vidjax` looks for modules in the current folder first. This folder may contain
     # files of a stranger: a `json.py` there would be run. So the folder is searched last.

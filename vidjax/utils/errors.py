@@ -140,6 +140,11 @@ def describe_system_error(error: BaseException) -> str | None:
             "a path begins with ~, and the home folder of the user is not known\n"
             "for your own folder, write ~/; if you have none, set the variable HOME to a folder"
         )
+    if isinstance(error, RuntimeError) and "jaxlib was built using" in str(error):
+        return (
+            "jax needs a processor with the instructions AVX\n"
+            "in a virtual machine, let the machine use the processor of its host"
+        )
     if isinstance(error, OSError) and "temporary directory" in str(error):
         return (
             "no folder for temporary files can be written\n"
