@@ -227,6 +227,19 @@ def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
 
 
+def test_old_checkpoint_in_the_image_of_a_container_is_removed(tmp_path, items, monkeypatch):
+    def refuse(old, new, rename=os.rename):
+        if os.path.basename(old) == "1":
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(old))
+        rename(old, new)
+
+    checkpoint.save(tmp_path, 1, items, {})
+    monkeypatch.setattr(os, "rename", refuse)
+    for step in (2, 3):
+        checkpoint.save(tmp_path, step, items, {})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
 def test_last_evaluated_checkpoint_is_kept_instead_of_the_second_latest(tmp_path, items):
     evaluated = {"evaluated": True, "map": 0.5}
     for step, facts in enumerate((evaluated, evaluated, {}, {}), 1):
