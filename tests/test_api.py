@@ -93,6 +93,13 @@ def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
     )
 
 
+def test_import_on_windows_names_the_remedy(python):
+    python(
+        "import pytest, sys\nsys.platform = 'win32'\n"
+        "with pytest.raises(ImportError, match='needs Linux.*WSL'):\n    import vidjax\n"
+    )
+
+
 def test_load_config_describes_the_expected_arguments():
     load = UNTYPED.load_config
 

@@ -139,6 +139,10 @@ def test_printed_configuration_lists_the_origin_of_each_value(command):
     (OSError(errno.ENOSPC, "No space left on device"), 2),
     (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 2),
     (RuntimeError("Could not determine home directory."), 2),
+    (RuntimeError("This version of jaxlib was built using AVX instructions, which"), 2),
+    (OSError(errno.ESTALE, "Stale file handle"), 2),  # of an open file on a network disk
+    (OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/drive/x"), 2),
+    (OSError(errno.EINVAL, "Invalid argument", "/usb/A: B"), 2),  # on a disk of Windows
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2),
     (ModuleNotFoundError("no", name="pyarrow"), 2),
     (CheckpointError("none"), 3), (Interrupted(signal.SIGTERM, step=3), 143),

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,16 @@ def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, co
         assert frame.rgb is None or red_corners(frame.rgb) == [0]
     assert (video.counts.frames, video.counts.corrupt, video.counts.damaged) == (30, 0, False)
     assert video.counts.seconds == pytest.approx(1.2, abs=0.002)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
+    """Other threads may be refused, for example by `ulimit -u`. Then pictures would be lost."""
+    with decode.open_video(film) as video:
+        before = len(os.listdir("/proc/self/task"))
+        frames = video.frames(5)
+        next(frames)
+        assert len(os.listdir("/proc/self/task")) <= before
 
 
 # The stored pictures have a width of 160. An aspect ratio of 64 is ignored as a mistake.

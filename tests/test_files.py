@@ -2,12 +2,16 @@
 
 import concurrent.futures
 import contextlib
+import errno
+import fcntl
 import functools
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +22,12 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
+from vidjax.data.cache import exclusive
 from vidjax.runs import checkpoint, results
 from vidjax.runs.results import Logs
 from vidjax.utils import files
+from vidjax.utils.errors import describe_system_error
+from vidjax.utils.files import reading
 
 
 def test_failed_write_leaves_no_file(tmp_path):
@@ -52,6 +59,35 @@ def test_atomic_folder_removes_what_killed_calls_left(tmp_path):
 
         (tmp_path / "x").rmdir()
     assert {*os.listdir(tmp_path)} == {"x", "x.mine.partial", "y.0123abcd.partial"}
+
+
+def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch):
+    def refuse(path, mode, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))  # as on CIFS
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with files.atomic_folder(tmp_path / "x") as partial:
+        (partial / "a.txt").write_text("a")
+    assert (tmp_path / "x" / "a.txt").read_text() == "a"
+
+
+def test_large_file_is_read_if_the_disk_reports_no_blocks(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"content")
+    monkeypatch.setattr(reading, "LARGE_BYTES", 1)
+    status = SimpleNamespace(st_mode=stat.S_IFREG, st_size=7, st_blocks=0)  # as in an HSM archive
+    monkeypatch.setattr(os, "fstat", lambda descriptor: status)
+    assert files.read_bytes(tmp_path / "x", 7) == b"content"
+
+
+def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre without `-o flock`
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError) as raised, exclusive(tmp_path / "cache" / "folder"):
+        pass
+    text = str(describe_system_error(raised.value))
+    assert str(tmp_path) in text and "another disk" in text
 
 
 @pytest.mark.parametrize("handler", [
@@ -201,6 +237,19 @@ def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
 
     assert checkpoint.find_best(checkpoint.manifests(tmp_path)) == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+
+
+def test_old_checkpoint_in_the_image_of_a_container_is_removed(tmp_path, items, monkeypatch):
+    def refuse(old, new, rename=os.rename):
+        if os.path.basename(old) == "1":
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(old))
+        rename(old, new)
+
+    checkpoint.save(tmp_path, 1, items, {})
+    monkeypatch.setattr(os, "rename", refuse)
+    for step in (2, 3):
+        checkpoint.save(tmp_path, step, items, {})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
 def test_last_evaluated_checkpoint_is_kept_instead_of_the_second_latest(tmp_path, items):

@@ -213,6 +213,13 @@ def test_a_file_that_grep_cannot_read_hides_no_other_file(tmp_path, places, monk
     }  # fmt: skip
 
 
+def test_other_files_are_unread_if_grep_lacks_an_option(tmp_path, places, monkeypatch):
+    (tmp_path / "grep").write_text("#!/bin/sh\necho unknown option >&2; exit 2\n")  # as of BusyBox
+    (tmp_path / "grep").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert places(f"--identity={GONE}", tmp_path) == {".": ("unread", "install GNU grep")}
+
+
 def test_forget_ignores_the_ending_of_a_clip(tmp_path, places):
     for clip in ("c1", "c1.mp4"):  # a server keeps the ending
         made_galleries.make(tmp_path / clip, {clip: made_galleries.make_clip(1, GONE)})

@@ -17,6 +17,9 @@ that `Gallery.of_models` makes needs neither of them.
 import os
 import sys
 
+if sys.platform == "win32":
+    raise ImportError("vidjax needs Linux: on Windows, install vidjax in WSL (wsl --install)")
+
 # ONNX Runtime reads it when it is imported. By default, ONNX Runtime writes a number that
 # identifies the machine to the home folder, and sends it to its makers.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import unicodedata
@@ -369,15 +368,16 @@ def _search_files(
     names `given`, which the user typed, are also searched in other encodings. Returns the places
     that contain a name, cannot be read, or are compressed.
     """
-    if shutil.which("grep") is None:
-        about = "other files are not searched, because grep is not installed"
-        return [Place("unread", Path(), about, "install grep")]
     patterns = _make_patterns(names)
     words, order = [os.fsencode(path.name) for path in paths], [*paths]
-    rows = [
-        row for flags, some in patterns.items()
-        for row in _run_grep(f"-znia{flags}", some, text=b"\0".join(words))
-    ]  # fmt: skip
+    try:
+        rows = [
+            row for flags, some in patterns.items()
+            for row in _run_grep(f"-znia{flags}", some, text=b"\0".join(words))
+        ]  # fmt: skip
+    except OSError as error:
+        about = f"other files are not searched: {str(error).splitlines()[0]}"
+        return [Place("unread", Path(), about, "install GNU grep")]
     named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
     named = {path for path in named if not named.intersection(path.parents)}
     about, remedy = "its path contains one of the names", "it is your file: delete it, or rename it"

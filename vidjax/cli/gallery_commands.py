@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -583,7 +582,7 @@ def _export(args: argparse.Namespace) -> Result:
         unit = z / np.linalg.norm(z, axis=1, keepdims=True)
         columns[part] = ("float32", np.nan_to_num(unit).astype(np.float32))
     with files.atomic_file(out) as file:
-        os.fchmod(file.fileno(), 0o600)
+        files.hide(Path(file.name))
         file.write(tables.to_parquet(tables.to_arrow(columns)))
     rows = {"clips": f"{len(names):,}", "table": str(out)}
     return Result({"table": str(out), "clips": len(names)}, rows)

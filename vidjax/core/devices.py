@@ -46,7 +46,8 @@ def cache_programs(folder: Path) -> None:
     if foreign := find_foreign_folder(programs):
         warn(
             f"compiled programs are not cached: another user may change '{foreign}'\n"
-            f"run 'chmod go-w {foreign}', or choose another folder with VIDJAX_CACHE=FOLDER"
+            f"if it is your folder, run 'chmod go-w {foreign}'; otherwise set VIDJAX_CACHE=FOLDER\n"
+            "if you trust the other users, set JAX_COMPILATION_CACHE_DIR=FOLDER"
         )
         return
     # Machines with different processors may share the cache.

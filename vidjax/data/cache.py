@@ -78,6 +78,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # the file system has no locks
+            raise OSError(error.errno, error.strerror, str(path)) from error
         yield
 
 

@@ -275,7 +275,7 @@ def _set_aside(folder: Path) -> None:
     if files.exists(folder):
         numbers = ("", *(f"-{number}" for number in range(2, 1000)))
         names = (folder.with_name(f"{folder.name}.damaged{number}") for number in numbers)
-        os.rename(folder, next(name for name in names if not files.exists(name)))
+        shutil.move(folder, next(name for name in names if not files.exists(name)))
 
 
 def _refuse_link(folder: Path) -> None:
@@ -304,6 +304,7 @@ def _drop_others(workdir: Path) -> None:
         if not _has_only_our_files(partial.with_name(str(step)), steps[step]):
             continue
         partial.mkdir(exist_ok=True)
-        # Renamed first, so that an interrupted deletion leaves no incomplete step.
-        os.rename(partial.with_name(str(step)), partial / str(step))
+        # Renamed first, so that an interrupted deletion leaves no incomplete step. Containers copy
+        # folders of their image, because they cannot rename them.
+        shutil.move(partial.with_name(str(step)), partial / str(step))
     files.remove_tree(partial)

@@ -101,6 +101,8 @@ def check_argument(
         raise ArgumentError(f"{argument} must be {wanted}, not{kind}{text[:100]}")
 
 
+# ENOTCONN and EHOSTDOWN: the program or the server of a mounted disk has ended.
+_FAILURES = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT)
 _REMEDIES = {
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         "free some space on that disk, or choose a folder on another disk",
@@ -111,12 +113,18 @@ _REMEDIES = {
     (errno.ENAMETOOLONG,): "choose a shorter name",
     (errno.ELOOP,): "name the folder itself: its links lead in a circle",
     (errno.EMFILE, errno.ENFILE): "allow more open files: ulimit -n 4096",
-    (errno.EIO, errno.ESTALE): "the disk or the network fails: try again, or use another disk",
+    (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        "choose a folder on another disk, because this disk does not support the operation",
+    (errno.EINVAL, errno.EILSEQ):
+        "choose another name or another disk, because this disk may not allow such names",
+    _FAILURES: "the disk or the network fails: try again, or use another disk",
 }  # fmt: skip
 # Number of a system error -> remedy.
 REMEDIES = {number: remedy for numbers, remedy in _REMEDIES.items() for number in numbers}
 # An error of writing to an open file has one of these numbers and no path.
-_WITHOUT_PATH = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO)
+_WITHOUT_PATH = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, *_FAILURES,
+)  # fmt: skip
 
 
 def describe_system_error(error: BaseException) -> str | None:
@@ -131,6 +139,11 @@ def describe_system_error(error: BaseException) -> str | None:
         return (
             "a path begins with ~, and the home folder of the user is not known\n"
             "for your own folder, write ~/; if you have none, set the variable HOME to a folder"
+        )
+    if isinstance(error, RuntimeError) and "jaxlib was built using" in str(error):
+        return (
+            "jax needs a processor with the instructions AVX\n"
+            "in a virtual machine, let the machine use the processor of its host"
         )
     if isinstance(error, OSError) and "temporary directory" in str(error):
         return (

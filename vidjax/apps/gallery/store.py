@@ -362,7 +362,9 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
         if name.startswith("SQLITE_BUSY"):
             raise InUseError(
                 f"gallery '{path.parent}' is in use by another process, or by an open "
-                "'with gallery.change()' of this program\ntry again when the other change has ended"
+                "'with gallery.change()' of this program\n"
+                "try again when the other change has ended\n"
+                "if no program uses it, its disk has no locks: copy it to a folder on another disk"
             ) from error
         if name.startswith("SQLITE_READONLY") and write:
             raise UnwritableError(

@@ -461,5 +461,6 @@ def _resize(
     from av.video.reformatter import Interpolation
 
     area = Interpolation.AREA
-    resized = reformatter.reformat(frame, width, height, "rgb24", interpolation=area)
+    # By default, PyAV starts up to 16 threads, but parallel processes use the cores.
+    resized = reformatter.reformat(frame, width, height, "rgb24", interpolation=area, threads=1)
     return resized.to_ndarray()

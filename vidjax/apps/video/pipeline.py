@@ -543,7 +543,7 @@ def _take_results(
         if thumbnails[0].exists():
             (thumbnails[1] / job.stem).mkdir(mode=0o700, exist_ok=True)
             for picture in thumbnails[0].iterdir():
-                picture.chmod(0o600)
+                files.hide(picture)
                 os.replace(picture, thumbnails[1] / job.stem / picture.name)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:

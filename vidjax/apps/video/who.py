@@ -818,7 +818,7 @@ def write(
         return place if film.photo else f"{place}#t={seconds:.1f}"
 
     files.write_text(out / PAGE, render_page(out, gallery, decision, address))
-    (out / PAGE).chmod(0o600)
+    files.hide(out / PAGE)
 
 
 def render_page(

@@ -39,6 +39,7 @@ from vidjax.utils.files.writing import (
     atomic_file,
     atomic_folder,
     disk_errors,
+    hide,
     make_folder,
     make_private,
     open_log,

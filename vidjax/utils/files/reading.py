@@ -76,11 +76,15 @@ def open_regular(
                 f"'{path}' is too large: it has {size:,} bytes, and the limit is {limit:,}\n"
                 "restore the original file"
             )
-        if size > LARGE_BYTES and 10 * 512 * status.st_blocks < size:
+        # Some disks report few blocks of a file without holes: an archive on tape, or a new file.
+        few_blocks = size > LARGE_BYTES and 10 * 512 * status.st_blocks < size
+        if few_blocks and os.lseek(descriptor, 0, os.SEEK_HOLE) < size:
             raise UserError(
                 f"'{path}' is damaged: most of its {size:,} bytes are holes of a sparse file\n"
                 "restore the original file"
             )
+        if few_blocks:
+            os.lseek(descriptor, 0, os.SEEK_SET)
         mode = "r+b" if flags & os.O_RDWR else "ab" if flags & os.O_WRONLY else "rb"
         # With an opener, the opened file has its path as `name`, which messages show.
         return open(path, mode, buffering=0, opener=lambda *_: descriptor)

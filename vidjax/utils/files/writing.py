@@ -205,7 +205,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 held.enter_context(_lock_folder(partial))
             yield partial
             for path in partial.rglob("*"):
-                path.chmod(0o700 if path.is_dir() else 0o600)
+                hide(path)
             _rename_to_new(partial, folder)
     except OSError as error:
         if error.strerror and not error.filename:  # a DiskError contains the path
@@ -251,6 +251,15 @@ def _rename_to_new(partial: Path, folder: Path) -> None:
             f"another process has made '{folder}' in the meantime, and it is not replaced\n"
             "move this folder elsewhere, and repeat the command"
         ) from error
+
+
+def hide(path: Path) -> None:
+    """Lets only this user read a file or open a folder, if the disk stores permissions.
+
+    A network drive or a disk of Windows may store none, and refuse to change them.
+    """
+    with contextlib.suppress(PermissionError):
+        path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def make_private(folder: Path) -> None:
