@@ -7,6 +7,7 @@ the answers of `Gallery.identify`.
 import asyncio
 import contextlib
 import errno
+import gc
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -416,6 +418,27 @@ def test_wrong_requests_get_a_one_line_error(inside):
     assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert inside.ask("GET", "/nothing")[0] == 404
     assert inside.ask("PUT", "/identify")[0] == 405
+
+
+def test_refused_requests_do_not_stay_in_memory(inside, monkeypatch):
+    """An error and its traceback would refer to each other, and so keep the body in memory."""
+    errors_of, to_refusal = [], limits_lib.to_refusal
+
+    def convert(error):
+        errors_of.append(weakref.ref(error))
+        return to_refusal(error)
+
+    monkeypatch.setattr(limits_lib, "to_refusal", convert)
+    body = {"clips": servers.as_json({"a": servers.make_frames(1, "nobody")})}
+    gc.disable()
+    try:
+        inside.ask("POST", "/identify", {"clips": [{"clip": "a", "face": [[0.5] * 7]}]})
+        inside.ask("POST", "/identify", {**body, "fpir": 0.0001})  # refused in a batch
+        inside.ask("DELETE", "/identities/nobody")  # refused in a change
+        inside.ask("GET", "/v2")  # the server has finished the requests before
+        assert [error() for error in errors_of] == [None] * 3
+    finally:
+        gc.enable()
 
 
 INFER = "/v2/models/gallery/infer"
