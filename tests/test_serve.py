@@ -717,6 +717,20 @@ def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatc
                 time.sleep(0.1)
 
 
+def test_answer_that_nobody_reads_is_cut_off_with_one_line_in_the_log(people, caplog, monkeypatch):
+    monkeypatch.setattr(app_lib, "describe", lambda *_: "a long answer " * (1 << 20))
+    with Inside(people, limits=SMALL._replace(held_bytes=1 << 30)) as server:
+        caplog.clear()
+        with socket.create_connection(("127.0.0.1", server.port)) as unread:
+            unread.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            end = time.monotonic() + 30
+            while not caplog.records:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+    (record,) = caplog.records
+    assert record.name == "uvicorn.error" and not record.exc_info
+
+
 STUCK = """\
 import sys, threading
 from vidjax.apps.gallery.gallery import Gallery
