@@ -9,6 +9,7 @@ import math
 import re
 import traceback
 from collections.abc import Collection, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,10 +100,12 @@ def shipped_folder() -> Path:
 def load_module(path: Path) -> ModuleType:
     """Executes a configuration file. Raises UserError if it has no function `get_config`."""
     spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if spec is None or not isinstance(spec.loader, SourceFileLoader):
         raise UserError(f"--config: '{path}' is not a Python file: end the name in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # `exec_module` could use the bytecode of an older file: it compares only size and second.
+    code = spec.loader.source_to_code(path.read_bytes(), spec.loader.path)
+    exec(code, vars(module))  # noqa: S102  (a configuration file is a program)
     if not hasattr(module, "get_config"):
         raise UserError(
             f"--config: '{path}' has no function get_config\n"
