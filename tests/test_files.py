@@ -178,6 +178,18 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, items):
             restore_latest(tmp_path, {**items, "params": {"a": other}})
 
 
+def test_ctrl_c_while_a_checkpoint_is_read_does_not_count_as_damage(tmp_path, items, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    def load(*args):
+        raise KeyError("no handler") from KeyboardInterrupt()  # as Orbax does
+
+    checkpoint.save(tmp_path, 5, items, {})
+    monkeypatch.setattr(ocp, "load_checkpointables", load)
+    with pytest.raises(KeyboardInterrupt):
+        restore_latest(tmp_path, items)
+
+
 def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, monkeypatch):
     for step in (2, 3):
         checkpoint.save(tmp_path, step, items, {})
