@@ -18,7 +18,7 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
-from vidjax.runs import checkpoint, results
+from vidjax.runs import checkpoint, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
 
@@ -188,6 +188,15 @@ def test_ctrl_c_while_a_checkpoint_is_read_does_not_count_as_damage(tmp_path, it
     monkeypatch.setattr(ocp, "load_checkpointables", load)
     with pytest.raises(KeyboardInterrupt):
         restore_latest(tmp_path, items)
+
+
+def test_second_ctrl_c_in_a_notebook_raises_keyboard_interrupt_and_keeps_the_process():
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), signals.catch_interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.signum == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, monkeypatch):
