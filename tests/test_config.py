@@ -214,6 +214,14 @@ def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     assert config_io.load_file("~/configs/mma.py").model.name == "knn"
 
 
+def test_file_that_changes_twice_in_a_second_is_read_again(tmp_path):
+    """Python would use the bytecode of the first file, because both files have the same size."""
+    text = (ROOT / "configs" / "knn.py").read_text()
+    for size in (128, 512):
+        (tmp_path / "mine.py").write_text(text.replace("batch_size = 256", f"batch_size = {size}"))
+        assert load(str(tmp_path / "mine.py")).batch_size == size
+
+
 def test_page_of_configurations_equals_the_generated_documentation():
     page = (ROOT / "configs" / "README.md").read_text()
     assert docs.update(page) == page, "python -m tests.helpers.docs configs/README.md"

@@ -23,7 +23,7 @@ from tests.helpers.seen import refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
 from vidjax.data.cache import exclusive
-from vidjax.runs import checkpoint, results
+from vidjax.runs import checkpoint, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
 from vidjax.utils.errors import describe_system_error
@@ -212,6 +212,27 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, items):
     for other in (jnp.ones((4, 3)), jnp.ones((4, 2), jnp.bfloat16)):
         with pytest.raises(checkpoint.CheckpointError, match=r"another model(.|\n)*float32\[4, 2"):
             restore_latest(tmp_path, {**items, "params": {"a": other}})
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_does_not_count_as_damage(tmp_path, items, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    def load(*args):
+        raise KeyError("no handler") from KeyboardInterrupt()  # as Orbax does
+
+    checkpoint.save(tmp_path, 5, items, {})
+    monkeypatch.setattr(ocp, "load_checkpointables", load)
+    with pytest.raises(KeyboardInterrupt):
+        restore_latest(tmp_path, items)
+
+
+def test_second_ctrl_c_in_a_notebook_raises_keyboard_interrupt_and_keeps_the_process():
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), signals.catch_interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.signum == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, monkeypatch):

@@ -101,7 +101,7 @@ ABSENT = (
     "ml_collections", "absl", "sklearn", "matplotlib",
 )  # fmt: skip
 USE_GALLERY = """
-import sys
+import multiprocessing, sys
 sys.modules |= dict.fromkeys(sys.argv[1:])  # an import of these packages fails
 
 import numpy as np
@@ -113,6 +113,11 @@ clips = {n: dict(np.load(f"in/{n}.npz")) for n in "012"}
 gallery = Gallery("g")
 assert [x.identity for x in gallery.identify(clips).values()] == [*gallery]
 assert gallery.identify(clips, fpir=0.25) and gallery.threshold(0.25).score < 0
+child = multiprocessing.get_context("fork").Process(target=gallery.identify, args=(clips,))
+child.start()  # threads that computed the answers above do not exist in this child
+child.join(60)
+child.kill()
+assert child.exitcode == 0
 assert gallery.enrol({"new": clips["0"]}, "0").enrolled == 1
 assert gallery.relabel("new", "1") == "0" and gallery.remove(clip="new") == 1
 for words in (

@@ -1,6 +1,7 @@
 """The remedy of an error works as it is printed. Runs and galleries refuse wrong arguments."""
 
 import json
+import pickle
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 import vidjax
 from tests.helpers import clip_files, servers
 from tests.helpers.seen import refused
+from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.runs.signals import Interrupted
+from vidjax.utils.errors import DiskError
 
 # A wrong command, a pattern that finds the remedy in its error, and a command with the remedy.
 COMMANDS = [
@@ -46,6 +50,14 @@ def test_suggested_command_of_an_error_runs(
         assert match, typed
         words = corrected.format(match[1]).removeprefix("vidjax ")
         assert say(*shlex.split(words)), typed
+
+
+def test_errors_pass_from_one_process_to_another():
+    """An error that cannot be unpickled would end a pool of processes, or let it wait forever."""
+    for error in (NotEnrolledError("clip", "clp", {"clip"}), Interrupted(15, 7), DiskError("full")):
+        received = pickle.loads(pickle.dumps(error))
+        assert type(received) is type(error) and str(received) == str(error)
+        assert received.exit_code == error.exit_code
 
 
 def test_gallery_refuses_wrong_arguments_and_names_the_remedy(nearest_run, tmp_path):

@@ -7,6 +7,7 @@ the answers of `Gallery.identify`.
 import asyncio
 import contextlib
 import errno
+import gc
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -418,6 +420,27 @@ def test_wrong_requests_get_a_one_line_error(inside):
     assert inside.ask("PUT", "/identify")[0] == 405
 
 
+def test_refused_requests_do_not_stay_in_memory(inside, monkeypatch):
+    """An error and its traceback would refer to each other, and so keep the body in memory."""
+    errors_of, to_refusal = [], limits_lib.to_refusal
+
+    def convert(error):
+        errors_of.append(weakref.ref(error))
+        return to_refusal(error)
+
+    monkeypatch.setattr(limits_lib, "to_refusal", convert)
+    body = {"clips": servers.as_json({"a": servers.make_frames(1, "nobody")})}
+    gc.disable()
+    try:
+        inside.ask("POST", "/identify", {"clips": [{"clip": "a", "face": [[0.5] * 7]}]})
+        inside.ask("POST", "/identify", {**body, "fpir": 0.0001})  # refused in a batch
+        inside.ask("DELETE", "/identities/nobody")  # refused in a change
+        inside.ask("GET", "/v2")  # the server has finished the requests before
+        assert [error() for error in errors_of] == [None] * 3
+    finally:
+        gc.enable()
+
+
 INFER = "/v2/models/gallery/infer"
 FACE = {"name": "face", "shape": [1, 1, 8], "datatype": "FP32"}
 
@@ -692,6 +715,20 @@ def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatc
             while server.server.server_state.connections and sys.platform == "linux":
                 assert time.monotonic() < end
                 time.sleep(0.1)
+
+
+def test_answer_that_nobody_reads_is_cut_off_with_one_line_in_the_log(people, caplog, monkeypatch):
+    monkeypatch.setattr(app_lib, "describe", lambda *_: "a long answer " * (1 << 20))
+    with Inside(people, limits=SMALL._replace(held_bytes=1 << 30)) as server:
+        caplog.clear()
+        with socket.create_connection(("127.0.0.1", server.port)) as unread:
+            unread.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            end = time.monotonic() + 30
+            while not caplog.records:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+    (record,) = caplog.records
+    assert record.name == "uvicorn.error" and not record.exc_info
 
 
 STUCK = """\

@@ -135,6 +135,9 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     numbers(films / "b.mkv")
     kept = (drawn.out / "unknown.json").read_text()
     assert "b.s000" in kept and "a.s000" not in kept
+    # The numbers of Eve and Ada, whose films are gone, are not used again.
+    write_film(films / "e.mkv", shot("Ada"))
+    assert numbers(films / "e.mkv")["e.s000.t00"] == "unknown 4"
     # A number is not used again for another person after it was joined with a lower number.
     joined = who.read_numbers(drawn.out).join(["unknown 2", "unknown 7"])
     assert joined.keep([], ()).highest == 7

@@ -201,6 +201,8 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
     try:
         restored = ocp.load_checkpointables(str(checkpoint.folder / "state"), wanted)
     except Exception as error:  # the digests agree, but Orbax cannot read the files
+        if isinstance(error.__cause__, KeyboardInterrupt):  # which Orbax replaces
+            raise error.__cause__ from None
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DamagedError(f"cannot read '{checkpoint.folder / 'state'}': {reason}") from error
     return {name: restored.get(name, tree) for name, tree in abstract.items()}

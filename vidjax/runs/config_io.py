@@ -9,8 +9,9 @@ import math
 import re
 import traceback
 from collections.abc import Collection, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from vidjax.runs import config as config_lib
@@ -96,13 +97,21 @@ def shipped_folder() -> Path:
     return Path(__file__).parents[2] / "configs"
 
 
+class _Loader(SourceFileLoader):
+    """Loads a file without cached bytecode, which may be of an older file of the same second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_module(path: Path) -> ModuleType:
     """Executes a configuration file. Raises UserError if it has no function `get_config`."""
-    spec = importlib.util.spec_from_file_location(f"vidjax_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise UserError(f"--config: '{path}' is not a Python file: end the name in .py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
+    module = ModuleType(loader.name)
+    module.__file__ = loader.path
+    loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(
             f"--config: '{path}' has no function get_config\n"

@@ -1,4 +1,8 @@
-"""Makes the first SIGINT or SIGTERM save and stop a run, and the second end the process."""
+"""Makes the first SIGINT or SIGTERM save and stop a run.
+
+A command ends at the second signal. In a program of a user, the second signal has its usual effect:
+in a notebook, Ctrl-C raises KeyboardInterrupt.
+"""
 
 import contextlib
 import os
@@ -24,14 +28,28 @@ class Interruption:
         self.signum: int | None = None
         self.at_once = False
         self._received: int | None = None
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {number: signal.getsignal(number) for number in signals}
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Stores the first signal. Ends the process at the second signal."""
+        """Stores the first signal. Passes the second signal to the handler of the program."""
         if self._received is not None:
-            os._exit(128 + signum)
+            self.restore_handlers()
+            signal.raise_signal(signum)
+            return
         self._received = signum
         if distributed.count() == 1:
             self.signum = signum
+
+    def replace_handlers(self) -> None:
+        """Makes `handle` the handler of SIGINT and SIGTERM."""
+        for number in self._handlers:
+            signal.signal(number, self.handle)
+
+    def restore_handlers(self) -> None:
+        """Undoes `replace_handlers`."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
@@ -68,14 +86,12 @@ def catch_interruption() -> Iterator[Interruption]:
         yield Interruption()
         return
     interruption = _interruption = Interruption()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, interruption.handle) for number in signals}
+    interruption.replace_handlers()
     try:
         yield interruption
     finally:
         _interruption = None
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        interruption.restore_handlers()
 
 
 def end_on_signals() -> None:

@@ -171,7 +171,7 @@ def train(
         process has locked the folder.
       CheckpointError: the checkpoints of the run are damaged or belong to another model.
       Interrupted: SIGINT or SIGTERM arrived, and the state was saved. The same call resumes the
-        run.
+        run. A second SIGINT raises KeyboardInterrupt immediately.
     """
     check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import heapq
 import itertools
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
@@ -282,6 +283,8 @@ def from_numbers(
 
 
 _threads = functools.cache(lambda: ThreadPoolExecutor(num_cores()))
+# A process that `os.fork` makes, as multiprocessing does, has no threads.
+os.register_at_fork(after_in_child=_threads.cache_clear)
 _libraries = functools.cache(ThreadpoolController)  # the search for libraries is slow
 
 

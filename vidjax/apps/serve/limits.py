@@ -262,8 +262,11 @@ class Guard:
             return
         except Exception as error:
             if status:
-                raise ConnectionAbortedError from None  # a part of the answer is already sent
+                return  # a part of the answer is already sent; uvicorn then closes the connection
             refused = to_refusal(error)
+            # The traceback and the error refer to each other. The body would stay in memory until
+            # Python searches for such cycles.
+            error.__traceback__ = None
             status = refused.status
             content = msgspec.json.encode({"error": refused.text})
             response = Response(content, status, refused.headers, "application/json")

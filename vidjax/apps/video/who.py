@@ -49,7 +49,7 @@ from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.data.untrusted.names import IGNORED, make_file_stems, normal_form, show
 from vidjax.runs import schemas
-from vidjax.runs.schemas import Sha256, Size, Text
+from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
@@ -102,6 +102,7 @@ class UnknownNumbers(Struct, kw_only=True):
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
     # Pairs (number, lower number) of unknown people whom a user joined to one person.
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
+    removed: Count = 0  # the highest number of removed films, or 0
 
     def __post_init__(self) -> None:
         if any(low >= number for number, low in self.same):
@@ -111,7 +112,7 @@ class UnknownNumbers(Struct, kw_only=True):
     def highest(self) -> int:
         """The highest number that an unknown person has or had, or 0."""
         numbers = [number for clips in self.films.values() for number in clips.values()]
-        return max([*numbers, *dict(self.same)], default=0)
+        return max([self.removed, *numbers, *dict(self.same)])
 
     def resolve(self, group: str) -> str:
         """Returns the name, such as `unknown 5`, of an unknown person after all joins."""
@@ -157,7 +158,7 @@ class UnknownNumbers(Struct, kw_only=True):
                 if remaining := [name for name in names if name in people]:
                     denied.setdefault(digest, {})[clip] = remaining
         films_kept = {digest: self.films[digest] for digest in kept}
-        return UnknownNumbers(films=films_kept, denied=denied, same=self.same)
+        return msgspec.structs.replace(self, films=films_kept, denied=denied, removed=self.highest)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
         """Adds the unknown people of films. `groups` is clip -> person, such as `unknown 3`."""
@@ -289,7 +290,7 @@ def name_people(
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
         _report_missing(all_films, out)
-        before = read_numbers(out).keep([*earlier, *all_films], gallery.identities)
+        before = read_numbers(out).keep(all_films, gallery.identities)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
         write(out, gallery, decision, padding)
