@@ -22,6 +22,7 @@ from typing import IO, TypeVar, cast
 import numpy as np
 
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.machine import memory_bytes
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ MAX_ENTRIES = 1000  # arrays of an `.npz`
 MAX_DEPTH = 40  # of nested lists and objects
 LARGE_BYTES = 64 * MB  # a larger file must not be sparse
 MAX_ITEMS = 2_000_000  # values in a JSON file
+TEXT_FACTOR = 60  # lists of short words take up to this many times the size of the text
 INTEGER_LIMIT = 1 << 63  # larger whole numbers overflow in int64 arrays
 KINDS = {
     stat.S_IFLNK: "a link",
@@ -114,6 +116,19 @@ def open_input(path: Path) -> io.FileIO:
             f"remove '{path}', or replace it by a copy of the data"
         )
     return open_regular(real)
+
+
+def open_text(path: Path) -> io.BufferedReader:
+    """Opens a file with `open_input`. Raises UserError if its text may not fit into the memory."""
+    file = open_input(path)
+    size, limit = os.fstat(file.fileno()).st_size, memory_bytes() // TEXT_FACTOR
+    if size > limit:
+        file.close()
+        raise UserError(
+            f"'{path}' is too large: it has {size:,} bytes, and the memory suffices for {limit:,}\n"
+            "remove lines that are not needed, or use a machine with more memory"
+        )
+    return io.BufferedReader(file)
 
 
 def walk(folder: Path) -> Iterator[str]:
