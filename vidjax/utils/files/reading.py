@@ -6,7 +6,6 @@ raise UserError or an OSError, such as FileNotFoundError.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -267,8 +266,7 @@ def _npz_errors() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # In a damaged archive, an entry may begin before the file, which gives EINVAL.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        if isinstance(error, OSError) and error.errno:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"it is damaged or not an .npz ({reason}): write it again") from error
@@ -320,8 +318,14 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 class _InPieces(io.BufferedReader):
     """A file that raises UserError if more than PIECE_BYTES (1 MB) are read at once.
 
-    `zipfile` reads the list of entries of a zip at once, however long the list is.
+    `zipfile` reads the list of entries of a zip at once, however long the list is. It also trusts
+    the places of entries. A place outside of any file raises BadZipFile.
     """
+
+    def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_SET and not 0 <= target < 1 << 63:
+            raise zipfile.BadZipFile("an entry begins before or after the file")
+        return super().seek(target, whence)
 
     def read(self, size: int | None = -1, /) -> bytes:
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
