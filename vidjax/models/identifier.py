@@ -94,13 +94,15 @@ def make_identifier(
 
 def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # noqa: ANN401
     """Raises UserError if the value of an option is not of the type `kind`."""
+    if get_origin(kind) is Literal:  # the model lists the possible values in its error
+        return
+    given = dict(value) if isinstance(value, Mapping) else value
     try:
-        msgspec.convert(dict(value) if isinstance(value, Mapping) else value, kind)
+        plain = msgspec.to_builtins(given, enc_hook=lambda x: x.tolist())  # numbers of numpy
+        msgspec.convert(plain, kind)
     except msgspec.ValidationError as error:
-        if get_origin(kind) is Literal:  # the model lists the possible values in an error
-            return
         raise UserError(f"{model}: {option}={str(value)[:50]}: {error}") from None
-    except TypeError:  # a user's own model may have an option of a type that msgspec does not know
+    except (AttributeError, TypeError):  # a user's own model may have an option of another type
         pass
 
 
