@@ -440,6 +440,12 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
         path, "clips.parquet' is not a parquet table", "before the file", "write it again"
     )
 
+    parquet.write_table(good, path, use_dictionary=False, compression="none")
+    features = b"face\x15\x00"  # the page of features follows the page of modalities. Its type is 0
+    assert features in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(features, b"face\x15\x02"))  # 1: no data
+    faces_refused(path, "clips.parquet' is not a parquet table", "0 rows of features, but 1 clips")
+
     latin = pyarrow.array([b"\xff"]).view(pyarrow.string())
     parquet.write_table(good.set_column(0, "clip", latin), path)
     faces_refused(path, "clips.parquet: column clip", "UTF-8")

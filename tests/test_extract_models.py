@@ -356,6 +356,9 @@ def test_convert_refuses_unknown_or_damaged_packages(command, tmp_path, kind, na
         path.write_bytes(whole[:place] + bytes(50) + whole[place + 50 :])
         assert convert().refused(path.name)
 
+    if path.suffix == ".whl":  # the last 22 bytes state that the list of entries begins later
+        path.write_bytes(whole[:-4] + b"\x7f" + whole[-3:])
+        assert convert().refused(path.name, "an entry begins before")
     if path.suffix == ".gz":  # a file of -512 bytes, which must not be read again and again
         header = tarfile.TarInfo("other").tobuf()
         path.write_bytes(gzip.compress(header[:124] + b"-0000001000\0" + header[136:] + bytes(512)))

@@ -119,11 +119,12 @@ def test_only_orientations_from_1_to_8_are_read(stored, read):
     assert decode.read_orientation(io.BytesIO(photo)) == read
 
 
-def test_gif_is_read_as_a_photo_of_its_first_picture(tmp_path):
+def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
     image = pytest.importorskip("PIL.Image")
     pictures = [image.fromarray(np.ascontiguousarray(x)) for x in (corner(), corner()[::-1])]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
-    assert red_corners(films.read_photo(tmp_path / "a.gif")) == [0]
+    for name in ("a.gif", "a.png"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
+        assert red_corners(films.read_photo(tmp_path / name)) == [0]
 
     # FFmpeg cannot decode an animated WebP. The remedy is another format.
     pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])

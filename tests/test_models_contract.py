@@ -279,7 +279,7 @@ def test_dropout_is_used_only_in_training(name):
     ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
     (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, attention_form"),
     (tiny.SMALL, {"attention": "off"}, "attention='off': must be True or False"),
-    (DENSE, {"layers": ((8, "relu", "no", 0.0),)}, "batch_norm is True or False"),
+    (DENSE, {"layers": ((8, "relu", "no", 0.0),)}, "Expected `bool`, got `str`"),
     (tiny.SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
     (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
     (DENSE, {"width": 8}, "backbone 'mlp' has no option width"),
@@ -290,6 +290,9 @@ def test_dropout_is_used_only_in_training(name):
     (DEEPMEF, {"channel_attention": "channels"}, "needs 40 frames, not 4"),
     (PLDA, {"within": 1.5}, "within=1.5: must be from 0 to 1"),
     (PLDA, {"scale": 0.0}, "scale=0.0: must be above 0"),
+    (PLDA, {"stranger": "a"}, "stranger=a: Expected `float | array | null`, got `str`"),
+    (PLDA, {"within": (0.5, None)}, r"Expected `float`, got `null` - at `\$\[1\]`"),
+    (FALLBACK, {"main": 1}, "main=1: Expected `object`, got `int`"),
     ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),
     (FALLBACK, {"threshold_share": 1.0}, "threshold_share=1.0: must be 0 or more, below 1"),
     (FALLBACK, {"missing_scale": 95.0}, "missing_scale=95.0: must be from 0 to 1"),
@@ -304,6 +307,11 @@ def test_impossible_model_options_are_refused(spec, options, message):
     frames, clips = tiny.make_batch()
     with pytest.raises(ValueError, match=message):
         tiny.init_identifier(tiny.make_model(spec, **options), frames, clips)
+
+
+def test_numbers_of_numpy_are_possible_model_options():
+    for scale in (np.float64(0.5), (np.float32(0.5), 1)):
+        assert tiny.make_model(PLDA, scale=scale).scale == scale
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import made_runs
+from tests.helpers.seen import refused
+from vidjax.data import labels
 from vidjax.evaluation import ranking, topk
 
 
@@ -104,3 +106,13 @@ def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault
 
     error = f"{warning.replace('warning', 'error', 1)}\n"
     assert command("score", *paths, "--strict") == (2, "", error)
+
+
+def test_text_that_is_too_large_for_the_memory_is_refused_unread(tmp_path, monkeypatch):
+    path = tmp_path / "gt.txt"
+    path.write_text("a.mp4 1\n")  # 8 bytes
+    for reader in (ranking.read_ground_truth, ranking.read_submission, labels.load_ground_truth):
+        monkeypatch.setattr("vidjax.utils.files.reading.memory_bytes", lambda: 60 * 8)
+        reader(path)
+        monkeypatch.setattr("vidjax.utils.files.reading.memory_bytes", lambda: 60 * 8 - 1)
+        refused(lambda reader=reader: reader(path), "gt.txt' is too large", "remove lines")

@@ -1,6 +1,8 @@
 """`vidjax who --review`: names are corrected on a page, and the next call keeps the corrections."""
 
+import asyncio
 import re
+import shutil
 
 import pytest
 
@@ -257,3 +259,20 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     assert answer.headers["referrer-policy"] == "same-origin"
     assert "form-action 'self'" in answer.text and "Undo" not in answer.text
     assert reviewed.names() == reviewed.before
+
+
+def test_errors_of_the_disk_and_closed_connections_are_answered_without_a_traceback(reviewed):
+    client = reviewed.client  # raises every exception that the application does not handle
+    assert client.get(f"film/{'9' * 5000}").status_code == 404, "Python parses at most 4,300 digits"
+    assert "choose a shorter name" in client.get(f"thumbnails/x/{'x' * 5000}.png").text
+
+    async def call(message):
+        return {"type": "http.disconnect"} if message is None else None
+
+    headers = [(b"host", f"127.0.0.1:{PORT}".encode())]
+    scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/change", "headers": headers}
+    asyncio.run(client.app(scope, lambda: call(None), call))
+
+    shutil.rmtree(reviewed.drawn.out / "gallery")
+    answer = client.get("")
+    assert answer.status_code == 503 and "gallery" in answer.text

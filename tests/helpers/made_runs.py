@@ -59,7 +59,7 @@ def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
 def lists(path: Path) -> dict[str, list[str]]:
     """Returns identity -> clips, best first, of a ranking, which must have no faults."""
     found = ranking.read_submission(path)
-    assert not found.faults
+    assert not found.complaints
     return {unescape(name): list(map(unescape, clips)) for name, clips in found.ranking.items()}
 
 

@@ -29,10 +29,10 @@ def score_files(args: argparse.Namespace) -> Result:
 
     positives = ranking.read_ground_truth(args.gt)
     submission = ranking.read_submission(args.ranking, identities=positives)
-    for complaint in submission.complaints():
+    for complaint in submission.complaints:
         messages.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
-    if args.strict and submission.faults:
-        return Result({"faults": submission.complaints()}, code=2)
+    if args.strict and submission.complaints:
+        return Result({"faults": submission.complaints}, code=2)
     _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
     common = len(positives.keys() & submission.ranking.keys())
     value = ranking.score(positives, submission.ranking)
@@ -42,7 +42,7 @@ def score_files(args: argparse.Namespace) -> Result:
         f"{len(submission.ranking) - common} unknown identities ignored\n"
         f"MAP@{ranking.MAX_NAMES}\n{value:.17g}"
     )
-    return Result({"map": value, "faults": submission.complaints()}, text=text)
+    return Result({"map": value, "faults": submission.complaints}, text=text)
 
 
 def _warn_if_nothing_matches(

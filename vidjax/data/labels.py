@@ -99,9 +99,7 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (start of an error message, clip, identity) for each row of a `.csv` of labels."""
     _refuse_no_file(path)
     try:
-        with io.TextIOWrapper(
-            io.BufferedReader(files.open_input(path)), encoding="utf-8-sig", newline=""
-        ) as file:
+        with io.TextIOWrapper(files.open_text(path), encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, skipinitialspace=True)
             header = tuple(table.fieldnames or ())
             if not {"clip", "identity"} <= set(header):
@@ -280,8 +278,8 @@ def _parse_clip(text: str, known: Collection[str], where: str) -> str:
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     """Returns the number and the words of each line that is not blank. Errors show `form`."""
     _refuse_no_file(path)
-    with files.open_input(path) as file:
-        data = file.readall()
+    with files.open_text(path) as file:
+        data = file.read()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -320,6 +320,8 @@ def _read_rows(path: Path, file: "parquet.ParquetFile", names: Sequence[str], co
         _refuse_nulls(path, name, column, 0)
         columns[name] = _encode_text(path, name, column) if name in TEXT_COLUMNS else column
     width = np.concatenate(widths) if widths else np.empty(0, np.int32)
+    if len(width) != len(joined):
+        raise _damaged(path, f"it has {len(width):,} rows of features, but {len(joined):,} clips")
     return Rows(columns, values[:at], width)
 
 

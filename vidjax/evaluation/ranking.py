@@ -8,7 +8,7 @@ escaped, too.
 import codecs
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,14 +70,8 @@ class Submission(NamedTuple):
     """The content of a submission file, as the scoring script of the challenge reads it."""
 
     ranking: dict[str, list[str]]  # identity -> at most 100 different clip names, best first
-    faults: dict[str, list[str]]  # kind of fault -> a sentence for each line with this fault
-
-    def complaints(self) -> list[str]:
-        """Returns a sentence per kind of fault: the first fault, and the number of such lines."""
-        return [
-            sentences[0] + (f" ({len(sentences)} lines have this fault)" if sentences[1:] else "")
-            for sentences in self.faults.values()
-        ]
+    # A sentence for each kind of fault: the first line with this fault, and the number of lines.
+    complaints: list[str]
 
 
 def read_submission(path: str | Path, *, identities: Collection[str] | None = None) -> Submission:
@@ -101,14 +95,16 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
     fills a dict overwrites its entries.
     """
     ranking: dict[str, list[str]] = {}
-    faults: dict[str, list[str]] = {}
+    first: dict[str, str] = {}  # kind of fault -> a sentence about the first line with this fault
+    counts: Counter[str] = Counter()
 
     def note(kind: str, sentence: str) -> None:
-        faults.setdefault(kind, []).append(sentence)
+        first.setdefault(kind, sentence)
+        counts[kind] += 1
 
-    lines = _read_lines(Path(path))
-    for place, line in lines:
-        fields = line.split()
+    number = 0
+    for number, line in _read_lines(Path(path)):
+        place, fields = f"{path}: line {number}", line.split()
         if not fields:
             note("empty line", f"{place}: the line is empty: delete it")
             continue
@@ -134,9 +130,10 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
                 "name, or delete the line",
             )
         ranking[identity] = names[:MAX_NAMES]
-    if not lines:
+    if not number:
         note("empty file", f"{path}: the file is empty: write a line for each identity")
-    return Submission(ranking, faults)
+    more = {kind: f" ({n} lines have this fault)" if n > 1 else "" for kind, n in counts.items()}
+    return Submission(ranking, [sentence + more[kind] for kind, sentence in first.items()])
 
 
 def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]) -> float:
@@ -165,11 +162,9 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     the second form, an identity has only one line. A clip must not be listed twice.
     """
     path = Path(path)
-    lines = _read_lines(path)
-    if not lines:
-        raise UserError(f"{path}: the file is empty: name a file with lines NAME.mp4 ID")
-    rows = [(place, line.split()) for place, line in lines]
-    for (place, fields), (_, line) in zip(rows, lines, strict=True):
+    rows: list[list[str]] = []  # the words of each line
+    for number, line in _read_lines(path):
+        place, fields = f"{path}: line {number}", line.split()
         if not fields:
             raise UserError(f"{place}: the line is empty: delete it")
         if not _is_text(line):
@@ -179,10 +174,14 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
                 f"{place}: identity '{show(fields[0])}' has no clip\n"
                 "write NAME.mp4 ID, or ID NAME.mp4 NAME.mp4 ..."
             )
-    direct = _names_come_first(path, [fields for _, fields in rows])
+        rows.append(fields)
+    if not rows:
+        raise UserError(f"{path}: the file is empty: name a file with lines NAME.mp4 ID")
+    direct = _names_come_first(path, rows)
     positives: dict[str, list[str]] = {}
-    seen: dict[str, str] = {}
-    for place, fields in rows:
+    line_of_clip: dict[str, int] = {}
+    for number, fields in enumerate(rows, 1):
+        place = f"{path}: line {number}"
         if direct and len(fields) > 2:
             raise UserError(f"{place}: the line has {len(fields)} fields: write 'NAME.mp4 ID'")
         identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
@@ -190,12 +189,12 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
         if identity in positives and not direct:
             raise UserError(f"{place}: identity '{show(identity)}' already has a line: join both")
         for clip in clips:
-            if clip in seen:
+            if clip in line_of_clip:
                 raise UserError(
-                    f"{place}: clip '{show(clip)}' is already listed in {seen[clip]}\n"
+                    f"{place}: clip '{show(clip)}' is already in line {line_of_clip[clip]}\n"
                     "delete one of the two"
                 )
-            seen[clip] = place
+            line_of_clip[clip] = number
         positives.setdefault(identity, []).extend(clips)
     return positives
 
@@ -217,17 +216,15 @@ def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
     )
 
 
-def _read_lines(path: Path) -> list[tuple[str, str]]:
-    """Returns ("PATH: line N", text) for every line. Trailing white space is removed.
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields the number and the text of every line. White space at the end of a line is removed.
 
     Bytes that are not UTF-8 become lone surrogates, so that `_is_text` recognises them.
     """
-    with files.open_input(path) as file:
-        lines = file.readall().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    texts = (line.decode(errors="surrogateescape").rstrip(" \t\r\n") for line in lines)
-    return [(f"{path}: line {number}", text) for number, text in enumerate(texts, 1)]
+    with files.open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            yield number, text.decode(errors="surrogateescape").rstrip(" \t\r\n")
 
 
 def _is_text(line: str) -> bool:

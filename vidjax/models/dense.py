@@ -145,17 +145,14 @@ class MLP(nn.Module):
         return x
 
 
-def _check_layer(layer: object) -> None:
-    if isinstance(layer, tuple) and len(layer) == 4:
-        width, _, batch_norm, dropout_rate = layer
-        are_numbers = isinstance(width, int) and isinstance(dropout_rate, int | float)
-        if isinstance(batch_norm, bool) and are_numbers and width >= 1 and 0 <= dropout_rate <= 1:
-            return
-    raise UserError(
-        f"config.model.layers: a layer is {layer!r}, but must be (width, activation, batch_norm, "
-        "dropout_rate); the width is a whole number of 1 or more, batch_norm is True or False, the "
-        "rate is from 0 to 1"
-    )
+def _check_layer(layer: tuple[int, str, bool, float]) -> None:
+    width, _, _, dropout_rate = layer
+    if width < 1 or not 0 <= dropout_rate <= 1:
+        raise UserError(
+            f"config.model.layers: a layer is {layer!r}, but must be (width, activation, "
+            "batch_norm, dropout_rate); the width is a whole number of 1 or more, the rate is from "
+            "0 to 1"
+        )
 
 
 _NUM_CONNECTED = 3  # the first layers, which have shortcuts

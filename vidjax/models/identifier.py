@@ -3,9 +3,10 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import jax.numpy as jnp
+import msgspec
 from flax.core import FrozenDict
 
 from vidjax.core import fusion
@@ -66,6 +67,8 @@ def make_identifier(
         if key not in ("parent", "name", *fixed)
     }
     fusion.check_options(f"model {name!r}", known, options)
+    for key, value in options.items():
+        _check_type(f"model {name!r}", key, value, dict if key in model.parts else fields[key].type)
     _check_sizes(name, options)
     if not modalities:
         raise UserError(
@@ -87,6 +90,20 @@ def make_identifier(
             dtype=dtype,
         )
     return model(**options, **fixed)
+
+
+def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # noqa: ANN401
+    """Raises UserError if the value of an option is not of the type `kind`."""
+    if get_origin(kind) is Literal:  # the model lists the possible values in its error
+        return
+    given = dict(value) if isinstance(value, Mapping) else value
+    try:
+        plain = msgspec.to_builtins(given, enc_hook=lambda x: x.tolist())  # numbers of numpy
+        msgspec.convert(plain, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{model}: {option}={str(value)[:50]}: {error}") from None
+    except (AttributeError, TypeError):  # a user's own model may have an option of another type
+        pass
 
 
 def _check_sizes(name: str, options: Mapping[str, Any]) -> None:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv")
-PHOTO_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "j2k_pipe", "gif")
+PHOTO_FORMATS = (
+    "png_pipe", "apng", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "j2k_pipe", "gif"
+)  # fmt: skip
 # The first bytes of HEIC and AVIF photos. FFmpeg would read each tile of such a photo as a video.
 HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", re.DOTALL)
 MOST_PIXELS = 50_000_000  # in a picture; 8K video has 33 million
@@ -184,7 +186,7 @@ class Video:
             self.counts.repaired = clock.repaired
             self.counts.seconds = self._find_end(time_s, decoded)
             yield Frame(time_s, small, rgb)
-            if self.info.photo:  # only the first picture of an animated GIF counts
+            if self.info.photo:  # only the first picture of an animation counts
                 break
         if not self.counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
@@ -284,7 +286,7 @@ def open_video(path: Path) -> Iterator[Video]:
     """Opens a video or a photo in a `with` block. A photo is a video with a single frame.
 
     Videos may be MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV or FLV. Photos may be PNG, JPEG,
-    WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. Only the first picture of a GIF is read.
+    WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. Only the first picture of an animation is read.
 
     Raises:
       UserError: `path` is not a regular file, has an unknown format, contains no picture, or

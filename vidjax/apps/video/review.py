@@ -25,7 +25,7 @@ from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
@@ -332,7 +332,8 @@ class _Pages:
 
     def _find_film(self, request: Request) -> Path:
         self._check(request)
-        if path := self._review.film(request.path_params["number"]):
+        number = request.path_params["number"]
+        if re.fullmatch("[0-9]{1,9}", number) and (path := self._review.film(int(number))):
             return path
         about = "The film is missing or has changed. Put it back, or call vidjax who again."
         raise HTTPException(HTTPStatus.NOT_FOUND, about)
@@ -403,19 +404,24 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
     pages = _Pages(review, token, port)
 
     def refuse(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _make_note("vidjax", error.detail, status=error.status_code)
+        if isinstance(error, HTTPException):
+            return _make_note("vidjax", error.detail, status=error.status_code)
+        about = describe_system_error(error) or str(error)
+        return _make_note("vidjax", about, status=HTTPStatus.SERVICE_UNAVAILABLE)
 
     return Starlette(
         routes=[
             Route("/{token}/", pages.show),
-            Route("/{token}/play/{number:int}", pages.play),
-            Route("/{token}/film/{number:int}", pages.send_film),
+            Route("/{token}/play/{number}", pages.play),
+            Route("/{token}/film/{number}", pages.send_film),
             Route("/{token}/change", pages.change, methods=["POST"]),
             Route("/{token}/undo", pages.change, methods=["POST"]),
             Route("/{token}/{picture:path}", pages.send_picture),
         ],
-        exception_handlers={HTTPException: refuse},
+        # If the browser has closed the connection (ClientDisconnect), the answer reaches nobody.
+        exception_handlers=dict.fromkeys(
+            (HTTPException, ClientDisconnect, Expected, OSError), refuse
+        ),
     )
 
 

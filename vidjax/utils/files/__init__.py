@@ -22,6 +22,7 @@ from vidjax.utils.files.reading import (
     open_entry,
     open_input,
     open_regular,
+    open_text,
     open_zip,
     parse_json,
     parse_line,

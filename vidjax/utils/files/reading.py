@@ -6,7 +6,6 @@ raise UserError or an OSError, such as FileNotFoundError.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ from typing import IO, TypeVar, cast
 import numpy as np
 
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.machine import memory_bytes
 
 T = TypeVar("T")
 
@@ -35,6 +35,7 @@ MAX_ENTRIES = 1000  # arrays of an `.npz`
 MAX_DEPTH = 40  # of nested lists and objects
 LARGE_BYTES = 64 * MB  # a larger file must not be sparse
 MAX_ITEMS = 2_000_000  # values in a JSON file
+TEXT_FACTOR = 60  # lists of short words take up to this many times the size of the text
 INTEGER_LIMIT = 1 << 63  # larger whole numbers overflow in int64 arrays
 KINDS = {
     stat.S_IFLNK: "a link",
@@ -118,6 +119,19 @@ def open_input(path: Path) -> io.FileIO:
             f"remove '{path}', or replace it by a copy of the data"
         )
     return open_regular(real)
+
+
+def open_text(path: Path) -> io.BufferedReader:
+    """Opens a file with `open_input`. Raises UserError if its text may not fit into the memory."""
+    file = open_input(path)
+    size, limit = os.fstat(file.fileno()).st_size, memory_bytes() // TEXT_FACTOR
+    if size > limit:
+        file.close()
+        raise UserError(
+            f"'{path}' is too large: it has {size:,} bytes, and the memory suffices for {limit:,}\n"
+            "remove lines that are not needed, or use a machine with more memory"
+        )
+    return io.BufferedReader(file)
 
 
 def walk(folder: Path) -> Iterator[str]:
@@ -256,8 +270,7 @@ def _npz_errors() -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # In a damaged archive, an entry may begin before the file, which gives EINVAL.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        if isinstance(error, OSError) and error.errno:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"it is damaged or not an .npz ({reason}): write it again") from error
@@ -309,8 +322,14 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 class _InPieces(io.BufferedReader):
     """A file that raises UserError if more than PIECE_BYTES (1 MB) are read at once.
 
-    `zipfile` reads the list of entries of a zip at once, however long the list is.
+    `zipfile` reads the list of entries of a zip at once, however long the list is. It also trusts
+    the places of entries. A place outside of any file raises BadZipFile.
     """
+
+    def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_SET and not 0 <= target < 1 << 63:
+            raise zipfile.BadZipFile("an entry begins before or after the file")
+        return super().seek(target, whence)
 
     def read(self, size: int | None = -1, /) -> bytes:
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
