@@ -250,7 +250,12 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
 
     _, loss = train(system, state, batch, weight)
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
-    wanted_loss = np.sum(TRAIN_WEIGHT * losses, axis=1) @ weight / weight.sum()
+    counted = TRAIN_WEIGHT * weight[:, None]  # [clips, branches]
+    assert float(loss[0]) == pytest.approx(np.sum(counted * losses) / weight.sum(), rel=1e-5)
+
+    separate = make(loss__mean_over="branches")._replace(model=model())
+    _, loss = train(separate, state, batch, weight)
+    wanted_loss = np.sum(np.sum(counted * losses, axis=0) / counted.sum(axis=0))
     assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
 
     # The weights multiply probabilities, or logits.

@@ -33,7 +33,7 @@ class System(NamedTuple):
     frame_is_example: bool  # True if each fused frame of a clip is a separate example
     clip_transforms: tuple[BatchTransform, ...]  # augmentations before the fusion of frames
     transforms: tuple[BatchTransform, ...]  # augmentations after the fusion of frames
-    objective: losses.Objective  # (output, labels [B], mask [B], step) -> loss [B]
+    objective: losses.Objective  # (output, labels [B], weight [B], step) -> loss [B]
     # (labels [B], step) -> weight [B] of each clip, by its class column
     column_weight: Callable[[Array, Array], Array]
     tx: optax.GradientTransformation  # the optimiser
