@@ -95,7 +95,7 @@ def test_sgd_step_matches_hand_computed_updates(weight_decay, wanted):
 
 
 def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
-    """With gradients of 0, matrices shrink by exp(-total_decay), and biases do not change."""
+    """With gradients of 0, matrices shrink to exp(-total_decay), and biases do not change."""
     tx = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
     state, zeros = tx.init(params), jax.tree.map(np.zeros_like, params)

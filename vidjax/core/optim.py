@@ -199,7 +199,8 @@ def make_optimizer(
 
     - `total_decay` is decoupled from the gradient. It is the decay over the whole run: the usual
       decoupled weight decay times the sum of all learning rates. If gradients are 0, a matrix
-      shrinks to exp(-total_decay) of its size, for any learning rate and number of steps.
+      shrinks to about exp(-total_decay) of its size, for any learning rate. With few steps it
+      shrinks to less: each step subtracts a share of the matrix.
     - `weight_decay` is the L2 penalty of published recipes. As in torch.optim, weight_decay x
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 

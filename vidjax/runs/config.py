@@ -174,8 +174,8 @@ TABLE: tuple[Field | Group, ...] = (
           "another person", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),
     Field("data.blur", 1.0, "how strongly blur depends on the quality of synthetic frames, 0 to 4; "
           "0: all frames are blurred alike", low=0, high=LARGEST.blur, read_when=SYNTHETIC),
-    Field("data.label_noise", 0.0, "share of synthetic train clips with the label of another "
-          "person", low=0, high=LARGEST.label_noise, read_when=SYNTHETIC),
+    Field("data.label_noise", 0.0, "share of labelled synthetic train clips with the label of "
+          "another person", low=0, high=LARGEST.label_noise, read_when=SYNTHETIC),
     Field("data.train_distractors", 0.0, "share of synthetic train clips that show a stranger, 0 "
           "to 0.9; in val it is 0.375", low=0, high=LARGEST.train_distractors,
           read_when=SYNTHETIC),
@@ -250,8 +250,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("noise.keep", "label", "new class of a distractor in no cluster, if the model predicts "
           "no identity: the present `label`, or the `prediction` (a cluster or a mirror class)",
           choices=("label", "prediction"), read_when=RELABELLED),
-    Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in no cluster: pairs "
-          "(epoch, weight), linear between them", read_when=NOISE_CLASSES),
+    Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in mirror classes: "
+          "pairs (epoch, weight), linear between them", read_when=NOISE_CLASSES),
     Field("noise.relabel_by", "evaluate", "entry of the group `fusion` with which a model predicts "
           "the new labels: `evaluate`, or `train` if this fusion is not random",
           choices=("evaluate", "train"), read_when=RELABELLED),
@@ -332,9 +332,10 @@ TABLE: tuple[Field | Group, ...] = (
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
           "its gradient", low=0),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
-          "a weight matrix would shrink by exp(-total_decay)", low=0),
-    Field("optim.decay_all", False, "`True`: `optim.weight_decay` and `optim.total_decay` also act "
-          "on biases and on the parameters of normalisations", read_when=DECAYED),
+          "a weight matrix would shrink to about exp(-total_decay) of its size, if the run has "
+          "many more steps than `optim.total_decay`", low=0),
+    Field("optim.decay_all", False, "`True`: `optim.weight_decay` and `optim.total_decay` act on "
+          "all parameters; `False`: only on weight matrices", read_when=DECAYED),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
           read_when=_read_if("optim.name", "sgd")),
     Field("optim.restart_epoch", 0.0, "epoch at which the moments (or the running sum of "
