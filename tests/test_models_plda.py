@@ -236,6 +236,9 @@ def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     ("plda", "optim.learning_rate=0.1", "--config.optim.learning_rate=0.001"),
     ("plda", "num_epochs=1.5", "--config.num_epochs=2"),  # it reads all clips twice
     ("knn", "ensemble.bootstraps=3", "--config.ensemble.bootstraps=0"),
+    ("plda", "ensemble.seeds=3", "--config.ensemble.seeds=1"),  # the members would be equal
+    ("knn", "dtype=bfloat16", "--config.dtype=float32"),
+    ("plda", "noise.mirror_weight=((0, 0.5),)", "'--config.noise.mirror_weight=((0.0, 1.0),)'"),
 ])  # fmt: skip
 def test_closed_form_models_refuse_settings_of_gradient_training(data, name, word, remedy):
     config = small_runs.shrunk(f"--config.{word}", spec=f"configs/{name}.py:iqiyi_vid,face")

@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,8 @@ from vidjax.utils.errors import UserError, warn
 FIRST_STEPS = (1, 2, 5, 10)
 # A model in closed form does not read these fields, and no field of `loss` and `optim`.
 UNREAD_IN_CLOSED_FORM = (
-    "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
+    "after_fusion", "data.balance", "dtype", "ensemble.bootstraps", "ensemble.seeds", "mixup",
+    "noise.join", "noise.mirror_weight", "transforms",
 )  # fmt: skip
 MAX_BATCH_ROWS = 65_536  # a larger batch is probably a typing error, unless there are as many clips
 
@@ -282,9 +284,10 @@ def check_model(config: Config) -> None:
     for field, value in config_lib.fields(config):
         changed = field in defaults and value != defaults[field]
         if changed and (field in UNREAD_IN_CLOSED_FORM or field.startswith(("loss.", "optim."))):
+            remedy = shlex.quote(f"--config.{field}={defaults[field]}")
             raise UserError(
                 f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
-                f"each clip unchanged\nuse the default: --config.{field}={defaults[field]}"
+                f"each clip unchanged\nuse the default: {remedy}"
             )
 
 
