@@ -28,7 +28,7 @@ from vidjax.data.clips import (
 from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
-from vidjax.models.system import TaskSpec, make_blank_clips, make_fusions, make_model, make_system
+from vidjax.models.system import TaskSpec, make_fusions, make_model, make_system
 from vidjax.runs import config as config_lib
 from vidjax.runs import results
 from vidjax.runs.config import Config
@@ -310,7 +310,6 @@ def dry_run(config: Config) -> None:
     def init() -> train_step.TrainState:
         system = make_system(spec, task)
         rngs = ensemble.make_rngs(members, config.seed)
-        system.fuse(None, make_blank_clips(widths), jnp.int32(0))  # as an evaluation does
         return train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
 
     try:
