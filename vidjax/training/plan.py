@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble, fusion
+from vidjax.core.augment import MemberClips, drop_poor_frames
 from vidjax.core.batch import Array, Batch, Frames, NoiseClassLayout
 from vidjax.data import sources
 from vidjax.data.checks import find_unusable
@@ -154,23 +155,29 @@ def _check_plan(
 def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
     """Returns the rows [n] int32 of the training clips from which any of the E members learns.
 
-    A member learns from a clip if its `weight` [E, N] is above 0, and the fusion of `config.fusion`
-    keeps a frame. If a clip has more than 512 frames, only the 512 of best quality are tried.
+    A member learns from a clip if its `weight` [E, N] is above 0, and `config.fusion` and
+    `ensemble.poor_clips` keep a frame. If a clip has more than 512 frames, only the 512 of best
+    quality are tried.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
+    lowest = jnp.float32(min(config.ensemble.min_quality, default=-jnp.inf))
+    poor_clips = config.ensemble.poor_clips
 
     @jax.jit
     def is_chosen(batch: Batch) -> Array:
-        rng = jax.random.key(config.seed)
-        fused = {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
-        return fusion.has_frames(fused)
+        rng, ones = jax.random.key(config.seed), jnp.ones(batch.clip_index.shape)
+        frames = {name: batch.frames[name] for name in fusions}
+        clips = MemberClips(frames, batch.clip_index, ones, lowest, ())
+        clips = drop_poor_frames(rng, clips, poor_clips=poor_clips)
+        fused = {name: fuse(rng, clips.frames[name]) for name, fuse in fusions.items()}
+        return fusion.has_frames(fused) & (clips.weight > 0)
 
     is_used = compute_values(config, data, tuple(config.modalities), is_chosen, weighted)
     if not is_used.any():
         raise UserError(
-            "config.fusion keeps no frame of any training clip\n"
-            "lower min_quality and min_detection in config.fusion"
+            "no frame of any training clip is good enough to be trained on\n"
+            "lower min_quality and min_detection in config.fusion, or config.ensemble.min_quality"
         )
     return np.flatnonzero(weighted)[is_used].astype(np.int32)
 
