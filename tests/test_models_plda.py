@@ -249,7 +249,8 @@ def test_closed_form_models_refuse_settings_of_gradient_training(data, name, wor
 def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monkeypatch):
     config = config_io.load_file("plda:iqiyi_vid,face,audio")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
-    labels = data.split("train").labels
+    labels = data.split("train").labels.copy()
+    labels[1] = labels.max() + 1  # an identity with a single clip, which member 1 leaves out
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])  # [members, clips]
     clips = plan.make_training_clips(config, data, labels, used)
     # Settings that are None are fitted for each member.
@@ -257,6 +258,10 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     settings: Any = plda_fit.fit_member_settings(given, clips)
     assert len(set(settings["scale"])) == 3
     assert "within" not in settings
+
+    # A run of only this member, see `ensemble.only`, has the same settings.
+    alone: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
+    assert alone["centred"] == settings["centred"] and alone["scale"] == settings["scale"][1]
 
     # Labels of the clips that member 1 leaves out affect member 0, but not member 1.
     other = clips._replace(labels=np.where(used[1], labels, 0))
