@@ -155,7 +155,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("mixup", 0.0, "alpha of the Beta distribution of the weights of two mixed clips; 0: no "
           "mixup", low=0, high=1e6),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
-          "5 and 10 have a line, too", low=1, high=2**31 - 1),
+          "5, 10 and the last step have a line, too", low=1, high=2**31 - 1),
     Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints; every evaluation "
           "saves a checkpoint, too", low=0, high=math.inf, movable=True),
 
