@@ -287,7 +287,7 @@ def make_loss(
         )
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
-    if not np.all((weights >= 0) & (weights <= 1)):
+    if np.any(weights > 1):
         raise UserError(
             f"config.loss.schedule: the weights, the second numbers of the pairs, are "
             f"{weights.tolist()}, but must lie between 0 and 1"

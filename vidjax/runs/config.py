@@ -250,8 +250,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("noise.keep", "label", "new class of a distractor in no cluster, if the model predicts "
           "no identity: the present `label`, or the `prediction` (a cluster or a mirror class)",
           choices=("label", "prediction"), read_when=RELABELLED),
-    Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in mirror classes: "
-          "pairs (epoch, weight), linear between them", read_when=NOISE_CLASSES),
+    Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in mirror classes, 0 "
+          "or more: pairs (epoch, weight), linear between them", read_when=NOISE_CLASSES),
     Field("noise.relabel_by", "evaluate", "entry of the group `fusion` with which a model predicts "
           "the new labels: `evaluate`, or `train` if this fusion is not random",
           choices=("evaluate", "train"), read_when=RELABELLED),
@@ -326,8 +326,8 @@ TABLE: tuple[Field | Group, ...] = (
           "With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two decays; a fraction is "
           "allowed. With `optim.decay=steps`", low=0.001, read_when=STEPS),
-    Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
-          "linear between them. With `optim.decay=piecewise`",
+    Field("optim.points", ((0.0, 1.0),), "factors of the learning rate, 0 or more: pairs (epoch, "
+          "factor), linear between them. With `optim.decay=piecewise`",
           read_when=_read_if("optim.decay", "piecewise")),
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
           "its gradient", low=0),
