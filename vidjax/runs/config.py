@@ -271,8 +271,9 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
     Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the mean over "
           "members, and the order of clips that are ranked by probability", above=0),
-    Field("eval.top_classes", 0, "a clip is ranked only for this number of identities, for "
-          "which its scores are highest; 0: for all", low=0),
+    Field("eval.top_classes", 0, "a clip has a score only for this number of identities, "
+          "for which its scores are highest; it comes last in the lists of the other identities; "
+          "0: for all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),
