@@ -10,8 +10,8 @@ the scene, and scores clips without a face. If the face vectors of a clip are am
 1 %, both models score the clip.
 
 Arguments: the words of WORDS below, and names of modalities. With only `face`,
-there is no second model. With only `scene`, only the second model is trained. You can also name
-other modalities instead of `scene`.
+there is no second model. With only `scene`, only the second model is trained, and `average` and
+`danet` have no effect. You can also name other modalities instead of `scene`.
 
 The official files have no scene features, so `iqiyi_vid` uses only the face. To add a scene, put
 pickles `scene_{train,val,test}.pickle` next to the official files, with a list of (frame, feature)

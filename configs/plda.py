@@ -19,7 +19,7 @@ modalities. The first two extensions changed MAP on val by -.002 to 0 on real cl
 0 on synthetic clips, and the error of the probabilities by -.003 to +.007. The prior improved the
 probabilities only on synthetic clips, in which people with many training clips appear more often.
 
-Arguments: the words of WORDS below, and names of modalities.
+Arguments: the words of WORDS below (`few` has no effect), and names of modalities.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import assert_equal
-from tests.helpers.small_runs import Spoilt, run, shrunk, weights
+from tests.helpers.small_runs import Spoilt, evaluate, run, shrunk, weights
 from vidjax.core import ensemble
 from vidjax.evaluation import eval_step
 from vidjax.models.system import TaskSpec, make_model
@@ -148,6 +148,13 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
     assert of_one["num_clips"] < of_all["num_clips"] == len(data.split("val").clips)
     num_names = (tmp_path / "ranking.txt").read_text().count(".mp4")
     assert num_names == 12 * of_one["num_clips"]  # every clip for each of 12 identities
+
+    few = (
+        config_io.override(config_io.load_workdir(each), ["--config.eval.top_classes=2"])
+        for each in (folder, tmp_path)
+    )
+    of_all, of_one = map(evaluate, few, (folder, tmp_path), (data, data))
+    assert of_all["members"][1]["map"] == of_one["map"]
 
 
 @pytest.mark.slow

@@ -256,6 +256,9 @@ def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
     ("plda", "optim.learning_rate=0.1", "--config.optim.learning_rate=0.001"),
     ("plda", "num_epochs=1.5", "--config.num_epochs=2"),  # it reads all clips twice
     ("knn", "ensemble.bootstraps=3", "--config.ensemble.bootstraps=0"),
+    ("plda", "ensemble.seeds=3", "--config.ensemble.seeds=1"),  # the members would be equal
+    ("knn", "dtype=bfloat16", "--config.dtype=float32"),
+    ("plda", "noise.mirror_weight=((0, 0.5),)", "'--config.noise.mirror_weight=((0.0, 1.0),)'"),
 ])  # fmt: skip
 def test_closed_form_models_refuse_settings_of_gradient_training(data, name, word, remedy):
     config = small_runs.shrunk(f"--config.{word}", spec=f"configs/{name}.py:iqiyi_vid,face")
@@ -266,7 +269,8 @@ def test_closed_form_models_refuse_settings_of_gradient_training(data, name, wor
 def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monkeypatch):
     config = config_io.load_file("plda:iqiyi_vid,face,audio")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
-    labels = data.split("train").labels
+    labels = data.split("train").labels.copy()
+    labels[1] = labels.max() + 1  # an identity with a single clip, which member 1 leaves out
     used = np.stack([np.arange(len(labels)) % 3 != fold for fold in range(3)])  # [members, clips]
     clips = plan.make_training_clips(config, data, labels, used)
     # Settings that are None are fitted for each member.
@@ -274,6 +278,10 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     settings: Any = plda_fit.fit_member_settings(given, clips)
     assert len(set(settings["scale"])) == 3
     assert "within" not in settings
+
+    # A run of only this member, see `ensemble.only`, has the same settings.
+    alone: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
+    assert alone["centred"] == settings["centred"] and alone["scale"] == settings["scale"][1]
 
     # Labels of the clips that member 1 leaves out affect member 0, but not member 1.
     other = clips._replace(labels=np.where(used[1], labels, 0))

@@ -95,7 +95,7 @@ def test_sgd_step_matches_hand_computed_updates(weight_decay, wanted):
 
 
 def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
-    """With gradients of 0, matrices shrink by exp(-total_decay), and biases do not change."""
+    """With gradients of 0, matrices shrink to exp(-total_decay), and biases do not change."""
     tx = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
     state, zeros = tx.init(params), jax.tree.map(np.zeros_like, params)
@@ -138,6 +138,7 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
     ({"decay": "linear"}, "choose from constant, cosine, piecewise, steps"),
     *(({"decay": "piecewise", "points": points}, r"config\.optim\.points.* must be .* in order")
       for points in ((), ((0, 1, 2),), ((3, 1), (1, 0)), ((0, math.inf),))),
+    ({"decay": "piecewise", "points": ((0, 1), (3, -0.5))}, "values of 0 or more, not -0.5"),
     # float32 cannot hold the sum of 9 learning rates of 1e38.
     ({"learning_rate": 1e38, "total_decay": 0.1}, r"--config\.optim\.total_decay=0"),
     ({"name": "adamw"}, r"'adamw'(.|\n)*scale_by_adam\(\)"),

@@ -29,14 +29,14 @@ C = 37  # identities
 LINEAR = {"name": "dense", "layers": (), "feature_scale": 1.0}
 
 
-def make(model=LINEAR, **fields) -> Any:
+def make(model=LINEAR, clusters=None, **fields) -> Any:
     """Returns a tiny system; fields of the configuration are named `eval__scores` and so on."""
     plain = config_lib.default().to_dict() | {"model": model, "modalities": tuple(DIMS)}
     plain["optim"] |= {"name": "sgd", "momentum": 0.0, "warmup": 0.0, "decay": "constant"}
     for name, value in fields.items():
         section, _, leaf = name.rpartition("__")
         (plain[section] if section else plain)[leaf] = value
-    task = TaskSpec(DIMS, C, None, num_clips=5, total_steps=100, train_other=True)
+    task = TaskSpec(DIMS, C, clusters, num_clips=5, total_steps=100, train_other=True)
     return make_system(plain, task)
 
 
@@ -136,6 +136,14 @@ def test_frame_examples_need_equal_frame_counts_of_all_modalities():
     fusion = {"face": {"train": four, "evaluate": four}, "audio": {"train": two, "evaluate": two}}
     system = make(**EXAMPLES, fusion=fusion)
     refused(lambda: init(system, np.arange(5)), "after_fusion=examples", "[2, 4]")
+
+
+def test_random_fusion_is_refused_for_evaluation_and_for_new_labels():
+    """Otherwise the error would come after the training, or after its first epoch."""
+    draw = {"name": "random", "num_draws": 1}
+    refused(lambda: make(fusion={"face": {"evaluate": draw}}), "face.evaluate", "only for training")
+    by_train: Any = {"noise__relabel_by": "train", "fusion": {"face": {"train": draw}}}
+    refused(lambda: make(clusters=2, **by_train), "noise.relabel_by=train", "only for training")
 
 
 @pytest.mark.slow
@@ -250,7 +258,12 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
 
     _, loss = train(system, state, batch, weight)
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
-    wanted_loss = np.sum(TRAIN_WEIGHT * losses, axis=1) @ weight / weight.sum()
+    counted = TRAIN_WEIGHT * weight[:, None]  # [clips, branches]
+    assert float(loss[0]) == pytest.approx(np.sum(counted * losses) / weight.sum(), rel=1e-5)
+
+    separate = make(loss__mean_over="branches")._replace(model=model())
+    _, loss = train(separate, state, batch, weight)
+    wanted_loss = np.sum(np.sum(counted * losses, axis=0) / counted.sum(axis=0))
     assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
 
     # The weights multiply probabilities, or logits.

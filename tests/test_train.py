@@ -111,6 +111,19 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, 
     np.testing.assert_allclose(weight / np.sum(weight), wanted / wanted.sum(), rtol=1e-5)
 
 
+def test_epoch_has_only_clips_with_a_frame_that_a_member_learns_from(data):
+    words = ("data.whole_epochs=true", "ensemble.min_quality=90,100", "ensemble.poor_clips=drop")
+    config = small.shrunk(*(f"--config.{word}" for word in words), spec=MLP)
+    wanted = []
+    for rows, packed in data.packed("train", ["face"]):
+        face = packed["face"]
+        clips = zip(rows.tolist(), face.start, face.length, strict=True)
+        wanted += [row for row, i, count in clips if any(face.quality[i : i + count] >= 90)]
+
+    assert 0 < len(wanted) < len(data.split("train").clips)
+    np.testing.assert_array_equal(make_plan(config, data).batches.epoch_clips, sorted(wanted))
+
+
 REAL_DATA = os.environ.get("VIDJAX_REAL_DATA")
 
 

@@ -47,7 +47,8 @@ WORDS = [
     Case("evaluate --workdir=run --out=o.tsv", "no flag --out"),
     Case("rank", "needs --workdir, --input, --out"),
     Case("--mode=evaluate --workdir=w --config.optim.learning_rate=0.1", "no effect"),
-    Case("--mode=evaluate --workdir=w --config.data.max_frames=3", "no effect"),
+    *[Case(f"--mode=evaluate --workdir=w --config.{field}", "no effect")
+      for field in ("data.max_frames=3", "data.mode=resident", "fusion.face.train.num_draws=2")],
     Case("--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w",
          "is the folder of the data"),
     Case("gallery creat", "create"), Case("gallery list G stray", "'stray' has no flag\nexample"),

@@ -6,6 +6,7 @@ Libraries that take seconds to load are imported inside the functions, after the
 import argparse
 import contextlib
 import copy
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from vidjax.utils.messages import Parser, Result
 # Fields and groups that only training reads.
 TRAINING_FIELDS = (
     "batch_size", "checkpoint_every_seconds", "data.balance", "data.crop", "data.distractors",
-    "data.max_frames", "data.train_splits", "data.weights", "data.whole_epochs",
+    "data.max_frames", "data.mode", "data.train_splits", "data.weights", "data.whole_epochs",
     "ensemble", "eval.every_epochs", "log_every_steps", "loss", "mixup", "noise", "num_epochs",
     "optim", "seed", "transforms",
 )  # fmt: skip
@@ -119,7 +120,8 @@ def add_report_flags(parser: Parser) -> None:
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     """Returns the configuration and the folder of a run, or of a blend if `--runs` is given."""
     for name in config_io.override_names(args.overrides):
-        if config_lib.is_in_groups(name, TRAINING_FIELDS):
+        is_fusion_of_training = re.match(r"fusion\.[^.]+\.train\b", name)
+        if is_fusion_of_training or config_lib.is_in_groups(name, TRAINING_FIELDS):
             raise UserError(
                 f"config.{name} has no effect, because evaluate does not train\n"
                 f"leave out --config.{name}"

@@ -207,7 +207,7 @@ MARGINS: dict[str, Callable[..., Array]] = {
     "cosine": cosine_margin,
 }
 
-# (output, labels [B] int32, mask [B] bool, step [] int32) -> [B]
+# (output, labels [B] int32, weight [B] of each example in a mean, step [] int32) -> [B]
 Objective = Callable[[ModelOutput, Array, Array, Array], Array]
 
 
@@ -219,11 +219,11 @@ def make_objective(
     The loss of an example is the sum of `ModelOutput.train_weight` x loss over the branches of the
     model. If `spec["mean_over"]` is `branches`, the loss of a branch is averaged over only the
     examples that the branch learns from. For this, each `train_weight` is divided by the share of
-    these examples. For the arguments see `make_loss`.
+    these examples in the weights of all examples. For the arguments see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
-    def objective(output: ModelOutput, labels: Array, mask: Array, step: Array) -> Array:
+    def objective(output: ModelOutput, labels: Array, weight: Array, step: Array) -> Array:
         logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
         if train_weight is None:
             train_weight = jnp.ones(logits.shape[:2], logits.dtype)
@@ -233,10 +233,10 @@ def make_objective(
         scale = output.logit_scale
         if scale is not None:
             scale = jnp.tile(scale, len(logits))
-        counted = train_weight * mask[:, None]
+        counted = train_weight * weight[:, None]
         per_branch = loss_fn(rows, repeated, step, scale, counted).reshape(logits.shape[:2])
         if spec["mean_over"] == "branches":
-            share = jnp.sum(counted, axis=0) / jnp.maximum(jnp.sum(mask), 1)  # [G]
+            share = jnp.sum(counted, axis=0) / jnp.maximum(jnp.sum(weight), 1e-6)  # [G]
             train_weight = train_weight / jnp.maximum(share, 1e-6)
         return jnp.sum(per_branch * train_weight, axis=1)
 
@@ -287,7 +287,7 @@ def make_loss(
         )
     focal_weight = optim.make_piecewise(spec["schedule"], name="config.loss.schedule")
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
-    if not np.all((weights >= 0) & (weights <= 1)):
+    if np.any(weights > 1):
         raise UserError(
             f"config.loss.schedule: the weights, the second numbers of the pairs, are "
             f"{weights.tolist()}, but must lie between 0 and 1"

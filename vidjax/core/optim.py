@@ -19,9 +19,9 @@ def make_piecewise(
 ) -> Callable[[Array], Array]:
     """Builds a piecewise linear function of the epoch: [...] -> [...] float32, also under jit.
 
-    `points` are finite (epoch, value) pairs with increasing epochs. Two pairs with equal epochs are
-    a jump; at that epoch the second value holds. The function is constant before the first pair and
-    after the last pair. Errors begin with `name`.
+    `points` are finite (epoch, value) pairs with increasing epochs and values of 0 or more. Two
+    pairs with equal epochs are a jump; at that epoch the second value holds. The function is
+    constant before the first pair and after the last pair. Errors begin with `name`.
     """
     try:
         table = np.asarray(points, np.float32)
@@ -30,6 +30,10 @@ def make_piecewise(
     pairs = table.ndim == 2 and table.shape[1] == 2 and np.all(np.isfinite(table))
     if not pairs or np.any(np.diff(table[:, 0]) < 0):
         raise UserError(f"{name}={points}: must be finite pairs (epoch, value) in order of epochs")
+    if np.any(table[:, 1] < 0):  # a negative learning rate or weight would enlarge the loss
+        raise UserError(
+            f"{name}={points}: must have values of 0 or more, not {table[:, 1].min():g}"
+        )
     epochs, values = table.T
     # Rounding of step / steps_per_epoch must not delay a jump by a step.
     is_jump = np.isin(epochs, epochs[1:][np.diff(epochs) == 0])
@@ -199,7 +203,8 @@ def make_optimizer(
 
     - `total_decay` is decoupled from the gradient. It is the decay over the whole run: the usual
       decoupled weight decay times the sum of all learning rates. If gradients are 0, a matrix
-      shrinks to exp(-total_decay) of its size, for any learning rate and number of steps.
+      shrinks to about exp(-total_decay) of its size, for any learning rate. With few steps it
+      shrinks to less: each step subtracts a share of the matrix.
     - `weight_decay` is the L2 penalty of published recipes. As in torch.optim, weight_decay x
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 

@@ -100,15 +100,16 @@ class SyntheticOptions(NamedTuple):
 
     Attributes:
       wrong_clips: share of clips in which a third of the frames show another person. These frames
-        are consecutive, and their quality is lower by 20. No rate is published. The iQIYI-VID paper
+        are consecutive, and their quality is lower by 20. If the first frame is one of them, the
+        voice and the scene of the clip are drawn again. No rate is published. The iQIYI-VID paper
         keeps a clip if more than 30 % of its frames show a single head, or a head that is much
         larger than all others (section 3.2). So up to 70 % of the frames may show several people.
       blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality.
         On the small dataset, nearest neighbours reach a higher MAP if the frames of a face are
         weighted by quality: by 0.002, 0.005, 0.009 and 0.021 for a blur of 0, 1, 1.5 and 2. The 4th
         place of 2019 reports gains of 0.01 by weighting frames, and of 0.02 by filtering them.
-      label_noise: share of train clips with the label of another person. The authors of the
-        iQIYI-VID paper checked their labels, and report at most 0.002 (section 3.4).
+      label_noise: share of labelled train clips with the label of another person. The authors of
+        the iQIYI-VID paper checked their labels, and report at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. The train split of iQIYI-VID
         has none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
       missing_rate: share of clips without a face. Clips without head, body or audio are drawn

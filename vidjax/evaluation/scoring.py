@@ -92,13 +92,15 @@ class ModelScorer:
         The score of a clip is the mean over the members that score the clip. `rankings` is empty or
         has a ranking for each member, to which the scores of this member are added.
         """
-        model, count = self.model, self.model.system.config["eval"]["top_classes"]
         if self._single:
-            scores = [self.compute(model.eval_step, block) for block in blocks]
+            scores = [self.compute(self.model.eval_step, block) for block in blocks]
         else:
             scores = self._mean_scores(blocks, rankings)
-        few = 0 < count < scores[0].shape[1]
-        return [keep_best(x, count) for x in scores] if few else scores
+        return [self._keep_best(x) for x in scores]
+
+    def _keep_best(self, scores: Array) -> Array:
+        count = self.model.system.config["eval"]["top_classes"]
+        return keep_best(scores, count) if 0 < count < scores.shape[1] else scores
 
     def compute(self, step: eval_step_lib.EvalStep, block: Batch) -> Array:
         """Applies an evaluation step to a block. The model must have a single member."""
@@ -118,7 +120,7 @@ class ModelScorer:
                 scores = model.eval_step(*own, np.array(member.view, np.int32), block)
                 used = _find_used(self._use, number, block.clip_index, block.batch_mask)
                 if rankings:
-                    rankings[number].add((scores, block.clip_index, used))
+                    rankings[number].add((self._keep_best(scores), block.clip_index, used))
                 totals[i] = _add(totals[i], scores, used, logs=model.system.scores_are_logs)
             if rankings:
                 rankings[number].flush()  # frees the scores of this member

@@ -123,9 +123,9 @@ def fit_member_settings(
     fitted = {*Settings._fields} - fixed.keys()
     if not fitted:
         return {}
-    trained = labels[clips.used.any(axis=0)]
-    report_few_people(trained, clips.print_message)
-    people = len(np.unique(trained[trained > 0]))
+    report_few_people(labels[clips.used.any(axis=0)], clips.print_message)
+    # All members have the same share, also if `ensemble.only` trains some of them.
+    people = len(np.unique(labels[labels > 0]))
     fixed = {"centred": two_covariance.centre_share(people), **fixed}
     if fitted == {"centred"}:
         return {"centred": fixed["centred"]}

@@ -33,7 +33,7 @@ class System(NamedTuple):
     frame_is_example: bool  # True if each fused frame of a clip is a separate example
     clip_transforms: tuple[BatchTransform, ...]  # augmentations before the fusion of frames
     transforms: tuple[BatchTransform, ...]  # augmentations after the fusion of frames
-    objective: losses.Objective  # (output, labels [B], mask [B], step) -> loss [B]
+    objective: losses.Objective  # (output, labels [B], weight [B], step) -> loss [B]
     # (labels [B], step) -> weight [B] of each clip, by its class column
     column_weight: Callable[[Array, Array], Array]
     tx: optax.GradientTransformation  # the optimiser
@@ -171,7 +171,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     check_entry("config.eval.scores", config["eval"]["scores"], SCORES)
     score_fn, scores_are_logs = SCORES[config["eval"]["scores"]]
     clip_transforms, transforms = augment.make_transforms(config, task.num_identities)
-    return System(
+    system = System(
         config=config,
         task=task,
         model=model,
@@ -193,6 +193,14 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         scores_are_logs=scores_are_logs,
         class_mask=class_mask,
     )
+    # Only the fusion of a training step gets a random key. A fusion that needs a key raises here.
+    blank = make_blank_clips(task.modalities)
+    jax.eval_shape(system.fuse, None, blank, jnp.int32(0))
+    if task.layout and config["noise"]["relabel_by"] == "train":
+        with prefix_errors("config.noise.relabel_by=train"):
+            predicting = system._replace(fuse_eval=system.fuse_train)
+            jax.eval_shape(predicting.fuse, None, blank, jnp.int32(0))
+    return system
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:

@@ -155,7 +155,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("mixup", 0.0, "alpha of the Beta distribution of the weights of two mixed clips; 0: no "
           "mixup", low=0, high=1e6),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
-          "5 and 10 have a line, too", low=1, high=2**31 - 1),
+          "5, 10 and the last step have a line, too", low=1, high=2**31 - 1),
     Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints; every evaluation "
           "saves a checkpoint, too", low=0, high=math.inf, movable=True),
 
@@ -174,8 +174,8 @@ TABLE: tuple[Field | Group, ...] = (
           "another person", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),
     Field("data.blur", 1.0, "how strongly blur depends on the quality of synthetic frames, 0 to 4; "
           "0: all frames are blurred alike", low=0, high=LARGEST.blur, read_when=SYNTHETIC),
-    Field("data.label_noise", 0.0, "share of synthetic train clips with the label of another "
-          "person", low=0, high=LARGEST.label_noise, read_when=SYNTHETIC),
+    Field("data.label_noise", 0.0, "share of labelled synthetic train clips with the label of "
+          "another person", low=0, high=LARGEST.label_noise, read_when=SYNTHETIC),
     Field("data.train_distractors", 0.0, "share of synthetic train clips that show a stranger, 0 "
           "to 0.9; in val it is 0.375", low=0, high=LARGEST.train_distractors,
           read_when=SYNTHETIC),
@@ -250,8 +250,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("noise.keep", "label", "new class of a distractor in no cluster, if the model predicts "
           "no identity: the present `label`, or the `prediction` (a cluster or a mirror class)",
           choices=("label", "prediction"), read_when=RELABELLED),
-    Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in no cluster: pairs "
-          "(epoch, weight), linear between them", read_when=NOISE_CLASSES),
+    Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in mirror classes, 0 "
+          "or more: pairs (epoch, weight), linear between them", read_when=NOISE_CLASSES),
     Field("noise.relabel_by", "evaluate", "entry of the group `fusion` with which a model predicts "
           "the new labels: `evaluate`, or `train` if this fusion is not random",
           choices=("evaluate", "train"), read_when=RELABELLED),
@@ -271,8 +271,9 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
     Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the mean over "
           "members, and the order of clips that are ranked by probability", above=0),
-    Field("eval.top_classes", 0, "a clip is ranked only for this number of identities, for "
-          "which its scores are highest; 0: for all", low=0),
+    Field("eval.top_classes", 0, "a clip has a score only for this number of identities, "
+          "for which its scores are highest; it comes last in the lists of the other identities; "
+          "0: for all", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),
@@ -326,15 +327,16 @@ TABLE: tuple[Field | Group, ...] = (
           "With `optim.decay=steps`", above=0, read_when=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two decays; a fraction is "
           "allowed. With `optim.decay=steps`", low=0.001, read_when=STEPS),
-    Field("optim.points", ((0.0, 1.0),), "factors of the learning rate: pairs (epoch, factor), "
-          "linear between them. With `optim.decay=piecewise`",
+    Field("optim.points", ((0.0, 1.0),), "factors of the learning rate, 0 or more: pairs (epoch, "
+          "factor), linear between them. With `optim.decay=piecewise`",
           read_when=_read_if("optim.decay", "piecewise")),
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
           "its gradient", low=0),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
-          "a weight matrix would shrink by exp(-total_decay)", low=0),
-    Field("optim.decay_all", False, "`True`: `optim.weight_decay` and `optim.total_decay` also act "
-          "on biases and on the parameters of normalisations", read_when=DECAYED),
+          "a weight matrix would shrink to about exp(-total_decay) of its size, if the run has "
+          "many more steps than `optim.total_decay`", low=0),
+    Field("optim.decay_all", False, "`True`: `optim.weight_decay` and `optim.total_decay` act on "
+          "all parameters; `False`: only on weight matrices", read_when=DECAYED),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
           read_when=_read_if("optim.name", "sgd")),
     Field("optim.restart_epoch", 0.0, "epoch at which the moments (or the running sum of "

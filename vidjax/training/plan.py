@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble, fusion
+from vidjax.core.augment import MemberClips, drop_poor_frames
 from vidjax.core.batch import Array, Batch, Frames, NoiseClassLayout
 from vidjax.data import sources
 from vidjax.data.checks import find_unusable
@@ -27,7 +29,7 @@ from vidjax.data.clips import (
 from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
-from vidjax.models.system import TaskSpec, make_blank_clips, make_fusions, make_model, make_system
+from vidjax.models.system import TaskSpec, make_fusions, make_model, make_system
 from vidjax.runs import config as config_lib
 from vidjax.runs import results
 from vidjax.runs.config import Config
@@ -39,7 +41,8 @@ from vidjax.utils.errors import UserError, warn
 FIRST_STEPS = (1, 2, 5, 10)
 # A model in closed form does not read these fields, and no field of `loss` and `optim`.
 UNREAD_IN_CLOSED_FORM = (
-    "after_fusion", "data.balance", "ensemble.bootstraps", "mixup", "noise.join", "transforms",
+    "after_fusion", "data.balance", "dtype", "ensemble.bootstraps", "ensemble.seeds", "mixup",
+    "noise.join", "noise.mirror_weight", "transforms",
 )  # fmt: skip
 MAX_BATCH_ROWS = 65_536  # a larger batch is probably a typing error, unless there are as many clips
 
@@ -152,23 +155,29 @@ def _check_plan(
 def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
     """Returns the rows [n] int32 of the training clips from which any of the E members learns.
 
-    A member learns from a clip if its `weight` [E, N] is above 0, and the fusion of `config.fusion`
-    keeps a frame. If a clip has more than 512 frames, only the 512 of best quality are tried.
+    A member learns from a clip if its `weight` [E, N] is above 0, and `config.fusion` and
+    `ensemble.poor_clips` keep a frame. If a clip has more than 512 frames, only the 512 of best
+    quality are tried.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
+    lowest = jnp.float32(min(config.ensemble.min_quality, default=-jnp.inf))
+    poor_clips = config.ensemble.poor_clips
 
     @jax.jit
     def is_chosen(batch: Batch) -> Array:
-        rng = jax.random.key(config.seed)
-        fused = {name: fuse(rng, batch.frames[name]) for name, fuse in fusions.items()}
-        return fusion.has_frames(fused)
+        rng, ones = jax.random.key(config.seed), jnp.ones(batch.clip_index.shape)
+        frames = {name: batch.frames[name] for name in fusions}
+        clips = MemberClips(frames, batch.clip_index, ones, lowest, ())
+        clips = drop_poor_frames(rng, clips, poor_clips=poor_clips)
+        fused = {name: fuse(rng, clips.frames[name]) for name, fuse in fusions.items()}
+        return fusion.has_frames(fused) & (clips.weight > 0)
 
     is_used = compute_values(config, data, tuple(config.modalities), is_chosen, weighted)
     if not is_used.any():
         raise UserError(
-            "config.fusion keeps no frame of any training clip\n"
-            "lower min_quality and min_detection in config.fusion"
+            "no frame of any training clip is good enough to be trained on\n"
+            "lower min_quality and min_detection in config.fusion, or config.ensemble.min_quality"
         )
     return np.flatnonzero(weighted)[is_used].astype(np.int32)
 
@@ -282,9 +291,10 @@ def check_model(config: Config) -> None:
     for field, value in config_lib.fields(config):
         changed = field in defaults and value != defaults[field]
         if changed and (field in UNREAD_IN_CLOSED_FORM or field.startswith(("loss.", "optim."))):
+            remedy = shlex.quote(f"--config.{field}={defaults[field]}")
             raise UserError(
                 f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
-                f"each clip unchanged\nuse the default: --config.{field}={defaults[field]}"
+                f"each clip unchanged\nuse the default: {remedy}"
             )
 
 
@@ -307,7 +317,6 @@ def dry_run(config: Config) -> None:
     def init() -> train_step.TrainState:
         system = make_system(spec, task)
         rngs = ensemble.make_rngs(members, config.seed)
-        system.fuse(None, make_blank_clips(widths), jnp.int32(0))  # as an evaluation does
         return train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
 
     try:

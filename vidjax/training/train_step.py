@@ -189,6 +189,8 @@ def take_member_step(
 
     labels, mask = repeat(clips.labels), exists.reshape(-1)
     info = ClipInfo(index=repeat(batch.clip_index), mask=mask, labels=labels)
+    share_of_clip = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
+    weight = (clips.weight[:, None] * share_of_clip).reshape(-1)  # of each example
     by_clips = system.config["loss"]["mean_over"] == "clips"
 
     def mean_loss(params: Params) -> tuple[Array, tuple[Array, ModelState]]:
@@ -200,7 +202,7 @@ def take_member_step(
             rngs={"dropout": dropout_rng, "modality_dropout": modality_rng},
             mutable=list(learned.model_state),
         )
-        losses = [system.objective(output, repeat(x), mask, step) for x, _ in clips.targets]
+        losses = [system.objective(output, repeat(x), weight, step) for x, _ in clips.targets]
         per_clip = sum(
             share * average_over_examples(loss, exists)
             for loss, (_, share) in zip(losses, clips.targets, strict=True)

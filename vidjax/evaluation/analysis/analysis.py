@@ -36,8 +36,7 @@ from vidjax.utils.errors import warn
 
 # Fields that do not change the scores of a clip, except for rounding.
 _FREE = (
-    *config_lib.MOVABLE, "data.mode", "deterministic", "eval.block_size", "eval.members",
-    "eval.split",
+    *config_lib.MOVABLE, "deterministic", "eval.block_size", "eval.members", "eval.split",
 )  # fmt: skip
 
 
