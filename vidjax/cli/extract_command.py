@@ -23,11 +23,10 @@ def count_workers(args: argparse.Namespace) -> int:
     return min(args.workers or num_cores(), 4 * num_cores())
 
 
-def read_settings(args: argparse.Namespace) -> features_folder.ExtractionSettings | None:
-    """Returns the settings of `--fps`, `--size` and `--unit`, or None if no such flag is given."""
-    names = ("fps", "size", "unit")
-    values = {name: x for name in names if (x := getattr(args, name, None)) is not None}
-    return features_folder.ExtractionSettings(**values) if values else None  # pyright: ignore[reportArgumentType]
+def read_settings(args: argparse.Namespace) -> dict[str, float | str]:
+    """Returns flag -> value for those of `--fps`, `--size` and `--unit` that are given."""
+    values = {name: getattr(args, name, None) for name in ("fps", "size", "unit")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
@@ -107,11 +106,17 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
     about = "the folder of the nets, as vidjax convert makes them"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)
-    about = "number of frames per second that are searched for faces (default: 5)"
+    about = (
+        "number of frames per second that are searched for faces (default: 5; later, as in the "
+        "last call)"
+    )
     parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
-    about = "longer side of frames after shrinking, in pixels (default: 640)"
+    about = (
+        "longer side of frames after shrinking, in pixels (default: 640; later, as in the last "
+        "call)"
+    )
     parser.add_argument("--size", metavar="N", type=messages.whole_number(*SIZE_RANGE), help=about)
-    about = "number of processes (default: the number of cores)"
+    about = "number of processes, at most 4 per core (default: the number of cores)"
     parser.add_argument(
         "--workers", metavar="N", type=messages.whole_number(1, MAX_WORKERS), help=about
     )
@@ -124,7 +129,10 @@ def add_shared_flags(parser: Parser) -> None:
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
-    about = "makes a clip of each tracked face (track, default), or of the main person of each shot"
+    about = (
+        "makes a clip of each tracked face, or of the main person of each shot (default: track; "
+        "later, as in the last call)"
+    )
     parser.add_argument("--unit", choices=("track", "shot"), help=about)
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
 
