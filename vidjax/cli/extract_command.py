@@ -24,7 +24,7 @@ def count_workers(args: argparse.Namespace) -> int:
 
 
 def read_settings(args: argparse.Namespace) -> dict[str, float | str]:
-    """Returns flag -> value for those of `--fps`, `--size` and `--unit` that are given."""
+    """Returns name -> value of the given flags among `--fps`, `--size` and `--unit`."""
     values = {name: getattr(args, name, None) for name in ("fps", "size", "unit")}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -35,8 +35,7 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     if film is None:
         say(outcome.error)
         return
-    faces = f"{len(film.tracks):,} face{'s' * (len(film.tracks) != 1)}"
-    shots = f"{len(film.shots):,} shot{'s' * (len(film.shots) != 1)}"
+    faces, shots = messages.count(len(film.tracks), "face"), messages.count(len(film.shots), "shot")
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
     note = ", as before" if outcome.kept else ""
     if outcome.replaced:
@@ -52,14 +51,14 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
             f"copy it: ffmpeg -i {path} -map 0:V:1 -map 0:a? -c copy second.mkv"
         )
     problems = {
-        "frames were damaged, and were left out": film.corrupt,
-        "packets could not be decoded": film.refused,
-        "time stamps were wrong, and were estimated": film.repaired,
-        "pieces of sound could not be decoded": film.lost_sound,
+        "damaged frames, which were left out": film.corrupt,
+        "packets that could not be decoded": film.refused,
+        "wrong time stamps, which were estimated": film.repaired,
+        "pieces of sound that could not be decoded": film.lost_sound,
     }
     for problem, count in problems.items():
         if count:
-            say(f"  {count:,} {problem}")
+            say(f"  {problem}: {count:,}")
     if film.damaged:
         say(
             f"  it ends at {film.seconds:.1f} s, before its declared end: check that the file is "

@@ -232,10 +232,6 @@ def check_command(words: Sequence[str]) -> None:
     raise UserError(f"vidjax gallery has no command '{word}': {hint}")
 
 
-def _count_clips(count: int) -> str:
-    return f"{count:,} clip{'' if count == 1 else 's'}"
-
-
 def _summarise(
     gallery: "Gallery",
     changes: Mapping[str, str] = MappingProxyType({}),
@@ -353,8 +349,9 @@ def _enrol(args: argparse.Namespace) -> Result:
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
         names = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
-        warn(f"not enrolled: {_count_clips(len(refused))} without a usable frame, {names}")
-    text = f"{_count_clips(done.enrolled)}, {done.unchanged:,} enrolled before"
+        count = messages.count(len(refused), "clip")
+        warn(f"not enrolled: {count} without a usable frame, {names}")
+    text = f"{messages.count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
     return _summarise(gallery, {"enrolled": text}, done._asdict())
 
 
@@ -506,7 +503,7 @@ def _rank(args: argparse.Namespace) -> Result:
 def _remove(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     count = gallery.remove(identity=args.identity, clip=args.clip)
-    return _summarise(gallery, {"removed": _count_clips(count)}, {"removed": count})
+    return _summarise(gallery, {"removed": messages.count(count, "clip")}, {"removed": count})
 
 
 def _rename(args: argparse.Namespace) -> Result:
@@ -517,7 +514,7 @@ def _rename(args: argparse.Namespace) -> Result:
         from vidjax.apps.video import who
 
         who.rename_denied(results, normal_form(args.identity), normal_form(args.to))
-    clips = _count_clips(gallery.identities[normal_form(args.to)])
+    clips = messages.count(gallery.identities[normal_form(args.to)], "clip")
     text = f"{args.identity} is {args.to}, with {clips}"
     return _summarise(gallery, {"renamed": text}, {"renamed": count})
 

@@ -327,9 +327,8 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
     """Prints how many film files no longer exist, and one existing film without thumbnails."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
-        count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
         say(
-            f"{count} cannot be found, such as {missing[0]}: "
+            f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}: "
             "to delete the results of missing films, add --prune"
         )
     for film in films:
@@ -371,8 +370,8 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
     if len(known) < len(names):
         example = show(min(names.keys() - present))
         say(
-            f"{len(names) - len(known):,} clips in {path} no longer exist, such as {example}: "
-            "their names are ignored"
+            f"names of clips in {path} that no longer exist, such as {example}, are ignored: "
+            f"{len(names) - len(known):,}"
         )
     if not known:
         return
@@ -384,7 +383,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
         gallery.enrol(vectors._replace(labels=tuple(known[clip] for clip in vectors.names)))
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
-        clips = f"{count:,} clip{'' if count == 1 else 's'}"
+        clips = messages.count(count, "clip")
         say(f"{show(name)} is enrolled with {clips} from {path.name}")
 
 
@@ -566,7 +565,7 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
     if foreign := [(path, names) for path, names in new if names and name not in names]:
         path, names = foreign[0]
         tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
-        more = f"; {len(foreign) - 1:,} more such photos" if len(foreign) > 1 else ""
+        more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
         say(f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}")
 
 
