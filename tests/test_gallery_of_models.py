@@ -169,8 +169,13 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     for name, clip in (faces("ada", ada) | faces("bob", bob)).items():
         np.savez(features / f"{name}.npz", face=clip["face"])
     words = (gallery.folder, f"--input={features}")
+    np.savez(features / "empty.npz", face=np.zeros((0, WIDTH), np.float32))
 
-    say("gallery", "group", *words, f"--out={groups}")
+    assert "\n  unknown     1 person in 5 clips" in say(
+        "gallery", "group", *words, f"--out={groups}"
+    )
+    told = say("gallery", "group", *words, f"--out={tmp_path / 'again.tsv'}", "--json")
+    assert (told["clips"], told["people"], told["unknown"]) == (11, 1, 5)
     grouped = answers_lib.read_groups(groups, unknown=True)  # without Ada, who is known
     assert grouped == {f"bob{n}": "unknown 1" for n in range(5)}
 

@@ -403,11 +403,12 @@ def _group(args: argparse.Namespace) -> Result:
     answers_lib.write_groups(out, groups)
     count = len({*groups.values()})
     rows = {
-        "clips": f"{len(vectors.names):,}, {len(unknown):,} of them show unknown people",
-        "people": f"{count:,} unknown",
+        "clips": f"{len(vectors.names):,}",
+        "unknown": f"{messages.count(count, 'person')} in {messages.count(len(groups), 'clip')}",
         "groups": f"{out}: write names into it, then enrol --labels={shlex.quote(str(out))}",
     }
-    return Result({"groups": str(out), "people": count, "clips": len(groups)}, rows)
+    content = {"groups": str(out), "clips": len(vectors.names)}
+    return Result(content | {"people": count, "unknown": len(groups)}, rows)
 
 
 def _read_films(args: argparse.Namespace) -> "list[Film]":
