@@ -739,6 +739,22 @@ def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(dr
     assert "1 person without a name: to name them, add --review" in done.out  # Eve
 
 
+def test_identify_counts_the_names_in_a_file_with_times(drawn):
+    """Two people are visible together, so only one can be Ada. A photo has no times."""
+    drawn.befriend("Ada")
+    film, photo = drawn.folder / "twins.mkv", drawn.folder / "photo.png"
+    write_film(film, (2, 20, [("Ada", 20, 30), ("Ada", 80, 60)]))
+    write_photo(photo, ("Ada", 20, 30))
+    drawn.who(film, photo)
+    words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}")
+    out = drawn.folder / "names.rttm"
+    content = drawn.run("gallery", "identify", *words, f"--out={out}").content
+    assert (content["clips"], content["named"]) == (3, 2)
+    assert out.read_text().splitlines() == [
+        "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
+    ]
+
+
 def test_features_of_other_nets_or_settings_are_refused(drawn):
     arguments, gallery = ([write_group(drawn)], drawn.out, drawn.models), drawn.folder / "g"
     pipeline.extract(*arguments)

@@ -437,6 +437,8 @@ def _identify(args: argparse.Namespace) -> Result:
     began, vectors = _embed(args, gallery)
     with _show_progress("identify", len(vectors.names)) as bar:
         answers = gallery.identify(vectors, args.k, advance=bar.advance, **chosen)
+    if films:
+        answers = appearances.settle_answers(answers, films)
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
@@ -447,8 +449,7 @@ def _identify(args: argparse.Namespace) -> Result:
     content |= {"threshold": rule.threshold.to_dict() if rule.threshold else None} | timed[1]
     if out:
         if films:
-            settled = appearances.settle_answers(answers, films)
-            appearances.write(out, appearances.find_appearances(settled, films), films)
+            appearances.write(out, appearances.find_appearances(answers, films), films)
         else:
             answers_lib.write(out, answers)
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})

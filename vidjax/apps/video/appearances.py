@@ -245,10 +245,10 @@ def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float
 def to_rttm(appearances: Iterable[Appearance]) -> str:
     """Returns the text of a .rttm file with a line for each appearance of a person.
 
-    Ignored people are left out. Blanks in names become `_`. If this makes two names equal, blanks
-    become `%20`.
+    Ignored people are left out, and photos, which have no times. Blanks in names become `_`. If
+    this makes two names equal, blanks become `%20`.
     """
-    appearances = [x for x in appearances if x.identity is not None]
+    appearances = [x for x in appearances if x.identity is not None and x.end_s > x.start_s]
     words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
     return "".join(
         f"SPEAKER {words[x.video]} 1 {x.start_s:.3f} {x.end_s - x.start_s:.3f} <NA> <NA> "
