@@ -85,7 +85,9 @@ def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_pat
     output = tell(*merge, code=2)
     assert "two people would become one" in output and "--merge" in output
     tell(*merge, "--merge")
-    assert tell("list", folder, "--clips", "--json")["clips"]["Eve"] == ["Ada 0", "Ada 1"]
+    listed = tell("list", folder, "--clips", "--json")
+    assert listed["clips_of"]["Eve"] == ["Ada 0", "Ada 1"]
+    assert listed["clips"] == sum(listed["identities"].values())  # as without --clips
 
     output = tell("relabel", folder, "--clip=Ada 1", "--strangers")
     assert "Ada 1 showed Eve; it shows a stranger" in output
@@ -156,7 +158,7 @@ def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
         (photos / person / f"{person} 0.npz").rename(photos / person / "0.npz")
 
     assert "people      14" in tell("enrol", folder, f"--input={photos}")
-    listed = tell("list", folder, "--clips", "--json")["clips"]
+    listed = tell("list", folder, "--clips", "--json")["clips_of"]
     assert listed["Ada"] == ["Ada/0", "Ada/Ada 1"]
     assert listed["Grace"] == ["Grace/0", "Grace/Grace 1"]
 
@@ -177,6 +179,17 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
     assert ["dead", "unknown", "no", "usable", "frame"] in rows
     scores = {row["clip"]: row["score"] for row in tell(*identify, "--json")["answers"]}
     assert scores["dead"] is None  # JSON has no number for -inf
+
+
+def test_json_of_identify_and_rank_describes_the_rule_and_names_the_file(tell, folder, tmp_path):
+    clips = f"--input={write_clips(tmp_path / 'ada', 'Ada')}"
+    outs = [tmp_path / f"{command}.csv" for command in ("identify", "rank")]
+    named, ranked = [
+        tell(out.stem, folder, clips, "--fpir=0.5", f"--out={out}", "--json") for out in outs
+    ]
+    assert [named["out"], ranked["ranking"]] == [*map(str, outs)]
+    assert named["threshold"]["fpir"] == 0.5 and named["rule"]["by"] == "fpir"
+    assert all(named[field] == ranked[field] for field in ("rule", "threshold", "clips"))
 
 
 def test_enrol_refuses_splits_and_clips_outside_a_folder_of_a_person(tell, folder, tmp_path):

@@ -445,16 +445,20 @@ def _identify(args: argparse.Namespace) -> Result:
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= timed[0]
     content = {"clips": len(answers), "named": named}
-    content |= {"rule": answers_lib.convert_rule_to_json(rule)}
-    content |= {"threshold": rule.threshold.to_dict() if rule.threshold else None} | timed[1]
+    content |= _describe_rule(rule) | timed[1]
     if out:
         if films:
             appearances.write(out, appearances.find_appearances(answers, films), films)
         else:
             answers_lib.write(out, answers)
-        return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
+        return Result(content | {"out": str(out)}, rows | {"answers": str(out)})
     listed = [answers_lib.as_json(*pair) for pair in answers.items()] if args.json else []
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(answers)))
+
+
+def _describe_rule(rule: answers_lib.NamingRule) -> dict[str, object]:
+    threshold = rule.threshold.to_dict() if rule.threshold else None
+    return {"rule": answers_lib.convert_rule_to_json(rule), "threshold": threshold}
 
 
 def _process_tables(
@@ -498,8 +502,8 @@ def _rank(args: argparse.Namespace) -> Result:
         "ranking": str(out),
     }
     content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}
-    content |= {"rule": None if rule.default else answers_lib.convert_rule_to_json(rule)}
-    return Result(content, rows)
+    content |= {"people": len(gallery.identities), "rule": None, "threshold": None}
+    return Result(content if rule.default else content | _describe_rule(rule), rows)
 
 
 def _remove(args: argparse.Namespace) -> Result:
@@ -547,7 +551,7 @@ def _list(args: argparse.Namespace) -> Result:
         for name, clip in sorted(gallery.clips.items()):
             if clip.identity in clips_of:
                 clips_of[clip.identity].append(name)
-        content |= {"clips": clips_of}
+        content |= {"clips_of": clips_of}
         lines = [(name, clip) for name, clips in clips_of.items() for clip in clips]
     text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
     return result._replace(content=content, text=text)
