@@ -739,6 +739,15 @@ def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(dr
     assert "1 person without a name: to name them, add --review" in done.out  # Eve
 
 
+def test_extract_prints_no_speed_of_photos_and_the_remedy_in_one_line(drawn, command):
+    photo, bad = drawn.folder / "photo.png", drawn.folder / "bad.mp4"
+    write_photo(photo, ("Ada", 20, 30))
+    bad.write_text("no film")
+    done = command("extract", photo, bad, f"--models={drawn.models}", f"--out={drawn.out}")
+    labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
+    assert labels == ["features", "files", "clips", "remedy"]
+
+
 def test_identify_counts_the_names_in_a_file_with_times(drawn):
     """Two people are visible together, so only one can be Ada. A photo has no times."""
     drawn.befriend("Ada")

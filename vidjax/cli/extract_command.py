@@ -68,8 +68,8 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
 
 def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
     """Returns {"remedy": text} with up to three remedies for failed files, or {} if none failed."""
-    different = [*dict.fromkeys(filter(None, remedies))]
-    return {"remedy": "; ".join(different[:3])} if different else {}
+    different = [*dict.fromkeys(filter(None, remedies))][:3]
+    return {"remedy": "; ".join("\n".join(different).splitlines())} if different else {}
 
 
 def run_extract(args: argparse.Namespace) -> Result:
@@ -83,7 +83,8 @@ def run_extract(args: argparse.Namespace) -> Result:
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
-    minutes = sum(o.film.seconds for o in outcomes if o.film and not o.kept) / 60
+    new = [outcome.film for outcome in outcomes if outcome.film and not outcome.kept]
+    minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     clips = sum(len(film.tracks) for film in films)
     content = {"out": args.out, "files": len(films), "failed": [*failed], "clips": clips}
