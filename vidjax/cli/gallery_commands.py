@@ -60,9 +60,12 @@ def _add_create(parser: Parser) -> None:
     model.add_argument("--run", metavar="W", help="the folder of a run")
     about = "instead of --run: the folder of the nets with which vidjax extract makes features"
     model.add_argument("--models", metavar="DIR", help=about)
-    about = "leaves out the people and clips of the run"
+    about = "leaves out the people of the run and their clips, but stores strangers"
     parser.add_argument("--empty", action="store_true", help=about)
-    about = "a split of the dataset, whose unlabelled clips are stored as strangers"
+    about = (
+        "a split of the dataset, whose unlabelled clips are stored as strangers (default: the "
+        "split that the run evaluates)"
+    )
     parser.add_argument("--strangers", metavar="S", help=about)
     parser.fields("data.", example="data.dir=PATH")
     parser.command(_create, "G --run=runs/plda", "G --models=models")
@@ -115,7 +118,8 @@ def _add_enrol(parser: Parser) -> None:
 def _add_identify(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
-    about = "largest number of possible people per clip (default: %(default)s)"
+    most = answers_lib.NUM_TABLE_PEOPLE
+    about = f"largest number of possible people per clip (default: %(default)s); text has {most}"
     parser.add_argument(
         "--k", metavar="K", type=messages.whole_number(1, 1_000_000), default=5, help=about
     )
