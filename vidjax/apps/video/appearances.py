@@ -175,10 +175,10 @@ def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) 
     else:
         files = {film.video: _describe_file(film) for film in films}
         objects = [
-            {name.removesuffix("_s"): value for name, value in appearance._asdict().items()}
-            | {"probability": appearance.probability and round(appearance.probability, 4)}
-            | files[appearance.video]
-            for appearance in appearances
+            {name.removesuffix("_s"): value for name, value in x._asdict().items()}
+            | {"start": round(x.start_s, 3), "end": round(x.end_s, 3)}
+            | {"probability": x.probability and round(x.probability, 4), **files[x.video]}
+            for x in appearances
         ]
         tables.write(path, COLUMNS, map(_make_row, objects), objects)
 
@@ -198,8 +198,7 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
     """Returns a row of the table. Blanks separate the values of a cell."""
-    times = {name: round(values[name], 3) for name in ("start", "end")}
-    cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
+    cells = [{**values, "identity": values["identity"] or IGNORED}[name] for name in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
 
