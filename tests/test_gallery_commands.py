@@ -360,7 +360,8 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made
     out = tmp_path / "out"
     words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}", "--k=3")
 
-    assert ask(*words)["tables"] == 4
+    done = ask(*words)
+    assert (done["tables"], done["rule"]["by"], done["threshold"]) == (4, "new", None)
 
     wanted = [made.identify(clips, k=3) for clips in TABLES if clips]
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]

@@ -469,9 +469,13 @@ def _process_tables(
     args: argparse.Namespace, inputs: Sequence[Path], work: type[bulk.TableTask], **options: int
 ) -> Result:
     bulk.check_out(args.out, inputs, work)
-    gallery, rule = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
-    gallery.rule(**rule)  # a mistake is reported before tables are read
-    return bulk.process_tables(inputs, args.out, work(lambda: gallery, **options, **rule))
+    gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
+    rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
+    done = bulk.process_tables(inputs, args.out, work(lambda: gallery, **options, **chosen))
+    if rule.default and work is bulk.Rank:
+        return done
+    rows = {**answers_lib.describe_rule(rule), **done.rows}
+    return done._replace(content={**done.content, **_describe_rule(rule)}, rows=rows)
 
 
 def _rank(args: argparse.Namespace) -> Result:
