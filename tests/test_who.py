@@ -746,6 +746,19 @@ def test_extract_prints_no_speed_of_photos_and_the_remedy_in_one_line(drawn, com
     done = command("extract", photo, bad, f"--models={drawn.models}", f"--out={drawn.out}")
     labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
     assert labels == ["features", "files", "clips", "remedy"]
+    words = [bad, f"--models={drawn.models}", f"--out={drawn.out}", "--quiet"]
+    assert "bad.mp4' is damaged" in command("extract", *words).err
+
+
+def test_quiet_hides_messages_but_no_warnings(drawn):
+    drawn.befriend("Ada", "Bob")
+    write_photo(drawn.friends / "Bob" / "1.png", ("Ada", 20, 30), ("Bob", 80, 50))
+    slow = drawn.folder / "slow.mkv"
+    write_film(slow, (4, 20, [("Ada", 20, 30)]), fps=1)
+    output = drawn.who(slow, drawn.film(), flags=["--quiet"], code=1).output
+    assert "shows 2 faces" in output and "Bob cannot be recognised" in output
+    assert "slow.mkv: 4.0 s" in output and "it has fewer than 2 frames per second" in output
+    assert "party.mkv" not in output
 
 
 def test_identify_counts_the_names_in_a_file_with_times(drawn):

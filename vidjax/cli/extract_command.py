@@ -33,7 +33,7 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     """Prints a line about a file, and a line for each problem with the file."""
     film = outcome.film
     if film is None:
-        say(outcome.error)
+        say(outcome.error, warning=True)
         return
     faces, shots = messages.count(len(film.tracks), "face"), messages.count(len(film.shots), "shot")
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
@@ -41,29 +41,36 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     if outcome.replaced:
         note = ", replaces another file of this name"
     voices = f", {film.voices:,} with a voice" if film.voices else ""
-    say(f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}")
+    problems = _list_problems(film, outcome.path)
+    for line in (
+        f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}",
+        *(f"  {problem}" for problem in problems),
+    ):
+        say(line, warning=bool(problems))
+
+
+def _list_problems(film: features_folder.Film, path: Path) -> list[str]:
+    problems = []
     if not film.photo and film.frames < MIN_RATE * film.seconds:
-        say(f"  it has fewer than {MIN_RATE} frames per second, so people may be missed")
+        problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
     if film.others:
-        path = shlex.quote(str(outcome.path))
-        say(
-            f"  only the first of its {film.others + 1} video streams is used; to use the second, "
-            f"copy it: ffmpeg -i {path} -map 0:V:1 -map 0:a? -c copy second.mkv"
+        problems.append(
+            f"only the first of its {film.others + 1} video streams is used; to use the second, "
+            f"copy it: ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
         )
-    problems = {
+    counts = {
         "damaged frames, which were left out": film.corrupt,
         "packets that could not be decoded": film.refused,
         "wrong time stamps, which were estimated": film.repaired,
         "pieces of sound that could not be decoded": film.lost_sound,
     }
-    for problem, count in problems.items():
-        if count:
-            say(f"  {problem}: {count:,}")
+    problems += [f"{problem}: {count:,}" for problem, count in counts.items() if count]
     if film.damaged:
-        say(
-            f"  it ends at {film.seconds:.1f} s, before its declared end: check that the file is "
+        problems.append(
+            f"it ends at {film.seconds:.1f} s, before its declared end: check that the file is "
             "complete"
         )
+    return problems
 
 
 def list_remedies(remedies: Iterable[str]) -> dict[str, str]:

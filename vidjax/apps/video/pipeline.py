@@ -321,7 +321,10 @@ def say_left_out(paths: Iterable[Path]) -> None:
 
     def say_unreadable(error: OSError) -> None:
         if isinstance(error, PermissionError):
-            say(f"{show(error.filename)} is left out, because you may not read this folder")
+            say(
+                f"{show(error.filename)} is left out, because you may not read this folder",
+                warning=True,
+            )
 
     for path in (folder for named in paths for folder in walk(named, say_unreadable)):
         accepted, others = split_files(path)

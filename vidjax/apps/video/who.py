@@ -371,7 +371,8 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
         example = show(min(names.keys() - present))
         say(
             f"names of clips in {path} that no longer exist, such as {example}, are ignored: "
-            f"{len(names) - len(known):,}"
+            f"{len(names) - len(known):,}",
+            warning=True,
         )
     if not known:
         return
@@ -420,7 +421,10 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
         if path.is_dir():
             photos = [photo for folder in pipeline.walk(path) for photo in _list_stills(folder)]
         if not photos:
-            say(f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'")
+            say(
+                f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
+                warning=True,
+            )
         else:
             name = check_person(path.name if path.is_dir() else path.stem)
             photos_of.setdefault(name, []).extend(photos)
@@ -462,7 +466,8 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
         say(
             f"each photo in '{people}' counts as a different person, such as {show(names[0])} and "
             f"{show(names[1])}. If all show the same person, name the folder above: "
-            f"--people={above}"
+            f"--people={above}",
+            warning=True,
         )
         return
     by_name: dict[str, list[str]] = {}
@@ -473,7 +478,8 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
         if len(twins) > 1:
             say(
                 f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
-                f"person, put the photos into '{people}/{show(name)}/'"
+                f"person, put the photos into '{people}/{show(name)}/'",
+                warning=True,
             )
 
 
@@ -529,7 +535,10 @@ def _enrol_photos(
     for folder, named in usable.items():
         _enrol(gallery, folder, named, labels, old.get(folder.name, set()))
     for name in sorted(names.difference(*(named.values() for named in usable.values()))):
-        say(f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face")
+        say(
+            f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face",
+            warning=True,
+        )
     return failed, names
 
 
@@ -552,7 +561,7 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
         clip, problem = features_folder.check_photo(film)
         clips, problems = {clip: folder_name} if clip else {}, [film.bad_tags, problem]
     for problem in filter(None, problems):
-        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
+        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
     return names, clips
 
 
@@ -566,7 +575,10 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
         path, names = foreign[0]
         tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
         more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
-        say(f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}")
+        say(
+            f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}",
+            warning=True,
+        )
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
@@ -635,12 +647,15 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
         (path, film), name = given[clip], show(person_of[clip])
         if clip in twins:
             others = ", ".join(map(show, sorted(owners[film.sha256] - {person_of[clip]})))
-            say(f"{path} is also a photo of {others}: delete the wrong copy")
+            say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
         else:
             like = doubtful[clip]
             seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
             wrong = "correct its tag" if film.tags else "move it"
-            say(f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person")
+            say(
+                f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
+                warning=True,
+            )
 
 
 class PhotoFace(NamedTuple):
