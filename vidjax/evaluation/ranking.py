@@ -75,7 +75,7 @@ class Submission(NamedTuple):
     def complaints(self) -> list[str]:
         """Returns a sentence per kind of fault: the first fault, and the number of such lines."""
         return [
-            sentences[0] + (f" ({len(sentences)} lines have this fault)" if sentences[1:] else "")
+            sentences[0] + (f" ({len(sentences):,} lines have this fault)" if sentences[1:] else "")
             for sentences in self.faults.values()
         ]
 
