@@ -62,6 +62,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     assert vidjax.train(config, folder, made, num_devices=1).map == results.map
 
     tested = vidjax.evaluate(folder, made, split="train", num_devices=1)
+    assert tested.to_dict() == json.loads(tested.paths.metrics.read_text())
     assert tested.map_kind == "in_sample"
     assert tested.paths.ranking == folder / "ranking_train.txt"
     assert tested.paths.ranking.exists()

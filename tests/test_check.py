@@ -107,6 +107,10 @@ def test_check_of_a_gallery_reports_damage(tmp_path, check):
     made_galleries.make(tmp_path)
     words = f"--workdir={tmp_path}"
     assert "gallery: 12 people with" in "\n".join(check(words)[1])
+    clips = {"a": made_galleries.make_clip(1, "Ada"), "b": made_galleries.make_clip(2, None)}
+    made_galleries.make(tmp_path / "one", clips)
+    lines = check(f"--workdir={tmp_path / 'one'}")[1]
+    assert "gallery: 1 person with 1 clip, 1 stranger" in "\n".join(lines)
 
     os.truncate(tmp_path / "gallery.sqlite", 5000)
     code, lines = check(words)

@@ -176,12 +176,14 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
 def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
     run, empty, new = nearest_run, tmp_path / "empty", tmp_path / "deep" / "new"
     empty.mkdir()
+    people = made_galleries.make(tmp_path / "people").folder
 
     for words, remedy in {
         f"export {run} --to={new}": "export needs --format",
         f"export {run} --to={run} --format=numpy": "name a new folder",
         f"export {empty} --to={new} --format=numpy": "no run in",
         f"export {run} --to={new} --format=numpy --checkpoint=x": "'latest', 'best'",
+        f"export {people} --to={new} --format=numpy --checkpoint=best": "no effect on a gallery",
         f"import {empty} --to={new}": "does not contain config.json",
         f"import {run} --to={new}": "does not contain checkpoint.json",
     }.items():

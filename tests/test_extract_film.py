@@ -291,7 +291,7 @@ def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, mode
     assert not extracted.damaged and extracted.refused == 0, "only the sound is damaged"
 
     _, warnings = drawn.extract(path)
-    assert f"{extracted.lost_sound:,} pieces of sound could not be decoded" in warnings
+    assert f"pieces of sound that could not be decoded: {extracted.lost_sound:,}" in warnings
 
 
 @pytest.mark.slow

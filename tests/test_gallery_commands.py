@@ -179,6 +179,17 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
     assert scores["dead"] is None  # JSON has no number for -inf
 
 
+def test_json_of_identify_and_rank_describes_the_rule_and_names_the_file(tell, folder, tmp_path):
+    clips = f"--input={write_clips(tmp_path / 'ada', 'Ada')}"
+    outs = [tmp_path / f"{command}.csv" for command in ("identify", "rank")]
+    named, ranked = [
+        tell(out.stem, folder, clips, "--fpir=0.5", f"--out={out}", "--json") for out in outs
+    ]
+    assert [named["answers"], ranked["ranking"]] == [*map(str, outs)]
+    assert named["threshold"]["fpir"] == 0.5 and named["rule"]["by"] == "fpir"
+    assert all(named[field] == ranked[field] for field in ("rule", "threshold", "clips"))
+
+
 def test_enrol_refuses_splits_and_clips_outside_a_folder_of_a_person(tell, folder, tmp_path):
     words = ("enrol", folder, f"--input={tmp_path / 'photos'}")
 
@@ -347,7 +358,8 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made
     out = tmp_path / "out"
     words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}", "--k=3")
 
-    assert ask(*words)["tables"] == 4
+    done = ask(*words)
+    assert (done["tables"], done["rule"]["by"], done["threshold"]) == (4, "new", None)
 
     wanted = [made.identify(clips, k=3) for clips in TABLES if clips]
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]

@@ -1,5 +1,6 @@
 """Galleries of nets with cards, without a run: friends, strangers, groups and times."""
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -174,8 +175,13 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     for name, clip in (faces("ada", ada) | faces("bob", bob)).items():
         np.savez(features / f"{name}.npz", face=clip["face"])
     words = (gallery.folder, f"--input={features}")
+    np.savez(features / "empty.npz", face=np.zeros((0, WIDTH), np.float32))
 
-    say("gallery", "group", *words, f"--out={groups}")
+    assert "\n  unknown     1 person in 5 clips" in say(
+        "gallery", "group", *words, f"--out={groups}"
+    )
+    told = say("gallery", "group", *words, f"--out={tmp_path / 'again.tsv'}", "--json")
+    assert (told["clips"], told["people"], told["unknown"]) == (11, 1, 5)
     grouped = answers_lib.read_groups(groups, unknown=True)  # without Ada, who is known
     assert grouped == {f"bob{n}": "unknown 1" for n in range(5)}
 
@@ -214,6 +220,14 @@ def test_tracks_of_one_person_are_joined_over_short_gaps():
 
 def appearance(name, start_s, end_s, video="a.mp4"):
     return appearances.Appearance(video, start_s, end_s, name, 0.9, ())
+
+
+def test_tables_for_people_and_programs_have_equal_times(tmp_path):
+    for ending in (".tsv", ".jsonl"):
+        appearances.write(tmp_path / f"a{ending}", [appearance("Ada", 1 / 3, 2 / 3)], [film()])
+    row = json.loads((tmp_path / "a.jsonl").read_text())
+    assert (tmp_path / "a.tsv").read_text().splitlines()[1].split("\t")[1:3] == ["0.333", "0.667"]
+    assert (row["start"], row["end"]) == (0.333, 0.667)
 
 
 def test_rttm_has_no_blanks_in_names_and_keeps_names_apart():

@@ -68,7 +68,10 @@ def test_score_command_prints_the_score_on_the_last_line(tmp_path, command):
         code, out, err = command("score", *words)
         assert (code, err) == (0, "")
         assert float(out.splitlines()[-1]) == pytest.approx(11 / 18, rel=0, abs=1e-15)
-        assert "2 of them ranked, 1 missing, 0 unknown identities ignored" in out
+        assert "3 identities, 4 clips\n" in out
+        assert "2 of them ranked, 1 missing, 0 identities unknown and ignored" in out
+    out = command("score", *write(tmp_path, "1 a.mp4\n", "1 a.mp4\n2 b.mp4\n")).out
+    assert "1 identity, 1 clip\n" in out and "0 missing, 1 identity unknown and ignored" in out
 
 
 def test_score_of_0_without_any_match_prints_a_hint(tmp_path, command):

@@ -413,6 +413,9 @@ def test_wrong_requests_get_a_one_line_error(inside):
         assert words in content["error"]
         assert "\n" not in content["error"]
 
+    for query in ("k=1", "clip=b", "threshold=0.9"):  # a query would be ignored
+        status, content = inside.ask("POST", f"/identify?{query}", one_clip())
+        assert (status, "in the body" in content["error"]) == (422, True)
     status, content = inside.ask("POST", "/enrol", {**one_clip(), "identities": {}})
     assert (status, content["error"][:21]) == (422, "send either identity,")
     assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415

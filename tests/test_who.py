@@ -174,7 +174,7 @@ def test_names_written_into_the_unknown_table_are_used(drawn):
 
     assert content["people"] == {"Ada": 1, name: 1}
     assert content["groups"] == 1, "only Eve is still an unknown person"
-    assert "no longer exist, such as gone.s000.t00" in output
+    assert "no longer exist, such as gone.s000.t00, are ignored: 1" in output
     assert f"{name} is enrolled with 1 clip from unknown.tsv" in output
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
@@ -742,12 +742,53 @@ def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(dr
     assert "1 person without a name: to name them, add --review" in done.out  # Eve
 
 
+def test_extract_prints_no_speed_of_photos_and_the_remedy_in_one_line(drawn, command):
+    photo, bad = drawn.folder / "photo.png", drawn.folder / "bad.mp4"
+    write_photo(photo, ("Ada", 20, 30))
+    bad.write_text("no film")
+    done = command("extract", photo, bad, f"--models={drawn.models}", f"--out={drawn.out}")
+    labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
+    assert labels == ["features", "files", "clips", "remedy"]
+    words = [bad, f"--models={drawn.models}", f"--out={drawn.out}", "--quiet"]
+    assert "bad.mp4' is damaged" in command("extract", *words).err
+
+
+def test_quiet_hides_messages_but_no_warnings(drawn):
+    drawn.befriend("Ada", "Bob")
+    write_photo(drawn.friends / "Bob" / "1.png", ("Ada", 20, 30), ("Bob", 80, 50))
+    slow = drawn.folder / "slow.mkv"
+    write_film(slow, (4, 20, [("Ada", 20, 30)]), fps=1)
+    output = drawn.who(slow, drawn.film(), flags=["--quiet"], code=1).output
+    assert "shows 2 faces" in output and "Bob cannot be recognised" in output
+    assert "slow.mkv: 4.0 s" in output and "it has fewer than 2 frames per second" in output
+    assert "party.mkv" not in output
+
+
+def test_identify_counts_the_names_in_a_file_with_times(drawn):
+    """Two people are visible together, so only one can be Ada. A photo has no times."""
+    drawn.befriend("Ada")
+    film, photo = drawn.folder / "twins.mkv", drawn.folder / "photo.png"
+    write_film(film, (2, 20, [("Ada", 20, 30), ("Ada", 80, 60)]))
+    write_photo(photo, ("Ada", 20, 30))
+    drawn.who(film, photo)
+    words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}")
+    out = drawn.folder / "names.rttm"
+    content = drawn.run("gallery", "identify", *words, f"--out={out}").content
+    assert (content["clips"], content["named"]) == (3, 2)
+    assert out.read_text().splitlines() == [
+        "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
+    ]
+
+
 def test_features_of_other_nets_or_settings_are_refused(drawn):
     arguments, gallery = ([write_group(drawn)], drawn.out, drawn.models), drawn.folder / "g"
     pipeline.extract(*arguments)
 
-    slower = features_folder.ExtractionSettings(fps=2.0)
+    slower = {"fps": 2.0}
     refused(lambda: pipeline.extract(*arguments, slower), "other settings (fps: 5.0, not 2.0")
+    words = ["extract", *arguments[0], f"--models={drawn.models}", f"--out={drawn.folder / 'fast'}"]
+    for flags in (("--fps=2", "--size=448"), ("--fps=2",), ()):  # the folder keeps its settings
+        drawn.run(*words, *flags)
 
     card = drawn.models / "embed.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"notes": "another"}))

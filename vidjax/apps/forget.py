@@ -30,7 +30,7 @@ from vidjax.data.untrusted.names import (
     normal_form,
     unescape,
 )
-from vidjax.utils import files, tables
+from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, closest
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> It
         return
     if not held:
         return
-    about, remedy = f"features of {len(held):,} clips", "--delete"
+    about, remedy = f"features of {messages.count(len(held), 'clip')}", "--delete"
     if delete:
         from vidjax.data.records.manifest import remove
 

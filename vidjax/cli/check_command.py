@@ -94,7 +94,8 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 def _check_checkpoint(folder: Path) -> str:
     from vidjax.runs import checkpoint
 
-    return f"{len(checkpoint.verify(folder)['files'])} files, all with the right sha256"
+    count = len(checkpoint.verify(folder)["files"])
+    return f"{messages.count(count, 'file')} with the right sha256"
 
 
 def _check_environment() -> str:
@@ -126,12 +127,14 @@ def _check_run(config: Config, workdir: Path) -> str:
 
 
 def _count_clips(splits: Mapping[str, Mapping[str, int]]) -> str:
-    return ", ".join(f"{name} {split['clips']:,} clips" for name, split in splits.items())
+    counts = {name: messages.count(split["clips"], "clip") for name, split in splits.items()}
+    return ", ".join(f"{name} {clips}" for name, clips in counts.items())
 
 
 def _check_gallery(folder: Path) -> str:
     from vidjax.apps.gallery.gallery import Gallery
 
     gallery = Gallery(folder)
-    clips, strangers = sum(gallery.identities.values()), len(gallery.strangers)
-    return f"{len(gallery.identities):,} people with {clips:,} clips, {strangers:,} strangers"
+    clips = messages.count(sum(gallery.identities.values()), "clip")
+    people = messages.count(len(gallery.identities), "person")
+    return f"{people} with {clips}, {messages.count(len(gallery.strangers), 'stranger')}"

@@ -35,7 +35,7 @@ def add_export_flags(parser: Parser) -> None:
     about = "the format; for a gallery only safetensors or numpy"
     parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help=about)
     about = "of a run: the latest checkpoint (default), or the checkpoint with the best MAP"
-    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help=about)
+    parser.add_argument("--checkpoint", choices=("latest", "best"), help=about)
     shared_flags.add_definitions(parser)
     examples = ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy")
     parser.command(_export, *examples)
@@ -61,9 +61,11 @@ def _export(args: argparse.Namespace) -> Result:
     require_packages(f"--format={args.format}", *target.packages, extra=target.extra)
     with files.atomic_folder(to) as folder:
         if is_gallery := files.exists(source / GALLERY_FILE):
+            if args.checkpoint:
+                raise UserError("--checkpoint has no effect on a gallery: leave it out")
             facts = _write_gallery(source, folder, target, args.format)
         else:
-            facts = _write_run(source, folder, target, args.format, args.checkpoint)
+            facts = _write_run(source, folder, target, args.format, args.checkpoint or "latest")
         written = {"format": args.format, **facts, "files": files.sha256_folder(folder)}
         files.write_manifest(folder / MANIFEST, written)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())

@@ -23,55 +23,60 @@ def count_workers(args: argparse.Namespace) -> int:
     return min(args.workers or num_cores(), 4 * num_cores())
 
 
-def read_settings(args: argparse.Namespace) -> features_folder.ExtractionSettings | None:
-    """Returns the settings of `--fps`, `--size` and `--unit`, or None if no such flag is given."""
-    names = ("fps", "size", "unit")
-    values = {name: x for name in names if (x := getattr(args, name, None)) is not None}
-    return features_folder.ExtractionSettings(**values) if values else None  # pyright: ignore[reportArgumentType]
+def read_settings(args: argparse.Namespace) -> dict[str, float | str]:
+    """Returns name -> value of the given flags among `--fps`, `--size` and `--unit`."""
+    values = {name: getattr(args, name, None) for name in ("fps", "size", "unit")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
     """Prints a line about a file, and a line for each problem with the file."""
     film = outcome.film
     if film is None:
-        say(outcome.error)
+        say(outcome.error, warning=True)
         return
-    faces = f"{len(film.tracks):,} face{'s' * (len(film.tracks) != 1)}"
-    shots = f"{len(film.shots):,} shot{'s' * (len(film.shots) != 1)}"
+    faces, shots = messages.count(len(film.tracks), "face"), messages.count(len(film.shots), "shot")
     about = "photo" if film.photo else f"{film.seconds:.1f} s, {shots}"
     note = ", as before" if outcome.kept else ""
     if outcome.replaced:
         note = ", replaces another file of this name"
     voices = f", {film.voices:,} with a voice" if film.voices else ""
-    say(f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}")
+    problems = _list_problems(film, outcome.path)
+    for line in (
+        f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}",
+        *(f"  {problem}" for problem in problems),
+    ):
+        say(line, warning=bool(problems))
+
+
+def _list_problems(film: features_folder.Film, path: Path) -> list[str]:
+    problems = []
     if not film.photo and film.frames < MIN_RATE * film.seconds:
-        say(f"  it has fewer than {MIN_RATE} frames per second, so people may be missed")
+        problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
     if film.others:
-        path = shlex.quote(str(outcome.path))
-        say(
-            f"  only the first of its {film.others + 1} video streams is used; to use the second, "
-            f"copy it: ffmpeg -i {path} -map 0:V:1 -map 0:a? -c copy second.mkv"
+        problems.append(
+            f"only the first of its {film.others + 1} video streams is used; to use the second, "
+            f"copy it: ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
         )
-    problems = {
-        "frames were damaged, and were left out": film.corrupt,
-        "packets could not be decoded": film.refused,
-        "time stamps were wrong, and were estimated": film.repaired,
-        "pieces of sound could not be decoded": film.lost_sound,
+    counts = {
+        "damaged frames, which were left out": film.corrupt,
+        "packets that could not be decoded": film.refused,
+        "wrong time stamps, which were estimated": film.repaired,
+        "pieces of sound that could not be decoded": film.lost_sound,
     }
-    for problem, count in problems.items():
-        if count:
-            say(f"  {count:,} {problem}")
+    problems += [f"{problem}: {count:,}" for problem, count in counts.items() if count]
     if film.damaged:
-        say(
-            f"  it ends at {film.seconds:.1f} s, before its declared end: check that the file is "
+        problems.append(
+            f"it ends at {film.seconds:.1f} s, before its declared end: check that the file is "
             "complete"
         )
+    return problems
 
 
 def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
     """Returns {"remedy": text} with up to three remedies for failed files, or {} if none failed."""
-    different = [*dict.fromkeys(filter(None, remedies))]
-    return {"remedy": "; ".join(different[:3])} if different else {}
+    different = [*dict.fromkeys(filter(None, remedies))][:3]
+    return {"remedy": "; ".join("\n".join(different).splitlines())} if different else {}
 
 
 def run_extract(args: argparse.Namespace) -> Result:
@@ -85,7 +90,8 @@ def run_extract(args: argparse.Namespace) -> Result:
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
-    minutes = sum(o.film.seconds for o in outcomes if o.film and not o.kept) / 60
+    new = [outcome.film for outcome in outcomes if outcome.film and not outcome.kept]
+    minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     clips = sum(len(film.tracks) for film in films)
     content = {"out": args.out, "files": len(films), "failed": [*failed], "clips": clips}
@@ -107,11 +113,17 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
     about = "the folder of the nets, as vidjax convert makes them"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)
-    about = "number of frames per second that are searched for faces (default: 5)"
+    about = (
+        "number of frames per second that are searched for faces (default: 5; later, as in the "
+        "last call)"
+    )
     parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
-    about = "longer side of frames after shrinking, in pixels (default: 640)"
+    about = (
+        "longer side of frames after shrinking, in pixels (default: 640; later, as in the last "
+        "call)"
+    )
     parser.add_argument("--size", metavar="N", type=messages.whole_number(*SIZE_RANGE), help=about)
-    about = "number of processes (default: the number of cores)"
+    about = "number of processes, at most 4 per core (default: the number of cores)"
     parser.add_argument(
         "--workers", metavar="N", type=messages.whole_number(1, MAX_WORKERS), help=about
     )
@@ -124,7 +136,10 @@ def add_shared_flags(parser: Parser) -> None:
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
-    about = "makes a clip of each tracked face (track, default), or of the main person of each shot"
+    about = (
+        "makes a clip of each tracked face, or of the main person of each shot (default: track; "
+        "later, as in the last call)"
+    )
     parser.add_argument("--unit", choices=("track", "shot"), help=about)
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
 

@@ -59,9 +59,12 @@ def _add_create(parser: Parser) -> None:
     model.add_argument("--run", metavar="W", help="the folder of a run")
     about = "instead of --run: the folder of the nets with which vidjax extract makes features"
     model.add_argument("--models", metavar="DIR", help=about)
-    about = "leaves out the people and clips of the run"
+    about = "leaves out the people of the run and their clips, but stores strangers"
     parser.add_argument("--empty", action="store_true", help=about)
-    about = "a split of the dataset, whose unlabelled clips are stored as strangers"
+    about = (
+        "a split of the dataset, whose unlabelled clips are stored as strangers (default: the "
+        "split that the run evaluates)"
+    )
     parser.add_argument("--strangers", metavar="S", help=about)
     parser.fields("data.", example="data.dir=PATH")
     parser.command(_create, "G --run=runs/plda", "G --models=models")
@@ -114,7 +117,8 @@ def _add_enrol(parser: Parser) -> None:
 def _add_identify(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
-    about = "largest number of possible people per clip (default: %(default)s)"
+    most = answers_lib.NUM_TABLE_PEOPLE
+    about = f"largest number of possible people per clip (default: %(default)s); text has {most}"
     parser.add_argument(
         "--k", metavar="K", type=messages.whole_number(1, 1_000_000), default=5, help=about
     )
@@ -229,10 +233,6 @@ def check_command(words: Sequence[str]) -> None:
     else:
         hint = f"choose from {', '.join(COMMANDS)}"
     raise UserError(f"vidjax gallery has no command '{word}': {hint}")
-
-
-def _count_clips(count: int) -> str:
-    return f"{count:,} clip{'' if count == 1 else 's'}"
 
 
 def _summarise(
@@ -352,8 +352,9 @@ def _enrol(args: argparse.Namespace) -> Result:
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
         names = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
-        warn(f"not enrolled: {_count_clips(len(refused))} without a usable frame, {names}")
-    text = f"{_count_clips(done.enrolled)}, {done.unchanged:,} enrolled before"
+        count = messages.count(len(refused), "clip")
+        warn(f"not enrolled: {count} without a usable frame, {names}")
+    text = f"{messages.count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
     return _summarise(gallery, {"enrolled": text}, done._asdict())
 
 
@@ -405,11 +406,12 @@ def _group(args: argparse.Namespace) -> Result:
     answers_lib.write_groups(out, groups)
     count = len({*groups.values()})
     rows = {
-        "clips": f"{len(vectors.names):,}, {len(unknown):,} of them show unknown people",
-        "people": f"{count:,} unknown",
+        "clips": f"{len(vectors.names):,}",
+        "unknown": f"{messages.count(count, 'person')} in {messages.count(len(groups), 'clip')}",
         "groups": f"{out}: write names into it, then enrol --labels={shlex.quote(str(out))}",
     }
-    return Result({"groups": str(out), "people": count, "clips": len(groups)}, rows)
+    content = {"groups": str(out), "clips": len(vectors.names)}
+    return Result(content | {"people": count, "unknown": len(groups)}, rows)
 
 
 def _read_films(args: argparse.Namespace) -> "list[Film]":
@@ -438,18 +440,18 @@ def _identify(args: argparse.Namespace) -> Result:
     began, vectors = _embed(args, gallery)
     with _show_progress("identify", len(vectors.names)) as bar:
         answers = gallery.identify(vectors, args.k, advance=bar.advance, **chosen)
+    if films:
+        answers = appearances.settle_answers(answers, films)
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= timed[0]
     content = {"clips": len(answers), "named": named}
-    content |= {"rule": answers_lib.convert_rule_to_json(rule)}
-    content |= {"threshold": rule.threshold.to_dict() if rule.threshold else None} | timed[1]
+    content |= _describe_rule(rule) | timed[1]
     if out:
         if films:
-            settled = appearances.settle_answers(answers, films)
-            appearances.write(out, appearances.find_appearances(settled, films), films)
+            appearances.write(out, appearances.find_appearances(answers, films), films)
         else:
             answers_lib.write(out, answers)
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
@@ -457,13 +459,22 @@ def _identify(args: argparse.Namespace) -> Result:
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(answers)))
 
 
+def _describe_rule(rule: answers_lib.NamingRule) -> dict[str, object]:
+    threshold = rule.threshold.to_dict() if rule.threshold else None
+    return {"rule": answers_lib.convert_rule_to_json(rule), "threshold": threshold}
+
+
 def _process_tables(
     args: argparse.Namespace, inputs: Sequence[Path], work: type[bulk.TableTask], **options: int
 ) -> Result:
     bulk.check_out(args.out, inputs, work)
-    gallery, rule = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
-    gallery.rule(**rule)  # a mistake is reported before tables are read
-    return bulk.process_tables(inputs, args.out, work(lambda: gallery, **options, **rule))
+    gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
+    rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
+    done = bulk.process_tables(inputs, args.out, work(lambda: gallery, **options, **chosen))
+    if rule.default and work is bulk.Rank:
+        return done
+    rows = {**answers_lib.describe_rule(rule), **done.rows}
+    return done._replace(content={**done.content, **_describe_rule(rule)}, rows=rows)
 
 
 def _rank(args: argparse.Namespace) -> Result:
@@ -498,14 +509,14 @@ def _rank(args: argparse.Namespace) -> Result:
         "ranking": str(out),
     }
     content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}
-    content |= {"rule": None if rule.default else answers_lib.convert_rule_to_json(rule)}
-    return Result(content, rows)
+    content |= {"people": len(gallery.identities), "rule": None, "threshold": None}
+    return Result(content if rule.default else content | _describe_rule(rule), rows)
 
 
 def _remove(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     count = gallery.remove(identity=args.identity, clip=args.clip)
-    return _summarise(gallery, {"removed": _count_clips(count)}, {"removed": count})
+    return _summarise(gallery, {"removed": messages.count(count, "clip")}, {"removed": count})
 
 
 def _rename(args: argparse.Namespace) -> Result:
@@ -516,7 +527,7 @@ def _rename(args: argparse.Namespace) -> Result:
         from vidjax.apps.video import who
 
         who.rename_denied(results, normal_form(args.identity), normal_form(args.to))
-    clips = _count_clips(gallery.identities[normal_form(args.to)])
+    clips = messages.count(gallery.identities[normal_form(args.to)], "clip")
     text = f"{args.identity} is {args.to}, with {clips}"
     return _summarise(gallery, {"renamed": text}, {"renamed": count})
 

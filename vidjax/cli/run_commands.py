@@ -239,7 +239,7 @@ def _make_rows(
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
-    if "best_map" in results:
+    if "best_map" in results and split == folder.config.eval.split:
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
     if data := results_lib.describe_data(results):
         rows["data"] = data

@@ -36,10 +36,12 @@ def score_files(args: argparse.Namespace) -> Result:
     _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
     common = len(positives.keys() & submission.ranking.keys())
     value = ranking.score(positives, submission.ranking)
+    clips = messages.count(sum(map(len, positives.values())), "clip")
+    unknown = messages.count(len(submission.ranking) - common, "identity")
     text = (
-        f"{args.gt}: {len(positives)} identities, {sum(map(len, positives.values()))} clips\n"
-        f"{args.ranking}: {common} of them ranked, {len(positives) - common} missing, "
-        f"{len(submission.ranking) - common} unknown identities ignored\n"
+        f"{args.gt}: {messages.count(len(positives), 'identity')}, {clips}\n"
+        f"{args.ranking}: {common:,} of them ranked, {len(positives) - common:,} missing, "
+        f"{unknown} unknown and ignored\n"
         f"MAP@{ranking.MAX_NAMES}\n{value:.17g}"
     )
     return Result({"map": value, "faults": submission.complaints}, text=text)

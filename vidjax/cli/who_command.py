@@ -42,7 +42,7 @@ def name_people(args: argparse.Namespace) -> Result:
     first_names = ", ".join(map(messages.shorten, sorted(done.people)[:5]))
     rows = {
         "people": f"{len(done.people):,}: {first_names}" if first_names else "none",
-        "found": f"{len({*named}):,} of them, {len(named):,} appearance{'s' * (len(named) != 1)}",
+        "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
         "page": str(out / who.PAGE),
         "table": str(out / who.TABLES[0]),
     }
@@ -52,8 +52,7 @@ def name_people(args: argparse.Namespace) -> Result:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= extract_command.list_remedies(done.failed.values())
     if num_unknown:
-        people = "person" if num_unknown == 1 else "people"
-        count = f"{num_unknown:,} {people} without a name"
+        count = f"{messages.count(num_unknown, 'person')} without a name"
         rows["unknown"] = f"{count}: to name them, add --review --thumbnails to the command"
     lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
     text = "\n".join(f"  {line}" for line in messages.align_columns(lines))

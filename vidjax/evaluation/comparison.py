@@ -24,7 +24,7 @@ from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
 from vidjax.runs import results as results_lib
 from vidjax.runs.run_folder import CONFIG, RunFolder
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 
 # Fields in which the runs of a group of seeds may differ.
@@ -74,10 +74,11 @@ class Comparison(NamedTuple):
             for row in [head, *rows]
         ]
         first = self.runs[0]
-        clips = f"{first.metrics['num_clips']:,} clips of {first.split}"
+        clips = f"{messages.count(first.metrics['num_clips'], 'clip')} of {first.split}"
         unseen = f" ({first.num_others:,} that no run was trained on are left out)"
         others = unseen if first.num_others else ""
-        title = f"{len(first.identities):,} identities{others}, {clips}; compared with {first.name}"
+        people = messages.count(len(first.identities), "identity")
+        title = f"{people}{others}, {clips}; compared with {first.name}"
         lines += describe_in_sample(self.runs)
         return "\n".join([title, *(f"  {line}" for line in lines)])
 

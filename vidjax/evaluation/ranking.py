@@ -132,7 +132,7 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
         ranking[identity] = names[:MAX_NAMES]
     if not number:
         note("empty file", f"{path}: the file is empty: write a line for each identity")
-    more = {kind: f" ({n} lines have this fault)" if n > 1 else "" for kind, n in counts.items()}
+    more = {kind: f" ({n:,} lines have this fault)" if n > 1 else "" for kind, n in counts.items()}
     return Submission(ranking, [sentence + more[kind] for kind, sentence in first.items()])
 
 

@@ -158,9 +158,10 @@ def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) 
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
         print_message(
-            f"{count:,} people have two clips or more, too few to calibrate probabilities: default "
-            f"values for faces are used\nprobabilities are rough until {FEWEST_PEOPLE} people "
-            "have two clips; the order of answers is not affected"
+            f"people with two clips or more: {count:,}, too few to calibrate probabilities. "
+            "Default values for faces are used\n"
+            f"probabilities are rough until {FEWEST_PEOPLE} people have two clips; the order of "
+            "answers is not affected"
         )
 
 

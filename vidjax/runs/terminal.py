@@ -18,9 +18,12 @@ def is_quiet() -> bool:
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 
 
-def say(text: str) -> None:
-    """Prints a line to standard error, above the progress bar. If `is_quiet()`, prints nothing."""
-    if not is_quiet():
+def say(text: str, *, warning: bool = False) -> None:
+    """Prints a line to standard error, above the progress bar.
+
+    If `is_quiet()`, only warnings and errors are printed. `warning` is True for such a line.
+    """
+    if warning or not is_quiet():
         from tqdm import tqdm
 
         try:

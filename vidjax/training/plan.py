@@ -35,6 +35,7 @@ from vidjax.runs import results
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say
 from vidjax.training import train_step
+from vidjax.utils import messages
 from vidjax.utils.errors import UserError, warn
 
 # These steps are always logged, because the loss falls fastest at first, and a run may be short.
@@ -348,7 +349,7 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     effect, fewer = ("uses all clips", -(-most // 2)) if is_whole else ("repeats clips", most)
     return (
         f"config.batch_size={config.batch_size} is more than the {most} training clips, so a step "
-        f"{effect}, and {config.num_epochs:g} epochs are {plan.task.total_steps} steps; "
+        f"{effect}, and the training has {messages.count(plan.task.total_steps, 'step')}; "
         f"for more steps, use --config.batch_size={fewer} or smaller"
     )
 

@@ -27,6 +27,7 @@ from vidjax.utils.errors import (
 )
 from vidjax.utils.scratch import remove_scratch_folders
 
+PLURALS = {"person": "people", "identity": "identities"}  # plurals without the usual s
 QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars of tqdm
 
 
@@ -228,6 +229,11 @@ def shorten(text: str, most: int = 40) -> str:
     """Shortens text to `most` letters. "..." replaces letters from the middle."""
     tail = most // 3
     return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
+
+
+def count(number: int, noun: str) -> str:
+    """Returns a number with its noun, such as `1 clip` or `1,234 clips`."""
+    return f"{number:,} {noun if number == 1 else PLURALS.get(noun, f'{noun}s')}"
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:

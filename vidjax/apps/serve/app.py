@@ -383,6 +383,8 @@ class Application:
         body = await self.bodies.read(request, limit)
         words = dict(request.query_params)
         name = words.pop("clip", "")
+        if request.query_params and not npz:
+            raise unprocessable("a request in JSON has no query: send all fields in the body")
         if npz:
             if not name:
                 raise unprocessable("the query lacks the name of the clip: add ?clip=NAME")
@@ -504,8 +506,9 @@ def describe(
         path = point.path.replace(":path", "")
         words = schemas[point.query.__name__]["properties"] if point.query else {}
         if point.body in (IdentifyRequest, EnrolRequest):
-            rest = f"all other fields of {point.body.__name__}"
-            about = f"the name of the clip in an .npz; the query may contain {rest}"
+            fields = schemas[point.body.__name__]["properties"].keys() - {"clips", "identities"}
+            rest = ", ".join(sorted(fields))
+            about = f"the name of the clip in an .npz; only then, the query may also have {rest}"
             words = {"clip": {**text, "description": about}}
         parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [

@@ -175,10 +175,10 @@ def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) 
     else:
         files = {film.video: _describe_file(film) for film in films}
         objects = [
-            {name.removesuffix("_s"): value for name, value in appearance._asdict().items()}
-            | {"probability": appearance.probability and round(appearance.probability, 4)}
-            | files[appearance.video]
-            for appearance in appearances
+            {name.removesuffix("_s"): value for name, value in x._asdict().items()}
+            | {"start": round(x.start_s, 3), "end": round(x.end_s, 3)}
+            | {"probability": x.probability and round(x.probability, 4), **files[x.video]}
+            for x in appearances
         ]
         tables.write(path, COLUMNS, map(_make_row, objects), objects)
 
@@ -198,8 +198,7 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
     """Returns a row of the table. Blanks separate the values of a cell."""
-    times = {name: round(values[name], 3) for name in ("start", "end")}
-    cells = [{**values, **times, "identity": values["identity"] or IGNORED}[n] for n in COLUMNS]
+    cells = [{**values, "identity": values["identity"] or IGNORED}[name] for name in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
 
@@ -245,10 +244,10 @@ def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float
 def to_rttm(appearances: Iterable[Appearance]) -> str:
     """Returns the text of a .rttm file with a line for each appearance of a person.
 
-    Ignored people are left out. Blanks in names become `_`. If this makes two names equal, blanks
-    become `%20`.
+    Ignored people are left out, and photos, which have no times. Blanks in names become `_`. If
+    this makes two names equal, blanks become `%20`.
     """
-    appearances = [x for x in appearances if x.identity is not None]
+    appearances = [x for x in appearances if x.identity is not None and x.end_s > x.start_s]
     words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
     return "".join(
         f"SPEAKER {words[x.video]} 1 {x.start_s:.3f} {x.end_s - x.start_s:.3f} <NA> <NA> "

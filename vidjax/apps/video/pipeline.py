@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -85,7 +86,7 @@ def extract(
     paths: Sequence[Path],
     out: Path,
     models: Path,
-    settings: ExtractionSettings | None = None,
+    settings: Mapping[str, float | str] = MappingProxyType({}),
     **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
 ) -> list[FileOutcome]:
     """Extracts features from files into a single folder, see `extract_folders`."""
@@ -95,7 +96,7 @@ def extract(
 def extract_folders(
     paths: Mapping[Path, Sequence[Path]],
     models: Path,
-    settings: ExtractionSettings | None = None,
+    settings: Mapping[str, float | str] = MappingProxyType({}),
     *,
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
@@ -115,8 +116,8 @@ def extract_folders(
         folder of features does not exist, it is created, readable only by its owner.
       models: the folder of nets. Voices need a net that detects speech, and a net that computes
         embeddings of voices.
-      settings: the settings of the folders. If None, each folder keeps its settings, and a new
-        folder gets the default settings.
+      settings: name -> value of settings of the folders, see `ExtractionSettings`. Without a value,
+        each folder keeps its setting, and a new folder gets the default setting.
       workers: the number of processes.
       drop: the features that are removed from the folders: "nothing"; or "missing", features of
         files that no longer exist; or "others", features of all files that are not in `paths`.
@@ -320,7 +321,10 @@ def say_left_out(paths: Iterable[Path]) -> None:
 
     def say_unreadable(error: OSError) -> None:
         if isinstance(error, PermissionError):
-            say(f"{show(error.filename)} is left out, because you may not read this folder")
+            say(
+                f"{show(error.filename)} is left out, because you may not read this folder",
+                warning=True,
+            )
 
     for path in (folder for named in paths for folder in walk(named, say_unreadable)):
         accepted, others = split_files(path)
@@ -340,7 +344,7 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 
 
 def _check_extraction(
-    out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
+    out: Path, digests: dict[str, str], settings: Mapping[str, float | str], upgrade: bool
 ) -> ExtractionSettings:
     """Returns the settings of a folder of features, see `settings` of `extract_folders`.
 
@@ -355,10 +359,10 @@ def _check_extraction(
                 f"'{out}' is not a folder of features: it contains '{show(foreign[0].name)}'\n"
                 "name a new folder"
             )
-        settings = settings or ExtractionSettings()
-        extraction = features_folder.Extraction(models=digests, settings=settings)
+        used = msgspec.convert(settings, ExtractionSettings)
+        extraction = features_folder.Extraction(models=digests, settings=used)
         features_folder.write(out / features_folder.NAME, extraction)
-        return settings
+        return used
     if upgrade and before.models.items() < digests.items():
         for path in (out / VIDEOS).glob("*.json"):
             _remove(out, path.stem)
@@ -370,12 +374,11 @@ def _check_extraction(
                 f"the features in '{out}' were computed with another net for the role {role}\n"
                 "name a new folder, or the folder of nets with which they were computed"
             )
-    if settings and settings != before.settings:
-        changed = [
-            f"{name}: {getattr(before.settings, name)}, not {getattr(settings, name)}"
-            for name in settings.__struct_fields__
-            if getattr(before.settings, name) != getattr(settings, name)
-        ]
+    changed = [
+        f"{name}: {getattr(before.settings, name)}, not {value}"
+        for name, value in settings.items() if getattr(before.settings, name) != value
+    ]  # fmt: skip
+    if changed:
         raise UserError(
             f"the features in '{out}' were extracted with other settings ({'; '.join(changed)})\n"
             "name a new folder, or use the same settings"

@@ -29,6 +29,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -42,7 +43,7 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
 from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
+from vidjax.apps.video.features_folder import THUMBNAILS, Film
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
@@ -219,7 +220,7 @@ def name_people(
     people: Path | None,
     out: Path,
     models: Path,
-    settings: ExtractionSettings | None = None,
+    settings: Mapping[str, float | str] = MappingProxyType({}),
     *,
     workers: int = 1,
     thumbnails: bool | None = None,
@@ -327,9 +328,8 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
     """Prints how many film files no longer exist, and one existing film without thumbnails."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
-        count = f"{len(missing):,} film{'' if len(missing) == 1 else 's'}"
         say(
-            f"{count} cannot be found, such as {missing[0]}: "
+            f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}: "
             "to delete the results of missing films, add --prune"
         )
     for film in films:
@@ -371,8 +371,9 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
     if len(known) < len(names):
         example = show(min(names.keys() - present))
         say(
-            f"{len(names) - len(known):,} clips in {path} no longer exist, such as {example}: "
-            "their names are ignored"
+            f"names of clips in {path} that no longer exist, such as {example}, are ignored: "
+            f"{len(names) - len(known):,}",
+            warning=True,
         )
     if not known:
         return
@@ -384,7 +385,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
         gallery.enrol(vectors._replace(labels=tuple(known[clip] for clip in vectors.names)))
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
-        clips = f"{count:,} clip{'' if count == 1 else 's'}"
+        clips = messages.count(count, "clip")
         say(f"{show(name)} is enrolled with {clips} from {path.name}")
 
 
@@ -421,7 +422,10 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
         if path.is_dir():
             photos = [photo for folder in pipeline.walk(path) for photo in _list_stills(folder)]
         if not photos:
-            say(f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'")
+            say(
+                f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
+                warning=True,
+            )
         else:
             name = check_person(path.name if path.is_dir() else path.stem)
             photos_of.setdefault(name, []).extend(photos)
@@ -463,7 +467,8 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
         say(
             f"each photo in '{people}' counts as a different person, such as {show(names[0])} and "
             f"{show(names[1])}. If all show the same person, name the folder above: "
-            f"--people={above}"
+            f"--people={above}",
+            warning=True,
         )
         return
     by_name: dict[str, list[str]] = {}
@@ -474,7 +479,8 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
         if len(twins) > 1:
             say(
                 f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
-                f"person, put the photos into '{people}/{show(name)}/'"
+                f"person, put the photos into '{people}/{show(name)}/'",
+                warning=True,
             )
 
 
@@ -530,7 +536,10 @@ def _enrol_photos(
     for folder, named in usable.items():
         _enrol(gallery, folder, named, labels, old.get(folder.name, set()))
     for name in sorted(names.difference(*(named.values() for named in usable.values()))):
-        say(f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face")
+        say(
+            f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face",
+            warning=True,
+        )
     return failed, names
 
 
@@ -553,7 +562,7 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
         clip, problem = features_folder.check_photo(film)
         clips, problems = {clip: folder_name} if clip else {}, [film.bad_tags, problem]
     for problem in filter(None, problems):
-        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}")
+        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
     return names, clips
 
 
@@ -566,8 +575,11 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
     if foreign := [(path, names) for path, names in new if names and name not in names]:
         path, names = foreign[0]
         tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
-        more = f"; {len(foreign) - 1:,} more such photos" if len(foreign) > 1 else ""
-        say(f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}")
+        more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
+        say(
+            f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}",
+            warning=True,
+        )
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
@@ -636,12 +648,15 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
         (path, film), name = given[clip], show(person_of[clip])
         if clip in twins:
             others = ", ".join(map(show, sorted(owners[film.sha256] - {person_of[clip]})))
-            say(f"{path} is also a photo of {others}: delete the wrong copy")
+            say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
         else:
             like = doubtful[clip]
             seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
             wrong = "correct its tag" if film.tags else "move it"
-            say(f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person")
+            say(
+                f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
+                warning=True,
+            )
 
 
 class PhotoFace(NamedTuple):

@@ -13,6 +13,7 @@ from vidjax.data.frame_fields import PackedClips, compute_feature_norms
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packing import StagedSplit
 from vidjax.data.records.manifest import Records
+from vidjax.utils import messages
 from vidjax.utils.errors import warn
 from vidjax.utils.files import sha256_json
 
@@ -163,26 +164,27 @@ def _report_labels(
 
 def format_report(report: Mapping[str, Any]) -> str:
     """Formats the data report as lines for a terminal."""
-    lines = [f"{report['identities']} identities"]
+    lines = [messages.count(report["identities"], "identity")]
     for name, split in report["splits"].items():
         labels = "no ground truth"
         if split["labelled"]:
             labels = (
-                f"{split['identities']} identities, {split['distractors']} distractors, "
-                f"{split['unknown_clips']} unknown clips in the ground truth"
+                f"{messages.count(split['identities'], 'identity')}, "
+                f"{messages.count(split['distractors'], 'distractor')}, "
+                f"{messages.count(split['unknown_clips'], 'unknown clip')} in the ground truth"
             )
-        lines.append(f"{name}: {split['clips']} clips, {labels}")
+        lines.append(f"{name}: {messages.count(split['clips'], 'clip')}, {labels}")
         for name, modality in split["modalities"].items():
             skipped = {**modality["frames_skipped"], **modality["clips_skipped"]}
-            reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
             line = (
-                f"  {name:6} {modality['frames']:>9} frames, "
+                f"  {name:6} {modality['frames']:>9,} frames, "
                 f"{modality['frames_per_clip']['mean']:.1f} per clip, "
                 f"missing in {100 * modality['missing_rate']:.1f} % of clips, "
                 f"skipped: {reasons or 'nothing'}"
             )
             replaced = modality["values_replaced"].items()
             if replaced:
-                line += f", set to 0: {', '.join(f'{n} {reason}' for reason, n in replaced)}"
+                line += f", set to 0: {', '.join(f'{n:,} {reason}' for reason, n in replaced)}"
             lines.append(line)
     return "\n".join(lines)

@@ -236,12 +236,14 @@ def evaluate(
     differences = config_lib.differences(folder.config, config)
     changed = {name: value for name, (_, value) in differences.items() if name not in _FREE}
     trained = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
-    values = evaluation.results | {
+    values = {
+        **trained,
+        **evaluation.results,
         "data": data.report["data"],
         "step": run.manifest["step"],
         "eval_seconds": time.monotonic() - began,
         "eval_date": results.now(),
         **({"overrides": changed} if changed else {}),
     }
-    write_results(folder, models, evaluation, trained | values, mesh, report=report)
+    write_results(folder, models, evaluation, values, mesh, report=report)
     return values
