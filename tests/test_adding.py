@@ -27,13 +27,14 @@ class Centroid(Identifier):
     modalities: Mapping[str, int]
     num_classes: int
     logit_scale: float = 16.0
+    logit_dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, frames, clips, *, train):
         frames, _ = real_frames(frames, self.modalities, clips.mask)
         x = fusion.mean_frame(next(iter(frames.values()))).features[:, 0]
         logits = CosineClassifier(self.num_classes, self.logit_scale, name="classifier")(x)
-        return ModelOutput(logits[:, None], embedding=x)
+        return ModelOutput(logits[:, None].astype(self.logit_dtype), embedding=x)
 
 
 def open_blobs(data, cache_dir):
@@ -77,7 +78,7 @@ from vidjax.runs import config as config_lib
 def get_config(args=""):
     config = config_lib.default()
     config.data.name = "blobs"
-    config.model.update(name="centroid", logit_scale=16.0)
+    config.model.update(name="centroid", logit_scale=16.0, logit_dtype="float32")
     config.fusion.face = {"train": {"name": "first"}, "evaluate": {"name": "mean"}}
     config.batch_size, config.num_epochs, config.log_every_steps = 16, 10.0, 4
     config.optim.learning_rate = 0.02

@@ -1,5 +1,6 @@
 """The remedy of an error works as it is printed. Runs and galleries refuse wrong arguments."""
 
+import copy
 import json
 import pickle
 import re
@@ -55,9 +56,9 @@ def test_suggested_command_of_an_error_runs(
 def test_errors_pass_from_one_process_to_another():
     """An error that cannot be unpickled would end a pool of processes, or let it wait forever."""
     for error in (NotEnrolledError("clip", "clp", {"clip"}), Interrupted(15, 7), DiskError("full")):
-        received = pickle.loads(pickle.dumps(error))
-        assert type(received) is type(error) and str(received) == str(error)
-        assert received.exit_code == error.exit_code
+        for received in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+            assert type(received) is type(error) and str(received) == str(error)
+            assert received.exit_code == error.exit_code
 
 
 def test_gallery_refuses_wrong_arguments_and_names_the_remedy(nearest_run, tmp_path):

@@ -97,13 +97,17 @@ def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # n
     if get_origin(kind) is Literal:  # the model lists the possible values in its error
         return
     given = dict(value) if isinstance(value, Mapping) else value
+
+    def skip(*_: object) -> None:
+        raise NotImplementedError
+
     try:
         plain = msgspec.to_builtins(given, enc_hook=lambda x: x.tolist())  # numbers of numpy
-        msgspec.convert(plain, kind)
+        msgspec.convert(plain, kind, dec_hook=skip)
     except msgspec.ValidationError as error:
         raise UserError(f"{model}: {option}={str(value)[:50]}: {error}") from None
-    except (AttributeError, TypeError):  # a user's own model may have an option of another type
-        pass
+    except (AttributeError, TypeError, NotImplementedError):
+        pass  # an option of a user's own model may be of a type unknown to msgspec, such as a dtype
 
 
 def _check_sizes(name: str, options: Mapping[str, Any]) -> None:

@@ -51,17 +51,12 @@ def load_file(spec: str) -> Config:
             f"--config: get_config of '{spec}' does not return a ConfigDict\n"
             "begin it with config = vidjax.runs.config.default(), and return config"
         )
-    _check_types(spec, dict(fields(config)))
-    return config
-
-
-def _check_types(spec: str, values: Mapping[str, Any]) -> None:
-    """Raises UserError if a field is missing in `values` or has a wrong type."""
-    if problem := _find_wrong_type(values):
+    if problem := _find_wrong_type(dict(fields(config))):
         raise UserError(
             f"--config: '{spec}' {problem}\n"
             "begin get_config with config = vidjax.runs.config.default(), and change its fields"
         )
+    return config
 
 
 def _find_wrong_type(values: Mapping[str, Any]) -> str:

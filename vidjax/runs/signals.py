@@ -32,11 +32,8 @@ class Interruption:
         self._handlers = {number: signal.getsignal(number) for number in signals}
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Stores the first signal. Passes the second signal to the handler of the program."""
-        if self._received is not None:
-            self.restore_handlers()
-            signal.raise_signal(signum)
-            return
+        """Stores the first signal. The second signal has its usual effect."""
+        self.restore_handlers()
         self._received = signum
         if distributed.count() == 1:
             self.signum = signum
@@ -71,8 +68,11 @@ class Interrupted(Expected):
     """A signal stopped a run after its state was saved. `exit_code` is 128 plus `signum`."""
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"the run stopped at step {step}\nto resume, run the same command")
+        super().__init__(signum, step)  # for pickle, which calls `__init__` with these arguments
         self.exit_code = 128 + signum
+
+    def __str__(self) -> str:
+        return f"the run stopped at step {self.args[1]}\nto resume, run the same command"
 
 
 _interruption: Interruption | None = None  # of the training loop that runs now

@@ -193,7 +193,7 @@ def check_loaded(function: str, data: object) -> None:
 def _name_data(config: Config, data: "TrainingData") -> Config:
     """Returns a copy of a configuration in which `data.name` and `data.dir` describe `data`.
 
-    Fields that apply only to other datasets get their default values. Raises UserError if `data`
+    Fields that apply only to other datasets get their default values. Raises UserError if the data
     were loaded with another quality of frames than `config.data.quality`.
     """
     config, origin = copy.deepcopy(config), data.report["data"]

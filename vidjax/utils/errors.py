@@ -14,7 +14,6 @@ that names the file, clip or field.
 """
 
 import contextlib
-import copyreg
 import difflib
 import errno
 import importlib.util
@@ -31,10 +30,6 @@ class Expected(Exception):
     """The base class of errors that vidjax raises on purpose. Commands print only the message."""
 
     exit_code = 2
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickles the error. By default, Python would call `__init__` with the message."""
-        return copyreg.__newobj__, (type(self),), {**vars(self), "args": self.args}  # pyright: ignore
 
 
 class UserError(Expected, ValueError):

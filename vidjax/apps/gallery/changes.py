@@ -342,11 +342,10 @@ class NotEnrolledError(UserError):
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):
-        super().__init__()
-        self._sought = kind, name, list(among)
+        super().__init__(kind, name, list(among))  # for pickle
 
     def __str__(self) -> str:
-        kind, name, among = self._sought
+        kind, name, among = self.args
         close = closest(name, among)
         hint = f": did you mean '{show(close)}'?" if close else ""
         return (

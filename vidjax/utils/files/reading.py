@@ -84,8 +84,7 @@ def open_regular(
                 f"'{path}' is damaged: most of its {size:,} bytes are holes of a sparse file\n"
                 "restore the original file"
             )
-        if few_blocks:
-            os.lseek(descriptor, 0, os.SEEK_SET)
+        os.lseek(descriptor, 0, os.SEEK_SET)
         mode = "r+b" if flags & os.O_RDWR else "ab" if flags & os.O_WRONLY else "rb"
         # With an opener, the opened file has its path as `name`, which messages show.
         return open(path, mode, buffering=0, opener=lambda *_: descriptor)

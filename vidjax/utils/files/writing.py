@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import io
 import json
 import os
@@ -219,12 +220,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def remove_partials(folder: Path) -> None:
     """Removes the unfinished folders that killed calls of `atomic_folder(folder)` have left."""
-    ours = re.escape(folder.name) + r"\.[0-9a-f]{8}\.partial"
-    for path in folder.parent.glob("*.partial"):
-        if re.fullmatch(ours, path.name):
-            with contextlib.suppress(OSError), _lock_folder(path):  # a living process has the lock
-                # A child of a killed process may still write there. The next call deletes the rest.
-                shutil.rmtree(path, ignore_errors=True)
+    ours = f"{glob.escape(folder.name)}.{8 * '[0-9a-f]'}.partial"
+    for path in folder.parent.glob(ours):
+        with contextlib.suppress(OSError), _lock_folder(path):  # a living process has the lock
+            # A child of a killed process may still write there. The next call deletes the rest.
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
