@@ -282,5 +282,6 @@ def _join(folder: Path, inputs: Sequence[Path], identities: Sequence[str]) -> "p
     joined = read_lists(inputs[0])
     for table in inputs[1:]:
         joined = best(pyarrow.concat_tables([joined, read_lists(table)]))
-    joined, place = best(joined), {name: number for number, name in enumerate(identities)}
+    joined = best(joined)
+    place = {name: number for number, name in enumerate(identities)}
     return joined.take(np.argsort([place[x] for x in joined["identity"].to_pylist()], stable=True))
