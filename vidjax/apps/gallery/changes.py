@@ -343,7 +343,7 @@ class NotEnrolledError(UserError):
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):
         super().__init__()
-        self._sought = kind, name, list(among)
+        self._sought = kind, name, list(among)  # a view of a dict cannot be pickled
 
     def __str__(self) -> str:
         kind, name, among = self._sought
