@@ -15,6 +15,7 @@ call extracts the video again.
 """
 
 import itertools
+import operator
 import os
 import re
 import urllib.parse
@@ -215,8 +216,10 @@ def read_films(folder: Path) -> list[Film]:
 def _distinguish(twins: Sequence[Film]) -> None:
     """Adds as few folders to the field `video` of several films as make these fields different."""
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
+    # In this order, the paths with the longest common end are neighbours.
     neighbours = itertools.pairwise(sorted(part[::-1] for part in parts))
-    depth = 1 + max(len(os.path.commonprefix(pair)) for pair in neighbours)
+    equal = (map(operator.eq, *pair) for pair in neighbours)
+    depth = 1 + max(sum(itertools.takewhile(bool, pair)) for pair in equal)
     for film, part in zip(twins, parts, strict=True):
         film.video = "/".join(part[-depth:])
 
