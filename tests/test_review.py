@@ -1,6 +1,7 @@
 """`vidjax who --review`: names are corrected on a page, and the next call keeps the corrections."""
 
 import asyncio
+import os
 import re
 import shutil
 
@@ -261,7 +262,9 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     assert reviewed.names() == reviewed.before
 
 
-def test_errors_of_the_disk_and_closed_connections_are_answered_without_a_traceback(reviewed):
+def test_errors_of_the_disk_and_closed_connections_are_answered_without_a_traceback(
+    reviewed, monkeypatch
+):
     client = reviewed.client  # raises every exception that the application does not handle
     assert client.get(f"film/{'9' * 5000}").status_code == 404, "Python parses at most 4,300 digits"
     assert "choose a shorter name" in client.get(f"thumbnails/x/{'x' * 5000}.png").text
@@ -273,6 +276,8 @@ def test_errors_of_the_disk_and_closed_connections_are_answered_without_a_traceb
     scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/change", "headers": headers}
     asyncio.run(client.app(scope, lambda: call(None), call))
 
+    monkeypatch.setattr(who, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
+    reviewed.post(do="name", of=reviewed.before["party.s002.t01"], person="Bob")
     shutil.rmtree(reviewed.drawn.out / "gallery")
     answer = client.get("")
     assert answer.status_code == 503 and "gallery" in answer.text

@@ -20,8 +20,8 @@ import sys
 if sys.platform == "win32":
     raise ImportError("vidjax needs Linux: on Windows, install vidjax in WSL (wsl --install)")
 
-# ONNX Runtime reads it when it is imported. By default, ONNX Runtime writes a number that
-# identifies the machine to the home folder, and sends it to its makers.
+# By default, ONNX Runtime writes a number that identifies the machine to the home folder, and sends
+# the number to its makers. ONNX Runtime reads this variable when it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     # `python -m vidjax` looks for modules in the current folder first. This folder may contain

@@ -173,7 +173,6 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
     """
     out_folder = Path(out).expanduser()
     folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")
-    identities = sort_identities(work.trained.identities) if work.joined else ()
     notes = {table: _make_note(table, work) for table in inputs}
     left = [table for table, note in notes.items() if not _is_made(folder / table.name, note)]
     if work.joined:
@@ -202,7 +201,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
         raise UserError("\n".join([*failed[0].splitlines()[:2], others]))
     if work.joined:
         _check_once(inputs)
-        content = tables.to_parquet(_join(folder, inputs, identities), {NOTE_KEY: JOINED_NOTE})
+        content = tables.to_parquet(_join(folder, inputs), {NOTE_KEY: JOINED_NOTE})
         _write(out_folder / RANKING, content, JOINED_NOTE)
     count = f"{len(inputs):,}" + (f", {skipped:,} of them finished before" if skipped else "")
     results = str(out_folder / RANKING if work.joined else out_folder)
@@ -267,10 +266,10 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
     )
 
 
-def _join(folder: Path, inputs: Sequence[Path], identities: Sequence[str]) -> "pyarrow.Table":
+def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
     """Joins the rankings in `folder` one by one, because together they may not fit in memory.
 
-    The result has the order of `identities`. With a threshold, a table may lack some of them.
+    Identities are sorted. With a threshold, a table may lack some of them.
     """
     import pyarrow
     from pyarrow import parquet
@@ -282,5 +281,7 @@ def _join(folder: Path, inputs: Sequence[Path], identities: Sequence[str]) -> "p
     joined = read_lists(inputs[0])
     for table in inputs[1:]:
         joined = best(pyarrow.concat_tables([joined, read_lists(table)]))
-    joined, place = best(joined), {name: number for number, name in enumerate(identities)}
-    return joined.take(np.argsort([place[x] for x in joined["identity"].to_pylist()], stable=True))
+    joined = best(joined)
+    names = joined["identity"].to_pylist()
+    place = {name: number for number, name in enumerate(sort_identities(names))}
+    return joined.take(np.argsort([place[name] for name in names], stable=True))

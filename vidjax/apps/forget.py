@@ -369,16 +369,13 @@ def _search_files(
     that contain a name, cannot be read, or are compressed.
     """
     patterns = _make_patterns(names)
-    words, order = [os.fsencode(path.name) for path in paths], [*paths]
+    text, order = b"\0".join(os.fsencode(path.name) for path in paths), [*paths]
     try:
-        rows = [
-            row for flags, some in patterns.items()
-            for row in _run_grep(f"-znia{flags}", some, text=b"\0".join(words))
-        ]  # fmt: skip
+        rows = [_run_grep(f"-znia{flags}", some, text=text) for flags, some in patterns.items()]
     except OSError as error:
         about = f"other files are not searched: {str(error).splitlines()[0]}"
         return [Place("unread", Path(), about, "install GNU grep")]
-    named = {order[int(row.partition(b":")[0]) - 1] for row in rows}
+    named = {order[int(row.partition(b":")[0]) - 1] for row in itertools.chain(*rows)}
     named = {path for path in named if not named.intersection(path.parents)}
     about, remedy = "its path contains one of the names", "it is your file: delete it, or rename it"
     places, read = [Place("file", path, about, remedy) for path in sorted(named)], list[Path]()

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from vidjax.data.untrusted.names import show
 from vidjax.utils import messages
@@ -12,9 +11,9 @@ from vidjax.utils.messages import Parser, Result
 def add_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax score`."""
     about = "the ground truth, with lines 'NAME.mp4 ID' or 'ID NAME.mp4 ...'"
-    parser.add_argument("gt", metavar="GT", type=Path, help=about)
+    parser.add_argument("gt", metavar="GT", help=about)
     about = "the submission, with lines 'ID NAME.mp4 NAME.mp4 ...'"
-    parser.add_argument("ranking", metavar="RANKING", type=Path, help=about)
+    parser.add_argument("ranking", metavar="RANKING", help=about)
     about = "does not score a submission with faults"
     parser.add_argument("--strict", action="store_true", help=about)
     parser.command(score_files, "PATH/val_gt.txt runs/mma/ranking.txt")
@@ -48,7 +47,7 @@ def score_files(args: argparse.Namespace) -> Result:
 
 
 def _warn_if_nothing_matches(
-    path: Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
+    path: str, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> None:
     """Warns if the score is 0 because the submission has no identity or clip of the ground truth.
 

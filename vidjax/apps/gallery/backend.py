@@ -283,7 +283,7 @@ def from_numbers(
 
 
 _threads = functools.cache(lambda: ThreadPoolExecutor(num_cores()))
-# A process that `os.fork` makes, as multiprocessing does, has no threads.
+# A forked process, such as a worker of multiprocessing, does not inherit the threads.
 os.register_at_fork(after_in_child=_threads.cache_clear)
 _libraries = functools.cache(ThreadpoolController)  # the search for libraries is slow
 

@@ -342,7 +342,7 @@ class NotEnrolledError(UserError):
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):
-        super().__init__(kind, name, list(among))  # for pickle
+        super().__init__(kind, name, list(among))  # a view of a dict cannot be pickled
 
     def __str__(self) -> str:
         kind, name, among = self.args

@@ -544,8 +544,8 @@ class Gallery:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        A clip that is already enrolled is skipped. But if it is enrolled as a stranger, it gets the
-        person that `clips` contain for it.
+        A clip that is already enrolled is skipped. If it is enrolled as a stranger, it gets the
+        person in `clips`.
 
         Raises:
           ValueError: a clip is malformed, or already enrolled for another person or with another

@@ -14,7 +14,8 @@ has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the c
 call extracts the video again.
 """
 
-import bisect
+import itertools
+import operator
 import os
 import re
 import urllib.parse
@@ -215,13 +216,10 @@ def read_films(folder: Path) -> list[Film]:
 def _distinguish(twins: Sequence[Film]) -> None:
     """Adds as few folders to the field `video` of several films as make these fields different."""
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
-
-    def differ(depth: int) -> bool:
-        return len({"/".join(part[-depth:]) for part in parts}) == len(parts)
-
-    # A search by bisection, because a hostile path may have thousands of folders.
-    depths = range(2, max(map(len, parts)))
-    depth = 2 + bisect.bisect_left(depths, True, key=differ)
+    # In this order, the paths with the longest common end are neighbours.
+    neighbours = itertools.pairwise(sorted(part[::-1] for part in parts))
+    equal = (map(operator.eq, *pair) for pair in neighbours)
+    depth = 1 + max(sum(itertools.takewhile(bool, pair)) for pair in equal)
     for film, part in zip(twins, parts, strict=True):
         film.video = "/".join(part[-depth:])
 

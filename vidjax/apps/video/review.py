@@ -6,6 +6,7 @@ in the gallery and in `unknown.json`, so that the next call of `vidjax who` keep
 result files are written a second after the last change, and when the server ends.
 """
 
+import contextlib
 import functools
 import hmac
 import html
@@ -194,7 +195,8 @@ class Review:
         version = self.version
         time.sleep(IDLE_SECONDS)
         if version == self.version:
-            self.save()
+            with contextlib.suppress(Expected, OSError):  # the server saves again when it ends
+                self.save()
 
     def save(self) -> None:
         """Writes the results if there were changes since they were last written."""

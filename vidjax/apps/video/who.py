@@ -103,7 +103,7 @@ class UnknownNumbers(Struct, kw_only=True):
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
     # Pairs (number, lower number) of unknown people whom a user joined to one person.
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
-    removed: Count = 0  # the highest number of removed films, or 0
+    removed: Count = 0  # at least the highest number in all removed films
 
     def __post_init__(self) -> None:
         if any(low >= number for number, low in self.same):

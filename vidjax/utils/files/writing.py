@@ -149,7 +149,7 @@ def disk_errors(path: Path, kind: type[Exception]) -> Iterator[None]:
 
 
 def _make_disk_error(path: object, error: Exception) -> DiskError:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0][-200:]
+    reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0][-200:]
     with_number = DiskError(
         f"cannot write '{path}': {reason}\n"
         "choose another folder or disk; if the disk is full, free some space"
