@@ -784,7 +784,7 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
     arguments, gallery = ([write_group(drawn)], drawn.out, drawn.models), drawn.folder / "g"
     pipeline.extract(*arguments)
 
-    slower = {"fps": 2.0}
+    slower = features_folder.ExtractionSettings(fps=2.0)
     refused(lambda: pipeline.extract(*arguments, slower), "other settings (fps: 5.0, not 2.0")
     words = ["extract", *arguments[0], f"--models={drawn.models}", f"--out={drawn.folder / 'fast'}"]
     for flags in (("--fps=2", "--size=448"), ("--fps=2",), ()):  # the folder keeps its settings

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
-import msgspec
 import numpy as np
 from PIL import Image
 
@@ -120,9 +119,8 @@ def compare_presets(
     films.write(path, show_photos(photos, 720, 1280))
     appearances = []
     for settings in PRESETS.values():
-        given = msgspec.to_builtins(settings)
         start, out = common.children_seconds(), folder / f"who{settings.size}"
-        named = who.name_people([path], first, out, models, given)
+        named = who.name_people([path], first, out, models, settings)
         appearances.append(named.decision.appearances)
         cpu = round(common.children_seconds() - start, 1)
         names = [str(appearance.identity) for appearance in appearances[-1]]

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
+
 from vidjax.apps.video import features_folder, pipeline
 from vidjax.runs.terminal import say
 from vidjax.utils import messages
@@ -23,10 +25,21 @@ def count_workers(args: argparse.Namespace) -> int:
     return min(args.workers or num_cores(), 4 * num_cores())
 
 
-def read_settings(args: argparse.Namespace) -> dict[str, float | str]:
-    """Returns name -> value of the given flags among `--fps`, `--size` and `--unit`."""
-    values = {name: getattr(args, name, None) for name in ("fps", "size", "unit")}
-    return {name: value for name, value in values.items() if value is not None}
+def read_settings(
+    args: argparse.Namespace, folder: Path
+) -> features_folder.ExtractionSettings | None:
+    """Returns the settings of `--fps`, `--size` and `--unit`, or None without such a flag.
+
+    If some of the flags are left out, their settings are the settings of `folder`, a folder of
+    features. A new folder has the defaults.
+    """
+    names = ("fps", "size", "unit")
+    given = {name: x for name in names if (x := getattr(args, name, None)) is not None}
+    if not given:
+        return None
+    before = features_folder.read_extraction(folder)
+    settings = before.settings if before else features_folder.ExtractionSettings()
+    return msgspec.structs.replace(settings, **given)
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
@@ -82,11 +95,11 @@ def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts features from films and photos. If a file cannot be read, the exit code is 1."""
     began = time.monotonic()
-    workers = count_workers(args)
+    workers, out = count_workers(args), Path(args.out).expanduser()
     outcomes = pipeline.extract(
-        [Path(name).expanduser() for name in args.files], Path(args.out).expanduser(),
-        Path(args.models).expanduser(), read_settings(args), workers=workers, done=print_outcome,
-        check=args.check, drop="missing" if args.prune else "nothing",
+        [Path(name).expanduser() for name in args.files], out,
+        Path(args.models).expanduser(), read_settings(args, out), workers=workers,
+        done=print_outcome, check=args.check, drop="missing" if args.prune else "nothing",
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}

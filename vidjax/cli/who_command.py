@@ -20,7 +20,7 @@ def name_people(args: argparse.Namespace) -> Result:
     workers = extract_command.count_workers(args)
     done = who.name_people(
         films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), extract_command.read_settings(args),
+        Path(args.models).expanduser(), extract_command.read_settings(args, out / who.FEATURES),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
         padding=args.padding, check=args.check, prune=args.prune,
         done=extract_command.print_outcome,

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -29,7 +28,7 @@ from vidjax.data.processes import Children, map_children, run_limited_each
 from vidjax.data.untrusted.names import show
 from vidjax.runs import schemas
 from vidjax.runs.terminal import Progress, say
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, describe_system_error
 from vidjax.utils.scratch import scratch_folder
 
@@ -86,7 +85,7 @@ def extract(
     paths: Sequence[Path],
     out: Path,
     models: Path,
-    settings: Mapping[str, float | str] = MappingProxyType({}),
+    settings: ExtractionSettings | None = None,
     **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
 ) -> list[FileOutcome]:
     """Extracts features from files into a single folder, see `extract_folders`."""
@@ -96,7 +95,7 @@ def extract(
 def extract_folders(
     paths: Mapping[Path, Sequence[Path]],
     models: Path,
-    settings: Mapping[str, float | str] = MappingProxyType({}),
+    settings: ExtractionSettings | None = None,
     *,
     workers: int = 1,
     drop: Literal["nothing", "missing", "others"] = "nothing",
@@ -116,8 +115,8 @@ def extract_folders(
         folder of features does not exist, it is created, readable only by its owner.
       models: the folder of nets. Voices need a net that detects speech, and a net that computes
         embeddings of voices.
-      settings: name -> value of settings of the folders, see `ExtractionSettings`. Without a value,
-        each folder keeps its setting, and a new folder gets the default setting.
+      settings: the settings of the folders. If None, each folder keeps its settings, and a new
+        folder gets the default settings.
       workers: the number of processes.
       drop: the features that are removed from the folders: "nothing"; or "missing", features of
         files that no longer exist; or "others", features of all files that are not in `paths`.
@@ -344,7 +343,7 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 
 
 def _check_extraction(
-    out: Path, digests: dict[str, str], settings: Mapping[str, float | str], upgrade: bool
+    out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
     """Returns the settings of a folder of features, see `settings` of `extract_folders`.
 
@@ -359,10 +358,10 @@ def _check_extraction(
                 f"'{out}' is not a folder of features: it contains '{show(foreign[0].name)}'\n"
                 "name a new folder"
             )
-        used = msgspec.convert(settings, ExtractionSettings)
-        extraction = features_folder.Extraction(models=digests, settings=used)
+        settings = settings or ExtractionSettings()
+        extraction = features_folder.Extraction(models=digests, settings=settings)
         features_folder.write(out / features_folder.NAME, extraction)
-        return used
+        return settings
     if upgrade and before.models.items() < digests.items():
         for path in (out / VIDEOS).glob("*.json"):
             _remove(out, path.stem)
@@ -374,11 +373,12 @@ def _check_extraction(
                 f"the features in '{out}' were computed with another net for the role {role}\n"
                 "name a new folder, or the folder of nets with which they were computed"
             )
-    changed = [
-        f"{name}: {getattr(before.settings, name)}, not {value}"
-        for name, value in settings.items() if getattr(before.settings, name) != value
-    ]  # fmt: skip
-    if changed:
+    if settings and settings != before.settings:
+        changed = [
+            f"{name}: {getattr(before.settings, name)}, not {getattr(settings, name)}"
+            for name in settings.__struct_fields__
+            if getattr(before.settings, name) != getattr(settings, name)
+        ]
         raise UserError(
             f"the features in '{out}' were extracted with other settings ({'; '.join(changed)})\n"
             "name a new folder, or use the same settings"
@@ -466,7 +466,7 @@ def _extract_batch(
             else:
                 outcomes[job] = outcome
         if pending:
-            photos = f"{len(pending):,} photo" + "s" * (len(pending) > 1)
+            photos = messages.count(len(pending), "photo")
             say(f"{features_folder.make_printable(title) or photos} ...")
         given = [(job.path, arguments) for job, arguments in pending.items()]
         answers = _read_batch(children, given)

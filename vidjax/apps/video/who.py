@@ -29,7 +29,6 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -43,7 +42,7 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
 from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.features_folder import THUMBNAILS, Film
+from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
@@ -220,7 +219,7 @@ def name_people(
     people: Path | None,
     out: Path,
     models: Path,
-    settings: Mapping[str, float | str] = MappingProxyType({}),
+    settings: ExtractionSettings | None = None,
     *,
     workers: int = 1,
     thumbnails: bool | None = None,
