@@ -571,15 +571,11 @@ class Index:
 
         def score(place: int) -> None:
             rows = slice(self._ends[place], self._ends[place + 1])
-            # BLAS multiplies few clips faster if the people are the first factor. In rare cases,
-            # OpenBLAS reports an invalid value although all numbers are finite.
+            pairs = zip(narrow, self.blocks[place].linear, strict=True)
+            # In rare cases, OpenBLAS reports an invalid value although all numbers are finite.
             with np.errstate(invalid="ignore"):
-                first, *others = (
-                    (people @ x.T).T
-                    for x, people in zip(narrow, self.blocks[place].linear, strict=True)
-                )
-            logits[:, rows] = first
-            self._add_up([logits[:, rows], *others], rows, owner, queries)
+                products = [x @ people.T for x, people in pairs]
+            logits[:, rows] = self._add_up(products, rows, owner, queries)
 
         with _one_thread():
             list(_threads().map(score, range(len(self.blocks))))
