@@ -779,6 +779,10 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
         "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
     ]
 
+    one = f"--input={drawn.out / 'features' / 'twins.npz'}"
+    drawn.gallery("identify", one, f"--out={drawn.folder / 'twins.vtt'}")
+    assert "Ada" in (drawn.folder / "twins.vtt").read_text()
+
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):
     arguments, gallery = ([write_group(drawn)], drawn.out, drawn.models), drawn.folder / "g"

@@ -417,7 +417,10 @@ def _group(args: argparse.Namespace) -> Result:
 def _read_films(args: argparse.Namespace) -> "list[Film]":
     from vidjax.apps.video import features_folder
 
-    films = features_folder.read_films(Path(args.input).expanduser()) if args.input else []
+    folder = Path(args.input or "").expanduser()
+    if folder.suffix == ".npz":  # the features of one film
+        folder = folder.parent
+    films = features_folder.read_films(folder) if args.input else []
     if not films:
         raise UserError(
             f"--out={args.out} is a file with times, and only features of vidjax extract have "
