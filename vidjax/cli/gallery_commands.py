@@ -326,9 +326,9 @@ def _enrol(args: argparse.Namespace) -> Result:
         clips, identity = _load_clips(args, gallery), labels
     elif args.input and not args.identity and not strangers:
         path = Path(args.input).expanduser()
-        if path.is_file() or any(path.glob("*.npz")):
+        if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
             raise UserError(
-                f"--input={path}: the clips are not in folders of people, PATH/NAME/CLIP.npz\n"
+                f"'{stray}' is not in the folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
                 "if all clips show the same person, add --identity=NAME"
             )
         widths, quality = gallery.reads
