@@ -328,7 +328,7 @@ def _enrol(args: argparse.Namespace) -> Result:
         path = Path(args.input).expanduser()
         if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
             raise UserError(
-                f"'{stray}' is not in the folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
+                f"'{stray}' is in no folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
                 "if all clips show the same person, add --identity=NAME"
             )
         widths, quality = gallery.reads
