@@ -208,3 +208,8 @@ def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch)
             monkeypatch.setattr(sys, "stderr", stream)
             for text in ("train: compiling", "step 1"):
                 terminal.say(text)
+
+
+def test_list_of_names_shows_whether_there_are_more():
+    assert messages.list_some([]) == "" and messages.list_some([*"abcde"]) == "a, b, c, d, e"
+    assert messages.list_some([*"abcdef"]) == "a, b, c, d, e, ..."

@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from tests.helpers.cases import nightly_after_first
-from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks
+from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks, who
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.cards import BackEnd
 from vidjax.apps.video.features_folder import FileStamp, Film
@@ -553,3 +553,6 @@ def test_error_of_a_misspelt_film_name_suggests_the_film(tmp_path):
     (tmp_path / "holiday.mp4").touch()
     with pytest.raises(UserError, match=r"no file or folder '.*'\ndid you mean '.*holiday\.mp4'"):
         pipeline.list_files([tmp_path / "holidy.mp4"])
+    with pytest.raises(UserError, match=r"is not a folder: .* of each person$"):
+        film = tmp_path / "holiday.mp4"
+        who.name_people([film], film, tmp_path / "out", tmp_path)

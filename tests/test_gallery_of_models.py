@@ -394,7 +394,7 @@ def test_subtitles_take_linear_time(monkeypatch):
 
 def test_subtitles_of_two_films_in_one_file_are_refused():
     found = [appearance("Ada", 0, 1), appearance("Ada", 0, 1, video="b.mp4")]
-    refused(lambda: appearances.to_subtitles(found, ".srt"), "--out=names.tsv")
+    refused(lambda: appearances.to_subtitles(found, ".srt"), "--input=FOLDER/VIDEO.npz")
 
 
 def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):

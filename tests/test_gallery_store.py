@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import sqlite3
 import stat
 import struct
@@ -473,6 +474,9 @@ def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, gal
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "absent"):
         refused(functools.partial(Gallery, folder), "contains no gallery", "create")
+    shutil.copytree(gallery.folder, tmp_path / "names" / "gallery")
+    for place in ("names", "names/gallery/gallery.sqlite"):
+        refused(lambda place=place: Gallery(tmp_path / place), "did you mean", "names/gallery'?")
     refused(lambda: make(tmp_path), "not empty", "file")
     refused(lambda: make(tmp_path / "file"), "is a file")
     refused(lambda: make(gallery.folder), "contains a gallery")

@@ -87,10 +87,13 @@ def test_files_other_than_films_and_photos_are_skipped(drawn):
         for name in ("Thumbs.db", "party.srt", "party.nfo"):
             (path / name).write_text("no picture")
 
-    content, output = drawn.who(films)
+    (empty := drawn.folder / "empty").mkdir()
+
+    content, output = drawn.who(films, empty)
 
     assert content["people"] == {"Ada": 1}
     assert {row["video"] for row in drawn.rows()} == {"party.MKV", "Bob at the sea.png"}
+    assert output.count(f"'{empty}' contains no film and no photo") == 1
     words = "files in {} that are not films or photos are left out: {}"  # without Thumbs.db
     assert output.count(words.format(films, "party-poster.jpg and 2 more")) == 1
     assert output.count(words.format(drawn.friends, "party.nfo and 1 more")) == 1
@@ -778,6 +781,10 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
     assert out.read_text().splitlines() == [
         "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
     ]
+
+    one = f"--input={drawn.out / 'features' / 'twins.npz'}"
+    drawn.gallery("identify", one, f"--out={drawn.folder / 'twins.vtt'}")
+    assert "Ada" in (drawn.folder / "twins.vtt").read_text()
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):

@@ -150,6 +150,7 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
 
     assert note(6) == note(6, "data.whole_epochs=True") == "None"
     assert "--config.batch_size=6" in note(7)
+    assert note(7, "model.name=plda", "num_epochs=2") == "None"  # more steps change nothing
     hint = note(7, "data.whole_epochs=True")
     assert "a step uses all clips" in hint
     assert "--config.batch_size=3" in hint  # two steps of an epoch

@@ -326,9 +326,9 @@ def _enrol(args: argparse.Namespace) -> Result:
         clips, identity = _load_clips(args, gallery), labels
     elif args.input and not args.identity and not strangers:
         path = Path(args.input).expanduser()
-        if path.is_file() or any(path.glob("*.npz")):
+        if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
             raise UserError(
-                f"--input={path}: the clips are not in folders of people, PATH/NAME/CLIP.npz\n"
+                f"'{stray}' is in no folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
                 "if all clips show the same person, add --identity=NAME"
             )
         widths, quality = gallery.reads
@@ -417,7 +417,10 @@ def _group(args: argparse.Namespace) -> Result:
 def _read_films(args: argparse.Namespace) -> "list[Film]":
     from vidjax.apps.video import features_folder
 
-    films = features_folder.read_films(Path(args.input).expanduser()) if args.input else []
+    folder = Path(args.input or "").expanduser()
+    if folder.suffix == ".npz":  # the features of one film
+        folder = folder.parent
+    films = features_folder.read_films(folder) if args.input else []
     if not films:
         raise UserError(
             f"--out={args.out} is a file with times, and only features of vidjax extract have "

@@ -281,7 +281,10 @@ def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str 
         return f"write no spaces between runs: --runs={args.runs.rstrip(',')},{word}"
     if args.command == "compare":
         return f"did you mean --runs={','.join(strays)}?"
-    flags = ("workdir", "gallery", "input", "config")
+    flags = ("workdir", "gallery", "input", "to", "config")
+    if args.command in ("train", "config"):
+        flags = ("config", "workdir")
     known = args.parser._option_string_actions  # the gallery of some commands has no flag
-    flag = next((name for name in flags if f"--{name}" in known), None)
+    free = (name for name in flags if f"--{name}" in known and not getattr(args, name, None))
+    flag = next(free, None)
     return f"did you mean --{flag}={shlex.quote(word)}?" if flag else None

@@ -39,15 +39,15 @@ def name_people(args: argparse.Namespace) -> Result:
         "out": str(out), "people": done.people, "named": len(named), "groups": num_unknown,
         "failed": [*done.failed], "missed": [*done.missed],
     }  # fmt: skip
-    first_names = ", ".join(map(messages.shorten, sorted(done.people)[:5]))
+    people = messages.list_some(sorted(done.people))
     rows = {
-        "people": f"{len(done.people):,}: {first_names}" if first_names else "none",
+        "people": f"{len(done.people):,}: {people}" if people else "none",
         "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
         "page": str(out / who.PAGE),
         "table": str(out / who.TABLES[0]),
     }
     if done.missed:
-        rows["no usable photo"] = ", ".join(map(messages.shorten, done.missed[:5]))
+        rows["no usable photo"] = messages.list_some(done.missed)
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= extract_command.list_remedies(done.failed.values())

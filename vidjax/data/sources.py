@@ -16,7 +16,7 @@ from vidjax.data.labels import LabelSource
 from vidjax.data.packing import Clips
 from vidjax.data.synthetic import SyntheticOptions
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, check_argument, check_entry
+from vidjax.utils.errors import NoFileError, UserError, check_argument, check_entry
 
 if TYPE_CHECKING:
     from vidjax.data.records.dataset import Dataset
@@ -67,7 +67,13 @@ def _get_directory(data: Section, content: str) -> Path:
             "--config.data.dir=FOLDER\n"
             "if the data are in memory, pass them in Python: vidjax.evaluate(workdir, data)"
         )
-    return files.local(data["dir"])
+    folder = files.local(data["dir"])
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise NoFileError(
+            f"'{folder}' {problem}: name the folder of the {content} with --config.data.dir=FOLDER"
+        )
+    return folder
 
 
 # To add a dataset, write a class like `OfficialFiles`, and add a function that opens it here.

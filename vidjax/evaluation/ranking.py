@@ -192,7 +192,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
             if clip in line_of_clip:
                 raise UserError(
                     f"{place}: clip '{show(clip)}' is already in line {line_of_clip[clip]}\n"
-                    "delete one of the two"
+                    "delete one of the two; the ground truth comes first: vidjax score GT RANKING"
                 )
             line_of_clip[clip] = number
         positives.setdefault(identity, []).extend(clips)

@@ -342,9 +342,12 @@ def dry_run(config: Config) -> None:
 
 
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
-    """Returns a note if a batch is larger than the number of training clips, otherwise None."""
+    """Returns a note if a batch is larger than the number of training clips, otherwise None.
+
+    More steps do not change a model in closed form, so it gets no note.
+    """
     most, is_whole = plan.batches.num_clips, plan.batches.epoch_clips is not None
-    if config.batch_size <= most:
+    if config.batch_size <= most or MODELS[config.model.name].is_closed_form:
         return None
     effect, fewer = ("uses all clips", -(-most // 2)) if is_whole else ("repeats clips", most)
     return (

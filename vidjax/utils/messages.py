@@ -231,6 +231,11 @@ def shorten(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
 
 
+def list_some(names: Sequence[str], most: int = 5) -> str:
+    """Joins up to `most` shortened names by commas. "..." shows that there are more names."""
+    return ", ".join(map(shorten, names[:most])) + ", ..." * (len(names) > most)
+
+
 def count(number: int, noun: str) -> str:
     """Returns a number with its noun, such as `1 clip` or `1,234 clips`."""
     return f"{number:,} {noun if number == 1 else PLURALS.get(noun, f'{noun}s')}"

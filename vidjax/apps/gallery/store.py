@@ -186,9 +186,13 @@ class Store:
 
     def _no_gallery(self) -> NoGalleryError:
         command = f"vidjax gallery create {shlex.quote(str(self.folder))} --run=RUN"
+        advice = self.advise_on_run() or f"make a gallery from a run: {command}"
+        # A user may name the folder of `vidjax who`, or the file of a gallery.
+        for folder in (self.folder / "gallery", self.folder.parent):
+            if files.exists(folder / GALLERY_FILE):
+                advice = f"did you mean '{folder}'?"
         return NoGalleryError(
-            f"'{self.folder}' contains no gallery: name the folder of a gallery\n"
-            f"{self.advise_on_run() or f'make a gallery from a run: {command}'}"
+            f"'{self.folder}' contains no gallery: name the folder of a gallery\n{advice}"
         )
 
     def _check_files(self, *, write: bool) -> None:

@@ -232,7 +232,8 @@ def check_photo(film: Film) -> tuple[str | None, str]:
     """
     if len(film.tracks) != 1:
         count = f"{len(film.tracks)} faces" if film.tracks else "no face"
-        return None, f"the photo shows {count}: give a photo of only one person"
+        kind = "photo" if film.photo else "film"
+        return None, f"the {kind} shows {count}: give a photo of only one person"
     return film.tracks[0].clip, check_face(film.tracks[0])
 
 

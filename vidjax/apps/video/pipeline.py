@@ -316,7 +316,7 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def say_left_out(paths: Iterable[Path]) -> None:
-    """Prints a line for each folder that has unused files, or that the user may not read."""
+    """Prints a line for each folder with unused files or no films, or that may not be read."""
 
     def say_unreadable(error: OSError) -> None:
         if isinstance(error, PermissionError):
@@ -325,14 +325,19 @@ def say_left_out(paths: Iterable[Path]) -> None:
                 warning=True,
             )
 
-    for path in (folder for named in paths for folder in walk(named, say_unreadable)):
-        accepted, others = split_files(path)
-        expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
-        expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
-        if others := [x for x in others if x not in expected]:
-            more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-            left_out = f"files in {show(str(path))} that are not films or photos are left out"
-            say(f"{left_out}: {show(others[0].name)}{more}")
+    for named in paths:
+        count = 0
+        for path in walk(named, say_unreadable):
+            accepted, others = split_files(path)
+            count += len(accepted)
+            expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
+            expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
+            if others := [x for x in others if x not in expected]:
+                more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+                left_out = f"files in {show(str(path))} that are not films or photos are left out"
+                say(f"{left_out}: {show(others[0].name)}{more}")
+        if named.is_dir() and not count:
+            say(f"'{show(str(named))}' contains no film and no photo", warning=True)
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:

@@ -344,7 +344,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     path = out / "gallery"
     if not files.exists(path) and (foreign := list_entries(out)):
         raise UserError(
-            f"--out={out} contains '{show(foreign[0].name)}', which vidjax did not write\n"
+            f"--out={out} contains '{show(foreign[0].name)}', which vidjax who did not write\n"
             "name a new folder"
         )
     try:
@@ -403,7 +403,7 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     Raises UserError if there are no photos and no earlier call has created a gallery.
     """
     if not people.is_dir():
-        hint = pipeline.suggest_path(people)
+        hint = "" if people.exists() else pipeline.suggest_path(people)
         raise UserError(
             f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
         )
@@ -451,7 +451,7 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
     if is_person:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
         remedy = f"it is the folder of one person: name the folder above, --people={above}"
-    names = ", ".join(map(show, sorted(before)[:5]))
+    names = messages.list_some([*map(show, sorted(before))])
     raise UserError(f"'{people}' contains none of the people of earlier calls ({names})\n{remedy}")
 
 

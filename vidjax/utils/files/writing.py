@@ -39,7 +39,7 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     except OSError as error:
         raise UserError(
             f"cannot write in the {name} '{workdir}': {error.strerror}\n"
-            "name another folder, or change its permissions"
+            "name another folder or a copy of this folder, or change its permissions"
         ) from error
     return workdir
 
