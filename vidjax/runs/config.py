@@ -357,7 +357,6 @@ MOVABLE = tuple(name for name, field in FIELDS.items() if field.movable)
 SPECIFICATIONS = ("model.", "fusion.")
 # With these fields of `ensemble`, a member is not trained on some clips, so that it can score them.
 HOLD_OUT_FIELDS = ("folds", "bootstraps")
-MAX_LISTED_FIELDS = 12  # in an error
 
 
 class Config(ConfigDict):
@@ -554,34 +553,21 @@ def explain_unread(name: str, values: Values) -> str:
 def find_closest_field(name: str, known: Collection[str]) -> str | None:
     """Returns the field in `known` that the misspelt `name` probably means, or None."""
     name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
-    name = re.sub(r"\b(folder|path)$", "dir", name)
-    modalities = {field.split(".")[1] for field in known if field.startswith("fusion.")}
-    if name.startswith("fusion.") and name.split(".")[1] not in modalities:
-        return None  # the name of another modality is not a misspelling
     group, _, leaf = name.rpartition(".")
-    if inside := [field for field in known if group and field.rpartition(".")[0] == group]:
-        if match := closest(leaf, [field.rpartition(".")[2] for field in inside], cutoff=0.7):
-            return f"{group}.{match}"
-        if leaf == "name" or name.startswith("fusion."):  # many groups have a field `name`
-            return None
-    return closest(name, known, cutoff=0.55)
+    inside = {field.rpartition(".")[2]: field for field in known if is_in_groups(field, (group,))}
+    if match := closest(leaf, inside, cutoff=0.7):
+        return inside[match]
+    # An argument of a fusion, or a modality, that the configuration lacks is no misspelling.
+    return None if name.startswith("fusion.") else closest(name, known, cutoff=0.65)
 
 
 def suggest_field(name: str, known: Collection[str]) -> str:
-    """Returns a hint for an unknown field: a similar field, its group, or `vidjax config`."""
+    """Returns a hint for an unknown field: a similar field, or how to list or add fields."""
     match = find_closest_field(name, known)
     hint = f"did you mean --config.{match}?\n" if match else ""
     if name.startswith(SPECIFICATIONS):
         return f"{hint}to add an argument, set it in a copy of the configuration file"
-    if match:
-        return hint.strip()
-    group = name.rpartition(".")[0]
-    inside = [
-        field.rpartition(".")[2] for field in known if group and is_in_groups(field, (group,))
-    ]
-    if 0 < len(inside) <= MAX_LISTED_FIELDS:
-        return f"config.{group} has {', '.join(inside)}"
-    return "to list all fields, use vidjax config"
+    return hint.strip() or "to list all fields, use vidjax config"
 
 
 # The arguments that every configuration file takes: word -> meaning.
