@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from vidjax.data.synthetic import LARGEST
-from vidjax.utils.errors import UserError, closest, require_packages
+from vidjax.utils.errors import UserError, closest
 from vidjax.utils.files import INTEGER_LIMIT
 
 MAX_MEMBERS = 10_000  # of an ensemble; `metrics.json` can list as many
@@ -502,14 +502,6 @@ def _find_numbers(value: Any) -> Iterator[int | float]:
 def _find_untrainable(values: Values) -> Iterator[str]:
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: use --config.data.train_splits=train"
-    if values["data.mode"] == "streaming":
-        resident = "choose --config.data.mode=resident if the clips fit into the memory"
-        try:
-            require_packages(
-                "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
-            )
-        except UserError as error:
-            yield str(error)
     split = values["eval.split"]
     leaves_clips_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT_FIELDS)
     if split in values["data.train_splits"] and not leaves_clips_out:
