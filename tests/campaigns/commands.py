@@ -85,7 +85,7 @@ FIELDS = [
     Case("--config=mma --workdir=new --config.optim.name=adamw", "'adam'?"),
     Case(f"{TRAIN} --config.data.train_splits=train,val", "--config.ensemble.folds=5"),
     Case("--config=quality_fusion --workdir=new --config.model.layers=((0,'swish',False,0.5),)",
-         "whole number of 1 or more"),
+         "Expected `int` >= 1"),
     Case("--config=mma --workdir=new --config.model.embed_dim=100000000", "reduce its sizes"),
     Case("--config=mma --workdir=new --config.transforms=5", "config.transforms='5' is unknown"),
     Case("--config=plda --workdir=new --config.model.scale=nan", "must be a number such as 1.0"),

@@ -2,13 +2,27 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    get_args,
+    get_origin,
+)
 
 import flax.linen as nn
 import numpy as np
+from msgspec import Meta
 
 from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.utils.errors import UserError, check_choice
+
+# Types of options of models. `identifier.make_identifier` checks their ranges.
+Size = Annotated[int, Meta(ge=1)]  # of a layer, or a number of layers or frames
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 # Nested dicts of arrays, as linen makes them.
 Params = Mapping[str, Any]  # the collection `params`; the optimiser changes nothing else
@@ -36,9 +50,10 @@ class Identifier(nn.Module):
     """A linen module that maps the fused frames of clips to logits and embeddings.
 
     A plain network needs only the fields below and `__call__`. A field of type Literal accepts only
-    the values that it lists, and a field `modality` accepts only known modalities. Many models have
-    the fields `feature_scale`, a factor on the raw features, and `modality_dropout_rate`, the
-    probability that training drops a modality of a clip. At least one modality stays.
+    the values that it lists, a field of type Size or Share only values in its range, and a field
+    `modality` only known modalities. Many models have the fields `feature_scale`, a factor on the
+    raw features, and `modality_dropout_rate`, the probability that training drops a modality of a
+    clip. At least one modality stays.
 
     Attributes:
       modalities: name -> feature width of the fused frames.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vidjax.core import fusion
 from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.models.base import Identifier
+from vidjax.models.base import Identifier, Share, Size
 from vidjax.models.layers import (
     KAIMING,
     CosineClassifier,
@@ -70,15 +70,15 @@ class DeepMEF(Identifier):
     modality: str = "face"
     channel_attention: Literal["channels", "danet", "features", "none"] = "features"
     channel_norm: bool = False
-    num_frames: int = 40
+    num_frames: Size = 40
     aggregation: Literal["attention", "mean", "quality"] = "attention"
     rms_norm: bool = True
     feature_scale: float = 1.0
-    branch_dims: tuple[int, ...] = (480, 120)
-    hidden_dim: int = 964
+    branch_dims: tuple[Size, ...] = (480, 120)
+    hidden_dim: Size = 964
     layer_form: Literal["ours", "published"] = "ours"
-    dropout_rate: float = 0.5
-    modality_dropout_rate: float = 0.0
+    dropout_rate: Share = 0.5
+    modality_dropout_rate: Share = 0.0
     logit_scale: float = 30.0
     dtype: jnp.dtype = jnp.float32
 
@@ -172,7 +172,7 @@ class ChannelAttention(nn.Module):
     """
 
     form: Literal["channels", "danet", "features"] = "features"
-    num_frames: int = 40
+    num_frames: Size = 40
     dtype: jnp.dtype = jnp.float32
     norm: bool = False
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vidjax.core import fusion
 from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.models.base import Identifier
+from vidjax.models.base import Identifier, Share, Size
 from vidjax.models.layers import (
     Classifier,
     CosineClassifier,
@@ -28,7 +28,7 @@ from vidjax.models.layers import (
 from vidjax.utils.errors import UserError
 
 # (width, activation, batch_norm, dropout_rate)
-Layer = tuple[int, str, bool, float]
+Layer = tuple[Size, str, bool, Share]
 # Backbone -> the attributes that only this backbone reads.
 _OPTIONS = {
     "mlp": ("layers",),
@@ -62,16 +62,16 @@ class DenseIdentifier(Identifier):
     num_classes: int
     backbone: Literal["block", "mlp", "residual"] = "mlp"
     layers: tuple[Layer, ...] = ((1024, "swish", False, 0.5), (1024, "swish", False, 0.5))
-    width: int = 4096
-    num_layers: int = 3
+    width: Size = 4096
+    num_layers: Size = 3
     activation: str = "relu"
-    dropout_rate: float = 0.5
+    dropout_rate: Share = 0.5
     shortcut: Literal["add", "concat", "none"] = "add"
     gate: bool = False
     head: Literal["cosine", "linear"] = "linear"
     logit_scale: float = 1.0
     feature_scale: float = 1.0
-    modality_dropout_rate: float = 0.0
+    modality_dropout_rate: Share = 0.0
     dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self) -> None:
@@ -140,19 +140,8 @@ class MLP(nn.Module):
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Computes the output of the last layer, [B, D'] float32; without layers, returns x."""
         for i, layer in enumerate(self.layers):
-            _check_layer(layer)
             x = DenseLayer(*layer, dtype=self.dtype, name=f"layer_{i}")(x, mask, train=train)
         return x
-
-
-def _check_layer(layer: tuple[int, str, bool, float]) -> None:
-    width, _, _, dropout_rate = layer
-    if width < 1 or not 0 <= dropout_rate <= 1:
-        raise UserError(
-            f"config.model.layers: a layer is {layer!r}, but must be (width, activation, "
-            "batch_norm, dropout_rate); the width is a whole number of 1 or more, the rate is from "
-            "0 to 1"
-        )
 
 
 _NUM_CONNECTED = 3  # the first layers, which have shortcuts
@@ -179,10 +168,10 @@ class ResidualDenseNet(nn.Module):
     output widths differ. The weights of a gate start at 0.
     """
 
-    width: int = 4096
-    num_layers: int = 3
+    width: Size = 4096
+    num_layers: Size = 3
     activation: str = "relu"
-    dropout_rate: float = 0.5
+    dropout_rate: Share = 0.5
     shortcut: Literal["add", "concat", "none"] = "add"
     gate: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -237,10 +226,10 @@ class CosineIdentifier(Identifier):
 
     modalities: Mapping[str, int]
     num_classes: int
-    embed_dim: int = 512
+    embed_dim: Size = 512
     feature_scale: float = 0.1
-    modality_dropout_rate: float = 0.0
-    dropout_rate: float = 0.0
+    modality_dropout_rate: Share = 0.0
+    dropout_rate: Share = 0.0
     logit_scale: float = 16.0
     dtype: jnp.dtype = jnp.float32
 

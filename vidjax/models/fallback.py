@@ -2,15 +2,16 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from vidjax.core import fusion
 from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.models.base import Identifier, TrainingClips
+from vidjax.models.base import Identifier, Share, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
 from vidjax.utils.errors import UserError
 
@@ -57,23 +58,16 @@ class FallbackIdentifier(Identifier):
     other_modalities: tuple[str, ...]
     main_modalities: tuple[str, ...] = ()
     modality: str = "face"
-    missing_scale: float = 0.95
+    missing_scale: Share = 0.95
     measure: Literal["norm", "quality"] = "norm"
     threshold: float = 0.0
-    threshold_share: float = 0.0
-    main_share: float = 0.2
-    other_share: float = 0.8
+    threshold_share: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    main_share: Share = 0.2
+    other_share: Share = 0.8
     parts: ClassVar[Mapping[str, str]] = {"main": "main_modalities", "other": "other_modalities"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.threshold_share < 1:
-            raise UserError(
-                f"config.model.threshold_share={self.threshold_share}: must be 0 or more, below 1"
-            )
-        for name in ("missing_scale", "main_share", "other_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"config.model.{name}={getattr(self, name)}: must be from 0 to 1")
         main = self.main_modalities or self.modalities
         if self.modality not in main:
             raise UserError(

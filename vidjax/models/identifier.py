@@ -1,7 +1,6 @@
 """Builds a model from its specification, a plain dict."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_origin
 
@@ -69,7 +68,6 @@ def make_identifier(
     fusion.check_options(f"model {name!r}", known, options)
     for key, value in options.items():
         _check_type(f"model {name!r}", key, value, dict if key in model.parts else fields[key].type)
-    _check_sizes(name, options)
     if not modalities:
         raise UserError(
             f"config.modalities is empty, but model {name!r} needs a modality\n"
@@ -93,7 +91,7 @@ def make_identifier(
 
 
 def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # noqa: ANN401
-    """Raises UserError if the value of an option is not of the type `kind`."""
+    """Raises UserError if the value of an option is not of the type `kind`, or out of its range."""
     if get_origin(kind) is Literal:  # the model lists the possible values in its error
         return
     given = dict(value) if isinstance(value, Mapping) else value
@@ -108,15 +106,3 @@ def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # n
         raise UserError(f"{model}: {option}={str(value)[:50]}: {error}") from None
     except (AttributeError, TypeError, NotImplementedError):
         pass  # an option of a user's own model may be of a type unknown to msgspec, such as a dtype
-
-
-def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
-    """Raises UserError if an option that is a width or a count is not a whole number above 0."""
-    for option, value in options.items():
-        sizes = value if isinstance(value, tuple | list) else (value,)
-        is_size = re.fullmatch(r"num_\w+|width|\w+_dims?", option)
-        wrong = [size for size in sizes if not (isinstance(size, int) and size >= 1)]
-        if is_size and wrong:
-            raise UserError(
-                f"model {name!r}: {option}={value}: {wrong[0]} is not a whole number of 1 or more"
-            )

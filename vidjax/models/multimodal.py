@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vidjax.core import fusion
 from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.models.base import Identifier
+from vidjax.models.base import Identifier, Share, Size
 from vidjax.models.layers import (
     Classifier,
     CosineClassifier,
@@ -66,13 +66,13 @@ class MultimodalIdentifier(Identifier):
     modalities: Mapping[str, int]
     num_classes: int
     netvlad: tuple[str, ...] = ("face",)
-    num_clusters: int = 8
+    num_clusters: Size = 8
     netvlad_reduce: Literal["mean", "sum"] = "sum"
     netvlad_norms: tuple[str, ...] = ("batch",)
-    embed_dim: int = 512
-    num_face_vectors: int = 3
+    embed_dim: Size = 512
+    num_face_vectors: Size = 3
     attention: bool = True
-    gram_dim: int = 64
+    gram_dim: Size = 64
     gram_scale: float = 1.0
     gamma: float = 0.05
     train_gamma: bool = False
@@ -83,10 +83,10 @@ class MultimodalIdentifier(Identifier):
     feature_scale: float = 0.1
     unit_length: bool = False
     map_norm: bool = False
-    modality_dropout_rate: float = 0.0
+    modality_dropout_rate: Share = 0.0
     head: Literal["cosine", "linear"] = "linear"
     logit_scale: float = 1.0
-    dropout_rate: float = 0.0
+    dropout_rate: Share = 0.0
     dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self) -> None:

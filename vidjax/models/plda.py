@@ -4,21 +4,24 @@ The model is computed from sums over the training clips.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from msgspec import Meta
 
 from vidjax.core import devices
 from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.models import plda_fit, two_covariance
-from vidjax.models.base import Identifier, ModelState, Params, TrainingClips
+from vidjax.models.base import Identifier, ModelState, Params, Share, TrainingClips
 from vidjax.models.layers import real_frames, unit_vectors
 from vidjax.models.plda_fit import combine_modalities, unit_mean
 from vidjax.models.two_covariance import Settings
 from vidjax.utils.errors import UserError
+
+Scale = Annotated[float, Meta(gt=0)]
 
 
 class PLDAIdentifier(Identifier):
@@ -40,25 +43,16 @@ class PLDAIdentifier(Identifier):
     modalities: Mapping[str, int]
     num_classes: int
     num_clips: int
-    within: float | tuple[float, ...] | None = None
-    between: float | tuple[float, ...] | None = None
-    scale: float | tuple[float, ...] | None = None
+    within: Share | tuple[Share, ...] | None = None
+    between: Share | tuple[Share, ...] | None = None
+    scale: Scale | tuple[Scale, ...] | None = None
     unenrolled: float | tuple[float, ...] | None = None
     stranger: float | tuple[float, ...] | None = None
-    centred: float | None = None
+    centred: Share | None = None
     logit_scale = 1.0  # pyright: ignore[reportAssignmentType]
     is_closed_form: ClassVar[bool] = True
     scores_unknown: ClassVar[bool] = True
     min_epochs: ClassVar[float] = 2.0  # the first for the centre, the second for the sums
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("within", "between", "centred"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= np.min(share) <= np.max(share) <= 1:
-                raise UserError(f"model 'plda': {name}={share}: must be from 0 to 1")
-        if self.scale is not None and np.min(self.scale) <= 0:
-            raise UserError(f"model 'plda': scale={self.scale}: must be above 0")
 
     def settings(self, member: int = 0) -> Settings:
         """Returns a member's settings, which must all have values."""
