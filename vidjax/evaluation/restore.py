@@ -238,23 +238,31 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
     }
 
 
+def _find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns which of the names, features and labels of a split differ.
+
+    Features are compared only if the modalities are equal, because the digest covers all of them.
+    """
+    same = now.get("modalities") == before.get("modalities")
+    kinds = ("names", "features", "labels") if same else ("names", "labels")
+    return [kind for kind in kinds if now[kind] != before[kind]]
+
+
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
     """Returns "", or how the digests of a split differ. If the split is missing, `now` is None."""
     if now is None:
         return f"{split} is missing"
-    if now["names"] != before["names"]:
+    changes = _find_changes(before, now)
+    if "names" in changes:
         return f"{split} has other clips ({now['clips']:,}, before {before['clips']:,})"
-    kinds = ["features", "labels"]
-    if now.get("modalities") != before.get("modalities"):  # the digest covers all modalities
-        kinds.remove("features")
+    if now.get("modalities") != before.get("modalities"):
         warn(
             f"{split}: the data have other modalities than before\n"
             "so vidjax cannot check whether the features of the run are unchanged"
         )
-    others = [kind for kind in kinds if now[kind] != before[kind]]
-    return f"{split} has other {' and '.join(others)}" if others else ""
+    return f"{split} has other {' and '.join(changes)}" if changes else ""
 
 
 def select_sets(
@@ -270,9 +278,8 @@ def select_sets(
         return sets
     before, now = own["splits"], getattr(data, "report", {"splits": {}})["splits"]
     names = [split] if split in before else before
-    if now and all(
-        _has_same_clips(before[name], now.get(name, {}).get("sha256")) for name in names
-    ):
+    pairs = [(before[name], now.get(name, {}).get("sha256")) for name in names]
+    if now and all(x and {*_find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
         "some clips have names of training clips, but are of other data: they are scored as new "
@@ -280,14 +287,6 @@ def select_sets(
         "the ensemble that were trained on a clip"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))
-
-
-def _has_same_clips(before: Mapping[str, Any], now: Mapping[str, Any] | None) -> bool:
-    """Returns True if names and features of a split are equal. If it is missing, `now` is None."""
-    kinds = ["names", "features"]
-    if now and now["modalities"] != before["modalities"]:  # the digest covers all modalities
-        kinds.remove("features")
-    return now is not None and all(now[kind] == before[kind] for kind in kinds)
 
 
 def check_data(
