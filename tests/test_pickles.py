@@ -118,9 +118,9 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     (truth, "a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: identity x is not a whole number, unlike most"),
     (truth, "0 b.mp4\n1 a.mp4\n", "line 1: identity 0 is less than 1"),
     (weights, "a.mp4 1\n\nb.mp4\n", "line 3: the line has 1 words: write a clip and its w"),
-    (weights, "a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a number"),
-    (weights, "a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is negative or not finite"),
-    (weights, "a.mp4 1e39\n", "line 1: weight 1e39 is negative or not finite"),
+    (weights, "a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a finite number of 0"),
+    (weights, "a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is not a finite number of 0"),
+    (weights, "a.mp4 1e39\n", "line 1: weight 1e39 is not a finite number of 0"),
     (weights, "a.mp4 1\nx.mp4 1\n", "1 of 2 clips have no features, for example x\nat most 1%"),
     (weights, "a.avi 1\nb.avi 1\n", "none of its 2 clips has features\nthe file names a.avi, "),
 ])  # fmt: skip

@@ -108,15 +108,11 @@ def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
                     "write clip,identity into the first line, and separate columns by commas"
                 )
             for row in table:
-                if row["clip"] is None or row["identity"] is None:
+                more = row.get(None)  # pyright: ignore[reportArgumentType]
+                if None in (row["clip"], row["identity"]) or any(more or ()):
                     raise UserError(
-                        f"{path}: line {table.line_num}: the line lacks a value: "
-                        "write a clip and its identity"
-                    )
-                if any(row.get(None) or ()):  # pyright: ignore[reportArgumentType]
-                    raise UserError(
-                        f"{path}: line {table.line_num}: the line has more values than columns\n"
-                        'write names that contain a comma in double quotes: "Smith, John"'
+                        f"{path}: line {table.line_num}: the line must have as many values as "
+                        'line 1\nwrite names that contain a comma in double quotes: "Smith, John"'
                     )
                 yield f"{path}: line {table.line_num}:", row["clip"], row["identity"].strip()
     except (UnicodeDecodeError, csv.Error) as error:
@@ -342,13 +338,10 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
         try:
             weights[name] = float(fields[1])
         except ValueError:
-            raise UserError(
-                f"{where} weight {show(fields[1])} is not a number: write a number of 0 or more"
-            ) from None
+            weights[name] = np.nan
         if not 0 <= weights[name] <= float(np.finfo(np.float32).max):
             raise UserError(
-                f"{where} weight {show(fields[1])} is negative or not finite: "
-                "write a number of 0 or more"
+                f"{where} weight {show(fields[1])} is not a finite number of 0 or more: correct it"
             )
     check_known(path, weights, clips)
     return np.array([weights.get(name, 1.0) for name in clips], np.float32)
