@@ -116,7 +116,7 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
 def test_compare_refuses_paths_of_wrong_types(tmp_path):
     first, second = (made_runs.write(tmp_path / name, averages(0)) for name in "ab")
     function: Any = vidjax.compare
-    for runs in ([first, None], [[first], [None]], [first, 5]):
+    for runs in ([first, None], [[first], [None]], [first, 5], [first, first.stat()]):
         refused(lambda runs=runs: function(runs), "compare: run must be the path of a run's folder")
     refused(lambda: function([first, second], out=5), "compare: out must be the path of a folder")
 

@@ -5,6 +5,7 @@ import resource
 import shutil
 import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 
@@ -117,6 +118,9 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
     if name == "knn":
         four_devices = predict.restore(folder, num_devices=4)
         np.testing.assert_array_equal(four_devices.scores(clips["val"]), scores[order])
+        with jax.enable_x64(True):  # as in a notebook that needs float64 for other things
+            wide = predict.restore(folder, num_devices=1)
+            np.testing.assert_allclose(wide.scores(clips["val"]), scores[order], rtol=1e-5)
 
     # Embeddings have the length 1, or 0 for a clip without frames.
     vectors = run.embed(clips["val"])

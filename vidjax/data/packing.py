@@ -147,7 +147,8 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
     if array.dtype.kind not in "fiu" or array.ndim > 2:
         raise UserError(
             f"{place} must be an array of numbers with at most 2 axes, "
-            f"but has the shape {list(array.shape)} and the dtype {array.dtype}"
+            f"but has the shape {list(array.shape)} and the dtype {array.dtype}\n"
+            "give floats, as from array.astype('float32')"
         )
     return np.atleast_1d(array).astype(array.dtype.newbyteorder("="), copy=False)
 

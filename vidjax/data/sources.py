@@ -65,7 +65,7 @@ def _get_directory(data: Section, content: str) -> Path:
         raise UserError(
             f"config.data.dir is not set: name the folder of the {content} with "
             "--config.data.dir=FOLDER\n"
-            "if the data are in memory, pass them in Python: vidjax.evaluate(workdir, data)"
+            "if the data are in memory, pass them in Python, as in vidjax.evaluate(workdir, data)"
         )
     folder = files.local(data["dir"])
     if not folder.is_dir():

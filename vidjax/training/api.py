@@ -355,7 +355,7 @@ def compare(
     """
     check_argument("compare: runs", runs, (list, tuple), "a list of folders, or of lists of them")
     check_argument("compare: out", out, (str, os.PathLike, type(None)), "the path of a folder")
-    lists: list[Any] = [run if isinstance(run, (list, tuple)) else [run] for run in runs]
+    lists: list[Any] = [run if type(run) in (list, tuple) else [run] for run in runs]
     for path in itertools.chain(*lists):
         check_argument("compare: run", path, (str, os.PathLike), "the path of a run's folder")
     groups = [[os.fspath(path) for path in paths] for paths in lists]

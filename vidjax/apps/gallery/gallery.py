@@ -627,13 +627,13 @@ class Gallery:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
 
-    def complete(self, vectors: Vectors) -> set[str]:
+    def complete(self, vectors: AnyClips) -> set[str]:
         """Adds the modalities that enrolled clips lack. `vectors` contain all modalities.
 
         A clip is skipped if it is not enrolled, or if it is enrolled with another vector of a
         modality. Returns the names of the clips that are not skipped.
         """
-        clips = select_usable_clips(vectors)
+        clips = select_usable_clips(self.embed(vectors))
         with self.change() as draft:
             return draft.complete({name: clip.vector for name, clip in clips.items()})
 
@@ -641,7 +641,7 @@ class Gallery:
 
     def group(
         self,
-        vectors: Vectors,
+        vectors: AnyClips,
         apart: Collection[tuple[str, str]] = (),
         *,
         begin: Mapping[str, str] | None = None,
@@ -653,14 +653,14 @@ class Gallery:
         without a usable frame are left out.
 
         Args:
-          vectors: the vectors of the clips, as from `embed`.
+          vectors: clips in memory, or their vectors, as from `embed`.
           apart: pairs of clips that show different people, for example two faces in a picture.
           begin: clip -> group for all clips with a usable frame. Groups may be joined, but clips of
             the same group stay together. By default, each clip is a group at the beginning.
           absorb: True to join groups of at most 3 clips to larger groups that show the same person
             with a probability above 0.6.
         """
-        _check_parts(vectors, self.backend)
+        vectors = self.embed(vectors)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
         names = [vectors.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in vectors.parts.values()]
