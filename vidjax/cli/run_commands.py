@@ -235,6 +235,8 @@ def _make_rows(
         rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
+        if reason := results_lib.explain_unmeasured(config.to_dict(), folder.path):
+            rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
     if "best_map" in results and split == folder.config.eval.split:

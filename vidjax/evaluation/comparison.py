@@ -22,6 +22,7 @@ from vidjax.evaluation.report import html
 from vidjax.evaluation.significance import Difference
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
+from vidjax.runs import results as results_lib
 from vidjax.runs.run_folder import CONFIG, RunFolder
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
@@ -193,9 +194,10 @@ def read(name: str, split: str | None = None) -> RankedRun:
         remedy += " --config.eval.report=True"
     metrics, analysed = folder.metrics(paths), folder.analysis(paths)
     if metrics and metrics.get("map") is None:
+        reason = results_lib.explain_unmeasured(config.to_dict(), folder.path)
         raise UserError(
             f"'{name}' has no MAP on split '{split}', because the split has no ground truth\n"
-            "compare on another split: --config.eval.split=val"
+            f"{reason or 'compare on another split: --config.eval.split=val'}"
         )
     if not metrics or analysed is None:
         missing = (paths.analysis if metrics else paths.metrics).name

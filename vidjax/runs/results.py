@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import numpy as np
 
 from vidjax.core import distributed
+from vidjax.runs import config as config_lib
 from vidjax.runs import config_io, schemas
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
@@ -120,6 +121,29 @@ def describe_overrides(metrics: Mapping[str, Any]) -> str:
     """Returns the fields that an evaluation changed in the configuration, as `FIELD=VALUE, ...`."""
     changed = metrics.get("overrides") or {}
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
+
+
+def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
+    """Returns a sentence why the MAP of a run cannot be measured, and how to measure it.
+
+    Returns "" if a MAP can be measured: on a split with ground truth on which the run was not
+    trained, or on clips that members of an ensemble left out of their training. Also returns "" if
+    no split has ground truth.
+    """
+    path = workdir / "data_report.json"
+    report = schemas.DataReport()
+    if files.exists(path):
+        report = schemas.read(path, schemas.DataReport, REMEDY)
+    labelled = {name for name, counts in report.splits.items() if counts.get("labelled")}
+    trained = config.get("data", {}).get("train_splits", ())
+    folds = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT_FIELDS)
+    if folds or not labelled or not labelled <= set(trained):
+        return ""
+    problem = f"the run was trained on {' and '.join(trained)}, so no split is left; "
+    counts = report.splits.get(trained[-1], {})
+    if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
+        return f"{problem}most people have one clip: add a split val with other clips of them"
+    return f"{problem}to measure, use --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -149,6 +149,12 @@ class Line(Struct, kw_only=True):
     map: float | None = None
 
 
+class DataReport(Struct, kw_only=True):
+    """The content of `data_report.json`, which counts the clips of each split."""
+
+    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # counts, and `labelled` (a bool)
+
+
 class Mistake(Struct, kw_only=True):
     """A clip whose highest score belongs to a person that the clip does not show."""
 

@@ -109,8 +109,9 @@ def _score(run: RunFiles) -> Markup:
     if not run.values:
         return html.paragraph("The run has no results yet: there is no metrics.json.")
     if run.metrics.map is None:
+        reason = results_lib.explain_unmeasured(run.config, run.folder)
         words = "The split has no ground truth. So its clips are ranked, and there is no MAP."
-        return html.paragraph(words)
+        return html.paragraph(words + " Nothing is measured: {}." * bool(reason), reason)
     kind = run.metrics.map_kind or ""
     kind = f"{run.split} ({KINDS[kind]})" if kind in KINDS else kind
     between = ""
