@@ -236,8 +236,10 @@ def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, models, recwa
 def test_face_tag_of_a_rotated_photo_names_the_face_at_its_place(drawn):
     """The tag refers to the stored picture, which EXIF orientation 6 rotates by 90 degrees."""
     stored = np.ascontiguousarray(np.rot90(picture([ADA, BOB])))  # 128 rows, 96 columns
+    # A point (x, y) of the shown picture is the point (y, 128 - x) of the stored picture. So the
+    # right side of Ada's face becomes its top.
     _, shown_left, shown_top = ADA
-    left, top = shown_top, 128 - shown_left - SIDE  # of Ada in the stored picture
+    left, top = shown_top, 128 - (shown_left + SIDE)
     tag = drawn_people.tags(("Ada", left, top), size=(128, 96))
     drawn.friends.mkdir()
     photo = films.photo(stored, "mjpeg", orientation=6)

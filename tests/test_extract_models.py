@@ -347,7 +347,7 @@ def test_convert_refuses_unknown_or_damaged_packages(command, tmp_path, kind, na
     pack(path, "other", b"another")
     assert convert().refused(source["file"], "package")
 
-    # At each place, a package is cut or gets 50 zeros.
+    # At each place, the package is cut, or 50 bytes become 0.
     pack(path, source["file"], np.random.default_rng(0).bytes(100_000))
     whole = path.read_bytes()
     for place in (0, 50_000):
@@ -356,10 +356,10 @@ def test_convert_refuses_unknown_or_damaged_packages(command, tmp_path, kind, na
         path.write_bytes(whole[:place] + bytes(50) + whole[place + 50 :])
         assert convert().refused(path.name)
 
-    if path.suffix == ".whl":  # the last 22 bytes state that the list of entries begins later
+    if path.suffix == ".whl":  # the end states that the list of entries begins far behind the end
         path.write_bytes(whole[:-4] + b"\x7f" + whole[-3:])
         assert convert().refused(path.name, "an entry begins before")
-    if path.suffix == ".gz":  # a file of -512 bytes, which must not be read again and again
+    if path.suffix == ".gz":  # a file of -512 bytes: its header could be read again and again
         header = tarfile.TarInfo("other").tobuf()
         path.write_bytes(gzip.compress(header[:124] + b"-0000001000\0" + header[136:] + bytes(512)))
         assert convert().refused(source["file"])

@@ -171,14 +171,18 @@ def test_printed_commands_find_names_in_paths_and_contents(tmp_path, other_files
         "ranking.txt": "Ada%20Lovelace x y\n",
         "upper.txt": GONE.upper(),
     }
+    name_in_path = f"{GONE}.jpg"
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / f"{GONE}.jpg").write_bytes(b"")
-    (tmp_path / "other.txt").write_text("Ada\n")
-    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / name_in_path).write_bytes(b"")
+    (tmp_path / "other.txt").write_text("Ada\n")  # only a part of the name
+    os.mkfifo(tmp_path / "pipe")  # to read the pipe or the link would never end
     (tmp_path / "link").symlink_to("/dev/zero")
 
-    assert other_files(f"--identity={GONE}", tmp_path) == [[f"{GONE}.jpg"], sorted(texts)]
+    found_by_path, found_by_content = other_files(f"--identity={GONE}", tmp_path)
+
+    assert found_by_path == [name_in_path]
+    assert found_by_content == sorted(texts)
 
 
 @pytest.mark.parametrize("name", [*ODD, "李小龙", "김연아", "José Müller"])

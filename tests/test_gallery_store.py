@@ -614,26 +614,30 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
     monkeypatch.setattr(store_lib, "SCHEMA_SECONDS", 0.2)
     size, num_pages, path = 4096, 16, gallery.folder / store_lib.GALLERY_FILE
     path.unlink()
-    # SQLite writes a schema of one row, which becomes the last page.
+    # SQLite writes a schema of one row on page 1. It becomes the last page.
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA writable_schema=ON")
         connection.execute("INSERT INTO sqlite_master VALUES ('index', 'x', 'x', 2, NULL)")
         connection.commit()
     leaf = path.read_bytes()[:size]
+    # The header of the file has 100 bytes. The size and the number of pages are replaced.
     file_header = leaf[:16] + size.to_bytes(2, "big") + leaf[18:28]
     file_header += num_pages.to_bytes(4, "big") + leaf[32:100]
-    cells, pages = range(size - 300 * 6, size, 6), []  # places of 300 cells of 6 bytes
+    cells = range(size - 300 * 6, size, 6)  # places of 300 cells of 6 bytes at the end of a page
 
-    for number in range(1, num_pages):
+    pages = []
+    for number in range(1, num_pages):  # only page 1 begins with the header of the file
         page, start = bytearray(size), 100 if number == 1 else 0
         page[:start] = file_header[:start]
-        # The header of an interior page: its kind (5), its number of cells, the last child.
+        # The header of a page: its kind (5, an interior page), its number of cells, and so on.
+        # The last number of the header is the last child.
         page[start : start + 12] = struct.pack(">B2xHHxI", 5, 300, cells[0], number + 1)
         page[start + 12 : start + 612] = struct.pack(">300H", *cells)
-        for key, at in enumerate(cells):  # a cell: the child, and a key
+        for key, at in enumerate(cells):  # a cell contains the number of a child, and a key
             page[at : at + 5] = struct.pack(">IB", number + 1, key % 127 + 1)
         pages.append(bytes(page))
-    last = leaf[100:110] + leaf[10:]  # the leaf without the header of the file
+    # On the last page, the header of the page is at byte 0, not behind the header of the file.
+    last = leaf[100:110] + leaf[10:]
     path.write_bytes(b"".join([*pages, last]))
 
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")

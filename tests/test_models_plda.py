@@ -276,16 +276,16 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     # Settings that are None are fitted for each member.
     given = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
     settings: Any = plda_fit.fit_member_settings(given, clips)
-    assert len(set(settings["scale"])) == 3
-    assert "within" not in settings
+    assert len(set(settings["scale"])) == 3  # a different scale for each member
+    assert "within" not in settings  # it is given, so it is not fitted
 
     # A run of only this member, see `ensemble.only`, has the same settings.
     alone: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
     assert alone["centred"] == settings["centred"] and alone["scale"] == settings["scale"][1]
 
-    # Labels of the clips that member 1 leaves out affect member 0, but not member 1.
-    other = clips._replace(labels=np.where(used[1], labels, 0))
-    changed: Any = plda_fit.fit_member_settings(given, other)
+    # The clips that member 1 leaves out lose their labels. Settings of member 1 do not change.
+    unlabelled = clips._replace(labels=np.where(used[1], labels, 0))
+    changed: Any = plda_fit.fit_member_settings(given, unlabelled)
     for field in ("scale", "stranger"):
         assert settings[field][1] == changed[field][1]
         assert settings[field][0] != changed[field][0]

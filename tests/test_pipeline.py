@@ -96,7 +96,7 @@ def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
 @streams
 def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
     """A window is MAX_FRAMES neighbouring frames. Windows of a clip of 10 frames start anywhere."""
-    starts = set()
+    starts_in_10_frames = set()
     for batch in take(dataset, 40):
         assert batch.frames["face"].features.shape == (8, MAX_FRAMES, 6)
         assert batch.frames["face"].features.dtype == np.float16
@@ -106,15 +106,15 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
             fields = real_fields(Frames(*(values[row] for values in batch.frames[modality])))
             length, total = len(fields["features"]), len(clip.features)
             assert length == min(total, MAX_FRAMES)
-            # The frames at which a window that agrees with all fields may start.
-            places = range(total - length + 1)
+            # `starts` are the frames of the clip from which on all its fields equal the window.
+            starts = range(total - length + 1)
             for field, values in fields.items():
-                frames = getattr(clip, field)
-                places = [n for n in places if np.array_equal(values, frames[n : n + length])]
-            assert places
+                whole = getattr(clip, field)
+                starts = [n for n in starts if np.array_equal(values, whole[n : n + length])]
+            assert starts
             if modality == "face" and total == 10:
-                starts |= {*places}
-    assert starts == {0, 1, 2, 3}  # of windows of 7 of 10 frames
+                starts_in_10_frames |= {*starts}
+    assert starts_in_10_frames == {0, 1, 2, 3}  # of windows of 7 frames
 
 
 @pytest.mark.parametrize(("split", "rows"), [("train", 4), ("val", 64)])

@@ -626,15 +626,16 @@ def test_full_queue_refuses_with_retry_after():
 
 
 def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
-    go = threading.Event()
-    monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: go.wait(30))
-    monkeypatch.setattr(Inside, "wait", lambda server: None)  # waits until ready
+    compiled = threading.Event()
+    monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: compiled.wait(30))
+    # `Inside.wait` would wait until the server is ready.
+    monkeypatch.setattr(Inside, "wait", lambda server: None)
     with Inside(people) as server:
         assert server.ask("GET", "/v2/health/live")[0] == 200
         for path in ("/v2/health/ready", "/threshold?fpir=0.5", "/identities"):
             status, answer = server.ask("GET", path)
             assert status == 503 and "compiles" in answer["error"]
-        go.set()
+        compiled.set()
 
 
 def test_removal_is_answered_after_earlier_reads_have_ended():

@@ -292,14 +292,16 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
     spoilt = batch._replace(frames={name: spoil(part) for name, part in batch.frames.items()})
     spoilt_state = state.replace(labels=jnp.where(unused, 9, state.labels))
 
-    left, left_loss = train(system, state, batch, weight=np.ones(5))  # of each clip
-    right, right_loss = train(system, spoilt_state, spoilt, weight=np.ones(5))
+    weight = np.ones(5)  # of each clip
+    after, loss = train(system, state, batch, weight)
+    spoilt_after, spoilt_loss = train(system, spoilt_state, spoilt, weight)
 
-    first, second = ((x.params, x.model_state, x.sums) for x in (left, right))
-    jax.tree.map(np.testing.assert_array_equal, (left_loss, *first), (right_loss, *second))
-    assert float(left.sums["weight"][0]) == 3  # clips 0, 1 and 4
-    leaves = zip(jax.tree.leaves(left.params), jax.tree.leaves(state.params), strict=True)
-    assert any((a != b).any() for a, b in leaves), "the step changes parameters"
+    expected = loss, after.params, after.model_state, after.sums
+    actual = spoilt_loss, spoilt_after.params, spoilt_after.model_state, spoilt_after.sums
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert float(after.sums["weight"][0]) == 3  # clips 0, 1 and 4
+    leaves = zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True)
+    assert any((new != old).any() for new, old in leaves), "the step changes parameters"
 
 
 def test_is_argmax_equals_numpy_argmax():

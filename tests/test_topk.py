@@ -78,16 +78,16 @@ def test_top_k_equals_a_full_sort(monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["random", "descending", "all equal"])
 def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name):
-    """If at most 3 of the 15 groups of 4 rows can change a top list, other groups are skipped."""
+    """A block has 15 groups of 4 rows. If at most 3 can change a top list, the rest is skipped."""
     monkeypatch.setattr(device_topk, "GROUP", 4)
-    monkeypatch.setattr(device_topk, "MOST_GROUPS", (1, 3))  # sorts 1 group, 3 groups, or all
+    monkeypatch.setattr(device_topk, "MOST_GROUPS", (1, 3))  # 1, 3 or all groups are sorted
     update = jax.jit(lambda top, block: device_topk.update_top(top, [block]))
     rng = np.random.default_rng(1)
     scores = STREAMS[name](rng.standard_normal((1500, C), np.float32)).astype(np.float32)
     clip_index = rng.permutation(1500).astype(np.int32)
     top = topk.TopK(jnp.full((C, K), jnp.float32(-jnp.inf)), jnp.full((C, K), topk.NO_CLIP))
 
-    needed_groups = []
+    needed_groups = []  # for each block, how many groups can change the list of an identity
     for block in blocks_of(scores, clip_index, rows=60, rng=rng):
         block_scores, _, real = block
         best = np.where(real[:, None], block_scores, -np.inf).reshape(15, 4, C).max(axis=1)
@@ -97,9 +97,9 @@ def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name
 
     joined = topk.join_tops(topk.TopK(*(np.asarray(x)[None] for x in top)))
     np.testing.assert_equal(joined, full_sort(scores, clip_index, K))
-    assert needed_groups[0] > 3  # all rows were used
+    assert needed_groups[0] > 3  # all rows of the first block were sorted
     if name != "all equal":  # with equal scores, every group can change a top list
-        assert min(needed_groups) <= 1  # rows were skipped
+        assert min(needed_groups) <= 1  # most rows of a block were skipped
 
 
 def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():

@@ -363,9 +363,10 @@ def _drop_group_photos(
 ) -> dict[str, str]:
     """Returns clip -> person, without the clips of photos that show several people.
 
-    A warning names each such photo. `identity` is the person of all `clips`, or a dict, clip ->
-    person. `path` is the folder of the clips. If `identity` is a dict, `path` has a folder for each
-    person. Clips that are not features of `vidjax extract` are kept.
+    If `identity` is a name, all `clips` show this person, and `path` is the folder of the clips. If
+    `identity` is a dict, clip -> person, `path` contains a folder of clips for each person. A
+    folder that `vidjax extract` did not write is not checked. A warning names each photo with a
+    problem.
     """
     from vidjax.apps.video import features_folder
 

@@ -62,9 +62,10 @@ def cache_programs(folder: Path) -> None:
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401
-    """Returns `jax.jit(function, **options)`, with a shorter compilation of large programs.
+    """Returns `jax.jit(function, **options)`. On a CPU, large programs compile faster.
 
-    On a CPU, LLVM optimises less, but libraries compute the matrix products at the same speed.
+    On a CPU, LLVM optimises the program less. The matrix products are not slower, because libraries
+    compute them.
     """
     level = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=level, **options)

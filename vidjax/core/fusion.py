@@ -248,9 +248,10 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` real frames of `order` [B, T] and returns them in time order.
 
-    A clip with fewer frames keeps all frames and repeats random frames. With `replacement`, all
-    frames of this clip are random. If `rng` is None, frames are repeated in turn. If `replacement`
-    or `fixed_draws` is also set, they are drawn with a fixed key instead.
+    If a clip has fewer frames, all its frames are selected, and random frames are repeated. With
+    `replacement`, all frames of such a clip are drawn at random. If `rng` is None, frames are
+    repeated in turn. If `rng` is None and `replacement` or `fixed_draws` is set, frames are drawn
+    with a fixed key.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -293,7 +294,8 @@ def random_fusion(
       rng: PRNG key. None raises UserError, because this fusion is only for training.
       num_draws: T', fused frames per clip, 1 or more.
       max_frames: largest number of frames in a fused frame, 1 or more.
-      probs: `max_frames` weights for fusing 1, 2, ... frames. None means equal weights.
+      probs: `max_frames` weights: of 1 frame in a fused frame, of 2 frames, and so on. If it is
+        None, the weights are equal.
       replacement: if True, frames are drawn with replacement. If False, a fused frame repeats a
         frame only after it contains all frames of the clip that can be drawn.
       sampling: probabilities of the frames, a weighting of `frame_weights`, rounded to 1/4096 of
@@ -303,7 +305,7 @@ def random_fusion(
 
     Returns:
       Frames [B, T'] with float32 features. Quality and detection are means with the same weights.
-        `number` is the frame number of the first drawn frame, so numbers are unordered.
+        `number` is the number of the first drawn frame, so the numbers of a clip are not in order.
 
     Source: quality fusion (4th place 2019): 1-5 frames with replacement, a fused vector per clip
     and step, weights quality x detection. `replacement=False`: Residual Dense Net (2nd place 2019),
@@ -339,21 +341,22 @@ def random_fusion(
 
 
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
-    """Returns the frames and, for each frame, its mean with 1 to `max_frames` - 1 other frames.
+    """Returns the frames, and a mean for each frame.
 
-    The other frames follow the frame in a random, cyclic order of the clip's frames. A cheaper way
-    to get such frames is `random_fusion` with `replacement=False` and a probability of 0.5 for 1
-    frame in `probs`.
+    The frames of a clip are put into a random, cyclic order. The mean for a frame is the mean of
+    the frame and the next 1 to `max_frames` - 1 frames in this order. `random_fusion` makes similar
+    frames with less computation, if `replacement=False` and half of the weight in `probs` is on 1
+    frame.
 
     Args:
       rng: PRNG key. If it is None, the order depends only on the number of real frames.
-      max_frames: largest number of frames in a mean, 2 or more. A clip with fewer frames merges all
-        its frames.
+      max_frames: largest number of frames in a mean, 2 or more. A mean contains no frame twice, so
+        means of short clips contain fewer frames.
 
     Returns:
       Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
-        detection are means too. The `number` of a mean is the frame number of its first frame, so
-        numbers are unordered.
+        detection are means too. The `number` of a mean is the number of the frame for which it
+        was computed, so the numbers of a clip are not in order.
 
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 other frames,
     and united with the original frames. The fixed order for evaluation is not in the paper.

@@ -28,7 +28,8 @@ def load_official_truth(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, from the files `{split}_gt.txt` of a directory.
 
-    `clips` is split -> the clips that have features, for `check_known`.
+    `clips` is split -> the clips that have features. `check_known` warns if a file names other
+    clips.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -70,9 +71,9 @@ def load_label_table(
 ) -> dict[str, dict[str, str]]:
     """Reads labels, and groups them by the split of their clips.
 
-    `labels` is clip -> identity; or a `.csv` file with the columns `clip` and `identity`; or a
-    ground-truth file; or None. `clips` is split -> the clips that have features. Returns split ->
-    clip -> identity, without splits that have no labelled clip.
+    `labels` is a dict, clip -> identity; or a `.csv` file with the columns `clip` and `identity`;
+    or a ground-truth file; or None. `clips` is split -> the clips that have features. Returns split
+    -> clip -> identity. Splits without a labelled clip are left out.
     """
     if labels is None:
         return {}
@@ -348,7 +349,10 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
 
 
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
-    """Warns if a file names clips without features. If they are more than 1 %, raises UserError."""
+    """Warns if a file names clips without features.
+
+    Raises UserError if more than 1 % of the clips in the file have no features.
+    """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]
     if not unknown:

@@ -66,9 +66,10 @@ def locate(clip: Clip, modality: str) -> str:
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
     """Checks the frames of a clip in a modality, and sorts them by frame number.
 
-    `value` is features [T, D], or [D] of a single frame; or a dict of `features` and optionally
-    `number`, `quality`, `detection` and `box`. Returns field -> array, with all five fields, or {}
-    without frames. `features` [T, D] keep their dtype. Errors begin with `place`.
+    `value` is an array of features: [T, D], or [D] for a single frame. Or it is a dict with
+    `features` and, optionally, `number`, `quality`, `detection` and `box`. Returns field -> array,
+    with all five fields. `features` [T, D] keep their dtype. If the clip has no frames, returns {}.
+    Errors begin with `place`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:

@@ -57,10 +57,11 @@ class Population(NamedTuple):
 def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
     """Computes the distributions of distances from statistics of cosines.
 
-    `same` is the mean and the standard deviation of the cosine of two clips of the same person, and
-    `different` of two people. A shape (see Distances) is the squared ratio of the mean to the
-    standard deviation of 1 - cosine. The shape for the same person is limited to the shape for two
-    people, because distances between people do not spread less than distances within a person.
+    `same` is the mean and the standard deviation of the cosine of two clips of the same person.
+    `different` is the mean and the standard deviation for clips of two people. A shape (see
+    Distances) is the squared ratio of the mean to the standard deviation of 1 - cosine. The shape
+    for the same person is limited to the shape for two people, because distances between people do
+    not spread less than distances within a person.
     """
     within, total = 1 - same[0], 1 - different[0]
     shapes = (within / same[1]) ** 2, (total / different[1]) ** 2
@@ -121,11 +122,12 @@ def posterior(distances: Distances, known: Population, effective: np.ndarray) ->
 def person_log_density(
     distances: Distances, square: np.ndarray, variance: np.ndarray
 ) -> np.ndarray:
-    """Computes the log density of clips, given that they show certain people.
+    """Computes the log density of clips, each under the hypothesis that it shows a given person.
 
-    `square` is the squared distance between a clip and a person. `variance` is the expectation of
-    this square. Both are float arrays that broadcast. Terms that are equal for all people are left
-    out, as in `stranger_log_density`.
+    `square` is the squared distance between the clip and the posterior mean of the person.
+    `variance` is the expected value of `square` under the hypothesis. Both are float arrays that
+    broadcast. This function and `stranger_log_density` leave out the same terms, so only
+    differences between their results have a meaning.
     """
     shape = distances.same
     square = np.maximum(square, MIN_SQUARE * distances.within)
@@ -139,9 +141,10 @@ def person_log_density(
 def stranger_log_density(
     distances: Distances, square: np.ndarray, variance: np.ndarray
 ) -> np.ndarray:
-    """Computes the log density of clips, given that they show strangers.
+    """Computes the log density of clips under the hypothesis that they show strangers.
 
-    As in `person_log_density`, but the squared distance is to the mean of all people.
+    The arguments are as in `person_log_density`, but `square` is the squared distance between the
+    clip and the mean vector of all people.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)
@@ -149,7 +152,7 @@ def stranger_log_density(
 
 
 def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Computes the log-likelihood ratio: two groups of clips show the same person, or two people.
+    """Computes log(p(clips | one person) / p(clips | two people)) for pairs of groups of clips.
 
     `square` is the squared distance between the means of the groups. `noise` is 1 / k + 1 / k' for
     groups of k and k' effective clips (see `effective_count`).

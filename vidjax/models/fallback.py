@@ -103,10 +103,10 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Returns the `threshold` below which `threshold_share` of the training clips lie.
+        """Returns the `threshold`. The share `threshold_share` of the training clips is below it.
 
-        All training clips that have `self.modality` count, in all folds, with or without an
-        identity. If several clips have equal measures, the share may be smaller.
+        The share is of all training clips that have `self.modality`, in all folds, with or without
+        an identity. If several clips have equal measures, fewer clips may be below the threshold.
         """
         if not self.threshold_share:
             return {}
@@ -134,16 +134,19 @@ class FallbackIdentifier(Identifier):
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the measure of `self.modality` of each clip, [B], or None without a threshold."""
+        """Returns the measure of `self.modality` of each clip, [B].
+
+        If no threshold is set, returns None.
+        """
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of both models, and the weights of both for each clip.
+        """Computes the logits of both models, and the weight of each model for each clip.
 
-        Branch 0 is `main`, branch 1 is `other`. In training, each model gets a mask of the clips
-        from which it learns. If `clips.measure` is None, no clip is below the threshold. The
+        Branch 0 is `main`, and branch 1 is `other`. In training, each model gets a mask of the
+        clips from which it learns. If `clips.measure` is None, no clip is below the threshold. The
         embedding joins the unit vectors of both models. If a model has weight 0, its vector is 0.
         """
         real, present = real_frames(frames, self.modalities, clips.mask)
@@ -185,7 +188,10 @@ class FallbackIdentifier(Identifier):
         )
 
     def _learned_scales(self, outputs: Sequence[ModelOutput]) -> Array | None:
-        """Returns the factor on the cosines of each model, [2], or None if both are fixed."""
+        """Returns the factors on the cosines of `main` and `other`, [2].
+
+        If neither model learns its factor, returns None.
+        """
         if all(output.logit_scale is None for output in outputs):
             return None
         fixed = jnp.full(1, self.logit_scale, jnp.float32)

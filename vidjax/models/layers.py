@@ -36,9 +36,9 @@ def real_frames(
 
 
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
-    """Drops each modality in `present` [B, M] bool with probability `rate`, but not the last one.
+    """Drops each modality in `present` [B, M] bool with probability `rate`. Returns [B, M] bool.
 
-    If all modalities of a clip would be dropped, a random modality stays. Returns [B, M] bool.
+    If all modalities of a clip would be dropped, a random modality stays.
     """
     uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
     last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)
@@ -46,7 +46,11 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Returns `present` [B, M] bool. In training, `drop_modalities` drops some modalities first."""
+    """Returns the modalities that a model uses, [B, M] bool.
+
+    In training, some modalities in `present` [B, M] bool are dropped, see `drop_modalities`.
+    Otherwise the result is `present`.
+    """
     if not train or not rate:
         return present
     return drop_modalities(model.make_rng("modality_dropout"), present, rate)
@@ -56,8 +60,8 @@ def batch_norm(x: Array, mask: Array, *, train: bool, name: str = "norm") -> Arr
     """Applies BatchNorm in float32 or wider, as the submodule `name` of the calling module.
 
     `mask` has the leading axes of x and is True for rows that count in the batch statistics. In
-    training the running statistics in `batch_stats` change; this collection must be mutable. If no
-    row counts, the running statistics stay.
+    training the running statistics in the collection `batch_stats` change, so the collection must
+    be mutable. If no row counts, the running statistics do not change.
     """
     is_any = mask.any()
     counted = jnp.logical_or(mask, ~is_any)  # the mean of no row would be 0 / 0

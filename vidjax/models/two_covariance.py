@@ -37,7 +37,7 @@ class Sums(NamedTuple):
 class Space(NamedTuple):
     """The coordinates z = (x - mean) @ transform of vectors x, in which PLDA is simple.
 
-    Here the covariance within classes is the identity matrix, and between classes it is diagonal.
+    In these coordinates W is the identity matrix and B is diagonal.
     """
 
     mean: Array  # [D] float, the mean m of all vectors
@@ -97,7 +97,7 @@ def covariances(sums: Sums) -> Covariances:
     minus W. W and B are averaged with typical covariances of embeddings, which count as PRIOR clips
     and PRIOR people. At least one clip is needed. The typical covariances matter for few data: a
     single photo of each person gives no information about W, and a single person gives none about
-    B. The mean in the result is the mean of all vectors multiplied by `centre_share`.
+    B. The `mean` of the result is the mean of all vectors times `centre_share`.
     """
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))
@@ -169,12 +169,11 @@ def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> E
 
 
 def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, row: int) -> np.ndarray:
-    """Compares a group of clips with each of G groups. Returns log-likelihood ratios [G].
+    """Compares the group with index `row` with all G groups. Returns log-likelihood ratios [G].
 
-    A ratio is the log of p(clips | both groups show the same person) / p(clips | two people).
-    `mean` [G, D] is the mean of the coordinates of each group. `noise` [G] is the reciprocal of the
-    number of clips in each group. `row` is the index of the group that is compared with all G
-    groups.
+    A ratio is log(p(clips | the same person) / p(clips | two people)). `mean` [G, D] is the mean of
+    the coordinates of each group. `noise` [G] is the reciprocal of the number of clips in each
+    group.
     """
     noise = noise[:, None]
     share = space.ratio / (space.ratio + noise[row])
@@ -211,7 +210,10 @@ def fit(part: Mapping[str, Array], settings: Settings) -> Space:
 
 
 def make_blank_space(width: int) -> Space:
-    """Returns the space of a modality that no training clip has. All ratios in it are 0."""
+    """Returns a space for a modality that no training clip has.
+
+    B is 0 in this space, so all log-likelihood ratios are 0.
+    """
     return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 

@@ -382,7 +382,7 @@ def default() -> Config:
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field. Lists, as JSON has them, become tuples."""
+    """Yields (dotted name, value) of every field. Lists, such as lists from JSON, become tuples."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -421,13 +421,13 @@ def is_in_groups(name: str, groups: Collection[str]) -> bool:
 
 
 def check(config: Config) -> None:
-    """Raises UserError if a value is out of range, in conflict with another value or not read."""
+    """Raises UserError if a value is out of range, contradicts another value, or has no effect."""
     for problem in problems(config):
         raise UserError(problem)
 
 
 def problems(config: Config) -> Iterator[str]:
-    """Yields a message for each value that is out of range, in conflict or not read."""
+    """Yields a message for each value that `check` refuses."""
     values = dict(fields(config))
     yield from _find_out_of_range(values)
     yield from _find_untrainable(values)
@@ -514,7 +514,7 @@ def _find_untrainable(values: Values) -> Iterator[str]:
 
 
 def _find_unread(values: Values) -> Iterator[str]:
-    """Yields a message for each unknown field, and for each non-default value that is not read."""
+    """Yields a message for each unknown field, and for each changed field that no code reads."""
     for name in values:
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"the field config.{name} does not exist: {suggest_field(name, FIELDS)}"

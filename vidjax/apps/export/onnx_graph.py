@@ -500,7 +500,10 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _take_component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
-    """Returns element n of the last axis of `index`. With `keep`, this axis stays, with size 1."""
+    """Adds a node that selects element n of the last axis of the tensor `index`.
+
+    Returns the name of its output. If `keep`, the last axis stays, with size 1.
+    """
     return graph.node("Gather", index, graph.ints([n] if keep else n), axis=-1)
 
 

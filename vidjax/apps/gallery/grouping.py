@@ -52,8 +52,8 @@ class Groups:
     ):
         """Makes groups of N clips.
 
-        `coordinates` are M arrays [N, D], see `Backend.whiten`, but 0 in a missing part. `labels`
-        [N] int is the group of each clip. `apart` are pairs of indices of clips that show different
+        `coordinates` are M arrays [N, D], see `Backend.whiten`. Missing parts are 0. `labels` [N]
+        int is the group of each clip. `apart` are pairs of indices of clips that show different
         people.
         """
         self._backend, num = backend, int(labels.max()) + 1
@@ -92,7 +92,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops groups without clips; returns the old indices of the groups that stay."""
+        """Drops groups without clips. Returns the old indices of the groups that stay."""
         rows = np.flatnonzero(self.sizes)
         for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
@@ -100,11 +100,11 @@ class Groups:
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
-        """Compares the group with index `row` with all groups; returns G log-likelihood ratios.
+        """Compares the group with index `row` with all G groups. Returns log-likelihood ratios [G].
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
-        `row` itself, for groups without clips, for groups that certainly show another person, and
-        for groups that have no part in common with the group `row`.
+        `row` itself, for groups without clips, and for groups that certainly show another person.
+        It is also -inf if no part, such as the face, exists in both groups.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))

@@ -559,7 +559,10 @@ def _read_table(
 
 
 def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies the numbers of a row, which must be finite; returns the digest of the row."""
+    """Copies the numbers of a row. Returns the digest of the row.
+
+    Raises UserError if a number is not finite.
+    """
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
         raise UserError("one of its rows contains NaN or infinity")
@@ -595,7 +598,10 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields the people of the table `person` in blocks. The last entry of a person is valid."""
+    """Yields the people of the table `person` in blocks, given its entries, see `_read_table`.
+
+    If a person has several entries, only the last entry counts.
+    """
     if (numbers["num_clips"] < 0).any():
         raise UserError("its table 'person' contains a number of clips below 0")
     last = {name: place for place, name in enumerate(names)}

@@ -139,7 +139,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def rename(self, person: str, to: str) -> "UnknownNumbers":
-        """Renames a person in the denied names."""
+        """Replaces the name `person` by `to` in the names that a user removed from clips."""
         denied = {
             digest: {
                 clip: sorted({to if name == person else name for name in names})
@@ -150,7 +150,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
-        """Keeps only the entries of `films`, and only denied names in `people`."""
+        """Removes the entries of all films but `films`, and all denied names but `people`."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied: dict[str, dict[str, list[str]]] = {}
         for digest in kept:
@@ -161,7 +161,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, films=films_kept, denied=denied, removed=self.highest)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Adds the unknown people of films. `groups` is clip -> person, such as `unknown 3`."""
+        """Adds the unknown people in `films`. `groups` is clip -> unknown person (`unknown 3`)."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())

@@ -94,11 +94,12 @@ def measure_quality_and_attention(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the mean quality of each clip, [N], and the mean attention, [V, V], both float64.
 
-    The quality is the mean over the clip's frames of the first modality, or 0 if there are none.
-    The attention is between the V input vectors of the first member. Element [i, j] is how much
-    vector j attends to vector i, as a mean over the clips that have vector j. If the model fills
-    missing vectors, all clips have vector j. The attention is None if `attention` is False, the
-    model has no attention, or each frame of a clip is a separate example.
+    The quality of a clip is the mean quality of its frames in the first modality. If a clip has no
+    such frame, the quality is 0. The attention is between the V input vectors of the first member.
+    Element [i, j] is the attention of vector j to vector i, averaged over the clips that have
+    vector j. So each column sums to 1, or to 0 if no clip has the vector. If the model fills
+    missing vectors, all clips have all vectors. The attention is None if `attention` is False, if
+    the model has no attention, or if each frame of a clip is a separate example.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
@@ -126,7 +127,7 @@ def measure_quality_and_attention(
 
 @functools.cache
 def import_slow_libraries(*, report: bool) -> None:
-    """Starts a thread that imports Orbax and, if wanted, the report. Both take half a second."""
+    """Starts a thread that imports Orbax and, if `report`, the report. Both take half a second."""
 
     def load() -> None:
         # The code that needs a library reports the error. OSError: matplotlib finds no folder.
@@ -157,7 +158,7 @@ def write_results(
 
     If the metrics `values` have an entry `overrides`, the names of the files contain the name of
     the split, so that no result of the training is replaced. With `ends_training`, the metrics are
-    marked as `finished` only after the report is written. So if the process is killed before, the
+    marked as `finished` only after the report is written. If the process is killed before that, the
     user can repeat the command to write the report.
     """
     split, identities = evaluation.split, models[0].data.identities
