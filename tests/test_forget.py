@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import markupsafe
 import numpy as np
 import pytest
 
@@ -175,7 +176,7 @@ def test_printed_commands_find_names_in_paths_and_contents(tmp_path, other_files
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     (tmp_path / name_in_path).write_bytes(b"")
-    (tmp_path / "other.txt").write_text("Ada\n")  # only a part of the name
+    (tmp_path / "other.txt").write_text("Ada\nAda Lovelaces\n")  # a part of the name, another name
     os.mkfifo(tmp_path / "pipe")  # to read the pipe or the link would never end
     (tmp_path / "link").symlink_to("/dev/zero")
 
@@ -183,6 +184,24 @@ def test_printed_commands_find_names_in_paths_and_contents(tmp_path, other_files
 
     assert found_by_path == [name_in_path]
     assert found_by_content == sorted(texts)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("李小龙", "我喜欢李小龙的电影"),  # Chinese has no blanks between words
+    ("김연아", json.dumps("이김연아는")),
+])  # fmt: skip
+def test_printed_commands_find_names_that_touch_other_letters(name, text, tmp_path, other_files):
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("somebody else")
+    assert other_files(f"--identity={name}", tmp_path) == [[], ["a.txt"]]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_printed_commands_find_quotation_marks_in_pages_and_tables(name, tmp_path, other_files):
+    (tmp_path / "a.html").write_text(str(markupsafe.escape(name)))
+    (tmp_path / "b.csv").write_text(tables.to_text([("x", name)], ".csv"))
+    (tmp_path / "c.vtt").write_text(html.escape(name, quote=False))
+    assert other_files(f"--identity={name}", tmp_path) == [[], ["a.html", "b.csv", "c.vtt"]]
 
 
 @pytest.mark.parametrize("name", [*ODD, "李小龙", "김연아", "José Müller"])

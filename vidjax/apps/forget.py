@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import unicodedata
+import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -124,16 +125,21 @@ def forget(
         if run in runs:
             about = f"its vectors were computed by '{run}', which was trained on the clips"
             found.append(Place("gallery", folder, about, "make the gallery again with a new run"))
-    similar = {name: closest(name, known) for name in (() if found else wanted)}
-    similar |= _find_look_alikes(wanted, known)
-    return Forgotten(found, names, {name: other for name, other in similar.items() if other})
+    others = known.difference(wanted)
+    return Forgotten(found, names, _find_similar(wanted, others, closely=not found))
 
 
-def _find_look_alikes(wanted: Collection[str], known: set[str]) -> dict[str, str]:
-    """Returns wanted name -> a known name that looks the same, such as in other letter case."""
-    looks = {fold(name): name for name in wanted}
-    others = ((fold(name), name) for name in sorted(known.difference(wanted)))
-    return {looks[look]: name for look, name in others if look in looks}
+def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[str, str]:
+    """Returns wanted name -> a name in `others` that looks the same, such as in other letter case.
+
+    If `closely` is True, and no name looks the same, a name with a similar spelling is returned.
+    """
+    looks = {fold(name): name for name in sorted(others, reverse=True)}
+    near = {
+        name: looks.get(fold(name)) or (closest(name, others) if closely else None)
+        for name in wanted
+    }
+    return {name: other for name, other in near.items() if other}
 
 
 def _survey(root: Path, folders: dict[Path, str], found: list[Place]) -> None:
@@ -283,20 +289,31 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
 def list_commands(names: Iterable[str], places: Iterable[Path]) -> list[str]:
     """Returns shell commands that list other files below the folders `places` with any of `names`.
 
-    The first command searches paths, and the second command searches contents, in UTF-8.
+    The first command searches paths. The second command searches contents, in UTF-8.
     """
-    folders = list(map(str, places))
+    names, folders = [*names], list(map(str, places))
     words = [word for spelling in _list_spellings(names) for word in ("-e", spelling)]
+    # Letters of the category Lo belong to scripts without blanks or with particles. A name in such
+    # a script may touch other letters. All other names are searched as whole words.
+    touches = any(unicodedata.category(letter) == "Lo" for name in names for letter in name)
     return [
         f"{shlex.join(['find', *folders])} | {shlex.join(['grep', '-iF', *words])}",
-        shlex.join(["grep", "-rliF", *words, *folders]),
+        shlex.join(["grep", "-rliF" if touches else "-rliwF", *words, *folders]),
     ]
 
 
 def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns the spellings of names in text, rankings, HTML and JSON, in NFC and NFD."""
+    """Returns the spellings of names in text, JSON, HTML, URLs and rankings, in NFC and NFD.
+
+    In HTML, Jinja and Python write different codes for quotation marks. In tables, quotation marks
+    are doubled.
+    """
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways: tuple[Callable[[str], str], ...] = (
-        str, escape, html.escape, lambda form: json.dumps(form)[1:-1],
+        str, escape, html.escape, urllib.parse.quote,
+        lambda form: html.escape(form, quote=False),
+        lambda form: html.escape(form).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+        lambda form: json.dumps(form)[1:-1],
+        lambda form: form.replace('"', '""'),
     )  # fmt: skip
     return sorted({way(form) for form in forms for way in ways})

@@ -1,4 +1,4 @@
-"""`vidjax forget`: lists all places that contain a name, and deletes the name from some of them."""
+"""`vidjax forget`: lists places of vidjax that contain a name, and deletes it from some of them."""
 
 import argparse
 from pathlib import Path
@@ -21,9 +21,9 @@ galleries are fitted again. Converted datasets that contain a clip are deleted
 from the cache: the next run converts the remaining files again.
 
 Runs are only listed: their weights depend on the training clips, so a run must
-be trained again. The printed commands search the paths and contents of all
-files for the names. They do not find names in compressed files, parquet tables
-and .npz files: search these files yourself.
+be trained again. The printed commands find all other files whose path or
+content has a name. They search text in UTF-8. Search compressed files, parquet
+tables and .npz files yourself.
 
 The exit code is 0 if no listed place is left. It is 1 if a place still contains
 a name, or could not be searched.

@@ -351,8 +351,7 @@ def _enrol(args: argparse.Namespace) -> Result:
     with prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
         done = gallery.enrol(clips, identity, split=split, strangers=strangers)
     if refused := done.refused:
-        names = ", ".join(refused[:3]) + (" ..." if len(refused) > 3 else "")
-        count = messages.count(len(refused), "clip")
+        count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
     text = f"{messages.count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
     return _summarise(gallery, {"enrolled": text}, done._asdict())

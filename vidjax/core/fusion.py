@@ -341,7 +341,7 @@ def random_fusion(
 
 
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
-    """Returns the frames, and a mean for each frame.
+    """Returns the frames and, for each frame, the mean of this frame and random other frames.
 
     The frames of a clip are put into a random, cyclic order. The mean for a frame is the mean of
     the frame and the next 1 to `max_frames` - 1 frames in this order. `random_fusion` makes similar

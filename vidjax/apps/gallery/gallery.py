@@ -74,7 +74,7 @@ from vidjax.data.untrusted.names import find_similar_names, normal_form, show
 from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import InUseError, UserError, check_argument, warn
 
 if TYPE_CHECKING:
@@ -1017,7 +1017,7 @@ def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
         if len(clips) > 1 == len({*map(cut_film_name, clips)})
     ]  # fmt: skip
     if few:
-        named = ", ".join(map(show, few[:3])) + (" ..." if len(few) > 3 else "")
+        named = messages.list_some([*map(show, few)], 3)
         say(
             f"for {named}: the clips of each person are from one film and look alike: "
             "add clips from other films"

@@ -573,7 +573,7 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
     ]  # fmt: skip
     if foreign := [(path, names) for path, names in new if names and name not in names]:
         path, names = foreign[0]
-        tagged = ", ".join(map(show, sorted(names)[:3])) + ", ..." * (len(names) > 3)
+        tagged = messages.list_some([*map(show, sorted(names))], 3)
         more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
         say(
             f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}",
