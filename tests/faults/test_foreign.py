@@ -15,7 +15,7 @@ from tests.campaigns import mutations
 from tests.helpers import limits, made_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.seen import contents, refused
-from vidjax.cli import check_command, program, run_commands
+from vidjax.cli import inspection_commands, program, run_commands
 from vidjax.core import devices
 from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
@@ -24,7 +24,7 @@ from vidjax.runs import config as config_lib
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import files
 
-IMPORTED = (codec, check_command, run_commands)  # so that no test measures their import
+IMPORTED = (codec, inspection_commands, run_commands)  # so that no test measures their import
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # Mode -> the files that it reads in a folder without checkpoints.
 READ = {

@@ -31,7 +31,7 @@ a name, or could not be searched.
 MAX_PRINTED_NAMES = 20  # in a command
 
 
-def add_flags(parser: Parser) -> None:
+def add_forget_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax forget`."""
     parser.description = HELP
     parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder")

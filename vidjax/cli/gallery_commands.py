@@ -41,7 +41,7 @@ The guide is vidjax/apps/gallery/README.md.
 """
 
 
-def add_flags(parser: Parser) -> None:
+def add_gallery_flags(parser: Parser) -> None:
     """Adds the commands of `vidjax gallery` and their flags."""
     parser.description = HELP
     commands = parser.add_subparsers(

@@ -208,43 +208,23 @@ def load(name: str) -> Callable[[Parser], None]:
     work without the packages that only runs need.
     """
     match name:
-        case "train":
-            from vidjax.cli.run_commands import add_train_flags as add_flags
-        case "evaluate":
-            from vidjax.cli.run_commands import add_evaluate_flags as add_flags
-        case "report":
-            from vidjax.cli.run_commands import add_report_flags as add_flags
-        case "rank":
-            from vidjax.cli.rank_command import add_flags
-        case "embed":
-            from vidjax.cli.rank_command import add_embed_flags as add_flags
-        case "compare":
-            from vidjax.cli.compare_command import add_flags
-        case "check":
-            from vidjax.cli.check_command import add_flags
-        case "config":
-            from vidjax.cli.config_command import add_flags
-        case "score":
-            from vidjax.cli.score_command import add_flags
+        case "train" | "evaluate" | "report":
+            from vidjax.cli import run_commands as commands
+        case "rank" | "embed" | "compare" | "score":
+            from vidjax.cli import ranking_commands as commands
+        case "check" | "config":
+            from vidjax.cli import inspection_commands as commands
         case "gallery":
-            from vidjax.cli.gallery_commands import add_flags
-        case "extract":
-            from vidjax.cli.extract_command import add_flags
-        case "convert":
-            from vidjax.cli.convert_command import add_flags
-        case "who":
-            from vidjax.cli.who_command import add_flags
-        case "serve":
-            from vidjax.cli.serve_command import add_flags
-        case "export":
-            from vidjax.cli.export_commands import add_export_flags as add_flags
-        case "import":
-            from vidjax.cli.export_commands import add_import_flags as add_flags
+            from vidjax.cli import gallery_commands as commands
+        case "extract" | "convert" | "who":
+            from vidjax.cli import film_commands as commands
+        case "export" | "import" | "serve":
+            from vidjax.cli import deployment_commands as commands
         case "forget":
-            from vidjax.cli.forget_command import add_flags
+            from vidjax.cli import forget_command as commands
         case _:
             raise AssertionError(f"no module for the command {name}")
-    return add_flags
+    return getattr(commands, f"add_{name}_flags")
 
 
 def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:

@@ -2,7 +2,6 @@
 
 import argparse
 
-from vidjax.runs import config_io
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser
 
@@ -31,6 +30,8 @@ def load_definitions(args: argparse.Namespace) -> None:
     path in the folder of a run may come from a stranger.
     """
     if args.config:
+        from vidjax.runs import config_io
+
         config_io.load_file(args.config)
 
 
@@ -54,6 +55,8 @@ def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str
 
     Raises UserError for a field that is not in `readable`, because the command would ignore it.
     """
+    from vidjax.runs import config_io
+
     overridden = set(config_io.override_names(args.overrides))
     if unread := sorted(overridden - set(readable)):
         raise UserError(

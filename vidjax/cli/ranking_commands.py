@@ -1,0 +1,192 @@
+"""`vidjax rank`, `embed`, `score` and `compare`: rank new clips, and score rankings."""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from vidjax.apps import bulk
+from vidjax.cli import shared_flags
+from vidjax.data.untrusted.names import show
+from vidjax.runs import terminal
+from vidjax.utils import messages, tables
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Parser, Result
+
+READ_FIELDS = ("eval.split", "eval.checkpoint")
+
+
+def add_rank_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax rank`."""
+    _add_flags(parser, "the new file: .csv, .tsv, .jsonl or .parquet")
+    parser.command(
+        partial(_process, work=bulk.Rank),
+        "--workdir=runs/mma --input=PATH --out=ranking.tsv",
+        "--workdir=runs/mma --input=FOLDER --out=ranked",
+    )
+
+
+def add_embed_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax embed`."""
+    _add_flags(parser, "the new file: .parquet, with the columns clip and vector")
+    parser.command(
+        partial(_process, work=bulk.Embed),
+        "--workdir=runs/mma --input=PATH --out=vectors.parquet",
+        "--workdir=runs/mma --input=FOLDER --out=vectors",
+    )
+
+
+def _add_flags(parser: Parser, out: str) -> None:
+    shared_flags.add_workdir(parser)
+    shared_flags.add_definitions(parser)
+    about = "the clips: a folder, a .parquet table, or a folder of such tables"
+    parser.add_argument("--input", metavar="PATH", required=True, help=about)
+    about = f"{out}; if the input is a folder of tables: a folder"
+    parser.add_argument("--out", metavar="PATH", required=True, help=about)
+    parser.fields(example="eval.checkpoint=best")
+
+
+def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
+    """Ranks clips for every identity, or computes a unit vector of each clip."""
+    from vidjax.runs import config_io
+    from vidjax.training import api
+
+    if not Path(args.input).expanduser().exists():
+        raise UserError(f"--input={args.input} does not exist: name a file or a folder")
+    overridden = shared_flags.check_fields(args, READ_FIELDS)
+    inputs, out = bulk.list_tables(args.input), Path(args.out).expanduser()
+    if "eval.split" in overridden and inputs:
+        raise UserError(
+            "--config.eval.split has no effect, because the tables of a folder have no splits\n"
+            "leave it out"
+        )
+    if inputs:
+        bulk.check_out(args.out, inputs, work)
+    else:
+        tables.check_new(out, tables.ENDINGS if work is bulk.Rank else (".parquet",))
+    workdir = Path(args.workdir).expanduser()
+    settings = config_io.override(api.open_run(workdir).config, args.overrides).eval
+    shared_flags.load_definitions(args)
+    from vidjax.evaluation import predict
+
+    trained = predict.restore(workdir, step=settings.checkpoint)
+    if inputs:
+        return bulk.process_tables(inputs, args.out, work(lambda: trained))
+    clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
+    began, size = time.monotonic(), len(clips.names)
+    progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
+    if work is bulk.Rank:
+        kind, written = "ranking", {"num_identities": len(trained.identities)}
+        tables.write_ranking(out, trained.rank(clips, advance=progress.advance))
+    else:
+        vectors = trained.embed(clips, advance=progress.advance)
+        kind, written = "vectors", {"width": vectors.shape[1]}
+        columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
+        tables.write_new(out, tables.to_parquet(tables.to_arrow(columns)))
+    progress.close()
+    timed, numbers = terminal.measure_rate(began, size)
+    content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
+    rows = {"clips": f"{size:,}"} | {k.removeprefix("num_"): f"{n:,}" for k, n in written.items()}
+    rows |= {**timed, kind: messages.relative_path(out)}
+    return Result(content | written | numbers, rows)
+
+
+def add_score_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax score`."""
+    about = "the ground truth, with lines 'NAME.mp4 ID' or 'ID NAME.mp4 ...'"
+    parser.add_argument("gt", metavar="GT", help=about)
+    about = "the submission, with lines 'ID NAME.mp4 NAME.mp4 ...'"
+    parser.add_argument("ranking", metavar="RANKING", help=about)
+    about = "does not score a submission with faults"
+    parser.add_argument("--strict", action="store_true", help=about)
+    parser.command(score_files, "PATH/val_gt.txt runs/mma/ranking.txt")
+
+
+def score_files(args: argparse.Namespace) -> Result:
+    """Scores a submission file against a ground truth file. Prints the MAP@100 on the last line.
+
+    Faults of the submission are printed as warnings. If `--strict` is given, they are errors.
+    """
+    from vidjax.evaluation import ranking
+
+    positives = ranking.read_ground_truth(args.gt)
+    submission = ranking.read_submission(args.ranking, identities=positives)
+    for complaint in submission.complaints:
+        messages.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
+    if args.strict and submission.complaints:
+        return Result({"faults": submission.complaints}, code=2)
+    _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
+    common = len(positives.keys() & submission.ranking.keys())
+    value = ranking.score(positives, submission.ranking)
+    clips = messages.count(sum(map(len, positives.values())), "clip")
+    unknown = messages.count(len(submission.ranking) - common, "identity")
+    text = (
+        f"{args.gt}: {messages.count(len(positives), 'identity')}, {clips}\n"
+        f"{args.ranking}: {common:,} of them ranked, {len(positives) - common:,} missing, "
+        f"{unknown} unknown and ignored\n"
+        f"MAP@{ranking.MAX_NAMES}\n{value:.17g}"
+    )
+    return Result({"map": value, "faults": submission.complaints}, text=text)
+
+
+def _warn_if_nothing_matches(
+    path: str, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
+) -> None:
+    """Warns if the score is 0 because the submission has no identity or clip of the ground truth.
+
+    `path` is the file of the submission. `positives` and `ranking` are identity -> clips.
+    """
+    if positives.keys().isdisjoint(ranking):
+        messages.print_problem(
+            f"warning: {path} lists no identity of the ground truth: compare the identities of both"
+        )
+    true_clips = {clip for clips in positives.values() for clip in clips}
+    ranked_clips = {clip for clips in ranking.values() for clip in clips}
+    if true_clips.isdisjoint(ranked_clips):
+        messages.print_problem(
+            f"warning: {path} lists no clip of the ground truth: compare the names of clips. The "
+            f"ground truth has '{show(min(true_clips))}', the submission "
+            f"'{show(min(ranked_clips, default='no clip'))}'"
+        )
+
+
+def add_compare_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax compare`."""
+    shared_flags.add_workdir(parser, "the folder for the comparison")
+    about = (
+        "folders of runs; each is compared with the first. A1+A2,B1+B2 compares means of several "
+        "runs, e.g. with different seeds"
+    )
+    parser.add_argument("--runs", metavar="A,B", required=True, help=about)
+    parser.fields(example="eval.split=test")
+    parser.command(
+        compare_runs,
+        "--workdir=runs/two --runs=runs/mma,runs/deepmef",
+        "--workdir=runs/seeds --runs=runs/a1+runs/a2,runs/b1+runs/b2",
+    )
+
+
+def compare_runs(args: argparse.Namespace) -> Result:
+    """Compares runs with the first run, and writes the comparison into a folder."""
+    from vidjax.runs import config as config_lib
+    from vidjax.runs import config_io
+    from vidjax.runs.run_folder import RunFolder
+    from vidjax.training import api
+
+    folder = RunFolder(args.workdir)
+    overridden = shared_flags.check_fields(args, ("eval.split",))
+    config = config_io.override(config_lib.default(), args.overrides)
+    split = config.eval.split if overridden else None
+    groups = [_split_seeds(name) for name in shared_flags.split_runs(args.runs)]
+    result = api.compare(groups, out=folder.path, split=split)
+    page = f"{messages.relative_path(folder.path)}/comparison.html"
+    text = f"{result.text()}\ncomparison: {page}, .json, .tex"
+    return Result({"comparison": page, "table": result.text(), **result.to_dict()}, text=text)
+
+
+def _split_seeds(name: str) -> list[str]:
+    """Splits folders joined by +, such as `A1+A2`. The path of an existing folder is not split."""
+    if Path(name).expanduser().exists():
+        return [name]
+    return [folder.strip() for folder in name.split("+") if folder.strip()]
