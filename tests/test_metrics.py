@@ -17,8 +17,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import assert_equal_weights, shrunk
 from vidjax.core import metrics
-from vidjax.evaluation import ranking, significance, topk
-from vidjax.evaluation.analysis import measures
+from vidjax.evaluation import measures, ranking, significance, topk
 from vidjax.evaluation.scoring import ClipScores
 from vidjax.runs import config_io
 from vidjax.training import loop

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import made_runs
 from tests.helpers.pages import Page, check_numbers, section, values
 from tests.helpers.small_runs import shrunk
-from vidjax.evaluation.analysis import analysis
+from vidjax.evaluation import analysis
 from vidjax.evaluation.report import run_page
 from vidjax.runs import schemas
 from vidjax.runs.run_folder import RunFolder

@@ -9,8 +9,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vidjax.core import devices
-from vidjax.evaluation import restore, scoring
-from vidjax.evaluation.analysis import analysis
+from vidjax.evaluation import analysis, restore, scoring
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop

@@ -7,8 +7,7 @@ from typing import Any
 
 from vidjax.core import devices
 from vidjax.data.clips import TrainingData
-from vidjax.evaluation import restore
-from vidjax.evaluation.analysis import analysis
+from vidjax.evaluation import analysis, restore
 from vidjax.evaluation.scoring import score
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config

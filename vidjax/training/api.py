@@ -232,8 +232,7 @@ def train_run(
     `config` describes are loaded. Returns the content of `metrics.json`, and True if the run had
     been finished before.
     """
-    from vidjax.evaluation import restore
-    from vidjax.evaluation.analysis import analysis
+    from vidjax.evaluation import analysis, restore
     from vidjax.training import loop as training
 
     config_lib.check(config)
@@ -317,8 +316,7 @@ def evaluate_run(
     num_devices: int | None = None,
 ) -> dict[str, Any]:
     """Ranks `config.eval.split` with the run in a locked folder. Returns the results."""
-    from vidjax.evaluation import restore
-    from vidjax.evaluation.analysis import analysis
+    from vidjax.evaluation import analysis, restore
 
     set_up_devices(config)
     run = restore.find_run(config, folder)

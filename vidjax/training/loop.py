@@ -18,8 +18,7 @@ from vidjax.core import devices, distributed, ensemble, metrics
 from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
-from vidjax.evaluation import eval_step, restore
-from vidjax.evaluation.analysis import analysis
+from vidjax.evaluation import analysis, eval_step, restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import make_system

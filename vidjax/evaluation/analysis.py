@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 from vidjax.core import devices, distributed, ensemble
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation import eval_step as eval_step_lib
-from vidjax.evaluation import ranking
-from vidjax.evaluation.analysis import measures
-from vidjax.evaluation.analysis.measures import Arrays, ScoredSplit, Values
+from vidjax.evaluation import measures, ranking
+from vidjax.evaluation.measures import Arrays, ScoredSplit, Values
 from vidjax.evaluation.restore import FoundRun, make_model
 from vidjax.evaluation.scoring import (
     Evaluation,
