@@ -1,9 +1,10 @@
 """Makes training batches from TFRecord files, while the devices work on earlier batches.
 
-Threads of Python read the records, because TensorFlow would take four times as long to read single
-records. Then TensorFlow operations make the batches. Their threads run no Python code, because a
-process that ends during a Python call of TensorFlow hangs or aborts. Records are batched before
-they are parsed, because parsing each record separately takes three times as long.
+A thread reads the records in Python, because TensorFlow takes four times as long to read single
+records. More threads are slower, because only one thread of a process runs Python code at a time.
+Then TensorFlow operations make the batches. Their threads run no Python code, because a process
+that ends during a Python call of TensorFlow hangs or aborts. Records are batched before they are
+parsed, because parsing each record separately takes three times as long.
 
 All code that uses TensorFlow imports it from this module, which sets it up.
 """
@@ -13,7 +14,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -49,7 +50,6 @@ tf: Any = tensorflow
 tf.config.set_visible_devices([], "GPU")
 
 NUM_AHEAD = 2  # number of batches that are read at once, and that wait for TensorFlow
-NUM_READERS = 16  # records that are read at once; most reads wait for the disk
 # `decode_raw` cannot pad float16, so the bits are decoded as an integer of the same size.
 CARRIER_TYPES = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
@@ -93,22 +93,16 @@ def _read_records(
 ) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
     """Yields the records of each step, and the last three results of `_locate_clips`."""
     located = _locate_clips(records, plan, reader, step)
-    waiting: collections.deque[tuple[list[Future[list[bytes]]], np.ndarray, Any]] = (
-        collections.deque()
-    )
-    with ThreadPoolExecutor(NUM_READERS) as threads:
+
+    def read_next() -> tuple[list[bytes], Any]:
+        places, *others = next(located)  # on a CPU, this waits for the end of a training step
+        return reader.read(places, whole=False), others
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = collections.deque(thread.submit(read_next) for _ in range(NUM_AHEAD))
         while True:
-            while len(waiting) < NUM_AHEAD:
-                places, *others = next(located)
-                in_order = np.argsort(places)  # so that each thread opens few files
-                parts = np.array_split(places[in_order], NUM_READERS)
-                futures = [threads.submit(reader.read, part, whole=False) for part in parts]
-                waiting.append((futures, in_order, others))
-            futures, in_order, others = waiting.popleft()
-            messages = [b""] * len(in_order)
-            read = itertools.chain.from_iterable(future.result() for future in futures)
-            for row, message in zip(in_order.tolist(), read, strict=True):
-                messages[row] = message
+            messages, others = waiting.popleft().result()
+            waiting.append(thread.submit(read_next))
             yield (messages, *others)
 
 
