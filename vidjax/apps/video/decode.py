@@ -137,7 +137,7 @@ class Clock:
 class Video:
     """An open video or photo, see `open_video`. Call either `frames` or `sound`, and only once.
 
-    `counts` are complete when the iteration ends. `tell()` returns the number of read bytes.
+    `counts` are complete when the iteration ends. `tell()` returns the position in the file.
     """
 
     def __init__(self, path: Path, file: io.FileIO | io.BytesIO, container: "InputContainer"):

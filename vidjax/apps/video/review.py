@@ -219,7 +219,7 @@ class Review:
         return tuple(sorted(clips)), of, of
 
     def _find_group(self, name: str) -> str:
-        """Returns the name of an unknown person in lower case. Raises UserError if it is unused."""
+        """Returns the name in lower case. Raises UserError if no unknown person has this name."""
         group = name.casefold()
         if group not in self._decision.unknown.values():
             raise UserError(
