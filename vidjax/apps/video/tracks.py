@@ -95,8 +95,8 @@ class Tracker:
 
     A detection is assigned to the track with the most similar box. It is compared first with the
     predicted box of each track, and then with the last detected box. If a track began in the
-    previous frame, the box of the detection is also compared in double size. If one person may hide
-    another, the detection is dropped, because a lost detection is better than a switched identity.
+    previous frame, both boxes are also compared in double size. If one person may hide another, the
+    detection is dropped, because a lost detection is better than a switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
@@ -260,8 +260,8 @@ def choose_held_seconds(fps: float) -> float:
 def choose_gap_seconds(rate: float) -> float:
     """Returns the longest gap, in seconds, between two sightings of a track.
 
-    `rate` is the number of frames per second that are searched. The gap is at least 1.5 frames,
-    because a person may be missed in one frame.
+    `rate` is the number of frames per second that are searched. The gap is at least the time of 1.5
+    frames, because a person may be missed in one frame.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 
