@@ -186,7 +186,7 @@ def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) 
 
 
 def format_percent(probability: float) -> str:
-    """Returns a probability as text, such as "87 %". Above 99.5 %, the text is "over 99 %"."""
+    """Returns a probability as text, such as "87 %", but never 100 %: at most "over 99 %"."""
     return "over 99 %" if probability >= 0.995 else f"{round(100 * probability)} %"
 
 
