@@ -90,7 +90,7 @@ class Rank(TableTask):
     joined = True
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the columns `identity`, `rank`, `clip` and `score` of clips."""
+        """Ranks clips; returns the columns `identity`, `rank`, `clip` and `score`."""
         return tables.ranking_columns(self.trained.rank(clips, **self.options))
 
 

@@ -186,7 +186,7 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
-    """Describes a converted dataset, if it contains any of `clips` or cannot be read.
+    """Yields the description of a converted dataset that contains `clips` or cannot be read.
 
     If `delete` is True, a dataset with any of the clips is deleted.
     """

@@ -65,9 +65,9 @@ def format_certainty(appearance: Appearance) -> str:
 def find_appearances(
     answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
 ) -> list[Appearance]:
-    """Joins tracks of the same person into an appearance if the gaps between them are short.
+    """Returns the appearances of people in films, by video and in order of time.
 
-    The appearances of each video are in order of time.
+    If the gaps between tracks of a person are short, the tracks are joined into one appearance.
 
     Args:
       answers: the answer of the gallery for each clip, after `settle_answers`.

@@ -110,7 +110,8 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     input: Input
     # The points (x, y), in pixels of the input, to which the five points of a face are moved.
     template: tuple[Point, Point, Point, Point, Point] | None = None
-    around: tuple[Finite, Finite, Finite, Finite] | None = None  # box of a head or body, see `film`
+    # The box of the head or body, in units in which the box of the face is [0, 0, 1, 1].
+    around: tuple[Finite, Finite, Finite, Finite] | None = None
     width: Size | None = None  # the number of values of an embedding
     norm_is_quality: bool  # whether embeddings of better pictures are longer; for information
     back_end: BackEnd | None = None

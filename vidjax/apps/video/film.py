@@ -74,8 +74,8 @@ class Figures(NamedTuple):
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     """Loads the nets that cards, which are JSON files, describe.
 
-    Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if there
-    is a net that embeds heads or bodies, but neither a detector for them nor `around` in its card.
+    Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if a net
+    for heads or bodies lacks a detector, and its card lacks the field `around`.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
@@ -96,7 +96,7 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
 
 
 def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) -> Figures:
-    """Returns the people in a picture: each detected face or head, with its head, face and body.
+    """Joins detected faces, heads and bodies into people; returns the people in a picture.
 
     People with a face come first, by falling score. Heads without a face follow. `rgb` is uint8
     [H, W, 3]. `detections` is part, such as "face" or "head" -> detections.
@@ -186,9 +186,9 @@ class Sighting(NamedTuple):
 
 
 class BestPictures:
-    """Keeps the best picture of a person in each 0.2 seconds of a shot.
+    """Keeps the best picture of a person in each interval of 0.2 seconds.
 
-    If there are more than 96 pictures, the time is doubled, and fewer pictures are kept.
+    If there are more than 96 pictures, the length of the intervals is doubled.
     """
 
     def __init__(self) -> None:
@@ -276,9 +276,9 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes the clip `name` from the sightings `pictures` of a track.
+        """Makes the clip `name` from pictures of a track. `faces` is number -> embedding.
 
-        `faces` contains the embedding of the face of each sighting, by `Sighting.number`.
+        The number is `Sighting.number` of a picture, and the embedding is the one of its face.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):

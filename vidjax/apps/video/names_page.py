@@ -151,7 +151,7 @@ def render(
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
-        """Returns pictures of the photos of the person `name`, or without photos, of `entries`."""
+        """Returns photos of the person `name`, or if there are none, faces in `entries`."""
         longest = sorted(range(len(entries)), key=lambda n: -entries[n].seconds)[:MOST_PICTURES]
         chosen = [entries[n] for n in sorted(longest)]
         pictures = [(picture(entry.key.removeprefix(CLIP)), entry.time) for entry in chosen]

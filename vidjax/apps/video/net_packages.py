@@ -133,10 +133,9 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 
 
 def convert_centerface(content: bytes) -> "ModelProto":
-    """Returns CenterFace's net, changed to accept any number of images of any size.
+    """Returns CenterFace's net, changed to accept images whose sides are multiples of 32 pixels.
 
-    The sides of images must be multiples of 32 pixels. The published net accepts only 10 images of
-    32 x 32 pixels.
+    The published net accepts only 10 images of 32 x 32 pixels.
     """
     import onnx
 
@@ -199,7 +198,7 @@ class DlibNet:
         return np.frombuffer(self.content[start : self.place], "<f4").reshape(shape)
 
     def add(self, kind: str, *inputs: str, **attributes: list[int]) -> str:
-        """Adds a node of an ONNX operator; returns the name of its output."""
+        """Adds a node with the ONNX operator `kind`; returns the name of its output."""
         from onnx import helper
 
         self.at = f"{kind.lower()}_{len(self.nodes)}"
@@ -238,7 +237,7 @@ class DlibNet:
         self.shrink_shape(self.shape[0], kernel, 2)
 
     def add_block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block of two convolutions. If `halves`, it halves rows and columns."""
+        """Adds a residual block of two convolutions. `halves` halves the rows and columns."""
         start, start_shape = self.at, self.shape
         self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)

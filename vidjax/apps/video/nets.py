@@ -32,11 +32,11 @@ STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
-    """The faces that were detected in an image, by falling score."""
+    """The faces, heads or bodies that were detected in an image."""
 
     boxes: np.ndarray  # [F, 4] float32, left, top, right and bottom in pixels
     scores: np.ndarray  # [F] float32, 0 to 1
-    points: np.ndarray  # [F, 5, 2] float32, x and y in pixels
+    points: np.ndarray  # [F, 5, 2] float32, x and y in pixels of eyes, nose and mouth corners
 
     def take(self, index: np.ndarray) -> "Faces":
         """Selects faces by indices or a mask."""
@@ -275,7 +275,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
     """Pads an image [H, W, 3] at the right and the bottom with black to `height` x `width` pixels.
 
-    If `height` or `width` is 0, it is the next multiple of 32.
+    A `height` or `width` of 0 means the next multiple of 32.
     """
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
@@ -372,8 +372,8 @@ def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
       heatmap: [1, 1, h, w], the probability of a face's centre in each cell of 4 x 4 pixels.
       scale: [1, 2, h, w], the logarithm of a face's height and width in cells.
       offset: [1, 2, h, w], y and x from the middle of the cell to the face's centre, in cells.
-      landmarks: [1, 10, h, w], y and x of five points from the top left corner of the face, in
-        units of its height and width.
+      landmarks: [1, 10, h, w], y and x of five points from the top left corner of the face, as
+        fractions of the face's height and width.
 
     Source:
       Xu et al., CenterFace: Joint Face Detection and Alignment Using Face as Point, 2020, and

@@ -114,8 +114,8 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: the features that are removed: "nothing", features of "missing" files, or features of
-        all "others", which are not in `paths`.
+      drop: which features of earlier calls are removed. "missing": features of files that no longer
+        exist. "others": features of all files that are not in `paths`.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has more nets than before. True removes all features of the
         folder, and computes the features of the files in `paths` again. False raises an error.
@@ -184,9 +184,9 @@ def _process_jobs(
 
 @contextlib.contextmanager
 def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows a progress bar in a `with` block, which removes finished files from `left`.
+    """Shows a progress bar in a `with` block. `left` is file -> size in bytes.
 
-    `left` is file -> size in bytes.
+    The block removes each finished file from `left`.
     """
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
@@ -213,9 +213,10 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Removes outdated files of a folder of features; returns input file -> stem of its clips.
+    """Removes outdated files from a folder of features; returns input file -> stem.
 
-    For `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
+    The names of the file's clips begin with the stem. For `drop` and `pictures`, see `drop` and
+    `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:

@@ -189,8 +189,8 @@ def match_faces(
     """Returns the index of the detected face at each of n tags: int [n], or -1 if there is no face.
 
     Some programs draw the boxes of tags in the stored picture, which may lie on its side. Others
-    draw the boxes in the displayed, upright picture. The picture is found by `tags.shape`, or by
-    the number of tags that then have a face.
+    draw the boxes in the displayed, upright picture. `tags.shape` may show which picture was used.
+    If not, the picture in which more tags have a face is chosen.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.

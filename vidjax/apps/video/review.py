@@ -230,7 +230,7 @@ class Review:
     def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
         """Returns the clips that are enrolled.
 
-        A clip of a replaced film may have the name of an enrolled clip. It is not returned.
+        A clip of a replaced film may have the name of an enrolled clip. This clip is not returned.
         """
         vectors = self._decision.vectors
         return self._gallery.complete(vectors.only({*clips})) if vectors else set()

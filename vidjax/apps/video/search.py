@@ -84,9 +84,9 @@ def _make(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFram
 
 
 def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
-    """Returns the detections in a frame, which are first searched near the detections around.
+    """Searches a frame near the detections in an earlier and a later frame.
 
-    `before` and `after` are the detections in an earlier and a later frame.
+    If it contains fewer people than one of these two frames, the whole frame is searched.
     """
     moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
     detections = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))

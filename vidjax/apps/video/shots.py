@@ -75,8 +75,8 @@ class ShotDetector:
     def update(self, time_s: float, small: np.ndarray) -> bool:
         """Adds the next frame, uint8 [h, w, 3]; returns whether a new shot has begun.
 
-        The first frame of a film begins the first shot. A dissolve is detected at its end, but the
-        start of the new shot, which is added to `starts`, is the middle of the dissolve.
+        The first frame of a film begins the first shot. A dissolve is detected at its end. The
+        start of the new shot in `starts` is then the middle of the dissolve.
         """
         picture = _Picture(small)
         cut = not self._pictures or self._is_cut(time_s, picture)
@@ -115,8 +115,8 @@ class ShotDetector:
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
         """Returns whether the change from the last picture to `picture` is a cut.
 
-        `change` [2] is the difference and 1 - likeness. At a cut, `picture` must also differ from
-        the two pictures before the last picture.
+        `change` [2] is the difference of the two pictures, and 1 minus their correlation. At a cut,
+        `picture` must also differ from the two pictures before the last picture.
         """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
@@ -177,8 +177,9 @@ class _Dissolve:
 def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int | None:
     """Returns the index of the picture in the middle of a dissolve, or None for another change.
 
-    In a dissolve, the pictures `between` are weighted sums of `start` and `end`. `end` has a larger
-    weight from the middle on. `start` and `end` must not be alike, even after a shift, or inverse.
+    In a dissolve, the pictures `between` are weighted sums of `start` and `end`. From the middle
+    on, `end` has the larger weight. If `start` and `end` are alike, even after a shift, or if one
+    is the negative of the other, the result is None.
     """
     likeness = _measure_likeness(start, end)
     if min(start.deviation, end.deviation) < BLANK or not -LIKE < likeness <= UNLIKE:

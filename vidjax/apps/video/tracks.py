@@ -107,7 +107,7 @@ class Tracker:
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
         """Makes a tracker. A track ends after `gap_s` seconds without a detection, or at a cut.
 
-        A track with a single detection is dropped, if the person is visible for `held_s` or less.
+        A track with a single detection is dropped if it lasts at most `held_s` seconds.
         """
         self._gap, self._held = gap_s, held_s
         self._cut_s: float | None = None  # the start of a shot, until its first frame is added
@@ -354,11 +354,11 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns which of N detections are where one person may hide another: bool [N].
+    """Returns bool [N]: whether one person may hide another at each of N detections.
 
-    At such a detection, the predicted boxes `expected` [L, 4] of several tracks overlap each other
-    and the detection, but fewer detections than tracks are there. `overlaps` [L, N] are the
-    overlaps of the boxes with the detections.
+    This is so if the predicted boxes `expected` [L, 4] of several tracks overlap each other and the
+    detection, but fewer detections than tracks are there. `overlaps` [L, N] compares the boxes with
+    the detections.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

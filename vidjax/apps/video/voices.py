@@ -53,7 +53,7 @@ class Voice(NamedTuple):
 
 
 class Listener:
-    """Detects speech, and computes embeddings of voices, with the nets for these two roles."""
+    """Detects speech with one net, and computes embeddings of voices with another net."""
 
     def __init__(self, cards: Mapping[Role, Card]):
         self._hears = cards["voice_activity"]
@@ -61,7 +61,10 @@ class Listener:
         self._embeds = open_voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
-        """Returns embeddings of windows with enough speech. `samples` [N] needs N >= 25,600."""
+        """Returns embeddings of the windows of 1.6 seconds with enough speech.
+
+        `samples` [N] are at 16 kHz. N must be at least 25,600.
+        """
         speech = self.detect_speech(samples) > SPEECH
         begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
         steps = np.array([speech[at // STEP : (at + WINDOW) // STEP].sum() for at in begin])

@@ -115,7 +115,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return max([self.removed, *numbers, *dict(self.same)])
 
     def resolve(self, group: str) -> str:
-        """Returns the new name of an unknown person, such as `unknown 5`, whom a user joined."""
+        """Returns the present name, such as `unknown 2`, of a person who was `group` before."""
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
@@ -150,7 +150,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
-        """Removes all films that are not in `films`, and denied names that are not in `people`."""
+        """Forgets films that are not in `films`, and denied names that are not in `people`."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied: dict[str, dict[str, list[str]]] = {}
         for digest in kept:
@@ -188,7 +188,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
+    """Returns clip -> value for the clips of `films`. `table` is digest of a film -> the same."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -389,7 +389,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
 
 
 def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes rows from `unknown.tsv` whose clip has the same person in `named`, clip -> person."""
+    """Removes from `unknown.tsv` the rows with a clip and person of `named`, clip -> person."""
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
