@@ -188,10 +188,10 @@ class DlibNet:
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
         """Reads the tensor, float32 [*shape], of the next layer with the name `layer`.
 
-        Between the name and the tensor, the file contains the integers `after`, the number 2, and
-        the integers of `shape`. Before each integer, a byte contains the length of the integer.
+        `after` are integers in the file between the name and the tensor.
         """
-        whole = (*after, 2, *shape)  # 2 is the version of the format
+        # Before each integer, a byte contains its length. 2 is the version of the format.
+        whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
         start += sum(1 + (number.bit_length() + 7) // 8 for number in whole)
         self.place = start + 4 * math.prod(shape)

@@ -393,9 +393,9 @@ def _check_extraction(
 def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
     """Returns file -> stem, with which the names of the file's clips begin.
 
-    A film of an earlier call, in `known` (stem -> film), keeps its stem, even if it was moved. The
-    stem of a new file is made from its name. If another file has this stem, `~` and 8 digits of the
-    sha256 are added. Of copies in `paths` with the same stem, only one is returned.
+    `known` is stem -> film of an earlier call. These films keep their stems, even if they were
+    moved. The stem of a new file is made from its name. If another file has the same stem, `~` and
+    8 digits of the sha256 are added. If it also has the same content, one of the files is left out.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {
@@ -445,7 +445,7 @@ def _find_film(out: Path, stem: str) -> Film | None:
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
-    """Returns whether a folder of features has thumbnails of other films, but not of this film."""
+    """Returns whether a folder of features keeps thumbnails, but lacks the ones of a film."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
@@ -560,7 +560,7 @@ def _take_results(
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
-    """Returns the outcome of a file that failed with an error. Raises the error of a full disk."""
+    """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
     text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")

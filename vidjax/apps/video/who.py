@@ -188,7 +188,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns clip -> value for the clips of `films`. `table` is digest of a film -> the same."""
+    """Returns clip -> value for the clips of `films`. `table` has the digests of films as keys."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
