@@ -195,7 +195,7 @@ def _load_template() -> "jinja2.Template":
 
 
 def format_appearance_time(appearance: Appearance, film: Film) -> str:
-    """Returns the time of an appearance as text, such as 3:12\u20133:15 or "in the photo"."""
+    """Returns the time of an appearance as text, such as 3:12–3:15 or "in the photo"."""
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 

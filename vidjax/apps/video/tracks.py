@@ -21,7 +21,7 @@ MAIN_FIGURE_RATIO, LEAST_SHARE = 3.0, 0.3
 LEAST_SECONDS, MOST_SECONDS = 1.0, 30.0  # the duration of a shot with a main person
 CROWDED_OVERLAP = 0.4  # if the boxes of two tracks overlap more, one person may hide the other
 HELD_SECONDS = 0.4  # a sighting that lasts longer is a track, even without other sightings
-# A track is split unless the odds for the same person are at least SAME_ODDS. These odds are high,
+# A track is split where the odds for the same person are below SAME_ODDS. These odds are high,
 # because the faces in a shot are much more alike than the photos with which nets were measured.
 # Each part lasts at least PART_SECONDS, because the faces in dissolves are unusable. The parts of a
 # slide show may be shorter, because each picture may show another person.
