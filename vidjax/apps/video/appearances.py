@@ -199,7 +199,7 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of an appearance. Blanks separate several values in a cell."""
+    """Returns the row of an appearance in a table. Blanks separate several values in a cell."""
     cells = [{**values, "identity": values["identity"] or IGNORED}[name] for name in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 

@@ -213,7 +213,7 @@ def read_films(folder: Path) -> list[Film]:
 
 
 def _distinguish(twins: Sequence[Film]) -> None:
-    """Adds folders of the path to the names of `twins`, which are equal, until they differ."""
+    """Adds folders of their paths to the equal names of several films, until the names differ."""
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
     # In this order, the paths with the longest common end are neighbours.
     neighbours = itertools.pairwise(sorted(part[::-1] for part in parts))

@@ -132,7 +132,7 @@ def parse_packet(packet: bytes) -> Tags:
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of all XML lists with this name, at most MOST_TAGS + 1."""
+    """Yields the items of all XML lists with this name, at most 501."""
     items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 

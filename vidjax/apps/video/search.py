@@ -53,7 +53,7 @@ class FilmSearch:
         if self._group and not self._before:
             first, *self._group = self._group
             self._before = self._search_whole(first.rgb)
-            yield _make(first, self._before)
+            yield _keep_strong(first, self._before)
         if self._group:
             yield from self._search()
         self._before = {}
@@ -61,7 +61,7 @@ class FilmSearch:
     def _search(self) -> list[SearchedFrame]:
         """Searches the frames of the group; returns them with detections, and empties the group."""
         last = detections = self._search_whole(self._group[-1].rgb)
-        searched = [_make(self._group[-1], detections)]
+        searched = [_keep_strong(self._group[-1], detections)]
         for frame in self._group[-2::-1]:
             detections = {
                 name: _search_between(
@@ -69,7 +69,7 @@ class FilmSearch:
                 )
                 for name, net in self._detectors.items()
             }
-            searched.append(_make(frame, detections))
+            searched.append(_keep_strong(frame, detections))
         self._group, self._before = [], last
         return searched[::-1]
 
@@ -77,16 +77,15 @@ class FilmSearch:
         return {name: net.search(rgb) for name, net in self._detectors.items()}
 
 
-def _make(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFrame:
-    """Returns the frame with only the detections with scores above `LEAST_SCORE`."""
+def _keep_strong(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFrame:
     strong = {name: faces.take_above(LEAST_SCORE) for name, faces in detections.items()}
     return frame._replace(detections=strong)
 
 
 def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
-    """Searches a frame near the detections in an earlier and a later frame.
+    """Searches a frame near the detections `before` and `after`; returns detections.
 
-    If it contains fewer people than one of these two frames, the whole frame is searched.
+    If fewer people are detected than in one of these two frames, the whole frame is searched.
     """
     moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
     detections = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))

@@ -344,7 +344,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     path = out / "gallery"
     if not files.exists(path) and (foreign := list_entries(out)):
         raise UserError(
-            f"--out={out} contains '{show(foreign[0].name)}', which vidjax who did not write\n"
+            f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write\n"
             "name a new folder"
         )
     try:
