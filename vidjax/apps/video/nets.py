@@ -61,7 +61,7 @@ class Region(NamedTuple):
 
 
 class Detector:
-    """Detects faces, heads or bodies in images with the net that a card describes.
+    """Detects faces, heads or bodies in images with the net that a card, a JSON file, describes.
 
     Large images are shrunk until their longer side has `size` pixels. If the net has an input of
     fixed size, images are shrunk until they fit into this input.
@@ -118,7 +118,7 @@ class Detector:
 
 
 class Embedder:
-    """Computes embeddings of crops or of windows of sound with the net that a card describes."""
+    """Computes embeddings of crops or sound with the net that a card, a JSON file, describes."""
 
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None

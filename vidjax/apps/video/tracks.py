@@ -195,11 +195,10 @@ class Tracker:
 
 
 class MainFigures:
-    """Makes one track for each shot: the track of the main person.
+    """Makes the track of the main person of each shot.
 
     The main person of a frame has a box with at least three times the area of any other box. A shot
-    gets no track if it lasts less than 1 or more than 30 seconds, or if at most 30 % of its frames
-    have a main person.
+    has a main person if it lasts 1 to 30 seconds, and more than 30 % of its frames have one.
 
     Source: iQIYI-VID paper, sections 3.1 and 3.2, where the boxes are heads. The paper writes
     "larger" without a measure. We compare areas.
