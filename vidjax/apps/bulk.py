@@ -41,29 +41,32 @@ MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Makes results from parquet tables of clips. Ray Data can use the subclasses."""
+    """Makes the results of parquet tables of clips. Each subclass makes a kind of results."""
 
     joined = False  # True if `best` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens a run or a gallery with `open_trained(*args)`, such as `vidjax.restore(folder)`.
 
-        `options` are arguments of the method that makes the results, such as `fpir` of `identify`.
+        `options` are arguments of the method, such as `rank`, that makes the results.
         """
         self.trained, self.options = open_trained(*args), options
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the results for clips as the columns of a table."""
+        """Returns the results of clips as the columns of a table."""
         raise NotImplementedError
 
     def table(self, path: Path) -> "pyarrow.Table":
-        """Returns the results for the clips of a parquet table."""
+        """Returns the results of the clips in the parquet table `path`."""
         if parquet.count_rows(path):  # Spark also writes tables without rows
             return tables.to_arrow(self.columns(self.trained.load(path)))
         return tables.to_arrow(self.columns({"none": {}})).slice(0, 0)  # no rows, same columns
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> "pyarrow.Table":
-        """Returns the joint results of several tables; `batch["path"]` contains their paths."""
+        """Returns the results of several tables, one after the other.
+
+        `batch["path"]` contains the paths of the tables. Ray Data makes such batches.
+        """
         import pyarrow
 
         return pyarrow.concat_tables([self.table(Path(path)) for path in batch["path"]])
@@ -73,7 +76,7 @@ class Embed(TableTask):
     """Embeds clips with a run. The columns are `clip` and `vector`, a float32 unit vector [D]."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """See `TableTask.columns`."""
+        """Returns the columns `clip` and `vector` of clips."""
         names = clips if isinstance(clips, Mapping) else clips.names
         return {"clip": ("string", [*names]), "vector": ("float32", self.trained.embed(clips))}
 
@@ -81,24 +84,22 @@ class Embed(TableTask):
 class Rank(TableTask):
     """Lists the best 100 clips of each identity, with the scores of a run or a gallery.
 
-    The results have the columns `identity`, `rank`, `clip` and `score`. The function `best` joins
-    the rankings of several tables.
+    The function `best` joins the rankings of several tables.
     """
 
     joined = True
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """See `TableTask.columns`."""
+        """Ranks clips; returns the columns `identity`, `rank`, `clip` and `score`."""
         return tables.ranking_columns(self.trained.rank(clips, **self.options))
 
 
 def best(lists: "pyarrow.Table") -> "pyarrow.Table":
     """Joins the rankings of several tables; returns the best 100 clips of each identity.
 
-    `lists` contains the rankings one after the other, with the columns of `Rank`. Identities keep
-    their order. Clips with equal scores are sorted by name without `.mp4`, so the result equals a
-    ranking of all clips at once. Ray Data can also call this function for each identity:
-    `dataset.groupby("identity").map_groups(best)`.
+    `lists` contains the rankings one after the other, with the columns `identity`, `rank`, `clip`
+    and `score`. Identities keep their order. The result equals a ranking of all clips at once. Ray
+    Data can call this function for each identity: `dataset.groupby("identity").map_groups(best)`.
 
     Raises:
       ValueError: a clip occurs twice in the rankings of an identity.
@@ -120,11 +121,10 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
 
 
 def list_tables(source: str | Path) -> list[Path]:
-    """Returns the sorted paths of the parquet tables in a folder, if it contains only tables.
+    """Returns the sorted paths of the parquet tables in a folder.
 
-    The list is empty if `source` is not a folder, contains no table, or contains the table of a
-    split, such as `val.parquet`: the folder is then a dataset. Raises UserError if the folder
-    contains tables and other files.
+    The list is empty if `source` is not a folder, or contains the table of a split, such as
+    `val.parquet`. Raises UserError if the folder contains tables and other files.
     """
     source = Path(source).expanduser()
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -138,7 +138,7 @@ def list_tables(source: str | Path) -> list[Path]:
 
 
 def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
-    """Raises UserError if `out`, the value of `--out`, cannot be the output folder of `work`."""
+    """Raises UserError if the value `out` of `--out` is not a folder for the results of `work`."""
     path = Path(out).expanduser() if out else None
     endings = (*tables.ENDINGS, ".txt")
     if path is None or path.suffix in endings or (path.exists() and not path.is_dir()):
@@ -161,15 +161,15 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) ->
 
 
 def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
-    """Writes the results of every table that has no results yet, and returns a summary.
+    """Writes the results of each table that has no results yet; returns a summary.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
     `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet the joint ranking.
 
     Raises:
       UserError: the folder `out` contains results of other clips, or results that were made with
-        another run, gallery or option. If a table of `inputs` cannot be read, the error is raised
-        after all other tables are processed.
+        another run, gallery or option.
+      UserError: a table cannot be read. This error is raised after all other tables are processed.
     """
     out_folder = Path(out).expanduser()
     folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")
@@ -210,7 +210,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
-    """Writes results to a new file, unless another process has already written the same results."""
+    """Writes results to a new file. The file may already exist if it contains the same results."""
     try:
         tables.write_new(results, content)
     except UserError:
@@ -219,7 +219,7 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: TableTask) -> bytes:
-    """Returns the note in the results of a table: JSON that identifies its clips and the task."""
+    """Returns the note in the results of a table: JSON that identifies the clips and the task."""
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     task = {"work": type(work).__name__, "by": work.trained.digest, "options": work.options}
@@ -227,7 +227,7 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns whether `results` exists; raises UserError if its note is not `note`."""
+    """Returns whether the file `results` exists. Raises UserError if it has another note."""
     if not files.exists(results):
         return False
     if _read_note(results) != note:
@@ -239,7 +239,7 @@ def _is_made(results: Path, note: bytes) -> bool:
 
 
 def _read_note(results: Path) -> bytes | None:
-    """Returns the note in the metadata of a table of results, or None if the file has no note."""
+    """Returns the note in the metadata of a parquet table, or None if there is no note."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -250,7 +250,7 @@ def _read_note(results: Path) -> bytes | None:
 
 
 def _check_once(inputs: Sequence[Path]) -> None:
-    """Raises UserError if two tables contain the same clip. Names are compared without `.mp4`."""
+    """Raises UserError if two tables contain the same clip, with or without `.mp4` in its name."""
     table_of: dict[str, Path] = {}
     for table in inputs:
         for given in parquet.read_clip_names(table):
@@ -267,10 +267,7 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the rankings in `folder` one by one, because together they may not fit in memory.
-
-    Identities are sorted. With a threshold, a table may lack some of them.
-    """
+    """Joins the rankings in `folder` to one table, with sorted identities."""
     import pyarrow
     from pyarrow import parquet
 
@@ -278,7 +275,7 @@ def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
         with files.open_regular(folder / table.name) as file:
             return parquet.read_table(file)
 
-    joined = read_lists(inputs[0])
+    joined = read_lists(inputs[0])  # one by one, because together they may not fit in memory
     for table in inputs[1:]:
         joined = best(pyarrow.concat_tables([joined, read_lists(table)]))
     joined = best(joined)

@@ -42,25 +42,25 @@ class Place(NamedTuple):
     """A folder that contains a searched name, or could not be searched."""
 
     # `gallery`, `records` (a converted dataset), `run`, `who` (results of `vidjax who`), or
-    # `unread` if the place could not be searched.
+    # `unread` if the folder could not be searched.
     kind: str
-    path: Path  # the folder
+    path: Path
     about: str  # a description of the content
-    # How the user can delete the name; `--delete` if vidjax can. It starts with `deleted` if vidjax
-    # has deleted the name.
+    # How the user can delete the name, such as `--delete`. If vidjax has deleted the name, the text
+    # starts with `deleted`.
     remedy: str
 
     @property
     def left(self) -> bool:
-        """True if the place still contains a searched name."""
+        """True if the folder still contains a searched name."""
         return self.kind != "unread" and not self.remedy.startswith("deleted")
 
 
 class Forgotten(NamedTuple):
     """The result of a search."""
 
-    found: list[Place]  # the places that contain a name or could not be searched
-    names: set[str]  # all searched names, including the names of people's clips, in form NFC
+    found: list[Place]  # the folders that contain a name or could not be searched
+    names: set[str]  # all searched names, also of people's clips, in the Unicode form NFC
     similar: dict[str, str]  # searched name -> a stored name that looks similar
 
 
@@ -71,12 +71,12 @@ def forget(
     *,
     delete: bool = False,
 ) -> Forgotten:
-    """Searches the folders `places` for places of vidjax that contain people or clips.
+    """Searches the folders `places` for galleries, datasets, runs and results with people or clips.
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets
-    that contain any of the clips are deleted. Raises UserError if a folder does not exist, or a
-    name is empty or invalid.
+    with any of the clips are deleted. Raises UserError if a folder does not exist, or a name is
+    empty or invalid.
     """
     from vidjax.apps.gallery.gallery import Gallery
 
@@ -130,9 +130,9 @@ def forget(
 
 
 def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[str, str]:
-    """Returns wanted name -> a name in `others` that looks the same, such as in other letter case.
+    """Returns wanted name -> a name in `others` that looks the same, such as `ada` for `Ada`.
 
-    If `closely` is True, and no name looks the same, a name with a similar spelling is returned.
+    If no name looks the same and `closely` is True, a name with a similar spelling is returned.
     """
     looks = {fold(name): name for name in sorted(others, reverse=True)}
     near = {
@@ -143,10 +143,11 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
 
 
 def _survey(root: Path, folders: dict[Path, str], found: list[Place]) -> None:
-    """Lists the folders below `root` that must be searched. Links are not followed.
+    """Finds the folders below `root` that must be searched, and adds path -> kind to `folders`.
 
-    Adds path -> kind to `folders` for each gallery, run, converted dataset, unfinished conversion,
-    and folder of results of `vidjax who`. Adds unreadable folders to `found`.
+    The kinds are "gallery", "records" (a converted dataset), "unfinished" (a killed conversion),
+    "run", and "who" (results of `vidjax who`). Unreadable folders are added to `found`. Links are
+    not followed.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE
 
@@ -173,7 +174,7 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
 
 
 def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Place:
-    """Returns the place of a gallery that contains `clips`. If `delete` is True, deletes them."""
+    """Describes a gallery that contains `clips`. If `delete` is True, deletes the clips."""
     about, remedy = f"{len(clips):,} of its clips", "--delete"
     if delete:
         try:
@@ -185,7 +186,7 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
-    """Yields the place of a converted dataset that contains any of `clips` or cannot be read.
+    """Yields the description of a converted dataset that contains `clips` or cannot be read.
 
     If `delete` is True, a dataset with any of the clips is deleted.
     """
@@ -212,7 +213,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> It
 
 
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:
-    """Returns the place of an unfinished conversion. If `delete` is True, deletes the folder."""
+    """Describes the folder of a killed conversion. If `delete` is True, deletes the folder."""
     remedy = "--delete"
     if delete:
         whole = folder.with_name(folder.name[:20])
@@ -224,7 +225,7 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
 
 
 def _lines(content: bytes) -> Iterator[str]:
-    """Yields the lines of a text. If the text has too many lines, raises UserError."""
+    """Yields the lines of a text. Raises UserError if there are more than ten million lines."""
     if content.count(b"\n") > MAX_NAMES_IN_INDEX:
         raise UserError(f"it contains more than {MAX_NAMES_IN_INDEX:,} names")
     for line in io.BytesIO(content):
@@ -232,7 +233,7 @@ def _lines(content: bytes) -> Iterator[str]:
 
 
 def _read_names_of_run(folder: Path) -> Iterator[str]:
-    """Yields the names of people and clips in the files of a run or of an exported run."""
+    """Yields the names of people and clips in the folder of a run or of an exported run."""
     if files.exists(folder / "identities.json"):
         yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
     if files.exists(folder / "members.npz"):
@@ -257,9 +258,9 @@ def _walk_texts(value: object) -> Iterator[str]:
 
 
 def _read_names_of_who(folder: Path) -> Iterator[str]:
-    """Yields all names in results of `vidjax who`.
+    """Yields the names in a folder of results of `vidjax who`.
 
-    They are cells of tables, names that a user denied, names of folders, and tags of photos.
+    Names are in tables, in corrections by a user, in names of folders, and in tags of photos.
     """
     from vidjax.apps.video.features_folder import NUMBERS, read_films
 
@@ -287,9 +288,9 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
 
 
 def list_commands(names: Iterable[str], places: Iterable[Path]) -> list[str]:
-    """Returns shell commands that list other files below the folders `places` with any of `names`.
+    """Returns shell commands that list the files below the folders `places` with any of `names`.
 
-    The first command searches paths. The second command searches contents, in UTF-8.
+    The first command searches the paths of files. The second command searches their contents.
     """
     names, folders = [*names], list(map(str, places))
     words = [word for spelling in _list_spellings(names) for word in ("-e", spelling)]
@@ -303,15 +304,12 @@ def list_commands(names: Iterable[str], places: Iterable[Path]) -> list[str]:
 
 
 def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns the spellings of names in text, JSON, HTML, URLs and rankings, in NFC and NFD.
-
-    In HTML, Jinja and Python write different codes for quotation marks. In tables, quotation marks
-    are doubled.
-    """
+    """Returns the spellings of names in text, JSON, HTML, URLs, rankings and tables."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways: tuple[Callable[[str], str], ...] = (
         str, escape, html.escape, urllib.parse.quote,
         lambda form: html.escape(form, quote=False),
+        # Jinja writes other codes for quotation marks than Python. Tables double quotation marks.
         lambda form: html.escape(form).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
         lambda form: json.dumps(form)[1:-1],
         lambda form: form.replace('"', '""'),

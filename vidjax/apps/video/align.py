@@ -26,8 +26,6 @@ GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
     """Fits the rotation, scale and shift that map the points of each face to a template.
 
-    The fit minimises the sum of squared distances.
-
     Args:
       points: [N, P, 2], the points (x, y) of N faces in the picture.
       template: [P, 2], the places (x, y) of these points in a crop.
@@ -37,9 +35,8 @@ def fit_similarity(points: np.ndarray, template: np.ndarray) -> np.ndarray:
       M (x, y, 1) of the crop. If all points of a face coincide, M only shifts them.
 
     Source: Umeyama 1991, "Least-squares estimation of transformation parameters between two point
-    patterns", equations 40 to 42. In two dimensions without mirroring, no singular value
-    decomposition is needed: scale times cosine and scale times sine are quotients of sums over the
-    centred points.
+    patterns", equations 40 to 42. In two dimensions without mirroring, they need no singular value
+    decomposition.
     """
     points, template = np.asarray(points, np.float64), np.asarray(template, np.float64)
     middle, target = points.mean(1), template.mean(0)
@@ -85,10 +82,9 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
 def _cut_region(
     rgb: np.ndarray, x: np.ndarray, y: np.ndarray, factor: int
 ) -> tuple[np.ndarray, int, int]:
-    """Cuts out the part of a picture that contains the places (x, y), and shrinks it by `factor`.
+    """Returns the part of a picture that contains the places (x, y), shrunk by `factor`.
 
-    Squares that reach beyond the border are padded with black. Also returns the x and y of the
-    part's top left corner in pixels.
+    Also returns the x and y of the part's top left corner in pixels.
     """
     height, width = rgb.shape[:2]
     # Squares are counted from the corner of the picture, so that all crops have the same squares.
@@ -103,7 +99,7 @@ def _cut_region(
 
 
 def average_squares(picture: np.ndarray, side: int) -> np.ndarray:
-    """Returns the means, float32, of squares of side x side pixels; drops incomplete squares."""
+    """Returns the means, float32, of squares of side x side pixels, without incomplete squares."""
     rows, columns = picture.shape[0] // side, picture.shape[1] // side
     # These two sums are faster than a `mean` of the reshaped picture.
     strips = np.zeros((rows, columns * side, 3), np.float32)
@@ -116,7 +112,10 @@ def average_squares(picture: np.ndarray, side: int) -> np.ndarray:
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the first and the end of the squares that interpolation at `positions` reads."""
+    """Returns the range (first, end) of the squares that interpolation at `positions` reads.
+
+    `length` pixels are divided into squares of `factor` pixels.
+    """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
     high = np.clip(np.ceil(positions.max() / factor) + 2, 0, last)
@@ -124,7 +123,10 @@ def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int,
 
 
 def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns the colours, uint8 [S, S, 3], of a picture at x, y [S, S], or black outside of it."""
+    """Returns the colours, uint8 [S, S, 3], of a picture at the places `x` and `y` [S, S].
+
+    Places outside the picture are black.
+    """
     height, width = source.shape[:2]
     # The picture gets a black border. All places outside the picture are moved into the border.
     framed = np.zeros((height + 3, width + 3, 3), np.float32)
@@ -178,13 +180,13 @@ def measure_size(points: np.ndarray) -> np.ndarray:
 def measure_sharpness(crops: np.ndarray) -> np.ndarray:
     """Returns the sharpness v / (v + 1200) of each crop [N, S, S, 3] uint8: [N], 0 to 1.
 
-    v is the variance of the Laplacian of grey levels, minus the noise. The crop is first divided
-    into about 37 x 37 squares, and each square is replaced by its mean. The noise is estimated as
-    the variance for squares of half the side, because faces have little detail at this size. The
-    estimate is scaled down, because the mean of a larger square contains less noise.
+    v is the variance of the Laplacian of grey levels, minus the estimated noise. Before, the crop
+    is shrunk to about 37 x 37 squares.
     """
     grey = crops.astype(np.float32) @ GREY
     step = max(2, grey.shape[1] // SQUARES)
+    # The noise is estimated in squares of half the side, because faces have little detail at this
+    # size. The estimate is scaled down, because the mean of a larger square contains less noise.
     part = step // 2
     variance = _measure_detail(grey, step) - _measure_detail(grey, part) * (part / step) ** 2
     variance = np.maximum(variance, 0.0)
@@ -204,7 +206,7 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
     """Returns how much each face looks into the camera, [N], from 0 (profile) to 1 (frontal).
 
     The result is 1 if the nose is on the line from the middle of the eyes to the middle of the
-    mouth. It falls linearly to 0 if the distance of the nose from this line reaches half the
+    mouth. It falls linearly to 0, where the distance of the nose from this line is half the
     distance between the eyes. A tilt of the head does not change the result.
     """
     points = np.asarray(points, np.float64)
@@ -219,10 +221,8 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
     """Returns whether both eyes are much darker than the cheeks, as with sunglasses: bool [N].
 
-    The 80th percentile of the brightness around an eye is compared with the median of the cheek
-    below this eye. The brightest pixels around a bare eye are skin or the white of the eye, so they
-    are about as bright as the cheek. The two sides of the face are compared separately, because
-    light often comes from one side.
+    Each eye is compared with the cheek below. The brightest pixels around a bare eye, which are
+    skin or the white of the eye, are about as bright as the cheek.
 
     Args:
       crops: [N, S, S, 3] uint8, the crops of `warp_faces`.

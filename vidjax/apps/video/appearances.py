@@ -52,7 +52,10 @@ class Appearance(NamedTuple):
 
 
 def format_certainty(appearance: Appearance) -> str:
-    """Returns the probability of a name as text, or "" for an unknown person."""
+    """Returns the probability of a name as text, such as "87 %", or "" for an unknown person.
+
+    For a name that a user gave, the text is "as you said".
+    """
     if appearance.probability is None:
         return ""
     given = appearance.evidence == (TOLD,)
@@ -62,15 +65,14 @@ def format_certainty(appearance: Appearance) -> str:
 def find_appearances(
     answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
 ) -> list[Appearance]:
-    """Joins tracks of the same person into an appearance if the gaps between them are short.
+    """Returns the appearances of people in films, by video and in order of time.
 
-    The appearances of each video are in order of time.
+    If the gaps between tracks of a person are short, the tracks are joined into one appearance.
 
     Args:
       answers: the answer of the gallery for each clip, after `settle_answers`.
-      groups: clip -> unknown person, such as `unknown 3`. If a clip has no name and is not in
-        `groups`, the user ignores the person, or no face in the clip is clear. Each of these clips
-        is an appearance of an ignored person.
+      groups: clip -> unknown person, such as `unknown 3`. Each clip without a name that is not in
+        `groups` is an appearance of an ignored person.
     """
     appearances = []
     for film in films:
@@ -92,7 +94,7 @@ def find_appearances(
 
 
 def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearance]]:
-    """Returns name of a video -> its appearances, in the given order."""
+    """Returns name of a video -> appearances in this video, in the given order."""
     videos: dict[str, list[Appearance]] = {}
     for appearance in appearances:
         videos.setdefault(appearance.video, []).append(appearance)
@@ -100,7 +102,7 @@ def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearan
 
 
 def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
-    """Returns clip -> (video, start, end), as texts. In photos, start and end are empty."""
+    """Returns clip -> (video, start, end), as texts. For photos, start and end are empty."""
     place_of = {}
     for film in films:
         for track in film.tracks:
@@ -124,8 +126,8 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
     """Returns answers in which tracks that overlap in time have different names.
 
-    If two of these tracks have the same name, the track with the less probable name becomes
-    unknown. A name that a user gave to a track remains.
+    If two such tracks have the same name, the less probable name is removed. A name that a user
+    gave to a track remains.
     """
     apart: dict[str, set[str]] = {}
     for clip, rival in pair_seen_together(films):
@@ -153,7 +155,7 @@ def _make_appearance(
 
 
 def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
-    """Yields groups of tracks with short gaps between them. `tracks` are in order of time."""
+    """Yields groups of tracks with gaps below two seconds. `tracks` are in order of time."""
     group: list[FilmTrack] = []
     end = 0.0
     for track in tracks:
@@ -184,12 +186,12 @@ def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) 
 
 
 def format_percent(probability: float) -> str:
-    """Returns a probability as text in per cent, but never 100 %, because no name is certain."""
+    """Returns a probability as text, such as "87 %", but never 100 %: at most "over 99 %"."""
     return "over 99 %" if probability >= 0.995 else f"{round(100 * probability)} %"
 
 
 def _describe_file(film: Film) -> dict[str, str]:
-    """Returns the columns `path` and `date` (the time of the file's last change, UTC) of a film."""
+    """Returns the path of a film and the date of its last change (UTC), as columns of the table."""
     source = film.source
     date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
     path = os.fsencode(source.path).decode(errors="replace")
@@ -197,7 +199,7 @@ def _describe_file(film: Film) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns a row of the table. Blanks separate the values of a cell."""
+    """Returns the row of an appearance in a table. Blanks separate several values in a cell."""
     cells = [{**values, "identity": values["identity"] or IGNORED}[name] for name in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
@@ -205,8 +207,8 @@ def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
 def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
     """Returns the text of a .vtt or .srt file with the names of the known people in a video.
 
-    Each name is a line. Subtitles never overlap, because many players show only one subtitle at a
-    time. `ending` is ".vtt" or ".srt". Raises UserError if the appearances are in several videos.
+    Each name is a line. Subtitles never overlap in time, because many players show only one.
+    `ending` is ".vtt" or ".srt". Raises UserError if the appearances are in several videos.
     """
     if len(videos := {appearance.video for appearance in appearances}) > 1:
         raise UserError(
@@ -227,7 +229,7 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
 
 
 def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yields the start, end and sorted names of each interval with the same known people."""
+    """Yields the start, the end and the sorted names of each period with the same known people."""
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
         if appearance.probability is not None:
@@ -245,8 +247,8 @@ def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float
 def to_rttm(appearances: Iterable[Appearance]) -> str:
     """Returns the text of a .rttm file with a line for each appearance of a person.
 
-    Ignored people are left out, and photos, which have no times. Blanks in names become `_`. If
-    this makes two names equal, blanks become `%20`.
+    Ignored people and photos are left out. Blanks in names become `_`. If this makes two names
+    equal, their blanks become `%20` instead.
     """
     appearances = [x for x in appearances if x.identity is not None and x.end_s > x.start_s]
     words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
@@ -268,7 +270,7 @@ def _make_words(texts: Collection[str]) -> dict[str, str]:
 
 
 def format_span(begin: float, end: float) -> str:
-    """Returns two times in seconds as text: 3:12–3:15, or in the same second, 3:12.1–3:12.4."""
+    """Returns a period as text, such as 3:12–3:15, or within a second, 3:12.1–3:12.4."""
     times = [format_time(seconds, short=True) for seconds in (begin, end)]
     if times[0] == times[1]:
         times = [format_tenths(seconds) for seconds in (begin, end)]
@@ -276,13 +278,13 @@ def format_span(begin: float, end: float) -> str:
 
 
 def format_tenths(seconds: float) -> str:
-    """Returns a time in seconds as text with tenths, such as 3:12.4."""
+    """Returns a time as text with tenths of a second, such as 3:12.4."""
     count = round(10 * seconds)
     return f"{format_time(count // 10, short=True)}.{count % 10}"
 
 
 def format_time(seconds: float, *, short: bool = False) -> str:
-    """Returns a time as text, such as 00:03:12.500. If `short`, the text is 3:12."""
+    """Returns a time as text, such as 00:03:12.500, or if `short` is True, 3:12."""
     thousandths = 1000 * round(seconds) if short else round(seconds * 1000)
     whole, rest = divmod(thousandths, 1000)
     minutes, second = divmod(whole, 60)

@@ -38,11 +38,11 @@ Spread = tuple[Finite, Positive]  # mean and standard deviation
 
 
 class Input(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The format of a net's input."""
+    """The format of a net's input: images, or sound at 16 kHz."""
 
     name: Text
-    # The order of the axes of an image. For sound at 16 kHz, it is "samples" (from -1 to 1) or
-    # "mels" (mel spectrograms, see `voices.make_mels`).
+    # For images, the order of the axes. For sound, "samples" (from -1 to 1) or "mels" (mel
+    # spectrograms, see `voices.make_mels`).
     layout: Literal["NCHW", "NHWC", "samples", "mels"]
     colour: Literal["rgb", "bgr"] | None = None  # order of the channels; None for sound
     size: tuple[Side, Side] | None = None  # height and width; None allows any multiples of 32
@@ -60,8 +60,9 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     # The mean embedding, which is subtracted before embeddings are scaled to unit length.
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
-    same: Spread  # the cosine of two embeddings of one person
-    different: Spread  # the cosine of embeddings of two people
+    # The mean and the standard deviation of the cosine of two embeddings.
+    same: Spread  # of one person
+    different: Spread  # of two people
     pairs: tuple[Count, Count]  # number of measured pairs of one person, and of two people
     data: Text  # a description of the measured data
 
@@ -91,19 +92,15 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Four numbers of a net's output for a test. They are checked when the net is loaded.
+    """Four numbers of a net's output for a test. They are checked when the net is loaded."""
 
-    `nets.make_formula_inputs` makes the input of the test from `seed`. Each number may differ by
-    `tolerance`.
-    """
-
-    seed: Count
+    seed: Count  # determines the input of the test, see `nets.make_formula_inputs`
     output: tuple[Finite, Finite, Finite, Finite]
-    tolerance: Positive
+    tolerance: Positive  # the largest difference of each number
 
 
 class Written(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The fields that the JSON file of a card contains."""
+    """The fields of a card, the JSON file that describes a net."""
 
     format: Literal[1]
     role: Role
@@ -113,7 +110,8 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     input: Input
     # The points (x, y), in pixels of the input, to which the five points of a face are moved.
     template: tuple[Point, Point, Point, Point, Point] | None = None
-    around: tuple[Finite, Finite, Finite, Finite] | None = None  # box of a head or body, see `film`
+    # The box of the head or body, in units in which the box of the face is [0, 0, 1, 1].
+    around: tuple[Finite, Finite, Finite, Finite] | None = None
     width: Size | None = None  # the number of values of an embedding
     norm_is_quality: bool  # whether embeddings of better pictures are longer; for information
     back_end: BackEnd | None = None
@@ -224,5 +222,5 @@ PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.j
 
 
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Returns modality, such as `face`, -> card for the nets that compute embeddings."""
+    """Returns modality, such as `face`, -> card of the net that computes its embeddings."""
     return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

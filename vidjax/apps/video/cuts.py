@@ -26,7 +26,7 @@ TITLE_LETTERS = 60  # the largest number of letters of a person's name in a titl
 
 
 class Cut(NamedTuple):
-    """A stretch of a film from frame `begin` up to, but not including, frame `end`."""
+    """A stretch of a film from frame `begin` to frame `end` (exclusive)."""
 
     film: Film
     begin: int
@@ -36,7 +36,7 @@ class Cut(NamedTuple):
 def find_cuts(
     appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
 ) -> dict[tuple[str, float], list[Cut]]:
-    """Returns the stretches of films that show each person, by person and frame rate.
+    """Returns (person, frame rate) -> the stretches of films that show the person.
 
     Each stretch is extended by `padding_s` seconds at both ends, but not beyond the ends of the
     film. Stretches that then touch are joined. Frame rates are rounded to the nearest usual rate,
@@ -63,10 +63,10 @@ def find_cuts(
 def write(
     folder: Path, appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
 ) -> None:
-    """Writes the cut lists of all people into a folder, as NAME.edl; see `find_cuts`.
+    """Writes the cut lists of all people into a folder, as NAME.edl.
 
-    The title of a list contains the frame rate. If the films of a person have several rates, the
-    names of the files also contain the rate.
+    A list contains the cuts of `find_cuts` for one frame rate. If the films of a person have
+    several rates, the names of the files also contain the rate.
     """
     lists = find_cuts(appearances, films, padding_s)
     rates = Counter(person for person, _ in lists)
@@ -83,7 +83,7 @@ def write(
 
 
 def to_edl(title: str, rate: float, cuts: Sequence[Cut]) -> str:
-    """Returns the text of a cut list. The cuts follow each other without gaps."""
+    """Returns the text of a cut list (.edl). The cuts follow each other without gaps."""
     lines, at = [f"TITLE: {title}", "FCM: NON-DROP FRAME"], 0
     for number, (film, begin, end) in enumerate(cuts, 1):
         frames = (begin, end, at, at + end - begin)

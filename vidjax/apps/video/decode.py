@@ -98,9 +98,7 @@ class DecodeCounts:
     refused: int = 0  # packets and frames that could not be decoded or converted
     repaired: int = 0  # time stamps that `Clock` replaced
     seconds: float = 0.0  # the end of the last frame
-    # Whether the video ended long before its declared end, or the pictures or the sound after some
-    # time could not be used.
-    damaged: bool = False
+    damaged: bool = False  # whether the last part of the pictures or the sound is missing
 
 
 class Clock:
@@ -109,8 +107,7 @@ class Clock:
     A time stamp is bad if it is missing, if it does not increase, or if it is more than 10 seconds
     beyond the declared end. A frame with a bad time stamp gets the time of the previous frame plus
     the average duration of a frame. If this time differs from the bad time stamp, all later frames
-    are moved by this difference. The first time is at least 0: the declared start of a file, which
-    is subtracted from time stamps, is rounded to microseconds.
+    are moved by this difference. No time is negative.
 
     `step_s` is the average duration of a frame. `latest_s` is the declared end, or None.
     """
@@ -131,7 +128,7 @@ class Clock:
             self.repaired += 1
             self._shift += 0.0 if stamp_s is None else after - time
             time = after
-        if self._last is None:
+        if self._last is None:  # the start that is subtracted from time stamps is rounded
             time = max(time, 0.0)
         self._last = time
         return time
@@ -140,7 +137,7 @@ class Clock:
 class Video:
     """An open video or photo, see `open_video`. Call either `frames` or `sound`, and only once.
 
-    `counts` are complete when the iteration ends. `tell` returns the place in the file, in bytes.
+    `counts` are complete when the iteration ends. `tell()` returns the position in the file.
     """
 
     def __init__(self, path: Path, file: io.FileIO | io.BytesIO, container: "InputContainer"):
@@ -153,11 +150,11 @@ class Video:
         self.counts = DecodeCounts()
 
     def frames(self, fps: float) -> Iterator[Frame]:
-        """Yields all frames that are not corrupt. About `fps` frames per second are sampled.
+        """Yields all frames in order. Corrupt frames are skipped.
 
-        Only sampled frames contain the picture in full size, `Frame.rgb`. The first frame at or
-        after each multiple of 1 / `fps` seconds is sampled. Raises UserError if no frame can be
-        decoded.
+        The first frame at or after each multiple of 1 / `fps` seconds contains the picture in full
+        size, `Frame.rgb`. All other frames contain only a small picture. Raises UserError if no
+        frame can be decoded.
         """
         from av.error import FFmpegError
         from av.video.frame import VideoFrame
@@ -206,10 +203,10 @@ class Video:
     def sound(self) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.
 
-        `seconds` is the time of the first sample. `samples` are float32 [n] at 16 kHz: a weighted
-        sum of all channels, 0.71 x (left + right) for stereo, clipped to -1 to 1. There may be gaps
-        between blocks. If a block begins more than a second before the end of the previous block,
-        the rest of the sound is dropped, because its times are unknown.
+        `seconds` is the time of the first sample. `samples` are float32 [n] at 16 kHz, clipped to
+        -1 to 1. They are a weighted sum of all channels: 0.71 x (left + right) for stereo. There
+        may be gaps between blocks. If a block begins more than a second before the end of the
+        previous block, the rest of the sound is dropped.
         """
         from av.audio.frame import AudioFrame
         from av.audio.resampler import AudioResampler
@@ -232,7 +229,7 @@ class Video:
                     # Small differences are ignored, because some formats round time stamps.
                     if block.time is not None:
                         stamp_s = block.time - self.info.start_s
-                        if stamp_s < time_s - BACK_SECONDS:
+                        if stamp_s < time_s - BACK_SECONDS:  # later times are unknown
                             self.counts.damaged = True
                             return
                         time_s = stamp_s if abs(stamp_s - time_s) > ROUNDING_SECONDS else time_s
@@ -241,7 +238,7 @@ class Video:
                     time_s += len(samples) / SOUND_RATE
 
     def _decode(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
-        """Yields the frames of a stream. Frames that the decoder marks as corrupt are skipped."""
+        """Yields the frames of a stream, without frames that the decoder marks as corrupt."""
         from av.error import FFmpegError
 
         packets = self._container.demux(stream)
@@ -325,7 +322,8 @@ def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
 def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
     """Turns a picture [H, W, 3] by a multiple of 90 degrees, or mirrors it, or does both.
 
-    If the angle of `turn` is not a multiple of 90 degrees, it is rounded to the nearest multiple.
+    The numbers (a, b, c, d) of `turn` move the pixel at (x, y) to (a x + c y, b x + d y). Other
+    angles are rounded to the nearest multiple of 90 degrees.
     """
     a, b, c, d = turn
     across, down = a, d
@@ -336,7 +334,7 @@ def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
 
 
 def read_orientation(file: io.FileIO | io.BytesIO) -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8. Without EXIF, it is 1 (upright)."""
+    """Returns the EXIF orientation of a photo, 1 to 8, or 1 (upright) for a photo without EXIF."""
     place = file.tell()
     file.seek(0)
     content = file.read(PHOTO_BYTES)
@@ -433,7 +431,7 @@ def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
 
 
 def _parse_duration(text: str) -> float | None:
-    """Returns the seconds of a duration such as `00:01:02.500000000`; None for another format."""
+    """Returns the seconds of a text such as `00:01:02.500`, or None if the format is different."""
     match = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d{1,9})?)", text)
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else None
 
@@ -459,7 +457,7 @@ def _check_pixels(path: Path, width: int, height: int) -> None:
 def _resize(
     reformatter: "VideoReformatter", frame: "VideoFrame", width: int, height: int
 ) -> np.ndarray:
-    """Shrinks or enlarges a frame; returns it as RGB uint8 [height, width, 3]."""
+    """Returns a frame in another size, as RGB uint8 [height, width, 3]."""
     from av.video.reformatter import Interpolation
 
     area = Interpolation.AREA

@@ -26,11 +26,11 @@ FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differi
 
 
 def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict[str, str | None]:
-    """Finds doubtful photos of a gallery; returns clip -> the person whom the photo resembles.
+    """Finds photos in a gallery that may show another person; returns clip -> the likely person.
 
-    The person is None if the photo resembles no other person. `person_of` is clip -> person for the
-    photos to check. If the card of the net contains no distribution of distances, no photo is
-    doubtful.
+    If a photo resembles no other person, the likely person is None. `person_of` is clip -> person
+    for the photos to check. If the card of the net contains no distribution of distances, the
+    result is empty.
     """
     doubtful: dict[str, str | None] = {}
     clips = np.array(sorted(person_of))
@@ -49,7 +49,7 @@ def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict
 def compare_photos(
     distances: Distances, units: np.ndarray, owner: np.ndarray
 ) -> dict[int, int | None]:
-    """Finds doubtful photos by the rules in the docstring of this module.
+    """Finds photos that show a person other than `owner` with odds above 200 to 1.
 
     Args:
       distances: the distributions of distances between faces of one person and of two people.
@@ -57,7 +57,7 @@ def compare_photos(
       owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 
     Returns:
-      Row of a doubtful photo -> number of the person whom it resembles, or None.
+      Row of such a photo -> number of the person whom it resembles, or None.
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)
@@ -88,17 +88,16 @@ def compare_photos(
 def _compute_log_ratios(
     distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
 ) -> np.ndarray:
-    """Compares photos with the other photos of K people; returns ratios in the shape of `product`.
+    """Compares photos with K people; returns log ratios of likelihoods, in the shape of `product`.
 
-    A ratio is log(p(photo | this person) / p(photo | another person)). It is 0 if a person has no
-    other photos.
+    A ratio is log(p(photo | this person) / p(photo | another person)). If a person has no other
+    photos, the ratio is 0.
 
     Args:
       count: [K], the number of other photos of each person.
       mean: [K, D], the mean unit embedding of these photos.
-      product: the inner products of `mean` and the unit embeddings of the compared photos. If it is
-        [K], photo k is compared with person k. If it is [N, K], N photos are compared with all
-        people.
+      product: the inner products of `mean` and the unit embeddings of the compared photos: [N, K]
+        for N photos, or [K], if photo k is compared only with person k.
     """
     square = np.vecdot(mean, mean)
     noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)

@@ -59,7 +59,7 @@ class ExtractionSettings(Struct, kw_only=True, frozen=True):
 
 
 class Extraction(Struct, kw_only=True):
-    """The contents of `extract.json`: the settings and the nets of a folder of features."""
+    """The contents of `extract.json`: the nets and settings with which features were computed."""
 
     format: Literal[3] = 3
     models: Annotated[dict[str, Sha256], Meta(max_length=100)]  # role -> sha256 of the card
@@ -158,9 +158,9 @@ def _check_file_name(name: str) -> None:
 
 
 def make_stem(path: Path) -> str:
-    """Makes the stem, with which the names of a file's clips begin.
+    """Returns the stem of a file, with which the names of its clips begin.
 
-    It contains only letters, digits, `_` and `-`.
+    The stem contains only letters, digits, `_` and `-`.
     """
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
@@ -172,7 +172,7 @@ def locate_features(folder: Path, clip: str) -> Path:
 
 
 def cut_film_name(clip: str) -> str:
-    """Removes the shot and the track from the name of a clip, as in `STEM.s003.t01` -> `STEM`."""
+    """Removes the shot and the track from the name of a clip: `film.s003.t01` becomes `film`."""
     return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
 
 
@@ -187,21 +187,20 @@ def locate_thumbnail(folder: Path, clip: str) -> Path:
 
 
 def read_extraction(folder: Path) -> Extraction | None:
-    """Reads `extract.json` of a folder. Returns None if the file does not exist."""
+    """Reads `extract.json` in a folder of features. Returns None if the file does not exist."""
     path = folder / NAME
     return schemas.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
 
 
 def read_film(path: Path) -> Film:
-    """Reads a file `videos/STEM.json`."""
+    """Reads a file `videos/STEM.json`, which describes a video or a photo."""
     return schemas.read(path, Film, REMEDY, FILE_BYTES)
 
 
 def read_films(folder: Path) -> list[Film]:
-    """Reads all films and photos whose features in a folder are complete.
+    """Reads the descriptions of all films and photos in a folder of features.
 
-    If several films have the same file name, their field `video` also contains the folders of the
-    path that distinguish the films.
+    If several films have the same file name, folders of their paths are added to their names.
     """
     films = [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
     by_name: dict[str, list[Film]] = {}
@@ -214,7 +213,7 @@ def read_films(folder: Path) -> list[Film]:
 
 
 def _distinguish(twins: Sequence[Film]) -> None:
-    """Adds as few folders to the field `video` of several films as make these fields different."""
+    """Adds folders of their paths to the equal names of several films, until the names differ."""
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
     # In this order, the paths with the longest common end are neighbours.
     neighbours = itertools.pairwise(sorted(part[::-1] for part in parts))
@@ -225,10 +224,10 @@ def _distinguish(twins: Sequence[Film]) -> None:
 
 
 def check_photo(film: Film) -> tuple[str | None, str]:
-    """Returns the clip with which a photo can enrol a person, and the problem of the photo.
+    """Returns the clip of the only face in a photo, and the problem of the photo.
 
-    The clip is None unless the photo shows exactly one face. If the face is poor, the clip can
-    still enrol a person. If the face is good, the problem is empty.
+    If the photo does not show exactly one face, the clip is None. If there is one good face, the
+    problem is "".
     """
     if len(film.tracks) != 1:
         count = f"{len(film.tracks)} faces" if film.tracks else "no face"
@@ -246,15 +245,15 @@ def check_face(track: FilmTrack) -> str:
 
 
 def write(path: Path, value: Struct) -> None:
-    """Writes a JSON file of a folder of features, atomically."""
+    """Writes a JSON file into a folder of features, atomically."""
     files.write_json(path, msgspec.to_builtins(value))
 
 
 def check_models(path: Path, cards: Mapping[str, str]) -> None:
-    """Raises UserError if features were computed by other models than a gallery uses.
+    """Raises UserError if the features in `path` were computed by other models than a gallery uses.
 
-    `cards` contains the sha256 of the card of the gallery's model for each modality. Features of
-    other programs are accepted, because their models are unknown.
+    `cards` is modality -> sha256 of the card of the gallery's model. Features of other programs are
+    accepted, because their models are unknown.
     """
     folder = path if path.is_dir() else path.parent
     extraction = next(filter(None, map(read_extraction, (folder, folder.parent))), None)

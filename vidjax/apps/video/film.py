@@ -50,21 +50,20 @@ MOST_KEPT, KEPT_SECONDS = 96, 0.2
 
 
 class Nets(NamedTuple):
-    """The nets with which a film is read."""
+    """The nets with which a film is read. The keys are parts of a person, such as "face"."""
 
-    # The keys are the parts: "face", and if available, "head", "body" and for `embed` "scene".
-    detect: dict[str, Detector]
-    embed: dict[str, Embedder]
+    detect: dict[str, Detector]  # "face", and if available, "head" and "body"
+    embed: dict[str, Embedder]  # also "scene", the whole picture, if available
     listen: Listener | None = None  # detects speech and embeds voices; None without these nets
 
 
 class Figures(NamedTuple):
     """The N people in a picture. Boxes and points that were not detected are NaN."""
 
-    boxes: np.ndarray  # [N, 4], the tracked box: the head, or if it was not detected, the face
-    scores: np.ndarray  # [N], of the faces, or of heads without a face
-    points: np.ndarray  # [N, 5, 2], the five points of the faces
-    parts: dict[str, np.ndarray]  # the boxes [N, 4] of each part, such as "face" or "body"
+    boxes: np.ndarray  # [N, 4], the box of the head, or of the face if no head was detected
+    scores: np.ndarray  # [N], the score of the face, or of the head if no face was detected
+    points: np.ndarray  # [N, 5, 2], five points of the face, such as the eyes
+    parts: dict[str, np.ndarray]  # part, such as "face" or "body" -> boxes [N, 4]
 
     def take(self, index: np.ndarray) -> "Figures":
         """Selects people by indices or a mask."""
@@ -73,10 +72,10 @@ class Figures(NamedTuple):
 
 
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
-    """Loads the nets that cards describe.
+    """Loads the nets that cards, which are JSON files, describe.
 
     Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if a net
-    for heads or bodies has neither a detector nor the field `around`.
+    for heads or bodies lacks a detector, and its card lacks the field `around`.
     """
     detect = {
         role.removesuffix("_detector"): Detector(card, size)
@@ -97,10 +96,10 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
 
 
 def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) -> Figures:
-    """Joins the faces, heads and bodies that were detected in a picture into people.
+    """Joins detected faces, heads and bodies into people; returns the people in a picture.
 
     People with a face come first, by falling score. Heads without a face follow. `rgb` is uint8
-    [H, W, 3]. `detections` contains the detections of each part, such as "face" or "head".
+    [H, W, 3]. `detections` is part, such as "face" or "head" -> detections.
     """
     faces = detections["face"]
     boxes, scores, points = faces
@@ -156,10 +155,9 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as heads.
 
-    Returns the index of the large box of each small box, int [M], or -1. Each large box chooses a
-    small box whose centre it contains. If it contains several centres, it chooses the centre
-    nearest to the middle of its top side. The smallest large box chooses first. No box is in two
-    pairs.
+    Returns the index of the large box of each small box, int [M], or -1. A large box contains the
+    centre of its small box. The smallest large box chooses first. If a large box contains several
+    centres, the centre nearest to the middle of its top side is chosen. No box is in two pairs.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -174,10 +172,10 @@ def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
 
 
 class Sighting(NamedTuple):
-    """A person in a frame. Sightings are ordered by quality."""
+    """A person in a frame. Sightings are sorted by quality, and then by number."""
 
     quality: float  # the quality of the face; negative without a face
-    number: int  # a unique number. Sightings of equal quality are ordered by it
+    number: int  # a different number for each sighting
     time_s: float
     frame: int  # the number of the frame in the film
     detection: float  # the score of the detector
@@ -188,9 +186,9 @@ class Sighting(NamedTuple):
 
 
 class BestPictures:
-    """Keeps the best picture of a track in each span of time.
+    """Keeps the best picture of a person in each interval of 0.2 seconds.
 
-    All spans are equally long. If there are more than 96 pictures, the length is doubled.
+    If there are more than 96 pictures, the length of the intervals is doubled.
     """
 
     def __init__(self) -> None:
@@ -214,9 +212,9 @@ class BestPictures:
 class ClipBuilder:
     """Collects the best pictures of each track, and makes a clip when the track has ended.
 
-    If the folder `thumbnails` exists, a picture of the best face of each clip is written into it.
-    A track whose pictures are visible for more than `held_s` seconds each is part of a slide show,
-    see `find_changes`.
+    A track is a person in a shot. If the folder `thumbnails` exists, a picture of the best face of
+    each clip is written into this folder. If the pictures of a track are visible for more than
+    `held_s` seconds each, the track is part of a slide show, see `find_changes`.
     """
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):
@@ -257,8 +255,7 @@ class ClipBuilder:
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
         """Makes a clip of a track that has ended. `names` yields the names of clips.
 
-        If `split`, and the faces show that a track continues with another person, each person
-        becomes a clip.
+        If `split` is True and a track shows several people in turn, each person becomes a clip.
         """
         kept = self._kept.pop(track.number).pictures()
         # Pictures after the end of the track are part of a dissolve.
@@ -279,9 +276,9 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes the clip `name` from the sightings `pictures` of a track.
+        """Makes the clip `name` from pictures of a track. `faces` is number -> embedding.
 
-        `faces` contains the embedding of the face of each sighting, by `Sighting.number`.
+        The number is `Sighting.number` of a picture, and the embedding is the one of its face.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
@@ -316,16 +313,17 @@ class ClipBuilder:
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Deletes the pictures of all tracks except the tracks whose numbers are in `live`."""
+        """Deletes the pictures of all tracks whose numbers are not in `live`."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
-        """Adds voices to clips; returns the number of clips with a voice.
+        """Adds embeddings of voices to clips; returns the number of clips with a voice.
 
-        `seen` are the tracks of all people. Speech belongs to a clip while no other person is
-        visible. A clip keeps the 32 windows of sound with the most speech. The array `audio_number`
-        of a clip contains the start of each window in milliseconds. `sound` yields blocks (seconds,
-        samples) at 16 kHz.
+        Speech belongs to a clip while no other person is visible. A clip keeps the 32 windows of
+        sound with the most speech. The array `audio_number` of a clip contains the start of each
+        window in milliseconds.
+
+        `sound` yields blocks (seconds, samples) at 16 kHz. `seen` are the tracks of all people.
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
@@ -360,12 +358,11 @@ def extract(
 
     Each face of a photo is a clip. If `out` contains a folder for thumbnails, a picture of the best
     face of each clip is written into this folder. The memory grows only with the number of clips.
-    The faces of a clip need at most 18 kB if embeddings have 128 values.
 
     Args:
       out: an existing folder.
       stem: the first part of the names of the clips.
-      source, sha256: the properties and the sha256 of the file. They are copied to the result.
+      source, sha256: the properties and the sha256 of the file, which are copied to the result.
       tagged: whether names that photo programs stored for faces are read from a photo.
 
     Raises:
@@ -410,10 +407,9 @@ def _make_clips(
     out: Path,
     settings: ExtractionSettings,
 ) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
-    """Makes a clip of each track in a video, or with `--unit=shot`, of each shot.
+    """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
-    Returns the start and end of each shot, and the tracks of all people, who may speak without a
-    clip.
+    Returns the start and end of each shot in seconds, and the tracks of all people.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
@@ -463,7 +459,7 @@ def _make_clips(
 def _find_in_photo(
     path: Path, video: decode.Video, clips: ClipBuilder, nets: Nets, stem: str, tags: regions.Tags
 ) -> list[str]:
-    """Makes a clip of each face in a photo; returns the names in `tags` without a face."""
+    """Makes a clip of each face in a photo; returns the names of tags where no face is detected."""
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     people = find_people(

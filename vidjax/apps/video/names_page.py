@@ -52,7 +52,7 @@ class PageEntry(NamedTuple):
 
     @property
     def doubt(self) -> float:
-        """The probability that the name is wrong, 0 to 1. Below 0.1, it counts as 0.
+        """The probability that the name is wrong, 0 to 1. A probability of at most 0.1 counts as 0.
 
         For an unknown person, the doubt is the probability of the most likely name.
         """
@@ -64,8 +64,8 @@ class PageEntry(NamedTuple):
 class Forms(NamedTuple):
     """The state of the forms on the page with which a user corrects names. Texts may be empty."""
 
-    # The number of changes before the page was made. If another change was made since then, a
-    # change on this page is refused.
+    # The number of changes when the page was made. If names have changed since then, a change on
+    # this page is refused.
     version: int = 0
     # The film or person that the page shows. For an overview, both are empty.
     film: str = ""
@@ -90,11 +90,11 @@ class Forms(NamedTuple):
 
 
 class PersonAppearances(NamedTuple):
-    """The appearances of a person in one or all films. `total` is their duration as text."""
+    """The appearances of a person in one or all films."""
 
     name: str
     entries: list[PageEntry]
-    total: str
+    total: str  # the total duration of the appearances as text
 
 
 class FilmSection(NamedTuple):
@@ -151,7 +151,7 @@ def render(
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
-        """Returns the photos of the person `name`. Without photos, returns faces of `entries`."""
+        """Returns photos of the person `name`, or if there are none, faces in `entries`."""
         longest = sorted(range(len(entries)), key=lambda n: -entries[n].seconds)[:MOST_PICTURES]
         chosen = [entries[n] for n in sorted(longest)]
         pictures = [(picture(entry.key.removeprefix(CLIP)), entry.time) for entry in chosen]
@@ -195,7 +195,7 @@ def _load_template() -> "jinja2.Template":
 
 
 def format_appearance_time(appearance: Appearance, film: Film) -> str:
-    """Returns the time of an appearance as text, such as 3:12\u20133:15 or "in the photo"."""
+    """Returns the time of an appearance as text, such as 3:12–3:15 or "in the photo"."""
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 
@@ -223,9 +223,10 @@ def _make_entry(
 
 
 def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
-    """Groups the appearances in a film by person, with the longest total time first.
+    """Returns a film with its appearances by person. `people` are the known people.
 
-    Known people come before unknown people, and ignored people come last.
+    Known people come first, then unknown people, and then ignored people. Within each of these
+    groups, the person with the longest total time comes first.
     """
     by_name: dict[str, list[PageEntry]] = {}
     for entry in entries:

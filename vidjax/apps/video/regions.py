@@ -66,7 +66,7 @@ def list_sidecars(path: Path) -> list[Path]:
 
 
 def read_tags(path: Path) -> Tags:
-    """Reads the names of faces from the first file with tags: a sidecar file, or the photo."""
+    """Reads the face tags of a photo from a sidecar file, or if there are none, from the photo."""
     problems: list[str] = []
     for place in (*list_sidecars(path), path):
         try:
@@ -132,13 +132,13 @@ def parse_packet(packet: bytes) -> Tags:
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of all XML lists with this name, at most MOST_TAGS + 1."""
+    """Yields the items of all XML lists with this name, at most 501."""
     items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 
 
 def _collect_values(item: ElementTree.Element) -> dict[str, str]:
-    """Returns name -> text for the attributes and inner elements of an element."""
+    """Returns name -> text for the attributes and inner elements of an XML element."""
     values: dict[str, str] = {}
     for element in itertools.islice(item.iter(), MOST_VALUES):
         for key, value in (*element.attrib.items(), (element.tag, (element.text or "").strip())):
@@ -171,9 +171,10 @@ def _parse_number(text: str | None) -> float:
 
 
 def _make_tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
-    """Returns a tag, or None if the name is empty or the middle of the box is not in the picture.
+    """Returns a tag. If the name is empty or the box is wrong, returns None.
 
-    The place and the size of the box are fractions of the picture's width and height.
+    The numbers are fractions of the picture's width and height. The middle of the box must be in
+    the picture.
     """
     x, y = left + width / 2, top + height / 2
     name = (name or "").strip()
@@ -187,10 +188,9 @@ def match_faces(
 ) -> np.ndarray:
     """Returns the index of the detected face at each of n tags: int [n], or -1 if there is no face.
 
-    By the standard, the boxes of tags belong to the stored picture, which may lie on its side. But
-    some programs draw them in the displayed, upright picture. If one of the two pictures is wide
-    and the other is tall, `tags.shape` shows which picture a program has used. If not, the picture
-    in which more tags have a face is used.
+    Some programs draw the boxes of tags in the stored picture, which may lie on its side. Others
+    draw the boxes in the displayed, upright picture. `tags.shape` may show which picture was used.
+    If not, the picture in which more tags have a face is chosen.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.
@@ -207,7 +207,10 @@ def match_faces(
 
 
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns boxes [n, 4], fractions of a picture's sides, upright by the EXIF orientation."""
+    """Turns boxes [n, 4] from the stored picture to the upright picture, by EXIF orientation.
+
+    The numbers are fractions of the picture's sides.
+    """
     points = boxes.reshape(-1, 2, 2)
     if orientation > 4:
         points = points[..., ::-1]
@@ -219,8 +222,8 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Returns the index of the face in `faces` [N, 4] for each box [n, 4]: int [n], or -1 for none.
 
-    The centre of the face must be in the box. The pair with the largest intersection over union is
-    chosen first. No face is chosen twice.
+    The centre of the face must be in the box. The pair with the largest overlap is chosen first. No
+    face is chosen twice.
     """
     owner, box = np.full(len(boxes), -1), boxes[:, None]
     centres = (faces[:, :2] + faces[:, 2:]) / 2

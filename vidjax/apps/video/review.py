@@ -74,7 +74,7 @@ class Review:
         threshold: float | None = None,
         padding: float = who.PADDING_SECONDS,
     ):
-        """Opens a folder of results. `decision` are the people before the corrections.
+        """Opens the folder of results `out`. `decision` contains the names before corrections.
 
         For the other arguments, see `who.name_people`.
         """
@@ -99,15 +99,13 @@ class Review:
         return who.WhoResults(self._gallery.identities, self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of the film with this number, or None if the file has changed.
-
-        A malicious folder of results may name any file of this disk as a film. The folder cannot
-        contain the right size, time and inode of the file, so the file is not sent.
-        """
+        """Returns the path of the film with this number, or None if the file has changed."""
         if number >= len(self._films):
             return None
         source = self._films[number].source
         path = source.path
+        # A malicious folder of results may name any file of this disk as a film, but the folder
+        # cannot contain the right size, time and inode of the file. So this file is not sent.
         return path if path.is_file() and FileStamp.of(path) == source else None
 
     def picture(self, address: str) -> Path | None:
@@ -118,7 +116,7 @@ class Review:
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of all names, of the names in `film`, or of `person`, as HTML.
+        """Returns the page of names as HTML. The page may show only a film or only a person.
 
         `problem` is the state of the forms after a change that was refused. Without a `problem`,
         the first call after a change shows the message of the change.
@@ -137,7 +135,7 @@ class Review:
         return who.render_page(self._out, self._gallery, self._decision, address, forms)
 
     def change(self, action: str, of: str, name: str, after: str = "") -> None:
-        """Changes a name.
+        """Changes the name of a person, or of a person in one appearance.
 
         Args:
           action: "name" gives the name `name`. "deny" removes a wrong name. "ignore" removes the
@@ -182,7 +180,7 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def undo(self) -> None:
-        """Undoes the last change that was not undone yet, or raises UserError."""
+        """Undoes the last change. Raises UserError if there is no change to undo."""
         if not self._steps:
             raise UserError("there is no change to undo")
         step = self._steps[-1]
@@ -191,7 +189,7 @@ class Review:
         self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
 
     def save_later(self) -> None:
-        """Waits for a second. If there was no other change, writes the results."""
+        """Waits for a second. If there was no change in this second, writes the results."""
         version = self.version
         time.sleep(IDLE_SECONDS)
         if version == self.version:
@@ -199,7 +197,7 @@ class Review:
                 self.save()
 
     def save(self) -> None:
-        """Writes the results if there were changes since they were last written."""
+        """Writes the results if names have changed since the results were last written."""
         with self._saving:
             version, decision = self.version, self._decision
             if version > self._saved:
@@ -207,7 +205,7 @@ class Review:
                 self._saved = version
 
     def _find_clips(self, of: str) -> tuple[tuple[str, ...], str, str]:
-        """Returns the clips, the name and a description of a person or appearance on the page."""
+        """Returns the clips, the name and a description of `of`, a person or an appearance."""
         for x in self._decision.appearances:
             if of == CLIP + x.clips[0]:
                 film = next(film for film in self._films if film.video == x.video)
@@ -221,7 +219,7 @@ class Review:
         return tuple(sorted(clips)), of, of
 
     def _find_group(self, name: str) -> str:
-        """Returns an unknown person's name as the page spells it, or raises UserError."""
+        """Returns the name in lower case. Raises UserError if no unknown person has this name."""
         group = name.casefold()
         if group not in self._decision.unknown.values():
             raise UserError(
@@ -230,14 +228,17 @@ class Review:
         return group
 
     def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
-        """Returns the clips that are enrolled, except clips of a replaced film with old names."""
+        """Returns the clips that are enrolled.
+
+        A clip of a replaced film may have the name of an enrolled clip. This clip is not returned.
+        """
         vectors = self._decision.vectors
         return self._gallery.complete(vectors.only({*clips})) if vectors else set()
 
     def _label_clips(
         self, of: str, clips: Collection[str], name: str | None
     ) -> dict[str, StoredClip | None]:
-        """Returns entries of the gallery that give the name `name` to the clips of `of`.
+        """Returns clip -> entry of the gallery, with the new name `name` of the person `of`.
 
         If `name` is None, the person is ignored. Clips without a clear face are left out. Raises
         UserError if no clip remains.
@@ -252,7 +253,7 @@ class Review:
         return dict(entries)
 
     def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery; returns the old entries. None means no entry."""
+        """Replaces entries of the gallery; returns the old entries. None means "no entry"."""
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
             draft.remove(clip=[clip for clip, entry in before.items() if entry])
@@ -264,7 +265,7 @@ class Review:
     ) -> dict[str, StoredClip | None]:
         """Replaces entries of the gallery, and decides all names again; returns the old entries.
 
-        If a name cannot be decided, the gallery is not changed.
+        If the names cannot be decided, the gallery is not changed.
         """
         before = self._put(clips)
         try:
@@ -288,7 +289,7 @@ class Review:
         clips: Mapping[str, StoredClip | None],
         numbers: who.UnknownNumbers | None = None,
     ) -> None:
-        """Applies a change that can be undone, and sets the message of the page.
+        """Applies a change that can be undone, and shows its description `words` on the page.
 
         `clips` are the new entries of the gallery, and None removes a clip. For `of` and `after`,
         see `change`.
@@ -370,7 +371,7 @@ class _Pages:
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
 
     def _apply(self, form: Mapping[str, str], back: bool) -> Response:
-        """Applies the change in a form, or if `back` is True, undoes the last change."""
+        """Applies the change in a form. If `back` is True, undoes the last change instead."""
         review = self._review
         of, typed = form.get("of", ""), form.get("person") or form.get("new", "")
         name = " ".join(typed.split())
@@ -428,7 +429,7 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
 
 
 def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.OK) -> Response:
-    """Returns a page with the HTML `more`, and the text `about` below it."""
+    """Returns a page that shows the HTML `more`, and below, the text `about`."""
     policy = "default-src 'none'; media-src 'self'; style-src 'unsafe-inline'"
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
@@ -462,8 +463,8 @@ def serve_review(
 ) -> who.WhoResults:
     """Serves the page on which a user corrects names, until Ctrl-C; returns the final results.
 
-    `out` is the folder of results, and `decision` are the people before the corrections. For the
-    other arguments, see `who.name_people`.
+    `out` is the folder of results. `decision` contains the names before corrections. For the other
+    arguments, see `who.name_people`.
     """
     from vidjax.apps.serve import app as app_lib
     from vidjax.apps.serve.limits import Limits

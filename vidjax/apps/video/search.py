@@ -29,7 +29,10 @@ class SearchedFrame(NamedTuple):
 
 
 class FilmSearch:
-    """Detects people in frames that are added one by one, and returns them group by group."""
+    """Detects people in the frames of a film. To save time, it searches most frames only in part.
+
+    Frames are added one by one, but are searched and yielded in groups of up to five.
+    """
 
     def __init__(self, detectors: Mapping[str, Detector]):
         self._detectors = detectors
@@ -38,27 +41,27 @@ class FilmSearch:
         self._before: Mapping[str, Faces] = {}
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame. If the frame begins a new group, searches and yields the old group."""
+        """Adds a frame. If the frame begins a new group, searches and yields the last group."""
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()
         self._group.append(SearchedFrame(number, time_s, rgb, {}))
 
     def end_shot(self) -> Iterator[SearchedFrame]:
-        """Yields the remaining frames of a shot. The next frame begins another shot."""
+        """Searches and yields the remaining frames of a shot. The next frame begins a new shot."""
         # The last frame of a short shot may be part of a fade, so the first frame is also searched.
         if self._group and not self._before:
             first, *self._group = self._group
             self._before = self._search_whole(first.rgb)
-            yield _make(first, self._before)
+            yield _keep_strong(first, self._before)
         if self._group:
             yield from self._search()
         self._before = {}
 
     def _search(self) -> list[SearchedFrame]:
-        """Returns the frames of the group with their detections, and empties the group."""
+        """Searches the frames of the group; returns them with detections, and empties the group."""
         last = detections = self._search_whole(self._group[-1].rgb)
-        searched = [_make(self._group[-1], detections)]
+        searched = [_keep_strong(self._group[-1], detections)]
         for frame in self._group[-2::-1]:
             detections = {
                 name: _search_between(
@@ -66,7 +69,7 @@ class FilmSearch:
                 )
                 for name, net in self._detectors.items()
             }
-            searched.append(_make(frame, detections))
+            searched.append(_keep_strong(frame, detections))
         self._group, self._before = [], last
         return searched[::-1]
 
@@ -74,14 +77,16 @@ class FilmSearch:
         return {name: net.search(rgb) for name, net in self._detectors.items()}
 
 
-def _make(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFrame:
-    """Returns the frame with only the detections with scores above `LEAST_SCORE`."""
+def _keep_strong(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFrame:
     strong = {name: faces.take_above(LEAST_SCORE) for name, faces in detections.items()}
     return frame._replace(detections=strong)
 
 
 def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
-    """Returns the detections of a frame, given the detections of an earlier and a later frame."""
+    """Searches a frame near the detections `before` and `after`; returns detections.
+
+    If fewer people are detected than in one of these two frames, the whole frame is searched.
+    """
     moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
     detections = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))
     counts = [(faces.scores > LEAST_SCORE).sum() for faces in (detections, before, after)]

@@ -42,10 +42,9 @@ MIXED_REST = 0.35  # the largest error of the weighted sum, in standard deviatio
 
 
 class _Picture:
-    """A small picture, uint8 [h, w, 3], and its grey levels.
+    """A small picture, uint8 [h, w, 3], and its grey levels [h, w].
 
-    `centred` [h * w] are the grey levels minus their mean, and `deviation` is their standard
-    deviation.
+    `centred` [h * w] are the grey levels minus their mean. `deviation` is the standard deviation.
     """
 
     def __init__(self, small: np.ndarray):
@@ -60,8 +59,8 @@ class ShotDetector:
     `starts` are the starts of all shots in seconds.
 
     Source: Lienhart 1999, "Comparison of automatic shot boundary detection algorithms", sections 2
-    and 3, describes differences of histograms and of pixels, fades and dissolves. Unlike the paper,
-    differences are relative to the motion before. We chose the thresholds with artificial films.
+    and 3. Unlike in the paper, differences are relative to the motion before. We chose the
+    thresholds with artificial films.
     """
 
     def __init__(self) -> None:
@@ -76,8 +75,8 @@ class ShotDetector:
     def update(self, time_s: float, small: np.ndarray) -> bool:
         """Adds the next frame, uint8 [h, w, 3]; returns whether a new shot has begun.
 
-        The first frame of a film begins the first shot. If the new shot began with a dissolve, the
-        last of `starts` is the middle of the dissolve, which is earlier than `time_s`.
+        The first frame of a film begins the first shot. A dissolve is detected at its end. The
+        start of the new shot in `starts` is then the middle of the dissolve.
         """
         picture = _Picture(small)
         cut = not self._pictures or self._is_cut(time_s, picture)
@@ -114,8 +113,9 @@ class ShotDetector:
         return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
-        """Returns whether `change` [2], the difference and 1 - likeness, is a cut.
+        """Returns whether the change from the last picture to `picture` is a cut.
 
+        `change` [2] is the difference of the two pictures, and 1 minus their correlation. At a cut,
         `picture` must also differ from the two pictures before the last picture.
         """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
@@ -137,10 +137,10 @@ class ShotDetector:
         return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
-        """Returns whether each of the two numbers in `change` stands out: bool [2].
+        """Returns whether each of the two numbers in `change` is much larger than before: bool [2].
 
-        A number stands out if it is above `times_usual` times its median in recent changes, and
-        above `times_last` times its value in the change before.
+        The number must be above `times_usual` times its median in recent changes, and above
+        `times_last` times its value in the last change.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)
@@ -154,10 +154,10 @@ class _Dissolve:
         self.middle_s = np.inf
 
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
-        """Adds the next picture; returns whether it is the first still picture after a dissolve.
+        """Adds the next picture; returns whether `picture` is the first picture after a dissolve.
 
-        If so, `self.middle_s` is the time at which both still pictures have the same weight.
-        `difference` is the difference of `picture` from the previous picture.
+        `middle_s` is then the time at which both still pictures have the same weight. `difference`
+        is the difference of `picture` from the previous picture.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:
@@ -175,10 +175,11 @@ class _Dissolve:
 
 
 def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int | None:
-    """Returns the index of the first picture in which `end` has a larger weight than `start`.
+    """Returns the index of the picture in the middle of a dissolve, or None for another change.
 
-    Returns None if the pictures `between` are not weighted sums of `start` and `end`, or if `start`
-    and `end` are alike, or alike after a shift, or one is the negative of the other.
+    In a dissolve, the pictures `between` are weighted sums of `start` and `end`. From the middle
+    on, `end` has the larger weight. If `start` and `end` are alike, even after a shift, or if one
+    is the negative of the other, the result is None.
     """
     likeness = _measure_likeness(start, end)
     if min(start.deviation, end.deviation) < BLANK or not -LIKE < likeness <= UNLIKE:
@@ -205,7 +206,7 @@ def _measure_difference(first: _Picture, second: _Picture) -> float:
 
 
 def _measure_likeness(first: _Picture, second: _Picture) -> float:
-    """Returns the correlation of two pictures. If either has almost no contrast, returns 0."""
+    """Returns the correlation of two pictures, or 0 if one of them has almost no contrast."""
     product = first.deviation * second.deviation
     size = first.centred.size
     return float(first.centred @ second.centred) / (product * size) if product > 1.0 else 0.0
@@ -214,7 +215,7 @@ def _measure_likeness(first: _Picture, second: _Picture) -> float:
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
     """Returns the largest correlation of the middle of `first` with any part of `second`.
 
-    Both pictures are grey levels [h, w]. The middle lacks MOST_SHIFT pixels at each side.
+    Both pictures are grey levels [h, w]. The middle lacks 5 rows and 8 columns at each side.
     """
     down, across = MOST_SHIFT
     middle = first[down:-down, across:-across]

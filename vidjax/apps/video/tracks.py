@@ -21,7 +21,7 @@ MAIN_FIGURE_RATIO, LEAST_SHARE = 3.0, 0.3
 LEAST_SECONDS, MOST_SECONDS = 1.0, 30.0  # the duration of a shot with a main person
 CROWDED_OVERLAP = 0.4  # if the boxes of two tracks overlap more, one person may hide the other
 HELD_SECONDS = 0.4  # a sighting that lasts longer is a track, even without other sightings
-# A track is split unless the odds for the same person are at least SAME_ODDS. These odds are high,
+# A track is split where the odds for the same person are below SAME_ODDS. These odds are high,
 # because the faces in a shot are much more alike than the photos with which nets were measured.
 # Each part lasts at least PART_SECONDS, because the faces in dissolves are unusable. The parts of a
 # slide show may be shorter, because each picture may show another person.
@@ -30,7 +30,7 @@ PART_SECONDS, SAME_ODDS = 0.8, 50.0
 
 @dataclasses.dataclass
 class Track:
-    """The sightings of a person in a shot."""
+    """The sightings of a person in a shot. A sighting is a detection in a frame."""
 
     number: int
     shot: int
@@ -59,7 +59,7 @@ class Track:
 
 
 class _Motion:
-    """Predicts the next box of a track, as if each side of the box moved at a constant speed.
+    """Predicts the next box of a track: each side of the box moves at a constant speed.
 
     `last` [4] is the last detected box, at `time_s` seconds.
 
@@ -93,10 +93,9 @@ class _Motion:
 class Tracker:
     """Joins the detections of a film into tracks, frame by frame.
 
-    A detection is assigned to the track whose predicted box it overlaps most. If it overlaps no
-    predicted box enough, it is compared with the last detected box of each track. A track that
-    began in the previous frame has no prediction yet. For such a track, the last box and the box of
-    the detection are doubled in size and compared again. If one person may hide another, the
+    A detection is assigned to the track with the most similar box. It is compared first with the
+    predicted box of each track, and then with the last detected box. If a track began in the
+    previous frame, both boxes are also compared in double size. If one person may hide another, the
     detection is dropped, because a lost detection is better than a switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
@@ -106,9 +105,9 @@ class Tracker:
     """
 
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
-        """A track ends after `gap_s` seconds without a sighting, or at a cut.
+        """Makes a tracker. A track ends after `gap_s` seconds without a detection, or at a cut.
 
-        A track with a single sighting is dropped if the sighting lasts `held_s` seconds or less.
+        A track with a single detection is dropped if it lasts at most `held_s` seconds.
         """
         self._gap, self._held = gap_s, held_s
         self._cut_s: float | None = None  # the start of a shot, until its first frame is added
@@ -121,8 +120,8 @@ class Tracker:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Adds the detections `boxes` [N, 4] of the next frame, which is at `time_s` seconds.
 
-        Returns [N] int, the number of each detection's track, or -1 if a detection was dropped
-        because two people overlap.
+        Returns [N] int, the number of each detection's track. The number of a dropped detection,
+        where one person may hide another, is -1.
         """
         for motion in self._live:
             motion.track.end_sighting(time_s)
@@ -147,9 +146,10 @@ class Tracker:
     def cut(self, time_s: float) -> None:
         """Ends all tracks at a cut. The next frames are part of a shot that began at `time_s`.
 
-        If the cut is a dissolve, `time_s` is the middle of the dissolve. Tracks that began after
-        the dissolve began are dropped, because these people belong to the next shot.
+        If the cut is a dissolve, `time_s` is the middle of the dissolve. Tracks that began during
+        the dissolve are dropped.
         """
+        # The people in tracks that began later belong to the next shot.
         last_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
         for motion in self._live:
             motion.track.cut(time_s)
@@ -160,7 +160,7 @@ class Tracker:
 
     @property
     def live(self) -> set[int]:
-        """The numbers of the tracks that have not ended. Short tracks may still be dropped."""
+        """The numbers of the tracks that have not ended. Some of them may still be dropped."""
         return {motion.track.number for motion in self._live}
 
     def take_ended(self) -> list[Track]:
@@ -195,11 +195,10 @@ class Tracker:
 
 
 class MainFigures:
-    """Makes one track for each shot: the track of the main person.
+    """Makes the track of the main person of each shot.
 
     The main person of a frame has a box with at least three times the area of any other box. A shot
-    is dropped if it lasts less than 1 or more than 30 seconds, or if 30 % of its frames or less
-    have a main person.
+    has a main person if it lasts 1 to 30 seconds, and more than 30 % of its frames have one.
 
     Source: iQIYI-VID paper, sections 3.1 and 3.2, where the boxes are heads. The paper writes
     "larger" without a measure. We compare areas.
@@ -212,9 +211,9 @@ class MainFigures:
         self._ended: list[Track] = []
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the boxes [N, 4] of the next frame.
+        """Adds the boxes [N, 4] of the people in the next frame.
 
-        Returns [N] int: the number of the shot for the main person, and -1 for all others.
+        Returns [N] int: the number of the shot for the main person, and -1 for all other people.
         """
         self._frames += 1
         self._track.end_sighting(time_s)
@@ -260,8 +259,8 @@ def choose_held_seconds(fps: float) -> float:
 def choose_gap_seconds(rate: float) -> float:
     """Returns the longest gap, in seconds, between two sightings of a track.
 
-    `rate` is the number of frames per second that are searched. If it is low, the gap is longer,
-    because a person may be missed in one frame.
+    `rate` is the number of frames per second that are searched. The gap is at least the time of 1.5
+    frames, because a person may be missed in one frame.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 
@@ -269,8 +268,8 @@ def choose_gap_seconds(rate: float) -> float:
 def find_least_cosine(back_end: BackEnd, odds: float) -> float:
     """Returns the cosine of two faces at which the odds are `odds` to 1 that they are one person.
 
-    Cosines are assumed to be normally distributed. `back_end` contains the mean and the standard
-    deviation for faces of one person, and of two people. The result lies between the two means.
+    `back_end` contains the mean and standard deviation of the cosines of one person and of two
+    people. Cosines are assumed to be normally distributed. The result lies between the two means.
     """
     cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
     same, different = (
@@ -283,7 +282,7 @@ def find_least_cosine(back_end: BackEnd, odds: float) -> float:
 def find_changes(
     vectors: np.ndarray, times: np.ndarray, held: bool, back_end: BackEnd | None
 ) -> list[int]:
-    """Returns the indices at which the faces of a track begin to show another person, in order.
+    """Returns the sorted indices at which the faces of a track change to another person.
 
     The track is split where the mean embeddings before and after have the lowest cosine, if this
     cosine is too low for one person. Both parts are then split in the same way.
@@ -339,10 +338,10 @@ def _double_boxes(boxes: np.ndarray) -> np.ndarray:
 
 
 def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[int, int]:
-    """Pairs L boxes with N other boxes; the pair with the largest overlap is chosen first.
+    """Pairs L boxes with N other boxes; returns column -> row of `overlaps` [L, N] for each pair.
 
-    `overlaps` is [L, N]. No box is in two pairs. Two boxes are paired only if their overlap is
-    above `least`, which must not be negative. Returns column -> row of `overlaps` for each pair.
+    The pair with the largest overlap is chosen first. No box is in two pairs. The overlap of a pair
+    is above `least`, which must not be negative.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}
@@ -354,10 +353,11 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns for each of N detections whether one person may hide another there: bool [N].
+    """Returns bool [N]: whether one person may hide another at each of N detections.
 
-    That is so if the predicted boxes `expected` [L, 4] of several tracks overlap each other and the
-    detection (`overlaps` [L, N]), but fewer detections than tracks are near these boxes.
+    This is so if the predicted boxes `expected` [L, 4] of several tracks overlap each other and the
+    detection, but fewer detections than tracks are there. `overlaps` [L, N] compares the boxes with
+    the detections.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

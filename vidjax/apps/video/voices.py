@@ -31,7 +31,7 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows 
 def open_voice_embedder(card: Card) -> nets.Embedder:
     """Opens the net that computes embeddings of voices.
 
-    The embedder is called with N windows of 1.6 s of sound, [N, 25600] from -1 to 1.
+    The result is called with N windows of 1.6 s of sound, [N, 25600] from -1 to 1.
     """
     return nets.Embedder(card, lambda windows, _: make_mels(raise_level(windows)))
 
@@ -53,7 +53,7 @@ class Voice(NamedTuple):
 
 
 class Listener:
-    """Detects speech, and computes embeddings of voices, with the nets for these two roles."""
+    """Detects speech with one net, and computes embeddings of voices with another net."""
 
     def __init__(self, cards: Mapping[Role, Card]):
         self._hears = cards["voice_activity"]
@@ -61,7 +61,10 @@ class Listener:
         self._embeds = open_voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
-        """Returns embeddings of windows with enough speech. `samples` [N] needs N >= 25,600."""
+        """Returns embeddings of the windows of 1.6 seconds with enough speech.
+
+        `samples` [N] are at 16 kHz. N must be at least 25,600.
+        """
         speech = self.detect_speech(samples) > SPEECH
         begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
         steps = np.array([speech[at // STEP : (at + WINDOW) // STEP].sum() for at in begin])
@@ -87,10 +90,10 @@ class Listener:
 
 
 def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
-    """Yields the parts of a film during which only one track is visible, in order of time.
+    """Yields the parts of a film during which only one person is visible, in order of time.
 
-    Long parts are split into pieces of 60 seconds. Between the start and the end of a track, the
-    person counts as visible, even if the face is hidden.
+    Long parts are split into pieces of 60 seconds. A person counts as visible from the start to the
+    end of the track, even if the face is hidden in between.
     """
     tracks = list(tracks)
     ends = [(time_s, n) for n, x in enumerate(tracks) for time_s in (x.start_s, x.end_s)]
@@ -103,9 +106,9 @@ def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Splits a part of a film into pieces of 60 seconds that overlap by half a window.
+    """Splits a part of a film into pieces of 60 seconds that overlap by 0.8 seconds.
 
-    If the part is shorter than a window of 1.6 seconds, yields nothing.
+    If the part is shorter than 1.6 seconds, yields nothing.
     """
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
@@ -119,8 +122,8 @@ def cut_spans(
 ) -> Iterator[tuple[Span, np.ndarray]]:
     """Yields each span of a film with its samples. Spans without sound are left out.
 
-    Gaps in the sound are filled with zeros. At most two spans are in memory at a time. The blocks
-    of sound (seconds, samples) and the spans are in order of time.
+    `sound` contains blocks (seconds, samples). The blocks and `spans` are in order of time. Gaps
+    between blocks are filled with zeros.
     """
     waiting = collections.deque(spans)
     open_spans = collections.deque[tuple[Span, int, np.ndarray]]()
@@ -146,7 +149,7 @@ def cut_spans(
 
 
 def raise_level(windows: np.ndarray) -> np.ndarray:
-    """Amplifies faint windows of sound [N, T], but not silence, to a root mean square of -30 dB."""
+    """Amplifies faint windows of sound [N, T] to a root mean square of -30 dB, except silence."""
     level = np.sqrt(np.mean(np.square(windows, dtype=np.float64), axis=1, keepdims=True))
     gain = np.where(level > 0, np.maximum(LEAST_LEVEL / np.maximum(level, 1e-12), 1), 1)
     return (windows * gain).astype(np.float32)
@@ -156,9 +159,9 @@ def make_mels(windows: np.ndarray) -> np.ndarray:
     """Returns mel spectrograms, float32 [N, T / 160, 40], of windows of samples [N, T].
 
     Frames of 25 ms begin every 10 ms, and have a Hann window. Beyond the ends, samples are zero.
+    There is no logarithm.
 
-    Source: librosa's `melspectrogram`, as Resemblyzer calls it. There is no logarithm. The last
-    frame is dropped.
+    Source: librosa's `melspectrogram`, as Resemblyzer calls it, without the last frame.
     """
     count = windows.shape[1] // HOP
     padded = np.pad(windows, [(0, 0), (FRAME // 2, FRAME // 2)])

@@ -68,10 +68,10 @@ MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an 
 class WhoResults(NamedTuple):
     """The results of a call of `vidjax who`."""
 
-    people: dict[str, int]  # the number of enrolled clips of each person
-    decision: "Decision"
-    # Path -> remedy, for each file that could not be read or shows no usable face. The remedy is ""
-    # if it was already printed.
+    people: dict[str, int]  # name of a person -> number of enrolled clips
+    decision: "Decision"  # the people in the films
+    # Path of a file that could not be read or shows no usable face -> what the user can do about
+    # the problem, or "" if this was already printed.
     failed: dict[str, str]
     missed: Sequence[str] = ()  # the people without a usable photo, who cannot be recognised
 
@@ -90,8 +90,8 @@ class WhoResults(NamedTuple):
 class UnknownNumbers(Struct, kw_only=True):
     """The contents of `unknown.json`: the numbers of unknown people, and corrections by a user.
 
-    A film is identified by a digest of the file and its clips. If the film is replaced, or split
-    into other clips, the digest changes. The methods return changed copies.
+    The person with number 3 has the name `unknown 3`. A film is identified by a digest of its file
+    and its clips. The methods return changed copies.
     """
 
     format: Literal[1] = 1
@@ -102,7 +102,7 @@ class UnknownNumbers(Struct, kw_only=True):
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
     # Pairs (number, lower number) of unknown people whom a user joined to one person.
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
-    removed: Count = 0  # at least the highest number in all removed films
+    removed: Count = 0  # no person in a removed film had a higher number
 
     def __post_init__(self) -> None:
         if any(low >= number for number, low in self.same):
@@ -115,20 +115,20 @@ class UnknownNumbers(Struct, kw_only=True):
         return max([self.removed, *numbers, *dict(self.same)])
 
     def resolve(self, group: str) -> str:
-        """Returns the name, such as `unknown 5`, of an unknown person after all joins."""
+        """Returns the present name, such as `unknown 2`, of a person who was `group` before."""
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
         return f"{answers_lib.UNKNOWN}{number}"
 
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Makes one person of unknown people. The person gets their lowest number."""
+        """Joins unknown people, such as `unknown 5`, to one person, who gets the lowest number."""
         numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
     def deny(self, films: Iterable[Film], clips: Collection[str], name: str) -> "UnknownNumbers":
-        """Records that `clips` do not show the person `name`."""
+        """Records that `clips`, which are parts of `films`, do not show the person `name`."""
         denied = {**self.denied}
         for film in films:
             denied_in_film = {**denied.get(_hash_film(film), {})}
@@ -139,7 +139,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def rename(self, person: str, to: str) -> "UnknownNumbers":
-        """Replaces the name `person` by `to` in the names that a user removed from clips."""
+        """Renames a person in `denied`, the names that a user removed from clips."""
         denied = {
             digest: {
                 clip: sorted({to if name == person else name for name in names})
@@ -150,7 +150,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, denied=denied)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
-        """Removes the entries of all films but `films`, and all denied names but `people`."""
+        """Forgets films that are not in `films`, and denied names that are not in `people`."""
         kept = sorted({_hash_film(film) for film in films} & self.films.keys())
         denied: dict[str, dict[str, list[str]]] = {}
         for digest in kept:
@@ -161,7 +161,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, films=films_kept, denied=denied, removed=self.highest)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Adds the unknown people in `films`. `groups` is clip -> unknown person (`unknown 3`)."""
+        """Adds the people in `groups`, clip -> unknown person (`unknown 3`), to `films`."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -175,7 +175,7 @@ class Decision(NamedTuple):
 
     films: Sequence[Film]
     vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
-    vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on their name
+    vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on one name
     answers: dict[str, Answer]  # clip -> answer of the gallery
     # Clip without a name -> unknown person, such as `unknown 3`. Ignored people are left out.
     unknown: dict[str, str]
@@ -188,7 +188,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns clip -> value for the clips of `films`. `table` is film digest -> clip -> value."""
+    """Returns clip -> value for the clips of `films`. `table` has the digests of films as keys."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -209,7 +209,7 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
 
 def rename_denied(out: Path, person: str, to: str) -> None:
-    """Renames a person in the names that a user denied, in the folder of results `out`."""
+    """Renames a person in `unknown.json`, which lists names that a user removed from clips."""
     numbers = read_numbers(out).rename(person, to)
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
 
@@ -230,7 +230,7 @@ def name_people(
     prune: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> WhoResults:
-    """Names the people in films, and writes the files that the docstring of this module lists.
+    """Names the people in films, and writes tables, a page, subtitles and cut lists into `out`.
 
     The results contain these films and all films of earlier calls.
 
@@ -307,8 +307,8 @@ def _update_people(
 ) -> tuple[dict[str, str], set[str]]:
     """Enrols the photos of each person, and forgets people without photos.
 
-    `options` are arguments of `pipeline.extract_folders`. Returns the remedy for each unusable
-    photo by path, and the names of all people with photos.
+    Returns path of each unusable photo -> remedy, and the names of all people with photos.
+    `options` are arguments of `pipeline.extract_folders`.
     """
     _check_people(gallery, photos, people)
     folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
@@ -324,7 +324,7 @@ def _update_people(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many film files no longer exist, and one existing film without thumbnails."""
+    """Prints how many films no longer exist, and the name of one film without thumbnails."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         say(
@@ -344,7 +344,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     path = out / "gallery"
     if not files.exists(path) and (foreign := list_entries(out)):
         raise UserError(
-            f"--out={out} contains '{show(foreign[0].name)}', which vidjax who did not write\n"
+            f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write\n"
             "name a new folder"
         )
     try:
@@ -389,7 +389,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
 
 
 def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes the rows of `unknown.tsv` that equal an entry of `named`, clip -> person."""
+    """Removes from `unknown.tsv` the rows with a clip and person of `named`, clip -> person."""
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
@@ -400,7 +400,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
 
-    Raises UserError if there are no photos and no earlier call has created a gallery.
+    Raises UserError if there are no photos, and there is no gallery of an earlier call.
     """
     if not people.is_dir():
         hint = "" if people.exists() else pipeline.suggest_path(people)
@@ -436,17 +436,14 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
-    """Raises UserError if `people` contains none of the people of earlier calls.
-
-    The user has probably named the wrong folder, and all enrolled people would be forgotten.
-    """
+    """Raises UserError if `people` is probably the wrong folder: it contains no enrolled person."""
     enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
     if not photos or before & {*photos}:
         return
     is_person = normal_form(people.resolve().name) in before
     if len(before) < 2 and not is_person:
-        return  # a user may replace a single person
+        return  # a user may replace a single person, but may not forget several by mistake
     remedy = "call once with an empty folder to forget them, or name another --out"
     if is_person:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
@@ -458,8 +455,8 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
-    `names` are the people whose photo is a file in `people`. If `only_files` is True, the folder
-    contains no folders of people, and may be the folder of one person.
+    `names` are the people whose photo is a file directly in the folder `people`. If `only_files` is
+    True, this folder contains no other folders, and may show only one person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
@@ -484,9 +481,9 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns the photos and films in a folder, without films that have the name of a photo.
+    """Returns the photos and films in a folder, without the films that phones add to photos.
 
-    Phones store a short film with a photo, such as `IMG_1.mov` with `IMG_1.heic`.
+    Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`.
     """
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
@@ -497,11 +494,11 @@ def _list_stills(folder: Path) -> list[Path]:
 def _enrol_photos(
     gallery: Gallery, outcomes_of: Mapping[Path, Sequence[FileOutcome]], people: Path
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols the faces in photos; returns the same as `_update_people`.
+    """Enrols the faces in photos; returns path of each unusable photo -> remedy, and the people.
 
-    A person is enrolled with all photos in the folder or file of the person's name, and with all
-    faces that a photo program has tagged with this name. If a photo has face tags, the name of its
-    folder is ignored. `outcomes_of` contains the extracted photos of each folder of features.
+    If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
+    has no tags, its face gets the name of the folder. `outcomes_of` contains the extracted photos
+    of each folder of features.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
@@ -543,9 +540,9 @@ def _enrol_photos(
 
 
 def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
-    """Returns the people in a photo, and clip -> person for usable clips; prints problems.
+    """Prints problems of a photo; returns the people in it, and clip -> person for usable clips.
 
-    If the photo has no face tags, the person is `folder_name`.
+    If the photo has no face tags, the only person is `folder_name`.
     """
     film = outcome.film
     names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
@@ -566,7 +563,7 @@ def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict
 
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
-    """Prints one warning if new photos in the folder of a person have tags only of other people."""
+    """Prints one warning if new photos in the folder of the person `name` tag only other people."""
     new = [
         (outcome.path, outcome.film.tags) for outcome in outcomes
         if outcome.film and not outcome.kept and outcome.path.parent != people
@@ -582,11 +579,10 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
 
 
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Chooses the label under which new photos of each person are enrolled: name -> label.
+    """Returns name of a person -> label, the name in the gallery for the person's new photos.
 
-    A label differs from the name if a user has renamed the person in the gallery. It is the most
-    frequent label of the person's enrolled photos. Names of other people in `names` are chosen only
-    if there are no other labels. If no photo of the person is enrolled, the label is the name.
+    The two names differ if a user has renamed the person in the gallery. The label is the most
+    frequent label of the person's enrolled photos. Names of other people are chosen last.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -606,10 +602,10 @@ def _enrol(
     labels: Mapping[str, str],
     old: set[str],
 ) -> None:
-    """Enrols the clips of a folder of features, and removes clips of deleted photos.
+    """Enrols the photos of a folder of features, and removes deleted photos from the gallery.
 
     `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
-    `old` are the enrolled clips of the folder.
+    `old` are the clips of the folder that earlier calls have enrolled.
     """
     if not usable:
         gallery.remove(clip=old)
@@ -627,7 +623,7 @@ def _enrol(
 
 
 def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]]) -> None:
-    """Warns of photos that may show another person, and of photos enrolled for two people."""
+    """Prints warnings of photos that may show another person or are enrolled for two people."""
     given = {
         str(PhotoFace(folder.name, track.clip, track.name or folder.name)):
             (outcome.path, outcome.film)
@@ -661,8 +657,8 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
 class PhotoFace(NamedTuple):
     """An enrolled face of a photo.
 
-    `str(face)` is the name of its clip in the gallery: `people/FOLDER/CLIP`. If a face tag names a
-    person other than the folder, it is `people/FOLDER/CLIP/PERSON`.
+    `str(face)` is the name of its clip in the gallery, such as `people/Ada/IMG_1.f02`. If a face
+    tag names another person than the folder, the name ends with this person: `.../IMG_1.f02/Bob`.
     """
 
     folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
@@ -675,7 +671,7 @@ class PhotoFace(NamedTuple):
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery; returns None if the clip is not of a photo."""
+        """Parses the name of a clip in the gallery. Returns None if it is not a clip of a photo."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
@@ -683,16 +679,11 @@ class PhotoFace(NamedTuple):
 
 
 def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
-    """Returns clip -> face for the enrolled faces of photos."""
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Forgets people who are not in `names`, and folders of features that are not in `places`.
-
-    The page and the tables of the earlier call are removed, too: they contain the names, and this
-    call may fail before it writes new tables.
-    """
+    """Forgets people who are not in `names`, and folders of features that are not in `places`."""
     photos = _list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
     forgotten = {clip for clip, photo in photos.items() if photo.person not in names}
@@ -712,7 +703,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
             say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
         if folder.name not in places and not pipeline.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
-    if gone:
+    if gone:  # the page and the tables contain names, and this call may fail before it writes them
         _remove_results(out)
 
 
@@ -737,17 +728,15 @@ def decide(
 ) -> Decision:
     """Names the people in the clips of all films, and numbers unknown people.
 
-    Clips of the same person are grouped, and all clips of a group vote on their name. An enrolled
-    clip gets the name under which it is enrolled. A group without a name is an unknown person, who
-    keeps the number of the last call. A new group gets a new number. The numbers are written to
-    `unknown.json`.
+    Similar clips are grouped, and the clips of a group vote on one name. An enrolled clip gets the
+    name under which it is enrolled. A group without a name is an unknown person, who keeps the
+    number of the last call or gets a new number. The numbers are written to `unknown.json`.
 
     Args:
       out: the folder of results.
       before: the numbers of the last call, and the corrections of a user.
       identify: the method `gallery.identify`, with the rule by which a clip gets a name.
-      last: an earlier decision on the same films, whose embeddings and groups are used to save
-        time.
+      last: an earlier decision on the same films. Its embeddings and groups are used to save time.
     """
     vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
     answers, groups = dict[str, Answer](), dict[str, str]()
@@ -783,12 +772,11 @@ def decide(
 def _keep_numbers(
     groups: Mapping[str, str], before: Mapping[str, int], highest: int
 ) -> dict[str, str]:
-    """Renames groups of clips so that they keep their numbers; returns clip -> new group.
+    """Gives groups of clips the numbers of the last call; returns clip -> new group.
 
     `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
-    group keeps the number that most of its clips had, unless another group has more clips with this
-    number. The other groups get new numbers above `highest`, in the order of their numbers in
-    `groups`.
+    group gets the number that most of its clips had. If several groups had the same number, the
+    group with the most such clips gets it. The other groups get new numbers above `highest`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
@@ -806,7 +794,7 @@ def _keep_numbers(
 def write(
     out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
 ) -> None:
-    """Writes the tables, subtitles, page, and cut lists of a decision. `padding` is in seconds."""
+    """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
     _remove_results(out)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
@@ -843,9 +831,9 @@ def render_page(
     address: Callable[[Film, float], str],
     forms: names_page.Forms | None = None,
 ) -> str:
-    """Returns the page of a decision as HTML.
+    """Returns a page, as HTML, that shows the people of a decision.
 
-    `address` returns the URL of a film at a time in seconds. If `forms` is given, the page has
+    `address(film, seconds)` returns the URL of a film at a time. If `forms` is given, the page has
     forms with which a user corrects names.
     """
     people = {name: list[names_page.Picture]() for name in gallery.identities}
