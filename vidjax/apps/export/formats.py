@@ -64,12 +64,12 @@ class Format(NamedTuple):
     packages: tuple[str, ...]  # the packages that the format needs in addition to vidjax
     extra: str  # the extra that installs the packages, as in `pip install vidjax[onnx]`
     outputs: tuple[str, ...] = function.OUTPUTS  # the names of the outputs
-    gallery_file: str = ""  # the file with the arrays of a gallery; "" if runs only are supported
+    gallery_file: str = ""  # the file with the arrays of a gallery; "" if only runs are supported
     bounded: bool = False  # True if weights in the file are limited to `function.LARGEST` bytes
 
 
 def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a run as a serialised StableHLO program; returns the loaded program as a function."""
+    """Writes a run as a serialised StableHLO program; returns a function that runs the program."""
     path = folder / "model.stablehlo"
     export = jax.export.export(jax.jit(function.make_function(run)), platforms=PLATFORMS)
     path.write_bytes(export(dict(inputs)).serialize())
@@ -84,7 +84,7 @@ def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a run as a SavedModel of TensorFlow; returns the loaded model as a function.
+    """Writes a run as a SavedModel of TensorFlow; returns a function that runs the model.
 
     The model is a single operation, which TensorFlow runs with XLA. So runtimes without XLA, such
     as TensorFlow Lite, cannot load the model. Raises UserError if the name of a modality contains
@@ -140,7 +140,7 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a run as an ONNX model; returns the model, loaded with ONNX Runtime."""
+    """Writes a run as an ONNX model; returns a function that runs the model in ONNX Runtime."""
     import onnxruntime
 
     from vidjax.apps.export import onnx_graph

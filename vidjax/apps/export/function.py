@@ -60,7 +60,7 @@ def input_shapes(run: Predictor) -> Shapes:
 
 
 def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
-    """Returns `compute_outputs` as a function of the inputs, which contains all weights."""
+    """Returns `compute_outputs` as a function of the inputs only. It contains all weights."""
     return functools.partial(compute_outputs, run, get_members(run))
 
 

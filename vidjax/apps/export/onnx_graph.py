@@ -43,10 +43,10 @@ def to_model(
     inputs: Mapping[str, jax.ShapeDtypeStruct],
     outputs: Sequence[str],
 ) -> onnx.ModelProto:
-    """Converts a function from named arrays to named arrays to an ONNX model.
+    """Converts a function of named arrays to an ONNX model.
 
-    `inputs` are name -> shape and dtype of an input. Sizes may be symbols. `outputs` are the names
-    of the outputs, in the order of the model. Raises UserError if RULES lacks an operation of the
+    `inputs` are name -> shape and dtype. Sizes may be symbols. `outputs` are the names of the
+    results, in the order of the model. Raises UserError if RULES lacks an operation of the
     function, or if the model is too large.
     """
     names = sorted(inputs)  # JAX flattens a dict in this order
@@ -242,7 +242,7 @@ class Graph:
         return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Returns `yes` where the bool array `which` is True, and `no` elsewhere."""
+        """Returns `yes` where `which` is True, and `no` elsewhere. `aval.dtype` is their dtype."""
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)

@@ -81,7 +81,7 @@ class Threshold(NamedTuple):
     Attributes:
       fpir: the false positive identification rate that the user chose: the largest share of new
         strangers that may get a name.
-      score: the threshold of the logarithm of the best identity's probability.
+      score: the threshold, for the log-probability of the most probable identity.
       num_identities: the number of enrolled people, with whom each stranger was compared.
       num_strangers: the number of clips of strangers.
       num_alarms: the number of clips of strangers that reach the threshold.
@@ -99,7 +99,7 @@ class Threshold(NamedTuple):
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON: the attributes, and the ends of `interval`, `low` and `high`."""
+        """Returns values for JSON: the attributes, and `low` and `high`, the ends of `interval`."""
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
 
@@ -163,12 +163,12 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns how many clips of strangers are needed to measure a threshold: 1 / fpir - 1."""
+    """Returns how many clips of strangers a threshold for `fpir` needs: 1 / fpir - 1."""
     return math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1
 
 
 def check_strangers(count: int, fpir: float) -> None:
-    """Raises UserError if `count` clips of strangers are too few to measure a threshold."""
+    """Raises UserError if `count` clips of strangers are too few for a threshold for `fpir`."""
     check_choice(fpir, None)
     if count < count_needed_strangers(fpir):
         raise UserError(
@@ -179,7 +179,7 @@ def check_strangers(count: int, fpir: float) -> None:
 
 
 def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
-    """Measures the threshold at which a share `fpir` of new strangers, or fewer, get a name.
+    """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
 
     `best` [S] float64 is the log-probability of the most probable person for each of S strangers.
     First call `check_strangers`.
@@ -255,7 +255,7 @@ def table(answers: Answers) -> list[str]:
 
 
 def share(value: float) -> str:
-    """Formats a rate in per cent with 2 significant digits, or with 4 if it is 99 % or more."""
+    """Formats a rate in per cent, with 2 significant digits. From 99 % on, it has 4 digits."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"

@@ -151,7 +151,7 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns `Part.coordinates` of vectors, M arrays [Q, D]. Missing vectors become NaN."""
+        """Returns `Part.coordinates` for each modality, M arrays [Q, D]; NaN if it is missing."""
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
@@ -237,9 +237,10 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and adds up the vectors [N, D] of each person; returns [num] and [num, D].
+    """Returns the number [num] and the sum [num, D] of each person's vectors.
 
-    Vectors of 0 are ignored. `owner` [N] int is the person of each vector, an index below `num`.
+    `units` [N, D] are the vectors. Vectors of 0 are ignored. `owner` [N] int is the person of each
+    vector, an index below `num`.
     """
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
@@ -326,10 +327,7 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D].
-
-        They belong in `_Queries`.
-        """
+        """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], see `_Queries`."""
         del effective  # only `DistanceRatios` compares groups of clips
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -541,10 +539,10 @@ class Index:
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Averages the unit vectors of the clips of each group, M arrays [Q, D].
+        """Averages the unit vectors of each group, for M modalities.
 
-        Returns the means, M arrays [G, D], and the numbers of clips, M arrays [G], which are
-        effective numbers, see `distance.effective_count`. `owner` [Q] is the group of each clip.
+        `units` are M arrays [Q, D], and `owner` [Q] is the group of each clip. Returns the means, M
+        arrays [G, D], and effective numbers of clips, M arrays [G], see `distance.effective_count`.
         """
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
@@ -639,7 +637,7 @@ class Index:
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns the ascending indices of the k highest logits and of nearly equal logits."""
+        """Returns sorted indices of the k highest logits, and of logits near the k-th highest."""
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)

@@ -182,7 +182,7 @@ class Draft:
 
     @property
     def similar(self) -> dict[str, str]:
-        """New name -> a similar enrolled name, for new people with such a name."""
+        """New people whose names resemble an enrolled name: new name -> enrolled name."""
         new = self.groups.keys() & self._changed_people - self._state.groups.keys() - {STRANGER}
         others = {*new, STRANGER}
         return find_similar_names(sorted(new), (name for name in self.groups if name not in others))
@@ -193,7 +193,7 @@ class Draft:
 
     @property
     def refits(self) -> bool:
-        """True if the back end was fitted to a clip that is removed or whose vector changes."""
+        """True if PLDA was fitted to a clip that is removed or whose vector changes."""
         fitted = [(old, new) for old, new in self._list_changes() if old and old.fitted]
         return any(new is None or new.vector is not old.vector for old, new in fitted)
 
@@ -286,7 +286,7 @@ def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: 
 
 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
-    """Returns the clip with the cleaned name of its person.
+    """Checks a clip; returns the clip with the cleaned name of its person.
 
     Raises UserError if a name is invalid, if the vector is not finite float32 [width], or if the
     vector is 0, because no frame of the clip is usable.

@@ -271,8 +271,7 @@ class Gallery:
         """Makes a gallery of clips whose vectors are known, in a new or empty folder.
 
         `origin` describes the run or the models that computed the vectors. `backend` has the
-        parameters that compare vectors. `clips` are name -> clip. `run` is the run, if it is
-        loaded.
+        parameters that compare vectors. `clips` are name -> clip. `run` is the loaded run, if any.
         """
         path = Path(folder).expanduser().absolute()
         width = _check_width(backend)
@@ -444,7 +443,7 @@ class Gallery:
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """Modality -> width of its features, and the value of `config.data.quality`."""
+        """How clips are loaded: (modality -> width of its features, kind of quality of frames)."""
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality
@@ -490,8 +489,7 @@ class Gallery:
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
-        Clips without a usable frame are left out. If any other clip is refused, no clip is
-        enrolled.
+        Clips without a usable frame are left out. After an error, no clip is enrolled.
 
         Args:
           clips, split: see the class.
@@ -683,7 +681,7 @@ class Gallery:
         return state
 
     def threshold(self, fpir: float) -> Threshold:
-        """Measures the threshold at which a share `fpir` of new strangers, or fewer, get a name.
+        """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
 
         The first call after a change compares all clips of strangers with all people.
 
@@ -745,8 +743,8 @@ class Gallery:
           clips, split: see the class.
           k: the largest number of identities in `Answer.best`.
           fpir: the largest share of new strangers that may get a name. A name also needs a
-            probability above 0.5. The default is 0.01 if the gallery has 99 clips of strangers or
-            more. If it has fewer, by default only the probability above 0.5 is needed.
+            probability above 0.5. The default is 0.01. If the gallery has fewer than 99 clips of
+            strangers, by default a name needs only a probability above 0.5.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns. All clips of a group are compared together and
@@ -875,7 +873,7 @@ def _check_modalities(vectors: Vectors, backend: Backend) -> Vectors:
 
 
 def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
-    """Adds zeros to a clip's vector, for modalities that only the new back end `wide` has."""
+    """Extends a clip's vector to the modalities of the back end `wide`. New modalities are 0."""
     present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
     parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
     return np.concatenate(parts, axis=1, dtype=np.float32)[0]
@@ -897,10 +895,10 @@ def make_run_origin(run: "Predictor") -> VectorOrigin:
 
 
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
-    """Reads the cards of models, JSON files; returns their digests and the cosines of vectors.
+    """Reads the cards of models, the JSON files that describe them.
 
-    The second result is modality -> `cards.BackEnd`, the distribution of cosines, for faces, heads
-    and voices. Raises UserError if no card contains such a distribution.
+    Returns the origin of vectors, and the distributions of cosines: modality -> `cards.BackEnd`,
+    for faces, heads and voices. Raises UserError if no card contains such a distribution.
     """
     from vidjax.apps.video import cards
 
@@ -1051,7 +1049,7 @@ def fit_backend(
 
 
 def _refit(state: State) -> State:
-    """Returns a state whose back end is fitted to the clips of `state`."""
+    """Fits the back end to the clips again; returns the new state."""
     backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()

@@ -116,7 +116,7 @@ class StoredClip(NamedTuple):
     """A clip of a person or of a stranger."""
 
     identity: str | None  # the person; None for a stranger
-    vector: np.ndarray  # [sum of D] float32, the vectors of all modalities; 0 if one is missing
+    vector: np.ndarray  # [sum of D] float32, of all modalities; zeros for a missing modality
     fitted: bool = False  # True if the parameters that compare vectors were fitted to this clip
 
 
@@ -130,7 +130,8 @@ class State(NamedTuple):
     run: VectorOrigin  # the run or the models that computed the vectors
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     clips: Mapping[str, StoredClip]  # name -> clip, including clips of strangers
-    groups: Mapping[str, tuple[str, ...]]  # identity or STRANGER -> sorted names of its clips
+    # Identity -> sorted names of its clips. STRANGER is the key of the clips of strangers.
+    groups: Mapping[str, tuple[str, ...]]
     rows: int = 0  # the sum of the sha256 of all rows of the tables, which shows damaged rows
     entries: int = 0  # the number of people and clips in the file, including outdated entries
     sha256: bytes = b""  # of the whole content
@@ -142,7 +143,7 @@ class State(NamedTuple):
 
 
 def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
-    """Returns the person, or STRANGER, -> sorted names of the clips that show the person."""
+    """Returns identity -> sorted names of its clips. The key of strangers is STRANGER."""
     groups: dict[str, list[str]] = {}
     for name, clip in clips.items():
         groups.setdefault(clip.identity or STRANGER, []).append(name)
@@ -198,8 +199,8 @@ class Store:
     def _check_files(self, *, write: bool) -> None:
         """Raises UserError if the file is missing or unsafe.
 
-        Unsafe are links, journals that name another file, and files of the mode WAL (-wal, -shm). A
-        hard link is unsafe only with `write`.
+        Unsafe are links, journals that name another file, and files of SQLite's mode WAL (-wal,
+        -shm). A hard link is unsafe only with `write`.
         """
         try:
             status = os.lstat(self.path)
@@ -346,7 +347,7 @@ def _pause_collection() -> Iterator[None]:
 
 
 def damaged(path: Path, problem: str) -> UnreadableError:
-    """Returns the error for a damaged file. `problem` is part of its message: "it is a link"."""
+    """Returns the error for a damaged file. `problem` is the reason, such as "it is a link"."""
     return UnreadableError(f"'{path}' is damaged: {problem}\n{REMEDY}")
 
 
@@ -424,11 +425,10 @@ def _digest(row: tuple[int, str, bytes]) -> int:
 def _append(
     connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
 ) -> int:
-    """Adds N people or clips to a table; returns the change of `State.rows`.
+    """Adds N people or clips to a table; returns by how much the sum of all rows' sha256 changes.
 
-    The last row is filled before a new row is added. For people, `words` is a list with a list of N
-    names. For clips, it has two lists: the names of the clips and of their people. `numbers` [N]
-    has the dtype of the table.
+    The last row is filled before a new row is added. `words` are lists of N names: the names of the
+    people, or the names of the clips and of their people. `numbers` [N] has the dtype of the table.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))

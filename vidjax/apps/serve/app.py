@@ -227,7 +227,7 @@ class Application:
         return _encode_json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Returns status 200 if the server can answer requests, and 503 while it still starts."""
+        """Returns status 200 if the server can answer requests, and 503 while it starts."""
         if "model" in request.path_params:
             self._find_model(request)
         self._check_ready()
@@ -587,7 +587,7 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that ends at most `limits.end_seconds` after a signal, even if it hangs."""
+    """A uvicorn server that ends within `limits.end_seconds` of a signal, even if a thread hangs."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
         super().__init__(make_config(app, limits))

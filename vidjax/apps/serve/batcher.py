@@ -136,7 +136,8 @@ class Changes:
         """Calls `change` in the thread; returns the result.
 
         Raises Refused if too many changes are waiting (status 429), or if the change takes too long
-        (status 503). A change goes on if it takes too long, or if its client disconnects.
+        (status 503). A change that takes too long is still finished, and so is a change whose
+        client disconnects.
         """
         if self.waiting >= self._limits.waiting_changes:
             status = HTTPStatus.TOO_MANY_REQUESTS

@@ -80,7 +80,7 @@ class Limits(NamedTuple):
 
 
 class ServerMetrics:
-    """Counters for Prometheus, by path pattern and status, without names of people or clips."""
+    """Counters for Prometheus. They contain no names of people or clips."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -95,7 +95,7 @@ class ServerMetrics:
 class Refused(Expected):
     """An error that the server sends to a client.
 
-    The client may try again after `retry_after` seconds. None means that this cannot help.
+    The client may try again after `retry_after` seconds. If it is None, a second try cannot help.
     """
 
     def __init__(self, status: HTTPStatus, text: str, retry_after: int | None = None):

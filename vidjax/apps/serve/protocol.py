@@ -166,7 +166,7 @@ def check_outputs(request: InferRequest, outputs: Sequence[Spec]) -> None:
 
 
 def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Decodes JSON to an object of the type `kind`. Raises Refused if the JSON is wrong."""
+    """Decodes JSON to an object of the type `kind`. Raises Refused if it does not fit the type."""
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -244,6 +244,6 @@ def encode_answer(
 
 
 def _encode_texts(array: np.ndarray) -> bytes:
-    """Encodes texts like Triton. A text is its length in four bytes, and then UTF-8."""
+    """Encodes texts like Triton: for each text, its length in four bytes, and then its UTF-8."""
     texts = [text.encode() for text in array.reshape(-1).tolist()]
     return b"".join(len(text).to_bytes(4, "little") + text for text in texts)

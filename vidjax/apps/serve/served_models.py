@@ -174,7 +174,7 @@ class GalleryModel:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors of `tensors`."""
+        """The name, datatype and shape of each output tensor."""
         width = sum(self.gallery.backend.widths.values())
         return (
             Spec("identity", "BYTES", (-1,)),
@@ -248,7 +248,7 @@ class RunModel:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors of `tensors`."""
+        """The name, datatype and shape of each output tensor."""
         return (
             Spec("scores", "FP32", (-1, len(self.run.identities))),
             Spec("identities", "BYTES", (-1, -1)),
