@@ -587,7 +587,7 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that ends within `limits.end_seconds` of a signal, even if a thread hangs."""
+    """A uvicorn server that ends within `limits.end_seconds` of a signal, even if it hangs."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
         super().__init__(make_config(app, limits))
