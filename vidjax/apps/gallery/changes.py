@@ -187,14 +187,13 @@ class Draft:
         others = {*new, STRANGER}
         return find_similar_names(sorted(new), (name for name in self.groups if name not in others))
 
-    def _list_changes(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
-        """Returns each changed clip before and after the change. An absent clip is None."""
+    def _list_old_and_new(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
         return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
 
     @property
     def refits(self) -> bool:
         """True if PLDA was fitted to a clip that is removed or whose vector changes."""
-        fitted = [(old, new) for old, new in self._list_changes() if old and old.fitted]
+        fitted = [(old, new) for old, new in self._list_old_and_new() if old and old.fitted]
         return any(new is None or new.vector is not old.vector for old, new in fitted)
 
     @property
@@ -203,7 +202,7 @@ class Draft:
 
         It is None if a clip was removed, a vector changed, or a clip of a person changed.
         """
-        for old, new in self._list_changes():
+        for old, new in self._list_old_and_new():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
                 return None
         return {name: self.clips[name] for name in self._changed_clips}

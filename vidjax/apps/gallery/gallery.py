@@ -671,7 +671,6 @@ class Gallery:
         return answers_lib.name_groups(names, labels)
 
     def _require_people(self) -> State:
-        """Returns the current content. Raises NobodyError if nobody is enrolled."""
         state = self._read_current()
         if not state.index.names:
             raise NobodyError(
@@ -852,7 +851,6 @@ def check_new(folder: Path) -> None:
 
 
 def _check_width(backend: Backend) -> int:
-    """Returns the length of the vector of a clip. Raises UserError if it is too large."""
     width = sum(backend.widths.values())
     if width > MAX_VECTOR_WIDTH:
         raise UserError(
@@ -1049,7 +1047,6 @@ def fit_backend(
 
 
 def _refit(state: State) -> State:
-    """Fits the back end to the clips again; returns the new state."""
     backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()

@@ -502,7 +502,7 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError(f"its settings lack {min(missing)}")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError("its vectors are too wide, or two of its parts have the same name")
+        raise UserError("its vectors are too wide, or two of its modalities have the same name")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)

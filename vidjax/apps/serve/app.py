@@ -413,7 +413,6 @@ class Application:
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
-        """Calls a function that parses a body. If the body is large, a thread calls it."""
         if large:
             return await asyncio.get_running_loop().run_in_executor(self.reader, read)
         return read()
@@ -601,9 +600,8 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     def _give_up(self) -> None:
-        """Ends the process immediately. The next process undoes an unfinished change."""
         LOG.error("ended before its work was finished")
-        os._exit(1)
+        os._exit(1)  # the next process undoes an unfinished change
 
 
 def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:

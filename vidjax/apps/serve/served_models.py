@@ -69,7 +69,7 @@ def make_question(
     missing tensor, a wrong shape, a value that is not finite, or a parameter that the model lacks.
     """
     if isinstance(model, RunModel) and (parameters.fpir or parameters.threshold):
-        raise unprocessable("the model run has no fpir and no threshold: leave them out")
+        raise unprocessable("the model 'run' has no fpir and no threshold: leave them out")
     present = [name for name in model.widths if name in tensors]
     if not present:
         raise unprocessable(f"the request has no features: send any of {', '.join(model.widths)}")
@@ -117,7 +117,6 @@ def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
 
 
 def _make_test_question(model: "Model", length: int, count: int = 1) -> Question:
-    """Makes a question about `count` equal clips of `length` frames, whose features are all 1."""
     frames = {name: np.ones((length, width), np.float32) for name, width in model.widths.items()}
     clip = {name: {"features": features} for name, features in frames.items()}
     return Question({str(number): clip for number in range(count)})
