@@ -60,7 +60,7 @@ def input_shapes(run: Predictor) -> Shapes:
 
 
 def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
-    """Returns `compute_outputs` as a function of the inputs only. It contains all weights."""
+    """Returns a function from inputs to outputs: `compute_outputs` with all weights of the run."""
     return functools.partial(compute_outputs, run, get_members(run))
 
 
@@ -97,7 +97,7 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Returns the mask [B, T] of the MAX_EVAL_FRAMES real frames of each clip with best quality."""
+    """Returns a mask [B, T], True for the best MAX_EVAL_FRAMES real frames of each clip."""
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 

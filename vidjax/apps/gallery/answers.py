@@ -109,8 +109,8 @@ class NamingRule(NamedTuple):
     Attributes:
       by: the kind of the rule.
         `threshold`: the probability must reach a threshold that the user chose.
-        `fpir`: it must reach a threshold that was measured on strangers, and be above 0.5.
-        `new`: it must be above 0.5. There are too few strangers to measure a threshold.
+        `fpir`: the probability must be above 0.5, and reach a threshold measured on strangers.
+        `new`: the probability must be above 0.5, as there are too few strangers to measure.
       score: the logarithm of the threshold; -inf for the kind `new`.
       default: True if the user chose no rule.
       threshold: the measured threshold; None for the kinds `threshold` and `new`.

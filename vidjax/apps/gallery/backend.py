@@ -44,8 +44,8 @@ MAX_VOICE_RATIO = np.log(9)
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
 MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
-# People are split into groups of this size. The k-th highest of the best logits of all groups is a
-# lower bound of the k-th highest logit of all people.
+# People are split into groups of this size. The k-th highest logit of all people is not lower than
+# the k-th highest of the groups' best logits.
 PEAK_PEOPLE = 32
 
 
@@ -351,8 +351,8 @@ class DistanceRatios:
 
     Attributes:
       population: the distribution of the vectors of all people. Its mean is m.
-      share: [N] float64, the position of a person's posterior mean between m (0) and the mean of
-        the person's clips (1).
+      share: [N] float64, from 0 to 1. A person's posterior mean is at m for 0, and at the mean of
+        the person's clips for 1.
       variance: [N] float64, the variance of a person's posterior, summed over the dimensions.
       radius: [N] float64, the squared distance of a person's posterior mean from m.
     """

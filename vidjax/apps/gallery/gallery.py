@@ -412,8 +412,9 @@ class Gallery:
     ) -> Vectors:
         """Computes the vectors of clips.
 
-        A gallery of a run uses the net of the run. A gallery of models, see `of_models`, uses the
-        mean of the frames of each modality. Vectors are returned unchanged.
+        In a gallery of a run, the run computes the vectors. In a gallery of models, see
+        `of_models`, the vector of a modality is the mean of its frames. If `clips` are already
+        vectors, they are returned unchanged.
 
         Args:
           clips, split: see the class.
@@ -443,7 +444,7 @@ class Gallery:
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """How clips are loaded: (modality -> width of its features, kind of quality of frames)."""
+        """How clips are loaded: modality -> width of features, and the source of the quality."""
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality

@@ -86,7 +86,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
     """The training run or the pretrained models that computed the vectors of the clips."""
 
     workdir: schemas.Text  # the folder of the run or of the models
-    digest: schemas.Sha256  # the sha256 of the weights of the run, or of all values in `cards`
+    digest: schemas.Sha256  # the sha256 of the weights of the run, or of `cards`
     centred: bool  # True if the run subtracts a centre from its vectors
     # Modality -> the sha256 of the JSON file that describes its model. Empty for a run.
     cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}

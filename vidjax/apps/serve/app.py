@@ -433,7 +433,7 @@ def _check_clips(
 
     Modalities that the gallery does not use are left out. `widths` are modality -> width of its
     features. Raises Refused if two clips have the same name, or if a clip has no modality of the
-    gallery, too many frames, or frames of a wrong width or with NaN.
+    gallery, too many frames, a wrong width, or values that are not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:

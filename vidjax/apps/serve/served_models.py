@@ -200,9 +200,10 @@ class GalleryModel:
     def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
         """Converts an answer about N clips to the output tensors, name -> array.
 
-        They are identity [N], the name or "" for an unknown person; identities [N, K], the most
-        probable people; scores [N, K], their log-probabilities; and embedding [N, D], the vectors.
-        If a clip has fewer than K identities, the other names are "" and their scores are -inf.
+          identity [N]: the name of the person, or "" if the person is unknown.
+          identities [N, K]: the most probable people. If there are fewer than K, the rest is "".
+          scores [N, K]: the log-probabilities of these people, or -inf for "".
+          embedding [N, D]: the vectors.
         """
         most = max((len(clip.best) for clip in answer.answers), default=0)
         shape = (len(answer.answers), min(question.k, most))
@@ -229,9 +230,8 @@ class GalleryModel:
 class RunModel:
     """The model that scores and embeds clips with the net of a run.
 
-    JAX compiles a program for each shape of a batch. Clips are padded to the next of PAD_LENGTHS,
-    and batches have one of two numbers of rows. So there are few programs, and `warm` compiles
-    them.
+    JAX compiles a program for each shape of a batch. So clips are padded to the next of
+    PAD_LENGTHS, and batches have one of two numbers of rows. `warm` compiles all programs.
     """
 
     name = "run"
@@ -287,8 +287,9 @@ class RunModel:
     def tensors(self, question: Question, answer: Scored) -> dict[str, np.ndarray]:
         """Converts an answer about N clips to the output tensors, name -> array.
 
-        They are scores [N, C]; identities [N, K], the names of the best K identities; and embedding
-        [N, D], the vectors. If a clip has no score for an identity, the name is "".
+          scores [N, C]: the scores of all identities.
+          identities [N, K]: the names of the best K identities. A name without a score is "".
+          embedding [N, D]: the vectors.
         """
         k = min(question.k, answer.scores.shape[1])
         best = np.argsort(-answer.scores, axis=1, kind="stable")[:, :k]
