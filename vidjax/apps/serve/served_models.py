@@ -200,8 +200,9 @@ class GalleryModel:
     def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
         """Converts an answer about N clips to the output tensors, name -> array.
 
+        Returns:
           identity [N]: the name of the person, or "" if the person is unknown.
-          identities [N, K]: the most probable people. If there are fewer than K, the rest is "".
+          identities [N, K]: the most probable people, or "" if a clip has fewer than K.
           scores [N, K]: the log-probabilities of these people, or -inf for "".
           embedding [N, D]: the vectors.
         """
@@ -287,6 +288,7 @@ class RunModel:
     def tensors(self, question: Question, answer: Scored) -> dict[str, np.ndarray]:
         """Converts an answer about N clips to the output tensors, name -> array.
 
+        Returns:
           scores [N, C]: the scores of all identities.
           identities [N, K]: the names of the best K identities. A name without a score is "".
           embedding [N, D]: the vectors.
