@@ -150,7 +150,7 @@ class Gallery:
 
         Args:
           run: the training run that computed the vectors, or its folder. The default is the folder
-            that is stored in the gallery. The run is loaded when the first vector is computed.
+            that is stored in the gallery. The run is loaded when it is needed.
 
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
