@@ -607,8 +607,8 @@ class Server(uvicorn.Server):
 def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
     """Answers requests until SIGINT or SIGTERM.
 
-    Returns False if the server could not start, or if it ended before all requests were answered.
-    If a thread hangs after the signal, the process ends with exit code 1.
+    Returns True if all requests were answered. Returns False if the server could not start or has
+    cut off requests. If a thread hangs after the signal, the process ends with exit code 1.
     """
     for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log
         logging.getLogger(name).setLevel(logging.ERROR)
