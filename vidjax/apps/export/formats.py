@@ -5,10 +5,10 @@ format, so that the results can be compared with vidjax.
 
 The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
 scores clips. PART is a modality, and D is the length of its vectors. N is the number of people, in
-the order of identities.json. E is the number of ensemble members.
+the order of identities.json. E is the number of ensemble members. PLDA compares the vectors:
 
     scale                        [E], a factor of the log-likelihood ratios
-    unenrolled                   [E], the scaled ratio for people without a clip of the part
+    unenrolled                   [E], the scaled ratio for people without a clip of PART
     stranger                     [E], the logarithm of the prior odds of a stranger
     temperature                  [E], divides the logits, see `config.eval.temperature`
     PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
@@ -16,14 +16,13 @@ the order of identities.json. E is the number of ensemble members.
     PART/linear, PART/constant   [E, N, D] and [E, N], the coefficients of z and of 1
     PART/curve                   [E, U, D], the coefficients of z^2
     PART/kind                    [E, N] int32, the row of each person in `curve`
-    PART/known                   [E, N] int32, 1 for people with a clip that has the part
-    PART/scale                   [E], an additional factor of the ratios of the part
-    PART/limit                   [E], a bound of the ratios of clips that also have other parts
+    PART/known                   [E, N] int32, 1 for people with a clip of PART
+    PART/scale                   [E], an additional factor of the ratios of PART
+    PART/limit                   [E], a bound of the ratios of clips with several modalities
 
-The log-likelihood ratio of a part is a polynomial of z with the coefficients `linear`, `constant`
+The log-likelihood ratio of PART is a polynomial of z with the coefficients `linear`, `constant`
 and `curve`. People with the same number of clips share one of the U rows of `curve`. Arrays without
-a dtype are float32 or float64. Parts that are compared by distances have other arrays, see
-`make_gallery_arrays`.
+a dtype are float32 or float64. If distances are compared instead, see `make_gallery_arrays`.
 """
 
 import shutil
@@ -59,18 +58,18 @@ class Format(NamedTuple):
     """A format of `vidjax export`."""
 
     file: str  # the name of the file or folder with the model of a run
-    # Writes the model of a run into a folder that contains the weights. Returns a function that
-    # computes the outputs with the runtime of the format.
+    # Writes the model of a run into a folder, which already contains the weights. Returns a
+    # function that computes the outputs with the runtime of the format.
     write: Callable[[Predictor, Shapes, Path], Predict]
     packages: tuple[str, ...]  # the packages that the format needs in addition to vidjax
     extra: str  # the extra that installs the packages, as in `pip install vidjax[onnx]`
     outputs: tuple[str, ...] = function.OUTPUTS  # the names of the outputs
-    gallery_file: str = ""  # the file with the arrays of a gallery, if the format has one
+    gallery_file: str = ""  # the file with the arrays of a gallery; "" if only runs are supported
     bounded: bool = False  # True if weights in the file are limited to `function.LARGEST` bytes
 
 
 def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a run as a serialised StableHLO program, and loads it with `jax.export`."""
+    """Writes a run as a serialised StableHLO program; returns a function that runs the program."""
     path = folder / "model.stablehlo"
     export = jax.export.export(jax.jit(function.make_function(run)), platforms=PLATFORMS)
     path.write_bytes(export(dict(inputs)).serialize())
@@ -85,14 +84,11 @@ def stablehlo(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a run as a SavedModel, and loads it with TensorFlow.
+    """Writes a run as a SavedModel of TensorFlow; returns a function that runs the model.
 
-    The model consists of a single operation, which TensorFlow runs with XLA. So TensorFlow Lite and
-    runtimes without XLA cannot load it. The weights are variables, because constants of a graph are
-    limited to 2 GB and are copied dozens of times.
-
-    Raises UserError if the name of a modality contains `-`, because TensorFlow would write `_`. The
-    returned function raises UserError if JAX is too new for TensorFlow.
+    The model is a single operation, which TensorFlow runs with XLA. So runtimes without XLA, such
+    as TensorFlow Lite, cannot load the model. Raises UserError if the name of a modality contains
+    `-`. The returned function raises UserError if JAX is too new for TensorFlow.
     """
     if refused := [name for name in run.modalities if "-" in name]:
         raise UserError(
@@ -117,6 +113,7 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
         )
         for name, spec in inputs.items()
     }
+    # Constants of a graph are limited to 2 GB and are copied dozens of times. Variables are not.
     variables = jax.tree.map(tf.Variable, function.get_members(run))
     serving: Any = tf.function(lambda **arrays: converted(variables, arrays), autograph=False)
     signature = serving.get_concrete_function(**specs)
@@ -143,7 +140,7 @@ def tensorflow(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes a run as an ONNX model, and loads it with ONNX Runtime."""
+    """Writes a run as an ONNX model; returns a function that runs the model in ONNX Runtime."""
     import onnxruntime
 
     from vidjax.apps.export import onnx_graph
@@ -163,7 +160,10 @@ def onnx(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Imports the weights in the folder as a run. `vidjax export` has already written them."""
+    """Returns a function that computes outputs with the weights in `folder`, for the comparison.
+
+    `vidjax export` has already written the weights, in the format safetensors.
+    """
     del run, inputs
     imported = folder / "imported"
     weights.read(folder, imported)
@@ -175,7 +175,7 @@ def safetensors(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
 
 
 def numpy(run: Predictor, inputs: Shapes, folder: Path) -> Predict:
-    """Writes the arrays of a PLDA run and `reader.py`, and loads them with numpy."""
+    """Writes the arrays of a PLDA run and `reader.py`; returns a function that scores with them."""
     del inputs
     read = _write_arrays(folder / "arrays.npz", make_run_arrays(run))
 
@@ -193,8 +193,7 @@ def _write_arrays(
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
     """Writes arrays to a file, and copies `reader.py` next to the file.
 
-    Returns a function that computes the scores of clips from their vectors, as a user does: with
-    `reader.py` and the arrays in the file.
+    Returns a function that scores the vectors of clips with `reader.py` and the written arrays.
     """
     from safetensors.numpy import load_file
 
@@ -211,7 +210,8 @@ def _write_arrays(
 def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
     """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores.
 
-    The error is measured with random clips. Raises UserError if it is above `function.TOLERANCE`.
+    The scores of random clips are compared with the scores of the gallery. Raises UserError if the
+    error is above `function.TOLERANCE`.
     """
     path = folder / FORMATS[format_name].gallery_file
     read = _write_arrays(path, make_gallery_arrays(gallery))
@@ -230,7 +230,10 @@ def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> float:
 
 
 def make_run_arrays(run: Predictor) -> Arrays:
-    """Returns the arrays of a PLDA run; refuses other models and unsupported settings."""
+    """Returns the arrays of a PLDA run, name -> array. The docstring of this file lists them.
+
+    Raises UserError for other models and unsupported settings.
+    """
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
         raise UserError(
@@ -269,10 +272,9 @@ def make_run_arrays(run: Predictor) -> Arrays:
 def make_gallery_arrays(gallery: Gallery) -> Arrays:
     """Returns the arrays of a gallery, name -> array. The docstring of this file lists them.
 
-    People are in the order of `gallery.index.names`. A part that is compared by distances has the
-    arrays `share`, `radius`, `variance` and `card` of `backend.DistanceRatios` instead of
-    `transform`, `constant`, `curve`, `kind` and `scale`. `variance` also contains
-    `Distances.within`.
+    People are in the order of `gallery.index.names`. If a modality is compared by distances, the
+    arrays `share`, `radius`, `variance` and `card` of `backend.DistanceRatios` replace `transform`,
+    `constant`, `curve`, `kind` and `scale`. `Distances.within` is added to `variance`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:
@@ -316,10 +318,10 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
 
 
 def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Computes the vectors of B clips for `reader.log_probabilities`, modality -> [B, D].
+    """Returns the mean vectors of B clips, scaled to unit length: modality -> [B, D].
 
-    The vector of a clip is the mean of its fused frames, scaled to unit length. `run` is a PLDA
-    run. `function.input_shapes` describes `inputs`.
+    They are the input of `reader.log_probabilities`. `run` is a PLDA run. `inputs` are name ->
+    array, see `function.input_shapes`.
     """
 
     @jax.jit

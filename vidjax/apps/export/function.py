@@ -40,11 +40,11 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]  # B and T are symbols
 
 
 def input_shapes(run: Predictor) -> Shapes:
-    """Returns the shapes and dtypes of the inputs of an exported run, name -> shape and dtype.
+    """Returns the inputs of an exported run, name -> shape and dtype.
 
-    The number of clips and the number of frames of each modality are symbolic dimensions of
-    `jax.export`. If the run classifies single frames (`after_fusion=examples`), all modalities have
-    the same number of frames.
+    The numbers of clips and of frames are symbols of `jax.export`, so they may have any value. Each
+    modality has its own number of frames. If the run classifies single frames
+    (`after_fusion=examples`), all modalities have the same number.
     """
     same_length = run.system.frame_is_example
     scope = jax.export.SymbolicScope()
@@ -60,15 +60,15 @@ def input_shapes(run: Predictor) -> Shapes:
 
 
 def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
-    """Returns the function from inputs to outputs, with all weights; see `compute_outputs`."""
+    """Returns a function from inputs to outputs: `compute_outputs` with all weights of the run."""
     return functools.partial(compute_outputs, run, get_members(run))
 
 
 def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -> Outputs:
     """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
-    C is the number of identities, and D the length of an embedding. `members`, see `get_members`,
-    are the weights. The weights of `run` are not used. For `inputs`, see `input_shapes`.
+    C is the number of identities, and D the length of an embedding. `inputs` are name -> array, see
+    `input_shapes`. The weights are from `members`, see `get_members`, and not from `run`.
     """
     batch = make_batch(run, inputs)
     if run.system.frame_is_example:
@@ -82,7 +82,7 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
 
 
 def make_batch(run: Predictor, inputs: Inputs) -> Batch:
-    """Makes a batch of B clips from their frames, see `input_shapes`."""
+    """Makes a batch of B clips from the inputs, name -> array, see `input_shapes`."""
     frames = {}
     for name in run.modalities:
         features, quality, detection, mask = (inputs[f"{name}_{field}"] for field in FIELDS)
@@ -97,7 +97,7 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Returns the mask [B, T] of the best MAX_EVAL_FRAMES real frames of each clip, as in a run."""
+    """Returns a mask [B, T], True for the best MAX_EVAL_FRAMES real frames of each clip."""
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 
@@ -111,12 +111,10 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 
 
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
-    """Fuses the frames of each clip as if it were the only clip of the batch.
-
-    If a modality of a clip has a single frame, a run combines this frame with every frame of the
-    other modalities. `System.to_examples` recognises a single frame by the length of its array. But
-    an exported function pads all modalities to the same length, so single frames are repeated here.
-    """
+    """Fuses the frames of each clip, modality -> frames, as if each clip were the whole batch."""
+    # If a modality of a clip has a single frame, a run combines this frame with every frame of the
+    # other modalities. `System.to_examples` recognises a single frame by the length of its array.
+    # But here all modalities are padded to the same length, so single frames are repeated.
     fused = {name: fuse(None, frames[name]) for name, fuse in system.fuse_eval.items()}
     padded = [name for name in fused if fused[name].mask.shape[1] == frames[name].mask.shape[1]]
     if len(padded) < 2:
@@ -138,10 +136,10 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 
 
 def get_members(run: Predictor) -> list[Member]:
-    """Returns the weights of each ensemble member on the host.
+    """Returns the weights of each ensemble member: (parameters, other Flax collections, view).
 
-    A member is a tuple of its parameters, other Flax collections, and `view`, the index of the
-    chunk of the features that the member does not see, or -1.
+    The arrays are in the memory of the host. `view` is the index of the chunk of the features that
+    the member does not see. It is -1 if the member sees all features.
     """
     weights = run.params, run.model_state
     return [
@@ -188,14 +186,14 @@ class RandomClips(NamedTuple):
 
 
 def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:
-    """Makes four or five random clips, and computes the outputs of a run for these clips.
+    """Makes random clips, and computes the outputs of a run for these clips.
 
-    The second clip has only the last modality. A fifth clip is made if the run classifies single
-    frames of several modalities. It has a single frame of the last modality, which the run must
-    repeat. The run scores the fifth clip in a separate call, because padding to the length of other
-    clips would hide that the frame is single. `padding` is the number of padded frames after the
-    longest clip.
+    The second clip has only the last modality. `padding` is the number of padded frames after the
+    longest clip. If the run classifies single frames of several modalities, an additional clip has
+    a single frame of the last modality, which the run must repeat.
     """
+    # The run scores the additional clip in a separate call. Padding to the length of other clips
+    # would hide that it has a single frame.
     rng, inputs = np.random.default_rng(seed), {}
     names, longest = list(run.modalities), max(LENGTHS) + padding
     uneven = run.system.frame_is_example and len(names) > 1
@@ -230,8 +228,8 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
 def difference(outputs: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
     """Returns the largest difference between outputs and expected outputs, both name -> array.
 
-    The difference is relative for values above 1, and absolute for smaller values. It is inf if
-    shapes differ, if an output is NaN, or if an infinite value differs.
+    Differences are relative for values above 1, and absolute for smaller values. The result is inf
+    if shapes differ, if an output is NaN, or if an infinite value differs.
     """
     worst = 0.0
     for name, output in outputs.items():
@@ -253,8 +251,8 @@ def check(
 ) -> float:
     """Compares an exported model with the run on random clips; returns the largest difference.
 
-    Batches of several clips and of one clip are compared, with padded frames and without. `predict`
-    computes the outputs of the exported model. Raises UserError if a difference is above TOLERANCE.
+    `predict` computes the outputs of the exported model. Batches of one and of several clips are
+    compared, with and without padded frames. Raises UserError if the difference is above TOLERANCE.
     """
     worst = 0.0
     for seed, padding in enumerate((2, 0)):
@@ -268,7 +266,7 @@ def check(
 
 
 def check_tolerance(format_name: str, worst: float) -> None:
-    """Raises UserError if `worst`, the largest difference of the outputs, is NaN or too large."""
+    """Raises UserError if `worst`, the largest difference of an output, is NaN or too large."""
     if not worst <= TOLERANCE:
         raise UserError(
             f"--format={format_name}: nothing was exported, because the outputs differ from vidjax "

@@ -45,8 +45,8 @@ def to_model(
 ) -> onnx.ModelProto:
     """Converts a function of named arrays to an ONNX model.
 
-    Sizes in `inputs` may be symbols. `outputs` are the names of the results of the function, in the
-    order in which the model returns them. Raises UserError if RULES lacks a primitive of the
+    `inputs` are name -> shape and dtype. Sizes may be symbols. `outputs` are the names of the
+    results, in the order of the model. Raises UserError if RULES lacks an operation of the
     function, or if the model is too large.
     """
     names = sorted(inputs)  # JAX flattens a dict in this order
@@ -81,7 +81,7 @@ def to_model(
 
 
 def _find_inputs(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Returns the names of all inputs of nodes, including the nodes in the bodies of loops."""
+    """Returns the names of the inputs of all nodes, including nodes in the bodies of loops."""
     names = set()
     for node in nodes:
         names.update(node.input)
@@ -99,7 +99,6 @@ def _make_value_info(name: str, aval: Any) -> onnx.ValueInfoProto:
 
 
 def _get_dtype(aval: Any) -> np.dtype:
-    """Returns the dtype that a value of the jaxpr has in the ONNX graph."""
     return np.dtype(_DTYPES.get(aval.dtype.name, aval.dtype))
 
 
@@ -111,7 +110,7 @@ def _make_error(primitive: str) -> UserError:
 
 
 class Graph:
-    """An ONNX graph under construction. The methods take and return the names of values."""
+    """An ONNX graph under construction. Its methods take and return the names of values."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []  # in the order of computation
@@ -135,12 +134,12 @@ class Graph:
         return f"v{next(self._numbers)}"
 
     def add_node(self, op: str, *inputs: str, names: list[str], **attributes: Any) -> list[str]:
-        """Adds a node for the ONNX operator `op`. Its outputs get `names`, which are returned."""
+        """Adds a node for the ONNX operator `op`; returns `names`, the names of its outputs."""
         self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
         return names
 
     def node(self, op: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        """Adds a node with a single output."""
+        """Adds a node with a single output; returns the name of the output."""
         return self.add_node(op, *inputs, names=[name or self.fresh()], **attributes)[0]
 
     def ints(self, value: int | Sequence[int]) -> str:
@@ -165,7 +164,7 @@ class Graph:
     # ---- sizes
 
     def size(self, dim: Any) -> str:
-        """Returns a size as an int64 scalar. Symbolic sizes are computed from the inputs."""
+        """Returns a size as an int64 scalar. A symbolic size is computed from the inputs."""
         if isinstance(dim, int):
             return self.ints(dim)
         text = str(dim)
@@ -191,7 +190,7 @@ class Graph:
         return self.node(ops[tree.func.id], *map(self._expression, tree.args))
 
     def shape(self, dims: Sequence[Any]) -> str:
-        """Returns a shape of n sizes as int64 [n]."""
+        """Returns a shape with n sizes as int64 [n]."""
         if all(isinstance(dim, int) for dim in dims):
             return self.ints(list(dims))
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)
@@ -221,9 +220,9 @@ class Graph:
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Adds nodes that compute 0, 1, 2, ... as int64 along an axis.
+        """Returns an array of the numbers 0, 1, 2, ... along an axis, int64.
 
-        The size along `axis` is `dims[axis]`. All other axes have size 1.
+        The size of `axis` is `dims[axis]`. The other axes of `dims` have size 1.
         """
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
@@ -231,7 +230,7 @@ class Graph:
         return self.reshape(line, [dim if n == axis else 1 for n, dim in enumerate(dims)])
 
     def reduce(self, op: str, x: str, axes: Sequence[int], *, logic: bool = False) -> str:
-        """Reduces x over `axes` with an operator, e.g. ReduceMax. `logic` means that x is bool."""
+        """Reduces x over `axes` with an operator, such as ReduceMax. `logic` is True for bools."""
         x = self.cast(x, np.int32) if logic else x
         result = self.node(op, x, self.ints(list(axes)), keepdims=0)
         return self.cast(result, np.bool_) if logic else result
@@ -243,7 +242,7 @@ class Graph:
         return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Returns the elements of `yes` where `which` is True, and of `no` elsewhere."""
+        """Returns `yes` where `which` is True, and `no` elsewhere. `aval.dtype` is their dtype."""
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)
@@ -259,7 +258,10 @@ class Graph:
     def add_jaxpr(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[str]
     ) -> list[str]:
-        """Adds the nodes of a jaxpr with constants `consts`; returns the names of its results."""
+        """Adds the nodes of a jaxpr, a traced function; returns the names of its results.
+
+        `consts` are the constants of the jaxpr, and `inputs` the names of its arguments.
+        """
         values: dict[Any, str] = {}
 
         def read(x: Any) -> str:
@@ -286,7 +288,7 @@ class Graph:
 
 
 def _is_foldable(eqn: Eqn) -> bool:
-    """Returns whether an equation with constant inputs can be computed during the conversion."""
+    """Returns True if an operation on constants can be computed during the conversion."""
     if eqn.primitive.name in ("dim_as_value", *CUSTOM):
         return False
     return all(
@@ -295,7 +297,7 @@ def _is_foldable(eqn: Eqn) -> bool:
 
 
 def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for log(1 + x) = log(u) x / (u - 1) with u = 1 + x, which is exact for small x.
+    """Adds nodes for log(1 + x), exact for small x: log(u) x / (u - 1) with u = 1 + x.
 
     Source: Kahan; Goldberg 1991, What every computer scientist should know about floating-point.
     """
@@ -310,7 +312,7 @@ def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _expm1(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for exp(x) - 1. They compute (u - 1) x / log(u) with u = exp(x), see `_log1p`."""
+    """Adds nodes for exp(x) - 1, exact for small x: (u - 1) x / log(u) with u = exp(x)."""
     unit = graph.constant(1, _get_dtype(eqn.outvars[0].aval))
     u = graph.node("Exp", x[0])
     difference = graph.node("Sub", u, unit)
@@ -373,7 +375,7 @@ def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[i
               ) -> str:  # fmt: skip
     """Slices x of the shape `dims`. `windows` are axis -> (name of the start, size of the slice).
 
-    As in JAX, a slice that extends beyond x is shifted into x.
+    As in JAX, a slice that would end outside of x is shifted into x.
     """
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):
@@ -419,7 +421,7 @@ def _dot(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
-    """Adds nodes that sort all operands by the first, ascending. Ties keep their order."""
+    """Adds nodes that sort all operands by the first operand, ascending. Ties keep their order."""
     axis, key = eqn.params["dimension"], x[0]
     if eqn.params["num_keys"] != 1:
         raise _make_error("a sort by several keys")
@@ -433,13 +435,13 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
-    """Returns `places` with the indices of equal values in ascending order.
+    """Returns the indices of sorted values, with the indices of equal values in ascending order.
 
     TopK has sorted `size` values along `axis`: `ordered` are the sorted values, and `places` are
-    their indices before the sort. TopK of ONNX keeps the order of equal values, but TopK of
-    OpenVINO does not guarantee the order. So the indices are sorted again, by keys that are never
-    equal.
+    their indices before the sort.
     """
+    # TopK of OpenVINO may change the order of equal values. So the indices are sorted again, by
+    # keys that are never equal.
     start, second, end, along = (graph.ints([n]) for n in (0, 1, -1, axis))
     earlier = [graph.node("Slice", ordered, start, stop, along) for stop in (second, end)]
     same = graph.node("Equal", ordered, graph.node("Concat", *earlier, axis=axis))
@@ -455,11 +457,10 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for the gather of JAX.
+    """Adds nodes for the gather of JAX, which takes one or more slices of an operand.
 
-    Several slices are supported only if a slice contains a single element along each axis that has
-    an index, and all elements along all other axes. Indices outside of the operand are moved to the
-    border of the operand, whatever mode JAX uses.
+    Several slices must have the size 1 along axes with an index, and be whole along other axes.
+    Indices outside of the operand are moved to its border, even if JAX would fill with NaN.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape
@@ -500,15 +501,12 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _take_component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
-    """Adds a node that selects element n of the last axis of the tensor `index`.
-
-    Returns the name of its output. If `keep`, the last axis stays, with size 1.
-    """
+    """Returns element n of the last axis of an array. If `keep`, the axis stays, with size 1."""
     return graph.node("Gather", index, graph.ints([n] if keep else n), axis=-1)
 
 
 def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for a scatter of JAX that replaces a single slice along an axis."""
+    """Adds nodes for a scatter of JAX that replaces one slice of an array."""
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     axes = [int(axis) for axis in numbers.scatter_dims_to_operand_dims]
     if eqn.invars[1].aval.shape != (1,) or list(numbers.inserted_window_dims) != axes:
@@ -522,8 +520,9 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for a scatter of JAX that adds N rows to rows of an array, or takes the maximum.
 
-    Rows whose index is outside of the array are written to an additional row, which is removed.
+    Rows whose index is outside of the array are ignored.
     """
+    # Such rows are written to an additional row, which is removed at the end.
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:
         raise _make_error("a scatter of this form")
@@ -547,10 +546,8 @@ def _call(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _while(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
-    """Adds an ONNX Loop for a while loop of JAX.
-
-    ONNX tests the condition after each round, so the first condition is computed before the loop.
-    """
+    """Adds an ONNX Loop for a while loop of JAX."""
+    # ONNX tests the condition after each round, so the first test is before the loop.
     params = eqn.params
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = x[:num_cond], x[num_cond : num_cond + num_body]

@@ -35,7 +35,7 @@ ITEMS = ("params", "model_state")
 
 
 def write(workdir: Path, folder: Path, step: str) -> None:
-    """Exports a checkpoint of the run in `workdir` to `folder`. `step` is `latest` or `best`."""
+    """Exports the `latest` or `best` checkpoint (`step`) of the run in `workdir` to `folder`."""
     source = RunFolder(workdir)
     config = source.config
     config.eval.checkpoint = step
@@ -75,7 +75,7 @@ def read(folder: Path, workdir: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies COPIED_FILES; raises UserError for a link, a pipe, or a damaged metrics.json."""
+    """Copies COPIED_FILES. Raises UserError for a link, a pipe, or a damaged metrics.json."""
     RunFolder(source).metrics()
     for name in COPIED_FILES:
         if files.exists(source / name):
@@ -92,7 +92,7 @@ def save(arrays: dict[str, np.ndarray], path: Path) -> None:
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Flattens nested dicts of arrays. The new keys are paths, such as params/net/kernel."""
+    """Flattens nested dicts of arrays to path -> array, with paths such as params/net/kernel."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(tree))
     return {_path(keys): np.ascontiguousarray(jax.device_get(leaf)) for keys, leaf in leaves}
 
@@ -102,13 +102,13 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
-    """Returns the shapes and dtypes of the weights of all `members`, nested like the weights."""
+    """Returns the shapes and dtypes of the weights, in nested dicts. `members` is a number."""
     system = make_system(config.to_dict(), restore.read_task(manifest))
     return dict(zip(ITEMS, system.compute_shapes(members), strict=True))
 
 
 def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads weights into nested dicts with the names, shapes and dtypes of `shapes`."""
+    """Reads weights into nested dicts. Raises UserError if they do not have the given `shapes`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -48,7 +48,7 @@ class Answer(NamedTuple):
     Attributes:
       identity: the person; None if unknown.
       probability: the probability of the most probable identity; 0 if the clip has no usable frame.
-      score: the logarithm of the probability. It distinguishes clips whose probability rounds to 1.
+      score: the logarithm of the probability. It differs even if two probabilities round to 1.
       best: the most probable identities with their probabilities, best first.
       evidence: the modalities, such as face, that the clip and `identity` have in common. It is
         empty if the person is unknown.
@@ -81,10 +81,10 @@ class Threshold(NamedTuple):
     Attributes:
       fpir: the false positive identification rate that the user chose: the largest share of new
         strangers that may get a name.
-      score: the threshold of the logarithm of the best identity's probability.
+      score: the threshold, for the log-probability of the most probable identity.
       num_identities: the number of enrolled people, with whom each stranger was compared.
-      num_strangers: the number of strangers.
-      num_alarms: the number of strangers that reach the threshold.
+      num_strangers: the number of clips of strangers.
+      num_alarms: the number of clips of strangers that reach the threshold.
     """
 
     fpir: float
@@ -99,7 +99,7 @@ class Threshold(NamedTuple):
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON: the attributes, and the ends of `interval`, `low` and `high`."""
+        """Returns values for JSON: the attributes, and `low` and `high`, the ends of `interval`."""
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
 
@@ -108,14 +108,12 @@ class NamingRule(NamedTuple):
 
     Attributes:
       by: the kind of the rule.
-        `threshold`: a name needs the probability that the user chose.
-        `fpir`: a name needs a probability above 0.5 that also reaches the measured threshold.
-        `new`: a name needs a probability above 0.5. There are too few strangers to measure a
-          threshold.
-      score: the threshold of the logarithm of the probability, without the limit of 0.5. It is -inf
-        for the kind `new`.
-      default: True if the user chose neither a probability nor a rate.
-      threshold: the measured threshold; None unless `by` is `fpir`.
+        `threshold`: the probability must reach a threshold that the user chose.
+        `fpir`: the probability must be above 0.5, and reach a threshold measured on strangers.
+        `new`: the probability must be above 0.5, as there are too few strangers to measure.
+      score: the logarithm of the threshold; -inf for the kind `new`.
+      default: True if the user chose no rule.
+      threshold: the measured threshold; None for the kinds `threshold` and `new`.
       about: a description of the rule for the user.
     """
 
@@ -126,13 +124,16 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns whether clips with the highest log-probabilities `best` get a name."""
+        """Returns bool, True if a clip gets a name. `best` is its highest log-probability."""
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)
 
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
-        """Returns the answer for a clip. `cards` is True in a gallery of models."""
+        """Returns the answer for a clip, from its most probable people.
+
+        `cards` is True in a gallery of models, see `Gallery.of_models`.
+        """
         if not nearest.best:
             return NOBODY
         name, score = nearest.best[0]
@@ -162,12 +163,12 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns the number of strangers needed to measure a threshold for `fpir`: 1 / fpir - 1."""
+    """Returns how many clips of strangers a threshold for `fpir` needs: 1 / fpir - 1."""
     return math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1
 
 
 def check_strangers(count: int, fpir: float) -> None:
-    """Raises UserError if `count` strangers are too few to measure a threshold for `fpir`."""
+    """Raises UserError if `count` clips of strangers are too few for a threshold for `fpir`."""
     check_choice(fpir, None)
     if count < count_needed_strangers(fpir):
         raise UserError(
@@ -178,9 +179,9 @@ def check_strangers(count: int, fpir: float) -> None:
 
 
 def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
-    """Returns the lowest threshold that a new stranger reaches with probability `fpir` at most.
+    """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
 
-    `best` [S] float64 is the logarithm of the best identity's probability for each of S strangers.
+    `best` [S] float64 is the log-probability of the most probable person for each of S strangers.
     First call `check_strangers`.
 
     Source: FPIR of ISO/IEC 19795-1.
@@ -192,9 +193,9 @@ def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Returns clip -> name of its group: `unknown 1` for the largest group, and so on.
+    """Names the groups of N clips: `unknown 1` for the largest group, and so on.
 
-    `labels` [N] int are the groups of the clips.
+    `labels` [N] int are the groups of the clips. Returns clip -> name of its group.
     """
     groups, first, counts = np.unique(labels, return_index=True, return_counts=True)
     order = np.lexsort((first, -counts))
@@ -203,17 +204,17 @@ def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
 
 
 def parse_group_number(group: str) -> int:
-    """Returns N of `unknown N`."""
+    """Returns the number of a group, such as 3 for `unknown 3`."""
     return int(group.removeprefix(UNKNOWN))
 
 
 def write_groups(
     path: Path, groups: Mapping[str, str], places: Mapping[str, tuple[str, str, str]] | None = None
 ) -> None:
-    """Writes a table of clips and their groups. The user replaces groups by names of people.
+    """Writes a table of clips and their groups, in which a user replaces groups by names of people.
 
-    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. If
-    `places`, clip -> (video, start, end), are given, the table has three more columns.
+    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. If `places`
+    are given, clip -> (video, start, end), the table has three more columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
@@ -221,10 +222,10 @@ def write_groups(
 
 
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
-    """Reads an edited table of `write_groups`; returns clip -> person.
+    """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
-    Groups that are still called `unknown N` are left out, unless `unknown` is True. Raises
-    UserError if a line is malformed, or if a clip has two names.
+    Groups that are still called `unknown N` are left out. If `unknown` is True, they are kept.
+    Raises UserError if a line is malformed, or if a clip has two names.
     """
     names: dict[str, str] = {}
     for number, cells in tables.read_tsv(path):
@@ -245,7 +246,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
 
 
 def table(answers: Answers) -> list[str]:
-    """Returns the answers as lines of text."""
+    """Returns the answers as lines of text, for the terminal."""
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
@@ -254,7 +255,7 @@ def table(answers: Answers) -> list[str]:
 
 
 def share(value: float) -> str:
-    """Formats a rate in per cent with 2 significant digits, or with 4 if it is 99 % or more."""
+    """Formats a rate in per cent, with 2 significant digits. From 99 % on, it has 4 digits."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"
@@ -262,7 +263,7 @@ def share(value: float) -> str:
 
 
 def describe_rule(rule: NamingRule) -> dict[str, str]:
-    """Returns printed rows about a rule, label -> text."""
+    """Returns a rule as rows for the terminal, label -> text."""
     chosen = " (to choose another rule: --fpir=R or --threshold=P)" if rule.default else ""
     return {"named if": rule.about + chosen, **(describe(rule.threshold) if rule.threshold else {})}
 
@@ -274,7 +275,7 @@ def convert_rule_to_json(rule: NamingRule) -> dict[str, object]:
 
 
 def describe(limit: Threshold) -> dict[str, str]:
-    """Returns printed rows about a threshold, label -> text."""
+    """Returns a threshold as rows for the terminal, label -> text."""
     low, high = map(share, limit.interval)
     return {
         "threshold": f"{share(math.exp(min(limit.score, 0.0)))} (logarithm {limit.score:.6g})",
@@ -292,7 +293,7 @@ def write(path: Path, answers: Answers) -> None:
 
 
 class Identify(bulk.TableTask):
-    """Identifies the clips of a table. `options` are arguments of `Gallery.identify`."""
+    """Identifies the clips of a parquet table. `options` are arguments of `Gallery.identify`."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
         """Returns the answers for clips as the columns of a table."""

@@ -1,15 +1,14 @@
 """The back end of a gallery, which computes how probably a clip shows each enrolled person.
 
-The vector of a clip consists of M parts, one for each modality, such as face or audio. If a run
-that is not PLDA computes the vectors, there is a single part, the embedding. The vector of a
-missing part is 0. A part is compared in one of two ways:
+A clip has a vector for each of M modalities, such as face or audio. The vector of a missing
+modality is 0. If a run that is not PLDA computes the vectors, the only modality is `embedding`.
+The vectors of a modality are compared in one of two ways:
 
-- PLDA: `fit` learns the parameters of a part from labelled clips.
+- PLDA: `fit` learns the parameters from labelled clips.
 - Distances: a card, the JSON file that describes an embedding net, contains the parameters.
 
-A clip is compared with all people in float32. The most probable people are compared again in
-float64. Therefore rounding changes an answer by at most 1e-6 if people or clips are in another
-order, or clips are in other batches. The formulas are the same as in
+A clip is compared with all people in float32, and again with the most probable people in float64.
+So the order of people or clips changes an answer by at most 1e-6. The formulas are the same as in
 `models.plda_fit.combine_modalities` and `losses.log_softmax`.
 """
 
@@ -45,37 +44,36 @@ MAX_VOICE_RATIO = np.log(9)
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
 MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
-# People are split into groups of this size. The k-th highest of the best logits of all groups is a
-# lower bound of the k-th highest logit of all people.
+# People are split into groups of this size. The k-th highest logit of all people is not lower than
+# the k-th highest of the groups' best logits.
 PEAK_PEOPLE = 32
 
 
 class Part(NamedTuple):
-    """The parameters that compare clips in one part of their vectors."""
+    """The parameters that compare the vectors of one modality, such as face."""
 
     name: str  # the modality, or `embedding`
-    # [D] float64. It is subtracted from unit vectors, which are then scaled to unit length again.
-    # It is 0 if the run has already subtracted a centre.
-    centre: np.ndarray
-    space: Space | None = None  # the parameters of PLDA in float64, or None
-    distances: Distances | None = None  # the parameters from the card, or None
+    centre: np.ndarray  # [D] float64, is subtracted from vectors; 0 if a run has subtracted it
+    space: Space | None = None  # the parameters of PLDA, if vectors are compared by PLDA
+    distances: Distances | None = None  # the parameters, if vectors are compared by distances
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True if the vectors of the part may belong to a person who is not seen: a voice."""
+        """True for voices that are compared by distances: the speaker may not be in the picture."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
-        """Returns the PLDA coordinates [N, D] of unit vectors x, or x if the part has no PLDA."""
+        """Returns the PLDA coordinates [N, D] of unit vectors x [N, D]. Without PLDA, returns x."""
         if self.space is None:
             return x
         with _one_thread():
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes `People.linear` [P, D] and `constant` [P].
+        """Returns `linear` [P, D] and `constant` [P] of P people, as in the class `People`.
 
-        `count` [P] are the numbers of people's clips, and `total` [P, D] the sums of unit vectors.
+        `count` [P] is the number of clips of each person. `total` [P, D] is the sum of their unit
+        vectors.
         """
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
@@ -85,24 +83,25 @@ class Part(NamedTuple):
         return np.asarray(enrolled.linear), np.asarray(enrolled.constant)
 
     def arrays(self) -> list[np.ndarray]:
-        """Returns all parameters of the part, in the order in which `from_numbers` reads them."""
+        """Returns all parameters as arrays, in the order in which `from_numbers` reads them."""
         if self.space is None:
             return [self.centre, np.array(self.distances)]
         return [self.centre, *map(np.asarray, self.space)]
 
 
 class People(NamedTuple):
-    """P enrolled people, with the coefficients that compare a clip with them in M parts.
+    """P enrolled people, with coefficients for each of M modalities.
 
-    For PLDA, the coefficients are explained in `two_covariance.Enrolled`. For distances, `linear`
-    is the mean of a person's unit vectors, and `constant` the squared length of this mean.
+    The coefficients compare a clip with a person. For PLDA, see `two_covariance.Enrolled`. For
+    distances, `linear` is the mean of a person's unit vectors, and `constant` the squared length of
+    this mean.
     """
 
     names: tuple[str, ...]
     linear: tuple[np.ndarray, ...]  # M arrays [P, D] float32
     constant: np.ndarray  # [M, P] float64
-    # [M, P] int32, the number of each person's clips that have the part. With PLDA, all clips of a
-    # film count as one.
+    # [M, P] int32, the number of a person's clips with the modality. With PLDA, all clips of a film
+    # count as one.
     num_clips: np.ndarray
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
@@ -117,11 +116,11 @@ class Nearest(NamedTuple):
 
     new: float  # the log-probability that the clip shows a person who is not enrolled
     best: list[tuple[str, float]]  # (name, log-probability), best first; ties in order of names
-    compared: tuple[str, ...] = ()  # the parts that both the clip and the first person have
+    compared: tuple[str, ...] = ()  # the modalities that both the clip and the best person have
 
 
 def join(blocks: Sequence[People]) -> People:
-    """Joins several `People` into one."""
+    """Joins blocks of people into a single block."""
     names, linear, constant, count = zip(*blocks, strict=True)
     return People(
         tuple(itertools.chain.from_iterable(names)),
@@ -132,37 +131,36 @@ def join(blocks: Sequence[People]) -> People:
 
 
 class Backend(NamedTuple):
-    """The parameters that compare clips in all M parts, and the settings of PLDA for all parts."""
+    """The parameters that compare the vectors of M modalities."""
 
-    parts: tuple[Part, ...]
-    settings: Settings
+    parts: tuple[Part, ...]  # the parameters of each modality
+    settings: Settings  # the parameters for all modalities
 
     @property
     def widths(self) -> dict[str, int]:
-        """Name of a part -> D, the length of its vectors."""
+        """Modality -> D, the length of its vectors."""
         return {part.name: len(part.centre) for part in self.parts}
 
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
-        """Splits vectors [N, sum of D] into M parts [N, D]."""
+        """Splits vectors [N, sum of D] of all modalities into M arrays [N, D]."""
         ends = np.cumsum(list(self.widths.values()))[:-1]
         return np.split(vectors, ends.tolist(), axis=1)
 
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Centres the vectors of Q clips, M arrays [Q, D], and scales them to unit length."""
+        """Centres vectors of Q clips, M arrays [Q, D], and scales the results to unit length."""
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns `Part.coordinates` of Q clips, M arrays [Q, D] float64; NaN in a missing part."""
+        """Returns `Part.coordinates` for each modality, M arrays [Q, D]; NaN if it is missing."""
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
         return white
 
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
-        """Computes the coefficients of people from N clips.
+        """Computes the coefficients of the people `names` from their N clips.
 
-        `vectors` are [N, sum of D]. `owner` [N] int is the index in `names` of the person of each
-        clip.
+        `vectors` are [N, sum of D]. `owner` [N] int has the index in `names` of each clip's person.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
@@ -187,13 +185,13 @@ def fit(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits a back end, with PLDA for each part, to N labelled clips.
+    """Fits PLDA to N labelled clips, for each modality.
 
     Args:
-      vectors: part -> unit vectors [N, D] float32.
+      vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: part -> [N, D] float32. Row n enrols the person of clip n, and may be the mean over
-        the person's clips in a film. The default is `vectors`.
+      enrolled: modality -> [N, D] float32. Row n enrols the person of clip n, for example with the
+        mean of the person's clips in a film. The default is `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too.
     """
@@ -224,8 +222,8 @@ def fit(
 def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
     """Makes a back end that compares clips by distances.
 
-    `back_ends` are part -> the parameters from its card. For `stranger_odds`, see
-    `Gallery.of_models`.
+    `back_ends` are modality -> distribution of cosines, from the card of an embedding net.
+    `stranger_odds` is the expected number of clips of strangers per clip of an enrolled person.
     """
     parts = []
     for name, back_end in back_ends.items():
@@ -239,16 +237,17 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the count [num] and sum [num, D] of each owner's vectors that are not 0.
+    """Returns the number [num] and the sum [num, D] of each person's vectors.
 
-    `owner` [N] is the index, below `num`, of the person or group that each vector belongs to.
+    `units` [N, D] are the vectors. Vectors of 0 are ignored. `owner` [N] int is the person of each
+    vector, an index below `num`.
     """
     present = np.any(units != 0, axis=1)
     return two_covariance.make_totals(units[present], owner[present], num)
 
 
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
-    """Subtracts the centre from vectors x [N, D] and scales them to unit length, in float64.
+    """Subtracts `part.centre` from vectors x [N, D]; scales the results to unit length, in float64.
 
     The vector 0 stays 0.
     """
@@ -256,16 +255,19 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 def sizes(width: int, by_card: bool) -> list[int]:
-    """Returns the sizes of the arrays in `Part.arrays`. `by_card` is True for distances."""
+    """Returns the sizes of the arrays of `Part.arrays`, for vectors [width].
+
+    `by_card` is True if vectors are compared by distances, and False for PLDA.
+    """
     return [width, len(Distances._fields)] if by_card else [width, width, width * width, width]
 
 
 def from_numbers(
     kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
 ) -> Backend:
-    """Makes a back end of the array that `Backend.numbers` returned.
+    """Makes a back end from `numbers`, which `Backend.numbers` returned.
 
-    `kinds` are (name, D, True for distances) of each part.
+    `kinds` has a tuple for each modality: its name, D, and True if it is compared by distances.
     """
     parts, at = [], 0
     for name, width, by_card in kinds:
@@ -289,32 +291,32 @@ _libraries = functools.cache(ThreadpoolController)  # the search for libraries i
 
 
 def _one_thread() -> contextlib.AbstractContextManager[object]:
-    """Limits BLAS to one thread, because BLAS threads that wait for work use whole processors."""
+    # BLAS threads that wait for work use whole processors.
     return _libraries().limit(limits=1, user_api="blas")
 
 
 class _Queries(NamedTuple):
-    """Q clips that are prepared for the comparison with people."""
+    """Q clips that are prepared for the comparison with people, in M modalities."""
 
-    coordinates: list[np.ndarray]  # M arrays [Q, D] float64, factors of `linear`; 0 if missing
-    terms: list[np.ndarray]  # M arrays [Q, ...] float64, terms that depend only on the clip
-    missing: np.ndarray  # [M, Q] bool, True if a clip lacks the part
+    coordinates: list[np.ndarray]  # M arrays [Q, D] float64, 0 if missing
+    terms: list[np.ndarray]  # M arrays [Q, ...] float64, other numbers that the comparison needs
+    missing: np.ndarray  # [M, Q] bool, True if a clip lacks the modality
 
 
 class Ratios:
-    """Computes log-likelihood ratios of clips and N people with PLDA, in one part.
+    """Computes log-likelihood ratios of clips and N people by PLDA, for one modality.
 
     Attributes:
       curve: [U, D] float64, coefficients of the squared coordinates of a clip. People with the same
         number of clips share a row.
-      kind: [N], the row of each person in `curve`.
+      kind: [N] int, the row of each person in `curve`.
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
         """Prepares the comparison with N people.
 
-        All ratios are multiplied by `scale`. `count` [N] are the numbers of the people's clips.
-        `constant` [N] is explained in `People`.
+        All ratios are multiplied by `scale`. `count` [N] is the number of clips of each person. For
+        `constant` [N], see `People`.
         """
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
@@ -325,7 +327,7 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `coordinates` [Q, D] and `terms` [Q, U] of unit vectors, see `_Queries`."""
+        """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], see `_Queries`."""
         del effective  # only `DistanceRatios` compares groups of clips
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -335,7 +337,8 @@ class Ratios:
     ) -> None:
         """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
 
-        `rows` are the people and `owner` the clips, see `Index._add_up`. `terms` are from `ask`.
+        `ratios` are the products. `rows` are the indices of the people, and `owner` the indices of
+        the clips, see `Index._add_up`. `ask` returned `terms`.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
         # If all people have the same number of clips, broadcasting is faster than indexing.
@@ -344,12 +347,12 @@ class Ratios:
 
 
 class DistanceRatios:
-    """Computes log-likelihood ratios of clips and N people from distances, in one part.
+    """Computes log-likelihood ratios of clips and N people from distances, for one modality.
 
     Attributes:
-      population: the distribution of all people, with the mean m; see `distance.population`.
-      share: [N] float64, the position of a person's posterior mean between m (0) and the mean of
-        the person's clips (1); see `distance.Posterior`.
+      population: the distribution of the vectors of all people. Its mean is m.
+      share: [N] float64, from 0 to 1. A person's posterior mean is at m for 0, and at the mean of
+        the person's clips for 1.
       variance: [N] float64, the variance of a person's posterior, summed over the dimensions.
       radius: [N] float64, the squared distance of a person's posterior mean from m.
     """
@@ -357,8 +360,7 @@ class DistanceRatios:
     def __init__(self, distances: Distances, people: Sequence[tuple[np.ndarray, ...]]):
         """Prepares the comparison with N people.
 
-        For each block of people, `people` contains `num_clips`, `linear` and `constant` of one
-        part, see `People`.
+        `people` contains (num_clips, linear, constant) of each block of people, see `People`.
         """
         counts, means, _ = zip(*people, strict=True)
         effective = [distance.effective_count(distances, count, x) for count, _, x in people]
@@ -372,10 +374,10 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """The parameters that `reader.py` of an exported gallery needs, [5] float64.
+        """Five float64 parameters [5], which `reader.py` of an exported gallery needs.
 
-        They are the shapes of the distributions for the same person and for different people, the
-        lowest squared distance, and the constant and the slope of a stranger's log density.
+        They are: the shape for one person, and for two people, see `Distances`; the lowest squared
+        distance; the constant and the slope of the log density of a stranger.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
@@ -385,12 +387,12 @@ class DistanceRatios:
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `coordinates` [Q, D] and `terms` [Q, 4] of clips or groups, see `_Queries`.
+        """Returns the coordinates [Q, D] and terms [Q, 4] of Q groups of clips, for `_Queries`.
 
-        `units` [Q, D] are the means x of the unit vectors of each group, and `effective` [Q] the
-        effective numbers of its clips. The coordinates are x - m. The terms are (x - m) . m,
-        `|x - m|^2`, the variance of x if the person is known, and the log density of x if the
-        person is a stranger.
+        `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] are the effective
+        numbers of their clips, see `distance.effective_count`. The coordinates are x - m. The terms
+        are `(x - m) . m`, `|x - m|^2`, the variance of x for a known person, and the log density of
+        x for a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -402,7 +404,7 @@ class DistanceRatios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """See `Ratios.finish`."""
+        """Computes log-likelihood ratios in place, like `Ratios.finish`."""
         kind = ratios.dtype
         across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
         share, radius, variance = (
@@ -422,7 +424,7 @@ class Index:
     """Searches for the most probable people of a clip. An index is immutable."""
 
     def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
-        """Makes an index of the people in all `blocks`; no person may be in two blocks."""
+        """Makes an index of the people in all `blocks`. Each person is in a single block."""
         self.backend = backend
         self.blocks = [block for block in blocks if block.names]
 
@@ -433,13 +435,13 @@ class Index:
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """[M, N] int32, the number of each person's clips that have the part."""
+        """[M, N] int32, the number of a person's clips that have the modality."""
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
     @functools.cached_property
     def scorers(self) -> "list[Ratios | DistanceRatios]":
-        """The objects that compute the log-likelihood ratios of each part."""
+        """The objects that compute log-likelihood ratios, one for each of M modalities."""
         scorers: list[Ratios | DistanceRatios] = []
         for number, part in enumerate(self.backend.parts):
             people = [
@@ -455,9 +457,9 @@ class Index:
         return scorers
 
     def replaced(self, removed: Collection[str], new: People) -> "Index":
-        """Returns an index without the people `removed`, and with the people `new`.
+        """Returns a new index without the people `removed`, and with the people `new`.
 
-        Names in `removed` that the index lacks are ignored.
+        Unknown names in `removed` are ignored.
         """
         removed, kept, small = set(removed), [], [new]
         for block in self.blocks:
@@ -473,8 +475,8 @@ class Index:
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields the log-probabilities of all people for each of Q clips, [1 + N] float64.
 
-        Entry 0 belongs to a person who is not enrolled, and entry 1 + r to `names[r]`. If a clip
-        lacks all parts, entry 0 has probability 1. `parts` are M arrays [Q, D].
+        Element 0 belongs to a stranger, and element 1 + r to the person `names[r]`. If a clip lacks
+        all modalities, the probability of a stranger is 1. `parts` are M arrays [Q, D].
         """
         for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
@@ -485,10 +487,10 @@ class Index:
     def nearest(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
     ) -> Iterator[Nearest]:
-        """Yields the k most probable people of each of Q clips, or of each of G groups of clips.
+        """Yields the k most probable people of each group of clips.
 
-        `parts` are M arrays [Q, D]. A clip that lacks all parts gets no people. `owner` [Q] int is
-        the group of each clip. By default, each clip is a group.
+        `parts` are the vectors of Q clips, M arrays [Q, D]. `owner` [Q] int is the group of each
+        clip. By default, each clip is a group. A group that lacks all modalities gets no people.
         """
         for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
@@ -507,14 +509,14 @@ class Index:
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Compares clips or groups with all people; see `nearest` for the arguments.
+        """Compares groups of clips with all people. The arguments are as in `nearest`.
 
-        Yields five values for each clip or group:
-          the logit of a person who is not enrolled;
+        Yields five values for each group:
+          the logit of a stranger;
           the logits [N] float32 of all enrolled people;
-          the indices [R] of the most probable people, of whom there may be more than k;
+          the indices [R] of the most probable people, where R may be larger than k;
           the logits [R] float64 of these people;
-          [M] bool, True for each part that the clip has.
+          [M] bool, True for each modality that the group has.
         """
         new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
@@ -537,9 +539,10 @@ class Index:
     def _groups(
         self, units: Sequence[np.ndarray], owner: np.ndarray
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns, for each part, the mean unit vectors [G, D] and effective counts [G] of groups.
+        """Averages the unit vectors of each group, for M modalities.
 
-        `owner` [Q] is the group of each clip. See `distance.effective_count`.
+        `units` are M arrays [Q, D], and `owner` [Q] is the group of each clip. Returns the means, M
+        arrays [G, D], and effective numbers of clips, M arrays [G], see `distance.effective_count`.
         """
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
@@ -552,9 +555,9 @@ class Index:
         return means, effective
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares Q clips or groups of clips for the comparison.
+        """Prepares the unit vectors of Q groups of clips, M arrays [Q, D], for the comparison.
 
-        `units` are M arrays [Q, D]. `effective` are M arrays [Q], 1 for a clip.
+        `effective` are the effective numbers of clips, M arrays [Q].
         """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
@@ -582,7 +585,10 @@ class Index:
         return logits
 
     def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
-        """Computes the logits [R] float64 of R pairs of a person (`rows`) and a clip (`owner`)."""
+        """Computes the logits [R] float64 of R pairs of a person and a clip.
+
+        `rows` [R] are the indices of the people, and `owner` [R] the indices of the clips.
+        """
         places = np.searchsorted(self._ends, rows, side="right") - 1
         products = [np.zeros(len(rows)) for _ in queries.coordinates]
         for place in np.unique(places).tolist():
@@ -603,12 +609,12 @@ class Index:
         owner: np.ndarray,
         queries: _Queries,
     ) -> np.ndarray:
-        """Returns the logits of pairs of a clip and a person: sums of the log-likelihood ratios.
+        """Returns the logits of pairs of a clip and a person.
 
-        `products` are M arrays, the products of the clips' coordinates and `People.linear`. They
-        are [Q, R] for all pairs of Q clips and R people, or [R] for R pairs. The logits overwrite
-        the first array. `rows` are the indices of the people. `owner` are the indices of the clips,
-        [Q, 1] or [R].
+        A logit is the sum of the log-likelihood ratios of all modalities. `products` are M arrays,
+        the coordinates of clips times `People.linear`. Their shape is [Q, R] for all pairs of Q
+        clips and R people, or [R] for R pairs. The logits overwrite the first array. `rows` [R] are
+        the indices of the people. `owner` are the indices of the clips, [Q, 1] or [R].
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
@@ -627,11 +633,11 @@ class Index:
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """The index of the first person of every block, and the number N of people."""
+        """The index of the first person of each block, and at the end the number N of people."""
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns the sorted indices of the k highest logits, and of logits that may be as high."""
+        """Returns sorted indices of the k highest logits, and of logits near the k-th highest."""
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)

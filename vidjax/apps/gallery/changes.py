@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Draft:
-    """The future content of a gallery, which `Gallery.change` yields."""
+    """The future content of a gallery, which the block of `Gallery.change` edits."""
 
     def __init__(self, state: State):
         self._state = state
@@ -39,7 +39,7 @@ class Draft:
         return bool(self._changed_clips)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """See `Gallery.add`."""
+        """Adds clips, see `Gallery.add`; returns the number of new or changed clips."""
         width = sum(self._state.index.backend.widths.values())
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
         new = {
@@ -51,7 +51,10 @@ class Draft:
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """See `Gallery.complete`. `vectors` are clip -> vector of all modalities."""
+        """Adds missing modalities to clips, see `Gallery.complete`; returns the complete clips.
+
+        `vectors` are clip -> vector of all modalities.
+        """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
             old, vector = self.clips[name].vector, vectors[name]
@@ -68,7 +71,7 @@ class Draft:
         identity: str | Collection[str] | None = None,
         clip: str | Collection[str] | None = None,
     ) -> int:
-        """See `Gallery.remove`."""
+        """Removes people or clips, see `Gallery.remove`; returns the number of clips."""
         if (identity is None) == (clip is None):
             raise UserError(
                 "remove needs either people or clips\n"
@@ -87,7 +90,7 @@ class Draft:
         return len(removed)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """See `Gallery.rename`."""
+        """Renames a person, see `Gallery.rename`; returns the number of the person's clips."""
         check_argument("rename: identity", identity, str, "a name")
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
@@ -101,7 +104,7 @@ class Draft:
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """See `Gallery.relabel`."""
+        """Changes the person of a clip, see `Gallery.relabel`; returns the old person."""
         check_argument("relabel: clip", clip, str, "a name")
         identity = None if identity is None else check_person(identity)
         old = self.clips.get(clip)
@@ -124,7 +127,7 @@ class Draft:
         return tuple(find_enrolled("identity", normal_form(identity), self.groups))
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
-        """Replaces or adds clips, name -> clip. A clip whose value is None is removed."""
+        """Replaces or adds clips, name -> clip. If the value is None, the clip is removed."""
         if not self.is_open:
             raise UserError(
                 "the block 'with gallery.change() as draft' has ended, so nothing was changed\n"
@@ -142,7 +145,6 @@ class Draft:
         self._changed_clips |= clips.keys()
 
     def _open_group(self, identity: str | None) -> set[str]:
-        """Returns the names of an identity's clips as a set, which `_edit` changes."""
         key = identity or STRANGER
         names = self.groups.get(key, ())
         if not isinstance(names, set):
@@ -151,7 +153,7 @@ class Draft:
         return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns whether a clip is not enrolled yet, or changes from stranger to person.
+        """Returns True if a clip is new, or if the clip of a stranger gets a person.
 
         Raises UserError if the clip is enrolled with another person or vector.
         """
@@ -180,28 +182,27 @@ class Draft:
 
     @property
     def similar(self) -> dict[str, str]:
-        """The new people whose names are similar to enrolled names: new name -> enrolled name."""
+        """New people whose names resemble an enrolled name: new name -> enrolled name."""
         new = self.groups.keys() & self._changed_people - self._state.groups.keys() - {STRANGER}
         others = {*new, STRANGER}
         return find_similar_names(sorted(new), (name for name in self.groups if name not in others))
 
-    def _list_changes(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
-        """Returns each changed clip before and after the change. An absent clip is None."""
+    def _list_old_and_new(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
         return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
 
     @property
     def refits(self) -> bool:
-        """True if the back end was fitted to a clip that is removed or whose vector changes."""
-        fitted = [(old, new) for old, new in self._list_changes() if old and old.fitted]
+        """True if PLDA was fitted to a clip that is removed or whose vector changes."""
+        fitted = [(old, new) for old, new in self._list_old_and_new() if old and old.fitted]
         return any(new is None or new.vector is not old.vector for old, new in fitted)
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The changed clips, if the file needs only additional rows for them.
+        """The changed clips, if their rows can be added to the file without other changes.
 
         It is None if a clip was removed, a vector changed, or a clip of a person changed.
         """
-        for old, new in self._list_changes():
+        for old, new in self._list_old_and_new():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
                 return None
         return {name: self.clips[name] for name in self._changed_clips}
@@ -231,12 +232,11 @@ def _describe_person(identity: str | None) -> str:
 def enrol(
     backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, StoredClip]
 ) -> People:
-    """Computes the coefficients that compare a clip with people, from the clips of these people.
+    """Computes the coefficients of people from their clips.
 
-    `groups` are identity -> names of the clips of the person, and `clips` are name -> clip.
-    With PLDA, all clips of a person in a film count as a single clip, because such clips are alike.
-    With distances, clips are counted separately, whatever their film, but clips that are alike
-    count less; see `distance.effective_count`.
+    `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
+    PLDA, all clips of a person in a film count as one clip, because they are alike. With distances,
+    each clip counts. Clips that are alike then count less, see `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     film = cut_film_name if backend.parts[0].distances is None else str
@@ -252,7 +252,7 @@ def group_by_film(
     clips: Mapping[str, StoredClip],
     film: Callable[[str], str] = cut_film_name,
 ) -> dict[tuple[str, str], list[str]]:
-    """Groups clips by person and film: (identity, film) -> names of clips."""
+    """Groups clips by person and film; returns (identity, film) -> names of clips."""
     films: dict[tuple[str, str], list[str]] = {}
     for name in names:
         films.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
@@ -262,10 +262,10 @@ def group_by_film(
 def stack_films(
     films: Collection[Sequence[str]], clips: Mapping[str, StoredClip], widths: Mapping[str, int]
 ) -> np.ndarray:
-    """Returns the mean vector of the clips of each of N films, [N, sum of D] float32.
+    """Returns the mean vector of each of N films, [N, sum of D] float32.
 
-    `films` are lists of names of clips, and `widths` are part -> D. The mean of a part, such as the
-    face, is taken over the clips that have the part.
+    `films` are the names of the clips of each film, and `widths` are modality -> D. The mean is
+    taken over the clips that have the modality.
     """
     width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
     vectors = stack_vectors([names[0] for names in films], clips, width)
@@ -285,10 +285,10 @@ def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: 
 
 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
-    """Checks a clip, and returns it with the cleaned name of its person.
+    """Checks a clip; returns the clip with the cleaned name of its person.
 
     Raises UserError if a name is invalid, if the vector is not finite float32 [width], or if the
-    clip has no usable frame, so that the vector is 0.
+    vector is 0, because no frame of the clip is usable.
     """
     check_argument("clip name", name, str, "a name")
     _check_length("clip name", check_name(name))
@@ -307,7 +307,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
 
 
 def check_person(name: str) -> str:
-    """Returns the cleaned name of a person; refuses invalid, too long and reserved names."""
+    """Returns the cleaned name of a person. Raises UserError if it is invalid, long or reserved."""
     check_argument("identity", name, str, "a name")
     name = _check_length("identity", clean_identity(name))
     if is_reserved(name):
@@ -334,17 +334,15 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
 
 
 class NotEnrolledError(UserError):
-    """The gallery contains no person or clip with the given name.
+    """No person or clip has the given name. The message suggests a similar name.
 
-    The message suggests a similar name. The search for it is slow, so it starts when the message is
-    read, after the gallery is unlocked. A server never reads the message, because answers of a
-    server must not reveal names.
+    A server does not show the message, because its answers must not reveal names.
     """
 
     def __init__(self, kind: str, name: str, among: Iterable[str]):
         super().__init__(kind, name, list(among))  # a view of a dict cannot be pickled
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # searches here, when the gallery is unlocked: the search is slow
         kind, name, among = self.args
         close = closest(name, among)
         hint = f": did you mean '{show(close)}'?" if close else ""

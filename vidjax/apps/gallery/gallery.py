@@ -7,9 +7,9 @@
     gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
     gallery.remove(identity="Ada")
 
-Thresholds are measured on strangers, clips of people who are not enrolled. The order of changes
-does not matter: a new gallery of the same clips with the same back end (explained below) gives the
-same answers to 1e-6.
+Thresholds are measured on strangers, clips of people who are not enrolled. The parameters that
+compare vectors are called the back end. The order of changes does not matter: a new gallery of the
+same clips with the same back end gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
 changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. The other
@@ -19,13 +19,11 @@ A change makes a new `State`, the content in memory, and never edits the old sta
 computes an answer uses one state. A change is first written to the folder. If writing fails, folder
 and memory stay as they were.
 
-A removed person leaves no trace in the folder. The back end, the parameters that compare vectors,
-is fitted to clips. From the back end and all clips but one, the vector of this one clip could be
-computed. Therefore `remove` fits the back end again to all clips that are left, including clips
-that were enrolled after the creation. Clips that are enrolled after the removal do not change the
-back end. The training run still depends on its training clips, and so does the back end of a
-gallery that was made with `empty=True`. Only a new training run without the clips removes this
-dependence.
+A removed person leaves no trace in the folder. From the back end and all clips except one, the
+vector of this one clip could be computed. Therefore `remove` fits the back end again to all clips
+that are left. Clips that are enrolled after the removal do not change the back end. The training
+run still depends on its training clips, and so does the back end of a gallery that was made with
+`empty=True`. Only a new training run without the clips removes this dependence.
 """
 
 import contextlib
@@ -110,9 +108,10 @@ class Vectors(NamedTuple):
     """The unit vectors of N clips.
 
     Attributes:
-      parts: modality -> vectors [N, D] float32, where D depends on the modality. The vector of a
-        missing modality is 0. For a run that is not PLDA, the only key is `embedding`.
-      labels: the person of each clip, or None if the person is not known.
+      names: the names of the clips.
+      parts: modality -> vectors [N, D] float32. The vector of a missing modality is 0. For a run
+        that is not PLDA, the only key is `embedding`.
+      labels: the person of each clip. None if the person is not known.
     """
 
     names: tuple[str, ...]
@@ -132,24 +131,26 @@ class NobodyError(UserError):
 
 
 class Gallery:
-    """A gallery in a folder. `len`, `in` and iteration apply to the names of the enrolled people.
+    """Enrolled people and their clips, in a folder. A gallery identifies the person in a new clip.
+
+    `len`, `in` and iteration apply to the names of the people.
 
     The argument `clips` of a method is one of these:
       clips in memory, {clip: {modality: features}}, as for `Predictor.embed`;
       a dataset, together with the name of a `split`;
       the vectors that `embed` returns.
 
-    A method that changes the gallery returns when the change is on the disk. It raises ValueError
-    if another process is changing the gallery, or if the gallery is read-only. It raises OSError if
-    the disk is full or fails. After an error, nothing is changed.
+    A method that changes the gallery returns when the change is on the disk. After an error,
+    nothing is changed. All these methods raise ValueError if another process is changing the
+    gallery, or if the gallery is read-only. They raise OSError if the disk is full or fails.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
         """Opens a gallery.
 
         Args:
-          run: the training run that the gallery was made with, or its folder. The default is the
-            folder that is stored in the gallery. The run is loaded when a vector must be computed.
+          run: the training run that computed the vectors, or its folder. The default is the folder
+            that is stored in the gallery. The run is loaded when it is needed.
 
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
@@ -182,9 +183,10 @@ class Gallery:
           folder: a new or empty folder.
           run: the training run, or its folder.
           data: the dataset of the run. By default, it is loaded.
-          strangers: the name of a split. Its clips without a label become strangers. The default is
-            the evaluated split, if any of its clips has a label.
-          empty: True to enrol nobody. The gallery then contains only the strangers and the
+          strangers: the name of a split. Its clips without a label become clips of strangers,
+            people who must not get a name. The default is the evaluated split, if any of its clips
+            has a label.
+          empty: True to enrol nobody. The gallery then contains only clips of strangers, and the
             parameters that were fitted to the training clips.
 
         Raises:
@@ -237,17 +239,17 @@ class Gallery:
     ) -> "Gallery":
         """Makes an empty gallery for features that `vidjax extract` computes with the given models.
 
-        Clips are compared by the distances of their vectors. The card of each model, a JSON file,
-        contains the distribution of these distances.
+        Clips are compared by the distances of their vectors. Each model has a JSON file, its card,
+        with the distribution of these distances.
 
         Args:
           folder: a new or empty folder.
-          models: the folder of the models and their cards; see `vidjax.apps.video.cards`.
+          models: the folder of the models and their cards, see `vidjax.apps.video.cards`.
           stranger_odds: the expected number of clips of strangers per clip of an enrolled person.
 
         Raises:
-          ValueError: no card of a face or voice model contains a distribution of distances, or
-            `stranger_odds` is not a finite number above 0.
+          ValueError: no card of a face, head or voice model contains a distribution of distances,
+            or `stranger_odds` is not a finite number above 0.
         """
         check_argument("of_models: stranger_odds", stranger_odds, numbers.Real, "a number")
         if not 0 < stranger_odds < math.inf:
@@ -268,8 +270,8 @@ class Gallery:
     ) -> "Gallery":
         """Makes a gallery of clips whose vectors are known, in a new or empty folder.
 
-        `origin` is the run or the models that computed the vectors. `run` is the loaded run, if
-        any.
+        `origin` describes the run or the models that computed the vectors. `backend` has the
+        parameters that compare vectors. `clips` are name -> clip. `run` is the loaded run, if any.
         """
         path = Path(folder).expanduser().absolute()
         width = _check_width(backend)
@@ -280,7 +282,7 @@ class Gallery:
         files.make_folder(path, "gallery:")
         check_new(path)
         store = Store(path)
-        state = _state(1, origin, backend, clips)
+        state = _make_state(1, origin, backend, clips)
         store.create(state)
         _warn_of_similar(path, find_similar_names(state.people, ()))
         return cls(path, run=run)
@@ -293,7 +295,7 @@ class Gallery:
         )
 
     def __len__(self) -> int:
-        groups = self._now().groups
+        groups = self._read_current().groups
         return len(groups) - (STRANGER in groups)
 
     def __bool__(self) -> bool:
@@ -302,7 +304,7 @@ class Gallery:
     def __contains__(self, identity: object) -> bool:
         if not isinstance(identity, str) or identity == STRANGER:
             return False
-        return normal_form(identity) in self._now().groups
+        return normal_form(identity) in self._read_current().groups
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.identities)
@@ -322,7 +324,7 @@ class Gallery:
     @property
     def digest(self) -> str:
         """The sha256 of the current content, in hexadecimal digits."""
-        return self._now().sha256.hex()
+        return self._read_current().sha256.hex()
 
     @property
     def origin(self) -> VectorOrigin:
@@ -331,7 +333,7 @@ class Gallery:
 
     @property
     def index(self) -> Index:
-        """The enrolled people and their coefficients, with which clips are compared."""
+        """The enrolled people, and the coefficients that compare clips with them."""
         return self._state.index
 
     @property
@@ -341,18 +343,18 @@ class Gallery:
 
     @property
     def clips(self) -> Mapping[str, StoredClip]:
-        """Name -> clip, including strangers."""
+        """Name -> clip, including clips of strangers."""
         return self._state.clips
 
     @property
     def strangers(self) -> list[str]:
-        """The names of the strangers, sorted."""
+        """The sorted names of the clips of strangers."""
         return list(self._state.groups.get(STRANGER, ()))
 
     @property
     def identities(self) -> dict[str, int]:
         """The enrolled people, sorted: name -> number of clips."""
-        return {name: len(clips) for name, clips in self._now().people.items()}
+        return {name: len(clips) for name, clips in self._read_current().people.items()}
 
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""
@@ -361,22 +363,21 @@ class Gallery:
                 self._state = self._store.read()
 
     def remove_leftovers(self) -> None:
-        """Deletes files of a killed process, which may contain names and vectors of removed people.
+        """Deletes files of a killed process, because they may contain removed people.
 
         If the folder is in use or read-only, nothing is deleted.
         """
         with contextlib.suppress(InUseError, UnwritableError, OSError):
             self._store.remove_leftovers()
 
-    def _now(self) -> State:
-        """Returns the current content of the folder."""
+    def _read_current(self) -> State:
         with self._lock:
             self.refresh()
             return self._state
 
     @property
     def run(self) -> "Predictor":
-        """The training run that computes the vectors.
+        """The training run that computes vectors.
 
         Raises:
           ValueError: the gallery has no run, the run is missing, or its weights have changed.
@@ -409,19 +410,22 @@ class Gallery:
         split: str | None = None,
         advance: Callable[[int], None] = ignore_count,
     ) -> Vectors:
-        """Returns the vectors of clips.
+        """Computes the vectors of clips.
 
-        The run of the gallery computes the vectors. In a gallery of models, the vector of a
-        modality is the mean of its frames. If `clips` are vectors of this gallery, they are
-        returned unchanged. Vectors with other modalities or lengths raise ValueError.
+        In a gallery of a run, the run computes the vectors. In a gallery of models, see
+        `of_models`, the vector of a modality is the mean of its frames. If `clips` are already
+        vectors, they are returned unchanged.
 
         Args:
           clips, split: see the class.
           advance: is called with the number of clips of each finished batch.
+
+        Raises:
+          ValueError: `clips` are vectors, but their modalities or lengths do not fit the gallery.
         """
         self.refresh()  # another process may have added a modality
         if isinstance(clips, Vectors):
-            return _check_parts(clips, self.backend)
+            return _check_modalities(clips, self.backend)
         if not self.origin.cards:
             return embed(self.run, clips, split, advance)
         widths = self.backend.widths
@@ -440,13 +444,13 @@ class Gallery:
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """How clips are loaded: modality -> width of its features, and `config.data.quality`."""
+        """How clips are loaded: modality -> width of features, and the source of the quality."""
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality
 
     def load(self, path: str | Path) -> MemoryClips:
-        """Loads the clips of a folder or a parquet table, see `memory.load_clips`."""
+        """Loads the clips of a folder or parquet table with the modalities of the gallery."""
         widths, quality = self.reads
         return load_clips(path, widths, (), quality=quality)
 
@@ -456,13 +460,13 @@ class Gallery:
     def change(self) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
-        The draft has the methods `add`, `remove`, `rename` and `relabel` of this class, and
-        `complete`, whose argument is clip -> vector of all modalities. All changes are written at
-        the end of the block. If the block raises an error, nothing is written. During the block, no
-        other process can change the gallery.
+        The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. It also has
+        `complete`, but with the argument {clip: vector of all modalities}. All changes are written
+        at the end of the block. If the block raises an error, nothing is written. During the block,
+        no other process can change the gallery.
         """
         with self._store.open(write=True) as transaction:
-            draft = Draft(self._now())
+            draft = Draft(self._read_current())
             try:
                 yield draft
             finally:
@@ -486,14 +490,13 @@ class Gallery:
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
-        Clips without a usable frame are left out. If any other clip is refused, no clip is
-        enrolled.
+        Clips without a usable frame are left out. After an error, no clip is enrolled.
 
         Args:
           clips, split: see the class.
           identities: the person that all clips show, or clip -> person. The default is the labels
             of the dataset. Clips without a person are left out.
-          strangers: True to add only the clips without a person, as strangers.
+          strangers: True to add only the clips without a person, as clips of strangers.
 
         Raises:
           ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
@@ -544,8 +547,8 @@ class Gallery:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        A clip that is already enrolled is skipped. If it is enrolled as a stranger, it gets the
-        person in `clips`.
+        A clip that is already enrolled is skipped. If it is enrolled as a clip of a stranger, it
+        gets the person in `clips`.
 
         Raises:
           ValueError: a clip is malformed, or already enrolled for another person or with another
@@ -594,7 +597,7 @@ class Gallery:
     def widen(self, models: str | Path) -> tuple[str, ...]:
         """Adds new modalities, such as voices, to a gallery of models; returns their names.
 
-        `models` is a folder with the models of the gallery, and with models of new modalities.
+        The folder `models` contains the models of the gallery, and models of new modalities.
         Enrolled clips lack the new modalities until `complete` adds them.
 
         Raises:
@@ -603,7 +606,7 @@ class Gallery:
         """
         origin, back_ends = make_models_origin(models)
         with self._store.open(write=True) as transaction:
-            state = self._now()
+            state = self._read_current()
             was, now = state.run.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             if changed or not was:
@@ -622,16 +625,16 @@ class Gallery:
                 name: clip._replace(vector=_widen(clip.vector, backend, wide))
                 for name, clip in state.clips.items()
             }
-            state = _state(state.version + 1, origin, wide, clips)
+            state = _make_state(state.version + 1, origin, wide, clips)
             with self._lock:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
 
     def complete(self, vectors: AnyClips) -> set[str]:
-        """Adds the modalities that enrolled clips lack. `vectors` contain all modalities.
+        """Adds missing modalities to enrolled clips; returns the names of the complete clips.
 
-        A clip is skipped if it is not enrolled, or if it is enrolled with another vector of a
-        modality. Returns the names of the clips that are not skipped.
+        `vectors` are clips with all modalities. Clips that are not enrolled are skipped. A clip is
+        also skipped if the gallery already has another vector of one of its modalities.
         """
         clips = select_usable_clips(self.embed(vectors))
         with self.change() as draft:
@@ -653,12 +656,12 @@ class Gallery:
         without a usable frame are left out.
 
         Args:
-          vectors: clips in memory, or their vectors, as from `embed`.
+          vectors: clips in memory, or the vectors that `embed` returns.
           apart: pairs of clips that show different people, for example two faces in a picture.
-          begin: clip -> group for all clips with a usable frame. Groups may be joined, but clips of
-            the same group stay together. By default, each clip is a group at the beginning.
-          absorb: True to join groups of at most 3 clips to larger groups that show the same person
-            with a probability above 0.6.
+          begin: clip -> first group, for all clips with a usable frame. These groups may be joined,
+            but are not split. By default, each clip is a group at first.
+          absorb: True to join a group of at most 3 clips to a larger group, if the probability that
+            they show the same person is above 0.6.
         """
         vectors = self.embed(vectors)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
@@ -669,8 +672,7 @@ class Gallery:
         return answers_lib.name_groups(names, labels)
 
     def _require_people(self) -> State:
-        """Returns the current content. If nobody is enrolled, NobodyError is raised."""
-        state = self._now()
+        state = self._read_current()
         if not state.index.names:
             raise NobodyError(
                 f"nobody is enrolled in gallery '{self.folder}'\n"
@@ -679,12 +681,12 @@ class Gallery:
         return state
 
     def threshold(self, fpir: float) -> Threshold:
-        """Returns the lowest threshold that a new stranger reaches with probability `fpir` or less.
+        """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
 
-        The first call after a change compares all strangers with all people.
+        The first call after a change compares all clips of strangers with all people.
 
         Raises:
-          ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 strangers.
+          ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
         return self._threshold(self._require_people(), fpir)
@@ -702,10 +704,7 @@ class Gallery:
         return answers_lib.threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule that decides if a clip gets a name.
-
-        The arguments and the errors are as in `identify`.
-        """
+        """Returns the rule that decides if a clip gets a name. See `identify` for the arguments."""
         return self._rule(self._require_people(), fpir, threshold)
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
@@ -737,24 +736,24 @@ class Gallery:
     ) -> dict[str, Answer]:
         """Identifies the person in each clip; returns clip -> answer.
 
-        The person of a clip without a usable frame is unknown. In a gallery of models, a person is
-        named only if the clip and the person have a modality in common.
+        The person of a clip without a usable frame is unknown. In a gallery of models, the person
+        is also unknown if the clip and the most probable person have no modality in common.
 
         Args:
           clips, split: see the class.
           k: the largest number of identities in `Answer.best`.
           fpir: the largest share of new strangers that may get a name. A name also needs a
-            probability above 0.5. The default is 0.01 if the gallery has 99 strangers or more. If
-            it has fewer strangers, a probability above 0.5 is enough by default.
+            probability above 0.5. The default is 0.01. If the gallery has fewer than 99 clips of
+            strangers, by default a name needs only a probability above 0.5.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
-          groups: clip -> group, as `group` returns them. All clips of a group are compared together
-            and get the same answer. Only a gallery of models accepts groups.
+          groups: clip -> group, as `group` returns. All clips of a group are compared together and
+            get the same answer. Only a gallery of models accepts groups.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
-          ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 strangers, the features
-            do not fit the gallery, or `groups` are given for a gallery of a run.
+          ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 clips of strangers, the
+            features do not fit the gallery, or `groups` are given for a gallery of a run.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -790,18 +789,18 @@ class Gallery:
         split: str | None = None,
         advance: Callable[[int], None] = ignore_count,
     ) -> dict[str, list[tuple[str, float]]]:
-        """Ranks clips for every enrolled person.
+        """Lists the most probable clips of each enrolled person.
 
         Args:
           clips, split: see the class.
-          fpir, threshold: if one of them is given, the list of a person contains only clips that
-            are probable enough for a name, by the rule of `identify`.
+          fpir, threshold: if one of them is given, the list of a person contains only clips whose
+            probability is high enough for a name, see `identify`.
           advance: is called with the number of clips of each finished block.
 
         Returns:
           Identity -> list of (clip, logarithm of the probability) of the best 100 clips, best
-          first. Clips with equal scores are in the order of their names. If all identities are
-          whole numbers, they are sorted by number, and otherwise by name.
+          first. Clips with equal scores are in the order of their names. Identities are sorted by
+          name. If all identities are whole numbers, they are sorted by number.
 
         Raises:
           ValueError: as in `identify`.
@@ -838,7 +837,7 @@ class Gallery:
 
 
 def check_new(folder: Path) -> None:
-    """Raises UserError unless a folder is new or empty. Ignores files of a killed process."""
+    """Raises UserError if a folder contains files. Files of a killed process are ignored."""
     store = Store(folder.expanduser().absolute())
     if not store.folder.is_dir():
         return
@@ -853,7 +852,6 @@ def check_new(folder: Path) -> None:
 
 
 def _check_width(backend: Backend) -> int:
-    """Returns the width of the vectors of a back end. Raises UserError if it is too large."""
     width = sum(backend.widths.values())
     if width > MAX_VECTOR_WIDTH:
         raise UserError(
@@ -863,8 +861,7 @@ def _check_width(backend: Backend) -> int:
     return width
 
 
-def _check_parts(vectors: Vectors, backend: Backend) -> Vectors:
-    """Returns vectors. Raises UserError if they were not made for the back end."""
+def _check_modalities(vectors: Vectors, backend: Backend) -> Vectors:
     widths = {part: x.shape[1] for part, x in vectors.parts.items()}
     if [*widths.items()] != [*backend.widths.items()]:
         raise UserError(
@@ -875,7 +872,7 @@ def _check_parts(vectors: Vectors, backend: Backend) -> Vectors:
 
 
 def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
-    """Adds zeros to a clip's vector for the modalities that `wide` has and `backend` lacks."""
+    """Extends a clip's vector to the modalities of the back end `wide`. New modalities are 0."""
     present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
     parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
     return np.concatenate(parts, axis=1, dtype=np.float32)[0]
@@ -891,16 +888,16 @@ def _restored(run: "Predictor | str | Path") -> "Predictor":
 
 
 def make_run_origin(run: "Predictor") -> VectorOrigin:
-    """Returns the folder of a run, and a digest of its weights."""
+    """Describes a run by its folder and a digest of its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
 
 
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
-    """Returns the `VectorOrigin` of models, and the parameters that compare their vectors.
+    """Reads the cards of models, the JSON files that describe them.
 
-    The parameters are modality -> `cards.BackEnd`, from the card of each face and voice model.
-    Raises UserError if no card contains such parameters.
+    Returns the origin of vectors, and the distributions of cosines: modality -> `cards.BackEnd`,
+    for faces, heads and voices. Raises UserError if no card contains such a distribution.
     """
     from vidjax.apps.video import cards
 
@@ -914,7 +911,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     }  # fmt: skip
     if not back_ends:
         raise UserError(
-            f"'{path}' has no net of faces or voices with a field back_end in its JSON file\n"
+            f"'{path}' has no net of faces, heads or voices with back_end in its JSON file\n"
             f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}
@@ -927,7 +924,7 @@ def embed(
     split: str | None = None,
     advance: Callable[[int], None] = ignore_count,
 ) -> Vectors:
-    """Computes the vectors of clips with a run; see `Gallery.embed`.
+    """Computes the vectors of clips with a run. The arguments are as in `Gallery.embed`.
 
     If the run is an ensemble of PLDA models, the first member computes the vectors.
     """
@@ -957,8 +954,8 @@ def pad_batches(
 ) -> "Iterator[Batch]":
     """Yields the clips of a split in batches of `rows` clips.
 
-    JAX compiles a program for each shape of a batch. So a clip is padded to the smallest length in
-    PAD_LENGTHS that its longest modality fits in.
+    All modalities of a clip are padded to the same length, the smallest possible length in
+    PAD_LENGTHS. So JAX compiles few programs.
     """
     lengths = longest(source.split(split), modalities)
     pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
@@ -969,7 +966,7 @@ def pad_batches(
 
 
 def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, sum of D] into the unit vectors of `Vectors.parts`."""
+    """Splits embeddings [N, sum of D] into unit vectors, modality -> [N, D] float32."""
     parts, at, model = {}, 0, run.system.model
     plda = model.gallery_settings()
     for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
@@ -981,14 +978,14 @@ def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
-    """Returns the clips with a usable frame, name -> clip. Other clips have the vector 0."""
+    """Returns name -> clip. Clips without a usable frame are left out: their vectors are 0."""
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}
 
 
 def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
-    """Warns about keys of `identities` that are not clips. If none is a clip, raises UserError."""
+    """Warns about keys of `identities` that are not clips. Raises UserError if no key is a clip."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
@@ -1000,7 +997,7 @@ def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
 
 
 def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
-    """Warns about people in `names`, new name -> similar enrolled name. Shows only the first."""
+    """Warns that a new name resembles an enrolled name. `names` are new name -> enrolled name."""
     for name, other in itertools.islice(names.items(), 1):
         more = f" (similar names: {len(names):,})" if len(names) > 1 else ""
         words = ["vidjax", "gallery", "rename", str(folder), f"--identity={name}", f"--to={other}"]
@@ -1011,7 +1008,7 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
-    """Reports people whose clips are all from the same film. `clips_of` is person -> clips."""
+    """Prints the people whose clips are all from one film. `clips_of` is person -> clips."""
     few = [
         name for name, clips in clips_of.items()
         if len(clips) > 1 == len({*map(cut_film_name, clips)})
@@ -1031,12 +1028,12 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits PLDA to the clips that have a person, and returns it as a back end.
+    """Fits PLDA to the clips of people. Clips of strangers are ignored.
 
-    Clips of a person from the same film are alike. So PLDA is fitted to only one clip of each
-    person in a film, although people are enrolled with the mean of their clips in each film. The
-    order of `clips` does not matter. `widths` are modality -> length of its vectors. For `centred`
-    and `settings`, see `backend.fit`.
+    Clips of a person from the same film are alike, so PLDA is fitted to one clip of each person in
+    a film. (People are enrolled with the mean of these clips.) The order of `clips` does not
+    matter. `widths` are modality -> length of its vectors. For `centred` and `settings`, see
+    `backend.fit`.
     """
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = group_by_film(names, clips)
@@ -1051,15 +1048,14 @@ def fit_backend(
 
 
 def _refit(state: State) -> State:
-    """Returns the state with a back end that is fitted to its clips again."""
     backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
-    return _state(state.version, state.run, backend, clips)
+    return _make_state(state.version, state.run, backend, clips)
 
 
-def _state(
+def _make_state(
     version: int, run: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
 ) -> State:
     groups = group(clips)

@@ -34,11 +34,9 @@ MAX_KEPT_SHARE = 0.75
 class Groups:
     """G groups of clips, whose pairs can be compared and joined.
 
-    The vector of a clip has M parts, such as face and audio.
-
     Attributes:
-      counts: M arrays [G], the number of a group's clips that have the part.
-      means: M arrays [G, D], the means of the coordinates of these clips.
+      counts: for each of M modalities, [G], the number of a group's clips that have the modality.
+      means: M arrays [G, D], the mean coordinates of these clips.
       sizes: [G], the number of clips. It is 0 if the group was joined to another group.
       apart: [G, G] bool, True if two groups certainly show different people.
     """
@@ -52,9 +50,9 @@ class Groups:
     ):
         """Makes groups of N clips.
 
-        `coordinates` are M arrays [N, D], see `Backend.whiten`. Missing parts are 0. `labels` [N]
-        int is the group of each clip. `apart` are pairs of indices of clips that show different
-        people.
+        `coordinates` are M arrays [N, D], as from `Part.coordinates`, or 0 if a modality is
+        missing. `labels` [N] int is the group of each clip. `apart` are pairs of indices of clips
+        that show different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]
@@ -68,9 +66,10 @@ class Groups:
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns the variance of each group's mean, as a share of the variance of one clip.
+        """Returns the variance of a group's mean, relative to the variance of one clip.
 
-        For PLDA it is 1 / k if k clips of the group have the part. For distances it may be larger.
+        `number` is the index of the modality. For PLDA, the result is 1 / k if k clips have the
+        modality. For distances, it may be larger.
         """
         count = np.maximum(self.counts[number][rows], 1)
         distances = self._backend.parts[number].distances
@@ -92,7 +91,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops groups without clips. Returns the old indices of the groups that stay."""
+        """Drops groups without clips; returns the old indices of the other groups."""
         rows = np.flatnonzero(self.sizes)
         for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
@@ -100,11 +99,11 @@ class Groups:
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
-        """Compares the group with index `row` with all G groups. Returns log-likelihood ratios [G].
+        """Compares group `row` with all G groups; returns log-likelihood ratios [G].
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
         `row` itself, for groups without clips, and for groups that certainly show another person.
-        It is also -inf if no part, such as the face, exists in both groups.
+        It is also -inf if two groups have no modality in common.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))
@@ -142,8 +141,10 @@ def group(
 
     Args:
       names: [N], the names of the clips. A name starts with the name of the film.
-      parts: the vectors of the clips, M arrays [N, D] float32. The vector of a missing part is 0.
-      apart, begin, absorb: see `Gallery.group`. `begin` is [N], the group of each clip.
+      parts: the vectors of the clips, M arrays [N, D] float32; 0 if a modality is missing.
+      apart: pairs of names of clips that show different people.
+      begin: [N], the first group of each clip. By default, each clip is a group at first.
+      absorb: True to join small groups to larger groups at the end.
     """
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
@@ -185,13 +186,12 @@ def group(
 
 
 def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
-    """Splits G groups with means [G, D] into blocks of similar groups; returns the block of each.
+    """Splits G groups with means [G, D] into blocks of similar groups; returns blocks [G] int.
 
-    With `turn` 1, the groups are split at the median of the direction in which the means vary most.
-    Each half is split again until it has at most MAX_GROUPED_CLIPS groups. With `turn` 2, the
-    direction with the second largest variance is used, and so on. So two similar groups that one
-    turn separates can meet in another turn.
+    A block has at most MAX_GROUPED_CLIPS groups. Each `turn`, from 1 on, splits the groups in
+    another direction, so that similar groups are in the same block in at least some turns.
     """
+    # Splits at the median, in turn n along the direction with the n-th largest variance.
     block, full = np.zeros(len(means), int), [np.arange(len(means))]
     while full:
         rows = full.pop()
@@ -207,11 +207,12 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
 def _agglomerate(groups: Groups) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
-    Returns the group [G] to which each group was joined. For each group, the highest ratio of its
-    pairs is stored, and an upper bound of its other ratios. When two groups are joined, the highest
-    ratio of a pair with one of them no longer exists. The bound then replaces the ratio, which is
-    stale. A stale ratio is computed again only when it is the highest of all ratios.
+    Returns [G] int, the group to which each group was joined.
     """
+    # For each group, the highest ratio of its pairs is stored, and an upper bound of its other
+    # ratios. When two groups are joined, the ratios of their pairs no longer exist. If such a ratio
+    # was the highest ratio of a third group, the bound replaces it, and is called stale. A stale
+    # ratio is computed again only when it is the highest of all ratios.
     num = left = len(groups.sizes)
     labels, best, stale = np.arange(num), np.zeros(num, int), np.ones(num, bool)
     highest, others = np.full((2, num), np.inf)
@@ -242,7 +243,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns the new labels [G] of all groups."""
+    """Joins small groups to larger groups; returns the new `labels` [G] of all groups."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)

@@ -86,7 +86,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
     """The training run or the pretrained models that computed the vectors of the clips."""
 
     workdir: schemas.Text  # the folder of the run or of the models
-    digest: schemas.Sha256  # the sha256 of the weights of the run, or of the cards of all models
+    digest: schemas.Sha256  # the sha256 of the weights of the run, or of `cards`
     centred: bool  # True if the run subtracts a centre from its vectors
     # Modality -> the sha256 of the JSON file that describes its model. Empty for a run.
     cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}
@@ -116,33 +116,34 @@ class StoredClip(NamedTuple):
     """A clip of a person or of a stranger."""
 
     identity: str | None  # the person; None for a stranger
-    vector: np.ndarray  # [sum of D] float32, of all modalities; 0 for a missing modality
+    vector: np.ndarray  # [sum of D] float32, of all modalities; zeros for a missing modality
     fitted: bool = False  # True if the parameters that compare vectors were fitted to this clip
 
 
 class State(NamedTuple):
     """The whole content of a gallery. A state is immutable.
 
-    The last three fields describe the file. `Store.write` updates them.
+    `Store.write` computes the last three fields, which describe the file.
     """
 
     version: int  # the number of changes, including the creation
     run: VectorOrigin  # the run or the models that computed the vectors
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
-    clips: Mapping[str, StoredClip]  # name -> clip, including strangers
-    groups: Mapping[str, tuple[str, ...]]  # identity or STRANGER -> sorted names of its clips
-    rows: int = 0  # the sum of the sha256 of all rows in the file, which shows if a row is damaged
-    entries: int = 0  # the number of people and clips in all rows, including replaced entries
+    clips: Mapping[str, StoredClip]  # name -> clip, including clips of strangers
+    # Identity -> sorted names of its clips. STRANGER is the key of the clips of strangers.
+    groups: Mapping[str, tuple[str, ...]]
+    rows: int = 0  # the sum of the sha256 of all rows of the tables, which shows damaged rows
+    entries: int = 0  # the number of people and clips in the file, including outdated entries
     sha256: bytes = b""  # of the whole content
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
-        """`groups` without the strangers, sorted by identity."""
+        """Identity -> sorted names of its clips, sorted by identity, without strangers."""
         return {name: clips for name, clips in sorted(self.groups.items()) if name != STRANGER}
 
 
 def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
-    """Computes `State.groups`."""
+    """Returns identity -> sorted names of its clips. The key of strangers is STRANGER."""
     groups: dict[str, list[str]] = {}
     for name, clip in clips.items():
         groups.setdefault(clip.identity or STRANGER, []).append(name)
@@ -161,11 +162,11 @@ class UnwritableError(UserError):
 
 
 class NoGalleryError(UnreadableError):
-    """A folder contains no gallery, or the file of the gallery is still empty."""
+    """A folder contains no gallery, or its file is empty."""
 
 
 class Store:
-    """Reads and writes the gallery in `folder`, an absolute path."""
+    """Reads and writes the file of the gallery in `folder`, an absolute path."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / GALLERY_FILE
@@ -196,9 +197,10 @@ class Store:
         )
 
     def _check_files(self, *, write: bool) -> None:
-        """Refuses links, journals that name another file, and files of the mode WAL (-wal, -shm).
+        """Raises UserError if the file is missing or unsafe.
 
-        A hard link is refused only with `write`.
+        Unsafe are links, journals that name another file, and files of SQLite's mode WAL (-wal,
+        -shm). A hard link is unsafe only with `write`.
         """
         try:
             status = os.lstat(self.path)
@@ -225,10 +227,11 @@ class Store:
 
     @contextlib.contextmanager
     def open(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-        """Opens the file and begins a transaction. At the end, changes without a COMMIT are undone.
+        """Opens the file and begins a transaction, which may change the gallery only with `write`.
 
-        SQLite first undoes an interrupted change, even without `write`. While the file is open with
-        `write`, no other process can change the gallery.
+        At the end of the block, changes without a COMMIT are undone. While the file is open with
+        `write`, no other process can change the gallery. At the beginning, SQLite undoes a change
+        that was interrupted, even without `write`.
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
@@ -254,10 +257,8 @@ class Store:
             yield connection
 
     def remove_leftovers(self) -> None:
-        """Deletes the journal of an interrupted change, because it contains names and vectors.
-
-        SQLite keeps the journal of a change that was interrupted before it changed the file.
-        """
+        """Deletes the journal of an interrupted change, because it contains names and vectors."""
+        # SQLite keeps the journal of a change that was interrupted before it changed the file.
         with self.open(write=True), contextlib.suppress(FileNotFoundError):
             self.path.with_name(JOURNAL_FILE).unlink()
 
@@ -269,7 +270,7 @@ class Store:
             return _read_facts_row(connection)[1]
 
     def read(self) -> State:
-        """Reads and checks the whole file; raises UnreadableError if the file is damaged."""
+        """Reads and checks the whole file. Raises UnreadableError if the file is damaged."""
         with self.open() as connection, _translate_errors(self.path), _pause_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("quick_check of SQLite finds damaged pages")
@@ -278,7 +279,7 @@ class Store:
     # ---- writing
 
     def create(self, state: State) -> None:
-        """Makes the file and writes the first state. A file without tables may already exist."""
+        """Makes the file, and writes the first state. The file may exist if it has no tables."""
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self.open(write=True) as connection:
@@ -299,11 +300,10 @@ class Store:
     ) -> State:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
-        By default, all rows are written again. If `new` and `people` are given, they are all clips
-        and people that differ from the file, and only they are added to the file. If more than
-        half of the entries in the file would then be outdated, all rows are written again.
-
-        `connection` is a transaction that `open` began before the state was made.
+        `open` began the transaction, `connection`, before the state was made. By default, all rows
+        are written again. `new` and `people` are the clips and people that differ from the file. If
+        they are given, only they are added to the file. If more than half of the entries in the
+        file would then be outdated, all rows are written again.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
@@ -336,7 +336,7 @@ class Store:
 
 @contextlib.contextmanager
 def _pause_collection() -> Iterator[None]:
-    """Pauses the garbage collector, which would double the time of reading and free nothing."""
+    # The garbage collector would double the time of reading, and free nothing.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -347,7 +347,7 @@ def _pause_collection() -> Iterator[None]:
 
 
 def damaged(path: Path, problem: str) -> UnreadableError:
-    """Returns the error for a damaged file. `problem` is a clause, such as "it is a link"."""
+    """Returns the error for a damaged file. `problem` is the reason, such as "it is a link"."""
     return UnreadableError(f"'{path}' is damaged: {problem}\n{REMEDY}")
 
 
@@ -355,7 +355,7 @@ def damaged(path: Path, problem: str) -> UnreadableError:
 def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
     """Turns errors of SQLite into OSError or UserError with a message for the user.
 
-    A UserError of the `with` block means that the content is wrong: it becomes an UnreadableError.
+    If the `with` block raises UserError, the content is wrong, and UnreadableError is raised.
     """
     try:
         yield
@@ -387,7 +387,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Opens an existing file, which may be forged. SQL code in the file never runs."""
+    """Opens an existing database, which may be forged: its SQL code never runs."""
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
     )
@@ -399,10 +399,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
-    """Returns the format version, and the SQL code of all tables, views, indexes and triggers.
-
-    The time is limited, because the pages of a forged file may refer to each other without end.
-    """
+    """Returns the version of the format, and the SQL code of all tables and other objects."""
+    # The pages of a forged file may refer to each other without end, so the time is limited.
     end = time.monotonic() + SCHEMA_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
     ((version,),) = connection.execute("PRAGMA user_version").fetchall()
@@ -427,10 +425,10 @@ def _digest(row: tuple[int, str, bytes]) -> int:
 def _append(
     connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
 ) -> int:
-    """Adds N people or clips to a table; returns the change of the sum of all rows' digests.
+    """Adds N people or clips to a table; returns by how much the sum of all rows' sha256 changes.
 
-    The last row is filled before a new row is added. `words` are the names of N people, or the
-    names of N clips and the names of their people. `numbers` [N] has the layout of the table.
+    The last row is filled before a new row is added. `words` are lists of N names: the names of the
+    people, or the names of the clips and of their people. `numbers` [N] has the dtype of the table.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -504,7 +502,7 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError(f"its settings lack {min(missing)}")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError("its vectors are too wide, or two of its parts have the same name")
+        raise UserError("its vectors are too wide, or two of its modalities have the same name")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
@@ -530,11 +528,11 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table of N entries. A row of the table contains several entries.
+    """Reads and checks a table of N people or clips.
 
-    An entry consists of `num_words` names (1 for people, 2 for clips and their people) and numbers.
     Returns `num_words` lists of N names, the numbers as an array [N] with the dtype `layout`, and
-    the sum of the digests of all rows.
+    the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2 for clips:
+    the names of the clips, and of their people.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
@@ -559,7 +557,7 @@ def _read_table(
 
 
 def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies the numbers of a row. Returns the digest of the row.
+    """Copies the numbers of a row to the array `numbers`; returns the sha256 of the row.
 
     Raises UserError if a number is not finite.
     """
@@ -570,7 +568,7 @@ def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
-    """Raises UserError if a name is invalid. `names` are `clips`, then their people or STRANGER."""
+    """Raises UserError if a name is invalid. `names` are the `clips`, and then their people."""
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
     if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):
@@ -598,9 +596,9 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields the people of the table `person` in blocks, given its entries, see `_read_table`.
+    """Yields blocks of people, from the N names and numbers [N] of the table `person`.
 
-    If a person has several entries, only the last entry counts.
+    If a name occurs several times, only its last row counts.
     """
     if (numbers["num_clips"] < 0).any():
         raise UserError("its table 'person' contains a number of clips below 0")

@@ -94,9 +94,10 @@ class IdentifyRequest(protocol.RuleParameters, kw_only=True):
 
 
 class EnrolRequest(Struct, forbid_unknown_fields=True):
-    """A request to enrol clips. It has `identity`, `identities` or `strangers`, but only one.
+    """A request to enrol clips. One of `identity`, `identities` and `strangers` must be given.
 
     Attributes:
+      clips: the clips; a clip is a dict of its name and its frames.
       identity: the person that all clips show.
       identities: clip -> person, if the clips show several people.
       strangers: True if the clips show people who must not get a name.
@@ -190,7 +191,7 @@ class Application:
 
     @contextlib.asynccontextmanager
     async def run_lifespan(self, app: object) -> AsyncIterator[None]:
-        """Compiles the programs after the server has started. Stops the threads before it ends."""
+        """Compiles the programs when the server starts, and stops the threads when it ends."""
         del app
         warm = asyncio.create_task(self._warm())
         yield
@@ -226,7 +227,7 @@ class Application:
         return _encode_json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Returns status 200 if the server can answer requests, and 503 while it still starts."""
+        """Returns status 200 if the server can answer requests, and 503 while it starts."""
         if "model" in request.path_params:
             self._find_model(request)
         self._check_ready()
@@ -368,11 +369,11 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a request to identify or enrol clips; returns the clips and the request.
+        """Reads a request to identify or enrol clips; returns the clips and the other fields.
 
-        The clips are as from `_check_clips`. The request is an object of the type `kind`, without
-        the clips. The body is either JSON with all fields, or an `.npz` file with a clip. With an
-        `.npz` file, the other fields are in the query.
+        The clips are as from `_check_clips`. The fields are an object of the type `kind`. The body
+        of the request is JSON with all fields, or an `.npz` file with a clip. If it is an `.npz`
+        file, the other fields are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -412,7 +413,6 @@ class Application:
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
-        """Calls a function that parses a body. If the body is large, a thread calls it."""
         if large:
             return await asyncio.get_running_loop().run_in_executor(self.reader, read)
         return read()
@@ -432,8 +432,8 @@ def _check_clips(
     """Returns the clips of a request, clip -> modality -> field -> array [T, ...] of T frames.
 
     Modalities that the gallery does not use are left out. `widths` are modality -> width of its
-    features in the gallery. Raises Refused if two clips have the same name, a clip has no modality
-    of the gallery, a clip has too many frames, or frames have a wrong width or are not finite.
+    features. Raises Refused if two clips have the same name, or if a clip has no modality of the
+    gallery, too many frames, a wrong width, or values that are not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:
@@ -474,7 +474,7 @@ def make_app(
     limits: Limits | None = None,
     token: bytes | None = None,
 ) -> Guard:
-    """Makes the ASGI application that serves a gallery, and if `run` is given, the net of the run.
+    """Makes an ASGI application that serves a gallery. If `run` is given, its net is served, too.
 
     `token` is the secret that clients must send. If it is None, the server answers only programs
     on this machine.
@@ -568,7 +568,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns the settings of uvicorn."""
+    """Returns the settings of uvicorn, the web server."""
     return uvicorn.Config(
         app,
         ws="none",
@@ -586,7 +586,7 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that ends at most `limits.end_seconds` after a signal, even if it hangs."""
+    """A uvicorn server that ends within `limits.end_seconds` of a signal, even if it hangs."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
         super().__init__(make_config(app, limits))
@@ -600,16 +600,15 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     def _give_up(self) -> None:
-        """Ends the process immediately. The next process undoes an unfinished change."""
         LOG.error("ended before its work was finished")
-        os._exit(1)
+        os._exit(1)  # the next process undoes an unfinished change
 
 
 def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
     """Answers requests until SIGINT or SIGTERM.
 
-    Returns True if all requests were answered, and False if the server could not start or has cut
-    off requests. If a thread hangs after the signal, the process ends with exit code 1.
+    Returns True if all requests were answered. Returns False if the server could not start or has
+    cut off requests. If a thread hangs after the signal, the process ends with exit code 1.
     """
     for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log
         logging.getLogger(name).setLevel(logging.ERROR)

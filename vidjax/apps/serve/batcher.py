@@ -30,7 +30,7 @@ class _Waiting(NamedTuple, Generic[Q, A]):
 
 
 class Batcher(Generic[Q, A]):
-    """Answers questions about clips in batches, in a thread. Call the methods in an event loop."""
+    """Answers questions about clips in batches, in a thread. Its methods need an event loop."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Batcher(Generic[Q, A]):
         limits: Limits,
         metrics: ServerMetrics,
     ):
-        """Makes a batcher. `answer` returns an answer or an error for each question of a batch."""
+        """Makes a batcher. `answer` computes an answer or an error for each question of a batch."""
         self._answer, self._limits, self._metrics = answer, limits, metrics
         self._waiting: deque[_Waiting[Q, A]] = deque()
         self._thread = ThreadPoolExecutor(1, "vidjax-answers")
@@ -47,7 +47,10 @@ class Batcher(Generic[Q, A]):
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
     async def ask(self, question: Q, size: int) -> A:
-        """Answers a question about `size` clips. Raises Refused (429) if too many clips wait."""
+        """Returns the answer to a question about `size` clips.
+
+        Raises Refused (status 429) if too many clips wait.
+        """
         if self.size + size > self._limits.waiting_clips and self._waiting:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
@@ -60,7 +63,6 @@ class Batcher(Generic[Q, A]):
         return await future
 
     async def _work(self) -> None:
-        """Answers batches until no request waits."""
         loop = asyncio.get_running_loop()
         try:
             while batch := self._take_batch():
@@ -85,9 +87,10 @@ class Batcher(Generic[Q, A]):
     async def _linger(self, answered: int) -> None:
         """Waits a moment for more requests, because clients often ask again after an answer.
 
-        Without this wait, the first new request would be the whole next batch, and a small batch
-        takes nearly as long as a large batch. `answered` is the number of clips in the last batch.
+        `answered` is the number of clips in the last batch.
         """
+        # Without this wait, the first new request would be the whole next batch. A small batch
+        # takes nearly as long as a large batch.
         self._target = min(self.size + answered, self._limits.batch_clips)
         self._enough.clear()
         if self.size < self._target:
@@ -95,7 +98,7 @@ class Batcher(Generic[Q, A]):
                 await asyncio.wait_for(self._enough.wait(), LINGER_SECONDS)
 
     def _take_batch(self) -> list[_Waiting[Q, A]]:
-        """Removes the next batch from the queue. Requests whose clients have gone are left out."""
+        """Takes the next batch from the queue. Requests whose clients have gone are left out."""
         batch: list[_Waiting[Q, A]] = []
         clips = 0
         while self._waiting and (
@@ -109,16 +112,16 @@ class Batcher(Generic[Q, A]):
         return batch
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread between two batches, and returns its result."""
+        """Calls a function in the thread, between two batches. Returns the result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def settle(self) -> None:
-        """Waits until the present batch or function has ended, and all answers are delivered."""
+        """Waits until the current batch has ended and its answers are delivered."""
         await self.run(lambda: None)
         await asyncio.sleep(0)  # the event loop delivers the answers
 
     def stop(self) -> None:
-        """Ends the thread after the present batch."""
+        """Ends the thread after the current batch."""
         self._thread.shutdown()
 
 
@@ -130,10 +133,11 @@ class Changes:
         self.waiting = 0
 
     async def make(self, change: Callable[[], T]) -> T:
-        """Returns the result of `change`, which is made even if the client disconnects meanwhile.
+        """Calls `change` in the thread; returns the result.
 
         Raises Refused if too many changes are waiting (status 429), or if the change takes too long
-        (status 503). A change that takes too long is still made later.
+        (status 503). A change that takes too long is still finished, and so is a change whose
+        client disconnects.
         """
         if self.waiting >= self._limits.waiting_changes:
             status = HTTPStatus.TOO_MANY_REQUESTS

@@ -80,7 +80,7 @@ class Limits(NamedTuple):
 
 
 class ServerMetrics:
-    """Counters for Prometheus, by path pattern and status, without names of people or clips."""
+    """Counters for Prometheus. They contain no names of people or clips."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -95,7 +95,7 @@ class ServerMetrics:
 class Refused(Expected):
     """An error that the server sends to a client.
 
-    The client may try again after `retry_after` seconds. If it is None, trying again cannot help.
+    The client may try again after `retry_after` seconds. If it is None, a second try cannot help.
     """
 
     def __init__(self, status: HTTPStatus, text: str, retry_after: int | None = None):
@@ -110,7 +110,7 @@ class Refused(Expected):
 
 
 def one_line(text: str) -> str:
-    """Joins the lines of a message by "; ", and cuts the text after 300 letters."""
+    """Joins the lines of a message with "; ", and cuts the result after 300 letters."""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     return line if len(line) <= 300 else line[:300] + "..."
 
@@ -118,8 +118,8 @@ def one_line(text: str) -> str:
 def read_token(path: Path) -> bytes:
     """Reads the token, the secret that clients must send, from a file or a link to a file.
 
-    Raises UserError if other users may read the file, or the token is not a word of 16 letters or
-    more. If another user owns the file, the group may read it, as in Kubernetes.
+    Raises UserError if other users may read the file, or if the token is not a word of 16 letters
+    or more. If another user owns the file, its group may read the file, as in Kubernetes.
     """
     with files.open_input(path) as file:
         status = os.fstat(file.fileno())
@@ -141,7 +141,7 @@ def read_token(path: Path) -> bytes:
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether only programs on this machine can reach a server at the address `host`."""
+    """Returns True if only programs on this machine can reach a server at the address `host`."""
     if host == "localhost":
         return True
     try:
@@ -153,8 +153,8 @@ def is_loopback(host: str) -> bool:
 class Bodies:
     """Reads the bodies of requests, and limits the memory of all requests together.
 
-    The ASGI scope of a request has two entries: `vidjax.held`, the bytes that the request takes in
-    memory, and `vidjax.clock`, the `asyncio.Timeout` of the request.
+    The ASGI scope of a request has two entries: `vidjax.held` is the number of bytes that the
+    request takes in memory, and `vidjax.clock` is the `asyncio.Timeout` of the request.
     """
 
     def __init__(self, limits: Limits):
@@ -187,7 +187,7 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Sets the number of bytes that a request takes in memory.
+        """Records that a request takes `size` bytes of memory.
 
         Raises Refused (status 429) if all requests together take too much memory.
         """
@@ -230,7 +230,7 @@ class Guard:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request. Events that are not requests go to the application unchanged."""
+        """Answers a request. Other events, such as the start of the server, are passed on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -281,8 +281,8 @@ class Guard:
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
         """Raises Refused if the sender may not use the server.
 
-        If the server has a token, the request must contain it. Otherwise, the sender must be on
-        this machine, and must not be a web page of another site in a browser on this machine.
+        If the server has a token, the request must contain the token. Without a token, the sender
+        must be a program on this machine. A web page of another site in a browser is refused.
         """
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
@@ -308,7 +308,7 @@ class Guard:
 def to_refusal(error: Exception) -> Refused:
     """Converts an exception to the error that is sent to the client.
 
-    The client gets the message of an error that the request has caused. Other messages may contain
+    If the request has caused the exception, the client gets its message. Other messages may contain
     paths or names of people, so the client gets a general text instead.
     """
     if isinstance(error, Refused):
@@ -336,7 +336,6 @@ def to_refusal(error: Exception) -> Refused:
 
 
 def _split(address: str) -> SplitResult:
-    """Splits a URL into parts. If it is malformed, all parts are empty."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -344,5 +343,5 @@ def _split(address: str) -> SplitResult:
 
 
 def unprocessable(text: str) -> Refused:
-    """Returns the error for a request that contains a wrong value, with HTTP status 422."""
+    """Returns an error with the HTTP status 422, for a request with a wrong value."""
     return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, text)

@@ -36,14 +36,14 @@ Probability = Annotated[
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. Without values, the default of the gallery is used."""
+    """The rule by which a clip gets a name. If both fields are None, the gallery has a default."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
 
 
 class Parameters(RuleParameters):
-    """The parameters of a request for inference."""
+    """The parameters of a request to a model of the Open Inference Protocol."""
 
     k: K = DEFAULT_K
     binary_data_output: bool = False
@@ -53,17 +53,14 @@ class Parameters(RuleParameters):
 
 
 class InputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an input tensor.
+    """The parameters of an input tensor."""
 
-    `binary_data_size` is the number of bytes of the tensor after the JSON of the request. If the
-    values are in `Tensor.data`, it is None.
-    """
-
+    # The number of bytes of a tensor that follows the JSON; None for a tensor in the JSON.
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
 
 class Tensor(Struct):
-    """An input tensor. The values are either in `data`, or bytes after the JSON of the request."""
+    """An input tensor. Its values are in `data`, or are bytes after the JSON of the request."""
 
     name: Name
     shape: Sizes
@@ -73,9 +70,9 @@ class Tensor(Struct):
 
 
 class OutputParameters(Struct, forbid_unknown_fields=True, frozen=True):
-    """The parameters of an output tensor. If `binary_data` is False, its values are in the JSON."""
+    """The parameters of an output tensor."""
 
-    binary_data: bool = False
+    binary_data: bool = False  # True for bytes after the JSON, False for a list in the JSON
 
 
 class Output(Struct):
@@ -86,7 +83,7 @@ class Output(Struct):
 
 
 class InferRequest(Struct):
-    """A request for inference. If `outputs` is empty, the client gets all outputs."""
+    """A request to a model for its outputs. If `outputs` is empty, the client gets all outputs."""
 
     inputs: Annotated[list[Tensor], Meta(min_length=1, max_length=64)]
     id: Name = ""
@@ -105,10 +102,10 @@ class Spec(NamedTuple):
 def parse(
     body: bytes, header_length: str | None, inputs: Sequence[Spec], limits: Limits
 ) -> tuple[InferRequest, dict[str, np.ndarray]]:
-    """Parses the body of a request for inference; returns the request and its input tensors.
+    """Parses the body of an `InferRequest`; returns the request and its tensors, name -> array.
 
-    `header_length` is the header `Inference-Header-Content-Length`. Raises Refused for a wrong
-    input.
+    `header_length` is the value of the header `Inference-Header-Content-Length`. `inputs` are the
+    tensors that the model takes. Raises Refused if the body or a tensor is wrong.
     """
     at = header_size = _read_header_size(body, header_length)
     if header_size > limits.json_bytes:
@@ -169,7 +166,7 @@ def check_outputs(request: InferRequest, outputs: Sequence[Spec]) -> None:
 
 
 def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Decodes JSON; raises Refused if it does not have the type `kind`, or contains NaN."""
+    """Decodes JSON to an object of the type `kind`. Raises Refused if it does not fit the type."""
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -191,7 +188,7 @@ def _read_header_size(body: bytes, header_length: str | None) -> int:
 
 
 def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
-    """Returns the values of a tensor as a flat array. In JSON, they are a flat or a nested list."""
+    """Returns the values of a tensor, a flat or nested list in JSON, as a flat array."""
     kind: Any = bool if dtype.kind == "b" else float
     nested: Any = kind
     for _ in tensor.shape:
@@ -220,10 +217,10 @@ def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
 def encode_answer(
     request: InferRequest, model: str, outputs: Mapping[str, np.ndarray]
 ) -> tuple[bytes, int | None]:
-    """Encodes the answer of `model`; returns the body, and the length of the JSON at its beginning.
+    """Encodes the answer of a model; returns the body, and the length of the JSON at its beginning.
 
-    `request` lists the outputs to send. `outputs` are name -> array of float32 or of text (dtype
-    object). If the body contains no binary tensors, the length is None.
+    If the body contains no binary tensors, the length is None. `request` lists the outputs to send.
+    `outputs` are name -> array of float32 or of text (dtype object).
     """
     requested = {output.name: output.parameters.binary_data for output in request.outputs}
     described, tails = [], []
@@ -247,6 +244,6 @@ def encode_answer(
 
 
 def _encode_texts(array: np.ndarray) -> bytes:
-    """Encodes texts as Triton does: each text is four bytes with its length, and then UTF-8."""
+    """Encodes texts like Triton: for each text, its length in four bytes, and then its UTF-8."""
     texts = [text.encode() for text in array.reshape(-1).tolist()]
     return b"".join(len(text).to_bytes(4, "little") + text for text in texts)

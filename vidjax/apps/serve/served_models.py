@@ -31,23 +31,23 @@ class Question(NamedTuple):
 
     clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
     k: int = DEFAULT_K  # the largest number of identities per clip
-    # The naming rule of a gallery, see `Gallery.identify`.
+    # When a clip gets a name, see `Gallery.identify`.
     fpir: float | None = None
     threshold: float | None = None
 
 
 class Identified(NamedTuple):
-    """The answers for N clips, and the vectors [N, D] of all modalities, one after the other."""
+    """The answer of a gallery to a question about N clips."""
 
     answers: list[Answer]
-    vectors: np.ndarray
+    vectors: np.ndarray  # [N, D] float32, the vectors of all modalities, one after the other
 
 
 class Scored(NamedTuple):
-    """The scores [N, C] and the unit vectors [N, D] of N clips, for C identities; float32."""
+    """The answer of the net of a run to a question about N clips."""
 
-    scores: np.ndarray
-    vectors: np.ndarray
+    scores: np.ndarray  # [N, C] float32, for C identities
+    vectors: np.ndarray  # [N, D] float32 of unit length
 
 
 def list_inputs(model: "Model") -> list[Spec]:
@@ -65,12 +65,11 @@ def make_question(
 ) -> Question:
     """Makes a question from the input tensors of a request, name -> array [clips, frames, ...].
 
-    Frames whose mask is False are left out. Raises Refused if there are too many clips or frames, a
-    tensor has a wrong shape or is missing, a frame is not finite, or the model does not use a
-    parameter.
+    Frames whose mask is False are left out. Raises Refused for too many clips or frames, for a
+    missing tensor, a wrong shape, a value that is not finite, or a parameter that the model lacks.
     """
     if isinstance(model, RunModel) and (parameters.fpir or parameters.threshold):
-        raise unprocessable("the model run has no fpir and no threshold: leave them out")
+        raise unprocessable("the model 'run' has no fpir and no threshold: leave them out")
     present = [name for name in model.widths if name in tensors]
     if not present:
         raise unprocessable(f"the request has no features: send any of {', '.join(model.widths)}")
@@ -107,8 +106,7 @@ def make_question(
 def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
     """Answers a batch of questions; returns an answer or an exception for each question.
 
-    If the batch fails, each question is answered separately, so that only wrong questions get an
-    error.
+    If the batch fails, each question is answered separately. So only wrong questions get an error.
     """
     try:
         return [*model.answer_batch(questions)]
@@ -119,14 +117,13 @@ def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
 
 
 def _make_test_question(model: "Model", length: int, count: int = 1) -> Question:
-    """Makes a question about `count` equal clips with `length` frames and features of 1."""
     frames = {name: np.ones((length, width), np.float32) for name, width in model.widths.items()}
     clip = {name: {"features": features} for name, features in frames.items()}
     return Question({str(number): clip for number in range(count)})
 
 
 def check_finite(frames: Frames, place: str) -> None:
-    """Raises Refused if a field is not finite as float32; `place` describes the clip."""
+    """Raises Refused if a value is not finite in float32. `place` names the clip in the message."""
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
             raise unprocessable(f"{place}: the values of {field} must be numbers")
@@ -136,15 +133,15 @@ def check_finite(frames: Frames, place: str) -> None:
 
 
 def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
-    """Returns the bytes that clips take when they are scored, with the fields that scoring adds."""
+    """Returns the number of bytes that clips take in memory while they are scored."""
     features = [frames["features"] for clip in clips.values() for frames in clip.values()]
     return sum(x.nbytes + FIELD_BYTES * len(x) for x in features)
 
 
 def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Joins the clips of all questions, name -> clip.
+    """Joins the clips of all questions; returns name -> clip.
 
-    If there are several questions, each name gets the number of its question as a prefix.
+    If there are several questions, a name gets the number of its question as a prefix.
     """
     if len(questions) == 1:  # errors should contain the names that the client has sent
         return questions[0].clips
@@ -176,7 +173,7 @@ class GalleryModel:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors. `embedding` contains the vectors of all modalities of a clip."""
+        """The name, datatype and shape of each output tensor."""
         width = sum(self.gallery.backend.widths.values())
         return (
             Spec("identity", "BYTES", (-1,)),
@@ -186,7 +183,7 @@ class GalleryModel:
         )
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Identified]:
-        """Identifies the clips of each question."""
+        """Identifies the clips of all questions; returns the answer to each question."""
         embedded = self.gallery.embed(_join_clips(questions))
         vectors = np.concatenate(list(embedded.parts.values()), axis=1)
         rows = _slice_rows(questions)
@@ -201,12 +198,13 @@ class GalleryModel:
         return [Identified(ordered[place], vectors[place]) for place in rows]
 
     def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
-        """Converts an answer to the output tensors, name -> array.
+        """Converts an answer about N clips to the output tensors, name -> array.
 
-        For N clips, they are identity [N], identities [N, K], scores [N, K] and embedding [N, D]. K
-        is the largest number of identities of a clip, at most `question.k`. An unknown person is
-        empty text. If a clip has fewer than K identities, the remaining names are empty and have
-        the score -inf.
+        Returns:
+          identity [N]: the name of the person, or "" if the person is unknown.
+          identities [N, K]: the most probable people, or "" if a clip has fewer than K.
+          scores [N, K]: the log-probabilities of these people, or -inf for "".
+          embedding [N, D]: the vectors.
         """
         most = max((len(clip.best) for clip in answer.answers), default=0)
         shape = (len(answer.answers), min(question.k, most))
@@ -233,9 +231,8 @@ class GalleryModel:
 class RunModel:
     """The model that scores and embeds clips with the net of a run.
 
-    JAX compiles a program for each shape of a batch. Clips are padded to the next of PAD_LENGTHS,
-    and batches have one of two numbers of rows. So there are few programs, and `warm` compiles
-    them.
+    JAX compiles a program for each shape of a batch. So clips are padded to the next of
+    PAD_LENGTHS, and batches have one of two numbers of rows. `warm` compiles all programs.
     """
 
     name = "run"
@@ -251,7 +248,7 @@ class RunModel:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """The output tensors."""
+        """The name, datatype and shape of each output tensor."""
         return (
             Spec("scores", "FP32", (-1, len(self.run.identities))),
             Spec("identities", "BYTES", (-1, -1)),
@@ -259,7 +256,7 @@ class RunModel:
         )
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Scored]:
-        """Scores and embeds the clips of each question."""
+        """Scores and embeds the clips of all questions; returns the answer to each question."""
         from vidjax.core import devices
         from vidjax.evaluation.scoring import ModelScorer
 
@@ -289,10 +286,12 @@ class RunModel:
         return [Scored(scores[rows], vectors[rows]) for rows in _slice_rows(questions)]
 
     def tensors(self, question: Question, answer: Scored) -> dict[str, np.ndarray]:
-        """Converts an answer to the output tensors, name -> array.
+        """Converts an answer about N clips to the output tensors, name -> array.
 
-        They are the scores [N, C], the names of the K best identities [N, K], and embedding [N, D].
-        A name is empty if the clip has no score for the identity.
+        Returns:
+          scores [N, C]: the scores of all identities.
+          identities [N, K]: the names of the best K identities. A name without a score is "".
+          embedding [N, D]: the vectors.
         """
         k = min(question.k, answer.scores.shape[1])
         best = np.argsort(-answer.scores, axis=1, kind="stable")[:, :k]
@@ -301,7 +300,7 @@ class RunModel:
         return {"scores": answer.scores, "identities": names, "embedding": answer.vectors}
 
     def warm(self) -> None:
-        """Compiles the programs for both sizes of a batch and all padded lengths."""
+        """Compiles all programs of the run, so that the first requests do not wait."""
         from vidjax.evaluation.predict import SMALL_REQUEST
 
         for length in PAD_LENGTHS:
