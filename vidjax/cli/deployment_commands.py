@@ -20,7 +20,7 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folder to read, and the folder to write. The second folder must not exist."""
+    """Returns the folder to read, and the folder to write, which must not exist."""
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if not source.is_dir():
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
@@ -53,7 +53,7 @@ def add_import_flags(parser: Parser) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Exports a run or a gallery into a new folder, if the results are the same as in vidjax."""
+    """Exports a run or a gallery. Raises UserError if the exported files give other results."""
     (source, to), began = _read_paths(args), time.monotonic()
     from vidjax.apps.export.formats import FORMATS
     from vidjax.apps.gallery.store import GALLERY_FILE
@@ -171,7 +171,7 @@ def add_serve_flags(parser: Parser) -> None:
 
 
 def serve(args: argparse.Namespace) -> Result:
-    """Serves requests until a signal arrives. Prints the address of the server first."""
+    """Prints the address of the server, then answers HTTP requests until a signal arrives."""
     require_packages(
         "serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve"
     )
