@@ -67,10 +67,10 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """The digests of the data of a run. `evaluation.restore` compares them with the data in use."""
+    """The digests of the data of a run, which show later whether the data have changed."""
 
     splits: Annotated[dict[str, SplitDigests], TABLE]
-    weights: Text | None = None
+    weights: Text | None = None  # sha256 of the file `data.weights`
 
 
 class Metrics(Struct, kw_only=True):
@@ -169,13 +169,13 @@ Pair = tuple[Column, Column]  # the index of an identity or -1, and a number of 
 
 
 class WorstIdentity(Struct, kw_only=True):
-    """An identity with a low average precision, see `measures.find_worst_identities`."""
+    """An identity with a low average precision, and identities that it is confused with."""
 
     identity: Column
-    ap: Share
-    clips: Whole
-    lost_to: Annotated[list[Pair], FEW]
-    mixed_with: Annotated[list[Pair], FEW]
+    ap: Share  # average precision
+    clips: Whole  # number of clips of the identity
+    lost_to: Annotated[list[Pair], FEW]  # identities with the highest score of its clips
+    mixed_with: Annotated[list[Pair], FEW]  # identities whose clips are high in its list
 
 
 class Stratum(Struct, kw_only=True):
@@ -195,7 +195,7 @@ class Stratum(Struct, kw_only=True):
 class Strata(Struct, kw_only=True):
     """Groups of identities or clips, for example by the quality of the clips."""
 
-    by: Text
+    by: Text  # what distinguishes the groups
     rows: Annotated[list[Stratum], TABLE]
 
 
@@ -207,22 +207,16 @@ class WrongClips(Struct, kw_only=True):
 
 
 class Rate(Struct, kw_only=True):
-    """A threshold for identification, and the rates of errors at this threshold.
+    """A threshold for identification, and the rates of errors at this threshold."""
 
-    The threshold limits the false positive identification rate (FPIR), the share of distractors
-    that get a name, to `rate`. If there are fewer than `fewest` distractors, no threshold can be
-    measured. FNIR is the share of clips of known people that get no name or a wrong name. `low` and
-    `high` are the ends of 95 % intervals.
-    """
-
-    rate: Share
-    fewest: Count
+    rate: Share  # the largest FPIR that the threshold may have
+    fewest: Count  # with fewer distractors, no threshold can be measured
     threshold: NotNaN | None = None
-    fpir: Share = 0.0
-    fpir_low: Share = 0.0
+    fpir: Share = 0.0  # share of distractors that get a name
+    fpir_low: Share = 0.0  # this and `fpir_high`: the 95 % interval
     fpir_high: Share = 0.0
-    fnir: Share = 0.0
-    fnir_low: Share = 0.0
+    fnir: Share = 0.0  # share of clips of known people that get no name or a wrong name
+    fnir_low: Share = 0.0  # this and `fnir_high`: the 95 % interval
     fnir_high: Share = 0.0
 
 
@@ -268,7 +262,7 @@ MAX_ARRAY_ROWS = 10_000  # of arrays other than BY_IDENTITY
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Converts a JSON value to an object of the class `kind`."""
+    """Converts `value`, the JSON value in `path`, to an object of the class `kind`."""
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a key may be "\ud800"

@@ -20,7 +20,8 @@ class Interruption:
     """Remembers the signal that asks a run to stop.
 
     Attributes:
-      signum: the signal, or None. If several processes train the run, `agree` sets it in all.
+      signum: the number of the signal, or None. If several processes train a run, a signal to one
+        process is stored in all processes by `agree`.
       at_once: True while the process may end without saving, because no training would be lost.
     """
 
@@ -51,8 +52,8 @@ class Interruption:
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
 
-        This is True in all processes if a process got a signal or has `save_due`, because its last
-        checkpoint is old. All processes must call the method at the same step.
+        They must save if at least one process got a signal or has `save_due`. All processes call
+        the method at the same step, and get the same answer.
         """
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
@@ -80,7 +81,7 @@ _interruption: Interruption | None = None  # of the training loop that runs now
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Yields an `Interruption` that stores SIGINT and SIGTERM, if this is the main thread."""
+    """Yields an `Interruption` that stores SIGINT and SIGTERM. Other threads store no signal."""
     global _interruption
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()
