@@ -177,7 +177,7 @@ def show_config(args: argparse.Namespace) -> Result:
 def describe_fields(
     config: Config, overrides: Sequence[str], file: str
 ) -> dict[str, dict[str, Any]]:
-    """Returns name of a field -> {"value": ..., "default": ..., "from": origin of the value}.
+    """Returns field -> {"value": ..., "default": ..., "from": the origin of the value}.
 
     The origin is `command line` if a word `--config.FIELD=VALUE` of `overrides` sets the field.
     Otherwise the origin is `default` for the default value, and the name `file` for other values.

@@ -25,12 +25,11 @@ MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
 
 
 def load_file(spec: str) -> Config:
-    """Executes a configuration file and returns the configuration.
+    """Executes a Python file, and returns the configuration that its `get_config(args)` makes.
 
-    The file may register functions and classes, for example in the dict `optim.OPTIMIZERS`. `spec`
-    is `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`, or a
-    name. The name `mma` is `configs/mma.py` of the working directory or, if there is no such file,
-    of vidjax.
+    `spec` is `FILE` or `FILE:ARG,ARG`, where FILE is a path or a name. The name `mma` is the file
+    `configs/mma.py` of the working directory. If there is no such file, `mma` is the file of
+    vidjax. The file may also register functions, for example in the dict `optim.OPTIMIZERS`.
     """
     name, _, args = spec.partition(":")
     path = find_file(name)
@@ -191,7 +190,7 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 def convert(text: str, kind: type, example: Any) -> Any:
     """Converts the text of `--config.FIELD=text` to the type `kind`. `example` is the old value.
 
-    If the text does not fit, the UserError only describes a valid value, such as `true or false`.
+    If the text does not fit, raises UserError. Its message is a valid value, as `true or false`.
     """
     if kind is str:
         return text

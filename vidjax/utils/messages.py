@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(execute=run, parser=self)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with an example. By default, argparse prints the usage and exits."""
+        """Raises UserError with the message, and an example of the command."""
         needs = f"{self.prog.removeprefix('vidjax ')} needs"
         message = message.replace("the following arguments are required:", needs)
         message = message.replace("one of the arguments", f"{needs} one of")
