@@ -36,7 +36,7 @@ def add_export_flags(parser: Parser) -> None:
     parser.add_argument("--to", metavar="DIR", required=True, help="the new folder")
     about = "the format; for a gallery only safetensors or numpy"
     parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help=about)
-    about = "of a run: the latest checkpoint (default), or the checkpoint with the best MAP"
+    about = "the checkpoint of the run: the latest (default), or the one with the best MAP"
     parser.add_argument("--checkpoint", choices=("latest", "best"), help=about)
     shared_flags.add_definitions(parser)
     examples = ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy")
@@ -158,7 +158,7 @@ def add_serve_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax serve`."""
     about = "the folder of the gallery"
     parser.add_argument("--gallery", metavar="G", required=True, help=about)
-    about = "the folder of a run, whose net is served, too"
+    about = "the folder of a run; its net is served, too"
     parser.add_argument("--run", metavar="W", help=about)
     about = "the address of the server (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)

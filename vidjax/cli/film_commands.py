@@ -126,16 +126,16 @@ def add_shared_flags(parser: Parser) -> None:
     about = "videos and photos, or folders of them"
     parser.add_argument("files", nargs="+", metavar="FILE", help=about)
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
-    about = "the folder of the nets, as vidjax convert makes them"
+    about = "the folder of the nets that vidjax convert made"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)
     about = (
-        "number of frames per second that are searched for faces (default: 5; later, as in the "
-        "last call)"
+        "number of frames per second that are searched for faces (default: as in the last call, "
+        "at first 5)"
     )
     parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
     about = (
-        "longer side of frames after shrinking, in pixels (default: 640; later, as in the last "
-        "call)"
+        "longer side of frames after shrinking, in pixels (default: as in the last call, at first "
+        "640)"
     )
     parser.add_argument("--size", metavar="N", type=messages.whole_number(*SIZE_RANGE), help=about)
     about = "number of processes, at most 4 per core (default: the number of cores)"
@@ -152,8 +152,8 @@ def add_extract_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
     about = (
-        "makes a clip of each tracked face, or of the main person of each shot (default: track; "
-        "later, as in the last call)"
+        "makes a clip of each tracked face, or of the main person of each shot (default: as in "
+        "the last call, at first track)"
     )
     parser.add_argument("--unit", choices=("track", "shot"), help=about)
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")

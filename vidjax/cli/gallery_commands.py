@@ -62,8 +62,8 @@ def _add_create(parser: Parser) -> None:
     about = "leaves out the people of the run and their clips, but stores strangers"
     parser.add_argument("--empty", action="store_true", help=about)
     about = (
-        "a split of the dataset, whose unlabelled clips are stored as strangers (default: the "
-        "split that the run evaluates)"
+        "the split whose unlabelled clips are stored as strangers (default: the split that the "
+        "run evaluates)"
     )
     parser.add_argument("--strangers", metavar="S", help=about)
     parser.fields("data.", example="data.dir=PATH")
@@ -118,7 +118,7 @@ def _add_identify(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
     most = answers_lib.NUM_TABLE_PEOPLE
-    about = f"largest number of possible people per clip (default: %(default)s); text has {most}"
+    about = f"possible people per clip (default: %(default)s); the printed table has up to {most}"
     parser.add_argument(
         "--k", metavar="K", type=messages.whole_number(1, 1_000_000), default=5, help=about
     )
@@ -193,7 +193,7 @@ def _add_export(parser: Parser) -> None:
 # Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "create": (
-        "makes a gallery: of the people of a run, or empty for features of vidjax extract",
+        "makes a gallery of the people of a run, or an empty one for features of vidjax extract",
         _add_create,
     ),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),

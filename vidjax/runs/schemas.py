@@ -42,7 +42,7 @@ class Data(Struct, kw_only=True):
 
     name: Text | None = None
     dir: Text | None = None
-    digest: Text | None = None
+    digest: Text | None = None  # sha256
     title: Text | None = None
     size: Scalar = None  # `data.size`, of the synthetic dataset
     seed: Scalar = None  # `data.seed`, of the synthetic dataset
@@ -67,7 +67,7 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """The digests of the data of a run, which show later whether the data have changed."""
+    """The digests of the data of a run. They show whether the data have changed since."""
 
     splits: Annotated[dict[str, SplitDigests], TABLE]
     weights: Text | None = None  # sha256 of the file `data.weights`
@@ -129,14 +129,15 @@ class Manifest(Struct, kw_only=True):
     modalities: Annotated[dict[str, Size], TABLE] = {}  # name -> width
     num_identities: Size = 1
     num_clips: Size = 1
-    total_steps: Size = 1
+    total_steps: Size = 1  # of the whole training
     num_clusters: Count | None = None  # of noise classes; None: no noise classes
     train_other: bool = False  # True if distractors were trained on as class column 0
-    identities_sha256: Text = ""
-    members_sha256: Text = ""
+    identities_sha256: Text = ""  # of `identities.json`
+    members_sha256: Text = ""  # of `members.npz`, the training clips of each member
     mode: Text = ""
     evaluated: bool = False
-    seconds: float = 0.0
+    seconds: float = 0.0  # since the start of the training, without pauses
+    # Settings of the model that are fitted before the training.
     settings: Annotated[dict[str, NotNaN | Annotated[list[NotNaN], MANY]], TABLE] | None = None
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 

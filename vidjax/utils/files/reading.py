@@ -158,7 +158,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `limit` bytes, which lies below the folder `below`."""
+    """Returns the content of a file of at most `limit` bytes in the folder `below` (or any)."""
     with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
         return file.read(limit)
 
