@@ -179,7 +179,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
     """Reads the arrays of a checkpoint. Returns name -> tree of arrays, as in `abstract`.
 
     Args:
-      checkpoint: the checkpoint.
+      checkpoint: the checkpoint, as `find` returns it.
       abstract: name -> tree of arrays or ShapeDtypeStructs with the expected shapes and dtypes.
       layout: the sharding of all arrays, or a tree of shardings. The number of devices may have
         changed since the checkpoint was saved.
@@ -217,7 +217,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames the checkpoints of later steps, so that a resumed run can save these steps again."""
+    """Renames checkpoints later than `step`, so that a resumed run can save these steps again."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)

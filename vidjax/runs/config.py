@@ -407,7 +407,7 @@ def is_read(name: str, values: Values) -> bool:
 
 
 def is_in_groups(name: str, groups: Collection[str]) -> bool:
-    """Returns True if `groups` contains the field `name`, or a group of this field."""
+    """Returns True if `groups` contains the field `name`, or its group, such as `optim`."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 

@@ -86,8 +86,9 @@ class Metrics(Struct, kw_only=True):
     map: Share | None = None
     num_map_identities: Whole | None = None  # identities with a clip; MAP is their mean
     map_kind: Text | None = None  # the name of the split, `out_of_fold` or `in_sample`
-    top1: Share | None = None  # this and the next metrics: see `metrics.CLIP_METRICS`
-    auroc: Share | None = None
+    top1: Share | None = None  # share of labelled clips whose best identity is right
+    auroc: Share | None = None  # how well the best scores separate known clips from distractors
+    # Share of known clips that are missed or misnamed, if 1 % or 10 % of distractors get a name.
     fnir_1: Share | None = field(default=None, name="fnir_at_fpir_0.01")
     fnir_10: Share | None = field(default=None, name="fnir_at_fpir_0.1")
     threshold_1: NotNaN | None = field(default=None, name="threshold_at_fpir_0.01")
@@ -97,8 +98,8 @@ class Metrics(Struct, kw_only=True):
     date: Text | None = None  # UTC: end of the training
     eval_date: Text | None = None  # UTC: a later evaluation
     eval_clips_per_second: float | None = None
-    eval_seconds: float | None = None  # the sum over the parts, if the evaluation has parts
-    step: Whole | None = None  # optimiser steps after which the evaluated weights were saved
+    eval_seconds: float | None = None  # of a later evaluation
+    step: Whole | None = None  # training steps before the evaluation
     best_step: Whole | None = None  # step of the best evaluation during training
     best_map: Share | None = None
     num_params: Whole | None = None  # parameters of a member
@@ -153,7 +154,7 @@ class Line(Struct, kw_only=True):
 class DataReport(Struct, kw_only=True):
     """The content of `data_report.json`, which counts the clips of each split."""
 
-    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # counts, and `labelled` (a bool)
+    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # split -> its counts, `labelled`
 
 
 class Mistake(Struct, kw_only=True):
@@ -175,8 +176,8 @@ class WorstIdentity(Struct, kw_only=True):
     identity: Column
     ap: Share  # average precision
     clips: Whole  # number of clips of the identity
-    lost_to: Annotated[list[Pair], FEW]  # identities with the highest score of its clips
-    mixed_with: Annotated[list[Pair], FEW]  # identities whose clips are high in its list
+    lost_to: Annotated[list[Pair], FEW]  # (identity, number of clips that score highest for it)
+    mixed_with: Annotated[list[Pair], FEW]  # (identity, number of its clips in the first places)
 
 
 class Stratum(Struct, kw_only=True):
@@ -210,7 +211,7 @@ class WrongClips(Struct, kw_only=True):
 class Rate(Struct, kw_only=True):
     """A threshold for identification, and the rates of errors at this threshold."""
 
-    rate: Share  # the largest FPIR that the threshold may have
+    rate: Share  # largest allowed share of distractors that get a name
     fewest: Count  # with fewer distractors, no threshold can be measured
     threshold: NotNaN | None = None
     fpir: Share = 0.0  # share of distractors that get a name

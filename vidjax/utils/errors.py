@@ -94,7 +94,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if `value` is not of `kinds`."""
+    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if no type of `kinds` fits."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -177,8 +177,8 @@ SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the word of `known` that is spelled most like `word`, or None if none is similar.
 
-    Words are similar if their ratio by `difflib`, 1 for equal words, is at least `cutoff`. Words
-    with the same part after the last dot, such as `optim.name` and `name`, are always similar.
+    Similar words have a ratio (of `difflib`) of at least `cutoff`. Equal words have the ratio 1.
+    Words with the same part after the last dot, such as `optim.name` and `name`, are similar, too.
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]

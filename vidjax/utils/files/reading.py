@@ -135,7 +135,7 @@ def open_text(path: Path) -> io.BufferedReader:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields the relative path of each file in a folder, at any depth. A link raises UserError."""
+    """Yields the relative path of each file below a folder. A link or a pipe raises UserError."""
     folders = [""]
     while folders:
         place = folders.pop()
@@ -278,7 +278,7 @@ def _npz_errors() -> Iterator[None]:
 def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
-    """Yields (name, open file, bytes in memory) for every array of an `.npz`. See `load_npz`."""
+    """Yields (name, open file, bytes in memory) of the arrays of an `.npz`. See also `load_npz`."""
     if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
         raise UserError("an .npy file has no name for its array: use numpy.savez")
     left = limit
