@@ -574,7 +574,8 @@ def _threshold(args: argparse.Namespace) -> Result:
 def _export(args: argparse.Namespace) -> Result:
     """Writes a table of the enrolled clips: name, identity, and a unit vector per modality.
 
-    The vector of a missing modality is 0. A gallery of a run other than PLDA has one vector.
+    The vector of a missing modality is 0. If a run without PLDA made the gallery, a clip has only
+    one vector.
     """
     out = Path(args.out).expanduser()
     tables.check_new(out, (".parquet",))

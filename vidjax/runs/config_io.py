@@ -190,7 +190,7 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 def convert(text: str, kind: type, example: Any) -> Any:
     """Converts the text of `--config.FIELD=text` to the type `kind`. `example` is the old value.
 
-    If the text does not fit, raises UserError. Its message is a valid value, as `true or false`.
+    If the text does not fit, raises UserError with the valid values, such as `true or false`.
     """
     if kind is str:
         return text

@@ -20,8 +20,8 @@ class Interruption:
     """Remembers the signal that asks a run to stop.
 
     Attributes:
-      signum: the number of the signal, or None. If several processes train a run, a signal to one
-        process is stored in all processes by `agree`.
+      signum: the number of the signal, or None. If several processes train the run, `agree` passes
+        the signal on to all of them.
       at_once: True while the process may end without saving, because no training would be lost.
     """
 
@@ -52,8 +52,8 @@ class Interruption:
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
 
-        They must save if at least one process got a signal or has `save_due`. All processes call
-        the method at the same step, and get the same answer.
+        They must save if one of them got a signal, or passes `save_due=True`. All processes must
+        call the method at the same step. They get the same answer.
         """
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
