@@ -247,7 +247,7 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns how many bytes an archive of `size` bytes may unpack to: 100 times, at least 64 MB."""
+    """Returns the limit of the unpacked size of an archive: 100 times `size`, or at least 64 MB."""
     # The limit stops zip bombs. Compression makes real features at most 10 times smaller.
     return max(LARGE_BYTES, 100 * size)
 
