@@ -37,7 +37,10 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run. Each file is read once, so later changes need a new RunFolder."""
+    """The files of a run.
+
+    The configuration, identities and metrics are read once. To read them again, make a new object.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path).expanduser().absolute()

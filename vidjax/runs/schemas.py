@@ -126,7 +126,7 @@ class Manifest(Struct, kw_only=True):
     arrays: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> dtype[shape]
     data: DataDigests = field(default_factory=lambda: DataDigests(splits={}))
     map: Share = 0.0
-    config: Annotated[dict[str, Any], TABLE] = {}
+    config: Annotated[dict[str, Any], TABLE] = {}  # the configuration of the run
     modalities: Annotated[dict[str, Size], TABLE] = {}  # name -> width
     num_identities: Size = 1
     num_clips: Size = 1
@@ -135,7 +135,7 @@ class Manifest(Struct, kw_only=True):
     train_other: bool = False  # True if distractors were trained on as class column 0
     identities_sha256: Text = ""  # of `identities.json`
     members_sha256: Text = ""  # of `members.npz`, the training clips of each member
-    mode: Text = ""
+    mode: Text = ""  # `resident` or `streaming`
     evaluated: bool = False
     seconds: float = 0.0  # since the start of the training, without pauses
     # Settings of the model that are fitted before the training.
@@ -152,9 +152,9 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """The content of `data_report.json`, which counts the clips of each split."""
+    """The content of `data_report.json`: for each split, counts and `labelled` (ground truth)."""
 
-    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # split -> its counts, `labelled`
+    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # split -> key -> value
 
 
 class Mistake(Struct, kw_only=True):
@@ -183,12 +183,12 @@ class WorstIdentity(Struct, kw_only=True):
 class Stratum(Struct, kw_only=True):
     """A group of identities or clips, and the 95 % interval of the MAP in this group.
 
-    A group with fewer than `Analysis.fewest_identities` identities has no interval.
+    A group of few identities has no interval.
     """
 
     label: Text
     map: Share
-    low: float | None = None
+    low: float | None = None  # this and `high`: the ends of the interval
     high: float | None = None
     identities: Whole | None = None
     clips: Whole | None = None
@@ -246,7 +246,7 @@ class Analysis(Struct, kw_only=True):
     num_others: Whole | None = None  # identities of the ground truth that are unknown to the run
     worst: Annotated[list[WorstIdentity], TABLE] | None = None
     strata: Annotated[list[Strata], FEW] | None = None
-    fewest_identities: Whole | None = None
+    fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
     wrong_clips: WrongClips | None = None
     open_set: OpenSet | None = None  # None without distractors
     calibration_error: float = math.nan  # expected calibration error
