@@ -50,7 +50,7 @@ SCENE_VIEWS = (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
 
 
 def get_config(args: str = "") -> config_lib.Config:
-    """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
+    """Returns the configuration for `args`, as in `--config=deepmef:ARG,ARG`."""
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
     full = config_lib.choose_data(config, words)

@@ -38,7 +38,7 @@ WORDS = {
 
 
 def get_config(args: str = "") -> config_lib.Config:
-    """Returns the configuration for the words after the colon of `--config=configs/mma.py:...`."""
+    """Returns the configuration for `args`, as in `--config=mma:ARG,ARG`."""
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
     full = config_lib.choose_data(config, words)

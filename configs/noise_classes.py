@@ -41,7 +41,7 @@ WORDS = {
 
 
 def get_config(args: str = "") -> config_lib.Config:
-    """Returns the configuration for the words after the colon of `--config=...:WORD,WORD`."""
+    """Returns the configuration for `args`, as in `--config=noise_classes:ARG,ARG`."""
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
     full = config_lib.choose_data(config, words)

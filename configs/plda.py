@@ -33,7 +33,7 @@ WORDS = {
 
 
 def get_config(args: str = "") -> config_lib.Config:
-    """Returns the configuration for the words after the colon of `--config=configs/plda.py:...`."""
+    """Returns the configuration for `args`, as in `--config=plda:ARG,ARG`."""
     words, modalities = config_lib.split_args(args, WORDS)
     config = config_lib.default()
     config_lib.choose_data(config, words)

@@ -10,8 +10,8 @@
     run = vidjax.restore("runs/memory")
     people = vidjax.Gallery.create("people", run)
 
-`import vidjax` is fast: a function imports JAX or TensorFlow when it is first called. A gallery
-that `Gallery.of_models` makes needs neither of them.
+`import vidjax` is fast: a function imports JAX or TensorFlow when it is first called. Galleries of
+`Gallery.of_models` need neither JAX nor TensorFlow.
 """
 
 import os

@@ -20,7 +20,7 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folder to read, and the folder to write. The second folder must not exist."""
+    """Returns the folder to read, and the folder to write, which must not exist."""
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if not source.is_dir():
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
@@ -36,7 +36,7 @@ def add_export_flags(parser: Parser) -> None:
     parser.add_argument("--to", metavar="DIR", required=True, help="the new folder")
     about = "the format; for a gallery only safetensors or numpy"
     parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help=about)
-    about = "of a run: the latest checkpoint (default), or the checkpoint with the best MAP"
+    about = "the checkpoint of the run: the latest (default), or the one with the best MAP"
     parser.add_argument("--checkpoint", choices=("latest", "best"), help=about)
     shared_flags.add_definitions(parser)
     examples = ("runs/mma --to=exported --format=onnx", "people --to=arrays --format=numpy")
@@ -53,7 +53,7 @@ def add_import_flags(parser: Parser) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Exports a run or a gallery into a new folder, if the results are the same as in vidjax."""
+    """Exports a run or a gallery. Raises UserError if the exported files give other results."""
     (source, to), began = _read_paths(args), time.monotonic()
     from vidjax.apps.export.formats import FORMATS
     from vidjax.apps.gallery.store import GALLERY_FILE
@@ -158,7 +158,7 @@ def add_serve_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax serve`."""
     about = "the folder of the gallery"
     parser.add_argument("--gallery", metavar="G", required=True, help=about)
-    about = "the folder of a run, whose net is served, too"
+    about = "the folder of a run; its net is served, too"
     parser.add_argument("--run", metavar="W", help=about)
     about = "the address of the server (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
@@ -171,7 +171,7 @@ def add_serve_flags(parser: Parser) -> None:
 
 
 def serve(args: argparse.Namespace) -> Result:
-    """Serves requests until a signal arrives. Prints the address of the server first."""
+    """Prints the address of the server, then answers HTTP requests until a signal arrives."""
     require_packages(
         "serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve"
     )

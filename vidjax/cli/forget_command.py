@@ -1,4 +1,4 @@
-"""`vidjax forget`: lists places of vidjax that contain a name, and deletes it from some of them."""
+"""`vidjax forget`: lists galleries, caches and runs that contain a name, and deletes the name."""
 
 import argparse
 from pathlib import Path
@@ -44,7 +44,10 @@ def add_forget_flags(parser: Parser) -> None:
 
 
 def forget_names(args: argparse.Namespace) -> Result:
-    """Lists the places that contain a name. If a place is left, the exit code is 1."""
+    """Lists the galleries, caches and runs that contain a name. `--delete` deletes the name.
+
+    If a place still contains the name, or could not be searched, the exit code is 1.
+    """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
     cache = files.cache_root()

@@ -62,8 +62,8 @@ def _add_create(parser: Parser) -> None:
     about = "leaves out the people of the run and their clips, but stores strangers"
     parser.add_argument("--empty", action="store_true", help=about)
     about = (
-        "a split of the dataset, whose unlabelled clips are stored as strangers (default: the "
-        "split that the run evaluates)"
+        "the split whose unlabelled clips are stored as strangers (default: the split that the "
+        "run evaluates)"
     )
     parser.add_argument("--strangers", metavar="S", help=about)
     parser.fields("data.", example="data.dir=PATH")
@@ -82,7 +82,7 @@ def _add_clips(parser: Parser) -> None:
 
 
 def add_rule(parser: Parser) -> None:
-    """Adds `--fpir` and `--threshold`, which decide when a clip gets a name."""
+    """Adds the flags `--fpir` and `--threshold`, which decide when a clip gets a name."""
     rule = parser.add_mutually_exclusive_group()
     about = "the share of strangers who may wrongly get a name, e.g. 0.01"
     rule.add_argument("--fpir", metavar="R", type=_number, help=about)
@@ -118,7 +118,7 @@ def _add_identify(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
     most = answers_lib.NUM_TABLE_PEOPLE
-    about = f"largest number of possible people per clip (default: %(default)s); text has {most}"
+    about = f"possible people per clip (default: %(default)s); the printed table has up to {most}"
     parser.add_argument(
         "--k", metavar="K", type=messages.whole_number(1, 1_000_000), default=5, help=about
     )
@@ -193,7 +193,7 @@ def _add_export(parser: Parser) -> None:
 # Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "create": (
-        "makes a gallery: of the people of a run, or empty for features of vidjax extract",
+        "makes a gallery of the people of a run, or an empty one for features of vidjax extract",
         _add_create,
     ),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
@@ -271,7 +271,7 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _open(args: argparse.Namespace) -> "Gallery":
-    """Returns the gallery of a command, after a check of the path and the nets of the clips."""
+    """Opens the gallery of a command. Raises UserError if `--input` or `--split` is wrong."""
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
@@ -308,7 +308,7 @@ def _show_progress(label: str, total: int) -> contextlib.closing[terminal.Progre
 
 
 def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
-    """Returns the start time, and the embeddings of the clips of a command."""
+    """Returns the time when the clips were loaded, and the embeddings of the clips."""
     clips = _load_clips(args, gallery)
     began = time.monotonic()
     with _show_progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
@@ -362,10 +362,9 @@ def _drop_group_photos(
 ) -> dict[str, str]:
     """Returns clip -> person, without the clips of photos that show several people.
 
-    If `identity` is a name, all `clips` show this person, and `path` is the folder of the clips. If
-    `identity` is a dict, clip -> person, `path` contains a folder of clips for each person. A
-    folder that `vidjax extract` did not write is not checked. A warning names each photo with a
-    problem.
+    If `identity` is a name, all `clips` show this person, and `path` is the folder of the clips.
+    If `identity` is clip -> person, `path` contains a folder of clips for each person. Only folders
+    that `vidjax extract` wrote are checked. A warning names each photo with a problem.
     """
     from vidjax.apps.video import features_folder
 
@@ -384,7 +383,7 @@ def _drop_group_photos(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Reads a table of `gallery group`, clip -> person. Raises UserError if it has no names."""
+    """Reads clip -> person from a table of `gallery group`. Raises UserError without any name."""
     if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(
@@ -573,9 +572,10 @@ def _threshold(args: argparse.Namespace) -> Result:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Writes a table of the enrolled clips, with the columns clip and identity, and vectors.
+    """Writes a table of the enrolled clips: name, identity, and a unit vector per modality.
 
-    Each part of the vectors has a column with a unit vector for each clip, or 0 for a missing part.
+    The vector of a missing modality is 0. If a run without PLDA made the gallery, a clip has only
+    one vector.
     """
     out = Path(args.out).expanduser()
     tables.check_new(out, (".parquet",))

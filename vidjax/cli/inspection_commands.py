@@ -32,9 +32,10 @@ def add_check_flags(parser: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> Result:
-    """Runs all checks. Prints each result immediately, because reading data takes time.
+    """Checks the installation, and the run, gallery or configuration that a flag names.
 
-    The exit code is 0 if no check fails, 3 if a checkpoint is damaged, and 2 for other faults.
+    Prints the result of a check when the check ends. The exit code is 0 if no check fails, 3 if a
+    checkpoint is damaged, and 2 for other faults.
     """
     findings, code = [], 0
     for subject, run_check in list_checks(args).items():
@@ -57,9 +58,9 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns subject, such as `data`, -> function for each check that the flags ask for.
+    """Returns the checks that the flags ask for: subject, such as `data` -> function.
 
-    The function returns a summary of the subject, or raises an error if the subject has a fault.
+    The function returns a summary of the subject. If the subject has a fault, it raises an error.
     """
     if args.workdir and args.config:
         raise UserError("--workdir and --config cannot be checked together: leave one of them out")
@@ -176,14 +177,12 @@ def show_config(args: argparse.Namespace) -> Result:
 def describe_fields(
     config: Config, overrides: Sequence[str], file: str
 ) -> dict[str, dict[str, Any]]:
-    """Returns field -> a dict of its `value`, its `default`, and `from`, the origin of the value.
+    """Returns field -> {"value": ..., "default": ..., "from": the origin of the value}.
 
-    The entry `from` is `command line` for a field in `overrides`, the words `--config.FIELD=VALUE`.
-    It is `default` for any other field with its default value, and the name `file` for all other
-    fields.
+    The origin is `command line` if a word `--config.FIELD=VALUE` of `overrides` sets the field.
+    Otherwise the origin is `default` for the default value, and the name `file` for other values.
 
-    Fields with a default come first. Fields that only a file adds, such as `model.embed_dim`, come
-    last and have the default None. Both groups are sorted by name.
+    Fields of models and fusions, such as `model.embed_dim`, come last and have the default None.
     """
     values = dict(config_lib.fields(config_io.override(config, overrides)))
     typed, rows = set(override_names(overrides)), {}

@@ -75,13 +75,13 @@ Configurations, their arguments and all fields: configs/README.md.
 
 
 def run() -> NoReturn:
-    """Runs the command line of this process, and ends the process with the exit code."""
+    """Runs the command line of this process, and ends the process with its exit code."""
     machine.keep_freed_memory()
     messages.run_main(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default the arguments of the process, and returns the exit code."""
+    """Runs the words `argv` of a command line (default: `sys.argv[1:]`). Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
@@ -104,9 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parses a command line. Raises UserError if a command, a flag or a value is wrong.
 
-    Returns the value of each flag, and five more attributes. `command` is the name of the command.
-    `execute` is the function that runs the command, and `parser` is the parser of its flags.
-    `overrides` are the words `--config.FIELD=VALUE`. `line` is the command line as text.
+    The result has an attribute for each flag, and five more:
+      command: the name of the command.
+      execute: the function that runs the command.
+      parser: the parser of the command's flags.
+      overrides: the words `--config.FIELD=VALUE`.
+      line: the command line as text.
     """
     flags, overrides = messages.split_overrides(_put_command_first(words))
     name = flags[0]
@@ -152,10 +155,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def _parse_known(
     parser: Parser, subparser: Parser | None, words: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses the words of a command line; returns the values of flags, and the unknown words.
+    """Parses a command line. Returns the values of the flags, and the unknown words.
 
-    Raises UserError if a required flag is missing and there is no unknown word. An unknown word may
-    be the required flag, misspelt. So it is returned, and the caller can suggest the right flag.
+    If a required flag is missing, raises UserError. If there are unknown words, returns them
+    instead, because one of them may be the required flag, misspelt.
     """
     try:
         return parser.parse_known_args(words)
@@ -172,7 +175,7 @@ def _parse_known(
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:
-    """Moves the command, or `--mode=COMMAND`, to the first place; adds `train` if none is named."""
+    """Returns `words` with the command first. `--mode=rank` becomes `rank`. Default: `train`."""
     count = len([*itertools.takewhile(SWITCHES.__contains__, words)])
     rest, names = [*words[count:], *words[:count]], list[str]()
     if rest and not rest[0].startswith("-"):
@@ -202,11 +205,8 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
 
 
 def load(name: str) -> Callable[[Parser], None]:
-    """Imports only the module of a command, and returns the function that adds the flags.
-
-    Other modules may need packages that are not installed. The commands for galleries and films
-    work without the packages that only runs need.
-    """
+    """Returns the function that adds the flags of the command `name` to a parser."""
+    # Only one module is imported, because others may need packages that are not installed.
     match name:
         case "train" | "evaluate" | "report":
             from vidjax.cli import run_commands as commands
@@ -251,10 +251,7 @@ def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
 
 
 def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
-    """Returns a hint about the likely meaning of a word that no flag precedes, or None.
-
-    `strays` are all words that the command does not know.
-    """
+    """Returns a hint about the unknown `word`, or None. `strays` are all unknown words."""
     if word in COMMANDS:
         return f"write the command first: vidjax {word} --FLAG=VALUE"
     if getattr(args, "runs", None):

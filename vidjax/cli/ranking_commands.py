@@ -48,7 +48,7 @@ def _add_flags(parser: Parser, out: str) -> None:
 
 
 def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
-    """Ranks clips for every identity, or computes a unit vector of each clip."""
+    """Runs `vidjax rank` or `vidjax embed`, and writes the ranking or the vectors."""
     from vidjax.runs import config_io
     from vidjax.training import api
 
@@ -133,9 +133,10 @@ def score_files(args: argparse.Namespace) -> Result:
 def _warn_if_nothing_matches(
     path: str, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> None:
-    """Warns if the score is 0 because the submission has no identity or clip of the ground truth.
+    """Warns if the submission has no identity or no clip of the ground truth.
 
-    `path` is the file of the submission. `positives` and `ranking` are identity -> clips.
+    `path` is the file of the submission. `positives`, the ground truth, and `ranking`, the
+    submission, are identity -> clips.
     """
     if positives.keys().isdisjoint(ranking):
         messages.print_problem(
@@ -168,7 +169,7 @@ def add_compare_flags(parser: Parser) -> None:
 
 
 def compare_runs(args: argparse.Namespace) -> Result:
-    """Compares runs with the first run, and writes the comparison into a folder."""
+    """Compares the MAP of each run with the first run, and writes the comparison to a folder."""
     from vidjax.runs import config as config_lib
     from vidjax.runs import config_io
     from vidjax.runs.run_folder import RunFolder
@@ -186,7 +187,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
 
 
 def _split_seeds(name: str) -> list[str]:
-    """Splits folders joined by +, such as `A1+A2`. The path of an existing folder is not split."""
+    """Splits `A1+A2` into the folders A1 and A2. An existing folder `A1+A2` is not split."""
     if Path(name).expanduser().exists():
         return [name]
     return [folder.strip() for folder in name.split("+") if folder.strip()]

@@ -63,17 +63,16 @@ def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
 
 
 def _make_default_name(args: argparse.Namespace, config: Config) -> str:
-    """Returns the default name of a run's folder, made of the configuration file and the overrides.
+    """Returns the default name of a run's folder, such as `mma-face_seed=1`.
 
-    The name contains only the last part of `data.dir`, so runs on two datasets can get the same
-    default folder. Then the command for the second dataset raises an error.
+    The example is the name for `--config=mma:face --config.seed=1`.
     """
     name, _, words = args.config.partition(":")
     file = Path(name)
     stem = file.absolute().parent.name if file.name == CONFIG else file.stem
     name = "-".join([stem, *(word for word in words.split(",") if word)])
     config = copy.deepcopy(config)
-    if config.data.dir:
+    if config.data.dir:  # two datasets can get the same name; then the second command fails
         config.data.dir = Path(config.data.dir).expanduser().absolute().name
     unnamed = {*config_lib.MOVABLE} - {"data.dir", "data.weights"}
     return name + config_io.folder_suffix(config, args.overrides, unnamed)
@@ -118,7 +117,7 @@ def add_report_flags(parser: Parser) -> None:
 
 
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
-    """Returns the configuration and the folder of a run, or of a blend if `--runs` is given."""
+    """Returns the configuration and the folder of a run or, with `--runs`, of a blend of runs."""
     for name in config_io.override_names(args.overrides):
         is_fusion_of_training = re.match(r"fusion\.[^.]+\.train\b", name)
         if is_fusion_of_training or config_lib.is_in_groups(name, TRAINING_FIELDS):
@@ -147,9 +146,9 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
 
 
 def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
-    """Returns the configuration of a blend of `--runs`.
+    """Returns the configuration of a blend, which averages the scores of `--runs`.
 
-    If all runs have the same `eval.split`, the blend has it, too.
+    If all runs have the same `eval.split`, the blend has the same split.
     """
     runs = tuple(
         str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
@@ -170,7 +169,7 @@ def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
 
 
 def evaluate(args: argparse.Namespace) -> Result:
-    """Ranks a split with a run, or with a blend of several runs."""
+    """Ranks the clips of a split with a run, or with the averaged scores of several runs."""
     began = time.monotonic()
     config, folder = read_evaluate_settings(args)
     from vidjax.training import plan
@@ -198,19 +197,19 @@ def write_report(args: argparse.Namespace) -> Result:
 
 
 def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-    """Makes and locks the folder of a run. From then on, Ctrl-C stops even a long compilation."""
+    """Returns a context manager that makes the folder of a run and locks it."""
     if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
-        signals.end_on_signals()
+        signals.end_on_signals()  # then Ctrl-C also stops a long compilation
     return make_and_lock(path)
 
 
 def summarise(
     config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
 ) -> Result:
-    """Returns the printed result of a command: the scores of a run, and the paths of its files.
+    """Returns what a command prints: the scores of a run, and the paths of its files.
 
-    `results` is the content of `metrics.json`. `seconds` is the time that the run or the evaluation
-    took, or None if an earlier command has finished the run.
+    `results` is the content of `metrics.json`. `seconds` is the time that the command took. If an
+    earlier command finished the run, `seconds` is None.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})

@@ -12,24 +12,23 @@ def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> N
 
 
 def add_config(parser: Parser, *, required: bool = False) -> None:
-    """Adds `--config`."""
+    """Adds the flag `--config`, which names the file of a configuration."""
     about = "a file of configs/ or its name, e.g. mma or mma:iqiyi_vid; or a run's config.json"
     parser.add_argument("--config", metavar="FILE[:ARG,...]", required=required, help=about)
 
 
 def add_definitions(parser: Parser) -> None:
-    """Adds `--config`, a file that defines additional models or losses."""
+    """Adds the flag `--config`, which names a file that defines additional models or losses."""
     about = "the Python file that defines the model or the loss, if vidjax does not define it"
     parser.add_argument("--config", metavar="FILE", help=about)
 
 
 def load_definitions(args: argparse.Namespace) -> None:
-    """Runs the Python file of `--config`, which may define models and losses that a run uses.
+    """Runs the Python file of `--config`, which may define additional models and losses.
 
-    The configuration in the file is not used. A file is run only if the command line names it: a
-    path in the folder of a run may come from a stranger.
+    The configuration that the file returns is not used.
     """
-    if args.config:
+    if args.config:  # a path in the folder of a run is never run: it may come from a stranger
         from vidjax.runs import config_io
 
         config_io.load_file(args.config)
@@ -51,7 +50,7 @@ def split_runs(runs: str) -> list[str]:
 
 
 def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str]:
-    """Returns the fields that the command line overrides by `--config.FIELD=VALUE`.
+    """Returns the names of the fields that words `--config.FIELD=VALUE` override.
 
     Raises UserError for a field that is not in `readable`, because the command would ignore it.
     """

@@ -44,18 +44,22 @@ class DamagedError(CheckpointError):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint whose files match the digests: its folder, and the content of the manifest."""
+    """A checkpoint whose files were compared with their digests."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: dict[str, Any]  # the content of `manifest.json`
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a checkpoint, then deletes older checkpoints. The module docstring lists which stay.
+    """Saves a checkpoint, and deletes older ones. The best and one other old checkpoint stay.
 
-    `items` is name -> tree of arrays. `info` has JSON values for the manifest. Its entry `map`
-    decides which checkpoint is the best. If the step already has a checkpoint, the arrays are not
-    saved again, and `info` is added to the manifest.
+    If the step already has a checkpoint, only adds `info` to its manifest.
+
+    Args:
+      workdir: the folder of the run.
+      step: the number of finished training steps.
+      items: name -> tree of arrays.
+      info: JSON values for the manifest. The best checkpoint has the highest value `map`.
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()
@@ -139,11 +143,13 @@ def find_best(steps: Mapping[int, Mapping[str, Any]]) -> int | None:
 
 
 def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
-    """Returns the latest or best undamaged checkpoint, or None if the run has no checkpoint.
+    """Returns the latest checkpoint of a run, or the best by MAP if `prefer` is `best`.
 
-    A damaged checkpoint is skipped with a warning, and is not deleted. If `prefer` is `best`, a
-    checkpoint without a MAP is used only if all checkpoints with a MAP are damaged. Raises
-    CheckpointError if all checkpoints are damaged, or if `prefer` is `best` and none has a MAP.
+    Damaged checkpoints are skipped with a warning. If all checkpoints with a MAP are damaged,
+    `best` returns the latest other checkpoint. If the run has no checkpoint, returns None.
+
+    Raises CheckpointError if all checkpoints are damaged, or if `prefer` is `best` and no
+    checkpoint has a MAP.
     """
     paths, known = list_folders(workdir), manifests(workdir)
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
@@ -174,11 +180,15 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) -> dict[str, Any]:
     """Reads the arrays of a checkpoint. Returns name -> tree of arrays, as in `abstract`.
 
-    `abstract` has arrays or ShapeDtypeStructs with the expected shapes and dtypes. Trees of other
-    names are not read. `layout` is the sharding of all arrays, or a tree of shardings. The number
-    of devices may have changed since the checkpoint was saved. Raises CheckpointError if an array
-    differs from `abstract`, and DamagedError if Orbax cannot read the arrays or a file is missing
-    or not listed.
+    Args:
+      checkpoint: the checkpoint, as `find` returns it.
+      abstract: name -> tree of arrays or ShapeDtypeStructs with the expected shapes and dtypes.
+      layout: the sharding of all arrays, or a tree of shardings. The number of devices may have
+        changed since the checkpoint was saved.
+
+    Raises:
+      CheckpointError: an array has another shape or dtype, or is missing.
+      DamagedError: the arrays cannot be read.
     """
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
@@ -209,14 +219,14 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames the checkpoints after `step`, so that a resumed run can save these steps again."""
+    """Renames checkpoints later than `step`, so that a resumed run can save these steps again."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
 
 
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint. Raises DamagedError if the files differ from it."""
+    """Returns the manifest of a checkpoint. Raises DamagedError if a file is damaged."""
     manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
@@ -240,7 +250,7 @@ def _raise_damaged(path: Path) -> Iterator[None]:
 
 
 def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises DamagedError unless the folder `state` has exactly the files that `manifest` lists."""
+    """Raises DamagedError if a file that `manifest` lists is missing, or a file is not listed."""
     state, listed = folder / "state", set(manifest["files"])
     with _raise_damaged(state):
         names = set(files.walk(state))
@@ -262,7 +272,7 @@ def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads a manifest. Raises DamagedError if it is missing, damaged, or of another step."""
+    """Reads a manifest. Raises DamagedError if the file is missing, damaged, or of another step."""
     path = folder / MANIFEST
     with _raise_damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])
@@ -295,7 +305,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes old checkpoints. The module docstring lists which checkpoints stay."""
+    """Deletes all checkpoints except for the latest, the best, and one before the latest."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

@@ -67,24 +67,15 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of the loss `loss.focal` in `loss.schedule`.
-
-    For a malformed schedule, returns (0.5,), so that both losses count as used. The function that
-    makes the schedule reports the mistake.
-    """
+    """Returns the weights of the loss `loss.focal` in `loss.schedule`, one per pair."""
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # another function reports the malformed schedule
         return (0.5,)
 
 
 def _logit_losses(values: Values) -> set[str]:
-    """Returns the names of the losses of the logits whose weight is above 0 at some epoch.
-
-    `GAMMA` removes the losses of vidjax that do not read `loss.gamma`. If a name remains, such as a
-    loss that a user has added, `loss.gamma` is read. `SMOOTHING` does the same for
-    `loss.label_smoothing`.
-    """
+    """Returns the names of the losses, such as `softmax`, with a weight above 0 at some epoch."""
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
     rest = {values["loss.classification"]} if any(weight != 1 for weight in weights) else set()
@@ -113,6 +104,7 @@ FOLDER = _read_unless(
 NOISE_CLASSES = _read_if("data.distractors", "noise")
 CLASSIFICATION = _read_by_schedule(lambda values: any(w != 1 for w in _focal_weights(values)), 0)
 FOCAL = _read_by_schedule(lambda values: any(_focal_weights(values)), 1)
+# Losses that a user has added may read `loss.gamma` and `loss.label_smoothing`.
 GAMMA = _read_by_schedule(lambda values: bool(_logit_losses(values) - {"softmax"}), 1)
 SMOOTHING = _read_by_schedule(
     lambda values: bool(_logit_losses(values) - {"binary", "multiclass", "batch"}), 0
@@ -271,9 +263,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
     Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the mean over "
           "members, and the order of clips that are ranked by probability", above=0),
-    Field("eval.top_classes", 0, "a clip has a score only for this number of identities, "
-          "for which its scores are highest; it comes last in the lists of the other identities; "
-          "0: for all", low=0),
+    Field("eval.top_classes", 0, "number of highest scores that a clip keeps; the clip comes last "
+          "in the lists of all other identities; 0: all scores", low=0),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
           read_when=_read_if("after_fusion", "examples")),
@@ -416,7 +407,7 @@ def is_read(name: str, values: Values) -> bool:
 
 
 def is_in_groups(name: str, groups: Collection[str]) -> bool:
-    """Returns True if `groups` contains the field `name`, or a group of this field."""
+    """Returns True if `groups` contains the field `name`, or its group, such as `optim`."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
@@ -465,7 +456,7 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
 
 
 def _has_names(value: Any) -> bool:
-    """Returns True if a value is a tuple of at least one text, and of nothing else."""
+    """Returns True if a value is a tuple of texts, and not empty."""
     return isinstance(value, tuple) and bool(value) and all(isinstance(x, str) for x in value)
 
 
@@ -478,7 +469,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _find_violated(field: Field, value: float) -> str:
-    """Returns the range of a field in words if `value` lies outside it. Otherwise returns ""."""
+    """Returns the range of a field, such as `at least 1`, or "" if `value` lies in the range."""
     bounds = [
         ("at least", field.low, operator.ge),
         ("above", field.above, operator.gt),
@@ -573,10 +564,10 @@ SCALE_WORDS: Mapping[str, str] = {
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets the dataset and the splits of a configuration to those that `words` name.
+    """Sets the dataset and the splits of `config` by the arguments `words`, such as `iqiyi_vid`.
 
-    Words that are not keys of SCALE_WORDS are ignored. Returns True if a configuration should use
-    its values for the full size of iQIYI-VID.
+    Words that are not keys of SCALE_WORDS are ignored. Returns True if the words ask for iQIYI-VID
+    in its full size.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
@@ -597,7 +588,7 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Splits ARGS of `--config=FILE:ARGS` into the words in `known` and the modalities."""
+    """Splits ARGS of `--config=FILE:ARGS` into the words in `known`, and names of modalities."""
     words = [word.strip() for word in args.split(",") if word.strip()]
     options = {word for word in words if word in known}
     modalities = tuple(word for word in words if word not in known)
@@ -610,7 +601,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the only word that is in `names`, or `default`. Refuses two words of `names`."""
+    """Returns the word that is in `names`, or `default`. Two such words raise UserError."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)

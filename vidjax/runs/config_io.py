@@ -25,12 +25,11 @@ MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
 
 
 def load_file(spec: str) -> Config:
-    """Executes a configuration file and returns the configuration.
+    """Executes a Python file, and returns the configuration that its `get_config(args)` makes.
 
-    The file may register functions and classes, for example in the dict `optim.OPTIMIZERS`. `spec`
-    is `FILE` or `FILE:ARG,ARG`. FILE is a Python file with a function `get_config(args: str)`, or a
-    name. The name `mma` is `configs/mma.py` of the working directory or, if there is no such file,
-    of vidjax.
+    `spec` is `FILE` or `FILE:ARG,ARG`, where FILE is a path or a name. The name `mma` is the file
+    `configs/mma.py` of the working directory. If there is no such file, `mma` is the file of
+    vidjax. The file may also register functions, for example in the dict `optim.OPTIMIZERS`.
     """
     name, _, args = spec.partition(":")
     path = find_file(name)
@@ -60,7 +59,7 @@ def load_file(spec: str) -> Config:
 
 
 def _find_wrong_type(values: Mapping[str, Any]) -> str:
-    """Describes a field that is missing in `values` or has a wrong type. Returns "" for none."""
+    """Describes the first field that is missing or has a wrong type. If none has, returns ""."""
     for name, default in DEFAULTS.items():
         kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
         if name not in values:
@@ -93,8 +92,9 @@ def shipped_folder() -> Path:
 
 
 class _Loader(SourceFileLoader):
-    """Loads a file without cached bytecode, which may be of an older file of the same second."""
+    """Loads a Python file from its source, never from cached bytecode."""
 
+    # Python would also use bytecode of an older file, if the two are of the same second.
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
 
@@ -169,9 +169,9 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
     """Returns the overridden fields as the end of a folder name, such as `_seed=1`.
 
-    `config` is the configuration after the overrides, see `override`. Fields are sorted. Fields in
-    `without` are left out. Characters that are unusual in a file name become `-`. If a character
-    changed or the text is too long, the text is cut to 91 characters, and a digest is added.
+    `config` is the configuration after the overrides. Fields in `without` are left out. Characters
+    that are unusual in a file name become `-`. If a character changed, or the text has more than
+    100 characters, the text is cut to 91 characters and a digest is added.
     """
     values = dict(fields(config))
     parts = []
@@ -190,7 +190,7 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 def convert(text: str, kind: type, example: Any) -> Any:
     """Converts the text of `--config.FIELD=text` to the type `kind`. `example` is the old value.
 
-    If the text does not fit, the UserError only describes a valid value, such as `true or false`.
+    If the text does not fit, raises UserError with the valid values, such as `true or false`.
     """
     if kind is str:
         return text
@@ -265,11 +265,7 @@ def from_json(text: str | bytes) -> Config:
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns the configuration of the run in `workdir`, with `data.cache_dir` unset.
-
-    The folder of the run may come from a stranger. Then the cache folder that `config.json` names
-    may contain harmful compiled programs, so it is not used.
-    """
+    """Returns the configuration of the run in `workdir`, with `data.cache_dir` unset."""
     path = workdir / "config.json"
     try:
         content = files.read_bytes(path, files.CONFIG_BYTES)
@@ -284,5 +280,5 @@ def load_workdir(workdir: Path) -> Config:
             f"'{path}' is damaged: {error}\n"
             "restore it from a copy, or train again in another folder: --workdir=FOLDER"
         ) from error
-    config.data.cache_dir = None
+    config.data.cache_dir = None  # a stranger's cache may contain harmful compiled programs
     return config

@@ -98,7 +98,7 @@ def load_identities(path: Path) -> list[str]:
 
 
 def check_identities(identities: Sequence[str]) -> None:
-    """Raises UserError if `load_identities` would refuse these names as too many or too long."""
+    """Raises UserError if there are too many names, or their text is too long for a run."""
     size = len(files.to_json(list(identities)))
     if len(identities) > files.MAX_ITEMS or size > MAX_IDENTITIES_BYTES:
         raise UserError(
@@ -109,7 +109,7 @@ def check_identities(identities: Sequence[str]) -> None:
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
-    """Returns the name, folder and digest of the evaluated data, or None if `metrics` lack them."""
+    """Returns the name, folder and digest of the data in `metrics`, or None if there are none."""
     data = metrics.get("data")
     if not isinstance(data, dict):
         return None
@@ -118,17 +118,16 @@ def describe_data(metrics: Mapping[str, Any]) -> str | None:
 
 
 def describe_overrides(metrics: Mapping[str, Any]) -> str:
-    """Returns the fields that an evaluation changed in the configuration, as `FIELD=VALUE, ...`."""
+    """Returns the fields whose values an evaluation changed, as `FIELD=VALUE, FIELD=VALUE`."""
     changed = metrics.get("overrides") or {}
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
 def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
-    """Returns a sentence why the MAP of a run cannot be measured, and how to measure it.
+    """Returns why the MAP of a run cannot be measured, and a remedy, or "" if it can be measured.
 
-    Returns "" if a MAP can be measured: on a split with ground truth on which the run was not
-    trained, or on clips that members of an ensemble left out of their training. Also returns "" if
-    no split has ground truth.
+    The MAP is measured on a split on which the run was not trained, or on clips that members of an
+    ensemble left out of their training. If no split has ground truth, returns "", too.
     """
     path = workdir / "data_report.json"
     report = schemas.DataReport()
@@ -149,9 +148,8 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
-    Damaged lines are skipped, because a run may still write the last line. If there are more than
-    20,000 lines, returns about 20,000 evenly spaced lines, and the lines of the first 20,000
-    evaluations.
+    Damaged lines are skipped, because a run may still write the last line. Of a longer file, only
+    about 20,000 evenly spaced lines and the first 20,000 evaluations are returned.
     """
     if not files.exists(path):
         return []
@@ -168,7 +166,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an analysis to an .npz file. `values` has the keys of `schemas.Analysis`."""
+    """Writes `arrays` and `values`, the content of `schemas.Analysis`, to an .npz file."""
     content = io.BytesIO()
     text = json.dumps(values, default=np.ndarray.tolist).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
@@ -177,7 +175,7 @@ def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np
 
 
 def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
-    """Reads what `save_analysis` wrote."""
+    """Reads the values and the arrays that `save_analysis` wrote."""
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:
@@ -194,8 +192,8 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
 def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
     """Removes the lines of a .jsonl file after `step`, because a resumed run writes them again.
 
-    If `evaluated` is False, the evaluation of `step` is removed, too. Damaged lines are also
-    removed. They cause a warning, except for the last line: a killed process may leave half a line.
+    If `evaluated` is False, the evaluation of `step` is removed, too. Damaged lines are removed
+    with a warning. A damaged last line, which a killed process may leave, causes no warning.
     """
     if not files.exists(path):
         return

@@ -37,9 +37,9 @@ class ResultPaths(NamedTuple):
 
 
 class RunFolder:
-    """The files of a run. Each file is read only once.
+    """The files of a run.
 
-    If another object or program changes a file, only a new RunFolder reads the change.
+    The configuration, identities and metrics are read once. To read them again, make a new object.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -67,8 +67,8 @@ class RunFolder:
     def paths(self, split: str | None = None, *, apart: bool = False) -> ResultPaths:
         """Returns the paths of the result files of `split`, by default the `eval.split` of the run.
 
-        `apart` is True if the results come from settings other than the settings of the run. Then
-        the file names contain the name of the split, so no result of the training is replaced.
+        `apart` is True if an evaluation used other settings than the run. Then the file names
+        contain the name of the split, so that the evaluation replaces no result of the training.
         """
         trained_split = str(self._config.eval.split)
         suffix = f"_{split or trained_split}" if apart or split not in (None, trained_split) else ""
@@ -80,7 +80,7 @@ class RunFolder:
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns all keys of `paths.metrics` (default: `metrics.json`), or {} without the file."""
+        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} if absent."""
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
             self._metrics[path] = schemas.load(path, schemas.Metrics, results.REMEDY)[0]
@@ -122,7 +122,7 @@ def make_paths_absolute(config: Config) -> Config:
 def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes and locks the folder of a run, and yields its absolute path.
 
-    If the context raises an error, and the folder is new and empty, the folder is removed.
+    If the block raises an error, a new folder that is still empty is removed.
     """
     refuse_folder_of_data(Path(path).expanduser())
     first = distributed.is_first()
@@ -152,8 +152,8 @@ def refuse_folder_of_data(folder: Path) -> None:
 def describe_changes(old: Config, new: Config) -> str:
     """Lists the changed fields with which a run cannot resume, as `seed: 0 -> 1, ...`.
 
-    The text has at most 300 characters. It is "" if the run can resume: if only fields changed that
-    do not affect the results, or `num_epochs` grew.
+    The text is cut to 300 characters. It is "" if the run can resume: `num_epochs` may grow, and
+    fields that do not affect the results may change.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:

@@ -42,7 +42,7 @@ class Data(Struct, kw_only=True):
 
     name: Text | None = None
     dir: Text | None = None
-    digest: Text | None = None
+    digest: Text | None = None  # sha256
     title: Text | None = None
     size: Scalar = None  # `data.size`, of the synthetic dataset
     seed: Scalar = None  # `data.seed`, of the synthetic dataset
@@ -67,10 +67,10 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """The digests of the data of a run. `evaluation.restore` compares them with the data in use."""
+    """The digests of the data of a run. They show whether the data have changed since."""
 
     splits: Annotated[dict[str, SplitDigests], TABLE]
-    weights: Text | None = None
+    weights: Text | None = None  # sha256 of the file `data.weights`
 
 
 class Metrics(Struct, kw_only=True):
@@ -86,8 +86,9 @@ class Metrics(Struct, kw_only=True):
     map: Share | None = None
     num_map_identities: Whole | None = None  # identities with a clip; MAP is their mean
     map_kind: Text | None = None  # the name of the split, `out_of_fold` or `in_sample`
-    top1: Share | None = None  # this and the next metrics: see `metrics.CLIP_METRICS`
-    auroc: Share | None = None
+    top1: Share | None = None  # share of labelled clips whose best identity is right
+    auroc: Share | None = None  # how well the best scores separate known clips from distractors
+    # Share of known clips that are missed or misnamed, if 1 % or 10 % of distractors get a name.
     fnir_1: Share | None = field(default=None, name="fnir_at_fpir_0.01")
     fnir_10: Share | None = field(default=None, name="fnir_at_fpir_0.1")
     threshold_1: NotNaN | None = field(default=None, name="threshold_at_fpir_0.01")
@@ -97,8 +98,8 @@ class Metrics(Struct, kw_only=True):
     date: Text | None = None  # UTC: end of the training
     eval_date: Text | None = None  # UTC: a later evaluation
     eval_clips_per_second: float | None = None
-    eval_seconds: float | None = None  # the sum over the parts, if the evaluation has parts
-    step: Whole | None = None  # optimiser steps after which the evaluated weights were saved
+    eval_seconds: float | None = None  # of a later evaluation, or of a blend
+    step: Whole | None = None  # training steps before the evaluation
     best_step: Whole | None = None  # step of the best evaluation during training
     best_map: Share | None = None
     num_params: Whole | None = None  # parameters of a member
@@ -125,18 +126,19 @@ class Manifest(Struct, kw_only=True):
     arrays: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> dtype[shape]
     data: DataDigests = field(default_factory=lambda: DataDigests(splits={}))
     map: Share = 0.0
-    config: Annotated[dict[str, Any], TABLE] = {}
+    config: Annotated[dict[str, Any], TABLE] = {}  # the configuration of the run
     modalities: Annotated[dict[str, Size], TABLE] = {}  # name -> width
     num_identities: Size = 1
     num_clips: Size = 1
-    total_steps: Size = 1
+    total_steps: Size = 1  # of the whole training
     num_clusters: Count | None = None  # of noise classes; None: no noise classes
     train_other: bool = False  # True if distractors were trained on as class column 0
-    identities_sha256: Text = ""
-    members_sha256: Text = ""
-    mode: Text = ""
+    identities_sha256: Text = ""  # of `identities.json`
+    members_sha256: Text = ""  # of `members.npz`, the training clips of each member
+    mode: Text = ""  # `resident` or `streaming`
     evaluated: bool = False
-    seconds: float = 0.0
+    seconds: float = 0.0  # since the start of the training, without pauses
+    # Settings of the model that are fitted before the training.
     settings: Annotated[dict[str, NotNaN | Annotated[list[NotNaN], MANY]], TABLE] | None = None
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
@@ -150,9 +152,9 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """The content of `data_report.json`, which counts the clips of each split."""
+    """The content of `data_report.json`: for each split, counts and `labelled` (ground truth)."""
 
-    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # counts, and `labelled` (a bool)
+    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # split -> key -> value
 
 
 class Mistake(Struct, kw_only=True):
@@ -169,24 +171,24 @@ Pair = tuple[Column, Column]  # the index of an identity or -1, and a number of 
 
 
 class WorstIdentity(Struct, kw_only=True):
-    """An identity with a low average precision, see `measures.find_worst_identities`."""
+    """An identity with a low average precision, and identities that it is confused with."""
 
     identity: Column
-    ap: Share
-    clips: Whole
-    lost_to: Annotated[list[Pair], FEW]
-    mixed_with: Annotated[list[Pair], FEW]
+    ap: Share  # average precision
+    clips: Whole  # number of clips of the identity
+    lost_to: Annotated[list[Pair], FEW]  # (identity, number of clips that score highest for it)
+    mixed_with: Annotated[list[Pair], FEW]  # (identity, number of its clips in the first places)
 
 
 class Stratum(Struct, kw_only=True):
     """A group of identities or clips, and the 95 % interval of the MAP in this group.
 
-    A group with fewer than `Analysis.fewest_identities` identities has no interval.
+    A group of few identities has no interval.
     """
 
     label: Text
     map: Share
-    low: float | None = None
+    low: float | None = None  # this and `high`: the ends of the interval
     high: float | None = None
     identities: Whole | None = None
     clips: Whole | None = None
@@ -195,7 +197,7 @@ class Stratum(Struct, kw_only=True):
 class Strata(Struct, kw_only=True):
     """Groups of identities or clips, for example by the quality of the clips."""
 
-    by: Text
+    by: Text  # what distinguishes the groups
     rows: Annotated[list[Stratum], TABLE]
 
 
@@ -207,22 +209,16 @@ class WrongClips(Struct, kw_only=True):
 
 
 class Rate(Struct, kw_only=True):
-    """A threshold for identification, and the rates of errors at this threshold.
+    """A threshold for identification, and the rates of errors at this threshold."""
 
-    The threshold limits the false positive identification rate (FPIR), the share of distractors
-    that get a name, to `rate`. If there are fewer than `fewest` distractors, no threshold can be
-    measured. FNIR is the share of clips of known people that get no name or a wrong name. `low` and
-    `high` are the ends of 95 % intervals.
-    """
-
-    rate: Share
-    fewest: Count
+    rate: Share  # largest allowed share of distractors that get a name
+    fewest: Count  # with fewer distractors, no threshold can be measured
     threshold: NotNaN | None = None
-    fpir: Share = 0.0
-    fpir_low: Share = 0.0
+    fpir: Share = 0.0  # share of distractors that get a name
+    fpir_low: Share = 0.0  # this and `fpir_high`: the 95 % interval
     fpir_high: Share = 0.0
-    fnir: Share = 0.0
-    fnir_low: Share = 0.0
+    fnir: Share = 0.0  # share of clips of known people that get no name or a wrong name
+    fnir_low: Share = 0.0  # this and `fnir_high`: the 95 % interval
     fnir_high: Share = 0.0
 
 
@@ -250,7 +246,7 @@ class Analysis(Struct, kw_only=True):
     num_others: Whole | None = None  # identities of the ground truth that are unknown to the run
     worst: Annotated[list[WorstIdentity], TABLE] | None = None
     strata: Annotated[list[Strata], FEW] | None = None
-    fewest_identities: Whole | None = None
+    fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
     wrong_clips: WrongClips | None = None
     open_set: OpenSet | None = None  # None without distractors
     calibration_error: float = math.nan  # expected calibration error
@@ -268,7 +264,7 @@ MAX_ARRAY_ROWS = 10_000  # of arrays other than BY_IDENTITY
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Converts a JSON value to an object of the class `kind`."""
+    """Converts `value`, the JSON value in `path`, to an object of the class `kind`."""
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a key may be "\ud800"

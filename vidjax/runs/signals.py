@@ -20,7 +20,8 @@ class Interruption:
     """Remembers the signal that asks a run to stop.
 
     Attributes:
-      signum: the signal, or None. If several processes train the run, `agree` sets it in all.
+      signum: the number of the signal, or None. If several processes train the run, `agree` passes
+        the signal on to all of them.
       at_once: True while the process may end without saving, because no training would be lost.
     """
 
@@ -51,8 +52,8 @@ class Interruption:
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
 
-        This is True in all processes if a process got a signal or has `save_due`, because its last
-        checkpoint is old. All processes must call the method at the same step.
+        They must save if one of them got a signal, or passes `save_due=True`. All processes must
+        call the method at the same step. They get the same answer.
         """
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None
@@ -80,7 +81,7 @@ _interruption: Interruption | None = None  # of the training loop that runs now
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Yields an `Interruption` that stores SIGINT and SIGTERM, if this is the main thread."""
+    """Yields an `Interruption` that stores SIGINT and SIGTERM. Other threads store no signal."""
     global _interruption
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()

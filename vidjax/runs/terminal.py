@@ -14,14 +14,14 @@ LINE_SECONDS = 10  # time between two lines of progress if standard error is not
 
 
 def is_quiet() -> bool:
-    """Returns True if TQDM_DISABLE is set, or another process prints the messages of the run."""
+    """Returns True if TQDM_DISABLE is set, or this is not the first process of the run."""
     return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
 
 
 def say(text: str, *, warning: bool = False) -> None:
     """Prints a line to standard error, above the progress bar.
 
-    If `is_quiet()`, only warnings and errors are printed. `warning` is True for such a line.
+    If `is_quiet()`, only lines with `warning=True` are printed.
     """
     if warning or not is_quiet():
         from tqdm import tqdm
@@ -34,9 +34,9 @@ def say(text: str, *, warning: bool = False) -> None:
 
 
 def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:
-    """Measures the time since `began`, an earlier `time.monotonic()`, and the clips per second.
+    """Returns the time since `began`, and the clips per second: as text, and as numbers.
 
-    Returns label -> text for a reader, and key -> number for JSON.
+    `began` is an earlier value of `time.monotonic()`, in seconds.
     """
     seconds = time.monotonic() - began
     rate = clips / max(seconds, 1e-9)
@@ -61,11 +61,16 @@ class Progress:
         leave: bool = True,
         compiles: bool = False,
     ):
-        """Displays the bar. `label` is the text before it.
+        """Displays the bar.
 
-        If `leave` is False, `close` removes the bar. `compiles` is True if the first call of
-        `advance` follows a compilation. Until then, the text `compiling` replaces the bar. This
-        time does not count for the displayed rate.
+        Args:
+          total: the number of units.
+          initial: the number of units that were finished before.
+          unit: the noun for a unit, such as `clip`.
+          label: the text before the bar.
+          leave: False if `close` removes the bar.
+          compiles: True if a compilation precedes the first `advance`. Until then, the text
+            `compiling` replaces the bar. The displayed rate does not include this time.
         """
         self._bar = None
         self._label, self._total, self._unit = label, total, unit

@@ -69,7 +69,7 @@ def check_choice(name: str, value: object, known: Collection[object]) -> None:
 
 @contextlib.contextmanager
 def prefix_errors(place: str) -> Iterator[None]:
-    """In a `with` block, puts `place`, such as a field, before the message of each UserError."""
+    """Puts `place`, such as a file, before the message of a UserError that the block raises."""
     try:
         yield
     except UserError as error:
@@ -77,10 +77,10 @@ def prefix_errors(place: str) -> Iterator[None]:
 
 
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
-    """Raises UserError unless all `packages` are installed.
+    """Raises UserError if one of `packages` is not installed.
 
     The message is "WHAT needs PACKAGE: install it with pip install 'vidjax[EXTRA]', or INSTEAD".
-    `instead` is an imperative that describes a way to continue without the packages.
+    `instead` is a second remedy, such as "end the name in .tsv".
     """
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
@@ -94,7 +94,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if `value` has another type."""
+    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if no type of `kinds` fits."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -128,7 +128,7 @@ _WITHOUT_PATH = (
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Describes a system error and its remedy. Returns None if a user cannot correct the error."""
+    """Returns a message and a remedy, or None if `error` is no system error with a remedy."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             "the locale of this process cannot encode the file name "
@@ -160,7 +160,7 @@ def describe_system_error(error: BaseException) -> str | None:
 
 
 def escape_controls(text: str) -> str:
-    """Escapes characters that could control a terminal or reorder text. Tabs and line ends stay."""
+    """Escapes characters that could control a terminal or reorder text, not tabs and line ends."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -177,8 +177,8 @@ SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the word of `known` that is spelled most like `word`, or None if none is similar.
 
-    Words are similar if the ratio that `difflib` computes, 1 for equal words, is at least `cutoff`.
-    Words with the same part after the last dot are always similar.
+    Similar words have a ratio (of `difflib`) of at least `cutoff`. Equal words have the ratio 1.
+    Words with the same part after the last dot, such as `optim.name` and `name`, are similar, too.
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
@@ -189,17 +189,16 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns a hint for an unknown word: the `closest` word of `known`, or all of them."""
+    """Returns a hint for an unknown word: the most similar word of `known`, or all of `known`."""
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"
 
 
 def check_entry(field: str, name: object, table: Collection[str]) -> None:
-    """Raises UserError unless `name`, the value of `field`, is in `table`, such as `OPTIMIZERS`.
+    """Raises UserError if `name`, the value of `field`, is not in `table`, such as `OPTIMIZERS`.
 
-    A user's own configuration file may add entries to `table`, so the message explains how to load
-    such a file. Other commands, such as `gallery create`, load no such file.
+    A configuration file may add names to `table`, so the message explains how to load the file.
     """
     if not isinstance(name, str) or name not in table:
         raise UserError(

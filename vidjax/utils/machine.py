@@ -59,15 +59,13 @@ def max_open_files() -> float:
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep freed memory, so that each batch reuses the memory of the last one.
+    """Makes glibc keep freed memory of this process, which the next batch can then reuse.
 
-    By default, glibc returns arrays above 32 MB to the kernel, which clears their memory before the
-    next batch. This halves the number of batches per second. Each arena of malloc keeps its own
-    freed memory, so the number of arenas is limited to the number of cores plus 2. With fewer
-    arenas, compilation would be slower, because threads wait for an arena. Only the command
-    `vidjax` calls this function, because it affects the whole process. With another C library it
-    has no effect.
+    If the C library is not glibc, there is no effect.
     """
+    # By default, glibc returns arrays above 32 MB to the kernel, which clears their memory. This
+    # halves the number of batches per second. Each arena keeps its own freed memory, so the number
+    # of arenas is limited. With too few arenas, compilation is slow: its threads wait for an arena.
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-3, 1 << 30), (-1, 1 << 28), (-8, num_cores() + 2)):
@@ -104,7 +102,7 @@ def _find_groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _read_numbers(path: Path) -> list[float]:
-    """Returns the numbers in a file. The word `max` is infinity. Without a file, returns []."""
+    """Returns the numbers in a file, where `max` means infinity. If it has none, returns []."""
     try:
         return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
     except (OSError, ValueError):

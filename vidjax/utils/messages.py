@@ -35,11 +35,10 @@ class Result(NamedTuple):
     """The result of a command."""
 
     content: Mapping[str, Any]  # the JSON object that `--json` prints instead of `text` and `rows`
-    # label -> text: the lines below a heading. Without lines, no heading is printed.
-    rows: Mapping[str, str] = {}
+    rows: Mapping[str, str] = {}  # label -> value, printed as lines below a heading
     text: str = ""  # text that is printed before the heading
     note: str = ""  # the end of the heading. The heading begins with the name of the command.
-    code: int = 0
+    code: int = 0  # the exit code
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         self.group: str | None = None
 
     def fields(self, group: str = "", *, example: str) -> None:
-        """Lets a command accept `--config.FIELD=VALUE` for fields that begin with `group`."""
+        """Adds the flags `--config.FIELD=VALUE` of fields that begin with `group`, e.g. `data.`."""
         name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
         about = f"overrides a field, e.g. --config.{example}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
@@ -86,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(execute=run, parser=self)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with an example. By default, argparse prints the usage and exits."""
+        """Raises UserError with the message, and an example of the command."""
         needs = f"{self.prog.removeprefix('vidjax ')} needs"
         message = message.replace("the following arguments are required:", needs)
         message = message.replace("one of the arguments", f"{needs} one of")
@@ -110,7 +109,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates the words that override fields. Returns the other words, and the overrides.
+    """Returns the words that override no field, and the words that override a field.
 
     The two words `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
     """
@@ -248,7 +247,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _print(text: str, stream: TextIO) -> bool:
-    """Prints text, and escapes control characters. Returns False if the pipe is closed."""
+    """Prints text with escaped control characters. Returns False if the text is lost."""
     encoding = stream.encoding or "utf-8"
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -262,7 +261,7 @@ def _print(text: str, stream: TextIO) -> bool:
 
 
 def drop_output(stream: TextIO) -> None:
-    """Replaces a closed pipe or a full disk by /dev/null. `| head -1` closes the pipe early."""
+    """Discards all later output of `stream`, which is a closed pipe or a file on a full disk."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

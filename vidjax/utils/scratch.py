@@ -14,10 +14,10 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
-    """Makes a folder that only this user can read, and removes it when the context ends.
+    """Makes a folder that only this user can read, yields its path, and removes it at the end.
 
-    The folder is also removed if SIGINT or SIGTERM ends a command, because it may contain features
-    of people. `folder` must not exist. By default, the folder is in the system's temporary folder.
+    SIGINT and SIGTERM also remove the folder, because it may contain features of people. `folder`
+    is the path of the folder, which must not exist. By default, the system chooses a path.
     """
     if folder is None:
         folder = Path(tempfile.mkdtemp())
@@ -33,11 +33,9 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
 
 
 def remove_scratch_folders() -> None:
-    """Removes all scratch folders of this process. The caller must then end the process.
-
-    The lock stays locked: an error of another thread, whose files are gone, must not end the
-    process before all folders are removed.
-    """
+    """Removes all scratch folders of this process. The caller must then end the process."""
+    # The lock stays locked. Otherwise an error of another thread, whose files are gone, could end
+    # the process before all folders are removed.
     _lock.acquire()
     for folder in tuple(_folders):
         # A child process may still write into the folder, but it cannot find a renamed folder.

@@ -73,7 +73,7 @@ def write(
 
 
 def write_ranking(path: Path, ranking: Ranking) -> None:
-    """Writes a ranking to a new file.
+    """Writes a ranking, identity -> (clip, score), to a new file, in the format of its ending.
 
     A line of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. A score has all
     digits of float32. If a clip has no usable frame, the score is -inf, or null in .jsonl.
@@ -92,7 +92,7 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
 
 
 def ranking_columns(ranking: Ranking) -> Columns:
-    """Converts a ranking to columns."""
+    """Converts a ranking to the columns `identity`, `rank` from 1, `clip` and `score`."""
     return to_columns(RANKING, list(_list_ranking(ranking)))
 
 
@@ -169,7 +169,7 @@ def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Writes a new file. It never replaces a file, and an error leaves no incomplete file."""
+    """Writes a new file. Raises UserError if `path` exists. An error leaves no incomplete file."""
     partial = path.with_name(f".vidjax-{secrets.token_hex(4)}{path.suffix}")
     files.write_bytes(partial, content)
     try:

@@ -20,8 +20,7 @@ LOCK_BYTES = 1000  # the longest text of a `.lock`
 def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
     """Locks a folder until the context or the process ends.
 
-    Raises InUseError if another process has locked it. `name` is the word for the folder in
-    messages.
+    If another process has locked the folder, raises InUseError. Messages call the folder `name`.
     """
     path = workdir / ".lock"
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
@@ -50,7 +49,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
 
 
 def find_foreign_folder(folder: Path) -> Path | None:
-    """Returns the first folder, from / to `folder`, that other users may change, or None."""
+    """Returns the first folder on the path to `folder` that other users may change, or None."""
     try:
         real = folder.absolute().resolve()
         for path in (*reversed(real.parents), real):

@@ -48,12 +48,13 @@ KINDS = {
 def open_regular(
     path: Path, flags: int = os.O_RDONLY, limit: float = math.inf, below: Path | None = None
 ) -> io.FileIO:
-    """Opens a regular file without a buffer. It never truncates the file.
+    """Opens a regular file without a buffer. Never truncates the file.
 
-    `flags` are flags of `os.open`. If `below` is given, the folder of the file must lie in the
-    folder `below`, even after all links are followed. Raises UserError if the path is a symbolic
-    link or a special file, the file has more than `limit` bytes, or it has more than 64 MB and is
-    sparse.
+    Args:
+      path: the file. Symbolic links, pipes and other special files raise UserError.
+      flags: flags of `os.open`.
+      limit: a file with more bytes raises UserError, as does a sparse file above 64 MB.
+      below: a folder. If the file lies elsewhere when links are followed, raises UserError.
     """
     if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
         raise UserError(
@@ -94,7 +95,7 @@ def open_regular(
 
 
 def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
-    """Raises UserError unless `path`, or the open file `descriptor`, is a regular file."""
+    """Raises UserError if `path`, or the open file `descriptor`, is not a regular file."""
     mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
     if stat.S_ISREG(mode):
         return
@@ -108,8 +109,8 @@ def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
 def open_input(path: Path) -> io.FileIO:
     """Opens a file of the user's data without a buffer. The path may be a symbolic link.
 
-    Raises UserError for a file in /proc or /sys, because such a file may be endless, and for a file
-    that is not regular.
+    Raises UserError for a file that is not regular. Files in /proc and /sys may be endless, so they
+    raise UserError, too.
     """
     real = Path(os.path.realpath(path))
     if real.parts[1:2] in (("proc",), ("sys",)):
@@ -121,7 +122,7 @@ def open_input(path: Path) -> io.FileIO:
 
 
 def open_text(path: Path) -> io.BufferedReader:
-    """Opens a file with `open_input`. Raises UserError if its text may not fit into the memory."""
+    """Opens a file of the user's data. Raises UserError if its text may not fit into the memory."""
     file = open_input(path)
     size, limit = os.fstat(file.fileno()).st_size, memory_bytes() // TEXT_FACTOR
     if size > limit:
@@ -134,7 +135,7 @@ def open_text(path: Path) -> io.BufferedReader:
 
 
 def walk(folder: Path) -> Iterator[str]:
-    """Yields the relative path of each file in a folder, at any depth. Refuses links and pipes."""
+    """Yields the relative path of each file below a folder. A link or a pipe raises UserError."""
     folders = [""]
     while folders:
         place = folders.pop()
@@ -150,14 +151,14 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UserError if a folder, which may be a link or missing, contains a link or a pipe."""
+    """Raises UserError if a folder contains a link or a pipe. The folder itself may be missing."""
     if os.path.isdir(folder):
         for _ in walk(folder):
             pass
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `limit` bytes. For `below`, see `open_regular`."""
+    """Returns the content of a file of at most `limit` bytes in the folder `below` (or any)."""
     with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
         return file.read(limit)
 
@@ -165,7 +166,7 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Reads a JSON file of at most `limit` bytes with a value of type `kind`."""
+    """Returns the value of a JSON file of at most `limit` bytes. The value has the type `kind`."""
     content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
@@ -234,8 +235,8 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
 def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[str, np.ndarray]:
     """Returns name -> array of an open `.npz`.
 
-    Raises UserError if the arrays need more than `limit` bytes. If a number has fewer than `least`
-    bytes, it counts as `least` bytes, because the caller will convert it to a larger type.
+    Raises UserError if the arrays need more than `limit` bytes. Smaller numbers count as `least`
+    bytes, because the caller will convert them to a larger type.
     """
     arrays = {}
     with _npz_errors():
@@ -246,17 +247,13 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns the largest accepted size of the unpacked content of an archive of `size` bytes.
-
-    The limit is 100 times the size, and at least 64 MB. It stops zip bombs. Compression makes real
-    features at most 10 times smaller. Large arrays of nearly equal values, which become 1,000 times
-    smaller, are refused.
-    """
+    """Returns the limit of the unpacked size of an archive: 100 times `size`, or at least 64 MB."""
+    # The limit stops zip bombs. Compression makes real features at most 10 times smaller.
     return max(LARGE_BYTES, 100 * size)
 
 
 def npz_bytes(content: bytes, limit: int) -> int:
-    """Returns the bytes that the arrays of an `.npz` take as float32. Refuses more than `limit`."""
+    """Returns the bytes of the arrays of an `.npz` as float32. Above `limit`, raises UserError."""
     with _npz_errors():
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least=4))
 
@@ -278,7 +275,7 @@ def _npz_errors() -> Iterator[None]:
 def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
-    """Yields (name, open file, bytes in memory) for every array of an `.npz`. See `load_npz`."""
+    """Yields (name, open file, bytes in memory) of the arrays of an `.npz`. See also `load_npz`."""
     if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
         raise UserError("an .npy file has no name for its array: use numpy.savez")
     left = limit
@@ -319,12 +316,10 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 class _InPieces(io.BufferedReader):
-    """A file that raises UserError if more than PIECE_BYTES (1 MB) are read at once.
+    """A file that raises UserError if more than PIECE_BYTES (1 MB) are read at once."""
 
-    `zipfile` reads the list of entries of a zip at once, however long the list is. It also trusts
-    the places of entries. A place outside of any file raises BadZipFile.
-    """
-
+    # `zipfile` reads the list of entries of a zip at once, however long the list is. It also trusts
+    # the places of entries, which may lie outside of the file.
     def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
         if whence == os.SEEK_SET and not 0 <= target < 1 << 63:
             raise zipfile.BadZipFile("an entry begins before or after the file")
@@ -342,7 +337,7 @@ class _InPieces(io.BufferedReader):
 
 @contextlib.contextmanager
 def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip whose list of entries has at most 1 MB. Use `open_entry` to open an entry."""
+    """Opens a zip for `open_entry`. If its list of entries is above 1 MB, raises UserError."""
     content = _InPieces(cast(io.RawIOBase, file))
     try:
         with zipfile.ZipFile(content) as archive:
@@ -352,10 +347,8 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip that is stored or deflated. It ends after `entry.file_size` bytes.
-
-    With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
-    """
+    """Opens an entry of a zip. Raises UserError if the entry is not stored or deflated."""
+    # With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
             f"entry '{entry.filename[:50]}' has an unsupported method of compression: "
@@ -375,7 +368,7 @@ def local(path: str | os.PathLike[str]) -> Path:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """Returns `local(path)` as an absolute path without `..`."""
+    """Returns an absolute path without `~` and `..`. Raises UserError for an address like s3://x."""
     place = local(path)
     return place.resolve() if ".." in place.parts else place.absolute()
 
@@ -392,7 +385,7 @@ def hash_opened(file: io.FileIO) -> str:
 
 
 def sha256_json(value: object) -> str:
-    """Returns the sha256 of a value as JSON text. It changes with the order of keys."""
+    """Returns the sha256 of the JSON text of a value. The order of keys matters."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

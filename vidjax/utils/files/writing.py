@@ -26,8 +26,8 @@ from vidjax.utils.scratch import scratch_folder
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     """Makes a folder if it does not exist, and returns its absolute path.
 
-    Raises UserError if the folder is not writable, or `path` is an address such as s3://x. `name`
-    is the word for the folder in messages.
+    Raises UserError if the folder is not writable, or `path` is an address such as s3://x. Messages
+    call the folder `name`.
     """
     workdir = local(path).absolute()
     try:
@@ -45,15 +45,11 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
 
 
 def open_log(path: Path) -> io.FileIO:
-    """Opens a log without a buffer, to append to it. Makes the file if it does not exist.
-
-    A log may have other hard links, for example in a snapshot of its folder. Then the log is copied
-    first, so that the snapshot does not change.
-    """
+    """Opens a log without a buffer, to append lines. Makes the file if it does not exist."""
     if os.path.lexists(path):
         with open_regular(path) as file:
             is_shared = os.fstat(file.fileno()).st_nlink > 1
-            if is_shared:
+            if is_shared:  # a snapshot may have a hard link to the log, and must not change
                 with atomic_file(path) as copy:
                     shutil.copyfileobj(file, copy)
     return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -141,7 +137,7 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, kind: type[Exception]) -> Iterator[None]:
-    """Turns an error of a library that writes `path` into a DiskError. `kind` is its type."""
+    """Turns an error of type `kind`, of a library that writes `path`, into a DiskError."""
     try:
         yield
     except kind as error:
@@ -175,7 +171,7 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
-    """Reads the entries that `write_manifest` wrote, and checks the digest. See `open_regular`."""
+    """Returns the entries that `write_manifest` wrote. A wrong digest raises UserError."""
     manifest = read_json(path, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged: its sha256 does not match its content")
@@ -190,11 +186,11 @@ def _plain(value: object) -> object:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to fill. It is renamed to `folder` at the end, or removed after an error.
+    """Yields a new folder to fill, and renames the new folder to `folder` at the end.
 
-    Missing parents of `folder` are made, and removed after an error. Unfinished folders that killed
-    calls have left are removed, too. Raises UserError if another process has made `folder` in the
-    meantime.
+    Missing parents of `folder` are made. An error removes the new folder and these parents. Folders
+    of earlier calls that were killed are removed. If another process has made `folder` in the
+    meantime, raises UserError.
     """
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
@@ -254,11 +250,8 @@ def _rename_to_new(partial: Path, folder: Path) -> None:
 
 
 def hide(path: Path) -> None:
-    """Lets only this user read a file or open a folder, if the disk stores permissions.
-
-    A network drive or a disk of Windows may store none, and refuse to change them.
-    """
-    with contextlib.suppress(PermissionError):
+    """Lets only this user read a file or open a folder, if the disk stores permissions."""
+    with contextlib.suppress(PermissionError):  # a network drive may refuse to change them
         path.chmod(0o700 if path.is_dir() else 0o600)
 
 
