@@ -37,9 +37,8 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
     """Drops the frames whose quality is below `clips.min_quality`.
 
-    If all frames of a clip in a modality are too poor, the clip keeps them. If `poor_clips` is
-    `drop`, and this happens in the first modality of `clips.frames`, the weight of the clip becomes
-    0.
+    If all frames of a clip in a modality are too poor, they are kept. If this modality is the first
+    in `clips.frames` and `poor_clips` is `drop`, the weight of the clip becomes 0.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
     option `keep`. The paper also drops frames whose quality equals the limit.
@@ -90,8 +89,8 @@ def concat_clips(
 
     A short clip is extended with probability 0.5, by the frames of another chosen short clip. The
     numbers of these frames follow the last number of the clip. A long clip is cut to a random
-    piece. Calls with the same `rng`, `chosen` and `short` for several modalities extend a clip by
-    the same partner, and cut it at the same relative position.
+    piece. If several modalities are changed with the same `rng`, `chosen` and `short`, all of them
+    are extended by the same clip and cut at the same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change. It must be False on padded rows.
@@ -196,11 +195,11 @@ TRANSFORMS: dict[str, Transform] = {
 def make_transforms(
     config: Mapping[str, Any], num_identities: int
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """Builds the transforms of a configuration: those before, and those after the fusion of frames.
+    """Builds the transforms of a configuration, before and after the fusion of frames.
 
-    First come the transforms of `config.ensemble.min_quality`, `config.noise.join` and
-    `config.mixup`, then the entries of `config.transforms`. An entry is a key of TRANSFORMS, or a
-    dict with the key as `name`, and options.
+    In both lists, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
+    `config.mixup` come first. The entries of `config.transforms` follow: keys of TRANSFORMS, or
+    dicts of the key (`name`) and options.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

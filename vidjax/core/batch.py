@@ -27,7 +27,7 @@ class NoiseClassLayout(NamedTuple):
 
     The setting is `config.data.distractors=noise`. C is `num_identities`, and K is `num_clusters`.
 
-    - Column 0: "other", as without noise classes.
+    - Column 0: "other". No clip has this class.
     - Columns 1 to C: the identities.
     - Columns C + 1 to C + K: K clusters of distractors that look alike.
     - Columns C + K + 1 to 2 C + K: the mirrors. The mirror of an identity is a class of distractors
@@ -140,8 +140,8 @@ class ModelOutput(NamedTuple):
         learn from the clip.
       eval_weight: [B, G] float32, weight of the score of each branch (a probability, not a logit)
         in evaluation. Smaller weights rank the clip lower.
-      attention: [B, M, M], for the report: entry [b, i, j] is the weight of vector i in the new
-        vector j. If the model has no attention, it is None.
+      attention: [B, M, M] of M vectors, such as one per modality. Entry [b, i, j] is the weight of
+        vector i in the new vector j. None without attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
     """
 

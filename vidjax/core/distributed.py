@@ -19,7 +19,7 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def join_processes(args: argparse.Namespace) -> None:
-    """Joins the other processes, if `args` has the flags in FLAGS. Call it before using JAX."""
+    """Joins the other processes of a run, if `args` has the flags FLAGS. Call before using JAX."""
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
         return
@@ -74,7 +74,7 @@ def barrier() -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if `facts` (setting -> JSON value) differ between them."""
+    """Raises UserError in all processes if `facts` (setting -> JSON value) are not the same."""
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
         if max_over_processes(number, -number) != [number, -number]:

@@ -134,10 +134,7 @@ def draw_bootstrap(
 def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how many times each member trains on each clip in an epoch, [E, N] float32.
-
-    Labels are [N] int. `folds` is the number of folds, or 0.
-    """
+    """Returns how often each member trains on each clip in an epoch, [E, N] float32."""
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"
@@ -237,9 +234,9 @@ def _index_clips(clips: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
-    """Removes chunk number `hidden_chunk` from features. Returns [..., D - D // num_chunks].
+    """Removes chunk number `hidden_chunk` from features [..., D].
 
-    A chunk consists of D // num_chunks neighbouring features.
+    A chunk consists of D // num_chunks neighbouring features. Returns [..., D - D // num_chunks].
 
     Source: DeepMEF (3rd place 2019), ensemble over partitions of the feature space.
     """

@@ -72,7 +72,6 @@ def top_frames(
     """Selects the `num_frames` frames of highest quality of every clip, in time order.
 
     A clip with fewer frames keeps all frames and repeats some. Returns Frames [B, num_frames].
-
     If `rng` is a PRNG key, the repeated frames are random. If `rng` is None, `repeats` decides:
     `turn` repeats the frames in turn, the best first, and `random` draws them with a fixed key.
 
@@ -102,8 +101,8 @@ def sample_frames(
       order: order of the selected frames, `time` or `random`. Without a key, the random order is
         the same for all clips.
       replacement: True to draw the frames of a clip with fewer than `num_frames` frames with
-        replacement. Without a key, these draws use a fixed key, and the frames of longer clips are
-        spread over the clip almost evenly.
+        replacement. Without `rng`, a fixed key is used, and the frames of longer clips are spread
+        almost evenly.
 
     Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
     training and test. The paper has no time order and no evenly spaced frames. By default, a short
@@ -140,13 +139,14 @@ def has_frames(frames: Mapping[str, Frames]) -> Array:
 
 
 def frame_weights(frames: Frames, weighting: str) -> Array:
-    """Computes the weight of every frame, [B, T] float32.
+    """Computes the weight of every frame, [B, T] float32, by a formula.
 
-    Args:
-      weighting: the formula of the weight: `uniform` (1), `quality` (quality x detection), `score`
-        (quality), `squared` (quality squared, so a negative quality counts too), or `graded`
-        (quality x detection x g). The factor g is 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30
-        or 40, and 1 from 40 on.
+    - `uniform`: 1
+    - `score`: quality
+    - `quality`: quality x detection
+    - `squared`: quality squared, so a negative quality counts too
+    - `graded`: quality x detection x g. The factor g is 0 for a quality below 0, 0.2 below 20, 0.3
+      below 30, 0.6 below 40, and 1 from 40 on.
 
     Padding has the weight 0. Negative weights and weights that are not finite become 0. If all
     weights of a clip would be 0, its frames have the weight 1.
@@ -218,7 +218,7 @@ def read(features: Array | LazyFeatures) -> Array:
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field of Frames, and of LazyFeatures only to `index`.
+    """Applies `fn` to each field of Frames. For LazyFeatures, applies it only to their `index`.
 
     If several Frames are given, `fn` receives the same field of all of them.
     """
@@ -255,10 +255,10 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
-    `order` [B, T] are indices of frames, real frames first. A short clip, with fewer real frames,
-    selects all of them and repeats random ones. If `replacement` is set, all frames of a short clip
-    are drawn at random. If `rng` is None, frames are repeated in turn. If `rng` is None and
-    `replacement` or `fixed_draws` is set, frames are drawn with a fixed key.
+    `order` [B, T] are indices of frames, real frames first. A clip with fewer frames keeps all of
+    them and repeats some: random frames with a key `rng`, all frames in turn without. If
+    `fixed_draws` is set, a fixed key replaces a missing key. If `replacement` is set, too, and all
+    frames of such a clip are drawn at random.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -305,8 +305,8 @@ def random_fusion(
         None means equal probabilities.
       replacement: True to draw frames with replacement. If False, a fused frame repeats a frame
         only after all frames that can be drawn.
-      sampling: relative probabilities of the frames, a weighting of `frame_weights`. They are
-        rounded to 1/4096 of the largest.
+      sampling: relative probabilities of the frames, a weighting of `frame_weights` such as
+        `quality`. They are rounded to 1/4096 of the largest.
       weighting: weights of the frames in the mean, a weighting of `frame_weights`. `mixup` draws
         random weights (Dirichlet with parameters 1).
 
@@ -317,8 +317,7 @@ def random_fusion(
     Source: quality fusion (4th place 2019) draws 1-5 frames with replacement, a fused vector per
     clip and step, with weights quality x detection. `replacement=False` is from Residual Dense Net
     (2nd place 2019), which shuffles and merges frames. `mixup` is from Zhang et al., but within a
-    clip, so labels need no mixing. In the papers, a clip has one draw. If no frame of a clip has a
-    positive, finite weight, the weights are uniform; this is not in the papers.
+    clip, so labels need no mixing. In the papers, a clip has one draw.
     """
     if rng is None:
         raise UserError(
@@ -453,9 +452,8 @@ def crop_means(
 
     Args:
       weighting: a weighting of `frame_weights`.
-      always_shorter: True for thirds of at least 1 frame in clips of 2 frames or more, and sixths
-        of at least 1 frame in clips of 3 frames or more. If False, thirds and sixths are rounded
-        down.
+      always_shorter: thirds and sixths are rounded down. If True, they are at least 1 frame, unless
+        no frame would remain.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """

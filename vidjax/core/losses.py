@@ -34,8 +34,7 @@ def softmax_cross_entropy(
     Returns:
       [...] float, in nats.
 
-    Source: optax. Label smoothing: Szegedy et al., Rethinking the Inception Architecture, section
-    7.
+    Source: optax. Label smoothing: Szegedy et al., Rethinking the Inception Architecture, sec. 7.
     """
     where = None if class_mask is None else jnp.broadcast_to(class_mask, logits.shape)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels, where=where)
@@ -138,13 +137,12 @@ def multiclass_focal(
 ) -> Array:
     """Computes the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
+    p is the probability of the label. Returns [...] float.
+
     Args:
       logits, labels: [..., K] float, and [...] int32 class columns.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
       class_mask: [K] bool, True for columns that take part. None means all columns.
-
-    Returns:
-      [...] float, where p is the probability of the label.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:
@@ -164,7 +162,8 @@ def batch_focal(
     """Computes a focal loss, (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
     -log p is the weighted mean of all cross-entropies in the batch. If a model has G branches (sets
-    of logits for each example), each branch has a separate p.
+    of logits for each example), each branch has a separate p. Returns the loss of each label,
+    [...].
 
     Args:
       logits, labels: [..., K] float, and [...] int32 class columns. For G branches, the first axis
@@ -173,9 +172,6 @@ def batch_focal(
       class_mask: [K] bool, True for columns that take part. None means all columns.
       counted: [B, G] float, weight of each cross-entropy in the mean. None means a single branch
         with equal weights.
-
-    Returns:
-      The loss of each label, [...] float.
 
     Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
     factor from the mean.
@@ -262,9 +258,10 @@ def make_loss(
     """Builds the loss w x focal + (1 - w) x classification, with a schedule for w.
 
     Args:
-      spec: the fields of `config.loss`: `classification` and `focal`, names in CLASSIFICATION;
-        `schedule`, pairs (epoch, w); `margin_type`, a name in MARGINS; `margin`, the size of the
-        margin, which needs a cosine classifier if it is above 0; options of the losses.
+      spec: these fields of `config.loss`, and the options of the losses:
+        classification, focal: keys of CLASSIFICATION.
+        schedule: pairs (epoch, w), see `optim.make_piecewise`.
+        margin_type, margin: key of MARGINS, and size of the margin; 0 if logits are not cosines.
       class_mask: [K] bool, True for columns that take part. None means all columns.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model, or 1 if its logits are not cosines.
@@ -335,7 +332,7 @@ def is_label(labels: Array, num_classes: int) -> Array:
 
 @jax.custom_jvp
 def select_at_label(values: Array, labels: Array) -> Array:
-    """Returns the values in the columns of the labels, [...], from [..., K] and [...] int32."""
+    """Selects the columns of the labels [...] int32 from `values` [..., K]. Returns [...]."""
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
 
 

@@ -158,8 +158,8 @@ def find_threshold(distractors: np.ndarray, *, fpir: float) -> float | None:
 def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]:
     """Returns the 95 % confidence interval (low, high) of the false-positive identification rate.
 
-    The threshold was set just above the best score of `num_distractors` - `num_passing` distractors
-    (clips of unknown people). The other `num_passing` distractors reach it.
+    `num_passing` of `num_distractors` distractors (clips of unknown people) reach the threshold.
+    The threshold was set just above the best score of the other distractors.
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """

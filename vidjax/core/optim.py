@@ -85,8 +85,7 @@ def constant(ramp: Warmup) -> optax.Schedule:
 def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
     """Returns a schedule that multiplies the rate by `decay_factor` every `decay_every_epochs`.
 
-    Epochs are counted from the first step. `decay_every_epochs` may be a fraction. Both numbers are
-    above 0.
+    Epochs are counted from the first step. `decay_every_epochs` may be a fraction.
     """
     width = decay_every_epochs * ramp.steps_per_epoch  # width of a stair in steps
     num_stairs = math.ceil(ramp.total_steps / width) + 1

@@ -65,7 +65,8 @@ class Identifier(nn.Module):
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: field that contains a model -> field that lists the modalities of this model.
+      parts: for each field that contains a model, the field that lists the modalities of this
+        model, such as {"main": "main_modalities"}.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
@@ -137,23 +138,24 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Converts the collections of trained members, [E, ...], to collections for evaluation."""
+        """Converts the collections of E trained members (nets), [E, ...], for the evaluation."""
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns `ClipInfo.measure` of B clips for the evaluation, [B] float32, or None.
+        """Measures the quality of B clips for the evaluation, [B] float32, or returns None.
 
-        `frames` is modality -> Frames [B, T], before fusion and with all features.
+        The model receives the result as `ClipInfo.measure`. `frames` is modality -> Frames [B, T],
+        before fusion and with all features.
         """
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the `two_covariance.Settings` of galleries, or None if galleries use cosines."""
+        """Returns the settings of PLDA for galleries, or None if galleries use cosines."""
         return None
 
 
 def check_output(model: Identifier, output: object, num_clips: int) -> None:
-    """Raises UserError if the output of a model for B clips lacks the shapes of ModelOutput."""
+    """Raises UserError if a model's output for B clips is not a ModelOutput of the right shapes."""
     name = type(model).__name__
     if not isinstance(output, ModelOutput):
         raise UserError(

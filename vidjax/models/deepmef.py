@@ -145,23 +145,30 @@ class DeepMEF(Identifier):
 class ChannelAttention(nn.Module):
     """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
 
-    x [T, D] are the frames of a clip. theta, phi, g and out are linear maps with a bias. The map
-    out and the factor gamma start at 0, so the output starts as x.
+    x [T, D] are the frames of a clip, y are the new frames, and A is the attention. theta, phi, g
+    and out are linear maps with a bias. The map out and the factor gamma start at 0, so y starts as
+    x.
 
-    - Form `features` (not published): the maps act on the features, D -> D/2. The output is y_t =
-      x_t + out(sum_s A_ts g(x_s)), for any number of frames in any order. The attention is A_ts =
-      softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T].
-    - Form `channels` (the code of DeepMEF): the maps act on T = `num_frames` frames, T -> T/2, and
-      treat all features alike. The output is y = x + out(A g(x)). The attention is A_ij = softmax
-      over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2].
-    - Form `danet` (the code of DANet, with frames as its channels): no maps. The output is y_t =
-      x_t + gamma sum_s A_ts x_s. With the energies E_ts = x_t . x_s, the attention is A_ts =
-      softmax over real frames s of max_s(E_ts) - E_ts, [T, T]. So frames unlike x_t weigh most.
+    Form `features` (not published): the maps act on the features, D -> D/2.
+
+        A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2)    [T, T]
+        y_t = x_t + out(sum_s A_ts g(x_s))
+
+    Form `channels` (the code of DeepMEF): the maps act on T = `num_frames` frames, T -> T/2.
+
+        A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd    [T/2, T/2]
+        y = x + out(A g(x))
+
+    Form `danet` (the code of DANet, with frames as its channels): frames unlike x_t weigh most.
+
+        E_ts = x_t . x_s
+        A_ts = softmax over real frames s of max_s(E_ts) - E_ts    [T, T]
+        y_t = x_t + gamma sum_s A_ts x_s
 
     Attributes:
       norm: only for `channels`. If True, maps have no bias, BatchNorm follows theta, phi and out,
-        and theta and phi start at 0. The gradient of each is a product with the other, so both stay
-        0, all entries of A stay equal, and out(A g(x)) maps the mean of g(x).
+        and theta and phi start at 0. They stay 0, because the gradient of each is a product with
+        the other. So all entries of A stay equal.
 
     Source: channel attention of DANet (Fu et al., CVPR 2019; the article takes the softmax of E
     itself). DeepMEF (3rd place 2019) names it, and builds `channels` with `norm` in

@@ -55,8 +55,7 @@ class DenseIdentifier(Identifier):
     Source: for faces only, `mlp` is from quality fusion (4th place 2019), `residual` from Residual
     Dense Net (2nd place 2019), and a linear layer with the cosine head from noise classes (5th
     place 2018). For the scene only, `block` with the cosine head is from DeepMEF (3rd place 2019).
-    Several modalities, which are 0 for clips that lack them, and modality dropout are not in the
-    papers.
+    Several modalities and modality dropout are not in the papers.
     """
 
     modalities: Mapping[str, int]
@@ -222,8 +221,7 @@ class CosineIdentifier(Identifier):
 
     Source: not published, but built from published parts. The scaled cosine is from CosFace (Wang
     et al.). The linear map with BatchNorm before the unit vector is from ArcFace (Deng et al.,
-    section 3.1). New are a unit vector per modality, the weights of modalities, masks, and a
-    learned s.
+    section 3.1). New are unit vectors and weights of modalities, masks, and a learned s.
     """
 
     modalities: Mapping[str, int]

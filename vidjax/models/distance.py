@@ -12,15 +12,13 @@ dimensions:
 The sum of the squares of n independent Gaussians of equal variance has a gamma distribution with
 the shape n / 2. The vector e has a direction that is uniform in n_different dimensions, and its
 squared length has a gamma distribution. The vectors of the population are Gaussian in these
-dimensions. So all densities are defined on the same space, and probabilities computed from their
-ratios sum to 1 for any number N of people.
+dimensions. So the probabilities of any number of people sum to 1.
 
 The N enrolled people determine m. If each has a single clip, the posterior of m has the variance
-(W + B) / N. For N = 1, the likelihood ratio of this person against a stranger is the ratio of the
-two gamma densities.
+(W + B) / N.
 
 Clips of the same day share a part of e. So the vectors of a person with k clips differ less from
-each other than the card predicts, and k clips count only as `effective_count` clips.
+each other than the card predicts, and count as fewer clips, see `effective_count`.
 
 Source: the posteriors are from Brümmer and de Villiers 2010, The speaker partitioning problem
 (two-covariance model), with a flat prior of m. The gamma densities and the counts are not from
@@ -42,9 +40,8 @@ class Distances(NamedTuple):
 
     within: float  # W, the variance of the vectors of a person, summed over the dimensions
     between: float  # B, the variance of the means of people, summed over the dimensions
-    # The shape of the gamma distribution of squared distances within a person, half of n_same.
-    same: float
-    different: float  # half of n_different, the shape for distances between two people
+    same: float  # shape of the gamma distribution of squared distances within a person
+    different: float  # shape of the same distribution for two people
 
 
 class Population(NamedTuple):
@@ -106,13 +103,13 @@ def population(
 class Posterior(NamedTuple):
     """The posterior of the mean vectors of N people, given their clips."""
 
-    # [N] position of the posterior mean between the means of all people (0) and of the clips (1).
+    # [N] place of the posterior mean between the mean of all people (0) and of the clips (1).
     share: np.ndarray
     variance: np.ndarray  # [N] variance of the posterior, summed over the dimensions
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
-    """Computes the posterior of N people with `effective` [N] clips, see `effective_count`."""
+    """Computes the posterior of the mean vectors of N people with `effective` [N] clips."""
     noise = distances.within / effective
     share = distances.between / (distances.between + noise)
     return Posterior(share, share * noise + (1 - share) ** 2 * known.variance)

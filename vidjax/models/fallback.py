@@ -32,13 +32,12 @@ class FallbackIdentifier(Identifier):
       other_modalities: modalities of the fallback model, without `modality`.
       main_modalities: modalities of the main model; () means all.
       modality: modality that decides which model scores a clip.
-      missing_scale: weight of the fallback model for clips without `modality`. These clips are less
-        certain, so the weight is below 1.
+      missing_scale: weight of the fallback model for clips without `modality`.
       measure: norm (mean length of the feature vectors) | quality (mean quality), over all raw
         frames of the clip, before fusion and with all features.
       threshold: measure below which both models score a clip; 0 means never.
       threshold_share: share in [0, 1) of the training clips with `modality` that lie below the
-        threshold. `prepare` computes the threshold. If it is 0, `threshold` is used as given.
+        threshold. `prepare` computes the threshold. With 0, `threshold` is used as given.
       main_share, other_share: weights of the two models below the threshold.
 
     Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
@@ -102,10 +101,10 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Returns the `threshold`. The share `threshold_share` of the training clips is below it.
+        """Returns {"threshold": t}. The share `threshold_share` of the training clips is below t.
 
         The share is of all training clips that have `self.modality`, in all folds, with or without
-        an identity. If several clips have equal measures, fewer clips may be below the threshold.
+        an identity. If several clips have equal measures, fewer clips may be below t.
         """
         if not self.threshold_share:
             return {}

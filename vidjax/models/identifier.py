@@ -39,13 +39,10 @@ def make_identifier(
 ) -> Identifier:
     """Builds a model, a hashable linen module, from its specification.
 
-    Args:
-      spec: a dict of `name`, a key of MODELS, and attributes of that model. If an attribute is
-        itself a model, as in FallbackIdentifier, its value is again a specification.
-      modalities: name -> feature width.
-      num_classes: number of class columns in the logits.
-      num_clips: number of training clips, for models that store clips.
-      dtype: dtype of the matrix products.
+    `spec` is a dict of `name`, a key of MODELS, and attributes of that model. If an attribute is
+    itself a model, as in FallbackIdentifier, its value is again a specification. `modalities` is
+    name -> feature width. `num_classes` is the number of logits. `num_clips` is the number of
+    training clips, for models that store clips.
     """
     options = dict(spec)
     name = options.pop("name", None)

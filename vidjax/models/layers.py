@@ -146,9 +146,8 @@ def transpose_in_memory(x: Array) -> Array:
 class Dropout(nn.Module):
     """Sets randomly chosen inputs to 0, and scales up the other inputs.
 
-    On a CPU, it is faster than `flax.linen.Dropout`, because it draws 8 random bits per number, not
-    32. If `rate` is not a multiple of 1/256, it draws 16 bits, and rounds `rate` to a multiple of
-    2**-16.
+    On a CPU, this layer is faster than `flax.linen.Dropout`, because it draws 8 random bits per
+    input, not 32. If `rate` is not a multiple of 1/256, it is rounded to a multiple of 2**-16.
     """
 
     rate: float

@@ -50,8 +50,7 @@ class MultimodalIdentifier(Identifier):
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       unit_length: True to scale frames before NetVLAD, and the vector of each modality before its
         map, to length 1 (not in the paper). Then only the direction of features counts.
-      map_norm: True for LayerNorm after the maps. Then the weight of a modality in the classifier
-        does not depend on the norm of its features.
+      map_norm: True for LayerNorm after the maps, so that the norm of features does not count.
       modality_dropout_rate: see `Identifier`. The remaining vectors are not rescaled.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.

@@ -35,9 +35,7 @@ class PLDAIdentifier(Identifier):
         fits it.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
-    Espy-Wilson 2011. The sum over modalities and its scale are not published. A learned map of the
-    vectors (NPLDA, Ramoji et al. 2020), a scale per modality, and a prior that depends on the
-    number of clips did not help.
+    Espy-Wilson 2011. The sum over modalities and its scale are not published.
     """
 
     modalities: Mapping[str, int]
@@ -141,7 +139,7 @@ class PLDAIdentifier(Identifier):
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
     def finalise_state(self, params: Params, model_state: ModelState) -> dict[str, Any]:
-        """Computes the collection `solved`, with which evaluation scores clips, from the sums.
+        """Computes the collection `solved` from the sums. Evaluation scores clips with `solved`.
 
         It contains `settings` and, for each modality, `centre`, `space` and `enrolled`, all
         [E, ...].
@@ -171,7 +169,7 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] counts earlier occurrences."""
+    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] counts earlier uses of a clip."""
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     centre, num = part["centre"] + jnp.dot(first, x), part["num"] + jnp.sum(first)

@@ -1,20 +1,18 @@
 """Computes logits by PLDA, and fits the settings of PLDA on held-out clips.
 
-For the fit, some clips are held out. The other clips are enrolled, that is, the model knows which
-identity they show. Some identities are strangers: none of their clips is enrolled. If there are
-several modalities, some identities are not enrolled in some of them, because enrolled people may
-lack a modality.
+For the fit, some clips are held out. The other clips are enrolled: the model learns which identity
+they show. Some identities are strangers. None of their clips is enrolled. If there are several
+modalities, some identities lack a modality, because enrolled people may lack one.
 
 `within` and `between` (see `Settings`) are chosen by MAP, the mean average precision, and by AUROC
 of known clips against strangers. The other settings maximise the probability of the right answers,
-with half of the weight on strangers, so that probabilities are calibrated. `stranger` hardly
-affects rankings. It is fitted last, with a single enrolled clip for half of the identities, because
-people who are enrolled later often have fewer clips than the training people. The prior of the
-settings weighs as much as a clip. If too few people have two clips, only the prior decides, and the
-user is informed.
+with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last,
+with a single clip for half of the identities, because people who are enrolled later often have few
+clips. The prior of the settings weighs as much as a clip. If too few people have two clips, only
+the prior decides, and the user is informed.
 
-The settings of a member are fitted only on its training clips, never on clips that it scores out of
-fold. `TaskSpec` and every checkpoint store them.
+The settings of a member are fitted only on its training clips. `TaskSpec` and every checkpoint
+store them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and a stranger at once.

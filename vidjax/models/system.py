@@ -91,8 +91,8 @@ class System(NamedTuple):
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
-        Returns modality -> Frames of the examples, and [B, n] bool, True for examples that exist,
-        for n examples per clip.
+        Returns modality -> Frames of the n examples of each clip, and [B, n] bool, True for
+        examples that exist.
 
         Usually each clip is an example. Then n is 1, and the frames are returned unchanged. If
         `frame_is_example` is set, each of the n fused frames of a clip is an example, and the
@@ -140,7 +140,7 @@ class TaskSpec(NamedTuple):
     train_other: bool  # True if training clips of column 0 have a weight above 0
     # The result of `Identifier.prepare`, or None.
     settings: Mapping[str, float | tuple[float, ...]] | None = None
-    num_places: int | None = None  # see `BatchPlan`. None means `num_clips`.
+    num_places: int | None = None  # rows of all batches of an epoch. None means `num_clips`.
 
     @property
     def layout(self) -> NoiseClassLayout | None:

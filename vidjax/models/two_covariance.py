@@ -37,12 +37,13 @@ class Sums(NamedTuple):
 class Space(NamedTuple):
     """The coordinates z = (x - mean) @ transform of vectors x, in which PLDA is simple.
 
-    In these coordinates W is the identity matrix and B is diagonal.
+    The covariance within classes is the identity matrix, the covariance between classes is
+    diagonal.
     """
 
     mean: Array  # [D] float, the mean m of all vectors
     transform: Array  # [D, D] float
-    ratio: Array  # [D] float, 0 or more: variances of B in these coordinates (variances of W are 1)
+    ratio: Array  # [D] float, 0 or more: the variances between classes (those within are 1)
 
 
 class Enrolled(NamedTuple):
@@ -82,7 +83,7 @@ def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class Covariances(NamedTuple):
-    """The covariances of the vectors of a modality, before shrinkage."""
+    """The covariances of a modality's vectors, W within and B between classes, before shrinkage."""
 
     mean: Array  # [D] float, the mean of all vectors
     within: Array  # [D] float, eigenvalues of W
