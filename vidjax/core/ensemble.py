@@ -254,7 +254,7 @@ def take(tree: Tree, member: Array | int) -> Tree:
 
 
 def split(tree: Tree, size: int) -> tuple[Tree, ...]:
-    """Splits a tree of arrays [E, ...] into trees of arrays [size, ...]."""
+    """Splits a tree of arrays [E, ...] into E / `size` trees of arrays [size, ...]."""
     num_members = len(jax.tree.leaves(tree)[0])
     if size == num_members:
         return (tree,)

@@ -256,9 +256,9 @@ def _select_first(
     """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
     `order` [B, T] are indices of frames, real frames first. A clip with fewer frames keeps all of
-    them and repeats some: random frames with a key `rng`, all frames in turn without. If
-    `fixed_draws` is set, a fixed key replaces a missing key. If `replacement` is set, too, and all
-    frames of such a clip are drawn at random.
+    them and repeats some: random frames if `rng` is a key, otherwise all frames in turn. With
+    `replacement`, all frames of such a clip are drawn at random. With `replacement` or
+    `fixed_draws`, a fixed key replaces a missing `rng`.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -329,7 +329,7 @@ def random_fusion(
     num_clips = len(frames.mask)
     uniforms = jax.random.uniform(rng, (num_clips, num_draws, max_frames + 1), jnp.float32)
 
-    # The last threshold is 1. It is left out: rounded down, it could count more frames than slots.
+    # The last threshold is 1. It is left out: rounded down, it could count too many frames.
     thresholds = _cumulate_probs(probs, max_frames)[:-1]
     num_fused = 1 + jnp.sum(uniforms[..., :1] >= thresholds, axis=-1)  # [B, T']
     is_used = [slot < num_fused for slot in range(max_frames)]

@@ -146,7 +146,7 @@ def find_threshold(distractors: np.ndarray, *, fpir: float) -> float | None:
     """Returns the lowest threshold that a new distractor reaches with probability `fpir` at most.
 
     `distractors` [S] are the best scores of clips of unknown people, without NaN. The threshold has
-    the precision of their dtype. If S is too small, returns None, see `count_allowed`.
+    the precision of their dtype. If there are too few distractors for `fpir`, returns None.
     """
     ordered = np.sort(distractors)[::-1]  # best first
     if (allowed := count_allowed(len(ordered), fpir)) < 0:

@@ -30,9 +30,8 @@ class PLDAIdentifier(Identifier):
     coefficients that score clips from these sums.
 
     Attributes:
-      within, between, scale, unenrolled, stranger, centred: the fields of Settings. Each is a
-        number, a tuple with a number for each member (net) of an ensemble, or None if `prepare`
-        fits it.
+      within, between, scale, unenrolled, stranger, centred: see `Settings`. Each is a number, a
+        tuple with a number for each member (net) of an ensemble, or None if `prepare` fits it.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. The sum over modalities and its scale are not published.

@@ -41,7 +41,7 @@ class Space(NamedTuple):
     diagonal.
     """
 
-    mean: Array  # [D] float, the mean m of all vectors
+    mean: Array  # [D] float, estimated mean m of all vectors
     transform: Array  # [D, D] float
     ratio: Array  # [D] float, 0 or more: the variances between classes (those within are 1)
 
@@ -85,7 +85,7 @@ def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 class Covariances(NamedTuple):
     """The covariances of a modality's vectors, W within and B between classes, before shrinkage."""
 
-    mean: Array  # [D] float, the mean of all vectors
+    mean: Array  # [D] float, estimated mean of all vectors
     within: Array  # [D] float, eigenvalues of W
     axes: Array  # [D, D] float, eigenvectors of W in the columns
     between: Array  # [D, D] float, B in these axes, with eigenvalues of at least SMALLEST_VARIANCE
@@ -120,7 +120,7 @@ def covariances(sums: Sums) -> Covariances:
 
 
 def centre_share(num_people: float) -> float:
-    """Returns the share of the mean of C people that is subtracted from vectors, C / (C + 1/2)."""
+    """Returns C / (C + 1/2), the share of the mean of C people that is subtracted from vectors."""
     return num_people / (num_people + 0.5)
 
 
