@@ -42,12 +42,12 @@ class NoiseClassLayout(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """The number of class columns, 1 + 2C + K."""
+        """The number of class columns: 1 + 2 x identities + clusters."""
         return 1 + 2 * self.num_identities + self.num_clusters
 
     @property
     def mirror_shift(self) -> int:
-        """The distance from the column of an identity to the column of its mirror, C + K."""
+        """The distance from the column of an identity to the column of its mirror."""
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:

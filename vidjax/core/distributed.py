@@ -60,7 +60,7 @@ def is_first() -> bool:
 
 
 def max_over_processes(*values: int) -> list[int]:
-    """Waits for all processes, then returns the maximum of each value (int32) over them."""
+    """Waits for all processes. Returns the maximum of each int32 value over all processes."""
     if count() == 1:
         return list(values)
     from jax.experimental import multihost_utils
@@ -74,7 +74,7 @@ def barrier() -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if `facts` (setting -> JSON value) are not the same."""
+    """Raises UserError in all processes if their `facts` (setting -> JSON value) differ."""
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
         if max_over_processes(number, -number) != [number, -number]:

@@ -139,7 +139,7 @@ def has_frames(frames: Mapping[str, Frames]) -> Array:
 
 
 def frame_weights(frames: Frames, weighting: str) -> Array:
-    """Computes the weight of every frame, [B, T] float32, by a formula.
+    """Computes the weight of every frame, [B, T] float32, with the formula `weighting`.
 
     - `uniform`: 1
     - `score`: quality
