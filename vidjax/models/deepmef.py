@@ -255,7 +255,7 @@ class AttentionAggregation(nn.Module):
     def __call__(self, x: Array, mask: Array) -> Array:
         """Computes the sum of frames x [B, T, D], weighted by softmax_t(q . x_t): [B, D] float32.
 
-        q is the learned query. `mask` [B, T] bool is True for real frames. If none, the sum is 0.
+        `mask` [B, T] bool is True for real frames. If a clip has none, its sum is 0. q is learned.
         """
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)
