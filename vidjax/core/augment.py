@@ -1,8 +1,8 @@
 """Augments the clips of a training step, separately for each member (net) of an ensemble.
 
 A transform is a function (rng, MemberClips) -> MemberClips. The transforms in
-`System.clip_transforms` receive all frames of the clips. Then fusion selects or averages frames.
-The transforms in `System.transforms` receive the fused frames.
+`System.clip_transforms` receive all frames of the clips. The transforms in `System.transforms`
+receive the frames after fusion, which selects or averages frames.
 """
 
 import functools
@@ -24,7 +24,7 @@ class MemberClips(NamedTuple):
 
     frames: Mapping[str, Frames]  # modality -> Frames [B, T]
     labels: Array  # [B] int32, column of the class of each clip in the logits
-    weight: Array  # [B] float32, weight of the loss; 0 for clips that the member is not trained on
+    weight: Array  # [B] float32, weight in the loss; 0 for clips that the member is not trained on
     min_quality: Array  # [] float32, lowest quality of the frames that the member is trained on
     # Pairs (labels [B] int32, share [B] float32). The loss of a clip is the sum of share x loss
     # over the pairs. The shares of a clip sum to 1.
@@ -37,9 +37,8 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
     """Drops the frames whose quality is below `clips.min_quality`.
 
-    If all frames of a clip in a modality are below this quality, the clip keeps them. With
-    `poor_clips="drop"`, the weight of a clip becomes 0 if all its frames in the first modality of
-    `clips.frames` are below this quality.
+    If all frames of a clip in a modality are too poor, they are kept. If this modality is the first
+    in `clips.frames` and `poor_clips` is `drop`, the weight of the clip becomes 0.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
     option `keep`. The paper also drops frames whose quality equals the limit.
@@ -59,10 +58,9 @@ def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep"
 def concat_noise(
     rng: Array, clips: MemberClips, *, num_identities: int, pieces: str = "equal"
 ) -> MemberClips:
-    """Concatenates short distractor clips and cuts long ones, see `concat_clips`.
+    """Concatenates short distractor clips and cuts long distractor clips, see `concat_clips`.
 
-    A distractor is a clip that shows none of the identities: its label is 0 or above
-    `num_identities`.
+    A distractor shows none of the identities: its label is 0 or above `num_identities`.
 
     Source: noise augmentation of the 5th-place system of 2018.
     """
@@ -89,16 +87,19 @@ def concat_clips(
 ) -> Frames:
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
-    A short clip that is `chosen` is extended with probability 0.5, by the frames of another chosen
-    short clip. The numbers of these frames follow the last number of the clip. A long clip that is
-    `chosen` is cut: it keeps `max_frames` consecutive real frames from a random start, or all
-    frames if the modality has fewer. With `pieces="random"`, it keeps the frames from a random
-    first to a random last frame (both uniform). All other clips stay unchanged.
+    A short clip is extended with probability 0.5, by the frames of another chosen short clip. The
+    numbers of these frames follow the last number of the clip. A long clip is cut to a random
+    piece. If several modalities are changed with the same `rng`, `chosen` and `short`, all of them
+    are extended by the same clip and cut at the same relative position.
 
-    With the same `rng`, `chosen` and `short`, calls for several modalities extend a clip by the
-    same partner, and cut a clip at the same relative position. `chosen` [B] bool must be False on
-    padded rows. `short` [B] bool is True for clips with fewer than `max_frames` frames in the first
-    modality. Returns Frames [B, 2 T] in the stored dtype.
+    Args:
+      chosen: [B] bool, True for clips that may change. It must be False on padded rows.
+      short: [B] bool, True for clips with fewer than `max_frames` frames in the first modality.
+      pieces: with `equal`, a piece has `max_frames` consecutive frames, or all frames if there are
+        fewer. With `random`, its first and last frame are random (uniform).
+
+    Returns:
+      Frames [B, 2 T] in the stored dtype.
 
     Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. The
     probability and `equal` pieces are not in the paper.
@@ -132,10 +133,9 @@ def concat_clips(
 def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
     """Replaces every clip by share x clip + (1 - share) x a random clip of the batch.
 
-    The share is max(s, 1 - s), where s is drawn from Beta(alpha, alpha) and alpha is above 0.
-    `targets` receives the labels of both clips. If the random clip has weight 0, the share is 1,
-    because the member must not learn from that clip. For example, the clip may belong to the fold
-    that the member is not trained on.
+    The share of a clip is max(s, 1 - s), where s is drawn from Beta(alpha, alpha) and alpha is
+    above 0. `targets` receives the labels of both clips. If the random clip has weight 0, the share
+    is 1.
 
     Source: Zhang et al., mixup, equation 1. Unlike the paper, each clip has its own share.
     """
@@ -143,6 +143,7 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
     weight = clips.weight
     share = jax.random.beta(share_rng, alpha, alpha, weight.shape)
     partner = jax.random.permutation(partner_rng, len(weight))
+    # The member must not learn from clips of weight 0, such as clips that are held out from it.
     share = jnp.where(weight[partner] > 0, jnp.maximum(share, 1 - share), 1.0)
     frames = {name: _mix(frames, partner, share) for name, frames in clips.frames.items()}
     targets = ((clips.labels, share), (clips.labels[partner], 1 - share))
@@ -171,8 +172,6 @@ def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
 def by_example(rng: Array, clips: MemberClips) -> MemberClips:
     """Multiplies the weight of every clip by its number of frames in the longest modality.
 
-    So all frames count equally.
-
     Source: Residual Dense Net (2nd place 2019), whose batches consist of frames: a long clip counts
     more than a short clip.
     """
@@ -181,9 +180,9 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
 
 class Transform(NamedTuple):
-    """An entry of TRANSFORMS. `function` maps (rng, MemberClips, *, options) to MemberClips."""
+    """A transform in the table TRANSFORMS."""
 
-    function: Callable[..., MemberClips]
+    function: Callable[..., MemberClips]  # (rng, MemberClips, *, options) -> MemberClips
     before_fusion: bool = False  # True: it receives all frames of the clips, not the fused frames
 
 
@@ -199,8 +198,8 @@ def make_transforms(
     """Builds the transforms of a configuration, before and after the fusion of frames.
 
     In both lists, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
-    `config.mixup` precede the entries of `config.transforms`. An entry is a key of TRANSFORMS, or a
-    dict of the key (`name`) and keyword arguments.
+    `config.mixup` come first. The entries of `config.transforms` follow: keys of TRANSFORMS, or
+    dicts of the key (`name`) and options.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -23,15 +23,18 @@ Array: TypeAlias = Union["jax.Array", np.ndarray]
 
 
 class NoiseClassLayout(NamedTuple):
-    """The columns of the logits if `config.data.distractors=noise`.
+    """The columns of the logits if distractors (clips of no identity) are split into noise classes.
 
-    This setting splits the distractors, which show none of the C identities, into noise classes.
-    Column 0 is "other". Columns 1..C are the identities. Columns C+1..C+K are K clusters of
-    distractors that look alike. Columns C+K+1..2C+K are the mirrors: the mirror of an identity is a
-    class of distractors that the model mistakes for this identity.
+    The setting is `config.data.distractors=noise`. C is `num_identities`, and K is `num_clusters`.
 
-    Source: noise classes (5th place 2018). The paper has no column "other", so all its columns are
-    lower by 1.
+    - Column 0: "other". No clip has this class.
+    - Columns 1 to C: the identities.
+    - Columns C + 1 to C + K: K clusters of distractors that look alike.
+    - Columns C + K + 1 to 2 C + K: the mirrors. The mirror of an identity is a class of distractors
+      that the model mistakes for this identity.
+
+    Source: noise classes (5th place 2018). The paper has no column 0, so all its columns are lower
+    by 1.
     """
 
     num_identities: int
@@ -39,12 +42,12 @@ class NoiseClassLayout(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """The number of class columns, 1 + 2C + K."""
+        """The number of class columns: 1 + 2 x identities + clusters."""
         return 1 + 2 * self.num_identities + self.num_clusters
 
     @property
     def mirror_shift(self) -> int:
-        """The distance from the column of an identity to the column of its mirror, C + K."""
+        """The distance from the column of an identity to the column of its mirror."""
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:
@@ -57,13 +60,12 @@ class NoiseClassLayout(NamedTuple):
 
 
 class LazyFeatures(NamedTuple):
-    """Features [B, T, D] that are not yet gathered from a large array. `fusion.read` gathers them.
-
-    A function that selects frames changes only `index`.
+    """Features of frames as rows of a large array. `fusion.read` gathers them into [B, T, D].
 
     Attributes:
       values: [F, D], features of all F frames of the dataset, in the stored dtype.
-      index: [B, T] int32, the row of `values` for each frame, arbitrary for padded frames.
+      index: [B, T] int32, the row of `values` for each frame, arbitrary for padded frames. A
+        function that selects frames changes only this field.
     """
 
     values: Array
@@ -128,18 +130,18 @@ class ClipInfo(NamedTuple):
 class ModelOutput(NamedTuple):
     """Output of a model for B clips.
 
-    A branch is a set of logits. Most models have a single branch, G = 1. With several branches, the
-    two weights decide how much each branch contributes for a clip. None means 1 for all.
+    A branch is a set of logits. Most models have a single branch, G = 1. If a weight is None, it is
+    1 for all branches and clips.
 
     Attributes:
       logits: [B, G, 1 + C] float32.
       embedding: [B, D] float32, input of the classifier.
       train_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
         learn from the clip.
-      eval_weight: [B, G] float32, weight of each branch's score (a probability, not a logit) in
-        evaluation. The weights of a clip need not sum to 1: smaller weights rank the clip lower.
-      attention: [B, M, M], for the report: entry [b, i, j] is the weight of vector i in the new
-        vector j. It is None if the model has no attention.
+      eval_weight: [B, G] float32, weight of the score of each branch (a probability, not a logit)
+        in evaluation. Smaller weights rank the clip lower.
+      attention: [B, M, M] of M vectors, such as one per modality. Entry [b, i, j] is the weight of
+        vector i in the new vector j. None without attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
     """
 

@@ -29,10 +29,9 @@ CUDA = "'vidjax[cuda13]' (driver 580 or newer) or 'vidjax[cuda12]' (driver 525 o
 
 
 def cache_programs(folder: Path) -> None:
-    """Caches compiled programs in `folder`, unless jax is configured to use another cache.
+    """Caches compiled programs in `folder`. If jax already has a cache, changes nothing.
 
-    jax runs the machine code in its cache. So if another user may change the folder, or a folder
-    above it, the folder is not used and a warning is printed.
+    If another user may change `folder` or a folder above it, prints a warning and caches nothing.
     """
     if jax.config.values["jax_compilation_cache_dir"]:
         return
@@ -43,7 +42,7 @@ def cache_programs(folder: Path) -> None:
         return  # the code that stores clips in `folder` reports the error
     if programs.is_symlink():
         return  # links in the cache are not followed
-    if foreign := find_foreign_folder(programs):
+    if foreign := find_foreign_folder(programs):  # jax runs the machine code in its cache
         warn(
             f"compiled programs are not cached: another user may change '{foreign}'\n"
             f"if it is your folder, run 'chmod go-w {foreign}'; otherwise set VIDJAX_CACHE=FOLDER\n"
@@ -62,11 +61,8 @@ def cache_programs(folder: Path) -> None:
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401
-    """Returns `jax.jit(function, **options)`. On a CPU, large programs compile faster.
-
-    On a CPU, LLVM optimises the program less. The matrix products are not slower, because libraries
-    compute them.
-    """
+    """Returns `jax.jit(function, **options)`. On a CPU, large programs compile faster."""
+    # LLVM optimises less. Matrix products are not slower, because libraries compute them.
     level = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=level, **options)
 
@@ -75,7 +71,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # 
 def disable_program_cache() -> Iterator[None]:
     """Disables the cache of compiled programs in a `with` block.
 
-    The cache would store programs that contain all weights of a net, as large files.
+    Use it for programs that contain all weights of a net, which would become large files.
     """
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
@@ -103,9 +99,10 @@ def make_deterministic() -> None:
 
 
 def collect_versions() -> dict[str, str]:
-    """Returns the versions of packages and `python`, `device` (number and kind), and git `commit`.
+    """Returns the versions of vidjax, Python and packages, and the device and git commit, by name.
 
-    Outside a git checkout, there is no `commit`.
+    `device` is the number and the kind, such as `1 x cpu`. Outside a git checkout, there is no
+    `commit`.
     """
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {"vidjax": __version__}
@@ -118,7 +115,7 @@ def collect_versions() -> dict[str, str]:
 
 
 def _read_commit(checkout: Path) -> str | None:
-    """Returns the git commit, with `-dirty` if files differ from it, or None without a commit."""
+    """Returns the git commit of a checkout, or None. If files are changed, it ends in `-dirty`."""
     if not (checkout / ".git").exists():
         return None
     # `git describe --dirty` would lock the index, and the user may commit at this moment.
@@ -137,8 +134,8 @@ def _read_commit(checkout: Path) -> str | None:
 def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh of the first `num_devices` devices, or of all devices if it is None.
 
-    Clips are split over the only axis, `data`. The axis has the type Auto, so JAX inserts the
-    communication. Random draws and batch statistics are the same for every number of devices.
+    Clips are split over the only axis, `data`. Random draws and batch statistics are the same for
+    every number of devices.
     """
     try:
         devices = jax.devices()
@@ -163,6 +160,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
             f"choose from 1 to {len(devices)}, or None for all"
         )
     devices = devices[:num_devices]
+    # With axes of the type Auto, JAX inserts the communication.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
@@ -206,7 +204,7 @@ def _return_unchanged(x: Array) -> Array:
 def fetch(tree: Tree) -> Tree:
     """Copies a tree of arrays to the host, including the parts on devices of other processes.
 
-    All processes must call it together with the same arrays.
+    All processes must call this function together, with the same arrays.
     """
 
     def copy(x: Array) -> np.ndarray:
@@ -254,7 +252,7 @@ def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
 
 @contextlib.contextmanager
 def compile_seconds() -> Iterator[list[float]]:
-    """Yields a list that receives the seconds of each XLA compilation while the context is open."""
+    """Yields a list that receives the seconds of each XLA compilation in the `with` block."""
     seconds: list[float] = []
 
     def add(event: str, duration_secs: float, **kwargs: object) -> None:

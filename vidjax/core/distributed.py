@@ -19,7 +19,7 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def join_processes(args: argparse.Namespace) -> None:
-    """Joins the other processes, if `args` has the flags in FLAGS. Call it before JAX is used."""
+    """Joins the other processes of a run, if `args` has the flags FLAGS. Call before using JAX."""
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
         return
@@ -60,7 +60,7 @@ def is_first() -> bool:
 
 
 def max_over_processes(*values: int) -> list[int]:
-    """Waits for all processes, and returns the maximum of each value, which must fit into int32."""
+    """Waits for all processes. Returns the maximum of each int32 value over all processes."""
     if count() == 1:
         return list(values)
     from jax.experimental import multihost_utils
@@ -74,7 +74,7 @@ def barrier() -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if `facts` (setting -> JSON value) differ between them."""
+    """Raises UserError in all processes if their `facts` (setting -> JSON value) differ."""
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
         if max_over_processes(number, -number) != [number, -number]:

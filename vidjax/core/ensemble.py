@@ -35,15 +35,15 @@ MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
 class Member(NamedTuple):
     """The options of a member (net) of an ensemble."""
 
-    number: Number = 0  # position among all members; it decides the random keys of the member
+    number: Number = 0  # position in the whole ensemble, from which random keys are made
     fold: Number = -1  # fold that the member is not trained on, or -1
     bootstrap: Number = -1  # number of the member's bootstrap sample, or -1
     view: Number = -1  # number of the chunk of features that is hidden from the member, or -1
-    min_quality: float = _NO_QUALITY  # lowest quality of training frames; by default, no limit
+    min_quality: float = _NO_QUALITY  # lowest quality of the training frames; default: no limit
 
 
 class TrainingSets(NamedTuple):
-    """The clips that each of E members was trained on. A member should score only other clips."""
+    """The clips that each of the E members (nets) of an ensemble was trained on."""
 
     members: tuple[Member, ...]
     clips: tuple[str, ...]  # names of the N training clips
@@ -51,7 +51,7 @@ class TrainingSets(NamedTuple):
 
 
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
-    """Builds a member for each combination of the options in `spec`, as in `config.ensemble`.
+    """Builds a member for each combination of the options in `spec`, which is `config.ensemble`.
 
     Members are numbered from 0, in the order of nested loops: over folds or bootstraps (the
     outermost loop), views, qualities, and seeds. If `spec["only"]` lists numbers, only these
@@ -100,10 +100,10 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
 def assign_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
     """Returns the fold of each clip, [N] int32 from 0. Every identity is spread over all folds.
 
-    The clips of an identity go to the folds in turn, in random order. The next identity starts at
-    the next fold. So the sizes of two folds differ by at most 1 clip, in total and within every
-    identity. Labels are [N] int; the distractors, label 0, count as an identity.
+    The sizes of two folds differ by at most 1 clip, in total and within every identity. Labels are
+    [N] int. Distractors, which have the label 0, count as an identity.
     """
+    # The clips of an identity go to the folds in turn. The next identity starts at the next fold.
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     folds = np.empty(len(labels), np.int32)
@@ -114,11 +114,11 @@ def assign_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
 def draw_bootstrap(
     labels: np.ndarray, number: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Draws bootstrap sample `number`. Returns how many times it contains each clip, [N] int32.
+    """Returns how many times the bootstrap sample `number` contains each clip, [N] int32.
 
-    If `resample` is `identity`, the clips of every identity are resampled separately, so that no
-    identity is lost. If it is `all`, all clips are resampled at once, and some identities with few
-    clips are lost.
+    Labels are [N] int. If `resample` is `identity`, the clips of every identity are resampled
+    separately, so no identity is lost. If it is `all`, all clips are resampled together, so
+    identities with few clips may be lost.
     """
     rng = np.random.default_rng((seed, number))
     if resample == "all":
@@ -134,7 +134,7 @@ def draw_bootstrap(
 def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how many times each member trains on each clip in an epoch, [E, N] float32."""
+    """Returns how often each member trains on each clip in an epoch, [E, N] float32."""
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"
@@ -214,12 +214,11 @@ def load(folder: Path) -> TrainingSets:
 def choose_scoring_members(
     training_sets: TrainingSets, clips: Sequence[str]
 ) -> tuple[np.ndarray, bool]:
-    """Decides which members score each of n clips, by the names of the clips.
+    """Decides which of E members score which of n clips, by the names of the clips.
 
-    A member scores the clips that it was not trained on. There is one exception: if all members
-    were trained on all training clips, and `clips` contains a training clip, then all members score
-    all of `clips`. Returns [E, n] bool, True where a member scores a clip; and True in the
-    exceptional case.
+    A member scores the clips that it was not trained on. There is an exceptional case: if all
+    members were trained on all training clips, and `clips` contains a training clip, all members
+    score all clips. Returns [E, n] bool, and True in the exceptional case.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)
@@ -235,26 +234,27 @@ def _index_clips(clips: tuple[str, ...]) -> Mapping[str, int]:
 
 
 def drop_chunk(features: Array, hidden_chunk: Array, num_chunks: int) -> Array:
-    """Removes a chunk of D // num_chunks neighbouring features from features [..., D].
+    """Removes chunk number `hidden_chunk` from features [..., D].
 
-    `hidden_chunk` is the number of the chunk, from 0.
+    A chunk consists of D // num_chunks neighbouring features. Returns [..., D - D // num_chunks].
 
     Source: DeepMEF (3rd place 2019), ensemble over partitions of the feature space.
     """
     dim = features.shape[-1]
     kept = jnp.arange(dim - dim // num_chunks)
     index = kept + jnp.where(kept >= hidden_chunk * (dim // num_chunks), dim // num_chunks, 0)
-    return jnp.take(features, index, axis=-1, mode="clip")  # [..., D - D // num_chunks]
+    return jnp.take(features, index, axis=-1, mode="clip")
 
 
 @jax.jit
 def take(tree: Tree, member: Array | int) -> Tree:
-    """Selects a member from a tree of arrays [E, ...]. One compiled program serves all members."""
+    """Selects the arrays of a member from a tree of arrays [E, ...]."""
+    # One compiled program serves all members.
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=False), tree)
 
 
 def split(tree: Tree, size: int) -> tuple[Tree, ...]:
-    """Splits a tree of arrays [E, ...] into trees of arrays [size, ...]."""
+    """Splits a tree of arrays [E, ...] into E / `size` trees of arrays [size, ...]."""
     num_members = len(jax.tree.leaves(tree)[0])
     if size == num_members:
         return (tree,)

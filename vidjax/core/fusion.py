@@ -1,11 +1,11 @@
-"""Selects or averages the frames of clips in a modality.
+"""Fusions: functions that select or average the frames of clips in a modality.
 
-A fusion maps Frames [B, T] to Frames [B, T']. It is a pure function that can be jitted. Random
-numbers are drawn in the shape of the whole batch, so they do not depend on the number of devices.
-Selected features keep their stored dtype. Only the selected rows of LazyFeatures are read. In a
-mask, real frames may come after masked frames, for example after `filter_frames`. For a clip
-without frames, the new mask is False, and means are 0. Among equal qualities the earlier frame is
-better; NaN is the lowest quality.
+A fusion maps Frames [B, T] to Frames [B, T'], and can be jitted. Random numbers are drawn in the
+shape of the whole batch, so they do not depend on the number of devices. Selected features keep
+their stored dtype. Of LazyFeatures, only the selected rows are read. In a mask, real frames may
+come after masked frames, for example after `filter_frames`. If a clip has no frames, its new mask
+is False, and its means are 0. Of frames with equal quality, the earlier frame counts as better. NaN
+is the lowest quality.
 """
 
 import fractions
@@ -31,18 +31,19 @@ def filter_frames(
     top_share: float = 1.0,
     poor_clips: str = "keep",
 ) -> Frames:
-    """Removes frames of low quality: returns Frames [B, T] with a mask that is False for them.
+    """Removes frames of low quality: sets their `mask` to False. Other fields are unchanged.
 
     Args:
-      min_quality, min_detection: lowest scores to keep. None or -inf means no limit. Both may be
-        traced.
-      top_share: share in (0, 1] of the remaining frames to keep, best quality first, rounded up.
-      poor_clips: what happens to a clip that would lose all frames. With `keep` it keeps them. With
-        `drop` it loses them. Training ignores a clip that has no frames in any modality.
+      min_quality, min_detection: lowest quality and detection score to keep. None or -inf means no
+        limit. Both may be traced.
+      top_share: share in (0, 1] of the remaining frames of each clip to keep, rounded up. The
+        frames of the highest quality are kept.
+      poor_clips: what happens to a clip that would lose all frames. With `keep`, it keeps all
+        frames. With `drop`, it loses them.
 
-    Source: thresholds on quality and detection from quality fusion (4th place 2019), whose code
-    (training.py:98 at 60f5127) drops poor clips; the best 70 % by quality from Residual Dense Net
-    (2nd place 2019). The papers have no `keep`.
+    Source: the thresholds are from quality fusion (4th place 2019), whose code (training.py:98 at
+    60f5127) drops poor clips. The best 70 % are from Residual Dense Net (2nd place 2019). The
+    papers have no `keep`.
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
@@ -70,10 +71,9 @@ def top_frames(
 ) -> Frames:
     """Selects the `num_frames` frames of highest quality of every clip, in time order.
 
-    A shorter clip keeps all frames and repeats some. If `rng` is a key, it repeats random frames.
-    If `rng` is None, `repeats` decides. With `turn`, it repeats all frames in turn, the best first.
-    With `random`, it repeats frames that are drawn with a fixed key, so the draws are the same for
-    all clips of equal length. Returns Frames [B, num_frames].
+    A clip with fewer frames keeps all frames and repeats some. Returns Frames [B, num_frames].
+    If `rng` is a PRNG key, the repeated frames are random. If `rng` is None, `repeats` decides:
+    `turn` repeats the frames in turn, the best first, and `random` draws them with a fixed key.
 
     Source: iQIYI-VID paper, section 5.1. The paper has no `turn`.
     """
@@ -93,20 +93,20 @@ def sample_frames(
 ) -> Frames:
     """Selects `num_frames` frames of every clip, independently of quality.
 
-    If `rng` is a key, frames are drawn at random. A clip with fewer than `num_frames` frames keeps
-    all frames and repeats random frames. If `rng` is None, the frames are evenly spaced over the
-    clip. Returns Frames [B, num_frames].
+    Returns Frames [B, num_frames].
 
     Args:
-      order: `time`, or `random` for an order independent of time. Without a key, the random order
-        is the same for all clips.
-      replacement: if True, the frames of a clip with fewer than `num_frames` frames are drawn with
-        replacement. If `rng` is also None, these draws use a fixed key, so clips of equal length
-        get the same draws. The frames of longer clips are then spread over the clip almost evenly.
+      rng: PRNG key to draw frames at random. A clip with fewer than `num_frames` frames then keeps
+        all frames and repeats random frames. None selects evenly spaced frames.
+      order: order of the selected frames, `time` or `random`. Without a key, the random order is
+        the same for all clips.
+      replacement: True to draw the frames of a clip with fewer than `num_frames` frames with
+        replacement. Without `rng`, a fixed key is used, and the frames of longer clips are spread
+        almost evenly.
 
     Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
-    training and test. Unlike the paper, a short clip uses every frame before it repeats any, frames
-    may stay in time order, and evaluation may use evenly spaced frames.
+    training and test. The paper has no time order and no evenly spaced frames. By default, a short
+    clip uses every frame before it repeats any, unlike in the paper.
     """
     _check_count("num_frames", num_frames)
     check_choice("order", order, ("random", "time"))
@@ -139,16 +139,20 @@ def has_frames(frames: Mapping[str, Frames]) -> Array:
 
 
 def frame_weights(frames: Frames, weighting: str) -> Array:
-    """Computes the weight of every frame, [B, T] float32.
+    """Computes the weight of every frame, [B, T] float32, with the formula `weighting`.
 
-    The weight `uniform` is 1. `quality` is quality x detection. `score` is quality. `squared` is
-    quality squared, so a negative quality counts too. `graded` is quality x detection x g, where g
-    is 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30 or 40, and 1 from 40 on. The weight is 0 on
-    padding, and where it would be negative or not finite. If all weights of a clip would be 0, they
-    are uniform.
+    - `uniform`: 1
+    - `score`: quality
+    - `quality`: quality x detection
+    - `squared`: quality squared, so a negative quality counts too
+    - `graded`: quality x detection x g. The factor g is 0 for a quality below 0, 0.2 below 20, 0.3
+      below 30, 0.6 below 40, and 1 from 40 on.
 
-    Source: `graded` is W(x) of quality fusion (4th place 2019); `squared` is from the code of noise
-    classes (5th place 2018). Unlike the paper, weights are uniform where W(x) would divide 0 by 0.
+    Padding has the weight 0. Negative weights and weights that are not finite become 0. If all
+    weights of a clip would be 0, its frames have the weight 1.
+
+    Source: `graded` is W(x) of quality fusion (4th place 2019). `squared` is from the code of noise
+    classes (5th place 2018). In the paper, W(x) may divide 0 by 0; here the weights are then 1.
     """
     uniform = frames.mask.astype(jnp.float32)
     if weighting == "uniform":
@@ -166,7 +170,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Computes the mean `measure`, `norm` or `quality`, of the frames of each clip, [B] float32."""
+    """Computes the mean L2 `norm` or the mean `quality` of the frames of each clip, [B] float32."""
 
     def value(t: Array | None) -> Array:
         if measure == "norm":
@@ -177,9 +181,9 @@ def mean_measure(frames: Frames, measure: str) -> Array:
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
-    """Shuffles the frames of every clip. Returns [B, T] int32 indices with the real frames first.
+    """Shuffles the frames of every clip. Returns their indices [B, T] int32, real frames first.
 
-    Without a key the order is fixed and depends only on the number of real frames.
+    If `rng` is None, the order is fixed and depends only on the number of real frames.
     """
     if rng is not None:
         return jnp.argsort(jnp.where(mask, per_frame_uniform(rng, mask), 2.0), axis=1)
@@ -193,13 +197,13 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
 
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
-    """Draws [B, T] float32 uniformly from [0, 1), independently of the length of the padding."""
+    """Draws a number from [0, 1) for every frame, [B, T] float32. A longer T only adds draws."""
     # A draw depends on its flat index. With frames as the slow axis, padding only appends draws.
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
 
 def take(values: Array, index: Array) -> Array:
-    """Selects values[b, index[b, j]] from [B, T], [B, T, D] or LazyFeatures; `index` is [B, T']."""
+    """Selects the frames `index` [B, T'] of `values` [B, T], [B, T, D] or LazyFeatures."""
     if isinstance(values, LazyFeatures):
         return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
@@ -207,14 +211,17 @@ def take(values: Array, index: Array) -> Array:
 
 
 def read(features: Array | LazyFeatures) -> Array:
-    """Gathers LazyFeatures into an array [B, T, D]; returns an array unchanged."""
+    """Returns features as an array [B, T, D]: gathers LazyFeatures from their large array."""
     if not isinstance(features, LazyFeatures):
         return features
     return jnp.asarray(features.values).at[features.index].get(mode="promise_in_bounds")
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field, also to `mask`, and to the `index` of LazyFeatures."""
+    """Applies `fn` to each field of Frames. For LazyFeatures, applies it only to their `index`.
+
+    If several Frames are given, `fn` receives the same field of all of them.
+    """
 
     def field(*values: Array) -> Array:
         if isinstance(values[0], LazyFeatures):
@@ -226,12 +233,12 @@ def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
 
 
 def ordered_quality(quality: Array) -> Array:
-    """Replaces qualities that are not finite by the lowest finite float32."""
+    """Replaces NaN and infinite qualities by the lowest finite float32."""
     return jnp.where(jnp.isfinite(quality), quality, jnp.finfo(jnp.float32).min)
 
 
 def _sort_by_quality(quality: Array, mask: Array) -> Array:
-    """Returns [B, T] indices that put the best real frame first and padding last."""
+    """Returns [B, T] indices of frames: first the real frames, best first, then padding."""
     quality = jnp.where(mask, ordered_quality(quality), -jnp.inf)
     # With clips on several devices, lax.top_k would gather the whole batch on every device.
     return jnp.argsort(quality, axis=1, stable=True, descending=True)
@@ -246,12 +253,12 @@ def _select_first(
     replacement: bool = False,
     fixed_draws: bool = False,
 ) -> Frames:
-    """Selects the first `num_frames` real frames of `order` [B, T] and returns them in time order.
+    """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
-    If a clip has fewer frames, all its frames are selected, and random frames are repeated. With
-    `replacement`, all frames of such a clip are drawn at random. If `rng` is None, frames are
-    repeated in turn. If `rng` is None and `replacement` or `fixed_draws` is set, frames are drawn
-    with a fixed key.
+    `order` [B, T] are indices of frames, real frames first. A clip with fewer frames keeps all of
+    them and repeats some: random frames if `rng` is a key, otherwise all frames in turn. With
+    `replacement`, all frames of such a clip are drawn at random. With `replacement` or
+    `fixed_draws`, a fixed key replaces a missing `rng`.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -268,7 +275,7 @@ def _select_first(
 
 
 def _select_frames(frames: Frames, index: Array) -> Frames:
-    """Selects frames at indices [B, T']. The mask is True for clips that have a frame."""
+    """Selects the frames `index` [B, T']. The mask is False only for clips without frames."""
     chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))
@@ -292,26 +299,25 @@ def random_fusion(
 
     Args:
       rng: PRNG key. None raises UserError, because this fusion is only for training.
-      num_draws: T', fused frames per clip, 1 or more.
-      max_frames: largest number of frames in a fused frame, 1 or more.
-      probs: `max_frames` weights: of 1 frame in a fused frame, of 2 frames, and so on. If it is
-        None, the weights are equal.
-      replacement: if True, frames are drawn with replacement. If False, a fused frame repeats a
-        frame only after it contains all frames of the clip that can be drawn.
-      sampling: probabilities of the frames, a weighting of `frame_weights`, rounded to 1/4096 of
-        the largest probability in the clip.
-      weighting: weights of the mean, a weighting of `frame_weights`; or `mixup` for a uniformly
-        random convex combination (Dirichlet with parameters 1).
+      num_draws: number of fused frames per clip, T'.
+      max_frames: largest number of frames in a fused frame.
+      probs: relative probabilities that a fused frame is the mean of 1, 2, ... `max_frames` frames.
+        None means equal probabilities.
+      replacement: True to draw frames with replacement. If False, a fused frame repeats a frame
+        only after all frames that can be drawn.
+      sampling: relative probabilities of the frames, a weighting of `frame_weights` such as
+        `quality`. They are rounded to 1/4096 of the largest.
+      weighting: weights of the frames in the mean, a weighting of `frame_weights`. `mixup` draws
+        random weights (Dirichlet with parameters 1).
 
     Returns:
       Frames [B, T'] with float32 features. Quality and detection are means with the same weights.
         `number` is the number of the first drawn frame, so the numbers of a clip are not in order.
 
-    Source: quality fusion (4th place 2019): 1-5 frames with replacement, a fused vector per clip
-    and step, weights quality x detection. `replacement=False`: Residual Dense Net (2nd place 2019),
-    which shuffles and merges the frames of a clip. `mixup`: Zhang et al., but within a clip, so
-    that labels need no mixing. Unlike the papers, a clip may have many draws, and the weights are
-    uniform if no frame of the clip has a positive, finite weight.
+    Source: quality fusion (4th place 2019) draws 1-5 frames with replacement, a fused vector per
+    clip and step, with weights quality x detection. `replacement=False` is from Residual Dense Net
+    (2nd place 2019), which shuffles and merges frames. `mixup` is from Zhang et al., but within a
+    clip, so labels need no mixing. In the papers, a clip has one draw.
     """
     if rng is None:
         raise UserError(
@@ -323,10 +329,10 @@ def random_fusion(
     num_clips = len(frames.mask)
     uniforms = jax.random.uniform(rng, (num_clips, num_draws, max_frames + 1), jnp.float32)
 
-    # The last threshold is 1. It is left out: rounded down, it could count more frames than slots.
+    # The last threshold is 1. It is left out: rounded down, it could count too many frames.
     thresholds = _cumulate_probs(probs, max_frames)[:-1]
     num_fused = 1 + jnp.sum(uniforms[..., :1] >= thresholds, axis=-1)  # [B, T']
-    slots = [slot < num_fused for slot in range(max_frames)]
+    is_used = [slot < num_fused for slot in range(max_frames)]
 
     picks = _draw_frames(frame_weights(frames, sampling), uniforms[..., 1:], replacement)
     if weighting == "mixup":
@@ -337,26 +343,25 @@ def random_fusion(
         all_weights = frame_weights(frames, weighting)
         weights = [take(all_weights, index) for index in picks]
     has_frame = jnp.any(frames.mask, axis=1)[:, None]
-    return _fuse(frames, picks, slots, weights, jnp.broadcast_to(has_frame, picks[0].shape))
+    return _fuse(frames, picks, is_used, weights, jnp.broadcast_to(has_frame, picks[0].shape))
 
 
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
     """Returns the frames and, for each frame, the mean of this frame and random other frames.
 
-    The frames of a clip are put into a random, cyclic order. The mean for a frame is the mean of
-    the frame and the next 1 to `max_frames` - 1 frames in this order. `random_fusion` makes similar
-    frames with less computation, if `replacement=False` and half of the weight in `probs` is on 1
-    frame.
+    The frames of a clip are put into a random, cyclic order. Each mean is taken over a frame and
+    the next 1 to `max_frames` - 1 frames in this order. `random_fusion` with `replacement=False`
+    makes similar frames with less computation.
 
     Args:
       rng: PRNG key. If it is None, the order depends only on the number of real frames.
-      max_frames: largest number of frames in a mean, 2 or more. A mean contains no frame twice, so
-        means of short clips contain fewer frames.
+      max_frames: largest number of frames in a mean, 2 or more. No mean contains a frame twice. So
+        short clips have means of fewer frames.
 
     Returns:
       Frames [B, 2 T] in the stored dtype: first the unchanged frames, then the means. Quality and
-        detection are means too. The `number` of a mean is the number of the frame for which it
-        was computed, so the numbers of a clip are not in order.
+        detection are means too. A mean has the `number` of the frame for which it was computed, so
+        the numbers of a clip are not in order.
 
     Source: Residual Dense Net (2nd place 2019): frames are shuffled, merged with 1-4 other frames,
     and united with the original frames. The fixed order for evaluation is not in the paper.
@@ -372,11 +377,11 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
         extra = (uniforms * (max_frames - 1)).astype(jnp.int32)
     count = jnp.sum(frames.mask, axis=1, keepdims=True, dtype=jnp.int32)
     num_fused = jnp.minimum(2 + extra, count)  # [B, T]
-    slots = [slot < num_fused for slot in range(max_frames)]
+    is_used = [slot < num_fused for slot in range(max_frames)]
     place = jnp.argsort(order, axis=1)
     picks = [take(order, (place + slot) % jnp.maximum(count, 1)) for slot in range(max_frames)]
     weights = [take(frames.mask, index).astype(jnp.float32) for index in picks]
-    merged = _fuse(frames, picks, slots, weights, frames.mask)
+    merged = _fuse(frames, picks, is_used, weights, frames.mask)
     merged = merged._replace(number=frames.number)
 
     def stored(mean: Array, like: Array) -> Array:
@@ -390,8 +395,8 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
 def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     """Computes the mean frame of every clip.
 
-    `weighting` is a weighting of `frame_weights`. Returns Frames [B, 1] with float32 features.
-    Quality and detection are means too. `number` is the frame number of the first real frame.
+    Returns Frames [B, 1] with float32 features. Quality and detection are means too. `number` is
+    the frame number of the first real frame. `weighting` is a weighting of `frame_weights`.
     """
     weights = frame_weights(frames, weighting)
 
@@ -411,10 +416,11 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
 def _average_over_frames(
     mask: Array, weights: Array, value_of: Callable[[Array | None], Array]
 ) -> Array:
-    """Computes weighted means over the frames, [B, ...].
+    """Computes the weighted mean over the frames of each clip, [B, ...].
 
-    `value_of(t)` returns the value of frame t of every clip, [B, ...]. `value_of(None)` returns the
-    values of all frames, [B, T, ...]. A clip whose weights [B, T] are all 0 has the mean 0.
+    `weights` are [B, T]. If all weights of a clip are 0, its mean is 0. `value_of(t)` returns the
+    value of frame t of every clip, [B, ...]. `value_of(None)` returns the values of all frames,
+    [B, T, ...].
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
@@ -441,11 +447,13 @@ def crop_means(
 ) -> Frames:
     """Computes the mean frames of four temporal crops of every clip.
 
-    The crops are the whole clip, the clip without its first third, without its last third, and
-    without its first and last sixth. Thirds and sixths are rounded down, so no crop of a clip with
-    frames is empty. With `always_shorter`, a third is at least 1 frame if the clip has 2 frames or
-    more, and a sixth is at least 1 frame if the clip has 3 frames or more. `weighting` is a
-    weighting of `frame_weights`. Returns Frames [B, 4], see `mean_frame`.
+    The crops are the whole clip, the clip without its first third, the clip without its last third,
+    and the clip without its first and last sixth. Returns Frames [B, 4], see `mean_frame`.
+
+    Args:
+      weighting: a weighting of `frame_weights`.
+      always_shorter: thirds and sixths are rounded down. If True, they are at least 1 frame, unless
+        no frame would remain.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """
@@ -488,13 +496,14 @@ FUSIONS: dict[str, Callable[..., Frames]] = {
 
 
 def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Frames]:
-    """Builds a fusion (rng, Frames [B, T]) -> Frames [B, T'] from its specification.
+    """Builds the fusion that a specification describes: (rng, Frames [B, T]) -> Frames [B, T'].
 
-    `spec` is a dict such as `config.fusion.face.train`. It contains `name`, a key of FUSIONS, and
-    keyword arguments of that fusion. It may contain arguments of `filter_frames`, which is applied
-    first. It may also contain `kept_share`: the share of the fused frames to keep at the end, the
-    frames of best quality. `rng` is a PRNG key, or None in evaluation. The fusion `random` needs a
-    key.
+    `rng` is a PRNG key, or None in evaluation. The fusion `random` needs a key.
+
+    Args:
+      spec: a dict such as `config.fusion.face.train`: `name`, a key of FUSIONS, and options of this
+        fusion. Options of `filter_frames` filter the frames before the fusion. `kept_share` is the
+        share of the fused frames to keep, the highest quality first.
     """
     if not isinstance(spec, Mapping):
         raise UserError(f"{str(spec)[:50]!r} is not a dict such as {{'name': 'all'}}")
@@ -535,11 +544,11 @@ REQUIRED = inspect.Parameter.empty  # instead of the default of an option that h
 def check_options(
     what: str, known: Mapping[str, Any], options: Mapping[str, Any], more: str = ""
 ) -> None:
-    """Raises UserError if `options` has an unknown option, or lacks a required one.
+    """Raises UserError if an option is unknown or missing, or is not a bool although it must be.
 
-    It also raises UserError if an option that is True or False has another value. For example, the
-    text "False" would count as True. `known` is option -> default, or REQUIRED. `what` begins the
-    message, such as `fusion 'top'`. `more` ends the message about an unknown option.
+    `known` is option -> default, or REQUIRED if there is no default. If a default is True or False,
+    the value must be True or False. The message begins with `what`, such as `fusion 'top'`. A
+    message about an unknown option ends with `more`.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
@@ -551,22 +560,24 @@ def check_options(
             f"{what} needs {', '.join(missing)}\nadd each missing option to the configuration"
         )
     for name, value in options.items():
+        # The text "False" would count as True.
         if isinstance(known[name], bool) and not isinstance(value, bool):
             raise UserError(f"{what}: {name}={value!r}: must be True or False")
 
 
 def list_options(function: Callable) -> dict[str, Any]:
-    """Returns the keyword-only parameters of a function: name -> the default, or REQUIRED."""
+    """Returns the keyword-only parameters of a function, name -> default (or REQUIRED)."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws S frames for each fused frame, with probabilities proportional to `weights` [B, T].
+    """Draws the S frames of each fused frame. Returns S arrays [B, T'] int32 of frame indices.
 
-    `uniforms` [B, T', S] float32 are random numbers in [0, 1), a number for each draw. Without
-    `replacement`, a fused frame repeats a frame only after all frames with a weight above 0 are
-    drawn. Returns S arrays [B, T'] int32 of frame indices.
+    Args:
+      weights: [B, T], relative probabilities of the frames.
+      uniforms: [B, T', S] float32, a random number in [0, 1) for each draw.
+      replacement: if False, a fused frame repeats a frame only after all frames of positive weight.
     """
     # The weights become whole numbers up to _LEVELS. In float32 the sum over up to 4096 frames is
     # exact, so draws depend neither on padding nor on the number of devices.
@@ -605,20 +616,21 @@ def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Arr
 def _fuse(
     frames: Frames,
     picks: Sequence[Array],
-    slots: Sequence[Array],
+    is_used: Sequence[Array],
     weights: Sequence[Array],
     mask: Array,
 ) -> Frames:
-    """Computes T' fused frames of each clip, each the weighted mean of at most S picked frames.
+    """Computes fused frames, each the weighted mean of some frames of a clip.
 
-    The S `picks` are frame indices [B, T'] int32, with `weights` [B, T'] float32 of 0 or more. The
-    `slots` [B, T'] are False for picks that do not count. The first pick always counts. A fused
-    frame has float32 features, the frame number of the first pick, and `mask` [B, T'].
+    Each of the arguments `picks` (indices of frames), `is_used` (False for picks to ignore) and
+    `weights` is a sequence of S arrays [B, T'], one for each frame in a mean. The first pick is
+    always used, and gives the `number` of the fused frame. Returns Frames [B, T'] with float32
+    features and the given `mask`.
     """
-    weights = [jnp.where(s, w, 0.0) for s, w in zip(slots, weights, strict=True)]
+    weights = [jnp.where(used, w, 0.0) for used, w in zip(is_used, weights, strict=True)]
     # All picked frames may have weight 0 while other frames of the clip have positive weights.
     weightless = sum(weights) <= 0
-    weights = [jnp.where(weightless, s, w) for s, w in zip(slots, weights, strict=True)]
+    weights = [jnp.where(weightless, used, w) for used, w in zip(is_used, weights, strict=True)]
     total = sum(weights)
     has_frame = jnp.any(frames.mask, axis=1)[:, None]
     weights = [jnp.where(has_frame, w / total, 0.0) for w in weights]
@@ -643,7 +655,7 @@ def _fuse(
 
 
 def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
-    """Returns the cumulative probabilities of fusing 1, 2, ... frames, float32 [length]."""
+    """Returns the cumulative probabilities of fusing 1, 2, ... frames, [length] float32."""
     try:
         weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
     except (ValueError, TypeError):
@@ -660,7 +672,7 @@ def _widen_dtype(values: Array) -> jnp.dtype:
 
 
 def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
-    """Returns the t-th frame of every clip, [B] or [B, D], or all frames if `t` is None."""
+    """Returns the t-th frame of every clip, [B] or [B, D]. If `t` is None, returns all frames."""
     if t is None:
         return read(values)
     if isinstance(values, LazyFeatures):

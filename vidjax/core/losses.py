@@ -22,10 +22,11 @@ from vidjax.utils.errors import UserError, check_entry
 def softmax_cross_entropy(
     logits: Array, labels: Array, class_mask: Array | None = None, *, label_smoothing: float = 0.0
 ) -> Array:
-    """Computes the cross-entropy of the softmax over the class columns.
+    """Computes the cross-entropy of the softmax over the classes.
 
     Args:
-      logits, labels: [..., K] float, and [...] int32 class columns.
+      logits: [..., K] float, a column for each class.
+      labels: [...] int32, the column of the right class.
       class_mask: [K] bool, True for columns that take part. None means all columns.
       label_smoothing: share of the target, in [0, 1), that is spread evenly over all columns that
         take part, including the column of the label.
@@ -33,8 +34,7 @@ def softmax_cross_entropy(
     Returns:
       [...] float, in nats.
 
-    Source: optax. Label smoothing: Szegedy et al., Rethinking the Inception Architecture, section
-    7. Unlike `optax.losses.softmax_cross_entropy`, this needs no target for every class.
+    Source: optax. Label smoothing: Szegedy et al., Rethinking the Inception Architecture, sec. 7.
     """
     where = None if class_mask is None else jnp.broadcast_to(class_mask, logits.shape)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels, where=where)
@@ -50,21 +50,20 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     Args:
       logits: [..., K] float, scale x cosine(angle).
       labels: [...] int32, class columns.
-      margin: angle m in radians, from 0 to pi/2. With 0 the logits are returned unchanged.
-      scale: factor on the cosines, above 0. A scale that the model learns is an array that
+      margin: angle m in radians, from 0 to pi/2. With 0, the logits are returned unchanged.
+      scale: factor on the cosines, above 0: a number, or a learned scale as an array that
         broadcasts to [...].
 
     Returns:
-      [..., K], at least float32. The column of the label becomes scale x cos(angle + m). For angles
-        above pi - m this cosine would increase again. There the column becomes
-        scale x (cos(angle) - m sin(m)). Other columns are unchanged.
+      Logits [..., K], at least float32. In the column of the label, they are scale x cos(angle +
+        m). Above pi - m, this cosine would increase again. For such an angle, the logit is scale x
+        (cos(angle) - m sin(m)). Other columns are unchanged.
 
     Raises:
       UserError: `margin` or `scale` is out of range.
 
     Source: Deng et al., ArcFace, equation 3. The formula for angles above pi - m is from the
-    authors' code. At cosines of 1 and -1, the derivative of the sine is infinite. Unlike that code,
-    this function replaces the infinite derivative by 0.
+    authors' code. Unlike that code, this function has finite derivatives at cosines of 1 and -1.
     """
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale cannot be checked here
     if not 0 <= margin <= np.pi / 2:
@@ -88,16 +87,15 @@ def cosine_margin(logits: Array, labels: Array, *, margin: float, scale: float |
     """Subtracts a margin from the cosine between the embedding and the direction of the label.
 
     Args:
-      logits: [..., K] float, scale x cosine. Unlike `angular_margin`, this margin allows cosines
-        beyond 1, as dropout on unit vectors makes them.
+      logits: [..., K] float, scale x cosine. Cosines may exceed 1, for example after dropout.
       labels: [...] int32, class columns.
       margin: m, 0 or more.
-      scale: factor on the cosines. A scale that the model learns is an array that broadcasts to
+      scale: factor on the cosines: a number, or a learned scale as an array that broadcasts to
         [...].
 
     Returns:
-      [..., K], at least float32. The column of the label becomes scale x (cosine - m). Other
-        columns are unchanged.
+      Logits [..., K], at least float32. In the column of the label, they are scale x (cosine - m).
+        Other columns are unchanged.
 
     Source: Wang et al., CosFace, equation 4.
     """
@@ -121,10 +119,10 @@ def binary_focal(
         the sum of -p^gamma log(1 - p) over the other columns.
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha, summed over
-    all columns as in quality fusion (4th place 2019). `optax.losses.sigmoid_focal_loss` has the
-    same terms, but a step with it takes two to four times as long. Here no one-hot target is built:
-    the negative term is summed over all columns and then corrected in the column of the label.
+    all columns as in quality fusion (4th place 2019).
     """
+    # A step with `optax.losses.sigmoid_focal_loss` takes two to four times as long. Here no one-hot
+    # target is built: the sum over all columns is corrected in the column of the label.
     label_logit = select_at_label(logits, labels)
     positive = focal_negative(-label_logit, gamma)  # 1 - sigmoid(x) is sigmoid(-x)
     not_label = focal_negative(label_logit, gamma)
@@ -139,13 +137,12 @@ def multiclass_focal(
 ) -> Array:
     """Computes the focal loss of the softmax, (1 - p)^gamma x cross-entropy.
 
+    p is the probability of the label. Returns [...] float.
+
     Args:
       logits, labels: [..., K] float, and [...] int32 class columns.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
       class_mask: [K] bool, True for columns that take part. None means all columns.
-
-    Returns:
-      [...] float, where p is the probability of the label.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:
@@ -164,19 +161,17 @@ def batch_focal(
 ) -> Array:
     """Computes a focal loss, (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
-    -log p is the weighted mean of all cross-entropies in the batch. If a model computes G sets of
-    logits for each of B examples, each of the G sets has a separate p.
+    -log p is the weighted mean of all cross-entropies in the batch. If a model has G branches (sets
+    of logits for each example), each branch has a separate p. Returns the loss of each label,
+    [...].
 
     Args:
-      logits, labels: [..., K] float, and [...] int32 class columns. If there are G sets, the first
-        axis has B G rows: the G rows of an example are neighbours.
+      logits, labels: [..., K] float, and [...] int32 class columns. For G branches, the first axis
+        has B G rows, where the G rows of an example are neighbours.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
       class_mask: [K] bool, True for columns that take part. None means all columns.
-      counted: [B, G] float, weight of each cross-entropy in the mean. None means a single set with
-        equal weights.
-
-    Returns:
-      The loss of each label, [...] float.
+      counted: [B, G] float, weight of each cross-entropy in the mean. None means a single branch
+        with equal weights.
 
     Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
     factor from the mean.
@@ -216,10 +211,9 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective, a function that computes the loss of each example.
 
-    The loss of an example is the sum of `ModelOutput.train_weight` x loss over the branches of the
-    model. If `spec["mean_over"]` is `branches`, the loss of a branch is averaged over only the
-    examples that the branch learns from. For this, each `train_weight` is divided by the share of
-    these examples in the weights of all examples. For the arguments see `make_loss`.
+    The loss of an example is the sum of `ModelOutput.train_weight` x loss over the branches (sets
+    of logits) of the model. If `spec["mean_over"]` is `branches`, the loss of a branch is averaged
+    over only the examples that train it. For the arguments, see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -236,6 +230,7 @@ def make_objective(
         counted = train_weight * weight[:, None]
         per_branch = loss_fn(rows, repeated, step, scale, counted).reshape(logits.shape[:2])
         if spec["mean_over"] == "branches":
+            # The training step averages over all examples. Dividing by the share corrects that.
             share = jnp.sum(counted, axis=0) / jnp.maximum(jnp.sum(weight), 1e-6)  # [G]
             train_weight = train_weight / jnp.maximum(share, 1e-6)
         return jnp.sum(per_branch * train_weight, axis=1)
@@ -244,7 +239,7 @@ def make_objective(
 
 
 def _check_loss(name: str, value: object, labels: Array) -> Array:
-    """Returns `value`. Raises UserError unless it is an array with a float for each label."""
+    """Raises UserError if `value` is not an array with a float for each label. Returns `value`."""
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jnp.floating) and value.shape == labels.shape:
             return value
@@ -260,21 +255,21 @@ def _check_loss(name: str, value: object, labels: Array) -> Array:
 def make_loss(
     spec: Mapping[str, Any], class_mask: Array | None, steps_per_epoch: float, *, logit_scale: float
 ) -> Callable[..., Array]:
-    """Builds the loss of logits, w x focal + (1 - w) x classification, with a schedule for w.
+    """Builds the loss w x focal + (1 - w) x classification, with a schedule for w.
 
     Args:
-      spec: the fields of `config.loss`: `classification` and `focal`, names in CLASSIFICATION;
-        `schedule`, pairs (epoch, w); `margin_type`, a name in MARGINS; `margin`, the size of the
-        margin, 0 unless logits are cosines; options of the losses. A loss without the option
-        `margin` gets logits with margin.
+      spec: these fields of `config.loss`, and the options of the losses:
+        classification, focal: keys of CLASSIFICATION.
+        schedule: pairs (epoch, w), see `optim.make_piecewise`.
+        margin_type, margin: key of MARGINS, and size of the margin; 0 if logits are not cosines.
       class_mask: [K] bool, True for columns that take part. None means all columns.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model, or 1 if its logits are not cosines.
 
     Returns:
       Function (logits [..., K], labels [...] int32, step [] int32, scale, counted) -> loss [...]
-        float. The step may be traced. `scale` is a learned scale that broadcasts to [...] and
-        replaces `logit_scale`, or None. For `counted` see `batch_focal`.
+        float. The step may be traced. If `scale` is not None, it is a learned scale that broadcasts
+        to [...] and replaces `logit_scale`. For `counted`, see `batch_focal`.
     """
     check_entry("config.loss.classification", spec["classification"], CLASSIFICATION)
     check_entry("config.loss.focal", spec["focal"], CLASSIFICATION)
@@ -331,13 +326,13 @@ def make_loss(
 
 
 def is_label(labels: Array, num_classes: int) -> Array:
-    """Returns [..., K] bool, True in the column of each label; labels are [...] int32."""
+    """Returns [..., K] bool, True in the column of each label. Labels are [...] int32."""
     return jnp.arange(num_classes) == labels[..., None]
 
 
 @jax.custom_jvp
 def select_at_label(values: Array, labels: Array) -> Array:
-    """Selects the values [..., K] in the columns of the labels [...] int32. Returns [...]."""
+    """Selects the columns of the labels [...] int32 from `values` [..., K]. Returns [...]."""
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
 
 
@@ -352,11 +347,12 @@ def _select_at_label_jvp(
 
 
 def is_argmax(scores: Array, column: Array) -> Array:
-    """Computes `argmax(scores, axis=1) == column`, 9 times faster than `argmax` on a CPU.
+    """Returns [B] bool, True where `argmax(scores, axis=1) == column`.
 
-    Scores are [B, K] float, and the column is [B] int32. Of equal scores the first column is best.
-    A row with NaN has no best column.
+    Scores are [B, K] float, and the column is [B] int32. Of equal scores, the first column counts
+    as the highest. The result is False for a row with NaN.
     """
+    # On a CPU this is 9 times faster than `argmax`.
     value = jnp.take_along_axis(scores, column[:, None], axis=-1)
     is_earlier = jnp.arange(scores.shape[-1]) < column[:, None]
     # A comparison with NaN is never true.
@@ -365,30 +361,27 @@ def is_argmax(scores: Array, column: Array) -> Array:
 
 
 def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
-    """Replaces logits [..., K] by values [...] in the columns of the labels [...] int32."""
+    """Replaces the logits [..., K] in the columns of the labels [...] int32 by `values` [...]."""
     return jnp.where(is_label(labels, logits.shape[-1]), values[..., None], logits)
 
 
 def mask_logits(logits: Array, class_mask: Array | None) -> Array:
-    """Replaces logits [..., K] by a very low number where `class_mask` [K] bool is False.
-
-    The number is so low that its column adds 0 to a loss. It is finite, because infinite logits
-    have NaN derivatives.
-    """
+    """Replaces logits [..., K] by a very low number where `class_mask` [K] bool is False."""
     if class_mask is None:
         return logits
+    # The column adds 0 to a loss. An infinite logit would have NaN derivatives.
     return jnp.where(jnp.asarray(class_mask), logits, jnp.finfo(logits.dtype).min / 2)
 
 
 def log_softmax(logits: Array, class_mask: Array) -> Array:
     """Computes the logarithm of the softmax of logits [..., K], precisely near probability 1.
 
-    The softmax is taken over the columns where `class_mask` [K] bool is True. In other columns the
-    result may exceed 0. The result for the best column is log_sigmoid(lead), where the lead is the
-    logit minus the logsumexp of all other logits. In float32 this keeps all digits up to a lead of
-    87 nats. The usual formula rounds to 0 above 17 nats, so clips with different certainty would
-    tie.
+    The softmax is taken over the columns where `class_mask` [K] bool is True. In other columns, the
+    result may exceed 0.
     """
+    # The result for the best column is log_sigmoid(lead), where the lead is the logit minus the
+    # logsumexp of all other logits. In float32 this keeps all digits up to a lead of 87 nats. The
+    # usual formula rounds to 0 above 17 nats, so clips with different certainty would tie.
     trained = jnp.where(class_mask, logits, -jnp.inf)
     best = jnp.max(trained, axis=-1, keepdims=True)
     column = jnp.arange(logits.shape[-1])

@@ -22,7 +22,7 @@ LEVEL = 0.95  # the confidence level of all intervals
 
 
 def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Computes the AP of every identity: the sum of precisions at hits, divided by `positives`.
+    """Computes the average precision of each identity: sum of precisions at hits / `positives`.
 
     Args:
       hits: [C, k] bool, True where the clip at that rank shows the identity; best rank first.
@@ -43,14 +43,14 @@ def average_precision(hits: np.ndarray, positives: np.ndarray) -> np.ndarray:
 def mean_average_precision(
     index: ArrayLike, labels: ArrayLike, positives: ArrayLike, num_others: int = 0
 ) -> float:
-    """Computes MAP over the identities that have positives, in float64.
+    """Computes MAP, the mean of the average precision over the identities that have clips.
 
     Args:
       index: [C, k] int, the clips that are ranked for every identity, best first. A number outside
         0..N-1 marks a rank without a clip.
-      labels: [N] int, the class column of every clip: 1..C, or 0 for a distractor.
-      positives: [C] int, number of clips that show the identity. Identities with 0 are left out,
-        but at least one must have a clip.
+      labels: [N] int, the identity that each clip shows: 1..C, or 0 for none.
+      positives: [C] int, number of clips that show the identity. Identities with 0 are left out. At
+        least one number must be above 0.
       num_others: number of further identities in the ground truth, each with an AP of 0.
 
     Returns:
@@ -88,28 +88,28 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 class IdentificationErrors(NamedTuple):
-    """The errors of open-set identification at a threshold."""
+    """The errors of open-set identification at a threshold. Distractors show unknown people."""
 
     threshold: float  # a clip is identified if its best score is at least this score
-    fpir: float  # false-positive identification rate, the share of distractors that are identified
-    # False-negative identification rate, the share of known clips without the right name.
-    fnir: float
+    fpir: float  # false-positive identification rate, the share of distractors that get a name
+    fnir: float  # false-negative identification rate, share of known clips without the right name
 
 
 def identification_errors(
     scores: ArrayLike, correct: ArrayLike, known: ArrayLike, *, fpir: float
 ) -> IdentificationErrors | None:
-    """Computes the errors at the lowest threshold whose FPIR on new clips is within a limit.
+    """Computes the errors at the lowest threshold that keeps the FPIR on new clips within a limit.
 
     Args:
-      scores: [N] float below inf, best identity scores; -inf and NaN are never identified.
+      scores: [N] float below inf, score of the best identity for each clip. -inf and NaN are never
+        identified.
       correct: [N] bool, True where the best identity is right.
-      known: [N] bool, False for distractors.
-      fpir: the limit, a share of the distractors from 0 to 1.
+      known: [N] bool, False for distractors (clips of unknown people).
+      fpir: the limit from 0 to 1: the largest share of new distractors that may get a name.
 
     Returns:
-      The errors, or None if no clip is known or there are too few distractors for the limit. The
-        threshold has the precision of the scores.
+      The errors. The threshold has the precision of the scores. If no clip is known, or if there
+        are too few distractors for the limit, returns None.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
@@ -132,9 +132,10 @@ def identification_errors(
 def count_allowed(num_distractors: int, fpir: float) -> int:
     """Returns how many of S = `num_distractors` distractors may reach a threshold.
 
-    If r distractors reach it, a new distractor does so with probability (r + 1) / (S + 1), on
-    average over all samples of S distractors. The result is the largest r for which this
-    probability is at most `fpir`, a share from 0 to 1. It is -1 if S is too small for any r.
+    A distractor is a clip of an unknown person. If r distractors reach the threshold, a new
+    distractor reaches it with probability (r + 1) / (S + 1), on average over all samples. The
+    result is the largest r for which this probability is at most `fpir`. If S is too small for any
+    r, the result is -1.
     """
     # In floating point 1 - 0.9 is slightly less than 0.1, but means the same rate.
     most = fpir * (1 + 1e-9)
@@ -144,8 +145,8 @@ def count_allowed(num_distractors: int, fpir: float) -> int:
 def find_threshold(distractors: np.ndarray, *, fpir: float) -> float | None:
     """Returns the lowest threshold that a new distractor reaches with probability `fpir` at most.
 
-    `distractors` [S] are the best scores of distractors, without NaN. The threshold has the
-    precision of their dtype. Returns None if S is too small, see `count_allowed`.
+    `distractors` [S] are the best scores of clips of unknown people, without NaN. The threshold has
+    the precision of their dtype. If there are too few distractors for `fpir`, returns None.
     """
     ordered = np.sort(distractors)[::-1]  # best first
     if (allowed := count_allowed(len(ordered), fpir)) < 0:
@@ -155,14 +156,14 @@ def find_threshold(distractors: np.ndarray, *, fpir: float) -> float | None:
 
 
 def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]:
-    """Returns the 95 % confidence interval (low, high) of FPIR on new distractors.
+    """Returns the 95 % confidence interval (low, high) of the false-positive identification rate.
 
-    Of S = `num_distractors` distractors, r = `num_passing` reach the threshold, which was set just
-    above the best score of the other S - r distractors. So FPIR on new distractors is distributed
-    as Beta(r + 1, S - r).
+    `num_passing` of `num_distractors` distractors (clips of unknown people) reach the threshold.
+    The threshold was set just above the best score of the other distractors.
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """
+    # The rate on new distractors is distributed as Beta(r + 1, S - r), where r of S pass.
     counts = np.arange(num_passing + 1)
     steps = np.log((num_distractors + 1 - counts[1:]) / counts[1:])
     coefficients = np.concatenate([[0.0], np.cumsum(steps)])  # logs of binomial coefficients
@@ -199,21 +200,21 @@ class ClipScores(NamedTuple):
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
-    """Returns the share of clips with `labels` [N] int above 0 whose best identity is right."""
+    """Returns the share of known clips (`labels` [N] int above 0) whose best identity is right."""
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Returns the AUROC of labelled clips against distractors. For the arguments see `top1`."""
+    """Returns the AUROC of known clips against distractors. For the arguments, see `top1`."""
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
     """Returns the `threshold` for an FPIR of at most `fpir`, or the `fnir` at this threshold.
 
-    `value` is `threshold` or `fnir`. If the scores are logarithms, so is the threshold. Returns
-    None where `identification_errors` returns None.
+    `value` selects `threshold` or `fnir`, see `IdentificationErrors`. If `identification_errors`
+    returns None, this function returns None.
     """
     pool = clips.pool
     known = labels[pool] > 0
@@ -262,7 +263,7 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, float | None]:
-    """Computes all `CLIP_METRICS` as numbers of Python; `labels` are [N] int, class columns."""
+    """Computes all CLIP_METRICS, key -> number or None. `labels` [N] int are class columns."""
     values = {}
     for name, metric in CLIP_METRICS.items():
         value = metric.fn(clips, labels)
@@ -276,7 +277,7 @@ def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, flo
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics with `log=True` from `results`, without values of None."""
+    """Selects MAP and the metrics with `log=True` from the results, without values of None."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

@@ -20,8 +20,8 @@ def make_piecewise(
     """Builds a piecewise linear function of the epoch: [...] -> [...] float32, also under jit.
 
     `points` are finite (epoch, value) pairs with increasing epochs and values of 0 or more. Two
-    pairs with equal epochs are a jump; at that epoch the second value holds. The function is
-    constant before the first pair and after the last pair. Errors begin with `name`.
+    pairs with equal epochs make a jump. At that epoch, the second value counts. The function is
+    constant before the first pair and after the last pair. Messages of errors begin with `name`.
     """
     try:
         table = np.asarray(points, np.float32)
@@ -45,7 +45,7 @@ def make_piecewise(
 
 
 class Warmup(NamedTuple):
-    """The warm-up of the learning rate and the length of the run, which all decays need."""
+    """The linear warm-up of the learning rate, and the length of the run."""
 
     peak: float  # learning rate after the warm-up
     start: float  # learning rate at the first step of the warm-up
@@ -54,7 +54,7 @@ class Warmup(NamedTuple):
     steps_per_epoch: float  # optimiser steps per epoch; may be a fraction
 
     def multiply(self, scale: optax.Schedule) -> optax.Schedule:
-        """Returns a schedule: the warm-up, then the peak. Each rate is multiplied by `scale`."""
+        """Returns a schedule: the warm-up, then the peak. Rates are multiplied by `scale(step)`."""
         rate = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
             rate = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
@@ -64,7 +64,7 @@ class Warmup(NamedTuple):
 def cosine(ramp: Warmup, *, final_scale: float) -> optax.Schedule:
     """Returns a schedule with a cosine decay from the end of the warm-up to the end of the run.
 
-    `final_scale` is the rate at the end relative to the peak.
+    `final_scale` is the rate at the end, divided by the peak.
     """
     if ramp.warmup_steps < 1:
         return optax.cosine_decay_schedule(ramp.peak, max(ramp.total_steps, 1), final_scale)
@@ -85,7 +85,7 @@ def constant(ramp: Warmup) -> optax.Schedule:
 def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
     """Returns a schedule that multiplies the rate by `decay_factor` every `decay_every_epochs`.
 
-    Epochs are counted from the first step. Both numbers are above 0; the epochs may be a fraction.
+    Epochs are counted from the first step. `decay_every_epochs` may be a fraction.
     """
     width = decay_every_epochs * ramp.steps_per_epoch  # width of a stair in steps
     num_stairs = math.ceil(ramp.total_steps / width) + 1
@@ -129,10 +129,11 @@ def make_schedule(
     """Builds a learning-rate schedule: a linear warm-up, then a decay.
 
     Args:
-      spec: the options of the decay, and these fields of `config.optim`:
-        learning_rate, warmup: peak of the rate, and share of all steps in the warm-up.
-        warmup_scale: rate at the first step relative to the peak, at most 1. 0 means
-          1 / (number of warm-up steps), because a rate of 0 would waste the first step.
+      spec: these fields of `config.optim`, and the options of the decay:
+        learning_rate: peak of the rate.
+        warmup: share of all steps in the warm-up.
+        warmup_scale: rate at the first step, divided by the peak. 0 means 1 / (number of warm-up
+          steps).
         decay: a key of DECAYS.
       total_steps: steps of the whole run, including the warm-up.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
@@ -145,6 +146,7 @@ def make_schedule(
     check_entry("config.optim.decay", decay, DECAYS)
     # In floating point 100 x 0.07 is slightly more than 7.
     warmup_steps = min(math.ceil(total_steps * warmup * (1 - 1e-12)), total_steps - 1)
+    # A rate of 0 would waste the first step.
     start = learning_rate * warmup_scale if warmup_scale else learning_rate / max(warmup_steps, 1)
     ramp = Warmup(learning_rate, start, warmup_steps, total_steps, steps_per_epoch)
     return DECAYS[decay](ramp, **select_options(DECAYS[decay], spec))
@@ -169,14 +171,14 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 class RestartState(NamedTuple):
-    """The state of an optimiser that `restart_before` resets, and the number of updates so far."""
+    """The state of an optimiser made by `restart_before`."""
 
-    state: optax.OptState
-    updates: Array
+    state: optax.OptState  # of the original optimiser
+    updates: Array  # [] int32, number of updates so far
 
 
 def restart_before(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
-    """Returns `tx` with a state that is reset before the update number `step`, counted from 0."""
+    """Returns `tx` with a state that is reset before update number `step`, counted from 0."""
 
     def init(params: optax.Params) -> RestartState:
         return RestartState(tx.init(params), jnp.int32(0))
@@ -198,27 +200,28 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Builds an optimiser and its learning-rate schedule.
 
-    There are two weight decays. Both apply only to matrices, unless `decay_all` is set. (Unlike
-    torch.optim, biases and normalisation parameters do not decay by default.)
+    There are two weight decays. By default, both apply only to matrices, not to biases and
+    normalisation parameters.
 
     - `total_decay` is decoupled from the gradient. It is the decay over the whole run: the usual
       decoupled weight decay times the sum of all learning rates. If gradients are 0, a matrix
-      shrinks to about exp(-total_decay) of its size, for any learning rate. With few steps it
-      shrinks to less: each step subtracts a share of the matrix.
+      shrinks to about exp(-total_decay) of its size, for any learning rate. With few steps, it
+      shrinks more.
     - `weight_decay` is the L2 penalty of published recipes. As in torch.optim, weight_decay x
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 
     Args:
-      spec: the fields of `config.optim`: `name`, a key of OPTIMIZERS, and its options; the two
-        weight decays; `clip_norm`, the largest global norm of the gradient (0: no limit);
-        `decay_all`; `restart_epoch`, the epoch at which the momentum or the moments are reset to 0
-        (0: never); the fields that `make_schedule` reads.
+      spec: these fields of `config.optim`, and the fields that `make_schedule` reads:
+        name: a key of OPTIMIZERS. `spec` also contains the options of this optimiser.
+        total_decay, weight_decay: see above.
+        decay_all: True to decay all parameters, as torch.optim does.
+        clip_norm: largest global norm of the gradient; 0 means no limit.
+        restart_epoch: epoch at which the momentum or the moments are reset to 0; 0 means never.
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate` (the
-        rate would be applied twice); or `total_decay` is set, and the sum of all learning rates is
-        not above 0 and finite.
+      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate`; or
+        `total_decay` is set, and the sum of all learning rates is not above 0 and finite.
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]

@@ -30,30 +30,27 @@ ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 
 
 class TrainingClips(NamedTuple):
-    """The N training clips of a run, as `Identifier.prepare` receives them.
-
-    `values(modality, value_of, wanted)` returns the values of `value_of` for the n clips for which
-    `wanted` [N] bool is True, as an array [n, ...]. The function `value_of` maps all frames of B
-    clips in the modality, Frames [B, T], to an array [B, ...].
-    """
+    """The N training clips of a run, as `Identifier.prepare` receives them."""
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
     used: np.ndarray  # [E, N] bool, True for the clips that each member is trained on
     present: Mapping[str, np.ndarray]  # modality -> [N] bool, True for clips that have the modality
     fusions: Mapping[str, Callable[[None, Frames], Frames]]  # for evaluation, [B, T] -> [B, T']
+    # Function (modality, value_of, wanted [N] bool) that returns [n, ...], the values of `value_of`
+    # for the n wanted clips. `value_of` maps all frames of B clips, Frames [B, T], to [B, ...].
     values: Callable[[str, Callable[[Frames], Array], np.ndarray], np.ndarray]
     seed: int
     print_message: Callable[[str], None]  # prints a message to the user
 
 
 class Identifier(nn.Module):
-    """A linen module that maps the fused frames of clips to logits and embeddings.
+    """A linen module that maps the frames of clips to logits and embeddings.
 
-    A plain network needs only the fields below and `__call__`. A field of type Literal accepts only
-    the values that it lists, a field of type Size or Share only values in its range, and a field
-    `modality` only known modalities. Many models have the fields `feature_scale`, a factor on the
-    raw features, and `modality_dropout_rate`, the probability that training drops a modality of a
-    clip. At least one modality stays.
+    A plain network needs only the fields below and `__call__`. If a field has the type Literal,
+    Size or Share, its value is checked. If a model has a field `modality`, it must be one of
+    `modalities`. Many models have the fields `feature_scale`, a factor on the raw features, and
+    `modality_dropout_rate`, the probability that training drops a modality of a clip. At least one
+    modality stays.
 
     Attributes:
       modalities: name -> feature width of the fused frames.
@@ -68,8 +65,8 @@ class Identifier(nn.Module):
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: name of each field that contains a model -> name of the field that lists the modalities
-        of the contained model.
+      parts: for each field that contains a model, the field that lists the modalities of this
+        model, such as {"main": "main_modalities"}.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
@@ -118,9 +115,9 @@ class Identifier(nn.Module):
 
         Args:
           frames: modality -> Frames [B, T]; modalities may differ in T.
-          clips: index, mask and labels of the clips. Rows outside `clips.mask` must not affect the
-            other rows or the batch statistics.
-          train: applies dropout (rngs `dropout` and `modality_dropout`) and updates the batch
+          clips: index, mask and labels of the clips. Rows where `clips.mask` is False must not
+            affect other rows or the batch statistics.
+          train: True to apply dropout (rngs `dropout` and `modality_dropout`) and update the batch
             statistics. Then all collections of the model except `params` are mutable.
         """
         raise NotImplementedError
@@ -128,7 +125,8 @@ class Identifier(nn.Module):
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
         """Returns attribute -> value, computed from the training clips before the first step.
 
-        Checkpoints store the values: a number, None, or a tuple with a number for each member.
+        A value is a number, None, or a tuple with a number for each member of an ensemble.
+        Checkpoints store the values.
         """
         return {}
 
@@ -136,27 +134,28 @@ class Identifier(nn.Module):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Adds the values that `prepare` computed to `spec`, unless `spec` sets them."""
+        """Adds the values that `prepare` computed to `spec`, where `spec` has no value or None."""
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Converts the collections of trained members, [E, ...], to collections for evaluation."""
+        """Converts the collections of E trained members (nets), [E, ...], for the evaluation."""
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns `ClipInfo.measure` of B clips for the evaluation, [B] float32, or None.
+        """Measures the quality of B clips for the evaluation, [B] float32, or returns None.
 
-        `frames` is modality -> Frames [B, T], before fusion and with all features.
+        The model receives the result as `ClipInfo.measure`. `frames` is modality -> Frames [B, T],
+        before fusion and with all features.
         """
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the `two_covariance.Settings` of galleries, or None if galleries use cosines."""
+        """Returns the settings of PLDA for galleries, or None if galleries use cosines."""
         return None
 
 
 def check_output(model: Identifier, output: object, num_clips: int) -> None:
-    """Raises UserError unless the output of a model for B clips has the shapes of ModelOutput."""
+    """Raises UserError if a model's output for B clips is not a ModelOutput of the right shapes."""
     name = type(model).__name__
     if not isinstance(output, ModelOutput):
         raise UserError(

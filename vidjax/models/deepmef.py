@@ -33,12 +33,11 @@ class DeepMEF(Identifier):
     1. The features of every frame of `modality` are joined with quality / 100 and the detection
        score. ChannelAttention and AttentionAggregation turn the frames into a vector.
     2. The mean frame of each other modality passes through separate dense layers.
-    3. The concatenated vectors x become x + f(x). f has two layers: D to `hidden_dim` to D.
-    4. A cosine classifier gives the logits.
+    3. The concatenated vectors x [D] become x + f(x), where f has two layers.
+    4. A cosine classifier computes the logits.
 
     Attributes:
-      modality: modality with attention over its frames. Published are `face` with attention, and
-        `scene` as the other modality.
+      modality: modality with attention over its frames, `face` in the article.
       channel_attention: features | channels | danet, a form of ChannelAttention; or none.
       channel_norm: True for BatchNorm in ChannelAttention, as published; only for `channels`.
       num_frames: number of frames T of every clip; only for `channels`.
@@ -46,23 +45,23 @@ class DeepMEF(Identifier):
       rms_norm: True to scale every frame of `modality` to a root mean square of 1.
       feature_scale: factor on the features, after `rms_norm`.
       branch_dims: widths of the dense layers of each other modality.
-      hidden_dim: width of the first layer of f.
-      layer_form: ours | published, the layers of f and of the other modalities, see below.
+      hidden_dim: width of the first layer of f. The second layer has the width D.
+      layer_form: published | ours, the layers of f and of the other modalities, see below.
       dropout_rate: dropout rate of the layers that have dropout, see below.
 
-    Layers `published`: Linear-BatchNorm-PReLU-dropout, with normal weights of Kaiming; the last
-    layer of f and of each other modality has no dropout. Layers `ours`:
-    Linear-PReLU-BatchNorm-dropout; the last layer of f is only a linear map that starts at 0, so
-    that the network starts as the cosine of aggregated features.
+    With `published`, a layer is Linear, BatchNorm, PReLU, dropout, with normal weights of Kaiming.
+    The last layer of f and of each other modality has no dropout. With `ours`, a layer is Linear,
+    PReLU, BatchNorm, dropout. The last layer of f is only a linear map that starts at 0, so f
+    starts at 0.
 
-    Source: DeepMEF (3rd place 2019). In the code, quality / 100 and detection are appended before
-    aggregation. A scene of D features passes through layers of D/4 and D/16, which are 480 and 120
-    if a sixteenth of 2048 features is hidden (article: 128 = 2048/16). The hidden layer has twice
-    the width of the aggregated face. Logits are 30 times the cosine in training. In the article,
-    quality is joined to normalised features, because the margin loss discards the magnitude of
-    features. Not published are the root mean square of 1, which brings features to the magnitude of
-    quality / 100 (the code does not scale features), masks, modality dropout, and the vector of a
-    missing modality, which is 0 even after its layers.
+    Source: DeepMEF (3rd place 2019), whose other modality is `scene`. In the code, quality / 100
+    and detection are appended before aggregation. A scene of D features passes through layers of
+    D/4 and D/16, which are 480 and 120 if a sixteenth of 2048 features is hidden (article: 128 =
+    2048/16). The hidden layer has twice the width of the aggregated face. Logits are 30 times the
+    cosine in training. In the article, quality is joined to normalised features, because the margin
+    loss discards the magnitude of features. Not published are masks, modality dropout, the vector
+    of a missing modality (0 even after its layers), and the root mean square of 1, which brings
+    features to the magnitude of quality / 100.
     """
 
     modalities: Mapping[str, int]
@@ -146,24 +145,30 @@ class DeepMEF(Identifier):
 class ChannelAttention(nn.Module):
     """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
 
-    Notation: x [T, D] are the frames of a clip; theta, phi, g and out are linear maps with a bias.
-    The map out and the factor gamma start at 0, so the block starts as the identity. With `norm`
-    (only for the form `channels`), maps have no bias, BatchNorm follows theta, phi and out, and
-    theta and phi also start at 0. Then theta and phi never change, because the gradient of each is
-    a product with the other. So all entries of the attention A stay equal, and out(A g(x)) maps the
-    mean of g(x).
+    x [T, D] are the frames of a clip, y are the new frames, and A is the attention. theta, phi, g
+    and out are linear maps with a bias. The map out and the factor gamma start at 0, so y starts as
+    x.
 
-    Form `features` (not published): the maps act on the features, D -> D/2. The attention is
-    A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2), [T, T]. The output is
-    y_t = x_t + out(sum_s A_ts g(x_s)). It works for any number of frames, in any order.
+    Form `features` (not published): the maps act on the features, D -> D/2.
 
-    Form `channels` (the code of DeepMEF): the maps act on T = `num_frames` frames, T -> T/2, and
-    treat all features alike. With A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd, [T/2, T/2],
-    the output is y = x + out(A g(x)).
+        A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2)    [T, T]
+        y_t = x_t + out(sum_s A_ts g(x_s))
 
-    Form `danet` (the code of DANet, with frames as its channels): no maps. With the energies
-    E_ts = x_t . x_s and A_ts = softmax over real frames s of max_s(E_ts) - E_ts, [T, T], the output
-    is y_t = x_t + gamma sum_s A_ts x_s. So each frame receives most from the frames least like it.
+    Form `channels` (the code of DeepMEF): the maps act on T = `num_frames` frames, T -> T/2.
+
+        A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd    [T/2, T/2]
+        y = x + out(A g(x))
+
+    Form `danet` (the code of DANet, with frames as its channels): frames unlike x_t weigh most.
+
+        E_ts = x_t . x_s
+        A_ts = softmax over real frames s of max_s(E_ts) - E_ts    [T, T]
+        y_t = x_t + gamma sum_s A_ts x_s
+
+    Attributes:
+      norm: only for `channels`. If True, maps have no bias, BatchNorm follows theta, phi and out,
+        and theta and phi start at 0. They stay 0, because the gradient of each is a product with
+        the other. So all entries of A stay equal.
 
     Source: channel attention of DANet (Fu et al., CVPR 2019; the article takes the softmax of E
     itself). DeepMEF (3rd place 2019) names it, and builds `channels` with `norm` in
@@ -178,7 +183,7 @@ class ChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool = False) -> Array:
-        """Computes the frames after attention, [B, T, D] float32, 0 on padding."""
+        """Computes the frames after attention, [B, T, D] float32. Padding becomes 0."""
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"
@@ -212,7 +217,7 @@ class ChannelAttention(nn.Module):
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mix_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
-        """Mixes the rows [B, T, D], or [B, D, T] for the form `channels`, by learned maps."""
+        """Mixes the rows of a matrix by learned maps: [B, T, D], or [B, D, T] for `channels`."""
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros
         default = TORCH_DEFAULT if self.norm else nn.linear.default_kernel_init
@@ -240,7 +245,7 @@ class ChannelAttention(nn.Module):
 class AttentionAggregation(nn.Module):
     """Pools the frames of a clip by attention with a learned query vector.
 
-    The query starts at 0, so the block starts as the mean frame.
+    The query starts at 0, so the pooled vector starts as the mean frame.
 
     Source: DeepMEF (3rd place 2019), a block of the neural aggregation network. The masks are not
     published.
@@ -250,7 +255,7 @@ class AttentionAggregation(nn.Module):
     def __call__(self, x: Array, mask: Array) -> Array:
         """Computes the sum of frames x [B, T, D], weighted by softmax_t(q . x_t): [B, D] float32.
 
-        `mask` [B, T] bool is True for real frames. The sum is 0 for clips without frames.
+        `mask` [B, T] bool is True for real frames. If a clip has none, its sum is 0. q is learned.
         """
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         query = self.param("query", nn.initializers.zeros, x.shape[-1:], x.dtype)

@@ -41,21 +41,21 @@ class DenseIdentifier(Identifier):
     """A fully connected network and a classifier, on the joined mean frames of all modalities.
 
     Attributes:
-      backbone: mlp | residual | block (ResidualBlock with twice the width of its input).
+      backbone: mlp | residual (see ResidualDenseNet) | block (see ResidualBlock).
       layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () means no
         layers.
       width, num_layers: for `residual`, width and number of the layers.
       activation: for `residual`, linear | relu | sigmoid | swish | prelu.
-      shortcut: for `residual`, add | concat | none, see ResidualDenseNet.
+      shortcut: for `residual`, add | concat | none.
       gate: for `residual`, True for a sigmoid gate after every layer.
       dropout_rate: for `residual`, dropout rate of every layer; for `block`, of its first layer.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
 
-    Source, for faces only: quality fusion (4th place 2019: `mlp`), Residual Dense Net (2nd place
-    2019: `residual`), noise classes (5th place 2018: a linear layer and the cosine head). For the
-    scene only: DeepMEF (3rd place 2019: `block` and the cosine head). Not in the papers: further
-    modalities, which are 0 for clips that lack them, and modality dropout.
+    Source: for faces only, `mlp` is from quality fusion (4th place 2019), `residual` from Residual
+    Dense Net (2nd place 2019), and a linear layer with the cosine head from noise classes (5th
+    place 2018). For the scene only, `block` with the cosine head is from DeepMEF (3rd place 2019).
+    Several modalities and modality dropout are not in the papers.
     """
 
     modalities: Mapping[str, int]
@@ -91,7 +91,7 @@ class DenseIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes logits [B, 1, 1 + C], with the output of the backbone as embedding."""
+        """Computes logits [B, 1, 1 + C]. The embedding is the output of the backbone."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         # Clips without frames must not change the batch statistics.
         has_frames = jnp.any(present, axis=1)
@@ -138,7 +138,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Computes the output of the last layer, [B, D'] float32; without layers, returns x."""
+        """Computes the output of the last layer, [B, D'] float32. Without layers, returns `x`."""
         for i, layer in enumerate(self.layers):
             x = DenseLayer(*layer, dtype=self.dtype, name=f"layer_{i}")(x, mask, train=train)
         return x
@@ -150,7 +150,7 @@ _NUM_CONNECTED = 3  # the first layers, which have shortcuts
 class ResidualDenseNet(nn.Module):
     """Dense layers of equal width, with shortcuts between the first three.
 
-    With the input x and the layers f_1, f_2, ... (including their dropout):
+    For the input x and the layers f_1, f_2, ... (including their dropout), the outputs h_i are:
 
     - `add`: h_1 = f_1(x), and h_i = h_{i-1} + f_i(h_{i-1}) for i = 2, 3;
     - `concat`: h_1 = f_1(x), h_2 = f_2([x, h_1]), h_3 = f_3([x, h_1, h_2]);
@@ -204,13 +204,13 @@ class ResidualDenseNet(nn.Module):
 class CosineIdentifier(Identifier):
     """Concatenates a weighted unit vector of each modality, and classifies by cosines.
 
-    With the mean frame x_m of modality m and learned weights a_m (1 for a single modality):
+    x_m is the mean frame of the modality m, and a_m its learned weight (1 for a single modality):
 
         e_m = unit(BatchNorm(Linear(feature_scale x_m))), or 0 for a clip without m
         z = unit([a_1 e_1; a_2 e_2; ...])
         logits = s dropout(z) . unit(W)^T with a learned s
 
-    The margin of training belongs to the loss: `config.loss.margin_type=cosine`.
+    The loss adds the margin: `config.loss.margin_type=cosine`.
 
     Attributes:
       modalities: name -> feature width, from the strongest to the weakest: the weights start at 1,
@@ -220,8 +220,8 @@ class CosineIdentifier(Identifier):
       logit_scale: initial value of s.
 
     Source: not published, but built from published parts. The scaled cosine is from CosFace (Wang
-    et al.), the linear map with BatchNorm before the unit vector from ArcFace (Deng et al., section
-    3.1). New are a unit vector per modality, the weights of modalities, masks, and a learned s.
+    et al.). The linear map with BatchNorm before the unit vector is from ArcFace (Deng et al.,
+    section 3.1). New are unit vectors and weights of modalities, masks, and a learned s.
     """
 
     modalities: Mapping[str, int]
@@ -274,9 +274,9 @@ _NO_NEIGHBOUR = -2.0
 class NeighbourIdentifier(Identifier):
     """A baseline: the logit of a class is the cosine to the nearest training clip of the class.
 
-    The vector of a clip is its mean frame in `modality`. Training stores the clips in the
-    collection `memory`: `vectors` [N, D] float32 of unit length, and `labels` [N] int32. Empty rows
-    and zero vectors are never neighbours.
+    The vector of a clip is its mean frame in `modality`. Training stores unit vectors [N, D]
+    float32 and labels [N] int32 of the N training clips in the collection `memory`. Clips without
+    frames are never neighbours.
 
     Source: k-nearest-neighbour baseline of the noise-classes system (5th place 2018). Here k = 1
     for each class.
@@ -296,7 +296,7 @@ class NeighbourIdentifier(Identifier):
         """Computes the logits [B, 1, 1 + C]: `logit_scale` x the cosine to the nearest clip.
 
         The cosine is -2 for a class without a training clip, and for a clip without a frame. The
-        embedding is the mean frame. Training stores the clips at the rows `clips.index` of
+        embedding is the mean frame. Training stores the clips in the rows `clips.index` of
         `memory`, and returns logits of 0.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)

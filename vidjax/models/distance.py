@@ -12,15 +12,13 @@ dimensions:
 The sum of the squares of n independent Gaussians of equal variance has a gamma distribution with
 the shape n / 2. The vector e has a direction that is uniform in n_different dimensions, and its
 squared length has a gamma distribution. The vectors of the population are Gaussian in these
-dimensions. So all densities are defined on the same space, and probabilities computed from their
-ratios sum to 1 for any number N of people.
+dimensions. So the probabilities of any number of people sum to 1.
 
 The N enrolled people determine m. If each has a single clip, the posterior of m has the variance
-(W + B) / N. For N = 1, the likelihood ratio of this person against a stranger is the ratio of the
-two gamma densities.
+(W + B) / N.
 
 Clips of the same day share a part of e. So the vectors of a person with k clips differ less from
-each other than the card predicts, and k clips count only as `effective_count` clips.
+each other than the card predicts, and count as fewer clips, see `effective_count`.
 
 Source: the posteriors are from Brümmer and de Villiers 2010, The speaker partitioning problem
 (two-covariance model), with a flat prior of m. The gamma densities and the counts are not from
@@ -42,27 +40,25 @@ class Distances(NamedTuple):
 
     within: float  # W, the variance of the vectors of a person, summed over the dimensions
     between: float  # B, the variance of the means of people, summed over the dimensions
-    # The shape of the gamma distribution of squared distances within a person, half of n_same.
-    same: float
-    different: float  # half of n_different, the shape for distances between two people
+    same: float  # shape of the gamma distribution of squared distances within a person
+    different: float  # shape of the same distribution for two people
 
 
 class Population(NamedTuple):
-    """The mean vector of all people, [D] float64, and the variance of its posterior."""
+    """The mean vector of all people, and the variance of its posterior."""
 
-    mean: np.ndarray
-    variance: float
+    mean: np.ndarray  # [D] float64
+    variance: float  # summed over the dimensions
 
 
 def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> Distances:
     """Computes the distributions of distances from statistics of cosines.
 
     `same` is the mean and the standard deviation of the cosine of two clips of the same person.
-    `different` is the mean and the standard deviation for clips of two people. A shape (see
-    Distances) is the squared ratio of the mean to the standard deviation of 1 - cosine. The shape
-    for the same person is limited to the shape for two people, because distances between people do
-    not spread less than distances within a person.
+    `different` is the mean and the standard deviation for clips of two people.
     """
+    # Distances between people do not spread less than distances within a person. So the shape for
+    # a person is at most the shape for two people.
     within, total = 1 - same[0], 1 - different[0]
     shapes = (within / same[1]) ** 2, (total / different[1]) ** 2
     return Distances(within, total - within, min(shapes), shapes[1])
@@ -71,12 +67,12 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
     """Computes the effective number of clips of each of K people, [K] float64.
 
-    It is the number of independent clips whose mean has the same variance as the mean of the
-    person's clips. Clips of the same day have a share r of their variance W = `distances.within` in
-    common. So the mean of k clips has the variance (r + (1 - r) / k) W. The spread of the clips
-    about their mean gives an estimate of r. `count` [K] is k, and `square` [K] is the squared
-    length of the mean of the unit vectors.
+    Clips of the same day resemble each other. So the `count` [K] clips of a person count as fewer
+    independent clips. `square` [K] is the squared length of the mean of the unit vectors.
     """
+    # k clips have a share r of their variance W in common, so their mean has the variance
+    # (r + (1 - r) / k) W, as the mean of the effective number of independent clips. The spread of
+    # the clips about their mean gives an estimate of r.
     count = np.asarray(count, np.float64)
     free = count * (1 - square) / distances.within  # (k - 1) (1 - r), on average
     unshared = np.minimum((free + PRIOR_CLIPS) / (np.maximum(count - 1, 0) + PRIOR_CLIPS), 1.0)
@@ -91,9 +87,9 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people.
 
-    The people are given in blocks of P people. `means` has the mean of the unit vectors of each
-    person, [P, D] per block. `effective` and `counts` have the effective and the real number of
-    clips, [P] per block. People without a clip are ignored.
+    The arguments have an array for each block of P people: the means of the unit vectors of each
+    person [P, D], the effective numbers of clips [P] (see `effective_count`), and the real numbers
+    of clips [P]. People without a clip are ignored.
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)
@@ -107,13 +103,13 @@ def population(
 class Posterior(NamedTuple):
     """The posterior of the mean vectors of N people, given their clips."""
 
-    # [N] position of the posterior mean between the means of all people (0) and of the clips (1).
+    # [N] place of the posterior mean between the mean of all people (0) and of the clips (1).
     share: np.ndarray
     variance: np.ndarray  # [N] variance of the posterior, summed over the dimensions
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
-    """Computes the posterior of people with `effective` [N] clips, given the population."""
+    """Computes the posterior of the mean vectors of N people with `effective` [N] clips."""
     noise = distances.within / effective
     share = distances.between / (distances.between + noise)
     return Posterior(share, share * noise + (1 - share) ** 2 * known.variance)
@@ -126,8 +122,8 @@ def person_log_density(
 
     `square` is the squared distance between the clip and the posterior mean of the person.
     `variance` is the expected value of `square` under the hypothesis. Both are float arrays that
-    broadcast. This function and `stranger_log_density` leave out the same terms, so only
-    differences between their results have a meaning.
+    broadcast. Only differences from `stranger_log_density` have a meaning, because both leave out
+    the same terms.
     """
     shape = distances.same
     square = np.maximum(square, MIN_SQUARE * distances.within)

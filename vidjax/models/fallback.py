@@ -20,35 +20,33 @@ class FallbackIdentifier(Identifier):
     """A main model, and a fallback model for clips whose main modality is missing or poor.
 
     One run trains both models: `main` on clips that have `modality`, `other` on clips that have at
-    least 1 of its modalities. Evaluation adds their scores with the weights (main, other):
+    least 1 of its modalities. Evaluation adds their scores with the weights (main, other). The
+    first row that applies counts:
 
         the clip lacks all modalities of `other`:        (1, 0)
         the clip lacks `modality`:                       (0, missing_scale)
         the measure of `modality` is below `threshold`:  (main_share, other_share)
         any other clip:                                  (1, 0)
 
-    The first row that applies counts.
-
     Attributes:
       other_modalities: modalities of the fallback model, without `modality`.
       main_modalities: modalities of the main model; () means all.
       modality: modality that decides which model scores a clip.
-      missing_scale: weight of the fallback model for clips without `modality`. It is below 1,
-        because these clips are less certain but are ranked together with all other clips.
+      missing_scale: weight of the fallback model for clips without `modality`.
       measure: norm (mean length of the feature vectors) | quality (mean quality), over all raw
         frames of the clip, before fusion and with all features.
       threshold: measure below which both models score a clip; 0 means never.
       threshold_share: share in [0, 1) of the training clips with `modality` that lie below the
-        threshold; `prepare` computes the threshold. With 0, `threshold` is used as given.
+        threshold. `prepare` computes the threshold. With 0, `threshold` is used as given.
       main_share, other_share: weights of the two models below the threshold.
 
     Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
     the scene. The article uses the fallback model for clips without a face, and both models for the
     1 % of clips of the lowest quality. The code has a `missing_scale` of 0.95, and the shares 0.2
     and 0.8 for norms below 8.867, which are 1 % of the official faces. Residual Dense Net (2nd
-    place 2019) uses only the body for clips without a face. Unlike in both systems, the threshold
-    is a quantile of the training clips, because norms differ between face networks, and a single
-    run trains both models.
+    place 2019) uses only the body for clips without a face. Unlike in both systems, a single run
+    trains both models, and the threshold is a quantile of the training clips, because norms differ
+    between face networks.
     """
 
     modalities: Mapping[str, int]
@@ -103,10 +101,10 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Returns the `threshold`. The share `threshold_share` of the training clips is below it.
+        """Returns {"threshold": t}. The share `threshold_share` of the training clips is below t.
 
         The share is of all training clips that have `self.modality`, in all folds, with or without
-        an identity. If several clips have equal measures, fewer clips may be below the threshold.
+        an identity. If several clips have equal measures, fewer clips may be below t.
         """
         if not self.threshold_share:
             return {}
@@ -128,16 +126,13 @@ class FallbackIdentifier(Identifier):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Adds the threshold to `spec`, unless `spec` sets it or has no `threshold_share`."""
+        """Adds the threshold to `spec`, if `spec` has a `threshold_share` and no threshold."""
         if not spec.get("threshold_share") or spec.get("threshold"):
             return spec
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the measure of `self.modality` of each clip, [B].
-
-        If no threshold is set, returns None.
-        """
+        """Returns the measure of `self.modality` of each clip, [B]. Without a threshold, None."""
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(
@@ -188,10 +183,7 @@ class FallbackIdentifier(Identifier):
         )
 
     def _learned_scales(self, outputs: Sequence[ModelOutput]) -> Array | None:
-        """Returns the factors on the cosines of `main` and `other`, [2].
-
-        If neither model learns its factor, returns None.
-        """
+        """Returns the cosine factors of `main` and `other`, [2], or None if both are fixed."""
         if all(output.logit_scale is None for output in outputs):
             return None
         fixed = jnp.full(1, self.logit_scale, jnp.float32)

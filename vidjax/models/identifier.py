@@ -41,7 +41,8 @@ def make_identifier(
 
     `spec` is a dict of `name`, a key of MODELS, and attributes of that model. If an attribute is
     itself a model, as in FallbackIdentifier, its value is again a specification. `modalities` is
-    name -> feature width. `num_clips` is the number of training clips, for models that store them.
+    name -> feature width. `num_classes` is the number of logits. `num_clips` is the number of
+    training clips, for models that store clips.
     """
     options = dict(spec)
     name = options.pop("name", None)
@@ -91,7 +92,7 @@ def make_identifier(
 
 
 def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # noqa: ANN401
-    """Raises UserError if the value of an option is not of the type `kind`, or out of its range."""
+    """Raises UserError if the value of an option is not of the type `kind`, or is out of range."""
     if get_origin(kind) is Literal:  # the model lists the possible values in its error
         return
     given = dict(value) if isinstance(value, Mapping) else value

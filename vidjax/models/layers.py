@@ -17,12 +17,13 @@ from vidjax.utils.errors import UserError, check_choice
 def real_frames(
     frames: Mapping[str, Frames], modalities: Mapping[str, int], batch_mask: Array
 ) -> tuple[dict[str, Frames], Array]:
-    """Selects the modalities of a model, and masks the frames of padded rows.
+    """Selects the modalities of a model, and masks the frames of padded rows (clips).
 
-    Returns modality -> Frames [B, T] in the order of `modalities`, and [B, M] bool, True where the
-    clip has a frame of the modality. Raises ValueError if a modality is missing or has a different
-    width, because linen would ignore a missing modality.
+    `modalities` is name -> feature width. `batch_mask` [B] bool is False for padded rows. Returns
+    modality -> Frames [B, T] in the order of `modalities`, and [B, M] bool, True where the clip has
+    a frame of the modality. Raises ValueError if a modality is missing or has a different width.
     """
+    # linen would ignore a missing modality.
     if missing := sorted(set(modalities) - set(frames)):
         raise ValueError(f"batch lacks modality {', '.join(missing)}; it has {', '.join(frames)}")
     for name, dim in modalities.items():
@@ -38,7 +39,7 @@ def real_frames(
 def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
     """Drops each modality in `present` [B, M] bool with probability `rate`. Returns [B, M] bool.
 
-    If all modalities of a clip would be dropped, a random modality stays.
+    If all modalities of a clip would be dropped, one of them, chosen at random, stays.
     """
     uniforms = jnp.where(present, jax.random.uniform(rng, present.shape, jnp.float32), -1.0)
     last = uniforms == jnp.max(uniforms, axis=1, keepdims=True)
@@ -48,8 +49,8 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
     """Returns the modalities that a model uses, [B, M] bool.
 
-    In training, some modalities in `present` [B, M] bool are dropped, see `drop_modalities`.
-    Otherwise the result is `present`.
+    They are the modalities in `present` [B, M] bool. In training, some of them are dropped, see
+    `drop_modalities`.
     """
     if not train or not rate:
         return present
@@ -59,9 +60,9 @@ def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, tra
 def batch_norm(x: Array, mask: Array, *, train: bool, name: str = "norm") -> Array:
     """Applies BatchNorm in float32 or wider, as the submodule `name` of the calling module.
 
-    `mask` has the leading axes of x and is True for rows that count in the batch statistics. In
-    training the running statistics in the collection `batch_stats` change, so the collection must
-    be mutable. If no row counts, the running statistics do not change.
+    `mask` is True for rows that count in the batch statistics. It has the leading axes of `x`. In
+    training, the running statistics in the collection `batch_stats` change, so the collection must
+    be mutable. If no row counts, the statistics do not change.
     """
     is_any = mask.any()
     counted = jnp.logical_or(mask, ~is_any)  # the mean of no row would be 0 / 0
@@ -97,19 +98,17 @@ class Linear(nn.Module):
 
 
 def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Computes x [B, D] @ kernel [D, K]: multiplies in `dtype`, adds in the dtype of the operands.
+    """Computes x [B, D] @ kernel [D, K]. Multiplies in `dtype`, adds in the dtype of `x`.
 
-    The operands are float32 or wider, and `dtype` is at most as wide.
+    Both matrices have the same dtype, float32 or wider. `dtype` is the same or narrower.
     """
     return _contract(x.astype(dtype), kernel.astype(dtype), 0, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Computes `matmul(x, kernel, dtype)`, with a backward pass that also multiplies in `dtype`.
-
-    Autodiff would multiply gradients in the wider dtype, which is slower on CPUs.
-    """
+    """Computes `matmul(x, kernel, dtype)`. The backward pass also multiplies in `dtype`."""
+    # Autodiff would multiply gradients in the wider dtype, which is slower on CPUs.
     return matmul(x, kernel, dtype)
 
 
@@ -130,28 +129,25 @@ trained_matmul.defvjp(_forward, _backward)
 
 
 def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """Multiplies matrices. Sums over axis 1 of `left` and `axis` of `right`, in `dtype`."""
+    """Multiplies matrices: sums over axis 1 of `left` and axis `axis` of `right`, in `dtype`."""
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)
 
 
 def transpose_in_memory(x: Array) -> Array:
-    """Returns the transpose of a matrix. On CPUs, the transpose is a copy in memory.
-
-    XLA for CPUs has no fast product that sums over the first axis of both operands.
-    """
+    """Returns the transpose of a matrix. On CPUs, the transpose is a copy in memory."""
     if jax.default_backend() != "cpu":
         return x.T
+    # XLA for CPUs has no fast product that sums over the first axis of both operands.
     return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
 
 
 class Dropout(nn.Module):
     """Sets randomly chosen inputs to 0, and scales up the other inputs.
 
-    `flax.linen.Dropout` draws 32 bits per number. On a CPU this takes up to a tenth of a training
-    step. This layer draws 8 bits if the rate is a multiple of 1/256. For other rates it draws 16
-    bits and rounds the rate to a multiple of 2**-16.
+    On a CPU, this layer is faster than `flax.linen.Dropout`, because it draws 8 random bits per
+    input, not 32. If `rate` is not a multiple of 1/256, it is rounded to a multiple of 2**-16.
     """
 
     rate: float
@@ -180,8 +176,7 @@ _SMALLEST_SQUARE = 1e-24
 def unit_vectors(x: Array) -> Array:
     """Scales vectors to length 1. Vectors shorter than 1e-12 become 0.
 
-    The result, [..., D], is float32 or wider. Values and gradients are finite; for a zero vector
-    both are 0.
+    The result, [..., D], is float32 or wider. Gradients are finite, and 0 for a zero vector.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
@@ -205,12 +200,11 @@ class DenseLayer(nn.Module):
     Attributes:
       activation: linear | relu | sigmoid | swish | prelu. PReLU has a single slope, at first 0.25
         as in PyTorch.
-      norm_first: if True, BatchNorm comes before the activation; if False, after it.
-      kernel_init: initialiser of the weights, by default Xavier-uniform.
+      norm_first: True for BatchNorm before the activation, False for BatchNorm after it.
+      kernel_init: initialiser of the weights, by default Xavier-uniform. Biases start at 0.
 
-    Source: quality fusion (4th place 2019): BatchNorm after the activation (the authors report that
-    BatchNorm before it is worse), Xavier-uniform weights, biases of 0. The masks and a BatchNorm
-    momentum of 0.9 are not in the paper.
+    Source: quality fusion (4th place 2019), whose authors report that BatchNorm before the
+    activation is worse. The masks and a BatchNorm momentum of 0.9 are not in the paper.
     """
 
     width: int
@@ -244,13 +238,16 @@ class DenseLayer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two dense layers with a shortcut: x + f(x).
+    """Two dense layers f with a shortcut: x + f(x).
 
-    f is Linear-BatchNorm-PReLU-dropout, then Linear-BatchNorm-PReLU back to the width of x. The
-    first layer has the width `hidden_dim`; 0 means twice the width of x.
+    Each layer is Linear, BatchNorm, PReLU. Dropout follows the first layer.
 
-    Source: DeepMEF (3rd place 2019), authors' code, in which all networks end with this block;
-    normal weights of Kaiming (He et al. 2015), biases of 0. We added the masks, which exclude
+    Attributes:
+      hidden_dim: width of the first layer; 0 means twice the width of x. The second layer has the
+        width of x.
+
+    Source: DeepMEF (3rd place 2019), authors' code, in which all networks end with this block.
+    Weights start as in Kaiming (He et al. 2015), biases at 0. We added the masks, which exclude
     padded rows from the batch statistics.
     """
 
@@ -269,7 +266,7 @@ class ResidualBlock(nn.Module):
 
 
 def check_head(head: Literal["cosine", "linear"], logit_scale: float) -> None:
-    """Raises UserError if the head is `linear` and the logits have a scale other than 1."""
+    """Raises UserError if the head is `linear` and `logit_scale` is not 1."""
     if head == "linear" and logit_scale != 1.0:
         raise UserError(
             f"config.model.logit_scale={logit_scale} has no effect with config.model.head=linear\n"
@@ -295,13 +292,12 @@ class Classifier(nn.Module):
 class CosineClassifier(nn.Module):
     """Computes scaled cosines between the input and a learned direction of each class.
 
-    The loss adds the margin of ArcFace, not this layer. All products are float32 or wider and at
-    full precision, because angles near 0 and pi need it.
+    The loss adds the margin of ArcFace, not this layer.
 
     Attributes:
       scale: factor on the cosines, the s of ArcFace.
-      dropout_rate: dropout rate of the unit vectors. In training it makes cosines beyond 1.
-        `losses.cosine_margin` allows them. `losses.angular_margin` does not.
+      dropout_rate: dropout rate of the unit vectors. Dropout makes cosines beyond 1. Only
+        `losses.cosine_margin` allows them.
 
     Source: Deng et al., ArcFace, equation 2. The dropout is not in the paper.
     """
@@ -320,6 +316,7 @@ class CosineClassifier(nn.Module):
         init = nn.initializers.xavier_uniform()
         kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), unit.dtype)
         directions = unit_vectors(kernel.T)  # [1 + C, D]
+        # Angles near 0 and pi need products at full precision.
         return self.scale * jnp.einsum("bd,cd->bc", unit, directions, precision="highest")
 
 
@@ -329,11 +326,11 @@ class NetVLAD(nn.Module):
     Attributes:
       num_clusters: number of clusters, K.
       reduce: `sum`, as published, adds the frames. `mean` (not in the paper) divides the sum by the
-        number of real frames, so that the scale does not depend on this number.
-      norms: a tuple of `batch`, `l2`, both or none. `batch` applies BatchNorm after the linear map
-        of the frames. Without `batch`, this map has a bias. `l2` scales each descriptor, then all
-        descriptors of a clip together, to length 1. The paper uses only `batch`, the original
-        NetVLAD only `l2`.
+        number of real frames.
+      norms: a tuple of `batch` (used in the paper), `l2` (used in the original NetVLAD), both or
+        none. `batch` applies BatchNorm after the linear map of the frames. Without `batch`, this
+        map has a bias. `l2` scales each descriptor to length 1, then all descriptors of a clip
+        together.
 
     Source: iQIYI-VID paper, section 5.2 and figure 4: a fully connected layer, BatchNorm, softmax
     over the clusters, and the VLAD core. `l2`: Arandjelovic et al., NetVLAD, section 3.1. The masks
@@ -350,8 +347,8 @@ class NetVLAD(nn.Module):
         """Computes K descriptors of each clip, [B, K, D] float32, from features [B, T, D] float.
 
         Descriptor k is the sum of a_k(x_t) (x_t - c_k) over the frames x_t, where c_k is a learned
-        centre and a is the softmax of a linear map of the frame. The descriptors of a clip without
-        frames are 0. For `mask` [B, T] bool and `train`, see `batch_norm`.
+        centre and a is the softmax of a linear map of the frame. If a clip has no frames, its
+        descriptors are 0. For `mask` [B, T] bool and `train`, see `batch_norm`.
         """
         for norm in self.norms:
             check_choice("NetVLAD norm", norm, ("batch", "l2"))

@@ -31,28 +31,27 @@ class MultimodalIdentifier(Identifier):
 
     Attributes:
       modalities: name -> feature width, in the order of the feature map.
-      netvlad: modalities that NetVLAD pools; other modalities use the mean frame. A modality that
-        is not configured is ignored.
+      netvlad: modalities that NetVLAD pools; other modalities use the mean frame. Names that are
+        not in `modalities` are ignored.
       num_clusters: number of clusters of NetVLAD, K.
       netvlad_reduce, netvlad_norms: the attributes `reduce` and `norms` of `NetVLAD`.
       embed_dim: width of the vectors of the feature map, D.
-      num_face_vectors: number of vectors that `face` contributes, each by a separate linear map.
+      num_face_vectors: number of vectors of `face`, each computed by a separate linear map.
       attention: False to leave out the attention (table 3 of the paper).
       gram_dim: width in which the attention computes correlations, D~ in the paper.
       gram_scale: factor on the Gram matrix of the attention (1 in the paper).
-      gamma, train_gamma: strength of the attention, and True to learn it (not in the paper).
+      gamma: strength of the attention.
+      train_gamma: True to learn gamma (not in the paper).
       attention_form: `gram` (as published) or `two` projections, see `MultimodalAttention`.
       fill_missing: if True, as published, attention fills the vectors of a missing modality with
         gamma times a mean of the other vectors. If False (not in the paper), they stay 0.
       joined: `concat`, as published, to classify all vectors of the feature map side by side;
-        `mean` to classify the mean of the vectors that a clip has (average pooling of modalities).
+        `mean` to classify the mean of the vectors that a clip has.
       gate: True to multiply every vector of the feature map by a learned sigmoid gate.
-      unit_length: if True (not in the paper), the vector of each modality is scaled to length 1
-        before its map, and frames before NetVLAD. Then only the direction of features counts.
-      map_norm: True for LayerNorm after the maps. Then the weight of a modality in the classifier
-        does not depend on the norm of its features, which differs between modalities.
-      modality_dropout_rate: see `Identifier`. The remaining vectors are not rescaled, as in clips
-        that lack the modality.
+      unit_length: True to scale frames before NetVLAD, and the vector of each modality before its
+        map, to length 1 (not in the paper). Then only the direction of features counts.
+      map_norm: True for LayerNorm after the maps, so that the norm of features does not count.
+      modality_dropout_rate: see `Identifier`. The remaining vectors are not rescaled.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
       dropout_rate: dropout rate of the input of the classifier; with `cosine`, of its unit vectors.
@@ -106,7 +105,7 @@ class MultimodalIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes logits [B, 1, 1 + C], the feature map as embedding, and the attention."""
+        """Computes logits [B, 1, 1 + C] and the attention. The embedding is the feature map."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)
@@ -153,7 +152,7 @@ class MultimodalIdentifier(Identifier):
         return ModelOutput(logits[:, None], embedding=x.astype(param_dtype), attention=attention)
 
     def _pool(self, name: str, real: Frames, *, train: bool) -> Array:
-        """Pools the frames of a modality to a vector, [B, K D] with NetVLAD or else [B, D]."""
+        """Pools the frames of a modality to a vector, [B, K D] with NetVLAD, otherwise [B, D]."""
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         if name in self.netvlad:
             features = real.features.astype(param_dtype)
@@ -191,7 +190,7 @@ class MultimodalAttention(nn.Module):
         of the vectors that exist. If False (not in the paper), it is 0.
 
     Source: iQIYI-VID paper, equations 1-3. Here a missing vector is 0 and has no weight in the
-    softmax; the equations would give it exp(0). Without missing vectors the results are equal.
+    softmax. The equations would give it exp(0). Without missing vectors, the results are equal.
     SAGAN also projects the vectors that are summed; the form `two` does not.
     """
 

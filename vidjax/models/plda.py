@@ -1,7 +1,4 @@
-"""PLDA (probabilistic linear discriminant analysis), a model that is trained without an optimiser.
-
-The model is computed from sums over the training clips.
-"""
+"""PLDA (probabilistic linear discriminant analysis), a model that is computed from sums."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -30,14 +27,14 @@ class PLDAIdentifier(Identifier):
     The vector of a clip is the mean of its frames, scaled to length 1, minus the mean of all clips,
     and scaled to length 1 again. Training passes over the clips twice. The first pass sums the
     vectors, for the mean. The second pass sums the centred vectors. `finalise_state` computes the
-    coefficients that score clips from these sums. The fields from `within` to `centred` are the
-    fields of Settings. Each is a number, a tuple with a number for each member (net) of an
-    ensemble, or None if `prepare` fits it.
+    coefficients that score clips from these sums.
+
+    Attributes:
+      within, between, scale, unenrolled, stranger, centred: see `Settings`. Each is a number, a
+        tuple with a number for each member (net) of an ensemble, or None if `prepare` fits it.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
-    Espy-Wilson 2011. The sum over modalities and its scale are not published. A learned map of the
-    vectors (NPLDA, Ramoji et al. 2020), a scale per modality, and a prior that depends on the
-    number of clips did not help.
+    Espy-Wilson 2011. The sum over modalities and its scale are not published.
     """
 
     modalities: Mapping[str, int]
@@ -55,7 +52,7 @@ class PLDAIdentifier(Identifier):
     min_epochs: ClassVar[float] = 2.0  # the first for the centre, the second for the sums
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns a member's settings, which must all have values."""
+        """Returns the settings of an ensemble's member. If one is None, raises UserError."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -96,13 +93,13 @@ class PLDAIdentifier(Identifier):
     def _add_up(
         self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
     ) -> list[Array]:
-        """Subtracts `share` x the mean from vectors. Returns unit vectors [B, D] per modality.
+        """Computes centred unit vectors [B, D] of each modality, and optionally adds them up.
 
-        `vectors` is modality -> [B, D], with rows of length 1 or 0. If `update` is set, the vectors
-        are also added to the collection `sums`: at the first occurrence of a clip to the mean, at
-        the second to the other sums, and later not at all. A batch may contain clips of two passes,
-        and a clip more than once.
+        `vectors` is modality -> [B, D], with rows of length 1 or 0. `share` x the mean of all clips
+        is subtracted. If `update` is set, the collection `sums` changes: the first occurrence of a
+        clip counts in the mean, the second in the other sums, and later ones not at all.
         """
+        # A batch may contain clips of two passes, and a clip more than once.
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
         turn = jnp.zeros(len(clips.index), jnp.int32)
         if update:
@@ -141,9 +138,10 @@ class PLDAIdentifier(Identifier):
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
     def finalise_state(self, params: Params, model_state: ModelState) -> dict[str, Any]:
-        """Replaces the sums by the collection `solved`, with which evaluation scores clips.
+        """Computes the collection `solved` from the sums. Evaluation scores clips with `solved`.
 
-        It has `settings` and, for each modality, `centre`, `space` and `enrolled`, all [E, ...].
+        It contains `settings` and, for each modality, `centre`, `space` and `enrolled`, all
+        [E, ...].
         """
         sums = model_state["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})
@@ -170,7 +168,7 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] counts earlier occurrences."""
+    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] counts earlier uses of a clip."""
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     centre, num = part["centre"] + jnp.dot(first, x), part["num"] + jnp.sum(first)
@@ -189,7 +187,7 @@ def _add(
 
 
 def _count_occurrences(index: Array, mask: Array) -> Array:
-    """Counts, for each row of the batch, the rows above it that have the same clip, [B] int32."""
+    """Counts, for each row of the batch, the rows above it with the same clip, [B] int32."""
     key = jnp.where(mask, index, -1)
     order = jnp.argsort(key, stable=True)
     ordered = key[order]
@@ -208,7 +206,8 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
 
 
 def _stack(*parts: Array) -> Array:
-    """Stacks the array of each member, [E, ...]. Only `Enrolled.curve` needs rows of padding."""
+    """Stacks the arrays of the members, [E, ...]. Smaller arrays are padded with 0."""
+    # Only `Enrolled.curve` may differ in size.
     largest = np.max([part.shape for part in parts], axis=0)
     pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
     return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])

@@ -1,20 +1,18 @@
 """Computes logits by PLDA, and fits the settings of PLDA on held-out clips.
 
-For the fit, some clips are held out. The other clips are enrolled, that is, the model knows which
-identity they show. Some identities are strangers: none of their clips is enrolled. If there are
-several modalities, some identities are not enrolled in some of them, because enrolled people may
-lack a modality.
+For the fit, some clips are held out. The other clips are enrolled: the model learns which identity
+they show. Some identities are strangers. None of their clips is enrolled. If there are several
+modalities, some identities lack a modality, because enrolled people may lack one.
 
 `within` and `between` (see `Settings`) are chosen by MAP, the mean average precision, and by AUROC
 of known clips against strangers. The other settings maximise the probability of the right answers,
-with half of the weight on strangers, so that probabilities are calibrated. `stranger` hardly
-affects rankings. It is fitted last, with a single enrolled clip for half of the identities, because
-people who are enrolled later often have fewer clips than the training people. The prior of the
-settings weighs as much as a clip. If too few people have two clips, only the prior decides, and the
-user is informed.
+with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last,
+with a single clip for half of the identities, because people who are enrolled later often have few
+clips. The prior of the settings weighs as much as a clip. If too few people have two clips, only
+the prior decides, and the user is informed.
 
-The settings of a member are fitted only on its training clips, never on clips that it scores out of
-fold. `TaskSpec` and every checkpoint store them.
+The settings of a member are fitted only on its training clips. `TaskSpec` and every checkpoint
+store them.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and a stranger at once.
@@ -62,7 +60,7 @@ MAX_CLIPS_OF_A_PERSON = MAX_FITTED_CLIPS // FEWEST_PEOPLE  # if identities are d
 
 
 def unit_mean(frames: Frames) -> Array:
-    """Computes the mean frame of every clip [B, D], scaled to length 1; 0 without frames."""
+    """Computes the mean frame of every clip, scaled to length 1, [B, D]. Without frames it is 0."""
     return unit_vectors(fusion.mean_frame(frames).features[:, 0])
 
 
@@ -79,8 +77,7 @@ def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tupl
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     """Computes the log-likelihood ratio of each of K classes against a stranger, [B, K].
 
-    `vectors` [B, D] float are the clips. Columns of classes without an enrolled clip are 0, up to
-    rounding.
+    `vectors` [B, D] float are the clips. If a class has no enrolled clip, its ratios are about 0.
     """
     z = (vectors - space.mean) @ space.transform
     squares = (z * z) @ enrolled.curve.T  # [B, U]
@@ -91,9 +88,8 @@ def combine_modalities(ratios: Array, known: Array, present: Array, settings: Se
     """Computes the logits of clips from their log-likelihood ratios in each modality.
 
     The logit of an identity is a sum over the modalities of the clip. The term of a modality is
-    scale x ratio, or `unenrolled` if no clip of the identity has the modality. The logit of a
-    stranger, see `compute_stranger_logit`, grows with the number of identities, because among more
-    people it is more likely that someone resembles a stranger.
+    scale x ratio. If no clip of the identity has the modality, the term is `unenrolled`. The logit
+    of a stranger, see `compute_stranger_logit`, is the same for all clips.
 
     Args:
       ratios: [M, B, K] float.
@@ -114,9 +110,10 @@ def combine_modalities(ratios: Array, known: Array, present: Array, settings: Se
 def fit_member_settings(
     given: Mapping[str, float | tuple[float, ...] | None], clips: TrainingClips
 ) -> dict[str, float | tuple[float, ...]]:
-    """Fits the settings of PLDA that are None in `given`. Returns name -> number.
+    """Fits the settings of PLDA that are None in `given`. Returns name -> value.
 
-    If the numbers of the members of an ensemble differ, a value is a tuple with all numbers.
+    A value is a number. If the numbers of the members of an ensemble differ, it is a tuple with a
+    number for each member.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -171,11 +168,11 @@ def _count_repeated(labels: np.ndarray) -> int:
 
 
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Returns [N] bool, True for the clips on which settings are fitted: labels above 0.
+    """Chooses the clips on which settings are fitted, [N] bool.
 
-    If more than MAX_FITTED_CLIPS clips have such labels, only clips of random identities are True,
-    and at most MAX_CLIPS_OF_A_PERSON random clips of an identity. FEWEST_PEOPLE identities with two
-    clips or more are always among them, if there are so many.
+    If possible, all clips with labels above 0 are chosen. If there are more than MAX_FITTED_CLIPS,
+    only clips of random identities are chosen, at most MAX_CLIPS_OF_A_PERSON of each. At least
+    FEWEST_PEOPLE of these identities have two clips or more, if there are so many.
     """
     wanted = labels > 0
     if np.sum(wanted) <= MAX_FITTED_CLIPS:
@@ -204,10 +201,14 @@ def fit_settings(
 ) -> Settings:
     """Fits the settings of PLDA on held-out clips, except the settings in `given`.
 
-    `vectors` is modality -> [N, D] float of unit length, 0 for clips that lack the modality. Labels
-    are [N] int from 1 on. `enrolled` has the vectors with which clips are enrolled, if they differ
-    from the vectors that are scored. If fewer than FEWEST_PEOPLE people have two clips, nothing is
-    fitted, and the settings have typical values.
+    If fewer than FEWEST_PEOPLE people have two clips, nothing is fitted. Then the settings have
+    typical values.
+
+    Args:
+      vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
+      labels: [N] int, 1 or more.
+      given: name -> value of settings that are not fitted.
+      enrolled: like `vectors`, for the enrolment of clips. None means that `vectors` are enrolled.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
@@ -245,7 +246,7 @@ def fit_settings(
 
 
 class _Fold(NamedTuple):
-    """The clips of a fold on which settings are fitted: enrolled clips and held-out clips."""
+    """The enrolled clips and the held-out clips of a fold, on which settings are fitted."""
 
     covariances: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
@@ -264,8 +265,8 @@ def _hold_out(
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
     The remaining identities, which are random, become strangers. Modalities without an enrolled
-    clip are left out. Returns None if all are left out, or if the held-out clips show no known
-    people or no strangers.
+    clip are left out. If all are left out, or if the held-out clips show no known people or no
+    strangers, returns None.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -348,9 +349,9 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits `scale`, `unenrolled` and `stranger`, unless `given`: maximises likelihood x prior.
+    """Fits `scale`, `unenrolled` and `stranger`, unless `given`: maximises the posterior.
 
-    The numbers in `values` are the start of the fit and the mean of the prior.
+    `values` are the start of the fit and the mean of the prior.
     """
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])

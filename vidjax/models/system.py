@@ -41,13 +41,13 @@ class System(NamedTuple):
     # (logits [..., K], class_mask) -> scores [..., K]. Clips are ranked by their scores.
     score_fn: Callable[[Array, Array], Array]
     scores_are_logs: bool  # True if scores are logarithms; then their exponentials are averaged
-    # [K] bool, True for columns that take part. Column 0 is False if no clip of this column is
-    # trained on, unless the model has `scores_unknown`. Other columns are True.
+    # [K] bool, True for class columns that take part. Only column 0, "other", may be False: if no
+    # training clip has this class, and the model does not have `scores_unknown`.
     class_mask: Array
 
     @property
     def vmap_members(self) -> bool:
-        """True if `jax.vmap` trains all members together, False if they are trained in turn."""
+        """True to train all members with `jax.vmap`, False to train them in turn."""
         mapping = self.config["ensemble"]["mapping"]
         return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
 
@@ -56,9 +56,8 @@ class System(NamedTuple):
     ) -> dict[str, Frames]:
         """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
 
-        The PRNG key `rng` is None in evaluation. `hidden_chunk` [] int32 is the chunk of each
-        feature vector that is hidden from the member. It is read only if `config.ensemble.views` is
-        not 0.
+        `rng` is a PRNG key, or None in evaluation. If `config.ensemble.views` is not 0, the chunk
+        of features with the number `hidden_chunk` [] int32 is removed.
         """
         fused, spec = {}, self.config["ensemble"]
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -92,11 +91,13 @@ class System(NamedTuple):
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
         """Turns the fused frames of B clips into examples, the inputs of the model.
 
-        Usually each clip is an example. Then the frames are returned unchanged, with [B, 1] bool,
-        all True. If `frame_is_example` is set, each of the T' fused frames of a clip is an example.
-        Then the result is modality -> Frames [B T', 1], and [B, T'] bool, True for examples that
-        exist. If a modality has only 1 fused frame, the frame is repeated in every example of the
-        clip. A clip that has only such modalities is one example.
+        Returns modality -> Frames of the n examples of each clip, and [B, n] bool, True for
+        examples that exist.
+
+        Usually each clip is an example. Then n is 1, and the frames are returned unchanged. If
+        `frame_is_example` is set, each of the n fused frames of a clip is an example, and the
+        result has Frames [B n, 1]. If a modality has only 1 fused frame, the frame is repeated in
+        every example of the clip. If a clip has only such modalities, it is a single example.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -139,7 +140,7 @@ class TaskSpec(NamedTuple):
     train_other: bool  # True if training clips of column 0 have a weight above 0
     # The result of `Identifier.prepare`, or None.
     settings: Mapping[str, float | tuple[float, ...]] | None = None
-    num_places: int | None = None  # see `BatchPlan`. None means `num_clips`.
+    num_places: int | None = None  # rows of all batches of an epoch. None means `num_clips`.
 
     @property
     def layout(self) -> NoiseClassLayout | None:
@@ -155,7 +156,7 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds the system of a configuration for the given training data."""
+    """Builds the system of a configuration for training data of the sizes `task`."""
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])
@@ -206,8 +207,8 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
     """Builds the model of a configuration.
 
-    With `config.ensemble.views`, each member leaves out a chunk of the features. So the feature
-    vectors of its inputs are shorter by a chunk.
+    If `config.ensemble.views` is set, the feature widths of the model are smaller by the hidden
+    chunk.
     """
     spec = config["model"]
     if task.settings:

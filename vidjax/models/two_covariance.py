@@ -37,12 +37,13 @@ class Sums(NamedTuple):
 class Space(NamedTuple):
     """The coordinates z = (x - mean) @ transform of vectors x, in which PLDA is simple.
 
-    In these coordinates W is the identity matrix and B is diagonal.
+    The covariance within classes is the identity matrix, the covariance between classes is
+    diagonal.
     """
 
-    mean: Array  # [D] float, the mean m of all vectors
+    mean: Array  # [D] float, estimated mean m of all vectors
     transform: Array  # [D, D] float
-    ratio: Array  # [D] float, 0 or more: variances of B in these coordinates (variances of W are 1)
+    ratio: Array  # [D] float, 0 or more: the variances between classes (those within are 1)
 
 
 class Enrolled(NamedTuple):
@@ -82,9 +83,9 @@ def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 class Covariances(NamedTuple):
-    """The covariances of the vectors of a modality, before shrinkage."""
+    """The covariances of a modality's vectors, W within and B between classes, before shrinkage."""
 
-    mean: Array  # [D] float, the mean of all vectors
+    mean: Array  # [D] float, estimated mean of all vectors
     within: Array  # [D] float, eigenvalues of W
     axes: Array  # [D, D] float, eigenvectors of W in the columns
     between: Array  # [D, D] float, B in these axes, with eigenvalues of at least SMALLEST_VARIANCE
@@ -93,12 +94,13 @@ class Covariances(NamedTuple):
 def covariances(sums: Sums) -> Covariances:
     """Estimates the covariances W within classes and B between classes from sums over clips.
 
-    W is pooled over N - C degrees of freedom, for N clips and C classes. B is the second moment
-    minus W. W and B are averaged with typical covariances of embeddings, which count as PRIOR clips
-    and PRIOR people. At least one clip is needed. The typical covariances matter for few data: a
-    single photo of each person gives no information about W, and a single person gives none about
-    B. The `mean` of the result is the mean of all vectors times `centre_share`.
+    At least one clip is needed. The estimates are averaged with typical covariances of embeddings,
+    which count as PRIOR clips and PRIOR people. The `mean` of the result is the mean of all vectors
+    times `centre_share`.
     """
+    # A single photo of each person gives no information about W, and a single person none about B.
+    # So typical covariances are added. W is pooled over N - C degrees of freedom, for N clips and C
+    # classes. B is the second moment minus W.
     count, total, scatter = (np.asarray(part, np.float64) for part in sums)
     num_clips, num_people = float(np.sum(count)), int(np.sum(count > 0))
     plain, moment = np.sum(total, axis=0) / num_clips, scatter / num_clips
@@ -118,7 +120,7 @@ def covariances(sums: Sums) -> Covariances:
 
 
 def centre_share(num_people: float) -> float:
-    """Returns the share of the mean of C people that is subtracted from vectors, C / (C + 1/2)."""
+    """Returns C / (C + 1/2), the share of the mean of C people that is subtracted from vectors."""
     return num_people / (num_people + 0.5)
 
 
@@ -147,12 +149,10 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 
 
 def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Enrols K classes with `count` [K] clips whose coordinates z add up to `sums` [K, D].
-
-    After k clips with the mean z, the posterior of the vector of the class has the mean
-    k psi z / (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new clip
-    adds the variance within classes, which is 1.
-    """
+    """Enrols K classes with `count` [K] clips whose coordinates z add up to `sums` [K, D]."""
+    # After k clips with the mean z, the posterior of the vector of the class has the mean
+    # k psi z / (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new
+    # clip adds the variance within classes, which is 1.
     kinds, kind = np.unique(count, return_inverse=True)  # [U], the different numbers of clips
     weight = space.ratio / (kinds[:, None] * space.ratio + 1)  # [U, D]
     variance = 1 + weight
@@ -169,11 +169,10 @@ def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> E
 
 
 def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, row: int) -> np.ndarray:
-    """Compares the group with index `row` with all G groups. Returns log-likelihood ratios [G].
+    """Compares the group of clips with index `row` with all G groups. Returns [G].
 
-    A ratio is log(p(clips | the same person) / p(clips | two people)). `mean` [G, D] is the mean of
-    the coordinates of each group. `noise` [G] is the reciprocal of the number of clips in each
-    group.
+    A result is log(p(clips | the same person) / p(clips | two people)). `mean` [G, D] is the mean
+    of the coordinates of each group. `noise` [G] is 1 / the number of clips in each group.
     """
     noise = noise[:, None]
     share = space.ratio / (space.ratio + noise[row])
@@ -188,8 +187,8 @@ class Settings(NamedTuple):
 
     Attributes:
       within, between: shares of the covariances within and between classes that are replaced by
-        multiples of the identity.
-      scale: factor on the log-likelihood ratios. Without it they would be too confident.
+        multiples of the identity matrix.
+      scale: factor on the log-likelihood ratios, which would otherwise be too confident.
       unenrolled: value that replaces scale x ratio if no clip of an identity has the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.
       centred: share of the mean of all vectors that is subtracted from each vector.
@@ -204,7 +203,7 @@ class Settings(NamedTuple):
 
 
 def fit(part: Mapping[str, Array], settings: Settings) -> Space:
-    """Computes the space of a modality from the `Sums` over its clips, which `part` contains."""
+    """Computes the space of a modality from `part`, which contains the fields of `Sums`."""
     sums = Sums(part["count"], part["total"], part["scatter"])
     return make_space(covariances(sums), within=settings.within, between=settings.between)
 
@@ -212,7 +211,7 @@ def fit(part: Mapping[str, Array], settings: Settings) -> Space:
 def make_blank_space(width: int) -> Space:
     """Returns a space for a modality that no training clip has.
 
-    B is 0 in this space, so all log-likelihood ratios are 0.
+    All log-likelihood ratios in this space are 0, because B is 0.
     """
     return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
