@@ -105,7 +105,7 @@ class FeatureFolder:
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of the files of each split. Only changed files are read."""
+        """Returns the sha256 of the files of each split. Unchanged files are not read again."""
         shared, entries = {"arrays": VERSION, "quality": self._quality}, []
         for split, paths in self._files.items():
             digest = digest_files(paths, self._cache_dir, self._workers)

@@ -54,8 +54,8 @@ class EvalPlan(NamedTuple):
     """The evaluated clips of a split, grouped by length, so that batches need little padding.
 
     Attributes:
-      bucket: [N] int, the group of each clip, see BUCKETS. Clips longer than 512 frames are in the
-        last group. The value is -1 for a clip that is left out.
+      bucket: [N] int, the group of each clip, which is a position in BUCKETS, or -1 for a clip that
+        is left out. Clips of more than 512 frames are in the last group.
       padded_lengths: modality -> the number of frames after padding, for each group.
     """
 

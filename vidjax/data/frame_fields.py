@@ -53,7 +53,7 @@ STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on th
 
 
 class FlatFiles(Mapping[str, np.ndarray]):
-    """Field -> the values of all frames, which are in the file `FIELD.bin` of a folder.
+    """A mapping, field -> the values of all frames, from the file `FIELD.bin` of a folder.
 
     Each access to a field memory-maps the file again. The file stays open while the array exists.
     """
@@ -167,7 +167,7 @@ Unpacked = Mapping[str, Mapping[str, PackedClips]]
 class Origin(NamedTuple):
     """The values of `config.data.name`, `dir` and `quality` with which a dataset was loaded."""
 
-    name: str
+    name: str  # such as 'iqiyi_vid'
     dir: str | None = None  # None if clips were generated or are arrays in memory
     quality: Quality = "given"
 

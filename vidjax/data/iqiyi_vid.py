@@ -68,7 +68,7 @@ class OfficialFiles:
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of each pickle. Only changed pickles are read."""
+        """Returns the sha256 of each pickle. Unchanged pickles are not read again."""
         entries = []
         for (modality, split), path in sorted(self._files.items()):
             entry = {"official": VERSION, "modality": modality, "split": split}

@@ -293,7 +293,7 @@ def _is_integer(text: str) -> bool:
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most identities are whole numbers, but not all are numbers above 0."""
+    """Raises UserError if most identities are whole numbers, but one is no number above 0."""
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():
@@ -374,7 +374,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the distinct names, sorted. If all names are whole numbers, they are sorted by value.
+    """Returns the distinct names in alphabetical order, or by value if all are whole numbers.
 
     Raises UserError if a number is written in two ways, such as 7 and 007.
     """

@@ -31,8 +31,8 @@ class DrawnClips(NamedTuple):
 def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
     """Draws the B clips of the training step `step` [] int32. Each clip is drawn once per epoch.
 
-    `epoch` [B] int32 is the epoch of each row of the batch. `place` [B] int32 is its position in
-    the epoch. They are `divmod(step * B + arange(B), plan.num_places)`.
+    `epoch` [B] int32 is the epoch of each row of the batch. `place` [B] int32 is the position of
+    each row in its epoch. Both come from `divmod(step * B + arange(B), plan.num_places)`.
     """
     order_rng, window_rng = jax.random.split(
         jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)

@@ -260,14 +260,14 @@ def gather_modalities(
 
 
 def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
-    """Returns the `count` frames of the highest quality of the clip `row`, in time order."""
+    """Returns the `count` frames of the highest quality of clip number `row`, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
     chosen = choose_best_frames(np.asarray(packed.quality[clip]), count)
     return _make_flat_arrays([getattr(packed, name)[clip][chosen] for name in BATCHED])
 
 
 def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns frames that are not divided into clips. `fields` are the arrays named in BATCHED."""
+    """Returns frames without places of clips. `fields` has an array for each name in BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 
@@ -321,7 +321,7 @@ class _Filler:
         self._waiting = 0
 
     def finish(self) -> Packed:
-        """Copies the last chunk, and returns all frames, which are not divided into clips."""
+        """Copies the last chunk, and returns the arrays of all frames, without places of clips."""
         if not self._arrays:
             return _make_flat_arrays(devices.replicate(self._mesh, self._chunk))
         if self._waiting:

@@ -50,10 +50,10 @@ _BOX_SCALE = {"face": 1.0, "head": 1.5, "body": 2.2}
 class _Modality(NamedTuple):
     """The properties of a modality that do not depend on the size of the dataset."""
 
-    every: int  # every n-th frame has a feature; 0 means a single feature per clip
+    every: int  # n if every n-th frame has a feature, 0 if a clip has a single feature
     blank_rate: float  # share of clips in which the modality has no information about the person
     missing_rate: float  # share of clips without the modality
-    resembles: bool  # whether look-alikes have similar vectors, and some clips are harder
+    resembles: bool  # True if look-alikes have similar features, and some clips are harder
 
 
 _MODALITIES = {
@@ -104,17 +104,17 @@ class SyntheticOptions(NamedTuple):
         voice and the scene differ, too. The iQIYI-VID paper gives no rate. It allows several people
         in up to 70 % of the frames of a clip (section 3.2).
       blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality.
-        Weighting faces by quality then raises the MAP of nearest neighbours on the small dataset:
-        by 0.002, 0.005, 0.009 and 0.021 for a blur of 0, 1, 1.5 and 2. The 4th place of 2019
+        For a blur of 0, 1, 1.5 and 2, weighting faces by quality raises the MAP of nearest
+        neighbours on the small dataset by 0.002, 0.005, 0.009 and 0.021. The 4th place of 2019
         reports gains of 0.01 by weighting frames, and of 0.02 by filtering frames.
       label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
         paper reports at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in
         train, and 0.375 in val.
       missing_rate: share of clips without a face. Heads, bodies and voices are missing with the
-        same rate, independently of each other. These clips come in addition to the usual rates of
-        0.02, 0.02, 0.05 and 0.15. No rate is published. In the small real dataset of our tests,
-        0.1 of the clips have no face, and 0.1 have no voice.
+        same rate, independently of each other. If it is 0, still 0.02 of the clips have no face,
+        0.02 no head, 0.05 no body, and 0.15 no voice. No rate is published. In the small real
+        dataset of our tests, 0.1 of the clips have no face, and 0.1 have no voice.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
         to another person. Real causes are a tracker that follows the wrong face, and a voice-over.
         The iQIYI-VID paper mentions both causes without a rate (sections 1, 6.4).
@@ -202,12 +202,12 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 class _FlatFrames(NamedTuple):
     """The F frames of n clips in a modality, clip by clip."""
 
-    present: np.ndarray  # [n] bool, False if the clip lacks the modality: frames are not written
+    present: np.ndarray  # [n] bool, False for clips whose frames are not written to the pickle
     lengths: np.ndarray  # [n] int, number of frames of each clip
     number: np.ndarray  # [F] int, number of the frame in the video
     box: np.ndarray  # [F, 4] float64, x1, y1, x2, y2 in pixels
-    detection: np.ndarray  # [F] float64
-    quality: np.ndarray  # [F] float64
+    detection: np.ndarray  # [F] float64, detection score of the frame
+    quality: np.ndarray  # [F] float64, quality score of the frame
     features: np.ndarray  # [F, D] float16 or float32
 
     def entries(self, modality: str, names: Sequence[str]) -> Iterator[tuple[str, Any]]:

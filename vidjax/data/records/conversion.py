@@ -265,7 +265,10 @@ def run_command(
     description: str,
     open_source: Callable[..., RecordSource],
 ) -> int:
-    """Runs the command `python -m MODULE DIR`, which converts a folder. Returns the exit code."""
+    """Runs the command `python -m MODULE DIR`, and returns the exit code.
+
+    The command converts the folder DIR, which `open_source` opens.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)

@@ -85,8 +85,8 @@ def label_records(
     """Adds labels to the converted clips of a dataset.
 
     `truth` is split -> clip -> identity. `identities` are the names of the classes 1 to C, by
-    default all identities in the ground truth of train and val. Returns the names of the classes,
-    a dict, split -> its clips and labels, and the data report.
+    default all identities in the ground truth of train and val. Returns three results: the names of
+    the classes; split -> its clips and labels; and the data report.
     """
     if identities is None:
         identities = sort_identities(

@@ -111,7 +111,10 @@ class Reader:
         return messages
 
     def _check_whole(self, number: int, file: io.FileIO) -> None:
-        """Raises UserError if a file was changed. Checks its sha256, later its size and time."""
+        """Raises UserError if the file `number` was changed.
+
+        The first call checks the sha256 of the file. Later calls check its size and time.
+        """
         stat = os.fstat(file.fileno())
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if number not in self._states and files.hash_opened(file) == self.shards[number].sha256:

@@ -170,7 +170,7 @@ def _count_field_bytes(size: np.ndarray) -> np.ndarray:
 
 
 def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of integers below 2**63 in protobuf, with 7 bits per byte."""
+    """Returns [N] int64, the number of bytes of N integers below 2**63 as protobuf varints."""
     return 1 + np.searchsorted(1 << 7 * np.arange(1, 9), numbers, side="right")
 
 

@@ -115,9 +115,9 @@ def _locate_clips(
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Draws the clips of each training step, beginning with `step`.
 
-    Yields [B] int64, the number of each record in `reader`; clip_index [B] int32; batch_mask [B]
-    bool; and [M, B] int32, the first frame of the window of each clip in each of the M modalities
-    in `plan.windowed`.
+    Yields four arrays for each step: the number of each record in `reader`, [B] int64; clip_index
+    [B] int32; batch_mask [B] bool; and the first frame of the window of each clip, [M, B] int32,
+    in the M modalities of `plan.windowed`.
     """
     place_of_clip = np.argsort(reader.clip_index)
     with jax.default_device(_get_host_device()):

@@ -113,7 +113,7 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips opcodes with fixed-size arguments, and counts the objects that they put into the memo.
+    """Skips pickle opcodes with arguments of fixed size, and counts the objects that they number.
 
     Most arrays have the same sequence of opcodes. So the first sequences become regular
     expressions, because matching an expression is faster than parsing each opcode.
@@ -124,7 +124,7 @@ class _Runs:
         self._patterns: list[tuple[re.Pattern[bytes], int]] = []
 
     def skip(self, at: int) -> tuple[int, int]:
-        """Skips opcodes from byte `at`. Returns the next byte, and the number of memo objects."""
+        """Skips opcodes from byte `at`. Returns the end, and the number of numbered objects."""
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
             if found and self._content[found.end()] not in _PLAIN:

@@ -241,7 +241,10 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
 def _read_frames(
     value: Any, fields: tuple[str, ...], where: str, budget: _Budget
 ) -> dict[str, Any]:
-    """Checks the frames of a clip, and returns field -> array, for `packing.read_frames`."""
+    """Checks the frames of a clip, and returns field -> array, for `packing.read_frames`.
+
+    `fields` are the names of the values of a frame. Error messages begin with `where`.
+    """
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
         if not count:
