@@ -70,10 +70,7 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for two modalities of similar names, such as `face` and `faces`.
-
-    If a clip has both modalities, there is no message.
-
+    """Yields a message if no clip has both `face` and `faces`, or two other similar modalities.
     `splits` is split -> modality -> [N] int, the number of frames of each clip.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
@@ -112,7 +109,7 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality of a data report whose qualities are equal norms."""
+    """Yields a message for each modality whose quality is the norm, if all norms are equal."""
     for modality in modalities:
         reports = [
             split["modalities"][modality]

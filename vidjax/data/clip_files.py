@@ -87,7 +87,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
 
 
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes an `.npz` file of clips: clip -> name of an array, such as `face_quality` -> array."""
+    """Writes several clips to an `.npz` file. `clips` is clip -> name of an array -> array."""
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
     for key in keys:

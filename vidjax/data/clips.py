@@ -54,8 +54,8 @@ class EvalPlan(NamedTuple):
     """The evaluated clips of a split, grouped by length, so that batches need little padding.
 
     Attributes:
-      bucket: [N] int, the group of each clip, which is a position in BUCKETS, or -1 for a clip that
-        is left out. Clips of more than 512 frames are in the last group.
+      bucket: [N] int, the group of each clip: 0 for up to 32 frames, 1 for up to 128, and 2 for
+        longer clips. The value is -1 for a clip that is left out.
       padded_lengths: modality -> the number of frames after padding, for each group.
     """
 
@@ -302,7 +302,7 @@ def choose_best_frames(quality: np.ndarray, count: int) -> np.ndarray:
 
 
 def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) -> Batch:
-    """Returns a batch: the n clips `clip_index` [n] int32, and then empty rows up to `rows`."""
+    """Returns a batch of `rows` rows: first the clips `clip_index` [n] int32, then empty rows."""
     count = len(clip_index)
     return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
 

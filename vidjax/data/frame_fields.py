@@ -108,7 +108,7 @@ class PackedClips:
 
     @classmethod
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Opens frames that another process wrote to `folder`, and whose `summary` it returned."""
+        """Opens the frames in `folder`. `summary` is the result of the process that wrote them."""
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
         return cls(

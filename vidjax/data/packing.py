@@ -269,10 +269,7 @@ class Packer(contextlib.ExitStack):
             self._write_field(name, column if keep.all() else column[keep])
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
-        """Raises UserError if the width or dtype of features is unlike most clips.
-
-        If `non_finite` is 'error', features that are not finite are an error, too.
-        """
+        """Raises UserError if features are unlike most clips, or not finite but must be finite."""
         width, dtype = self._kind or (0, None)
         place, problem = locate(clip, self._modality), ""
         if features.shape[1] != width:

@@ -162,7 +162,7 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset. For the synthetic dataset, adds size, seed and changes."""
+    """Returns the name of a dataset. Adds size, seed and changed options of the synthetic one."""
     name = data.get("name", "")
     if not is_generated(name):
         return name

@@ -95,29 +95,26 @@ SIZES = {
 class SyntheticOptions(NamedTuple):
     """The difficulty of the dataset. The defaults are the calibrated values.
 
-    A different value of an option changes only the property of the option. All other random values
-    stay the same. The exception is `train_distractors`, which changes the train split.
+    An option changes only the property that it describes. All other random values stay the same.
+    The exception is `train_distractors`, which changes the whole train split.
 
     Attributes:
       wrong_clips: share of clips in which a third of the frames show another person. These frames
-        are consecutive, and their quality is lower by 20. If the first frame is one of them, the
-        voice and the scene differ, too. The iQIYI-VID paper gives no rate. It allows several people
-        in up to 70 % of the frames of a clip (section 3.2).
+        are consecutive. The iQIYI-VID paper allows several people in up to 70 % of the frames of a
+        clip (section 3.2).
       blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality.
         For a blur of 0, 1, 1.5 and 2, weighting faces by quality raises the MAP of nearest
-        neighbours on the small dataset by 0.002, 0.005, 0.009 and 0.021. The 4th place of 2019
-        reports gains of 0.01 by weighting frames, and of 0.02 by filtering frames.
+        neighbours on the small dataset by 0.002, 0.005, 0.009 and 0.021.
       label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
         paper reports at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in
         train, and 0.375 in val.
       missing_rate: share of clips without a face. Heads, bodies and voices are missing with the
         same rate, independently of each other. If it is 0, still 0.02 of the clips have no face,
-        0.02 no head, 0.05 no body, and 0.15 no voice. No rate is published. In the small real
-        dataset of our tests, 0.1 of the clips have no face, and 0.1 have no voice.
+        0.02 no head, 0.05 no body, and 0.15 no voice.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
-        to another person. Real causes are a tracker that follows the wrong face, and a voice-over.
-        The iQIYI-VID paper mentions both causes without a rate (sections 1, 6.4).
+        to another person. The causes in real clips are a tracker that follows the wrong face, and a
+        voice-over (iQIYI-VID paper, sections 1, 6.4).
     """
 
     wrong_clips: float = 0.15
@@ -162,7 +159,7 @@ def write(
             raise UserError(f"config.data.{name}={value} is out of range: choose 0 to {largest:g}")
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir}: exists and is not an empty folder\nname a new folder")
+        raise UserError(f"'{out_dir}' exists and is not an empty folder: name a new folder")
     # Files are moved when all are complete, so that an interrupted call leaves no files.
     with scratch_folder(out_dir / ".partial") as partial:
         world = _World(SIZES[size], np.random.default_rng([seed, 0]))

@@ -32,7 +32,7 @@ DEPTH = 3  # a shard is FOLDER/NAME/VERSION/SHARD, where FOLDER contains the man
 
 
 class Shard(NamedTuple):
-    """A TFRecord file, as it was written."""
+    """A TFRecord file, and its state when it was written or checked."""
 
     path: Path
     records: int  # number of records
@@ -122,7 +122,7 @@ def mask_checksum(content: bytes) -> bytes:
 def encode(values: Mapping[str, bytes | int]) -> bytes:
     """Serialises a `tf.train.Example` with one value per key.
 
-    The keys are in the order of protobuf's deterministic serialisation: alphabetical, but a key
+    The keys are in alphabetical order, as in protobuf's deterministic serialisation. However, a key
     comes after all longer keys that begin with it. Integers must not be negative.
     """
     parts = []
