@@ -70,7 +70,8 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message if no clip has both `face` and `faces`, or two other similar modalities.
+    """Yields a message for two similar names, such as `face` and `faces`, that no clip has both.
+
     `splits` is split -> modality -> [N] int, the number of frames of each clip.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
