@@ -100,8 +100,8 @@ class SyntheticOptions(NamedTuple):
 
     Attributes:
       wrong_clips: share of clips in which a third of the frames show another person. These frames
-        are consecutive. The iQIYI-VID paper allows several people in up to 70 % of the frames of a
-        clip (section 3.2).
+        are consecutive. If the first frame is one of them, the voice and the scene differ, too. The
+        iQIYI-VID paper allows several people in up to 70 % of the frames (section 3.2).
       blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality.
         For a blur of 0, 1, 1.5 and 2, weighting faces by quality raises the MAP of nearest
         neighbours on the small dataset by 0.002, 0.005, 0.009 and 0.021.
