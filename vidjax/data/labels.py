@@ -198,7 +198,7 @@ def load_ground_truth(
     There are two forms of files. The direct form has a line `NAME.mp4 ID` for each clip. The
     inverted form has a line `ID NAME.mp4 NAME.mp4 ...` for each identity. If no name ends in
     `.mp4`, train_gt.txt is read as direct, and val_gt.txt and test_gt.txt as inverted. A blank in
-    a name is written `%20`. In the names `known_clips`, `%20` stays as it is.
+    a name is written `%20`. `known_clips` are names in which `%20` does not mean a blank.
 
     Raises:
       UserError: the form is unclear, a line has another form, a clip comes twice, or an identity is

@@ -267,7 +267,7 @@ def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
 
 
 def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns frames with empty `start` and `length`. `fields` are in the order of BATCHED."""
+    """Returns frames that are not divided into clips. `fields` are in the order of BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 
@@ -321,7 +321,7 @@ class _Filler:
         self._waiting = 0
 
     def finish(self) -> Packed:
-        """Copies the last chunk. Returns all frames, with empty `start` and `length`."""
+        """Copies the last chunk, and returns all frames. They are not divided into clips."""
         if not self._arrays:
             return _make_flat_arrays(devices.replicate(self._mesh, self._chunk))
         if self._waiting:

@@ -80,8 +80,8 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """Cuts a pickled dict into smaller pickles, each with some of its items.
 
-    Yields two results for each smaller pickle: a list of byte strings, which are its content
-    without the last opcode, STOP; and the range of the numbers of its objects in the memo.
+    Yields the content of each smaller pickle and the range of its numbered objects. The content is
+    a list of byte strings, without the opcode STOP at the end.
     """
     begin = _START.match(content)
     if not begin:
