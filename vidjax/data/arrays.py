@@ -1,19 +1,6 @@
 """Reads a user's own features: arrays in memory, `.npz` files or parquet tables.
 
-For each split (`train`, `val`, `test`), a folder contains either one `.npz` file per clip or one
-parquet table:
-
-    train/CLIP.npz    contains an array [T, D] for each modality, with features of width D for each
-                      of T frames. The array has the name of the modality, such as `face`.
-                      Optional are `face_quality` and `face_detection` [T] (scores of the face
-                      detector), `face_number` [T] (number of the frame in the video) and
-                      `face_box` [T, 4] (x1, y1, x2, y2 in pixels).
-    train.parquet     has a row for each frame, with the columns `clip`, `modality` and `features`
-                      (a list). The columns `quality`, `detection` and `number` are optional.
-
-Labels are optional. They are in `labels.csv`, with the columns `clip` and `identity`, or in
-`train_gt.txt` and `val_gt.txt`, in the format of the iQIYI-VID dataset. The default quality of a
-frame is the L2 norm of its feature.
+README.md of this folder describes the files, in the section "Features of your own".
 
 This command converts the features in DIR to TFRecords. The first training does the same:
 
@@ -118,7 +105,7 @@ class FeatureFolder:
         self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of the files of each split. Only changed files are read."""
+        """Returns the sha256 of the files of each split. Unchanged files are not read again."""
         shared, entries = {"arrays": VERSION, "quality": self._quality}, []
         for split, paths in self._files.items():
             digest = digest_files(paths, self._cache_dir, self._workers)
@@ -154,7 +141,7 @@ NPY_HINT = "\na .npy file has no modality: write each clip with numpy.savez('CLI
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Returns split -> a list with its parquet table, or the list of its `.npz` files.
+    """Returns split -> its files: one parquet table, or `.npz` files.
 
     Raises:
       UserError: a file with features would be ignored, for example because its name is misspelt.
@@ -194,11 +181,11 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
     """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet.
 
-    If a split is not in `present`, a single table whose name begins with this split is probably
-    misspelt. `refuse_split` reports this table.
+    `present` are the splits whose files were found.
     """
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
+        # A single table is probably the whole split with a misspelt name: see `refuse_split`.
         if parts and (split in present or len(parts) > 1):
             raise UserError(
                 f"'{parts[0]}' would be ignored, because a split is one table, {split}.parquet\n"
@@ -207,7 +194,10 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
 
 
 def _list_npz_files(folder: Path) -> list[Path]:
-    """Returns the `.npz` files of a split. The only other files may be from `vidjax extract`."""
+    """Returns the `.npz` files of a split. Raises UserError if there are other files.
+
+    Files that `vidjax extract` adds to a split are ignored.
+    """
     with os.scandir(folder) as iterator:  # faster than `list_entries`, for 100 000 clips
         entries = [entry for entry in iterator if entry.name[0] != "."]
     entries.sort(key=lambda entry: entry.name)

@@ -24,7 +24,7 @@ TICK_NS = 2 * 10**9  # the coarsest file systems store times in steps of two sec
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the path `cache_dir/kind/DIGEST`, with a digest of the JSON value `key`."""
+    """Returns the path `cache_dir/kind/DIGEST`. The digest depends on the JSON value `key`."""
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
@@ -34,8 +34,7 @@ def digest_files(
     """Returns the sha256 of the names and contents of files, in hexadecimal.
 
     The digest depends on the order of `paths`. The cache stores the digest, so that unchanged files
-    are not read again. If a file changed less than 2 seconds before this call, nothing is stored,
-    because a second change in these seconds might not change the time of the file.
+    are not read again. `workers` is the number of threads, by default one per core.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]
@@ -51,6 +50,7 @@ def digest_files(
         for path, digest in zip(paths, itertools.chain.from_iterable(digests), strict=True):
             sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
     text = sha256.hexdigest()
+    # A second change of a file within 2 seconds might not change the time of the file.
     newest = max(changed for _, _, *times in states for changed in times)
     unchanged = newest < began - TICK_NS and states == [_read_file_state(path) for path in paths]
     if unchanged and not place.parent.is_symlink():

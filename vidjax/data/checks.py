@@ -22,7 +22,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path is a folder, a broken link or a device. A missing file is fine."""
+    """Raises UserError if a path is a folder, a broken link or a device. It may be missing."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -34,8 +34,8 @@ def check_file(path: Path) -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    `word` is a part of the name of the file `path`, which would be ignored. If the correct split is
-    in `present`, there is no error.
+    `word` is the split in the name of the file `path`. `present` are the splits that have a file
+    with a correct name. For these splits, there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]
@@ -52,7 +52,7 @@ FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if features would be ignored, because only `wanted` files are read."""
+    """Raises UserError if an ignored path contains features. `wanted` names the files to read."""
     for path in entries:
         patterns = (f"*{suffix}" for suffix in FEATURE_SUFFIXES)
         has_features = path.is_dir() and any(file for end in patterns for file in path.glob(end))
@@ -70,7 +70,7 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message if no clip has both of two modalities of similar names (`face`, `faces`).
+    """Yields a message for two similar names, such as `face` and `faces`, that no clip has both.
 
     `splits` is split -> modality -> [N] int, the number of frames of each clip.
     """
@@ -92,7 +92,8 @@ def find_transposed(
 ) -> Iterator[str]:
     """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
 
-    All its clips have the same number of frames T, and T >= 4 D. `widths` is modality -> D.
+    Then all its clips have the same number of frames T, and T >= 4 D. `splits` is split -> modality
+    -> [N] int, the number of frames of each clip. `widths` is modality -> D.
     """
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
@@ -109,7 +110,7 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality that uses norms as quality, if all norms are equal."""
+    """Yields a message for each modality whose quality is the norm, if all norms are equal."""
     for modality in modalities:
         reports = [
             split["modalities"][modality]
@@ -137,7 +138,7 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality without usable frames, or with norms beyond float32."""
+    """Yields a message for each modality without usable features. `report` is the data report."""
     place = ", ".join(splits)
     for modality in modalities:
         counts = [

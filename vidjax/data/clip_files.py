@@ -46,12 +46,13 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
 
 
 def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
-    """Returns True if the array `clips` has names. Numbers would be a modality of one clip."""
+    """Returns True if the arrays of an `.npz` file contain several clips."""
+    # If `clips` has numbers instead of names, it is a modality of a single clip.
     return "clips" in arrays and arrays["clips"].dtype.kind == "U"
 
 
 def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
-    """Yields the clips in the arrays of an `.npz` file of several clips."""
+    """Yields the clips of an `.npz` file that contains several clips."""
     names = arrays["clips"]
     length, frames = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for key, array in arrays.items():
@@ -86,7 +87,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
 
 
 def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes several clips, clip -> name of an array (`face`, `face_quality`) -> array."""
+    """Writes several clips to an `.npz` file. `clips` is clip -> name of an array -> array."""
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
     for key in keys:
@@ -116,8 +117,8 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
 def read_json(value: object, place: str) -> Clip:
     """Reads a clip from parsed JSON, {"clip": NAME, "face": [[D numbers for each of T frames]]}.
 
-    Other modalities, and other values of frames such as `face_quality`, are optional. The features
-    of a single frame may be a plain list of D numbers. Errors begin with `place`.
+    The object may have further modalities, and values of frames such as `face_quality`. Features of
+    a single frame may be a plain list of D numbers. Errors begin with `place`.
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
         raise UserError(
@@ -145,10 +146,10 @@ def read_json(value: object, place: str) -> Clip:
 def _group_by_modality(
     arrays: Mapping[str, np.ndarray], place: str
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Groups arrays with names such as `face` and `face_quality`.
+    """Groups arrays with names such as `face_quality`. Returns modality -> field -> array.
 
-    Returns modality -> field -> array. The array `face` becomes the field `features` of `face`, and
-    `face_quality` the field `quality`.
+    The array `face` becomes the field `features` of the modality `face`. The array `face_quality`
+    becomes its field `quality`.
     """
     modalities: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
@@ -202,9 +203,9 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns rows `values[start : start + width]`. If they are adjacent, the result is a view."""
+    """Returns an array [n, width] with the rows `values[start : start + width]` of n `starts`."""
     first, count = int(starts[0]), len(starts)
-    if not width or int(starts[-1]) - first == width * (count - 1):
+    if not width or int(starts[-1]) - first == width * (count - 1):  # adjacent: needs no copy
         return values[first : first + width * count].reshape(count, width)
     return np.lib.stride_tricks.sliding_window_view(values, width)[starts]
 
@@ -247,10 +248,10 @@ def read_at_once(
 ) -> dict[str, dict[str, PackedClips]]:
     """Reads the clips of several splits with several processes.
 
-    `files` is split -> the files of its clips. `scratch` is a folder for the frames. It must exist
-    as long as the returned arrays. Returns split -> modality -> the frames of all clips. Raises
-    RetrySerially if a process failed, or two processes contradict each other, for example because
-    both read the same clip.
+    `files` is split -> the files of its clips. `scratch` is a folder for the frames, which must
+    exist as long as the returned arrays. `workers` is the number of processes. Returns split ->
+    modality -> the frames of all clips. Raises RetrySerially if a process failed, or if the results
+    of two processes cannot be joined, for example because both have the same clip.
     """
     # There are twice as many parts as processes, because some parts take longer than others.
     length = -(-sum(map(len, files.values())) // (2 * workers))
@@ -282,14 +283,14 @@ def read_at_once(
 
 
 class RetrySerially(Exception):
-    """Asks the caller to read all clips in one process, which can report exactly what is wrong."""
+    """Reading with several processes failed. Reading with one process reports the exact error."""
 
 
 _Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder and `PackedClips.summary`
 
 
 def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
-    """Joins the clips of a split that several processes read, by appending their files of frames.
+    """Joins the clips of a split that several processes have read. Returns modality -> frames.
 
     Raises RetrySerially if two processes read the same clip, or features of different width or
     dtype, or if the names of two modalities differ only in the case of letters.
@@ -324,7 +325,7 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads clips in a child process, writes their frames, and returns their summaries."""
+    """Reads clips in a child process, and returns modality -> `PackedClips.summary`."""
 
     def clips() -> Iterator[Clip]:
         for clip in read_clips(list(map(Path, arguments["paths"]))):

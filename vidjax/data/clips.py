@@ -30,10 +30,10 @@ MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """The features of a modality: width D, and dtype on disk ('float16')."""
+    """The features of a modality."""
 
-    dim: int
-    dtype: str
+    dim: int  # the width D of a feature
+    dtype: str  # the dtype on disk, such as 'float16'
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class EvalPlan(NamedTuple):
     """The evaluated clips of a split, grouped by length, so that batches need little padding.
 
     Attributes:
-      bucket: [N] int, the group of each clip, see BUCKETS. Clips longer than 512 frames are in the
-        last group. The value is -1 for a clip that is left out.
+      bucket: [N] int, the group of each clip: 0 for up to 32 frames, 1 for up to 128, and 2 for
+        longer clips. The value is -1 for a clip that is left out.
       padded_lengths: modality -> the number of frames after padding, for each group.
     """
 
@@ -78,8 +78,8 @@ class BatchPlan(NamedTuple):
     # 'quality' takes the T frames of the best quality, in time order.
     crop: str
     seed: int  # the seed for the order of the clips and for random windows
-    # [N] int32, the `clip_index` of each clip of an epoch. The last batch of an epoch may then have
-    # empty rows. If None, an epoch has all clips, and a batch may contain clips of two epochs.
+    # [N] int32, the `clip_index` of each clip of an epoch. If it is None, an epoch has all clips,
+    # and a batch may contain clips of two epochs. Otherwise, the last batch may have empty rows.
     epoch_clips: np.ndarray | None = None
 
     @property
@@ -106,7 +106,11 @@ class BatchPlan(NamedTuple):
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (bucket, positions [n] int) of each block, at most `rows` clips of the same bucket."""
+    """Divides clips into blocks of up to `rows` clips. Yields (bucket, positions [n] int).
+
+    The clips of a block are in the same bucket. `bucket` [N] int is the bucket of each clip. Clips
+    with a negative bucket are left out.
+    """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
         for at in range(0, len(places), rows):
@@ -159,7 +163,7 @@ class TrainingData(ClipSource, Protocol):
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields, for a few clips at a time, `clip_index` [n] int32 and modality -> all frames."""
+        """Yields all clips, a few at a time: `clip_index` [n] int32, and modality -> frames."""
         ...
 
 
@@ -180,7 +184,7 @@ def _check_distinct(field: str, names: Sequence[str]) -> None:
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Raises UserError unless a split has all `modalities`, and none is given twice."""
+    """Raises UserError if a split lacks one of `modalities`, or if one of them is given twice."""
     _check_distinct("config.modalities", modalities)
     for name in modalities:
         if name not in split.lengths:
@@ -216,12 +220,12 @@ def make_eval_plan(
     The padding of a modality depends on all clips of the split, even if `only` leaves some out.
 
     Args:
-      lengths: [N] int, the length that decides the group of each clip. The default, which is also
-        the minimum, is the number of frames in the longest modality of the clip.
+      lengths: [N] int, the length that decides the group of each clip. The default is the number of
+        frames in the longest modality of the clip. Values may be larger, but not smaller.
       only: [N] bool, True for the clips to evaluate, by default all.
-      join: joins a group with the next longer group, unless this adds more than 65536 frames of
-        padding. So a small split needs only one compiled program. Use False for models that score
-        each frame separately, because their time grows with the padding.
+      join: joins a group with the next longer group if this adds at most 65536 frames of padding.
+        Then fewer programs are compiled. Use False for models that score each frame separately,
+        because their time grows with the padding.
     """
     num_frames = longest(split, modalities)
     lengths = num_frames if lengths is None else np.asarray(lengths)
@@ -250,8 +254,8 @@ def make_batch_plan(
 ) -> BatchPlan:
     """Plans the training batches. For the arguments, see BatchPlan.
 
-    A modality is padded to the length of its longest clip, rounded up, but at most `max_frames`. A
-    batch may have more rows than there are clips.
+    A modality is padded to the rounded length of its longest clip, or to `max_frames` if this is
+    shorter. See `padded`.
     """
     names = tuple(split.name for split in splits)
     _check_distinct("config.data.train_splits", names)
@@ -298,7 +302,7 @@ def choose_best_frames(quality: np.ndarray, count: int) -> np.ndarray:
 
 
 def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) -> Batch:
-    """Returns a batch of `rows` rows: the clips `clip_index` [n] int32, and then empty rows."""
+    """Returns a batch of `rows` rows: first the clips `clip_index` [n] int32, then empty rows."""
     count = len(clip_index)
     return Batch(frames, np.pad(clip_index, (0, rows - count)), np.arange(rows) < count)
 
@@ -306,10 +310,10 @@ def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) 
 def pad(
     frames: Mapping[str, Sequence[np.ndarray]], shape: tuple[int, int], modality: Modality
 ) -> Frames:
-    """Joins at most B clips in arrays [B, T] = `shape`, which are padded with zeros.
+    """Joins the frames of clips in arrays of the shape [B, T], padded with zeros.
 
-    `frames` is field -> the values of each clip, [t] or [t, D]. If a clip has more than T frames,
-    the T frames of the highest quality are kept.
+    `frames` is field -> a list of up to B arrays, [t] or [t, D], one per clip. If a clip has more
+    than T frames, the T frames of the highest quality are kept. `shape` is (B, T).
     """
     size = shape[1]
     mask = np.zeros(shape, bool)

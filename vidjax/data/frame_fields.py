@@ -53,7 +53,7 @@ STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on th
 
 
 class FlatFiles(Mapping[str, np.ndarray]):
-    """Field -> the values of all frames, which are in the file `FIELD.bin` of a folder.
+    """A mapping, field -> the values of all frames, from the file `FIELD.bin` of a folder.
 
     Each access to a field memory-maps the file again. The file stays open while the array exists.
     """
@@ -108,7 +108,7 @@ class PackedClips:
 
     @classmethod
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Opens files that another process wrote to `folder`. `summary` is from that process."""
+        """Opens the frames in `folder`. `summary` is the result of the process that wrote them."""
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
         return cls(
@@ -146,9 +146,9 @@ def find_usable_rows(features: np.ndarray) -> np.ndarray:
 
 
 def compute_feature_norms(features: np.ndarray) -> np.ndarray:
-    """Returns [F] float32, the L2 norms of features [F, D], which measure the quality of frames.
+    """Returns [F] float32, the L2 norms of features [F, D].
 
-    Face nets produce short vectors for blurred faces and for side views.
+    The norm measures the quality of a frame: it is small for blurred faces and for side views.
 
     Source: iQIYI-VID paper, section 5.1, after Ranjan et al.
     """
@@ -167,7 +167,7 @@ Unpacked = Mapping[str, Mapping[str, PackedClips]]
 class Origin(NamedTuple):
     """The values of `config.data.name`, `dir` and `quality` with which a dataset was loaded."""
 
-    name: str
+    name: str  # such as 'iqiyi_vid'
     dir: str | None = None  # None if clips were generated or are arrays in memory
     quality: Quality = "given"
 
@@ -203,5 +203,5 @@ class RecordSource(Protocol):
         ...
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
-        """Returns split -> clip -> identity for splits with labels. `clips` is split -> names."""
+        """Returns split -> clip -> identity. `clips` is split -> names of clips with features."""
         ...

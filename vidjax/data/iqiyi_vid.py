@@ -45,7 +45,8 @@ class OfficialFiles:
         """Finds the feature pickles.
 
         `workers` pickles are read at once, by default one per core, or fewer if the memory is
-        small. `cache_dir` keeps the digests of unchanged files. `origin` is for result files.
+        small. The cache `cache_dir` keeps the digests of unchanged files. Result files name the
+        `origin`.
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)
@@ -63,11 +64,11 @@ class OfficialFiles:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """Modality -> 0, because the feature width is not known yet."""
+        """Modality -> 0. The value stands for an unknown feature width."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of each pickle. Only changed pickles are read."""
+        """Returns the sha256 of each pickle. Unchanged pickles are not read again."""
         entries = []
         for (modality, split), path in sorted(self._files.items()):
             entry = {"official": VERSION, "modality": modality, "split": split}
@@ -137,7 +138,7 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
 
 
 def _hint(directory: Path) -> str:
-    """Returns a line for a message that names the probable place of missing pickles, or ""."""
+    """Returns a line for a message that says where missing pickles probably are, or ""."""
     for inner in sorted(directory.glob("*/*_train*.pickle")):
         return f"\nthey are in a folder below: --config.data.dir={inner.parent}"
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):

@@ -28,8 +28,7 @@ def load_official_truth(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, from the files `{split}_gt.txt` of a directory.
 
-    `clips` is split -> the clips that have features. `check_known` warns if a file names other
-    clips.
+    `clips` is split -> the clips that have features. A warning appears if a file names other clips.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -42,10 +41,10 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads the file `labels.csv` of a folder. If it does not exist, reads the ground-truth files.
+    """Returns split -> clip -> identity, from `labels.csv` or the ground-truth files of a folder.
 
-    See `load_official_truth` for `clips` and the result. Raises UserError if the folder has both
-    kinds of labels, or a misspelt file such as `label.csv`.
+    `clips` is split -> the clips that have features. Raises UserError if the folder has both kinds
+    of files, or a misspelt file such as `label.csv`.
     """
     official, table = find_ground_truth(folder), folder / TABLE
     check_file(table)
@@ -69,11 +68,10 @@ def load_folder_truth(
 def load_label_table(
     labels: LabelSource, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Reads labels, and groups them by the split of their clips.
+    """Returns split -> clip -> identity, without splits that have no labelled clip.
 
-    `labels` is a dict, clip -> identity; or a `.csv` file with the columns `clip` and `identity`;
-    or a ground-truth file; or None. `clips` is split -> the clips that have features. Returns split
-    -> clip -> identity. Splits without a labelled clip are left out.
+    `labels` is clip -> identity, a `.csv` file with the columns `clip` and `identity`, or a
+    ground-truth file. None means no labels. `clips` is split -> the clips that have features.
     """
     if labels is None:
         return {}
@@ -129,10 +127,9 @@ def _refuse_no_file(path: Path) -> None:
 
 
 def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
-    """Checks rows of (start of an error message, clip, identity), and returns clip -> identity.
+    """Returns clip -> identity, from rows of (start of an error message, clip, identity).
 
-    If the identity is None or empty, the clip shows no known person, and is left out. A warning
-    counts empty identities.
+    A clip whose identity is None or empty is left out. A warning counts the empty identities.
     """
     pairs: dict[str, str] = {}
     empty = []
@@ -196,17 +193,16 @@ def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
 def load_ground_truth(
     path: str | os.PathLike[str], *, known_clips: Collection[str] = ()
 ) -> dict[str, str]:
-    """Reads a ground-truth file. Returns clip (without `.mp4`) -> identity, in order.
+    """Returns clip (without `.mp4`) -> identity, in the order of a ground-truth file.
 
-    The direct form has a line for each clip, `NAME.mp4 ID`. The inverted form has a line for each
-    identity, `ID NAME.mp4 NAME.mp4 ...`. The position of the suffix `.mp4` decides the form. If no
-    name has the suffix, the name of the file decides: train_gt.txt is direct, val_gt.txt and
-    test_gt.txt are inverted. A byte order mark, CRLF, tabs, blank lines and additional spaces are
-    ignored. A blank within a name is written as in a URL, `First%20Last`. In the names
-    `known_clips`, a `%20` is not replaced by a blank.
+    There are two forms of files. The direct form has a line `NAME.mp4 ID` for each clip. The
+    inverted form has a line `ID NAME.mp4 NAME.mp4 ...` for each identity. If no name ends in
+    `.mp4`, train_gt.txt is read as direct, and val_gt.txt and test_gt.txt as inverted. A blank in
+    a name is written `%20`. `known_clips` are names in which `%20` does not mean a blank.
 
-    Raises UserError if the form is ambiguous or changes; a clip or an identity comes twice; an
-    identity has no clips; or most labels are whole numbers, but not all are whole numbers above 0.
+    Raises:
+      UserError: the form is unclear, a line has another form, a clip comes twice, or an identity is
+        refused. If most identities are whole numbers, all must be whole numbers above 0.
     """
     path, known = Path(path), frozenset(known_clips)
     lines = _read_lines(path, "NAME.mp4 ID")
@@ -267,13 +263,13 @@ def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
 
 
 def _parse_clip(text: str, known: Collection[str], where: str) -> str:
-    """Returns the name of a clip without `.mp4`. Unless it is `known`, `%20` becomes a blank."""
+    """Returns a clip name without `.mp4`. In a name that is not `known`, `%20` becomes a blank."""
     clean = clean_name_at(where, text)
     return clean if clean in known else clean_name_at(where, unescape(text))
 
 
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
-    """Returns the number and the words of each line that is not blank. Errors show `form`."""
+    """Returns (line number, words) of each line that is not blank. Errors show the line `form`."""
     _refuse_no_file(path)
     with files.open_text(path) as file:
         data = file.read()
@@ -297,7 +293,7 @@ def _is_integer(text: str) -> bool:
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most identities are whole numbers, but not all are numbers above 0."""
+    """Raises UserError if most identities are whole numbers, but one is no number above 0."""
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():
@@ -312,12 +308,13 @@ def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str,
 
 
 def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.ndarray:
-    """Reads the weights of N clips, [N] float32, from a text file of lines `NAME.mp4 WEIGHT`.
+    """Returns the weights of N clips, [N] float32, from a text file of lines `NAME.mp4 WEIGHT`.
 
-    The format allows the same deviations as in `load_ground_truth`, and a missing `.mp4`. The
-    weight of a clip that is not in the file is 1. Raises UserError if a weight is not a finite
-    number of 0 or more, a clip comes twice, or more than 1 % of the clips in the file are not in
-    `clips`.
+    A clip that is not in the file has the weight 1. The suffix `.mp4` is optional.
+
+    Raises:
+      UserError: a weight is negative or not finite, a clip comes twice, or more than 1 % of the
+        clips in the file are not in `clips`.
     """
     path = Path(path)
     lines = _read_lines(path, "NAME.mp4 WEIGHT")
@@ -351,7 +348,8 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
 def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> None:
     """Warns if a file names clips without features.
 
-    Raises UserError if more than 1 % of the clips in the file have no features.
+    `named` are the clips in the file, and `clips` are the clips with features. Raises UserError if
+    more than 1 % of the clips in the file have no features.
     """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]
@@ -376,7 +374,7 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
 
 
 def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the distinct names in alphabetical order. If all are whole numbers, sorts by value.
+    """Returns the distinct names in alphabetical order, or by value if all are whole numbers.
 
     Raises UserError if a number is written in two ways, such as 7 and 007.
     """

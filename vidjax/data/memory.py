@@ -53,11 +53,12 @@ class MemoryClips:
         modalities: Mapping[str, int],
         identities: Sequence[str],
     ):
-        """Takes the frames of clips that `packing.pack` has checked.
+        """Makes an object from the checked frames of clips.
 
-        `packed` is modality -> the frames of all clips. `names` is name of a clip -> its name in
-        the input, which may end in `.mp4`. `modalities` is modality that the model reads -> feature
-        width, which must be the width in `packed`.
+        Args:
+          packed: modality -> the frames of all clips, from `packing.pack`.
+          names: clip name -> the name in the input, which may end in `.mp4`.
+          modalities: modality -> feature width. The model reads these modalities.
         """
         if not names:
             raise UserError("the input contains no clips: give one or more clips")
@@ -95,7 +96,7 @@ class MemoryClips:
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
-        """Makes an object from clip -> modality -> features [T, D]. See `pack`."""
+        """Makes an object from a dict, clip -> modality -> features [T, D]. See `pack`."""
         if not isinstance(clips, Mapping):
             raise UserError(
                 f"clips are of type {type(clips).__name__}: "
@@ -113,11 +114,10 @@ class MemoryClips:
     ) -> "MemoryClips":
         """Checks clips, and makes an object of this class from them.
 
-        A clip that has only modalities that the model does not read becomes a clip without frames,
-        with a warning. A warning also appears if the model reads a modality that no clip has, and a
-        clip has a modality that the model does not read, because a name may be misspelt. Raises
-        UserError if no clip has a modality that the model reads. See `Quality` for `quality`, which
-        must be as in the training.
+        The model reads only `modalities`, which is modality -> feature width. A clip that has only
+        other modalities becomes a clip without frames, with a warning. Another warning appears if
+        the name of a modality may be misspelt. `quality` (see `Quality`) must be as in the
+        training. Raises UserError if all modalities of the clips are unknown to the model.
         """
         names: dict[str, str] = {}
         given: dict[str, frozenset[str]] = {}
@@ -212,10 +212,10 @@ def _select(
     names: dict[str, str],
     given: dict[str, frozenset[str]],
 ) -> Iterator[Clip]:
-    """Yields clips with only `modalities`. A clip with none of them gets no frames.
+    """Yields each clip with only the modalities that are in `modalities`.
 
-    Adds the name of each clip, and its name in the input, to `names`. Adds the name of each clip,
-    and all its modalities in the input, to `given`.
+    Fills two dicts: `names`, clip -> its name in the input; and `given`, clip -> all its modalities
+    in the input.
     """
     for clip in clips:
         names.setdefault(clip.name, clip.given or clip.name)
@@ -270,14 +270,19 @@ def load_clips(
 ) -> MemoryClips:
     """Loads the clips of a folder, a parquet table or a `.npz` file for a trained model.
 
-    A warning counts frames that are left out because they are not finite. Pickles of the iQIYI-VID
-    dataset are read in a child process. Clip names lose the suffix `.mp4`. Only pickles of the
-    modalities that the model reads are opened, so a clip that is in none of them is left out.
+    Clip names lose the suffix `.mp4`. A warning counts frames that are not finite, which are left
+    out. The folder may contain pickles of the iQIYI-VID dataset. Then only clips in the pickles of
+    `modalities` are loaded.
 
-    `modalities` is modality that the model reads -> feature width. `split` may be None if the
-    folder has a single split. `quality` is as in `Quality`, but if an iQIYI-VID pickle lacks
-    qualities, they are 0. Raises FileNotFoundError if the path does not exist or has no clips, and
-    UserError for other mistakes.
+    Args:
+      modalities: modality -> feature width. The model reads these modalities.
+      identities: the names of the classes of the model.
+      split: the split to load, or None if the folder has a single split.
+      quality: see `Quality`. With 'given', frames of a pickle without qualities have the quality 0.
+
+    Raises:
+      FileNotFoundError: the path does not exist, or has no clips.
+      UserError: the files are wrong in another way.
     """
     path = Path(path).expanduser()
     paths = find_files(path, split)
@@ -301,12 +306,14 @@ def load_clips(
 
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
-    """Finds the files that contain the clips of a folder or file, without reading them.
+    """Returns the files that contain the clips of a folder or file, without reading the files.
 
-    Returns `.npz` files, or one parquet table. For pickles of the iQIYI-VID dataset, returns
-    modality -> pickle. Raises FileNotFoundError if the path does not exist or has no clips. Raises
-    UserError if features would be ignored, if `split` is None but there are several splits, or if
-    `split` is given but there are no splits.
+    The result is a list of `.npz` files, or of one parquet table. For pickles of the iQIYI-VID
+    dataset, it is modality -> pickle. `split` chooses a split, and is None if there is no choice.
+
+    Raises:
+      FileNotFoundError: the path does not exist, or has no clips.
+      UserError: features would be ignored, or `split` does not fit the folder.
     """
     check_path(path)
     if path.is_dir():
@@ -332,11 +339,10 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
 def load_people(
     path: str | Path, modalities: Mapping[str, int], *, quality: Quality = "given"
 ) -> tuple[MemoryClips, dict[str, str]]:
-    """Loads the clips of people, which are in files `path/PERSON/CLIP.npz`.
+    """Loads the files `path/PERSON/CLIP.npz`. Returns their clips, and clip -> person.
 
-    `modalities` is modality to read -> feature width. Returns the clips, and clip -> person. A clip
-    is called `PERSON/CLIP`, because two people may have files of the same name. Raises NoFileError
-    if there are no such files, or there are clips directly in `path`.
+    The name of a clip is `PERSON/CLIP`. `modalities` is modality to read -> feature width. Raises
+    NoFileError if there are no such files, or if there are clips directly in `path`.
     """
     path = Path(path).expanduser()
     people, others, entries = dict[str, list[Path]](), list[Path](), list_entries(path)
@@ -368,7 +374,7 @@ def load_people(
 
 
 def check_path(path: Path) -> None:
-    """Raises NoFileError unless a path is a folder, or a `.parquet` or `.npz` file."""
+    """Checks that a path is a folder, a `.parquet` file or a `.npz` file, or raises NoFileError."""
     if path.is_dir() or (path.is_file() and path.suffix in (".parquet", ".npz")):
         return
     if path.suffix == ".npy" and path.exists():
@@ -381,7 +387,7 @@ def check_path(path: Path) -> None:
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns `split`, which must be one of `splits`. None stands for the only split."""
+    """Returns `split` if it is one of `splits`. If `split` is None, returns the only split."""
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None or split not in splits:

@@ -31,8 +31,8 @@ class DrawnClips(NamedTuple):
 def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -> DrawnClips:
     """Draws the B clips of the training step `step` [] int32. Each clip is drawn once per epoch.
 
-    `epoch` and `place` [B] int32 are `divmod(step * B + arange(B), plan.num_places)`: the epoch of
-    each row, and its position in the epoch.
+    `epoch` [B] int32 is the epoch of each row of the batch. `place` [B] int32 is the position of
+    each row in its epoch. Both come from `divmod(step * B + arange(B), plan.num_places)`.
     """
     order_rng, window_rng = jax.random.split(
         jax.random.fold_in(jax.random.key(plan.seed), _ORDER_STREAM)
@@ -55,28 +55,31 @@ def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:
     """Returns the first frame of a random window of `size` frames in each clip, [B] int32.
 
     `uniform` [B] float32 are random numbers in [0, 1). `length` [B] int32 is the number of frames
-    of each clip. The windows that lie in the clip are equally likely. If the clip is shorter than a
-    window, the result is 0.
+    of each clip. All windows within a clip are equally likely. In a clip that is shorter than a
+    window, the first frame is 0.
     """
     places = jnp.maximum(length - size, 0) + 1
     return jnp.minimum((uniform * places).astype(jnp.int32), places - 1)
 
 
 def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
-    """Returns the clips at given positions of shuffled epochs, without shuffling whole epochs.
+    """Returns [B] int32, the clips at given positions of shuffled epochs, in a time of O(B).
 
-    `epoch` [B] int32 are numbers of epochs, and `place` [B] int32 are positions in their orders, 0
-    to N - 1 for N = `num_clips`. `rng` determines the orders of all epochs. Each epoch has another
-    order of all N clips. Returns [B] int32, the clip at each position, 0 to N - 1, in a time of
-    O(B). Sorting N random numbers for each epoch would take as long as many training steps.
+    Each epoch has a different order of N clips, which are numbered 0 to N - 1.
 
-    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002. A generalised Feistel
-    network permutes the cells of a rectangle that has at least N cells. If a position is mapped to
-    N or a larger number, the network is applied again. Unlike the paper, the round function is the
-    finaliser of MurmurHash3.
+    Args:
+      rng: the key that determines the orders of all epochs.
+      epoch: [B] int32, numbers of epochs.
+      place: [B] int32, positions in the epochs, 0 to N - 1.
+      num_clips: the number of clips, N.
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, a generalised Feistel
+    network. Unlike the paper, the round function is the finaliser of MurmurHash3.
     """
     rows = math.isqrt(num_clips - 1) + 1
     columns = -(-num_clips // rows)
+    # The network permutes the cells of a rectangle, of at least N cells. If a position is mapped to
+    # a cell from N on, the network is applied again.
     keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(rng, e), (NUM_ROUNDS,)))(epoch)
 
     def permute(x: Array) -> Array:
@@ -98,7 +101,6 @@ def shuffle(rng: Array, epoch: Array, place: Array, num_clips: int) -> Array:
 
 
 def _hash(x: Array, key: Array) -> Array:
-    """Returns [B] uint32, a hash of `x` [B] uint32 and `key` [B] uint32."""
     x = (x * np.uint32(0x9E3779B9)) ^ key
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * np.uint32(factor)

@@ -32,7 +32,7 @@ NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all c
 
 
 class Clip(NamedTuple):
-    """A clip that has not been checked."""
+    """A clip whose frames have not been checked."""
 
     name: str  # the name of the clip, without `.mp4`
     place: str  # the file or split of the clip, with which an error message begins
@@ -41,7 +41,7 @@ class Clip(NamedTuple):
 
 
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
-    """Yields the clips of clip -> modality -> features. Error messages begin with `place`."""
+    """Yields the clips of a dict, clip -> modality -> features. Errors begin with `place`."""
     for given, modalities in clips.items():
         name = clean_name_at(f"{place}:", given)
         if not isinstance(modalities, Mapping):
@@ -64,12 +64,12 @@ def locate(clip: Clip, modality: str) -> str:
 
 
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
-    """Checks the frames of a clip in a modality, and sorts them by frame number.
+    """Checks the frames of a clip in a modality. Returns field -> array, sorted by frame number.
 
-    `value` is an array of features: [T, D], or [D] for a single frame. Or it is a dict with
-    `features` and, optionally, `number`, `quality`, `detection` and `box`. Returns field -> array,
-    with all five fields. `features` [T, D] keep their dtype. If the clip has no frames, returns {}.
-    Errors begin with `place`.
+    `value` is an array of features: [T, D], or [D] for a single frame. It may also be a dict with
+    `features` and, optionally, `number`, `quality`, `detection` and `box`. The result has all five
+    fields, or is {} if the clip has no frames. `features` [T, D] keep their dtype. Errors begin
+    with `place`. See `Quality` for `quality`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     if unknown := [str(key) for key in given if key not in STORED]:
@@ -163,7 +163,7 @@ def pack(
     """Checks the clips of a split, and joins their frames in one array per modality and field.
 
     Returns modality -> the frames of all clips. If `out_dir` is given, the arrays are memory maps
-    of files in this folder, which must exist as long as the arrays. Raises UserError if a clip
+    of files in this folder. The folder must exist as long as the arrays. Raises UserError if a clip
     comes twice, is malformed, or differs from most clips in width or dtype.
     """
     packers: dict[str, Packer] = {}
@@ -190,7 +190,7 @@ def pack(
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
-    """Raises UserError if the modality `name` cannot be the name of a folder next to `known`."""
+    """Raises UserError if `name` cannot be a folder name, or differs from `known` only in case."""
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         problem = " may have only letters, digits, '-' and '_': rename it"
@@ -202,10 +202,10 @@ def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
 
 
 class Packer(contextlib.ExitStack):
-    """Joins the frames of one modality of many clips, clip by clip, in one array per field.
+    """Checks the frames of many clips in one modality, and joins them in one array per field.
 
-    The frames are checked, and are written in blocks to files in `folder`. If `folder` is None,
-    they stay in memory. Qualities, detections and boxes that are not finite become 0.
+    Call `add` for each clip, and then `finish`. The arrays are files in `folder`, or stay in memory
+    if `folder` is None. Qualities, detections and boxes that are not finite become 0.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class Packer(contextlib.ExitStack):
                 self._files[name] = self.enter_context((folder / f"{name}.bin").open("wb"))
 
     def add(self, clip: Clip, value: Any) -> None:
-        """Checks and adds the frames `value` of a clip. See `read_frames` for their form."""
+        """Checks and adds the frames `value` of a clip. For their form, see `read_frames`."""
         frames = read_frames(value, locate(clip, self._modality), self._quality)
         self._waiting.append((clip, frames))
         self._bytes += frames["features"].nbytes if frames else 0
@@ -243,13 +243,9 @@ class Packer(contextlib.ExitStack):
             self._write()
 
     def _write(self) -> None:
-        """Writes the frames of all clips that were added since the last call.
-
-        At the first call, the majority of the clips decides the width and the dtype. So an error
-        names the clip that differs from most clips, even if it is the first clip.
-        """
+        """Checks and writes the frames of all clips that were added since the last call."""
         filled = [(clip, frames) for clip, frames in self._waiting if frames]
-        if filled and not self._kind:
+        if filled and not self._kind:  # the majority decides, so an error names the odd clip
             features = [frames["features"] for _, frames in filled]
             kinds = Counter((array.shape[1], array.dtype) for array in features)
             self._kind = kinds.most_common(1)[0][0]
@@ -273,7 +269,7 @@ class Packer(contextlib.ExitStack):
             self._write_field(name, column if keep.all() else column[keep])
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
-        """Raises UserError if features differ from most clips, or must be finite but are not."""
+        """Raises UserError if features are unlike most clips, or if `non_finite` refuses them."""
         width, dtype = self._kind or (0, None)
         place, problem = locate(clip, self._modality), ""
         if features.shape[1] != width:
@@ -345,9 +341,10 @@ class StagedSplit(NamedTuple):
 
 
 def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Finds the frames of each clip in all modalities, and chooses the order of storing the clips.
+    """Returns the clips of a split, the place of their frames, and the order to store them in.
 
-    The clips of 'train' are shuffled; in other splits they are sorted by name.
+    `packed` is modality -> the frames of all clips. The clips of 'train' are stored in random
+    order, and the clips of other splits by name.
     """
     # Python orders str by code point, which is the byte order of UTF-8.
     clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))

@@ -40,14 +40,14 @@ VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "D
 class Rows(NamedTuple):
     """The F rows of a table, one for each frame."""
 
-    # Name -> pyarrow column without nulls, except `features`. Text is dictionary-encoded.
+    # Name -> pyarrow column without nulls. `features` is left out. Text is dictionary-encoded.
     columns: dict[str, Any]
     values: np.ndarray  # the features of all rows, joined in one array
     width: np.ndarray  # [F] int, the number of values of each feature
 
 
 def read(path: Path) -> Rows:
-    """Reads all rows of a parquet table, unless it is damaged or needs too much memory."""
+    """Returns all rows of a table. Raises UserError if it is damaged or needs too much memory."""
     with _open(path) as (opened, file):
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
@@ -76,10 +76,10 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
-    """Opens a table in a `with` block, and yields the file and its table as an object of pyarrow.
+    """Opens a table in a `with` block. Yields the file, and the table as an object of pyarrow.
 
-    Text is dictionary-encoded, so that each distinct text is in memory once. Errors of pyarrow in
-    the block become UserError; system errors stay as they are.
+    Text is dictionary-encoded. Errors of pyarrow in the block become UserError, but errors of the
+    system do not.
     """
     with files.open_input(path) as opened:
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -106,7 +106,7 @@ def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the columns of `names` to read. Refuses a table with missing or misspelt columns."""
+    """Returns the columns to read, of all columns `names`. Refuses missing and misspelt columns."""
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -147,7 +147,7 @@ def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
 def _check_pages(
     path: Path, opened: io.FileIO, file: "parquet.ParquetFile", names: Sequence[str]
 ) -> int:
-    """Checks the columns `names` by the headers of their pages, before a page is unpacked.
+    """Checks the headers of the pages of the columns `names`, without unpacking a page.
 
     `opened` and `file` are the same file. Returns the number of values of the column `features`.
     Raises UserError if the headers and the footer count different numbers of values, if there are
@@ -192,7 +192,7 @@ def _check_pages(
 def _walk_pages(
     opened: io.FileIO, column: "parquet.ColumnChunkMetaData"
 ) -> Iterator[tuple[int, int]]:
-    """Yields (unpacked bytes, number of values) of each page, up to the number in the footer."""
+    """Yields (bytes after unpacking, number of values) of each page of a column."""
     at, first = column.data_page_offset, column.dictionary_page_offset
     if column.has_dictionary_page and first and first < at:
         at = first
@@ -211,7 +211,7 @@ def _walk_pages(
 
 
 def _read_header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
-    """Returns the length of the page header at byte `at`, and its field number -> value."""
+    """Returns the length of the page header at byte `at`, and its fields, number -> value."""
     for size in HEADER_BYTES:
         header = _Compact(os.pread(opened.fileno(), size, at))
         with contextlib.suppress(IndexError):
@@ -227,7 +227,7 @@ class _Compact:
         self._content, self.at = content, 0
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Returns field number -> value, which is None unless it is an integer or a struct."""
+        """Returns field number -> an integer, a struct, or None for a value of another type."""
         if depth > MAX_HEADER_DEPTH:
             raise ValueError("a page header has too many nested structs")
         fields: dict[int, Any] = {}
@@ -283,11 +283,7 @@ class _Compact:
 
 
 def _read_rows(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int) -> Rows:
-    """Reads the columns `names` of all rows.
-
-    `counted` is the number of values in the features of all rows. It is the size of the array for
-    these values, so features are not copied when they are joined.
-    """
+    """Reads the columns `names`. `counted` is the number of values in the features of all rows."""
     import pyarrow
     from pyarrow import compute
 

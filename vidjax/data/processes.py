@@ -2,12 +2,11 @@
 
 A child process runs a module of this package that ends with `sys.exit(processes.serve(work))`.
 `run_limited` starts the module, and returns the result of its function `work`. Arguments and result
-are JSON values; arrays are passed in files. The child has limits of CPU time and, on Linux, of
-address space. On Linux it can neither open connections nor start programs, and it ends when its
-parent process ends.
+are JSON values; arrays are passed in files. The CPU time of the child is limited. On Linux, its
+address space is limited, too, and it can neither open connections nor start programs.
 
-The process pools of Python are not used, because each of their processes imports the user's program
-again. A program without `if __name__ == "__main__"` would then run again.
+Process pools of Python are not used, because their processes import the user's program. A program
+without `if __name__ == "__main__"` would then run again.
 """
 
 import contextlib
@@ -51,7 +50,7 @@ Result = TypeVar("Result")
 
 
 class Children:
-    """Starts child processes, and can kill all of them. Several threads may share it."""
+    """Starts child processes, and can kill all of them. Several threads may share an object."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
@@ -61,7 +60,7 @@ class Children:
     def run(
         self, module: str, *, given: bytes, timeout: float
     ) -> subprocess.CompletedProcess[bytes]:
-        """Runs a module with the input `given`. After `timeout` seconds, raises TimeoutExpired."""
+        """Runs a module with the input `given`. Raises TimeoutExpired after `timeout` seconds."""
         # PYTHONPATH makes the child import from the same folders as this process. The child has one
         # BLAS thread, because each thread would reserve address space. The MALLOC variables make
         # glibc keep freed memory, because the system would clear its pages before they are reused.
@@ -102,11 +101,11 @@ def map_children(
     *,
     progress: str = "",
 ) -> list[Result]:
-    """Calls a function for each item, with at most `workers` calls at once, each in a thread.
+    """Calls `function(children, item)` for each item, and returns the results in their order.
 
-    After the first error, all child processes are killed, and the error is raised. `function` takes
-    a `Children` object, with which it starts child processes, and an item. Results are in the order
-    of the items. `progress` is the title of a progress bar, or "".
+    Up to `workers` calls run at once, in threads. `children` is an object with which the function
+    starts child processes. After the first error, all child processes are killed, and the error is
+    raised. `progress` is the title of a progress bar, or "".
     """
     from tqdm import tqdm
 
@@ -168,10 +167,10 @@ def forbid_connections() -> None:
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
-    """Runs in a child process: calls `work` with each job that `run_limited_each` sends.
+    """Calls `work` with each job that `run_limited_each` sends to this child process.
 
-    Jobs come as JSON from standard input, and results go to standard output. What libraries print
-    goes to standard error. Returns 0, the exit code.
+    Jobs come as JSON from standard input, and results go to standard output. Text that libraries
+    print goes to standard error. Returns 0, the exit code.
     """
     if sys.platform == "linux":  # kills this process when its parent process ends
         ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
@@ -244,11 +243,11 @@ def run_limited_each(
     cpu_seconds: int,
     children: Children | None = None,
 ) -> list[dict[str, Any] | UserError]:
-    """Calls `work` of a module several times, in the same child process with common limits.
+    """Calls the function `work` of a module several times in one child process.
 
-    `given` has the file that `work` reads and its arguments, for each call. For the other
-    arguments, see `run_limited`. Returns the result or the error of each call. Raises UserError if
-    the process exceeded a limit or crashed. The message names the first file.
+    `given` has a pair for each call: the file that `work` reads, and the arguments of `work`. The
+    limits apply to all calls together. For the other arguments, see `run_limited`. Returns the
+    result or the error of each call. Raises UserError if the process exceeded a limit or crashed.
     """
     path = given[0][0]
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}

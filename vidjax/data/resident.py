@@ -1,8 +1,7 @@
 """Keeps the clips of a dataset on the devices during training, if they fit.
 
-The frames of all clips are joined in one array per modality and field. The devices themselves
-choose the clips of each batch, from the seed and the number of the step. So several steps run
-without the host. A step reads only the features of the frames that the fusion of the model uses.
+The devices themselves choose the clips of each batch, so several steps run without the host. A step
+reads only the features of the frames that the fusion of the model uses.
 """
 
 import functools
@@ -41,11 +40,10 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Draws the batch of the training step `step` [] int32 from clips on the devices.
+    """Returns the batch of the training step `step` [] int32, from clips on the devices.
 
-    The batch contains LazyFeatures, the indices of its frames, because the fusion of a model may
-    use only some frames. `clips` is modality -> the joined frames of all clips. The last frame is
-    zeros, for padding.
+    `clips` is modality -> the joined frames of all clips. The last frame is zeros, for padding. The
+    features of the batch are LazyFeatures, which are read when a model uses them.
     """
     position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
     drawn = draw_batch_clips(plan, step, position // plan.num_places, position % plan.num_places)
@@ -65,12 +63,15 @@ def gather_frames(
     *,
     lazy: bool = True,
 ) -> Frames:
-    """Gathers the frames of the clips `clip_index` [B] int32 in a modality, padded to [B, size].
+    """Returns the frames of B clips in a modality, padded to [B, size].
 
-    The last frame of `clips` is zeros, for padding. Rows where `batch_mask` [B] bool is False stay
-    empty. `window` [B] float32 in [0, 1) are random numbers that choose a window of longer clips,
-    or None for the first `size` frames. If `lazy` is True, features are gathered later, after the
-    fusion of the model has chosen frames.
+    Args:
+      clips: the joined frames of all clips. The last frame is zeros, for padding.
+      clip_index: [B] int32, the clips to return.
+      batch_mask: [B] bool, False for rows that stay empty.
+      window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
+        None, the first `size` frames are taken.
+      lazy: whether features become LazyFeatures, which are read when a model uses them.
     """
     first, length = clips.start[clip_index], clips.length[clip_index]
     if window is not None:
@@ -105,7 +106,7 @@ class ResidentPlan(NamedTuple):
 
 
 def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
-    """Plans which clips are copied to the devices for training and evaluation."""
+    """Plans which clips are copied to the devices. `plan` describes the training batches."""
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
     best = {}
     for split in splits.values():
@@ -133,24 +134,23 @@ def step_bytes(
 ) -> float:
     """Estimates the bytes that a training step needs on a device for intermediate results.
 
-    The batch, the fused frames, the logits, the losses and the gradients with respect to these
-    arrays are counted as float32. The gradients and the updates of the parameters are also counted,
-    but not the parameters (`params` bytes) and the state of the optimiser. `columns` is the number
-    of classes.
+    `params` is the number of bytes of the parameters. `columns` is the number of classes.
     """
     frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
                  for name, width in layout.widths.items())  # fmt: skip
+    # The batch, fused frames, logits, losses and their gradients in float32, and the gradients and
+    # updates of the parameters. The parameters and the state of the optimiser are not counted.
     return 3 * plan.batch_size * (frames + 4 * columns) / mesh.size + 2 * params
 
 
 def choose_mode(
     mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int, taken: float = 0
 ) -> str:
-    """Chooses whether clips stay on the devices ('resident') or are read from disk ('streaming').
+    """Returns 'resident' if clips stay on the devices, or 'streaming' to read them from disk.
 
-    If `mode`, the mode in the configuration, is 'auto', the free memory decides. `num_drawn` is the
-    number of clips in all batches of the run, and `taken` is the result of `step_bytes`. Raises
-    UserError if `mode` is 'resident', but an int32 cannot count the clips or frames.
+    `mode` is the mode in the configuration. If it is 'auto', the free memory decides. `num_drawn`
+    is the number of clips in all batches of the run, and `taken` is the result of `step_bytes`.
+    Raises UserError if `mode` is 'resident', and an int32 cannot count the clips or frames.
     """
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:
@@ -166,7 +166,7 @@ def choose_mode(
 
 
 def find_least_free_bytes(mesh: Mesh) -> float:
-    """Returns the bytes of free memory of the local device with the least free memory.
+    """Returns the smallest number of bytes that are free on a local device.
 
     Devices that are emulated on a CPU share the free memory of the host equally.
     """
@@ -216,10 +216,7 @@ class Resident:
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
-            """Returns modality -> the frames of the clips of `splits`.
-
-            `phase` is `train` or `eval`. The largest number of frames of a clip depends on it.
-            """
+            """Returns modality -> the frames of the clips of `splits` in a phase, train or eval."""
             located = {}
             for name, packed in frames.items():
                 table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
@@ -238,7 +235,7 @@ class Resident:
         """Yields every clip of `plan` once. See `ClipSource`.
 
         Clips of similar length are sorted by name. If the split or a modality is not on the
-        devices, all frames are read from the dataset.
+        devices, the clips are read from disk.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
             yield from self._data.eval_batches(plan, rows=rows)
@@ -263,14 +260,14 @@ def gather_modalities(
 
 
 def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
-    """Returns the `count` frames of the highest quality of the clip `row`, in time order."""
+    """Returns the `count` frames of the highest quality of clip number `row`, in time order."""
     clip = slice(packed.start[row], packed.start[row] + packed.length[row])
     chosen = choose_best_frames(np.asarray(packed.quality[clip]), count)
     return _make_flat_arrays([getattr(packed, name)[clip][chosen] for name in BATCHED])
 
 
 def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns frames without a division into clips. `fields` has an array per name in BATCHED."""
+    """Returns frames that are not divided into clips. `fields` are in the order of BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 
@@ -324,7 +321,7 @@ class _Filler:
         self._waiting = 0
 
     def finish(self) -> Packed:
-        """Copies the last chunk, and returns all frames, not divided into clips."""
+        """Copies the last chunk, and returns all frames. They are not divided into clips."""
         if not self._arrays:
             return _make_flat_arrays(devices.replicate(self._mesh, self._chunk))
         if self._waiting:

@@ -93,9 +93,9 @@ def open_source(
 ) -> RecordSource:
     """Opens a dataset, without reading its features.
 
-    `given` is the section `data` of a configuration; or a folder of iQIYI-VID pickles or of a
-    user's own features; or split -> clip -> modality -> features. For the other arguments, see
-    `vidjax.load_data`. They are ignored if `given` is a configuration.
+    `given` is a folder of iQIYI-VID pickles or of a user's own features, or a dict, split -> clip
+    -> modality -> features. It may also be the section `data` of a configuration. Then all other
+    arguments are ignored. See `vidjax.load_data` for the other arguments.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
@@ -162,7 +162,7 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Describes a dataset in a few words: its name, and the options that are not the default."""
+    """Returns the name of a dataset. Adds size, seed and changed options of the synthetic one."""
     name = data.get("name", "")
     if not is_generated(name):
         return name

@@ -50,10 +50,10 @@ _BOX_SCALE = {"face": 1.0, "head": 1.5, "body": 2.2}
 class _Modality(NamedTuple):
     """The properties of a modality that do not depend on the size of the dataset."""
 
-    every: int  # distance in frames between two features. If it is 0, a clip has a single feature.
+    every: int  # n if every n-th frame has a feature, 0 if a clip has a single feature
     blank_rate: float  # share of clips in which the modality has no information about the person
     missing_rate: float  # share of clips without the modality
-    resembles: bool  # True: look-alikes resemble each other, and clips are displaced more variably
+    resembles: bool  # True if look-alikes have similar features, and some clips are harder
 
 
 _MODALITIES = {
@@ -66,12 +66,12 @@ _MODALITIES = {
 
 
 class Size(NamedTuple):
-    """The size of a dataset. If it changes, the difficulty, `spread`, must be calibrated again."""
+    """The size of a dataset, and its difficulty, which was calibrated for this size."""
 
-    identities: int
-    mean_frames: float  # per clip
+    identities: int  # number of known people
+    mean_frames: float  # mean number of frames per clip
     dims: Mapping[str, int]  # modality -> feature width
-    # Modality -> median length of the displacement of a clip. Vectors of people have the length 1.
+    # The difficulty: modality -> median distance of a clip from the unit vector of its person.
     spread: Mapping[str, float]
 
 
@@ -95,30 +95,26 @@ SIZES = {
 class SyntheticOptions(NamedTuple):
     """The difficulty of the dataset. The defaults are the calibrated values.
 
-    Each option except `train_distractors` changes only the property that it describes. All other
-    values stay equal to the bit, so two datasets that differ in an option are directly comparable.
+    An option changes only the property that it describes. All other random values stay the same.
+    The exception is `train_distractors`, which changes the whole train split.
 
     Attributes:
       wrong_clips: share of clips in which a third of the frames show another person. These frames
-        are consecutive, and their quality is lower by 20. If the first frame is one of them, the
-        voice and the scene of the clip are drawn again. No rate is published. The iQIYI-VID paper
-        keeps a clip if more than 30 % of its frames show a single head, or a head that is much
-        larger than all others (section 3.2). So up to 70 % of the frames may show several people.
+        are consecutive. If the first frame is one of them, the voice and the scene differ, too. The
+        iQIYI-VID paper allows several people in up to 70 % of the frames (section 3.2).
       blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality.
-        On the small dataset, nearest neighbours reach a higher MAP if the frames of a face are
-        weighted by quality: by 0.002, 0.005, 0.009 and 0.021 for a blur of 0, 1, 1.5 and 2. The 4th
-        place of 2019 reports gains of 0.01 by weighting frames, and of 0.02 by filtering them.
-      label_noise: share of labelled train clips with the label of another person. The authors of
-        the iQIYI-VID paper checked their labels, and report at most 0.002 (section 3.4).
-      train_distractors: share of train clips that show a stranger. The train split of iQIYI-VID
-        has none. In val, on which the teams of 2018 and 2019 trained, the share is 0.375.
-      missing_rate: share of clips without a face. Clips without head, body or audio are drawn
-        independently, with the same share. In addition, every dataset lacks faces, heads, bodies
-        and voices in 0.02, 0.02, 0.05 and 0.15 of the clips. No rate is published. In the small
-        real dataset of our tests, 0.1 of the clips have no face, and 0.1 have no voice.
+        For a blur of 0, 1, 1.5 and 2, weighting faces by quality raises the MAP of nearest
+        neighbours on the small dataset by 0.002, 0.005, 0.009 and 0.021.
+      label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
+        paper reports at most 0.002 (section 3.4).
+      train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in
+        train, and 0.375 in val.
+      missing_rate: share of clips without a face. Heads, bodies and voices are missing with the
+        same rate, independently of each other. If it is 0, still 0.02 of the clips have no face,
+        0.02 no head, 0.05 no body, and 0.15 no voice.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
-        to another person in all frames. In real data the cause is a tracker that followed the wrong
-        face, or a voice-over. The iQIYI-VID paper mentions both without a rate (sections 1, 6.4).
+        to another person. The causes in real clips are a tracker that follows the wrong face, and a
+        voice-over (iQIYI-VID paper, sections 1, 6.4).
     """
 
     wrong_clips: float = 0.15
@@ -144,15 +140,14 @@ LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # upper limits; all lo
 def write(
     out_dir: str | Path, *, size: str, seed: int = 0, options: SyntheticOptions = CALIBRATED
 ) -> None:
-    """Writes the synthetic dataset to an empty folder, in the layout of iQIYI-VID.
+    """Writes the synthetic dataset to a folder, as files in the layout of iQIYI-VID.
 
-    For each modality and split there is a pickle, `{face,head,body,audio,scene}_{train,val,test}`,
-    where face train and face val end in `_v2`. `train_gt.txt` has a clip and its identity per line.
-    `val_gt.txt` and `test_gt.txt` have an identity and its clips per line. Equal arguments give
-    equal bytes on the same machine with the same version of numpy.
+    Each modality of each split is a pickle, such as `head_val.pickle`. The ground truth is in
+    `train_gt.txt`, `val_gt.txt` and `test_gt.txt`. Equal arguments give equal bytes on the same
+    machine with the same version of numpy.
 
     Args:
-      out_dir: the folder. It must be empty, or must not exist.
+      out_dir: the folder, which is empty or does not exist.
       size: 'small' or 'standard'.
       seed: the random seed, 0 or more.
     """
@@ -164,7 +159,7 @@ def write(
             raise UserError(f"config.data.{name}={value} is out of range: choose 0 to {largest:g}")
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir}: exists and is not an empty folder\nname a new folder")
+        raise UserError(f"'{out_dir}' exists and is not an empty folder: name a new folder")
     # Files are moved when all are complete, so that an interrupted call leaves no files.
     with scratch_folder(out_dir / ".partial") as partial:
         world = _World(SIZES[size], np.random.default_rng([seed, 0]))
@@ -204,16 +199,16 @@ def _write_ground_truth(path: Path, clips: "_Clips", *, inverted: bool) -> None:
 class _FlatFrames(NamedTuple):
     """The F frames of n clips in a modality, clip by clip."""
 
-    present: np.ndarray  # [n] bool, False if the clip lacks the modality: frames are not written
+    present: np.ndarray  # [n] bool, False for clips whose frames are not written to the pickle
     lengths: np.ndarray  # [n] int, number of frames of each clip
     number: np.ndarray  # [F] int, number of the frame in the video
     box: np.ndarray  # [F, 4] float64, x1, y1, x2, y2 in pixels
-    detection: np.ndarray  # [F] float64
-    quality: np.ndarray  # [F] float64
+    detection: np.ndarray  # [F] float64, detection score of the frame
+    quality: np.ndarray  # [F] float64, quality score of the frame
     features: np.ndarray  # [F, D] float16 or float32
 
     def entries(self, modality: str, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        """Yields the name of each clip, and its value in the official pickle of a modality."""
+        """Yields the name and the frames of each clip, in the form of the official pickles."""
         columns = [list(map(str, self.number.tolist()))]
         columns += [x.tolist() for x in (self.box, self.detection, self.quality)]
         columns = columns[: {"face": 4, "head": 3}.get(modality, 2)]
@@ -325,7 +320,7 @@ class _Clips:
         self.false = {"face": is_false & of_face, "audio": is_false & ~of_face}
 
     def frames(self, rows: np.ndarray) -> dict[str, _FlatFrames]:
-        """Draws the frames of the clips `rows` [n]. Returns modality -> frames."""
+        """Draws the frames of the clips at the positions `rows` [n]. Returns modality -> frames."""
         rng = self.rng
         lengths = self.length[rows]
         clip = np.repeat(np.arange(len(rows)), lengths)  # [F]
@@ -370,9 +365,9 @@ class _Clips:
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Returns the vectors [F, RANK] of the people in F frames of the clips `rows` [F].
+        """Returns [F, RANK], the vectors of the people in F frames.
 
-        `wrong` [F] is True if a frame shows another person.
+        `rows` [F] is the clip of each frame. `wrong` [F] is True for frames of another person.
         """
         if modality == "scene":
             return self.world.points["scene"][self.programme[rows]]
@@ -391,11 +386,11 @@ class _Clips:
         position: np.ndarray,
         quality: np.ndarray,
     ) -> np.ndarray:
-        """Draws the features [F, D] of F frames. The frames of a track share a displacement.
+        """Draws the features [F, D] of F frames.
 
-        A track is a person in a clip, and `track` [F] int is the track of each frame. `points` [F,
-        RANK] are the vectors of the people, and `spread` is the length of the displacement of each
-        track. Features drift along `position` [F], the position of the frames in their clips.
+        `points` [F, RANK] is the vector of the person in each frame. A track is a person in a clip,
+        and `track` [F] is the track of each frame. `spread` is, for each track, how far its frames
+        are from the vector of the person. `position` [F] is the position of a frame in its clip.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
@@ -438,7 +433,7 @@ def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarr
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws which stranger each clip shows, [count] int. Many strangers have a single clip."""
+    """Draws the strangers that `count` clips show, [count] int. Many have only one clip."""
     singles = round(count * _SINGLETON_RATE)
     sizes, left = [1] * singles, count - singles
     while left > 0:
@@ -450,14 +445,14 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
 def _draw_frame_steps(
     rng: np.random.Generator, clip: np.ndarray, position: np.ndarray
 ) -> np.ndarray:
-    """Draws the number [F] of the picture of each face. Two faces may be in the same picture."""
+    """Draws the frame number [F] of each feature, counted from the first feature of its clip."""
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))
     return total - total[position == 0][clip]
 
 
 def _place_boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Returns boxes x1, y1, x2, y2 [F, 4] of `width` [F] around `centre` [F, 2], in pixels."""
+    """Returns boxes [F, 4] (x1, y1, x2, y2 in pixels) of `width` [F] around `centre` [F, 2]."""
     half = np.stack([width / 2, width * 0.65], axis=1)
     return np.round(np.concatenate([centre - half, centre + half], axis=1), 2)
 

@@ -23,7 +23,7 @@ tfds.disable_progress_bar()
 
 
 class PackedFrames(tfds.features.FeatureConnector):
-    """Encodes the frames of a clip in one modality for TFDS, as one string per field."""
+    """Encodes the frames of a clip in one modality for TFDS, as a string of bytes per field."""
 
     def __init__(self, *, dim: int, dtype: str, doc: Any = None):
         super().__init__(doc=doc)
@@ -45,7 +45,7 @@ class PackedFrames(tfds.features.FeatureConnector):
         return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in STORED}
 
     def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
-        """Encodes the frames of a clip. The values are little-endian, frame after frame."""
+        """Encodes the frames of a clip, one after another. The values are little-endian."""
         return {
             field: example_data[field].astype(np.dtype(info.np_dtype).newbyteorder("<")).tobytes()
             for field, info in self._info.items()
@@ -62,7 +62,7 @@ class PackedFrames(tfds.features.FeatureConnector):
         return decoded
 
     def to_json_content(self) -> dict[str, Any]:
-        """Returns the arguments that TFDS passes to `__init__` to make an equal object."""
+        """Returns the arguments with which TFDS makes an equal object."""
         return self._modality._asdict()
 
 

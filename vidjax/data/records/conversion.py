@@ -46,10 +46,13 @@ def convert(
     non_finite: NonFinite = "drop",
     workers: int | None = None,
 ) -> Records:
-    """Converts a dataset to TFRecord files, if the cache does not contain them yet.
+    """Returns the converted clips of a dataset, from TFRecord files in the cache.
+
+    If the cache does not contain the files, they are written.
 
     Args:
-      cache_dir: the cache. If it is None, it is `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      cache_dir: the cache, by default `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      non_finite: see `NonFinite`.
       workers: number of threads that write files, by default one per core.
 
     Raises:
@@ -153,7 +156,7 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
 def _join_modalities(
     staged: Mapping[str, StagedSplit], source: RecordSource
 ) -> dict[str, Modality]:
-    """Returns modality -> width, and a dtype that represents the features of all splits exactly."""
+    """Returns modality -> the width and the common dtype of its features in all splits."""
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
     dropped = 0
@@ -184,7 +187,7 @@ def _join_modalities(
 
 
 def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
-    """Raises UserError if a clip is in two splits, so that it could be in training and test."""
+    """Raises UserError if a clip is in two splits, for example in train and val."""
     owners: dict[str, str] = {}
     shared = []
     for name, split in sorted(staged.items()):
@@ -202,10 +205,11 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
 def cut(
     split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
-    """Divides the clips of a split into at least 8 shards, but not more shards than clips.
+    """Divides the clips of a split into files (shards) of up to about 256 MB.
 
-    A shard has at most about 256 MB. Returns a pair for each shard: its path, which begins with
-    `prefix`, and [n] int32, the positions of its n clips in `split.clips`.
+    There are 8 shards or more. If there are fewer than 8 clips, each shard has one clip. Returns a
+    pair for each shard: its path, which begins with `prefix`, and [n] int32, the positions of its
+    n clips in `split.clips`.
     """
     size = sum(
         int(lengths.sum(dtype=np.int64))
@@ -225,7 +229,7 @@ def cut(
 def write_shard(
     path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> shard_files.Shard:
-    """Writes the clips `order` [n] of `split.clips` to a TFRecord file, and returns its entry."""
+    """Writes clips to a TFRecord file. `order` [n] are their positions in `split.clips`."""
     with path.open("wb") as file:
         for at in range(0, len(order), CLIPS_AT_ONCE):
             _write_clips(file, order[at : at + CLIPS_AT_ONCE].tolist(), split, modalities)
@@ -236,7 +240,7 @@ def write_shard(
 def _write_clips(
     file: BinaryIO, order: Sequence[int], split: StagedSplit, modalities: Mapping[str, Modality]
 ) -> None:
-    """Appends the clips `order` of `split.clips` to a file, one record each."""
+    """Appends a record for each clip to a file. `order` are positions in `split.clips`."""
     # Each call maps the files of frames again, so that the memory of their pages is freed.
     mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
     for clip in order:
@@ -261,7 +265,10 @@ def run_command(
     description: str,
     open_source: Callable[..., RecordSource],
 ) -> int:
-    """Runs the command `python -m MODULE DIR`, which converts a folder. Returns the exit code."""
+    """Runs the command `python -m MODULE DIR`, and returns the exit code.
+
+    The command converts the folder DIR, which `open_source` opens.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)

@@ -61,7 +61,7 @@ def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict
 
 
 def _make_histogram(values: np.ndarray) -> dict[str, Any]:
-    """Counts values in bins of equal width, from the smallest to the largest finite value."""
+    """Counts the finite values in bins of equal width."""
     finite = values[np.isfinite(values)].astype(np.float64)
     counts, edges = [], []
     if finite.size:
@@ -82,11 +82,11 @@ def _make_histogram(values: np.ndarray) -> dict[str, Any]:
 def label_records(
     records: Records, truth: Truth, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
-    """Adds labels, split -> clip -> identity, to the converted clips of a dataset.
+    """Adds labels to the converted clips of a dataset.
 
-    `identities` are the names of the classes 1..C. By default, they are all identities in the
-    ground truth of train and val, even identities without a clip. Returns the names of the classes;
-    split -> its clips and labels; and the data report.
+    `truth` is split -> clip -> identity. `identities` are the names of the classes 1 to C, by
+    default all identities in the ground truth of train and val. Returns three results: the names of
+    the classes; split -> its clips and labels; and the data report.
     """
     if identities is None:
         identities = sort_identities(
@@ -123,8 +123,7 @@ def label_records(
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
     """Returns the number of clips of a split, and digests of its names, features and labels.
 
-    A later evaluation compares them, to find out whether the split has changed. Paths and times of
-    files have no effect, so equal data have equal digests on all machines.
+    Equal data have equal digests on all machines.
     """
     clips, shards = records.splits[split].clips, records.splits[split].shards
     features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]

@@ -40,7 +40,7 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Adds labels to converted clips. See `label_records`. `origin` is for result files."""
+        """Adds labels to converted clips. See `label_records`. Result files name the `origin`."""
         self._records = records
         self._truth = truth
         self._origin = origin or Origin("records")
@@ -84,7 +84,7 @@ class Dataset:
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the training batches of `plan`, see `TrainingData`. This needs TensorFlow."""
+        """Yields the training batches of `plan`, with TensorFlow. See `TrainingData`."""
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         require_packages(
             "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
@@ -94,7 +94,7 @@ class Dataset:
         return streaming.train_batches(self._records, plan, step)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of `plan` once, per bucket in the order on disk. See `ClipSource`."""
+        """Yields every clip of `plan` once. See `ClipSource`."""
         return eval_batches(self._records, plan, rows)
 
     def packed(

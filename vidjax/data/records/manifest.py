@@ -69,12 +69,9 @@ def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
 
 
 def remove(folder: Path) -> bool:
-    """Removes a folder of converted clips, even if the conversion was not finished.
-
-    The manifest is removed first. So the folder counts as incomplete if the removal is interrupted.
-    If the folder contains files of other programs, these files stay, and the result is False.
-    """
+    """Removes converted clips. Returns False if files of other programs stay in the folder."""
     place = folder / NAME
+    # Without the manifest, which is removed first, the folder counts as incomplete.
     if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):
         return not files.exists(folder)
     if place.is_dir() and not place.is_symlink():

@@ -33,9 +33,7 @@ from vidjax.utils.errors import UserError
 class Reader:
     """Reads the clips of several splits from TFRecord files.
 
-    The N records of all splits are numbered in the order on disk, split after split. Files do not
-    stay open, because there may be more files than a process may open. Files are not memory-mapped,
-    because the system kills a process if a mapped file is truncated.
+    The N records of all splits are numbered in the order on disk, split after split.
 
     Attributes:
       clip_index: [N] int32, the clip of each record. Clips are numbered split after split, and by
@@ -47,6 +45,8 @@ class Reader:
     """
 
     def __init__(self, records: Records, splits: Sequence[str]) -> None:
+        # Files do not stay open, because there may be more files than a process may open. They are
+        # not memory-mapped, because the system kills a process if a mapped file is truncated.
         self._modalities = records.modalities
         parts = [records.splits[name] for name in splits]
         before = np.cumsum([0, *(len(split.clips) for split in parts)])
@@ -79,7 +79,7 @@ class Reader:
         self.start = ends - self._size - FRAMING - begins[self.shard]
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns the position of each value in the records `places`, as `locate_values` does."""
+        """Returns the results of `locate_values` for the records with the numbers `places`."""
         sizes = {"clip": self._names[places], "clip_index": count_varint_bytes(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)
@@ -88,10 +88,10 @@ class Reader:
         return locate_values(sizes)
 
     def read(self, places: np.ndarray, *, whole: bool = True) -> list[bytes]:
-        """Reads the records with the numbers `places` [n], serialised as `tf.train.Example`.
+        """Returns the records with the numbers `places` [n], serialised as `tf.train.Example`.
 
-        If `whole` is True, the sha256 of a whole file is checked before its first record is read.
-        If it is False, only the checksums of the records are checked.
+        If `whole` is True, the sha256 of each file is checked. If it is False, only the checksums
+        of the records are checked. Raises UserError if a file is damaged.
         """
         messages = [b""] * len(places)
         numbers = self.shard[places]
@@ -117,7 +117,10 @@ class Reader:
         return messages
 
     def _check_whole(self, number: int, file: io.FileIO) -> None:
-        """Compares a file with its sha256, at later calls only with its size and time."""
+        """Raises UserError if the file `number` was changed.
+
+        The first call checks the sha256 of the file. Later calls check its size and time.
+        """
         stat = os.fstat(file.fileno())
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if number not in self._states and files.hash_opened(file) == self.shards[number].sha256:
@@ -126,7 +129,7 @@ class Reader:
             raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
-        """Returns the error that a file was changed. If the file is damaged, raises UserError."""
+        """Returns the error for a file that changed. If the file is damaged, raises UserError."""
         check_shard(self.shards[number])
         return UserError(
             f"{self.shards[number].path}: the file was changed while it was read\n"

@@ -32,17 +32,17 @@ DEPTH = 3  # a shard is FOLDER/NAME/VERSION/SHARD, where FOLDER contains the man
 
 
 class Shard(NamedTuple):
-    """A TFRecord file as the manifest lists it: number of records, bytes, time and digest."""
+    """A TFRecord file, and its state when it was written or checked."""
 
     path: Path
-    records: int
-    size: int
-    mtime_ns: int
+    records: int  # number of records
+    size: int  # number of bytes
+    mtime_ns: int  # time of the last change, in ns
     sha256: str
 
 
 def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """Compares files with a new size or time with their sha256. Returns `shards` with new times."""
+    """Checks the sha256 of files whose size or time changed. Returns `shards` with new times."""
     checked = []
     for shard in shards:
         # A replaced file has a new time. Files of a copied folder have new times, too.
@@ -55,7 +55,7 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def check_shard(shard: Shard) -> None:
-    """Compares a file with its sha256. The error names the first damaged record."""
+    """Raises UserError if a file does not match its sha256. Names the first damaged record."""
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     if not files.exists(shard.path):
         raise UserError(
@@ -82,7 +82,7 @@ def check_shard(shard: Shard) -> None:
 
 
 def _count_intact(path: Path) -> tuple[int, bool]:
-    """Returns the number of records before the first damaged record, and True if there is none."""
+    """Returns the number of records before the first damage, and True if the file is intact."""
     with files.open_regular(path) as file:
         left, count = os.fstat(file.fileno()).st_size, 0
         while left:
@@ -122,7 +122,7 @@ def mask_checksum(content: bytes) -> bytes:
 def encode(values: Mapping[str, bytes | int]) -> bytes:
     """Serialises a `tf.train.Example` with one value per key.
 
-    The keys are in the order of protobuf's deterministic serialisation: alphabetical, but a key
+    The keys are in alphabetical order, as in protobuf's deterministic serialisation. However, a key
     comes after all longer keys that begin with it. Integers must not be negative.
     """
     parts = []
@@ -137,7 +137,7 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
 
 
 def count_frame_bytes(modality: Modality) -> dict[str, int]:
-    """Returns field -> bytes per frame, of a modality."""
+    """Returns field -> number of bytes per frame in a modality."""
     sizes = {"features": np.dtype(modality.dtype).itemsize * modality.dim}
     for name, field in FRAME_FIELDS.items():
         sizes[name] = np.dtype(field.dtype).itemsize * field.width
@@ -145,11 +145,10 @@ def count_frame_bytes(modality: Modality) -> dict[str, int]:
 
 
 def locate_values(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Computes where the values of N clips are in the results of `encode`.
+    """Returns where the values of N clips are in the messages that `encode` returns.
 
-    `sizes` is key -> [N] int64, the number of bytes of the value of each clip. Returns key -> [N]
-    int64, the position of the first byte of each value; and [N] int64, the number of bytes of each
-    result.
+    `sizes` is key -> [N] int64, the number of bytes of each value. Returns key -> [N] int64, the
+    position of the first byte of each value, and [N] int64, the number of bytes of each message.
     """
     ends, end = {}, np.zeros(1, np.int64)
     for key in sorted(sizes, key=_sort_key):
@@ -171,7 +170,7 @@ def _count_field_bytes(size: np.ndarray) -> np.ndarray:
 
 
 def count_varint_bytes(numbers: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of integers below 2**63 in protobuf, with 7 bits per byte."""
+    """Returns [N] int64, the number of bytes of N integers below 2**63 as protobuf varints."""
     return 1 + np.searchsorted(1 << 7 * np.arange(1, 9), numbers, side="right")
 
 

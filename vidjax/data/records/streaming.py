@@ -1,10 +1,9 @@
 """Makes training batches from TFRecord files, while the devices work on earlier batches.
 
-A thread reads the records in Python, because TensorFlow takes four times as long to read single
-records. More threads are slower, because only one thread of a process runs Python code at a time.
-Then TensorFlow operations make the batches. Their threads run no Python code, because a process
-that ends during a Python call of TensorFlow hangs or aborts. Records are batched before they are
-parsed, because parsing each record separately takes three times as long.
+A thread reads the records in Python. TensorFlow would take four times as long, and more threads
+would wait for each other, because only one thread of a process runs Python code at a time. Then
+operations of TensorFlow parse a whole batch, in a third of the time for single records. TensorFlow
+calls no Python code, because a process that ends during such a call hangs or aborts.
 
 All code that uses TensorFlow imports it from this module, which sets it up.
 """
@@ -83,15 +82,14 @@ def train_batches(records: Records, plan: BatchPlan, step: int) -> Iterator[Batc
 
 
 def _close(queue: Any) -> None:
-    """Closes a queue of TensorFlow, even while TensorFlow traces a function."""
-    with tf.init_scope():
+    with tf.init_scope():  # works even while TensorFlow traces a function
         queue.close()
 
 
 def _read_records(
     records: Records, plan: BatchPlan, reader: Reader, step: int
 ) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields the records of each step, and the last three results of `_locate_clips`."""
+    """Yields the B records of each step, and the last three arrays that `_locate_clips` yields."""
     located = _locate_clips(records, plan, reader, step)
 
     def read_next() -> tuple[list[bytes], Any]:
@@ -111,9 +109,9 @@ def _locate_clips(
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Draws the clips of each training step, beginning with `step`.
 
-    Yields [B] int64, the number of each record in `reader`; clip_index [B] int32; batch_mask [B]
-    bool; and [M, B] int32, the first frame of the window of each clip in each of the M modalities
-    in `plan.windowed`.
+    Yields four arrays for each step: the number of each record in `reader`, [B] int64; clip_index
+    [B] int32; batch_mask [B] bool; and the first frame of the window of each clip, [M, B] int32,
+    in the M modalities of `plan.windowed`.
     """
     place_of_clip = np.argsort(reader.clip_index)
     with jax.default_device(_get_host_device()):
@@ -176,11 +174,11 @@ def _make_pipeline(records: Records, plan: BatchPlan, queue: Any) -> Any:
 def _decode(
     fields: Mapping[str, Any], modality: Modality, size: int, first: Any, *, best: bool
 ) -> Frames:
-    """Decodes B clips to arrays with `size` frames per clip, padded with zeros.
+    """Decodes the frames of B clips to arrays with `size` frames per clip, padded with zeros.
 
     `fields` is field -> [B] strings, the bytes of all frames of each clip. `first` [B] int32 is the
-    first frame to take from each clip, or None for frame 0. `best` takes the frames of the highest
-    quality, in time order, from clips of more than `size` frames.
+    first frame to take from each clip. None takes the first `size` frames. If `best` is True, clips
+    of more than `size` frames are cut to the frames of the highest quality, in time order.
     """
     nbytes, dtypes = count_frame_bytes(modality), {"features": tf.as_dtype(modality.dtype)}
     dtypes |= {name: tf.as_dtype(field.dtype) for name, field in FRAME_FIELDS.items()}

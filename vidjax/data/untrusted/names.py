@@ -60,8 +60,8 @@ def check_name(name: str, kind: str = "clip name") -> str:
 def clean_identity(name: str) -> str:
     """Checks the name of a person, and returns it in the Unicode form NFC.
 
-    Besides the rules of `check_name`, the name must not have leading or trailing blanks or
-    invisible letters. An invisible joiner (ZWJ or ZWNJ) between two letters or symbols is allowed.
+    See `check_name`. The name must also have no leading or trailing blanks, and no invisible
+    letters. An invisible joiner (ZWJ or ZWNJ) between two letters or symbols is allowed.
     """
     if name != name.strip() and name.strip():
         raise UserError(
@@ -114,7 +114,7 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns new name -> a different name that looks like it. Names are from `clean_identity`."""
+    """Returns new name -> another new or known name that looks like it."""
     new, known = [*new], [*known] if new else []
     folded, known_folded = _fold_all(new), _fold_all(known)
     words = set(folded)
@@ -128,10 +128,8 @@ def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, st
 
 
 def _fold_all(names: list[str]) -> list[str]:
-    """Returns `fold(name)` for each name of `clean_identity`. Names in ASCII are folded together.
-
-    A million calls of `fold` would take half a second.
-    """
+    """Returns `fold(name)` for each name. The names are results of `clean_identity`."""
+    # Names in ASCII are folded together, because a million calls of `fold` take half a second.
     text = "\n".join(names)
     folded = re.sub("  +", " ", text).casefold().split("\n") if names else []
     if text.isascii():
@@ -141,10 +139,10 @@ def _fold_all(names: list[str]) -> list[str]:
 
 
 def make_file_stems(labels: Iterable[str]) -> list[str]:
-    """Returns a different file name without suffix for each label, of at most 200 bytes.
+    """Returns a file name without suffix for each label, of at most 200 bytes.
 
-    Many file systems do not distinguish `ada` and `Ada`, so the file name of the second label is
-    `Ada (2)`.
+    The file names differ from each other, even if a file system ignores case. For the labels `ada`
+    and `Ada`, they are `ada` and `Ada (2)`.
     """
     stems, taken = list[str](), Counter[str]()
     for label in labels:
@@ -164,7 +162,7 @@ def _cut(text: str, max_bytes: int) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Checks the name of a clip with `check_name`, and returns it without `.mp4` at its end."""
+    """Checks the name of a clip, and returns it without `.mp4` at its end. See `check_name`."""
     end = len(name)
     while name.endswith(".mp4", 0, end):  # without copies, because a name may be `.mp4` * 10**6
         end -= 4
@@ -190,7 +188,7 @@ def escape(name: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """Reverses `escape`. If `escape` cannot return `text`, returns `text` unchanged."""
+    """Reverses `escape`: `First%20Last` becomes `First Last`. Other texts stay unchanged."""
     if "%" not in text:
         return text
     name = urllib.parse.unquote(text)

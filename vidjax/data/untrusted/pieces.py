@@ -1,12 +1,11 @@
 """Unpickles a large dict in pieces, so that it needs little memory.
 
 pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time as a new
-dict, which is called a piece. pickle also numbers most objects, to refer to them later, and an
-unpickler keeps all numbered objects in its memo. Pickles of features refer only to objects of the
-same clip, and to a few objects that all arrays share. These shared objects are in the first piece,
-whose objects stay in the memo. The numbered objects of each later piece are replaced by None when
-the next piece is loaded. If a pickle refers to a replaced object, a clip gets a value None, which
-is refused. The pickle then has to be loaded as a whole.
+dict, a piece. pickle also numbers most objects, to refer to them later. An unpickler keeps numbered
+objects in its memo. Pickles of features refer only to objects of the same clip, and to a few
+objects that all arrays share. The shared objects are in the first piece, which stays in the memo.
+The objects of a later piece are replaced by None when the next piece is loaded. If a pickle refers
+to a replaced object, a clip gets a value None and is refused. Then the pickle is loaded as a whole.
 """
 
 import io
@@ -81,8 +80,8 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """Cuts a pickled dict into smaller pickles, each with some of its items.
 
-    Yields the byte strings of a smaller pickle, without the opcode STOP at its end, and the range
-    of the memo indices of its objects.
+    Yields the content of each smaller pickle and the range of its numbered objects. The content is
+    a list of byte strings, without the opcode STOP at the end.
     """
     begin = _START.match(content)
     if not begin:
@@ -114,10 +113,10 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips opcodes with fixed-size arguments, and counts the objects that they put into the memo.
+    """Skips pickle opcodes with arguments of fixed size, and counts the objects that they number.
 
-    Most arrays have the same sequence of opcodes, with other arguments. So the first sequences
-    become regular expressions, because a match is faster than a look at each opcode.
+    Most arrays have the same sequence of opcodes. So the first sequences become regular
+    expressions, because matching an expression is faster than parsing each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:
@@ -125,7 +124,7 @@ class _Runs:
         self._patterns: list[tuple[re.Pattern[bytes], int]] = []
 
     def skip(self, at: int) -> tuple[int, int]:
-        """Skips opcodes from `at`. Returns the end, and the number of objects put into the memo."""
+        """Skips opcodes from byte `at`. Returns the end, and the number of numbered objects."""
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
             if found and self._content[found.end()] not in _PLAIN:

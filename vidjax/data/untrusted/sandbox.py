@@ -72,13 +72,13 @@ def unpack(
 ) -> PackedClips:
     """Reads a pickle of features in a child process with limits.
 
-    The child process writes the frames to files in `out_dir`, which are then memory-mapped. Only
-    this call may use the folder, and it must exist as long as the returned arrays.
+    The pickle contains a dict, clip -> array of features [D] or [T, D]. Or it contains clip -> list
+    of frames, and a frame is a list of values that ends with the feature. If `modality` is 'face',
+    'head', 'body', 'audio' or 'scene', the values are as in the iQIYI-VID dataset. Otherwise, the
+    majority of the clips decides which values a frame has.
 
-    The pickle contains clip -> array [D] or [T, D], or clip -> list of entries with a feature and
-    the other values of a frame. If `modality` is 'face', 'head', 'body', 'audio' or 'scene', the
-    entries have the fields of the iQIYI-VID dataset. Otherwise the majority of the clips decides
-    which fields they have. `children` is an object with which another thread can kill the child
+    The returned arrays are memory maps of files in `out_dir`, which must exist as long as the
+    arrays. No other call may use this folder. With `children`, another thread can kill the child
     process.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -126,10 +126,10 @@ _FIELD_NAMES = {field.official: name for name, field in FRAME_FIELDS.items()}
 
 
 def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -> Iterator[Clip]:
-    """Checks unpickled dicts, and yields their clips. The dicts are emptied to free memory.
+    """Checks unpickled dicts, and yields their clips. Empties the dicts to free memory.
 
-    See `unpack` for the content of the dicts. The allowed numbers of clips and frames depend on
-    `size`, the number of bytes of the file. Error messages begin with `place`.
+    See `unpack` for the content of the dicts. `size` is the number of bytes of the file, and limits
+    the numbers of clips and frames. Error messages begin with `place`.
     """
     names, budget, fields = set[str](), _Budget(size), ()
     with prefix_errors(place):
@@ -143,9 +143,9 @@ def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -
 
 
 def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[str, Any]:
-    """Returns an unpickled dict without `.mp4` in names. Adds the checked names to `known`.
+    """Returns an unpickled dict with checked names of clips, without `.mp4`.
 
-    Empties `content` to free memory.
+    Adds the names to `known`. Empties `content` to free memory.
     """
     if type(content) is not dict:
         raise UserError(
@@ -181,7 +181,7 @@ def _clean_key(key: object) -> str:
 class _Budget:
     """Limits the frames, bytes and empty clips of a pickle of `size` bytes.
 
-    Many clips of a pickle may refer to the same array, so a small pickle could become very large.
+    Without a limit, a small pickle could become very large, because clips may share an array.
     """
 
     def __init__(self, size: int) -> None:
@@ -190,7 +190,7 @@ class _Budget:
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts `num_clips` empty clips of `among` clips. Raises UserError beyond the limit."""
+        """Counts `num_clips` empty clips, of `among` clips. Raises UserError beyond the limit."""
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(
@@ -214,16 +214,15 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 
 
 def _describe_type(value: object) -> str:
-    """Describes the type of a value for a message. An array is described by shape and dtype."""
     if type(value) is Array:
         return f"array {list(value.shape)} of {np.dtype(value.code)}"
     return type(value).__name__
 
 
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
-    """Returns the fields of an entry, which describes a frame.
+    """Returns the names of the values of a frame, such as ('frame', 'feature').
 
-    The modalities of iQIYI-VID have fixed fields. In others, the majority of the clips decides.
+    In modalities that iQIYI-VID does not have, the majority of the clips decides.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:
@@ -242,7 +241,10 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
 def _read_frames(
     value: Any, fields: tuple[str, ...], where: str, budget: _Budget
 ) -> dict[str, Any]:
-    """Checks the frames of a clip, and returns field -> array, for `packing.read_frames`."""
+    """Checks the frames of a clip, and returns field -> array, for `packing.read_frames`.
+
+    `fields` are the names of the values of a frame. Error messages begin with `where`.
+    """
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
         if not count:
@@ -270,7 +272,7 @@ def _read_frames(
 def _join_features(
     entries: Sequence[Any], fields: tuple[str, ...], where: str, budget: _Budget
 ) -> np.ndarray:
-    """Checks the T entries of a clip, one per frame, and returns their features [T, D]."""
+    """Checks the T frames of a clip, and returns their features [T, D]."""
     features: list[Array] = []
     for number, entry in enumerate(entries):
         if not _is_list(entry) or len(entry) != len(fields):
@@ -299,7 +301,7 @@ def _join_features(
 
 
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
-    """Converts the values of a field in T entries to an array of integers or float64, [T, ...]."""
+    """Returns the values of a field in T frames: [T] or [T, 4], integers or float64."""
     try:
         column = _convert(values, field)
     except (TypeError, OverflowError, ValueError):

@@ -116,7 +116,7 @@ class Array(metaclass=_Sealed):
 
 
 class _Reconstruct(metaclass=_Sealed):
-    """Replaces numpy.core.multiarray._reconstruct: makes an array for `Array.__setstate__`."""
+    """Replaces numpy.core.multiarray._reconstruct. Makes an empty array, which is filled later."""
 
     def __new__(cls, kind: object, shape: object, code: object) -> Array:
         if kind is not _NdArray:
@@ -192,7 +192,7 @@ class Unpickler(pickle.Unpickler):
         return sealed
 
     def persistent_load(self, pid: object) -> object:
-        """Raises UserError, because the pickle asks for an object that is not in the file."""
+        """Raises UserError, because the pickle refers to an object outside the file."""
         raise UserError("the pickle is refused, because it refers to an object outside the file")
 
 
