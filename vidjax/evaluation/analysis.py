@@ -183,7 +183,7 @@ def write_results(
 
 
 def write_report(folder: RunFolder, split: str) -> None:
-    """Writes the report of a run. An error becomes a warning with a command that ranks `split`."""
+    """Writes the report of a run. If this fails, warns with a command that ranks `split` again."""
     # This import takes nearly a second, and many runs write no report.
     from vidjax.evaluation.report import run_page
 
@@ -224,9 +224,8 @@ def evaluate(
 
     The split is `config.eval.split`. `data` may be other clips than the training data, with or
     without a ground truth. If `config` changes the split or the scores of the run, the results are
-    written to separate files such as `metrics_<split>.json`. Results of the training are kept.
-    If `report` is True, the analysis and the report are written, too. The scores do not
-    depend on `num_devices`. None means all devices.
+    written to separate files such as `metrics_<split>.json`. If `report` is True, the analysis and
+    the report are written, too. `num_devices` does not change the scores. None means all devices.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)

@@ -82,9 +82,9 @@ def _parse_weights(config: Config) -> tuple[float, ...]:
 def run_config(config: Config, name: str) -> Config:
     """Returns the configuration of the run in the folder `name`, adapted to a blend.
 
-    `config` is the configuration of the blend. It replaces the split and the block size of the run.
-    It also replaces the folders of the data and of the cache, if it names them. Scores of the type
-    `logits` become `log_softmax`.
+    The split and the block size come from `config`, the configuration of the blend. If `config`
+    names a folder of the data or of the cache, this folder replaces the folder of the run. Scores
+    of the type `logits` become `log_softmax`.
     """
     own = RunFolder(name).config
     if own.join.runs:

@@ -48,7 +48,7 @@ class RunningTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block, see `HostTopK.add`, and ranks the previous block. So no device waits."""
+        """Adds a block, see `HostTopK.add`. The next call of `add` or `flush` ranks the block."""
         self.flush()
         self._waiting.append(block)
 

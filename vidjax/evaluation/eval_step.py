@@ -258,7 +258,7 @@ def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores [B, K] with weights [B]; or G scores per clip, [B, G, K] with weights [B, G].
+    """Adds scores [B, K] with weights [B]. G scores per clip are [B, G, K], with weights [B, G].
 
     Scores of weight 0 are ignored, even if they are NaN or infinite.
     """
@@ -292,7 +292,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of the added scores, [B, K]; of logs, the log of the sum."""
+    """Returns the weighted sum of the scores, [B, K], or the log of the sum of probabilities."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]

@@ -68,10 +68,10 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns average precisions in a group of clips, and the number of clips of identities.
+        """Returns the average precisions of identities within a group of clips, and its size.
 
         `chosen` [N] is True for the clips of the group. The other clips of an identity are removed
-        from its list. Identities without a chosen clip are left out.
+        from its list. Identities without a chosen clip are left out. Distractors are not counted.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]
@@ -264,7 +264,7 @@ def measure_open_set(
     """Returns values and arrays for `analysis.npz` that compare known clips with distractors.
 
     They contain histograms of scores, error rates and the calibration. `labels` [N] int is 0 for a
-    distractor. If the scores are no logarithms of probabilities (`logs` is False), there is no
+    distractor. If the scores are not logarithms of probabilities (`logs` is False), there is no
     calibration.
     """
     arrays = score_histograms(clips, labels) | compute_error_curve(clips, labels)

@@ -197,7 +197,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
 
 
 def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns whether lines have the form `NAME ID`, and not the form `ID NAME NAME ...`."""
+    """Returns True if the lines are `NAME ID`, and False if they are `ID NAME NAME ...`."""
     first = [fields[0] for fields in lines]
     others = [name for fields in lines for name in fields[1:]]
     for is_name in (lambda field: field.endswith(".mp4"), lambda field: not field.isdecimal()):

@@ -27,8 +27,8 @@ from vidjax.models.system import System
 from vidjax.runs.terminal import Progress
 from vidjax.utils.errors import UserError, warn
 
-# A window is the clips that a member scores before the next member starts. A larger window keeps
-# more scores in memory. A smaller window slices the parameters of each member more often.
+# A window is the clips that a member (a net of an ensemble) scores before the next member starts. A
+# larger window keeps more scores in memory. A smaller window slices the parameters more often.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20  # a window ends early at this size of its features
 JOINED_FRAMES = 1 << 17  # most frames of a modality, with padding, in joined blocks
@@ -128,10 +128,9 @@ class ModelScorer:
         return [_mean(total) for total in totals]
 
     def _find_members(self, block: Batch) -> np.ndarray:
-        """Returns [E] bool, True for members that score a clip of the block, or the first."""
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         used = np.any(self.use[:, clips[real]], axis=1)
-        return used if np.any(used) else np.arange(len(used)) == 0
+        return used if np.any(used) else np.arange(len(used)) == 0  # one or more
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -246,7 +245,7 @@ def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
 
 
 def choose_window_rows(num_identities: int) -> int:
-    """Returns the number of clips in a window. It is limited by the memory for their scores."""
+    """Returns how many clips a member scores before the next member starts, see WINDOW_ROWS."""
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 

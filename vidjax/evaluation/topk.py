@@ -105,7 +105,7 @@ class _Chunk:
         self._waiting, self._num_waiting = [], 0
 
     def _set_bounds(self) -> None:
-        """Finds the lowest scores that can be among the k best. Ties need a lower clip index."""
+        """Finds the lowest score of each identity that can be among its k best scores."""
         least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)

@@ -33,10 +33,10 @@ Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 class DispatchResult(NamedTuple):
     """The result of a dispatch, which is one or more training steps."""
 
-    states: list[TrainState]  # the state of every group of members
+    states: list[TrainState]  # of every group of members (nets of an ensemble)
     num_steps: int
     loss: float  # the loss of the last step, averaged over members
-    bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS
+    bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS, or None
 
 
 class Feed(abc.ABC):

@@ -52,7 +52,7 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the `metrics.json` of a run, or None if the epochs of `config` are not finished.
+    """Returns the `metrics.json` of a run, or None if it has not finished the epochs of `config`.
 
     Raises UserError if the run cannot resume with `config`.
     """
@@ -370,7 +370,7 @@ class TrainingRun:
         logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
 
     def relabel(self) -> None:
-        """Changes the labels of distractors in no cluster, for each member, see `plan.relabel`."""
+        """Changes each member's labels of distractors in no cluster, see `plan.relabel`."""
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets

@@ -54,17 +54,17 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 class RunPlan(NamedTuple):
-    """What is decided before the first step of a run."""
+    """The decisions before the first step of a run, such as the clips of each batch."""
 
     task: TaskSpec
     training_sets: ensemble.TrainingSets
-    labels: np.ndarray  # [N] int32, the class column of each training clip at step 0
+    labels: np.ndarray  # [N] int32, the class of each training clip at step 0
     constants: train_step.MemberConstants
     batches: BatchPlan  # decides which clips are in the batch of a step
 
 
 def explain_no_identity(config: Config) -> str:
-    """Returns the message of an error, with a remedy: no training clip has an identity."""
+    """Returns an error message with a remedy: no training clip has an identity."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
@@ -186,7 +186,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Makes noise classes of distractors (label 0). Returns new labels [N] int32 and the layout."""
+    """Clusters distractors (label 0) into classes. Returns new labels [N] int32 and the layout."""
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
@@ -406,10 +406,10 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
 
 
-# Noise classes: each cluster of distractors is a class. Each of the C identities also has a mirror
-# class, for strangers who resemble it. A distractor in no cluster starts in a random mirror class.
-# Every `noise.relabel_every_epochs` epochs, it moves to the mirror class of the identity that the
-# model predicts.
+# Noise classes: each cluster of distractors is a class. Each identity also has a mirror class, for
+# strangers who resemble the identity. A distractor in no cluster starts in a random mirror class.
+# Every `noise.relabel_every_epochs` epochs, the clip moves to the mirror class of the identity
+# that the model predicts.
 #
 # Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
 # its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
@@ -417,7 +417,7 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
-    """Clusters vectors [n, D] by direction with DBSCAN. Returns the cluster of each, [n] int32.
+    """Clusters `vectors` [n, D] with DBSCAN. Returns the cluster of each vector, [n] int32.
 
     The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
     1 - d^2 / 2. Clusters are numbered in the order of their first vectors. A vector in no cluster
@@ -458,11 +458,11 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
 
 
 def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
-    """Returns the first class column of each distractor, [n] int32.
+    """Returns the class of each distractor at step 0, [n] int32.
 
     `clusters` [n] int has the cluster of each distractor, or -1. A distractor in a cluster gets the
-    column of the cluster. Any other distractor gets the mirror column of a random identity, which
-    depends only on `seed` and the index of the distractor.
+    class of the cluster. Any other distractor gets the mirror class of a random identity: a class
+    of strangers who resemble the identity. It depends only on `seed` and the distractor's index.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     mirrors = identities + layout.mirror_shift
@@ -475,10 +475,12 @@ def relabel(
 ) -> np.ndarray:
     """Returns new labels of distractors in no cluster, given the classes that the model predicts.
 
-    `labels` and `predicted` [...] int are class columns. If the model predicts an identity, the new
-    label is the mirror column of the identity. If it predicts column 0, the label stays. If it
-    predicts a cluster or a mirror column, the label stays with `keep="label"`, and becomes the
-    prediction with `keep="prediction"`. With `keep="label"`, labels of clusters always stay.
+    `labels` and `predicted` [...] int are classes. The predicted class decides:
+    - An identity: the new label is the mirror class of the identity.
+    - Class 0: the label stays.
+    - A cluster or a mirror class: with `keep="label"` the label stays. With `keep="prediction"` the
+      prediction is the new label.
+    With `keep="label"`, only labels of mirror classes change.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

@@ -24,24 +24,24 @@ MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient that s
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of training of E members. Every field except `step` has a leading axis E."""
+    """The state of training of E nets (members). All fields except `step` have a leading axis E."""
 
     step: Array  # [] int32, number of finished optimiser steps
     params: Params
     model_state: ModelState  # all other collections of the model, such as `batch_stats`
     opt_state: optax.OptState
     rng: Array  # [E] PRNG keys, constant: every step folds the number of the step into them
-    labels: Array  # [E, N] int32, class column of every training clip; constant within a step
+    labels: Array  # [E, N] int32, class of every training clip; constant within a step
     bad_steps: Array  # [E] int32, latest consecutive steps without a finite loss and gradient
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the log was last written
 
 
 class MemberConstants(NamedTuple):
-    """The clip weights and the settings of the members, which do not change during training."""
+    """Constants of the training of E members, the nets of an ensemble."""
 
     weight: Array  # [E, N] float32, weight of every training clip; 0 if a member does not use it
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
-    hidden_chunk: Array  # [E] int32, the part of the features that a member does not see; or -1
+    hidden_chunk: Array  # [E] int32, number of the part of the features that is hidden, or -1
 
 
 def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
@@ -56,7 +56,7 @@ def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> 
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Returns the state of E members at step 0, with random parameters.
 
-    `labels` [E, N] int32 are the class columns of the training clips. A member uses its PRNG key in
+    `labels` [E, N] int32 are the classes of the training clips. A member uses its PRNG key in
     `rngs` [E] for all random draws.
     """
 
@@ -135,7 +135,7 @@ MemberInputs = tuple[Array, Array, Array, Array, Array]
 def train_step(
     system: System, state: TrainState, constants: MemberConstants, batch: Batch
 ) -> tuple[TrainState, jax.Array]:
-    """Updates every member with a batch of clips. Returns the new state and the losses [E].
+    """Updates E nets (members) with a batch of clips. Returns the new state and the losses [E].
 
     If the loss or the gradient of a member is not finite, its parameters stay, and the step is
     counted in `sums["bad_steps"]`. Padding, clips without frames and clips of weight 0 have no
@@ -162,7 +162,7 @@ def train_step(
 def take_member_step(
     system: System, step: Array, learned: TrainState, batch: Batch, inputs: MemberInputs
 ) -> tuple[TrainState, jax.Array]:
-    """Updates one member with a batch of B clips. Returns the new state and the loss [].
+    """Updates one net (member) with a batch of B clips. Returns the new state and the loss [].
 
     `step` [] int32 is the number of earlier steps. `learned` has the fields of one member's state
     that a step changes. The other fields are None.
@@ -275,10 +275,7 @@ def _transform_and_fuse(
 
 
 def average_over_examples(values: Array, exists: Array) -> Array:
-    """Averages `values` [B * T'] over the examples of each clip for which `exists` [B, T'] is True.
-
-    Returns [B]. The average is 0 for a clip without examples.
-    """
+    """Returns the mean [B] of `values` [B * T'] where `exists` [B, T'] is True; 0 without any."""
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
