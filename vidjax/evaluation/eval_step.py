@@ -199,7 +199,7 @@ def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
-    """Returns a compiled step that computes the class with the best score of every clip, [B]."""
+    """Returns a compiled step that computes the best class of every clip, [B] int32."""
 
     def step(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
         scores = eval_step(system, params, model_state, hidden_chunk, batch)

@@ -46,7 +46,7 @@ Advance = Callable[[int], None]  # receives the number of rows of a finished blo
 
 
 class Request(NamedTuple):
-    """The N clips of a call. Row n of the answer is for clip number `clip_index[n]` of `split`."""
+    """N clips to score. Row n of the answer is for clip number `clip_index[n]` of `split`."""
 
     data: ClipSource
     split: str
@@ -367,7 +367,7 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json`, or {} if it is damaged or not of `step`."""
+    """Returns the content of `metrics.json`, or {} if it is damaged or of another step."""
     try:
         results = folder.metrics()
     except ValueError as error:

@@ -228,7 +228,7 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Returns the values [n, ...] of the n training clips for which `wanted` [N] bool is True.
+    """Computes `value_of` the n training clips for which `wanted` [N] bool is True, [n, ...].
 
     `value_of` maps a block of B clips, with all their frames, to values [B, ...]. At least one clip
     must be wanted. If `mesh` is given, each block is split over its devices, and all processes of
@@ -462,7 +462,7 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 
     `clusters` [n] int has the cluster of each distractor, or -1. A distractor in a cluster gets the
     class of the cluster. Any other distractor gets the mirror class of a random identity: a class
-    of strangers who resemble the identity. It depends only on `seed` and the distractor's index.
+    of strangers who resemble the identity. The draw depends only on `seed` and the index.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     mirrors = identities + layout.mirror_shift

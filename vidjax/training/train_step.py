@@ -31,8 +31,8 @@ class TrainState(struct.PyTreeNode):
     model_state: ModelState  # all other collections of the model, such as `batch_stats`
     opt_state: optax.OptState
     rng: Array  # [E] PRNG keys, constant: every step folds the number of the step into them
-    labels: Array  # [E, N] int32, class of every training clip; constant within a step
-    bad_steps: Array  # [E] int32, latest consecutive steps without a finite loss and gradient
+    labels: Array  # [E, N] int32, class of every training clip; changes only between steps
+    bad_steps: Array  # [E] int32, number of last steps whose loss or gradient was not finite
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the log was last written
 
 
@@ -275,7 +275,10 @@ def _transform_and_fuse(
 
 
 def average_over_examples(values: Array, exists: Array) -> Array:
-    """Returns the mean [B] of `values` [B * T'] where `exists` [B, T'] is True; 0 without any."""
+    """Returns the mean of `values` [B * T'] over the T' examples of each of B clips, [B].
+
+    Examples for which `exists` [B, T'] is False do not count. The mean of no examples is 0.
+    """
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 

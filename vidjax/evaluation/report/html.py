@@ -128,7 +128,7 @@ def parts() -> Any:  # noqa: ANN401
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Puts blocks side by side if the page is wide. `kind` is `figures` or `tables`."""
+    """Returns HTML that puts blocks side by side on a wide page. `kind`: `figures` or `tables`."""
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 

@@ -127,7 +127,7 @@ def _score(run: RunFiles) -> Markup:
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns a row for a split in the table of other evaluations, with a link to its page."""
+    """Returns the row of a split in the table of other evaluations, with a link to its page."""
     page = f"report_{split}.html"
     linked = Markup('<a href="{}">{}</a>').format(quote(html.plain(page), safe=""), page)
     return (
@@ -163,7 +163,7 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns rows (label, number), given `labels` (key, label, digits). Leaves out None."""
+    """Returns a row (label, number) for each of `labels` (key, label, digits) with a value."""
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
@@ -214,7 +214,7 @@ def _data_of(run: RunFiles) -> str:
 
 
 def reading(run: RunFiles) -> Markup | None:
-    """Returns definitions of the terms of a report, if the run has a MAP."""
+    """Returns definitions of the terms of a report, or None if the run has no MAP."""
     if run.metrics.map is None:
         return None
     words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
@@ -272,7 +272,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns quantiles of AP and the worst identities."""
+    """Returns quantiles of the average precision (AP) and a table of the worst identities."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
