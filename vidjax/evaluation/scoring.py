@@ -130,7 +130,7 @@ class ModelScorer:
     def _find_members(self, block: Batch) -> np.ndarray:
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         used = np.any(self.use[:, clips[real]], axis=1)
-        return used if np.any(used) else np.arange(len(used)) == 0  # one or more
+        return used if np.any(used) else np.arange(len(used)) == 0  # at least one member
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -182,9 +182,9 @@ def iterate_block_groups(
     """Yields the clips of a split in groups. A group has a list of blocks for each model.
 
     A block is a batch of `block_size` clips per device. On accelerators, a block of short clips is
-    up to 8 times as large. A group has as many blocks as fit into memory with their scores. If
-    there is only one net, a group has only one block. If models share a dataset, the dataset is
-    read only once. Different datasets must have the same clips.
+    up to 8 times as large. The memory for features and scores limits the size of a group. If there
+    is only one net, a group has only one block. If models share a dataset, the dataset is read only
+    once. Different datasets must have the same clips.
 
     `use` [E, N] bool is True where one of the E members of all models scores one of the N clips.
     Clips that the same members score share blocks. Clips that no member scores are left out. If

@@ -228,7 +228,7 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Computes `value_of` the n training clips for which `wanted` [N] bool is True, [n, ...].
+    """Computes `value_of` for the n training clips that are `wanted` [N] bool, [n, ...].
 
     `value_of` maps a block of B clips, with all their frames, to values [B, ...]. At least one clip
     must be wanted. If `mesh` is given, each block is split over its devices, and all processes of
