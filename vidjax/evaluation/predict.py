@@ -156,7 +156,8 @@ class Predictor(NamedTuple):
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
-            it is None and the property `threshold` is unknown although it is needed.
+            it is None and the property `threshold` is unknown. A run that was evaluated without
+            strangers needs no threshold.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:

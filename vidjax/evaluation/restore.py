@@ -251,7 +251,10 @@ def _find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Returns how a split differs from `before`, or "". If it is missing now, `now` is None."""
+    """Returns a phrase that says how a split has changed, or "" if it has not.
+
+    `before` and `now` are its digests. If the split is missing now, `now` is None.
+    """
     if now is None:
         return f"{split} is missing"
     changes = _find_changes(before, now)

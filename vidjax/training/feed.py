@@ -91,8 +91,8 @@ class StreamingFeed(Feed):
     """Streams clips. The host reads the next batch while the devices train on the present batch.
 
     The host reads the result of a step after it has started the next step, so that no device waits
-    for the host. The devices store at most two batches. `waited` is an estimate: the sum of the
-    times by which reading a batch took longer than the fastest step.
+    for the host. The devices store at most two batches. `waited` is an estimate: if a step ends
+    before the next batch is read, the time of reading minus the time of the fastest step is added.
     """
 
     mode = "streaming"
