@@ -45,9 +45,8 @@ def analyse(
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
     Reads the frames of the split again, to compute their quality and the attention of the model. If
-    there are several `models`, the analysis describes the modalities of the first model, and no
-    attention. If the data contain `data.train_splits`, the training clips of each identity are
-    counted.
+    there are several `models`, the analysis has the modalities of the first model, and no
+    attention. The training clips of each identity are counted if they are in the data.
     """
     model, split = models[0], evaluation.split
     config = model.system.config
@@ -94,10 +93,11 @@ def measure_quality_and_attention(
     """Returns the mean quality of each clip, [N], and the mean attention, [V, V], both float64.
 
     The quality of a clip is the mean quality of its frames in the first modality. If a clip has no
-    such frame, the quality is 0. The attention is between the V input vectors of the first member.
-    Element [i, j] is the attention of vector j to vector i, averaged over the clips that have
-    vector j. So each column sums to 1, or to 0 if no clip has the vector. If the model fills
-    missing vectors, all clips have all vectors. The attention is None if `attention` is False, if
+    such frame, the quality is 0.
+
+    The attention is between the V input vectors of the first member. Element [i, j] is the
+    attention of vector j to vector i, averaged over the clips that have vector j. So each column
+    sums to 1, or to 0 if no clip has the vector. The attention is None if `attention` is False, if
     the model has no attention, or if each frame of a clip is a separate example.
     """
     quality = np.zeros(len(model.data.split(split_name).clips))
@@ -126,7 +126,7 @@ def measure_quality_and_attention(
 
 @functools.cache
 def import_slow_libraries(*, report: bool) -> None:
-    """Starts a thread that imports Orbax and, if `report`, the report. Both take half a second."""
+    """Starts a thread that imports Orbax and, if `report` is True, the module of the report."""
 
     def load() -> None:
         # The code that needs a library reports the error. OSError: matplotlib finds no folder.
@@ -151,14 +151,15 @@ def write_results(
 ) -> None:
     """Writes the ranking and the metrics and, if `report` is True, the analysis and the report.
 
-    The ranking and the metrics are written first, so an error in the analysis or the report does
-    not change them. The analysis and the report of an earlier evaluation of the split are deleted.
-    All processes call this function, and the first process writes the files.
+    An earlier analysis and report of the split are deleted. An error in the analysis or the report
+    does not change the ranking and the metrics. All processes call this function, and the first
+    process writes the files.
 
-    If the metrics `values` have an entry `overrides`, the names of the files contain the name of
-    the split, so that no result of the training is replaced. With `ends_training`, the metrics are
-    marked as `finished` only after the report is written. If the process is killed before that, the
-    user can repeat the command to write the report.
+    Args:
+      values: the metrics. If they have an entry `overrides`, the names of the files contain the
+        name of the split, so that no result of the training is replaced.
+      ends_training: marks the metrics as `finished` after the report is written, not before. If the
+        process is killed before that, the same command writes the report.
     """
     split, identities = evaluation.split, models[0].data.identities
     paths = folder.paths(split.name, apart=bool(values.get("overrides")))
@@ -182,7 +183,7 @@ def write_results(
 
 
 def write_report(folder: RunFolder, split: str) -> None:
-    """Writes the report of a run after `split` was ranked. If an error is raised, warns instead."""
+    """Writes the report of a run. If this fails, warns with a command that ranks `split` again."""
     # This import takes nearly a second, and many runs write no report.
     from vidjax.evaluation.report import run_page
 
@@ -194,8 +195,8 @@ def write_report(folder: RunFolder, split: str) -> None:
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
     """Turns an exception of the analysis or the report of a split into a warning.
 
-    Exceptions of failed writes and of signals are raised. If there are several processes, every
-    exception is raised, because the other processes would wait for this one.
+    OSError and Interrupted are raised. If there are several processes, all exceptions are raised,
+    because the other processes would wait for this one.
     """
     try:
         yield
@@ -221,11 +222,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Ranks a split with a trained run, writes the results into the run's folder and returns them.
 
-    `data` may contain other clips than the training data, with or without a ground truth. The
-    results of the training stay in `metrics.json`. If the split is not the `eval.split` of the run,
-    or if a changed setting changes scores, the results are written to separate files such as
-    `metrics_<split>.json`. If `report` is True, the analysis and the report are written, too. The
-    scores do not depend on `num_devices`. None means all devices.
+    The split is `config.eval.split`. `data` may be other clips than the training data, with or
+    without a ground truth. If `config` changes the split or the scores of the run, the results are
+    written to separate files such as `metrics_<split>.json`. If `report` is True, the analysis and
+    the report are written, too. `num_devices` does not change the scores. None means all devices.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)

@@ -82,8 +82,8 @@ def _parse_weights(config: Config) -> tuple[float, ...]:
 def run_config(config: Config, name: str) -> Config:
     """Returns the configuration of the run in the folder `name`, adapted to a blend.
 
-    The split and the block size get the values of `config`, the configuration of the blend. The
-    folders of the data and of the cache are replaced only if `config` has values for them. Scores
+    The split and the block size come from `config`, the configuration of the blend. If `config`
+    names a folder of the data or of the cache, this folder replaces the folder of the run. Scores
     of the type `logits` become `log_softmax`.
     """
     own = RunFolder(name).config

@@ -1,8 +1,7 @@
 """Compares runs on the same clips, with confidence intervals of their differences in MAP.
 
-A group of seeds, a list of runs that differ only in their seeds, is compared like a single run. The
-average precisions are read from `analysis.npz` of each run, so no model is applied and no data are
-read. A comparison is written as text for the terminal, JSON, LaTeX and an HTML page.
+A group of seeds is a list of runs that differ only in their seeds. It is compared like a run. The
+average precisions are read from `analysis.npz` of each run, so no model and no data are needed.
 """
 
 import itertools
@@ -27,7 +26,7 @@ from vidjax.runs.run_folder import CONFIG, RunFolder
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 
-# Fields in which the runs of a group of seeds may differ.
+# Fields in which runs may differ although they count as the same system with other seeds.
 OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
 MAX_MISMATCH = 1e-9  # largest difference between the MAP of metrics.json and analysis.npz
 MAX_IDENTITIES = 20  # most identities in a table of the page
@@ -46,7 +45,7 @@ class RankedRun(NamedTuple):
     num_others: int  # number of identities in the ground truth that are not in the training data
     metrics: Mapping[str, Any]  # content of `metrics.json`, including `map_kind` and `num_clips`
     config: Mapping[str, Any]
-    # The name and the MAP of each run, if the results are the means of a group of seeds.
+    # The name and the MAP of each run, if the results are the means of several runs.
     seeds: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -57,7 +56,7 @@ class RankedRun(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The results of runs (or groups of seeds), and their differences in MAP from the first run."""
+    """The results of runs, or of groups of seeds, and their differences in MAP to the first run."""
 
     runs: list[RankedRun]
     differences: list[Difference]
@@ -235,7 +234,7 @@ def read(name: str, split: str | None = None) -> RankedRun:
 
 
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
-    """Sorts the identities of a run as in the first run, which must have the same clips."""
+    """Returns `run` with its identities in the order of `first`, which must have the same clips."""
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(
@@ -327,7 +326,7 @@ def make_difference_table(
 
 
 def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns the titles and the rows of a table of all `metrics.CLIP_METRICS`."""
+    """Returns the titles and the rows of a table of all metrics of `metrics.CLIP_METRICS`."""
     head, columns = ["run"], [[run.name for run in runs]]
     for name, metric in metrics.CLIP_METRICS.items():
         values = [run.metrics.get(name) for run in runs]
@@ -351,11 +350,11 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def list_fields(run: RankedRun) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    A blend has only the fields `join`, because its runs have their own values of other fields. Its
-    `config.json` has the weights of the last evaluation, which may be of another split.
+    A blend has only the fields `join`, because its runs have their own values of other fields.
     """
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     if values["join.runs"]:
+        # The weights in `config.json` are of the last evaluation, maybe of another split.
         weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
         values = {"join.runs": values["join.runs"], "join.weights": weights}
     return {name: config_io.value_text(value) for name, value in values.items()}
@@ -404,7 +403,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def describe_in_sample(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns [] or, if runs were trained on these clips, a warning that names the runs."""
+    """Returns a warning that names the runs that were trained on these clips, or [] without any."""
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []
@@ -424,7 +423,7 @@ def _format_latex_cell(text: str) -> str:
 
 
 def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns the name of each run's folder. If two names are equal, returns the whole paths."""
+    """Returns the name of each run's folder. If two names are equal, returns all whole paths."""
     last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 

@@ -21,8 +21,8 @@ from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, HostTopK, ScoreBlock, Top
 
 CHUNK = 1 << 14  # identities per merge, which limits the memory of a merge
 GROUP = 8  # clips per group; a group is sorted only if its best score can enter the top k
-# Numbers of groups that may be sorted per identity. The smallest number that is enough for all
-# candidates is used. If neither is enough, all clips are sorted.
+# Numbers of groups that may be sorted per identity. The smallest number that is enough is used. If
+# neither is enough, all clips are sorted.
 MOST_GROUPS = (32, 128)
 
 
@@ -31,9 +31,8 @@ def start_top_k(
 ) -> "DeviceTopK | RunningTopK":
     """Returns an object that ranks the clips of blocks of scores on the devices of `mesh`.
 
-    Accelerators collect the scores of `rows` clips for the C identities before they merge these
-    clips into the k best clips. So they need O(C x rows) memory. The ranking does not depend on
-    `rows`.
+    Accelerators collect the scores of `rows` clips for all identities before they merge these clips
+    into the k best clips. More rows need more memory. The ranking does not depend on `rows`.
     """
     if mesh.devices.flat[0].platform == "cpu":
         return RunningTopK(num_identities, k, mesh)
@@ -49,12 +48,12 @@ class RunningTopK:
         self._waiting: list[ScoreBlock] = []
 
     def add(self, block: ScoreBlock) -> None:
-        """Adds a block, see `HostTopK.add`. It is ranked later, when its scores are computed."""
+        """Adds a block, see `HostTopK.add`. The next call of `add` or `flush` ranks the block."""
         self.flush()
         self._waiting.append(block)
 
     def flush(self) -> None:
-        """Ranks the block that was added last, so that the memory of its scores can be freed."""
+        """Ranks the last block, so that the memory of its scores can be freed."""
         for block in self._waiting:
             if jax.process_count() > 1:
                 parts = [part.addressable_shards for part in devices.put(block, self._layout)]
@@ -72,7 +71,7 @@ class RunningTopK:
 
 
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
-    """Merges blocks of scores into the k best clips so far. The k clips are exact but unsorted.
+    """Merges blocks of scores into the k best clips so far. Returns the k best clips, unsorted.
 
     For blocks, see `HostTopK.add`. An index must be below 2**31 - 2**25, so that `_select` can use
     it as a float. A few calls with many clips are cheaper than many calls with few clips.
@@ -118,7 +117,7 @@ class DeviceTopK:
             self.flush()
 
     def flush(self) -> None:
-        """Merges the blocks that were added since the last merge, so that they can be freed."""
+        """Merges the blocks that wait into the top k, so that their memory can be freed."""
         if not self._waiting:
             return
         # Empty blocks fill the list to its usual length, so that the program compiles only once.

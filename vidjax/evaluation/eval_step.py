@@ -57,10 +57,10 @@ def embed_step(
 ) -> Array:
     """Computes the embeddings of B clips with one net of an ensemble, [B, D] float32.
 
-    An embedding has length 1. If the model has several classifiers, an embedding consists of a
+    An embedding has length 1, with three exceptions. If the model has several classifiers, it has a
     vector of length 1 for each classifier that scores the clip, and zeros for the others. If the
-    model takes each frame as an example, the embedding of a clip is the mean over its frames. The
-    embedding of a clip without a usable frame is 0.
+    model takes each frame as an example, it is the mean over the frames. If a clip has no usable
+    frame, it is 0.
     """
     forward = _make_forward(system, params, model_state, batch)
 
@@ -91,9 +91,9 @@ def attention_step(
 def _make_forward(
     system: System, params: Params, model_state: ModelState, batch: Batch
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
-    """Returns a function that applies the model to G examples of each of the B clips.
+    """Returns a function that applies the model to G examples of each clip in a batch.
 
-    Its arguments are the frames, [B G, T, ...], and the mask of real examples, [B, G] bool.
+    The function takes the frames, [B G, T, ...], and the mask of real examples, [B, G] bool.
     """
     measure = system.model.measure_clips(batch.frames)
 
@@ -181,21 +181,18 @@ def _reduce_examples(
 
 
 def _choose_num_examples(clips: int, examples: int) -> int:
-    """Returns how many examples of each clip a model computes together.
-
-    It is 1, to save memory. If the sizes are symbols, the model is being exported. Then it may be
-    larger, because the iterations of a loop are slow in other runtimes.
-    """
+    """Returns how many examples of each clip a model computes together: 1, except in exports."""
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
-        return 1
+        return 1  # saves memory
+    # Only exports have symbols as sizes. The iterations of a loop are slow in other runtimes.
     return core.max_dim(1, core.min_dim(examples, ROWS_AT_ONCE // clips))
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
     """Returns a compiled `eval_step` that computes scores of identities only, [B, C].
 
-    Every device runs the same program on a part of the clips. So the scores are bit-equal on any
-    number of devices if the number of clips per device is the same.
+    Every device scores a part of the clips. The scores are equal to the bit on any number of
+    devices if the number of clips per device is the same.
     """
     identities = slice(1, 1 + system.task.num_identities)
     return _shard_rows(lambda *inputs: eval_step(system, *inputs)[:, identities], mesh)
@@ -240,9 +237,9 @@ LOG_2 = math.log(2.0)
 class MeanScores(NamedTuple):
     """Sums from which `mean_scores` computes a weighted mean of scores.
 
-    If the scores are log-probabilities, the mean is the logarithm of the mean probability. A
-    log-probability near 0 loses its digits when probabilities are added. So the complements, 1
-    minus each probability, are added, too.
+    If the scores are log-probabilities, the mean is the logarithm of the mean probability. A sum of
+    probabilities near 1 loses the digits of a logarithm near 0. So the complements, 1 minus each
+    probability, are added, too.
     """
 
     total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities
@@ -251,7 +248,7 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns a mean of no scores yet. Scores to add have the shape and dtype of `like` [B, K].
+    """Returns an empty mean, for scores of the shape and dtype of `like` [B, K].
 
     If `logs` is True, the scores are logarithms of probabilities.
     """
@@ -261,7 +258,7 @@ def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores [B, K] with weights [B], or [B, G, K] with [B, G] for G examples per clip.
+    """Adds scores [B, K] with weights [B]. G scores per clip are [B, G, K], with weights [B, G].
 
     Scores of weight 0 are ignored, even if they are NaN or infinite.
     """
@@ -295,7 +292,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of the added scores, [B, K]. The weights need not add up to 1."""
+    """Returns the weighted sum of the scores, [B, K], or the log of the sum of probabilities."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]

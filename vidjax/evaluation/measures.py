@@ -45,14 +45,14 @@ class ScoredSplit:
 
     top: TopK  # the best k clips of every identity as numpy arrays, best first
     best: np.ndarray  # [N] float32, the highest score of each clip for any identity
-    labels: np.ndarray  # [N] int, the class column of each clip: 1..C, or 0 for a distractor
+    labels: np.ndarray  # [N] int, the identity that each clip shows, 1..C; 0 for a distractor
     names: Sequence[str]  # of the N clips
     pool: np.ndarray  # [N] bool, True for clips that are ranked
     positives: np.ndarray  # [C] int, the number of clips of every identity
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """The class column of every ranked clip, [C, k] int. It is -1 after the end of a list."""
+        """The label of every ranked clip, [C, k] int. Empty places of a list are -1."""
         index = self.top.index
         filled = index < len(self.labels)
         return np.where(filled, self.labels[np.where(filled, index, 0)], -1)
@@ -68,11 +68,10 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Computes average precisions for a group of clips, for which `chosen` [N] is True.
+        """Returns the average precisions of identities within a group of clips, and its size.
 
-        Other clips of an identity are removed from the list of the identity. Returns the average
-        precision of each identity with a chosen clip, and the number of chosen clips that show an
-        identity.
+        `chosen` [N] is True for the clips of the group. The other clips of an identity are removed
+        from its list. Identities without a chosen clip are left out. Distractors are not counted.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]
@@ -83,10 +82,10 @@ class ScoredSplit:
 
     @cached_property
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each clip, the identity [N] for which it scores highest, and this score [N].
+        """The best identity of each clip, [N] int from 0, and the score for this identity, [N].
 
-        If scores are equal, the first identity is taken. If the list of the identity does not
-        contain the clip, the identity is -1 and the score is -inf.
+        If scores are equal, the first identity is the best. If the list of the best identity does
+        not contain the clip, the identity is -1 and the score is -inf.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         real[real] = self.top.scores[real] >= self.best[self.top.index[real]]
@@ -107,9 +106,8 @@ def measure_strata(
 ) -> list[Row]:
     """Returns tables of the MAP of groups of identities, and of groups of clips.
 
-    The first of `modalities` is the primary modality. `quality` [N] is the mean quality of each
-    clip's frames of this modality. `train_clips` [C] int are the numbers of training clips of the
-    identities, or None if they are unknown.
+    `quality` [N] is the mean quality of each clip's frames of the first modality. `train_clips` [C]
+    is the number of training clips of each identity, or None if it is unknown.
     """
     primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
@@ -152,7 +150,7 @@ def _make_row(label: str, averages: np.ndarray, clips: int) -> Row:
 
 
 def group_by_count(counts: np.ndarray) -> Groups:
-    """Groups clips or identities by ranges of their `counts`, such as 3 to 4 and 5 to 8."""
+    """Groups clips or identities by ranges of their `counts` [N or C], such as 3 to 4."""
     groups, low = [], 0
     for high in COUNTS:
         label = str(high) if low == high else f"{low} to {high}"
@@ -162,7 +160,7 @@ def group_by_count(counts: np.ndarray) -> Groups:
 
 
 def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
-    """Groups the chosen clips by ranges of `values`. If all values are equal, returns no group."""
+    """Groups chosen clips by ranges of `values` [N]. If all values are equal, returns no group."""
     if not chosen.any():
         return []
     edges = np.unique(np.quantile(values[chosen], np.linspace(0, 1, QUANTILES + 1)))
@@ -187,9 +185,9 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
-    """Counts the training clips of each identity in the data of the model, [C] int.
+    """Counts the training clips of each identity that are in `model.data`, [C] int.
 
-    If these data have no labelled training clip, returns None.
+    If `model.data` has no labelled training clip, returns None.
     """
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
     for name in train_splits:
@@ -203,13 +201,13 @@ def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.nd
 
 
 def find_worst_identities(scored: ScoredSplit) -> list[Row]:
-    """Lists the identities with the lowest average precision, worst first.
+    """Returns a row for each of the identities with the lowest average precision, worst first.
 
-    `lost_to` and `mixed_with` are up to three pairs (index of a second identity, number of clips):
-    - `lost_to` counts clips of the identity that score highest for the second identity. Clips that
-      are not in the list of their best identity are counted with the index -1.
-    - `mixed_with` counts clips of the second identity among the first n places in the list of the
-      identity, if the identity has n clips. Distractors are counted with the index -1.
+    Two entries of a row list up to three pairs (index of another identity, number of clips):
+    - `lost_to`: clips of the identity that score highest for the other identity. The index -1
+      counts clips that are not in the list of their best identity.
+    - `mixed_with`: clips of the other identity among the first n places of the list, where n is the
+      number of clips of the identity. The index -1 counts distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -234,10 +232,11 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
 
 
 def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
-    """Lists clips that score highest for a wrong identity, highest scores first.
+    """Returns rows of clips that score highest for a wrong identity, highest scores first.
 
-    `shows` is the identity in the clip, or -1 for a distractor. `identity` is the wrong identity.
-    Clips that are not in the list of this identity are left out.
+    The dict has rows for `distractors` and for `known` clips. `shows` is the index of the identity
+    in the clip, or -1 for a distractor. `identity` is the index of the wrong identity. Clips that
+    are not in the list of the wrong identity are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
@@ -262,11 +261,11 @@ def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
 def measure_open_set(
     clips: ClipScores, labels: np.ndarray, num_identities: int, *, logs: bool
 ) -> tuple[Values, Arrays]:
-    """Measures histograms of scores, error rates with distractors, and the calibration.
+    """Returns values and arrays for `analysis.npz` that compare known clips with distractors.
 
-    `labels` [N] int are class columns, 0 for a distractor. Each clip is compared with
-    `num_identities` identities. If the scores are not logarithms of probabilities (`logs` is
-    False), there is no calibration. Returns values and arrays for `analysis.npz`.
+    They contain histograms of scores, error rates and the calibration. `labels` [N] int is 0 for a
+    distractor. If the scores are not logarithms of probabilities (`logs` is False), there is no
+    calibration.
     """
     arrays = score_histograms(clips, labels) | compute_error_curve(clips, labels)
     values: Values = {"open_set": open_set(clips, labels, num_identities)}
@@ -295,7 +294,10 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the error rates `fpir` and `fnir` at n thresholds, or {} if none can be measured."""
+    """Returns the error rates `fpir` and `fnir` at n thresholds, [n] each.
+
+    If there is no distractor (`labels` 0) or no known clip, returns {}.
+    """
     best, right, known = (part[clips.pool] for part in (clips.best, clips.right, labels > 0))
     shares = np.unique([*np.geomspace(1e-3, 1, 40), 0.01, 0.1])
     tries = [metrics.identification_errors(best, right, known, fpir=share) for share in shares]
@@ -306,16 +308,14 @@ def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.n
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict[str, Any] | None:
-    """Returns thresholds that 1 % and 10 % of distractors reach, and their FPIR and FNIR.
+    """Returns thresholds that 1 % and 10 % of distractors may reach, and their FPIR and FNIR.
 
-    If there is no distractor (`labels` 0) or no known clip, returns None. With S distractors, a
-    rate below 1 / (S + 1) is too low to set a threshold, so its FPIR and FNIR are left out.
+    If there is no distractor (`labels` 0) or no known clip, returns None. If a rate is below
+    1 / (S + 1) with S distractors, its threshold, FPIR and FNIR are left out.
 
-    The interval of FNIR is from a Bayesian bootstrap over people, with all their clips, and a
-    bootstrap over distractors. An unseen person is added, as in `compute_clip_intervals`. So the
-    interval has a width even if no clip is missed. Each resample sets a new threshold. In
-    simulations, the interval contains the true FNIR in 93 to 99 % of samples if four or more
-    distractors may reach the threshold, and in 85 % or more if fewer may reach it.
+    The interval of FNIR is from the bootstrap in `resample_fnir`. In simulations, it contains the
+    true FNIR in 93 to 99 % of samples if four or more distractors may reach the threshold. If fewer
+    distractors may reach it, it contains the true FNIR in 85 % of samples or more.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     scores, known = best.astype(np.float64), people > 0
@@ -352,9 +352,14 @@ def resample_fnir(
 ) -> np.ndarray:
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
-    `strange` [S] are the scores of distractors. For the n known clips, `known` are the scores,
-    `right` is True if the best identity is right, and `people` are the identities. Each sample sets
-    its threshold for the FPIR `rate`, as `metrics.find_threshold` does.
+    Each sample sets its own threshold for the FPIR `rate`. A sample of people gives all clips of a
+    person the same random weight, and adds an unseen person. So FNIR varies even if no clip is
+    missed.
+
+    Args:
+      strange: [S] scores of the distractors.
+      known, right, people: for each of the n known clips, its score, True if its best identity is
+        right, and its identity.
     """
     rng = np.random.default_rng(0)
     num = len(strange)
@@ -372,14 +377,12 @@ def resample_fnir(
 
 @threadpool_limits.wrap(limits=1, user_api="blas")
 def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Returns the 95 % intervals of the metrics `top1` and `auroc`.
+    """Returns the 95 % intervals (low, high) of the metrics `top1` and `auroc`.
 
-    Both intervals are from a Bayesian bootstrap over people: all clips of a person get the same
-    random weight. An unseen person is added. About half of the unseen person's clips are right and
-    score above all distractors. The other clips are wrong and score below all distractors. For
-    `auroc`, each distractor and an unseen distractor get random weights, too. Then the unseen
-    person and the unseen distractor have half of the usual weight, because both lower AUROC. If
-    there are no distractors, `auroc` is left out.
+    The intervals are from a Bayesian bootstrap over people: all clips of a person get the same
+    random weight. For `auroc`, each distractor gets a random weight, too. If there are no
+    distractors (`labels` 0), `auroc` is left out. An unseen person and an unseen distractor are
+    added, so that an interval always has a width.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     known, rng = people > 0, np.random.default_rng(0)
@@ -389,9 +392,12 @@ def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, t
     drawn: dict[str, list[float]] = {"top1": [], "auroc": []}
     for _ in range(RESAMPLES if len(names) else 0):
         weight = rng.standard_exponential(len(names))[person]
+        # Clips of the unseen person: `half` are right and score above all distractors, and `other`
+        # are wrong and score below all distractors. Each has half of a person's weight on average.
         half, other = rng.standard_gamma(0.5, 2) * len(person) / len(names)
         drawn["top1"].append((weight @ right[known] + half) / (weight.sum() + half + other))
         if len(strange):
+            # The unseen person and the unseen distractor share the weight of one.
             below, above, half, other = rng.standard_gamma(0.25, 4)
             half, other = np.array([half, other]) * len(person) / len(names)
             mass = below + np.append(0.0, np.cumsum(rng.standard_exponential(len(strange))))
@@ -409,8 +415,8 @@ def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, t
 def measure_calibration(clips: ClipScores) -> tuple[np.ndarray, float] | None:
     """Compares the probability of each clip's best identity with how often this identity is right.
 
-    Returns a table [bins, 3] float and the expected calibration error, 0..1. A row of the table is
-    a range of probabilities: the number of clips, their mean probability, and the share of the
+    Returns a table [bins, 3] float and the expected calibration error, 0..1. A row of the table has
+    the number of clips in a range of probabilities, their mean probability, and the share of these
     clips whose best identity is right. If no clip has a score, returns None.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.

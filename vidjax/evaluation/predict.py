@@ -4,10 +4,9 @@
     run.rank({"clip_1": {"face": features}})  # identity -> [(clip, score), ...], best first
 
 Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit, because the same
-program runs on the same blocks (batches of clips). A request of at most 4 clips in memory is scored
-in a small block, in milliseconds. The program of a small block rounds in a different order. So the
-logarithms of a clip differ by less than 1e-4 between a small and a large request. In all small
-requests, a clip gets the same scores to the bit.
+program runs on the same batches of clips. A small request, of at most 4 clips in memory, is scored
+by another program in milliseconds. Its scores of a clip differ from the scores in a large request
+by less than 1e-4. In all small requests, a clip gets the same scores to the bit.
 """
 
 import functools
@@ -47,7 +46,7 @@ Advance = Callable[[int], None]  # receives the number of rows of a finished blo
 
 
 class Request(NamedTuple):
-    """The N clips of a call. Row n of the answer is for clip `clip_index[n]` of the split."""
+    """N clips to score. Row n of the answer is for clip number `clip_index[n]` of `split`."""
 
     data: ClipSource
     split: str
@@ -69,8 +68,8 @@ class Predictor(NamedTuple):
     A clip may lack modalities. A clip without a usable frame scores -inf. If clips do not fit the
     run, the methods raise ValueError, which names the clip, the modality and the field.
 
-    All members of an ensemble score a new clip. A training clip is scored only by the members that
-    were not trained on it, unless all members were trained on all training clips.
+    All members (nets) of an ensemble score a new clip. A training clip is scored only by members
+    that were not trained on it. If all members were trained on all training clips, all score it.
 
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
@@ -114,15 +113,14 @@ class Predictor(NamedTuple):
         The score is unknown in three cases:
         - The checkpoint was not evaluated.
         - Fewer than 99 clips of strangers were evaluated.
-        - An ensemble was evaluated on its training clips. Only the few members that were not
-          trained on a clip have scored the clip, but all members score a new clip. The mean score
-          of all members is lower for strangers, so the threshold would be too strict.
+        - An ensemble was evaluated on its training clips, so that only a few members scored each
+          clip. The threshold would be too strict for new clips, which all members score.
         """
         value = None if self._explain_no_threshold() else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
 
     def _explain_no_threshold(self) -> str:
-        """Returns why the threshold is unknown, or "" if it is known or no stranger was scored."""
+        """Returns why `threshold` is None, or "" if it is known or no stranger was evaluated."""
         if not self.results:
             workdir = shlex.quote(str(self.workdir))
             return f"evaluate the checkpoint first, vidjax evaluate --workdir={workdir}"
@@ -153,13 +151,13 @@ class Predictor(NamedTuple):
         Args:
           clips, split: N clips, see `Predictor`.
           k: largest number of identities per clip.
-          threshold: lowest score of an answer. `float("-inf")` sets no limit. If it is None, the
-            property `threshold` is used, or no limit if the run evaluated no strangers.
+          threshold: lowest score of an answer. `float("-inf")` sets no limit. None means the
+            property `threshold`. If the run was evaluated without strangers, None sets no limit.
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
-            `threshold` is None and the property `threshold` is unknown, although the run evaluated
-            strangers.
+            it is None and the property `threshold` is unknown. A run that was evaluated without
+            strangers needs no threshold.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -197,7 +195,7 @@ class Predictor(NamedTuple):
     def scores(self, clips: FrameClips, *, split: str | None = None) -> np.ndarray:
         """Returns the scores of N clips (see `Predictor`) for each identity, [N, C] float32.
 
-        They are logarithms of probabilities, unless the run has `config.eval.scores=logits`. Rows
+        The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
         """
         request = self.request(clips, split)
@@ -232,14 +230,14 @@ class Predictor(NamedTuple):
     ) -> np.ndarray:
         """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
 
-        The vector of a model is the input of its classifier, scaled to length 1. For the model
-        `knn`, it is the mean frame. For `plda`, it consists of the centred unit vectors of all
-        modalities. If the model takes each frame as an example, it is the mean over the frames.
+        The vector is the input of the classifier, scaled to length 1. For the model `knn`, it is
+        the mean frame. For `plda`, it consists of the centred unit vectors of all modalities. If
+        the model takes each frame as an example, it is the mean over the frames.
 
-        An ensemble concatenates the vectors of all members, including members that were trained on
-        the clip. The model `fallback` concatenates the vectors of its two classifiers, with zeros
-        for the classifier that does not score the clip. A clip without a usable frame gets a zero
-        vector. Rows are in the order of the dict, or of the split's clip names.
+        An ensemble concatenates the vectors of all members. The model `fallback` concatenates the
+        vectors of its two classifiers, with zeros for the classifier that does not score the clip.
+        A clip without a usable frame gets a zero vector. Rows are in the order of the dict, or of
+        the split's clip names.
 
         For `clips` and `split`, see `Predictor`. For `advance`, see `rank`.
         """
@@ -261,7 +259,7 @@ class Predictor(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The sha256 (hexadecimal) of the weights, settings and lists that determine the scores."""
+        """The sha256 (hexadecimal) of all that determines scores, such as weights and settings."""
         names = ("files", "identities_sha256", "members_sha256")
         digests = {name: self.manifest[name] for name in names}
         return files.sha256_json([digests, config_io.to_json(self.config)])
@@ -297,7 +295,7 @@ class Predictor(NamedTuple):
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
     def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model for a request. Members skip their training clips in the request."""
+        """Returns the model of the run for a request. Its members skip their training clips."""
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)
 
@@ -315,7 +313,7 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns the embeddings of each block, [B, D]: the vectors of all members, not scaled."""
+        """Returns the vectors of all members for each block, concatenated, unscaled, [B, D]."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)
@@ -370,7 +368,7 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json`, or {} if it is damaged or not of `step`."""
+    """Returns the content of `metrics.json`, or {} if it is damaged or of another step."""
     try:
         results = folder.metrics()
     except ValueError as error:

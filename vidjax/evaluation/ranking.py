@@ -27,9 +27,8 @@ def write_ranking(
     """Writes a ranking as a submission file, atomically.
 
     Each identity has a line `{identity} {clip}.mp4 {clip}.mp4 ...` with at most 100 clips, best
-    first. `.mp4` is added to the names of clips that lack it. Empty entries of `top` are left out.
-    `top` has a row for each of C identities, and contains indices into `clips`. Names must be
-    distinct, and valid as in `check_name`.
+    first. If the name of a clip lacks `.mp4`, it is added. `top` has a row for each identity, with
+    indices into `clips`. Names must be distinct, and valid as in `check_name`.
     """
     path = Path(path)
     files.write_text(path, to_text(path, identities, clips, top))
@@ -70,7 +69,7 @@ class Submission(NamedTuple):
     """The content of a submission file, as the scoring script of the challenge reads it."""
 
     ranking: dict[str, list[str]]  # identity -> at most 100 different clip names, best first
-    # A sentence for each kind of fault: the first line with this fault, and the number of lines.
+    # A sentence for each kind of fault: the first line with the fault, and the number of lines.
     complaints: list[str]
 
 
@@ -89,10 +88,8 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
 
     If `identities` is None, no identity counts as unknown.
 
-    Source: the description of the script defines that the first of repeated names counts, that
-    repeated names are removed before names are counted, and that unknown identities are ignored.
-    The other rows are our assumptions. The last line of an identity counts because a script that
-    fills a dict overwrites its entries.
+    Source: the description of the script, for repeated names, the limit of 100 different names, and
+    unknown identities. The other rows are our assumptions.
     """
     ranking: dict[str, list[str]] = {}
     first: dict[str, str] = {}  # kind of fault -> a sentence about the first line with this fault
@@ -200,7 +197,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
 
 
 def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True for lines `NAME ID`, False for lines `ID NAME NAME ...`."""
+    """Returns True if the lines are `NAME ID`, and False if they are `ID NAME NAME ...`."""
     first = [fields[0] for fields in lines]
     others = [name for fields in lines for name in fields[1:]]
     for is_name in (lambda field: field.endswith(".mp4"), lambda field: not field.isdecimal()):

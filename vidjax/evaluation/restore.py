@@ -41,8 +41,8 @@ REMEDY = REWRITE.replace("delete", "delete it and", 1)
 class FoundRun(NamedTuple):
     """The content of a run's folder, except for the weights. All files belong to the same run.
 
-    `checkpoint` has been compared with its sha256. Column c of the scores, 1..C, is for the c-th of
-    the C `identities`.
+    `checkpoint` has been compared with its sha256. Column c of the logits is for the c-th of the C
+    `identities`, counted from 1.
     """
 
     folder: RunFolder
@@ -58,7 +58,7 @@ class FoundRun(NamedTuple):
 
 
 def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
-    """Builds the model of a run for `config`, loads its weights and adds a dataset to evaluate."""
+    """Builds the model of a run from `config`, with its weights and a dataset to evaluate."""
     data = fit_data(data, config, run)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
@@ -134,7 +134,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
-    """Returns `data` with the labels of a run. A label is an identity's column in the scores.
+    """Returns `data` with labels that are columns of the run's logits, 1..C for its identities.
 
     Raises UserError if the data are not the data of the run, or have no identity of the run.
     """
@@ -166,7 +166,7 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
 def load_weights(
     run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Loads the parameters and the other variables of the E nets of a run, arrays [E, ...]."""
+    """Returns the parameters and the other variables of the E nets of a run, arrays [E, ...]."""
     params, model_state = system.compute_shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated_layout(mesh))
@@ -209,7 +209,7 @@ def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.T
 def _read_companion(
     path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
 ) -> T:
-    """Returns the content of `path`, which `read` reads. Its `digest` must be `wanted`."""
+    """Reads a file of a run. Raises CheckpointError if the digest of the data is not `wanted`."""
     if not files.exists(path):
         raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
     try:
@@ -239,9 +239,9 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 
 
 def _find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns which of the names, features and labels of a split differ.
+    """Returns which of `names`, `features` and `labels` of a split differ.
 
-    Features are compared only if the modalities are equal, because the digest covers all of them.
+    Features are compared only if the modalities are equal, because one digest covers all of them.
     """
     same = now.get("modalities") == before.get("modalities")
     kinds = ("names", "features", "labels") if same else ("names", "labels")
@@ -251,7 +251,10 @@ def _find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Returns "", or how the digests of a split differ. If the split is missing, `now` is None."""
+    """Returns a phrase that says how a split has changed, or "" if it has not.
+
+    `before` and `now` are its digests. If the split is missing now, `now` is None.
+    """
     if now is None:
         return f"{split} is missing"
     changes = _find_changes(before, now)
@@ -268,11 +271,11 @@ def describe_difference(
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the clips that each member must not score: its training clips, or none in other data.
+    """Returns the clips of a split that each member must not score.
 
-    `sets` are the training clips of each member. `own` are the digests of the data that the run was
-    trained on. In other data, a different clip may have the name of a training clip. So all members
-    score all clips of other data, with a warning if names of training clips occur there.
+    These are its training clips `sets`. If `data` are not the data that the run was trained on,
+    with the digests `own`, all members score all clips. If these clips have names of training
+    clips, a warning says so.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -303,9 +306,9 @@ def check_data(
     If the training continues (`trains` is True), all splits of the run must be unchanged. If the
     run is evaluated, `eval.split` must be unchanged, or be a split that the run has not read.
 
-    `named` is True if the user has named the folder of the data. If it is False, the folder is from
-    `config.json`, which a stranger may have written. Then a split that the run has not read is
-    accepted only if at least one split of the run is unchanged.
+    `named` is True if the user has named the folder of the data. If `named` is False, the folder is
+    from `config.json`, which a stranger may have written. Then a split that the run has not read
+    needs proof: another split of the run must be unchanged.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])

@@ -27,8 +27,8 @@ from vidjax.models.system import System
 from vidjax.runs.terminal import Progress
 from vidjax.utils.errors import UserError, warn
 
-# A window is the clips that a member scores before the next member starts. A larger window keeps
-# more scores in memory. A smaller window slices the parameters of each member more often.
+# A window is the clips that a member (a net of an ensemble) scores before the next member starts. A
+# larger window keeps more scores in memory. A smaller window slices the parameters more often.
 WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20  # a window ends early at this size of its features
 JOINED_FRAMES = 1 << 17  # most frames of a modality, with padding, in joined blocks
@@ -40,12 +40,12 @@ class TrainedModel(NamedTuple):
     """A model with its weights, and the clips to evaluate.
 
     Attributes:
+      name: the folder of the run.
       eval_step: compiled `eval_step.eval_step` of the system. It takes weights as arguments.
       params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
         members (nets) of an ensemble.
       training_sets: the clips that each member was trained on.
-      data: the clips. Their labels are class columns of this model: 1..C for the identities, and 0
-        for other people.
+      data: the clips. Their labels are 1..C for the identities of this model, or 0 for others.
       weight: weight of this model in a blend of models.
       attention_step: compiled `eval_step.attention_step`. If it is None, it is compiled when used.
     """
@@ -67,9 +67,10 @@ class TrainedModel(NamedTuple):
 
 
 class ModelScorer:
-    """Scores blocks of clips with a model. A member of an ensemble skips its training clips.
+    """Scores blocks of clips with a model, which has one or more nets (members).
 
-    If all members were trained on all training clips, they score these clips.
+    A member skips the clips that it was trained on. If all members were trained on all training
+    clips, no clip is skipped.
 
     Attributes:
       use: [E, N] bool, True where one of E members scores one of N clips.
@@ -103,7 +104,7 @@ class ModelScorer:
         return keep_best(scores, count) if 0 < count < scores.shape[1] else scores
 
     def compute(self, step: eval_step_lib.EvalStep, block: Batch) -> Array:
-        """Applies an evaluation step to a block. The model must have a single member."""
+        """Applies an evaluation step to a block of clips. The model must have a single member."""
         assert self._single
         hidden_chunk = np.array(self.model.training_sets.members[0].view, np.int32)
         return step(*self._single, hidden_chunk, block)
@@ -127,10 +128,9 @@ class ModelScorer:
         return [_mean(total) for total in totals]
 
     def _find_members(self, block: Batch) -> np.ndarray:
-        """Returns [E] bool, True for the members that score a clip of the block, at least one."""
         clips, real = devices.fetch((block.clip_index, block.batch_mask))
         used = np.any(self.use[:, clips[real]], axis=1)
-        return used if np.any(used) else np.arange(len(used)) == 0
+        return used if np.any(used) else np.arange(len(used)) == 0  # at least one member
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -162,7 +162,10 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 
 @jax.jit
 def blend(scores: Sequence[Array], weights: Sequence[Array | float]) -> Array:
-    """Returns the log of the weighted mean of probabilities with the logs `scores`, [B, C] each."""
+    """Returns the log of the weighted mean of the models' probabilities, [B, C].
+
+    `scores` has the logs of the probabilities of each model, [B, C].
+    """
     total = make_no_scores(scores[0], logs=True)
     for block, weight in zip(scores, weights, strict=True):
         total = add_scores(total, block, jnp.full(len(block), weight, block.dtype))
@@ -176,17 +179,14 @@ def iterate_block_groups(
     mesh: Mesh,
     use: np.ndarray | None = None,
 ) -> Iterator[list[list[Batch]]]:
-    """Yields the clips of a split in groups, each with a list of blocks for each model.
+    """Yields the clips of a split in groups. A group has a list of blocks for each model.
 
-    A block is a batch of `block_size` clips per device. On accelerators, several blocks of short
-    clips are joined, because a program takes longer to start than to score few clips.
+    A block is a batch of `block_size` clips per device. On accelerators, a block of short clips is
+    up to 8 times as large. The memory for features and scores limits the size of a group. If there
+    is only one net, a group has only one block. If models share a dataset, the dataset is read only
+    once. Different datasets must have the same clips.
 
-    All members of an ensemble score a group before the next group is read. If there is a single
-    member, a group is a single block. Otherwise the size of a group is limited by the memory for
-    its features and scores. If models share a dataset, the dataset is read only once. Different
-    datasets must have the same clips.
-
-    `use` is [E, N] bool, True where one of the E members of all models scores one of the N clips.
+    `use` [E, N] bool is True where one of the E members of all models scores one of the N clips.
     Clips that the same members score share blocks. Clips that no member scores are left out. If
     `use` is None, the groups contain all clips.
     """
@@ -205,7 +205,7 @@ def iterate_block_groups(
         key: make_eval_plan(splits[key], names[key], lengths=lengths, only=only, join=join)
         for key in sharing
     }
-    if mesh.devices.flat[0].platform != "cpu":
+    if mesh.devices.flat[0].platform != "cpu":  # the start of a program takes longer than few clips
         block_size *= _count_joined_blocks(plans.values(), block_size)
     rows, streams = block_size * mesh.size, []
     for key, group in sharing.items():
@@ -237,7 +237,7 @@ def iterate_block_groups(
 
 
 def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
-    """Returns how many blocks, 1 to 8, are joined into a block of at most JOINED_FRAMES frames."""
+    """Returns how many blocks, 1 to 8, are joined, so that they have up to JOINED_FRAMES frames."""
     longest = max(
         lengths[plan.bucket.max()] for plan in plans for lengths in plan.padded_lengths.values()
     )
@@ -245,17 +245,16 @@ def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
 
 
 def choose_window_rows(num_identities: int) -> int:
-    """Returns how many clips are in a window, which is limited by the memory for their scores."""
+    """Returns how many clips a member scores before the next member starts, see WINDOW_ROWS."""
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
-    """Changes a plan so that the same members score all clips of a block.
+    """Returns a plan in which the same members score all clips of a block.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. This function splits
-    each bucket by the members that score its clips. If the clips of some members would not fill a
-    block of `rows` clips, they stay in a common bucket, because separate blocks would be mostly
-    padding.
+    `use` [E, N] bool is True where one of E members scores one of N clips. Each bucket, a group of
+    clips of similar length, is split by the members that score the clips. Splits of fewer than
+    `rows` clips stay in a common bucket, because separate blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket
@@ -361,7 +360,7 @@ def score(
         progress.close()
         top = ranker.ranking.finish()
     seconds = time.monotonic() - began - sum(compiling)
-    clips, num_nan = _without_nan(split, devices.fetch(ranker.best))
+    clips, num_nan = _replace_nan(split, devices.fetch(ranker.best))
     results = {
         **_compute_metrics(top, clips, split, ranker.scorers),
         **num_nan,
@@ -375,7 +374,7 @@ def score(
 def start_compiling(
     model: TrainedModel, split_name: str, mesh: Mesh, *, block_size: int
 ) -> threading.Thread:
-    """Starts a thread that compiles the programs of `score` by scoring a block, and returns it.
+    """Starts a thread that compiles the programs of `score`, and returns the thread.
 
     The model must have a single member, because the thread copies the weights. The mesh must have a
     single device, because several devices must start all programs in the same order.
@@ -398,7 +397,7 @@ def start_compiling(
 
 
 class _Ranker:
-    """Scores clips, and ranks them by a blend of all models, by each model and its members.
+    """Scores clips, and ranks them by all models together, by each model, and by each member.
 
     Attributes:
       scorers: a scorer for each model.
@@ -427,7 +426,7 @@ class _Ranker:
         self.best, self._labels = devices.replicate(mesh, (best, split.labels))
 
     def add(self, window: Sequence[Sequence[Batch]]) -> None:
-        """Scores a list of blocks for each model, and adds the scores to the rankings."""
+        """Scores a group of blocks, a list for each model, and adds the scores to the rankings."""
         scores = []
         for number, (scorer, blocks) in enumerate(zip(self.scorers, window, strict=True)):
             scores.append(scorer.score(blocks, self._by_member[number]))
@@ -460,7 +459,8 @@ class _Ranker:
             members = zip(model.training_sets.members, scorer.use, rankings, strict=False)
             for member, used, ranking in members:
                 value = compute_map(ranking.finish(), self._split, used & self.pool)
-                rows.setdefault("members", []).append({**run, **_describe(member), "map": value})
+                row = {**run, **_describe_member(member), "map": value}
+                rows.setdefault("members", []).append(row)
         return rows
 
 
@@ -490,7 +490,7 @@ def _compute_metrics(
 def _add_best(
     clips: ClipScores, labels: Array, scores: Array, clip_index: Array, batch_mask: Array
 ) -> ClipScores:
-    """Stores the best score of each clip of a block, and True if it is for the right identity."""
+    """Stores the best score of each clip of a block, and whether its best identity is right."""
     rows = jnp.where(batch_mask, clip_index, len(labels))  # drops padding
     best, label = jnp.max(scores, axis=1), labels[clip_index]
     right = is_argmax(scores, label - 1) & (label > 0) & (best > -jnp.inf)
@@ -500,8 +500,8 @@ def _add_best(
     )
 
 
-def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
-    """Warns of NaN scores, replaces them by -inf, and returns the entry `num_nan_clips` if any."""
+def _replace_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
+    """Replaces NaN scores by -inf, with a warning. Returns the number of such clips, too."""
     nan = np.isnan(clips.best) & clips.pool
     if not nan.any():
         return clips, {}
@@ -520,13 +520,17 @@ def _without_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
 
 
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
-    """Returns `in_sample`, `out_of_fold`, or the split if all members score all clips."""
+    """Returns the entry `map_kind` of `metrics.json`.
+
+    It is `in_sample` if a member scores its training clips, `out_of_fold` if a member skips clips,
+    and otherwise the name of the split.
+    """
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
     return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"
 
 
-def _describe(member: ensemble.Member) -> dict[str, Any]:
+def _describe_member(member: ensemble.Member) -> dict[str, Any]:
     """Returns the number of a member, and its fields that differ from their defaults."""
     fields, defaults = member._asdict(), ensemble.Member._field_defaults
     number = {"member": fields.pop("number")}

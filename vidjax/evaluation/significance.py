@@ -4,16 +4,14 @@ The interval of a single run, or of the difference between two runs, comes from 
 over the identities: MAP is computed many times, each time with random weights of the identities.
 The interval of the difference between two groups of runs is a t interval.
 
-The bootstrap adds an unseen identity. Without this identity, the interval would have no width if
-all values are equal. Its average precisions in two runs are (0, 0), (0, 1), (1, 0) or (1, 1), each
-with a quarter of the weight of an identity. So in a single run, its average precision is 0 or 1,
-each with half of the weight. Its difference between two runs is -1 or 1 with a quarter of the
-weight each, and 0 with half of the weight.
+The bootstrap adds an unseen identity, so that the interval has a width even if all values are
+equal. The average precisions of this identity in two runs are (0, 0), (0, 1), (1, 0) or (1, 1),
+each with a quarter of the weight of an identity.
 
 If all values are 0 or 1, the bootstrap interval of MAP equals the Jeffreys interval of a
-proportion. If the values vary, it is hardly wider than a t interval. If most values are equal and a
-few lie far away, a t interval is far too narrow. `tests.benchmarks.intervals` measures how often
-both intervals contain the true value.
+proportion. If the values vary, the bootstrap interval is hardly wider than a t interval. If most
+values are equal and a few lie far away, a t interval is far too narrow.
+`tests.benchmarks.intervals` measures how often both intervals contain the true value.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
 binomial proportion.
@@ -34,8 +32,8 @@ FEWEST_IDENTITIES = 20  # with fewer identities, the intervals were not tested
 EQUAL = 1e-9  # average precisions count as equal below this difference
 METHOD = f"Bayesian bootstrap over the identities and an unseen one, {DRAWS:,} draws"
 METHOD_OF_SEEDS = "t interval over identities and seeds, degrees of freedom by Welch-Satterthwaite"
-# Value of the unseen identity -> weight. A seen identity has the weight 1. The value is an average
-# precision, or a difference of two average precisions.
+# Average precision of the unseen identity, or its difference between two runs -> weight. A seen
+# identity has the weight 1.
 UNSEEN = {0.0: 0.5, 1.0: 0.5}
 UNSEEN_GAP = {-1.0: 0.25, 0.0: 0.5, 1.0: 0.25}
 
@@ -79,10 +77,10 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -> np.ndarray:
-    """Draws random weights, and returns the weighted means of `values` [C] (Bayesian bootstrap).
+    """Returns means of `values` [C] with random weights (Bayesian bootstrap), [draws].
 
     Each of the C values has an expected weight of 1. `unseen` maps additional values to their
-    expected weights. The result, [draws], does not depend on the order of the values.
+    expected weights. The means do not depend on the order of the values.
     """
     points, weights = np.unique(np.asarray(values, np.float64), return_counts=True)
     points, weights = np.append(points, list(unseen)), np.append(weights, list(unseen.values()))
@@ -98,7 +96,7 @@ def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -
 
 
 def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Returns bounds that contain 95 % of `means`, and in addition the mean of `values`."""
+    """Returns bounds that contain 95 % of `means`, and always contain the mean of `values`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low = np.quantile(means, tail, method="lower")
     high = np.quantile(means, 1 - tail, method="higher")
@@ -120,11 +118,11 @@ def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
 def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Difference]:
     """Compares every group of runs with the first group, by their mean MAP.
 
-    The runs of a group differ only in their seeds. A group has average precisions [C] for each of
-    two or more runs. Runs of two groups are paired in their order. The interval is a t interval, in
-    which both identities and seeds vary. An interval of two standard errors would be far too narrow
-    if two or three seeds vary more than the identities. The t interval is too narrow if only a few
-    identities differ. There must be two or more identities.
+    A group has average precisions [C] for each of two or more runs, which differ only in their
+    seeds. Runs of two groups are paired in their order. There must be two or more identities.
+
+    The interval is a t interval over identities and seeds. It is too narrow if only a few
+    identities differ.
 
     Source: Satterthwaite 1946, An approximate distribution of estimates of variance components.
     """
@@ -165,8 +163,7 @@ def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
     """Returns the squared standard errors of a mean difference, over identities and over seeds.
 
     `gaps` has the differences in average precision [C] for each seed. The sum of both results is
-    the squared standard error of the mean over all seeds and identities. The sum is large enough
-    even if the seeds differ more than the identities.
+    the squared standard error over identities and seeds.
     """
     averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])
     return float(averaged.var(ddof=1) / len(averaged)), float(means.var(ddof=1) / len(means))

@@ -32,11 +32,7 @@ ScoreBlock = tuple[Any, Any, Any]  # scores, clip_index and batch_mask, see `Hos
 
 
 class HostTopK:
-    """Finds the k best clips of every identity from blocks of scores in memory.
-
-    A score that is lower than the k-th best score of its identity is dropped immediately. The other
-    scores are collected as candidates, and many of them are merged into the k best clips at once.
-    """
+    """Finds the k best clips of every identity from blocks of scores in memory."""
 
     def __init__(self, num_identities: int, k: int = MAX_NAMES):
         self._k = k
@@ -70,7 +66,7 @@ class HostTopK:
 class _Chunk:
     """Collects the k best clips of each of C identities, where C is at most CHUNK.
 
-    `keys` [C, k] uint64 has a number for each of these clips, see `_make_keys`. It is not sorted.
+    `keys` [C, k] uint64 are the sort keys of these clips (see `_make_keys`), in any order.
     """
 
     def __init__(self, num_identities: int, k: int):
@@ -80,7 +76,7 @@ class _Chunk:
         self._num_waiting = 0
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray) -> None:
-        """Collects the scores [B, C] float32 that can be among the k best, and drops the others."""
+        """Collects the scores [B, C] that can be among the k best. Merges if there are many."""
         after_last = self._last < clip_index.min(initial=NO_CLIP)
         bounds = np.where(after_last, self._above_least, self._least)
         places = np.flatnonzero(~(scores < bounds))
@@ -109,7 +105,7 @@ class _Chunk:
         self._waiting, self._num_waiting = [], 0
 
     def _set_bounds(self) -> None:
-        """Finds the lowest scores that can enter. A tie enters only with a lower clip index."""
+        """Finds the lowest score of each identity that can be among its k best scores."""
         least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)
@@ -130,7 +126,7 @@ def _make_keys(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
 
 
 def _read_keys(keys: np.ndarray) -> TopK:
-    """Returns the scores and the clip indices of keys of `_make_keys`."""
+    """Returns scores and clip indices, given their keys. Inverts `_make_keys`."""
     upper = (keys >> np.uint64(32)).astype(np.uint32)
     bits = upper ^ np.where(upper >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
     index = NO_CLIP - (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
@@ -149,7 +145,7 @@ def join_tops(tops: TopK) -> TopK:
 
 
 def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns the k best clips of every identity, given blocks of scores, see `HostTopK.add`."""
+    """Returns the k best clips of every identity. For blocks of scores, see `HostTopK.add`."""
     top = HostTopK(num_identities, k)
     for block in blocks:
         top.add(*map(np.asarray, block))
@@ -157,7 +153,7 @@ def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) 
 
 
 def count_ties(top: TopK) -> int:
-    """Counts ranked clips with the same score as the clip before them in the list, except -inf."""
+    """Counts ranked clips with the same finite score as the clip before them in the list."""
     scores = np.asarray(top.scores)
     return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))
 
@@ -165,7 +161,7 @@ def count_ties(top: TopK) -> int:
 def convert_to_lists(
     identities: Sequence[str], names: Mapping[int, str], top: TopK
 ) -> dict[str, list[tuple[str, float]]]:
-    """Returns identity -> its clips as (name, score), best first. `names` is index -> name."""
+    """Returns identity -> its clips as (name, score), best first. `names` is clip index -> name."""
     rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
     return {
         identity: [(names[i], score) for i, score in zip(*row, strict=True) if i != NO_CLIP]

@@ -1,6 +1,6 @@
 """The functions of `import vidjax`, which load configurations and data, and train and rank.
 
-Each function does the same as a command. JAX and TensorFlow are imported when a function is called.
+JAX and TensorFlow are imported when a function is called.
 """
 
 import copy
@@ -36,8 +36,8 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
 
     Args:
       spec: the name of a configuration of vidjax, such as `mma`, or the path of a Python file. Its
-        arguments follow a colon, as in `mma:face,audio`. It may also be the path of the
-        `config.json` of a run.
+        arguments follow a colon, as in `mma:face,audio`. To load the configuration of a run, give
+        the path of the run's `config.json`.
       overrides: flags of the command line, such as `--config.batch_size=64`.
 
     Raises:
@@ -69,7 +69,7 @@ def open_run(workdir: str | Path) -> RunFolder:
 
 
 def set_up_devices(config: Config) -> None:
-    """Finds the devices and sets the cache of programs. Raises UserError for unusable devices."""
+    """Finds the devices and sets the cache of programs. Raises UserError if one is unusable."""
     from vidjax.core import devices
 
     if config.deterministic:
@@ -92,13 +92,13 @@ def load_data(
     until a byte of the source changes.
 
     Args:
-      source: the clips, in one of three forms. The first is a dict: split (`train`, `val`, `test`)
-        -> clip name -> modality -> features. Features are [T, D] or [D], float16, float32, float64
-        or int8. Instead of the features, there may be a dict with `features`, and optionally
-        `quality` [T], `detection` [T], `number` [T] and `box` [T, 4]. A clip may lack modalities,
-        or have no frame. The second form is the path of a folder of iQIYI-VID pickles, `.npz` files
-        or parquet tables. The third form is a configuration. Then the fields of `config.data`
-        describe the dataset, and the other arguments must not be given.
+      source: the clips, in one of three forms:
+        - A dict: split (`train`, `val`, `test`) -> clip name -> modality -> features. Features are
+          [T, D] or [D], float16, float32, float64 or int8. Instead of the features, there may be a
+          dict with `features`, and optionally `quality` [T], `detection` [T], `number` [T] and
+          `box` [T, 4]. A clip may lack modalities, or have no frame.
+        - The path of a folder of iQIYI-VID pickles, `.npz` files or parquet tables.
+        - A configuration. Its fields `config.data` describe the dataset: give no other argument.
       labels: a dict, clip name -> identity, for all splits. It may also be the path of a `.csv`
         with the columns `clip` and `identity`, or of ground truth in the iQIYI-VID format. A clip
         without a label, or with the label None, is a distractor. A split without a labelled clip is
@@ -183,7 +183,7 @@ def train(
 
 
 def check_loaded(function: str, data: object) -> None:
-    """Raises ArgumentError unless `data` is the result of `load_data`."""
+    """Raises ArgumentError if `data` is not the result of `load_data`."""
     if not hasattr(data, "train_batches"):
         raise ArgumentError(
             f"{function}: data must be the result of vidjax.load_data, not a {type(data).__name__}"
@@ -228,9 +228,9 @@ def train_run(
 ) -> tuple[dict[str, Any], bool]:
     """Trains a system in a folder that the caller has locked.
 
-    For the arguments, see `train` and `training.loop.train`. If `data` is None, the data that
-    `config` describes are loaded. Returns the content of `metrics.json`, and True if the run had
-    been finished before.
+    Returns the content of `metrics.json`, and whether the run had been finished before. If `data`
+    is None, the data that `config` describes are loaded. For the other arguments, see
+    `training.loop.train`.
     """
     from vidjax.evaluation import analysis, restore
     from vidjax.training import loop as training
@@ -286,8 +286,7 @@ def evaluate(
       num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:
-      UserError: the folder contains no run, or a blend of other runs, or the data do not fit the
-        run.
+      UserError: the folder contains no run or a blend of other runs, or the data do not fit.
       CheckpointError: no checkpoint is usable.
     """
     check_argument("evaluate: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
@@ -315,7 +314,7 @@ def evaluate_run(
     *,
     num_devices: int | None = None,
 ) -> dict[str, Any]:
-    """Ranks `config.eval.split` with the run in a locked folder. Returns the results."""
+    """Ranks `config.eval.split` with a run. The caller has locked `folder`. Returns the metrics."""
     from vidjax.evaluation import analysis, restore
 
     set_up_devices(config)
@@ -336,9 +335,9 @@ def compare(
 ) -> "Comparison":
     """Compares the MAP of two or more runs on the same clips.
 
-    The result contains the difference in MAP to the first run, with a 95 % interval. Print it, or
-    use the methods `to_dict` and `to_latex` or the attribute `differences`. No model is computed,
-    because the folders of the runs contain their results.
+    The result contains the difference in MAP to the first run, with a 95 % interval. Print the
+    result, or use its methods `to_dict` and `to_latex` or its attribute `differences`. The scores
+    are not computed again, because the folders of the runs contain their results.
 
     Args:
       runs: the folders of the runs. To compare systems that were trained with several seeds, give

@@ -23,20 +23,20 @@ from vidjax.training import train_step
 from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
 
 DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
-# These lists have an entry for each group of members (nets of an ensemble) that a program trains.
+# These lists have an entry for each group of members (nets of an ensemble) that train together.
 States = Sequence[TrainState]
 AllConstants = Sequence[MemberConstants]
-# The new states, and the results of the last steps, as `Feed._dispatch` explains.
+# The new states, and the results of the last calls of the compiled loop, see `Feed._dispatch`.
 Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
     """The result of a dispatch, which is one or more training steps."""
 
-    states: list[TrainState]  # the state of every group of members
+    states: list[TrainState]  # of every group of members (nets of an ensemble)
     num_steps: int
     loss: float  # the loss of the last step, averaged over members
-    bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS
+    bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS, or None
 
 
 class Feed(abc.ABC):
@@ -58,10 +58,10 @@ class Feed(abc.ABC):
     def advance(
         self, states: States, constants: AllConstants, step: int, most: int
     ) -> DispatchResult:
-        """Runs training steps for about a second: at least 1 step, at most `most` steps.
+        """Runs training steps for about a second, from 1 to `most` steps.
 
-        `step` is the number of steps before the call. The caller must use the returned states,
-        because the memory of `states` is reused (the arrays are donated).
+        `step` is the number of steps before the call. The arrays of `states` are donated: their
+        memory is used again, so the caller must use the returned states.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, count)))
@@ -79,11 +79,11 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
-        """Runs at most `count` steps. Returns the new states, and the results of the last steps.
+        """Runs at most `count` steps with one or more calls of the compiled loop.
 
-        The results have an entry for the last call of the compiled loop, or for the last two calls.
-        An entry is a list with the result of each group of members. Earlier results are not needed:
-        they have no `bad_step`, because at most one call follows a bad step.
+        Returns the new states, and the results of the last one or two calls. The result of a call
+        is a list with the result of each group of members. Earlier calls have no `bad_step`,
+        because at most one call follows a bad step.
         """
 
 
@@ -91,15 +91,14 @@ class StreamingFeed(Feed):
     """Streams clips. The host reads the next batch while the devices train on the present batch.
 
     The host reads the result of a step after it has started the next step, so that no device waits
-    for the host. The devices store at most two batches. `waited` is an estimate. If a step ends
-    before the host has read the next batch, the time of reading is added, minus the time of the
-    fastest step.
+    for the host. The devices store at most two batches. `waited` is an estimate: if a step ends
+    before the next batch is read, the time of reading minus the time of the fastest step is added.
     """
 
     mode = "streaming"
 
     def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
-        """Makes a feed. `batches` is an endless iterator of batches with numpy arrays."""
+        """Makes a feed from `batches`, an endless iterator of batches with numpy arrays."""
         self._mesh, self._batches = mesh, batches
         super().__init__()
         self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)

@@ -52,7 +52,7 @@ Tree = TypeVar("Tree")  # a tree of arrays
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the `metrics.json` of a run, or None if the epochs of `config` are not finished.
+    """Returns the `metrics.json` of a run, or None if it has not finished the epochs of `config`.
 
     Raises UserError if the run cannot resume with `config`.
     """
@@ -84,9 +84,9 @@ def train(
     """Trains a system, or resumes the training. Returns the content of `metrics.json`.
 
     The caller has locked the folder `workdir`. If `analyse` is True, `analysis.npz` and
-    `report.html` are written at the end. `command` is the command line that repeats the training,
-    for `metrics.json` and the report. `began` is the value of `time.monotonic()` when this process
-    started. `api.train` lists the errors.
+    `report.html` are written at the end. `command` is the command line that repeats the training.
+    `began` is the value of `time.monotonic()` when this process started. For errors, see
+    `api.train`.
     """
     began = time.monotonic() if began is None else began
     config = make_paths_absolute(config)  # the run may resume from another working directory
@@ -113,7 +113,7 @@ def train(
 def _take_steps(
     run: "TrainingRun", plan: RunPlan, schedule: Schedule, workdir: Path, split: str, analyse: bool
 ) -> Evaluation | None:
-    """Trains, logs, saves and evaluates. Returns the last evaluation, or None without one."""
+    """Trains, logs, saves and evaluates. Returns the last evaluation, or None if there is none."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
     evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
@@ -128,7 +128,7 @@ def _take_steps(
         interruption = stack.enter_context(signals.catch_interruption())
 
         def evaluate() -> Evaluation:
-            """Evaluates, and adds the metrics to the log and to the checkpoint of this step."""
+            """Evaluates the run. Adds the metrics to the log and the checkpoint of this step."""
             interruption.raise_if_interrupted(run.step)
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_interrupted(run.step))
@@ -187,9 +187,9 @@ def write_description(
 class TrainingRun:
     """A run in training. Its methods train, evaluate, log and save.
 
-    A run has one or more members, the nets of an ensemble. A single program may train all members
-    together, with large matrix products. If a program trains one member after another, less memory
-    is needed, and each member has the same bits as in a separate run.
+    A run has one or more members, the nets of an ensemble. If `System.vmap_members` is True, a
+    program trains all members together, with large matrix products. Otherwise members are trained
+    one after another. This needs less memory, and gives each member the bits of a separate run.
 
     Attributes:
       step: the number of finished optimiser steps.
@@ -208,7 +208,7 @@ class TrainingRun:
         began: float,
         analyse: bool = False,
     ):
-        """Restores the newest checkpoint, if any. `analyse` lets the models return attention."""
+        """Restores the newest checkpoint, if any. `analyse` prepares the analysis of attention."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
         self._system = make_system(config.to_dict(), plan.task)
@@ -249,7 +249,7 @@ class TrainingRun:
         self._compiling: threading.Thread | None = None  # compiles the evaluation
 
     def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
-        """Returns the newest undamaged state and its manifest, or the state at step 0 and {}."""
+        """Returns the state of the newest intact checkpoint and its manifest, or step 0 and {}."""
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
         sharding = devices.replicated_layout(self._mesh)
 
@@ -277,8 +277,8 @@ class TrainingRun:
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
         """Returns the reader of the training clips, and the source of clips for evaluation.
 
-        If `mode` is None, as in a new run, the free memory decides. A resumed run keeps its mode,
-        because the compiled steps of both modes round differently, although the batches are equal.
+        If `mode` is None, as in a new run, `config.data.mode` and the free memory decide. A resumed
+        run keeps its mode, because the steps of `streaming` and `resident` round differently.
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
@@ -316,8 +316,8 @@ class TrainingRun:
     def advance(self, stop: int) -> tuple[int, float]:
         """Trains for about a second, at most to step `stop`.
 
-        Returns the number of clips, and the last loss, averaged over members. Raises UserError if a
-        member has had three consecutive steps without a finite loss and gradient.
+        Returns the number of clips, and the last loss, averaged over members. Raises UserError if
+        the loss or gradient of a member was not finite in three consecutive steps.
         """
         dispatched = time.monotonic()
         done = self._feed.advance(self._states, self._constants, self.step, stop - self.step)
@@ -370,7 +370,7 @@ class TrainingRun:
         logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
 
     def relabel(self) -> None:
-        """Gives each member new labels for the distractors in no cluster, see `plan.relabel`."""
+        """Changes each member's labels of distractors in no cluster, see `plan.relabel`."""
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
@@ -412,7 +412,7 @@ class TrainingRun:
         self.next_save = time.monotonic() + self._config.checkpoint_every_seconds
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split`. `check` runs between blocks, and may raise an error to end."""
+        """Ranks `config.eval.split`. To end the evaluation early, `check` may raise an error."""
         if self._compiling:
             self._compiling.join()
         spec = self._config.eval

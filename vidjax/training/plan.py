@@ -54,17 +54,17 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 class RunPlan(NamedTuple):
-    """The data that a run needs before the first step."""
+    """The decisions before the first step of a run, such as the clips of each batch."""
 
     task: TaskSpec
     training_sets: ensemble.TrainingSets
-    labels: np.ndarray  # [N] int32, the class column of each training clip at step 0
+    labels: np.ndarray  # [N] int32, the class of each training clip at step 0
     constants: train_step.MemberConstants
     batches: BatchPlan  # decides which clips are in the batch of a step
 
 
 def explain_no_identity(config: Config) -> str:
-    """Returns an error message with a remedy, for training clips without any identity."""
+    """Returns an error message with a remedy: no training clip has an identity."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
@@ -78,7 +78,7 @@ def explain_no_identity(config: Config) -> str:
 
 
 def make_plan(config: Config, data: TrainingData) -> RunPlan:
-    """Checks configuration and data, and returns all that a run needs before the first step.
+    """Checks the configuration and the data, and returns the plan of a run.
 
     Features are read only if noise classes, `data.whole_epochs` or the model need them.
     """
@@ -154,11 +154,11 @@ def _check_plan(
 
 
 def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
-    """Returns the rows [n] int32 of the training clips from which any of the E members learns.
+    """Returns the indices of the training clips from which any of the E members learns, [n] int32.
 
-    A member learns from a clip if its `weight` [E, N] is above 0, and `config.fusion` and
-    `ensemble.poor_clips` keep a frame. If a clip has more than 512 frames, only the 512 of best
-    quality are tried.
+    A member learns from a clip if the `weight` [E, N] of the clip is above 0, and `config.fusion`
+    and `ensemble.poor_clips` keep a frame. If a clip has more than 512 frames, only the 512 frames
+    of the best quality are tried.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -186,7 +186,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
 def label_distractors(
     config: Config, data: TrainingData, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Clusters distractors (label 0). Returns new labels [N] int32 and the class columns."""
+    """Clusters distractors (label 0) into classes. Returns new labels [N] int32 and the layout."""
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
@@ -228,11 +228,11 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Computes a value of each of the n training clips for which `wanted` [N] bool is True.
+    """Computes `value_of` for the n training clips that are `wanted` [N] bool, [n, ...].
 
     `value_of` maps a block of B clips, with all their frames, to values [B, ...]. At least one clip
-    must be wanted. If `mesh` is given, each block is split over its devices. Then all processes of
-    the run must call this function together. Returns [n, ...] values in the order of the clips.
+    must be wanted. If `mesh` is given, each block is split over its devices, and all processes of
+    the run must call this function together.
     """
     rows = config.eval.block_size * (mesh.size if mesh else 1)
     values, start = [], 0
@@ -255,7 +255,10 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Makes the argument of `Identifier.prepare`."""
+    """Returns what a model may read of the training clips in `Identifier.prepare`.
+
+    `used` [E, N] bool is True for the clips that each member is trained on.
+    """
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
         name: np.concatenate([split.lengths[name] > 0 for split in splits])
@@ -302,8 +305,8 @@ def check_model(config: Config) -> None:
 def dry_run(config: Config) -> None:
     """Raises UserError if a system cannot be built from a configuration.
 
-    No features are read, and no device is used. The system is only traced, in a tenth of a second.
-    No training step is traced, so a fault in the code of a user's loss appears in training.
+    No features are read, and no device is used. This takes a tenth of a second. A fault in the code
+    of a user's loss is not found, because no training step is traced.
     """
     check_model(config)
     known = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
@@ -344,7 +347,7 @@ def dry_run(config: Config) -> None:
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     """Returns a note if a batch is larger than the number of training clips, otherwise None.
 
-    More steps do not change a model in closed form, so it gets no note.
+    A model in closed form gets no note, because more steps do not change it.
     """
     most, is_whole = plan.batches.num_clips, plan.batches.epoch_clips is not None
     if config.batch_size <= most or MODELS[config.model.name].is_closed_form:
@@ -358,7 +361,7 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Computes the loss weight [N] of each clip, by `data.balance` and the file `data.weights`."""
+    """Returns the loss weight [N] of each clip, from `data.balance` and the file `data.weights`."""
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
@@ -374,11 +377,11 @@ def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[st
 
 
 class Schedule(NamedTuple):
-    """The steps after which the training pauses for another task."""
+    """The numbers of the steps after which the training pauses for another task."""
 
-    log: frozenset[int]  # the steps after which a line of `metrics.jsonl` is written
-    evaluate: frozenset[int]  # the steps after which the run is evaluated, including the last step
-    relabel: frozenset[int]  # the steps after which distractors in no cluster get new labels
+    log: frozenset[int]  # a line of `metrics.jsonl` is written
+    evaluate: frozenset[int]  # the run is evaluated; this includes the last step
+    relabel: frozenset[int]  # distractors in no cluster get new labels
     stops: tuple[int, ...]  # all these steps, in ascending order
 
     def next_stop(self, step: int) -> int:
@@ -387,7 +390,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(config: Config, plan: RunPlan) -> Schedule:
-    """Builds the schedule of a run. Without noise classes, `Schedule.relabel` is empty."""
+    """Returns the schedule of a run. Without noise classes, `Schedule.relabel` is empty."""
     total = plan.task.total_steps
 
     def every(epochs: float) -> frozenset[int]:
@@ -403,10 +406,10 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
     return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
 
 
-# Noise classes: each cluster of distractors is a class. Each of the C identities also has a mirror
-# class, for strangers who resemble it. A distractor in no cluster starts in a random mirror class.
-# Every `noise.relabel_every_epochs` epochs, it moves to the mirror class of the identity that the
-# model predicts.
+# Noise classes: each cluster of distractors is a class. Each identity also has a mirror class, for
+# strangers who resemble the identity. A distractor in no cluster starts in a random mirror class.
+# Every `noise.relabel_every_epochs` epochs, the clip moves to the mirror class of the identity
+# that the model predicts.
 #
 # Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
 # its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
@@ -414,18 +417,18 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
 
 def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
-    """Clusters vectors [n, D] by direction with DBSCAN. Returns the cluster of each, [n] int32.
+    """Clusters `vectors` [n, D] with DBSCAN. Returns the cluster of each vector, [n] int32.
 
     The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
     1 - d^2 / 2. Clusters are numbered in the order of their first vectors. A vector in no cluster
-    has the number -1, such as the zero vector of a clip without frames.
+    has the number -1. The zero vector of a clip without frames is in no cluster.
 
     Args:
       eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
         a cluster. With more vectors, use a smaller value, because accidental neighbours join
         different people in a long chain.
-      min_samples: least number of neighbours, including itself, with which a vector can extend a
-        chain.
+      min_samples: least number of neighbours of a vector that can extend a chain. The vector itself
+        is counted.
 
     Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
     """
@@ -455,11 +458,11 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
 
 
 def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
-    """Returns the first class column of each distractor, [n] int32.
+    """Returns the class of each distractor at step 0, [n] int32.
 
-    A distractor in a cluster gets the column of the cluster. A distractor in no cluster gets the
-    mirror column of a random identity, which depends only on `seed` and on the place of the
-    distractor in `clusters`. `clusters` [n] int has the cluster of each distractor, or -1.
+    `clusters` [n] int has the cluster of each distractor, or -1. A distractor in a cluster gets the
+    class of the cluster. Any other distractor gets the mirror class of a random identity: a class
+    of strangers who resemble the identity. The draw depends only on `seed` and the index.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     mirrors = identities + layout.mirror_shift
@@ -470,13 +473,14 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 def relabel(
     labels: np.ndarray, predicted: np.ndarray, layout: NoiseClassLayout, *, keep: str = "label"
 ) -> np.ndarray:
-    """Gives distractors in no cluster the class that the model predicts.
+    """Returns new labels of distractors in no cluster, given the classes that the model predicts.
 
-    `labels` and `predicted` [...] int are the present class columns, and the class columns with the
-    highest score. If the model predicts an identity, the clip moves to its mirror column. If it
-    predicts column 0, the clip keeps its label. If it predicts a cluster or a mirror column, `keep`
-    decides: `label` keeps the label, and `prediction` takes the predicted column. With `label`,
-    only clips in mirror columns move.
+    `labels` and `predicted` [...] int are classes. The predicted class decides:
+    - An identity: the new label is the mirror class of the identity.
+    - Class 0: the label stays.
+    - A cluster or a mirror class: with `keep="label"` the label stays. With `keep="prediction"` the
+      prediction is the new label.
+    With `keep="label"`, only labels of mirror classes change.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

@@ -24,28 +24,28 @@ MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient that s
 
 
 class TrainState(struct.PyTreeNode):
-    """The state of training of E members. Every field except `step` has a leading axis E."""
+    """The state of training of E nets (members). All fields except `step` have a leading axis E."""
 
     step: Array  # [] int32, number of finished optimiser steps
     params: Params
     model_state: ModelState  # all other collections of the model, such as `batch_stats`
     opt_state: optax.OptState
     rng: Array  # [E] PRNG keys, constant: every step folds the number of the step into them
-    labels: Array  # [E, N] int32, class column of every training clip; constant within a step
-    bad_steps: Array  # [E] int32, latest consecutive steps without a finite loss and gradient
+    labels: Array  # [E, N] int32, class of every training clip; changes only between steps
+    bad_steps: Array  # [E] int32, number of last steps whose loss or gradient was not finite
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the log was last written
 
 
 class MemberConstants(NamedTuple):
-    """The clip weights and the settings of the members, which do not change during training."""
+    """Constants of the training of E members, the nets of an ensemble."""
 
     weight: Array  # [E, N] float32, weight of every training clip; 0 if a member does not use it
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
-    hidden_chunk: Array  # [E] int32, the part of the features that a member does not see; or -1
+    hidden_chunk: Array  # [E] int32, number of the part of the features that is hidden, or -1
 
 
 def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
-    """Builds the constants of E members. `weight` [E, N] has the weight of every training clip."""
+    """Returns the constants of E members. `weight` [E, N] has the weight of every training clip."""
     return MemberConstants(
         weight=np.asarray(weight, np.float32),
         min_quality=np.array([member.min_quality for member in members], np.float32),
@@ -54,10 +54,10 @@ def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> 
 
 
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
-    """Builds the state at step 0, with random parameters.
+    """Returns the state of E members at step 0, with random parameters.
 
-    `labels` [E, N] int32 are class columns. Each member uses its PRNG key in `rngs` [E] for the
-    parameters and for all random draws.
+    `labels` [E, N] int32 are the classes of the training clips. A member uses its PRNG key in
+    `rngs` [E] for all random draws.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -83,12 +83,9 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 def make_state(
     init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
 ) -> TrainState:
-    """Builds the state at step 0 on the devices. `init` returns the result of `init_state`.
-
-    A first program draws the parameters, and a second program adds the state of the optimiser `tx`.
-    A single program would need more memory, because drawing takes three times the memory of the
-    parameters, and the optimiser twice the memory.
-    """
+    """Returns the state at step 0 on the devices. `init` returns the result of `init_state`."""
+    # Two programs need less memory. Drawing the parameters takes three times their memory, and the
+    # state of the optimiser twice their memory.
     draw = devices.jit(lambda: init().replace(opt_state=None), out_shardings=layout)
     complete = devices.jit(
         lambda state: state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels))),
@@ -101,8 +98,7 @@ def make_state(
 def _init_optimizer(
     tx: optax.GradientTransformation, params: Params, num_members: int
 ) -> optax.OptState:
-    """Initialises the optimiser of each member. `params` may be an empty tree."""
-    return jax.vmap(tx.init, axis_size=num_members)(params)
+    return jax.vmap(tx.init, axis_size=num_members)(params)  # `params` may be an empty tree
 
 
 def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
@@ -139,10 +135,10 @@ MemberInputs = tuple[Array, Array, Array, Array, Array]
 def train_step(
     system: System, state: TrainState, constants: MemberConstants, batch: Batch
 ) -> tuple[TrainState, jax.Array]:
-    """Updates every member with a batch of clips. Returns the new state and the losses [E].
+    """Updates E nets (members) with a batch of clips. Returns the new state and the losses [E].
 
-    If the loss or the gradient of a member is not finite, the parameters of the member stay, and
-    `sums["bad_steps"]` counts the step. Padding, clips without frames and clips of weight 0 have no
+    If the loss or the gradient of a member is not finite, its parameters stay, and the step is
+    counted in `sums["bad_steps"]`. Padding, clips without frames and clips of weight 0 have no
     effect.
     """
     usable = batch.batch_mask & fusion.has_frames({x: batch.frames[x] for x in system.fuse_train})
@@ -166,10 +162,10 @@ def train_step(
 def take_member_step(
     system: System, step: Array, learned: TrainState, batch: Batch, inputs: MemberInputs
 ) -> tuple[TrainState, jax.Array]:
-    """Updates one member with a batch of B clips. Returns the new state and the loss [].
+    """Updates one net (member) with a batch of B clips. Returns the new state and the loss [].
 
-    `step` [] int32 is the number of earlier steps. `learned` has the fields of the state that a
-    step changes, without the axis E.
+    `step` [] int32 is the number of earlier steps. `learned` has the fields of one member's state
+    that a step changes. The other fields are None.
     """
     member_rng, *_ = inputs
     keys = jax.random.split(jax.random.fold_in(member_rng, step), 4)
@@ -229,7 +225,7 @@ def _update_if_finite(
     added: Mapping[str, Array],
     loss: Array,
 ) -> TrainState:
-    """Returns `learned`, updated by `grads`, with `model_state` and with `added` in its sums.
+    """Returns the state after an optimiser step with `grads`. Adds `added` to its sums.
 
     If the loss or a gradient is not finite, only the two counts of bad steps change.
     """
@@ -259,7 +255,7 @@ def _update_if_finite(
 def _transform_and_fuse(
     system: System, rng: Array, batch: Batch, inputs: MemberInputs
 ) -> MemberClips:
-    """Augments clips and fuses their frames for one member. The random draws use the key `rng`."""
+    """Augments the clips of a batch and fuses their frames, for one member and its key `rng`."""
     _, labels, weight, min_quality, hidden_chunk = inputs
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
@@ -279,7 +275,10 @@ def _transform_and_fuse(
 
 
 def average_over_examples(values: Array, exists: Array) -> Array:
-    """Averages `values` [B * T'] over the examples that exist, [B]; 0 without examples."""
+    """Returns the mean of `values` [B * T'] over the T' examples of each of B clips, [B].
+
+    Examples for which `exists` [B, T'] is False do not count. The mean of no examples is 0.
+    """
     values = jnp.where(exists, values.reshape(exists.shape), 0.0)
     return jnp.sum(values, axis=1) / jnp.maximum(jnp.sum(exists, axis=1), 1)
 
@@ -305,13 +304,12 @@ def make_train_loop(
 ]:
     """Returns a compiled function that takes `count` training steps.
 
-    The function maps (state, constants, clips, count) to (state, result). The first argument is
-    donated: its memory is used again. `draw` maps (clips, step) to the batch of a step. It runs on
-    the devices. If clips are streamed, `clips` already is this batch.
+    The function maps (state, constants, clips, count) to (state, result). The memory of the first
+    argument is used again (donated). Two calls give the same state as one call with the sum of the
+    counts. If `count` is None, the function takes one step.
 
-    `count` is an argument, so that the function is compiled only once. Two calls give the same
-    result as one call with the sum of the counts. If `count` is None, the function takes one step
-    without a loop, because a loop on a GPU waits for the host after each step.
+    `draw` maps (clips, step) to the batch of a step, on the devices. If clips are streamed, `clips`
+    already is this batch.
     """
 
     def loop(
@@ -327,7 +325,7 @@ def make_train_loop(
 
         num_members = len(state.rng)
         start = LoopResult(jnp.zeros(num_members, jnp.float32), jnp.int32(-1))
-        if count is None:
+        if count is None:  # without a loop, which on a GPU waits for the host after each step
             return body(jnp.int32(0), (state, start))
         return jax.lax.fori_loop(0, count, body, (state, start))
 

@@ -35,12 +35,12 @@ class Bar(Number):
 
 
 def plain(value: object) -> str:
-    """Returns a value as text that can be encoded: lone surrogates become question marks."""
+    """Returns a value as text for UTF-8. Lone surrogates become question marks."""
     return str(value).encode(errors="replace").decode()
 
 
 def name(value: object) -> Markup:
-    """Returns a name as HTML that may break in long words, and that has its own text direction."""
+    """Returns a name as HTML. Long words may be broken. The name has its own text direction."""
     if isinstance(value, Markup):
         return value
     long = Markup('<span class="long">{}</span>')
@@ -128,7 +128,7 @@ def parts() -> Any:  # noqa: ANN401
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Puts blocks side by side if the page is wide. `kind` is `figures` or `tables`."""
+    """Returns HTML that puts blocks side by side on a wide page. `kind`: `figures` or `tables`."""
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 
@@ -208,7 +208,7 @@ class Plot:
             self.figure.legend(loc="outside upper left", ncols=3, frameon=False)
 
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
-        """Returns the figure as HTML, with `caption`, or else `title`, below it.
+        """Returns the figure as HTML, with `caption` below it, by default the title.
 
         `key` is unique on the page. `description` is for a reader who cannot see the figure.
         """
@@ -216,7 +216,7 @@ class Plot:
         return parts().figure(key, title, description, caption or title, head, rest)
 
     def _svg(self, key: str) -> str:
-        """Returns the drawing as SVG with colours of the theme. All ids in it start with `key`."""
+        """Returns the figure as SVG in the colours of the theme. All ids in it start with `key`."""
         content = io.BytesIO()
         for patch in (self.figure.patch, *(axes.patch for axes in self.figure.axes)):
             patch.set(facecolor="none", edgecolor="none")

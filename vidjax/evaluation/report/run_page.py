@@ -27,7 +27,7 @@ from vidjax.utils.errors import UserError
 
 Rows = list[tuple[object, ...]]
 
-# If the files come from different evaluations, a function that makes a section may raise these.
+# Errors of the functions that make sections, if the files come from different evaluations.
 MISFITS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 KINDS = {
     "out_of_fold": "out of fold: every clip is scored by members that were not trained on it",
@@ -75,7 +75,7 @@ class RunFiles(NamedTuple):
 
 
 def title(run: RunFiles) -> str:
-    """Returns a title: the model, the modalities and the data of a run."""
+    """Returns the title of a report, with the model, the modalities and the data of the run."""
     data = _data_of(run) or "unknown data"
     if joined := run.config["join"]["runs"]:
         return f"blend of {len(joined)} runs on {data}"
@@ -127,7 +127,7 @@ def _score(run: RunFiles) -> Markup:
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns a row of the table of other splits. If the split has a page, a cell links to it."""
+    """Returns the row of a split in the table of other evaluations, with a link to its page."""
     page = f"report_{split}.html"
     linked = Markup('<a href="{}">{}</a>').format(quote(html.plain(page), safe=""), page)
     return (
@@ -163,7 +163,7 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns a row (label, number) for each (key, label, digits), except for missing values."""
+    """Returns a row (label, number) for each of `labels` (key, label, digits) with a value."""
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
@@ -214,7 +214,7 @@ def _data_of(run: RunFiles) -> str:
 
 
 def reading(run: RunFiles) -> Markup | None:
-    """Returns definitions of the terms of a report, if the run has a MAP."""
+    """Returns definitions of the terms of a report, or None if the run has no MAP."""
     if run.metrics.map is None:
         return None
     words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
@@ -272,7 +272,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns quantiles of AP and the worst identities."""
+    """Returns quantiles of the average precision (AP) and a table of the worst identities."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -524,7 +524,7 @@ def render(run: RunFiles) -> str:
 
 
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
-    """Reads the files of a run: its results on `eval.split` or, if given, on the split `other`."""
+    """Reads the files of a run, with its results on the split `other`, by default `eval.split`."""
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
     analysis, arrays = folder.analysis(paths) or (schemas.Analysis(), {})
