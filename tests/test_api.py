@@ -103,7 +103,6 @@ def test_import_on_windows_names_the_remedy(python):
 
 def test_load_config_describes_the_expected_arguments():
     load = UNTYPED.load_config
-
     refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load, "mma", {"seed": 1})
     refused(r"such as '--config\.seed=1'", load, "mma", "config.seed=1")
     refused("load_config: spec must be a name .* not None", load, None)

@@ -181,7 +181,6 @@ def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(cache):
     splits = make_splits()
     first = convert(arrays.FeatureDict(splits), cache).folder
     assert convert(arrays.FeatureDict(make_splits()), cache).folder == first
-
     splits["val"]["val_03"]["face"]["quality"][0] += 1
     assert convert(arrays.FeatureDict(splits), cache).folder != first
 
@@ -322,7 +321,6 @@ def test_clips_in_memory_that_do_not_fit_the_run_are_refused(clips, words):
 
 def test_clip_without_a_modality_of_the_run_counts_as_a_clip_without_frames():
     clips = {"a": {"face": [1.0]}, "b": {"audio": [1.0, 2.0]}}
-
     with pytest.warns(errors.VidjaxWarning, match="1 of 2 clips have no modality of the run.* b\n"):
         packed = memory.MemoryClips.from_dict(clips, {"face": 1}, ())
     assert packed.names == ("a", "b")

@@ -72,9 +72,7 @@ def test_check_of_a_good_run_reports_all_good(folder, check_run):
 def test_check_reports_every_damaged_file(folder, check_run, pattern, code, words):
     (step,) = (folder / "run" / "checkpoints").iterdir()
     damage(folder, pattern)
-
     exit_code, lines = check_run()
-
     assert exit_code == code and lines[-1].startswith("FAULT: ")
     assert words.format(step.name) in "\n".join(lines)
 
@@ -83,9 +81,7 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
     shutil.copytree(official_dir, folder / "official")
     truth = folder / "official" / "train_gt.txt"
     truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))
-
     code, lines = check_run(f"--config.data.dir={folder}/official", "--config.eval.split=train")
-
     assert code == 2 and "train has other labels" in lines[-2]  # before the verdict
 
 
@@ -119,6 +115,5 @@ def test_check_of_a_gallery_reports_damage(tmp_path, check):
 
 def test_check_without_a_folder_checks_the_machine(check):
     code, lines = check()
-
     assert (code, lines[-1]) == (0, "all good")
     assert len(lines) == 2  # the machine and the verdict

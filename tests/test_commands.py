@@ -64,9 +64,7 @@ def test_error_about_a_file_names_the_remedy(case, places, monkeypatch, command)
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
     before = seen.contents(places, but={"cache", "__pycache__"})
-
     check_outcome(case._replace(seconds=60), command)  # it may convert data
-
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
 

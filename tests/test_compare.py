@@ -208,9 +208,7 @@ def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path, kinds,
     names = ("first", "second")
     for name, kind in zip(names, kinds, strict=True):
         made_runs.write(tmp_path / name, averages(0), results={"map_kind": kind})
-
     comparison.compare([[str(tmp_path / name)] for name in names]).write(tmp_path)
-
     page = (tmp_path / "comparison.html").read_text()
     assert sentence.format(tmp_path) in Page(page).text()
 
@@ -241,7 +239,6 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(
 ):
     made_runs.write(tmp_path / "a", averages(3), results=trained_on())
     made_runs.write(tmp_path / "b", **{"averages": averages(3), **difference})
-
     assert compared().refused(message)
     assert not (tmp_path / "out").exists()
 
@@ -256,5 +253,4 @@ def test_run_without_a_report_is_evaluated_with_a_report(tmp_path, compared):
 def test_runs_with_other_features_or_without_digests_are_compared(tmp_path, compared):
     for name, results in {"a": trained_on(), "b": trained_on(features="b"), "c": {}}.items():
         made_runs.write(tmp_path / name, averages(3), results=results)
-
     assert compared(runs="abc").code == 0

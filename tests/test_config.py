@@ -162,10 +162,8 @@ def test_gamma_is_read_if_a_loss_with_weight_is_not_softmax():
 
 def test_tables_of_this_file_list_every_field_that_is_not_always_read():
     conditional = {name for name, field in config_lib.FIELDS.items() if field.read_when}
-
     unread_by_default = {name for fields in UNREAD.values() for name in fields}
     read_by_default = READ.keys()
-
     # `join.runs` has no `read_when`, because training refuses it by a separate check.
     assert conditional | {"join.runs"} == unread_by_default | read_by_default
 

@@ -130,7 +130,6 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
 @pytest.mark.slow
 def test_processes_with_different_configurations_are_refused(start, tmp_path):
     codes = wait(start(f"--config={SPEC}", *WORDS, second=("--config.seed=3",)))
-
     assert 2 in codes and 0 not in codes
     output = "".join((tmp_path / f"{number}.txt").read_text() for number in (0, 1))
     assert "configuration is not the same in all processes" in output

@@ -66,7 +66,6 @@ def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
 
 def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
     folder, cache_dir = clip_files.write_npz(tmp_path / "source", SOME), f"--cache_dir={tmp_path}"
-
     assert "1 or more" in say(folder, cache_dir, "--workers=0", code=2, program=arrays.main)
     out = say(folder, cache_dir, "--workers=1", program=arrays.main)
     assert "train: 40 clips, no ground truth" in out

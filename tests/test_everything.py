@@ -51,7 +51,6 @@ def on_train(official_dir, tmp_path_factory):
 
 def test_run_on_everything_ranks_the_test_split(everything):
     folder, out = everything
-
     results = read_metrics(folder)
     assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12
     lists = made_runs.lists(folder / "ranking.txt").values()
@@ -88,7 +87,6 @@ def test_command_and_report_say_that_nothing_is_measured(everything, official_di
 
 def test_run_on_everything_has_no_best_checkpoint(everything, command):
     done = command("evaluate", f"--workdir={everything[0]}", "--config.eval.checkpoint=best")
-
     assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
 
 
@@ -121,7 +119,6 @@ def test_comparison_on_test_is_refused_and_on_val_names_the_in_sample_run(
 ):
     folder, _ = everything
     words = ("--mode=compare", f"--workdir={tmp_path}/out", f"--runs={folder},{on_train}")
-
     assert FOLDS in say(*words, code=2)  # a run on everything is evaluated on test
     line = find_line(say(*words, MEASURED), "In sample")
     assert str(folder) in line and str(on_train) not in line
@@ -131,7 +128,6 @@ def test_blend_with_a_run_on_everything_is_in_sample_on_val_and_has_no_map_on_te
     everything, on_train, tmp_path, say
 ):
     words = ("--mode=evaluate", f"--workdir={tmp_path}", f"--runs={everything[0]},{on_train}")
-
     assert "in sample" in say(*words)  # on val, the default split
     assert read_metrics(tmp_path)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")

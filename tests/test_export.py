@@ -195,7 +195,6 @@ def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_pat
     run = predict.restore(nearest_run)._replace(modalities={"a-b": 8, "a_b": 8})
     lengths = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
     assert lengths["a-b_mask"] != lengths["a_b_mask"]
-
     with pytest.raises(UserError, match=r"'a-b'\nchoose --format=stablehlo"):
         formats.tensorflow(run, {}, tmp_path)  # which would name both `a_b_mask`
 
@@ -333,7 +332,6 @@ def test_onnx_operations_equal_jax_operations():
     onnxruntime = pytest.importorskip("onnxruntime")
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})
     session = onnxruntime.InferenceSession(graph)
-
     for (name, x), output in zip(inputs.items(), session.run(None, inputs), strict=True):
         expected = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
         np.testing.assert_allclose(output, expected, rtol=2e-6, atol=1e-30, err_msg=name)

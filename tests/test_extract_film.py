@@ -188,9 +188,7 @@ def test_head_detector_adds_no_tracks_without_faces_to_photos(tmp_path, drawn):
     add(drawn.models, "head_detector", **RED)
     add(drawn.models, "head_embedder")
     drawn_people.write_photo(tmp_path / "photo.png", *BOTH)
-
     extracted, clips = extract(tmp_path / "photo.png", tmp_path / "photo", drawn.models)
-
     assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
 
 

@@ -330,7 +330,6 @@ def test_convert_follows_no_link_in_a_package(command, tmp_path):
 def test_errors_without_onnx_or_onnxruntime_name_the_extra(command, tmp_path, monkeypatch):
     for package in ("onnx", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
-
     assert command("convert", "dlib", "x.dat", "--out=x").refused("vidjax[convert]")
     card = cards.read(made_nets.write(tmp_path))
     refused(lambda: nets.Embedder(card), "vidjax[video]")

@@ -107,7 +107,6 @@ def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
 def test_sidecar_that_is_a_link_or_whose_name_is_too_long_is_not_read(tags_of, tmp_path):
     own = photo("jpeg", MWG)
     (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
-
     parsed = tags_of(own)
     assert boxes(parsed) == TAGS and "is a link" in parsed.problem
     # The name has 255 bytes, the most that file systems allow, so a name with .xmp is too long.
@@ -149,9 +148,7 @@ HOSTILE = {
 @pytest.mark.parametrize(("content", "problem", "count"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content, problem, count):
     hostile, begin = content(), time.process_time()
-
     parsed = tags_of(hostile)
-
     assert time.process_time() - begin < 5 * slowness()
     assert len(parsed.tags) == count and problem in parsed.problem
     assert "\n" not in parsed.problem and bool(parsed.problem) == bool(problem)
@@ -196,6 +193,5 @@ def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
     """Tags 0, 1 and 2 cover face 0, and tag 2 fits it best. Only tag 0 covers face 1."""
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
     tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
-
     face_of_each_tag = regions.match_faces(tags, FACES, size=(400, 300), orientation=1)
     assert face_of_each_tag.tolist() == [1, -1, 0, -1]

@@ -82,7 +82,6 @@ def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
 def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect, width):
     path = tmp_path / "a.mp4"
     films.write(path, [corner()] * 5, "mpeg4", aspect=aspect)
-
     (first, *_), _ = read(path)
     assert first.rgb is not None and first.rgb.shape == (120, width, 3)
     assert red_corners(first.rgb) == [0]
@@ -137,7 +136,6 @@ def test_film_that_claims_to_be_a_heic_photo_is_refused(tmp_path):
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
-
     refused(tmp_path / "photo.heic", "damaged photo")
 
 
@@ -145,7 +143,6 @@ def test_heic_photo_with_pictures_beyond_the_limit_is_refused(tmp_path, monkeypa
     pytest.importorskip("pillow_heif").register_heif_opener()
     pytest.importorskip("PIL.Image").fromarray(films.scene(1)).save(tmp_path / "large.heic")
     monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
-
     refused(tmp_path / "large.heic", "pixels, more than")
 
 
@@ -205,7 +202,6 @@ def test_bad_time_stamps_are_repaired():
 
 def test_truncated_film_is_read_as_far_as_possible(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
-
     frames, video = read(film)
     assert 0 < len(frames) < 30, "a third of the bytes has about 20 frames"
     assert video.counts.damaged
@@ -240,7 +236,6 @@ def test_film_that_claims_two_billion_times_is_damaged(tmp_path):
 def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
     film.rename(tmp_path / "secret.mkv")  # some of the files refer to it
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
-
     error = seen.refused(lambda: read(tmp_path / name), name)
     assert ("an empty file" if name == "empty.mp4" else "MP4") in error
 
@@ -283,7 +278,6 @@ def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
     data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
     (tmp_path / "huge.bmp").write_bytes(data)
-
     refused(tmp_path / "huge.bmp", "huge.bmp")
 
 

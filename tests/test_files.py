@@ -36,7 +36,6 @@ def test_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.atomic_file(tmp_path / "x.txt") as file:
         file.write(b"half")
         raise KeyboardInterrupt
-
     assert os.listdir(tmp_path) == []
 
 
@@ -44,7 +43,6 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
     with pytest.raises(ValueError, match="has made"), files.atomic_folder(tmp_path / "x"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "thesis.txt").write_text("mine")
-
     assert os.listdir(tmp_path) == ["x"]
     assert (tmp_path / "x" / "thesis.txt").read_text() == "mine"
 
@@ -158,9 +156,7 @@ def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
 def test_identities_too_large_to_read_back_are_refused_before_training(tmp_path, monkeypatch):
     names = ["x" * 2000]
     files.write_json(tmp_path / "names.json", names)
-
     monkeypatch.setattr(results, "MAX_IDENTITIES_BYTES", 1000)
-
     refused(lambda: results.check_identities(names), "1,000")
     refused(lambda: results.load_identities(tmp_path / "names.json"), "1,000")
 
@@ -200,7 +196,6 @@ def test_restored_checkpoint_equals_the_saved_arrays_and_facts(tmp_path, items):
     """A step that is saved again keeps its arrays and gains facts."""
     checkpoint.save(tmp_path, 5, items, {"seconds": 1.5})
     checkpoint.save(tmp_path, 5, {**items, "params": {"a": jnp.zeros((4, 2))}}, {"map": 0.5})
-
     restored, manifest = restore_latest(tmp_path, items)
     assert (manifest["step"], manifest["seconds"], manifest["map"]) == (5, 1.5, 0.5)
     assert_equal(flat(items), flat(restored))
@@ -259,7 +254,6 @@ def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, 
 def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
     for step, facts in enumerate(({"map": 0.2}, {"map": 0.9}, {"map": 0.5}, {}, {"map": 0.1}), 1):
         checkpoint.save(tmp_path, step, items, facts)
-
     assert checkpoint.find_best(checkpoint.manifests(tmp_path)) == 2
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
 
@@ -281,7 +275,6 @@ def test_last_evaluated_checkpoint_is_kept_instead_of_the_second_latest(tmp_path
     evaluated = {"evaluated": True, "map": 0.5}
     for step, facts in enumerate((evaluated, evaluated, {}, {}), 1):
         checkpoint.save(tmp_path, step, items, facts)
-
     assert list(checkpoint.manifests(tmp_path)) == [2, 4]  # of equal MAPs, step 2 is the best
 
 

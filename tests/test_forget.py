@@ -92,9 +92,7 @@ def world(tmp_path):
 
 def test_nobody_else_may_read_records(world):
     records = world / "cache" / "arrays" / "with"
-
     modes = [path.stat().st_mode for path in (records, records.parent, records / "index.npz")]
-
     assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o700, 0o600]
 
 
@@ -258,7 +256,6 @@ def test_forget_reports_similar_names(tmp_path, forget):
     make_run(tmp_path / "run", [GONE])
     for name in ("Ada Lovlace", "Ada\u200b Lovelace"):  # \u200b has no width
         assert f"'{GONE}' looks similar to" in forget(f"--identity={name}", tmp_path)
-
     make_run(tmp_path / "other", ["ada  LOVELACE"])
     assert "'ada  LOVELACE' looks similar to" in forget(f"--identity={GONE}", tmp_path, code=1)
 

@@ -28,9 +28,7 @@ def draw(*, seed, quality, **options):
 @pytest.mark.slow
 def test_number_of_fused_frames_follows_probs():
     probs = (0.25, 0, 0.65, 0, 0.10)  # of fusing 1, 2, 3, 4 and 5 frames
-
     shares = draw(seed=2, quality=np.ones(300), num_draws=4_000, probs=probs)
-
     # The smallest share of n different frames is 1 / n. Of 300 frames, few are drawn twice.
     smallest = np.where(shares > 0, shares, 1).min(axis=1)
     counts = np.bincount(np.rint(1 / smallest).astype(int), minlength=6)[1:]  # of 1 to 5
@@ -58,9 +56,7 @@ def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
     """With parameters 1 and three frames, mean 1/3, variance 1/18, median 1 - 1/sqrt(2)."""
     # Each fused frame contains all three frames.
     options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
-
     shares = draw(seed=8, quality=np.ones(3), weighting="mixup", **options)
-
     np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
     np.testing.assert_allclose(np.median(shares, axis=0), 1 - 0.5**0.5, atol=0.01)
@@ -108,10 +104,8 @@ def test_padding_and_bad_quality_do_not_change_fused_features(name, options):
 @pytest.mark.parametrize("length", [3, 8])
 def test_draws_without_replacement_repeat_no_frame_before_all_frames_are_drawn(length):
     options = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
-
     # 5 frames are averaged, so 5 x share is the number of times that a frame is drawn.
     counts = 5 * draw(seed=6, quality=np.ones(length), **options)
-
     np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
     assert np.ptp(np.rint(counts), axis=1).max() <= 1
     np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
@@ -314,7 +308,6 @@ def test_randomly_repeated_top_frames_include_every_frame():
     # With a key, frames repeat at random. Clip 0 has 3 frames.
     pick = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
     drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(8), 200)))
-
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
     assert counts.min() >= 1
     assert counts.std() > 1  # frames in turn: 11, 11 and 10 times
@@ -355,7 +348,6 @@ def test_drawn_samples_are_different_frames_in_time_order():
 def test_samples_without_a_key_are_evenly_spaced():
     """A sample has the middle frames of five equal pieces of the clip. Clip 3 is empty."""
     even = fuse("sample", None, SAMPLED, num_frames=5)
-
     # The real frames of clip 0 are 1 to 6 and 8 to 11.
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)

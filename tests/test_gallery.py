@@ -77,9 +77,7 @@ def test_vectors_of_another_gallery_are_refused(tmp_path):
 def test_probabilities_match_the_float64_equations(tmp_path, lacks):
     people = make(tmp_path / "g")
     clip = make_clip(777, "person 3", lacks=lacks)
-
     (logs,) = people.index.search(people.backend.split(clip.vector[None]))
-
     log_probabilities = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
     assert log_probabilities == pytest.approx(oracle(people, clip), abs=2e-5)
     assert np.exp(logs).sum() == pytest.approx(1, abs=1e-9)
@@ -223,7 +221,6 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
 
 def test_gallery_acts_as_a_collection_of_people(tmp_path):
     people, nobody = make(tmp_path / "g"), make(tmp_path / "none", {})
-
     assert len(people) == 12 and list(people) == list(people.identities)
     assert len(nobody) == 0 and nobody  # an empty gallery is true
 
@@ -303,7 +300,6 @@ def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, sc
 def test_a_clip_without_any_part_shows_nobody():
     index = make_index()
     nothing = index.backend.split(np.zeros((1, 8 + 5), np.float32))  # lacks face and audio
-
     # A person who is not enrolled has the log-probability 0. The list of enrolled people is empty.
     assert [*index.nearest(nothing, 5)] == [(0.0, [], ())]
     # Entry 0 of `search` is a person who is not enrolled. All other log-probabilities are -inf.

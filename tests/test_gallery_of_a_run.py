@@ -100,6 +100,5 @@ def test_gallery_of_embeddings_ranks_nearly_as_well_as_its_run(nearest_run, tmp_
     gallery = vidjax.Gallery.create(tmp_path / "g", nearest_run, data)
     assert list(gallery.backend.widths) == ["embedding"]
     assert not gallery.origin.centred  # only PLDA subtracts a centre
-
     of_run = map_of(gallery.run.rank(data, split="val"), data)
     assert map_of(gallery.rank(data, split="val"), data) > of_run - 0.05
