@@ -96,7 +96,7 @@ def check_ranking(path, runs, load, weights, split="val"):
 
 def test_blend_is_the_weighted_mean_of_probabilities():
     rng = np.random.default_rng(0)
-    # Three runs, 20 clips, 4 identities. The probability of a stranger is left out.
+    # Log-probabilities of three runs, 20 clips and 4 identities, without a fifth for strangers.
     scores = np.log(rng.dirichlet(np.ones(5), (3, 20))).astype(np.float32)[:, :, 1:]
     scores[1, 4] = np.nan  # clip 4 of run 1
 
@@ -104,10 +104,9 @@ def test_blend_is_the_weighted_mean_of_probabilities():
         return np.asarray(scoring.blend(list(jnp.asarray(scores)), weights))
 
     logs = blended(scores, (0.5, 2.0, 1.0))
-
     expected = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
     np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
-    # A NaN of a run stays NaN, unless the run has weight 0.
+    # A clip that is NaN in a run stays NaN. If the run has the weight 0, its NaN does not count.
     assert np.isnan(logs[4]).all()
     assert np.isfinite(np.delete(logs, 4, axis=0)).all()
     without_run_1 = blended(scores[[0, 2]], (1.0, 3.0))

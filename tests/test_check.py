@@ -23,7 +23,7 @@ def folder(nearest_run, official_dir, cache_dir, tmp_path):
 
 @pytest.fixture
 def check(command):
-    """Returns a function: words -> the exit code of `vidjax check` and the lines that it prints."""
+    """Returns a function: words of `vidjax check` -> its exit code, and the printed lines."""
 
     def run(*words):
         code, out, err = command("check", *words)

@@ -24,10 +24,10 @@ def averages(seed):
 
 
 def test_interval_of_a_paired_difference_covers_the_true_difference():
-    """Draws paired differences of average precisions with a known mean.
+    """The first of two systems reaches x ~ Beta(3, 1) for an identity, and the second x ** power.
 
-    The first system reaches x ~ Beta(3, 1) for an identity. The second system reaches x ** power,
-    which is equal for a third of the identities, better for a sixth and worse for a half.
+    So the second system is equal for a third of the identities, better for a sixth, and worse for
+    a half.
     """
     rng = np.random.default_rng(50)
     x = rng.random((400, 50)) ** (1 / 3)  # 400 pairs of systems, 50 identities
@@ -44,7 +44,7 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
 
 def test_interval_of_equal_systems_or_groups_contains_zero():
     low, high, p = significance.compute_gap_interval(np.zeros(50))
-    assert -0.04 < low < 0 < high < 0.04  # not 0: the method adds an unseen identity to the 50
+    assert -0.04 < low < 0 < high < 0.04  # the method adds an unseen identity, so not exactly 0
     assert p > 0.9
 
     # The interval of groups is a t interval, which has no width if all differences are equal.
@@ -54,7 +54,7 @@ def test_interval_of_equal_systems_or_groups_contains_zero():
 
 
 def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
-    # In order of p: 3 * 0.01, 2 * 0.03 and 1 * 0.04. A later value is at least the earlier value.
+    # In the order of p, the products are 3 * 0.01, 2 * 0.03 and 1 * 0.04. The result never falls.
     assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([3 * 0.01, 2 * 0.03, 2 * 0.03])
     assert significance.holm([0.9, 0.8]) == [1.0, 1.0]  # at most 1
 
@@ -64,7 +64,7 @@ def test_map_interval_of_zeros_and_ones_is_the_jeffreys_interval():
         interval = significance.map_interval(np.arange(num) < hits)
         expected = special.betaincinv(hits + 0.5, num - hits + 0.5, [0.025, 0.975])
         assert interval == pytest.approx(expected.tolist(), abs=0.006)
-    # The interval always contains MAP.
+    # An interval contains MAP, even if MAP is 0 or 1.
     _, high = significance.map_interval(np.ones(40))
     low, _ = significance.map_interval(np.zeros(40))
     assert (low, high) == (0.0, 1.0)
@@ -109,8 +109,7 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
     assert "+0.0000" in pair.text() and "-0.0000" not in pair.text()
     rows = [line for line in pair.to_latex().splitlines() if line.endswith(r" \\")]
     assert r"a\_1 & 0." in rows[-2] and r"50\% \& \{more\}" in rows[-1]
-    # All rows have 8 columns.
-    assert {row.count(" & ") for row in (*rows[:-1], rows[-1].replace(r"\&", ""))} == {7}
+    assert {row.replace(r"\&", "").count(" & ") for row in rows} == {7}  # between 8 columns
 
 
 def test_compare_refuses_paths_of_wrong_types(tmp_path):
@@ -166,7 +165,7 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     assert second["difference"] == pytest.approx(gaps.mean())
     assert second["error"] == pytest.approx(error)
     assert [second["low"], second["high"]] == pytest.approx(bounds)
-    # A comparison of groups computes no p-value, so the text has no p-value corrected by Holm.
+    # A comparison of groups has no p-value, so the text has no correction by Holm.
     assert second["p"] is None and "seeds" in facts["method"]
     text = compared(runs=runs).out
     assert f"{gaps.mean():+.4f}" in text and "Holm" not in text

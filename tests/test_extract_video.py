@@ -35,7 +35,7 @@ def red_corners(rgb):
 
 
 def read(path, fps=5):
-    """Returns all frames of a film, `fps` per second with a picture `rgb`, and the video."""
+    """Returns all frames of a film, and the video. `fps` frames per second have a picture `rgb`."""
     with decode.open_video(path) as video:
         return list(video.frames(fps)), video
 
@@ -69,7 +69,7 @@ def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, co
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
-    """Other threads may be refused, for example by `ulimit -u`. Then pictures would be lost."""
+    """The system may refuse other threads (`ulimit -u`). Then pictures would be lost."""
     with decode.open_video(film) as video:
         before = len(os.listdir("/proc/self/task"))
         frames = video.frames(5)
@@ -151,7 +151,6 @@ def test_uneven_frame_times_are_kept_and_sampled_by_time(tmp_path):
     films.write(tmp_path / "uneven.mkv", [films.scene(0)] * 10, stamps=stamps)
 
     frames, video = read(tmp_path / "uneven.mkv", fps=2)
-
     np.testing.assert_allclose([frame.time_s * 1000 for frame in frames], stamps, atol=1e-3)
     # The first frame in each half second.
     sampled = [round(frame.time_s * 1000) for frame in frames if frame.rgb is not None]
@@ -184,14 +183,14 @@ def test_pipes_devices_folders_and_sound_files_are_refused(tmp_path):
 
 
 def test_bad_time_stamps_are_repaired():
-    # Time stamps of frames, repaired times, number of repairs. The change of a bad time stamp
-    # applies to all later time stamps, too. It counts as one repair.
+    # Time stamps of frames, repaired times, and the number of repairs. A repair moves all later
+    # time stamps, too, and counts once.
     for stamps, times, repaired in (
         ([0.0, 0.1, 0.5], [0.0, 0.1, 0.5], 0),
         ([None, None, None], [0.0, 0.1, 0.2], 3),
         ([0.0, 0.1, 0.1, 0.3], [0.0, 0.1, 0.2, 0.4], 1),
         ([5.0, 5.1, 0.0, 0.1], [5.0, 5.1, 5.2, 5.3], 1),  # two films, one after the other
-        ([0.0, 0.1, 1e9, 1e9 + 0.1], [0.0, 0.1, 0.2, 0.3], 1),  # long after `latest_s`
+        ([0.0, 0.1, 1e9, 1e9 + 0.1], [0.0, 0.1, 0.2, 0.3], 1),  # after `latest_s`
         ([-4e-7, 0.1], [0.0, 0.1], 0),  # the start of the file was rounded up
         ([-0.5, -0.4, 0.3], [0.0, 0.1, 0.8], 1),
     ):
@@ -217,7 +216,6 @@ def test_undamaged_frames_of_a_damaged_film_are_read(film):
     film.write_bytes(content)
 
     frames, video = read(film)
-
     lost = video.counts.corrupt + video.counts.refused
     assert len(frames) == video.counts.frames > 20
     assert lost > 0 and len(frames) + lost == pytest.approx(60, abs=10)
@@ -234,7 +232,7 @@ def test_film_that_claims_two_billion_times_is_damaged(tmp_path):
 
 @pytest.mark.parametrize("name", films.NO_FILMS)
 def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
-    film.rename(tmp_path / "secret.mkv")  # some of the files refer to it
+    film.rename(tmp_path / "secret.mkv")  # some files of NO_FILMS refer to it
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
     error = seen.refused(lambda: read(tmp_path / name), name)
     assert ("an empty file" if name == "empty.mp4" else "MP4") in error
@@ -243,7 +241,6 @@ def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
 def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1.png").write_bytes(films.photo(corner(), "png"))
-
     for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
         with pytest.raises(FileNotFoundError):
             read(Path(name))
@@ -260,7 +257,7 @@ def test_sound_follows_its_time_stamps(tmp_path):
     samples[rate // 2 :] = 0
     films.write(path, [films.scene(0)] * 50, sound=samples, rate=rate, start_s=0.85)
 
-    heard = np.zeros(32_000, np.float32)
+    heard = np.zeros(32_000, np.float32)  # 2 s with 16,000 samples per second
     with decode.open_video(path) as video:
         assert video.info.sound
         for time_s, block in video.sound():
@@ -292,7 +289,6 @@ def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch,
     monkeypatch.setattr(decode, "MOST_PIXELS", limit)
 
     frames, video = read(path, fps=25)
-
     widths = {frame.rgb.shape[1] for frame in frames if frame.rgb is not None}
     assert widths == ({160} if lost else {160, 640})
     assert video.counts.refused == lost
