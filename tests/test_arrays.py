@@ -102,10 +102,8 @@ def write_parquet_of_each_split(folder, splits):
 def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cache, write):
     splits, folder = make_splits(), tmp_path / "own"
     write(folder, splits)
-
     source = arrays.FeatureFolder(folder)
     records = convert(source, cache)
-
     assert source.read_labels(records.clips) == {}  # the folder has no labels
     assert digests(records) == digests(convert(arrays.FeatureDict(splits), cache))
     lengths = records.splits["train"].lengths["face"].tolist()
@@ -138,7 +136,6 @@ def test_empty_labels_give_a_warning_with_the_clip(tmp_path, cache):
     labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
     with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
         sources.load(splits, labels, cache_dir=cache)
-
     # Line 1 is the header.
     table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
     with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: 1 clips"):
@@ -412,7 +409,6 @@ def test_clips_that_together_exceed_the_memory_are_refused(tmp_path, monkeypatch
     monkeypatch.setattr("vidjax.data.memory.memory_bytes", lambda: 3 * 10 * clip.nbytes)
     for number in range(11):  # a third of the memory has room for ten
         np.savez(tmp_path / f"{number:02}.npz", face=clip)
-
     faces_refused(tmp_path, "clip 10", "fewer clips at once")
     (tmp_path / "10.npz").unlink()
     assert len(load_faces(tmp_path).names) == 10

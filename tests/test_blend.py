@@ -107,8 +107,7 @@ def test_blend_is_the_weighted_mean_of_probabilities():
     expected = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
     np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
     # A clip that is NaN in a run stays NaN. If the run has the weight 0, its NaN does not count.
-    assert np.isnan(logs[4]).all()
-    assert np.isfinite(np.delete(logs, 4, axis=0)).all()
+    assert np.isnan(logs[4]).all() and np.isfinite(np.delete(logs, 4, axis=0)).all()
     without_run_1 = blended(scores[[0, 2]], (1.0, 3.0))
     np.testing.assert_array_equal(blended(scores, (1.0, 0.0, 3.0)), without_run_1)
 
@@ -118,9 +117,9 @@ def test_blend_refuses_runs_with_different_identities(runs, train, load, tmp_pat
     fewer = tmp_path / "fewer"  # with 10 of the 12 identities
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
-    others = train("configs/knn.py:iqiyi_vid", fewer)
+    other = train("configs/knn.py:iqiyi_vid", fewer)
     with pytest.raises(ValueError, match="different lists of identities"):
-        blend_runs(tmp_path / "out", (runs[0], others), load)
+        blend_runs(tmp_path / "out", (runs[0], other), load)
 
 
 @pytest.mark.slow

@@ -90,7 +90,6 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
 ):
     words = ["--config=mma:iqiyi_vid,face,head,audio", f"--config.data.cache_dir={cache_dir}"]
     official = [*words, f"--config.data.dir={official_dir}"]
-
     _, lines = check(*official)
     assert lines[-1] == "all good"
     no_width = [*official, "--config.model.embed_dim=0"]

@@ -46,7 +46,6 @@ def test_interval_of_equal_systems_or_groups_contains_zero():
     low, high, p = significance.compute_gap_interval(np.zeros(50))
     assert -0.04 < low < 0 < high < 0.04  # the method adds an unseen identity, so not exactly 0
     assert p > 0.9
-
     # The interval of groups is a t interval, which has no width if all differences are equal.
     group = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
     (same,) = significance.differences_of_seeds([group, group])

@@ -60,7 +60,6 @@ def test_run_on_everything_ranks_the_test_split(everything):
 
 def test_run_on_everything_learns_all_clips_and_reports_no_score(everything):
     folder, _ = everything
-
     trained = ensemble.load(folder).trained
     assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
     assert trained.all()
@@ -96,16 +95,13 @@ def test_run_that_prefers_the_best_checkpoint_is_imported_without_a_map(everythi
     config = json.loads((run / "config.json").read_text())
     config["eval"]["checkpoint"] = "best"
     (run / "config.json").write_text(json.dumps(config))
-
     say("export", run, f"--to={exported}", "--format=safetensors")
     say("import", exported, f"--to={tmp_path / 'again'}")
 
 
 def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
     folder, _ = everything
-
     out = say("--mode=evaluate", f"--workdir={folder}", MEASURED)
-
     results = read_metrics(folder, "metrics_val.json")
     assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
     line = find_line(out, "MAP@100")

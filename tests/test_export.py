@@ -75,8 +75,7 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
             assert f"--format=numpy {formats.NUMPY_SCOPE}" in error
             continue
 
-        exported = export(made(name), chosen, to=chosen)
-        assert exported["difference"] <= function.TOLERANCE
+        assert export(made(name), chosen, to=chosen)["difference"] <= function.TOLERANCE
         for file in (FORMATS[chosen].file, weights.WEIGHTS):
             assert (tmp_path / chosen / file).exists()
 
@@ -360,7 +359,6 @@ def test_openvino_sorts_as_jax(core):
 @nightly_after_first("name", ["knn", "mma"])
 def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, export, core):
     export(made(name), "onnx")
-
     run, model = predict.restore(made(name)), core.read_model(tmp_path / "out" / "model.onnx")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     clips = function.make_random_clips(run)

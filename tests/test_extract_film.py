@@ -111,7 +111,6 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
     single, both = tmp_path / f"single{ending}", tmp_path / f"of both{ending}"
     films.write(single, [picture([("Ada", 50, 40)])] * 3, "mpeg4", fps=1)
     films.double(single, both, cover=ending == ".mp4")
-
     for path, count in ((single, 0), (both, 1)):
         _, text = drawn.extract(path)
         assert "fewer than 2 frames per second" in text
@@ -195,11 +194,9 @@ def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, dra
     add(drawn.models, "body_embedder")
     words = ("body_embedder.json", '"around"', "body_detector")
     refused(lambda: film.load_nets(cards.load(drawn.models), 640), *words)
-
     add(drawn.models, "body_detector", **RED)
     _, clips = shoot(tmp_path / "film.mkv", drawn.models, (2, 20, [ADA, EVE]))
     assert sorted("body" in clip for clip in clips.values()) == [False, True]  # Eve is not red
-
     card = add(drawn.models, "body_embedder", around=[0, 1, 0, 2])  # a box without width
     refused(lambda: cards.read(card), "body_embedder", "around")
 
@@ -275,14 +272,11 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
 @pytest.mark.slow
 def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, models, drawn):
     path, shots = tmp_path / "broken.mkv", ((4, 20, [ADA]), (4, 60, [BOB]))
-
     # The sound of the first shot is broken.
     extracted, clips = shoot(path, models, *shots, sound=tone(440, 8), broken=0.5)
-
     assert [name for name, clip in clips.items() if "audio" in clip] == ["broken.s001.t00"]
     assert extracted.lost_sound > 10, "of 16 damaged packets"
     assert not extracted.damaged and extracted.refused == 0, "only the sound is damaged"
-
     _, warnings = drawn.extract(path)
     assert f"pieces of sound that could not be decoded: {extracted.lost_sound:,}" in warnings
 

@@ -368,7 +368,6 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     assert set(loaded) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
     for card in loaded.values():
         nets.open_session(card)
-
     embedder = loaded["face_embedder"]
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]

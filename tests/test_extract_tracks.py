@@ -65,7 +65,6 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
         speed = rng.uniform(15, 25) * fps / 5 + 10  # pixels per second
         # They meet after 3 of 6 s. The second person is `below` pixels lower.
         people = [walk((100, 100), (speed, 0)), walk((100 + 6 * speed, 100 + below), (-speed, 0))]
-
         ended, people_of_tracks = follow(people, seconds=6, fps=fps, seed=seed)
         assert sorted(people_of_tracks) == [[0], [1]], (seed, people_of_tracks)
         assert all(len(track.times) >= 5 * fps for track in ended), "seen in 5 of 6 s or more"
@@ -92,7 +91,6 @@ def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
     ended, people_of_tracks = follow(pan, seconds=3)
     assert sorted(people_of_tracks) == [[n] for n in range(3)]
     assert [len(track.times) for track in ended] == [3 * 5] * 3  # all frames
-
     speed = np.random.default_rng(0).uniform(-3, 3, 24)
     crowd = [walk((100 + 90 * (n % 8), 100 + 150 * (n // 8)), (speed[n], 0)) for n in range(24)]
     _, people_of_tracks = follow(crowd, seconds=8, noise=2)
@@ -309,8 +307,7 @@ def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head
     # The eyes of the small face are 5.65 pixels apart; 40 pixels are full size.
     np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 5.65 / 40])
     front, small, turned, side = align.measure_frontality(faces)
-    assert 0.9 < front == pytest.approx(turned) == pytest.approx(small)
-    assert side == 0
+    assert 0.9 < front == pytest.approx(turned) == pytest.approx(small) and side == 0
     none = np.zeros((1, 5, 2))  # five equal points
     assert align.measure_size(none) == 0 and align.measure_frontality(none) <= 1
 
@@ -532,7 +529,6 @@ def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
     films = [film("a.mp4", 29.97), film("b.mp4", 25, 9000.0)]
     appearances = [seen(films[0], 1, 2)]
     appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(1000)]
-
     cuts.write(tmp_path, appearances, films, padding_s=1.0)
     # A cut list has at most 999 events. The film of 25 frames per second has 1000.
     for name, count in (("29.97 fps", 1), ("25 fps", 999), ("25 fps part 2", 1)):
@@ -543,9 +539,7 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     long = "\U0001f600" * 300
     names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
     source = film("a.mp4", 25)
-
     cuts.write(tmp_path, [seen(source, 1, 2, name) for name in names], [source], padding_s=1.0)
-
     files = [path.name for path in tmp_path.iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
     assert max(len(name.encode()) for name in files) <= 200 + len(".edl")

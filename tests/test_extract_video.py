@@ -124,7 +124,6 @@ def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
     for name in ("a.gif", "a.png"):
         pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
         assert red_corners(films.read_photo(tmp_path / name)) == [0]
-
     # FFmpeg cannot decode an animated WebP. The remedy is another format.
     pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
     refused(tmp_path / "a.webp", "convert it to JPEG")
@@ -149,12 +148,10 @@ def test_heic_photo_with_pictures_beyond_the_limit_is_refused(tmp_path, monkeypa
 def test_uneven_frame_times_are_kept_and_sampled_by_time(tmp_path):
     stamps = [0, 10, 20, 30, 500, 510, 1000, 1900, 1910, 2000]
     films.write(tmp_path / "uneven.mkv", [films.scene(0)] * 10, stamps=stamps)
-
     frames, video = read(tmp_path / "uneven.mkv", fps=2)
     np.testing.assert_allclose([frame.time_s * 1000 for frame in frames], stamps, atol=1e-3)
-    # The first frame in each half second.
     sampled = [round(frame.time_s * 1000) for frame in frames if frame.rgb is not None]
-    assert sampled == [0, 500, 1000, 1900, 2000]
+    assert sampled == [0, 500, 1000, 1900, 2000]  # the first frame in each half second
     assert video.counts.repaired == 0
 
 
@@ -244,7 +241,6 @@ def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch)
     for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
         with pytest.raises(FileNotFoundError):
             read(Path(name))
-
     # The pattern %d.png would match 1.png, whose corner is red.
     (tmp_path / "%d.png").write_bytes(films.photo(films.scene(0), "png"))
     assert red_corners(films.read_photo(Path("%d.png"))) == []

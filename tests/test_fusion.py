@@ -66,13 +66,10 @@ def test_weights_that_are_all_0_count_as_equal():
     """Negative qualities count as 0."""
     # Some draws contain only frames of quality -1. `draw` asserts that all shares sum to 1.
     draw(seed=4, quality=[-1, -1, 5], num_draws=200, weighting="quality")
-
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
     frames.detection[:] = 1
-
     weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
-
     # `graded` multiplies a quality of 10 by 0.2, and a quality of 50 by 1.
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
@@ -258,9 +255,7 @@ def test_frame_filters_match_a_loop(limits):
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
     frames.quality[4] = 2  # below the limit of 30
     frames.mask[5, 3:9] = False  # a hole
-
     kept = fuse("all", None, frames, **limits)
-
     expected = [filter_oracle(frames, clip, **limits) for clip in range(6)]
     np.testing.assert_array_equal(kept.mask, expected)  # only the mask changes
     jax.tree.map(np.testing.assert_array_equal, kept._replace(mask=frames.mask), frames)
@@ -278,7 +273,6 @@ def test_number_of_frames_in_a_top_share_is_rounded_up():
 def test_filters_treat_a_score_that_is_not_finite_as_the_lowest():
     frames = make_frames([4, 2], max_frames=4)
     scores = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
-
     # In clip 1, no frame reaches 20, so both are kept.
     for field in ("quality", "detection"):
         given: Any = frames._replace(**{field: scores})
@@ -310,8 +304,7 @@ def test_randomly_repeated_top_frames_include_every_frame():
     pick = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
     drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(8), 200)))
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
-    assert counts.min() >= 1
-    assert counts.std() > 1  # frames in turn: 11, 11 and 10 times
+    assert counts.min() >= 1 and counts.std() > 1  # frames in turn: 11, 11 and 10 times
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
 
 
@@ -320,7 +313,6 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32
     assert counts.max() > 11  # in turn: at most 11
-
     # Clip 3 alone, with less padding.
     one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
@@ -336,8 +328,7 @@ def test_drawn_samples_are_different_frames_in_time_order():
     drawn = jax.jit(pick)(jax.random.split(jax.random.key(1), 600))
 
     number = np.asarray(drawn.number) // 10  # [600 keys, 4 clips, 5 frames]
-    assert np.all(np.diff(number[:, 0]) > 0)
-    assert np.all(np.diff(number[:, 2]) >= 0)
+    assert np.all(np.diff(number[:, 0]) > 0) and np.all(np.diff(number[:, 2]) >= 0)
     share = np.bincount(number[:, 0].ravel(), minlength=12) / 600
     np.testing.assert_allclose(share, 0.5 * SAMPLED.mask[0], atol=0.08)  # 5 of 10 frames
     count = number[:, 2].sum(axis=1)  # of frame 1 of clip 2
@@ -352,8 +343,7 @@ def test_samples_without_a_key_are_evenly_spaced():
     # The real frames of clip 0 are 1 to 6 and 8 to 11.
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)
-    assert even.features.dtype == np.float16
-    assert not even.mask[3].any()
+    assert even.features.dtype == np.float16 and not even.mask[3].any()
 
 
 def test_frames_are_drawn_in_proportion_to_quality():

@@ -89,7 +89,6 @@ def test_log_softmax_is_exact():
         wide, best = logits.astype(np.longdouble), int(np.argmax(logits))  # 80 bits
         others = np.sum(np.exp(np.delete(wide, best) - wide[best]))
         wanted = (wide - wide[best] - np.log1p(others)).astype(float)
-
         logs = backend_lib.log_softmax(logits)
         np.testing.assert_allclose(logs, wanted, rtol=1e-10, atol=1e-300)
 
@@ -127,7 +126,6 @@ def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path
     rule = make(tmp_path / "few", make_clips(strangers=98)).rule()
     assert rule.default and rule.by == "new"  # a name needs a probability above one half
     assert "99 clips of strangers instead of 98" in rule.about
-
     gallery = make(tmp_path / "enough", make_clips(strangers=99))
     assert gallery.rule() == gallery.rule(fpir=0.01)._replace(default=True)
     assert "is 99.9999 % or more" in gallery.rule(threshold=0.999999).about
@@ -163,9 +161,7 @@ def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
     """Another process removes 10 of 12 people. The clips show the 12 people and 12 other people."""
     people = make(tmp_path / "g", make_clips(strangers=100), settings=NOBODY_IS_NEW)
     before = people.rule(fpir=0.25)
-
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
-
     assert people.rule(fpir=0.25).score != before.score
     shown = {f"query {n}": make_clip(700 + n, f"person {n % 24}") for n in range(50)}
     for answer in people.identify(vectors_of(people, shown), fpir=0.25).values():

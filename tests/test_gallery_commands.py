@@ -101,7 +101,6 @@ def test_enrolling_a_known_clip_with_other_frames_or_person_is_refused(tell, fol
     error = tell(*words, "--identity=Eve", code=2)
     assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in error
     assert "remove" not in error  # as a remedy, it would delete Ada
-
     write_clips(tmp_path / "ada", "Ada", seed=2)  # the same names, other frames
     error = tell(*words, "--identity=Ada", code=2)
     assert "clip 'Ada 0' is already enrolled with another vector" in error
@@ -194,7 +193,6 @@ def test_enrol_refuses_splits_and_clips_outside_a_folder_of_a_person(tell, folde
     for split in ("train", "val"):
         write_clips(tmp_path / "photos" / split, "Ada")
     assert "splits of a dataset, not names of people" in tell(*words, code=2)
-
     write_clips(tmp_path / "photos", "Eve")  # next to the folders
     error = tell(*words, code=2)
     assert "--identity=NAME" in error and "PATH/NAME/CLIP.npz" in error
@@ -236,7 +234,6 @@ def test_create_command_equals_the_api(tell, nearest_run, tmp_path, made):
     words = ("create", tmp_path / "g", f"--run={nearest_run}")
     assert "people      12" in tell(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
-
     # All training clips have a label, so no clip shows a stranger.
     words = ("create", tmp_path / "e", f"--run={nearest_run}", "--empty", "--strangers=train")
     content = tell(*words, "--json")
@@ -357,9 +354,8 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made
     assert (done["tables"], done["rule"]["by"], done["threshold"]) == (4, "new", None)
     wanted = [made.identify(clips, k=3) for clips in TABLES if clips]
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]
-    # A second call finds the results of all tables.
     before = tables_in(out)
-    assert ask(*words)["skipped"] == 4
+    assert ask(*words)["skipped"] == 4  # the results of all tables exist
     assert tables_in(out) == before
 
 

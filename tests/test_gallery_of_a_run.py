@@ -55,7 +55,6 @@ def test_gallery_has_the_settings_and_clips_of_its_run(made, run, data):
     """
     settings = dict(run.manifest["settings"]) | {"within": 0.5}  # of `trained_plda`
     assert made.backend.settings._asdict() == settings
-
     labels, val = data.split("train").labels, data.split("val")
     assert {*made.identities} == {*data.identities}
     assert 0 <= np.sum(labels > 0) - sum(made.identities.values()) <= 3

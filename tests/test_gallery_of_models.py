@@ -206,10 +206,8 @@ def answer(identity, probability=0.9):
 def test_tracks_of_one_person_are_joined_over_short_gaps():
     """A gap of 1.5 s is short, and a gap of 2.5 s is not. The lower of two probabilities counts."""
     tracks = film(ada_1=(0, 3), ada_2=(4.5, 6), ada_3=(8.5, 9), nobody=(1, 2))
-    answers = {
-        "ada_1": answer("Ada", 0.8), "ada_2": answer("Ada"), "ada_3": answer("Ada"),
-        "nobody": answer(None),
-    }  # fmt: skip
+    answers = {"ada_1": answer("Ada", 0.8), "ada_2": answer("Ada"), "ada_3": answer("Ada")}
+    answers["nobody"] = answer(None)
     found = appearances.find_appearances(answers, [tracks], {"nobody": "unknown 1"})
     assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
         ("Ada", 0, 6, 0.8, ("ada_1", "ada_2")),
@@ -245,10 +243,8 @@ def test_simultaneous_tracks_get_the_same_name_only_from_a_user():
     pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(films)}
     assert pairs == {"ab", "ad", "bd", "cd"}
 
-    answers = {
-        "a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95),
-        "d": answer("Bob", 0.7),
-    }  # fmt: skip
+    answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
+    answers["d"] = answer("Bob", 0.7)
     settled = appearances.settle_answers(answers, films)
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
 
@@ -262,7 +258,6 @@ def test_a_name_needs_a_probability_above_one_half(gallery):
     (twin,) = draw(3, people=1, clips=2)
     for name in ("Ada", "Eve"):
         gallery.enrol({name: {"face": twin[:1]}}, name)
-
     asked = {"q": {"face": twin[1:]}}
     best = gallery.identify(asked)["q"]
     assert best.identity is None and 0.4 < best.probability < 0.5
@@ -379,8 +374,7 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
     unknown = appearance("unknown 1", 0, 9)._replace(probability=None)
     vtt = appearances.to_subtitles([*found, unknown], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
-    assert vtt.count("-->") == 4
-    assert "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
+    assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
     assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
 
 
@@ -408,7 +402,6 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_bytes(text.encode(encoding))
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
-
     path.write_bytes(text.encode("cp1252"))
     with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
@@ -520,10 +513,8 @@ def measure_groups(num_people, clips_of_each):
 def test_grouping_makes_one_group_per_person(monkeypatch):
     count, purity = measure_groups(num_people=10, clips_of_each=10)
     assert count <= 11 and purity > 0.99
-
     count, _ = measure_groups(num_people=60, clips_of_each=1)  # nobody appears twice
     assert count >= 56
-
     # If there are more clips than are compared at once, each film is grouped first.
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
     count, purity = measure_groups(num_people=8, clips_of_each=15)
