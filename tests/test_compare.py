@@ -184,15 +184,17 @@ def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_pa
 
 
 def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
+    """Blends have no seed. The weights of a split are in its results, not in the configuration."""
     write_groups(tmp_path)
-    for name in ("c1", "c2"):
+    for name in ("blend1", "blend2"):
         joined = f"--config.join.runs=('{name}',)", "--config.join.weights=(2,)"
-        results = {"runs": [{"name": name, "weight": 3.0}]}  # another split has the weight 2
+        results = {"runs": [{"name": name, "weight": 3.0}]}
         made_runs.write(tmp_path / name, averages(0), *joined, results=results)
 
-    assert compared(runs=("a1+a2", "c1+c2")).code == 0  # blends have no seed
-    table = (tmp_path / "out" / "comparison.html").read_text().split("configurations differ")[2]
-    fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table.split("</table>")[0])
+    assert compared(runs=("a1+a2", "blend1+blend2")).code == 0
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    table = page.split("configurations differ")[2].partition("</table>")[0]
+    fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table)
     assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
     assert "(3.0,)" in table and "(2,)" not in table
 

@@ -159,10 +159,10 @@ def test_field_decay_all_is_read_with_total_decay_and_not_only_with_weight_decay
 
 
 def test_gamma_is_read_if_a_loss_with_weight_is_not_softmax():
-    """By default, `loss.classification` is softmax, and `loss.focal` has no weight."""
+    """By default, `loss.classification` has the weight 1, and `loss.focal` has the weight 0."""
     assert problems("loss.gamma=3", "loss.classification=binary") == []
     (problem,) = problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")
-    assert problem.startswith("config.loss.focal=")  # not `gamma`
+    assert problem.startswith("config.loss.focal=")  # is refused, and `loss.gamma` is not
 
 
 def test_tables_of_this_file_list_every_field_that_is_not_always_read():

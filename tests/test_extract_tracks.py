@@ -217,6 +217,7 @@ def test_track_is_split_where_another_person_appears():
             # Only the direction of vectors counts, so the length may differ from 1.
             vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
             assert tracks.find_changes(vectors, times, held=False, back_end=DLIB) == places
+            # If the cosines of one person and of two people are not known, no track is split.
             assert tracks.find_changes(vectors, times, held=False, back_end=None) == []
 
 
@@ -234,11 +235,11 @@ def test_real_tracks_are_split_only_if_they_show_two_people():
     arrays = dict(np.load(TRACKS))
     split = {True: [], False: []}  # shows two people -> whether each track is split
     for low, high in itertools.pairwise(arrays["track_begin"]):
-        person = arrays["person"][low:high]
-        count = np.unique(person, return_counts=True)[1].max()
+        person = arrays["person"][low:high]  # of each face
+        num_main_person = np.unique(person, return_counts=True)[1].max()
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
         places = tracks.find_changes(vectors, times, held=False, back_end=DLIB)
-        split[bool(count < 0.8 * len(person))].append(bool(places))
+        split[bool(num_main_person < 0.8 * len(person))].append(bool(places))
 
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])
@@ -254,8 +255,8 @@ def test_similarity_transform_is_the_least_squares_solution():
     """The oracle solves u = a x - b y + x0, v = b x + a y + y0 for (a, b, x0, y0)."""
     rng = np.random.default_rng(0)
     for _ in range(20):
-        place = turn(rng.uniform(-3, 3), rng.uniform(0.1, 5), *rng.uniform(-99, 99, 2))
-        points = TEMPLATE @ place[:, :2].T + place[:, 2] + rng.normal(0, 3, (5, 2))
+        motion = turn(rng.uniform(-3, 3), rng.uniform(0.1, 5), *rng.uniform(-99, 99, 2))
+        points = TEMPLATE @ motion[:, :2].T + motion[:, 2] + rng.normal(0, 3, (5, 2))
         rows = [row for x, y in points for row in ([x, -y, 1, 0], [y, x, 0, 1])]
         a, b, x0, y0 = np.linalg.lstsq(np.array(rows), TEMPLATE.ravel(), rcond=None)[0]
         transform = align.fit_similarity(points[None], TEMPLATE)[0]
@@ -267,10 +268,10 @@ def test_similarity_transform_is_the_least_squares_solution():
     np.testing.assert_allclose(transform @ (7, 7, 1), TEMPLATE.mean(0))
 
 
-@pytest.mark.parametrize("place", [(0.3, 0.8, -9, 4), (2, 1.7, 20, -20)])
-def test_warp_is_bilinear_interpolation(place):
+@pytest.mark.parametrize("motion", [(0.3, 0.8, -9, 4), (2, 1.7, 20, -20)])
+def test_warp_is_bilinear_interpolation(motion):
     rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
-    matrix, (v, u) = turn(*place), np.indices((24, 24))
+    matrix, (v, u) = turn(*motion), np.indices((24, 24))
 
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
     x, y, _ = np.moveaxis(np.stack([u, v, np.ones_like(u)], -1) @ inverse.T, -1, 0)

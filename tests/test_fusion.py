@@ -104,7 +104,7 @@ def test_draws_without_replacement_repeat_no_frame_before_all_frames_are_drawn(l
     # 5 frames are averaged, so 5 x share is the number of times that a frame is drawn.
     counts = 5 * draw(seed=6, quality=np.ones(length), **options)
     np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
-    assert np.ptp(np.rint(counts), axis=1).max() <= 1
+    assert np.ptp(np.rint(counts), axis=1).max() <= 1  # the maximum minus the minimum of a draw
     np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
 
 

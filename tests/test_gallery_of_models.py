@@ -425,7 +425,7 @@ def test_tables_with_missing_enormous_or_contradicting_names_are_refused(tmp_pat
 
 
 def test_log_odds_are_a_ratio_of_gamma_densities():
-    """The mean of a squared distance is 2 W for one person, and 2 (W + B) for two people."""
+    """A squared distance has the mean 2 within for one person, 2 (within + between) for two."""
     rng, (within, between, same_shape, different_shape) = np.random.default_rng(0), DLIB
     photo = unit(rng.normal(size=WIDTH))
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
@@ -433,7 +433,7 @@ def test_log_odds_are_a_ratio_of_gamma_densities():
     stranger, person = log_probabilities(photo[None, None], clips).T
 
     square = np.sum((clips - photo) ** 2, axis=1)
-    same_scale = 2 * within / same_shape  # W is `within`, B is `between`; mean = shape x scale
+    same_scale = 2 * within / same_shape  # the mean is shape x scale
     different_scale = 2 * (within + between) / different_shape
     same_person = stats.gamma.logpdf(square, same_shape, scale=same_scale)
     other_person = stats.gamma.logpdf(square, different_shape, scale=different_scale)
@@ -441,13 +441,13 @@ def test_log_odds_are_a_ratio_of_gamma_densities():
 
 
 def test_photos_that_are_alike_count_less():
-    """`square` is the squared length of the mean vector of some photos: 1 for equal photos.
-
-    A prior with the weight of one photo says that photos differ. So k equal photos share
-    r = 1 - 1 / k of their variance, and count as 1 / (r + (1 - r) / k) photos.
-    """
-    independent = 1 - 0.9 * DLIB.within  # of 10 photos that are as different as photos of DLIB
-    for count, square, wanted in ((1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1), (10, independent, 10)):
+    """`square` is the squared length of the mean of unit vectors: 1 if all vectors are equal."""
+    for count, square, wanted in (
+        # Equal vectors have a correlation of r = 1 - 1 / count: a prior with the weight of one
+        # vector says that vectors differ. They count as 1 / (r + (1 - r) / count) vectors.
+        (1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1),
+        (10, 1 - 0.9 * DLIB.within, 10),  # vectors that differ as in DLIB count in full
+    ):  # fmt: skip
         counted = distance.effective_count(DLIB, np.array(count), np.array(square))
         assert counted == pytest.approx(wanted, abs=0.02)
 

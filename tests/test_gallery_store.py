@@ -287,7 +287,7 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
     def attack():
         """Returns the cosine of the removed vector and the vector that the attacker computes."""
         part: Any = people.backend.parts[0]
-        # With centred vectors, the mean of the model is a share of the mean of all clips.
+        # With centred vectors, the back end stores a share of the mean of clips of 12 people.
         mean = part.space.mean / two_covariance.centre_share(12) if centred else part.centre
         guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
         return abs(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
