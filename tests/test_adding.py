@@ -38,6 +38,7 @@ class Centroid(Identifier):
 
 
 def open_blobs(data, cache_dir):
+    """Returns a dataset of six people, who are random points."""
     rng = np.random.default_rng(data["seed"])
     people = rng.normal(size=(6, 12))
     splits, labels = {}, {}

@@ -49,7 +49,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def refused(cache):
-    """Returns a function that asserts that an error with some words refuses features."""
+    """Returns a function that asserts that features give an error with some words."""
 
     def check(source, *words, labels=None):
         seen.refused(lambda: sources.load(source, labels, cache_dir=cache), *words)

@@ -19,7 +19,7 @@ NAMES = [f"person_{i}" for i in range(40)]
 
 
 def averages(seed):
-    """Returns identity -> average precision."""
+    """Returns identity -> a random average precision."""
     return dict(zip(NAMES, np.random.default_rng(seed).beta(4, 1, len(NAMES)), strict=True))
 
 
@@ -214,7 +214,7 @@ def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path, kinds,
 
 
 def trained_on(**changed):
-    """Returns results with digests of the clips of val; `changed` replaces digests."""
+    """Returns results with digests of the clips of val, in which `changed` replaces digests."""
     digests = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
     return {"trained_on": {"splits": {"train": digests, "val": digests | changed}}}
 

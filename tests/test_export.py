@@ -46,7 +46,7 @@ WHOLE = np.array([[3, 1, 3, 2], [0, 0, 5, 5]], np.int32)
 
 @pytest.fixture
 def export(command, tmp_path):
-    """Returns a function that exports by the command; returns its JSON, or the error."""
+    """Returns a function that runs `vidjax export`; it returns the printed JSON, or the error."""
 
     def run(source, name, to="out", code=0):
         words = (source, f"--to={tmp_path / to}", f"--format={name}", "--json")

@@ -126,7 +126,7 @@ def _back(monkeypatch):
 
 @pytest.fixture
 def models(drawn):
-    """Nets of faces and voices."""
+    """A folder of nets of faces and voices."""
     return write_voices(drawn.models)
 
 
@@ -194,9 +194,11 @@ def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, dra
     add(drawn.models, "body_embedder")
     words = ("body_embedder.json", '"around"', "body_detector")
     refused(lambda: film.load_nets(cards.load(drawn.models), 640), *words)
+
     add(drawn.models, "body_detector", **RED)
     _, clips = shoot(tmp_path / "film.mkv", drawn.models, (2, 20, [ADA, EVE]))
     assert sorted("body" in clip for clip in clips.values()) == [False, True]  # Eve is not red
+
     card = add(drawn.models, "body_embedder", around=[0, 1, 0, 2])  # a box without width
     refused(lambda: cards.read(card), "body_embedder", "around")
 

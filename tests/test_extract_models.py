@@ -33,6 +33,7 @@ BACK_END = made_nets.back_end(same=(0.9, 0.1))
 
 
 def assert_faces(faces, scores, boxes, points):
+    """Asserts that detected faces have these scores, boxes and points, and that there are some."""
     assert len(faces.scores) == len(scores) > 0
     np.testing.assert_allclose(faces.scores, scores, rtol=1e-5)
     np.testing.assert_allclose(faces.boxes, boxes, rtol=1e-4, atol=1e-3)
@@ -300,6 +301,7 @@ def package(name):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
+    """A folder of the nets that `vidjax convert` makes of PACKAGES."""
     folder = tmp_path_factory.mktemp("nets")
     for kind, name in PACKAGES.items():
         assert main(["convert", kind, str(package(name)), f"--out={folder}"]) == 0

@@ -25,7 +25,7 @@ FACES = np.array([[60, 90, 130, 160], [200, 30, 280, 90]])  # in a picture of 40
 
 @pytest.fixture
 def tags_of(tmp_path):
-    """Returns a function: bytes of a photo -> tags, and a problem."""
+    """Returns a function: bytes of a photo -> face tags, and why tags cannot be read."""
 
     def read(content, name="a.jpg"):
         (tmp_path / name).write_bytes(content)
@@ -35,7 +35,7 @@ def tags_of(tmp_path):
 
 
 def boxes(parsed):
-    """Returns tags as (name, x, y, w, h)."""
+    """Returns tags as (name, x and y of the middle, width, height)."""
     return [
         (name, *np.round([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], 6))
         for name, (left, top, right, bottom) in parsed.tags
@@ -59,7 +59,7 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
 
 
 def photo(kind, packet):
-    """Returns the bytes of a photo in the format `kind` with XMP."""
+    """Returns the bytes of a photo in the format `kind` with the XMP `packet`."""
     file, picture = io.BytesIO(), Image.new("RGB", (64, 48))
     options = {"xmp": packet}
     if kind == "png":

@@ -483,7 +483,7 @@ def seen(film, start, end, name="Ada", probability: float | None = 0.9):
 
 
 def read_times(path):
-    """Returns for each event its begin and end in the film, and its begin and end in the list."""
+    """Returns the times of each event: begin and end in the film, begin and end in the list."""
     return re.findall("AA/V  C        (.*)", path.read_text())
 
 

@@ -50,7 +50,7 @@ def letters(text):
 
 
 def converted(folder, *clips):
-    """Writes the names of some clips into a folder like the records of a cache."""
+    """Writes a folder like the records of a cache, which contain the names of some clips."""
     with cache.exclusive(folder), files.atomic_folder(folder) as partial:
         (partial / "manifest.json").write_text("{}")
         arrays: Any = {"train/clips": letters("\n".join(clips))}

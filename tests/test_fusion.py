@@ -66,6 +66,7 @@ def test_weights_that_are_all_0_count_as_equal():
     """Negative qualities count as 0."""
     # Some draws contain only frames of quality -1. `draw` asserts that all shares sum to 1.
     draw(seed=4, quality=[-1, -1, 5], num_draws=200, weighting="quality")
+
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
     frames.detection[:] = 1

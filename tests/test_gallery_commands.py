@@ -45,13 +45,13 @@ def folder(made, tmp_path):
 
 @pytest.fixture
 def tell(say):
-    """Runs `vidjax gallery WORDS`."""
+    """Returns a function that runs `vidjax gallery WORDS`."""
     return functools.partial(say, "gallery")
 
 
 @pytest.fixture
 def ask(say):
-    """Runs `vidjax WORDS --json`."""
+    """Returns a function that runs `vidjax WORDS --json`."""
     return lambda *words, code=0: say(*words, "--json", code=code)
 
 
@@ -234,6 +234,7 @@ def test_create_command_equals_the_api(tell, nearest_run, tmp_path, made):
     words = ("create", tmp_path / "g", f"--run={nearest_run}")
     assert "people      12" in tell(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
+
     # All training clips have a label, so no clip shows a stranger.
     words = ("create", tmp_path / "e", f"--run={nearest_run}", "--empty", "--strangers=train")
     content = tell(*words, "--json")
@@ -553,7 +554,7 @@ RAY_COMMANDS = {
 
 
 def write_recipes(names):
-    """Writes recipes.py for Ray Data, for one worker, which is killed once."""
+    """Writes recipes.py: programs of the page (RECIPES) for one worker, which is killed once."""
     start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
     recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
     changes = {"bulk.Rank": "killed.Rank", "(size=2)": "(size=1)"}  # size: the number of workers

@@ -31,7 +31,7 @@ def made(tmp_path_factory, run, data):
 
 
 def map_of(ranked, data):
-    """Returns the MAP of lists of val clips."""
+    """Returns the MAP of a ranking of val: identity -> (clip, score), best first."""
     split = data.split("val")
     index = np.full((len(data.identities), topk.MAX_NAMES), topk.NO_CLIP)
     for name, clips in ranked.items():

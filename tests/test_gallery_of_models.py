@@ -66,6 +66,7 @@ def test_mean_vectors_weight_frames_by_quality():
 
 @pytest.fixture
 def models(tmp_path):
+    """A folder with a net of faces, whose card has the cosines of dlib."""
     (tmp_path / "models").mkdir()
     made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=CARD)
     return tmp_path / "models"
@@ -133,7 +134,7 @@ for words in (
 
 
 def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models, python):
-    """The model files may be deleted after enrolment."""
+    """USE_GALLERY cannot import packages of ABSENT. The net is not needed after enrolment."""
     friends = draw(1, people=3, clips=3)
     (tmp_path / "in").mkdir()
     for number, vectors in enumerate(friends):
@@ -500,7 +501,7 @@ def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, co
 
 
 def measure_groups(num_people, clips_of_each):
-    """Returns the number of groups, and the share of clips of the main person of their group."""
+    """Groups random clips. Returns the number of groups, and the share of clips of main people."""
     made = Population(0)
     clips = made.photos(made.people(num_people), clips_of_each).reshape(-1, WIDTH)
     truth = np.repeat(np.arange(num_people), clips_of_each)
