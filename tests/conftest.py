@@ -51,7 +51,7 @@ LONG_FILES = {
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests of `.ci/nightly`, unless `-m` names them; long files come first."""
+    """Leaves out the tests of `.ci/nightly` if `-m` does not name them. Long files come first."""
     if "nightly" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
@@ -87,7 +87,7 @@ def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Compiled programs of many modules fill several GiB of memory, which other tests need."""
+    """Forgets compiled programs after a module if this process has several GiB of memory."""
     yield
     if limits.held_by(os.getpid()) > MOST_RESIDENT[0]:
         jax.clear_caches()
@@ -96,8 +96,8 @@ def forget_programs() -> Iterator[None]:
         MOST_RESIDENT[0] = max(MOST_RESIDENT[0], limits.held_by(os.getpid()) + (1 << 29))
 
 
-# Fusion emitters take half of the time of compilation; jax has no setting for them. A program that
-# is compiled as a whole takes a tenth less time than several parts that are compiled in parallel.
+# Options of XLA for quick compilation. Fusion emitters would take half of the time. To compile a
+# program as a whole takes a tenth less time than to compile several parts in parallel.
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
@@ -106,7 +106,7 @@ QUICK = {
 
 
 def is_known(option: str, value: Any) -> bool:
-    """Returns whether XLA knows a compile option. A later JAX may lack the option."""
+    """Returns whether this version of XLA knows a compile option."""
     try:
         jax.jit(abs).lower(1.0).compile(compiler_options={option: value})
     except jax.errors.JaxRuntimeError:
@@ -116,7 +116,7 @@ def is_known(option: str, value: Any) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_quickly() -> Iterator[None]:
-    """Compiles programs of this process without optimisation; commands compile as for users."""
+    """Compiles programs of this process without optimisation. Other processes compile as usual."""
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_traceback_in_locations_limit", 0)
     get_compile_options = compiler.get_compile_options
@@ -169,9 +169,9 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def read(_: str, given: Any, **limits: Any) -> Any:
         film._load_nets.cache_clear()
-        told = [processes._answer(film.work, str(path), arguments, "") for path, arguments in given]
-        answers = json.loads(json.dumps(told))  # as children send them
-        return [processes._parse_answer(answer) for answer in answers]
+        answers = [processes._answer(film.work, str(path), words, "") for path, words in given]
+        as_sent = json.loads(json.dumps(answers))  # as children send their answers
+        return [processes._parse_answer(answer) for answer in as_sent]
 
     monkeypatch.setattr(pipeline, "run_limited_each", read)
 
@@ -199,7 +199,10 @@ def data(official_data: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Trains a system on the official files for one epoch, once; nobody changes its folder."""
+    """Returns a function: configuration, overrides -> a run of one epoch on the official files.
+
+    Equal calls share a run, so no test changes its folder.
+    """
     from tests.helpers import small_runs
 
     @functools.cache
@@ -214,7 +217,7 @@ def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="session")
 def nearest_run(official_data: Any, official_dir: Path, tmp_path_factory: Any) -> Path:
-    """A run of nearest neighbours, which learns nothing; nobody changes its folder."""
+    """A run of nearest neighbours, which learns nothing. No test changes its folder."""
     from tests.helpers import small_runs
     from vidjax.runs import config_io
 
@@ -233,14 +236,14 @@ class Done(NamedTuple):
     err: str
 
     def refused(self, *words: str) -> bool:
-        """Returns whether the error is a mistake of the user, in three lines with these words."""
+        """Returns whether the exit code is 2, and the error has 1 to 3 lines and these words."""
         lines = self.err.strip().splitlines()
         return self.code == 2 and 1 <= len(lines) <= 3 and all(word in self.err for word in words)
 
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Runs `vidjax WORDS` in this process, or the main function of another command."""
+    """Returns a function that runs `vidjax WORDS`, or another main function, in this process."""
     from vidjax.cli.program import main
 
     def run(*words: str | Path, program: Callable[[list[str]], int] = main) -> Done:
@@ -253,9 +256,10 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 @pytest.fixture
 def say(command: Callable[..., Done]) -> Callable[..., Any]:
-    """Runs a command that must end with an exit code: 2 for a mistake of the user.
+    """Returns a function that runs a command, which must end with the exit code `code`.
 
-    Returns the error if the code is 2, else what it printed, parsed if --json is among the words.
+    If the code is 2, a mistake of the user, it returns the error. For other codes, it returns the
+    output, parsed if the words include --json.
     """
 
     def run(*words: str | Path, code: int = 0, **options: Any) -> Any:
@@ -277,7 +281,7 @@ def execute(words: Iterable[str | Path], cwd: Path, **env: str) -> Any:
 
 @pytest.fixture(scope="session")
 def python(cache_dir: Path) -> Callable[..., str]:
-    """Runs a program in a new process, which must succeed; returns its output."""
+    """Returns a function that runs Python code in a new process; it returns the output."""
 
     def run(program: str, *words: str | Path, cwd: Path = ROOT, **env: str) -> str:
         done = execute(("-c", program, *words), cwd, **env)
@@ -289,13 +293,13 @@ def python(cache_dir: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m vidjax.main WORDS` as a user would."""
+    """Returns a function that runs `python -m vidjax.main WORDS` as a user would."""
     return lambda *words, cwd=ROOT: execute(("-m", "vidjax.main", *words), cwd)
 
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path | None]]:
-    """Mounts a file system with some options; returns None if this is not allowed."""
+    """Returns a function: options -> a new file system, or None if mounting is not allowed."""
     place, unmount = tmp_path / "mounted", []
 
     def mount(options: str) -> Path | None:

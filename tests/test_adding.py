@@ -38,6 +38,7 @@ class Centroid(Identifier):
 
 
 def open_blobs(data, cache_dir):
+    """Returns a dataset of six people, who are random points."""
     rng = np.random.default_rng(data["seed"])
     people = rng.normal(size=(6, 12))
     splits, labels = {}, {}
@@ -102,6 +103,5 @@ def test_run_uses_added_loss_model_dataset_fusion_transform_and_metric(tmp_path,
     # EXPERIMENT uses the other additions. A random order of 6 people has a MAP of about 0.25.
     assert results["map"] > 0.5
     # The added metric is printed, logged and reported.
-    assert "confident" in output
-    assert '"confident"' in (run / "metrics.jsonl").read_text()
+    assert "confident" in output and '"confident"' in (run / "metrics.jsonl").read_text()
     assert "confident clips" in (run / "report.html").read_text()

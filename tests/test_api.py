@@ -16,7 +16,7 @@ UNTYPED: Any = vidjax  # tests give arguments of wrong types
 
 
 def refused(message, function, *arguments, **options):
-    """Asserts that a function raises an error of 1 to 3 lines that names no flag of a command."""
+    """Asserts that a function raises an error of 1 to 3 lines, without the flag --workdir."""
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         function(*arguments, **options)
     assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
@@ -24,7 +24,7 @@ def refused(message, function, *arguments, **options):
 
 @pytest.fixture(scope="module")
 def clips():
-    """Split -> clip -> modality -> features: 6 train and 3 val clips of each of 4 unlike people."""
+    """Split -> clip -> modality -> features. There are 6 train and 3 val clips of each person."""
     rng = np.random.default_rng(0)
     people = rng.standard_normal((4, 16))
 
@@ -55,7 +55,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
 
     with ThreadPoolExecutor() as pool:  # a program may train in any thread
         results = pool.submit(vidjax.train, config, folder, made, num_devices=1).result()
-    assert results.map == pytest.approx(1.0)  # the people of `clips` are easy to tell apart
+    assert results.map == pytest.approx(1.0)  # the four people differ much
     assert results.to_dict() == json.loads(results.paths.metrics.read_text())
     assert "map=1.0, map_kind='val'" in repr(results)
     # A second call returns the results of the finished run.
@@ -103,7 +103,6 @@ def test_import_on_windows_names_the_remedy(python):
 
 def test_load_config_describes_the_expected_arguments():
     load = UNTYPED.load_config
-
     refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load, "mma", {"seed": 1})
     refused(r"such as '--config\.seed=1'", load, "mma", "config.seed=1")
     refused("load_config: spec must be a name .* not None", load, None)

@@ -34,7 +34,7 @@ def make_splits():
 
 
 def digests(records):
-    """Returns (split, end of the file name) -> sha256 of every shard."""
+    """Returns (split, end of the file name) -> sha256 of every file of records."""
     return {
         (split, shard.path.name.split("-", 1)[1]): shard.sha256
         for split, facts in records.splits.items()
@@ -49,7 +49,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def refused(cache):
-    """Returns a function that asserts that features are refused, with some words and no records."""
+    """Returns a function that asserts that features give an error with some words."""
 
     def check(source, *words, labels=None):
         seen.refused(lambda: sources.load(source, labels, cache_dir=cache), *words)
@@ -82,7 +82,7 @@ def write_npz_of_each_split(folder, splits):
 
 
 def write_parquet_of_each_split(folder, splits):
-    """Writes tables, and removes clips without frames and boxes from `splits`: tables lack them."""
+    """Writes tables. Removes from `splits` what tables lack: clips without frames, and boxes."""
     pytest.importorskip("pyarrow")
     folder.mkdir()
     for split, clips in splits.items():
@@ -102,14 +102,12 @@ def write_parquet_of_each_split(folder, splits):
 def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cache, write):
     splits, folder = make_splits(), tmp_path / "own"
     write(folder, splits)
-
     source = arrays.FeatureFolder(folder)
     records = convert(source, cache)
-
     assert source.read_labels(records.clips) == {}  # the folder has no labels
     assert digests(records) == digests(convert(arrays.FeatureDict(splits), cache))
     lengths = records.splits["train"].lengths["face"].tolist()
-    assert {1, 2, 3} <= {*lengths}  # clip i has i % 4 frames
+    assert {1, 2, 3} <= {*lengths}  # numbers of frames of the clips of `make_splits`
 
 
 def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
@@ -122,9 +120,9 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
 
     pairs = (splits, LABELS), (splits, table), (folder, text)
     datasets = [sources.load(source, labels, cache_dir=cache) for source, labels in pairs]
-    table.rename(folder / "labels.csv")
+    table.rename(folder / "labels.csv")  # is read if no labels are given
     for data in (*datasets, load_dataset("arrays", directory=folder, cache_dir=cache)):
-        assert data.identities == ("3", "7")  # labels 1 and 2; 0 is no identity
+        assert data.identities == ("3", "7")  # have the class numbers 1 and 2; 0 is nobody
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
         assert data.with_identities(("7", "3")).split("val").labels[3] == 1
@@ -138,7 +136,6 @@ def test_empty_labels_give_a_warning_with_the_clip(tmp_path, cache):
     labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
     with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
         sources.load(splits, labels, cache_dir=cache)
-
     # Line 1 is the header.
     table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
     with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: 1 clips"):
@@ -161,7 +158,7 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
 
 
 def test_long_clips_in_memory_keep_their_best_frames(cache):
-    """They keep the same frames as long clips in records."""
+    """Clips in records on the disk keep the same frames."""
     rng = np.random.default_rng(0)
     clips = {
         name: {"face": clip_files.random_clip(rng, length, DIM, "float32")._asdict()}
@@ -181,7 +178,6 @@ def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(cache):
     splits = make_splits()
     first = convert(arrays.FeatureDict(splits), cache).folder
     assert convert(arrays.FeatureDict(make_splits()), cache).folder == first
-
     splits["val"]["val_03"]["face"]["quality"][0] += 1
     assert convert(arrays.FeatureDict(splits), cache).folder != first
 
@@ -294,9 +290,9 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
 
     # The file has 3 frames of two clips, so [1, 2] would be right.
-    whole = 2**63  # [whole, whole + 3] overflows to a sum of 3
+    half = 2**63  # the sum of [half, half + 3] overflows to 3
     for length in (
-        None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40], [whole, whole + 3],
+        None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40], [half, half + 3],
     ):  # fmt: skip
         more: Any = {} if length is None else {"face_length": length}
         np.savez(path, clips=["a", "b"], face=face, **more)
@@ -307,7 +303,7 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=["a", "a"], face=face, face_length=[1, 2])
     seen.refused(load, "clip a comes twice")
-    np.savez(path, clips=face)  # the only array, so it is a modality of one clip
+    np.savez(path, clips=face)  # an array without others is a modality of one clip, named "all"
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
@@ -322,7 +318,6 @@ def test_clips_in_memory_that_do_not_fit_the_run_are_refused(clips, words):
 
 def test_clip_without_a_modality_of_the_run_counts_as_a_clip_without_frames():
     clips = {"a": {"face": [1.0]}, "b": {"audio": [1.0, 2.0]}}
-
     with pytest.warns(errors.VidjaxWarning, match="1 of 2 clips have no modality of the run.* b\n"):
         packed = memory.MemoryClips.from_dict(clips, {"face": 1}, ())
     assert packed.names == ("a", "b")
@@ -355,7 +350,7 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
 
 
 def load_faces(path):
-    """Reads clips as a run reads them; raises an error if the reading takes long."""
+    """Returns clips as a run reads them; raises an error if the reading takes long."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
         return memory.load_clips(path, {"face": 4}, ())
 
@@ -414,7 +409,6 @@ def test_clips_that_together_exceed_the_memory_are_refused(tmp_path, monkeypatch
     monkeypatch.setattr("vidjax.data.memory.memory_bytes", lambda: 3 * 10 * clip.nbytes)
     for number in range(11):  # a third of the memory has room for ten
         np.savez(tmp_path / f"{number:02}.npz", face=clip)
-
     faces_refused(tmp_path, "clip 10", "fewer clips at once")
     (tmp_path / "10.npz").unlink()
     assert len(load_faces(tmp_path).names) == 10
@@ -428,23 +422,22 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     assert load_faces(path).names == ("a",)
     content = path.read_bytes()
 
+    no_table = "clips.parquet' is not a parquet table"
     for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
         path.write_bytes(damaged)
-        faces_refused(path, "clips.parquet' is not a parquet table", "write it again")
+        faces_refused(path, no_table, "write it again")
 
     parquet.write_table(good, path, use_dictionary=False)
     offset = b"\x26\x08"  # in the footer: the first column begins at byte 4, written as 2 * 4
     assert offset in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(offset, b"\x26\x07"))  # at byte -4
-    faces_refused(
-        path, "clips.parquet' is not a parquet table", "before the file", "write it again"
-    )
+    faces_refused(path, no_table, "before the file", "write it again")
 
     parquet.write_table(good, path, use_dictionary=False, compression="none")
-    features = b"face\x15\x00"  # the page of features follows the page of modalities. Its type is 0
-    assert features in path.read_bytes()
-    path.write_bytes(path.read_bytes().replace(features, b"face\x15\x02"))  # 1: no data
-    faces_refused(path, "clips.parquet' is not a parquet table", "0 rows of features, but 1 clips")
+    page_type = b"face\x15\x00"  # after the last modality comes the type of the page of features: 0
+    assert page_type in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(page_type, b"face\x15\x02"))  # 1: no data
+    faces_refused(path, no_table, "0 rows of features, but 1 clips")
 
     latin = pyarrow.array([b"\xff"]).view(pyarrow.string())
     parquet.write_table(good.set_column(0, "clip", latin), path)
@@ -460,7 +453,7 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     np.savez(tmp_path / "a.npz", face=face, face_quality=quality)
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf, np.float32))
 
-    with pytest.warns(errors.VidjaxWarning) as caught:  # commands show only this category
+    with pytest.warns(errors.VidjaxWarning) as caught:  # the category that commands show
         memory.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)
     assert "face: 2 of 4 frames are left out" in features

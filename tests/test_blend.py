@@ -96,7 +96,7 @@ def check_ranking(path, runs, load, weights, split="val"):
 
 def test_blend_is_the_weighted_mean_of_probabilities():
     rng = np.random.default_rng(0)
-    # Three runs, 20 clips, 4 identities. The probability of a stranger is left out.
+    # Log-probabilities of three runs, 20 clips and 4 identities, without a fifth for strangers.
     scores = np.log(rng.dirichlet(np.ones(5), (3, 20))).astype(np.float32)[:, :, 1:]
     scores[1, 4] = np.nan  # clip 4 of run 1
 
@@ -104,12 +104,10 @@ def test_blend_is_the_weighted_mean_of_probabilities():
         return np.asarray(scoring.blend(list(jnp.asarray(scores)), weights))
 
     logs = blended(scores, (0.5, 2.0, 1.0))
-
     expected = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
     np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-5)
-    # A NaN of a run stays NaN, unless the run has weight 0.
-    assert np.isnan(logs[4]).all()
-    assert np.isfinite(np.delete(logs, 4, axis=0)).all()
+    # A clip that is NaN in a run stays NaN. If the run has the weight 0, its NaN does not count.
+    assert np.isnan(logs[4]).all() and np.isfinite(np.delete(logs, 4, axis=0)).all()
     without_run_1 = blended(scores[[0, 2]], (1.0, 3.0))
     np.testing.assert_array_equal(blended(scores, (1.0, 0.0, 3.0)), without_run_1)
 
@@ -119,9 +117,9 @@ def test_blend_refuses_runs_with_different_identities(runs, train, load, tmp_pat
     fewer = tmp_path / "fewer"  # with 10 of the 12 identities
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
-    others = train("configs/knn.py:iqiyi_vid", fewer)
+    other = train("configs/knn.py:iqiyi_vid", fewer)
     with pytest.raises(ValueError, match="different lists of identities"):
-        blend_runs(tmp_path / "out", (runs[0], others), load)
+        blend_runs(tmp_path / "out", (runs[0], other), load)
 
 
 @pytest.mark.slow

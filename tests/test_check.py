@@ -23,7 +23,7 @@ def folder(nearest_run, official_dir, cache_dir, tmp_path):
 
 @pytest.fixture
 def check(command):
-    """Returns a function: words -> the exit code of `vidjax check` and the lines that it prints."""
+    """Returns a function: words of `vidjax check` -> its exit code, and the printed lines."""
 
     def run(*words):
         code, out, err = command("check", *words)
@@ -72,9 +72,7 @@ def test_check_of_a_good_run_reports_all_good(folder, check_run):
 def test_check_reports_every_damaged_file(folder, check_run, pattern, code, words):
     (step,) = (folder / "run" / "checkpoints").iterdir()
     damage(folder, pattern)
-
     exit_code, lines = check_run()
-
     assert exit_code == code and lines[-1].startswith("FAULT: ")
     assert words.format(step.name) in "\n".join(lines)
 
@@ -83,9 +81,7 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
     shutil.copytree(official_dir, folder / "official")
     truth = folder / "official" / "train_gt.txt"
     truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))
-
     code, lines = check_run(f"--config.data.dir={folder}/official", "--config.eval.split=train")
-
     assert code == 2 and "train has other labels" in lines[-2]  # before the verdict
 
 
@@ -94,7 +90,6 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
 ):
     words = ["--config=mma:iqiyi_vid,face,head,audio", f"--config.data.cache_dir={cache_dir}"]
     official = [*words, f"--config.data.dir={official_dir}"]
-
     _, lines = check(*official)
     assert lines[-1] == "all good"
     no_width = [*official, "--config.model.embed_dim=0"]
@@ -119,6 +114,5 @@ def test_check_of_a_gallery_reports_damage(tmp_path, check):
 
 def test_check_without_a_folder_checks_the_machine(check):
     code, lines = check()
-
     assert (code, lines[-1]) == (0, "all good")
     assert len(lines) == 2  # the machine and the verdict

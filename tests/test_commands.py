@@ -24,7 +24,7 @@ from vidjax.utils.errors import DiskError
 
 
 def check_outcome(case, command):
-    """Runs a case: checks exit code, a part of the text, and CPU time; returns standard output."""
+    """Runs a case, and asserts its exit code, a part of its text and CPU time; returns stdout."""
     began = time.process_time()
     code, out, err = command(*case.words.split())
     seconds = (time.process_time() - began) / slowness()
@@ -64,14 +64,12 @@ def test_error_about_a_file_names_the_remedy(case, places, monkeypatch, command)
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
     before = seen.contents(places, but={"cache", "__pycache__"})
-
     check_outcome(case._replace(seconds=60), command)  # it may convert data
-
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
 
 def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, python):
-    """JAX is told to use a GPU (`cuda`). A device would not start on a machine without a GPU."""
+    """JAX has to use a GPU (`cuda`). On a machine without a GPU, a device would not start."""
     python(
         "import sys\nfrom vidjax.cli.program import main\n"
         "assert main(['--config=mma', '--config.model.name=mmma']) == 2\n"
@@ -88,7 +86,7 @@ def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, pyth
 def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
     commands.prepare(tmp_path)
 
-    one_field = commands.FIELDS[2]  # tests above run all FIELDS, so one of them is enough
+    one_field = commands.FIELDS[2]  # another test runs all FIELDS
     for case in [one_field, *commands.FILES, *commands.WORKS]:
         done = commands.run(tmp_path, case)
         faults = commands.list_faults(case, done.returncode, done.stdout, done.stderr)
@@ -101,6 +99,7 @@ def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
 
 def test_run_folder_is_named_after_its_overrides():
     def suffix(*words, without=()):
+        """Returns the end of the name of a run folder."""
         overrides = [f"--config.{word}" for word in words]
         config = config_io.override(config_lib.default(), overrides)
         return config_io.folder_suffix(config, overrides, without)

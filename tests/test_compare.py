@@ -19,15 +19,15 @@ NAMES = [f"person_{i}" for i in range(40)]
 
 
 def averages(seed):
-    """Returns identity -> average precision."""
+    """Returns identity -> a random average precision."""
     return dict(zip(NAMES, np.random.default_rng(seed).beta(4, 1, len(NAMES)), strict=True))
 
 
 def test_interval_of_a_paired_difference_covers_the_true_difference():
-    """Draws paired differences of average precisions with a known mean.
+    """The first of two systems reaches x ~ Beta(3, 1) for an identity, and the second x ** power.
 
-    The first system reaches x ~ Beta(3, 1) for an identity. The second system reaches x ** power,
-    which is equal for a third of the identities, better for a sixth and worse for a half.
+    So the second system is equal for a third of the identities, better for a sixth, and worse for
+    a half.
     """
     rng = np.random.default_rng(50)
     x = rng.random((400, 50)) ** (1 / 3)  # 400 pairs of systems, 50 identities
@@ -44,9 +44,8 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
 
 def test_interval_of_equal_systems_or_groups_contains_zero():
     low, high, p = significance.compute_gap_interval(np.zeros(50))
-    assert -0.04 < low < 0 < high < 0.04  # not 0: the method adds an unseen identity to the 50
+    assert -0.04 < low < 0 < high < 0.04  # the method adds an unseen identity, so not exactly 0
     assert p > 0.9
-
     # The interval of groups is a t interval, which has no width if all differences are equal.
     group = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
     (same,) = significance.differences_of_seeds([group, group])
@@ -54,7 +53,7 @@ def test_interval_of_equal_systems_or_groups_contains_zero():
 
 
 def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
-    # In order of p: 3 * 0.01, 2 * 0.03 and 1 * 0.04. A later value is at least the earlier value.
+    # In the order of p, the products are 3 * 0.01, 2 * 0.03 and 1 * 0.04. The result never falls.
     assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([3 * 0.01, 2 * 0.03, 2 * 0.03])
     assert significance.holm([0.9, 0.8]) == [1.0, 1.0]  # at most 1
 
@@ -64,7 +63,7 @@ def test_map_interval_of_zeros_and_ones_is_the_jeffreys_interval():
         interval = significance.map_interval(np.arange(num) < hits)
         expected = special.betaincinv(hits + 0.5, num - hits + 0.5, [0.025, 0.975])
         assert interval == pytest.approx(expected.tolist(), abs=0.006)
-    # The interval always contains MAP.
+    # An interval contains MAP, even if MAP is 0 or 1.
     _, high = significance.map_interval(np.ones(40))
     low, _ = significance.map_interval(np.zeros(40))
     assert (low, high) == (0.0, 1.0)
@@ -109,8 +108,7 @@ def test_latex_table_escapes_names_and_prints_zero_without_minus(tmp_path):
     assert "+0.0000" in pair.text() and "-0.0000" not in pair.text()
     rows = [line for line in pair.to_latex().splitlines() if line.endswith(r" \\")]
     assert r"a\_1 & 0." in rows[-2] and r"50\% \& \{more\}" in rows[-1]
-    # All rows have 8 columns.
-    assert {row.count(" & ") for row in (*rows[:-1], rows[-1].replace(r"\&", ""))} == {7}
+    assert {row.replace(r"\&", "").count(" & ") for row in rows} == {7}  # between 8 columns
 
 
 def test_compare_refuses_paths_of_wrong_types(tmp_path):
@@ -166,7 +164,7 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     assert second["difference"] == pytest.approx(gaps.mean())
     assert second["error"] == pytest.approx(error)
     assert [second["low"], second["high"]] == pytest.approx(bounds)
-    # A comparison of groups computes no p-value, so the text has no p-value corrected by Holm.
+    # A comparison of groups has no p-value, so the text has no correction by Holm.
     assert second["p"] is None and "seeds" in facts["method"]
     text = compared(runs=runs).out
     assert f"{gaps.mean():+.4f}" in text and "Holm" not in text
@@ -186,15 +184,17 @@ def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_pa
 
 
 def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
+    """Blends have no seed. The weights of a split are in its results, not in the configuration."""
     write_groups(tmp_path)
-    for name in ("c1", "c2"):
+    for name in ("blend1", "blend2"):
         joined = f"--config.join.runs=('{name}',)", "--config.join.weights=(2,)"
-        results = {"runs": [{"name": name, "weight": 3.0}]}  # another split has the weight 2
+        results = {"runs": [{"name": name, "weight": 3.0}]}
         made_runs.write(tmp_path / name, averages(0), *joined, results=results)
 
-    assert compared(runs=("a1+a2", "c1+c2")).code == 0  # blends have no seed
-    table = (tmp_path / "out" / "comparison.html").read_text().split("configurations differ")[2]
-    fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table.split("</table>")[0])
+    assert compared(runs=("a1+a2", "blend1+blend2")).code == 0
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    table = page.split("configurations differ")[2].partition("</table>")[0]
+    fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table)
     assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
     assert "(3.0,)" in table and "(2,)" not in table
 
@@ -208,15 +208,13 @@ def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path, kinds,
     names = ("first", "second")
     for name, kind in zip(names, kinds, strict=True):
         made_runs.write(tmp_path / name, averages(0), results={"map_kind": kind})
-
     comparison.compare([[str(tmp_path / name)] for name in names]).write(tmp_path)
-
     page = (tmp_path / "comparison.html").read_text()
     assert sentence.format(tmp_path) in Page(page).text()
 
 
 def trained_on(**changed):
-    """Returns results with digests of the clips of val; `changed` replaces digests."""
+    """Returns results with digests of the clips of val, in which `changed` replaces digests."""
     digests = {"clips": 50, "names": "a", "features": "a", "labels": "a"}
     return {"trained_on": {"splits": {"train": digests, "val": digests | changed}}}
 
@@ -241,7 +239,6 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(
 ):
     made_runs.write(tmp_path / "a", averages(3), results=trained_on())
     made_runs.write(tmp_path / "b", **{"averages": averages(3), **difference})
-
     assert compared().refused(message)
     assert not (tmp_path / "out").exists()
 
@@ -256,5 +253,4 @@ def test_run_without_a_report_is_evaluated_with_a_report(tmp_path, compared):
 def test_runs_with_other_features_or_without_digests_are_compared(tmp_path, compared):
     for name, results in {"a": trained_on(), "b": trained_on(features="b"), "c": {}}.items():
         made_runs.write(tmp_path / name, averages(3), results=results)
-
     assert compared(runs="abc").code == 0

@@ -23,7 +23,7 @@ load = config_io.load_file
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_configuration_is_valid_and_survives_json(name):
     words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
-    written = []
+    as_json = {}  # word after the name, such as `mma:face` -> JSON of the configuration
 
     for word in ("", *words):
         # `few` is refused without `iqiyi_vid`.
@@ -31,22 +31,27 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         config_lib.check(config)
         if not word:
             plan.dry_run(config)
-        written.append(config_io.to_json(config))
-        again = config_io.from_json(written[-1])
+        as_json[word] = config_io.to_json(config)
+        again = config_io.from_json(as_json[word])
         values, expected = (dict(config_lib.fields(each)) for each in (again, config))
         assert values == expected and config_lib.differences(config, again) == {}
         assert list(map(type, values.values())) == list(map(type, expected.values()))
         # Fields without a value can still be set.
         assert config_io.override(again, ["--config.data.dir=/data"]).data.dir == "/data"
 
-    # `trainval` and `everything` choose different training clips.
-    if name in ("deepmef", "quality_fusion", "residual_dense"):
-        refused(lambda: load(f"{name}:trainval,everything"), "'everything' and 'trainval'")
-    for pair in ("mma:concat,pooled", "deepmef:bagging,views", "noise_classes:other,prediction"):
-        if pair.startswith(name):
-            refused(lambda pair=pair: load(pair), "exclude each other: name only one")
     # Every word changes something, except `mlp5`, which names the default.
-    assert written.count(written[0]) == 1 + ("mlp5" in words)
+    without_change = [word for word in words if as_json[word] == as_json[""]]
+    assert without_change == (["mlp5"] if "mlp5" in words else [])
+
+
+@pytest.mark.parametrize("spec", [
+    "deepmef:trainval,everything", "quality_fusion:trainval,everything",
+    "residual_dense:trainval,everything", "mma:concat,pooled", "deepmef:bagging,views",
+    "noise_classes:other,prediction",
+])  # fmt: skip
+def test_words_of_a_configuration_that_exclude_each_other_are_refused(spec):
+    words = "'everything' and 'trainval'" if "trainval" in spec else "exclude each other: name only"
+    refused(lambda: load(spec), words)
 
 
 def test_override_has_the_type_of_its_field_and_the_last_one_counts():
@@ -85,8 +90,8 @@ def test_differences_of_configurations_omit_unread_fields():
     assert config_lib.differences(config_io.from_json(config_io.to_json(plain)), plain) == {}
 
 
-# A word of the command line -> the fields that are read only with this word, with a value each.
-# With no word, the fields of `join` are read only by `vidjax evaluate`.
+# Word of the command line -> fields that are read only with this word -> a value of the field.
+# Only `vidjax evaluate` reads the fields of the empty word.
 UNREAD = {
     "loss.schedule=((0,0.5),)": {"loss.focal": "multiclass"},
     "loss.schedule=((0,0),(1,1))": {"loss.gamma": "3"},
@@ -122,57 +127,52 @@ READ = {
 
 
 def problems(*words):
+    """Returns the errors of a configuration with some overrides."""
     config = config_io.override(config_lib.default(), [f"--config.{word}" for word in words])
     return list(config_lib.problems(config))
 
 
 def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
-    for word, fields in UNREAD.items():
-        remedy = word.partition("=")[0] or "vidjax evaluate"
+    for needed_word, fields in UNREAD.items():
+        remedy = needed_word.partition("=")[0] or "vidjax evaluate"
         for name, value in fields.items():
             (problem,) = problems(f"{name}={value}")
             assert problem.startswith(f"config.{name}=") and 1 <= len(problem.splitlines()) <= 3
             assert remedy in problem
-            if word:
-                assert problems(f"{name}={value}", word) == []
+            if needed_word:
+                assert problems(f"{name}={value}", needed_word) == []
 
-    for name, (value, word) in READ.items():
+    for name, (value, excluding_word) in READ.items():
         assert problems(f"{name}={value}") == []
-        assert len(problems(f"{name}={value}", word)) == 1
-        assert problems(word) == []  # the default is never refused
+        assert len(problems(f"{name}={value}", excluding_word)) == 1
+        assert problems(excluding_word) == []  # the default is never refused
 
 
-def test_relabelling_is_needed_in_addition_to_noise_classes():
+def test_field_of_relabelling_is_refused_if_noise_classes_are_not_relabelled():
     words = "noise.keep=prediction", "data.distractors=noise", "noise.relabel_every_epochs=0"
     (problem,) = problems(*words)
     assert "--config.noise.relabel_every_epochs=1" in problem
 
 
-def test_decay_of_all_parameters_is_read_with_either_decay():
+def test_field_decay_all_is_read_with_total_decay_and_not_only_with_weight_decay():
     assert problems("optim.decay_all=true", "optim.total_decay=1") == []
 
 
 def test_gamma_is_read_if_a_loss_with_weight_is_not_softmax():
-    """By default, `loss.classification` is softmax, and `loss.focal` has no weight."""
+    """By default, `loss.classification` has the weight 1, and `loss.focal` has the weight 0."""
     assert problems("loss.gamma=3", "loss.classification=binary") == []
-    # `loss.focal` has no weight, so only `loss.focal` is not read.
     (problem,) = problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")
-    assert problem.startswith("config.loss.focal=")
+    assert problem.startswith("config.loss.focal=")  # is refused, and `loss.gamma` is not
 
 
 def test_tables_of_this_file_list_every_field_that_is_not_always_read():
     conditional = {name for name, field in config_lib.FIELDS.items() if field.read_when}
-
-    unread_by_default = {name for fields in UNREAD.values() for name in fields}
-    read_by_default = READ.keys()
-
     # `join.runs` has no `read_when`, because training refuses it by a separate check.
-    assert conditional | {"join.runs"} == unread_by_default | read_by_default
+    assert conditional | {"join.runs"} == {*READ}.union(*UNREAD.values())
 
 
 def test_evaluation_of_training_clips_is_refused_with_remedies():
     (problem,) = problems("data.train_splits=train,val")  # val is evaluated by default
-
     assert "--config=FILE:everything" in problem
     for remedy in ("ensemble.folds=5", "eval.split=test"):
         assert f"--config.{remedy}" in problem
@@ -185,11 +185,13 @@ def test_evaluation_of_training_clips_is_refused_with_remedies():
 def test_values_outside_the_range_of_a_field_are_refused():
     for name, field in config_lib.FIELDS.items():
         values: dict[str, Any] = dict(config_lib.DEFAULTS)
-        outside = ["zzz"] if field.choices else []
-        outside += [] if field.low is None else [field.low - 1]
-        # With a finite upper bound, an infinity is outside.
-        outside += [math.inf] if (field.below or field.high or math.inf) < math.inf else []
-        outside += [("face", 1)] if name in ("modalities", "data.train_splits") else []
+        outside: list[Any] = ["zzz"] if field.choices else []
+        if field.low is not None:
+            outside.append(field.low - 1)
+        if (field.below or field.high or math.inf) < math.inf:  # there is an upper bound
+            outside.append(math.inf)
+        if name in ("modalities", "data.train_splits"):
+            outside.append(("face", 1))
 
         for value in outside:
             with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
@@ -227,7 +229,7 @@ def test_page_of_configurations_equals_the_generated_documentation():
     assert docs.update(page) == page, "python -m tests.helpers.docs configs/README.md"
 
 
-# Fields that nothing reads, one in each group whose fields are looked up by name.
+# Fields that nothing reads: one in each group whose fields are looked up by name.
 INVENTED = {
     name: config_lib.Field(name, 1, "nothing reads it")
     for name in ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta",

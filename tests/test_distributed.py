@@ -40,7 +40,10 @@ def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
 
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
-    """Returns a function that starts two processes of a run; only the second gets `second`."""
+    """Returns a function that starts two processes of a run.
+
+    Both get the flags `words`. Only the second process gets the flags `second`.
+    """
     processes = []
 
     def run(*words, second=()):
@@ -64,15 +67,18 @@ def start(official_dir, cache_dir, tmp_path):
 
 
 def wait(processes):
+    """Returns the exit codes of processes, after they have ended."""
     return [process.wait(SECONDS) for process in processes]
 
 
 def wait_for_checkpoint(folder, processes):
+    """Waits until there is a new checkpoint. Asserts that no process ends before."""
+
     def steps():
         return {path.parent.name for path in folder.glob("checkpoints/*/manifest.json")}
 
     before, end = steps(), time.monotonic() + SECONDS
-    while steps() <= before:  # until there is one more checkpoint
+    while steps() <= before:
         assert time.monotonic() < end and all(process.poll() is None for process in processes)
         time.sleep(0.01)
 
@@ -97,9 +103,10 @@ def assert_close(left, right):
 @pytest.mark.slow
 @nightly_after_first("mode", ["resident", "streaming"])
 def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path, mode):
-    """In the nightly case, SIGTERM to one process first stops both processes at a checkpoint.
+    """The result equals a run of one process.
 
-    Only the nightly case writes a report and evaluates with two processes.
+    In the nightly case, SIGTERM to one process first stops both processes at a checkpoint. The run
+    also writes a report, and two processes evaluate the run.
     """
     run(shrunk(*WORDS, spec=SPEC), tmp_path / "one", official_data, num_devices=2)
     two, nightly = tmp_path / "two", mode == "streaming"
@@ -112,15 +119,14 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
         pair[1].send_signal(signum)
         first, second = wait(pair)
         if signum == signal.SIGTERM:
-            assert first == second == 143  # 128 + SIGTERM
-        else:  # process 1 is killed, so process 0 ends with an error
-            assert first not in (0, 143)
+            assert first == second == 128 + signal.SIGTERM
+        else:  # the second process is killed, so the first process ends with an error
+            assert first not in (0, 128 + signal.SIGTERM)
 
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
     assert "MAP" in (tmp_path / "0.txt").read_text()
     assert (two / "report.html").exists() == nightly
-
     if nightly:
         ranking = (two / "ranking.txt").read_bytes()
         assert wait(start("evaluate")) == [0, 0]
@@ -130,7 +136,6 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
 @pytest.mark.slow
 def test_processes_with_different_configurations_are_refused(start, tmp_path):
     codes = wait(start(f"--config={SPEC}", *WORDS, second=("--config.seed=3",)))
-
     assert 2 in codes and 0 not in codes
     output = "".join((tmp_path / f"{number}.txt").read_text() for number in (0, 1))
     assert "configuration is not the same in all processes" in output
@@ -159,7 +164,6 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
         train("one", devices=1, epochs=1)
         shutil.copytree(tmp_path / "one", tmp_path / "moved")
     moved, single = train("moved", devices=4, epochs=2), train("one", devices=1, epochs=2)
-
     assert abs(moved["map"] - single["map"]) < 0.02  # rounding may swap clips in a ranking
     resumed, expected = weights(tmp_path / "moved"), weights(tmp_path / "one")
     assert resumed.keys() == expected.keys()
@@ -171,9 +175,9 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
 def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
     chosen = jax.config.values["jax_platforms"]
     try:
-        # No warning (an error in tests) if the user has chosen the CPU, or if there is no GPU.
-        for there, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
-            monkeypatch.setattr(devices, "NVIDIA", there)
+        # No warning (an error in tests) if the user chose the CPU, or if there is no GPU.
+        for driver, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
+            monkeypatch.setattr(devices, "NVIDIA", driver)
             jax.config.update("jax_platforms", platforms)
             devices.make_mesh(1)
 

@@ -66,22 +66,21 @@ def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
 
 def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
     folder, cache_dir = clip_files.write_npz(tmp_path / "source", SOME), f"--cache_dir={tmp_path}"
-
     assert "1 or more" in say(folder, cache_dir, "--workers=0", code=2, program=arrays.main)
     out = say(folder, cache_dir, "--workers=1", program=arrays.main)
     assert "train: 40 clips, no ground truth" in out
 
 
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
-    """On a file system with ticks of 2 s, a second write in a tick does not change the time.
+    """If a file is written twice within a tick of the clock, its time stays the same.
 
-    So a digest is stored only if the last tick before the call was without a write.
+    So a digest is stored only if there was no write in the last tick before the call.
     """
     path, sha256_file, tick = tmp_path / "a.npz", files.sha256_file, 10**8
     path.write_bytes(b"1")
     monkeypatch.setattr(cache, "TICK_NS", tick)
     changed = time.time_ns()
-    # Inode, size and times stay the same at the second write.
+    # The second write changes neither the inode nor the size and times.
     monkeypatch.setattr(cache, "_read_file_state", lambda path: (1, 1, changed, changed))
 
     def slow_sha256_file(path):
@@ -124,9 +123,9 @@ def test_failure_of_one_process_ends_the_other_processes():
 
 
 def run(wanted, cpu_seconds=20, **more):
-    """Runs the job of `tests/helpers/limited_job.py` in a child with limits.
+    """Does what is `wanted` in a process with limits, by `tests/helpers/limited_job.py`.
 
-    The job "echo" returns its arguments, and tries to open a socket and to run a program.
+    "echo" returns the arguments, and tries to open a socket and to run a program.
     """
     limits: Any = {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds}
     return processes.run_limited(
@@ -177,7 +176,7 @@ def test_memory_and_cores_are_read_from_cgroups(tmp_path, groups, files, limit, 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
 
-    # Without a limit, the values of the machine count. Free memory is then unknown, which gives 0.
+    # Without limits, the values of the machine count. Its free memory is not known, which gives 0.
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert machine.memory_bytes(tmp_path) == (limit or physical)
     assert machine.free_bytes(tmp_path) == (free or 0)

@@ -51,7 +51,6 @@ def on_train(official_dir, tmp_path_factory):
 
 def test_run_on_everything_ranks_the_test_split(everything):
     folder, out = everything
-
     results = read_metrics(folder)
     assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12
     lists = made_runs.lists(folder / "ranking.txt").values()
@@ -61,7 +60,6 @@ def test_run_on_everything_ranks_the_test_split(everything):
 
 def test_run_on_everything_learns_all_clips_and_reports_no_score(everything):
     folder, _ = everything
-
     trained = ensemble.load(folder).trained
     assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
     assert trained.all()
@@ -88,7 +86,6 @@ def test_command_and_report_say_that_nothing_is_measured(everything, official_di
 
 def test_run_on_everything_has_no_best_checkpoint(everything, command):
     done = command("evaluate", f"--workdir={everything[0]}", "--config.eval.checkpoint=best")
-
     assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
 
 
@@ -98,16 +95,13 @@ def test_run_that_prefers_the_best_checkpoint_is_imported_without_a_map(everythi
     config = json.loads((run / "config.json").read_text())
     config["eval"]["checkpoint"] = "best"
     (run / "config.json").write_text(json.dumps(config))
-
     say("export", run, f"--to={exported}", "--format=safetensors")
     say("import", exported, f"--to={tmp_path / 'again'}")
 
 
 def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
     folder, _ = everything
-
     out = say("--mode=evaluate", f"--workdir={folder}", MEASURED)
-
     results = read_metrics(folder, "metrics_val.json")
     assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
     line = find_line(out, "MAP@100")
@@ -121,7 +115,6 @@ def test_comparison_on_test_is_refused_and_on_val_names_the_in_sample_run(
 ):
     folder, _ = everything
     words = ("--mode=compare", f"--workdir={tmp_path}/out", f"--runs={folder},{on_train}")
-
     assert FOLDS in say(*words, code=2)  # a run on everything is evaluated on test
     line = find_line(say(*words, MEASURED), "In sample")
     assert str(folder) in line and str(on_train) not in line
@@ -131,7 +124,6 @@ def test_blend_with_a_run_on_everything_is_in_sample_on_val_and_has_no_map_on_te
     everything, on_train, tmp_path, say
 ):
     words = ("--mode=evaluate", f"--workdir={tmp_path}", f"--runs={everything[0]},{on_train}")
-
     assert "in sample" in say(*words)  # on val, the default split
     assert read_metrics(tmp_path)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")

@@ -46,7 +46,7 @@ WHOLE = np.array([[3, 1, 3, 2], [0, 0, 5, 5]], np.int32)
 
 @pytest.fixture
 def export(command, tmp_path):
-    """Returns a function that exports by the command; it returns the JSON, or the error."""
+    """Returns a function that runs `vidjax export`; it returns the printed JSON, or the error."""
 
     def run(source, name, to="out", code=0):
         words = (source, f"--to={tmp_path / to}", f"--format={name}", "--json")
@@ -60,6 +60,7 @@ def export(command, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(trained):
+    """Returns a function: name of a system -> the folder of its run."""
     return lambda name: trained(*SYSTEMS[name].split())
 
 
@@ -68,14 +69,13 @@ def made(trained):
 def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_path, export):
     for chosen in FORMATS:
         if not all(map(importlib.util.find_spec, FORMATS[chosen].packages)):
-            continue
+            continue  # the packages of the format are not installed
         if chosen == "numpy" and name != "plda":
             error = export(made(name), chosen, code=2)
             assert f"--format=numpy {formats.NUMPY_SCOPE}" in error
             continue
 
-        exported = export(made(name), chosen, to=chosen)
-        assert exported["difference"] <= function.TOLERANCE
+        assert export(made(name), chosen, to=chosen)["difference"] <= function.TOLERANCE
         for file in (FORMATS[chosen].file, weights.WEIGHTS):
             assert (tmp_path / chosen / file).exists()
 
@@ -118,7 +118,7 @@ def test_imported_run_gives_identical_scores_and_embeddings(made, data, tmp_path
 
 
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
-    """Two outputs of -inf are equal. A finite difference of 2e-5 is too large."""
+    """Two outputs of -inf are equal. A difference of 2e-5 is too large, too."""
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
@@ -147,8 +147,8 @@ def test_failed_export_names_the_remedy_and_leaves_no_folder(
 )
 def test_export_to_a_full_disk_names_the_file(nearest_run, tmp_path, export, limit, name, file):
     """Libraries that write a file have errors of their own."""
-    if not all(map(importlib.util.find_spec, FORMATS[name].packages)):
-        pytest.skip("needs the packages of the format")
+    for package in FORMATS[name].packages:
+        pytest.importorskip(package)
     with devices.disable_program_cache(), file_limit(limit):
         error = export(nearest_run, name, code=2)
     assert "cannot write" in error and f"/{file}'" in error and "free some space" in error
@@ -195,7 +195,6 @@ def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_pat
     run = predict.restore(nearest_run)._replace(modalities={"a-b": 8, "a_b": 8})
     lengths = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
     assert lengths["a-b_mask"] != lengths["a_b_mask"]
-
     with pytest.raises(UserError, match=r"'a-b'\nchoose --format=stablehlo"):
         formats.tensorflow(run, {}, tmp_path)  # which would name both `a_b_mask`
 
@@ -206,9 +205,8 @@ def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
     program = f"from vidjax.cli.program import main; assert main({words}) == 0"
     python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
-    kept = {path.name for path in (tmp_path / "cache").rglob("*-cache")}
-    assert kept  # other programs
-    assert not {name for name in kept if name.startswith("jit_call")}  # exported programs
+    programs = [path.name for path in (tmp_path / "cache").rglob("*-cache")]
+    assert programs and not [name for name in programs if name.startswith("jit_call")]
 
 
 def make_gallery_of_cards(folder):
@@ -227,7 +225,6 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
     gallery = make(tmp_path / "people")
 
     facts = export(gallery.folder, name)
-
     assert facts["difference"] <= 1e-6 and facts["parts"] == made_galleries.WIDTHS
     names = json.loads((tmp_path / "out" / "identities.json").read_text())
     assert names == list(gallery.index.names)
@@ -239,17 +236,17 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
     answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))
     np.testing.assert_allclose(answers, expected, rtol=1e-5, atol=1e-6)
 
-    # A gallery is arrays without a net, so a format of programs is refused.
-    complaint = export(gallery.folder, "stablehlo", to="none", code=2)
-    assert "choose --format=safetensors or --format=numpy" in complaint
+    # A gallery has arrays and no net, so formats of programs are refused.
+    error = export(gallery.folder, "stablehlo", to="none", code=2)
+    assert "choose --format=safetensors or --format=numpy" in error
 
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
-    """The first of two people leads the second person by -900 to 690 nats; a stranger has -9999.
+    """The logit of the first of two people is up to 690 larger, or 900 smaller, than the second.
 
-    A lead is 1000 times the first coordinate of a vector, by `face/linear`. The oracle is the
-    logarithm of the mean probability of the members, in float64.
+    The difference is 1000 times the first coordinate of a vector, by `face/linear`. A stranger has
+    the logit -9999. The oracle is the logarithm of the mean probability of the members.
     """
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))
@@ -311,14 +308,14 @@ OPERATIONS = {
 
 
 def as_onnx(*names):
-    """Returns an ONNX graph of some operations, and operation -> input of the operation."""
+    """Returns a file of ONNX that computes some OPERATIONS, and name of operation -> its input."""
     pytest.importorskip("onnxruntime")
     from vidjax.apps.export import onnx_graph
 
     batch, inputs, shapes = jax.export.symbolic_shape("B"), {}, {}
     for name in names:
         x = inputs[name] = OPERATIONS[name][1]
-        shape = batch + x.shape[1:] if len(x) > 8 else x.shape  # B rows only for log_sigmoid
+        shape = batch + x.shape[1:] if name == "log_sigmoid" else x.shape
         shapes[name] = jax.ShapeDtypeStruct(shape, x.dtype)
 
     def compute(given):
@@ -333,7 +330,6 @@ def test_onnx_operations_equal_jax_operations():
     onnxruntime = pytest.importorskip("onnxruntime")
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})
     session = onnxruntime.InferenceSession(graph)
-
     for (name, x), output in zip(inputs.items(), session.run(None, inputs), strict=True):
         expected = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
         np.testing.assert_allclose(output, expected, rtol=2e-6, atol=1e-30, err_msg=name)
@@ -351,7 +347,7 @@ def core(monkeypatch):
 
 
 def test_openvino_sorts_as_jax(core):
-    """OpenVINO computes int64 as int32, and its TopK returns equal values in any order."""
+    """OpenVINO computes int64 as int32. Its TopK returns equal values in any order."""
     graph, inputs = as_onnx("ties", "stable sort", "descending", "sort of bools", "shuffle")
     outputs = core.compile_model(core.read_model(graph, b""), "CPU")(inputs).values()
     for (name, x), output in zip(inputs.items(), outputs, strict=True):
@@ -363,7 +359,6 @@ def test_openvino_sorts_as_jax(core):
 @nightly_after_first("name", ["knn", "mma"])
 def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, export, core):
     export(made(name), "onnx")
-
     run, model = predict.restore(made(name)), core.read_model(tmp_path / "out" / "model.onnx")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     clips = function.make_random_clips(run)
@@ -384,7 +379,7 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
     (tmp_path / "snippet.py").write_text(blocks["inputs"] + "\n" + blocks[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for module in ("exported", "exported.reader"):  # the export of a case before
+    for module in ("exported", "exported.reader"):  # of another case of this test
         monkeypatch.delitem(sys.modules, module, raising=False)
     variables = runpy.run_path(str(tmp_path / "snippet.py"))
 

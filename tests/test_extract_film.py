@@ -18,17 +18,16 @@ from vidjax.apps.gallery.gallery import make_models_origin
 from vidjax.apps.video import cards, film, pipeline, voices
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
-# Signs of the colour of a face minus the mean that the net subtracts -> name.
+# Signs of (red, green, blue) of a face minus the mean that the net subtracts -> name.
 PEOPLE = {(1, 1, -1): "Ada", (1, -1, 1): "Bob", (-1, 1, 1): "Eve"}
 # A detector of red: it finds Ada, Bob and the back of a head, but not Eve.
 RED = {"content": made_nets.detector((0.8, 0, 0))}
 # Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
 ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back", 100, 60)
-BOTH = [ADA, BACK]
 
 
 def shoot(path, models, *shots, unit="track", **options):
-    """Writes a film; returns what is extracted from it, and its clips."""
+    """Writes and extracts a film; returns the facts of the film, and its clips."""
     write_film(path, *shots, **options)
     return extract(path, path.with_suffix(""), models, unit=unit)
 
@@ -54,7 +53,6 @@ def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
             share = np.clip((time_s - change_s) / fade_s + 0.5, 0, 1)  # of the new slide
             mixed = (1 - share) * mixed + share * slide
         pictures.append(mixed.round().astype(np.uint8))
-
     films.write(tmp_path / "show.mkv", pictures, "ffv1", fps=10)
     starts, ends, names = zip(*read_tracks(tmp_path / "show.mkv", drawn.models), strict=True)
     assert names == SLIDES
@@ -113,7 +111,6 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
     single, both = tmp_path / f"single{ending}", tmp_path / f"of both{ending}"
     films.write(single, [picture([("Ada", 50, 40)])] * 3, "mpeg4", fps=1)
     films.double(single, both, cover=ending == ".mp4")
-
     for path, count in ((single, 0), (both, 1)):
         _, text = drawn.extract(path)
         assert "fewer than 2 frames per second" in text
@@ -129,14 +126,15 @@ def _back(monkeypatch):
 
 @pytest.fixture
 def models(drawn):
-    """Nets of faces and voices."""
+    """A folder of nets of faces and voices."""
     return write_voices(drawn.models)
 
 
 def add(models, role, **fields):
     """Adds a net to a folder of nets. Embedders average the colours of their crops.
 
-    The field `around` is a box around the face: left, top, right, bottom, where the face is 0 to 1.
+    `fields` are fields of the net's card. `around` is the crop: left, top, right and bottom, in a
+    unit in which the face is from 0 to 1.
     """
     if not role.endswith("detector"):
         fields = {"content": made_nets.embedder(weights=made_nets.colours()), **fields}
@@ -155,12 +153,12 @@ def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, drawn):
     side = right - left
     np.testing.assert_allclose(clip["head_box"][:, 0], left - side / 4, atol=1e-4)
     np.testing.assert_allclose(clip["body_box"].T, [left, bottom, right, top + 3 * side], atol=1e-4)
-    # Only the face is bright, so a crop with more of the dark background is darker. The net of the
-    # face subtracts a mean, and the other nets do not.
-    face = clip["face"] + drawn_people.EMBED["input"]["mean"][0]
-    red = {"face": face[:, 0], **{part: clip[part][:, 0] for part in ("head", "scene", "body")}}
-    assert np.all(red["face"] > red["head"] + 20) and np.all(red["head"] > red["scene"] + 20)
-    assert np.all(red["body"] < 40)
+    # Only the face is bright, so a crop with more of the dark background is darker. Number 0 of a
+    # vector is the mean red of the crop. The net of the face subtracts a mean from the colours.
+    face_red = clip["face"][:, 0] + drawn_people.EMBED["input"]["mean"][0]
+    head_red, scene_red, body_red = (clip[part][:, 0] for part in ("head", "scene", "body"))
+    assert np.all(face_red > head_red + 20) and np.all(head_red > scene_red + 20)
+    assert np.all(body_red < 40)
     for part in ("head", "body", "scene"):
         np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
 
@@ -174,8 +172,8 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, drawn
     add(drawn.models, "head_embedder")
     extracted, clips = extract(path, tmp_path / "out", drawn.models)
 
-    face_and_head = sorted(("face" in clip, "head" in clip) for clip in clips.values())
-    assert face_and_head == [(False, True), (True, False), (True, True)]  # BACK, Eve, Ada
+    has_face_and_head = sorted(("face" in clip, "head" in clip) for clip in clips.values())
+    assert has_face_and_head == [(False, True), (True, False), (True, True)]  # BACK, Eve, Ada
     (back,) = (track for track in extracted.tracks if "face" not in clips[track.clip])
     assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "left side of BACK"
     faces = [clip for clip in clips.values() if "face" in clip]
@@ -187,10 +185,8 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, drawn
 def test_head_detector_adds_no_tracks_without_faces_to_photos(tmp_path, drawn):
     add(drawn.models, "head_detector", **RED)
     add(drawn.models, "head_embedder")
-    drawn_people.write_photo(tmp_path / "photo.png", *BOTH)
-
+    drawn_people.write_photo(tmp_path / "photo.png", ADA, BACK)
     extracted, clips = extract(tmp_path / "photo.png", tmp_path / "photo", drawn.models)
-
     assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
 
 
@@ -216,17 +212,12 @@ def test_galleries_do_not_use_body_and_scene_embeddings(drawn):
 
 @pytest.mark.usefixtures("read_here")
 def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, models, recwarn):
-    """Only the head of BACK is found. Without a back end, the gallery does not compare heads.
-
-    Ada has a photo, and Eve has none.
-    """
+    """The film shows the faces of Ada, who has a photo, and of Eve, and the head BACK."""
     add(models, "head_detector", **RED)
     add(models, "head_embedder")
     drawn.befriend("Ada")
-    write_film(drawn.folder / "film.mkv", (2, 20, [*BOTH, EVE]))
-
+    write_film(drawn.folder / "film.mkv", (2, 20, [ADA, BACK, EVE]))
     drawn.who(drawn.folder / "film.mkv")
-
     assert sorted(row["identity"] or "" for row in drawn.rows()) == ["", "Ada", "unknown 1"]
     # The gallery does not warn that no clip has a voice: the film has no sound.
     assert not [warning for warning in recwarn if "no clip has" in str(warning.message)]
@@ -247,7 +238,6 @@ def test_face_tag_of_a_rotated_photo_names_the_face_at_its_place(drawn):
     write_film(drawn.folder / "film.mkv", (2, 20, [ADA, BOB]))
 
     content, output = drawn.who(drawn.folder / "film.mkv")
-
     assert content["people"] == {"Ada": 1}, output
     assert sorted(drawn.names().values()) == ["Ada", "unknown 1"]
 
@@ -269,7 +259,7 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
     np.testing.assert_allclose(first["audio_number"], [800, 1600, 2400], atol=1)
     np.testing.assert_allclose(first["audio_quality"], [1.4 / 1.6, 1, 1], atol=0.03)
     embed = voices.open_voice_embedder(cards.load(models)["voice_embedder"])
-    _, wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))  # two windows
+    _, wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))  # two windows of 1.6 s
     np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())
 
     # Without the nets of voices, the other arrays are the same.
@@ -284,21 +274,18 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
 @pytest.mark.slow
 def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, models, drawn):
     path, shots = tmp_path / "broken.mkv", ((4, 20, [ADA]), (4, 60, [BOB]))
-
     # The sound of the first shot is broken.
     extracted, clips = shoot(path, models, *shots, sound=tone(440, 8), broken=0.5)
-
     assert [name for name, clip in clips.items() if "audio" in clip] == ["broken.s001.t00"]
     assert extracted.lost_sound > 10, "of 16 damaged packets"
     assert not extracted.damaged and extracted.refused == 0, "only the sound is damaged"
-
     _, warnings = drawn.extract(path)
     assert f"pieces of sound that could not be decoded: {extracted.lost_sound:,}" in warnings
 
 
 @pytest.mark.slow
 def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_path, models):
-    """Bob leaves the picture in the first shot. The second shot always shows two people."""
+    """Bob leaves the picture in the first shot. The second shot shows two people until its end."""
     shots = (8, 20, [ADA, ("Bob", 296, 50)]), (4, 60, [ADA, BOB]), (4, 35, [EVE])
     path, options = tmp_path / "film.mkv", {"sound": tone(440, 16), "size": (240, 320)}
     _, clips = shoot(path, models, *shots, unit="shot", **options)
@@ -335,7 +322,7 @@ def test_voice_changes_the_odds_of_a_face_at_most_ninefold():
     card = cards.BackEnd(**made_nets.back_end(same=(0.95, 0.05), different=(0.0, 0.2)))
     both = backend.make_card_backend({"face": card, "audio": card})
     ada, bob = np.eye(2, made_nets.WIDTH, dtype=np.float32)
-    none = 0 * ada  # a missing part
+    none = 0 * ada  # a missing face or voice
     # Ada is enrolled with a face and a voice, Bob only with a face.
     people = both.enrol(["Ada", "Bob"], np.stack([np.r_[ada, ada], np.r_[bob, none]]), np.arange(2))
 

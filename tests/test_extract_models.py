@@ -33,6 +33,7 @@ BACK_END = made_nets.back_end(same=(0.9, 0.1))
 
 
 def assert_faces(faces, scores, boxes, points):
+    """Asserts that detected faces have these scores, boxes and points, and that there are some."""
     assert len(faces.scores) == len(scores) > 0
     np.testing.assert_allclose(faces.scores, scores, rtol=1e-5)
     np.testing.assert_allclose(faces.boxes, boxes, rtol=1e-4, atol=1e-3)
@@ -115,8 +116,7 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
     scores = rng(2).permutation(60).astype(np.float32) / 60
     points = rng(3).normal(size=(60, 5, 2)).astype(np.float32)
 
-    for face in sorted(range(60), key=lambda i: -scores[i]):
-        # test_extract_tracks.py tests measure_overlaps.
+    for face in np.argsort(-scores):  # the best face first
         if not kept or measure_overlaps(boxes[[face]], boxes[kept]).max() <= 0.3:
             kept.append(face)
 
@@ -130,20 +130,19 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
 def test_resize_is_bilinear_after_block_averages(size):
     """A reduction by 2 or more first averages blocks. Then pixel centres are interpolated."""
     image = rng(0).integers(0, 256, (12, 20, 3), np.uint8)
-    step = max(1, min(12 // size[0], 20 // size[1]))
-    height, width = 12 // step, 20 // step
-    means = image[: height * step, : width * step].astype(float)
-    means = means.reshape(height, step, width, step, 3).mean((1, 3))
+    block = max(1, min(12 // size[0], 20 // size[1]))  # the side of the blocks in pixels
+    height, width = 12 // block, 20 // block
+    means = image[: height * block, : width * block].astype(float)
+    means = means.reshape(height, block, width, block, 3).mean((1, 3))
     row, column = np.indices(size)
     places = (row + 0.5) * height / size[0] - 0.5, (column + 0.5) * width / size[1] - 0.5
     channels = np.moveaxis(means, -1, 0)
     expected = [ndimage.map_coordinates(x, places, order=1, mode="nearest") for x in channels]
 
     resized = nets.resize(image, *size)
-
     assert resized.dtype == np.uint8
     np.testing.assert_allclose(resized, np.stack(expected, -1), atol=0.501)  # rounded
-    # A picture of one row has no second row for the interpolation.
+    # In a picture of one row, there is no second row for the interpolation.
     assert nets.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
 
 
@@ -161,7 +160,6 @@ def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour
     expected = x.reshape(3, -1) @ made_nets.WEIGHTS.astype(float)
 
     vectors = embedder(crops)
-
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-3)
     many = np.resize(np.arange(3), 2 * nets.BLOCK_CROPS + 3)  # several blocks
@@ -189,14 +187,14 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
 
 
 def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
-    """A card contains four numbers of the answer of the net for an image that a formula gives."""
+    """A card contains four numbers of the net's answer for an image, which a formula computes."""
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
     vector = image @ made_nets.WEIGHTS.astype(float)
     card = cards.read(made_nets.write(tmp_path))
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
 
-    # The net is accepted with this answer. Wrong pixels change it by more than a coarse tolerance.
+    # The net is accepted. With other pixels, its answer differs by more than a coarse tolerance.
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
     nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):
@@ -230,6 +228,7 @@ def test_error_names_a_net_that_does_not_match_its_card(tmp_path):
 
 
 def write_card(text):
+    """Returns a function that writes a text into the card of a folder."""
     return lambda folder: (folder / "face.json").write_text(text, "latin-1")
 
 
@@ -302,6 +301,7 @@ def package(name):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
+    """A folder of the nets that `vidjax convert` makes of PACKAGES."""
     folder = tmp_path_factory.mktemp("nets")
     for kind, name in PACKAGES.items():
         assert main(["convert", kind, str(package(name)), f"--out={folder}"]) == 0
@@ -330,7 +330,6 @@ def test_convert_follows_no_link_in_a_package(command, tmp_path):
 def test_errors_without_onnx_or_onnxruntime_name_the_extra(command, tmp_path, monkeypatch):
     for package in ("onnx", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
-
     assert command("convert", "dlib", "x.dat", "--out=x").refused("vidjax[convert]")
     card = cards.read(made_nets.write(tmp_path))
     refused(lambda: nets.Embedder(card), "vidjax[video]")
@@ -359,7 +358,7 @@ def test_convert_refuses_unknown_or_damaged_packages(command, tmp_path, kind, na
     if path.suffix == ".whl":  # the end states that the list of entries begins far behind the end
         path.write_bytes(whole[:-4] + b"\x7f" + whole[-3:])
         assert convert().refused(path.name, "an entry begins before")
-    if path.suffix == ".gz":  # a file of -512 bytes: its header could be read again and again
+    if path.suffix == ".gz":  # a file of -512 bytes: a reader could read its header for ever
         header = tarfile.TarInfo("other").tobuf()
         path.write_bytes(gzip.compress(header[:124] + b"-0000001000\0" + header[136:] + bytes(512)))
         assert convert().refused(source["file"])
@@ -371,7 +370,6 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     assert set(loaded) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
     for card in loaded.values():
         nets.open_session(card)
-
     embedder = loaded["face_embedder"]
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]
@@ -401,7 +399,6 @@ def test_converted_centerface_equals_the_published_net_and_accepts_any_size(conv
         return nets.ask_net(session, card, inputs)
 
     images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
-
     wanted = published.run(None, {"input.1": nets.prepare_images(images, card.input)})
     for expected, actual in zip(wanted, ask(images).values(), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
@@ -439,12 +436,11 @@ def test_speakers_are_identified_and_the_card_contains_their_cosines(converted):
     benchmark = pytest.importorskip("tests.benchmarks.voices")
     rates = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), converted)
     assert rates["first"] == [70, 70]  # for 70 of 70 utterances, the speaker is the first answer
-    # At most 1 % of the strangers with whom the threshold was chosen reach it. Of other strangers,
-    # up to 2 % may reach it.
-    assert rates["at_1_percent"]["right"] >= 0.85 and rates["at_1_percent"]["strangers"] <= 0.02
-    # The names that a gallery gives with the cosines of the card, without a chosen threshold.
-    assert rates["by_card"]["right"] >= 0.8
-    assert rates["by_card"]["strangers"] <= 0.01 and rates["by_card"]["wrong"] == 0
+    # At most 1 % of some strangers reach the threshold. These are other strangers.
+    by_threshold, by_card = rates["at_1_percent"], rates["by_card"]
+    assert by_threshold["right"] >= 0.85 and by_threshold["strangers"] <= 0.02
+    # A gallery without a chosen threshold uses the cosines of the card.
+    assert by_card["right"] >= 0.8 and by_card["strangers"] <= 0.01 and by_card["wrong"] == 0
 
     back_end = cards.load(converted)["voice_embedder"].back_end
     assert back_end and not any(back_end.centre)

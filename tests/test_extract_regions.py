@@ -25,7 +25,7 @@ FACES = np.array([[60, 90, 130, 160], [200, 30, 280, 90]])  # in a picture of 40
 
 @pytest.fixture
 def tags_of(tmp_path):
-    """Returns a function: bytes of a photo -> tags, and a problem."""
+    """Returns a function: bytes of a photo -> face tags, and why tags cannot be read."""
 
     def read(content, name="a.jpg"):
         (tmp_path / name).write_bytes(content)
@@ -35,7 +35,7 @@ def tags_of(tmp_path):
 
 
 def boxes(parsed):
-    """Returns tags as (name, x, y, w, h)."""
+    """Returns tags as (name, x and y of the middle, width, height)."""
     return [
         (name, *np.round([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], 6))
         for name, (left, top, right, bottom) in parsed.tags
@@ -59,7 +59,7 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
 
 
 def photo(kind, packet):
-    """Returns the bytes of a photo in the format `kind` with XMP."""
+    """Returns the bytes of a photo in the format `kind` with the XMP `packet`."""
     file, picture = io.BytesIO(), Image.new("RGB", (64, 48))
     options = {"xmp": packet}
     if kind == "png":
@@ -107,7 +107,6 @@ def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
 def test_sidecar_that_is_a_link_or_whose_name_is_too_long_is_not_read(tags_of, tmp_path):
     own = photo("jpeg", MWG)
     (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
-
     parsed = tags_of(own)
     assert boxes(parsed) == TAGS and "is a link" in parsed.problem
     # The name has 255 bytes, the most that file systems allow, so a name with .xmp is too long.
@@ -149,9 +148,7 @@ HOSTILE = {
 @pytest.mark.parametrize(("content", "problem", "count"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content, problem, count):
     hostile, begin = content(), time.process_time()
-
     parsed = tags_of(hostile)
-
     assert time.process_time() - begin < 5 * slowness()
     assert len(parsed.tags) == count and problem in parsed.problem
     assert "\n" not in parsed.problem and bool(parsed.problem) == bool(problem)
@@ -196,6 +193,5 @@ def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
     """Tags 0, 1 and 2 cover face 0, and tag 2 fits it best. Only tag 0 covers face 1."""
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
     tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
-
     face_of_each_tag = regions.match_faces(tags, FACES, size=(400, 300), orientation=1)
     assert face_of_each_tag.tolist() == [1, -1, 0, -1]

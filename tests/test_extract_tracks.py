@@ -1,6 +1,7 @@
 """Tracks of heads, crops of faces, detection of shots, and cut lists."""
 
 import functools
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -33,14 +34,15 @@ def walk(start, speed):
 
 
 def follow(people, seconds, *, fps=5, noise=1.0, hidden=(0, 0.0, 0.0), seed=0):
-    """Tracks people, given as functions of time. `hidden` is (person, begin, end) of a gap.
+    """Tracks people for some seconds. `people` are functions from a time to the box of a person.
 
-    Returns the tracks, and for each track the numbers of the people in it.
+    `hidden` is (number of a person, begin, end) of a gap without detections of the person. Returns
+    the tracks, and for each track the numbers of the people in it.
     """
     rng, tracker, owners = np.random.default_rng(seed), tracks.Tracker(), defaultdict(set)
-    who, begin_s, end_s = hidden
+    hidden_person, begin_s, end_s = hidden
     for time_s in np.arange(0, seconds, 1 / fps):
-        away = {who} if begin_s < time_s < end_s else set()
+        away = {hidden_person} if begin_s < time_s < end_s else set()
         visible = [n for n in rng.permutation(len(people)) if n not in away]
         boxes = np.array([people[n](time_s) for n in visible]).reshape(-1, 4)
         boxes += rng.normal(0, noise, boxes.shape)
@@ -60,55 +62,54 @@ def follow(people, seconds, *, fps=5, noise=1.0, hidden=(0, 0.0, 0.0), seed=0):
 def test_two_heads_that_cross_keep_their_tracks(fps, below):
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        # In pixels per second. With more frames per second, people may be faster.
-        speed = rng.uniform(15, 25) * fps / 5 + 10
+        speed = rng.uniform(15, 25) * fps / 5 + 10  # pixels per second
         # They meet after 3 of 6 s. The second person is `below` pixels lower.
         people = [walk((100, 100), (speed, 0)), walk((100 + 6 * speed, 100 + below), (-speed, 0))]
-
-        ended, owners = follow(people, seconds=6, fps=fps, seed=seed)
-        assert sorted(owners) == [[0], [1]], (seed, owners)
+        ended, people_of_tracks = follow(people, seconds=6, fps=fps, seed=seed)
+        assert sorted(people_of_tracks) == [[0], [1]], (seed, people_of_tracks)
         assert all(len(track.times) >= 5 * fps for track in ended), "seen in 5 of 6 s or more"
 
 
 def test_track_never_mixes_two_people_who_meet_while_one_is_hidden():
     people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]  # they meet after 2.5 s
     for seed in range(5):
-        _, owners = follow(people, seconds=5, hidden=(1, 2.05, 2.95), seed=seed)
-        assert all(len(who) == 1 for who in owners), (seed, owners)
-        assert len(owners) <= 4, (seed, owners)  # each person's track may end when they meet
+        _, people_of_tracks = follow(people, seconds=5, hidden=(1, 2.05, 2.95), seed=seed)
+        assert all(len(each) == 1 for each in people_of_tracks), (seed, people_of_tracks)
+        assert len(people_of_tracks) <= 4, "each of two tracks may end when the people meet"
 
 
 def test_track_continues_after_a_short_gap_but_not_after_a_long_gap():
-    # The gap begins at 2 s. A track ends after a gap of 1 s, and then the person gets a new track.
+    # The gap begins at 2 s. After a gap of more than 1 s, the person gets a new track.
     for end_s, numbers in ((2.7, [0]), (3.9, [0, 1])):
         ended, _ = follow([walk((100, 100), (20, 0))], seconds=6, hidden=(0, 2.0, end_s))
         assert [track.number for track in ended] == numbers
 
 
 def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
-    # In each frame of the pan, faces of 48 pixels move by 225 / 5 pixels.
-    ended, owners = follow([walk((100 + 110 * n, 100), (225, 0)) for n in range(3)], seconds=3)
-    assert sorted(owners) == [[n] for n in range(3)]
-    assert [len(track.times) for track in ended] == [15] * 3  # all frames: 3 s, 5 per second
-
+    # With 5 frames per second, faces of 48 pixels move by 225 / 5 pixels from frame to frame.
+    pan = [walk((100 + 110 * n, 100), (225, 0)) for n in range(3)]
+    ended, people_of_tracks = follow(pan, seconds=3)
+    assert sorted(people_of_tracks) == [[n] for n in range(3)]
+    assert [len(track.times) for track in ended] == [3 * 5] * 3  # all frames
     speed = np.random.default_rng(0).uniform(-3, 3, 24)
-    people = [walk((100 + 90 * (n % 8), 100 + 150 * (n // 8)), (speed[n], 0)) for n in range(24)]
-    _, owners = follow(people, seconds=8, noise=2)
-    assert sorted(owners) == [[n] for n in range(24)]
+    crowd = [walk((100 + 90 * (n % 8), 100 + 150 * (n // 8)), (speed[n], 0)) for n in range(24)]
+    _, people_of_tracks = follow(crowd, seconds=8, noise=2)
+    assert sorted(people_of_tracks) == [[n] for n in range(24)]
 
 
 def test_cut_ends_every_track():
-    """One box for 4 s, with a cut at 1.9 s: just before the frame of 2 s, which starts a shot."""
+    """There is a frame every 0.2 s. The cut at 1.9 s comes just before the frame of 2 s."""
     tracker = tracks.Tracker()
 
-    for n in range(20):
-        if n == 10:
-            tracker.cut(1.9)
-            assert [len(track.times) for track in tracker.take_ended()] == [10]
-            assert tracker.take_ended() == []
-        assert tracker.update(n / 5, BOX).tolist() == [n // 10]
-    tracker.cut(3.9)
+    numbers = [tracker.update(n / 5, BOX).tolist() for n in range(10)]
+    tracker.cut(1.9)
+    assert numbers == [[0]] * 10
+    assert [len(track.times) for track in tracker.take_ended()] == [10]
+    assert tracker.take_ended() == []
 
+    numbers = [tracker.update(n / 5, BOX).tolist() for n in range(10, 20)]
+    tracker.cut(3.9)
+    assert numbers == [[1]] * 10
     (last,) = tracker.take_ended()
     assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
     assert last.times[0] == 1.9, "where the shot begins"
@@ -118,18 +119,18 @@ def test_cut_ends_every_track():
 def test_tracks_change_in_the_middle_of_a_dissolve():
     """The dissolve lasts from 1 to 2 s. Both people are detected from 1.2 to 1.6 s.
 
-    There is a frame every 0.2 s. Before the frame of 2 s, the trackers learn that the middle of the
-    dissolve was at 1.5 s. So the new shot begins at 1.5 s, and its first frame is the frame of 2 s.
-    The track that began in the dissolve, at 1.2 s, is dropped.
+    There is a frame every 0.2 s. Just before the frame of 2 s, the trackers learn that the middle
+    of the dissolve was at 1.5 s. So the second shot begins at 1.5 s with the frame of 2 s. The
+    track of the second person that began at 1.2 s is dropped.
     """
     tracker, main = tracks.Tracker(), tracks.MainFigures()
     other = np.array([[200, 10, 260, 70]])
-    for n in range(20):
+    both = np.concatenate([BOX, other])
+    for n, boxes in enumerate([BOX] * 6 + [both] * 3 + [other] * 11):
         if n == 10:
             tracker.cut(1.5)
             main.cut(1.5)
-        both = np.concatenate([BOX, other])
-        tracker.update(n / 5, BOX if n < 6 else both if n <= 8 else other)
+        tracker.update(n / 5, boxes)
         main.update(n / 5, BOX)
 
     for each in (tracker, main):
@@ -141,8 +142,8 @@ def test_tracks_change_in_the_middle_of_a_dissolve():
         assert (last.shot, last.times[:2], last.ends[-1]) == (1, [1.5, 2.2], 3.9)
 
 
-def test_single_detection_is_a_track_if_its_picture_lasts_long():
-    # Seconds until the next picture, begin and end of each track. More than 0.4 s are long.
+def test_single_detection_is_a_track_if_its_picture_lasts_longer_than_400_ms():
+    # Seconds until the next picture, and the begins and ends of each track.
     for held_s, wanted in ((0.2, []), (0.5, [([1.0], [1.5])]), (4.0, [([1.0], [5.0])])):
         tracker = tracks.Tracker()
         tracker.update(1.0, BOX)
@@ -152,13 +153,14 @@ def test_single_detection_is_a_track_if_its_picture_lasts_long():
 
 
 def test_track_continues_if_one_slow_frame_lacks_the_detection():
-    for rate in (0.1, 24_000 / 24_024, 5.0):  # frames per second
-        tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(rate))
+    for fps in (0.1, 24_000 / 24_024, 5.0):
+        tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(fps))
         # Frame 1 has no detection.
-        assert [tracker.update(n / rate, BOX).tolist() for n in (0, 2, 3)] == [[0]] * 3
+        assert [tracker.update(n / fps, BOX).tolist() for n in (0, 2, 3)] == [[0]] * 3
 
 
 def test_overlap_is_intersection_over_union():
+    """The oracle counts pixels."""
     corners = np.random.default_rng(1).integers(0, 12, (2, 9, 2, 2))
     boxes = np.concatenate([corners.min(2), corners.max(2) + 1], -1)
     pixels = np.zeros((2, 9, 13, 13), bool)
@@ -176,12 +178,12 @@ def test_main_figure_follows_the_definition_of_the_paper():
 
     def count_seen(frames, fps=5):
         """Returns the number of frames of each main figure. A frame lists the widths of boxes."""
-        shots = tracks.MainFigures()
-        for number, sides in enumerate(frames):
-            boxes = np.array([[0, 0, side, 1] for side in sides], np.float32).reshape(-1, 4)
-            shots.update(number / fps, boxes)
-        shots.cut(len(frames) / fps)
-        return [len(track.times) for track in shots.take_ended()]
+        figures = tracks.MainFigures()
+        for number, widths in enumerate(frames):
+            boxes = np.array([[0, 0, width, 1] for width in widths], np.float32).reshape(-1, 4)
+            figures.update(number / fps, boxes)
+        figures.cut(len(frames) / fps)
+        return [len(track.times) for track in figures.take_ended()]
 
     assert count_seen([[3, 1]] * 10) == [10] and count_seen([[2.9, 1]] * 10) == []
     # Over 30 % of 10 frames: at least 4 frames.
@@ -192,9 +194,9 @@ def test_main_figure_follows_the_definition_of_the_paper():
 
 
 def faces(order, alike=0.98, seed=0):
-    """Returns [N, 128], a vector for each person in `order`.
+    """Returns a face vector for each number of a person in `order`, [N, 128].
 
-    Two vectors of a person have a cosine of about `alike`, two people of about 0.83.
+    The cosine of two vectors is about `alike` for one person, and about 0.83 for two people.
     """
     rng, each = np.random.default_rng(seed), 0.83 / alike
     axes = np.linalg.qr(np.random.default_rng(0).normal(size=(128, max(order) + 2)))[0].T
@@ -212,9 +214,10 @@ def test_track_is_split_where_another_person_appears():
         ([0], []),
     ):
         for seed in range(3):
-            # Only the direction of vectors counts, so they are not unit vectors here.
+            # Only the direction of vectors counts, so the length may differ from 1.
             vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
             assert tracks.find_changes(vectors, times, held=False, back_end=DLIB) == places
+            # If the cosines of one person and of two people are not known, no track is split.
             assert tracks.find_changes(vectors, times, held=False, back_end=None) == []
 
 
@@ -231,12 +234,12 @@ def test_real_tracks_are_split_only_if_they_show_two_people():
     """In 13 tracks, over a fifth of the faces show a second person. Fewer faces are a dissolve."""
     arrays = dict(np.load(TRACKS))
     split = {True: [], False: []}  # shows two people -> whether each track is split
-    for low, high in zip(arrays["track_begin"][:-1], arrays["track_begin"][1:], strict=True):
-        person = arrays["person"][low:high]
-        count = np.unique(person, return_counts=True)[1].max()
+    for low, high in itertools.pairwise(arrays["track_begin"]):
+        person = arrays["person"][low:high]  # of each face
+        num_main_person = np.unique(person, return_counts=True)[1].max()
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
         places = tracks.find_changes(vectors, times, held=False, back_end=DLIB)
-        split[bool(count < 0.8 * len(person))].append(bool(places))
+        split[bool(num_main_person < 0.8 * len(person))].append(bool(places))
 
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])
@@ -252,8 +255,8 @@ def test_similarity_transform_is_the_least_squares_solution():
     """The oracle solves u = a x - b y + x0, v = b x + a y + y0 for (a, b, x0, y0)."""
     rng = np.random.default_rng(0)
     for _ in range(20):
-        place = turn(rng.uniform(-3, 3), rng.uniform(0.1, 5), *rng.uniform(-99, 99, 2))
-        points = TEMPLATE @ place[:, :2].T + place[:, 2] + rng.normal(0, 3, (5, 2))
+        motion = turn(rng.uniform(-3, 3), rng.uniform(0.1, 5), *rng.uniform(-99, 99, 2))
+        points = TEMPLATE @ motion[:, :2].T + motion[:, 2] + rng.normal(0, 3, (5, 2))
         rows = [row for x, y in points for row in ([x, -y, 1, 0], [y, x, 0, 1])]
         a, b, x0, y0 = np.linalg.lstsq(np.array(rows), TEMPLATE.ravel(), rcond=None)[0]
         transform = align.fit_similarity(points[None], TEMPLATE)[0]
@@ -265,10 +268,10 @@ def test_similarity_transform_is_the_least_squares_solution():
     np.testing.assert_allclose(transform @ (7, 7, 1), TEMPLATE.mean(0))
 
 
-@pytest.mark.parametrize("place", [(0.3, 0.8, -9, 4), (2, 1.7, 20, -20)])
-def test_warp_is_bilinear_interpolation(place):
+@pytest.mark.parametrize("motion", [(0.3, 0.8, -9, 4), (2, 1.7, 20, -20)])
+def test_warp_is_bilinear_interpolation(motion):
     rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
-    matrix, (v, u) = turn(*place), np.indices((24, 24))
+    matrix, (v, u) = turn(*motion), np.indices((24, 24))
 
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
     x, y, _ = np.moveaxis(np.stack([u, v, np.ones_like(u)], -1) @ inverse.T, -1, 0)
@@ -278,9 +281,9 @@ def test_warp_is_bilinear_interpolation(place):
 
     crop = align.warp_faces(rgb, matrix[None], size=24)[0]
     assert crop.dtype == np.uint8 and np.abs(crop - np.stack(expected, -1)).max() <= 0.51
-    # The picture is moved out of the crop, to the right or the left, or shrinks to a point.
+    # Three crops are black: the picture is moved to the right or the left, or shrinks to a point.
     outside = np.stack([turn(0, 1, x=500), turn(0, 0.1, x=-300), turn(0, scale=0)])
-    assert not align.warp_faces(rgb, outside, size=16).any(), "black"
+    assert not align.warp_faces(rgb, outside, size=16).any()
 
 
 def test_reduced_crops_are_means_over_areas():
@@ -305,8 +308,7 @@ def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head
     # The eyes of the small face are 5.65 pixels apart; 40 pixels are full size.
     np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 5.65 / 40])
     front, small, turned, side = align.measure_frontality(faces)
-    assert 0.9 < front == pytest.approx(turned) == pytest.approx(small)
-    assert side == 0
+    assert 0.9 < front == pytest.approx(turned) == pytest.approx(small) and side == 0
     none = np.zeros((1, 5, 2))  # five equal points
     assert align.measure_size(none) == 0 and align.measure_frontality(none) <= 1
 
@@ -339,7 +341,7 @@ def test_dark_glasses_are_detected_and_shadows_are_not():
     lens = np.hypot(x - TEMPLATE[0, 0], y - TEMPLATE[0, 1]) < 22
     glasses = np.where(lens | np.fliplr(lens), 30.0, bare)
 
-    # Eyes that are lit evenly, from one side, and dimly; glasses, one dark lens, and nothing.
+    # Eyes in even light, in light from one side, and in dim light; glasses; one lens; black.
     pictures = [bare, lit, 0.2 * bare, glasses, np.where(lens, 30.0, bare), 0 * bare]
     crops = np.array(pictures).astype(np.uint8)[..., None].repeat(3, -1)
     assert align.has_dark_eyes(crops, TEMPLATE).tolist() == [False] * 3 + [True, False, False]
@@ -404,7 +406,7 @@ def test_cuts_are_found_and_motion_is_not_taken_for_a_cut(dark, bright):
     lengths = rng.integers(20, 60, 12)
     cameras = rng.choice(["still", "pan", "hand", "zoom"], 12)
     lights = rng.uniform(dark, bright, 12)
-    parts = map(functools.partial(shot, rng), cameras, lengths, lights)
+    parts = [shot(rng, *each) for each in zip(cameras, lengths, lights, strict=True)]
     assert find_cuts(filmed(rng, *parts)) == np.cumsum(lengths)[:-1].tolist()
 
 
@@ -419,7 +421,7 @@ def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     darkest = len(first) + steps  # the last picture of the fade out
     assert abs(cut_frame - darkest) <= 3 + steps / 3
 
-    # A fade out at the end and black frames are not shots.
+    # A fade out at the end is no cut, and black frames are no shot.
     black = np.zeros((30, 36, 64, 3))
     assert find_cuts(filmed(rng, first, fade(first[-1:], 20), black)) == []
     assert find_cuts(filmed(rng, black, first)) == [len(black)]
@@ -436,7 +438,7 @@ def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
     updates = [n for n, small in enumerate(film) if detector.update(n / RATE, small)]
     (reported,) = updates[1:]  # the first update reports the start of the film
 
-    # The longest dissolve (1.6 s) includes still pictures, so a report may be some frames late.
+    # The detector expects dissolves up to 1.6 s, so its report may be some frames late.
     assert begin < reported <= end + 15
     _, start_s = detector.starts
     assert start_s * RATE == pytest.approx((begin + end - 1) / 2, abs=RATE / 5)
@@ -444,7 +446,7 @@ def test_dissolve_is_one_cut_in_its_middle_reported_after_its_end(steps):
 
 @pytest.mark.nightly
 def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
-    """Pictures a second apart differ, and pictures between them are nearly mixtures of both."""
+    """As in a dissolve, each picture is nearly a mixture of an earlier and a later picture."""
     for seed in range(3):
         rng = np.random.default_rng(seed)
         fine = rng.uniform(60, 190, (36, 100, 1)).repeat(3, 2)
@@ -481,12 +483,12 @@ def seen(film, start, end, name="Ada", probability: float | None = 0.9):
 
 
 def read_times(path):
-    """Returns for each event its begin and end in the film, and its begin and end in the list."""
+    """Returns the times of each event: begin and end in the film, begin and end in the list."""
     return re.findall("AA/V  C        (.*)", path.read_text())
 
 
 def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
-    """A margin has 1 s. Margins end with the film, and appearances with overlapping margins join.
+    """A margin is 1 s, or less at the ends of a film. Events with overlapping margins are joined.
 
     Photos and unknown people are left out.
     """
@@ -513,10 +515,9 @@ def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
 
 
 def test_time_codes_of_rates_such_as_29_97_count_whole_frames(tmp_path):
-    # At 30000/1001 frames per second, 1000 s are 29970 frames: 999 s of 30 frames. Other rates
-    # count as the nearest usual rate.
+    # At 30000/1001 frames per second, 1000 s are 29970 frames, which count as 999 s of 30 frames.
     for rate, times in (
-        (29.98, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),
+        (29.98, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # counts as 30000/1001
         (14.7, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # counts as 24000/1001
         (30, "00:16:40:00 00:33:20:00 00:00:00:00 00:16:40:00"),
     ):
@@ -529,9 +530,7 @@ def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
     films = [film("a.mp4", 29.97), film("b.mp4", 25, 9000.0)]
     appearances = [seen(films[0], 1, 2)]
     appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(1000)]
-
     cuts.write(tmp_path, appearances, films, padding_s=1.0)
-
     # A cut list has at most 999 events. The film of 25 frames per second has 1000.
     for name, count in (("29.97 fps", 1), ("25 fps", 999), ("25 fps part 2", 1)):
         assert len(read_times(tmp_path / f"Ada {name}.edl")) == count
@@ -541,19 +540,21 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     long = "\U0001f600" * 300
     names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
     source = film("a.mp4", 25)
-
     cuts.write(tmp_path, [seen(source, 1, 2, name) for name in names], [source], padding_s=1.0)
-
     files = [path.name for path in tmp_path.iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
-    # 200 bytes and `.edl`.
-    assert all(len(name.encode()) <= 204 and not re.search(r"[/\\:]|^\.", name) for name in files)
+    assert max(len(name.encode()) for name in files) <= 200 + len(".edl")
+    assert not any(re.search(r"[/\\:]|^\.", name) for name in files)
 
 
 def test_error_of_a_misspelt_film_name_suggests_the_film(tmp_path):
     (tmp_path / "holiday.mp4").touch()
     with pytest.raises(UserError, match=r"no file or folder '.*'\ndid you mean '.*holiday\.mp4'"):
         pipeline.list_files([tmp_path / "holidy.mp4"])
+
+
+def test_file_instead_of_a_folder_of_people_is_refused(tmp_path):
+    film = tmp_path / "holiday.mp4"
+    film.touch()
     with pytest.raises(UserError, match=r"is not a folder: .* of each person$"):
-        film = tmp_path / "holiday.mp4"
         who.name_people([film], film, tmp_path / "out", tmp_path)

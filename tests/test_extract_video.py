@@ -35,7 +35,7 @@ def red_corners(rgb):
 
 
 def read(path, fps=5):
-    """Returns all frames of a film, `fps` per second with a picture `rgb`, and the video."""
+    """Returns all frames of a film, and the video. `fps` frames per second have a picture `rgb`."""
     with decode.open_video(path) as video:
         return list(video.frames(fps)), video
 
@@ -69,7 +69,7 @@ def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, co
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
-    """Other threads may be refused, for example by `ulimit -u`. Then pictures would be lost."""
+    """The system may refuse other threads (`ulimit -u`). Then pictures would be lost."""
     with decode.open_video(film) as video:
         before = len(os.listdir("/proc/self/task"))
         frames = video.frames(5)
@@ -82,7 +82,6 @@ def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
 def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect, width):
     path = tmp_path / "a.mp4"
     films.write(path, [corner()] * 5, "mpeg4", aspect=aspect)
-
     (first, *_), _ = read(path)
     assert first.rgb is not None and first.rgb.shape == (120, width, 3)
     assert red_corners(first.rgb) == [0]
@@ -125,7 +124,6 @@ def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
     for name in ("a.gif", "a.png"):
         pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
         assert red_corners(films.read_photo(tmp_path / name)) == [0]
-
     # FFmpeg cannot decode an animated WebP. The remedy is another format.
     pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
     refused(tmp_path / "a.webp", "convert it to JPEG")
@@ -137,7 +135,6 @@ def test_film_that_claims_to_be_a_heic_photo_is_refused(tmp_path):
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
-
     refused(tmp_path / "photo.heic", "damaged photo")
 
 
@@ -145,20 +142,16 @@ def test_heic_photo_with_pictures_beyond_the_limit_is_refused(tmp_path, monkeypa
     pytest.importorskip("pillow_heif").register_heif_opener()
     pytest.importorskip("PIL.Image").fromarray(films.scene(1)).save(tmp_path / "large.heic")
     monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
-
     refused(tmp_path / "large.heic", "pixels, more than")
 
 
 def test_uneven_frame_times_are_kept_and_sampled_by_time(tmp_path):
     stamps = [0, 10, 20, 30, 500, 510, 1000, 1900, 1910, 2000]
     films.write(tmp_path / "uneven.mkv", [films.scene(0)] * 10, stamps=stamps)
-
     frames, video = read(tmp_path / "uneven.mkv", fps=2)
-
     np.testing.assert_allclose([frame.time_s * 1000 for frame in frames], stamps, atol=1e-3)
-    # The first frame in each half second.
     sampled = [round(frame.time_s * 1000) for frame in frames if frame.rgb is not None]
-    assert sampled == [0, 500, 1000, 1900, 2000]
+    assert sampled == [0, 500, 1000, 1900, 2000]  # the first frame in each half second
     assert video.counts.repaired == 0
 
 
@@ -187,14 +180,14 @@ def test_pipes_devices_folders_and_sound_files_are_refused(tmp_path):
 
 
 def test_bad_time_stamps_are_repaired():
-    # Time stamps of frames, repaired times, number of repairs. The change of a bad time stamp
-    # applies to all later time stamps, too. It counts as one repair.
+    # Time stamps of frames, repaired times, and the number of repairs. A repair moves all later
+    # time stamps, too, and counts once.
     for stamps, times, repaired in (
         ([0.0, 0.1, 0.5], [0.0, 0.1, 0.5], 0),
         ([None, None, None], [0.0, 0.1, 0.2], 3),
         ([0.0, 0.1, 0.1, 0.3], [0.0, 0.1, 0.2, 0.4], 1),
         ([5.0, 5.1, 0.0, 0.1], [5.0, 5.1, 5.2, 5.3], 1),  # two films, one after the other
-        ([0.0, 0.1, 1e9, 1e9 + 0.1], [0.0, 0.1, 0.2, 0.3], 1),  # long after `latest_s`
+        ([0.0, 0.1, 1e9, 1e9 + 0.1], [0.0, 0.1, 0.2, 0.3], 1),  # after `latest_s`
         ([-4e-7, 0.1], [0.0, 0.1], 0),  # the start of the file was rounded up
         ([-0.5, -0.4, 0.3], [0.0, 0.1, 0.8], 1),
     ):
@@ -205,7 +198,6 @@ def test_bad_time_stamps_are_repaired():
 
 def test_truncated_film_is_read_as_far_as_possible(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
-
     frames, video = read(film)
     assert 0 < len(frames) < 30, "a third of the bytes has about 20 frames"
     assert video.counts.damaged
@@ -221,7 +213,6 @@ def test_undamaged_frames_of_a_damaged_film_are_read(film):
     film.write_bytes(content)
 
     frames, video = read(film)
-
     lost = video.counts.corrupt + video.counts.refused
     assert len(frames) == video.counts.frames > 20
     assert lost > 0 and len(frames) + lost == pytest.approx(60, abs=10)
@@ -238,9 +229,8 @@ def test_film_that_claims_two_billion_times_is_damaged(tmp_path):
 
 @pytest.mark.parametrize("name", films.NO_FILMS)
 def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
-    film.rename(tmp_path / "secret.mkv")  # some of the files refer to it
+    film.rename(tmp_path / "secret.mkv")  # some files of NO_FILMS refer to it
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
-
     error = seen.refused(lambda: read(tmp_path / name), name)
     assert ("an empty file" if name == "empty.mp4" else "MP4") in error
 
@@ -248,11 +238,9 @@ def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
 def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1.png").write_bytes(films.photo(corner(), "png"))
-
     for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
         with pytest.raises(FileNotFoundError):
             read(Path(name))
-
     # The pattern %d.png would match 1.png, whose corner is red.
     (tmp_path / "%d.png").write_bytes(films.photo(films.scene(0), "png"))
     assert red_corners(films.read_photo(Path("%d.png"))) == []
@@ -265,7 +253,7 @@ def test_sound_follows_its_time_stamps(tmp_path):
     samples[rate // 2 :] = 0
     films.write(path, [films.scene(0)] * 50, sound=samples, rate=rate, start_s=0.85)
 
-    heard = np.zeros(32_000, np.float32)
+    heard = np.zeros(32_000, np.float32)  # 2 s with 16,000 samples per second
     with decode.open_video(path) as video:
         assert video.info.sound
         for time_s, block in video.sound():
@@ -283,7 +271,6 @@ def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
     data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
     (tmp_path / "huge.bmp").write_bytes(data)
-
     refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
@@ -298,7 +285,6 @@ def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch,
     monkeypatch.setattr(decode, "MOST_PIXELS", limit)
 
     frames, video = read(path, fps=25)
-
     widths = {frame.rgb.shape[1] for frame in frames if frame.rgb is not None}
     assert widths == ({160} if lost else {160, 640})
     assert video.counts.refused == lost

@@ -14,11 +14,12 @@ from vidjax.core import augment, fusion
 
 
 def fuse(name, rng, frames, **options):
+    """Returns the frames that the fusion `name` makes of the frames of each clip."""
     return jax.jit(fusion.make_fusion({"name": name, **options}))(rng, frames)
 
 
 def draw(*, seed, quality, **options):
-    """Fuses drawn frames of one clip. Returns the share of each frame in them, [num_draws, T]."""
+    """Returns the share of each frame of a clip in the frames of `random`, [num_draws, T]."""
     fused = fuse("random", jax.random.key(seed), one_hot_frames(quality), **options)
     shares = np.asarray(fused.features[0])
     np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-6)
@@ -28,9 +29,7 @@ def draw(*, seed, quality, **options):
 @pytest.mark.slow
 def test_number_of_fused_frames_follows_probs():
     probs = (0.25, 0, 0.65, 0, 0.10)  # of fusing 1, 2, 3, 4 and 5 frames
-
     shares = draw(seed=2, quality=np.ones(300), num_draws=4_000, probs=probs)
-
     # The smallest share of n different frames is 1 / n. Of 300 frames, few are drawn twice.
     smallest = np.where(shares > 0, shares, 1).min(axis=1)
     counts = np.bincount(np.rint(1 / smallest).astype(int), minlength=6)[1:]  # of 1 to 5
@@ -40,8 +39,7 @@ def test_number_of_fused_frames_follows_probs():
 @pytest.mark.slow
 def test_drawn_frames_are_weighted_by_quality():
     quality = np.asarray([1.0, 2.0, 4.0])
-    # The options draw 2 frames for each fused frame. All frames have the same probability.
-    options = {"num_draws": 500, "max_frames": 2, "probs": (0, 1)}
+    options = {"num_draws": 500, "max_frames": 2, "probs": (0, 1)}  # a fused frame has 2 frames
     # `draw` returns the shares with equal weights. The same key draws the same frames.
     expected = draw(seed=3, quality=quality, **options) * quality
     expected /= expected.sum(axis=1, keepdims=True)
@@ -55,28 +53,24 @@ def test_drawn_frames_are_weighted_by_quality():
 
 @pytest.mark.slow
 def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
-    """With parameters 1 and three frames, mean 1/3, variance 1/18, median 1 - 1/sqrt(2)."""
+    """A weight of three has the mean 1/3, the variance 1/18, and the median 1 - 1/sqrt(2)."""
     # Each fused frame contains all three frames.
     options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
-
     shares = draw(seed=8, quality=np.ones(3), weighting="mixup", **options)
-
     np.testing.assert_allclose(shares.mean(axis=0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(shares.var(axis=0), 1 / 18, atol=0.003)
     np.testing.assert_allclose(np.median(shares, axis=0), 1 - 0.5**0.5, atol=0.01)
 
 
 def test_weights_that_are_all_0_count_as_equal():
-    """Otherwise they would give 0 / 0. Negative qualities count as 0."""
+    """Negative qualities count as 0."""
     # Some draws contain only frames of quality -1. `draw` asserts that all shares sum to 1.
     draw(seed=4, quality=[-1, -1, 5], num_draws=200, weighting="quality")
 
     frames = make_frames([3, 3, 2, 0], max_frames=3)
     frames.quality[:3] = [[-1, 10, 50], [-1, -2, np.nan], [0, 0, 0]]
     frames.detection[:] = 1
-
     weights = jax.jit(fusion.frame_weights, static_argnums=1)(frames, "graded")
-
     # `graded` multiplies a quality of 10 by 0.2, and a quality of 50 by 1.
     np.testing.assert_allclose(weights, [[0, 2, 50], [1, 1, 1], [1, 1, 0], [0, 0, 0]], rtol=1e-6)
 
@@ -108,12 +102,10 @@ def test_padding_and_bad_quality_do_not_change_fused_features(name, options):
 @pytest.mark.parametrize("length", [3, 8])
 def test_draws_without_replacement_repeat_no_frame_before_all_frames_are_drawn(length):
     options = {"num_draws": 400, "probs": (0, 0, 0, 0, 1), "replacement": False}
-
     # 5 frames are averaged, so 5 x share is the number of times that a frame is drawn.
     counts = 5 * draw(seed=6, quality=np.ones(length), **options)
-
     np.testing.assert_allclose(counts, np.rint(counts), atol=5e-6)
-    assert np.ptp(np.rint(counts), axis=1).max() <= 1
+    assert np.ptp(np.rint(counts), axis=1).max() <= 1  # the maximum minus the minimum of a draw
     np.testing.assert_allclose(counts.mean(axis=0), 5 / length, atol=0.15)
 
 
@@ -121,12 +113,10 @@ def test_draws_without_replacement_repeat_no_frame_before_all_frames_are_drawn(l
 def test_second_draw_without_replacement_follows_the_remaining_qualities():
     quality = np.array([1.0, 0.0, 2.0, 4.0, 3.0])
     options = {"num_draws": 20_000, "max_frames": 2, "probs": (0, 1), "replacement": False}
-
     drawn = draw(seed=7, quality=quality, sampling="quality", **options) > 0
-
     np.testing.assert_array_equal(drawn.sum(axis=1), 2)
     p = quality / quality.sum()
-    # P(i is drawn) = P(i is first) + sum over j of P(j is first) P(i | j is gone).
+    # P(i is drawn) = P(i is first) + sum over j of P(j is first) P(i is second | j is first).
     expected = [x + sum(np.delete(p, i) * x / (1 - np.delete(p, i))) for i, x in enumerate(p)]
     np.testing.assert_allclose(drawn.mean(axis=0), expected, atol=0.015)
 
@@ -139,12 +129,12 @@ def real(frames, clip, field="features"):
 def windows_oracle(frames, clip, max_frames):
     """Returns the frames of one clip, then means of each frame and the next frames of a ring."""
     own = real(frames, clip)
-    # The library orders the ring by this hash of the rank. A mean has 2 to `max_frames` frames.
-    ring = sorted(range(len(own)), key=lambda rank: rank * 2654435769 % 2**32)
+    # The library orders the ring by this hash of a frame's number. Means have 2 to `max_frames`.
+    ring = sorted(range(len(own)), key=lambda number: number * 2654435769 % 2**32)
     merged = []
-    for rank in range(len(own)):
-        count = min(2 + rank % (max_frames - 1), len(own))
-        window = np.arange(count) + ring.index(rank)
+    for number in range(len(own)):
+        count = min(2 + number % (max_frames - 1), len(own))
+        window = np.arange(count) + ring.index(number)
         merged.append(own[np.array(ring)[window % len(ring)]].mean(axis=0))
     return np.concatenate([own, merged])
 
@@ -152,7 +142,7 @@ def windows_oracle(frames, clip, max_frames):
 @pytest.mark.parametrize(("dtype", "x64"), [("float32", False), ("int8", False), ("float32", True)])
 def test_fixed_windows_match_a_loop(dtype, x64):
     frames = make_frames([9, 1, 3, 0, 6], max_frames=9, dtype=dtype)
-    frames.mask[0, 4] = frames.mask[4, 0] = False  # filters leave holes
+    frames.mask[0, 4] = frames.mask[4, 0] = False  # as if a filter had removed two frames
 
     with jax.enable_x64(x64):
         union = fuse("windows", None, frames, max_frames=4)
@@ -177,12 +167,12 @@ def test_random_windows_average_their_frame_and_one_to_four_others():
     # First the frames themselves with their padding, then the averages of frames.
     own, means = np.split(np.asarray(union.features[:, 0], np.float32), 2, axis=1)
     np.testing.assert_array_equal(own[:, :length], [np.eye(length)] * 500)
-    merged = means[:, :length] > 0  # [500 keys, 12 averages, 12 frames]
-    assert merged[:, range(length), range(length)].all()
-    counts = merged.sum(axis=2)
-    # 2, 3, 4 and 5 frames are equally frequent in 500 x 12 averages: 2.5 others of 11 on average.
-    np.testing.assert_allclose(np.bincount(counts.ravel(), minlength=6)[2:] / 6000, 0.25, atol=0.02)
-    others = merged.mean(axis=0)[~np.eye(length, dtype=bool)]
+    contains = means[:, :length] > 0  # [500 keys, 12 averages, 12 frames]
+    assert contains[:, range(length), range(length)].all()
+    # Averages of 2, 3, 4 and 5 frames are equally frequent. They have 2.5 of 11 others on average.
+    frequency = np.bincount(contains.sum(axis=2).ravel(), minlength=6) / (500 * length)
+    np.testing.assert_allclose(frequency[2:], 0.25, atol=0.02)
+    others = contains.mean(axis=0)[~np.eye(length, dtype=bool)]
     np.testing.assert_allclose(others, 2.5 / 11, atol=0.08)
 
 
@@ -244,7 +234,10 @@ def test_random_fusion_without_a_key_suggests_fusions_that_draw_nothing():
 
 
 def filter_oracle(frames, clip, *, min_quality, min_detection, top_share):
-    """Returns which frames are kept: of those that pass, the best share; all, if none passes."""
+    """Returns which frames of a clip are kept, bool [T].
+
+    They are the best share of the frames that reach both minima. If no frame does, all are kept.
+    """
     quality, real = frames.quality[clip], frames.mask[clip]
     kept = real & (quality >= (-np.inf if min_quality is None else min_quality))
     kept &= frames.detection[clip] >= (min_detection or 0)
@@ -263,9 +256,7 @@ def test_frame_filters_match_a_loop(limits):
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
     frames.quality[4] = 2  # below the limit of 30
     frames.mask[5, 3:9] = False  # a hole
-
     kept = fuse("all", None, frames, **limits)
-
     expected = [filter_oracle(frames, clip, **limits) for clip in range(6)]
     np.testing.assert_array_equal(kept.mask, expected)  # only the mask changes
     jax.tree.map(np.testing.assert_array_equal, kept._replace(mask=frames.mask), frames)
@@ -283,7 +274,6 @@ def test_number_of_frames_in_a_top_share_is_rounded_up():
 def test_filters_treat_a_score_that_is_not_finite_as_the_lowest():
     frames = make_frames([4, 2], max_frames=4)
     scores = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
-
     # In clip 1, no frame reaches 20, so both are kept.
     for field in ("quality", "detection"):
         given: Any = frames._replace(**{field: scores})
@@ -314,10 +304,8 @@ def test_randomly_repeated_top_frames_include_every_frame():
     # With a key, frames repeat at random. Clip 0 has 3 frames.
     pick = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
     drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(8), 200)))
-
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
-    assert counts.min() >= 1
-    assert counts.std() > 1  # frames in turn: 11, 11 and 10 times
+    assert counts.min() >= 1 and counts.std() > 1  # frames in turn: 11, 11 and 10 times
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
 
 
@@ -326,7 +314,6 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32
     assert counts.max() > 11  # in turn: at most 11
-
     # Clip 3 alone, with less padding.
     one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
@@ -337,34 +324,31 @@ SAMPLED.mask[0, [0, 7]] = False  # 10 are left
 
 
 def test_drawn_samples_are_different_frames_in_time_order():
-    """Clip 2 has fewer frames than the sample, so frames 0 and 1 repeat. Both are drawn."""
+    """Clip 2 has only frames 0 and 1, which repeat in its sample of 5 frames."""
     pick = jax.vmap(lambda rng: fusion.sample_frames(rng, SAMPLED, num_frames=5))
     drawn = jax.jit(pick)(jax.random.split(jax.random.key(1), 600))
 
     number = np.asarray(drawn.number) // 10  # [600 keys, 4 clips, 5 frames]
-    assert np.all(np.diff(number[:, 0]) > 0)
-    assert np.all(np.diff(number[:, 2]) >= 0)
+    assert np.all(np.diff(number[:, 0]) > 0) and np.all(np.diff(number[:, 2]) >= 0)
     share = np.bincount(number[:, 0].ravel(), minlength=12) / 600
     np.testing.assert_allclose(share, 0.5 * SAMPLED.mask[0], atol=0.08)  # 5 of 10 frames
-    ones = number[:, 2].sum(axis=1)  # how often frame 1 of clip 2 is drawn
-    assert (ones.min(), ones.max()) == (1, 4)
+    count = number[:, 2].sum(axis=1)  # of frame 1 of clip 2
+    assert (count.min(), count.max()) == (1, 4)  # so each sample has both frames
     np.testing.assert_array_equal(drawn.mask[0], [[True] * 5] * 3 + [[False] * 5])
     np.testing.assert_array_equal(drawn.features[7, 0], SAMPLED.features[0, number[7, 0]])
 
 
 def test_samples_without_a_key_are_evenly_spaced():
-    """A sample has the middle frames of five equal pieces of the clip. Clip 3 is empty."""
+    """A sample has the middle frames of five equal pieces of a clip. Clip 3 is empty."""
     even = fuse("sample", None, SAMPLED, num_frames=5)
-
     # The real frames of clip 0 are 1 to 6 and 8 to 11.
     expected = [[2, 4, 6, 9, 11], [1, 3, 5, 7, 9], [0, 0, 1, 1, 1]]
     np.testing.assert_array_equal(even.number[:3] // 10, expected)
-    assert even.features.dtype == np.float16
-    assert not even.mask[3].any()
+    assert even.features.dtype == np.float16 and not even.mask[3].any()
 
 
 def test_frames_are_drawn_in_proportion_to_quality():
-    """A negative or not finite quality counts as 0. If all qualities are 0, they are equal."""
+    """A quality that is negative or not finite counts as 0. Qualities that are all 0 are equal."""
     quality = [[1, 0, 3, -5], [np.nan, 1, np.inf, 1], [0, -1, np.nan, 0], [1e-30, 3e-30, 0, 0]]
     expected = np.array([[0.25, 0, 0.75, 0], [0, 0.5, 0, 0.5], [0.25] * 4, [0.25, 0.75, 0, 0]])
     frames = jax.tree.map(lambda *clip: np.concatenate(clip), *map(one_hot_frames, quality))
@@ -403,7 +387,7 @@ def join_clips(rng, clips):
 
 @pytest.mark.slow
 def test_short_clips_are_joined_with_the_same_partner_in_each_modality():
-    """The partner does not depend on padding."""
+    """Padding does not change the partner, which is another short clip or the clip itself."""
     pairs, padded = [], {name: pad(frames, count=4) for name, frames in JOINED.items()}
     for seed in range(60):
         union, of_padded = (join_clips(jax.random.key(seed), clips) for clips in (JOINED, padded))
@@ -419,8 +403,7 @@ def test_short_clips_are_joined_with_the_same_partner_in_each_modality():
 
     assert set(pairs) == set(itertools.product((0, 1, 3), repeat=2))
     unchanged = [partner == clip for clip, partner in pairs]
-    # Clips are joined with probability 0.5, and never with themselves.
-    np.testing.assert_allclose(np.mean(unchanged), 0.5, atol=0.13)
+    np.testing.assert_allclose(np.mean(unchanged), 0.5, atol=0.13)  # half are joined
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ NOBODY_IS_NEW = SETTINGS._replace(stranger=-6.0)  # logarithm of the prior odds 
 PEOPLE = 700
 
 
-def ratio(space, clips, query):
-    """Returns log p(query | clips of the person) / p(query), from joint normal densities."""
+def log_ratio(space, clips, query):
+    """Returns log(p(query | clips of a person) / p(query)) from joint normal densities."""
 
     def log_density(vectors):
         cov: Any = np.kron(np.ones((len(vectors), len(vectors))), np.diag(space.ratio))
@@ -38,7 +38,7 @@ def ratio(space, clips, query):
 
 
 def oracle(people, clip):
-    """Returns identity -> log-probability of a clip; None is a new person."""
+    """Returns name of an enrolled person -> log-probability of a clip. None is a new person."""
     front = people.backend
     ends = np.cumsum(list(front.widths.values()))[:-1]
     logits = {None: front.settings.stranger + np.log(len(people.identities))}
@@ -51,8 +51,8 @@ def oracle(people, clip):
                 continue  # the clip lacks the modality
             known = [unit(x - part.centre) for x in known if x.any()]
             if known:
-                log_ratio = ratio(part.space, known, unit(query - part.centre))
-                logits[name] += front.settings.scale * log_ratio
+                of_part = log_ratio(part.space, known, unit(query - part.centre))
+                logits[name] += front.settings.scale * of_part
             else:
                 logits[name] += front.settings.unenrolled
     return dict(zip(logits, special.log_softmax([*logits.values()]).tolist(), strict=True))
@@ -62,11 +62,9 @@ def test_vectors_of_another_gallery_are_refused(tmp_path):
     gallery, clips = make(tmp_path / "g"), {"a": make_clip(1, "person 1")}
     good, version = vectors_of(gallery, clips), gallery.version
     face, audio = good.parts["face"], good.parts["audio"]
-    for parts in (
-        {"audio": audio, "face": face},
-        {"face": face},
-        {"face": face[:, :4], "audio": audio},
-    ):
+    # Parts in another order, a missing part, and a part of another width.
+    narrow = {"face": face[:, :4], "audio": audio}
+    for parts in ({"audio": audio, "face": face}, {"face": face}, narrow):
         bad = good._replace(parts=parts)
         for use in (gallery.identify, gallery.rank, gallery.group, gallery.enrol):
             refused(lambda use=use, bad=bad: use(bad), "`embed` of this gallery")
@@ -77,48 +75,46 @@ def test_vectors_of_another_gallery_are_refused(tmp_path):
 def test_probabilities_match_the_float64_equations(tmp_path, lacks):
     people = make(tmp_path / "g")
     clip = make_clip(777, "person 3", lacks=lacks)
-
     (logs,) = people.index.search(people.backend.split(clip.vector[None]))
-
     log_probabilities = dict(zip([None, *people.index.names], logs.tolist(), strict=True))
     assert log_probabilities == pytest.approx(oracle(people, clip), abs=2e-5)
     assert np.exp(logs).sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_log_softmax_is_exact():
-    """In 80 bits, the oracle is x - max(x) - log1p(sum of exp(x - max(x)) over the others)."""
+    """The oracle computes x - max(x) - log1p(sum of exp(x - max(x)) of all but the maximum)."""
     rng = np.random.default_rng(0)
     for spread, size in ((1, 1), (1, 50), (30, 3), (300, 2), (300, 50)):
         logits = rng.normal(0, spread, size)
-        wide, best = logits.astype(np.longdouble), int(np.argmax(logits))
+        wide, best = logits.astype(np.longdouble), int(np.argmax(logits))  # 80 bits
         others = np.sum(np.exp(np.delete(wide, best) - wide[best]))
         wanted = (wide - wide[best] - np.log1p(others)).astype(float)
-
         logs = backend_lib.log_softmax(logits)
         np.testing.assert_allclose(logs, wanted, rtol=1e-10, atol=1e-300)
 
 
 def test_stranger_whose_vector_is_the_centre_never_passes_the_threshold(tmp_path):
-    clips, front = make_clips(), made_galleries.make_front()  # 6 strangers
+    """The vector minus the centre is 0, as if the clip had neither a face nor a voice."""
+    clips, front = make_clips(strangers=6), made_galleries.make_front()
     centres = front.split(clips["stranger 0"].vector[None])
     parts = [p._replace(centre=x[0]) for p, x in zip(front.parts, centres, strict=True)]
     front = front._replace(parts=tuple(parts))
     people = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, clips)
 
-    # The vector minus the centre is 0, as if the clip had no modality.
-    assert people.threshold(fpir=0.15).num_alarms == 0  # 1 of 7 may pass: the next stranger
-    # 6 of 7 may pass: the next stranger and the other 5 strangers.
+    # A share of 0.15 is 1 of 7 strangers: a future stranger, and no enrolled stranger.
+    assert people.threshold(fpir=0.15).num_alarms == 0
+    # A share of 0.99 is 6 of 7 strangers: a future stranger, and all but `stranger 0`.
     assert people.threshold(fpir=0.99).num_alarms == 5
 
 
 def test_fpir_threshold_needs_enough_strangers(tmp_path):
     people = make(tmp_path / "g")  # 12 people, 6 strangers
-
-    threshold = people.threshold(fpir=0.29)  # 2 of 7 may pass: one stranger and the next stranger
+    # A share of 0.29 is 2 of 7 strangers: an enrolled stranger and a future stranger.
+    threshold = people.threshold(fpir=0.29)
     assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
     assert threshold.interval == metrics.fpir_interval(1, 6)
 
-    # 0.14 * 7 < 1, so not even the next stranger may pass. 0.14 * 8 > 1.
+    # 7 x 0.14 is less than 1, and 8 x 0.14 is more than 1.
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
@@ -130,7 +126,6 @@ def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path
     rule = make(tmp_path / "few", make_clips(strangers=98)).rule()
     assert rule.default and rule.by == "new"  # a name needs a probability above one half
     assert "99 clips of strangers instead of 98" in rule.about
-
     gallery = make(tmp_path / "enough", make_clips(strangers=99))
     assert gallery.rule() == gallery.rule(fpir=0.01)._replace(default=True)
     assert "is 99.9999 % or more" in gallery.rule(threshold=0.999999).about
@@ -149,7 +144,7 @@ def test_a_name_needs_more_than_one_half_or_the_threshold_of_the_user(by, least,
 
 
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):
-    """The stranger whose score sets the threshold is not named, also after rounding."""
+    """One stranger has exactly the score of the threshold, and must not be named."""
     clips = make_clips(strangers=100)
     people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
     strangers = vectors_of(people, {name: clips[name] for name in people.strangers})
@@ -163,12 +158,10 @@ def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path)
 
 
 def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
-    """Another process removes 10 of 12 people. The clips show these 12 people and 12 others."""
+    """Another process removes 10 of 12 people. The clips show the 12 people and 12 other people."""
     people = make(tmp_path / "g", make_clips(strangers=100), settings=NOBODY_IS_NEW)
     before = people.rule(fpir=0.25)
-
     Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
-
     assert people.rule(fpir=0.25).score != before.score
     shown = {f"query {n}": make_clip(700 + n, f"person {n % 24}") for n in range(50)}
     for answer in people.identify(vectors_of(people, shown), fpir=0.25).values():
@@ -209,10 +202,10 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     assert "for Ada: the clips of each person are from one film" in capsys.readouterr().err
     assert people.identities["Ada"] == 3  # clips
     columns = [people.index.names.index(name) for name in ("Ada", "Bob")]
-    films_and_photos = people.index.counts[:, columns].max(axis=0)  # over the parts, face and audio
+    films_and_photos = people.index.counts[:, columns].max(axis=0)  # of faces or voices
     assert films_and_photos.tolist() == [1, 2]  # Bob: the film and a photo
 
-    # Ada gets the coefficients of a person with one clip, whose vector is the mean of the 3 clips.
+    # Ada is enrolled like a person with one clip, whose vector is the mean of the 3 clips.
     mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)
     mean_clip = StoredClip("Ada", mean.astype(np.float32))
     expected = enrol(people.backend, {"Ada": ["film"]}, {"film": mean_clip})
@@ -223,15 +216,14 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
 
 def test_gallery_acts_as_a_collection_of_people(tmp_path):
     people, nobody = make(tmp_path / "g"), make(tmp_path / "none", {})
-
     assert len(people) == 12 and list(people) == list(people.identities)
     assert len(nobody) == 0 and nobody  # an empty gallery is true
 
 
 def make_index(*, cards=False, **settings):
-    """Returns an index of PEOPLE in three blocks.
+    """Returns an index of PEOPLE people in three blocks.
 
-    With `cards`, the back end compares distances, as for nets with cards.
+    If `cards` is true, vectors are compared by their distances, as in galleries of models.
     """
     backend = made_galleries.make_front(SETTINGS._replace(**settings))
     if cards:
@@ -245,7 +237,7 @@ def make_index(*, cards=False, **settings):
 
 
 def query_vectors(count):
-    """Returns vectors of clips of `count` enrolled and `count` other people; some lack a part."""
+    """Returns a vector for each of `count` enrolled and `count` other people. Some lack a part."""
     numbers = [*range(count), *range(PEOPLE, PEOPLE + count)]
     lacks = ("", "face", "", "audio")
     clips = (make_clip(9000 + n, f"person {n}", lacks=lacks[n % 4]) for n in numbers)
@@ -253,7 +245,7 @@ def query_vectors(count):
 
 
 def assert_near(answers, wanted):
-    """Asserts that two lists of answers are equal to 1e-6, except for the order of ties."""
+    """Asserts that two lists of answers differ by at most 1e-6. The order of ties may differ."""
     for answer, expected in zip(answers, wanted, strict=True):
         assert answer.new == pytest.approx(expected.new, abs=1e-6, rel=1e-6)
         names, logs = zip(*answer.best, strict=True)
@@ -281,10 +273,9 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
 
 @nightly_after_first("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
 def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
-    """The search computes only the logits of few people in float64. The oracle computes all."""
+    """The search computes the logits of few people in float64. The oracle computes all."""
     index = make_index(stranger=stranger, scale=scale)
     parts = index.backend.split(query_vectors(20))
-
     clips_per_query = [np.ones(len(x)) for x in parts]
     asked = index._prepare(index.backend.units(parts), clips_per_query)
     found = zip(index.nearest(parts, 5), index.search(parts), strict=True)
@@ -303,11 +294,10 @@ def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, sc
 def test_a_clip_without_any_part_shows_nobody():
     index = make_index()
     nothing = index.backend.split(np.zeros((1, 8 + 5), np.float32))  # lacks face and audio
-
-    # A person who is not enrolled has the log-probability 0. The list of enrolled people is empty.
+    # A new person has the log-probability 0. The list of enrolled people is empty.
     assert [*index.nearest(nothing, 5)] == [(0.0, [], ())]
-    # Entry 0 of `search` is a person who is not enrolled. All other log-probabilities are -inf.
-    assert [logs[1:].max() for logs in index.search(nothing)] == [-np.inf]
+    (logs,) = index.search(nothing)
+    assert (logs[1:] == -np.inf).all()  # of enrolled people
 
 
 def test_equally_probable_people_are_sorted_by_name(tmp_path, monkeypatch):

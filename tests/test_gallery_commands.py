@@ -45,13 +45,13 @@ def folder(made, tmp_path):
 
 @pytest.fixture
 def tell(say):
-    """Runs `vidjax gallery WORDS`."""
+    """Returns a function that runs `vidjax gallery WORDS`."""
     return functools.partial(say, "gallery")
 
 
 @pytest.fixture
 def ask(say):
-    """Runs `vidjax WORDS --json`."""
+    """Returns a function that runs `vidjax WORDS --json`."""
     return lambda *words, code=0: say(*words, "--json", code=code)
 
 
@@ -101,14 +101,13 @@ def test_enrolling_a_known_clip_with_other_frames_or_person_is_refused(tell, fol
     error = tell(*words, "--identity=Eve", code=2)
     assert "clip 'Ada 0' is already enrolled as 'Ada', not 'Eve'" in error
     assert "remove" not in error  # as a remedy, it would delete Ada
-
     write_clips(tmp_path / "ada", "Ada", seed=2)  # the same names, other frames
     error = tell(*words, "--identity=Ada", code=2)
     assert "clip 'Ada 0' is already enrolled with another vector" in error
 
 
 def list_rows(answers):
-    """Returns the rows of a table of answers with the three best people of each clip."""
+    """Returns answers as rows of a table. A row has the three best people of a clip."""
     columns = [f"{column}_{place}" for place in (1, 2, 3) for column in ("best", "probability")]
     return [
         {"clip": clip, "identity": x.identity, "probability": x.probability, "score": x.score}
@@ -132,8 +131,8 @@ def test_identify_writes_equal_answers_in_each_format(tell, folder, tmp_path, ma
     assert [*map(json.loads, json_lines)] == tell(*words, "--json")["answers"] == as_json
     assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == as_rows
     csv_rows = [*csv.DictReader((tmp_path / "a.csv").read_text().splitlines())]
-    texts = [{k: "" if cell is None else str(cell) for k, cell in row.items()} for row in as_rows]
-    assert csv_rows == texts
+    as_text = [{k: "" if cell is None else str(cell) for k, cell in row.items()} for row in as_rows]
+    assert csv_rows == as_text
     answer_table, _, _ = tell(*words).partition("\nidentify\n")  # a summary comes after the table
     _, *lines = answer_table.splitlines()
     printed = [line.split()[:2] for line in lines]
@@ -144,7 +143,7 @@ def test_identify_writes_equal_answers_in_each_format(tell, folder, tmp_path, ma
 def test_missing_or_wrong_run_folder_gets_a_hint_to_the_run_flag(tell, nearest_run, tmp_path):
     words = ("identify", tmp_path / "g", f"--input={write_clips(tmp_path / 'ada', 'Ada')}")
     made_galleries.make(tmp_path / "g")  # names a run that does not exist
-    for flags in ((), (f"--run={nearest_run}",)):
+    for flags in ((), (f"--run={nearest_run}",)):  # no flag, and a run of another gallery
         assert "--run=FOLDER" in tell(*words, *flags, code=2)
 
 
@@ -168,35 +167,32 @@ def test_enrol_reads_one_subfolder_per_person(tell, folder, tmp_path):
 
 def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tmp_path):
     photos = write_clips(tmp_path / "photos" / "Ada", "Ada").parent
-    np.savez(photos / "Ada" / "dead.npz", face=np.zeros((0, WIDTH), np.float16))
-    with pytest.warns(UserWarning, match="1 clip without a usable frame, Ada/dead"):
+    np.savez(photos / "Ada" / "empty.npz", face=np.zeros((0, WIDTH), np.float16))
+    with pytest.warns(UserWarning, match="1 clip without a usable frame, Ada/empty"):
         assert "enrolled    2 clips" in tell("enrol", folder, f"--input={photos}")
 
     identify = ("identify", folder, f"--input={photos / 'Ada'}")
     rows = [row.split() for row in tell(*identify).splitlines()]
-    assert ["dead", "unknown", "no", "usable", "frame"] in rows
+    assert ["empty", "unknown", "no", "usable", "frame"] in rows
     scores = {row["clip"]: row["score"] for row in tell(*identify, "--json")["answers"]}
-    assert scores["dead"] is None  # JSON has no number for -inf
+    assert scores["empty"] is None  # JSON has no number for -inf
 
 
 def test_json_of_identify_and_rank_describes_the_rule_and_names_the_file(tell, folder, tmp_path):
-    clips = f"--input={write_clips(tmp_path / 'ada', 'Ada')}"
-    outs = [tmp_path / f"{command}.csv" for command in ("identify", "rank")]
-    named, ranked = [
-        tell(out.stem, folder, clips, "--fpir=0.5", f"--out={out}", "--json") for out in outs
-    ]
-    assert [named["answers"], ranked["ranking"]] == [*map(str, outs)]
+    words = (folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}", "--fpir=0.5", "--json")
+    answers, ranking = f"{tmp_path}/answers.csv", f"{tmp_path}/ranking.csv"
+    named = tell("identify", *words, f"--out={answers}")
+    ranked = tell("rank", *words, f"--out={ranking}")
+    assert (named["answers"], ranked["ranking"]) == (answers, ranking)
     assert named["threshold"]["fpir"] == 0.5 and named["rule"]["by"] == "fpir"
     assert all(named[field] == ranked[field] for field in ("rule", "threshold", "clips"))
 
 
 def test_enrol_refuses_splits_and_clips_outside_a_folder_of_a_person(tell, folder, tmp_path):
     words = ("enrol", folder, f"--input={tmp_path / 'photos'}")
-
     for split in ("train", "val"):
         write_clips(tmp_path / "photos" / split, "Ada")
     assert "splits of a dataset, not names of people" in tell(*words, code=2)
-
     write_clips(tmp_path / "photos", "Eve")  # next to the folders
     error = tell(*words, code=2)
     assert "--identity=NAME" in error and "PATH/NAME/CLIP.npz" in error
@@ -207,11 +203,10 @@ def test_rank_writes_a_submission(tell, folder, tmp_path, made, data):
     ranked, out = made.rank(data, split="val"), tmp_path / "ranking.txt"
     words = ("rank", folder, "--split=val", f"--out={out}")
 
-    # The threshold is a probability, and the scores are logarithms of probabilities.
-    for least, flags in ((0, ()), (0.2, ("--threshold=0.2",))):
+    for least_probability, flags in ((0, ()), (0.2, ("--threshold=0.2",))):
         tell(*words, *flags)
         assert made_runs.lists(out) == {
-            name: [f"{clip}.mp4" for clip, score in clips if np.exp(score) >= least]
+            name: [f"{clip}.mp4" for clip, log in clips if np.exp(log) >= least_probability]
             for name, clips in ranked.items()
         }
         assert "exists" in tell(*words, code=2)
@@ -219,7 +214,7 @@ def test_rank_writes_a_submission(tell, folder, tmp_path, made, data):
 
 
 @pytest.mark.slow
-def test_enrol_and_identify_read_a_dataset_that_the_run_never_saw(tell, folder, tmp_path):
+def test_enrol_and_identify_read_a_dataset_that_is_not_of_the_run(tell, folder, tmp_path):
     dataset = write_clips(tmp_path / "own" / "train", "Ada", "Grace", "nobody").parent
     labels = {f"{name} {turn}": name for name in ("Ada", "Grace") for turn in range(2)}
     clip_files.write_labels(dataset / "labels.csv", labels)
@@ -240,7 +235,7 @@ def test_create_command_equals_the_api(tell, nearest_run, tmp_path, made):
     assert "people      12" in tell(*words)
     assert made_galleries.contents(tmp_path / "g") == made_galleries.contents(made.folder)
 
-    # All training clips have a label, so none of them shows a stranger.
+    # All training clips have a label, so no clip shows a stranger.
     words = ("create", tmp_path / "e", f"--run={nearest_run}", "--empty", "--strangers=train")
     content = tell(*words, "--json")
     assert content["people"] == content["clips"] == content["strangers"] == 0
@@ -249,9 +244,7 @@ def test_create_command_equals_the_api(tell, nearest_run, tmp_path, made):
 @pytest.mark.slow
 def test_identify_accepts_a_moved_run(folder, nearest_run, tmp_path, command):
     moved = shutil.copytree(nearest_run, tmp_path / "moved")
-
     done = command("gallery", "identify", folder, "--split=val", f"--run={moved}")
-
     assert done.code == 0, done.err
     assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
     assert "--threshold=P" in done.out  # how to choose another rule than the default
@@ -308,9 +301,9 @@ def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
         assert rows[name]["identity"] == clip.identity
         white_parts = people.backend.whiten(people.backend.split(clip.vector[None]))
         for part, (white,) in zip(people.backend.widths, white_parts, strict=True):
-            # NaN stands for a part that the clip lacks. The table has zeros instead.
-            wanted = 0 * white if np.isnan(white[0]) else white / np.linalg.norm(white)
-            np.testing.assert_allclose(rows[name][part], np.nan_to_num(wanted), atol=1e-6)
+            # If the clip lacks a part (face or audio), `white` is NaN. The table has zeros.
+            wanted = np.nan_to_num(white / np.linalg.norm(white))
+            np.testing.assert_allclose(rows[name][part], wanted, atol=1e-6)
 
     assert "exists and is not overwritten" in tell(*words, code=2)
 
@@ -360,12 +353,10 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made
 
     done = ask(*words)
     assert (done["tables"], done["rule"]["by"], done["threshold"]) == (4, "new", None)
-
     wanted = [made.identify(clips, k=3) for clips in TABLES if clips]
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]
-    # A second call finds the results of all tables.
     before = tables_in(out)
-    assert ask(*words)["skipped"] == 4
+    assert ask(*words)["skipped"] == 4  # the results of all tables exist
     assert tables_in(out) == before
 
 
@@ -386,9 +377,9 @@ def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_ru
 
 @pytest.mark.slow
 def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, day, tmp_path):
-    """Two more tables have 90 equal clips, whose scores tie. Each list has at most 100 clips."""
-    twins = [f"twin {n % 2}{n}" for n in range(90)]  # "twin 0..." in part-4, "twin 1..." in part-5
-    twins[3] += ".mp4"  # does not count in the order of names
+    """Two more tables have 90 equal clips, whose scores tie. A ranking has at most 100 clips."""
+    twins = [f"twin {n % 2}{n}" for n in range(90)]
+    twins[3] += ".mp4"  # an ending does not count in the order of names
     for number, names in ((4, twins[0::2]), (5, twins[1::2])):
         write_parquet(day / f"part-{number}.parquet", dict.fromkeys(names, CLIPS["clip 0-0"]))
     tables = [parquet.read_table(table) for table in bulk.list_tables(day)]
@@ -403,12 +394,12 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, da
     scores = [row.pop("score") for row in rows]
     assert scores == pytest.approx([row.pop("score") for row in wanted], abs=1e-5)
     assert rows == wanted
-    # Each list has 100 of the 15 + 90 clips.
+    # The ranking of each person has 100 of the 15 + 90 clips.
     places = itertools.product(vidjax.restore(nearest_run).identities, range(1, 101))
     assert [(row["identity"], row["rank"]) for row in rows] == [*places]
 
 
-def test_people_of_a_joint_ranking_are_sorted(ask, tmp_path):
+def test_people_in_a_ranking_of_two_tables_are_sorted(ask, tmp_path):
     """The first table has a clip of person 3, and the second table a clip of person 2."""
     gallery, day = servers.make_gallery(tmp_path / "g"), tmp_path / "day"
     day.mkdir()
@@ -422,7 +413,10 @@ def test_people_of_a_joint_ranking_are_sorted(ask, tmp_path):
 
 @pytest.mark.slow
 def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, day, tmp_path):
-    """`z` and `z.mp4` are one clip. In part-4, 100 equal clips, the maximum, rank before `z`."""
+    """The clip is called `z.mp4` in part-4 and `z` in part-5.
+
+    In the ranking of part-4, which has at most 100 clips, 100 equal clips come before `z.mp4`.
+    """
     hundred, same = [f"a{n:03}" for n in range(100)], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
@@ -446,7 +440,7 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, 
 @pytest.mark.slow
 @pytest.mark.optimized  # with the same compiler options as the commands below
 def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
-    """Two calls process the same folder at once; one is killed after its first table."""
+    """Two calls process the same folder at the same time. The first call is killed."""
     for number in range(4, 16):  # the folder `day` already has 4 tables
         write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
     words = ["gallery", "identify", str(folder), f"--input={day}"]
@@ -456,7 +450,7 @@ def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
 
     with limits.running(command, **quietly) as killed, limits.running(command, **quietly) as other:
         until = time.monotonic() + 100
-        while not (out.is_dir() and any(out.glob("part-*"))) and time.monotonic() < until:
+        while not any(out.glob("part-*")) and time.monotonic() < until:  # no table is written
             time.sleep(0.01)
         killed.send_signal(signal.SIGKILL)
         assert killed.wait(60) == -signal.SIGKILL
@@ -464,8 +458,8 @@ def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
         assert other.returncode == 0, errors
 
     assert ask(*words, f"--out={out}")["skipped"] == 16  # the other call has written all tables
-    ask(*words, f"--out={tmp_path / 'whole'}")
-    assert tables_in(out) == tables_in(tmp_path / "whole")
+    ask(*words, f"--out={tmp_path / 'undisturbed'}")
+    assert tables_in(out) == tables_in(tmp_path / "undisturbed")
     assert len(tables_in(out)) == 16
 
 
@@ -486,7 +480,6 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, 
     error = ask(*words, code=2)
     assert "part-1.parquet'" in error and "--out=FOLDER" in error
     assert tables_in(out) == before
-
     if change == "clips":
         (out / "part-1.parquet").unlink()
         assert ask(*words)["skipped"] == 2  # parts 2 and 3; parts 0 and 1 are written
@@ -511,7 +504,6 @@ def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folde
     (day / "part-0.parquet").write_bytes(b"PAR1 no table")
     write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})  # not WIDTH wide
     out = tmp_path / "out"
-
     error = ask("gallery", "identify", folder, f"--input={day}", f"--out={out}", code=2)
     assert "part-0.parquet" in error and "2 of 4 tables failed; the other tables are done" in error
     assert [*tables_in(out)] == ["part-2.parquet", "part-3.parquet"]
@@ -533,7 +525,6 @@ def test_folder_of_tables_with_other_files_of_clips_is_refused(day):
 def test_dataset_of_two_splits_is_no_folder_of_tables(day):
     for split in ("train", "val"):
         (day / f"{split}.parquet").touch()
-
     assert bulk.list_tables(day) == []
 
 
@@ -563,7 +554,7 @@ RAY_COMMANDS = {
 
 
 def write_recipes(names):
-    """Writes recipes.py for Ray Data, for one worker, which is killed once."""
+    """Writes recipes.py: programs of the page (RECIPES) for one worker, which is killed once."""
     start = "import ray\nray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)\n"
     recipes = "\n".join([start, "import killed", *(RECIPES[name] for name in names)])
     changes = {"bulk.Rank": "killed.Rank", "(size=2)": "(size=1)"}  # size: the number of workers
@@ -583,7 +574,7 @@ def sorted_rows(folder):
 @pytest.mark.optimized  # as the workers compile
 @nightly_after_first("names", [["rank"], [*RAY_COMMANDS]])
 def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, monkeypatch, names):
-    """The recipes of the page give the same tables as the commands of vidjax.
+    """The programs of the page (RECIPES) give the same rows as commands of vidjax.
 
     The worker that ranks is killed once, and Ray starts another worker.
     """

@@ -31,7 +31,7 @@ def made(tmp_path_factory, run, data):
 
 
 def map_of(ranked, data):
-    """Returns the MAP of lists of val clips."""
+    """Returns the MAP of a ranking of val: identity -> (clip, score), best first."""
     split = data.split("val")
     index = np.full((len(data.identities), topk.MAX_NAMES), topk.NO_CLIP)
     for name, clips in ranked.items():
@@ -55,7 +55,6 @@ def test_gallery_has_the_settings_and_clips_of_its_run(made, run, data):
     """
     settings = dict(run.manifest["settings"]) | {"within": 0.5}  # of `trained_plda`
     assert made.backend.settings._asdict() == settings
-
     labels, val = data.split("train").labels, data.split("val")
     assert {*made.identities} == {*data.identities}
     assert 0 <= np.sum(labels > 0) - sum(made.identities.values()) <= 3
@@ -100,6 +99,5 @@ def test_gallery_of_embeddings_ranks_nearly_as_well_as_its_run(nearest_run, tmp_
     gallery = vidjax.Gallery.create(tmp_path / "g", nearest_run, data)
     assert list(gallery.backend.widths) == ["embedding"]
     assert not gallery.origin.centred  # only PLDA subtracts a centre
-
     of_run = map_of(gallery.run.rank(data, split="val"), data)
     assert map_of(gallery.rank(data, split="val"), data) > of_run - 0.05

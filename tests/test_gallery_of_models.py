@@ -1,5 +1,6 @@
 """Galleries of nets with cards, without a run: friends, strangers, groups and times."""
 
+import functools
 import json
 import os
 from collections import Counter
@@ -35,7 +36,10 @@ def draw(rng, *, people, clips):
 
 
 def log_probabilities(photos, clips):
-    """Returns log probabilities [Q, 1 + N] of a stranger and N people; photos are [N, k, D]."""
+    """Returns log probabilities [Q, 1 + N] that clips [Q, D] show a stranger or one of N people.
+
+    `photos` [N, k, D] are the enrolled photos of the people.
+    """
     people, count = photos.shape[:2]
     names, owner = [f"{n:05}" for n in range(people)], np.repeat(np.arange(people), count)
     enrolled = BACKEND.enrol(names, photos.reshape(-1, WIDTH).astype(np.float32), owner)
@@ -62,6 +66,7 @@ def test_mean_vectors_weight_frames_by_quality():
 
 @pytest.fixture
 def models(tmp_path):
+    """A folder with a net of faces, whose card has the cosines of dlib."""
     (tmp_path / "models").mkdir()
     made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=CARD)
     return tmp_path / "models"
@@ -70,21 +75,20 @@ def models(tmp_path):
 @pytest.mark.parametrize(("photos", "least_right"), [(1, 0.85), (3, 0.93)])
 def test_five_friends_are_named_and_strangers_are_not(photos, least_right):
     """A clip gets the name of the most probable friend if the probability is above 0.5."""
-    of_friends, of_strangers = [], []  # the number of the friend who is named; -1: no name
+    shown = np.append(np.repeat(np.arange(5), 6), np.full(60, -1))  # 6 clips each; -1: a stranger
+    named = []  # [30 seeds, 90 clips]; -1: no name
     for seed in range(30):
         rng = np.random.default_rng(seed)
         friends = draw(rng, people=5, clips=photos + 6)
         strangers = draw(rng, people=60, clips=1)[:, 0]
-        enrolled, clips = friends[:, :photos], friends[:, photos:].reshape(30, WIDTH)
-        logs = log_probabilities(enrolled, np.concatenate([clips, strangers]))[:, 1:]  # of friends
-        names = np.where(np.exp(logs.max(axis=1)) > 0.5, logs.argmax(axis=1), -1)
-        of_friends.append(names[:30])
-        of_strangers.append(names[30:])
+        clips = np.concatenate([friends[:, photos:].reshape(30, WIDTH), strangers])
+        logs = log_probabilities(friends[:, :photos], clips)[:, 1:]  # of friends
+        named.append(np.where(np.exp(logs.max(axis=1)) > 0.5, logs.argmax(axis=1), -1))
 
-    right = np.array(of_friends) == np.repeat(np.arange(5), 6)  # 6 clips of each friend
-    assert np.mean(right) >= least_right
-    assert np.mean(~right & (np.array(of_friends) >= 0)) <= 0.01  # named as another friend
-    assert np.mean(np.array(of_strangers) >= 0) <= 0.02
+    right, has_name = np.array(named) == shown, np.array(named) >= 0
+    assert np.mean(right[:, :30]) >= least_right
+    assert np.mean((has_name & ~right)[:, :30]) <= 0.01  # named as another friend
+    assert np.mean(has_name[:, 30:]) <= 0.02
 
 
 @pytest.fixture
@@ -130,7 +134,7 @@ for words in (
 
 
 def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models, python):
-    """The model files may be deleted after enrolment."""
+    """USE_GALLERY cannot import packages of ABSENT. The net is not needed after enrolment."""
     friends = draw(1, people=3, clips=3)
     (tmp_path / "in").mkdir()
     for number, vectors in enumerate(friends):
@@ -145,6 +149,7 @@ def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models
 
 
 def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
+    """A gallery of faces becomes a gallery of faces and voices (audio)."""
     ada, bob = draw(4, people=2, clips=3)
     gallery.enrol({"ada 1": {"face": ada[:1]}}, "Ada")
     gallery.enrol({"bob 1": {"face": bob[:1]}}, "Bob")
@@ -154,16 +159,15 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     opened_before, asking = Gallery(gallery.folder), Gallery(gallery.folder)  # other processes
     assert gallery.widen(models) == ("audio",)
-    # `enrol` reads the wider gallery, in which the clip is already enrolled.
+    # `enrol` reads the gallery with voices, in which the clip is already enrolled.
     assert opened_before.enrol({"ada 1": {"face": ada[:1]}}, "Ada").unchanged == 1
     assert asking.identify(asking.embed(asked))["query"].identity == "Ada"
 
     after = Gallery(gallery.folder).identify(asked)["query"]
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
-    # Only a known clip with the same face gets its voice.
     clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
     clips["bob 1"] = {"face": ada[:1]}  # not Bob's face
-    assert gallery.complete(clips) == {"ada 1"}
+    assert gallery.complete(clips) == {"ada 1"}  # the only enrolled clip with the same face
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
 
 
@@ -174,29 +178,26 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     features.mkdir()
     for name, clip in (faces("ada", ada) | faces("bob", bob)).items():
         np.savez(features / f"{name}.npz", face=clip["face"])
-    words = (gallery.folder, f"--input={features}")
     np.savez(features / "empty.npz", face=np.zeros((0, WIDTH), np.float32))
+    words = (gallery.folder, f"--input={features}")
 
-    assert "\n  unknown     1 person in 5 clips" in say(
-        "gallery", "group", *words, f"--out={groups}"
-    )
-    told = say("gallery", "group", *words, f"--out={tmp_path / 'again.tsv'}", "--json")
-    assert (told["clips"], told["people"], told["unknown"]) == (11, 1, 5)
+    output = say("gallery", "group", *words, f"--out={groups}")
+    assert "\n  unknown     1 person in 5 clips" in output
+    counts = say("gallery", "group", *words, f"--out={tmp_path / 'again.tsv'}", "--json")
+    assert (counts["clips"], counts["people"], counts["unknown"]) == (11, 1, 5)
     grouped = answers_lib.read_groups(groups, unknown=True)  # without Ada, who is known
     assert grouped == {f"bob{n}": "unknown 1" for n in range(5)}
-
     groups.write_text(groups.read_text().replace("unknown 1", "Bob"))
     say("gallery", "enrol", *words, f"--labels={groups}")
     assert Gallery(gallery.folder).identities == {"Ada": 1, "Bob": 5}
 
 
-def film(**tracks):
-    """Returns a film with tracks, clip=(first second, last second)."""
-    made = [FilmTrack(clip=clip, shot=0, start_s=start, end_s=end, seen=2)
-            for clip, (start, end) in tracks.items()]  # fmt: skip
+def film(**times):
+    """Returns a film with a track for each argument: name=(begin, end), in seconds."""
+    tracks = [FilmTrack(clip=x, shot=0, start_s=a, end_s=b, seen=2) for x, (a, b) in times.items()]
     stamp = FileStamp(address="/a.mp4", size=1, mtime_ns=0, inode=1)
-    return Film(video="a.mp4", source=stamp, sha256="0" * 64, photo=False, seconds=99, shots=[],
-                tracks=made, frames=1)  # fmt: skip
+    facts = {"video": "a.mp4", "sha256": "0" * 64, "photo": False, "seconds": 99, "frames": 1}
+    return Film(source=stamp, shots=[], tracks=tracks, **facts)
 
 
 def answer(identity, probability=0.9):
@@ -204,13 +205,11 @@ def answer(identity, probability=0.9):
 
 
 def test_tracks_of_one_person_are_joined_over_short_gaps():
-    """A gap of 1.5 s is short, a gap of 2.5 s is not. The lowest probability counts."""
+    """A gap of 1.5 s is short, and a gap of 2.5 s is not. The lower of two probabilities counts."""
     tracks = film(ada_1=(0, 3), ada_2=(4.5, 6), ada_3=(8.5, 9), nobody=(1, 2))
     answers = {"ada_1": answer("Ada", 0.8), "ada_2": answer("Ada"), "ada_3": answer("Ada")}
     answers["nobody"] = answer(None)
-
     found = appearances.find_appearances(answers, [tracks], {"nobody": "unknown 1"})
-
     assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
         ("Ada", 0, 6, 0.8, ("ada_1", "ada_2")),
         ("unknown 1", 1, 2, None, ("nobody",)),
@@ -239,20 +238,20 @@ def test_rttm_has_no_blanks_in_names_and_keeps_names_apart():
     assert names == ["Ada%20O", "Ada_O"]
 
 
-def test_simultaneous_tracks_never_get_the_same_name():
-    films = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]
+def test_simultaneous_tracks_get_the_same_name_only_from_a_user():
+    """Of two such tracks, only the track with the higher probability is named."""
+    films = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]  # track=(begin, end) in seconds
     pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(films)}
     assert pairs == {"ab", "ad", "bd", "cd"}
 
     answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
     answers["d"] = answer("Bob", 0.7)
     settled = appearances.settle_answers(answers, films)
-    # b is more probable than a. c is not seen with them.
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
 
-    given = {clip: answer("Ada", 1.0)._replace(evidence=("told",)) for clip in "ab"}
-    settled = appearances.settle_answers(answers | given, films)
-    assert [settled[clip].identity for clip in "ab"] == ["Ada", "Ada"], "a user named both"
+    by_user = {clip: answer("Ada", 1.0)._replace(evidence=("told",)) for clip in "ab"}
+    settled = appearances.settle_answers(answers | by_user, films)
+    assert [settled[clip].identity for clip in "ab"] == ["Ada", "Ada"]
 
 
 def test_a_name_needs_a_probability_above_one_half(gallery):
@@ -260,7 +259,6 @@ def test_a_name_needs_a_probability_above_one_half(gallery):
     (twin,) = draw(3, people=1, clips=2)
     for name in ("Ada", "Eve"):
         gallery.enrol({name: {"face": twin[:1]}}, name)
-
     asked = {"q": {"face": twin[1:]}}
     best = gallery.identify(asked)["q"]
     assert best.identity is None and 0.4 < best.probability < 0.5
@@ -293,12 +291,11 @@ def test_people_are_identified_by_face_and_voice(with_voices):
 
 
 def test_rank_omits_clips_that_share_no_modality_with_the_person(with_voices):
-    """Ada has only a photo. So a voice neither confirms nor excludes that a clip shows Ada."""
+    """Ada has only a photo, so a clip with only a voice cannot be compared with Ada."""
     (ada,) = draw(6, people=1, clips=2)
     with_voices.enrol({"photo": {"face": ada[:1]}}, "Ada")
     clips = {"voice": {"audio": VOICE}, "face": {"face": ada[1:]}}
-
-    # The voice shows Ada or a new person with the probability 0.5, above the threshold.
+    # The voice is Ada's with the probability 0.5, which is above the threshold.
     assert with_voices.identify(clips, threshold=0.4)["voice"].identity is None
     assert [clip for clip, _ in with_voices.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
@@ -306,7 +303,8 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(with_voices):
 def test_arguments_without_a_meaning_are_refused_and_leave_nothing(tmp_path, gallery, models):
     for odds in (0, -1.0, np.inf, np.nan):
         folder = tmp_path / "refused"
-        refused(lambda n=odds, to=folder: Gallery.of_models(to, models, stranger_odds=n), "above 0")
+        create = functools.partial(Gallery.of_models, folder, models, stranger_odds=odds)
+        refused(create, "above 0")
         assert not folder.exists()
     refused(lambda: gallery.embed({"a": {"face": np.ones((1, WIDTH))}}, "val"), "leave it out")
 
@@ -319,8 +317,7 @@ def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
         gallery = Gallery.of_models(folder, models, stranger_odds=stranger_odds)
         gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
         (best,) = gallery.identify({"query": {"face": ada[1:]}}).values()
-        odds.append(np.expm1(-best.score))  # (1 - p) / p for Ada
-
+        odds.append(np.expm1(-best.score))  # (1 - p) / p, where p is the probability of Ada
     assert odds[1] == pytest.approx(3 * odds[0])
 
 
@@ -343,13 +340,14 @@ def test_all_clips_of_a_group_get_one_answer(gallery):
 
 
 def test_clips_that_a_user_grouped_stay_together(gallery):
+    """The user has grouped the clips of Ada and of Eve in pairs: a0 and a1, a2 and a3, ..."""
     ada, eve = draw(6, people=2, clips=6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
-    # Pairs: a0 and a1, a2 and a3, and so on.
-    begin = {clip: f"pair {clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}
-    names = {"a": "unknown 1", "e": "unknown 2"}
+    begin = {f"{person}{n}": f"pair {person}{n // 2}" for person in "ae" for n in range(6)}
 
-    assert gallery.group(vectors, begin=begin) == {clip: names[clip[0]] for clip in begin}
+    of_ada, of_eve = [f"a{n}" for n in range(6)], [f"e{n}" for n in range(6)]
+    wanted = dict.fromkeys(of_ada, "unknown 1") | dict.fromkeys(of_eve, "unknown 2")
+    assert gallery.group(vectors, begin=begin) == wanted
 
     # The user has put clips of two people into one group.
     begin["e0"] = begin["a0"]
@@ -363,8 +361,10 @@ def test_clips_that_a_user_grouped_stay_together(gallery):
 
 def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
     """Many players show only one subtitle at a time. Markup in names is escaped."""
-    found = [appearance("Eve", 0, 9.5), appearance("Bob {x}", 3.25, 4)]
-    found += [appearance("<i>Ada", 4, 9.5), appearance("nobody sees me", 5, 5)]
+    found = [
+        appearance("Eve", 0, 9.5), appearance("Bob {x}", 3.25, 4), appearance("<i>Ada", 4, 9.5),
+        appearance("left out, because it has no duration", 5, 5),
+    ]  # fmt: skip
     assert appearances.to_subtitles(found, ".srt") == (
         "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
         "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"
@@ -372,20 +372,19 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
         "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aAda\nEve\n"
     )
 
-    unknown = appearance("unknown 1", 0, 9)._replace(probability=None)  # is left out
+    unknown = appearance("unknown 1", 0, 9)._replace(probability=None)
     vtt = appearances.to_subtitles([*found, unknown], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
-    assert vtt.count("-->") == 4
-    assert "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
+    assert vtt.count("-->") == 4 and "&lt;i>Ada\nEve" in vtt and "unknown" not in vtt
     assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
 
 
 def test_subtitles_take_linear_time(monkeypatch):
-    """A subtitle does not look at people who were seen before."""
+    """The people who appeared before a subtitle are not counted again."""
     sizes = []
 
     class Counted(Counter):
-        def __pos__(self):
+        def __pos__(self):  # is called for each subtitle
             sizes.append(len(self))
             return Counted(super().__pos__())
 
@@ -404,7 +403,6 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_bytes(text.encode(encoding))
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
-
     path.write_bytes(text.encode("cp1252"))
     with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
@@ -413,10 +411,8 @@ def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path):
 def test_names_in_tables_are_guarded_against_formulas_and_may_be_quoted(tmp_path):
     path, clips = tmp_path / "unknown.tsv", ("+1", "-x", "=cmd|' /C calc'!A0", "'quoted")
     answers_lib.write_groups(path, dict.fromkeys(clips, "unknown 1"))
-
     _, *lines = path.read_text().splitlines()
     assert sorted(lines) == sorted(f"'{clip}\tunknown 1" for clip in clips)  # `'` marks a text
-
     path.write_text(path.read_text().replace("unknown 1", '"Zo\u00eb ""Z"" K"'))
     assert answers_lib.read_groups(path) == dict.fromkeys(clips, 'Zo\u00eb "Z" K')
 
@@ -430,15 +426,15 @@ def test_tables_with_missing_enormous_or_contradicting_names_are_refused(tmp_pat
 
 
 def test_log_odds_are_a_ratio_of_gamma_densities():
-    """The mean of a squared distance is 2 W for one person, and 2 (W + B) for two people."""
-    rng, (within, between, same_shape, different_shape) = np.random.default_rng(0), DLIB  # W, B
+    """A squared distance has the mean 2 within for one person, 2 (within + between) for two."""
+    rng, (within, between, same_shape, different_shape) = np.random.default_rng(0), DLIB
     photo = unit(rng.normal(size=WIDTH))
     clips = unit(photo + rng.normal(size=(20, WIDTH)) * 0.02)
 
     stranger, person = log_probabilities(photo[None, None], clips).T
 
     square = np.sum((clips - photo) ** 2, axis=1)
-    same_scale = 2 * within / same_shape  # the mean of a gamma density is its shape x its scale
+    same_scale = 2 * within / same_shape  # the mean is shape x scale
     different_scale = 2 * (within + between) / different_shape
     same_person = stats.gamma.logpdf(square, same_shape, scale=same_scale)
     other_person = stats.gamma.logpdf(square, different_shape, scale=different_scale)
@@ -446,13 +442,13 @@ def test_log_odds_are_a_ratio_of_gamma_densities():
 
 
 def test_photos_that_are_alike_count_less():
-    """`square` is the squared length of the mean vector, 1 for equal photos.
-
-    A prior with the weight of one photo says that photos differ. So k equal photos share
-    r = 1 - 1 / k of their variance, and count as 1 / (r + (1 - r) / k) photos.
-    """
-    independent = 1 - 0.9 * DLIB.within  # `square` of 10 photos as different as in the card
-    for count, square, wanted in ((1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1), (10, independent, 10)):
+    """`square` is the squared length of the mean of unit vectors: 1 if all vectors are equal."""
+    for count, square, wanted in (
+        # Equal vectors have a correlation of r = 1 - 1 / count: a prior with the weight of one
+        # vector says that vectors differ. They count as 1 / (r + (1 - r) / count) vectors.
+        (1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1),
+        (10, 1 - 0.9 * DLIB.within, 10),  # vectors that differ as in DLIB count in full
+    ):  # fmt: skip
         counted = distance.effective_count(DLIB, np.array(count), np.array(square))
         assert counted == pytest.approx(wanted, abs=0.02)
 
@@ -461,7 +457,7 @@ def test_photos_that_are_alike_count_less():
 def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     """With gamma shapes D / 2, vectors are Gaussian. The oracle integrates the mean out."""
     rng, width = np.random.default_rng(people), 6
-    wide = 1e6  # variance of the mean of the population, whose prior is flat
+    wide = 1e6  # variance of the population's mean, which is not known before
     card = distance.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
@@ -490,8 +486,9 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
 
 @nightly_after_first("people, count", [(50, 3), (5, 1), (500, 10)])
 def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, count):
-    """Half of the clips show strangers. Photos of a person may share noise, as if of one day."""
-    for shared, most in ((0.0, 0.05), (0.5, 0.1)):
+    """Half of the clips show strangers, so the mean probability should be 0.5."""
+    # Photos of a person share no noise, or half of it, like photos of one day.
+    for shared, most_error in ((0.0, 0.05), (0.5, 0.1)):
         probabilities = []
         for seed in range(2):
             made = Population(seed)
@@ -500,11 +497,11 @@ def test_mean_probability_of_a_stranger_equals_the_share_of_strangers(people, co
             photos, clips = made.photos(known, count, shared), unit(shown + made.noise(300))
             probabilities.append(np.exp(log_probabilities(photos, clips)[:, 0]).mean())
 
-        assert abs(np.mean(probabilities) - 0.5) < most
+        assert abs(np.mean(probabilities) - 0.5) < most_error
 
 
 def measure_groups(num_people, clips_of_each):
-    """Returns the number of groups, and the share of clips of the main person of their group."""
+    """Groups random clips. Returns the number of groups, and the share of clips of main people."""
     made = Population(0)
     clips = made.photos(made.people(num_people), clips_of_each).reshape(-1, WIDTH)
     truth = np.repeat(np.arange(num_people), clips_of_each)
@@ -517,10 +514,8 @@ def measure_groups(num_people, clips_of_each):
 def test_grouping_makes_one_group_per_person(monkeypatch):
     count, purity = measure_groups(num_people=10, clips_of_each=10)
     assert count <= 11 and purity > 0.99
-
     count, _ = measure_groups(num_people=60, clips_of_each=1)  # nobody appears twice
     assert count >= 56
-
     # If there are more clips than are compared at once, each film is grouped first.
     monkeypatch.setattr(grouping, "MAX_GROUPED_CLIPS", 50)
     count, purity = measure_groups(num_people=8, clips_of_each=15)
@@ -528,28 +523,35 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
 
 
 def test_photos_are_compared_again_only_with_changed_people(monkeypatch):
-    """20 people have 3 photos each. One more folder has photos of 30 different people."""
-    sizes, compute = [], doubts._compute_log_ratios
-    monkeypatch.setattr(
-        doubts, "_compute_log_ratios", lambda *args: sizes.append(args[-1].size) or compute(*args)
-    )
+    """20 people have 3 photos each. Person 20 has 30 photos of different people, by mistake."""
+    num_compared, compute = [], doubts._compute_log_ratios
+
+    def count_and_compute(*args):
+        num_compared.append(args[-1].size)
+        return compute(*args)
+
+    monkeypatch.setattr(doubts, "_compute_log_ratios", count_and_compute)
     photos = [draw(1, people=20, clips=3).reshape(-1, WIDTH), draw(2, people=30, clips=1)[:, 0]]
     owner = np.append(np.repeat(np.arange(20), 3), np.full(30, 20))
     doubtful = doubts.compare_photos(DLIB, np.concatenate(photos, dtype=float), owner)
 
-    assert len(doubtful) > 20 and min(doubtful) >= 60
-    assert sum(sizes) < 90 * 21 + 2 * 90 * (len(doubtful) + 2)
+    assert len(doubtful) > 20 and min(doubtful) >= 60  # the wrong photos are photos 60 to 89
+    # First, 90 photos are compared with 21 people. After a doubt, they are compared with the
+    # changed person and with their own person.
+    assert sum(num_compared) < 90 * 21 + 2 * 90 * (len(doubtful) + 2)
 
 
 def test_equal_clips_are_grouped_in_few_comparisons(monkeypatch):
-    """Two pictures are repeated. A clip is compared a few times, not once for each equal clip."""
+    """There are 100 equal clips of each of two people."""
     calls, ratios = [], grouping.Groups.ratios
-    monkeypatch.setattr(
-        grouping.Groups, "ratios", lambda self, row: calls.append(row) or ratios(self, row)
-    )
+
+    def count_and_compute(self, row):
+        calls.append(row)
+        return ratios(self, row)
+
+    monkeypatch.setattr(grouping.Groups, "ratios", count_and_compute)
     vectors = np.repeat(draw(3, people=2, clips=1)[:, 0], 100, axis=0)
     labels = grouping.group(BACKEND, [f"a.s{n:03}" for n in range(200)], [vectors])
-
     assert len({*labels[:100]}) == len({*labels[100:]}) == 1 and labels[0] != labels[199]
     assert len(calls) < 3 * len(labels)
 
@@ -558,10 +560,9 @@ def test_real_people_are_identified_and_strangers_are_grouped():
     folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
     if not folder.exists():
         pytest.skip("no folder tracks next to VIDJAX_REAL_DATA")
-
     films, photos = decision.load(folder)
-    for count, right in ((1, 0.88), (3, 0.9)):
-        measured = decision.measure(films, photos, known=8, count=count, draws=2)
+    for photos_per_person, right in ((1, 0.88), (3, 0.9)):
+        measured = decision.measure(films, photos, known=8, count=photos_per_person, draws=2)
         assert measured["right"] >= right and measured["wrong"] <= 0.01
         assert measured["strangers named"] <= 0.05 and measured["ECE"] <= 0.06
         assert measured["groups per person"] <= 1.3 and measured["purity"] >= 0.95

@@ -32,7 +32,7 @@ def random_clip(rng: np.random.Generator, num_frames: int, dim: int, dtype="floa
 
 
 def as_read(modality: str, clip: Clip) -> Clip:
-    """Returns the frames of a clip as they are read from a file of `write_pickle`."""
+    """Returns the frames of a clip as readers return them from a file of `write_pickle`."""
     if modality != "face":
         clip = clip._replace(quality=np.zeros_like(clip.quality))
     if modality not in ("face", "head"):
@@ -43,7 +43,7 @@ def as_read(modality: str, clip: Clip) -> Clip:
 
 
 def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[str, Any]]:
-    """Returns clip -> modality -> field -> frames, as they are read from files."""
+    """Returns clip -> modality -> field -> frames, as readers return them from files."""
     clips: dict[str, dict[str, Any]] = {}
     for modality, frames_of in modalities.items():
         for name, frames in frames_of.items():
@@ -69,7 +69,7 @@ def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str,
 
 
 def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
-    """Writes `{split}_gt.txt`, with a line per clip for train, else with a line per identity."""
+    """Writes `{split}_gt.txt`: a line per clip for train, and a line per identity for others."""
     if split == "train":
         lines = [f"{name}.mp4 {identity}" for name, identity in labels.items()]
     else:
@@ -151,7 +151,7 @@ RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
 
 
 def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
-    """Returns modality -> clip -> frames: 0 to 700 frames, some of equal quality.
+    """Returns modality -> clip -> frames. A clip has 0 to 700 frames, some with equal qualities.
 
     Every third clip lacks audio, and every second clip lacks a body.
     """
@@ -173,7 +173,7 @@ def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
 
 
 def write_ragged(folder: Path, counts: Mapping[str, int], lacks: Collection[Any] = ()) -> Path:
-    """Writes splits of `ragged_clips` with ground truth, without (modality, split) in `lacks`."""
+    """Writes splits of `ragged_clips` with ground truth, except (modality, split) in `lacks`."""
     for split, count in counts.items():
         clips = ragged_clips(split, count)
         for modality, some in clips.items():

@@ -25,11 +25,12 @@ def load_dataset(
 
 
 def prepare(directory: str | Path, cache_dir: str | Path | None = None, **options: Any) -> Records:
+    """Converts official files to records."""
     return convert(OfficialFiles(directory, cache_dir=cache_dir), cache_dir, **options)
 
 
 def record_digests(folder: Path) -> dict[str, str]:
-    """Returns file -> sha256 of a conversion; of its manifest without the source and times."""
+    """Returns file -> sha256 of records. The source and times in the manifest do not count."""
     found = {}
     for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         content = path.read_bytes()

@@ -42,7 +42,7 @@ def write_photo(path, *faces, dim=False, tagged=()):
 
 
 def write_film(path, *shots, fps=10, codec=None, size=(96, 128), **options):
-    """Writes a film, .mkv without loss; each shot is (seconds, brightness, faces).
+    """Writes a film of shots (seconds, brightness, faces). A film .mkv has no loss.
 
     A face is (name, left, top). In a shot, faces move to the right by a pixel every two pictures.
     """
@@ -90,8 +90,8 @@ def extract(path, out, models, **settings):
     settings = features_folder.ExtractionSettings(**settings)
     nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
     out.mkdir(exist_ok=True)
-    told = film.extract(path, out, path.stem, nets, settings, stamp.of(path), "0" * 64)
-    return told, clip_files.read_arrays(out)
+    facts = film.extract(path, out, path.stem, nets, settings, stamp.of(path), "0" * 64)
+    return facts, clip_files.read_arrays(out)
 
 
 class Done(NamedTuple):
@@ -104,7 +104,7 @@ class Done(NamedTuple):
 class Drawn:
     """Drawn films and photos in a folder, and commands that run on them in this process.
 
-    `models` is the folder of nets, `friends` of photos, and `out` of the results of `vidjax who`.
+    `models` is a folder with nets, `friends` with photos, and `out` with results of `vidjax who`.
     """
 
     def __init__(self, folder, command):
@@ -128,7 +128,7 @@ class Drawn:
         return Done(json.loads(done.out) if done.out else {}, done.err)
 
     def who(self, *films, people=True, flags=(), code=0):
-        """Runs `vidjax who`, if `people` with the photos of `friends`."""
+        """Runs `vidjax who`. If `people` is true, it gets the photos in `friends`."""
         flags = [f"--models={self.models}", f"--out={self.out}", *flags]
         flags += [f"--people={self.friends}"] if people else []
         return self.run("who", *films, *flags, code=code)

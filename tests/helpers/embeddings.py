@@ -18,7 +18,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Population:
-    """Random people and photos. People, photos or both have variance in some directions."""
+    """Random people and photos, whose cosines have the means and deviations SAME and DIFFERENT."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ class Population:
         return self.rng.normal(size=(*shape, WIDTH)) * np.sqrt(share * self.within)
 
     def photos(self, people, count, shared=0.0):
-        """Returns photos [N, count, D]. Photos of a person share a part of their noise."""
+        """Returns photos [N, count, D]. Photos of a person share a part `shared` of their noise."""
         day = self.noise(len(people), 1, share=shared)
         return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
 

@@ -44,8 +44,8 @@ def write(
     """Writes pictures uint8 [H, W, 3] as a film. Without pictures, the film has only sound.
 
     `stamps` are times in milliseconds. `aspect` is the width of a pixel divided by its height. If
-    `held_ms` is above 0, the last picture lasts as long. `sound` are samples [n], which begin at
-    `start_s`. A share `broken` of the packets of sound, from the first packet on, is damaged.
+    `held_ms` is above 0, the last picture lasts so long. `sound` are samples [n], which begin at
+    `start_s`. `broken` is the share of the packets of sound that are damaged, the first packets.
     """
     pictures = iter(frames)
     first, stream = next(pictures, None), None

@@ -66,7 +66,7 @@ def run(words: Sequence[str | Path], **env: str) -> Ended:
 
 @contextlib.contextmanager
 def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
-    """Calls a function again and again while the context is open; the list has its maximum."""
+    """Calls `measure` again and again while the context is open; yields a list of the maximum."""
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
@@ -84,7 +84,7 @@ def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """Limits the size of files that this process writes, in bytes."""
+    """Limits the size of files that this process writes, in bytes, while the context is open."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -95,7 +95,7 @@ def file_limit(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filled(folder: Path, left: int) -> Iterator[None]:
-    """Fills a small file system, except for `left` bytes."""
+    """Fills a small file system while the context is open, except for `left` bytes."""
     filler = folder / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(folder).free - left))
     yield

@@ -70,7 +70,7 @@ class Answers(UserDict[tuple[int, str], float]):
 
 
 def answers(people: Gallery) -> Answers:
-    """Returns the log-probabilities of all people for new clips of six of them."""
+    """Returns the log-probabilities that new clips of six enrolled people show each person."""
     shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(6)]
     parts = people.backend.split(np.stack([clip.vector for clip in shown]))
     people.refresh()
@@ -88,7 +88,7 @@ def contents(folder) -> dict[str, Any]:
 
 
 def random_clips(run: Any, *lengths: int) -> dict[str, dict[str, np.ndarray]]:
-    """Returns clips with the modalities of a run; clip n has `lengths[n]` frames."""
+    """Returns clips with the modalities of a run. Clip n has `lengths[n]` frames."""
     draw, widths = np.random.default_rng(0).normal, run.modalities.items()
     return {
         f"clip {n}": {name: draw(size=(length, d)).astype(np.float32) for name, d in widths}

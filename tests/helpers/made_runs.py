@@ -49,7 +49,7 @@ def write(
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
-    """Returns path -> content and time of change, of a folder and everything in it."""
+    """Returns path -> (content, time of the last change) of a folder and everything in it."""
     return {
         path: (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
         for path in (folder, *folder.rglob("*"))
@@ -57,7 +57,7 @@ def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 def lists(path: Path) -> dict[str, list[str]]:
-    """Returns identity -> clips, best first, of a ranking, which must have no faults."""
+    """Returns identity -> clips, best first. Asserts that the ranking has no faults."""
     found = ranking.read_submission(path)
     assert not found.complaints
     return {unescape(name): list(map(unescape, clips)) for name, clips in found.ranking.items()}
@@ -71,7 +71,7 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def example(kind: Any, texts: Mapping[str, str], key="", counter: Any = None) -> Any:
-    """Returns JSON of a type of `vidjax.runs.schemas`. Neighbouring keys have different values.
+    """Returns a JSON value of a type of `vidjax.runs.schemas`. Neighbours have different values.
 
     `texts` are key -> text, in which {} becomes a number. `counter` counts the values.
     """

@@ -12,13 +12,13 @@ class Refused(Exception):
 
 
 def lines_of(path):
-    """The lines of a file, without the marks that an editor leaves: BOM, CRLF, trailing blanks."""
+    """Returns the lines of a file without marks of editors: BOM, CRLF and trailing blanks."""
     text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     return [line.rstrip(" \t") for line in text.removesuffix("\n").split("\n")]
 
 
 def ground_truth(path):
-    """Identity -> set of clips."""
+    """Returns identity -> set of clips."""
     rows = [line.split() for line in lines_of(path)]
     if any(len(row) < 2 for row in rows):
         raise Refused("a blank line, or an identity without a positive")
@@ -38,7 +38,7 @@ def ground_truth(path):
 
 
 def submission(path):
-    """Identity -> its first 100 names without repeats; the last line of an identity counts."""
+    """Returns identity -> first 100 clips without repeats, of the last line of the identity."""
     ranking = {}
     for line in lines_of(path):
         if line.strip():
@@ -48,7 +48,7 @@ def submission(path):
 
 
 def mean_average_precision(gt_path, ranking_path):
-    """The score, an exact Fraction."""
+    """Returns MAP@100 of a ranking, an exact Fraction."""
     pairs, ranking = ground_truth(gt_path), submission(ranking_path)
     total = Fraction(0)
     for identity, positives in pairs.items():

@@ -21,8 +21,10 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.open = [], []  # (tag, attributes, tags around it); tags that are open
-        self.texts, self.data = [], []  # (text, tags around it); (value, shown text) of numbers
+        self.tags = []  # (tag, attributes, tags around the tag)
+        self.open = []  # tags that are open
+        self.texts = []  # (text, tags around the text)
+        self.data = []  # (value, shown text) of numbers
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -96,7 +98,7 @@ def numbers_in(value):
 
 
 def derived(folder):
-    """Yields what a report computes from the files: intervals, shares, differences, defaults."""
+    """Yields numbers that a report computes from files: intervals, shares and so on."""
     yield from numbers_in(json.loads(config_io.to_json(config_lib.default())))
     lines = results_lib.read_lines(folder / "metrics.jsonl")
     yield float(sum("map" in line for line in lines))

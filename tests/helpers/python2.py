@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 PYTHONS: Any = vars(pickle)["_Pickler"]  # its pickler in Python, whose methods can be replaced
-# Where numpy 1.16 had what arrays are made by.
+# Function or type that makes arrays -> its module and name in numpy 1.16.
 NAMES = {
     np.zeros(0).__reduce__()[0]: "numpy.core.multiarray _reconstruct",
     np.float64().__reduce__()[0]: "numpy.core.multiarray scalar", np.ndarray: "numpy ndarray",
@@ -19,7 +19,7 @@ NAMES = {
 
 
 def dumps(value: Any, protocol: int = 2) -> bytes:
-    """Returns value pickled: bytes as Python 2 str, str as unicode, arrays as numpy 1.16 wrote."""
+    """Returns a pickle of Python 2: bytes are str, str is unicode, arrays are of numpy 1.16."""
     file = io.BytesIO()
     _Pickler(file, protocol).dump(value)
     return file.getvalue()
@@ -39,7 +39,7 @@ class _Pickler(PYTHONS):
     dispatch[bytes] = save_bytes
 
     def memoize(self, value: Any) -> None:
-        """Keeps what may come again; all others would fill the memo of a large file."""
+        """Remembers only values that may come again, because a large file would fill the memo."""
         if isinstance(value, (list, dict, np.dtype)):
             super().memoize(value)
 
@@ -58,7 +58,7 @@ class _Pickler(PYTHONS):
 
 
 def real() -> dict[str, bytes]:
-    """Returns writer and protocol -> the face file below, as it was written there, to the byte.
+    """Returns "writer and protocol" -> the bytes of the file below as this writer wrote it.
 
     The writers are Python 2.7 (cPickle) with numpy 1.16, and Python 3 with numpy 1.16, 1.26, 2.4:
 

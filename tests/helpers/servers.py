@@ -25,7 +25,7 @@ CARDS = VectorOrigin(
 
 
 def make_gallery(folder: Path) -> Gallery:
-    """Makes a gallery whose vectors are means of frames, as in a gallery of models."""
+    """Makes a gallery whose vectors are means of frames, as in galleries of models."""
     return made_galleries.make(folder, origin=CARDS)
 
 
@@ -51,7 +51,7 @@ class Served:
     def ask(
         self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any]:
-        """Returns status and content of an answer; a body that is not bytes is sent as JSON."""
+        """Returns the status and content of an answer. A body that is not bytes is sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
             if body is not None and not isinstance(body, bytes):
@@ -77,7 +77,7 @@ class Served:
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[Served]:
-    """Runs `vidjax serve` at a free port while the context is open; it is ready."""
+    """Runs `vidjax serve` at a free port while the context is open; yields the ready server."""
     command = [sys.executable, "-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
     with limits.running(command, env=env) as process:

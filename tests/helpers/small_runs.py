@@ -63,21 +63,21 @@ def run(config, folder, data, num_devices=1):
 
 
 def saved(workdir, step=None):
-    """Returns the trees of a checkpoint, by default the latest."""
+    """Returns name -> tree of arrays of a checkpoint, by default of the latest."""
     step = step or max(checkpoint.manifests(workdir))
     state = workdir / "checkpoints" / str(step) / "state"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     metadata = ocp.checkpointables_metadata(state).metadata
     found = {name: tree for name, tree in metadata.items() if tree}
 
-    def abstract(x):  # which other processes and devices may have saved
+    def abstract(x):  # other processes and devices may have saved `x`
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
 
     return ocp.load_checkpointables(state, jax.tree.map(abstract, found))
 
 
 def weights(workdir, step=None):
-    """Returns every saved parameter and running statistic by its path."""
+    """Returns path in the tree -> array of every saved parameter and running statistic."""
     tree = saved(workdir, step)
     return flat({key: tree[key] for key in ("params", "model_state") if key in tree})
 
@@ -108,7 +108,7 @@ def assert_same_run(left, right, names=RUN_FILES[:2]):
 
 
 class Spoilt:
-    """A dataset in which all features of hidden clips are `value`; `hidden`: split -> [n] bool."""
+    """A dataset in which features of `hidden` (split -> bool [number of clips]) are `value`."""
 
     def __init__(self, data, hidden, value=7.0):
         self._data, self._hidden, self._value = data, hidden, value
@@ -136,7 +136,7 @@ class Spoilt:
 
 
 class Interrupting:
-    """A dataset that sends a signal to this process before it yields batch `batch` (STREAMED)."""
+    """A dataset that sends a signal to this process before batch number `batch` of training."""
 
     def __init__(self, data, batch, signum):
         self._data, self._batch, self._signum = data, batch, signum
@@ -159,14 +159,14 @@ def restored(folder, data, config=None, mesh=None):
 
 
 def scores(models, split="val", mesh=None, block_size=16):
-    """Returns the scores [N, C] of all clips of a split by models, which are members of a run."""
+    """Returns the scores [N, C] of all clips of a split. `models` are the members of a run."""
     mesh = mesh or devices.make_mesh(1)
     top = scoring.score(models, split, mesh, block_size=block_size, each_member=False).top
     num_clips = len(models[0].data.split(split).clips)
     assert num_clips <= top.index.shape[1]
-    found = np.full((num_clips, len(top.index)), np.nan)
+    by_clip = np.full((num_clips, len(top.index)), np.nan)
     for identity, (scores, index) in enumerate(zip(top.scores, top.index, strict=True)):
         real = index < num_clips
-        found[index[real], identity] = scores[real]
-    assert not np.isnan(found).any()
-    return found
+        by_clip[index[real], identity] = scores[real]
+    assert not np.isnan(by_clip).any()
+    return by_clip

@@ -21,7 +21,7 @@ RESOURCE = 'rdf:parseType="Resource"'
 
 
 def packet(body, wrapper="x"):
-    """Returns a packet of XMP, bytes, around properties."""
+    """Returns a packet of XMP (bytes) that contains the properties `body`."""
     spaces = " ".join(f'xmlns:{name}="{address}"' for name, address in SPACES.items())
     return (
         f'<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -32,7 +32,10 @@ def packet(body, wrapper="x"):
 
 
 def attributes(tags, shape=(400, 300), unit=' stArea:unit="normalized"', kind="Face"):
-    """Returns regions in attributes, as of digiKam and Lightroom; a tag is (name, x, y, w, h)."""
+    """Returns regions as digiKam and Lightroom write them: in attributes of elements.
+
+    `tags` are (name, x, y, w, h): the middle, width and height of a box, as shares of the picture.
+    """
     items = "".join(
         f'<rdf:li><rdf:Description mwg-rs:Name="{name}" mwg-rs:Type="{kind}" mwg-rs:Rotation="0.0">'
         f'<mwg-rs:Area stArea:x="{x}" stArea:y="{y}" stArea:w="{w}" stArea:h="{h}"{unit}/>'
@@ -47,7 +50,7 @@ def attributes(tags, shape=(400, 300), unit=' stArea:unit="normalized"', kind="F
 
 
 def elements(tags, resource=RESOURCE, bag="Seq"):
-    """Returns regions in elements, as of Apple, Picasa and ExifTool."""
+    """Returns regions as Apple, Picasa and ExifTool write them: in texts of elements."""
     begin, end = (f" {resource}>", "") if resource else ("><rdf:Description>", "</rdf:Description>")
     items = "".join(
         f"<rdf:li{begin}\n<mwg-rs:Area{begin}<stArea:x>{x}</stArea:x><stArea:y>{y}</stArea:y>"
@@ -64,7 +67,7 @@ def elements(tags, resource=RESOURCE, bag="Seq"):
 
 
 def microsoft(tags, as_elements=False):
-    """Returns regions of Microsoft Photo, as of Windows Live Photo Gallery, and of digiKam."""
+    """Returns regions as Windows Live Photo Gallery and digiKam write them, of Microsoft Photo."""
     items = ""
     for name, x, y, w, h in tags:
         values = {"Rectangle": f"{x - w / 2}, {y - h / 2}, {w}, {h}", "PersonDisplayName": name}
