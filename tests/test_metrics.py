@@ -308,10 +308,11 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
 
 
 def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
-    """The first person has 150 clips. The lists have 100 places, so many are in the second list."""
-    labels = np.repeat([1, 2], [150, 3])
+    """The list of a person has 100 places. Person 0 has 150 clips, and many are in list 1."""
+    labels = np.repeat([1, 2], [150, 3])  # of persons 0 and 1
     scores = np.full((153, 2), [-1.0, -9.0], np.float32)
-    scores[150:] = [[-9, -1], [-0.5, -5], [-2, -5]]  # right, in the first list, in no first list
+    # Clip 150 of person 1 is right. Clip 151 leads list 0, and clip 152 is too low for list 0.
+    scores[150:] = [[-9, -1], [-0.5, -5], [-2, -5]]
     names, pool = [*map(str, range(153))], np.ones(153, bool)
     top = topk.rank([(scores, np.arange(153, dtype=np.int32), pool)], 2)
     best, positives = scores.max(axis=1), np.array([150, 3])
@@ -320,21 +321,22 @@ def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
     mistake = {"clip": "151", "shows": 1, "identity": 0, "score": -0.5}
     assert measures.find_wrong_clips(scored) == {"distractors": [], "known": [mistake]}
     lost = {row["identity"]: row["lost_to"] for row in measures.find_worst_identities(scored)}
+    # -1: list 0 has clip 151 and 99 clips of person 0, but neither the other 51 nor clip 152.
     assert lost == {0: [(-1, 51)], 1: [(0, 1), (-1, 1)]}
 
 
-@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
-def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_person(share):
+@pytest.mark.parametrize("share_right", [0.5, 0.9, 1.0])
+def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_person(share_right):
     """The AP of a person with one clip is 1 if the clip is right, and otherwise 0."""
     labels = np.arange(1, 61)
-    right = labels <= 60 * share
+    right = labels <= 60 * share_right
     expected = significance.map_interval(right.astype(float))
 
     intervals = measures.compute_clip_intervals(clip_scores(labels, right), labels)
     assert intervals.keys() == {"top1"}  # without distractors, there is no AUROC
     np.testing.assert_allclose(intervals["top1"], expected, atol=0.02)
 
-    # All clips score above all of 60 distractors, so only wrong names count.
+    # The 60 clips score above all of 60 distractors, so FNIR is the share of wrong clips.
     labels = np.append(labels, np.zeros(60, int))
     clips = clip_scores(labels, np.append(right, np.zeros(60, bool)))
     _, row = open_set(clips, labels, num_identities=60)["rates"]  # FPIR of 1 % and of 10 %
