@@ -207,20 +207,22 @@ def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
     assert settings == Settings(within=0.8, between=0.75, **prior, centred=3 / (3 + 0.5))
 
 
-@pytest.mark.parametrize(("clips", "people", "most"), [(600, 10, 400), (100, 40, 100)])
-def test_settings_are_fitted_on_enough_people_if_people_have_many_clips(clips, people, most):
-    labels = np.tile(np.arange(51), clips)  # 50 people, and strangers
-    wanted = plda_fit.draw_identities(labels, seed=0)
-    counts = np.bincount(labels[wanted], minlength=51)
-    assert counts[0] == 0 and sorted(counts)[-people:] == [most] * people
-    assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
+# 4000 clips are drawn: 400 clips of each of 10 people, or 100 clips of each of 40 people.
+@pytest.mark.parametrize(("clips", "people", "drawn"), [(600, 10, 400), (100, 40, 100)])
+def test_settings_are_fitted_on_enough_people_if_people_have_many_clips(clips, people, drawn):
+    labels = np.tile(np.arange(51), clips)  # 50 people, and strangers (0), with `clips` clips each
+    chosen = plda_fit.draw_identities(labels, seed=0)
+    counts = np.bincount(labels[chosen], minlength=51)
+    assert sorted(counts[1:]) == [0] * (50 - people) + [drawn] * people
+    assert counts[0] == 0
 
 
 def test_settings_are_fitted_on_enough_people_if_most_people_have_one_clip():
-    labels = np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600))  # 50 people have two
-    wanted = plda_fit.draw_identities(labels, seed=0)
-    assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
-    assert np.sum(np.bincount(labels[wanted]) == 2) == plda_fit.FEWEST_PEOPLE
+    # 30,000 people have a clip. Every 600th of these people has a second clip.
+    labels = np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600))
+    chosen = plda_fit.draw_identities(labels, seed=0)
+    assert chosen.sum() == plda_fit.MAX_FITTED_CLIPS
+    assert np.sum(np.bincount(labels[chosen]) == 2) == plda_fit.FEWEST_PEOPLE
 
 
 def test_settings_are_fitted_if_no_clip_or_only_one_clip_has_a_modality():

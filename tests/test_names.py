@@ -25,16 +25,19 @@ NFC, NFD = (unicodedata.normalize(form, "Zoë Müller O'Brien") for form in ("NF
 
 def test_names_with_invisible_letters_or_outer_blanks_are_refused(tmp_path):
     refused(lambda: names.clean_identity("Ada "), "identity 'Ada '", "remove these blanks")
-    for name in ("Ada\u200b", "A\u202eda", "Ada\ufeff", "A\xadda", "A \u200cda", "Ada\u200d"):
+    for name in ("A\u202eda", "Ada\ufeff", "A\xadda", "A \u200cda", "Ada\u200d"):
         refused(lambda x=name: names.clean_identity(x), "identity '", "remove this letter")
 
-    # All functions that accept names of people refuse the last of these names.
-    gallery = make(tmp_path / "g")
+    # All functions that accept names of people refuse a name with an invisible letter.
+    gallery, invisible = make(tmp_path / "g"), "Ada\u200b"
     vectors = vectors_of(gallery, {"x": make_clip(1, None)})
-    refused(lambda: gallery.rename("person 1", name), "invisible letter")
-    refused(lambda: gallery.add({"x": make_clip(1, name)}), "invisible letter")
-    refused(lambda: gallery.enrol(vectors, name), "invisible letter")
-    refused(lambda: labels.load_label_table({"x": name}, {"train": ["x"]}), "labels: clip x")
+    for call in (
+        lambda: names.clean_identity(invisible), lambda: gallery.rename("person 1", invisible),
+        lambda: gallery.add({"x": make_clip(1, invisible)}),
+        lambda: gallery.enrol(vectors, invisible),
+    ):  # fmt: skip
+        refused(call, "invisible letter")
+    refused(lambda: labels.load_label_table({"x": invisible}, {"train": ["x"]}), "labels: clip x")
 
     # Invisible joiners between letters of some scripts, or between emojis, belong to a name.
     joined = "\u0646\u06cc\u200c\u0645\u0627 \u0915\u094d\u200d\u0937 \U0001f469\u200d\U0001f467"

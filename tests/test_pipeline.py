@@ -48,7 +48,7 @@ def real_fields(frames):
 
 
 def assert_best_frames(frames, clip, count):
-    """Asserts that these are the best frames of a clip, in time order."""
+    """Asserts that `frames` are the `count` best frames of a clip, in time order."""
     best = np.sort(np.argsort(-clip.quality, kind="stable")[:count])
     for field, values in real_fields(frames).items():
         np.testing.assert_array_equal(values, getattr(clip, field)[best])
@@ -106,7 +106,7 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
             fields = real_fields(Frames(*(values[row] for values in batch.frames[modality])))
             length, total = len(fields["features"]), len(clip.features)
             assert length == min(total, MAX_FRAMES)
-            # `starts` are the frames of the clip from which on all its fields equal the window.
+            # All fields of the clip must equal the window from one of its frames `starts` on.
             starts = range(total - length + 1)
             for field, values in fields.items():
                 whole = getattr(clip, field)
@@ -127,10 +127,10 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
         clip = source_clip(dataset, split, modality, index)
         assert_best_frames(clips[index][modality], clip, count=512)
 
-    # A clip is padded to the next of the lengths 32, 128 and 512.
+    # Clips of up to 32, up to 128 and more frames are padded or cut to 32, 128 and 512 frames.
     lengths = dataset.split(split).lengths["face"]
-    wanted = {i: next(b for b in (32, 128, 512) if b >= min(n, 512)) for i, n in enumerate(lengths)}
-    assert {index: len(frames["face"].mask) for index, frames in clips.items()} == wanted
+    padded = [len(clips[index]["face"].mask) for index in range(len(lengths))]
+    assert padded == np.where(lengths <= 32, 32, np.where(lengths <= 128, 128, 512)).tolist()
 
 
 def test_batch_streams_refuse_invalid_arguments(dataset):

@@ -104,6 +104,8 @@ MINE = {
     "syntax.py": ("def get_config(args=''):\n    return (\n", "line 2: SyntaxError"),
     "null.py": ("\0", "null bytes"),
     "number.py": (f"{BEGIN}    return int('many')\n", "line 5: ValueError"),
+    "field.py": (f"{BEGIN}    config.default().fusion.face.train = 1\n",
+                 "line 5: AttributeError: there is no field 'face'"),
     "bare.py": (f"{BEGIN}    return ConfigDict({{'seed': 1}})\n", "config.default()"),
     "typed.py": (f"{BEGIN}    values = config.default().to_dict() | {{'batch_size': '8'}}\n"
                  "    return ConfigDict(values)\n", "config.batch_size"),

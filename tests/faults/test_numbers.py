@@ -128,8 +128,7 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
     assert not scores.right[1]
 
     assert without_nan(0.0, 0.0, 0.0, np.nan)[1] == {}
-    with pytest.raises(ValueError, match=r"3 of 3 clips .*\n.*divide"):
-        without_nan(np.nan, np.nan, np.nan, 0.0)
+    refused(lambda: without_nan(np.nan, np.nan, np.nan, 0.0), "3 of 3 clips ", "divide")
 
 
 def test_infinite_values_in_a_configuration_are_refused():
@@ -154,8 +153,7 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     hint = note(7, "data.whole_epochs=True")
     assert "a step uses all clips" in hint
     assert "--config.batch_size=3" in hint  # two steps of an epoch
-    with pytest.raises(ValueError, match=r"batch_size=100000000.*\nuse --config.batch_size=6"):
-        note(100_000_000)
+    refused(lambda: note(100_000_000), "batch_size=100000000", "\nuse --config.batch_size=6")
 
 
 def test_pipe_link_or_folder_named_like_a_feature_file_is_refused(tmp_path):
@@ -194,12 +192,11 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
     (tmp_path / "shots.csv").touch()  # is not similar to labels.csv, except for the ending
-    assert not arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
+    folder = arrays.FeatureFolder(tmp_path)
+    assert not folder.read_labels({"train": ["a"]})
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
-    with pytest.raises(ValueError, match="rename it to 'face_quality'"):
-        arrays.FeatureFolder(tmp_path).read(tmp_path / "scratch", "drop")
-    with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
-        arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
+    refused(lambda: folder.read(tmp_path / "scratch", "drop"), "rename it to 'face_quality'")
+    refused(lambda: folder.read_labels({"train": ["a"]}), "rename it to labels.csv")
 
     # Numbers of frames of the clips, by split and modality.
     some, none = np.array([1, 2]), np.array([0, 0])
@@ -215,9 +212,8 @@ def test_pickle_of_300000_empty_clips_is_refused_quickly(tmp_path):
     # The opcodes of {name: [], ...}: U and the length of a name, then ] for an empty list.
     clips = b"".join(b"U" + bytes([len(b"%x" % i)]) + b"%x]" % i for i in range(300_000))
     (tmp_path / "face_train.pickle").write_bytes(b"\x80\x02}(" + clips + b"u.")
-    began = time.process_time()
-    with pytest.raises(ValueError, match="300000 of 300000 clips are empty"):
-        iqiyi_vid.OfficialFiles(tmp_path).read(tmp_path / "scratch", "drop")
+    files, began = iqiyi_vid.OfficialFiles(tmp_path), time.process_time()
+    refused(lambda: files.read(tmp_path / "out", "drop"), "300000 of 300000 clips are empty")
     assert time.process_time() - began < 5 * slowness()
 
 
