@@ -152,10 +152,7 @@ MODALITIES = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of protobuf, in TFDS
 def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
-    """Faces have all 20 clips and scores. The other modalities have 10 clips and no scores.
-
-    Clips have 0 to 300 frames.
-    """
+    """All 20 clips have faces, with scores. Ten clips have the other modalities, without scores."""
     from vidjax.data.records.codec import tfds
 
     rng, clips = np.random.default_rng(0), {}

@@ -284,10 +284,7 @@ def weights_oracle(params, clip, scores, aggregation):
 
 
 def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggregation):
-    """Returns the logits [B, C].
-
-    BatchNorm of a modality uses only the clips that have this modality.
-    """
+    """Returns the logits [B, C]. BatchNorm of a modality uses the clips that have the modality."""
     prelu_layer = functools.partial(layer_oracle, activation="prelu", batch_norm=True)
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)

@@ -225,28 +225,31 @@ def test_settings_are_fitted_on_enough_people_if_most_people_have_one_clip():
     assert np.sum(np.bincount(labels[chosen]) == 2) == plda_fit.FEWEST_PEOPLE
 
 
-def test_settings_are_fitted_if_no_clip_or_only_one_clip_has_a_modality():
-    labels = np.repeat(np.arange(1, 31), 4)
+def draw_faces():
+    """Returns 4 faces of each of 30 people, [120, 16], and their labels."""
     faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
-    vectors = {"face": faces.reshape(-1, 16), "audio": np.zeros((120, 16))}
-    for scarce in (0, 1):
-        vectors["audio"][:scarce] = 0.25
+    return faces.reshape(-1, 16), np.repeat(np.arange(1, 31), 4)
+
+
+def test_settings_are_fitted_if_no_clip_or_only_one_clip_has_a_modality():
+    faces, labels = draw_faces()
+    vectors = {"face": faces, "audio": np.zeros_like(faces)}
+    for num_voices in (0, 1):
+        vectors["audio"][:num_voices] = 0.25
         fitted = plda_fit.fit_settings(vectors, labels, given={}, seed=0)
         assert fitted.stranger != plda_fit.PRIOR["stranger"]
-    nothing = {name: np.zeros((120, 16)) for name in vectors}
+    nothing = {name: np.zeros_like(faces) for name in vectors}
     typical = plda_fit.fit_settings(nothing, labels, given={}, seed=0)
     assert typical.stranger == plda_fit.PRIOR["stranger"]
 
 
 @pytest.mark.slow
 def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
-    labels = np.repeat(np.arange(1, 31), 4)
-    faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
-    vectors = {"face": faces.reshape(-1, 16)}
+    faces, labels = draw_faces()
 
     def fit(cores):
         monkeypatch.setattr(plda_fit, "num_cores", lambda: cores)
-        return plda_fit.fit_settings(vectors, labels, given={"within": 0.33}, seed=0)
+        return plda_fit.fit_settings({"face": faces}, labels, given={"within": 0.33}, seed=0)
 
     fitted = fit(cores=1)
     assert fitted == fit(cores=5)

@@ -247,12 +247,11 @@ def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
     monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
     net.warm()
 
-    # One, two or six clips, with these numbers of frames of both or only one of the modalities.
-    names, numbers_of_frames = list(net.widths), ([1], [7, 1], [8] * 6)
+    # Clips with these numbers of frames, in both modalities or only in one.
+    names, lengths_of_clips = list(net.widths), ([1], [7, 1], [8] * 6)
+    kinds = itertools.product((names, names[:1], names[1:]), lengths_of_clips)
     with jax.log_compiles():
-        for modalities, lengths in itertools.product(
-            (names, names[:1], names[1:]), numbers_of_frames
-        ):
+        for modalities, lengths in kinds:
             clips = made_galleries.random_clips(net.run, *lengths)
             partial = {name: {k: clip[k] for k in modalities} for name, clip in clips.items()}
             net.answer_batch([question(partial)])

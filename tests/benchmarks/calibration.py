@@ -46,10 +46,7 @@ def compute_calibration_error(probability: np.ndarray, right: np.ndarray) -> flo
 
 
 def measure(num_people: int, *, clips: int, width: int, within: float, seed: int) -> Figures:
-    """Identifies two clips of each person, after `clips` other clips of the person are enrolled.
-
-    `within` is the share of the variance within a person in the total variance.
-    """
+    """Enrols `clips` clips of each person, and identifies two others. For arguments see CASES."""
     rng = np.random.default_rng(seed)
     x = embeddings.exact(rng, num_people, clips + 2, width, within)
     people, enrolled = np.repeat(np.arange(num_people), clips), x[:, :clips].reshape(-1, width)

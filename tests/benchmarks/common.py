@@ -203,10 +203,7 @@ def make_run(
     spec: str, overrides: Sequence[str] = (), *, batch_size: int, num_identities: int,
     num_clips: int,
 ) -> Run:  # fmt: skip
-    """Makes random clips, and the system of a configuration `FILE:ARGUMENTS`.
-
-    `overrides` are words `FIELD=VALUE`.
-    """
+    """Makes random clips and the system of `FILE:ARGUMENTS` with overrides `FIELD=VALUE`."""
     config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
     config = config_io.override(config, [f"--config.{word}" for word in words])

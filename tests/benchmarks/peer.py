@@ -68,10 +68,7 @@ def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
 
 
 def mask_bad_frames(frames: Frames) -> Frames:
-    """Leaves out frames of low quality or low detection score.
-
-    If all frames of a clip are low, all are kept.
-    """
+    """Masks frames of low quality or detection score, except in clips with only such frames."""
     good = frames.mask & (frames.quality >= 25.0) & (frames.detection >= 0.7)
     return frames._replace(mask=torch.where(good.any(dim=1, keepdim=True), good, frames.mask))
 

