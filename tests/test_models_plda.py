@@ -172,7 +172,7 @@ def test_fitted_settings_favour_no_modality():
     names, joined = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
     index = backend_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
     answers = index.nearest([x[~enrolled] for x in vectors.values()], k=1)
-    named = np.array([int(name) for answer in answers for name, _ in answer.best])
+    named = np.array([int(answer.best[0][0]) for answer in answers])  # the most likely people
 
     right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
     assert right[has_voice].mean() > 0.9
@@ -363,16 +363,17 @@ def test_covariances_equal_their_definitions():
 def test_pair_log_ratios_equal_ratios_of_joint_densities():
     """The ratio of two groups of clips is p(they show one person) / p(they show two people)."""
     rng, counts = np.random.default_rng(0), np.array([1, 2, 4])
-    ratio, noise = np.array([0.5, 2.0, 0.1]), np.eye(3)
+    between, within = np.array([0.5, 2.0, 0.1]), np.ones(3)  # variances of people, and of noise
     groups = [rng.normal(size=(count, 3)) * 1.5 for count in counts]
 
     def density(*groups):
-        return joint_log_density(np.concatenate(groups), np.zeros(3), noise, np.diag(ratio))
+        of_noise, of_people = np.diag(within), np.diag(between)
+        return joint_log_density(np.concatenate(groups), np.zeros(3), of_noise, of_people)
 
-    space = two_covariance.Space(np.zeros(3), np.eye(3), ratio)
-    mean = np.stack([clips.mean(axis=0) for clips in groups])
+    space = two_covariance.Space(np.zeros(3), np.eye(3), between)
+    means = np.stack([clips.mean(axis=0) for clips in groups])
 
     for row, own in enumerate(groups):
         wanted = [density(own, other) - density(own) - density(other) for other in groups]
-        ratios = two_covariance.pair_log_ratios(space, 1 / counts, mean, row)
+        ratios = two_covariance.pair_log_ratios(space, 1 / counts, means, row)
         np.testing.assert_allclose(np.delete(ratios, row), np.delete(wanted, row), atol=1e-9)
