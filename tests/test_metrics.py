@@ -361,7 +361,7 @@ def clip_scores(best, right):
     return ClipScores(np.ones(len(best), bool), np.asarray(best, np.float32), np.asarray(right))
 
 
-def normal(rng):
+def draw_scores(rng):
     """Returns scores and labels: 150 clips of strangers, and a clip of each of 200 people."""
     labels = np.r_[np.zeros(150, int), np.arange(1, 201)]
     best = rng.normal(size=len(labels)) + 2 * (labels > 0)  # around 0 for strangers, else 2
@@ -395,7 +395,7 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
     true_fnir = stats.norm.cdf(stats.norm.ppf(0.9) - 2)
     covered = []
     for _ in range(400):
-        clips, labels = normal(rng)
+        clips, labels = draw_scores(rng)
         _, row = open_set(clips, labels, num_identities=200)["rates"]  # FPIR of 1 % and of 10 %
         true_fpir = stats.norm.sf(row["threshold"])  # of strangers that come later
         rates = {"fnir": true_fnir, "fpir": true_fpir}
@@ -407,7 +407,7 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
 
 def test_intervals_treat_clips_of_one_person_as_dependent():
     """Three copies of each clip of a person add no information: the FNIR interval stays equal."""
-    clips, labels = normal(np.random.default_rng(1))
+    clips, labels = draw_scores(np.random.default_rng(1))
     _, single = open_set(clips, labels, num_identities=200)["rates"]  # FPIR of 1 % and of 10 %
 
     known = np.flatnonzero(labels)

@@ -29,7 +29,7 @@ def dataset(tmp_path_factory):
         return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
-def take(dataset, count, **options):
+def take_batches(dataset, count, **options):
     return list(itertools.islice(train_batches(dataset, **{**TRAIN, **options}), count))
 
 
@@ -56,7 +56,7 @@ def assert_best_frames(frames, clip, count):
 
 @streams
 def test_every_training_clip_is_drawn_once_per_epoch(dataset):
-    batches = take(dataset, 17)  # three epochs of 45 clips in batches of 8, and one clip
+    batches = take_batches(dataset, 17)  # three epochs of 45 clips in batches of 8, and one clip
     assert all(batch.clip_index.shape == (8,) and batch.batch_mask.all() for batch in batches)
     epochs = np.concatenate([batch.clip_index for batch in batches])[: 3 * 45].reshape(3, 45)
     np.testing.assert_array_equal(np.sort(epochs), [np.arange(45)] * 3)
@@ -66,7 +66,7 @@ def test_every_training_clip_is_drawn_once_per_epoch(dataset):
 @streams
 def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
     examples = np.arange(0, 45, 2)  # 23 clips, so an epoch has 3 batches of 8 rows
-    batches = take(dataset, 6, epoch_clips=examples)
+    batches = take_batches(dataset, 6, epoch_clips=examples)
     for epoch in (batches[:3], batches[3:]):
         order = np.concatenate([batch.clip_index[batch.batch_mask] for batch in epoch])
         np.testing.assert_array_equal(np.sort(order), examples)
@@ -79,13 +79,13 @@ def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
 def test_resumed_stream_equals_the_uninterrupted_stream(dataset):
     for examples in (None, np.arange(0, 60, 2)):
         options = {"splits": ("train", "val"), "batch_size": 9, "epoch_clips": examples}
-        whole = take(dataset, 12, **options)
-        assert_equal(whole[5:], take(dataset, 7, step=5, **options))
+        whole = take_batches(dataset, 12, **options)
+        assert_equal(whole[5:], take_batches(dataset, 7, step=5, **options))
 
 
 @streams
 def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
-    batches = take(dataset, 1, splits=("val", "train"), batch_size=26 + 45, crop="quality")
+    batches = take_batches(dataset, 1, splits=("val", "train"), batch_size=26 + 45, crop="quality")
     clips = rows_of(batches)
     assert sorted(clips) == list(range(26 + 45))
     for number, frames in clips.items():
@@ -97,7 +97,7 @@ def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
 def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
     """A window is MAX_FRAMES neighbouring frames. Windows of a clip of 10 frames start anywhere."""
     starts_in_10_frames = set()
-    for batch in take(dataset, 40):
+    for batch in take_batches(dataset, 40):
         assert batch.frames["face"].features.shape == (8, MAX_FRAMES, 6)
         assert batch.frames["face"].features.dtype == np.float16
         assert set(batch.frames) == {"face", "audio"}  # nothing else is decoded
@@ -142,4 +142,4 @@ def test_batch_streams_refuse_invalid_arguments(dataset):
         ({"modalities": ()}, "config.modalities=: name"),
         ({"splits": ()}, "config.data.train_splits=: name"),
     ):
-        refused(functools.partial(take, dataset, 1, **changed), message)
+        refused(functools.partial(take_batches, dataset, 1, **changed), message)

@@ -34,14 +34,14 @@ def labels_of(folder):
     return np.asarray(saved(folder)["train"]["labels"])
 
 
-def starting(data):
+def initial_labels(data):
     """Returns the labels [N] before the first step, and the layout of the classes."""
     return plan.label_distractors(shrunk(*WORDS, spec=SPEC), data, training_labels(data))
 
 
 def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole):
     """They move from one mirror class to another. Clustered distractors stay in their clusters."""
-    is_distractor, (start, layout) = training_labels(data) == 0, starting(data)
+    is_distractor, (start, layout) = training_labels(data) == 0, initial_labels(data)
     unclustered = layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < is_distractor.sum()
 
@@ -55,7 +55,7 @@ def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
     """Distractors in no cluster start in mirror classes. Some move to clusters, some to others."""
     run(shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
 
-    (start, layout), end = starting(data), labels_of(tmp_path)  # [clips], [members, clips]
+    (start, layout), end = initial_labels(data), labels_of(tmp_path)  # [clips], [members, clips]
     unclustered = layout.is_mirror(start)
     new = end[:, unclustered]
     # Numbers of clusters are between the numbers of identities and of mirror classes.
@@ -77,7 +77,7 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
 def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
     """The weights of frames are quality times detection, or equal if these are all 0."""
     config = shrunk(*WORDS, spec=SPEC)
-    (start, layout), labels = starting(data), training_labels(data)
+    (start, layout), labels = initial_labels(data), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
         for clip, frames in real_frames(data, split):

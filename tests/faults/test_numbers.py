@@ -29,7 +29,7 @@ DIM = 4
 
 
 def make_clips(change=lambda x: x, count=6, widths=None):
-    """Returns split -> clip -> modality -> 2 frames, which `change` gets and returns.
+    """Returns split -> clip -> modality -> two frames, to which `change` is applied.
 
     Train and val have `count` clips each, of nine people in turn. By default, clips have faces.
     """

@@ -278,7 +278,6 @@ def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, ca
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_conversion_and_training_fit_into_2_gb_and_256_open_files(tmp_path, mode):
     """The features take 0.1 GB in shards."""
