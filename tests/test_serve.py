@@ -24,6 +24,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import quote
 
 import jax
@@ -777,15 +778,17 @@ def test_serve_command_serves_a_run_that_did_not_make_the_gallery(
     nearest_run, official_data, trained, tmp_path, say, monkeypatch
 ):
     gallery = Gallery.create(tmp_path / "g", nearest_run, official_data)
-    served = []
-    monkeypatch.setattr(app_lib, "make_app", lambda *given: served.append(given[:2]))
+    make_app = mock.Mock()
+    monkeypatch.setattr(app_lib, "make_app", make_app)
     monkeypatch.setattr(app_lib, "serve", lambda *_: True)
     monkeypatch.setenv(messages.QUIET, "1")
     with warnings.catch_warnings():
         for run in (trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), nearest_run):
             say("serve", f"--gallery={gallery.folder}", f"--run={run}", "--port=0")
-            assert served[-1][0].run.workdir == nearest_run
-            assert served[-1][1].workdir == run
+
+            served_gallery, served_run, *_ = make_app.call_args.args
+            assert served_gallery.run.workdir == nearest_run
+            assert served_run.workdir == run
 
 
 @pytest.mark.slow

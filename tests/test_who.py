@@ -775,17 +775,17 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
     write_film(film, (2, 20, [("Ada", 20, 30), ("Ada", 80, 60)]))
     write_photo(photo, ("Ada", 20, 30))
     drawn.who(film, photo)
-    words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}")
-    out = drawn.folder / "names.rttm"
-    content = drawn.run("gallery", "identify", *words, f"--out={out}").content
-    assert (content["clips"], content["named"]) == (3, 2)
-    assert out.read_text().splitlines() == [
-        "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
-    ]
 
-    one = f"--input={drawn.out / 'features' / 'twins.npz'}"
-    drawn.gallery("identify", one, f"--out={drawn.folder / 'twins.vtt'}")
-    assert "Ada" in (drawn.folder / "twins.vtt").read_text()
+    features, out = drawn.out / "features", drawn.folder / "names.rttm"
+    words = (drawn.out / "gallery", f"--input={features}", f"--out={out}")
+    content = drawn.run("gallery", "identify", *words).content
+    assert (content["clips"], content["named"]) == (3, 2)
+    (line,) = out.read_text().splitlines()
+    assert line == "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
+
+    out = drawn.folder / "twins.vtt"
+    drawn.gallery("identify", f"--input={features / 'twins.npz'}", f"--out={out}")
+    assert "Ada" in out.read_text()
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):

@@ -164,13 +164,13 @@ def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
 
 
 def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path):
-    # 6 of 30 val clips are silent: no face or only NaN, no head, no audio. All qualities are bad.
-    silent = [f"val{i:03d}" for i in range(0, 30, 5)]
+    silent = [f"val{i:03d}" for i in range(0, 30, 5)]  # 6 of 30 val clips
     for split, count in (("train", 32), ("val", 30)):
         faces = clips_of(split, count)
         write_truth(tmp_path, split, {name: str(1 + i % 4) for i, name in enumerate(faces)})
         for i, face in enumerate(faces.values()):
             face.quality[:] = (np.nan, -np.inf, -5.0, 0.0)[i % 4]
+        # Silent clips have no head and no audio. Two have no face, and four have faces of NaN.
         loud = {name: face for name, face in faces.items() if name not in silent}
         if split == "val":
             for name in silent:
