@@ -16,7 +16,6 @@ from threadpoolctl import threadpool_limits
 from tests.helpers import made_runs, map_oracle, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
-from tests.helpers.small_runs import assert_equal_weights, shrunk
 from vidjax.core import metrics
 from vidjax.evaluation import measures, ranking, significance, topk
 from vidjax.evaluation.scoring import ClipScores
@@ -193,7 +192,7 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
 @pytest.fixture(scope="module")
 def workdir(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
-    config = shrunk("--config.num_epochs=1", spec=SPEC)
+    config = small_runs.shrunk("--config.num_epochs=1", spec=SPEC)
     loop.train(config, folder, data, num_devices=1, analyse=True)
     return folder
 
@@ -256,7 +255,7 @@ def test_analysis_agrees_with_map_and_the_open_set_results(analysed):
 @pytest.mark.slow
 def test_analysis_does_not_change_the_weights_of_a_run(workdir, trained):
     """`trained` makes the same run without an analysis."""
-    assert_equal_weights(trained(SPEC), workdir)
+    small_runs.assert_equal_weights(trained(SPEC), workdir)
 
 
 @pytest.mark.slow

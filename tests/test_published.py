@@ -19,7 +19,6 @@ from scipy import special
 from tests.helpers.made_frames import make_frames, one_hot_frames
 from tests.helpers.made_models import init, randomised
 from vidjax.core import augment, ensemble, fusion, losses, optim
-from vidjax.core.augment import MemberClips
 from vidjax.core.batch import Frames, ModelOutput
 from vidjax.models.deepmef import ChannelAttention
 from vidjax.models.layers import ResidualBlock
@@ -82,7 +81,7 @@ def training_weight(system, clip, min_quality=-1000.0):
 def trained_on(system, frames, min_quality=-1000.0):
     """Returns the face frames of a training step, and the weights of the losses of the clips."""
     ones = jnp.ones(len(frames.mask))
-    clips = MemberClips({"face": frames}, ones, ones, jnp.float32(min_quality), ())
+    clips = augment.MemberClips({"face": frames}, ones, ones, jnp.float32(min_quality), ())
     for transform in system.clip_transforms:
         clips = transform(jax.random.key(0), clips)
     fused = system.fuse(jax.random.key(1), clips.frames, jnp.int32(-1))  # all features

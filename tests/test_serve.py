@@ -47,7 +47,6 @@ from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
 from vidjax.utils import errors, messages
-from vidjax.utils.errors import UserError
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
@@ -210,7 +209,7 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
     batch: Any = [first, too_narrow, last]
     answers: Any = served_models.answer(served_models.GalleryModel(people), batch)
 
-    assert isinstance(answers[1], UserError) and "clip b" in str(answers[1])
+    assert isinstance(answers[1], errors.UserError) and "clip b" in str(answers[1])
     for answered, clips in zip((answers[0], answers[2]), queries, strict=True):
         (wanted,) = people.identify(clips).values()
         assert_close(answered.answers[0], wanted)
@@ -379,7 +378,7 @@ def test_error_status_does_not_depend_on_names_that_clients_choose(caplog):
         name = f"Secret {words}"
         absent = NotEnrolledError("identity", name, among=())
         assert limits_lib.to_refusal(absent).status == 404
-        assert limits_lib.to_refusal(UserError(f"{name} occurs twice")).status == 422
+        assert limits_lib.to_refusal(errors.UserError(f"{name} occurs twice")).status == 422
     assert "Secret" not in caplog.text
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.campaigns import mutations
-from tests.helpers import clip_files, small_runs
+from tests.helpers import small_runs
 from tests.helpers.cases import quick_first
-from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle
+from tests.helpers.clip_files import WIDTHS, random_clip, write_labels, write_npz, write_pickle
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
 from vidjax.data import arrays, iqiyi_vid, sources
@@ -19,7 +19,6 @@ from vidjax.data import labels as labels_lib
 from vidjax.data.checks import find_misspelt, find_unusable
 from vidjax.data.clips import Split
 from vidjax.evaluation import scoring
-from vidjax.evaluation.scoring import ClipScores
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
 from vidjax.runs.checkpoint import CheckpointError
@@ -118,7 +117,7 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
     evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)  # of a, b, c, d
 
     def without_nan(*best):
-        clips = ClipScores(evaluated, np.array(best, np.float32), right)
+        clips = scoring.ClipScores(evaluated, np.array(best, np.float32), right)
         return scoring._without_nan(split, clips)
 
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
@@ -241,7 +240,7 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
     words = ("--config.num_epochs=2", "--config.batch_size=12", "--config.eval.report=False")
     config = small_runs.shrunk(*words, spec=f"configs/{system}")
     for name, (odd, refuses) in ODD.items():
-        clips = make_clips(odd, 1 if name == "one clip" else 36, clip_files.WIDTHS)
+        clips = make_clips(odd, 1 if name == "one clip" else 36, WIDTHS)
 
         try:
             results = small_runs.run(config, tmp_path / name, load(tmp_path / "cache", clips))
