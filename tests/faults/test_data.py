@@ -212,8 +212,9 @@ def test_requested_modality_without_a_feature_file_is_refused(official):
     np.testing.assert_array_equal(has, batch.clip_index < 12)
     assert not batch.frames["head"].features[~has].any()
 
-    of_val = eval_batches(data, split="val", modalities=("face", "head"), rows=8)
-    refused_by(lambda: next(of_val), "'val' has no features of 'head'\n", "config.modalities")
+    of_val = {"split": "val", "modalities": ("face", "head"), "rows": 8}
+    read = functools.partial(eval_batches, data, **of_val)
+    refused_by(read, "'val' has no features of 'head'\n", "config.modalities")
     misspelt = functools.partial(select_modalities, ("face", "heda"), data.modalities)
     refused_by(misspelt, "the data have no modality 'heda': did you mean 'head'")
     assert_adds_up(data.report)
