@@ -51,7 +51,8 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
         return tmp_path / name
 
     # Labels and groups: the name of clip x is NFD, and the name of clip y is NFC.
-    clips, (nfd, nfc) = {"train": ["x", "y"]}, map(names.escape, (NFD, NFC))  # blanks become %20
+    clips = {"train": ["x", "y"]}
+    nfd, nfc = map(names.escape, (NFD, NFC))  # blanks become %20
     table = write("labels.csv", f"clip,identity\nx,{NFD}\ny,{NFC}\n")
     groups = write("unknown.tsv", f"clip\tidentity\nx\t{NFD}\ny\t{NFC}\n")
     assert NFC != NFD
@@ -65,23 +66,25 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
     inverted = write("val_gt.txt", f"{nfd} x.mp4\n{nfc} y.mp4\n")
     refused(lambda: labels.load_ground_truth(inverted), "already in line 1")
 
-    # Folders of photos.
-    face = {"face": np.ones((1, 4), np.float32)}
-    clip_files.write_npz(tmp_path / "photos", {NFD: {"1": face}})
-    clip_files.write_npz(tmp_path / "photos", {NFC: {"2": face}})
-    loaded, identity = memory.load_people(tmp_path / "photos", {"face": 4})
-    assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
-    for hidden in (".trash/x.npz", f"{NFC}/._2.npz"):  # macOS and others write such files
-        (tmp_path / "photos" / hidden).parent.mkdir(exist_ok=True)
-        (tmp_path / "photos" / hidden).touch()
-    assert memory.load_people(tmp_path / "photos", {"face": 4})[1] == identity
-    (tmp_path / "photos" / NFC / "3.npy").touch()
-    refused(lambda: memory.load_people(tmp_path / "photos", {"face": 4}), "3.npy' would be ignored")
-
     # Rankings: the ground truth is NFD, and the ranking is NFC. The score is 1 if they are equal.
     positives = ranking.read_ground_truth(write("truth.txt", f"{nfd} x.mp4\n"))
     loaded = ranking.read_submission(write("r.txt", f"{nfc} x.mp4\n"), identities=positives)
     assert not loaded.complaints and ranking.score(positives, loaded.ranking) == 1
+
+
+def test_names_of_photo_folders_become_nfc_and_hidden_files_are_ignored(tmp_path):
+    face = {"face": np.ones((1, 4), np.float32)}
+    clip_files.write_npz(tmp_path, {NFD: {"1": face}})
+    clip_files.write_npz(tmp_path, {NFC: {"2": face}})
+    for hidden in (".trash/x.npz", f"{NFC}/._2.npz"):  # macOS and others write such files
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).touch()
+
+    loaded, identity = memory.load_people(tmp_path, {"face": 4})
+
+    assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
+    (tmp_path / NFC / "3.npy").touch()
+    refused(lambda: memory.load_people(tmp_path, {"face": 4}), "3.npy' would be ignored")
 
 
 def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say):
