@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_train_records_are_shuffled_and_val_records_are_sorted(converted):
         assert sorted(facts.order) == list(range(len(facts.clips)))
     assert converted.splits["val"].order.tolist() == list(range(21))
     steps = np.diff(converted.splits["train"].order)
-    assert np.abs(steps).mean() > 40 / 5  # in a random permutation, the mean step is N / 3
+    assert np.abs(steps).mean() > 40 / 5  # 40 / 3 is the mean step of random permutations
 
 
 def test_converted_files_are_not_read_again(converted, source, monkeypatch, say):
@@ -101,7 +102,7 @@ def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, c
     assert val.labels.dtype == np.int32
     assert val.positives.tolist() == [0, 2, 2, 2, 2, 2, 2, 1, 1, 1]
     assert (facts["distractors"], facts["labelled_clips"]) == (6, 15)
-    assert facts["clips_per_identity"]["2-2"] == 6  # identities with 2 clips each
+    assert facts["clips_per_identity"]["2-2"] == 6  # identities with 2 clips
 
 
 def test_identities_only_in_the_test_split_get_no_class(small, tmp_path):
@@ -132,16 +133,11 @@ def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(small, tmp_path):
 
 @pytest.mark.slow
 def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypatch):
-    unpacked, unpack = [], sandbox.unpack
-
-    def record(*args, **options):
-        unpacked.append(args)
-        return unpack(*args, **options)
-
-    monkeypatch.setattr(sandbox, "unpack", record)
+    unpack = mock.Mock(wraps=sandbox.unpack)
+    monkeypatch.setattr(sandbox, "unpack", unpack)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
-    assert len(unpacked) == 5  # 3 modalities of train, 2 of val
+    assert unpack.call_count == 5  # 3 modalities of train, 2 of val
     assert folders[0] == folders[1]
 
 
@@ -156,10 +152,7 @@ MODALITIES = {
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of protobuf, in TFDS
 def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
-    """Faces have all 20 clips and scores. The other modalities have 10 clips and no scores.
-
-    Clips have 0 to 300 frames.
-    """
+    """All 20 clips have faces, with scores. Ten clips have the other modalities, without scores."""
     from vidjax.data.records.codec import tfds
 
     rng, clips = np.random.default_rng(0), {}
@@ -204,6 +197,6 @@ def test_run_with_data_in_memory_imports_no_tensorflow(tmp_path, official_dir, p
         "import sys\nfrom vidjax.cli.program import main\nbanned, *words = sys.argv[1:]\n"
         "assert main(words) == 0\nassert not {'tensorflow', banned} & {*sys.modules}"
     )
-    for banned in ("tensorflow", "tensorflow_datasets"):  # the module that a run must not import
+    for banned in ("tensorflow", "tensorflow_datasets"):  # of the first and of the second run
         workdir = f"--workdir={tmp_path / banned}"
         python(code, banned, *words, workdir, VIDJAX_CACHE=str(tmp_path / "cache"))

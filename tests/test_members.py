@@ -149,20 +149,22 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
     num_names = (tmp_path / "ranking.txt").read_text().count(".mp4")
     assert num_names == 12 * of_one["num_clips"]  # every clip for each of 12 identities
 
-    few = (
-        config_io.override(config_io.load_workdir(each), ["--config.eval.top_classes=2"])
-        for each in (folder, tmp_path)
-    )
-    of_all, of_one = map(evaluate, few, (folder, tmp_path), (data, data))
+    def evaluate_with_two_classes(workdir):
+        words = ["--config.eval.top_classes=2"]
+        config = config_io.override(config_io.load_workdir(workdir), words)
+        return evaluate(config, workdir, data)
+
+    of_all, of_one = map(evaluate_with_two_classes, (folder, tmp_path))
     assert of_all["members"][1]["map"] == of_one["map"]
 
 
 @pytest.mark.slow
 def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path):
     train(tmp_path, data, "--config.ensemble.mapping=vmap")  # the default on a CPU is `map`
-    left, right = weights(ensemble_run[0]), weights(tmp_path)
-    for name in [name for name in left if "params" in name]:
-        np.testing.assert_allclose(left[name], right[name], rtol=0, atol=1e-6, err_msg=name)
+    separate, mapped = weights(ensemble_run[0]), weights(tmp_path)
+    for name in separate:
+        if "params" in name:
+            np.testing.assert_allclose(mapped[name], separate[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_netvlad_matches_the_equations_of_both_papers(reduce, norms):
 
 
 def test_dropout_of_modalities_never_drops_the_last_one():
-    present = np.random.default_rng(0).random((4000, 4)) < 0.7
+    present = np.random.default_rng(0).random((4000, 4)) < 0.7  # [clips, modalities]
     kept = np.asarray(drop_modalities(jax.random.key(1), jnp.asarray(present), rate=0.999))
     assert not np.any(kept & ~present)
     np.testing.assert_array_equal(kept.any(axis=1), present.any(axis=1))
@@ -108,12 +108,12 @@ def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
 def test_knn_scores_are_the_best_cosine_of_every_identity():
     vectors = np.random.default_rng(0).standard_normal((14, 6)).astype(np.float32)
     learned, asked = vectors[:10], vectors[10:]
-    # Clip 7 has no face, and row 9 is padding, so no clip of class 3 is known.
+    # Only rows 7 and 9 have class 3, but row 7 has no face, and row 9 is padding.
     frames = make_frames([1] * 10, max_frames=1)._replace(features=learned[:, None])
     frames.mask[7] = False
     labels = np.array([1, 1, 2, 4, 4, 0, 2, 3, 1, 3], np.int32)
-    places = np.arange(10, dtype=np.int32)[::-1]  # of the clips among the training clips
-    clips = ClipInfo(index=places, mask=np.arange(10) < 9, labels=labels)
+    clip_numbers = np.arange(10, dtype=np.int32)[::-1]  # rows are in the opposite order of clips
+    clips = ClipInfo(index=clip_numbers, mask=np.arange(10) < 9, labels=labels)
     spec = {"name": "knn", "logit_scale": 16.0}
     model = identifier.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
     blank = made.init_identifier(model, {"face": frames}, clips)
@@ -272,11 +272,7 @@ def danet_oracle(params, clip):
     return clip + params["gamma"] * affinity @ clip
 
 
-ORACLES = {
-    "features": frames_oracle,
-    "danet": danet_oracle,
-    "none": lambda params, clip: clip,
-}
+ORACLES = {"features": frames_oracle, "danet": danet_oracle, "none": lambda params, clip: clip}
 
 
 def weights_oracle(params, clip, scores, aggregation):
@@ -288,7 +284,7 @@ def weights_oracle(params, clip, scores, aggregation):
 
 
 def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggregation):
-    """Returns the logits [B, C]. BatchNorm uses the clips that have the modality (`exists`)."""
+    """Returns the logits [B, C]. BatchNorm of a modality uses the clips that have the modality."""
     prelu_layer = functools.partial(layer_oracle, activation="prelu", batch_norm=True)
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)

@@ -104,7 +104,7 @@ def test_fallback_threshold_is_a_quantile_of_the_training_clips_or_a_given_numbe
         for _, frames in real_frames(data, split):
             if len(frames.features):
                 norms.append(np.linalg.norm(np.float64(frames.features), axis=-1).mean())
-        # One fifth of the norms are below the threshold: of train, then of train and val.
+        # A fifth of the norms are below the threshold. `norms` are of train, then of both splits.
         wanted = np.sort(norms)[int(0.2 * len(norms))]
         fitted: Any = plan_lib.make_plan(config, data).task.settings
         assert fitted["threshold"] == pytest.approx(wanted, rel=1e-6)

@@ -172,7 +172,7 @@ def test_fitted_settings_favour_no_modality():
     names, joined = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
     index = backend_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
     answers = index.nearest([x[~enrolled] for x in vectors.values()], k=1)
-    named = np.array([int(name) for answer in answers for name, _ in answer.best])
+    named = np.array([int(answer.best[0][0]) for answer in answers])  # the most likely people
 
     right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
     assert right[has_voice].mean() > 0.9
@@ -207,44 +207,49 @@ def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
     assert settings == Settings(within=0.8, between=0.75, **prior, centred=3 / (3 + 0.5))
 
 
-@pytest.mark.parametrize(("clips", "people", "most"), [(600, 10, 400), (100, 40, 100)])
-def test_settings_are_fitted_on_enough_people_if_people_have_many_clips(clips, people, most):
-    labels = np.tile(np.arange(51), clips)  # 50 people, and strangers
-    wanted = plda_fit.draw_identities(labels, seed=0)
-    counts = np.bincount(labels[wanted], minlength=51)
-    assert counts[0] == 0 and sorted(counts)[-people:] == [most] * people
-    assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
+# 4000 clips are drawn: 400 clips of each of 10 people, or 100 clips of each of 40 people.
+@pytest.mark.parametrize(("clips", "people", "drawn"), [(600, 10, 400), (100, 40, 100)])
+def test_settings_are_fitted_on_enough_people_if_people_have_many_clips(clips, people, drawn):
+    labels = np.tile(np.arange(51), clips)  # 50 people, and strangers (0), with `clips` clips each
+    chosen = plda_fit.draw_identities(labels, seed=0)
+    counts = np.bincount(labels[chosen], minlength=51)
+    assert sorted(counts[1:]) == [0] * (50 - people) + [drawn] * people
+    assert counts[0] == 0
 
 
 def test_settings_are_fitted_on_enough_people_if_most_people_have_one_clip():
-    labels = np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600))  # 50 people have two
-    wanted = plda_fit.draw_identities(labels, seed=0)
-    assert wanted.sum() == plda_fit.MAX_FITTED_CLIPS
-    assert np.sum(np.bincount(labels[wanted]) == 2) == plda_fit.FEWEST_PEOPLE
+    # 30,000 people have a clip. Every 600th of these people has a second clip.
+    labels = np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600))
+    chosen = plda_fit.draw_identities(labels, seed=0)
+    assert chosen.sum() == plda_fit.MAX_FITTED_CLIPS
+    assert np.sum(np.bincount(labels[chosen]) == 2) == plda_fit.FEWEST_PEOPLE
+
+
+def draw_faces():
+    """Returns 4 faces of each of 30 people, [120, 16], and their labels."""
+    faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
+    return faces.reshape(-1, 16), np.repeat(np.arange(1, 31), 4)
 
 
 def test_settings_are_fitted_if_no_clip_or_only_one_clip_has_a_modality():
-    labels = np.repeat(np.arange(1, 31), 4)
-    faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
-    vectors = {"face": faces.reshape(-1, 16), "audio": np.zeros((120, 16))}
-    for scarce in (0, 1):
-        vectors["audio"][:scarce] = 0.25
+    faces, labels = draw_faces()
+    vectors = {"face": faces, "audio": np.zeros_like(faces)}
+    for num_voices in (0, 1):
+        vectors["audio"][:num_voices] = 0.25
         fitted = plda_fit.fit_settings(vectors, labels, given={}, seed=0)
         assert fitted.stranger != plda_fit.PRIOR["stranger"]
-    nothing = {name: np.zeros((120, 16)) for name in vectors}
+    nothing = {name: np.zeros_like(faces) for name in vectors}
     typical = plda_fit.fit_settings(nothing, labels, given={}, seed=0)
     assert typical.stranger == plda_fit.PRIOR["stranger"]
 
 
 @pytest.mark.slow
 def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
-    labels = np.repeat(np.arange(1, 31), 4)
-    faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
-    vectors = {"face": faces.reshape(-1, 16)}
+    faces, labels = draw_faces()
 
     def fit(cores):
         monkeypatch.setattr(plda_fit, "num_cores", lambda: cores)
-        return plda_fit.fit_settings(vectors, labels, given={"within": 0.33}, seed=0)
+        return plda_fit.fit_settings({"face": faces}, labels, given={"within": 0.33}, seed=0)
 
     fitted = fit(cores=1)
     assert fitted == fit(cores=5)
@@ -358,16 +363,17 @@ def test_covariances_equal_their_definitions():
 def test_pair_log_ratios_equal_ratios_of_joint_densities():
     """The ratio of two groups of clips is p(they show one person) / p(they show two people)."""
     rng, counts = np.random.default_rng(0), np.array([1, 2, 4])
-    ratio, noise = np.array([0.5, 2.0, 0.1]), np.eye(3)
+    between, within = np.array([0.5, 2.0, 0.1]), np.ones(3)  # variances of people, and of noise
     groups = [rng.normal(size=(count, 3)) * 1.5 for count in counts]
 
     def density(*groups):
-        return joint_log_density(np.concatenate(groups), np.zeros(3), noise, np.diag(ratio))
+        of_noise, of_people = np.diag(within), np.diag(between)
+        return joint_log_density(np.concatenate(groups), np.zeros(3), of_noise, of_people)
 
-    space = two_covariance.Space(np.zeros(3), np.eye(3), ratio)
-    mean = np.stack([clips.mean(axis=0) for clips in groups])
+    space = two_covariance.Space(np.zeros(3), np.eye(3), between)
+    means = np.stack([clips.mean(axis=0) for clips in groups])
 
     for row, own in enumerate(groups):
         wanted = [density(own, other) - density(own) - density(other) for other in groups]
-        ratios = two_covariance.pair_log_ratios(space, 1 / counts, mean, row)
+        ratios = two_covariance.pair_log_ratios(space, 1 / counts, means, row)
         np.testing.assert_allclose(np.delete(ratios, row), np.delete(wanted, row), atol=1e-9)

@@ -30,21 +30,18 @@ def test_clusters_are_chains_of_neighbouring_directions(min_samples, wanted):
 
 @pytest.mark.parametrize("keep", ["label", "prediction"])
 def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
-    """The published code has no class "other", so its numbers are lower by 1.
+    """The published code has no class "other" (0), so its numbers of classes are lower by 1."""
+    layout = NoiseClassLayout(num_identities=4934, num_clusters=3691)
+    assert layout.num_columns == 1 + 2 * 4934 + 3691
+    predicted = np.arange(layout.num_columns - 1)  # every class, with its published number
+    last_class = layout.num_columns - 2  # a mirror class
+    label = np.full(len(predicted), last_class)
 
-    A prediction of an identity gives the mirror class of the identity. A prediction of another
-    class keeps the label, or is the new label.
-    """
-    published = NoiseClassLayout(num_identities=4934, num_clusters=3691)
-    assert published.num_columns == 1 + 2 * 4934 + 3691
-    theirs = np.arange(published.num_columns - 1)  # all predictions of the published code
-    start = np.full(len(theirs), published.num_columns - 1)  # the last mirror class
+    new = plan.relabel(label + 1, predicted + 1, layout, keep=keep) - 1
 
-    ours = plan.relabel(start, theirs + 1, published, keep=keep)
-
-    kept = theirs if keep == "prediction" else start - 1
-    wanted = np.where(theirs < 4934, theirs + 4934 + 3691, kept)  # below 4934: an identity
-    np.testing.assert_array_equal(ours, 1 + wanted)
+    # An identity (below 4934) gives its mirror class. Other predictions are kept, or the label is.
+    kept = predicted if keep == "prediction" else label
+    np.testing.assert_array_equal(new, np.where(predicted < 4934, predicted + 4934 + 3691, kept))
 
 
 def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> None:

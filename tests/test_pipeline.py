@@ -29,7 +29,7 @@ def dataset(tmp_path_factory):
         return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
-def take(dataset, count, **options):
+def take_batches(dataset, count, **options):
     return list(itertools.islice(train_batches(dataset, **{**TRAIN, **options}), count))
 
 
@@ -48,7 +48,7 @@ def real_fields(frames):
 
 
 def assert_best_frames(frames, clip, count):
-    """Asserts that these are the best frames of a clip, in time order."""
+    """Asserts that `frames` are the `count` best frames of a clip, in time order."""
     best = np.sort(np.argsort(-clip.quality, kind="stable")[:count])
     for field, values in real_fields(frames).items():
         np.testing.assert_array_equal(values, getattr(clip, field)[best])
@@ -56,7 +56,7 @@ def assert_best_frames(frames, clip, count):
 
 @streams
 def test_every_training_clip_is_drawn_once_per_epoch(dataset):
-    batches = take(dataset, 17)  # three epochs of 45 clips in batches of 8, and one clip
+    batches = take_batches(dataset, 17)  # three epochs of 45 clips in batches of 8, and one clip
     assert all(batch.clip_index.shape == (8,) and batch.batch_mask.all() for batch in batches)
     epochs = np.concatenate([batch.clip_index for batch in batches])[: 3 * 45].reshape(3, 45)
     np.testing.assert_array_equal(np.sort(epochs), [np.arange(45)] * 3)
@@ -66,7 +66,7 @@ def test_every_training_clip_is_drawn_once_per_epoch(dataset):
 @streams
 def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
     examples = np.arange(0, 45, 2)  # 23 clips, so an epoch has 3 batches of 8 rows
-    batches = take(dataset, 6, epoch_clips=examples)
+    batches = take_batches(dataset, 6, epoch_clips=examples)
     for epoch in (batches[:3], batches[3:]):
         order = np.concatenate([batch.clip_index[batch.batch_mask] for batch in epoch])
         np.testing.assert_array_equal(np.sort(order), examples)
@@ -79,13 +79,13 @@ def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
 def test_resumed_stream_equals_the_uninterrupted_stream(dataset):
     for examples in (None, np.arange(0, 60, 2)):
         options = {"splits": ("train", "val"), "batch_size": 9, "epoch_clips": examples}
-        whole = take(dataset, 12, **options)
-        assert_equal(whole[5:], take(dataset, 7, step=5, **options))
+        whole = take_batches(dataset, 12, **options)
+        assert_equal(whole[5:], take_batches(dataset, 7, step=5, **options))
 
 
 @streams
 def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
-    batches = take(dataset, 1, splits=("val", "train"), batch_size=26 + 45, crop="quality")
+    batches = take_batches(dataset, 1, splits=("val", "train"), batch_size=26 + 45, crop="quality")
     clips = rows_of(batches)
     assert sorted(clips) == list(range(26 + 45))
     for number, frames in clips.items():
@@ -97,7 +97,7 @@ def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
 def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
     """A window is MAX_FRAMES neighbouring frames. Windows of a clip of 10 frames start anywhere."""
     starts_in_10_frames = set()
-    for batch in take(dataset, 40):
+    for batch in take_batches(dataset, 40):
         assert batch.frames["face"].features.shape == (8, MAX_FRAMES, 6)
         assert batch.frames["face"].features.dtype == np.float16
         assert set(batch.frames) == {"face", "audio"}  # nothing else is decoded
@@ -106,7 +106,7 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
             fields = real_fields(Frames(*(values[row] for values in batch.frames[modality])))
             length, total = len(fields["features"]), len(clip.features)
             assert length == min(total, MAX_FRAMES)
-            # `starts` are the frames of the clip from which on all its fields equal the window.
+            # All fields of the clip must equal the window from one of its frames `starts` on.
             starts = range(total - length + 1)
             for field, values in fields.items():
                 whole = getattr(clip, field)
@@ -127,10 +127,10 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
         clip = source_clip(dataset, split, modality, index)
         assert_best_frames(clips[index][modality], clip, count=512)
 
-    # A clip is padded to the next of the lengths 32, 128 and 512.
+    # Clips of up to 32, up to 128 and more frames are padded or cut to 32, 128 and 512 frames.
     lengths = dataset.split(split).lengths["face"]
-    wanted = {i: next(b for b in (32, 128, 512) if b >= min(n, 512)) for i, n in enumerate(lengths)}
-    assert {index: len(frames["face"].mask) for index, frames in clips.items()} == wanted
+    padded = [len(clips[index]["face"].mask) for index in range(len(lengths))]
+    assert padded == np.where(lengths <= 32, 32, np.where(lengths <= 128, 128, 512)).tolist()
 
 
 def test_batch_streams_refuse_invalid_arguments(dataset):
@@ -142,4 +142,4 @@ def test_batch_streams_refuse_invalid_arguments(dataset):
         ({"modalities": ()}, "config.modalities=: name"),
         ({"splits": ()}, "config.data.train_splits=: name"),
     ):
-        refused(functools.partial(take, dataset, 1, **changed), message)
+        refused(functools.partial(take_batches, dataset, 1, **changed), message)

@@ -134,20 +134,21 @@ OFFICIAL = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}
 
 def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
     """A table, a folder with tables, a folder of `.npz` files, and official files."""
-    widths, clips = {"face": DIM}, make_clips("new", 5)
+    clips, face = make_clips("new", 5), {"face": np.ones((1, DIM), np.float32)}
     table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
-    face = {"face": np.ones((1, DIM), np.float32)}
     clip_files.write_npz(tmp_path, {"arrays": {"Ada Byron": face, "b.mp4": face}})
-    arrays = tmp_path / "arrays"
-    # Of the folder with a table, only the table is read.
-    for path, names in ((table, {*clips}), (tmp_path, {*clips}), (arrays, {"Ada Byron", "b.mp4"})):
-        assert {*load_clips(path, widths, identities=NAMES).names} == names
-        chosen = functools.partial(load_clips, path, widths, identities=NAMES, split="val")
-        refused(chosen, "has no split")
-    missing = tmp_path / "none.parquet"
-    refused(lambda: load_clips(missing, widths, identities=()), "does not exist")
-    val = load_clips(official_dir, OFFICIAL, identities=(), split="val")  # has 60 clips
-    assert len(val.names) == len(val.split("any").clips) > 10  # its only split, by any name
+    load = functools.partial(load_clips, modalities={"face": DIM}, identities=NAMES)
+
+    assert {*load(table).names} == {*clips}
+    assert {*load(tmp_path).names} == {*clips}, "in a folder with a table, only tables are read"
+    assert {*load(tmp_path / "arrays").names} == {"Ada Byron", "b.mp4"}
+    for path in (table, tmp_path, tmp_path / "arrays"):
+        refused(functools.partial(load, path, split="val"), "has no split")
+    refused(lambda: load(tmp_path / "none.parquet"), "does not exist")
+
+    val = load_clips(official_dir, OFFICIAL, identities=(), split="val")
+    only_split = val.split("any name")  # clips in memory have one split
+    assert len(val.names) == len(only_split.clips) == clip_files.CLIPS["val"]
 
 
 def test_load_clips_of_official_files_needs_a_split_and_their_modalities(official_dir):

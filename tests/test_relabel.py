@@ -8,7 +8,6 @@ import pytest
 
 from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
-from tests.helpers.small_runs import run, saved, shrunk
 from vidjax.core import ensemble
 from vidjax.training import plan
 
@@ -21,7 +20,7 @@ WORDS = ("--config.num_epochs=4", "--config.eval.block_size=32", "--config.eval.
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("noise") / "whole"
-    run(shrunk(*WORDS, spec=SPEC), folder, data)
+    small.run(small.shrunk(*WORDS, spec=SPEC), folder, data)
     return folder
 
 
@@ -31,33 +30,34 @@ def training_labels(data):
 
 def labels_of(folder):
     """Returns the labels [E, N] at the end of a run, of each member."""
-    return np.asarray(saved(folder)["train"]["labels"])
+    return np.asarray(small.saved(folder)["train"]["labels"])
 
 
-def starting(data):
+def initial_labels(data):
     """Returns the labels [N] before the first step, and the layout of the classes."""
-    return plan.label_distractors(shrunk(*WORDS, spec=SPEC), data, training_labels(data))
+    return plan.label_distractors(small.shrunk(*WORDS, spec=SPEC), data, training_labels(data))
 
 
 def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole):
-    is_distractor, (start, layout) = training_labels(data) == 0, starting(data)
+    """They move from one mirror class to another. Clustered distractors stay in their clusters."""
+    is_distractor, (start, layout) = training_labels(data) == 0, initial_labels(data)
     unclustered = layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < is_distractor.sum()
 
     for end, trained in zip(labels_of(whole), ensemble.load(whole).trained, strict=True):
-        moved = end != start
-        assert moved.any() and layout.is_mirror(end[unclustered]).all()
-        assert not (moved & ~(is_distractor & unclustered & trained)).any()
+        moved, may_move = end != start, is_distractor & unclustered & trained
+        assert moved.any() and not moved[~may_move].any()
+        assert layout.is_mirror(end[unclustered]).all()
 
 
 def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
     """Distractors in no cluster start in mirror classes. Some move to clusters, some to others."""
-    run(shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
+    small.run(small.shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
 
-    (start, layout), end = starting(data), labels_of(tmp_path)  # [clips], [members, clips]
+    (start, layout), end = initial_labels(data), labels_of(tmp_path)  # [clips], [members, clips]
     unclustered = layout.is_mirror(start)
     new = end[:, unclustered]
-    # The columns of clusters are between the columns of identities and of mirror classes.
+    # Numbers of clusters are between the numbers of identities and of mirror classes.
     in_cluster = (new > layout.num_identities) & (new <= layout.mirror_shift)
     assert in_cluster.any()
     assert ((new != start[unclustered]) & layout.is_mirror(new)).any()
@@ -67,16 +67,16 @@ def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
 def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     truth = training_labels(data)
     distractors = {"train": truth[:96] == 0, "val": truth[96:] == 0}  # train has 96 clips
-    config = shrunk("--config.num_epochs=1", *WORDS[1:], spec=f"{SPEC},leave_out")
+    config = small.shrunk("--config.num_epochs=1", *WORDS[1:], spec=f"{SPEC},leave_out")
     for name, clips in {"whole": data, "spoilt": small.Spoilt(data, distractors)}.items():
-        run(config, tmp_path / name, clips)
+        small.run(config, tmp_path / name, clips)
     small.assert_equal_weights(tmp_path / "whole", tmp_path / "spoilt")
 
 
 def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
     """The weights of frames are quality times detection, or equal if these are all 0."""
-    config = shrunk(*WORDS, spec=SPEC)
-    (start, layout), labels = starting(data), training_labels(data)
+    config = small.shrunk(*WORDS, spec=SPEC)
+    (start, layout), labels = initial_labels(data), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
         for clip, frames in real_frames(data, split):
@@ -93,7 +93,7 @@ def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
 
 
 def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, whole, tmp_path):
-    run(shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
+    small.run(small.shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
     of_all = small.weights(whole)
     for name, value in small.weights(tmp_path).items():
         np.testing.assert_array_equal(value[0], of_all[name][1], err_msg=name)

@@ -93,11 +93,3 @@ def test_only_a_run_without_a_checkpoint_accepts_another_configuration(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
 
     refused(lambda: train(8), "--workdir=FOLDER")  # the run now has a checkpoint
-
-
-def test_config_file_error_names_the_missing_field_and_line(tmp_path):
-    path = tmp_path / "own.py"
-    lines = ("made = config.default()", "made.fusion.face.train = 1", "return made")
-    body = "".join(f"    {line}\n" for line in lines)
-    path.write_text(f"from vidjax.runs import config\n\ndef get_config(args=''):\n{body}")
-    refused(lambda: vidjax.load_config(path), "line 5: AttributeError: there is no field 'face'")

@@ -213,7 +213,7 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     reviewed.post(do="deny", of="clip: party.s000.t00")
     denied = reviewed.names()
     drawn.gallery("rename", "--identity=Eva", "--to=Ada Lovelace")
-    reviewed.client.get("")
+    reviewed.client.get("")  # the page reads the new name
     renamed = {clip: "Ada Lovelace" if x == "Eva" else x for clip, x in denied.items()}
     assert reviewed.again() == renamed and "Eva" in denied.values()
 

@@ -140,10 +140,11 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
 
 
 def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
-    """The digest covers the features of all modalities, so it is not compared."""
+    """The digest of features covers all modalities, so it is not compared."""
     report = vidjax.load_data(vidjax.load_config("knn:face", *write(tmp_path / "data"))).report
     before = report["splits"]["val"]["sha256"]
-    more = before | {"modalities": ["face", "head"], "features": "x"}
-    for after, wanted in ((more, ""), (more | {"labels": "y"}, "val has other labels")):
+    added_head = before | {"modalities": ["face", "head"], "features": "x"}
+    other_labels = added_head | {"labels": "y"}
+    for after, wanted in ((added_head, ""), (other_labels, "val has other labels")):
         with pytest.warns(UserWarning, match="other modalities"):
             assert restore.describe_difference("val", before, after) == wanted

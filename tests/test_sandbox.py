@@ -139,7 +139,7 @@ def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_w
     whole = convert(tmp_path, clips)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)  # a piece for each clip
     monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)  # clips that an opcode adds to the dict
-    with_reference = {**clips, b"39": clips[b"20"]}  # clips are read in the order of the dict
+    with_reference = {**clips, b"39": clips[b"20"]}  # the last clip refers to an earlier clip
     assert convert(tmp_path, with_reference)["lengths"][39] == whole["lengths"][20]
 
     # Without `load`, pickles can be read only in pieces.

@@ -24,6 +24,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import quote
 
 import jax
@@ -46,7 +47,6 @@ from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
 from vidjax.utils import errors, messages
-from vidjax.utils.errors import UserError
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
@@ -209,7 +209,7 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
     batch: Any = [first, too_narrow, last]
     answers: Any = served_models.answer(served_models.GalleryModel(people), batch)
 
-    assert isinstance(answers[1], UserError) and "clip b" in str(answers[1])
+    assert isinstance(answers[1], errors.UserError) and "clip b" in str(answers[1])
     for answered, clips in zip((answers[0], answers[2]), queries, strict=True):
         (wanted,) = people.identify(clips).values()
         assert_close(answered.answers[0], wanted)
@@ -247,8 +247,9 @@ def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
     monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
     net.warm()
 
-    names = list(net.widths)  # of modalities
-    kinds = itertools.product((names, names[:1], names[1:]), ([1], [7, 1], [8] * 6))
+    # Clips with these numbers of frames, in both modalities or only in one.
+    names, lengths_of_clips = list(net.widths), ([1], [7, 1], [8] * 6)
+    kinds = itertools.product((names, names[:1], names[1:]), lengths_of_clips)
     with jax.log_compiles():
         for modalities, lengths in kinds:
             clips = made_galleries.random_clips(net.run, *lengths)
@@ -377,7 +378,7 @@ def test_error_status_does_not_depend_on_names_that_clients_choose(caplog):
         name = f"Secret {words}"
         absent = NotEnrolledError("identity", name, among=())
         assert limits_lib.to_refusal(absent).status == 404
-        assert limits_lib.to_refusal(UserError(f"{name} occurs twice")).status == 422
+        assert limits_lib.to_refusal(errors.UserError(f"{name} occurs twice")).status == 422
     assert "Secret" not in caplog.text
 
 
@@ -776,15 +777,17 @@ def test_serve_command_serves_a_run_that_did_not_make_the_gallery(
     nearest_run, official_data, trained, tmp_path, say, monkeypatch
 ):
     gallery = Gallery.create(tmp_path / "g", nearest_run, official_data)
-    served = []
-    monkeypatch.setattr(app_lib, "make_app", lambda *given: served.append(given[:2]))
+    make_app = mock.Mock()
+    monkeypatch.setattr(app_lib, "make_app", make_app)
     monkeypatch.setattr(app_lib, "serve", lambda *_: True)
     monkeypatch.setenv(messages.QUIET, "1")
     with warnings.catch_warnings():
         for run in (trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), nearest_run):
             say("serve", f"--gallery={gallery.folder}", f"--run={run}", "--port=0")
-            assert served[-1][0].run.workdir == nearest_run
-            assert served[-1][1].workdir == run
+
+            served_gallery, served_run, *_ = make_app.call_args.args
+            assert served_gallery.run.workdir == nearest_run
+            assert served_run.workdir == run
 
 
 @pytest.mark.slow

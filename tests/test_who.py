@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -147,20 +148,17 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
 
 
 def test_work_is_done_once_for_all_people_and_clips(drawn, monkeypatch):
-    """Faces are listed equally often for one and for three people."""
-    listed, counts, list_faces = [], [], who._list_faces
-    resolved, resolve = [], who.UnknownNumbers.resolve
-    monkeypatch.setattr(who, "_list_faces", lambda gallery: listed.append(1) or list_faces(gallery))
-    monkeypatch.setattr(
-        who.UnknownNumbers, "resolve", lambda self, x: resolved.append(x) or resolve(self, x)
-    )
-    for names in (("Eve",), ("Ada", "Bob")):
-        listed.clear()
-        drawn.meet(*names)
-        counts.append(len(listed))
+    list_faces = mock.Mock(wraps=who._list_faces)  # lists the faces of all people in photos
+    resolve = mock.Mock(side_effect=who.UnknownNumbers.resolve)  # the number of an unknown person
+    monkeypatch.setattr(who, "_list_faces", list_faces)
+    monkeypatch.setattr(who.UnknownNumbers, "resolve", lambda *args: resolve(*args))
 
-    assert counts[0] == counts[1]
-    assert len(resolved) == 2, "Ada, in two clips, and Bob are unknown in the first call"
+    drawn.meet("Eve")
+    calls_for_one_person = list_faces.call_count
+    drawn.meet("Ada", "Bob")  # now three people have photos
+
+    assert list_faces.call_count == 2 * calls_for_one_person
+    assert resolve.call_count == 2, "Bob and Ada, who is in two shots, were unknown at first"
 
 
 def test_names_written_into_the_unknown_table_are_used(drawn):
@@ -204,6 +202,7 @@ def test_person_in_the_photos_may_not_be_called_unknown_or_ignored(drawn, name):
 
 def test_film_with_a_damaged_description_is_read_again_and_keeps_denied_names(drawn):
     film, out = drawn.meet("Ada"), drawn.out
+    # As if the user said that the first clip does not show Ada.
     denied = who.read_numbers(out).deny(who.read_films(out), ["party.s000.t00"], "Ada")
     files.write_json(out / "unknown.json", msgspec.to_builtins(denied))
     drawn.who(film)
@@ -476,6 +475,7 @@ def test_photos_that_seem_to_show_another_person_are_reported(drawn):
 
 
 def test_people_with_only_voices_have_no_doubtful_photos(drawn):
+    """Doubtful photos are found by comparing faces. Eve is enrolled with a voice, but no face."""
     photo = write_group(drawn)
     write_voices(drawn.models)
     drawn.befriend("Ada")
@@ -514,6 +514,7 @@ def test_enrol_reports_photos_without_one_good_face(drawn):
 
 
 def test_enrol_ignores_tracks_whose_clips_are_absent(drawn):
+    """The JSON file of a photo lists a track for each face. The .npz file has the clips."""
     photos, made, gallery = (drawn.folder / name for name in ("photos", "made", "g"))
     write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
     write_photo(photos / "odd.png", ("Ada", 20, 20))
@@ -580,8 +581,8 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
 
 
 def test_tagged_person_is_enrolled_although_the_folder_of_this_name_shows_others(drawn):
-    for folder, name in {"Ada": "Bob", "Bob": "Eve"}.items():
-        face = (name, 40, 40)
+    for folder, shown in {"Ada": "Bob", "Bob": "Eve"}.items():
+        face = (shown, 40, 40)
         write_photo(drawn.friends / folder / "1.png", face, tagged=[face])
     assert drawn.who(write_group(drawn)).content["people"] == {"Bob": 1, "Eve": 1}
 
@@ -774,17 +775,17 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
     write_film(film, (2, 20, [("Ada", 20, 30), ("Ada", 80, 60)]))
     write_photo(photo, ("Ada", 20, 30))
     drawn.who(film, photo)
-    words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}")
-    out = drawn.folder / "names.rttm"
-    content = drawn.run("gallery", "identify", *words, f"--out={out}").content
-    assert (content["clips"], content["named"]) == (3, 2)
-    assert out.read_text().splitlines() == [
-        "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
-    ]
 
-    one = f"--input={drawn.out / 'features' / 'twins.npz'}"
-    drawn.gallery("identify", one, f"--out={drawn.folder / 'twins.vtt'}")
-    assert "Ada" in (drawn.folder / "twins.vtt").read_text()
+    features, out = drawn.out / "features", drawn.folder / "names.rttm"
+    words = (drawn.out / "gallery", f"--input={features}", f"--out={out}")
+    content = drawn.run("gallery", "identify", *words).content
+    assert (content["clips"], content["named"]) == (3, 2)
+    (line,) = out.read_text().splitlines()
+    assert line == "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
+
+    out = drawn.folder / "twins.vtt"
+    drawn.gallery("identify", f"--input={features / 'twins.npz'}", f"--out={out}")
+    assert "Ada" in out.read_text()
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):
@@ -793,8 +794,9 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
 
     slower = features_folder.ExtractionSettings(fps=2.0)
     refused(lambda: pipeline.extract(*arguments, slower), "other settings (fps: 5.0, not 2.0")
+    # A folder has the settings of its first call. In later calls, flags may be left out.
     words = ["extract", *arguments[0], f"--models={drawn.models}", f"--out={drawn.folder / 'fast'}"]
-    for flags in (("--fps=2", "--size=448"), ("--fps=2",), ()):  # the folder keeps its settings
+    for flags in (("--fps=2", "--size=448"), ("--fps=2",), ()):
         drawn.run(*words, *flags)
 
     card = drawn.models / "embed.json"

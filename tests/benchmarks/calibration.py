@@ -30,7 +30,7 @@ NUM_STRANGERS = 2000  # that determine the threshold; five times as many strange
 
 
 class Figures(NamedTuple):
-    """The columns of the table."""
+    """The columns of the table, which the docstring of the module explains."""
 
     new: float
     error: float
@@ -40,13 +40,13 @@ class Figures(NamedTuple):
 
 
 def compute_calibration_error(probability: np.ndarray, right: np.ndarray) -> float:
-    """Returns the expected calibration error of [N] answers, in ten bins."""
+    """Returns the expected calibration error in ten bins of probabilities [N] of being right."""
     bins = np.minimum((probability * 10).astype(int), 9)
     return float(np.abs(np.bincount(bins, probability - right)).sum() / len(right))
 
 
 def measure(num_people: int, *, clips: int, width: int, within: float, seed: int) -> Figures:
-    """Enrols people with `clips` clips each, and identifies two other clips of each person."""
+    """Enrols `clips` clips of each person, and identifies two others. For arguments see CASES."""
     rng = np.random.default_rng(seed)
     x = embeddings.exact(rng, num_people, clips + 2, width, within)
     people, enrolled = np.repeat(np.arange(num_people), clips), x[:, :clips].reshape(-1, width)

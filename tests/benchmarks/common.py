@@ -121,7 +121,7 @@ def time_functions(
 
 
 def format_ratio(seconds: Mapping[str, Sequence[float]], numerator: str, divisor: str) -> str:
-    """Returns the median and the range of the ratios of two times in each round."""
+    """Returns median and range of the ratios of two times, such as `1.20 (1.10-1.30)`."""
     ratios = [a / b for a, b in zip(seconds[numerator], seconds[divisor], strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
@@ -203,7 +203,7 @@ def make_run(
     spec: str, overrides: Sequence[str] = (), *, batch_size: int, num_identities: int,
     num_clips: int,
 ) -> Run:  # fmt: skip
-    """Returns the system of a configuration `FILE:ARGUMENTS` with overrides `FIELD=VALUE`."""
+    """Makes random clips and the system of `FILE:ARGUMENTS` with overrides `FIELD=VALUE`."""
     config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
     config = config_io.override(config, [f"--config.{word}" for word in words])
@@ -228,7 +228,7 @@ def make_run(
 
 
 def make_loop(run: Run) -> Any:
-    """Returns the compiled loop of `train_step.make_train_loop` for the clips of a run."""
+    """Returns a compiled function that trains with the clips of a run for several steps."""
 
     def draw(clips: Any, step: Array) -> Any:
         return resident.draw_batch(clips, run.plan, step)

@@ -30,7 +30,6 @@ from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_batch, make_eval_plan, split_blocks
 from vidjax.evaluation import eval_step, scoring
-from vidjax.evaluation.scoring import TrainedModel
 
 TEST_CLIPS = 80_000  # of the official files
 # Name of a test -> configuration of a net, and number of nets of the publication.
@@ -85,7 +84,7 @@ def make_functions(
     # The clips are not the training clips of the only member.
     sets = ensemble.TrainingSets((ensemble.Member(),), ("train",), np.ones((1, 1), bool))
     step = eval_step.make_eval_step(run.system, mesh)
-    model = TrainedModel("", run.system, step, *weights, sets, data)
+    model = scoring.TrainedModel("", run.system, step, *weights, sets, data)
     params, model_state = ensemble.take(weights, 0)
     plan = make_eval_plan(data.split("val"), tuple(run.clips))
 

@@ -20,7 +20,6 @@ from tests.benchmarks import common
 from tests.benchmarks.decision import CARD
 from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, group
 from vidjax.models.two_covariance import Settings
@@ -53,8 +52,8 @@ def near(centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return unit(centres + 0.5 * rng.standard_normal(centres.shape, np.float32))
 
 
-def make_front(parts: Sequence[str], rng: np.random.Generator) -> Backend:
-    """Returns a back end that is fitted to 400 other people, with 3 clips each."""
+def make_front(parts: Sequence[str], rng: np.random.Generator) -> backend_lib.Backend:
+    """Returns a scoring back end (PLDA), fitted to 400 other people with 3 clips each."""
     people = rng.standard_normal((400, WIDTH), np.float32)
     labels = np.repeat(np.arange(1, 401), 3)
     vectors = {name: near(people[labels - 1], rng) for name in parts}
@@ -74,7 +73,7 @@ def make_clips(
 def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Generator) -> None:
     """Writes a gallery. To save time, blocks of people have the same vectors."""
     front = make_front(parts, rng)
-    few = list(make_clips(len(parts), min(MAX_BLOCK_PEOPLE, num_people), rng).values())
+    few = list(make_clips(len(parts), min(backend_lib.MAX_BLOCK_PEOPLE, num_people), rng).values())
     vectors, numbers = np.stack([clip.vector for clip in few]), np.arange(len(few))
     block = front.enrol([str(clip.identity) for clip in few], vectors, numbers)
     names = [f"person_{number:07}" for number in range(num_people)]
@@ -85,11 +84,11 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
     }
     folder.mkdir(mode=0o700)
     origin = VectorOrigin("made-up", "0" * 64, centred=True)
-    Store(folder).create(State(1, origin, Index(front, blocks), clips, group(clips)))
+    Store(folder).create(State(1, origin, backend_lib.Index(front, blocks), clips, group(clips)))
 
 
 def measure_median(action: Callable[[int], object], repeats: int) -> str:
-    """Calls a function with 0, 1, 2, ... Returns the median of the time and of the CPU time."""
+    """Calls a function with 0, 1, ... Returns median time and CPU time, such as `2 ms (1 ms)`."""
     times = []
     for number in range(repeats):
         start, cpu_start = time.perf_counter(), time.process_time()

@@ -68,7 +68,7 @@ def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
 
 
 def mask_bad_frames(frames: Frames) -> Frames:
-    """Leaves out frames of low quality or low detection score, unless a clip has no other frame."""
+    """Masks frames of low quality or detection score, except in clips with only such frames."""
     good = frames.mask & (frames.quality >= 25.0) & (frames.detection >= 0.7)
     return frames._replace(mask=torch.where(good.any(dim=1, keepdim=True), good, frames.mask))
 
@@ -76,9 +76,11 @@ def mask_bad_frames(frames: Frames) -> Frames:
 def frame_weights(frames: Frames, weighting: str) -> Tensor:
     """Returns weights of frames [B, T] float32. Padding has the weight 0.
 
-    The weights are equal ('uniform'), the product of quality and detection score ('quality'), or
-    this product multiplied by a factor ('graded'): 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30
-    or 40, and else 1. If all weights of a clip are 0, the weights are equal.
+    - 'uniform': The weights are equal.
+    - 'quality': A weight is the product of quality and detection score.
+    - 'graded': The product is multiplied by 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30 or 40.
+
+    If all weights of a clip are 0, the weights are equal.
     """
     uniform = frames.mask.float()
     if weighting == "uniform":
@@ -99,7 +101,7 @@ def fuse_random_frames(
     """Returns `num_draws` vectors of each clip. A vector is the weighted mean of random frames.
 
     `probs` has the probabilities of fusing 1, 2, ... S frames. If `replacement` is False, a frame
-    occurs only once in a vector, unless the clip has too few frames.
+    occurs only once in a vector. If the clip has too few frames, its frames are repeated in turn.
     """
     num_slots, (num_clips, num_frames) = len(probs), frames.mask.shape
     rand = functools.partial(torch.rand, device=DEVICE)

@@ -28,7 +28,6 @@ import numpy as np
 
 from tests.benchmarks import common, first_command
 from vidjax.evaluation import comparison
-from vidjax.evaluation.comparison import RankedRun
 from vidjax.evaluation.significance import squared_errors
 
 HERE = Path(__file__).parent
@@ -176,7 +175,7 @@ def _read_scores(folder: Path, row: str, dataset: str) -> dict[str, Any] | None:
 
 
 def _compare(
-    folder: Path, base: str, row: str, dataset: str, read: Callable[[Path], RankedRun]
+    folder: Path, base: str, row: str, dataset: str, read: Callable[[Path], comparison.RankedRun]
 ) -> dict[str, float] | None:
     """Returns mean and standard error of a difference in MAP, or None if a run is missing."""
     gaps = []

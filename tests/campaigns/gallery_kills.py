@@ -18,11 +18,10 @@ from pathlib import Path
 from tests.helpers import limits, made_galleries
 from vidjax.apps.gallery import store
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip
 
 PEOPLE = 100
 MAX_DELAYS = (0.001, 0.004, 0.03)  # seconds from the start of a change to the kill
-CLIPS: dict[str, StoredClip] = {
+CLIPS: dict[str, store.StoredClip] = {
     f"clip {n}": made_galleries.make_clip(n, f"person {n // 2}") for n in range(2 * PEOPLE)
 }
 

@@ -47,7 +47,7 @@ def name(words: str) -> bytes:
 
 
 def dotted(words: str) -> bytes:
-    """Returns STACK_GLOBAL. Only this opcode reads dots in names as attributes."""
+    """Returns the opcode STACK_GLOBAL with a name. Only this opcode reads dots as attributes."""
     return b"\x80\x04" + b"".join(map(text, words.split())) + b"\x93"
 
 

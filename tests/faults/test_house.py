@@ -62,7 +62,6 @@ def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 def test_core_works_without_optional_packages(tmp_path, python):
     env = without(tmp_path / "hidden", "torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
     paths = (limits.ROOT / "vidjax").rglob("*.py")

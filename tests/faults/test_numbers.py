@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.campaigns import mutations
-from tests.helpers import clip_files, small_runs
+from tests.helpers import small_runs
 from tests.helpers.cases import quick_first
-from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle
+from tests.helpers.clip_files import WIDTHS, random_clip, write_labels, write_npz, write_pickle
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
 from vidjax.data import arrays, iqiyi_vid, sources
@@ -19,7 +19,6 @@ from vidjax.data import labels as labels_lib
 from vidjax.data.checks import find_misspelt, find_unusable
 from vidjax.data.clips import Split
 from vidjax.evaluation import scoring
-from vidjax.evaluation.scoring import ClipScores
 from vidjax.runs import config as config_lib
 from vidjax.runs import config_io
 from vidjax.runs.checkpoint import CheckpointError
@@ -29,7 +28,7 @@ DIM = 4
 
 
 def make_clips(change=lambda x: x, count=6, widths=None):
-    """Returns split -> clip -> modality -> 2 frames, which `change` gets and returns.
+    """Returns split -> clip -> modality -> two frames, to which `change` is applied.
 
     Train and val have `count` clips each, of nine people in turn. By default, clips have faces.
     """
@@ -118,7 +117,7 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
     evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)  # of a, b, c, d
 
     def without_nan(*best):
-        clips = ClipScores(evaluated, np.array(best, np.float32), right)
+        clips = scoring.ClipScores(evaluated, np.array(best, np.float32), right)
         return scoring._without_nan(split, clips)
 
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
@@ -128,8 +127,7 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
     assert not scores.right[1]
 
     assert without_nan(0.0, 0.0, 0.0, np.nan)[1] == {}
-    with pytest.raises(ValueError, match=r"3 of 3 clips .*\n.*divide"):
-        without_nan(np.nan, np.nan, np.nan, 0.0)
+    refused(lambda: without_nan(np.nan, np.nan, np.nan, 0.0), "3 of 3 clips ", "divide")
 
 
 def test_infinite_values_in_a_configuration_are_refused():
@@ -154,8 +152,7 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     hint = note(7, "data.whole_epochs=True")
     assert "a step uses all clips" in hint
     assert "--config.batch_size=3" in hint  # two steps of an epoch
-    with pytest.raises(ValueError, match=r"batch_size=100000000.*\nuse --config.batch_size=6"):
-        note(100_000_000)
+    refused(lambda: note(100_000_000), "batch_size=100000000", "\nuse --config.batch_size=6")
 
 
 def test_pipe_link_or_folder_named_like_a_feature_file_is_refused(tmp_path):
@@ -194,12 +191,11 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
     (tmp_path / "shots.csv").touch()  # is not similar to labels.csv, except for the ending
-    assert not arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
+    folder = arrays.FeatureFolder(tmp_path)
+    assert not folder.read_labels({"train": ["a"]})
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
-    with pytest.raises(ValueError, match="rename it to 'face_quality'"):
-        arrays.FeatureFolder(tmp_path).read(tmp_path / "scratch", "drop")
-    with pytest.raises(ValueError, match=r"rename it to labels\.csv"):
-        arrays.FeatureFolder(tmp_path).read_labels({"train": ["a"]})
+    refused(lambda: folder.read(tmp_path / "scratch", "drop"), "rename it to 'face_quality'")
+    refused(lambda: folder.read_labels({"train": ["a"]}), "rename it to labels.csv")
 
     # Numbers of frames of the clips, by split and modality.
     some, none = np.array([1, 2]), np.array([0, 0])
@@ -215,9 +211,8 @@ def test_pickle_of_300000_empty_clips_is_refused_quickly(tmp_path):
     # The opcodes of {name: [], ...}: U and the length of a name, then ] for an empty list.
     clips = b"".join(b"U" + bytes([len(b"%x" % i)]) + b"%x]" % i for i in range(300_000))
     (tmp_path / "face_train.pickle").write_bytes(b"\x80\x02}(" + clips + b"u.")
-    began = time.process_time()
-    with pytest.raises(ValueError, match="300000 of 300000 clips are empty"):
-        iqiyi_vid.OfficialFiles(tmp_path).read(tmp_path / "scratch", "drop")
+    files, began = iqiyi_vid.OfficialFiles(tmp_path), time.process_time()
+    refused(lambda: files.read(tmp_path / "out", "drop"), "300000 of 300000 clips are empty")
     assert time.process_time() - began < 5 * slowness()
 
 
@@ -245,7 +240,7 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
     words = ("--config.num_epochs=2", "--config.batch_size=12", "--config.eval.report=False")
     config = small_runs.shrunk(*words, spec=f"configs/{system}")
     for name, (odd, refuses) in ODD.items():
-        clips = make_clips(odd, 1 if name == "one clip" else 36, clip_files.WIDTHS)
+        clips = make_clips(odd, 1 if name == "one clip" else 36, WIDTHS)
 
         try:
             results = small_runs.run(config, tmp_path / name, load(tmp_path / "cache", clips))

@@ -44,10 +44,7 @@ def read_all(files, folder, mode):
 
 
 def collection(mark):
-    """Returns file name -> content of every hostile or damaged pickle.
-
-    Attacks try to create the file `mark`.
-    """
+    """Returns name -> content of hostile pickles. Attacks would create the file `mark`."""
     groups = {
         "code": {name: attack.data for name, attack in hostile.attacks(mark).items()},
         "trick": hostile.TRICKS,

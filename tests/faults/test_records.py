@@ -31,6 +31,7 @@ from vidjax.data.records import manifest as manifest_lib
 from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.shard_files import check_shard
 
+pytestmark = pytest.mark.slow
 NUM_CLIPS = 240  # 30 in each of 8 shards
 STREAM: dict[str, Any] = {
     "splits": ("train",), "modalities": ("face",), "batch_size": NUM_CLIPS, "max_frames": 8,
@@ -102,7 +103,6 @@ def verify(records):
     return problems
 
 
-@pytest.mark.slow
 def test_every_reader_reports_the_damaged_file_and_record(records, source):
     """A shard is damaged after `records` was made.
 
@@ -140,7 +140,6 @@ def test_every_reader_reports_the_damaged_file_and_record(records, source):
         assert f"{shard.path}' does not exist, but must have 30 records" in error
 
 
-@pytest.mark.slow
 def test_random_damage_of_shards_is_found_when_they_are_read(records, source, tmp_path, campaign):
     rng = np.random.default_rng(20)
     path, second = (shard.path for shard in shards_of(records)[:2])
@@ -204,7 +203,6 @@ def write_much(folder):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds a process by its words in /proc")
 def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_path):
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
@@ -221,7 +219,6 @@ def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_pa
     assert record_digests(prepare(source, cache).folder) == whole
 
 
-@pytest.mark.slow
 def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fault_seed):
     rng = np.random.default_rng(fault_seed)
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
@@ -254,7 +251,6 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
     assert len(names(root)) == 1
 
 
-@pytest.mark.slow
 def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, campaign, say):
     """A limit on the size of files stands for a full disk.
 
@@ -278,7 +274,6 @@ def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, ca
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_conversion_and_training_fit_into_2_gb_and_256_open_files(tmp_path, mode):
     """The features take 0.1 GB in shards."""
