@@ -118,7 +118,7 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
 
     def without_nan(*best):
         clips = scoring.ClipScores(evaluated, np.array(best, np.float32), right)
-        return scoring._without_nan(split, clips)
+        return scoring._replace_nan(split, clips)
 
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
         scores, counts = without_nan(0.5, np.nan, 0.25, np.nan)
