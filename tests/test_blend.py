@@ -14,8 +14,7 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.pages import check_numbers
 from tests.helpers.small_runs import run, shrunk
 from vidjax.evaluation import blend, scoring
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
+from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import RunFolder
 
 FOLDS = "--config.ensemble.folds=2"

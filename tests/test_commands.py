@@ -15,8 +15,7 @@ import pytest
 from tests.campaigns import commands
 from tests.helpers import seen
 from tests.helpers.limits import slowness
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io, terminal
+from vidjax.runs import config as config_lib, config_io, terminal
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.signals import Interrupted
 from vidjax.utils import messages

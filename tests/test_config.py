@@ -12,8 +12,7 @@ from tests.helpers.seen import refused
 from vidjax.cli.program import main
 from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
+from vidjax.runs import config as config_lib, config_io
 from vidjax.training import plan
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -13,8 +13,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import SETTINGS, make, make_clip, make_clips, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib
 from vidjax.apps.gallery.changes import enrol
 from vidjax.apps.gallery.gallery import Gallery, fit_backend
 from vidjax.apps.gallery.store import StoredClip, group

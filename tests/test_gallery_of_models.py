@@ -15,8 +15,7 @@ from tests.helpers import made_nets
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery import backend, grouping
+from vidjax.apps.gallery import answers as answers_lib, backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import appearances, cards, doubts

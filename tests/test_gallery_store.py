@@ -19,16 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
 from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import SETTINGS, answers, contents, make, make_clip, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery import store as store_lib
+from vidjax.apps.gallery import backend as backend_lib, store as store_lib
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.gallery import Gallery, fit_backend
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin, group

@@ -12,8 +12,7 @@ from tests.helpers.small_runs import Spoilt, evaluate, run, shrunk, weights
 from vidjax.core import ensemble
 from vidjax.evaluation import eval_step
 from vidjax.models.system import TaskSpec, make_model
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
+from vidjax.runs import config as config_lib, config_io
 from vidjax.training import plan as plan_lib
 
 SPEC = config_lib.default().ensemble.to_dict()

@@ -12,8 +12,7 @@ import pytest
 from tests.helpers import clip_files
 from tests.helpers.made_galleries import make, make_clip, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery import changes
+from vidjax.apps.gallery import answers as answers_lib, changes
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program
 from vidjax.data import labels, memory

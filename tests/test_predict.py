@@ -14,8 +14,7 @@ from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.data import sources
 from vidjax.evaluation import predict
-from vidjax.runs import checkpoint, config_io
-from vidjax.runs import config as config_lib
+from vidjax.runs import checkpoint, config as config_lib, config_io
 from vidjax.utils import files
 
 pytestmark = pytest.mark.slow  # all of them train first

@@ -17,11 +17,9 @@ from tests.helpers.cases import nightly_after_first, quick_first
 from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
-from vidjax.core import devices as devices_lib
-from vidjax.core import fusion
+from vidjax.core import devices as devices_lib, fusion
 from vidjax.core.batch import LazyFeatures, Packed
-from vidjax.data import order as order_lib
-from vidjax.data import resident
+from vidjax.data import order as order_lib, resident
 from vidjax.data.clips import longest, make_batch_plan
 from vidjax.runs.checkpoint import manifests
 

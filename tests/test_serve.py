@@ -34,15 +34,12 @@ import tritonclient.http as http
 import uvicorn
 from tritonclient.utils import InferenceServerException
 
-from tests.helpers import limits as child
-from tests.helpers import made_galleries, servers
+from tests.helpers import limits as child, made_galleries, servers
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import app as app_lib
-from vidjax.apps.serve import limits as limits_lib
-from vidjax.apps.serve import served_models
+from vidjax.apps.serve import app as app_lib, limits as limits_lib, served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict

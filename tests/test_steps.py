@@ -17,8 +17,7 @@ from tests.helpers.made_frames import make_frames
 from tests.helpers.seen import refused
 from vidjax.core import augment, ensemble, losses
 from vidjax.core.batch import Batch, ModelOutput
-from vidjax.evaluation import eval_step as eval_step_lib
-from vidjax.evaluation import scoring
+from vidjax.evaluation import eval_step as eval_step_lib, scoring
 from vidjax.models.base import Identifier
 from vidjax.models.system import TaskSpec, make_system
 from vidjax.runs import config as config_lib

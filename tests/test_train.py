@@ -11,8 +11,7 @@ from tests.helpers import small_runs as small
 from tests.helpers.cases import nightly_after_first, quick_first
 from vidjax.core import devices as devices_lib
 from vidjax.data import resident
-from vidjax.runs import config_io, signals
-from vidjax.runs import results as results_lib
+from vidjax.runs import config_io, results as results_lib, signals
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
 from vidjax.training.plan import make_plan

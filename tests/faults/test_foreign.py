@@ -19,8 +19,7 @@ from vidjax.cli import inspection_commands, program, run_commands
 from vidjax.core import devices
 from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
-from vidjax.runs import checkpoint, config_io, results
-from vidjax.runs import config as config_lib
+from vidjax.runs import checkpoint, config as config_lib, config_io, results
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import files
 

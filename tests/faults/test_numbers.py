@@ -14,13 +14,11 @@ from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import WIDTHS, random_clip, write_labels, write_npz, write_pickle
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
-from vidjax.data import arrays, iqiyi_vid, sources
-from vidjax.data import labels as labels_lib
+from vidjax.data import arrays, iqiyi_vid, labels as labels_lib, sources
 from vidjax.data.checks import find_misspelt, find_unusable
 from vidjax.data.clips import Split
 from vidjax.evaluation import scoring
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
+from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.training import plan
 

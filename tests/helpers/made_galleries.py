@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from tests.helpers.embeddings import unit
-from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery import store
+from vidjax.apps.gallery import backend as backend_lib, store
 from vidjax.apps.gallery.gallery import Gallery, Vectors
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.models.two_covariance import Settings

@@ -11,9 +11,7 @@ from msgspec import inspect
 
 from vidjax.data.untrusted.names import unescape
 from vidjax.evaluation import ranking
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
-from vidjax.runs import results as results_lib
+from vidjax.runs import config as config_lib, config_io, results as results_lib
 
 
 def write(

@@ -8,9 +8,7 @@ import numpy as np
 
 from tests.helpers import made_runs
 from vidjax.evaluation import significance
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
-from vidjax.runs import results as results_lib
+from vidjax.runs import config as config_lib, config_io, results as results_lib
 from vidjax.runs.run_folder import RunFolder
 
 VOID = ("meta", "link", "br", "img", "input")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.cli import shared_flags
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
+from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import DEFAULTS, Config
 from vidjax.runs.config_io import override_names, value_text
 from vidjax.runs.run_folder import CONFIG

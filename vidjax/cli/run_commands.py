@@ -15,9 +15,7 @@ from typing import Any
 
 from vidjax.cli import shared_flags
 from vidjax.core import metrics
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io, signals
-from vidjax.runs import results as results_lib
+from vidjax.runs import config as config_lib, config_io, results as results_lib, signals
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.training import api

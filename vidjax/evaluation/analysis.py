@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from vidjax.core import devices, distributed, ensemble
 from vidjax.data.clips import TrainingData
-from vidjax.evaluation import eval_step as eval_step_lib
-from vidjax.evaluation import measures, ranking
+from vidjax.evaluation import eval_step as eval_step_lib, measures, ranking
 from vidjax.evaluation.measures import Arrays, ScoredSplit, Values
 from vidjax.evaluation.restore import FoundRun, make_model
 from vidjax.evaluation.scoring import (
@@ -26,8 +25,7 @@ from vidjax.evaluation.scoring import (
     score,
 )
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
-from vidjax.runs import config as config_lib
-from vidjax.runs import results
+from vidjax.runs import config as config_lib, results
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted

@@ -19,9 +19,7 @@ from vidjax.data.sources import describe, is_generated
 from vidjax.evaluation import significance
 from vidjax.evaluation.report import html
 from vidjax.evaluation.significance import Difference
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
-from vidjax.runs import results as results_lib
+from vidjax.runs import config as config_lib, config_io, results as results_lib
 from vidjax.runs.run_folder import CONFIG, RunFolder
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError

@@ -27,8 +27,7 @@ from vidjax.core.batch import Batch
 from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.packing import Clips
-from vidjax.evaluation import eval_step as eval_step_lib
-from vidjax.evaluation import topk
+from vidjax.evaluation import eval_step as eval_step_lib, topk
 from vidjax.evaluation.device_topk import start_top_k
 from vidjax.evaluation.restore import check_widths, find_run, load_weights, select_sets
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, iterate_block_groups

@@ -18,8 +18,7 @@ from vidjax.core.losses import is_argmax
 from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import find_least_free_bytes
-from vidjax.evaluation import eval_step as eval_step_lib
-from vidjax.evaluation import topk
+from vidjax.evaluation import eval_step as eval_step_lib, topk
 from vidjax.evaluation.device_topk import DeviceTopK, RunningTopK, start_top_k
 from vidjax.evaluation.eval_step import MeanScores, add_scores, make_no_scores, mean_scores
 from vidjax.models.base import ModelState, Params

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import numpy as np
 
 from vidjax.core import distributed
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io, schemas
+from vidjax.runs import config as config_lib, config_io, schemas
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from vidjax.core import distributed
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io, results, schemas
+from vidjax.runs import config as config_lib, config_io, results, schemas
 from vidjax.runs.config import Config
 from vidjax.utils import files
 from vidjax.utils.errors import UserError

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ml_collections import ConfigDict
 
 from vidjax.core import distributed
-from vidjax.runs import config as config_lib
-from vidjax.runs import config_io
+from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.utils import files, messages

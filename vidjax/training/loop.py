@@ -22,8 +22,7 @@ from vidjax.evaluation import analysis, eval_step, restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import make_system
-from vidjax.runs import checkpoint, config_io, signals
-from vidjax.runs import results as results_lib
+from vidjax.runs import checkpoint, config_io, results as results_lib, signals
 from vidjax.runs.config import Config
 from vidjax.runs.results import Logs
 from vidjax.runs.run_folder import (
@@ -34,8 +33,7 @@ from vidjax.runs.run_folder import (
     make_paths_absolute,
 )
 from vidjax.runs.terminal import Progress, say
-from vidjax.training import feed as feed_lib
-from vidjax.training import train_step
+from vidjax.training import feed as feed_lib, train_step
 from vidjax.training.plan import (
     RunPlan,
     Schedule,

@@ -30,8 +30,7 @@ from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.identifier import MODELS
 from vidjax.models.system import TaskSpec, make_fusions, make_model, make_system
-from vidjax.runs import config as config_lib
-from vidjax.runs import results
+from vidjax.runs import config as config_lib, results
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say
 from vidjax.training import train_step

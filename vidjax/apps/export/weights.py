@@ -18,8 +18,7 @@ import jax
 import numpy as np
 
 from vidjax.core import devices
-from vidjax.core.ensemble import FILE as MEMBERS
-from vidjax.core.ensemble import MAX_FILE_BYTES as MEMBERS_BYTES
+from vidjax.core.ensemble import FILE as MEMBERS, MAX_FILE_BYTES as MEMBERS_BYTES
 from vidjax.evaluation import restore
 from vidjax.models.system import make_system
 from vidjax.runs import checkpoint, schemas

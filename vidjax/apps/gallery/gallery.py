@@ -39,9 +39,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import numpy as np
 
-from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery import grouping
+from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, grouping
 from vidjax.apps.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, NamingRule, Threshold
 from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
 from vidjax.apps.gallery.changes import (

@@ -19,9 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from vidjax.apps.video import cards as cards_lib
-from vidjax.apps.video import features_folder, regions
-from vidjax.apps.video import film as film_lib
+from vidjax.apps.video import cards as cards_lib, features_folder, film as film_lib, regions
 from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, Film
 from vidjax.data.checks import list_entries
 from vidjax.data.processes import Children, map_children, run_limited_each

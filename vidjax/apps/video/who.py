@@ -35,8 +35,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery import store
+from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import NOBODY, Answer
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, Vectors

@@ -19,8 +19,7 @@ from vidjax.core import metrics
 from vidjax.data import sources
 from vidjax.evaluation import significance
 from vidjax.evaluation.report import html
-from vidjax.runs import results as results_lib
-from vidjax.runs import schemas
+from vidjax.runs import results as results_lib, schemas
 from vidjax.runs.run_folder import IDENTITIES, RunFolder
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
