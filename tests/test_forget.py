@@ -117,7 +117,7 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forge
         converted(records / name, "ada 1", "x")
         with fault:
             listed = places(f"--identity={GONE}", "--delete", world)
-        assert listed[str(people.folder)] == ("gallery", "--delete")
+        assert listed[str(people.folder)] == ("gallery", "repair this, then run the command again")
         assert listed[str(records / name)][1].startswith("deleted")
     assert (records / "without").exists()
 

@@ -182,6 +182,7 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
             remedy = "deleted"
         except (UserError, OSError) as error:
             about += f", not deleted: {str(error).splitlines()[0]}"
+            remedy = "repair this, then run the command again"
     return Place("gallery", gallery.folder, about, remedy)
 
 

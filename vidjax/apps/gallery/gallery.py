@@ -71,7 +71,7 @@ from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
-from vidjax.utils.errors import InUseError, UserError, check_argument, warn
+from vidjax.utils.errors import ArgumentError, InUseError, UserError, check_argument, warn
 
 if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd
@@ -665,6 +665,11 @@ class Gallery:
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
         names = [vectors.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in vectors.parts.values()]
+        if begin is not None and (missing := [name for name in names if name not in begin]):
+            raise ArgumentError(
+                f"group: `begin` lacks {messages.count(len(missing), 'clip')}: "
+                f"{messages.list_some(missing)}\ngive the first group of every clip"
+            )
         first = None if begin is None else [begin[name] for name in names]
         labels = grouping.group(self.backend, names, parts, apart, begin=first, absorb=absorb)
         return answers_lib.name_groups(names, labels)
