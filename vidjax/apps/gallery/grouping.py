@@ -68,8 +68,8 @@ class Groups:
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
         """Returns the variance of a group's mean, relative to the variance of one clip.
 
-        `number` is the index of the modality. For PLDA, the result is 1 / k if k clips have the
-        modality. For distances, it may be larger.
+        `number` is the index of the modality, and `rows` are the groups. For PLDA, the result is
+        1 / k if k clips have the modality. For distances, the result may be larger.
         """
         count = np.maximum(self.counts[number][rows], 1)
         distances = self._backend.parts[number].distances
@@ -91,7 +91,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops groups without clips; returns the old indices of the other groups."""
+        """Drops groups without clips; returns the old indices of the kept groups."""
         rows = np.flatnonzero(self.sizes)
         for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
@@ -243,7 +243,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns the new `labels` [G] of all groups."""
+    """Joins small groups to larger groups; returns [G] int, like `labels` from `_agglomerate`."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)

@@ -36,7 +36,7 @@ Probability = Annotated[
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. If both fields are None, the gallery has a default."""
+    """The rule by which a clip gets a name. If both are None, the gallery chooses the rule."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
