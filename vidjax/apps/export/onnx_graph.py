@@ -190,7 +190,7 @@ class Graph:
         return self.node(ops[tree.func.id], *map(self._expression, tree.args))
 
     def shape(self, dims: Sequence[Any]) -> str:
-        """Returns a shape with n sizes as int64 [n]."""
+        """Returns the shape `dims`, n sizes, as an int64 array [n]."""
         if all(isinstance(dim, int) for dim in dims):
             return self.ints(list(dims))
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)

@@ -124,7 +124,7 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns bool, True where a clip gets a name. `best` are log-probabilities of any shape."""
+        """Returns bool [...], True if a clip gets a name. `best` [...] are log-probabilities."""
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)

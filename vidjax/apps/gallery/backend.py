@@ -151,7 +151,7 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns `Part.coordinates` for each modality, M arrays [Q, D]; NaN if missing."""
+        """Returns the `Part.coordinates` of Q clips, M arrays [Q, D]; NaN for a missing modality."""
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
@@ -160,7 +160,7 @@ class Backend(NamedTuple):
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
         """Computes the coefficients of the people `names` from their N clips.
 
-        `vectors` are [N, sum of D]. `owner` [N] int is the person of each clip, a row of `names`.
+        `vectors` are [N, sum of D]. `owner` [N] int are indices of `names`, the person of each clip.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
@@ -327,7 +327,7 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns coordinates [Q, D] and terms [Q, U] of `units` [Q, D], see `_Queries`."""
+        """Returns coordinates [Q, D] and terms [Q, U] of the vectors `units` [Q, D], see `_Queries`."""
         del effective  # only `DistanceRatios` compares groups of clips
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T

@@ -35,7 +35,7 @@ class Groups:
     """G groups of clips, whose pairs can be compared and joined.
 
     Attributes:
-      counts: for each of M modalities, [G], the number of a group's clips that have the modality.
+      counts: M arrays [G], one for each modality: the number of a group's clips that have it.
       means: M arrays [G, D], the mean coordinates of these clips.
       sizes: [G], the number of clips. It is 0 if the group was joined to another group.
       apart: [G, G] bool, True if two groups certainly show different people.
