@@ -151,7 +151,7 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the `Part.coordinates` of Q clips, M arrays [Q, D]; NaN for a missing modality."""
+        """Returns `Part.coordinates` of Q clips, M arrays [Q, D]; NaN for a missing modality."""
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
@@ -160,7 +160,7 @@ class Backend(NamedTuple):
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
         """Computes the coefficients of the people `names` from their N clips.
 
-        `vectors` are [N, sum of D]. `owner` [N] int are indices of `names`, the person of each clip.
+        `vectors` are [N, sum of D]. `owner` [N] int are indices in `names`: whose clip it is.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
