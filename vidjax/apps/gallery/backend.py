@@ -160,7 +160,7 @@ class Backend(NamedTuple):
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
         """Computes the coefficients of the people `names` from their N clips.
 
-        `vectors` are [N, sum of D]. `owner` [N] int are indices in `names`: whose clip it is.
+        `vectors` are [N, sum of D]. `owner` [N] int is each clip's person, an index in `names`.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
@@ -327,7 +327,7 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns coordinates [Q, D] and terms [Q, U] of the vectors `units` [Q, D], see `_Queries`."""
+        """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], for `_Queries`."""
         del effective  # only `DistanceRatios` compares groups of clips
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
