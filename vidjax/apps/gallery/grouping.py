@@ -50,7 +50,7 @@ class Groups:
     ):
         """Makes groups of N clips.
 
-        `coordinates` are M arrays [N, D], as from `Part.coordinates`, or 0 if a modality is
+        `coordinates` are M arrays [N, D] from `Part.coordinates`. They are 0 if a modality is
         missing. `labels` [N] int is the group of each clip. `apart` are pairs of indices of clips
         that show different people.
         """

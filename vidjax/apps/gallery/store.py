@@ -199,8 +199,8 @@ class Store:
     def _check_files(self, *, write: bool) -> None:
         """Raises UserError if the file is missing or unsafe.
 
-        Unsafe are links, journals that name another file, and files of SQLite's mode WAL (-wal,
-        -shm). A hard link is unsafe only with `write`.
+        Links are unsafe, and so are journals that name another file, and files of SQLite's mode
+        WAL (-wal, -shm). A hard link is unsafe only if `write` is True.
         """
         try:
             status = os.lstat(self.path)
