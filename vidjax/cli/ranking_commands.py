@@ -169,7 +169,7 @@ def add_compare_flags(parser: Parser) -> None:
 
 
 def compare_runs(args: argparse.Namespace) -> Result:
-    """Compares the MAP of each run with the first run, and writes the comparison to a folder."""
+    """Compares the MAP of each run with the MAP of the first. Writes the results to a folder."""
     from vidjax.runs import config as config_lib, config_io
     from vidjax.runs.run_folder import RunFolder
     from vidjax.training import api

@@ -293,7 +293,7 @@ def _is_integer(text: str) -> bool:
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most identities are whole numbers, but one is no number above 0."""
+    """Raises UserError if most identities are whole numbers, but one is a name or below 1."""
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():

@@ -165,7 +165,7 @@ def _sort_key(key: str) -> str:
 
 
 def _count_field_bytes(size: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of N protobuf fields: tag, length, and `size` [N] of content."""
+    """Returns [N] int64, the bytes of N protobuf fields: tag, length, `size` bytes of content."""
     return 1 + count_varint_bytes(size) + size
 
 

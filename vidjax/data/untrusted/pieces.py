@@ -124,7 +124,7 @@ class _Runs:
         self._patterns: list[tuple[re.Pattern[bytes], int]] = []
 
     def skip(self, at: int) -> tuple[int, int]:
-        """Skips opcodes from byte `at`. Returns the end, and the number of numbered objects."""
+        """Skips opcodes from byte `at`. Returns their end, and how many objects they number."""
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
             if found and self._content[found.end()] not in _PLAIN:
