@@ -186,7 +186,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
 
 
 def _split_seeds(name: str) -> list[str]:
-    """Splits `A1+A2` into the folders A1 and A2. An existing folder `A1+A2` is not split."""
+    """Splits `A1+A2` into the folders A1 and A2, unless a folder `A1+A2` exists."""
     if Path(name).expanduser().exists():
         return [name]
     return [folder.strip() for folder in name.split("+") if folder.strip()]

@@ -73,10 +73,10 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for each two similar modalities, such as `face` and `faces`.
+    """Yields a message for each pair of similar modalities, such as `face` and `faces`.
 
-    If a clip has both modalities, there is no message. `splits` is split -> modality -> [N] int,
-    the number of frames of each clip.
+    There is no message for a pair if a clip has both. `splits` is split -> modality -> [N] int, the
+    number of frames of each clip.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
     for number, name in enumerate(names):

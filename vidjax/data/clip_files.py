@@ -211,7 +211,7 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
 
 
 def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields (clip, modality, ascending row numbers) of dictionary-encoded pyarrow columns."""
+    """Yields (clip, modality, their rows in ascending order). The arguments are pyarrow columns."""
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
     order = np.argsort(code, kind="stable")

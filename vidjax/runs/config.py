@@ -67,7 +67,7 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of the loss `loss.focal` in `loss.schedule`, one per pair."""
+    """Returns the weights of the focal loss in the pairs (epoch, weight) of `loss.schedule`."""
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
     except (TypeError, ValueError):  # another function reports the malformed schedule
@@ -603,7 +603,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word that is in `names`, or `default`. Two such words raise UserError."""
+    """Returns the word that is in `names`, or `default`. Two words in `names` raise UserError."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)

@@ -44,8 +44,8 @@ class Data(Struct, kw_only=True):
     dir: Text | None = None
     digest: Text | None = None  # sha256
     title: Text | None = None
-    size: Scalar = None  # `data.size`, of the synthetic dataset
-    seed: Scalar = None  # `data.seed`, of the synthetic dataset
+    size: Scalar = None  # `data.size` of the configuration, for the synthetic dataset
+    seed: Scalar = None  # `data.seed` of the configuration, for the synthetic dataset
 
 
 class JoinedRun(Struct, kw_only=True):
@@ -271,7 +271,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes. Returns its value, and an object of `kind`."""
+    """Reads a JSON file of at most `limit` bytes. Returns its value, also as an object of `kind`."""
     try:
         value = files.read_json(path, object, limit)
     except ValueError as error:
