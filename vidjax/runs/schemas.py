@@ -176,9 +176,9 @@ class WorstIdentity(Struct, kw_only=True):
     identity: Column
     ap: Share  # average precision
     clips: Whole  # number of clips of the identity
-    # (another identity, number of clips that score highest for the other identity)
-    lost_to: Annotated[list[Pair], FEW]
-    mixed_with: Annotated[list[Pair], FEW]  # (another identity, its clips in the first places)
+    # The pairs of the following lists are (another identity, number of clips).
+    lost_to: Annotated[list[Pair], FEW]  # clips that score highest for the other identity
+    mixed_with: Annotated[list[Pair], FEW]  # clips of the other identity in the first places
 
 
 class Stratum(Struct, kw_only=True):
@@ -271,7 +271,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes. Returns its value, also as an object of `kind`."""
+    """Reads a JSON file of at most `limit` bytes. Returns its value, and an object of `kind`."""
     try:
         value = files.read_json(path, object, limit)
     except ValueError as error:

@@ -54,8 +54,8 @@ _START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(\}(?:\x94|q.|r.{4})?)", re.D
 def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
     """Yields the items of a pickled dict, a few at a time, as new dicts.
 
-    `size` is the number of bytes of the file. If the pickle is damaged or refused, or cannot be read
-    in pieces, any exception may be raised.
+    `size` is the number of bytes of the file. If the pickle is damaged, is refused, or cannot be
+    read in pieces, any exception may be raised.
     """
     pipe = io.BytesIO()
     unpickler = Unpickler(pipe, encoding="bytes")
