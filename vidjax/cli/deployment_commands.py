@@ -141,7 +141,7 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
 
 
 def _import(args: argparse.Namespace) -> Result:
-    """Makes a run from a folder that `vidjax export` wrote for a run, in any format."""
+    """Makes a run from a folder to which `vidjax export` wrote a run, in any format."""
     from vidjax.apps.export import weights
     from vidjax.evaluation import predict
 

@@ -526,7 +526,7 @@ def explain_unread(name: str, values: Values) -> str:
     if not field or not field.read_when or is_read(name, values) or values[name] == field.default:
         return ""
     when = field.read_when
-    if when.condition(values):  # then the other field is not read, either
+    if when.condition(values):  # then the other field has no effect, either
         when = FIELDS[when.field].read_when or when
     other = when.field
     return (

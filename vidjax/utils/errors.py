@@ -160,7 +160,7 @@ def describe_system_error(error: BaseException) -> str | None:
 
 
 def escape_controls(text: str) -> str:
-    """Escapes characters that could control a terminal or reorder text. Keeps tabs, line ends."""
+    """Escapes characters that control a terminal or reorder text. Keeps tabs and line ends."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
