@@ -519,8 +519,8 @@ def _find_unread(values: Values) -> Iterator[str]:
 def explain_unread(name: str, values: Values) -> str:
     """Returns a message if the value of the field `name` has no effect, otherwise "".
 
-    For example, `optim.momentum` has no effect if `optim.name` is `adam`. If the value is the
-    default, there is no message.
+    For example, `optim.momentum` has no effect if `optim.name` is `adam`. A default value needs no
+    message.
     """
     field = FIELDS.get(name)
     if not field or not field.read_when or is_read(name, values) or values[name] == field.default:

@@ -152,7 +152,7 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """The content of `data_report.json`: counts, and `labelled`, True with ground truth."""
+    """The content of `data_report.json`. For each split: counts, and `labelled` (True or False)."""
 
     splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # split -> key -> value
 

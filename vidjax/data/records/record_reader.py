@@ -129,7 +129,7 @@ class Reader:
             raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
-        """Returns the error for a file that changed. If it is damaged, `check_shard` raises."""
+        """Returns the error for a file that changed. If it is damaged, raises another error."""
         check_shard(self.shards[number])
         return UserError(
             f"{self.shards[number].path}: the file was changed while it was read\n"
