@@ -153,7 +153,7 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def with_identities(self, identities: Sequence[str]) -> Self:
-        """Returns the same clips with `identities` as classes. The label of all other clips is 0."""
+        """Returns the same clips with `identities` as classes. All other clips get the label 0."""
         ...
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:

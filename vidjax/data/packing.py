@@ -341,7 +341,7 @@ class StagedSplit(NamedTuple):
 
 
 def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Returns the clips of a split, the place of their frames, and the order to store them in.
+    """Returns the clips of a split, the place of their frames, and the order of clips on disk.
 
     `packed` is modality -> the frames of all clips. The clips of 'train' are stored in random
     order, and the clips of other splits by name.

@@ -34,7 +34,7 @@ def num_cores(root: Path = ROOT) -> int:
 
 @functools.cache
 def memory_bytes(root: Path = ROOT) -> int:
-    """Returns how many bytes this process may use in total. `root` is `/`, except in tests."""
+    """Returns how many bytes of memory this process may use. `root` is `/`, except in tests."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min([physical, *(limit for limit, _ in _read_memory_limits(root))]))
 

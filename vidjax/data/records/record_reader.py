@@ -79,7 +79,7 @@ class Reader:
         self.start = ends - self._size - FRAMING - begins[self.shard]
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns where the values of the records `places` are, as `locate_values` does."""
+        """Returns where the values of the records `places` are. See `locate_values`."""
         sizes = {"clip": self._names[places], "clip_index": count_varint_bytes(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)
