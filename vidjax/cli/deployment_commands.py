@@ -20,7 +20,7 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folder to read, and the folder to write, which must not exist."""
+    """Returns the folder to read, which must exist, and the folder to write, which must not."""
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if not source.is_dir():
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
@@ -53,7 +53,7 @@ def add_import_flags(parser: Parser) -> None:
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Exports a run or a gallery. Raises UserError if the exported files give other results."""
+    """Exports a run or a gallery, and checks that the exported files give the same results."""
     (source, to), began = _read_paths(args), time.monotonic()
     from vidjax.apps.export.formats import FORMATS
     from vidjax.apps.gallery.store import GALLERY_FILE
@@ -141,7 +141,7 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
 
 
 def _import(args: argparse.Namespace) -> Result:
-    """Makes a run from a folder that `vidjax export` wrote for a run, in any format."""
+    """Makes a run from a folder to which `vidjax export` wrote a run, in any format."""
     from vidjax.apps.export import weights
     from vidjax.evaluation import predict
 

@@ -251,6 +251,6 @@ def add_convert_flags(parser: Parser) -> None:
 
 
 def convert_package(args: argparse.Namespace) -> Result:
-    """Makes a net from a downloaded package. Writes the net, and a JSON file that describes it."""
+    """Converts the net in a Python package. Writes the net, and a JSON file that describes it."""
     path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
     return Result({"card": str(path)}, {"card": messages.relative_path(path)})

@@ -303,7 +303,6 @@ def _load_clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | 
 
 
 def _show_progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
-    """Returns a context manager that shows a progress bar over `total` clips."""
     return contextlib.closing(terminal.Progress(total, unit="clip", label=label, leave=False))
 
 

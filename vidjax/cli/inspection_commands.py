@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns the checks that the flags ask for: subject, such as `data` -> function.
+    """Returns the checks that the flags ask for, subject -> function. A subject is, e.g., `data`.
 
     The function returns a summary of the subject. If the subject has a fault, it raises an error.
     """
@@ -179,7 +179,7 @@ def describe_fields(
     """Returns field -> {"value": ..., "default": ..., "from": the origin of the value}.
 
     The origin is `command line` if a word `--config.FIELD=VALUE` of `overrides` sets the field.
-    Otherwise the origin is `default` for the default value, and the name `file` for other values.
+    Otherwise the origin is `default` for a default value, and the argument `file` for other values.
 
     Fields of models and fusions, such as `model.embed_dim`, come last and have the default None.
     """

@@ -175,7 +175,7 @@ def _parse_known(
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:
-    """Returns `words` with the command first. `--mode=rank` becomes `rank`. Default: `train`."""
+    """Moves the command to the start. `--mode=rank` becomes `rank`. The default is `train`."""
     count = len([*itertools.takewhile(SWITCHES.__contains__, words)])
     rest, names = [*words[count:], *words[:count]], list[str]()
     if rest and not rest[0].startswith("-"):

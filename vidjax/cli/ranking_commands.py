@@ -169,7 +169,7 @@ def add_compare_flags(parser: Parser) -> None:
 
 
 def compare_runs(args: argparse.Namespace) -> Result:
-    """Compares the MAP of each run with the first run, and writes the comparison to a folder."""
+    """Compares the MAP of each run with the MAP of the first. Writes the results to a folder."""
     from vidjax.runs import config as config_lib, config_io
     from vidjax.runs.run_folder import RunFolder
     from vidjax.training import api
@@ -186,7 +186,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
 
 
 def _split_seeds(name: str) -> list[str]:
-    """Splits `A1+A2` into the folders A1 and A2. An existing folder `A1+A2` is not split."""
+    """Splits `A1+A2` into the folders A1 and A2, unless a folder `A1+A2` exists."""
     if Path(name).expanduser().exists():
         return [name]
     return [folder.strip() for folder in name.split("+") if folder.strip()]

@@ -115,7 +115,7 @@ def add_report_flags(parser: Parser) -> None:
 
 
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
-    """Returns the configuration and the folder of a run or, with `--runs`, of a blend of runs."""
+    """Returns the configuration and the folder of a run, or of the averaged runs `--runs`."""
     for name in config_io.override_names(args.overrides):
         is_fusion_of_training = re.match(r"fusion\.[^.]+\.train\b", name)
         if is_fusion_of_training or config_lib.is_in_groups(name, TRAINING_FIELDS):

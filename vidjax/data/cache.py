@@ -24,7 +24,7 @@ TICK_NS = 2 * 10**9  # the coarsest file systems store times in steps of two sec
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the path `cache_dir/kind/DIGEST`. The digest depends on the JSON value `key`."""
+    """Returns the path `cache_dir/kind/DIGEST`, with a digest of the JSON value `key`."""
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 

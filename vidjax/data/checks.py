@@ -12,7 +12,7 @@ from vidjax.utils.errors import NoFileError, UserError, closest
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns the sorted paths in a directory that are not hidden, or raises NoFileError."""
+    """Returns the sorted paths in a directory, without hidden files. May raise NoFileError."""
     directory = Path(directory)
     if not directory.exists():
         raise NoFileError(f"'{directory}' does not exist: correct the path")
@@ -22,7 +22,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if a path is a folder, a broken link or a device. It may be missing."""
+    """Raises UserError if something at `path` is no file, such as a folder or a broken link."""
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -34,8 +34,8 @@ def check_file(path: Path) -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    `word` is the split in the name of the file `path`. `present` are the splits that have a file
-    with a correct name. For these splits, there is no error.
+    `word` is the place of the split in the name of the file `path`. `present` are the splits whose
+    files were found. A misspelling of one of these splits raises no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]
@@ -52,7 +52,10 @@ FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if an ignored path contains features. `wanted` names the files to read."""
+    """Raises UserError if one of `entries`, which are ignored, contains features.
+
+    `wanted` is the text for the message that names the files to read.
+    """
     for path in entries:
         patterns = (f"*{suffix}" for suffix in FEATURE_SUFFIXES)
         has_features = path.is_dir() and any(file for end in patterns for file in path.glob(end))
@@ -70,9 +73,10 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 
 
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
-    """Yields a message for two similar names, such as `face` and `faces`, that no clip has both.
+    """Yields a message for each pair of similar modalities, such as `face` and `faces`.
 
-    `splits` is split -> modality -> [N] int, the number of frames of each clip.
+    There is no message for a pair if a clip has both. `splits` is split -> modality -> [N] int, the
+    number of frames of each clip.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
     for number, name in enumerate(names):
@@ -92,8 +96,8 @@ def find_transposed(
 ) -> Iterator[str]:
     """Yields a message for each modality whose arrays are probably [D, T] instead of [T, D].
 
-    Then all its clips have the same number of frames T, and T >= 4 D. `splits` is split -> modality
-    -> [N] int, the number of frames of each clip. `widths` is modality -> D.
+    All clips of such a modality have the same number of frames T, and T >= 4 D. `splits` is
+    split -> modality -> [N] int, the number of frames of each clip. `widths` is modality -> D.
     """
     for name, width in widths.items():
         lengths = [split[name] for split in splits.values() if name in split]
@@ -110,7 +114,10 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality whose quality is the norm, if all norms are equal."""
+    """Yields a message for each modality whose qualities are norms of features, all nearly equal.
+
+    `report` is the data report.
+    """
     for modality in modalities:
         reports = [
             split["modalities"][modality]
@@ -126,7 +133,7 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
 
 
 def _has_equal_norms(report: Mapping[str, Any]) -> bool:
-    """Returns True if the quality of frames is the norm of features, and is nearly constant."""
+    """Returns True if the qualities of a modality are norms of features, all nearly equal."""
     norm = report["norm"]
     if report["quality"] != norm or not norm["counts"] or not MIN_NORM < norm["mean"] < MAX_NORM:
         return False
@@ -162,7 +169,7 @@ def find_unusable(
 
 
 def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message if the squares of features overflow in float32, or become 0."""
+    """Yields a message if the squares of features overflow or become 0 in float32."""
     longest, mean = max(norm["edges"][-1] for norm in norms), max(norm["mean"] for norm in norms)
     if longest > MAX_NORM:
         yield (

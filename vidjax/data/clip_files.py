@@ -103,8 +103,8 @@ def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None
 def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
     """Reads a clip from the content of an `.npz` file in memory.
 
-    Raises UserError if the content is damaged, has several clips, or takes more than `limit` bytes
-    as float32. The bytes are counted before the arrays are unpacked.
+    Raises UserError if the content is damaged, has several clips, or needs more than `limit` bytes
+    of memory. The bytes are counted before the arrays are unpacked, with at least 4 per number.
     """
     clean = clean_name_at("clip:", name)
     with prefix_errors(f"clip {show(clean)}"):
@@ -211,7 +211,7 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
 
 
 def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields (clip, modality, ascending row numbers) of dictionary-encoded pyarrow columns."""
+    """Yields (clip, modality, their rows in ascending order). The arguments are pyarrow columns."""
     names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
     code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
     order = np.argsort(code, kind="stable")
@@ -246,12 +246,11 @@ def read_at_once(
     non_finite: NonFinite,
     quality: Quality,
 ) -> dict[str, dict[str, PackedClips]]:
-    """Reads the clips of several splits with several processes.
+    """Reads clips with several processes. Returns split -> modality -> the frames of all clips.
 
     `files` is split -> the files of its clips. `scratch` is a folder for the frames, which must
-    exist as long as the returned arrays. `workers` is the number of processes. Returns split ->
-    modality -> the frames of all clips. Raises RetrySerially if a process failed, or if the results
-    of two processes cannot be joined, for example because both have the same clip.
+    exist as long as the returned arrays. `workers` is the number of processes. Raises RetrySerially
+    if a process fails, or if the results of two processes contain the same clip or do not fit.
     """
     # There are twice as many parts as processes, because some parts take longer than others.
     length = -(-sum(map(len, files.values())) // (2 * workers))

@@ -106,10 +106,10 @@ class BatchPlan(NamedTuple):
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Divides clips into blocks of up to `rows` clips. Yields (bucket, positions [n] int).
+    """Divides N clips into blocks of up to `rows` clips of the same bucket (group of lengths).
 
-    The clips of a block are in the same bucket. `bucket` [N] int is the bucket of each clip. Clips
-    with a negative bucket are left out.
+    `bucket` [N] int is the bucket of each clip. Clips with a negative bucket are left out. Yields
+    for each block its bucket and the positions of its n clips, [n] int.
     """
     for number in range(bucket.max(initial=-1) + 1):
         places = np.flatnonzero(bucket == number)
@@ -153,7 +153,7 @@ class TrainingData(ClipSource, Protocol):
         ...
 
     def with_identities(self, identities: Sequence[str]) -> Self:
-        """Returns the same clips with other classes. Clips of other identities have the label 0."""
+        """Returns the same clips with `identities` as classes. All other clips get the label 0."""
         ...
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
@@ -163,7 +163,7 @@ class TrainingData(ClipSource, Protocol):
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields all clips, a few at a time: `clip_index` [n] int32, and modality -> frames."""
+        """Yields the clips of a split, n at a time: `clip_index` [n] int32, modality -> frames."""
         ...
 
 
@@ -254,8 +254,8 @@ def make_batch_plan(
 ) -> BatchPlan:
     """Plans the training batches. For the arguments, see BatchPlan.
 
-    A modality is padded to the rounded length of its longest clip, or to `max_frames` if this is
-    shorter. See `padded`.
+    A modality is padded to the length of its longest clip, which `padded` rounds up, but to at most
+    `max_frames` frames.
     """
     names = tuple(split.name for split in splits)
     _check_distinct("config.data.train_splits", names)
@@ -310,10 +310,10 @@ def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) 
 def pad(
     frames: Mapping[str, Sequence[np.ndarray]], shape: tuple[int, int], modality: Modality
 ) -> Frames:
-    """Joins the frames of clips in arrays of the shape [B, T], padded with zeros.
+    """Joins the frames of up to B clips to arrays [B, T], padded with zeros. `shape` is (B, T).
 
-    `frames` is field -> a list of up to B arrays, [t] or [t, D], one per clip. If a clip has more
-    than T frames, the T frames of the highest quality are kept. `shape` is (B, T).
+    `frames` is field -> a list of arrays, [t] or [t, D], one per clip. Of a clip with more than T
+    frames, the T frames of the highest quality are kept, in time order.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)

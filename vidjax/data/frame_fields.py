@@ -108,7 +108,7 @@ class PackedClips:
 
     @classmethod
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
-        """Opens the frames in `folder`. `summary` is the result of the process that wrote them."""
+        """Opens the frames in `folder`. `summary` is the result of the method `summary`."""
         lengths = np.array(summary["lengths"], np.int32)
         num_frames = int(lengths.sum())
         return cls(

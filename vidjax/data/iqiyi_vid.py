@@ -45,8 +45,8 @@ class OfficialFiles:
         """Finds the feature pickles.
 
         `workers` pickles are read at once, by default one per core, or fewer if the memory is
-        small. The cache `cache_dir` keeps the digests of unchanged files. Result files name the
-        `origin`.
+        small. `cache_dir` keeps the digests of unchanged files. `origin` is written to result
+        files.
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)

@@ -201,7 +201,7 @@ def load_ground_truth(
     a name is written `%20`. `known_clips` are names in which `%20` does not mean a blank.
 
     Raises:
-      UserError: the form is unclear, a line has another form, a clip comes twice, or an identity is
+      UserError: the form is unclear, a line has another form, a clip comes twice, or a name is
         refused. If most identities are whole numbers, all must be whole numbers above 0.
     """
     path, known = Path(path), frozenset(known_clips)
@@ -293,7 +293,7 @@ def _is_integer(text: str) -> bool:
 
 
 def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
-    """Raises UserError if most identities are whole numbers, but one is no number above 0."""
+    """Raises UserError if most identities are whole numbers, but one is a name or below 1."""
     if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
         return
     for name, identity in labels.items():

@@ -270,9 +270,8 @@ def load_clips(
 ) -> MemoryClips:
     """Loads the clips of a folder, a parquet table or a `.npz` file for a trained model.
 
-    Clip names lose the suffix `.mp4`. A warning counts frames that are not finite, which are left
-    out. The folder may contain pickles of the iQIYI-VID dataset. Then only clips in the pickles of
-    `modalities` are loaded.
+    Clip names lose the suffix `.mp4`. Frames that are not finite are left out, with a warning. If
+    the folder contains pickles of iQIYI-VID, only the pickles of `modalities` are loaded.
 
     Args:
       modalities: modality -> feature width. The model reads these modalities.
@@ -309,7 +308,7 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
     """Returns the files that contain the clips of a folder or file, without reading the files.
 
     The result is a list of `.npz` files, or of one parquet table. For pickles of the iQIYI-VID
-    dataset, it is modality -> pickle. `split` chooses a split, and is None if there is no choice.
+    dataset, it is modality -> pickle. `split` is the split, or None if there is only one.
 
     Raises:
       FileNotFoundError: the path does not exist, or has no clips.

@@ -269,7 +269,7 @@ class Packer(contextlib.ExitStack):
             self._write_field(name, column if keep.all() else column[keep])
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
-        """Raises UserError if features are unlike most clips, or if `non_finite` refuses them."""
+        """Raises UserError for an unusual width or dtype, or for a refused value (`non_finite`)."""
         width, dtype = self._kind or (0, None)
         place, problem = locate(clip, self._modality), ""
         if features.shape[1] != width:
@@ -341,7 +341,7 @@ class StagedSplit(NamedTuple):
 
 
 def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Returns the clips of a split, the place of their frames, and the order to store them in.
+    """Returns the clips of a split, the place of their frames, and the order of clips on disk.
 
     `packed` is modality -> the frames of all clips. The clips of 'train' are stored in random
     order, and the clips of other splits by name.

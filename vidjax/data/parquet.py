@@ -106,7 +106,7 @@ def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Returns the columns to read, of all columns `names`. Refuses missing and misspelt columns."""
+    """Selects the columns to read from all columns `names`. Refuses missing or misspelt columns."""
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)

@@ -166,15 +166,13 @@ def choose_mode(
 
 
 def find_least_free_bytes(mesh: Mesh) -> float:
-    """Returns the smallest number of bytes that are free on a local device.
-
-    Devices that are emulated on a CPU share the free memory of the host equally.
-    """
+    """Returns the number of free bytes of the local device that has the fewest free bytes."""
     free = []
     for device in mesh.local_devices:
         stats = device.memory_stats() if device.platform != "cpu" else None
         if stats and "bytes_limit" in stats:
             free.append(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    # Devices that are emulated on a CPU share the memory of the host equally.
     return min(free) if free else machine.free_bytes() / mesh.size
 
 
@@ -267,7 +265,7 @@ def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
 
 
 def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns frames that are not divided into clips. `fields` are in the order of BATCHED."""
+    """Returns frames that are not yet divided into clips. `fields` are as in BATCHED."""
     empty = np.empty(0, np.int32)
     return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
 

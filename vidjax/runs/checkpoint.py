@@ -146,10 +146,8 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     """Returns the latest checkpoint of a run, or the best by MAP if `prefer` is `best`.
 
     Damaged checkpoints are skipped with a warning. If all checkpoints with a MAP are damaged,
-    `best` returns the latest other checkpoint. If the run has no checkpoint, returns None.
-
-    Raises CheckpointError if all checkpoints are damaged, or if `prefer` is `best` and no
-    checkpoint has a MAP.
+    `best` returns the latest intact checkpoint. If the run has no checkpoint, returns None. Raises
+    CheckpointError if all are damaged, or if `prefer` is `best` and no checkpoint has a MAP.
     """
     paths, known = list_folders(workdir), manifests(workdir)
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):

@@ -1,9 +1,9 @@
 """Defines and checks all fields of a configuration.
 
-A row of `TABLE` contains the default value, the meaning and the range of a field. Some fields are
-read only if another field has a certain value (`Field.read_when`). For example, no code reads
-`optim.momentum` if `optim.name` is `adam`. If a field is changed but not read, no training starts:
-the change would look like an experiment but have no effect.
+A row of `TABLE` contains the default value, the meaning and the range of a field. Some fields have
+an effect only if another field has a certain value (`Field.read_when`). For example,
+`optim.momentum` has no effect if `optim.name` is `adam`. If a field without effect differs from its
+default, no training starts: the change would look like an experiment.
 """
 
 import json
@@ -24,11 +24,11 @@ Values = Mapping[str, Any]  # dotted name -> value, of every field of `default()
 
 
 class ReadWhen(NamedTuple):
-    """The condition under which the code reads a field, such as `optim.momentum`."""
+    """The condition under which a field, such as `optim.momentum`, has an effect."""
 
     field: str  # the name of the other field whose value decides, such as `optim.name`
-    condition: Callable[[Values], bool]  # values of all fields -> True if the code reads the field
-    remedy: str  # the flags with which the code reads the field, such as `--config.optim.name=sgd`
+    condition: Callable[[Values], bool]  # values of all fields -> True if the field has an effect
+    remedy: str  # the flags with which the field has an effect, such as `--config.optim.name=sgd`
 
 
 class Field(NamedTuple):
@@ -42,7 +42,7 @@ class Field(NamedTuple):
       low, high, above, below: the range: low <= value <= high, above < value < below. If `high` is
         None, the value must be finite.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
-      read_when: the condition under which the code reads the field. None means always.
+      read_when: the condition under which the field has an effect. None means always.
       movable: True if the field may change when a run resumes, because it does not affect the
         results. A path may change, because the content of the files is compared.
     """
@@ -67,7 +67,7 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of the loss `loss.focal` in `loss.schedule`, one per pair."""
+    """Returns the weights of the focal loss in the pairs (epoch, weight) of `loss.schedule`."""
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
     except (TypeError, ValueError):  # another function reports the malformed schedule
@@ -390,7 +390,7 @@ def to_tuples(value: Any) -> Any:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns dotted name -> (old, new value) of fields that differ and that the code reads."""
+    """Returns dotted name -> (old, new value) of the fields that differ and have an effect."""
     before, after = dict(fields(old)), dict(fields(new))
     return {
         name: (before.get(name), after.get(name))
@@ -400,7 +400,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def is_read(name: str, values: Values) -> bool:
-    """Returns True if the code reads the field `name`, given the values of all fields."""
+    """Returns True if the field `name` has an effect. `values` has the values of all fields."""
     field = FIELDS.get(name)
     when = field.read_when if field else None
     return not when or (when.condition(values) and is_read(when.field, values))
@@ -456,7 +456,6 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
 
 
 def _has_names(value: Any) -> bool:
-    """Returns True if a value is a tuple of texts, and not empty."""
     return isinstance(value, tuple) and bool(value) and all(isinstance(x, str) for x in value)
 
 
@@ -505,7 +504,7 @@ def _find_untrainable(values: Values) -> Iterator[str]:
 
 
 def _find_unread(values: Values) -> Iterator[str]:
-    """Yields a message for each unknown field, and for each changed field that no code reads."""
+    """Yields a message for each unknown field, and for each value that has no effect."""
     for name in values:
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"the field config.{name} does not exist: {suggest_field(name, FIELDS)}"
@@ -518,12 +517,16 @@ def _find_unread(values: Values) -> Iterator[str]:
 
 
 def explain_unread(name: str, values: Values) -> str:
-    """Returns a message if the field `name` is changed but not read, otherwise ""."""
+    """Returns a message if the value of the field `name` has no effect, otherwise "".
+
+    For example, `optim.momentum` has no effect if `optim.name` is `adam`. A default value needs no
+    message.
+    """
     field = FIELDS.get(name)
     if not field or not field.read_when or is_read(name, values) or values[name] == field.default:
         return ""
     when = field.read_when
-    if when.condition(values):  # then the other field is not read, either
+    if when.condition(values):  # then the other field has no effect, either
         when = FIELDS[when.field].read_when or when
     other = when.field
     return (
@@ -601,7 +604,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word that is in `names`, or `default`. Two such words raise UserError."""
+    """Returns the word that is in `names`, or `default`. Two words in `names` raise UserError."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)

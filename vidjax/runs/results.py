@@ -147,7 +147,7 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
-    Damaged lines are skipped, because a run may still write the last line. Of a longer file, only
+    Damaged lines are skipped, because a run may still write the last line. Of over 20,000 lines,
     about 20,000 evenly spaced lines and the first 20,000 evaluations are returned.
     """
     if not files.exists(path):

@@ -44,8 +44,8 @@ class Data(Struct, kw_only=True):
     dir: Text | None = None
     digest: Text | None = None  # sha256
     title: Text | None = None
-    size: Scalar = None  # `data.size`, of the synthetic dataset
-    seed: Scalar = None  # `data.seed`, of the synthetic dataset
+    size: Scalar = None  # `data.size` of the configuration, for the synthetic dataset
+    seed: Scalar = None  # `data.seed` of the configuration, for the synthetic dataset
 
 
 class JoinedRun(Struct, kw_only=True):
@@ -152,7 +152,7 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """The content of `data_report.json`: for each split, counts and `labelled` (ground truth)."""
+    """The content of `data_report.json`. For each split: counts, and `labelled` (True or False)."""
 
     splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # split -> key -> value
 
@@ -176,19 +176,17 @@ class WorstIdentity(Struct, kw_only=True):
     identity: Column
     ap: Share  # average precision
     clips: Whole  # number of clips of the identity
-    lost_to: Annotated[list[Pair], FEW]  # (identity, number of clips that score highest for it)
-    mixed_with: Annotated[list[Pair], FEW]  # (identity, number of its clips in the first places)
+    # The pairs of the following lists are (another identity, number of clips).
+    lost_to: Annotated[list[Pair], FEW]  # clips that score highest for the other identity
+    mixed_with: Annotated[list[Pair], FEW]  # clips of the other identity in the first places
 
 
 class Stratum(Struct, kw_only=True):
-    """A group of identities or clips, and the 95 % interval of the MAP in this group.
-
-    A group of few identities has no interval.
-    """
+    """A group of identities or clips, and its MAP."""
 
     label: Text
     map: Share
-    low: float | None = None  # this and `high`: the ends of the interval
+    low: float | None = None  # this and `high`: the 95 % interval; None for few identities
     high: float | None = None
     identities: Whole | None = None
     clips: Whole | None = None
@@ -242,7 +240,7 @@ class Analysis(Struct, kw_only=True):
     logs: bool | None = None  # True if scores are logarithms of probabilities
     # `top1` and `auroc` -> the ends of the 95 % interval.
     intervals: Annotated[dict[str, tuple[Share, Share]], FEW] = {}
-    vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # names of attention rows
+    vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # rows of `attention`
     num_others: Whole | None = None  # identities of the ground truth that are unknown to the run
     worst: Annotated[list[WorstIdentity], TABLE] | None = None
     strata: Annotated[list[Strata], FEW] | None = None

@@ -79,8 +79,8 @@ def prefix_errors(place: str) -> Iterator[None]:
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
     """Raises UserError if one of `packages` is not installed.
 
-    The message is "WHAT needs PACKAGE: install it with pip install 'vidjax[EXTRA]', or INSTEAD".
-    `instead` is a second remedy, such as "end the name in .tsv".
+    The message begins "WHAT needs PACKAGE: install it with pip install 'vidjax[EXTRA]'". It ends
+    with `instead`, another remedy, such as "end the name in .tsv".
     """
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
@@ -94,7 +94,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if no type of `kinds` fits."""
+    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if `value` is not of `kinds`."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -160,7 +160,7 @@ def describe_system_error(error: BaseException) -> str | None:
 
 
 def escape_controls(text: str) -> str:
-    """Escapes characters that could control a terminal or reorder text, not tabs and line ends."""
+    """Escapes characters that control a terminal or reorder text. Keeps tabs and line ends."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 

@@ -1,8 +1,7 @@
 """Reads how many cores, bytes of memory and open files this process may use.
 
 The limits of a container are the limits of a Linux control group, version 1 or 2. A process must
-also keep the limits of all groups that contain its group. `root` is the root of the file system.
-Only tests pass another folder.
+also keep the limits of all groups that contain its group. Limits are read from files below `root`.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ ROOT = Path("/")
 
 
 def num_cores(root: Path = ROOT) -> int:
-    """Returns the number of cores that this process may use."""
+    """Returns how many cores this process may use. `root` is `/`, except in tests."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
         cores = len(os.sched_getaffinity(0))
@@ -35,13 +34,16 @@ def num_cores(root: Path = ROOT) -> int:
 
 @functools.cache
 def memory_bytes(root: Path = ROOT) -> int:
-    """Returns the bytes of memory that this process may use in total, whether free or not."""
+    """Returns how many bytes of memory this process may use. `root` is `/`, except in tests."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min([physical, *(limit for limit, _ in _read_memory_limits(root))]))
 
 
 def free_bytes(root: Path = ROOT) -> float:
-    """Returns the bytes of memory that this process can still take. If unknown, returns 0."""
+    """Returns how many bytes of memory this process can still take. If unknown, returns 0.
+
+    `root` is `/`, except in tests.
+    """
     free = [limit - used for limit, used in _read_memory_limits(root)]
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -59,10 +61,7 @@ def max_open_files() -> float:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory of this process, which the next batch can then reuse.
-
-    If the C library is not glibc, there is no effect.
-    """
+    """Makes glibc keep freed memory for later batches. Another C library is not affected."""
     # By default, glibc returns arrays above 32 MB to the kernel, which clears their memory. This
     # halves the number of batches per second. Each arena keeps its own freed memory, so the number
     # of arenas is limited. With too few arenas, compilation is slow: its threads wait for an arena.

@@ -271,10 +271,7 @@ class _Printable(logging.Formatter):
 
 
 def _open_closed_streams() -> None:
-    """Opens /dev/null for each standard stream that was closed, for example by `2>&-`.
-
-    Otherwise messages would go into the next file that is opened.
-    """
+    """Opens /dev/null for each closed standard stream, so that no other file takes its number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)

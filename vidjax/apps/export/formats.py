@@ -320,7 +320,7 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
 def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the mean vectors of B clips, scaled to unit length: modality -> [B, D].
 
-    They are the input of `reader.log_probabilities`. `run` is a PLDA run. `inputs` are name ->
+    The means are the input of `reader.log_probabilities`. `run` is a PLDA run. `inputs` are name ->
     array, see `function.input_shapes`.
     """
 

@@ -189,8 +189,8 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
     """Makes random clips, and computes the outputs of a run for these clips.
 
     The second clip has only the last modality. `padding` is the number of padded frames after the
-    longest clip. If the run classifies single frames of several modalities, an additional clip has
-    a single frame of the last modality, which the run must repeat.
+    longest clip. If the run classifies single frames of several modalities, there is an additional
+    clip. It has one frame of the last modality, which the run must repeat for each other frame.
     """
     # The run scores the additional clip in a separate call. Padding to the length of other clips
     # would hide that it has a single frame.

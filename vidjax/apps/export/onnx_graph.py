@@ -190,7 +190,7 @@ class Graph:
         return self.node(ops[tree.func.id], *map(self._expression, tree.args))
 
     def shape(self, dims: Sequence[Any]) -> str:
-        """Returns a shape with n sizes as int64 [n]."""
+        """Returns the shape `dims`, n sizes, as an int64 array [n]."""
         if all(isinstance(dim, int) for dim in dims):
             return self.ints(list(dims))
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)
@@ -459,8 +459,8 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for the gather of JAX, which takes one or more slices of an operand.
 
-    Several slices must have the size 1 along axes with an index, and be whole along other axes.
-    Indices outside of the operand are moved to its border, even if JAX would fill with NaN.
+    If there are several slices, each has size 1 along the axes with an index, and the whole size
+    along other axes. An index outside of the operand is moved to its border, never filled with NaN.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape

@@ -101,7 +101,7 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
-    """Returns the shapes and dtypes of the weights, in nested dicts. `members` is a number."""
+    """Returns the shapes and dtypes of the weights of `members` ensemble members, as dicts."""
     system = make_system(config.to_dict(), restore.read_task(manifest))
     return dict(zip(ITEMS, system.compute_shapes(members), strict=True))
 

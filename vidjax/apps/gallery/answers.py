@@ -124,7 +124,7 @@ class NamingRule(NamedTuple):
     about: str
 
     def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns bool, True if a clip gets a name. `best` is its highest log-probability."""
+        """Returns bool [...], True if a clip gets a name. `best` [...] are log-probabilities."""
         best = np.asarray(best)
         least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
         return (best >= self.score) & (best > least)
@@ -213,8 +213,8 @@ def write_groups(
 ) -> None:
     """Writes a table of clips and their groups, in which a user replaces groups by names of people.
 
-    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. If `places`
-    are given, clip -> (video, start, end), the table has three more columns.
+    The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. `places`
+    are clip -> (video, start, end), the values of three more columns.
     """
     order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)

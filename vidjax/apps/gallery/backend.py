@@ -151,7 +151,7 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns `Part.coordinates` for each modality, M arrays [Q, D]; NaN if it is missing."""
+        """Returns `Part.coordinates` of Q clips, M arrays [Q, D]; NaN for a missing modality."""
         white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
         for z, x in zip(white, parts, strict=True):
             z[~np.any(x != 0, axis=1)] = np.nan
@@ -160,7 +160,7 @@ class Backend(NamedTuple):
     def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
         """Computes the coefficients of the people `names` from their N clips.
 
-        `vectors` are [N, sum of D]. `owner` [N] int has the index in `names` of each clip's person.
+        `vectors` are [N, sum of D]. `owner` [N] int is each clip's person, an index in `names`.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
@@ -190,8 +190,8 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: modality -> [N, D] float32. Row n enrols the person of clip n, for example with the
-        mean of the person's clips in a film. The default is `vectors`.
+      enrolled: modality -> [N, D] float32. To fit the settings, row n enrols the person of clip n.
+        It may be the mean of the person's clips in a film. The default is `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too.
     """
@@ -327,7 +327,7 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], see `_Queries`."""
+        """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], for `_Queries`."""
         del effective  # only `DistanceRatios` compares groups of clips
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -374,10 +374,10 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """Five float64 parameters [5], which `reader.py` of an exported gallery needs.
+        """The float64 array [5] that `reader.py` of an exported gallery needs.
 
-        They are: the shape for one person, and for two people, see `Distances`; the lowest squared
-        distance; the constant and the slope of the log density of a stranger.
+        Its values are the shapes for one person and for two people, see `Distances`; the lowest
+        squared distance; the constant and the slope of the log density of a stranger.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)

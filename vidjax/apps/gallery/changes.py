@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Draft:
-    """The future content of a gallery, which the block of `Gallery.change` edits."""
+    """The future content of a gallery. The `with` block of `Gallery.change` edits the draft."""
 
     def __init__(self, state: State):
         self._state = state
@@ -39,7 +39,7 @@ class Draft:
         return bool(self._changed_clips)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips, see `Gallery.add`; returns the number of new or changed clips."""
+        """Adds clips; returns the number of new or changed clips, see `Gallery.add`."""
         width = sum(self._state.index.backend.widths.values())
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
         new = {
@@ -51,9 +51,9 @@ class Draft:
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """Adds missing modalities to clips, see `Gallery.complete`; returns the complete clips.
+        """Adds missing modalities to clips, see `Gallery.complete`.
 
-        `vectors` are clip -> vector of all modalities.
+        `vectors` are clip -> vector of all modalities. Returns the clips that have this vector now.
         """
         split, equal = self._state.index.backend.split, {}
         for name in vectors.keys() & self.clips.keys():
@@ -192,15 +192,15 @@ class Draft:
 
     @property
     def refits(self) -> bool:
-        """True if PLDA was fitted to a clip that is removed or whose vector changes."""
+        """True if PLDA must be fitted again: a clip of the fit is removed or has a new vector."""
         fitted = [(old, new) for old, new in self._list_old_and_new() if old and old.fitted]
         return any(new is None or new.vector is not old.vector for old, new in fitted)
 
     @property
     def inserted(self) -> dict[str, StoredClip] | None:
-        """The changed clips, if their rows can be added to the file without other changes.
+        """The clips to add to the file: new clips, and strangers' clips that got a person.
 
-        It is None if a clip was removed, a vector changed, or a clip of a person changed.
+        None if the draft has any other change. The whole file must then be written again.
         """
         for old, new in self._list_old_and_new():
             if new is None or (old and (old.identity or new.vector is not old.vector)):
@@ -208,7 +208,7 @@ class Draft:
         return {name: self.clips[name] for name in self._changed_clips}
 
     def state(self) -> tuple[State, People]:
-        """Returns the content after the changes, and the coefficients of the changed people."""
+        """Returns the new content, and the coefficients of all people whose clips changed."""
         old = self._state
         # `keys & set` iterates over the small set, but `set & keys` over all keys.
         changed = sorted(self.groups.keys() & self._changed_people)
@@ -235,8 +235,8 @@ def enrol(
     """Computes the coefficients of people from their clips.
 
     `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
-    PLDA, all clips of a person in a film count as one clip, because they are alike. With distances,
-    each clip counts. Clips that are alike then count less, see `distance.effective_count`.
+    PLDA, all clips of a person in a film count as one clip. With distances, each clip counts, but
+    similar clips count less, see `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     film = cut_film_name if backend.parts[0].distances is None else str
@@ -252,7 +252,7 @@ def group_by_film(
     clips: Mapping[str, StoredClip],
     film: Callable[[str], str] = cut_film_name,
 ) -> dict[tuple[str, str], list[str]]:
-    """Groups clips by person and film; returns (identity, film) -> names of clips."""
+    """Groups the clips `names` by person and film; returns (identity, film) -> names of clips."""
     films: dict[tuple[str, str], list[str]] = {}
     for name in names:
         films.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
@@ -264,8 +264,8 @@ def stack_films(
 ) -> np.ndarray:
     """Returns the mean vector of each of N films, [N, sum of D] float32.
 
-    `films` are the names of the clips of each film, and `widths` are modality -> D. The mean is
-    taken over the clips that have the modality.
+    `films` lists the names of each film's clips. `widths` are modality -> D. The mean of a modality
+    is the mean over the clips that have the modality.
     """
     width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
     vectors = stack_vectors([names[0] for names in films], clips, width)
@@ -307,7 +307,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
 
 
 def check_person(name: str) -> str:
-    """Returns the cleaned name of a person. Raises UserError if it is invalid, long or reserved."""
+    """Cleans the name of a person. Raises UserError if it is invalid, too long or reserved."""
     check_argument("identity", name, str, "a name")
     name = _check_length("identity", clean_identity(name))
     if is_reserved(name):

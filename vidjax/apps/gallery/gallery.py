@@ -442,7 +442,7 @@ class Gallery:
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
-        """How clips are loaded: modality -> width of features, and the source of the quality."""
+        """How `load` reads clips: modality -> width of features, and the quality: given or norm."""
         if self.origin.cards:
             return self.backend.widths, "given"
         return dict(self.run.modalities), self.run.config.data.quality
@@ -493,12 +493,13 @@ class Gallery:
         Args:
           clips, split: see the class.
           identities: the person that all clips show, or clip -> person. The default is the labels
-            of the dataset. Clips without a person are left out.
-          strangers: True to add only the clips without a person, as clips of strangers.
+            of the dataset.
+          strangers: False to leave out clips without a person. True to add only these clips, as
+            clips of strangers.
 
         Raises:
           ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
-            run, or a clip is already enrolled for another person or with another vector.
+            gallery, or a clip is already enrolled for another person or with another vector.
         """
         if identities is not None:
             wanted = "a name, or a dict {clip: name}"
@@ -545,8 +546,8 @@ class Gallery:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        A clip that is already enrolled is skipped. If it is enrolled as a clip of a stranger, it
-        gets the person in `clips`.
+        A clip that is already enrolled is skipped. If it is enrolled as a clip of a stranger, it is
+        changed: it gets the person in `clips`.
 
         Raises:
           ValueError: a clip is malformed, or already enrolled for another person or with another
@@ -629,10 +630,10 @@ class Gallery:
         return tuple(part for part in now if part not in was)
 
     def complete(self, vectors: AnyClips) -> set[str]:
-        """Adds missing modalities to enrolled clips; returns the names of the complete clips.
+        """Adds missing modalities to enrolled clips.
 
-        `vectors` are clips with all modalities. Clips that are not enrolled are skipped. A clip is
-        also skipped if the gallery already has another vector of one of its modalities.
+        `vectors` are clips with all modalities. A clip is skipped if it is not enrolled, or if it
+        is enrolled with another vector of a modality. Returns the clips that are not skipped.
         """
         clips = select_usable_clips(self.embed(vectors))
         with self.change() as draft:
@@ -686,7 +687,7 @@ class Gallery:
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
 
-        The first call after a change compares all clips of strangers with all people.
+        The first call after a change is slow: all clips of strangers are compared with all people.
 
         Raises:
           ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
@@ -899,8 +900,8 @@ def make_run_origin(run: "Predictor") -> VectorOrigin:
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     """Reads the cards of models, the JSON files that describe them.
 
-    Returns the origin of vectors, and the distributions of cosines: modality -> `cards.BackEnd`,
-    for faces, heads and voices. Raises UserError if no card contains such a distribution.
+    Returns a description of the models, and modality -> distribution of cosines, for faces, heads
+    and voices. Raises UserError if no card contains such a distribution.
     """
     from vidjax.apps.video import cards
 
@@ -1011,7 +1012,7 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
-    """Prints the people whose clips are all from one film. `clips_of` is person -> clips."""
+    """Prints the people with several clips from a single film. `clips_of` is person -> clips."""
     few = [
         name for name, clips in clips_of.items()
         if len(clips) > 1 == len({*map(cut_film_name, clips)})
@@ -1031,13 +1032,12 @@ def fit_backend(
     centred: bool,
     settings: Settings | None = None,
 ) -> Backend:
-    """Fits PLDA to the clips of people. Clips of strangers are ignored.
+    """Fits PLDA to one clip of each person in each film. Clips of strangers are ignored.
 
-    Clips of a person from the same film are alike, so PLDA is fitted to one clip of each person in
-    a film. (People are enrolled with the mean of these clips.) The order of `clips` does not
-    matter. `widths` are modality -> length of its vectors. For `centred` and `settings`, see
-    `backend.fit`.
+    `clips` are name -> clip, in any order. `widths` are modality -> length of its vectors. For
+    `centred` and `settings`, see `backend.fit`.
     """
+    # Clips of a person from the same film are alike. People are enrolled with their mean.
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = group_by_film(names, clips)
     people = np.array([identity for identity, _ in films], object)

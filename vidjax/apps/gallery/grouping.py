@@ -35,7 +35,7 @@ class Groups:
     """G groups of clips, whose pairs can be compared and joined.
 
     Attributes:
-      counts: for each of M modalities, [G], the number of a group's clips that have the modality.
+      counts: M arrays [G], one for each modality: the number of a group's clips that have it.
       means: M arrays [G, D], the mean coordinates of these clips.
       sizes: [G], the number of clips. It is 0 if the group was joined to another group.
       apart: [G, G] bool, True if two groups certainly show different people.
@@ -50,7 +50,7 @@ class Groups:
     ):
         """Makes groups of N clips.
 
-        `coordinates` are M arrays [N, D], as from `Part.coordinates`, or 0 if a modality is
+        `coordinates` are M arrays [N, D] from `Part.coordinates`. They are 0 if a modality is
         missing. `labels` [N] int is the group of each clip. `apart` are pairs of indices of clips
         that show different people.
         """
@@ -68,8 +68,8 @@ class Groups:
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
         """Returns the variance of a group's mean, relative to the variance of one clip.
 
-        `number` is the index of the modality. For PLDA, the result is 1 / k if k clips have the
-        modality. For distances, it may be larger.
+        `number` is the index of the modality, and `rows` are the groups. For PLDA, the result is
+        1 / k if k clips have the modality. For distances, the result may be larger.
         """
         count = np.maximum(self.counts[number][rows], 1)
         distances = self._backend.parts[number].distances
@@ -91,7 +91,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops groups without clips; returns the old indices of the other groups."""
+        """Drops groups without clips; returns the old indices of the kept groups."""
         rows = np.flatnonzero(self.sizes)
         for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
@@ -243,7 +243,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns the new `labels` [G] of all groups."""
+    """Joins small groups to larger groups; returns [G] int, like `labels` from `_agglomerate`."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)

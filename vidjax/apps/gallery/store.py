@@ -199,8 +199,8 @@ class Store:
     def _check_files(self, *, write: bool) -> None:
         """Raises UserError if the file is missing or unsafe.
 
-        Unsafe are links, journals that name another file, and files of SQLite's mode WAL (-wal,
-        -shm). A hard link is unsafe only with `write`.
+        Links are unsafe, and so are journals that name another file, and files of SQLite's mode
+        WAL (-wal, -shm). A hard link is unsafe only if `write` is True.
         """
         try:
             status = os.lstat(self.path)
@@ -227,11 +227,11 @@ class Store:
 
     @contextlib.contextmanager
     def open(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-        """Opens the file and begins a transaction, which may change the gallery only with `write`.
+        """Opens the file and begins a transaction. `write` is True if it may change the gallery.
 
-        At the end of the block, changes without a COMMIT are undone. While the file is open with
-        `write`, no other process can change the gallery. At the beginning, SQLite undoes a change
-        that was interrupted, even without `write`.
+        At the beginning, SQLite undoes an interrupted change of another process. At the end of the
+        `with` block, changes without a COMMIT are undone. If `write` is True, no other process can
+        change the gallery during the block.
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
@@ -300,10 +300,9 @@ class Store:
     ) -> State:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
-        `open` began the transaction, `connection`, before the state was made. By default, all rows
-        are written again. `new` and `people` are the clips and people that differ from the file. If
-        they are given, only they are added to the file. If more than half of the entries in the
-        file would then be outdated, all rows are written again.
+        `connection` is from `open`. By default, all rows are written again. `new` and `people`
+        are the clips and people that differ from the file. If they are given, only they are added.
+        If about half of the entries would then be outdated, all rows are written again.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
@@ -425,7 +424,7 @@ def _digest(row: tuple[int, str, bytes]) -> int:
 def _append(
     connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
 ) -> int:
-    """Adds N people or clips to a table; returns by how much the sum of all rows' sha256 changes.
+    """Adds N people or clips to a table; returns the change of `State.rows`, the sum of digests.
 
     The last row is filled before a new row is added. `words` are lists of N names: the names of the
     people, or the names of the clips and of their people. `numbers` [N] has the dtype of the table.
@@ -568,7 +567,7 @@ def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
-    """Raises UserError if a name is invalid. `names` are the `clips`, and then their people."""
+    """Raises UserError if a name is invalid. `names` begin with `clips`; the rest are people."""
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
     if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):

@@ -371,9 +371,9 @@ class Application:
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
         """Reads a request to identify or enrol clips; returns the clips and the other fields.
 
-        The clips are as from `_check_clips`. The fields are an object of the type `kind`. The body
-        of the request is JSON with all fields, or an `.npz` file with a clip. If it is an `.npz`
-        file, the other fields are in the query.
+        The clips are the result of `_check_clips`. The fields are an object of the type `kind`. The
+        body is JSON with all fields, or an `.npz` file with a single clip. For an `.npz` file, the
+        other fields are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):

@@ -281,8 +281,8 @@ class Guard:
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
         """Raises Refused if the sender may not use the server.
 
-        If the server has a token, the request must contain the token. Without a token, the sender
-        must be a program on this machine. A web page of another site in a browser is refused.
+        If the server has a token, a request must contain the token. OPEN_PATHS need no token. If
+        the server has no token, it refuses other machines, and web pages of other sites.
         """
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):

@@ -36,7 +36,7 @@ Probability = Annotated[
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. If both fields are None, the gallery has a default."""
+    """The rule by which a clip gets a name. If both are None, the gallery chooses the rule."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
@@ -172,7 +172,7 @@ def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an i
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise unprocessable(show(str(error))) from None
     except RecursionError:
-        raise unprocessable("the JSON is nested too deep: see /openapi.json") from None
+        raise unprocessable("the JSON is nested too deeply: see /openapi.json") from None
 
 
 def _read_header_size(body: bytes, header_length: str | None) -> int:

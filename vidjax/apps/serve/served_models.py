@@ -290,7 +290,7 @@ class RunModel:
 
         Returns:
           scores [N, C]: the scores of all identities.
-          identities [N, K]: the names of the best K identities. A name without a score is "".
+          identities [N, K]: the names of the best K identities, or "" if a score is -inf.
           embedding [N, D]: the vectors.
         """
         k = min(question.k, answer.scores.shape[1])

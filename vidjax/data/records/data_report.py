@@ -121,10 +121,7 @@ def label_records(
 
 
 def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
-    """Returns the number of clips of a split, and digests of its names, features and labels.
-
-    Equal data have equal digests on all machines.
-    """
+    """Returns the number of clips of a split, and digests of its names, features and labels."""
     clips, shards = records.splits[split].clips, records.splits[split].shards
     features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]
     return {

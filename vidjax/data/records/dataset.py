@@ -40,7 +40,7 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Adds labels to converted clips. See `label_records`. Result files name the `origin`."""
+        """Adds labels to converted clips. See `label_records`. Result files show `origin`."""
         self._records = records
         self._truth = truth
         self._origin = origin or Origin("records")

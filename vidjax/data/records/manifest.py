@@ -82,7 +82,7 @@ def remove(folder: Path) -> bool:
 
 
 def load_records(folder: Path) -> Records:
-    """Loads the list of the converted clips, and checks changed TFRecord files."""
+    """Loads the list of converted clips. Checks TFRecord files whose size or time changed."""
     records = load_index(folder)
     splits = {
         name: split._replace(shards=check_changed(split.shards))
@@ -92,7 +92,7 @@ def load_records(folder: Path) -> Records:
 
 
 def load_index(folder: Path) -> Records:
-    """Loads the list of the converted clips, but does not check the TFRecord files."""
+    """Loads the list of converted clips, without a check of the TFRecord files."""
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {

@@ -79,7 +79,7 @@ class Reader:
         self.start = ends - self._size - FRAMING - begins[self.shard]
 
     def _layout(self, places: slice | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns the results of `locate_values` for the records with the numbers `places`."""
+        """Returns where the values of the records `places` are. See `locate_values`."""
         sizes = {"clip": self._names[places], "clip_index": count_varint_bytes(self._order[places])}
         for name, modality in self._modalities.items():
             length = self.lengths[name][places].astype(np.int64)
@@ -129,7 +129,7 @@ class Reader:
             raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
-        """Returns the error for a file that changed. If the file is damaged, raises UserError."""
+        """Returns the error for a file that changed. If it is damaged, raises another error."""
         check_shard(self.shards[number])
         return UserError(
             f"{self.shards[number].path}: the file was changed while it was read\n"
@@ -161,7 +161,7 @@ class Reader:
 
 
 def _announce_reads(descriptor: int, spans: Iterable[tuple[int, int, int]]) -> None:
-    """Lets the system read many records of a file at once. `spans` are rows, starts and sizes."""
+    """Lets the system read many records at once. `spans` are (row, first byte, size)."""
     with contextlib.suppress(AttributeError, OSError):  # macOS has no `posix_fadvise`
         for _, start, size in spans:
             os.posix_fadvise(descriptor, start, size + FRAMING, os.POSIX_FADV_WILLNEED)

@@ -55,7 +55,7 @@ def check_changed(shards: Sequence[Shard]) -> tuple[Shard, ...]:
 
 
 def check_shard(shard: Shard) -> None:
-    """Raises UserError if a file does not match its sha256. Names the first damaged record."""
+    """Raises UserError if a file does not match its sha256. The error names a damaged record."""
     hint = f"delete {shard.path.parents[DEPTH - 1]} to convert again"
     if not files.exists(shard.path):
         raise UserError(
@@ -122,8 +122,8 @@ def mask_checksum(content: bytes) -> bytes:
 def encode(values: Mapping[str, bytes | int]) -> bytes:
     """Serialises a `tf.train.Example` with one value per key.
 
-    The keys are in alphabetical order, as in protobuf's deterministic serialisation. However, a key
-    comes after all longer keys that begin with it. Integers must not be negative.
+    The keys are in alphabetical order, as in protobuf's deterministic serialisation. But if a key
+    begins with another key, the longer key comes first. Integers must not be negative.
     """
     parts = []
     for key in sorted(values, key=_sort_key):
@@ -165,7 +165,7 @@ def _sort_key(key: str) -> str:
 
 
 def _count_field_bytes(size: np.ndarray) -> np.ndarray:
-    """Returns [N] int64, the bytes of N protobuf fields: tag, length, and `size` [N] of content."""
+    """Returns [N] int64, the bytes of N protobuf fields: tag, length, `size` bytes of content."""
     return 1 + count_varint_bytes(size) + size
 
 

@@ -89,7 +89,7 @@ def _close(queue: Any) -> None:
 def _read_records(
     records: Records, plan: BatchPlan, reader: Reader, step: int
 ) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields the B records of each step, and the last three arrays that `_locate_clips` yields."""
+    """Yields for each step its B records, and the last three arrays of `_locate_clips`."""
     located = _locate_clips(records, plan, reader, step)
 
     def read_next() -> tuple[list[bytes], Any]:

@@ -100,9 +100,10 @@ def is_reserved(name: str) -> bool:
 
 
 def fold(name: str) -> str:
-    """Returns a simplified form of a name. Names that look alike have equal simplified forms.
+    """Returns a simplified name, to find names that differ only in details.
 
-    Case, ligatures (`\ufb01` and `fi`), invisible letters and repeated blanks make no difference.
+    Names have the same simplified name if they differ only in case, ligatures, invisible letters
+    or repeated blanks. Letters of two alphabets stay different, such as Latin and Cyrillic `a`.
 
     Source: NFKC_Casefold of the Unicode standard.
     """
@@ -114,7 +115,7 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns new name -> another new or known name that looks like it."""
+    """Returns new name -> another new or known name with the same simplified name (`fold`)."""
     new, known = [*new], [*known] if new else []
     folded, known_folded = _fold_all(new), _fold_all(known)
     words = set(folded)

@@ -54,7 +54,8 @@ _START = re.compile(rb"\x80[\x02-\x05](?:\x95.{8})?(\}(?:\x94|q.|r.{4})?)", re.D
 def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
     """Yields the items of a pickled dict, a few at a time, as new dicts.
 
-    If the pickle is damaged, refused, or cannot be read in pieces, any exception may be raised.
+    `size` is the number of bytes of the file. If the pickle is damaged, is refused, or cannot be
+    read in pieces, any exception may be raised.
     """
     pipe = io.BytesIO()
     unpickler = Unpickler(pipe, encoding="bytes")
@@ -124,7 +125,7 @@ class _Runs:
         self._patterns: list[tuple[re.Pattern[bytes], int]] = []
 
     def skip(self, at: int) -> tuple[int, int]:
-        """Skips opcodes from byte `at`. Returns the end, and the number of numbered objects."""
+        """Skips opcodes from byte `at`. Returns their end, and how many objects they number."""
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
             if found and self._content[found.end()] not in _PLAIN:

@@ -190,7 +190,7 @@ class _Budget:
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts `num_clips` empty clips, of `among` clips. Raises UserError beyond the limit."""
+        """Counts `num_clips` empty clips, of `among` clips. Too many of them raise UserError."""
         self._empty -= num_clips
         if self._empty < 0:
             raise UserError(
@@ -199,7 +199,7 @@ class _Budget:
             )
 
     def take(self, num_frames: int, num_bytes: int) -> None:
-        """Counts frames and bytes. Raises UserError beyond the limit."""
+        """Counts frames and bytes. Too many of them raise UserError."""
         self._frames -= num_frames
         self._bytes -= num_bytes
         if self._frames < 0 or self._bytes < 0:

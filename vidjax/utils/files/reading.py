@@ -53,8 +53,8 @@ def open_regular(
     Args:
       path: the file. Symbolic links, pipes and other special files raise UserError.
       flags: flags of `os.open`.
-      limit: a file with more bytes raises UserError, as does a sparse file above 64 MB.
-      below: a folder. If the file lies elsewhere when links are followed, raises UserError.
+      limit: a file with more bytes raises UserError. So does a sparse file above 64 MB.
+      below: a folder. If links lead to a file outside of this folder, raises UserError.
     """
     if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
         raise UserError(
@@ -122,7 +122,7 @@ def open_input(path: Path) -> io.FileIO:
 
 
 def open_text(path: Path) -> io.BufferedReader:
-    """Opens a file of the user's data. Raises UserError if its text may not fit into the memory."""
+    """Opens a text file of the user. Raises UserError if it is too large for the memory."""
     file = open_input(path)
     size, limit = os.fstat(file.fileno()).st_size, memory_bytes() // TEXT_FACTOR
     if size > limit:
@@ -158,7 +158,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `limit` bytes in the folder `below` (or any)."""
+    """Returns the content of a file of at most `limit` bytes. `below` is as in `open_regular`."""
     with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
         return file.read(limit)
 
@@ -166,7 +166,7 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Returns the value of a JSON file of at most `limit` bytes. The value has the type `kind`."""
+    """Returns the value, of type `kind`, of a JSON file. For the limits, see `read_bytes`."""
     content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
@@ -227,7 +227,7 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
-    """Reads an `.npz`. Raises UserError if it has more than `limit` bytes, packed or unpacked."""
+    """Returns name -> array of an `.npz` of at most `limit` bytes, both packed and unpacked."""
     with open_regular(path, limit=limit) as file, prefix_errors(f"cannot read '{path}'"):
         return load_npz(file, limit)
 
@@ -253,7 +253,10 @@ def max_unpacked_bytes(size: int) -> int:
 
 
 def npz_bytes(content: bytes, limit: int) -> int:
-    """Returns the bytes of the arrays of an `.npz` as float32. Above `limit`, raises UserError."""
+    """Returns how many bytes the arrays of an `.npz` need in memory, at least 4 per number.
+
+    Raises UserError above `limit` bytes. The arrays are not unpacked.
+    """
     with _npz_errors():
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least=4))
 
@@ -347,7 +350,7 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip. Raises UserError if the entry is not stored or deflated."""
+    """Opens an entry of a zip. Raises UserError for other compression than deflate."""
     # With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
