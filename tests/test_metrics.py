@@ -212,7 +212,7 @@ TRAINED, KNOWN, DISTRACTORS = 96, 40, 20
 def test_groups_of_an_analysis_contain_all_clips(analysed, data):
     facts, arrays, _ = analysed
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
-    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)  # [old, new]
+    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)  # [old vectors, new]
     assert arrays["positives"].sum() == KNOWN
     assert arrays["train_clips"].sum() == TRAINED
 
@@ -307,7 +307,7 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
 
 
 def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
-    """The list of a person has 100 places. Person 0 has 150 clips, and many are in list 1."""
+    """A list has 100 places. Most clips in list 1 show person 0, who has 150 clips."""
     labels = np.repeat([1, 2], [150, 3])  # of persons 0 and 1
     scores = np.full((153, 2), [-1.0, -9.0], np.float32)
     # Clip 150 of person 1 is right. Clip 151 leads list 0, and clip 152 is too low for list 0.
@@ -320,7 +320,8 @@ def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
     mistake = {"clip": "151", "shows": 1, "identity": 0, "score": -0.5}
     assert measures.find_wrong_clips(scored) == {"distractors": [], "known": [mistake]}
     lost = {row["identity"]: row["lost_to"] for row in measures.find_worst_identities(scored)}
-    # -1: list 0 has clip 151 and 99 clips of person 0, but neither the other 51 nor clip 152.
+    # Pairs (wrong person for whom clips score highest, number of clips). -1: clips that are missing
+    # in the list of their best person. List 0 has clip 151 and 99 clips of person 0, not clip 152.
     assert lost == {0: [(-1, 51)], 1: [(0, 1), (-1, 1)]}
 
 

@@ -423,7 +423,7 @@ def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
 
 
 @nightly_after_first("form", ["two", "gram"])
-def test_attention_matches_equations_1_to_3_with_both_masks(form):
+def test_attention_matches_equations_1_to_3_of_the_iqiyi_vid_paper(form):
     """The form `two` has the maps W_F and W_G. The form `gram` has only W_F, which replaces W_G."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)

@@ -261,7 +261,7 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
     assert len(block.splitlines()) == 6  # requests
 
-    # A face has 2 features in the README. Its FPIR of 0.01 needs 99 strangers.
+    # In the README, a face has 2 features, and fpir=0.01 needs 99 enrolled strangers.
     monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 2})
     clips = {f"stranger {n}": made_galleries.make_clip(n, None) for n in range(99)}
     clips["Bo"] = made_galleries.make_clip(99, "Bo")

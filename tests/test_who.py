@@ -89,7 +89,6 @@ def test_files_other_than_films_and_photos_are_skipped(drawn):
             (path / name).write_text("no picture")
 
     (empty := drawn.folder / "empty").mkdir()
-
     content, output = drawn.who(films, empty)
 
     assert content["people"] == {"Ada": 1}
@@ -342,7 +341,7 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
     drawn.who(film, people=False)
     write_film(film, shot("Eve"))
 
-    # The interrupted call reads the new film, but does not write the table with the clip of Bob.
+    # The interrupted call reads the new film, so the table still lists the old clip of Bob.
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
         drawn.who(film, people=False, code=130)
@@ -752,7 +751,7 @@ def test_extract_prints_no_speed_of_photos_and_the_remedy_in_one_line(drawn, com
     bad.write_text("no film")
     done = command("extract", photo, bad, f"--models={drawn.models}", f"--out={drawn.out}")
     labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
-    assert labels == ["features", "files", "clips", "remedy"]
+    assert labels == ["features", "files", "clips", "remedy"]  # no speed
     words = [bad, f"--models={drawn.models}", f"--out={drawn.out}", "--quiet"]
     assert "bad.mp4' is damaged" in command("extract", *words).err
 
@@ -779,7 +778,7 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
     features, out = drawn.out / "features", drawn.folder / "names.rttm"
     words = (drawn.out / "gallery", f"--input={features}", f"--out={out}")
     content = drawn.run("gallery", "identify", *words).content
-    assert (content["clips"], content["named"]) == (3, 2)
+    assert (content["clips"], content["named"]) == (3, 2)  # a track and the photo are named
     (line,) = out.read_text().splitlines()
     assert line == "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
 
