@@ -272,7 +272,7 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
 
 @nightly_after_first("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
 def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
-    """The search computes the logits of few people in float64. The oracle computes all."""
+    """A search compares all people in float32, and the best again in float64, like the oracle."""
     index = make_index(stranger=stranger, scale=scale)
     parts = index.backend.split(query_vectors(20))
     clips_per_query = [np.ones(len(x)) for x in parts]

@@ -470,7 +470,7 @@ def test_outdated_or_damaged_results_are_refused_and_kept(ask, folder, day, tmp_
     words = ["gallery", "identify", folder, f"--input={day}", f"--out={out}"]
     ask(*words)
     (out / "part-0.parquet").unlink()  # so the next call has to write part-0
-    if change == "clips":  # the result of part-1 is outdated; after a new rule, all results are
+    if change == "clips":  # so the result of part-1 is outdated
         write_parquet(day / "part-1.parquet", clips_of(7))
     elif change == "rule":
         words.append("--threshold=0.9")
@@ -525,7 +525,7 @@ def test_folder_of_tables_with_other_files_of_clips_is_refused(day):
 
 def test_dataset_of_two_splits_is_no_folder_of_tables(day):
     for split in ("train", "val"):
-        (day / f"{split}.parquet").touch()
+        (day / f"{split}.parquet").touch()  # next to the tables of `day`
     assert bulk.list_tables(day) == []
 
 

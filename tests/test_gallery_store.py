@@ -475,7 +475,7 @@ def test_folder_of_a_killed_creation_may_be_used_again(tmp_path):
 
 
 def test_gallery_of_another_format_is_refused(gallery):
-    forged(gallery.folder, "PRAGMA user_version=2")
+    forged(gallery.folder, "PRAGMA user_version=2")  # the number of the format
     refused(lambda: Gallery(gallery.folder), "create the gallery again")
 
 

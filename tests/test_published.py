@@ -108,7 +108,7 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
     config, system = official(f"{RESIDUAL_DENSE},face,trainval")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert config.ensemble.folds == 10  # line 22 of the article
-    assert [member.fold for member in members] == [0, 0, 0]
+    assert [member.fold for member in members] == [0, 0, 0]  # all leave out fold 0
 
     # A clip has the weight of its frames and of as many merged frames.
     frames = one_clip([-5, 19.9, 20, 20.1, 40, 40.1])
@@ -223,9 +223,9 @@ def test_quality_fusion_nets_have_the_layer_sizes_of_the_code():
 
 
 def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
-    sizes = shapes("mma:published,iqiyi_vid")
-    assert sizes["attention_map/w_f/kernel"] == (512, 64)  # paper, line 215: "D is set to 512 ... 64"
-    # "3 of the 6 features come from face" (line 170 of the paper), "squeezed into a vector" (184)
+    sizes = shapes("mma:published,iqiyi_vid")  # below: lines of the paper
+    assert sizes["attention_map/w_f/kernel"] == (512, 64)  # line 215: "D is set to 512 ... 64"
+    # "3 of the 6 features come from face" (line 170), "squeezed into a vector" (line 184)
     assert sizes["classifier/logits/kernel"] == (6 * 512, 10_035)
     assert sizes["face_map/kernel"][1] == 3 * 512
     for name in ("head", "body", "audio"):  # "did not apply NetVLAD to the other modal" (line 254)
