@@ -379,7 +379,7 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
 
 
 def test_subtitles_take_linear_time(monkeypatch):
-    """The people who appeared before a subtitle are not counted again."""
+    """The counter of visible people has only one person at a time, not all earlier people."""
     sizes = []
 
     class Counted(Counter):

@@ -133,7 +133,7 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
 def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
     with jax.enable_x64(True):
         x = np.random.default_rng(0).standard_normal((3, 4, 5))
-        x[1, 2] = 0
+        x[1, 2] = 0  # a missing vector
         model = SigmoidGate(dtype=FLOAT64)
         params = made.init(model, x)["params"]
         forward = jax.jit(lambda params, x: model.apply({"params": params}, x))

@@ -94,7 +94,7 @@ def test_sgd_step_matches_hand_computed_updates(weight_decay, wanted):
     np.testing.assert_allclose(updates, wanted, rtol=1e-6)
 
 
-def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
+def test_total_decay_is_spread_over_a_run_and_shrinks_only_matrices():
     """With gradients of 0, matrices shrink to exp(-total_decay), and biases do not change."""
     optimizer = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}

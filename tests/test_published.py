@@ -508,7 +508,7 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
 
 @pytest.mark.nightly
 def test_noise_classes_crop_short_clips_as_the_code_does():
-    """load_data in ..._predict_v2.py. A third or a sixth is at least a frame, if one remains."""
+    """load_data in ..._predict_v2.py. A cut takes one frame or more, and leaves one or more."""
     spec = load_file(NOISE).fusion.face.evaluate.to_dict()
     # The frames of the 4 crops of clips with 1, 3 and 7 frames: all, without the first third,
     # without the last third, without both sixths.

@@ -65,7 +65,7 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
 
-    out = evaluate(report, "--config.eval.temperature=4")
+    out = evaluate(report, "--config.eval.temperature=4")  # writes other files, such as *_val.txt
 
     assert "eval.temperature=4.0" in out and "ranking_val.txt" in out
     assert [(run / name).read_bytes() for name in names] == before
