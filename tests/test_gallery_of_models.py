@@ -220,7 +220,7 @@ def appearance(name, start_s, end_s, video="a.mp4"):
     return appearances.Appearance(video, start_s, end_s, name, 0.9, ())
 
 
-def test_tables_for_people_and_programs_have_equal_times(tmp_path):
+def test_times_in_tsv_and_jsonl_tables_are_equal_to_the_millisecond(tmp_path):
     for ending in (".tsv", ".jsonl"):
         appearances.write(tmp_path / f"a{ending}", [appearance("Ada", 1 / 3, 2 / 3)], [film()])
     row = json.loads((tmp_path / "a.jsonl").read_text())

@@ -66,9 +66,9 @@ def test_piecewise_decay_jumps_and_interpolates_between_points():
 def test_jump_is_at_the_first_step_of_its_epoch(steps_per_epoch):
     # Compiled programs multiply by 1 / 61, so that step 183 would be slightly before epoch 3.
     for epoch in (3.0, 10.0, 32.0):
-        fn = optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)])
+        jump_at = optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)])
         first = math.ceil(epoch * Fraction(str(steps_per_epoch)))
-        compiled = jax.jit(lambda step, fn=fn: fn(step / steps_per_epoch))
+        compiled = jax.jit(lambda step, jump_at=jump_at: jump_at(step / steps_per_epoch))
         values = compiled(np.array([first - 1, first], np.int32))
         np.testing.assert_array_equal(values, [0.0, 1.0])
 

@@ -99,13 +99,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault):
-    submission, score, place = FAULTS[fault]
+    submission, score, words = FAULTS[fault]
     paths = write(tmp_path, "1 a.mp4\n", submission)
 
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]
-    assert warning.startswith(f"vidjax: warning: {paths[1]}: ") and place in warning
+    assert warning.startswith(f"vidjax: warning: {paths[1]}: ") and words in warning
 
     error = f"{warning.replace('warning', 'error', 1)}\n"
     assert command("score", *paths, "--strict") == (2, "", error)

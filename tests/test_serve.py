@@ -559,7 +559,7 @@ def test_slow_and_malformed_requests_are_cut_off(inside):
     head = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n"
     head += "Content-Type: application/json\r\n"
     chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n"
-    for content, answer in (
+    for content, answer in (  # 503: the rest of the body does not come
         (head + "Content-Length: 100\r\n\r\n{", b" 503 "), (chunked + "5\r\n{\r\n", b" 503 "),
         (head + "Content-Length: 99999999\r\n\r\n{", b" 413 "),
         (head + "Content-Length: -5\r\n\r\n{", b" 400 "),

@@ -128,7 +128,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     drawn.gallery("remove", "--identity=Eve")
     assert numbers()["a.s000.t00"] == "unknown 2"
 
-    # If a film is replaced by another of the same name, its clips get new numbers.
+    # If a film is replaced by another film, its clip gets the number of the person in the new film.
     write_film(films / "c.mkv", shot("Bob", left=40))
     assert numbers()["c.s000.t00"] == "unknown 1"  # Bob
 
