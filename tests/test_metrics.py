@@ -209,7 +209,7 @@ TRAINED, KNOWN, DISTRACTORS = 96, 40, 20
 
 
 @pytest.mark.slow
-def test_groups_of_an_analysis_contain_all_clips(analysed, data):
+def test_counts_and_groups_of_an_analysis_add_up_to_all_clips(analysed, data):
     facts, arrays, _ = analysed
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
     np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)  # [old vectors, new]

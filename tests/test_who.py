@@ -146,7 +146,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     assert joined.keep([], ()).highest == 7
 
 
-def test_work_is_done_once_for_all_people_and_clips(drawn, monkeypatch):
+def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
     list_faces = mock.Mock(wraps=who._list_faces)  # lists the faces of all people in photos
     resolve = mock.Mock(side_effect=who.UnknownNumbers.resolve)  # the number of an unknown person
     monkeypatch.setattr(who, "_list_faces", list_faces)
@@ -242,7 +242,7 @@ def test_photos_of_people_without_exactly_one_face_are_reported(drawn):
 
     write_photo(drawn.friends / "Bob.png", ("Bob", 20, 20))
     content, _ = drawn.who(group, code=1)
-    # Eve is not in this list, because her folder contains no photo.
+    # `missed` lacks Eve, because her folder contains no photo.
     assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
 
 
@@ -687,7 +687,7 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     assert len(pictures_of(page)) == 4  # Bob and three shots
     assert "Ada" not in pictures_of(page)
 
-    # A film of which there is no thumbnail must be read again, but a deleted film cannot be read.
+    # A film without thumbnails is reported, so that it is read again. A deleted film is not.
     more = drawn.folder / "more.mkv"
     write_film(more, (2, 20, [("Eve", 30, 30)]))
     drawn.who(more)
