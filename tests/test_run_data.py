@@ -125,8 +125,8 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     evaluate(test, data_dir)
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
 
-    # A stranger may have written config.json. So without --config.data.dir, the folder in config.json
-    # is used only if it has a split of the run: own / "data" has `val`, `other` has none.
+    # A stranger may have written config.json. Without --config.data.dir, the folder in this file is
+    # used only if it has a split of the run: own / "data" has `val`, `other` has none.
     (own / "data" / "test").mkdir()
     shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
     folder = next((own / "run" / "checkpoints").iterdir())
