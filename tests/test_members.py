@@ -66,7 +66,7 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     training_sets = ensemble.TrainingSets(members, ("a", "ünï-§", "c"), trained)
     scoring, in_sample = ensemble.choose_scoring_members(training_sets, ("c", "new", "ünï-§", "a"))
     assert not in_sample
-    np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])
+    np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])  # [members, clips]
 
     ensemble.save(tmp_path, training_sets)
     loaded = ensemble.load(tmp_path)
@@ -217,7 +217,7 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     np.testing.assert_array_equal(uses, of_all[:2])
 
 
-def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
+def test_trainval_leaves_out_a_tenth_or_each_of_five_stratified_folds(data):
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 
     def trained(spec):
