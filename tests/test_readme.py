@@ -153,7 +153,7 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypa
 @pytest.mark.slow
 @nightly_after_first("every", [False, True])
 def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
-    """Without `every`, the data are tiny, and all nets but the first become nearest neighbours."""
+    """Without `every`, the data are tiny, and nearest neighbours replace all nets but the first."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
 
     # The files that the commands read.
@@ -178,7 +178,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 
     for module, *words in ours:
         text = " ".join(words)
-        # Other tests are here (mine.py), in test_extract_models.py (convert) and in test_serve.py.
+        # Other tests run these commands: above (mine.py), test_extract_models.py, test_serve.py.
         if "--config=configs/mine.py" in words or words[0] in ("convert", "serve"):
             continue
         # These commands take long.
