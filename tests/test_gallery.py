@@ -100,20 +100,20 @@ def test_stranger_whose_vector_is_the_centre_never_passes_the_threshold(tmp_path
     front = front._replace(parts=tuple(parts))
     people = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, clips)
 
-    # A share of 0.15 is 1 of 7 strangers: a future stranger, and no enrolled stranger.
+    # Six strangers are enrolled, and one may come. A share of 0.15 is 1 of 7: the coming one.
     assert people.threshold(fpir=0.15).num_alarms == 0
-    # A share of 0.99 is 6 of 7 strangers: a future stranger, and all but `stranger 0`.
+    # A share of 0.99 is 6 of 7: the coming one, and all enrolled strangers but `stranger 0`.
     assert people.threshold(fpir=0.99).num_alarms == 5
 
 
 def test_fpir_threshold_needs_enough_strangers(tmp_path):
     people = make(tmp_path / "g")  # 12 people, 6 strangers
-    # A share of 0.29 is 2 of 7 strangers: an enrolled stranger and a future stranger.
+    # A stranger may come. A share of 0.29 is 2 of 7: the coming one and an enrolled stranger.
     threshold = people.threshold(fpir=0.29)
     assert (threshold.num_strangers, threshold.num_alarms, threshold.num_identities) == (6, 1, 12)
     assert threshold.interval == metrics.fpir_interval(1, 6)
 
-    # 7 x 0.14 is less than 1, and 8 x 0.14 is more than 1.
+    # With the coming stranger, 6 + 1 are too few: 7 x 0.14 is less than 1, and 8 x 0.14 is more.
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
@@ -272,7 +272,7 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
 
 @nightly_after_first("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
 def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
-    """The search computes the logits of few people in float64. The oracle computes all."""
+    """A search compares all people in float32, and the best again in float64, like the oracle."""
     index = make_index(stranger=stranger, scale=scale)
     parts = index.backend.split(query_vectors(20))
     clips_per_query = [np.ones(len(x)) for x in parts]

@@ -413,9 +413,10 @@ def test_people_in_a_ranking_of_two_tables_are_sorted(ask, tmp_path):
 
 @pytest.mark.slow
 def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, day, tmp_path):
-    """The clip is called `z.mp4` in part-4 and `z` in part-5.
+    """A clip is called `z.mp4` in part-4 and `z` in part-5.
 
-    In the ranking of part-4, which has at most 100 clips, 100 equal clips come before `z.mp4`.
+    In part-4, 100 clips with equal scores come before `z.mp4`, and a ranking has only 100 clips.
+    So the ranking of part-4 lacks `z.mp4`, and rankings cannot show that the clip is repeated.
     """
     hundred, same = [f"a{n:03}" for n in range(100)], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
@@ -439,7 +440,7 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, 
 
 @pytest.mark.slow
 @pytest.mark.optimized  # with the same compiler options as the commands below
-def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
+def test_results_do_not_change_if_a_simultaneous_call_is_killed(ask, folder, day, tmp_path):
     """Two calls process the same folder at the same time. The first call is killed."""
     for number in range(4, 16):  # the folder `day` already has 4 tables
         write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
@@ -464,12 +465,12 @@ def test_call_after_a_kill_completes_the_same_bytes(ask, folder, day, tmp_path):
 
 
 @nightly_after_first("change", ["clips", "rule", "damage"])
-def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, tmp_path, change):
+def test_outdated_or_damaged_results_are_refused_and_kept(ask, folder, day, tmp_path, change):
     out = tmp_path / "out"
     words = ["gallery", "identify", folder, f"--input={day}", f"--out={out}"]
     ask(*words)
     (out / "part-0.parquet").unlink()  # so the next call has to write part-0
-    if change == "clips":
+    if change == "clips":  # so the result of part-1 is outdated
         write_parquet(day / "part-1.parquet", clips_of(7))
     elif change == "rule":
         words.append("--threshold=0.9")
@@ -480,9 +481,9 @@ def test_results_of_other_clips_or_rules_are_refused_and_kept(ask, folder, day, 
     error = ask(*words, code=2)
     assert "part-1.parquet'" in error and "--out=FOLDER" in error
     assert tables_in(out) == before
-    if change == "clips":
+    if change == "clips":  # after the outdated result is deleted, only parts 0 and 1 are written
         (out / "part-1.parquet").unlink()
-        assert ask(*words)["skipped"] == 2  # parts 2 and 3; parts 0 and 1 are written
+        assert ask(*words)["skipped"] == 2  # parts 2 and 3
 
 
 @pytest.mark.slow
@@ -524,7 +525,7 @@ def test_folder_of_tables_with_other_files_of_clips_is_refused(day):
 
 def test_dataset_of_two_splits_is_no_folder_of_tables(day):
     for split in ("train", "val"):
-        (day / f"{split}.parquet").touch()
+        (day / f"{split}.parquet").touch()  # next to the tables of `day`
     assert bulk.list_tables(day) == []
 
 

@@ -53,7 +53,7 @@ def test_gallery_has_the_settings_and_clips_of_its_run(made, run, data):
 
     All strangers are distractors of val.
     """
-    settings = dict(run.manifest["settings"]) | {"within": 0.5}  # of `trained_plda`
+    settings = dict(run.manifest["settings"]) | {"within": 0.5}  # given by `trained_plda`
     assert made.backend.settings._asdict() == settings
     labels, val = data.split("train").labels, data.split("val")
     assert {*made.identities} == {*data.identities}

@@ -71,17 +71,17 @@ def models(tmp_path):
     return tmp_path / "models"
 
 
-@pytest.mark.parametrize(("photos", "least_right"), [(1, 0.85), (3, 0.93)])
-def test_five_friends_are_named_and_strangers_are_not(photos, least_right):
+@pytest.mark.parametrize(("photos_each", "least_right"), [(1, 0.85), (3, 0.93)])
+def test_five_friends_are_named_and_strangers_are_not(photos_each, least_right):
     """A clip gets the name of the most probable friend if the probability is above 0.5."""
     shown = np.append(np.repeat(np.arange(5), 6), np.full(60, -1))  # 6 clips each; -1: a stranger
     named = []  # [30 seeds, 90 clips]; -1: no name
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        friends = draw(rng, people=5, clips=photos + 6)
+        friends = draw(rng, people=5, clips=photos_each + 6)
         strangers = draw(rng, people=60, clips=1)[:, 0]
-        clips = np.concatenate([friends[:, photos:].reshape(30, WIDTH), strangers])
-        logs = log_probabilities(friends[:, :photos], clips)[:, 1:]  # of friends
+        clips = np.concatenate([friends[:, photos_each:].reshape(30, WIDTH), strangers])
+        logs = log_probabilities(friends[:, :photos_each], clips)[:, 1:]  # of friends
         named.append(np.where(np.exp(logs.max(axis=1)) > 0.5, logs.argmax(axis=1), -1))
 
     right, has_name = np.array(named) == shown, np.array(named) >= 0
@@ -183,7 +183,7 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     output = say("gallery", "group", *words, f"--out={groups}")
     assert "\n  unknown     1 person in 5 clips" in output
     counts = say("gallery", "group", *words, f"--out={tmp_path / 'again.tsv'}", "--json")
-    assert (counts["clips"], counts["people"], counts["unknown"]) == (11, 1, 5)
+    assert (counts["clips"], counts["people"], counts["unknown"]) == (11, 1, 5)  # one clip is empty
     grouped = answers_lib.read_groups(groups, unknown=True)  # without Ada, who is known
     assert grouped == {f"bob{n}": "unknown 1" for n in range(5)}
     groups.write_text(groups.read_text().replace("unknown 1", "Bob"))
@@ -220,7 +220,7 @@ def appearance(name, start_s, end_s, video="a.mp4"):
     return appearances.Appearance(video, start_s, end_s, name, 0.9, ())
 
 
-def test_tables_for_people_and_programs_have_equal_times(tmp_path):
+def test_times_in_tsv_and_jsonl_tables_are_equal_to_the_millisecond(tmp_path):
     for ending in (".tsv", ".jsonl"):
         appearances.write(tmp_path / f"a{ending}", [appearance("Ada", 1 / 3, 2 / 3)], [film()])
     row = json.loads((tmp_path / "a.jsonl").read_text())
@@ -229,7 +229,7 @@ def test_tables_for_people_and_programs_have_equal_times(tmp_path):
 
 
 def test_rttm_has_no_blanks_in_names_and_keeps_names_apart():
-    """Blanks separate the columns of RTTM, the format of speaker diarisation."""
+    """Blanks separate columns. They become `_`, or %20 if the name with `_` is another name."""
     found = [appearance("unknown 1", 1, 2), appearance("Ada O", 3, 4), appearance("Ada_O", 5, 6)]
     first, *rows = appearances.to_rttm(found).splitlines()
     assert first == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
@@ -238,7 +238,7 @@ def test_rttm_has_no_blanks_in_names_and_keeps_names_apart():
 
 
 def test_simultaneous_tracks_get_the_same_name_only_from_a_user():
-    """Of two such tracks, only the track with the higher probability is named."""
+    """Of two simultaneous tracks of Ada, only the track with the higher probability is named."""
     films = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]  # track=(begin, end) in seconds
     pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(films)}
     assert pairs == {"ab", "ad", "bd", "cd"}
@@ -294,12 +294,12 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(with_voices):
     (ada,) = draw(6, people=1, clips=2)
     with_voices.enrol({"photo": {"face": ada[:1]}}, "Ada")
     clips = {"voice": {"audio": VOICE}, "face": {"face": ada[1:]}}
-    # The voice is Ada's with the probability 0.5, which is above the threshold.
+    # Nothing is known about the voice: it is Ada's with the probability 0.5, above the threshold.
     assert with_voices.identify(clips, threshold=0.4)["voice"].identity is None
     assert [clip for clip, _ in with_voices.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
 
-def test_arguments_without_a_meaning_are_refused_and_leave_nothing(tmp_path, gallery, models):
+def test_impossible_odds_and_a_split_of_clips_in_memory_are_refused(tmp_path, gallery, models):
     for odds in (0, -1.0, np.inf, np.nan):
         folder = tmp_path / "refused"
         create = functools.partial(Gallery.of_models, folder, models, stranger_odds=odds)
@@ -342,19 +342,19 @@ def test_clips_that_a_user_grouped_stay_together(gallery):
     """The user has grouped the clips of Ada and of Eve in pairs: a0 and a1, a2 and a3, ..."""
     ada, eve = draw(6, people=2, clips=6)
     vectors = gallery.embed(faces("a", ada) | faces("e", eve))
-    begin = {f"{person}{n}": f"pair {person}{n // 2}" for person in "ae" for n in range(6)}
+    pairs = {f"{person}{n}": f"pair {person}{n // 2}" for person in "ae" for n in range(6)}
 
     of_ada, of_eve = [f"a{n}" for n in range(6)], [f"e{n}" for n in range(6)]
     wanted = dict.fromkeys(of_ada, "unknown 1") | dict.fromkeys(of_eve, "unknown 2")
-    assert gallery.group(vectors, begin=begin) == wanted
+    assert gallery.group(vectors, begin=pairs) == wanted
 
     # The user has put clips of two people into one group.
-    begin["e0"] = begin["a0"]
-    groups = gallery.group(vectors, begin=begin)
+    pairs["e0"] = pairs["a0"]
+    groups = gallery.group(vectors, begin=pairs)
     assert groups["e0"] == groups["a0"] == groups["a1"]
 
     # a2 and a4 are visible at the same time, so they show two people.
-    groups = gallery.group(vectors, apart=[("a2", "a4")], begin=begin)
+    groups = gallery.group(vectors, apart=[("a2", "a4")], begin=pairs)
     assert groups["a2"] == groups["a3"] != groups["a4"] == groups["a5"]
 
     del begin["a0"]
@@ -383,7 +383,7 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
 
 
 def test_subtitles_take_linear_time(monkeypatch):
-    """The people who appeared before a subtitle are not counted again."""
+    """The counter of visible people has only one person at a time, not all earlier people."""
     sizes = []
 
     class Counted(Counter):
@@ -447,8 +447,8 @@ def test_log_odds_are_a_ratio_of_gamma_densities():
 def test_photos_that_are_alike_count_less():
     """`square` is the squared length of the mean of unit vectors: 1 if all vectors are equal."""
     for count, square, wanted in (
-        # Equal vectors have a correlation of r = 1 - 1 / count: a prior with the weight of one
-        # vector says that vectors differ. They count as 1 / (r + (1 - r) / count) vectors.
+        # A prior with the weight of one vector says that vectors are independent. So equal vectors
+        # have the correlation r = 1 - 1 / count, and count as 1 / (r + (1 - r) / count) vectors.
         (1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1),
         (10, 1 - 0.9 * DLIB.within, 10),  # vectors that differ as in DLIB count in full
     ):  # fmt: skip
@@ -460,7 +460,7 @@ def test_photos_that_are_alike_count_less():
 def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     """With gamma shapes D / 2, vectors are Gaussian. The oracle integrates the mean out."""
     rng, width = np.random.default_rng(people), 6
-    wide = 1e6  # variance of the population's mean, which is not known before
+    wide = 1e6  # variance of the mean of the population, which is unknown at first
     card = distance.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
@@ -564,8 +564,8 @@ def test_real_people_are_identified_and_strangers_are_grouped():
     if not folder.exists():
         pytest.skip("no folder tracks next to VIDJAX_REAL_DATA")
     films, photos = decision.load(folder)
-    for photos_per_person, right in ((1, 0.88), (3, 0.9)):
+    for photos_per_person, least_right in ((1, 0.88), (3, 0.9)):
         measured = decision.measure(films, photos, known=8, count=photos_per_person, draws=2)
-        assert measured["right"] >= right and measured["wrong"] <= 0.01
+        assert measured["right"] >= least_right and measured["wrong"] <= 0.01
         assert measured["strangers named"] <= 0.05 and measured["ECE"] <= 0.06
         assert measured["groups per person"] <= 1.3 and measured["purity"] >= 0.95

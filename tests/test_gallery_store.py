@@ -172,7 +172,7 @@ def test_back_end_is_fitted_again_without_a_removed_clip_that_was_relabelled(tmp
     assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
     gallery.add({"clip 30": CLIPS["clip 30"]._replace(identity="Ada")})  # becomes a clip of Ada
     before = gallery.backend.numbers()
-    gallery.remove(identity="Ada")
+    gallery.remove(identity="Ada")  # with clip 30
     assert not np.array_equal(gallery.backend.numbers(), before)
 
 
@@ -475,7 +475,7 @@ def test_folder_of_a_killed_creation_may_be_used_again(tmp_path):
 
 
 def test_gallery_of_another_format_is_refused(gallery):
-    forged(gallery.folder, "PRAGMA user_version=2")
+    forged(gallery.folder, "PRAGMA user_version=2")  # the number of the format
     refused(lambda: Gallery(gallery.folder), "create the gallery again")
 
 

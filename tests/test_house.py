@@ -121,7 +121,7 @@ def test_no_module_executes_data_as_code():
 
 def test_fault_tests_use_no_mocks():
     """Fault tests may change the working directory and the environment."""
-    # The end matches a call of a helper with monkeypatch as its first argument.
+    # The last part of the pattern finds calls of helpers whose first argument is monkeypatch.
     mocks = re.compile(r"mock|\.(set|del)(attr|item)\(|^(?!.*def ).*\(monkeypatch[,)]", re.M)
     for path in (ROOT / "tests" / "faults").glob("test_*.py"):
         assert not mocks.search(path.read_text()), path

@@ -50,7 +50,7 @@ def small(tmp_path):
 def test_train_records_are_shuffled_and_val_records_are_sorted(converted):
     for facts in converted.splits.values():
         assert list(facts.clips) == sorted(facts.clips, key=lambda name: name.encode())
-        assert sorted(facts.order) == list(range(len(facts.clips)))
+        assert sorted(facts.order) == list(range(len(facts.clips)))  # the clip of each record
     assert converted.splits["val"].order.tolist() == list(range(21))
     steps = np.diff(converted.splits["train"].order)
     assert np.abs(steps).mean() > 40 / 5  # 40 / 3 is the mean step of random permutations

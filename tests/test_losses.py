@@ -199,4 +199,4 @@ def test_loss_that_is_not_a_float_for_each_label_is_refused(monkeypatch, value, 
     spec = config_lib.default().loss.to_dict() | {"focal": "own", "schedule": ((0, 0.5),)}
     loss = losses.make_loss(spec, class_mask=None, steps_per_epoch=10, logit_scale=1.0)
     with pytest.raises(ValueError, match=rf"loss 'own' returns {found} .*\n.* of shape \[7\]"):
-        loss(*map(jnp.asarray, example()), jnp.int32(0))
+        loss(*map(jnp.asarray, example()), jnp.int32(0))  # of 7 clips, at step 0

@@ -66,7 +66,7 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     training_sets = ensemble.TrainingSets(members, ("a", "ünï-§", "c"), trained)
     scoring, in_sample = ensemble.choose_scoring_members(training_sets, ("c", "new", "ünï-§", "a"))
     assert not in_sample
-    np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])
+    np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])  # [members, clips]
 
     ensemble.save(tmp_path, training_sets)
     loaded = ensemble.load(tmp_path)
@@ -148,10 +148,10 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
     num_names = (tmp_path / "ranking.txt").read_text().count(".mp4")
     assert num_names == 12 * of_one["num_clips"]  # every clip for each of 12 identities
 
+    # The MAP is also equal if only the two best classes of each clip have scores.
     def evaluate_with_two_classes(workdir):
-        words = ["--config.eval.top_classes=2"]
-        config = config_io.override(config_io.load_workdir(workdir), words)
-        return evaluate(config, workdir, data)
+        config = config_io.load_workdir(workdir)
+        return evaluate(config_io.override(config, ["--config.eval.top_classes=2"]), workdir, data)
 
     of_all, of_one = map(evaluate_with_two_classes, (folder, tmp_path))
     assert of_all["members"][1]["map"] == of_one["map"]
@@ -217,7 +217,7 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     np.testing.assert_array_equal(uses, of_all[:2])
 
 
-def test_trainval_leaves_out_a_tenth_or_five_stratified_folds(data):
+def test_trainval_leaves_out_a_tenth_or_each_of_five_stratified_folds(data):
     truth = np.concatenate([data.split(name).labels for name in ("train", "val")])
 
     def trained(spec):

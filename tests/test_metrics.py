@@ -90,7 +90,7 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     index = np.stack([rng.permutation(400)[:100] for _ in range(30)]).astype(np.int32)
     index[3, 40:] = topk.NO_CLIP  # the short list
     positives = np.bincount(labels, minlength=31)[1:]  # without label 0, a distractor
-    positives[5] += 2  # of identity 6
+    positives[5] += 2  # two clips of identity 6 without a record
     score = metrics.mean_average_precision(index, labels, positives)
 
     # The same as files.
@@ -165,14 +165,14 @@ def test_identification_errors_match_a_direct_count(dtype):
         assert errors.fnir == pytest.approx(1 - found, rel=0, abs=1e-15)
 
         # The rate is kept even if one more stranger comes and passes. With a lower threshold, the
-        # best of the refused strangers would pass, and the rate would be exceeded.
+        # best of the rejected strangers would pass, and the rate would be exceeded.
         num_passed = np.sum(passed[~known])
         assert (num_passed + 1) / (num_strangers + 1) <= fpir
-        refused = ranked[~known & (ranked > -np.inf) & ~passed]
-        if len(refused):
-            would_pass = num_passed + np.sum(refused == refused.max())
+        rejected = ranked[~known & (ranked > -np.inf) & ~passed]
+        if len(rejected):
+            would_pass = num_passed + np.sum(rejected == rejected.max())
             assert (would_pass + 1) / (num_strangers + 1) > fpir
-            assert np.nextafter(refused.max(), refused.max() + 1) == dtype(errors.threshold)
+            assert np.nextafter(rejected.max(), rejected.max() + 1) == dtype(errors.threshold)
 
 
 def test_identification_errors_need_strangers_and_known_people_and_a_rate():
@@ -209,10 +209,10 @@ TRAINED, KNOWN, DISTRACTORS = 96, 40, 20
 
 
 @pytest.mark.slow
-def test_groups_of_an_analysis_contain_all_clips(analysed, data):
+def test_counts_and_groups_of_an_analysis_add_up_to_all_clips(analysed, data):
     facts, arrays, _ = analysed
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
-    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)  # [old, new]
+    np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)  # [old vectors, new]
     assert arrays["positives"].sum() == KNOWN
     assert arrays["train_clips"].sum() == TRAINED
 
@@ -289,7 +289,7 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     scored = measures.ScoredSplit(top, best, labels, **all_clips, positives=positives)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
 
-    # Of an identity, the clips that are not chosen are deleted from the list.
+    # The clips of an identity that are not chosen are deleted from its list.
     averages = []
     for identity in range(1, 5):
         wanted = set(np.flatnonzero(chosen & (labels == identity)))
@@ -307,7 +307,7 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
 
 
 def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
-    """The list of a person has 100 places. Person 0 has 150 clips, and many are in list 1."""
+    """A list has 100 places. Most clips in list 1 show person 0, who has 150 clips."""
     labels = np.repeat([1, 2], [150, 3])  # of persons 0 and 1
     scores = np.full((153, 2), [-1.0, -9.0], np.float32)
     # Clip 150 of person 1 is right. Clip 151 leads list 0, and clip 152 is too low for list 0.
@@ -320,7 +320,8 @@ def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
     mistake = {"clip": "151", "shows": 1, "identity": 0, "score": -0.5}
     assert measures.find_wrong_clips(scored) == {"distractors": [], "known": [mistake]}
     lost = {row["identity"]: row["lost_to"] for row in measures.find_worst_identities(scored)}
-    # -1: list 0 has clip 151 and 99 clips of person 0, but neither the other 51 nor clip 152.
+    # Pairs (wrong person for whom clips score highest, number of clips). -1: clips that are missing
+    # in the list of their best person. List 0 has clip 151 and 99 clips of person 0, not clip 152.
     assert lost == {0: [(-1, 51)], 1: [(0, 1), (-1, 1)]}
 
 
@@ -388,7 +389,7 @@ def test_open_set_summary_equals_identification_errors():
 
 @pytest.mark.nightly
 def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch):
-    """At an FPIR of 10 %, the true threshold is the 0.9 quantile. It misses 24 % of the people."""
+    """Scores are normal, around 0 for strangers and 2 for people. An FPIR of 10 % has FNIR 24 %."""
     monkeypatch.setattr(measures, "RESAMPLES", 400)
     rng = np.random.default_rng(0)
     true_fnir = stats.norm.cdf(stats.norm.ppf(0.9) - 2)

@@ -133,7 +133,7 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
 def test_gate_matches_its_equation_and_keeps_missing_vectors_at_zero():
     with jax.enable_x64(True):
         x = np.random.default_rng(0).standard_normal((3, 4, 5))
-        x[1, 2] = 0
+        x[1, 2] = 0  # a missing vector
         model = SigmoidGate(dtype=FLOAT64)
         params = made.init(model, x)["params"]
         forward = jax.jit(lambda params, x: model.apply({"params": params}, x))
@@ -423,7 +423,7 @@ def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
 
 
 @nightly_after_first("form", ["two", "gram"])
-def test_attention_matches_equations_1_to_3_with_both_masks(form):
+def test_attention_matches_equations_1_to_3_of_the_iqiyi_vid_paper(form):
     """The form `two` has the maps W_F and W_G. The form `gram` has only W_F, which replaces W_G."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)

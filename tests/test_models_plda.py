@@ -35,8 +35,6 @@ log_ratios = jax.jit(plda_fit.log_ratios)
 SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5, centred=0.9)
 TWICE = [*range(NUM_CLIPS)] * 2  # the rows of two passes
 EVERY = ClipInfo(np.arange(NUM_CLIPS, dtype=np.int32), np.ones(NUM_CLIPS, bool))
-
-
 SPEC = {"name": "plda", **SETTINGS._asdict()}
 MODEL: Any = make_identifier(SPEC, modalities=DIMS, num_classes=NUM_CLASSES, num_clips=NUM_CLIPS)
 
@@ -231,15 +229,15 @@ def draw_faces():
     return faces.reshape(-1, 16), np.repeat(np.arange(1, 31), 4)
 
 
-def test_settings_are_fitted_if_no_clip_or_only_one_clip_has_a_modality():
+def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice():
     faces, labels = draw_faces()
     vectors = {"face": faces, "audio": np.zeros_like(faces)}
     for num_voices in (0, 1):
         vectors["audio"][:num_voices] = 0.25
         fitted = plda_fit.fit_settings(vectors, labels, given={}, seed=0)
         assert fitted.stranger != plda_fit.PRIOR["stranger"]
-    nothing = {name: np.zeros_like(faces) for name in vectors}
-    typical = plda_fit.fit_settings(nothing, labels, given={}, seed=0)
+    # If no clip has a face or a voice, nothing is fitted: the settings are typical values.
+    typical = plda_fit.fit_settings(dict.fromkeys(vectors, 0 * faces), labels, given={}, seed=0)
     assert typical.stranger == plda_fit.PRIOR["stranger"]
 
 
@@ -285,8 +283,8 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     assert "within" not in settings  # it is given, so it is not fitted
 
     # A run of only this member, see `ensemble.only`, has the same settings.
-    alone: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
-    assert alone["centred"] == settings["centred"] and alone["scale"] == settings["scale"][1]
+    single: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
+    assert single["centred"] == settings["centred"] and single["scale"] == settings["scale"][1]
 
     # The clips that member 1 leaves out lose their labels. Settings of member 1 do not change.
     unlabelled = clips._replace(labels=np.where(used[1], labels, 0))

@@ -120,5 +120,5 @@ def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other,
     assert done.similar == {new: name}
     assert name in message and new in message
     words = shlex.split(message.partition("the same: ")[2])
-    assert words[0] == "vidjax" and program.main(words[1:]) == 0
+    assert words[0] == "vidjax" and program.main(words[1:]) == 0  # merges them
     assert Gallery(gallery.folder).identities == {name: 2}

@@ -39,7 +39,7 @@ def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
 
     new = plan.relabel(label + 1, predicted + 1, layout, keep=keep) - 1
 
-    # An identity (below 4934) gives its mirror class. Other predictions are kept, or the label is.
+    # A predicted identity (below 4934) becomes its mirror class. Otherwise, `keep` says what stays.
     kept = predicted if keep == "prediction" else label
     np.testing.assert_array_equal(new, np.where(predicted < 4934, predicted + 4934 + 3691, kept))
 

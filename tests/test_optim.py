@@ -24,8 +24,8 @@ def rates(*, total_steps, steps_per_epoch=1.0, **spec: Any):
 
 
 def make_optimizer(*, total_steps, **spec) -> Any:
-    tx, _ = optim.make_optimizer(SPEC | spec, total_steps=total_steps, steps_per_epoch=1.0)
-    return tx._replace(update=jax.jit(tx.update))
+    optimizer, _ = optim.make_optimizer(SPEC | spec, total_steps=total_steps, steps_per_epoch=1.0)
+    return optimizer._replace(update=jax.jit(optimizer.update))
 
 
 def test_warmup_and_cosine_decay_match_their_formula():
@@ -66,9 +66,9 @@ def test_piecewise_decay_jumps_and_interpolates_between_points():
 def test_jump_is_at_the_first_step_of_its_epoch(steps_per_epoch):
     # Compiled programs multiply by 1 / 61, so that step 183 would be slightly before epoch 3.
     for epoch in (3.0, 10.0, 32.0):
-        fn = optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)])
+        jump_at = optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)])
         first = math.ceil(epoch * Fraction(str(steps_per_epoch)))
-        compiled = jax.jit(lambda step, fn=fn: fn(step / steps_per_epoch))
+        compiled = jax.jit(lambda step, jump_at=jump_at: jump_at(step / steps_per_epoch))
         values = compiled(np.array([first - 1, first], np.int32))
         np.testing.assert_array_equal(values, [0.0, 1.0])
 
@@ -88,19 +88,19 @@ def test_short_runs_have_positive_learning_rates(decay, total):
 ], ids=["clipped gradient", "weight decay"])  # fmt: skip
 def test_sgd_step_matches_hand_computed_updates(weight_decay, wanted):
     spec = {"name": "sgd", "momentum": 0.0, "warmup": 0.0, "weight_decay": weight_decay}
-    tx = make_optimizer(total_steps=10, clip_norm=1.0, **spec)
+    optimizer = make_optimizer(total_steps=10, clip_norm=1.0, **spec)
     weights, gradient = jnp.array([[2.0, 2.0]]), jnp.array([[3.0, 4.0]])
-    updates: Any = tx.update(gradient, tx.init(weights), weights)[0]
+    updates: Any = optimizer.update(gradient, optimizer.init(weights), weights)[0]
     np.testing.assert_allclose(updates, wanted, rtol=1e-6)
 
 
-def test_total_decay_shrinks_matrices_by_its_amount_over_a_run():
+def test_total_decay_is_spread_over_a_run_and_shrinks_only_matrices():
     """With gradients of 0, matrices shrink to exp(-total_decay), and biases do not change."""
-    tx = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
+    optimizer = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
-    state, zeros = tx.init(params), jax.tree.map(np.zeros_like, params)
+    state, zeros = optimizer.init(params), jax.tree.map(np.zeros_like, params)
     for _ in range(300):
-        updates, state = tx.update(zeros, state, params)
+        updates, state = optimizer.update(zeros, state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(params["kernel"], [[2 * math.exp(-0.7)]], rtol=2e-2)
     np.testing.assert_array_equal(params["bias"], [2.0])
@@ -113,8 +113,8 @@ def test_weight_decay_is_added_to_gradients_of_matrices_only(name):
     penalised = {**grads, "kernel": grads["kernel"] + np.float32(0.05) * params["kernel"]}
     updates = []
     for decay, given in ((0.0, penalised), (0.05, grads)):
-        tx = make_optimizer(total_steps=9, name=name, weight_decay=decay)
-        updates.append(tx.update(given, tx.init(params), params)[0])
+        optimizer = make_optimizer(total_steps=9, name=name, weight_decay=decay)
+        updates.append(optimizer.update(given, optimizer.init(params), params)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *updates)
 
 

@@ -27,7 +27,7 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
 
     hostile.check(faces, out)
     assert faces.names == ("c0", "c1", "c2") and faces.lengths.tolist() == [1, 0, 1]
-    assert faces.seen == 3
+    assert faces.seen == 3  # frames
     assert faces.skipped == {"non_finite": 1}  # the last frame of c2
     assert faces.skipped_clips == {"empty": 1}  # c1
     np.testing.assert_array_equal(faces.features, features[:2], strict=True)

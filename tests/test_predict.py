@@ -100,7 +100,7 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
     folder, run = train(name), restored(name)
     assert run.step == max(checkpoint.manifests(folder))
 
-    # The dataset.
+    # Clips of the dataset.
     wanted = small_runs.scores([small_runs.restored(folder, data)])
     lines = (folder / "ranking.txt").read_text().splitlines()
     scores = run.scores(data)
@@ -149,7 +149,7 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 
-SCORE = """
+SCORE_WITHOUT_TENSORFLOW = """
 import sys
 for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
 import numpy as np
@@ -160,7 +160,7 @@ assert np.isfinite(run.scores(clips)).all() and np.isfinite(run.embed(clips)).al
 
 
 def test_arrays_are_scored_without_tensorflow(train, python):
-    python(SCORE, train("knn"))
+    python(SCORE_WITHOUT_TENSORFLOW, train("knn"))
 
 
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):

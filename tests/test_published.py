@@ -91,29 +91,29 @@ def trained_on(system, frames, min_quality=-1000.0):
     return clips.frames["face"], np.asarray(clips.weight)
 
 
-# Residual Dense Net. L: line of the article.
+# Residual Dense Net: lines of the article.
 
 
 def test_residual_dense_has_the_training_settings_of_the_article():
     config, _ = official(RESIDUAL_DENSE)
-    assert config.num_epochs == 8 and config.optim.name == "adam"  # L34
+    assert config.num_epochs == 8 and config.optim.name == "adam"  # line 34 of the article
     assert (config.optim.total_decay, config.optim.weight_decay, config.mixup) == (0, 0, 0)
     assert (config.loss.classification, config.loss.label_smoothing) == ("softmax", 0)
-    assert (config.eval.top_classes, config.after_fusion) == (100, "examples")  # L36
-    assert config.eval.reduce == "mean"  # L36
+    assert (config.eval.top_classes, config.after_fusion) == (100, "examples")  # line 36
+    assert config.eval.reduce == "mean"  # line 36
 
 
 @pytest.mark.nightly
 def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
     config, system = official(f"{RESIDUAL_DENSE},face,trainval")
     members = ensemble.make_members(config.ensemble.to_dict())
-    assert config.ensemble.folds == 10  # L22
-    assert [member.fold for member in members] == [0, 0, 0]
+    assert config.ensemble.folds == 10  # line 22 of the article
+    assert [member.fold for member in members] == [0, 0, 0]  # all leave out fold 0
 
     # A clip has the weight of its frames and of as many merged frames.
     frames = one_clip([-5, 19.9, 20, 20.1, 40, 40.1])
     weights = [training_weight(system, frames, member.min_quality) for member in members]
-    assert weights == [2 * 6, 2 * 3, 2 * 1]  # L32: all, > 20, > 40
+    assert weights == [2 * 6, 2 * 3, 2 * 1]  # line 32: all, > 20, > 40
     # The second member drops a clip whose frames are all at most 20.
     assert training_weight(system, one_clip([20.0, 3.0]), members[1].min_quality) == 0
 
@@ -126,23 +126,23 @@ def test_residual_dense_trains_on_all_frames_and_as_many_merged_frames():
     union, weights = trained_on(system, frames)
     own, merged = np.split(np.asarray(union.features), 2, axis=1)
 
-    np.testing.assert_array_equal(weights, [18, 2, 8])  # L32: long clips have more frames
+    np.testing.assert_array_equal(weights, [18, 2, 8])  # line 32: long clips have more frames
     np.testing.assert_array_equal(union.mask.sum(axis=1), weights)
-    np.testing.assert_array_equal(own, frames.features)  # L32: "combined with"
+    np.testing.assert_array_equal(own, frames.features)  # line 32 of the article: "combined with"
 
     # A merged frame is a weighted mean of 2 to 5 frames. Least squares finds their weights.
     shares, *_ = np.linalg.lstsq(np.asarray(frames.features[0]).T, merged[0].T, rcond=None)
     shares = shares.T  # [9 merged frames, 9 frames] of clip 0
-    assert set(np.count_nonzero(shares > 1e-3, axis=1)) <= {2, 3, 4, 5}  # L32: 1 to 4 others
+    assert set(np.count_nonzero(shares > 1e-3, axis=1)) <= {2, 3, 4, 5}  # line 32: 1 to 4 others
     np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-4)
 
 
 @pytest.mark.nightly
-def test_residual_dense_ranks_the_best_70_percent_of_all_and_merged_frames():
+def test_residual_dense_keeps_the_best_70_percent_of_its_own_and_merged_frames():
     _, system = official(f"{RESIDUAL_DENSE},face")
     fused = system.fuse(None, {"face": make_frames([10, 1], max_frames=10)}, jnp.int32(-1))["face"]
-    # L36: 70 % of 10 frames and 10 merged frames, or of one frame and one merged frame.
-    np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # 1.4 is rounded up
+    # Line 36 of the article: 70 % of 10 own and 10 merged frames, or of 1 own and 1 merged.
+    np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # 0.7 x 2 = 1.4 is rounded up
     quality, kept = np.asarray(fused.quality)[0], np.asarray(fused.mask)[0]  # of clip 0
     assert quality[kept].min() >= quality[~kept].max()
 
@@ -152,12 +152,12 @@ def test_residual_dense_has_the_layer_sizes_of_the_article():
     for i, width in enumerate((512, 8192, 8192)):
         assert sizes[f"backbone/layer_{i}/dense/kernel"] == (width, 8192)
         assert sizes[f"backbone/layer_{i}/norm/scale"] == (8192,)
-    assert sizes["classifier/logits/kernel"] == (8192, 10_035)  # L14: 10,034 people, and strangers
+    assert sizes["classifier/logits/kernel"] == (8192, 10_035)  # line 14: 10,034 people, strangers
     products = sum(2 * np.prod(shape) for name, shape in sizes.items() if "kernel" in name)
-    assert 0.4e9 < products < 0.5e9  # L5: about 0.5 GFLOP
+    assert 0.4e9 < products < 0.5e9  # line 5 of the article: about 0.5 GFLOP
 
 
-# Quality fusion. L: line of the article; training.py and inference.py at 60f5127.
+# Quality fusion: lines of the article; training.py and inference.py at 60f5127.
 
 
 def test_quality_fusion_trains_five_folds_that_score_by_sigmoids():
@@ -215,7 +215,7 @@ def test_quality_fusion_nets_have_the_layer_sizes_of_the_code():
         sizes = shapes(f"{QUALITY_FUSION},{net}")  # inference.py:200-256
         kernels = [shape for name, shape in sorted(sizes.items()) if name.endswith("dense/kernel")]
         assert kernels == list(itertools.pairwise((512, *widths, 1024)))
-        assert sizes["classifier/logits/kernel"] == (1024, 10_035)  # L22
+        assert sizes["classifier/logits/kernel"] == (1024, 10_035)  # line 22 of the article
         assert any("norm" in name for name in sizes) == (net not in ("mlp4", "mlp5"))
 
 
@@ -223,28 +223,28 @@ def test_quality_fusion_nets_have_the_layer_sizes_of_the_code():
 
 
 def test_mma_has_the_parameter_shapes_and_settings_of_the_paper():
-    sizes = shapes("mma:published,iqiyi_vid")
-    assert sizes["attention_map/w_f/kernel"] == (512, 64)  # "D is set to 512 ... 64" (L215)
-    # "3 of the 6 features come from face" (L170), "squeezed into a vector" (L184)
+    sizes = shapes("mma:published,iqiyi_vid")  # below: lines of the paper
+    assert sizes["attention_map/w_f/kernel"] == (512, 64)  # line 215: "D is set to 512 ... 64"
+    # "3 of the 6 features come from face" (line 170), "squeezed into a vector" (line 184)
     assert sizes["classifier/logits/kernel"] == (6 * 512, 10_035)
     assert sizes["face_map/kernel"][1] == 3 * 512
-    for name in ("head", "body", "audio"):  # "did not apply NetVLAD to the other modal" (L254)
+    for name in ("head", "body", "audio"):  # "did not apply NetVLAD to the other modal" (line 254)
         assert sizes[f"{name}_map/kernel"] == (512, 512)
-    # "a Batch-normalization (BN) layer after the Fully-connected (FC) layer" (L159)
+    # "a Batch-normalization (BN) layer after the Fully-connected (FC) layer" (line 159)
     clusters = sizes["face_netvlad/centers"][0]
     assert sizes["face_netvlad/assignment/kernel"] == (512, clusters)
     assert sizes["face_netvlad/norm/scale"] == (clusters,)
     maps = {f"{name}_map" for name in ("face", "head", "body", "audio", "attention")}
     assert {name.split("/")[0] for name in sizes} == {*maps, "classifier", "face_netvlad"}
     model = load_file("mma:published,iqiyi_vid").model.to_dict()
-    assert model["gamma"] == 0.05 and not model["train_gamma"]  # L215
-    assert model["netvlad_norms"] == ("batch",)  # "better to remove the L2 norm" (L159)
-    assert (model["attention_form"], model["gram_scale"]) == ("gram", 1.0)  # equation 2 (L176)
-    assert model["netvlad_reduce"] == "sum"  # "a weighted sum" (L153)
+    assert model["gamma"] == 0.05 and not model["train_gamma"]  # line 215
+    assert model["netvlad_norms"] == ("batch",)  # "better to remove the L2 norm" (line 159)
+    assert (model["attention_form"], model["gram_scale"]) == ("gram", 1.0)  # equation 2 (line 176)
+    assert model["netvlad_reduce"] == "sum"  # "a weighted sum" (line 153)
 
 
 def test_mma_uses_the_32_best_faces_and_repeats_faces_of_short_clips():
-    """L142 of the paper. The fusion `top` is tested in test_fusion.py."""
+    """Line 142 of the paper. The fusion `top` is tested in test_fusion.py."""
     config = load_file("mma:published,iqiyi_vid")
     assert config.data.crop == "quality"  # the best faces of the clip, not of a window
     top = {"name": "top", "num_frames": 32}
@@ -252,7 +252,7 @@ def test_mma_uses_the_32_best_faces_and_repeats_faces_of_short_clips():
 
 
 def test_mma_trains_three_nets_on_different_parts_of_the_clips():
-    """Three models "trained on different partition of the training set" (L252)."""
+    """Three models "trained on different partition of the training set" (line 252)."""
     spec = load_file("mma:published,iqiyi_vid,ensemble").ensemble.to_dict()
     labels = np.repeat(np.arange(1, 21), 6)
     uses = ensemble.count_clip_uses(ensemble.make_members(spec), labels, spec["folds"], seed=0)
@@ -283,13 +283,13 @@ def test_deepmef_has_the_training_settings_of_its_code():
 def test_deepmef_weight_decay_applies_to_every_parameter():
     """Two steps equal SGD(momentum=0.9, weight_decay=1e-5), computed by hand."""
     spec = load_file(DEEPMEF).optim.to_dict()
-    tx, _ = optim.make_optimizer(spec, total_steps=1413, steps_per_epoch=14.125)
+    optimizer, _ = optim.make_optimizer(spec, total_steps=1413, steps_per_epoch=14.125)
     params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, -5.0), "slope": jnp.float32(7)}
     grads = jax.tree.map(lambda x: 0.25 * jnp.ones_like(x), params)
-    state, momentum, wanted = tx.init(params), dict.fromkeys(params, 0), dict(params)
+    state, momentum, wanted = optimizer.init(params), dict.fromkeys(params, 0), dict(params)
 
     for _ in range(2):
-        updates, state = tx.update(grads, state, params)
+        updates, state = optimizer.update(grads, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         for name in params:
             momentum[name] = 0.9 * momentum[name] + 0.25 + 1e-5 * wanted[name]
@@ -298,7 +298,7 @@ def test_deepmef_weight_decay_applies_to_every_parameter():
 
 
 def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
-    """Views of scripts/main.sh. get_mask_index: view v hides chunk v of 16 (only the scene: 32)."""
+    """View v hides chunk v of 16, or of 32 for only the scene (scripts/main.sh, get_mask_index)."""
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
@@ -418,7 +418,7 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
 
 
 def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
-    """models/losses.py: CrossEntropyLoss of the batch, then (1 - exp(-mean))**2 x mean."""
+    """models/losses.py of the code: the mean cross-entropy of a batch x (1 - exp(-mean))**2."""
     cosines = np.random.default_rng(1).uniform(-0.9, 0.9, (6, 2, 5))  # [clips, branches, classes]
     labels = np.array([1, 2, 3, 4, 1, 2], np.int32)
     mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # row 5 is padding
@@ -491,7 +491,7 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
     """feat_weighted_mean: weights are proportional to q squared; frames below 0 are left out."""
     spec = load_file(NOISE).fusion.face
     train, test = spec.train.to_dict(), spec.evaluate.to_dict()
-    article = {"name": "mean", "weighting": "score"}  # L18: "average of face quality scores"
+    article = {"name": "mean", "weighting": "score"}  # line 18: "average of face quality scores"
     ones = [1.0, 1.0, 1.0]  # detection scores
 
     for fusion_spec, quality, detection, wanted in (
@@ -508,7 +508,7 @@ def test_noise_classes_weight_frames_by_their_squared_quality():
 
 @pytest.mark.nightly
 def test_noise_classes_crop_short_clips_as_the_code_does():
-    """load_data in ..._predict_v2.py. A third or a sixth is at least a frame, if one remains."""
+    """load_data in ..._predict_v2.py. A cut takes one frame or more, and leaves one or more."""
     spec = load_file(NOISE).fusion.face.evaluate.to_dict()
     # The frames of the 4 crops of clips with 1, 3 and 7 frames: all, without the first third,
     # without the last third, without both sixths.

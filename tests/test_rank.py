@@ -176,7 +176,7 @@ def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command):
     assert made_runs.snapshot(run_dir) == before
 
     assert command(*words, f"--out={out}").refused("name another file, or delete it")
-    # `vidjax rank` does not train, so it has no seed. The error names a field that it has.
+    # `vidjax rank` does not train, so it has no seed. The error names a field of `vidjax rank`.
     other = (f"--out={tmp_path}/b.tsv", "--config.seed=1")
     assert command(*words, *other).refused("--config.eval.split")
 

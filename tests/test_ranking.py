@@ -99,13 +99,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault):
-    submission, score, place = FAULTS[fault]
+    submission, score, words = FAULTS[fault]
     paths = write(tmp_path, "1 a.mp4\n", submission)
 
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]
-    assert warning.startswith(f"vidjax: warning: {paths[1]}: ") and place in warning
+    assert warning.startswith(f"vidjax: warning: {paths[1]}: ") and words in warning
 
     error = f"{warning.replace('warning', 'error', 1)}\n"
     assert command("score", *paths, "--strict") == (2, "", error)
@@ -113,7 +113,7 @@ def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault
 
 def test_text_that_is_too_large_for_the_memory_is_refused_unread(tmp_path, monkeypatch):
     path = tmp_path / "gt.txt"
-    path.write_text("a.mp4 1\n")  # 8 bytes
+    path.write_text("a.mp4 1\n")  # 8 bytes, which may need 60 times as much memory
     for reader in (ranking.read_ground_truth, ranking.read_submission, labels.load_ground_truth):
         monkeypatch.setattr("vidjax.utils.files.reading.memory_bytes", lambda: 60 * 8)
         reader(path)

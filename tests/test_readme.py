@@ -153,7 +153,7 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypa
 @pytest.mark.slow
 @nightly_after_first("every", [False, True])
 def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
-    """Without `every`, the data are tiny, and all nets but the first become nearest neighbours."""
+    """Without `every`, the data are tiny, and nearest neighbours replace all nets but the first."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
 
     # The files that the commands read.
@@ -178,7 +178,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 
     for module, *words in ours:
         text = " ".join(words)
-        # These are tested above, in test_extract_models.py (downloads) and in test_serve.py.
+        # Other tests run these commands: above (mine.py), test_extract_models.py, test_serve.py.
         if "--config=configs/mine.py" in words or words[0] in ("convert", "serve"):
             continue
         # These commands take long.
@@ -298,5 +298,4 @@ def test_every_test_in_the_fault_table_exists():
 
 def test_table_of_the_rehearsal_is_made_of_the_collected_rows():
     page, rows = rehearsal.PAGE.read_text(), json.loads(rehearsal.COLLECTED.read_text())
-
     assert common.replace_table(page, "rehearsal", rehearsal.render(rows)) == page

@@ -39,7 +39,7 @@ def initial_labels(data):
 
 
 def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole):
-    """They move from one mirror class to another. Clustered distractors stay in their clusters."""
+    """A moved distractor leaves its mirror class for another. A clustered distractor stays."""
     is_distractor, (start, layout) = training_labels(data) == 0, initial_labels(data)
     unclustered = layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < is_distractor.sum()
@@ -51,7 +51,7 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
 
 
 def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
-    """Distractors in no cluster start in mirror classes. Some move to clusters, some to others."""
+    """Unclustered distractors move from mirror classes to clusters or to other mirror classes."""
     small.run(small.shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
 
     (start, layout), end = initial_labels(data), labels_of(tmp_path)  # [clips], [members, clips]
@@ -73,21 +73,21 @@ def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     small.assert_equal_weights(tmp_path / "whole", tmp_path / "spoilt")
 
 
-def test_clusters_are_clusters_of_quality_weighted_mean_faces(data):
-    """The weights of frames are quality times detection, or equal if these are all 0."""
-    config = small.shrunk(*WORDS, spec=SPEC)
+def test_distractors_are_clustered_by_their_quality_weighted_mean_faces(data):
+    """The weight of a frame is quality x detection. If all weights are 0, they become 1."""
+    noise = small.shrunk(*WORDS, spec=SPEC).noise
     (start, layout), labels = initial_labels(data), training_labels(data)
     vectors = np.zeros((len(labels), data.modalities["face"].dim))
     for split, offset in {"train": 0, "val": len(data.split("train").clips)}.items():
         for clip, frames in real_frames(data, split):
-            weight = np.maximum(np.float64(frames.quality * frames.detection), 0)
-            weight = weight if weight.any() else np.ones(len(weight))
-            if len(weight):
-                vectors[offset + clip] = np.average(frames.features, axis=0, weights=weight)
+            weights = np.maximum(np.float64(frames.quality * frames.detection), 0)
+            weights = weights if weights.any() else np.ones(len(weights))
+            if len(weights):
+                vectors[offset + clip] = np.average(frames.features, axis=0, weights=weights)
 
-    # The classes of clusters follow the classes of identities. -1 stands for no cluster.
-    distractors = vectors[labels == 0]
-    wanted = plan.cluster(distractors, eps=config.noise.eps, min_samples=config.noise.min_samples)
+    wanted = plan.cluster(vectors[labels == 0], eps=noise.eps, min_samples=noise.min_samples)
+    # Of C identities and K clusters, classes C + 1 to C + K are clusters 0 to K - 1. A distractor
+    # in a higher class, a mirror class, is in no cluster (-1).
     cluster = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
 

@@ -142,7 +142,7 @@ def test_report_begins_with_the_date_of_the_evaluation(full, page):
     assert f"evaluated on val; {full.metrics.eval_date}" in page
 
 
-def test_report_counts_no_perfect_identity_as_below_the_quantile_of_ten_percent(tmp_path):
+def test_report_says_of_no_identity_that_it_is_below_a_quantile_of_1(tmp_path):
     made_runs.write(tmp_path, {f"p{i}": float(i > 0) for i in range(20)})  # 19 of 20 are perfect
     text = section(run_page.render(run_page.load(RunFolder(tmp_path))), "identities")
     share_perfect, count, median, quantile = values(text)[:4]

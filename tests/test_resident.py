@@ -218,7 +218,7 @@ def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
     (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
-    for plan, num_drawn in ((huge, 100), (layout, 2**31)):
+    for plan, num_drawn in ((huge, 100), (layout, 2**31)):  # clips in all batches
         assert resident.choose_mode("auto", plan, mesh, num_drawn) == "streaming"
         with pytest.raises(ValueError, match="too many for an int32"):
             resident.choose_mode("resident", plan, mesh, num_drawn)

@@ -81,7 +81,7 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     assert "Undone" in reviewed.post("undo") and reviewed.names() == before == reviewed.again()
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
 
-    # A clip is not Ada, is Ada, and is not Ada.
+    # `deny`: the name of a clip is wrong, so the clip becomes unknown. It is denied twice.
     ada = "clip: party.s000.t00"
     text = reviewed.post(do="deny", of=ada)
     denied = reviewed.names()
@@ -177,7 +177,7 @@ def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
     assert reviewed.names() == joined == reviewed.again() != before
 
     reviewed.post("undo")
-    reviewed.post(do="ignore", of="unknown 2")
+    reviewed.post(do="ignore", of="unknown 2")  # who then has no name and no number
     ignored = {clip: None if name == "unknown 2" else name for clip, name in before.items()}
     assert reviewed.names() == ignored == reviewed.again()
     assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
@@ -186,7 +186,7 @@ def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
 @pytest.mark.slow
 def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed):
     """Eve is enrolled with the first clip of more.mkv. Then another film replaces more.mkv."""
-    bob = reviewed.names()["more.s001.t00"]
+    bob = reviewed.names()["more.s001.t00"]  # such as "unknown 2"
     reviewed.post(do="name", of="clip: more.s000.t00", person="Eve")
     write_film(reviewed.films[1], (2, 20, [("Bob", 30, 30)]))
     assert reviewed.again()["more.s000.t00"] == bob

@@ -47,8 +47,8 @@ def own(trained, tmp_path):
 
 
 @pytest.fixture
-def again(own, say):
-    """Repeats the training command with other flags of data."""
+def train_again(own, say):
+    """Returns a function that repeats the training command with other flags of data."""
     weights = f"--config.data.weights={own}/weights.txt"
     return lambda words, code=0: say(*CONFIG, *words, weights, f"--workdir={own}/run", code=code)
 
@@ -65,7 +65,7 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
 
-    out = evaluate(report, "--config.eval.temperature=4")
+    out = evaluate(report, "--config.eval.temperature=4")  # writes other files, such as *_val.txt
 
     assert "eval.temperature=4.0" in out and "ranking_val.txt" in out
     assert [(run / name).read_bytes() for name in names] == before
@@ -83,38 +83,38 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     ({"num_clips": CLIPS - 1}, "train has other clips (5, before 6)"),
 ], ids=["labels", "features", "clips"])  # fmt: skip
 def test_run_refuses_to_train_or_evaluate_on_other_data(
-    own, tmp_path, evaluate, again, change, message
+    own, tmp_path, evaluate, train_again, change, message
 ):
     words, path = write(tmp_path / "other", **change), own / "run" / "metrics.json"
     _, data_dir = words
-    before, error = path.read_bytes(), again(words, code=2)
+    before, error = path.read_bytes(), train_again(words, code=2)
     assert message in error and "--workdir=" in error
     if "shift" not in change:  # a shift changes only train, but evaluation reads val
         assert "vidjax rank" in evaluate(data_dir, code=2)
     assert path.read_bytes() == before
 
     path.unlink()  # as in a stopped run
-    assert message in again(words, code=2)
+    assert message in train_again(words, code=2)
 
 
 @pytest.mark.slow
-def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, again):
+def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, train_again):
     path, new_dir = own / "run", f"--config.data.dir={own}/moved"
     words = ["--config.data.name=arrays", new_dir]
     shutil.move(own / "data", own / "moved")
-    assert "finished before" in again(words)
+    assert "finished before" in train_again(words)
     evaluate(new_dir)
 
     # A run that was killed before its report is completed.
     results = json.loads((path / "metrics.json").read_text())
     (path / "metrics.json").write_text(json.dumps(results | {"finished": False}))
-    assert "finished before" not in again(words)
+    assert "finished before" not in train_again(words)
     completed = json.loads((path / "metrics.json").read_text())
     assert completed["finished"] and completed["map"] == results["map"]
 
     # Other content of the file of weights is other data.
     (own / "weights.txt").write_text("train1.mp4 0\n")
-    assert "config.data.weights" in again(words, code=2)
+    assert "config.data.weights" in train_again(words, code=2)
 
 
 @pytest.mark.slow
@@ -125,8 +125,8 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     evaluate(test, data_dir)
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
 
-    # A stranger may have written config.json. So without --config.data.dir, the data folder that it
-    # names is used only if it has a split of the run: own / "data" has `val`, `other` has none.
+    # A stranger may have written config.json. Without --config.data.dir, the folder in this file is
+    # used only if it has a split of the run: own / "data" has `val`, `other` has none.
     (own / "data" / "test").mkdir()
     shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
     folder = next((own / "run" / "checkpoints").iterdir())

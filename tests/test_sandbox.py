@@ -149,7 +149,7 @@ def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_w
         file = io.BytesIO()
         python2.PYTHONS(file, protocol).dump(clips)
         np.testing.assert_equal(convert(tmp_path, file.getvalue()), whole)
-    with pytest.raises(NameError):
+    with pytest.raises(NameError):  # a reference to another piece needs `load`
         convert(tmp_path, with_reference)
 
 

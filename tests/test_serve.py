@@ -261,7 +261,7 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
     assert len(block.splitlines()) == 6  # requests
 
-    # A face has 2 features in the README. Its FPIR of 0.01 needs 99 strangers.
+    # In the README, a face has 2 features, and fpir=0.01 needs 99 enrolled strangers.
     monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 2})
     clips = {f"stranger {n}": made_galleries.make_clip(n, None) for n in range(99)}
     clips["Bo"] = made_galleries.make_clip(99, "Bo")
@@ -559,7 +559,7 @@ def test_slow_and_malformed_requests_are_cut_off(inside):
     head = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n"
     head += "Content-Type: application/json\r\n"
     chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n"
-    for content, answer in (
+    for content, answer in (  # 503: the rest of the body does not come
         (head + "Content-Length: 100\r\n\r\n{", b" 503 "), (chunked + "5\r\n{\r\n", b" 503 "),
         (head + "Content-Length: 99999999\r\n\r\n{", b" 413 "),
         (head + "Content-Length: -5\r\n\r\n{", b" 400 "),

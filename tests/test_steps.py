@@ -336,6 +336,6 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
 
 def test_log_softmax_of_a_single_column_is_0_and_of_nan_is_nan():
     logits = jnp.array([[5.0, 1.0], [1.0, jnp.nan]])
-    logs = losses.log_softmax(logits, jnp.array([False, True]))
+    logs = losses.log_softmax(logits, jnp.array([False, True]))  # only column 1 counts
     assert logs[0, 1] == 0.0
     assert np.isnan(logs[1, 1])

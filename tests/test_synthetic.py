@@ -122,17 +122,17 @@ def test_false_modality_replaces_the_face_or_the_voice_of_a_clip(make):
     plain, false = make(), make(false_modality=1.0)
     files = {file_name(modality, split) for modality in ("face", "audio") for split in SPLITS}
     assert changed_files(plain, false) == files
-    faces, now = (clips_of(made, "face", "val") for made in (plain, false))
-    voices, other = (clips_of(made, "audio", "val") for made in (plain, false))
+    faces, new_faces = (clips_of(made, "face", "val") for made in (plain, false))
+    voices, new_voices = (clips_of(made, "audio", "val") for made in (plain, false))
 
     kept_parts = []  # for each clip, whether the face and the voice are kept
     for name in [name for name, frames in faces.items() if frames and name in voices]:
-        pairs = list(zip(faces[name], now[name], strict=True))
+        pairs = list(zip(faces[name], new_faces[name], strict=True))
         # A frame is [number, box, detection, quality, features].
         assert all(before[:4] == after[:4] for before, after in pairs)
         kept = np.mean([np.array_equal(before[4], after[4]) for before, after in pairs])
         # Frames that already showed another person stay the same: in most clips less than 20 %.
-        kept_parts.append((kept > 0.2, np.array_equal(voices[name], other[name])))
+        kept_parts.append((kept > 0.2, np.array_equal(voices[name], new_voices[name])))
     # Either the face or the voice is replaced, with equal probability.
     share_of_kept_faces, _ = np.mean(kept_parts, axis=0)
     assert 0.4 < share_of_kept_faces < 0.62

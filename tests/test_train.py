@@ -48,12 +48,12 @@ def test_training_reaches_a_high_map_and_writes_its_results(data, tmp_path):
     (signal.SIGINT, COSINE), (signal.SIGINT, "configs/mma.py:iqiyi_vid"),
 ])  # fmt: skip
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
-    """The run keeps streaming. An evaluation between two parts does not finish the run."""
+    """An evaluation between two parts does not finish the run."""
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
     small.run(config_io.override(config, [small.STREAMED]), tmp_path / "whole", data)
 
-    # The run starts with too little memory to be resident, which is undone after the first part.
+    # In the first part, memory is too small for resident clips. Later parts continue to stream.
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
     for batch in (4, 7):  # within an epoch, which has 3 or 5 steps
         with pytest.raises(signals.Interrupted) as caught:
@@ -92,20 +92,21 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
 
 @pytest.mark.parametrize("spec", quick_first([MLP, NOISE]))
 def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, spec):
-    """Clusters of distractors and mirror classes are classes, too."""
+    """A class of n clips has the weight n ** -0.5. Clusters and mirror classes are classes, too."""
     splits = ("train", "val")
     clips = [name for split in splits for name in data.split(split).clips]
-    own = np.ones(len(clips))
-    own[::3], own[1::7] = 2.5, 0.0
+    of_file = np.ones(len(clips))
+    of_file[::3], of_file[1::7] = 2.5, 0.0
     path = tmp_path / "weights.txt"
-    path.write_text("".join(f"{c}.mp4 {w}\n" for c, w in zip(clips, own, strict=True) if w != 1))
+    lines = (f"{c}.mp4 {w}\n" for c, w in zip(clips, of_file, strict=True) if w != 1)
+    path.write_text("".join(lines))
 
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
     words += ("--config.data.balance=0.5", f"--config.data.weights={path}")
     made = make_plan(small.shrunk(*words, spec=spec), data)
 
     class_sizes = np.bincount(made.labels)[made.labels]
-    wanted = own * class_sizes**-0.5 * made.training_sets.trained[0]
+    wanted = of_file * class_sizes**-0.5 * made.training_sets.trained[0]
     weight = made.constants.weight[0]
     np.testing.assert_allclose(weight / np.sum(weight), wanted / wanted.sum(), rtol=1e-5)
 
@@ -113,7 +114,7 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, 
 def test_epoch_has_only_clips_with_a_frame_that_a_member_learns_from(data):
     words = ("data.whole_epochs=true", "ensemble.min_quality=90,100", "ensemble.poor_clips=drop")
     config = small.shrunk(*(f"--config.{word}" for word in words), spec=MLP)
-    wanted = []
+    wanted = []  # clips with a frame of quality 90, the lower bound of two members
     for rows, packed in data.packed("train", ["face"]):
         face = packed["face"]
         clips = zip(rows.tolist(), face.start, face.length, strict=True)

@@ -82,7 +82,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 
 def test_part_of_a_film_as_long_as_a_window_is_heard_despite_rounding_errors():
-    track = FilmTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6
+    track = FilmTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6, a window
     assert len([*voices.find_solo_spans([track])]) == 1
 
 

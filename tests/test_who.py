@@ -89,7 +89,6 @@ def test_files_other_than_films_and_photos_are_skipped(drawn):
             (path / name).write_text("no picture")
 
     (empty := drawn.folder / "empty").mkdir()
-
     content, output = drawn.who(films, empty)
 
     assert content["people"] == {"Ada": 1}
@@ -129,7 +128,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     drawn.gallery("remove", "--identity=Eve")
     assert numbers()["a.s000.t00"] == "unknown 2"
 
-    # If a film is replaced by another of the same name, its clips get new numbers.
+    # If a film is replaced by another film, its clip gets the number of the person in the new film.
     write_film(films / "c.mkv", shot("Bob", left=40))
     assert numbers()["c.s000.t00"] == "unknown 1"  # Bob
 
@@ -147,7 +146,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     assert joined.keep([], ()).highest == 7
 
 
-def test_work_is_done_once_for_all_people_and_clips(drawn, monkeypatch):
+def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
     list_faces = mock.Mock(wraps=who._list_faces)  # lists the faces of all people in photos
     resolve = mock.Mock(side_effect=who.UnknownNumbers.resolve)  # the number of an unknown person
     monkeypatch.setattr(who, "_list_faces", list_faces)
@@ -243,7 +242,7 @@ def test_photos_of_people_without_exactly_one_face_are_reported(drawn):
 
     write_photo(drawn.friends / "Bob.png", ("Bob", 20, 20))
     content, _ = drawn.who(group, code=1)
-    # Eve is not in this list, because her folder contains no photo.
+    # `missed` lacks Eve, because her folder contains no photo.
     assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
 
 
@@ -342,7 +341,7 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
     drawn.who(film, people=False)
     write_film(film, shot("Eve"))
 
-    # The interrupted call reads the new film, but does not write the table with the clip of Bob.
+    # The interrupted call reads the new film, so the table still lists the old clip of Bob.
     with monkeypatch.context() as patch:
         patch.setattr(who, "decide", interrupt)
         drawn.who(film, people=False, code=130)
@@ -688,7 +687,7 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     assert len(pictures_of(page)) == 4  # Bob and three shots
     assert "Ada" not in pictures_of(page)
 
-    # A film of which there is no thumbnail must be read again, but a deleted film cannot be read.
+    # A film without thumbnails is reported, so that it is read again. A deleted film is not.
     more = drawn.folder / "more.mkv"
     write_film(more, (2, 20, [("Eve", 30, 30)]))
     drawn.who(more)
@@ -752,7 +751,7 @@ def test_extract_prints_no_speed_of_photos_and_the_remedy_in_one_line(drawn, com
     bad.write_text("no film")
     done = command("extract", photo, bad, f"--models={drawn.models}", f"--out={drawn.out}")
     labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
-    assert labels == ["features", "files", "clips", "remedy"]
+    assert labels == ["features", "files", "clips", "remedy"]  # no speed
     words = [bad, f"--models={drawn.models}", f"--out={drawn.out}", "--quiet"]
     assert "bad.mp4' is damaged" in command("extract", *words).err
 
@@ -779,7 +778,7 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
     features, out = drawn.out / "features", drawn.folder / "names.rttm"
     words = (drawn.out / "gallery", f"--input={features}", f"--out={out}")
     content = drawn.run("gallery", "identify", *words).content
-    assert (content["clips"], content["named"]) == (3, 2)
+    assert (content["clips"], content["named"]) == (3, 2)  # a track and the photo are named
     (line,) = out.read_text().splitlines()
     assert line == "SPEAKER twins.mkv 1 0.000 2.000 <NA> <NA> Ada <NA> <NA>"
 
