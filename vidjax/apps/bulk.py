@@ -41,7 +41,7 @@ MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Makes the results of parquet tables of clips. Each subclass makes a kind of results."""
+    """Computes a table of results from a parquet table of clips. Subclasses: `Embed` and `Rank`."""
 
     joined = False  # True if `best` joins the results of all tables
 
@@ -227,7 +227,7 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns whether the file `results` exists. Raises UserError if it has another note."""
+    """Returns whether the file `results` exists; raises UserError if its note is not `note`."""
     if not files.exists(results):
         return False
     if _read_note(results) != note:
@@ -250,7 +250,7 @@ def _read_note(results: Path) -> bytes | None:
 
 
 def _check_once(inputs: Sequence[Path]) -> None:
-    """Raises UserError if two tables contain the same clip, with or without `.mp4` in its name."""
+    """Raises UserError if two tables contain the same clip. `a` and `a.mp4` are the same clip."""
     table_of: dict[str, Path] = {}
     for table in inputs:
         for given in parquet.read_clip_names(table):
