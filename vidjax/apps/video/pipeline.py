@@ -567,7 +567,7 @@ def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
 
 
 def _remove(out: Path, stem: str) -> None:
-    """Removes the features and thumbnails of the video with this stem."""
+    """Removes the features and thumbnails of the video or photo `stem`."""
     # The JSON file is removed first, because it marks the other files as complete.
     (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     _remove_pictures(out / THUMBNAILS / stem)

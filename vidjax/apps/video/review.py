@@ -116,7 +116,7 @@ class Review:
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of names as HTML. The page may show only a film or only a person.
+        """Returns the page of names as HTML, for all films, or for one `film` or `person`.
 
         `problem` is the state of the forms after a refused change. If it is None, the first page
         after a change says what was changed.
@@ -325,7 +325,7 @@ class _Pages:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:
-        """Answers with the page of names, for all films or for the film or person in the query."""
+        """Answers with the page of names, for all films, or for one film or person in the query."""
         self._check(request)
         query = request.query_params
         with self._lock:

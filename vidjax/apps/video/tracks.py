@@ -284,8 +284,8 @@ def find_changes(
 ) -> list[int]:
     """Returns the sorted indices at which the faces of a track change to another person.
 
-    The track is split where the mean embeddings before and after have the lowest cosine, if this
-    cosine is too low for one person. Both parts are then split in the same way.
+    At each index, the mean embeddings of a few faces before and after are compared. The track is
+    split at the lowest cosine, if it is too low for one person. Both parts are split likewise.
 
     Args:
       vectors, times: the embeddings [N, D] of the faces in order of time, and the seconds [N].

@@ -160,7 +160,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, films=films_kept, denied=denied, removed=self.highest)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Stores the unknown person of each clip in `groups`, such as `unknown 3`, for `films`."""
+        """Stores the number of each unknown clip of `films`. `groups` is clip -> `unknown 3`."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -435,7 +435,7 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
-    """Raises UserError if no person in the folder `people` is enrolled: the folder seems wrong."""
+    """Raises UserError if the folder `people` seems wrong, because it has no enrolled person."""
     enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
     if not photos or before & {*photos}:
@@ -581,7 +581,7 @@ def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
     """Returns name of a person -> label, the name in the gallery for the person's new photos.
 
     The label differs from the name if a user has renamed the person in the gallery. The label is
-    the most frequent label of the person's photos. Labels that are another of `names` come last.
+    the most frequent label of the person's photos. Labels of other people in `names` come last.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -670,7 +670,7 @@ class PhotoFace(NamedTuple):
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery; returns None for a clip that is no photo."""
+        """Parses the name of a clip in the gallery; returns None for a clip of a film."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
