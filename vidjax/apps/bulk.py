@@ -73,7 +73,7 @@ class TableTask:
 
 
 class Embed(TableTask):
-    """Embeds clips with a run. The columns are `clip` and `vector`, a float32 unit vector [D]."""
+    """Embeds clips with a run. Columns: `clip` and `vector`, a float32 unit vector [D]."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
         """Returns the columns `clip` and `vector` of clips."""
@@ -123,8 +123,8 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
 def list_tables(source: str | Path) -> list[Path]:
     """Returns the sorted paths of the parquet tables in a folder.
 
-    The list is empty if `source` is not a folder, or contains the table of a split, such as
-    `val.parquet`. Raises UserError if the folder contains tables and other files.
+    If `source` is no folder, or a dataset with a table for each split, such as `val.parquet`, the
+    list is empty. Raises UserError if the folder contains tables and other files.
     """
     source = Path(source).expanduser()
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -138,7 +138,7 @@ def list_tables(source: str | Path) -> list[Path]:
 
 
 def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
-    """Raises UserError if the value `out` of `--out` is not a folder for the results of `work`."""
+    """Raises UserError if `out`, the value of `--out`, cannot be the folder for the results."""
     path = Path(out).expanduser() if out else None
     endings = (*tables.ENDINGS, ".txt")
     if path is None or path.suffix in endings or (path.exists() and not path.is_dir()):

@@ -186,9 +186,9 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
-    """Yields the description of a converted dataset that contains `clips` or cannot be read.
+    """Describes a converted dataset that contains any of `clips` or cannot be read.
 
-    If `delete` is True, a dataset with any of the clips is deleted.
+    Yields at most one place. If `delete` is True, a dataset with any of the clips is deleted.
     """
     path = folder / "index.npz"
     try:

@@ -434,7 +434,7 @@ def find_films(out: Path) -> dict[str, Film]:
 
 
 def _find_film(out: Path, stem: str) -> Film | None:
-    """Returns the film of an earlier call, or None if its files are incomplete or damaged."""
+    """Returns the film `stem` of an earlier call, or None if its files are damaged or missing."""
     try:
         film = features_folder.read_film(out / VIDEOS / f"{stem}.json")
     except (UserError, FileNotFoundError):

@@ -230,7 +230,7 @@ class Review:
     def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
         """Returns the names in `clips` that belong to enrolled clips.
 
-        If a film was replaced, a new clip may have the name of an enrolled clip. It is left out.
+        The name of an enrolled clip is left out if a clip of a replaced film has it now.
         """
         vectors = self._decision.vectors
         return self._gallery.complete(vectors.only({*clips})) if vectors else set()

@@ -455,7 +455,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
     `names` are the people whose photo is a file directly in the folder `people`. If `only_files` is
-    True, this folder contains no other folders, and may show only one person.
+    True, all people are such files, and nobody was enrolled before: all may be the same person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
@@ -496,8 +496,8 @@ def _enrol_photos(
     """Enrols the faces in photos; returns path of each unusable photo -> remedy, and the people.
 
     If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
-    has no tags, its face gets the name of the folder. `outcomes_of` contains the extracted photos
-    of each folder of features.
+    has no tags, its face gets the name of the folder. `outcomes_of` is folder of features -> the
+    outcomes of its photos.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
