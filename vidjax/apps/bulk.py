@@ -76,7 +76,7 @@ class Embed(TableTask):
     """Embeds clips with a run. Columns: `clip` and `vector`, a float32 unit vector [D]."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the columns `clip` and `vector` of clips."""
+        """Returns two columns: the names (`clip`) and the embeddings (`vector`) of clips."""
         names = clips if isinstance(clips, Mapping) else clips.names
         return {"clip": ("string", [*names]), "vector": ("float32", self.trained.embed(clips))}
 

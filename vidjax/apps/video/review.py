@@ -99,7 +99,7 @@ class Review:
         return who.WhoResults(self._gallery.identities, self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of film `number`, or None if it does not exist or has changed."""
+        """Returns the path of film `number`, or None if the file is missing or has changed."""
         if number >= len(self._films):
             return None
         source = self._films[number].source
