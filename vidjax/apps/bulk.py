@@ -41,7 +41,7 @@ MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Makes the results of parquet tables of clips. Each subclass makes a kind of results."""
+    """Computes a table of results from a parquet table of clips. Subclasses: `Embed` and `Rank`."""
 
     joined = False  # True if `best` joins the results of all tables
 
@@ -73,10 +73,10 @@ class TableTask:
 
 
 class Embed(TableTask):
-    """Embeds clips with a run. The columns are `clip` and `vector`, a float32 unit vector [D]."""
+    """Embeds clips with a run. Columns: `clip` and `vector`, a float32 unit vector [D]."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the columns `clip` and `vector` of clips."""
+        """Returns two columns: the names (`clip`) and the embeddings (`vector`) of clips."""
         names = clips if isinstance(clips, Mapping) else clips.names
         return {"clip": ("string", [*names]), "vector": ("float32", self.trained.embed(clips))}
 
@@ -123,8 +123,8 @@ def best(lists: "pyarrow.Table") -> "pyarrow.Table":
 def list_tables(source: str | Path) -> list[Path]:
     """Returns the sorted paths of the parquet tables in a folder.
 
-    The list is empty if `source` is not a folder, or contains the table of a split, such as
-    `val.parquet`. Raises UserError if the folder contains tables and other files.
+    If `source` is no folder, or a dataset with a table for each split, such as `val.parquet`, the
+    list is empty. Raises UserError if the folder contains tables and other files.
     """
     source = Path(source).expanduser()
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -138,7 +138,7 @@ def list_tables(source: str | Path) -> list[Path]:
 
 
 def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
-    """Raises UserError if the value `out` of `--out` is not a folder for the results of `work`."""
+    """Raises UserError if `out`, the value of `--out`, cannot be the folder for the results."""
     path = Path(out).expanduser() if out else None
     endings = (*tables.ENDINGS, ".txt")
     if path is None or path.suffix in endings or (path.exists() and not path.is_dir()):
@@ -227,7 +227,7 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns whether the file `results` exists. Raises UserError if it has another note."""
+    """Returns whether the file `results` exists; raises UserError if its note is not `note`."""
     if not files.exists(results):
         return False
     if _read_note(results) != note:
@@ -250,7 +250,7 @@ def _read_note(results: Path) -> bytes | None:
 
 
 def _check_once(inputs: Sequence[Path]) -> None:
-    """Raises UserError if two tables contain the same clip, with or without `.mp4` in its name."""
+    """Raises UserError if two tables contain the same clip. `a` and `a.mp4` are the same clip."""
     table_of: dict[str, Path] = {}
     for table in inputs:
         for given in parquet.read_clip_names(table):

@@ -60,8 +60,8 @@ class Forgotten(NamedTuple):
     """The result of a search."""
 
     found: list[Place]  # the folders that contain a name or could not be searched
-    names: set[str]  # all searched names, also of people's clips, in the Unicode form NFC
-    similar: dict[str, str]  # searched name -> a stored name that looks similar
+    names: set[str]  # people, their clips, and other searched clips, in the Unicode form NFC
+    similar: dict[str, str]  # searched name -> another stored name, such as `ada` for `Ada`
 
 
 def forget(
@@ -130,9 +130,9 @@ def forget(
 
 
 def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[str, str]:
-    """Returns wanted name -> a name in `others` that looks the same, such as `ada` for `Ada`.
+    """Returns wanted name -> name in `others` that equals it after `fold`, as `ada` for `Ada`.
 
-    If no name looks the same and `closely` is True, a name with a similar spelling is returned.
+    If no name is equal and `closely` is True, a name with a similar spelling is returned.
     """
     looks = {fold(name): name for name in sorted(others, reverse=True)}
     near = {
@@ -187,9 +187,9 @@ def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Pla
 
 
 def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
-    """Yields the description of a converted dataset that contains `clips` or cannot be read.
+    """Describes a converted dataset that contains any of `clips` or cannot be read.
 
-    If `delete` is True, a dataset with any of the clips is deleted.
+    Yields at most one place. If `delete` is True, a dataset with any of the clips is deleted.
     """
     path = folder / "index.npz"
     try:

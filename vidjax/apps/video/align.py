@@ -82,9 +82,9 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
 def _cut_region(
     rgb: np.ndarray, x: np.ndarray, y: np.ndarray, factor: int
 ) -> tuple[np.ndarray, int, int]:
-    """Returns the part of a picture that contains the places (x, y), shrunk by `factor`.
+    """Cuts the part that contains the places (x, y) out of a picture, and shrinks it by `factor`.
 
-    Also returns the x and y of the part's top left corner in pixels.
+    Returns the shrunk part, and the x and y of its top left corner in the picture.
     """
     height, width = rgb.shape[:2]
     # Squares are counted from the corner of the picture, so that all crops have the same squares.
@@ -99,7 +99,7 @@ def _cut_region(
 
 
 def average_squares(picture: np.ndarray, side: int) -> np.ndarray:
-    """Returns the means, float32, of squares of side x side pixels, without incomplete squares."""
+    """Averages squares of side x side pixels; returns float32 [H // side, W // side, 3]."""
     rows, columns = picture.shape[0] // side, picture.shape[1] // side
     # These two sums are faster than a `mean` of the reshaped picture.
     strips = np.zeros((rows, columns * side, 3), np.float32)
@@ -112,9 +112,9 @@ def average_squares(picture: np.ndarray, side: int) -> np.ndarray:
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the range (first, end) of the squares that interpolation at `positions` reads.
+    """Returns the range (first, end) of the squares that are needed to interpolate at `positions`.
 
-    `length` pixels are divided into squares of `factor` pixels.
+    A row or column of `length` pixels is divided into squares with sides of `factor` pixels.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
@@ -178,10 +178,10 @@ def measure_size(points: np.ndarray) -> np.ndarray:
 
 
 def measure_sharpness(crops: np.ndarray) -> np.ndarray:
-    """Returns the sharpness v / (v + 1200) of each crop [N, S, S, 3] uint8: [N], 0 to 1.
+    """Returns the sharpness of each crop, [N], 0 to 1. `crops` are uint8 [N, S, S, 3].
 
-    v is the variance of the Laplacian of grey levels, minus the estimated noise. Before, the crop
-    is shrunk to about 37 x 37 squares.
+    Each crop is converted to grey and shrunk to about 37 x 37 pixels. The sharpness is
+    v / (v + 1200). Here v is the variance of the crop's Laplacian, minus the estimated noise.
     """
     grey = crops.astype(np.float32) @ GREY
     step = max(2, grey.shape[1] // SQUARES)
@@ -194,7 +194,7 @@ def measure_sharpness(crops: np.ndarray) -> np.ndarray:
 
 
 def _measure_detail(grey: np.ndarray, step: int) -> np.ndarray:
-    """Returns the variance, [N], of the Laplacian of the means of step x step pixels."""
+    """Shrinks images `grey` [N, S, S] by `step`; returns the variance of each Laplacian, [N]."""
     side = grey.shape[1] // step
     squares = grey[:, : side * step, : side * step].reshape(-1, side, step, side, step)
     means = squares.mean((2, 4))
@@ -206,8 +206,8 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
     """Returns how much each face looks into the camera, [N], from 0 (profile) to 1 (frontal).
 
     The result is 1 if the nose is on the line from the middle of the eyes to the middle of the
-    mouth. It falls linearly to 0, where the distance of the nose from this line is half the
-    distance between the eyes. A tilt of the head does not change the result.
+    mouth. It falls linearly with the distance of the nose from this line. At half the distance
+    between the eyes, it is 0. A tilt of the head does not change the result.
     """
     points = np.asarray(points, np.float64)
     eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)

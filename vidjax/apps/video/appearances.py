@@ -229,7 +229,7 @@ def to_subtitles(appearances: Sequence[Appearance], ending: str) -> str:
 
 
 def _make_cues(appearances: Iterable[Appearance]) -> Iterator[tuple[float, float, list[str]]]:
-    """Yields the start, the end and the sorted names of each period with the same known people."""
+    """Yields (start, end, sorted names) of each period in which the same known people appear."""
     changes: dict[float, list[tuple[str, int]]] = {}
     for appearance in appearances:
         if appearance.probability is not None:
@@ -270,7 +270,7 @@ def _make_words(texts: Collection[str]) -> dict[str, str]:
 
 
 def format_span(begin: float, end: float) -> str:
-    """Returns a period as text, such as 3:12–3:15, or within a second, 3:12.1–3:12.4."""
+    """Returns a period as text: 3:12–3:15, or if both ends are in one second, 3:12.1–3:12.4."""
     times = [format_time(seconds, short=True) for seconds in (begin, end)]
     if times[0] == times[1]:
         times = [format_tenths(seconds) for seconds in (begin, end)]

@@ -40,7 +40,7 @@ def find_cuts(
 
     Each stretch is extended by `padding_s` seconds at both ends, but not beyond the ends of the
     film. Stretches that then touch are joined. Frame rates are rounded to the nearest usual rate,
-    such as 25 or 29.97. Photos are skipped.
+    such as 25 or 29.97. Photos and people without a name are skipped.
     """
     cuts: dict[tuple[str, float], list[Cut]] = {}
     of_video = group_by_video(appearances)

@@ -195,7 +195,7 @@ class Video:
         self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
-        """Returns the end of a frame in seconds. A frame lasts at least 1 / rate seconds."""
+        """Returns the end of a frame in seconds. A frame lasts at least 1 / `info.rate` seconds."""
         end_s = time_s + 1.0 / self.info.rate
         duration_s = (frame.duration or 0) * float(frame.time_base or 0)
         return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))
@@ -322,8 +322,8 @@ def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
 def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
     """Turns a picture [H, W, 3] by a multiple of 90 degrees, or mirrors it, or does both.
 
-    The numbers (a, b, c, d) of `turn` move the pixel at (x, y) to (a x + c y, b x + d y). Other
-    angles are rounded to the nearest multiple of 90 degrees.
+    The numbers (a, b, c, d) of `turn` move the pixel at (x, y) to (a x + c y, b x + d y). If
+    they describe another angle, it is rounded to a multiple of 90 degrees.
     """
     a, b, c, d = turn
     across, down = a, d

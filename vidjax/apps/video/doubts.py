@@ -49,7 +49,7 @@ def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict
 def compare_photos(
     distances: Distances, units: np.ndarray, owner: np.ndarray
 ) -> dict[int, int | None]:
-    """Finds photos that show a person other than `owner` with odds above 200 to 1.
+    """Finds photos that probably show another person than `owner`, with odds above 200 to 1.
 
     Args:
       distances: the distributions of distances between faces of one person and of two people.
@@ -57,7 +57,7 @@ def compare_photos(
       owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 
     Returns:
-      Row of such a photo -> number of the person whom it resembles, or None.
+      Row of such a photo -> number of the person whom it resembles, or None for nobody.
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)

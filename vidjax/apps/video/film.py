@@ -156,8 +156,8 @@ def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as heads.
 
     Returns the index of the large box of each small box, int [M], or -1. A large box contains the
-    centre of its small box. The smallest large box chooses first. If a large box contains several
-    centres, the centre nearest to the middle of its top side is chosen. No box is in two pairs.
+    centre of its small box. If it contains several centres, the centre nearest to the middle of
+    its top side is chosen. The smallest large box chooses first. No box is in two pairs.
     """
     owner = np.full(len(small), -1)
     centres = (small[:, :2] + small[:, 2:]) / 2
@@ -276,9 +276,9 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes the clip `name` from pictures of a track. `faces` is number -> embedding.
+        """Makes the clip `name` from pictures of a track.
 
-        The number is `Sighting.number` of a picture, and the embedding is the one of its face.
+        `faces` is `Sighting.number` of a picture -> embedding of the face in this picture.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):

@@ -237,7 +237,7 @@ class DlibNet:
         self.shrink_shape(self.shape[0], kernel, 2)
 
     def add_block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block of two convolutions. `halves` halves the rows and columns."""
+        """Adds a residual block of two convolutions. If `halves`, it halves rows and columns."""
         start, start_shape = self.at, self.shape
         self.add_convolution(channels, 3, 2 if halves else 1)
         self.add("Relu", self.at)

@@ -51,7 +51,7 @@ NO_FACES = Faces(*(np.zeros(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2
 
 
 class Region(NamedTuple):
-    """A rectangle of an image in pixels. For a search, it is shrunk by the factor `scale` <= 1."""
+    """A rectangle of an image in pixels. A detector searches it shrunk by `scale`, at most 1."""
 
     left: int
     top: int
@@ -351,7 +351,7 @@ def _overlap(first: Region, second: Region) -> bool:
 
 
 def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
-    """Removes faces that overlap a face with a higher score; returns the others by falling score.
+    """Removes faces that overlap a face with a higher score; returns the rest by falling score.
 
     This is greedy non-maximum suppression. `most_overlap` is the largest intersection over union of
     two remaining faces.

@@ -72,7 +72,7 @@ class _Job(NamedTuple):
     stem: str  # the first part of the names of the file's clips
     out: Path  # the folder of features
     settings: ExtractionSettings
-    tagged: bool  # whether names that photo programs stored for faces are read, too
+    tagged: bool  # whether names that photo programs stored for faces are read
 
 
 def extract(
@@ -105,8 +105,8 @@ def extract_folders(
     error, and the other files are still read. All folders are locked until the call ends.
 
     Args:
-      paths: the videos, photos, or folders of videos and photos, for each folder of features. If a
-        folder of features does not exist, it is created, readable only by its owner.
+      paths: folder of features -> videos, photos, or folders of videos and photos. If a folder of
+        features does not exist, it is created, readable only by its owner.
       models: the folder of nets. Voices need a net that detects speech, and a net that computes
         embeddings of voices.
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
@@ -273,7 +273,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def suggest_path(path: Path) -> str:
-    """Returns a line that asks whether the user meant a similar path in the same folder, or ""."""
+    """Returns a line that suggests a similar path, or "" if the folder has no similar name."""
     try:
         names = os.listdir(path.parent)
     except OSError:
@@ -338,7 +338,7 @@ def say_left_out(paths: Iterable[Path]) -> None:
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Raises UserError if the folder `out` contains an input file, because results go there."""
+    """Raises UserError if an input file is in `out`, the folder in which results are written."""
     inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
@@ -434,7 +434,7 @@ def find_films(out: Path) -> dict[str, Film]:
 
 
 def _find_film(out: Path, stem: str) -> Film | None:
-    """Returns the film of an earlier call, or None if its files are incomplete or damaged."""
+    """Returns the film `stem` of an earlier call, or None if its files are damaged or missing."""
     try:
         film = features_folder.read_film(out / VIDEOS / f"{stem}.json")
     except (UserError, FileNotFoundError):
@@ -443,7 +443,7 @@ def _find_film(out: Path, stem: str) -> Film | None:
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
-    """Returns whether a folder of features keeps thumbnails, but lacks the ones of a film."""
+    """Returns whether a film has no thumbnails in a folder that keeps thumbnails."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
@@ -567,7 +567,7 @@ def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
 
 
 def _remove(out: Path, stem: str) -> None:
-    """Removes the features and thumbnails of the video with this stem."""
+    """Removes the features and thumbnails of the video or photo `stem`."""
     # The JSON file is removed first, because it marks the other files as complete.
     (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     _remove_pictures(out / THUMBNAILS / stem)
@@ -599,7 +599,7 @@ def remove_features(out: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files. If `stems` is given, removes the features of all other stems."""
+    """Removes temporary files, and if `stems` is given, the features of all other stems."""
     videos = out / VIDEOS
     for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
         if PARTIAL.fullmatch(entry.name):

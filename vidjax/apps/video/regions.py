@@ -209,7 +209,7 @@ def match_faces(
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
     """Turns boxes [n, 4] from the stored picture to the upright picture, by EXIF orientation.
 
-    The numbers are fractions of the picture's sides.
+    The coordinates are fractions of the picture's width and height.
     """
     points = boxes.reshape(-1, 2, 2)
     if orientation > 4:

@@ -99,7 +99,7 @@ class Review:
         return who.WhoResults(self._gallery.identities, self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of the film with this number, or None if the file has changed."""
+        """Returns the path of film `number`, or None if the file is missing or has changed."""
         if number >= len(self._films):
             return None
         source = self._films[number].source
@@ -116,10 +116,10 @@ class Review:
         return path if inside and path.suffix == ".png" and path.is_file() else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of names as HTML. The page may show only a film or only a person.
+        """Returns the page of names as HTML, for all films, or for one `film` or `person`.
 
-        `problem` is the state of the forms after a change that was refused. Without a `problem`,
-        the first call after a change shows the message of the change.
+        `problem` is the state of the forms after a refused change. If it is None, the first page
+        after a change says what was changed.
         """
         forms = (problem or self._forms)._replace(
             version=self.version, film=film, person=person,
@@ -138,12 +138,12 @@ class Review:
         """Changes the name of a person, or of a person in one appearance.
 
         Args:
-          action: "name" gives the name `name`. "deny" removes a wrong name. "ignore" removes the
-            name or number of a person.
+          action: "name" gives the person the name `name`. "deny" says that the name is wrong, so
+            that the person becomes unknown. "ignore" shows the person as ignored, without a name.
           of: the person to change, or the key of the appearance to change.
-          name: the new name, without repeated blanks. If `name` is an unknown person, such as
-            `unknown 4`, this person and the person `of` are joined. `of` must be unknown, too.
-          after: the person, or the key of the appearance, next to which the page shows the message.
+          name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
+            person `of` become one unknown person. Then `of` must be unknown, too.
+          after: the person, or the key of the appearance, next to which the page says what changed.
 
         Raises:
           UserError: `of` is not on the page, or the name is not allowed.
@@ -228,9 +228,9 @@ class Review:
         return group
 
     def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
-        """Returns the clips that are enrolled.
+        """Returns the names in `clips` that belong to enrolled clips.
 
-        A clip of a replaced film may have the name of an enrolled clip. This clip is not returned.
+        The name of an enrolled clip is left out if a clip of a replaced film has it now.
         """
         vectors = self._decision.vectors
         return self._gallery.complete(vectors.only({*clips})) if vectors else set()
@@ -238,10 +238,10 @@ class Review:
     def _label_clips(
         self, of: str, clips: Collection[str], name: str | None
     ) -> dict[str, StoredClip | None]:
-        """Returns clip -> entry of the gallery, with the new name `name` of the person `of`.
+        """Returns clip -> new entry of the gallery, in which the person `of` has the name `name`.
 
-        If `name` is None, the person is ignored. Clips without a clear face are left out. Raises
-        UserError if no clip remains.
+        If `name` is None, the entry says that the person is ignored. Clips without a clear face are
+        left out. Raises UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         known = clips if of in self._gallery.identities else self._find_enrolled(clips)
@@ -291,8 +291,8 @@ class Review:
     ) -> None:
         """Applies a change that can be undone, and shows its description `words` on the page.
 
-        `clips` are the new entries of the gallery, and None removes a clip. For `of` and `after`,
-        see `change`.
+        `clips` is clip -> new entry of the gallery, or None to remove the clip. For `of` and
+        `after`, see `change`.
         """
         before = self._numbers
         self._steps.append(Step(words, of, self._apply(clips, numbers or before), before))
@@ -305,7 +305,7 @@ def _fold_letters(name: str) -> str:
 
 
 class _Pages:
-    """Answers the requests of a browser. All addresses begin with `/TOKEN/`, a secret word."""
+    """Answers the requests of a browser. All paths begin with `/TOKEN/`. TOKEN is a secret."""
 
     def __init__(self, review: Review, token: str, port: int):
         self._review, self._token = review, token
@@ -325,7 +325,7 @@ class _Pages:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:
-        """Answers with the page of names, for all films or for the film or person in the query."""
+        """Answers with the page of names, for all films, or for one film or person in the query."""
         self._check(request)
         query = request.query_params
         with self._lock:
@@ -403,7 +403,7 @@ class _Pages:
 
 
 def make_app(review: Review, token: str, port: int) -> Starlette:
-    """Returns the web application of the page of names, at `/TOKEN/` of this machine."""
+    """Returns the web application that serves the page of names at `/TOKEN/` of this machine."""
     pages = _Pages(review, token, port)
 
     def refuse(_: Request, error: Exception) -> Response:
@@ -429,7 +429,7 @@ def make_app(review: Review, token: str, port: int) -> Starlette:
 
 
 def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.OK) -> Response:
-    """Returns a page that shows the HTML `more`, and below, the text `about`."""
+    """Returns a page that shows the text `about` below the HTML `more`."""
     policy = "default-src 'none'; media-src 'self'; style-src 'unsafe-inline'"
     page = (
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'

@@ -41,7 +41,7 @@ class FilmSearch:
         self._before: Mapping[str, Faces] = {}
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame. If the frame begins a new group, searches and yields the last group."""
+        """Adds a frame. If it begins a new group, first searches and yields the previous group."""
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()

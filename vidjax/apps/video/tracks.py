@@ -177,7 +177,7 @@ class Tracker:
         self._live = [motion for motion in self._live if not ends(motion)]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
-        """Returns index of a detection -> its track, and the indices of detections to drop."""
+        """Returns index of a detection -> motion of its track, and the indices to drop."""
         live = self._live
         expected = np.array([motion.predict(time_s) for motion in live]).reshape(-1, 4)
         last = np.array([motion.last for motion in live]).reshape(-1, 4)
@@ -195,10 +195,10 @@ class Tracker:
 
 
 class MainFigures:
-    """Makes the track of the main person of each shot.
+    """Makes a track of the main person in each shot.
 
-    The main person of a frame has a box with at least three times the area of any other box. A shot
-    has a main person if it lasts 1 to 30 seconds, and more than 30 % of its frames have one.
+    The main person in a frame has a box with at least three times the area of any other box. Shots
+    get a track if they last 1 to 30 seconds, and more than 30 % of their frames show a main person.
 
     Source: iQIYI-VID paper, sections 3.1 and 3.2, where the boxes are heads. The paper writes
     "larger" without a measure. We compare areas.
@@ -268,8 +268,8 @@ def choose_gap_seconds(rate: float) -> float:
 def find_least_cosine(back_end: BackEnd, odds: float) -> float:
     """Returns the cosine of two faces at which the odds are `odds` to 1 that they are one person.
 
-    `back_end` contains the mean and standard deviation of the cosines of one person and of two
-    people. Cosines are assumed to be normally distributed. The result lies between the two means.
+    `back_end` describes the cosines of two faces of one person, and of two people. Both are assumed
+    to be normally distributed. The result lies between the two means.
     """
     cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
     same, different = (
@@ -284,8 +284,8 @@ def find_changes(
 ) -> list[int]:
     """Returns the sorted indices at which the faces of a track change to another person.
 
-    The track is split where the mean embeddings before and after have the lowest cosine, if this
-    cosine is too low for one person. Both parts are then split in the same way.
+    At each index, the mean embeddings of a few faces before and after are compared. The track is
+    split at the lowest cosine, if it is too low for one person. Both parts are split likewise.
 
     Args:
       vectors, times: the embeddings [N, D] of the faces in order of time, and the seconds [N].
@@ -338,10 +338,10 @@ def _double_boxes(boxes: np.ndarray) -> np.ndarray:
 
 
 def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[int, int]:
-    """Pairs L boxes with N other boxes; returns column -> row of `overlaps` [L, N] for each pair.
+    """Pairs L boxes with N other boxes by their overlaps [L, N]; returns column -> row.
 
-    The pair with the largest overlap is chosen first. No box is in two pairs. The overlap of a pair
-    is above `least`, which must not be negative.
+    The pair with the largest overlap is chosen first. No box is in two pairs. The overlap of each
+    pair is above `least`, which must be 0 or more.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}
@@ -353,11 +353,11 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns bool [N]: whether one person may hide another at each of N detections.
+    """Returns whether one person may hide another at each of N detections: bool [N].
 
-    This is so if the predicted boxes `expected` [L, 4] of several tracks overlap each other and the
-    detection, but fewer detections than tracks are there. `overlaps` [L, N] compares the boxes with
-    the detections.
+    `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] are their overlaps with
+    the detections. A person may be hidden if several tracks overlap each other and the detection,
+    and there are fewer detections than tracks at this place.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

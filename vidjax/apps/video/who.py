@@ -69,8 +69,8 @@ class WhoResults(NamedTuple):
 
     people: dict[str, int]  # name of a person -> number of enrolled clips
     decision: "Decision"  # the people in the films
-    # Path of a file that could not be read or shows no usable face -> what the user can do about
-    # the problem, or "" if this was already printed.
+    # Path of a file that could not be read or shows no usable face -> remedy for the user, or "" if
+    # the remedy was already printed.
     failed: dict[str, str]
     missed: Sequence[str] = ()  # the people without a usable photo, who cannot be recognised
 
@@ -90,7 +90,7 @@ class UnknownNumbers(Struct, kw_only=True):
     """The contents of `unknown.json`: the numbers of unknown people, and corrections by a user.
 
     The person with number 3 has the name `unknown 3`. A film is identified by a digest of its file
-    and its clips. The methods return changed copies.
+    and its clips. `join`, `deny` and other methods return a changed copy.
     """
 
     format: Literal[1] = 1
@@ -101,7 +101,7 @@ class UnknownNumbers(Struct, kw_only=True):
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
     # Pairs (number, lower number) of unknown people whom a user joined to one person.
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
-    removed: Count = 0  # no person in a removed film had a higher number
+    removed: Count = 0  # the numbers up to this one are not given to new people
 
     def __post_init__(self) -> None:
         if any(low >= number for number, low in self.same):
@@ -114,7 +114,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return max([self.removed, *numbers, *dict(self.same)])
 
     def resolve(self, group: str) -> str:
-        """Returns the present name, such as `unknown 2`, of a person who was `group` before."""
+        """Returns the name that the unknown person `group` has after joins, such as `unknown 2`."""
         number, lower = answers_lib.parse_group_number(group), dict(self.same)
         while number in lower:
             number = lower[number]
@@ -160,7 +160,7 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, films=films_kept, denied=denied, removed=self.highest)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Adds the people in `groups`, clip -> unknown person (`unknown 3`), to `films`."""
+        """Stores the number of each unknown clip of `films`. `groups` is clip -> `unknown 3`."""
         numbers = {**self.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
@@ -187,7 +187,7 @@ def _hash_film(film: Film) -> str:
 
 
 def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns clip -> value for the clips of `films`. `table` has the digests of films as keys."""
+    """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
     selected: dict[str, T] = {}
     for film in films:
         selected |= table.get(_hash_film(film), {})
@@ -323,7 +323,7 @@ def _update_people(
 
 
 def _report_missing(films: Sequence[Film], out: Path) -> None:
-    """Prints how many films no longer exist, and the name of one film without thumbnails."""
+    """Prints how many films no longer exist, and the name of a film that lacks thumbnails."""
     missing = [film.video for film in films if not film.source.path.exists()]
     if missing:
         say(
@@ -388,7 +388,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
 
 
 def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes from `unknown.tsv` the rows with a clip and person of `named`, clip -> person."""
+    """Removes rows (clip, person) that are in `named`, clip -> person, from `unknown.tsv`."""
     rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
     remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
     if len(remaining) < len(rows):
@@ -435,7 +435,7 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
-    """Raises UserError if `people` is probably the wrong folder: it contains no enrolled person."""
+    """Raises UserError if the folder `people` seems wrong, because it has no enrolled person."""
     enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
     if not photos or before & {*photos}:
@@ -455,7 +455,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
     `names` are the people whose photo is a file directly in the folder `people`. If `only_files` is
-    True, this folder contains no other folders, and may show only one person.
+    True, all people are such files, and nobody was enrolled before: all may be the same person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
@@ -496,8 +496,8 @@ def _enrol_photos(
     """Enrols the faces in photos; returns path of each unusable photo -> remedy, and the people.
 
     If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
-    has no tags, its face gets the name of the folder. `outcomes_of` contains the extracted photos
-    of each folder of features.
+    has no tags, its face gets the name of the folder. `outcomes_of` is folder of features -> the
+    outcomes of its photos.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[Path, dict[str, str]] = {}
@@ -580,8 +580,8 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
 def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
     """Returns name of a person -> label, the name in the gallery for the person's new photos.
 
-    The two names differ if a user has renamed the person in the gallery. The label is the most
-    frequent label of the person's enrolled photos. Names of other people are chosen last.
+    The label differs from the name if a user has renamed the person in the gallery. The label is
+    the most frequent label of the person's photos. Labels of other people in `names` come last.
     """
     before = {name: Counter[str]() for name in names}
     for clip, photo in _list_faces(gallery).items():
@@ -670,7 +670,7 @@ class PhotoFace(NamedTuple):
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery. Returns None if it is not a clip of a photo."""
+        """Parses the name of a clip in the gallery; returns None for a clip of a film."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
@@ -734,7 +734,7 @@ def decide(
     Args:
       out: the folder of results.
       before: the numbers of the last call, and the corrections of a user.
-      identify: the method `gallery.identify`, with the rule by which a clip gets a name.
+      identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
       last: an earlier decision on the same films. Its embeddings and groups are used to save time.
     """
     vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
@@ -774,8 +774,8 @@ def _keep_numbers(
     """Gives groups of clips the numbers of the last call; returns clip -> new group.
 
     `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
-    group gets the number that most of its clips had. If several groups had the same number, the
-    group with the most such clips gets it. The other groups get new numbers above `highest`.
+    group gets the number that most of its clips had. If several groups claim a number, the group
+    with the most clips of this number gets it. All other groups get new numbers above `highest`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}
