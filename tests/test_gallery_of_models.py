@@ -357,9 +357,9 @@ def test_clips_that_a_user_grouped_stay_together(gallery):
     groups = gallery.group(vectors, apart=[("a2", "a4")], begin=pairs)
     assert groups["a2"] == groups["a3"] != groups["a4"] == groups["a5"]
 
-    del begin["a0"]
+    del pairs["a0"]
     with pytest.raises(ValueError, match="`begin` lacks 1 clip: a0\ngive the first group"):
-        gallery.group(vectors, begin=begin)
+        gallery.group(vectors, begin=pairs)
 
 
 def test_subtitles_list_all_visible_known_people_and_do_not_overlap():

@@ -113,7 +113,7 @@ def test_identities_only_in_the_test_split_get_no_class(small, tmp_path):
     records = prepare(small, tmp_path / "cache")
 
     truth = load_official_truth(small, records.clips)
-    with pytest.warns(UserWarning, match="1 clips of test show identities that are not in"):
+    with pytest.warns(UserWarning, match="test has 1 clip of identities that are not in"):
         identities, labels, report = label_records(records, truth)
 
     assert identities == ("4", "6")

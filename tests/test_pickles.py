@@ -117,7 +117,7 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     (truth, "1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b is already in line 1, with the identity 1"),
     (truth, "a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: identity x is not a whole number, unlike most"),
     (truth, "0 b.mp4\n1 a.mp4\n", "line 1: identity 0 is less than 1"),
-    (weights, "a.mp4 1\n\nb.mp4\n", "line 3: the line has 1 words: write a clip and its w"),
+    (weights, "a.mp4 1\n\nb.mp4\n", "line 3: the line has 1 word: write a clip and its w"),
     (weights, "a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a finite number of 0"),
     (weights, "a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is not a finite number of 0"),
     (weights, "a.mp4 1e39\n", "line 1: weight 1e39 is not a finite number of 0"),

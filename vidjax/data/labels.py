@@ -15,7 +15,7 @@ import numpy as np
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.untrusted.names import clean_identity, clean_name_at, show, unescape
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
 
 TABLE = "labels.csv"
@@ -227,8 +227,8 @@ def load_ground_truth(
             )
         if not inverted and len(fields) != 2:
             raise UserError(
-                f"{where} the line has {len(fields)} words: write a clip and its identity, "
-                "NAME.mp4 ID"
+                f"{where} the line has {messages.count(len(fields), 'word')}: write a clip and its "
+                "identity, NAME.mp4 ID"
             )
         if inverted and line_of_identity.setdefault(identity, number) != number:
             raise UserError(
@@ -325,7 +325,8 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
         where = f"{path}: line {number}:"
         if len(fields) != 2:
             raise UserError(
-                f"{where} the line has {len(fields)} words: write a clip and its weight, NAME.mp4 1"
+                f"{where} the line has {messages.count(len(fields), 'word')}: write a clip and its "
+                "weight, NAME.mp4 1"
             )
         name = _parse_clip(fields[0], known, where)
         if line_of_clip.setdefault(name, number) != number:

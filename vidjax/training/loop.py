@@ -43,7 +43,7 @@ from vidjax.training.plan import (
     make_schedule,
     relabel,
 )
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
 Tree = TypeVar("Tree")  # a tree of arrays
@@ -347,8 +347,8 @@ class TrainingRun:
         }
         if sums["bad_steps"]:
             warn(
-                f"{sums['bad_steps']:.0f} steps up to step {self.step} were skipped, "
-                "because the loss or the gradient was not finite"
+                f"up to step {self.step}, {messages.count(int(sums['bad_steps']), 'step')} had no "
+                "effect, because the loss or the gradient was not finite"
             )
         values = {"epoch": self.step * self._config.batch_size / self._plan.batches.num_places}
         if not self._system.model.is_closed_form:

@@ -111,8 +111,9 @@ def label_records(
         )
         if positives[0]:
             warn(
-                f"{positives[0]} clips of {name} show identities that are not in the training data"
-                "\nthese clips count as distractors, and the AP of these identities is 0\n"
+                f"{name} has {messages.count(positives[0], 'clip')} of identities that are not in "
+                "the training data\n"
+                "these clips count as distractors, and the AP of these identities is 0\n"
                 "to rank these identities, add clips of them to train, and train again"
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
