@@ -193,8 +193,8 @@ def write_report(folder: RunFolder, split: str) -> None:
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
     """Turns an exception of the analysis or the report of a split into a warning.
 
-    OSError and Interrupted are raised. If there are several processes, all exceptions are raised,
-    because the other processes would wait for this one.
+    OSError and Interrupted are raised again. With several processes, all exceptions are raised
+    again, because the other processes would wait for this one.
     """
     try:
         yield

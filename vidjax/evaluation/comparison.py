@@ -401,7 +401,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def describe_in_sample(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a warning that names the runs that were trained on these clips, or [] without any."""
+    """Returns a list with a warning about runs that were trained on the ranked clips, or []."""
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []

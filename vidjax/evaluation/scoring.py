@@ -244,7 +244,7 @@ def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
 
 
 def choose_window_rows(num_identities: int) -> int:
-    """Returns how many clips a member scores before the next member starts, see WINDOW_ROWS."""
+    """Returns how many clips a member scores before the next member starts."""
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 

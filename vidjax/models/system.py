@@ -281,12 +281,10 @@ def _check_precision(precision: str) -> None:
 
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
-    """Computes the logarithm of the sigmoid."""
     return jax.nn.log_sigmoid(logits)
 
 
 def _keep_logits(logits: Array, class_mask: Array) -> Array:
-    """Returns the logits unchanged."""
     return logits
 
 
