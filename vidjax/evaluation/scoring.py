@@ -252,7 +252,7 @@ def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
     """Returns a plan in which the same members score all clips of a block.
 
     `use` [E, N] bool is True where one of E members scores one of N clips. Each bucket, a group of
-    clips of similar length, is split by the members that score the clips. Splits of fewer than
+    clips of similar length, is split by the members that score the clips. Parts of fewer than
     `rows` clips stay in a common bucket, because separate blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)

@@ -126,7 +126,7 @@ class FallbackIdentifier(Identifier):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Adds the threshold to `spec`, if `spec` has a `threshold_share` and no threshold."""
+        """Returns `spec`, with the threshold of `prepare` if `spec` needs and lacks a threshold."""
         if not spec.get("threshold_share") or spec.get("threshold"):
             return spec
         return {**spec, **prepared}

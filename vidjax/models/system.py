@@ -205,11 +205,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration.
-
-    If `config.ensemble.views` is set, the feature widths of the model are smaller by the hidden
-    chunk.
-    """
+    """Builds the model. If `config.ensemble.views` is set, its inputs lack the hidden chunk."""
     spec = config["model"]
     if task.settings:
         check_entry("model.name", spec.get("name"), identifier.MODELS)
@@ -281,10 +277,12 @@ def _check_precision(precision: str) -> None:
 
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
+    """Computes the logarithm of the sigmoid."""
     return jax.nn.log_sigmoid(logits)
 
 
 def _keep_logits(logits: Array, class_mask: Array) -> Array:
+    """Returns the logits unchanged."""
     return logits
 
 

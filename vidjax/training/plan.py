@@ -55,10 +55,10 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 class RunPlan(NamedTuple):
     """The decisions before the first step of a run, such as the clips of each batch."""
 
-    task: TaskSpec
-    training_sets: ensemble.TrainingSets
+    task: TaskSpec  # sizes of the training data
+    training_sets: ensemble.TrainingSets  # clips that each member (net) is trained on
     labels: np.ndarray  # [N] int32, the class of each training clip at step 0
-    constants: train_step.MemberConstants
+    constants: train_step.MemberConstants  # weights of clips and other constants of members
     batches: BatchPlan  # decides which clips are in the batch of a step
 
 
