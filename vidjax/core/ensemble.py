@@ -176,7 +176,7 @@ def save(folder: Path, training_sets: TrainingSets) -> None:
 
 
 def check_size(training_sets: TrainingSets) -> None:
-    """Raises UserError if `load` would refuse training sets of this size."""
+    """Raises UserError if the training sets are too large for `load`."""
     clips = training_sets.clips
     count, members = len(clips), len(training_sets.members)
     size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)

@@ -157,7 +157,7 @@ def write_results(
       values: the metrics. If they have an entry `overrides`, the names of the files contain the
         name of the split, so that no result of the training is replaced.
       ends_training: marks the metrics as `finished` after the report is written, not before. If the
-        process is killed before that, the same command writes the report.
+        process is killed before that, the command writes the report when it is repeated.
     """
     split, identities = evaluation.split, models[0].data.identities
     paths = folder.paths(split.name, apart=bool(values.get("overrides")))

@@ -48,7 +48,7 @@ class RankedRun(NamedTuple):
 
     @property
     def data(self) -> str:
-        """The name, size and seed of a generated dataset as text. Other datasets are `files`."""
+        """The name, size and seed of a generated dataset as text, or `files` for other datasets."""
         data = self.metrics.get("data") or {}
         return describe(data) if is_generated(data.get("name", "")) else "files"
 
@@ -348,7 +348,7 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def list_fields(run: RankedRun) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    A blend has only the fields `join`, because its runs have their own values of other fields.
+    For a blend, these are only the fields of `config.join`: its runs differ in other fields.
     """
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     if values["join.runs"]:

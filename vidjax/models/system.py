@@ -121,7 +121,7 @@ class System(NamedTuple):
 
 
 def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns two clips of one frame of zeros, modality -> Frames [2, 1]."""
+    """Returns two clips, each of a single frame of zeros, as modality -> Frames [2, 1]."""
     row = jnp.zeros((2, 1), jnp.float32)
     return {
         name: Frames(jnp.zeros((2, 1, dim), row.dtype), row, row, row.astype(jnp.int32), row == 0)
