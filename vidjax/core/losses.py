@@ -240,7 +240,7 @@ def make_objective(
 
 
 def _check_loss(name: str, value: object, labels: Array) -> Array:
-    """Returns `value`, the result of the loss `name`, if it is an array of a float per label."""
+    """Returns `value`, which the loss `name` computed. Checks that it has a float for each label."""
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jnp.floating) and value.shape == labels.shape:
             return value
