@@ -240,7 +240,7 @@ def make_objective(
 
 
 def _check_loss(name: str, value: object, labels: Array) -> Array:
-    """Returns `value`, which the loss `name` computed. Checks that it has a float for each label."""
+    """Returns `value`, the result of the loss `name`. Checks that it has a float per label."""
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jnp.floating) and value.shape == labels.shape:
             return value

@@ -348,7 +348,7 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def list_fields(run: RankedRun) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    A blend has only the fields of `config.join`, because each of its runs has its own other fields.
+    A blend has only the fields of `config.join`. Each of its runs has its own other fields.
     """
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     if values["join.runs"]:
