@@ -277,7 +277,7 @@ def make_training_clips(
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or ignores a field without its default."""
+    """Raises UserError if the model needs more epochs, or ignores a field not at its default."""
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
     if not issubclass(model, Identifier):
