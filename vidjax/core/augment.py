@@ -37,8 +37,8 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
     """Drops the frames whose quality is below `clips.min_quality`.
 
-    If all frames of a clip in a modality are too poor, they are kept. If this modality is the first
-    in `clips.frames` and `poor_clips` is `drop`, the weight of the clip becomes 0.
+    If all frames of a clip in a modality are too poor, they are kept. With `poor_clips="drop"`, the
+    weight of a clip becomes 0 if all its frames in the first modality are too poor.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
     option `keep`. The paper also drops frames whose quality equals the limit.
@@ -87,10 +87,10 @@ def concat_clips(
 ) -> Frames:
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
-    A short clip is extended with probability 0.5, by the frames of another chosen short clip. The
-    numbers of these frames follow the last number of the clip. A long clip is cut to a random
-    piece. If several modalities are changed with the same `rng`, `chosen` and `short`, all of them
-    are extended by the same clip and cut at the same relative position.
+    With probability 0.5, the frames of another chosen short clip are appended to a short clip, and
+    numbered after its last frame. A long clip is cut to a random piece. To extend all modalities of
+    a clip by the same clip, and to cut them at the same relative position, call this function for
+    each modality with the same `rng`, `chosen` and `short`.
 
     Args:
       chosen: [B] bool, True for clips that may change. It must be False on padded rows.
@@ -151,7 +151,7 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Returns share x clip + (1 - share) x the clip in row `partner` [B]. Missing frames are 0."""
+    """Returns share x clip + (1 - share) x the clip in row `partner` [B]. Padding counts as 0."""
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(first: Array, second: Array) -> Array:
@@ -195,11 +195,11 @@ TRANSFORMS: dict[str, Transform] = {
 def make_transforms(
     config: Mapping[str, Any], num_identities: int
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """Builds the transforms of a configuration, before and after the fusion of frames.
+    """Returns two tuples of transforms: to apply before the fusion of frames, and after it.
 
-    In both lists, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
-    `config.mixup` come first. The entries of `config.transforms` follow: keys of TRANSFORMS, or
-    dicts of the key (`name`) and options.
+    The transforms of `config.ensemble.min_quality`, `config.noise.join` and `config.mixup` come
+    first. The entries of `config.transforms` follow. An entry is a key of TRANSFORMS, or a dict
+    with the key as `name` and with options.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

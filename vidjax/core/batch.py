@@ -102,7 +102,7 @@ BATCHED = tuple(name for name in Frames._fields if name != "mask")
 
 
 class Batch(NamedTuple):
-    """The clips of a training step, or of a block of an evaluation."""
+    """The clips of a training step, or some clips of an evaluation."""
 
     frames: Mapping[str, Frames]  # modality -> Frames [B, T]; modalities may differ in T
     clip_index: Array  # [B] int32, row of each clip in arrays such as the labels; 0 on padded rows
@@ -118,7 +118,7 @@ class ClipInfo(NamedTuple):
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, the result of `Identifier.measure_clips` in evaluation, or None.
+      measure: [B] float32, quality by `Identifier.measure_clips`, or None. None in training.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
@@ -140,8 +140,8 @@ class ModelOutput(NamedTuple):
         learn from the clip.
       eval_weight: [B, G] float32, weight of the score of each branch (a probability, not a logit)
         in evaluation. Smaller weights rank the clip lower.
-      attention: [B, M, M] of M vectors, such as one per modality. Entry [b, i, j] is the weight of
-        vector i in the new vector j. None without attention.
+      attention: [B, M, M] weights between M vectors, such as one per modality. Entry [b, i, j] is
+        the weight of vector i in the new vector j. None without attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
     """
 

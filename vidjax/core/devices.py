@@ -61,7 +61,7 @@ def cache_programs(folder: Path) -> None:
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401
-    """Returns `jax.jit(function, **options)`. On a CPU, large programs compile faster."""
+    """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU."""
     # LLVM optimises less. Matrix products are not slower, because libraries compute them.
     level = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=level, **options)
@@ -83,7 +83,7 @@ def disable_program_cache() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Sets the XLA flag for bit-identical runs on a GPU. Warns if jax already uses the GPU."""
+    """Sets the XLA flag for bit-identical GPU runs. Warns if it is too late: jax uses the GPU."""
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return
@@ -99,10 +99,9 @@ def make_deterministic() -> None:
 
 
 def collect_versions() -> dict[str, str]:
-    """Returns the versions of vidjax, Python and packages, and the device and git commit, by name.
+    """Returns name -> version of vidjax, Python and packages, and the device and git commit.
 
-    `device` is the number and the kind, such as `1 x cpu`. Outside a git checkout, there is no
-    `commit`.
+    The entry `device` is a text such as `1 x cpu`. Outside a git checkout, `commit` is missing.
     """
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {"vidjax": __version__}

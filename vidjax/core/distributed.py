@@ -19,7 +19,7 @@ FLAGS = ("coordinator", "num_processes", "process_id")
 
 
 def join_processes(args: argparse.Namespace) -> None:
-    """Joins the other processes of a run, if `args` has the flags FLAGS. Call before using JAX."""
+    """Joins the other processes of a run, if --coordinator is set. Call this before using JAX."""
     given = {name: getattr(args, name, None) for name in FLAGS}
     if all(value is None for value in given.values()):
         return

@@ -134,7 +134,7 @@ def draw_bootstrap(
 def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how often each member trains on each clip in an epoch, [E, N] float32."""
+    """Returns how often each of E members trains on each of N clips in an epoch, [E, N] float32."""
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"
@@ -176,7 +176,7 @@ def save(folder: Path, training_sets: TrainingSets) -> None:
 
 
 def check_size(training_sets: TrainingSets) -> None:
-    """Raises UserError if `load` would refuse training sets of this size."""
+    """Raises UserError if the training sets are too large for `load`."""
     clips = training_sets.clips
     count, members = len(clips), len(training_sets.members)
     size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)

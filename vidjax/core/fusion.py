@@ -100,9 +100,9 @@ def sample_frames(
         all frames and repeats random frames. None selects evenly spaced frames.
       order: order of the selected frames, `time` or `random`. Without a key, the random order is
         the same for all clips.
-      replacement: True to draw the frames of a clip with fewer than `num_frames` frames with
-        replacement. Without `rng`, a fixed key is used, and the frames of longer clips are spread
-        almost evenly.
+      replacement: if True, frames are drawn with replacement from clips with fewer than
+        `num_frames` frames. If `rng` is None, a fixed key draws them, and frames of longer clips
+        are almost evenly spaced.
 
     Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
     training and test. The paper has no time order and no evenly spaced frames. By default, a short
@@ -197,7 +197,7 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
 
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
-    """Draws a number from [0, 1) for every frame, [B, T] float32. A longer T only adds draws."""
+    """Draws a number from [0, 1) for every frame, [B, T] float32. The padding has no effect."""
     # A draw depends on its flat index. With frames as the slow axis, padding only appends draws.
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
@@ -452,8 +452,8 @@ def crop_means(
 
     Args:
       weighting: a weighting of `frame_weights`.
-      always_shorter: thirds and sixths are rounded down. If True, they are at least 1 frame, unless
-        no frame would remain.
+      always_shorter: thirds and sixths are rounded down, possibly to 0 frames. If True, 0 becomes
+        1, except where no frame would remain.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """

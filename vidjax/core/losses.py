@@ -212,8 +212,9 @@ def make_objective(
     """Builds the training objective, a function that computes the loss of each example.
 
     The loss of an example is the sum of `ModelOutput.train_weight` x loss over the branches (sets
-    of logits) of the model. If `spec["mean_over"]` is `branches`, the loss of a branch is averaged
-    over only the examples that train it. For the arguments, see `make_loss`.
+    of logits) of the model. The training step averages this loss over all examples. If `mean_over`
+    is `branches`, the loss of a branch is first divided by the share of examples that train the
+    branch. Other values concern only the training step. For the arguments, see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -239,7 +240,7 @@ def make_objective(
 
 
 def _check_loss(name: str, value: object, labels: Array) -> Array:
-    """Raises UserError if `value` is not an array with a float for each label. Returns `value`."""
+    """Returns `value`, the result of the loss `name`. Checks that it has a float per label."""
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jnp.floating) and value.shape == labels.shape:
             return value

@@ -159,7 +159,7 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
     """Returns the 95 % confidence interval (low, high) of the false-positive identification rate.
 
     `num_passing` of `num_distractors` distractors (clips of unknown people) reach the threshold.
-    The threshold was set just above the best score of the other distractors.
+    The threshold is just above the best score of the remaining distractors.
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """

@@ -178,7 +178,7 @@ class RestartState(NamedTuple):
 
 
 def restart_before(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
-    """Returns `tx` with a state that is reset before update number `step`, counted from 0."""
+    """Returns the optimiser `tx` with a reset of its state before update `step`, counted from 0."""
 
     def init(params: optax.Params) -> RestartState:
         return RestartState(tx.init(params), jnp.int32(0))

@@ -157,7 +157,7 @@ def write_results(
       values: the metrics. If they have an entry `overrides`, the names of the files contain the
         name of the split, so that no result of the training is replaced.
       ends_training: marks the metrics as `finished` after the report is written, not before. If the
-        process is killed before that, the same command writes the report.
+        process is killed before that, the command writes the report when it is repeated.
     """
     split, identities = evaluation.split, models[0].data.identities
     paths = folder.paths(split.name, apart=bool(values.get("overrides")))
@@ -193,8 +193,8 @@ def write_report(folder: RunFolder, split: str) -> None:
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
     """Turns an exception of the analysis or the report of a split into a warning.
 
-    OSError and Interrupted are raised. If there are several processes, all exceptions are raised,
-    because the other processes would wait for this one.
+    OSError and Interrupted are raised again. With several processes, all exceptions are raised
+    again, because the other processes would wait for this one.
     """
     try:
         yield

@@ -48,7 +48,7 @@ class RankedRun(NamedTuple):
 
     @property
     def data(self) -> str:
-        """The name, size and seed of a generated dataset as text. Other datasets are `files`."""
+        """The name, size and seed of a generated dataset as text, or `files` for other datasets."""
         data = self.metrics.get("data") or {}
         return describe(data) if is_generated(data.get("name", "")) else "files"
 
@@ -348,7 +348,7 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def list_fields(run: RankedRun) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    A blend has only the fields `join`, because its runs have their own values of other fields.
+    A blend has only the fields of `config.join`. Each of its runs has its own other fields.
     """
     values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
     if values["join.runs"]:
@@ -401,7 +401,7 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def describe_in_sample(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a warning that names the runs that were trained on these clips, or [] without any."""
+    """Returns a list with a warning about runs that were trained on the ranked clips, or []."""
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []

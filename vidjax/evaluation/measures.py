@@ -84,8 +84,8 @@ class ScoredSplit:
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
         """The best identity of each clip, [N] int from 0, and the score for this identity, [N].
 
-        If scores are equal, the first identity is the best. If the list of the best identity does
-        not contain the clip, the identity is -1 and the score is -inf.
+        If scores are equal, the first identity is the best. If a clip is not among the k ranked
+        clips of its best identity, the result is the identity -1 and the score -inf.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         real[real] = self.top.scores[real] >= self.best[self.top.index[real]]

@@ -312,7 +312,7 @@ class Predictor(NamedTuple):
                 yield scores, block.clip_index, block.batch_mask
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns the vectors of all members for each block, concatenated, unscaled, [B, D]."""
+        """Returns a vector of each clip, [B, D] per block: the members' embeddings side by side."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)

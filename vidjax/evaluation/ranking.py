@@ -225,5 +225,5 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _is_text(line: str) -> bool:
-    """Returns True if the line was valid UTF-8 in the file."""
+    """Returns False if the line has lone surrogates, which stand for bytes that are not UTF-8."""
     return re.search("[\udc80-\udcff]", line) is None

@@ -225,7 +225,7 @@ def _read_companion(
 
 
 def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
-    """Returns the digests of the data that a run reads, as the docstring of the module explains."""
+    """Returns the digests of a run's data: `splits` (split -> digests), `weights` (sha256)."""
     of_splits = data.report["splits"]
     weights = config.data.weights
     return {
@@ -271,11 +271,11 @@ def describe_difference(
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the clips of a split that each member must not score.
+    """Returns `sets`, or sets without training clips if `data` are not the data of the run.
 
-    These are its training clips `sets`. If `data` are not the data that the run was trained on,
-    with the digests `own`, all members score all clips. If these clips have names of training
-    clips, a warning says so.
+    `sets` are the training clips of each member. A member does not score them again. `own` are the
+    digests of the data of the run. Clips of other data are new clips, which all members score. If
+    they have names of training clips, a warning is printed.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets

@@ -244,7 +244,7 @@ def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
 
 
 def choose_window_rows(num_identities: int) -> int:
-    """Returns how many clips a member scores before the next member starts, see WINDOW_ROWS."""
+    """Returns how many clips a member scores before the next member starts."""
     return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 
@@ -252,7 +252,7 @@ def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
     """Returns a plan in which the same members score all clips of a block.
 
     `use` [E, N] bool is True where one of E members scores one of N clips. Each bucket, a group of
-    clips of similar length, is split by the members that score the clips. Splits of fewer than
+    clips of similar length, is split by the members that score the clips. Parts of fewer than
     `rows` clips stay in a common bucket, because separate blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)

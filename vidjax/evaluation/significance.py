@@ -67,9 +67,10 @@ def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, fl
 
 
 def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Returns the bounds of the 95 % interval of the mean of `gaps` [C], and a p-value.
+    """Returns the bounds of the 95 % interval of the mean of `gaps`, and its two-sided p-value.
 
-    The two-sided p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0.
+    `gaps` [C] are differences in average precision. The p-value tests a mean of 0. It is below 5 %
+    exactly if the interval excludes 0.
     """
     means = _draw_means(gaps, UNSEEN_GAP, draws)
     beyond = min(np.sum(means <= 0), np.sum(means >= 0))

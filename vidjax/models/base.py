@@ -36,8 +36,8 @@ class TrainingClips(NamedTuple):
     used: np.ndarray  # [E, N] bool, True for the clips that each member is trained on
     present: Mapping[str, np.ndarray]  # modality -> [N] bool, True for clips that have the modality
     fusions: Mapping[str, Callable[[None, Frames], Frames]]  # for evaluation, [B, T] -> [B, T']
-    # Function (modality, value_of, wanted [N] bool) that returns [n, ...], the values of `value_of`
-    # for the n wanted clips. `value_of` maps all frames of B clips, Frames [B, T], to [B, ...].
+    # (modality, value_of, wanted [N] bool) -> values [n, ...] of the n clips that `wanted` selects.
+    # `value_of` computes values [B, ...] from all frames of B clips, Frames [B, T].
     values: Callable[[str, Callable[[Frames], Array], np.ndarray], np.ndarray]
     seed: int
     print_message: Callable[[str], None]  # prints a message to the user
@@ -134,11 +134,11 @@ class Identifier(nn.Module):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Adds the values that `prepare` computed to `spec`, where `spec` has no value or None."""
+        """Returns `spec`, where values of `prepare` replace attributes that are missing or None."""
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Converts the collections of E trained members (nets), [E, ...], for the evaluation."""
+        """Returns the `model_state` for evaluation, given the arrays [E, ...] of E trained nets."""
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:

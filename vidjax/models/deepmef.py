@@ -124,7 +124,11 @@ class DeepMEF(Identifier):
         return x + Linear(x.shape[-1], self.dtype, kernel_init=zeros, name="back")(hidden)
 
     def _aggregate(self, real: Frames, *, train: bool) -> Array:
-        """Pools frames of `self.modality` into vectors [B, D + 2]. Without frames a vector is 0."""
+        """Pools the frames of `self.modality`, [B, T, D], by `self.aggregation` to [B, D + 2].
+
+        The last two numbers are the pooled quality / 100 and detection score. A clip without frames
+        becomes 0. `train` matters only for BatchNorm in ChannelAttention.
+        """
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
             x = unit_vectors(x) * x.shape[-1] ** 0.5

@@ -36,12 +36,12 @@ MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
 
 
 class Distances(NamedTuple):
-    """The distributions of the distance of two unit vectors, for one person and for two people."""
+    """The distributions of the distance between two unit vectors, of the same or of two people."""
 
     within: float  # W, the variance of the vectors of a person, summed over the dimensions
     between: float  # B, the variance of the means of people, summed over the dimensions
     same: float  # shape of the gamma distribution of squared distances within a person
-    different: float  # shape of the same distribution for two people
+    different: float  # shape of the gamma distribution of squared distances between two people
 
 
 class Population(NamedTuple):
@@ -85,11 +85,11 @@ def population(
     effective: Sequence[np.ndarray],
     counts: Sequence[np.ndarray],
 ) -> Population:
-    """Computes the posterior of the mean vector of all people.
+    """Computes the posterior of the mean vector of all people. People without a clip are ignored.
 
-    The arguments have an array for each block of P people: the means of the unit vectors of each
-    person [P, D], the effective numbers of clips [P] (see `effective_count`), and the real numbers
-    of clips [P]. People without a clip are ignored.
+    People may be split into blocks. For each block of P people, `means` has the means of the unit
+    vectors of each person [P, D], `effective` the effective numbers of clips [P] (see
+    `effective_count`), and `counts` the real numbers of clips [P].
     """
     weights = [
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)
@@ -103,8 +103,7 @@ def population(
 class Posterior(NamedTuple):
     """The posterior of the mean vectors of N people, given their clips."""
 
-    # [N] place of the posterior mean between the mean of all people (0) and of the clips (1).
-    share: np.ndarray
+    share: np.ndarray  # [N] posterior mean = share x mean of clips + (1 - share) x mean of people
     variance: np.ndarray  # [N] variance of the posterior, summed over the dimensions
 
 

@@ -126,7 +126,7 @@ class FallbackIdentifier(Identifier):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Adds the threshold to `spec`, if `spec` has a `threshold_share` and no threshold."""
+        """Returns `spec`. If it has a `threshold_share` but no threshold, adds the computed one."""
         if not spec.get("threshold_share") or spec.get("threshold"):
             return spec
         return {**spec, **prepared}

@@ -86,7 +86,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Computes [..., K], float32 or wider, from x [..., D] float."""
+        """Maps x [..., D] float to [..., K], float32 or wider, where K is `features`."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), wide)
         # Only training has a dropout key.

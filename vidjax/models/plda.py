@@ -52,7 +52,7 @@ class PLDAIdentifier(Identifier):
     min_epochs: ClassVar[float] = 2.0  # the first for the centre, the second for the sums
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the settings of an ensemble's member. If one is None, raises UserError."""
+        """Returns the settings of an ensemble's member. Raises UserError if a setting is None."""
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -140,8 +140,7 @@ class PLDAIdentifier(Identifier):
     def finalise_state(self, params: Params, model_state: ModelState) -> dict[str, Any]:
         """Computes the collection `solved` from the sums. Evaluation scores clips with `solved`.
 
-        It contains `settings` and, for each modality, `centre`, `space` and `enrolled`, all
-        [E, ...].
+        It contains `settings` and, per modality, `centre`, `space` and `enrolled`, all [E, ...].
         """
         sums = model_state["sums"]
         parts = devices.fetch({name: sums[name] for name in self.modalities})

@@ -65,7 +65,7 @@ def unit_mean(frames: Frames) -> Array:
 
 
 def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
-    """Copies both tuples to the device, and converts their floats to `dtype`."""
+    """Copies `space` and `enrolled` to the device, and converts their floats to `dtype`."""
 
     def cast(x: Array) -> jax.Array:
         floats = np.issubdtype(np.asarray(x).dtype, np.floating)
@@ -349,7 +349,7 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits `scale`, `unenrolled` and `stranger`, unless `given`: maximises the posterior.
+    """Fits `scale`, `unenrolled` and `stranger` by maximum a posteriori, unless in `given`.
 
     `values` are the start of the fit and the mean of the prior.
     """

@@ -121,7 +121,7 @@ class System(NamedTuple):
 
 
 def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns two clips of one frame of zeros, modality -> Frames [2, 1]."""
+    """Returns two clips, each of a single frame of zeros, as modality -> Frames [2, 1]."""
     row = jnp.zeros((2, 1), jnp.float32)
     return {
         name: Frames(jnp.zeros((2, 1, dim), row.dtype), row, row, row.astype(jnp.int32), row == 0)
@@ -205,11 +205,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration.
-
-    If `config.ensemble.views` is set, the feature widths of the model are smaller by the hidden
-    chunk.
-    """
+    """Builds the model. If `config.ensemble.views` is set, its inputs lack the hidden chunk."""
     spec = config["model"]
     if task.settings:
         check_entry("model.name", spec.get("name"), identifier.MODELS)

@@ -209,15 +209,12 @@ def fit(part: Mapping[str, Array], settings: Settings) -> Space:
 
 
 def make_blank_space(width: int) -> Space:
-    """Returns a space for a modality that no training clip has.
-
-    All log-likelihood ratios in this space are 0, because B is 0.
-    """
+    """Returns a space in which all ratios are 0, for a modality that no training clip has."""
     return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 
 def compute_stranger_logit(
     settings: Settings, num_known: Array | int, xp: ModuleType = np
 ) -> Array:
-    """Returns the logit of a stranger: `settings.stranger` plus the log of `num_known` people."""
+    """Returns `settings.stranger` + log(`num_known`), the logit of a stranger. `xp`: np or jnp."""
     return settings.stranger + xp.log(xp.maximum(num_known, 1))

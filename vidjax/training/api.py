@@ -68,7 +68,7 @@ def open_run(workdir: str | Path) -> RunFolder:
 
 
 def set_up_devices(config: Config) -> None:
-    """Finds the devices and sets the cache of programs. Raises UserError if one is unusable."""
+    """Finds the devices and sets the program cache. Raises UserError if no device is usable."""
     from vidjax.core import devices
 
     if config.deterministic:

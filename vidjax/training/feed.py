@@ -82,8 +82,8 @@ class Feed(abc.ABC):
         """Runs at most `count` steps with one or more calls of the compiled loop.
 
         Returns the new states, and the results of the last one or two calls. The result of a call
-        is a list with the result of each group of members. Earlier calls have no `bad_step`,
-        because at most one call follows a bad step.
+        is a list with a LoopResult for each group of members (nets). Results of earlier calls are
+        not needed: their `bad_step` is -1.
         """
 
 

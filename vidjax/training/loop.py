@@ -247,7 +247,7 @@ class TrainingRun:
         self._compiling: threading.Thread | None = None  # compiles the evaluation
 
     def _restore_or_init(self, data: TrainingData) -> tuple[train_step.TrainState, dict[str, Any]]:
-        """Returns the state of the newest intact checkpoint and its manifest, or step 0 and {}."""
+        """Returns the state and manifest of the newest intact checkpoint, or a new state and {}."""
         config, workdir, plan, system = self._config, self._workdir, self._plan, self._system
         sharding = devices.replicated_layout(self._mesh)
 

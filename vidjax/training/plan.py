@@ -55,10 +55,10 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 class RunPlan(NamedTuple):
     """The decisions before the first step of a run, such as the clips of each batch."""
 
-    task: TaskSpec
-    training_sets: ensemble.TrainingSets
+    task: TaskSpec  # sizes of the training data
+    training_sets: ensemble.TrainingSets  # clips that each member (net) is trained on
     labels: np.ndarray  # [N] int32, the class of each training clip at step 0
-    constants: train_step.MemberConstants
+    constants: train_step.MemberConstants  # weights of clips and other constants of members
     batches: BatchPlan  # decides which clips are in the batch of a step
 
 
@@ -227,11 +227,11 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Computes `value_of` for the n training clips that are `wanted` [N] bool, [n, ...].
+    """Returns the values of the wanted training clips, [n, ...].
 
-    `value_of` maps a block of B clips, with all their frames, to values [B, ...]. At least one clip
-    must be wanted. If `mesh` is given, each block is split over its devices, and all processes of
-    the run must call this function together.
+    `wanted` [N] bool selects n of the N training clips, at least one. `value_of` maps a batch of B
+    clips, with all their frames in `modalities`, to values [B, ...]. If `mesh` is given, each batch
+    is split over its devices, and all processes of the run must call this function together.
     """
     rows = config.eval.block_size * (mesh.size if mesh else 1)
     values, start = [], 0
@@ -254,7 +254,7 @@ def compute_values(
 def make_training_clips(
     config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Returns what a model may read of the training clips in `Identifier.prepare`.
+    """Returns the training clips as the argument of `Identifier.prepare`.
 
     `used` [E, N] bool is True for the clips that each member is trained on.
     """
@@ -277,7 +277,7 @@ def make_training_clips(
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or a changed field has no effect on it."""
+    """Raises UserError if the model needs more epochs, or ignores a field not at its default."""
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
     if not issubclass(model, Identifier):
@@ -426,8 +426,8 @@ def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
       eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
         a cluster. With more vectors, use a smaller value, because accidental neighbours join
         different people in a long chain.
-      min_samples: least number of neighbours of a vector that can extend a chain. The vector itself
-        is counted.
+      min_samples: a vector extends a chain if it has at least this number of neighbours, counting
+        the vector itself.
 
     Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
     """

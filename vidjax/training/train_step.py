@@ -32,7 +32,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
     rng: Array  # [E] PRNG keys, constant: every step folds the number of the step into them
     labels: Array  # [E, N] int32, class of every training clip; changes only between steps
-    bad_steps: Array  # [E] int32, number of last steps whose loss or gradient was not finite
+    bad_steps: Array  # [E] int32, steps since the loss and the gradient were last finite
     sums: Mapping[str, Array]  # metric -> [E] float32, sum since the log was last written
 
 
@@ -83,9 +83,12 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 def make_state(
     init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
 ) -> TrainState:
-    """Returns the state at step 0 on the devices. `init` returns the result of `init_state`."""
-    # Two programs need less memory. Drawing the parameters takes three times their memory, and the
-    # state of the optimiser twice their memory.
+    """Returns the state at step 0, on the devices in `layout`.
+
+    `init` calls `init_state`. Its optimiser state is dropped, and computed again from the optimiser
+    `tx`, because two programs need less memory than one.
+    """
+    # Drawing the parameters takes 3 times their memory, the state of the optimiser 2 times.
     draw = devices.jit(lambda: init().replace(opt_state=None), out_shardings=layout)
     complete = devices.jit(
         lambda state: state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels))),
@@ -227,7 +230,7 @@ def _update_if_finite(
 ) -> TrainState:
     """Returns the state after an optimiser step with `grads`. Adds `added` to its sums.
 
-    If the loss or a gradient is not finite, only the two counts of bad steps change.
+    If the loss or a gradient is not finite, only `bad_steps` and `sums["bad_steps"]` change.
     """
     is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_gradients(grads))
     old = learned.replace(model_state=dict(learned.model_state))

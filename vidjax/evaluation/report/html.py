@@ -89,7 +89,7 @@ def between(low: float, high: float, digits: int, *, percent: bool = False) -> N
 
 
 def cell(value: object) -> Markup:
-    """Converts a value to HTML with `number` or `name`. HTML stays unchanged."""
+    """Returns a number, or any other value as text, in HTML. Markup is returned unchanged."""
     if isinstance(value, Markup) or not (value is None or isinstance(value, int | float)):
         return name(value)
     return number(value)

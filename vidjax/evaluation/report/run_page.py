@@ -162,7 +162,7 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns a row (label, number) for each of `labels` (key, label, digits) with a value."""
+    """Returns a row (label, number) for each (key, label, digits) in `labels` that has a value."""
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
