@@ -69,7 +69,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
 
     run = UNTYPED.restore(folder, num_devices=1)
     new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
-    assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]  # new: person_2
+    assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]  # "new" shows person_2
     refused("clips must be a dict .* not str", run.rank, str(folder))
     refused("data must be the result of vidjax.load_data", UNTYPED.evaluate, folder, clips)
     refused("identify: k must be a number", run.identify, new, "2")

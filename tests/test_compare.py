@@ -243,7 +243,7 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(
     assert not (tmp_path / "out").exists()
 
 
-def test_run_without_a_report_is_evaluated_with_a_report(tmp_path, compared):
+def test_compare_of_a_run_without_a_report_names_the_flags_that_write_a_report(tmp_path, compared):
     made_runs.write(tmp_path / "a", averages(3))
     made_runs.write(tmp_path / "b", averages(3), "--config.eval.report=False")
     (tmp_path / "b" / "analysis.npz").unlink()

@@ -41,7 +41,7 @@ def assert_faces(faces, scores, boxes, points):
 
 
 def test_centerface_decoder_follows_its_paper():
-    """Sec. 3: a centre is 4 (cell + offset + 1/2), a side is 4 exp(scale), points are in sides."""
+    """In Sec. 3, the centre of a face is 4 (cell + offset + 1/2), and a side is 4 exp(scale)."""
     shape = (7, 11)
     heat = rng(1).uniform(size=shape).astype(np.float32)
     scale, offset = (rng(seed).normal(size=(2, *shape)).astype(np.float32) for seed in (2, 3))
@@ -51,7 +51,7 @@ def test_centerface_decoder_follows_its_paper():
     at = np.s_[:, cells[0], cells[1]]
     size = 4 * np.exp(scale[at].astype(float))  # all pairs are (y, x)
     corner = 4 * (cells + offset[at] + 0.5) - size / 2
-    points = corner + marks[at].reshape(5, 2, -1) * size
+    points = corner + marks[at].reshape(5, 2, -1) * size  # a mark of 1 is a whole side
 
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
     faces = nets.decode_centerface(outputs, width=0)  # the width is not used
@@ -187,14 +187,14 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
 
 
 def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
-    """A card contains four numbers of the net's answer for an image, which a formula computes."""
+    """A formula makes an image. A card has four numbers of the net's answer to this image."""
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
     vector = image @ made_nets.WEIGHTS.astype(float)
     card = cards.read(made_nets.write(tmp_path))
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
 
-    # The net is accepted. With other pixels, its answer differs by more than a coarse tolerance.
+    # The net is accepted. If a wrong card changes the pixels, the answer differs by more than 1 %.
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
     nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):
@@ -202,7 +202,8 @@ def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
         refused(partial(nets.open_session, card), "face.json", "convert")
 
 
-def test_onnx_runtime_stores_no_number_of_the_machine(python, tmp_path):
+def test_onnx_runtime_writes_no_identifier_of_the_machine(python, tmp_path):
+    # `import vidjax` sets this variable. Without it, ONNX Runtime would write a number in a folder.
     unset = "import os; os.environ.pop('ORT_DISABLE_TELEMETRY', None)\n"
     places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     python(f"{unset}import vidjax, onnxruntime", **places)

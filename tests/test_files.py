@@ -48,13 +48,14 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
 
 
 def test_atomic_folder_removes_what_killed_calls_left(tmp_path):
+    # Only the first of these names is the name of an unfinished folder x.
     for name in ("x.0123abcd.partial", "x.mine.partial", "y.0123abcd.partial"):
         (tmp_path / name).mkdir()
     with files.atomic_folder(tmp_path / "x") as unfinished:
         (unfinished / "clip").touch()
         with files.atomic_folder(tmp_path / "x"):  # another command at the same time
             assert (unfinished / "clip").exists()
-        (tmp_path / "x").rmdir()
+        (tmp_path / "x").rmdir()  # the folder of the other command
     assert {*os.listdir(tmp_path)} == {"x", "x.mine.partial", "y.0123abcd.partial"}
 
 

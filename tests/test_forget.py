@@ -244,7 +244,7 @@ def test_forget_finds_only_whole_names(tmp_path, places):
     assert len(places(f"--identity={GONE}", tmp_path)) == 3  # run, g and who
     assert len(places("--clip=clip 1", tmp_path)) == 1  # run
     assert places("--identity=Ada", tmp_path, code=0) == {}
-    for name in ('Ada "Q" L', "=Ada"):  # the table has more quotation marks
+    for name in ('Ada "Q" L', "=Ada"):  # names.tsv stores them with more quotation marks
         make_who(tmp_path / name[-1], "Eve", name)
         assert len(places(f"--identity={name}", tmp_path)) == 1
 

@@ -314,7 +314,7 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32
     assert counts.max() > 11  # in turn: at most 11
-    # Clip 3 alone, with less padding.
+    # Only clip 3, with less padding.
     one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
 
