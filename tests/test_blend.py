@@ -95,7 +95,7 @@ def check_ranking(path, runs, load, weights, split="val"):
 
 def test_blend_is_the_weighted_mean_of_probabilities():
     rng = np.random.default_rng(0)
-    # Log-probabilities of three runs, 20 clips and 4 identities, without a fifth for strangers.
+    # Log-probabilities [3 runs, 20 clips, 4 identities]. The fifth one, of strangers, is left out.
     scores = np.log(rng.dirichlet(np.ones(5), (3, 20))).astype(np.float32)[:, :, 1:]
     scores[1, 4] = np.nan  # clip 4 of run 1
 

@@ -80,7 +80,7 @@ def test_check_reports_every_damaged_file(folder, check_run, pattern, code, word
 def test_check_reports_labels_that_differ_from_those_of_training(folder, check_run, official_dir):
     shutil.copytree(official_dir, folder / "official")
     truth = folder / "official" / "train_gt.txt"
-    truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))  # one less
+    truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))  # one label less
     code, lines = check_run(f"--config.data.dir={folder}/official", "--config.eval.split=train")
     assert code == 2 and "train has other labels" in lines[-2]  # before the verdict
 

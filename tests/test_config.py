@@ -153,9 +153,8 @@ def test_field_of_relabelling_is_refused_if_noise_classes_are_not_relabelled():
     assert "--config.noise.relabel_every_epochs=1" in problem
 
 
-def test_field_decay_all_is_accepted_with_total_decay_or_weight_decay():
-    for word in ("total_decay=1", "weight_decay=1e-5"):
-        assert problems("optim.decay_all=true", f"optim.{word}") == []
+def test_field_decay_all_is_accepted_with_total_decay():
+    assert problems("optim.decay_all=true", "optim.total_decay=1") == []
 
 
 def test_gamma_is_accepted_if_a_loss_with_a_weight_above_0_is_not_softmax():

@@ -40,10 +40,7 @@ def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
 
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
-    """Returns a function that starts two processes of a run.
-
-    Both get the flags `words`. Only the second process gets the flags `second`.
-    """
+    """Returns a function: flags of both processes, and of the second process -> the processes."""
     processes = []
 
     def run(*words, second=()):

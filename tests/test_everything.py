@@ -115,7 +115,7 @@ def test_comparison_on_test_is_refused_and_on_val_names_the_in_sample_run(
 ):
     folder, _ = everything
     words = ("--mode=compare", f"--workdir={tmp_path}/out", f"--runs={folder},{on_train}")
-    assert FOLDS in say(*words, code=2)  # the default split, test, has no ground truth
+    assert FOLDS in say(*words, code=2)  # test, the split of `folder`, is not labelled
     line = find_line(say(*words, MEASURED), "In sample")
     assert str(folder) in line and str(on_train) not in line
 

@@ -194,7 +194,7 @@ def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
 
-    # The net is accepted. If a wrong card changes the pixels, the answer differs by more than 1 %.
+    # The net is accepted. If a wrong card changes the pixels, the answer differs by over 0.01.
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
     nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):

@@ -152,11 +152,11 @@ def test_single_detection_is_a_track_if_its_picture_lasts_longer_than_400_ms():
         assert [(track.times, track.ends) for track in tracker.take_ended()] == wanted
 
 
-def test_track_continues_if_a_face_is_missed_in_one_frame_at_any_frame_rate():
-    # Of a film of 24_000 / 1001 frames per second, every 24th frame is searched: one each 1.001 s.
-    for fps in (0.1, 24_000 / 1001 / 24, 5.0):
+def test_track_continues_after_a_frame_in_which_the_face_is_missed():
+    # Every 24th of 24_000 / 1001 frames per second is a rate of 24_000 / 24_024.
+    for fps in (0.1, 24_000 / 24_024, 5.0):
         tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(fps))
-        # In frame 1, the face is missed.
+        # Frames 0, 2 and 3 have a detection. In frame 1, the face is missed.
         assert [tracker.update(n / fps, BOX).tolist() for n in (0, 2, 3)] == [[0]] * 3
 
 
@@ -175,7 +175,7 @@ def test_overlap_is_intersection_over_union():
 
 
 def test_main_figure_follows_the_definition_of_the_paper():
-    """Section 3.2: in over 30 % of the frames, it is the only figure or three times larger."""
+    """Section 3.2: in over 30 % of frames, it is the only figure, or three times the second one."""
 
     def count_seen(frames, fps=5):
         """Returns the number of frames of each main figure. A frame lists the widths of boxes."""

@@ -259,7 +259,7 @@ def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
 
 def test_old_checkpoint_in_the_image_of_a_container_is_removed(tmp_path, items, monkeypatch):
     def refuse(old, new, rename=os.rename):
-        if os.path.basename(old) == "1":
+        if os.path.basename(old) == "1":  # OverlayFS cannot rename a folder of an image
             raise OSError(errno.EXDEV, "Invalid cross-device link", str(old))
         rename(old, new)
 

@@ -153,10 +153,7 @@ def execute(command):
 
 @pytest.fixture
 def other_files(forget):
-    """Returns a function: words of `forget` -> files that the printed commands find.
-
-    The result has two lists of names of files: found by path, and found by content.
-    """
+    """Returns a function: words -> files that the printed commands find by path and by content."""
 
     def find(*words, code=0):
         commands = forget(*words, "--json", code=code)["commands"]
