@@ -172,7 +172,7 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
 def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
     chosen = jax.config.values["jax_platforms"]
     try:
-        # If the user chose the CPU, or if there is no GPU, there is no warning, which would raise.
+        # There is no warning: first the user has chosen the CPU, then there is no GPU.
         for driver, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
             monkeypatch.setattr(devices, "NVIDIA", driver)
             jax.config.update("jax_platforms", platforms)

@@ -128,7 +128,7 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40)])
 def test_resize_is_bilinear_after_block_averages(size):
-    """A reduction by 2 or more first averages blocks. Then pixel centres are interpolated."""
+    """If the picture is reduced by 2 or more, blocks are averaged before the interpolation."""
     image = rng(0).integers(0, 256, (12, 20, 3), np.uint8)
     block = max(1, min(12 // size[0], 20 // size[1]))  # the side of the blocks in pixels
     height, width = 12 // block, 20 // block

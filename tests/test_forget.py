@@ -96,7 +96,7 @@ def world(tmp_path):
 def test_nobody_else_may_read_records(world):
     records = world / "cache" / "arrays" / "with"
     modes = [path.stat().st_mode for path in (records, records.parent, records / "index.npz")]
-    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o700, 0o600]
+    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o700, 0o600]  # the owner
 
 
 def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forget, places):
