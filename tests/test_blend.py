@@ -176,7 +176,7 @@ def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, co
 
     for folder, blended, weights, remedy in [
         (runs[0], runs, "1,3", "use another folder"),
-        (out, runs[::-1], "1,3", "use another folder"),  # another order than in `out`
+        (out, runs[::-1], "1,3", "use another folder"),  # `out` has the runs in another order
         (new, runs[:1], "1,3", "name two runs"),
         (new, (runs[0], out), "1,3", "is a blend of runs"),
         (new, (runs[0], "nowhere"), "1,3", "no run in"),

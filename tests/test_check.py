@@ -82,7 +82,7 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
     truth = folder / "official" / "train_gt.txt"
     truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))  # one label less
     code, lines = check_run(f"--config.data.dir={folder}/official", "--config.eval.split=train")
-    assert code == 2 and "train has other labels" in lines[-2]  # before the verdict
+    assert code == 2 and "train has other labels" in lines[-2]  # the last line is the verdict
 
 
 def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(

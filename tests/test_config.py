@@ -206,7 +206,7 @@ def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
 
     assert config_io.load_file("mma:face").modalities == ("face",)
     for name in ("mmaa", "configs/mma.py", "mma.py"):
-        with pytest.raises(ValueError, match="'mma'"):
+        with pytest.raises(ValueError, match="'mma'"):  # the error suggests this name
             config_io.load_file(name)
 
     (tmp_path / "configs").mkdir()

@@ -110,7 +110,7 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
     assert_faces(faces, scores[kept], stride * np.hstack([left_top, right_bottom]), points)
 
 
-def test_suppression_keeps_the_better_of_two_overlapping_faces():
+def test_suppression_drops_each_face_that_overlaps_a_better_kept_face():
     corner, size = rng(0).uniform(0, 60, (60, 2)), rng(1).uniform(5, 40, (60, 2))
     boxes, kept = np.concatenate([corner, corner + size], axis=1), []
     scores = rng(2).permutation(60).astype(np.float32) / 60

@@ -327,7 +327,7 @@ def test_sharpness_separates_detail_from_film_grain():
     assert sharp < 1 and black == 0
     assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
     assert soft < 0.5 * sharp and noise < 0.05 * sharp
-    # Sharpness is v / (v + 1200), where v is a variance. Of `0.2 * fine`, it is 0.2^2 times v.
+    # Sharpness is v / (v + 1200), where v is a variance. Darkening by 0.2 multiplies v by 0.04.
     assert dark < 0.2 * sharp
 
 

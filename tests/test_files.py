@@ -130,7 +130,7 @@ def test_reading_refuses_links_and_paths_out_of_a_folder(tmp_path):
 
 
 def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
-    for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path drops a slash
+    for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path("s3://b") is s3:/b
         refused(functools.partial(files.local, text), "copy or mount the files")
         refused(functools.partial(load_dataset, "arrays", directory=text), "an address")
     (tmp_path / "a").mkdir()
@@ -274,7 +274,8 @@ def test_last_evaluated_checkpoint_is_kept_instead_of_the_second_latest(tmp_path
     evaluated = {"evaluated": True, "map": 0.5}
     for step, facts in enumerate((evaluated, evaluated, {}, {}), 1):
         checkpoint.save(tmp_path, step, items, facts)
-    assert list(checkpoint.manifests(tmp_path)) == [2, 4]  # of equal MAPs, step 2 is the best
+    # Step 4 is the latest. Of two equal MAPs, step 2 is the best. It is also the last evaluated one.
+    assert list(checkpoint.manifests(tmp_path)) == [2, 4]
 
 
 def test_interrupted_saves_and_deletions_leave_no_checkpoint(tmp_path, items):

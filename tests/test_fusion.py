@@ -192,7 +192,7 @@ def test_crops_are_weighted_means_of_their_frames():
             weights = np.float64((frames.quality * frames.detection)[clip, t])
             expected = np.average(frames.features[clip, t], axis=0, weights=weights)
             np.testing.assert_allclose(crops.features[clip, crop], expected, atol=1e-6)
-            assert crops.number[clip, crop] == frames.number[clip, t[0]]
+            assert crops.number[clip, crop] == frames.number[clip, t[0]]  # of its first frame
     np.testing.assert_array_equal(crops.mask, [[True] * 4] * 4 + [[False] * 4])
 
 
