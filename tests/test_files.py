@@ -274,7 +274,7 @@ def test_last_evaluated_checkpoint_is_kept_instead_of_the_second_latest(tmp_path
     evaluated = {"evaluated": True, "map": 0.5}
     for step, facts in enumerate((evaluated, evaluated, {}, {}), 1):
         checkpoint.save(tmp_path, step, items, facts)
-    # Step 4 is the latest. Of two equal MAPs, step 2 is the best. It is also the last evaluated one.
+    # Step 4 is the latest. Of two equal MAPs, step 2 is the best, and it is the last evaluated one.
     assert list(checkpoint.manifests(tmp_path)) == [2, 4]
 
 
