@@ -68,8 +68,8 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     assert tested.paths.ranking.exists()
 
     run = UNTYPED.restore(folder, num_devices=1)
-    new = {"new": clips["val"]["val_2"], "other": clips["val"]["val_3"]}
-    assert [name for name, _ in run.rank(new)["person_2"]] == ["new", "other"]  # new: person_2
+    new = {"person 2": clips["val"]["val_2"], "person 3": clips["val"]["val_3"]}
+    assert [clip for clip, _ in run.rank(new)["person_2"]] == ["person 2", "person 3"]
     refused("clips must be a dict .* not str", run.rank, str(folder))
     refused("data must be the result of vidjax.load_data", UNTYPED.evaluate, folder, clips)
     refused("identify: k must be a number", run.identify, new, "2")

@@ -122,7 +122,8 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
     datasets = [sources.load(source, labels, cache_dir=cache) for source, labels in pairs]
     table.rename(folder / "labels.csv")  # is read if no labels are given
     for data in (*datasets, load_dataset("arrays", directory=folder, cache_dir=cache)):
-        assert data.identities == ("3", "7")  # have the class numbers 1 and 2; 0 is nobody
+        # Identity "3" is class 1, "7" is class 2, and a clip without a label is class 0.
+        assert data.identities == ("3", "7")
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
         assert data.with_identities(("7", "3")).split("val").labels[3] == 1
@@ -136,7 +137,7 @@ def test_empty_labels_give_a_warning_with_the_clip(tmp_path, cache):
     labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
     with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
         sources.load(splits, labels, cache_dir=cache)
-    # Line 1 is the header.
+    # Line 1 of the table is the header, line 2 is train_01, and line 3 is train_02.
     table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
     with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: 1 clips"):
         sources.load(splits, table, cache_dir=cache)
@@ -201,7 +202,7 @@ def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
         refused(splits, "val: clip odd, face", words)
 
 
-# Clips that look as if their axes were exchanged: all have 64 frames of 3 numbers.
+# Clips that look transposed: all have 64 frames of 3 numbers, as if these were 3 frames of 64.
 TRANSPOSED = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}
 
 
@@ -224,7 +225,7 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         refused(source, *words)
 
 
-def test_clips_of_equal_length_with_few_numbers_give_a_warning(cache):
+def test_clips_that_look_transposed_give_a_warning(cache):
     with pytest.warns(UserWarning, match=r"f: every clip has 64 frames of 3 numbers.*\n.*\.T"):
         sources.load({"train": TRANSPOSED}, cache_dir=cache)
 
@@ -289,7 +290,7 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     path, face = tmp_path / "all.npz", np.ones((3, 2), np.float32)
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
 
-    # The file has 3 frames of two clips, so [1, 2] would be right.
+    # The file has 3 frames of two clips. The sum of two lengths must be 3, as in [1, 2].
     half = 2**63  # the sum of [half, half + 3] overflows to 3
     for length in (
         None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40], [half, half + 3],
@@ -303,7 +304,7 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=["a", "a"], face=face, face_length=[1, 2])
     seen.refused(load, "clip a comes twice")
-    np.savez(path, clips=face)  # an array without others is a modality of one clip, named "all"
+    np.savez(path, clips=face)  # the only array of a file is a modality of one clip, named "all"
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
@@ -399,7 +400,7 @@ def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path, conten
     path = tmp_path / "a.npz"
     path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
     faces_refused(tmp_path, "a.npz", words)
-    path.rename(tmp_path / "a.npy")  # is refused with any content
+    path.rename(tmp_path / "a.npy")  # a file .npy is refused, whatever it contains
     for given in (tmp_path, tmp_path / "a.npy"):
         faces_refused(given, "numpy.savez(")
 
@@ -428,15 +429,15 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
         faces_refused(path, no_table, "write it again")
 
     parquet.write_table(good, path, use_dictionary=False)
-    offset = b"\x26\x08"  # in the footer: the first column begins at byte 4, written as 2 * 4
+    offset = b"\x26\x08"  # in the footer: the first column begins at byte 4, stored as 2 * 4
     assert offset in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(offset, b"\x26\x07"))  # at byte -4
     faces_refused(path, no_table, "before the file", "write it again")
 
     parquet.write_table(good, path, use_dictionary=False, compression="none")
-    page_type = b"face\x15\x00"  # after the last modality comes the type of the page of features: 0
+    page_type = b"face\x15\x00"  # the last modality, and the type of the next page: 0, with data
     assert page_type in path.read_bytes()
-    path.write_bytes(path.read_bytes().replace(page_type, b"face\x15\x02"))  # 1: no data
+    path.write_bytes(path.read_bytes().replace(page_type, b"face\x15\x02"))  # type 1: no data
     faces_refused(path, no_table, "0 rows of features, but 1 clips")
 
     latin = pyarrow.array([b"\xff"]).view(pyarrow.string())

@@ -95,7 +95,7 @@ def check_ranking(path, runs, load, weights, split="val"):
 
 def test_blend_is_the_weighted_mean_of_probabilities():
     rng = np.random.default_rng(0)
-    # Log-probabilities of three runs, 20 clips and 4 identities, without a fifth for strangers.
+    # Log-probabilities [3 runs, 20 clips, 4 identities]. The fifth one, of strangers, is left out.
     scores = np.log(rng.dirichlet(np.ones(5), (3, 20))).astype(np.float32)[:, :, 1:]
     scores[1, 4] = np.nan  # clip 4 of run 1
 
@@ -176,7 +176,7 @@ def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, co
 
     for folder, blended, weights, remedy in [
         (runs[0], runs, "1,3", "use another folder"),
-        (out, runs[::-1], "1,3", "use another folder"),  # another order than in `out`
+        (out, runs[::-1], "1,3", "use another folder"),  # `out` has the runs in another order
         (new, runs[:1], "1,3", "name two runs"),
         (new, (runs[0], out), "1,3", "is a blend of runs"),
         (new, (runs[0], "nowhere"), "1,3", "no run in"),

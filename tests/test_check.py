@@ -80,9 +80,9 @@ def test_check_reports_every_damaged_file(folder, check_run, pattern, code, word
 def test_check_reports_labels_that_differ_from_those_of_training(folder, check_run, official_dir):
     shutil.copytree(official_dir, folder / "official")
     truth = folder / "official" / "train_gt.txt"
-    truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))
+    truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))  # one label less
     code, lines = check_run(f"--config.data.dir={folder}/official", "--config.eval.split=train")
-    assert code == 2 and "train has other labels" in lines[-2]  # before the verdict
+    assert code == 2 and "train has other labels" in lines[-2]  # the last line is the verdict
 
 
 def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
@@ -98,7 +98,7 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
         assert code == 2 and message in lines[-2], lines
 
 
-def test_check_of_a_gallery_reports_damage(tmp_path, check):
+def test_check_of_a_gallery_reports_its_people_and_damage(tmp_path, check):
     made_galleries.make(tmp_path)
     words = f"--workdir={tmp_path}"
     assert "gallery: 12 people with" in "\n".join(check(words)[1])

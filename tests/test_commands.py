@@ -63,12 +63,12 @@ def test_error_about_a_file_names_the_remedy(case, places, monkeypatch, command)
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
     before = seen.contents(places, but={"cache", "__pycache__"})
-    check_outcome(case._replace(seconds=60), command)  # it may convert data
+    check_outcome(case._replace(seconds=60), command)  # the command may convert data
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
 
 
 def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, python):
-    """JAX has to use a GPU (`cuda`). On a machine without a GPU, a device would not start."""
+    """With JAX_PLATFORMS=cuda, the start of a device fails on a machine without a GPU."""
     python(
         "import sys\nfrom vidjax.cli.program import main\n"
         "assert main(['--config=mma', '--config.model.name=mmma']) == 2\n"
@@ -158,7 +158,7 @@ def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, co
     assert ("Traceback" in captured.err) == (code == 1)
     if code != 1:
         assert 1 <= len(captured.err.splitlines()) <= 3
-    if messages.is_out_of_memory(error):
+    if messages.is_out_of_memory(error):  # a remedy for training, and another for evaluation
         of_training, of_evaluation = captured.err.splitlines()[1:]
         assert of_training.startswith("to train") and "--config.data.mode" in of_training
         assert "--config.eval.block_size" in of_evaluation and "batch" not in of_evaluation

@@ -24,9 +24,9 @@ def averages(seed):
 
 
 def test_interval_of_a_paired_difference_covers_the_true_difference():
-    """The first of two systems reaches x ~ Beta(3, 1) for an identity, and the second x ** power.
+    """One of two systems has the average precisions x ~ Beta(3, 1), and the other x ** power.
 
-    So the second system is equal for a third of the identities, better for a sixth, and worse for
+    So the other system is equal for a third of the identities, better for a sixth, and worse for
     a half.
     """
     rng = np.random.default_rng(50)
@@ -44,7 +44,7 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
 
 def test_interval_of_equal_systems_or_groups_contains_zero():
     low, high, p = significance.compute_gap_interval(np.zeros(50))
-    assert -0.04 < low < 0 < high < 0.04  # the method adds an unseen identity, so not exactly 0
+    assert -0.04 < low < 0 < high < 0.04  # not exactly 0: the method adds an unseen identity
     assert p > 0.9
     # The interval of groups is a t interval, which has no width if all differences are equal.
     group = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
@@ -121,10 +121,7 @@ def test_compare_refuses_paths_of_wrong_types(tmp_path):
 
 @pytest.fixture
 def compared(command, tmp_path):
-    """Returns a function that compares runs in `tmp_path` by the command, by default a and b.
-
-    Each item of `runs` is the name of a run, or a group of runs such as "a1+a2".
-    """
+    """Returns a function that compares runs by the command. "a1+a2" is a group of two runs."""
 
     def run(*words, runs: Sequence[str] = "ab"):
         groups = ("+".join(f"{tmp_path}/{member}" for member in name.split("+")) for name in runs)
@@ -193,7 +190,7 @@ def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
 
     assert compared(runs=("a1+a2", "blend1+blend2")).code == 0
     page = (tmp_path / "out" / "comparison.html").read_text()
-    table = page.split("configurations differ")[2].partition("</table>")[0]
+    table = page.rpartition("configurations differ")[2].partition("</table>")[0]
     fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table)
     assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
     assert "(3.0,)" in table and "(2,)" not in table
@@ -243,7 +240,7 @@ def test_compare_refuses_runs_with_other_clips_identities_or_labels(
     assert not (tmp_path / "out").exists()
 
 
-def test_run_without_a_report_is_evaluated_with_a_report(tmp_path, compared):
+def test_compare_of_a_run_without_a_report_names_the_flags_that_write_a_report(tmp_path, compared):
     made_runs.write(tmp_path / "a", averages(3))
     made_runs.write(tmp_path / "b", averages(3), "--config.eval.report=False")
     (tmp_path / "b" / "analysis.npz").unlink()

@@ -84,7 +84,7 @@ def test_differences_of_configurations_omit_unread_fields():
     assert config_lib.differences(plain, other) == {}
     assert set(config_lib.differences(plain, sgd)) == {"optim.name", "optim.momentum"}
 
-    # A configuration file may contain lists, but JSON has no tuples.
+    # JSON has no tuples, so a tuple and a list with the same content do not differ.
     plain.model.sizes = ([1, 2], {"a": [3]})
     assert config_lib.differences(config_io.from_json(config_io.to_json(plain)), plain) == {}
 
@@ -153,15 +153,15 @@ def test_field_of_relabelling_is_refused_if_noise_classes_are_not_relabelled():
     assert "--config.noise.relabel_every_epochs=1" in problem
 
 
-def test_field_decay_all_is_read_with_total_decay_and_not_only_with_weight_decay():
+def test_field_decay_all_is_accepted_with_total_decay():
     assert problems("optim.decay_all=true", "optim.total_decay=1") == []
 
 
-def test_gamma_is_read_if_a_loss_with_weight_is_not_softmax():
+def test_gamma_is_accepted_if_a_loss_with_a_weight_above_0_is_not_softmax():
     """By default, `loss.classification` has the weight 1, and `loss.focal` has the weight 0."""
     assert problems("loss.gamma=3", "loss.classification=binary") == []
     (problem,) = problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")
-    assert problem.startswith("config.loss.focal=")  # is refused, and `loss.gamma` is not
+    assert problem.startswith("config.loss.focal=")  # its weight is 0; `loss.gamma` is accepted
 
 
 def test_tables_of_this_file_list_every_field_that_is_not_always_read():
@@ -206,7 +206,7 @@ def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
 
     assert config_io.load_file("mma:face").modalities == ("face",)
     for name in ("mmaa", "configs/mma.py", "mma.py"):
-        with pytest.raises(ValueError, match="'mma'"):
+        with pytest.raises(ValueError, match="'mma'"):  # the error suggests this name
             config_io.load_file(name)
 
     (tmp_path / "configs").mkdir()
@@ -275,7 +275,7 @@ def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_pa
     # A run on official files reads no option of other datasets, which have other tests.
     others = (config_lib.SYNTHETIC, config_lib.OWN_FEATURES)
     names -= {name for name, field in config_lib.FIELDS.items() if field.read_when in others}
-    assert names - reads == INVENTED.keys()
+    assert names - reads == INVENTED.keys()  # fields that the test adds, and nothing reads
 
 
 def test_two_modalities_of_a_system_for_one_modality_are_refused():

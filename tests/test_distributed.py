@@ -40,10 +40,7 @@ def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
 
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
-    """Returns a function that starts two processes of a run.
-
-    Both get the flags `words`. Only the second process gets the flags `second`.
-    """
+    """Returns a function: flags of both processes, and of the second process -> the processes."""
     processes = []
 
     def run(*words, second=()):
@@ -175,7 +172,7 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
 def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
     chosen = jax.config.values["jax_platforms"]
     try:
-        # No warning (an error in tests) if the user chose the CPU, or if there is no GPU.
+        # There is no warning: first the user has chosen the CPU, then there is no GPU.
         for driver, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
             monkeypatch.setattr(devices, "NVIDIA", driver)
             jax.config.update("jax_platforms", platforms)

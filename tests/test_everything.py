@@ -106,7 +106,7 @@ def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
     assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
     line = find_line(out, "MAP@100")
     assert "in sample" in line and "trained on these clips" in line
-    assert "map" not in read_metrics(folder)
+    assert "map" not in read_metrics(folder)  # the results of test have no MAP, as before
     assert "all good" in say("--mode=check", f"--workdir={folder}")
 
 
@@ -115,7 +115,7 @@ def test_comparison_on_test_is_refused_and_on_val_names_the_in_sample_run(
 ):
     folder, _ = everything
     words = ("--mode=compare", f"--workdir={tmp_path}/out", f"--runs={folder},{on_train}")
-    assert FOLDS in say(*words, code=2)  # a run on everything is evaluated on test
+    assert FOLDS in say(*words, code=2)  # test, the split of `folder`, is not labelled
     line = find_line(say(*words, MEASURED), "In sample")
     assert str(folder) in line and str(on_train) not in line
 

@@ -196,7 +196,7 @@ def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_pat
     lengths = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
     assert lengths["a-b_mask"] != lengths["a_b_mask"]
     with pytest.raises(UserError, match=r"'a-b'\nchoose --format=stablehlo"):
-        formats.tensorflow(run, {}, tmp_path)  # which would name both `a_b_mask`
+        formats.tensorflow(run, {}, tmp_path)  # TensorFlow allows no `-` in names
 
 
 @pytest.mark.nightly
@@ -206,7 +206,8 @@ def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
     program = f"from vidjax.cli.program import main; assert main({words}) == 0"
     python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
     programs = [path.name for path in (tmp_path / "cache").rglob("*-cache")]
-    assert programs and not [name for name in programs if name.startswith("jit_call")]
+    exported = [name for name in programs if name.startswith("jit_call")]
+    assert programs and not exported
 
 
 def make_gallery_of_cards(folder):
@@ -243,7 +244,7 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
-    """The logit of the first of two people is up to 690 larger, or 900 smaller, than the second.
+    """The logits of two people differ by -900 to 690.
 
     The difference is 1000 times the first coordinate of a vector, by `face/linear`. A stranger has
     the logit -9999. The oracle is the logarithm of the mean probability of the members.

@@ -142,7 +142,7 @@ def add(models, role, **fields):
 
 
 def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, drawn):
-    """A body is below the face, the head around it, and the scene is the whole picture."""
+    """The head is around the face, the body is below it, and the scene is the whole picture."""
     add(drawn.models, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
     add(drawn.models, "body_embedder", around=[0, 1, 1, 3])
     add(drawn.models, "scene_embedder")

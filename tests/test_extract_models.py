@@ -41,7 +41,7 @@ def assert_faces(faces, scores, boxes, points):
 
 
 def test_centerface_decoder_follows_its_paper():
-    """Sec. 3: a centre is 4 (cell + offset + 1/2), a side is 4 exp(scale), points are in sides."""
+    """In Sec. 3, the centre of a face is 4 (cell + offset + 1/2), and a side is 4 exp(scale)."""
     shape = (7, 11)
     heat = rng(1).uniform(size=shape).astype(np.float32)
     scale, offset = (rng(seed).normal(size=(2, *shape)).astype(np.float32) for seed in (2, 3))
@@ -51,7 +51,7 @@ def test_centerface_decoder_follows_its_paper():
     at = np.s_[:, cells[0], cells[1]]
     size = 4 * np.exp(scale[at].astype(float))  # all pairs are (y, x)
     corner = 4 * (cells + offset[at] + 0.5) - size / 2
-    points = corner + marks[at].reshape(5, 2, -1) * size
+    points = corner + marks[at].reshape(5, 2, -1) * size  # a mark of 1 is a whole side
 
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
     faces = nets.decode_centerface(outputs, width=0)  # the width is not used
@@ -110,7 +110,7 @@ def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
     assert_faces(faces, scores[kept], stride * np.hstack([left_top, right_bottom]), points)
 
 
-def test_suppression_keeps_the_better_of_two_overlapping_faces():
+def test_suppression_drops_each_face_that_overlaps_a_better_kept_face():
     corner, size = rng(0).uniform(0, 60, (60, 2)), rng(1).uniform(5, 40, (60, 2))
     boxes, kept = np.concatenate([corner, corner + size], axis=1), []
     scores = rng(2).permutation(60).astype(np.float32) / 60
@@ -128,7 +128,7 @@ def test_suppression_keeps_the_better_of_two_overlapping_faces():
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40)])
 def test_resize_is_bilinear_after_block_averages(size):
-    """A reduction by 2 or more first averages blocks. Then pixel centres are interpolated."""
+    """If the picture is reduced by 2 or more, blocks are averaged before the interpolation."""
     image = rng(0).integers(0, 256, (12, 20, 3), np.uint8)
     block = max(1, min(12 // size[0], 20 // size[1]))  # the side of the blocks in pixels
     height, width = 12 // block, 20 // block
@@ -187,14 +187,14 @@ def test_detected_boxes_and_points_are_in_image_coordinates(tmp_path, height, wi
 
 
 def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
-    """A card contains four numbers of the net's answer for an image, which a formula computes."""
+    """A formula makes an image. A card has four numbers of the net's answer to this image."""
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
     vector = image @ made_nets.WEIGHTS.astype(float)
     card = cards.read(made_nets.write(tmp_path))
     answer = nets.answer_formula(card, nets.open_session(card), 7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
 
-    # The net is accepted. With other pixels, its answer differs by more than a coarse tolerance.
+    # The net is accepted. If a wrong card changes the pixels, the answer differs by over 0.01.
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
     nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):
@@ -202,7 +202,8 @@ def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
         refused(partial(nets.open_session, card), "face.json", "convert")
 
 
-def test_onnx_runtime_stores_no_number_of_the_machine(python, tmp_path):
+def test_onnx_runtime_writes_no_identifier_of_the_machine(python, tmp_path):
+    # `import vidjax` sets this variable. Without it, ONNX Runtime would write a number in a folder.
     unset = "import os; os.environ.pop('ORT_DISABLE_TELEMETRY', None)\n"
     places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     python(f"{unset}import vidjax, onnxruntime", **places)

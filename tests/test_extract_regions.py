@@ -54,7 +54,7 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
         microsoft = "mwg-rs" not in body
         parsed = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))
         assert boxes(parsed) == TAGS and not parsed.problem, body
-        # Only the other format, MWG, stores the width and height of the picture.
+        # The tags of Microsoft lack the width and height of the picture. MWG tags contain them.
         assert parsed.shape == (None if microsoft else (400, 300))
 
 

@@ -152,10 +152,11 @@ def test_single_detection_is_a_track_if_its_picture_lasts_longer_than_400_ms():
         assert [(track.times, track.ends) for track in tracker.take_ended()] == wanted
 
 
-def test_track_continues_if_one_slow_frame_lacks_the_detection():
+def test_track_continues_after_a_frame_in_which_the_face_is_missed():
+    # Every 24th of 24_000 / 1001 frames per second is a rate of 24_000 / 24_024.
     for fps in (0.1, 24_000 / 24_024, 5.0):
         tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(fps))
-        # Frame 1 has no detection.
+        # Frames 0, 2 and 3 have a detection. In frame 1, the face is missed.
         assert [tracker.update(n / fps, BOX).tolist() for n in (0, 2, 3)] == [[0]] * 3
 
 
@@ -174,7 +175,7 @@ def test_overlap_is_intersection_over_union():
 
 
 def test_main_figure_follows_the_definition_of_the_paper():
-    """Section 3.2: in over 30 % of the frames, it is the only figure or three times larger."""
+    """Section 3.2: in over 30 % of frames, it is the only figure, or three times the second one."""
 
     def count_seen(frames, fps=5):
         """Returns the number of frames of each main figure. A frame lists the widths of boxes."""
@@ -326,7 +327,7 @@ def test_sharpness_separates_detail_from_film_grain():
     assert sharp < 1 and black == 0
     assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
     assert soft < 0.5 * sharp and noise < 0.05 * sharp
-    # Sharpness is v / (v + 1200), where v is a variance. Of `0.2 * fine`, it is 0.2^2 times v.
+    # Sharpness is v / (v + 1200), where v is a variance. Darkening by 0.2 multiplies v by 0.04.
     assert dark < 0.2 * sharp
 
 

@@ -156,7 +156,7 @@ def test_uneven_frame_times_are_kept_and_sampled_by_time(tmp_path):
 
 
 def test_times_count_from_the_first_frame_to_the_end_of_the_last_frame(tmp_path):
-    stamps = [60_000 + 40 * n for n in range(10)]
+    stamps = [60_000 + 40 * n for n in range(10)]  # in ms: the first frame is at 60 s
     for name in ("late.ts", "late.mkv"):
         films.write(tmp_path / name, [films.scene(0)] * 10, stamps=stamps)
         frames, video = read(tmp_path / name)
@@ -166,7 +166,7 @@ def test_times_count_from_the_first_frame_to_the_end_of_the_last_frame(tmp_path)
 
     films.write(tmp_path / "slides.mp4", [corner()] * 20, "mpeg4", held_ms=6000)
     _, video = read(tmp_path / "slides.mp4")
-    assert video.counts.seconds == pytest.approx(19 / 25 + 6, abs=0.05)
+    assert video.counts.seconds == pytest.approx(19 / 25 + 6, abs=0.05)  # the last frame: 6 s
     assert not video.counts.damaged
 
 

@@ -48,13 +48,14 @@ def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path
 
 
 def test_atomic_folder_removes_what_killed_calls_left(tmp_path):
+    # Only the first of these names is the name of an unfinished folder x.
     for name in ("x.0123abcd.partial", "x.mine.partial", "y.0123abcd.partial"):
         (tmp_path / name).mkdir()
     with files.atomic_folder(tmp_path / "x") as unfinished:
         (unfinished / "clip").touch()
         with files.atomic_folder(tmp_path / "x"):  # another command at the same time
             assert (unfinished / "clip").exists()
-        (tmp_path / "x").rmdir()
+        (tmp_path / "x").rmdir()  # the folder of the other command
     assert {*os.listdir(tmp_path)} == {"x", "x.mine.partial", "y.0123abcd.partial"}
 
 
@@ -129,7 +130,7 @@ def test_reading_refuses_links_and_paths_out_of_a_folder(tmp_path):
 
 
 def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
-    for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path drops a slash
+    for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path("s3://b") is s3:/b
         refused(functools.partial(files.local, text), "copy or mount the files")
         refused(functools.partial(load_dataset, "arrays", directory=text), "an address")
     (tmp_path / "a").mkdir()
@@ -258,7 +259,7 @@ def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
 
 def test_old_checkpoint_in_the_image_of_a_container_is_removed(tmp_path, items, monkeypatch):
     def refuse(old, new, rename=os.rename):
-        if os.path.basename(old) == "1":
+        if os.path.basename(old) == "1":  # OverlayFS cannot rename a folder of an image
             raise OSError(errno.EXDEV, "Invalid cross-device link", str(old))
         rename(old, new)
 
@@ -273,7 +274,8 @@ def test_last_evaluated_checkpoint_is_kept_instead_of_the_second_latest(tmp_path
     evaluated = {"evaluated": True, "map": 0.5}
     for step, facts in enumerate((evaluated, evaluated, {}, {}), 1):
         checkpoint.save(tmp_path, step, items, facts)
-    assert list(checkpoint.manifests(tmp_path)) == [2, 4]  # of equal MAPs, step 2 is the best
+    # Step 4 is the latest. Of two equal MAPs, step 2 is the best, and it is the last evaluated one.
+    assert list(checkpoint.manifests(tmp_path)) == [2, 4]
 
 
 def test_interrupted_saves_and_deletions_leave_no_checkpoint(tmp_path, items):

@@ -96,7 +96,7 @@ def world(tmp_path):
 def test_nobody_else_may_read_records(world):
     records = world / "cache" / "arrays" / "with"
     modes = [path.stat().st_mode for path in (records, records.parent, records / "index.npz")]
-    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o700, 0o600]
+    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o700, 0o600]  # the owner
 
 
 def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forget, places):
@@ -153,10 +153,7 @@ def execute(command):
 
 @pytest.fixture
 def other_files(forget):
-    """Returns a function: words of `forget` -> files that the printed commands find.
-
-    The result has two lists of names of files: found by path, and found by content.
-    """
+    """Returns a function: words -> files that the printed commands find by path and by content."""
 
     def find(*words, code=0):
         commands = forget(*words, "--json", code=code)["commands"]
@@ -244,7 +241,7 @@ def test_forget_finds_only_whole_names(tmp_path, places):
     assert len(places(f"--identity={GONE}", tmp_path)) == 3  # run, g and who
     assert len(places("--clip=clip 1", tmp_path)) == 1  # run
     assert places("--identity=Ada", tmp_path, code=0) == {}
-    for name in ('Ada "Q" L', "=Ada"):  # the table has more quotation marks
+    for name in ('Ada "Q" L', "=Ada"):  # names.tsv stores them with more quotation marks
         make_who(tmp_path / name[-1], "Eve", name)
         assert len(places(f"--identity={name}", tmp_path)) == 1
 

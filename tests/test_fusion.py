@@ -53,7 +53,7 @@ def test_drawn_frames_are_weighted_by_quality():
 
 @pytest.mark.slow
 def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
-    """A weight of three has the mean 1/3, the variance 1/18, and the median 1 - 1/sqrt(2)."""
+    """Each of three weights has the mean 1/3, the variance 1/18, and the median 1 - 1/sqrt(2)."""
     # Each fused frame contains all three frames.
     options = {"num_draws": 20_000, "max_frames": 3, "probs": (0, 0, 1), "replacement": False}
     shares = draw(seed=8, quality=np.ones(3), weighting="mixup", **options)
@@ -169,7 +169,7 @@ def test_random_windows_average_their_frame_and_one_to_four_others():
     np.testing.assert_array_equal(own[:, :length], [np.eye(length)] * 500)
     contains = means[:, :length] > 0  # [500 keys, 12 averages, 12 frames]
     assert contains[:, range(length), range(length)].all()
-    # Averages of 2, 3, 4 and 5 frames are equally frequent. They have 2.5 of 11 others on average.
+    # An average has 1 to 4 of the 11 other frames, equally often. The mean of 1 to 4 is 2.5.
     frequency = np.bincount(contains.sum(axis=2).ravel(), minlength=6) / (500 * length)
     np.testing.assert_allclose(frequency[2:], 0.25, atol=0.02)
     others = contains.mean(axis=0)[~np.eye(length, dtype=bool)]
@@ -192,7 +192,7 @@ def test_crops_are_weighted_means_of_their_frames():
             weights = np.float64((frames.quality * frames.detection)[clip, t])
             expected = np.average(frames.features[clip, t], axis=0, weights=weights)
             np.testing.assert_allclose(crops.features[clip, crop], expected, atol=1e-6)
-            assert crops.number[clip, crop] == frames.number[clip, t[0]]
+            assert crops.number[clip, crop] == frames.number[clip, t[0]]  # of its first frame
     np.testing.assert_array_equal(crops.mask, [[True] * 4] * 4 + [[False] * 4])
 
 
@@ -305,7 +305,7 @@ def test_randomly_repeated_top_frames_include_every_frame():
     pick = jax.vmap(lambda rng: fusion.top_frames(rng, TOP).number[0])
     drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(8), 200)))
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
-    assert counts.min() >= 1 and counts.std() > 1  # frames in turn: 11, 11 and 10 times
+    assert counts.min() >= 1 and counts.std() > 1  # not 11, 11 and 10, as in turn
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
 
 
@@ -313,8 +313,8 @@ def test_random_repeats_without_a_key_do_not_depend_on_the_other_clips():
     fixed = fuse("top", None, TOP, repeats="random")
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.sum() == 32
-    assert counts.max() > 11  # in turn: at most 11
-    # Clip 3 alone, with less padding.
+    assert counts.max() > 11  # if frames repeated in turn, at most 11
+    # Only clip 3, with less padding.
     one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
 
@@ -419,4 +419,4 @@ def test_long_clips_are_cut_and_clips_that_are_not_chosen_stay_as_they_are():
         assert len(real(union["audio"], 2)) == 6  # of 7
         starts.add(start)
 
-    assert starts == {0, 1, 2}  # 6 of the 8 faces are left
+    assert starts == {0, 1, 2}  # the first of the 6 faces that are left of 8
