@@ -136,7 +136,7 @@ def world(tmp_path_factory, nearest_run, official_dir):
 
 
 def entries(folder, depth):
-    """Returns all folders up to a depth, and of their files one for each name without numbers."""
+    """Returns folders and files up to a depth; of files NAME.*.SUFFIX in a folder, the first."""
     found = {}
     for path in sorted(folder.rglob("*")):
         stem = path.name.lstrip(".").partition(".")[0]
