@@ -39,10 +39,7 @@ def train_batches(
 
 
 def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
-    """Returns number of a clip -> modality -> frames [T, ...].
-
-    Asserts that no clip occurs twice, and that rows of padding are 0.
-    """
+    """Returns number of a clip -> modality -> frames [T, ...]. Asserts that no clip is repeated."""
     found: dict[int, Any] = {}
     for batch in batches:
         frames = {k: Frames(fusion.read(x.features), *x[1:]) for k, x in batch.frames.items()}

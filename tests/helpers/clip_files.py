@@ -32,10 +32,7 @@ def random_clip(rng: np.random.Generator, num_frames: int, dim: int, dtype="floa
 
 
 def as_read(modality: str, clip: Clip) -> Clip:
-    """Returns the frames of a clip as they are read from a file of `write_pickle`.
-
-    Fields that the file of the modality lacks have their defaults, such as a quality of 0.
-    """
+    """Returns a clip as it is read from a file of `write_pickle`, which lacks some fields."""
     if modality != "face":
         clip = clip._replace(quality=np.zeros_like(clip.quality))
     if modality not in ("face", "head"):
@@ -46,7 +43,7 @@ def as_read(modality: str, clip: Clip) -> Clip:
 
 
 def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[str, Any]]:
-    """Returns clip -> modality -> field -> array, with `as_read`. `modalities` has `Clip` values."""
+    """Returns clip -> modality -> field -> array, as read from files of `write_pickle`."""
     clips: dict[str, dict[str, Any]] = {}
     for modality, frames_of in modalities.items():
         for name, frames in frames_of.items():
@@ -55,10 +52,7 @@ def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[st
 
 
 def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str, Clip]) -> Path:
-    """Writes an official file `{modality}_{split}.pickle`; returns its path.
-
-    Of audio, only the first feature of each clip is written.
-    """
+    """Writes `{modality}_{split}.pickle`, with one feature per clip for audio; returns the path."""
     content: dict[bytes, Any] = {}
     for name, clip in clips.items():
         frames = []
@@ -87,10 +81,7 @@ def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
 
 
 def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Returns clip -> name of an array -> array, of all `.npz` files of a folder.
-
-    Empty arrays are left out.
-    """
+    """Returns clip -> name -> array of the `.npz` files of a folder. Empty arrays are left out."""
     return {
         clip.name: {name: x for name, x in npz_arrays(clip.modalities).items() if len(x)}
         for clip in read_npz(sorted(folder.glob("*.npz")))
@@ -182,10 +173,7 @@ def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
 
 
 def write_ragged(folder: Path, counts: Mapping[str, int], lacks: Collection[Any] = ()) -> Path:
-    """Writes official files of `ragged_clips`, except for each (modality, split) in `lacks`.
-
-    `counts` are split -> number of clips.
-    """
+    """Writes official files of `counts[split]` ragged clips. `lacks` are (modality, split)."""
     for split, count in counts.items():
         clips = ragged_clips(split, count)
         for modality, some in clips.items():

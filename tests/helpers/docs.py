@@ -18,7 +18,7 @@ from vidjax.runs.config_io import value_text
 
 
 def update(page: str) -> str:
-    """Returns a page in which the tables are up to date. They are between comments `<!-- NAME -->`."""
+    """Returns a page with new tables between each `<!-- NAME -->` and `<!-- /NAME -->`."""
     known = _known_names()
     fields, names = _field_tables(known), _name_tables(known)
     for name, new in {"arguments": _argument_table(), "fields": fields, "names": names}.items():

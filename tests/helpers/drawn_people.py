@@ -32,10 +32,7 @@ def tags(*faces, size=(96, 128)):
 
 
 def write_photo(path, *faces, dim=False, tagged=()):
-    """Writes a photo of faces (name, left, top). `tagged` are the faces that its metadata name.
-
-    In a `dim` photo, faces are hardly brighter than the background.
-    """
+    """Writes a photo of faces; `tagged` faces are in its metadata. `dim` lowers the contrast."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rgb = picture(faces)
     if dim:
@@ -72,7 +69,7 @@ def write_models(folder):
 
 
 def write_voices(folder):
-    """Writes nets for voices: loud sound is speech, and each tone is a voice; returns the folder."""
+    """Writes nets that take loud sound for speech, and a tone for a voice; returns the folder."""
     made_nets.write(folder, "speech", "voice_activity", made_nets.loudness())
     tones = made_nets.back_end(same=(0.95, 0.02), different=(-0.1, 0.3))
     made_nets.write(folder, "voice", "voice_embedder", back_end=tones)
@@ -89,10 +86,7 @@ def write_party(path):
 
 
 def extract(path, out, models, **settings):
-    """Extracts a film or photo into the folder `out`.
-
-    Returns the description of the film, and clip -> name of an array -> array.
-    """
+    """Extracts a film or photo into `out`; returns its description, and clip -> name -> array."""
     settings = features_folder.ExtractionSettings(**settings)
     nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
     out.mkdir(exist_ok=True)

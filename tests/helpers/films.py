@@ -80,15 +80,12 @@ def write(
 
 
 def double(path: Path, made: Path, *, cover: bool) -> None:
-    """Writes the film `made`, in which the pictures of the film `path` are in two streams.
-
-    If `cover` is True, the film also has a cover picture.
-    """
+    """Writes the pictures of the film `path` twice, as two streams, into the film `made`."""
     with av.open(str(path)) as one, av.open(str(path)) as other, av.open(str(made), "w") as both:
         sources = (one, other)
         streams = [both.add_stream_from_template(source.streams.video[0]) for source in sources]
         if cover:
-            still = both.add_stream("mjpeg")
+            still = both.add_stream("mjpeg")  # a cover picture
             assert isinstance(still, av.VideoStream)
             still.width, still.height, still.pix_fmt = 160, 120, FORMATS["mjpeg"]
             still.disposition = Disposition.attached_pic

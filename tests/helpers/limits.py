@@ -27,10 +27,7 @@ class Ended(NamedTuple):
 
 @functools.cache
 def slowness() -> float:
-    """Returns 1, or on a slow machine the factor for limits of CPU time.
-
-    The factor is the time of a fixed sum in units of 0.1 s.
-    """
+    """Returns a factor for limits of CPU time: 1, or more on a slow machine."""
     began = time.process_time()
     sum(i * i for i in range(1_500_000))
     return max(1.0, (time.process_time() - began) / 0.1)
@@ -63,7 +60,7 @@ def run(words: Sequence[str | Path], **env: str) -> Ended:
 
 @contextlib.contextmanager
 def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
-    """Calls `measure` every few seconds. Yields a list whose only element is the maximum so far."""
+    """Calls `measure` every `every_s` seconds in a thread; yields a list [maximum so far]."""
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
