@@ -173,7 +173,7 @@ def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
 
 
 def write_ragged(folder: Path, counts: Mapping[str, int], lacks: Collection[Any] = ()) -> Path:
-    """Writes official files of `counts[split]` ragged clips. `lacks` are (modality, split)."""
+    """Writes official files of `counts[split]` clips, but not of (modality, split) in `lacks`."""
     for split, count in counts.items():
         clips = ragged_clips(split, count)
         for modality, some in clips.items():

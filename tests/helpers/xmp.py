@@ -1,4 +1,4 @@
-"""Metadata of photos: EXIF orientations, and names of faces (XMP) as several programs write them."""
+"""Metadata of photos: EXIF orientations, and names of faces (XMP) of several programs."""
 
 import numpy as np
 
