@@ -298,10 +298,7 @@ def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path | None]]:
-    """Returns a function that mounts a new file system in memory with options of `mount`.
-
-    The function returns its folder, or None if mounting is not allowed.
-    """
+    """Returns a function: options of `mount` -> folder of a new file system, or None if refused."""
     place, unmount = tmp_path / "mounted", []
 
     def mount(options: str) -> Path | None:

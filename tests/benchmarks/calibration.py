@@ -40,7 +40,7 @@ class Figures(NamedTuple):
 
 
 def compute_calibration_error(probability: np.ndarray, right: np.ndarray) -> float:
-    """Returns the expected calibration error, in ten bins. `right` [N] is True for right answers."""
+    """Returns the expected calibration error, in ten bins. `right` [N] marks right answers."""
     bins = np.minimum((probability * 10).astype(int), 9)
     return float(np.abs(np.bincount(bins, probability - right)).sum() / len(right))
 

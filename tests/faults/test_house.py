@@ -108,8 +108,7 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
             assert f"in use by process {child.pid} {here}" in error
             (tmp_path / "config.json").write_text("{}")  # `evaluate`, which is next, needs it
 
-    # Locks of processes that have ended are stale: of the child, and of two others, whose text is
-    # shorter or longer than the new text.
+    # Processes that have ended left these locks. Some texts are shorter or longer than the new text.
     assert str(child.pid) in lock.read_text()
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):
         lock.write_text(dead)

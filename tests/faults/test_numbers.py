@@ -28,8 +28,7 @@ DIM = 4
 def make_clips(change=lambda x: x, count=6, widths=None):
     """Returns split -> clip -> modality -> features [2, D] of two frames, changed by `change`.
 
-    Train and val have `count` clips each, of nine people in turn. `widths` are modality -> D, by
-    default face -> 4.
+    Train and val have `count` clips each, of nine people in turn. `widths` are modality -> D.
     """
     rng, clips = np.random.default_rng(0), {"train": {}, "val": {}}
     widths = widths or {"face": DIM}

@@ -73,10 +73,7 @@ def boundaries(content):
 
 
 def as_if_unchanged(records):
-    """Returns the records, as if the present sizes and times of the shards were the original ones.
-
-    So only the number of records in a shard and their checksums show damage.
-    """
+    """Returns the records, as if the shards always had their present sizes and times."""
     shards = tuple(
         shard._replace(size=shard.path.stat().st_size, mtime_ns=shard.path.stat().st_mtime_ns)
         for shard in shards_of(records)

@@ -86,10 +86,7 @@ WRONG = (b"NaN", b"-1e999", b"1e39", b'"0"', b"[0", b"{}", b"\xff", b"[" * 50_00
 
 
 def mutated(rng, body):
-    """Returns a damaged request with the JSON `body`, or only random bytes.
-
-    Its body, one of its numbers, its length or its header is wrong.
-    """
+    """Returns a request whose body, numbers, length or header are wrong, or only random bytes."""
     kind, at = rng.randrange(5), rng.randrange(len(body))
     if kind == 0:
         body = body[:at] + rng.randbytes(4) + body[at + 4 :]

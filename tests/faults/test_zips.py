@@ -42,10 +42,7 @@ def npy_header(shape, dtype="|u1"):
 
 @functools.cache
 def packed(method, name="face.npy", content=None):
-    """Returns a zip with one entry: `content`, by default an array of 64 MB (if deflated) or 8 MB.
-
-    `method` is a compression of `zipfile`.
-    """
+    """Returns a zip with one entry: `content`, by default an array of 64 MB (deflated) or 8 MB."""
     made, size = io.BytesIO(), (64 if method == zipfile.ZIP_DEFLATED else 8) * files.MB
     with zipfile.ZipFile(made, "w", method) as archive:
         archive.writestr(name, npy_header((size,)) + bytes(size) if content is None else content)
@@ -190,7 +187,7 @@ def forge_count(path, place, before, after):
     """Replaces the count `before` by `after`, in the "footer" or in the "pages" of a table."""
     content = path.read_bytes()
     at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    # Thrift stores a number n as 2 n (zigzag encoding). The new number has as many bytes.
+    # Thrift stores a number n as 2 n. The new number has as many bytes as the old number.
     pages, footer, old = content[:at], content[at:], varint(2 * before)
     new = varint(2 * after, len(old))
     assert old in (footer if place == "footer" else pages)
