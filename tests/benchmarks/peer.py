@@ -67,7 +67,7 @@ def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
 
 
 def mask_bad_frames(frames: Frames) -> Frames:
-    """Masks frames of low quality or detection score. If a clip has only such, it keeps them."""
+    """Masks frames of low quality or detection score, unless a clip has no other frames."""
     good = frames.mask & (frames.quality >= 25.0) & (frames.detection >= 0.7)
     return frames._replace(mask=torch.where(good.any(dim=1, keepdim=True), good, frames.mask))
 

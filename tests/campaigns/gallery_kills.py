@@ -27,7 +27,7 @@ CLIPS: dict[str, store.StoredClip] = {
 
 
 def draw_changes(seed: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields ("remove", people) and then ("enrol", people) of random people, without end."""
+    """Yields ("remove", random people), and then ("enrol", the same people), without end."""
     rng = random.Random(seed)
     while True:
         people = rng.sample([f"person {n}" for n in range(PEOPLE)], rng.choice([1, 5, 40]))

@@ -122,7 +122,7 @@ def test_features_of_another_width_than_other_features_are_refused(official, ref
     path = official / "face_val.pickle"
     content = pickle.loads(path.read_bytes())
     frame = content[b"val005"][2]
-    frame[-1] = np.zeros(7, np.float16)  # the feature
+    frame[-1] = np.zeros(7, np.float16)  # the feature, which has the width 4 in other frames
     path.write_bytes(pickle.dumps(content, 2))
     refused(official, f"{path}: clip val005, face entry 2, feature is array [7] of float16")
 

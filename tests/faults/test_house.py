@@ -108,7 +108,7 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
             assert f"in use by process {child.pid} {here}" in error
             (tmp_path / "config.json").write_text("{}")  # `evaluate`, which is next, needs it
 
-    # Processes that have ended left these locks. Some texts are shorter or longer than the new text.
+    # Ended processes left these locks, whose texts are shorter or longer than the new text.
     assert str(child.pid) in lock.read_text()
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):
         lock.write_text(dead)
@@ -132,7 +132,7 @@ def test_log_cut_at_any_byte_is_repaired_to_its_complete_lines_up_to_a_step(tmp_
 
         truncate_log(path, 9)
 
-        # A line is complete even without its newline. The line of step 10 comes after step 9.
+        # A line is complete even without its newline. The line of step 10 is always removed.
         complete = [n for n in range(1, 4) if len("".join(lines[:n])) - 1 <= cut]
         assert path.read_text() == "".join(lines[: len(complete)]), cut
 
@@ -153,7 +153,7 @@ def test_log_that_cannot_grow_ends_with_a_whole_line_and_is_continued_later(tmp_
     def write(first, last):
         """Opens the log at step first - 1, and writes lines of the steps first, ..., last - 1."""
         with contextlib.closing(Logs(tmp_path, step=first - 1)) as logs:
-            for step in range(first, last):  # the file of TensorBoard grows more slowly
+            for step in range(first, last):  # the log reaches the limit before TensorBoard's file
                 getattr(logs, kind)(step, {"text": "x" * 100})
 
     def steps():

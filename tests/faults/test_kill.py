@@ -148,7 +148,7 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
     if shutil.which("taskset"):
         program = ("taskset", "-c", "0", *program)
     offline = ["unshare", "-rn"]
-    if shutil.which("unshare") and not subprocess.run([*offline, "true"]).returncode:
+    if shutil.which("unshare") and not subprocess.run([*offline, "true"]).returncode:  # allowed
         program = (*offline, *program)
     odd = Run(tmp_path / "odd", tmp_path / "data", "quality_fusion")
     places = {"HOME": str(home), **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR"), str(tmp_path / "tmp"))}

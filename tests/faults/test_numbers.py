@@ -118,7 +118,7 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
     evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)
 
     def without_nan(*best):
-        """Replaces the scores NaN; `best` is the best score of each clip."""
+        """Replaces NaN in `best`, the scores of the clips; returns the new scores, and counts."""
         clips = scoring.ClipScores(evaluated, np.array(best, np.float32), right)
         return scoring._replace_nan(split, clips)
 

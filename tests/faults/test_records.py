@@ -64,7 +64,7 @@ def shards_of(records):
 
 
 def boundaries(content):
-    """Returns the offset of each record of a shard, and then the size of the shard."""
+    """Returns the offset in bytes of each record of a shard, and then the size of the shard."""
     places = [0]
     while places[-1] < len(content):
         length = int.from_bytes(content[places[-1] : places[-1] + 8], "little")
@@ -184,7 +184,7 @@ def names(folder):
 
 
 def kill_reader(process):
-    """Kills the child process of a conversion that reads a pickle; False if it was too late."""
+    """Kills the child of a conversion that reads a pickle; False if the conversion ended first."""
     while process.poll() is None:
         for child in limits.children_of(process.pid):
             with contextlib.suppress(OSError):  # it ended meanwhile
