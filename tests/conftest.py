@@ -1,10 +1,10 @@
-"""Eight emulated devices, quiet libraries, and small folders of official files for every test."""
+"""Settings of all tests, such as eight emulated devices, and fixtures that several files use."""
 
 import os
 
 # JAX and TensorFlow read these variables when they are imported. Eight devices on two cores may
-# wait for each other longer than 40 seconds. By default, XLA then aborts the process. XLA has
-# `NPROC` threads, and a device that waits may block a thread: with few threads, a blend hung twice.
+# wait for each other longer than 40 seconds, after which XLA would abort the process. A device that
+# waits may block a thread. XLA has `NPROC` threads; with few threads, a test hung.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=180"
@@ -32,7 +32,7 @@ from tests.helpers import clip_files, limits
 ROOT = Path(__file__).parent.parent
 # Programs run one after the other, so that they do not need memory at the same time.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-MOST_RESIDENT = [2 << 30]  # if this process has more bytes, compiled programs are forgotten
+MAX_RESIDENT = [2 << 30]  # above this memory in bytes, `forget_programs` clears JAX's programs
 gc.set_threshold(100_000, 50, 50)  # rarely: JAX makes millions of objects that stay in use
 
 
@@ -51,7 +51,7 @@ LONG_FILES = {
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests of `.ci/nightly` if `-m` does not name them. Long files come first."""
+    """Leaves out tests with the mark `nightly` unless `-m` names it. Long files come first."""
     if "nightly" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
@@ -68,7 +68,7 @@ def campaign(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture
 def fault_seed(request: pytest.FixtureRequest, campaign: bool) -> int:
-    """A seed for random faults, which a failed test prints. In a campaign, each seed is new."""
+    """The seed of random faults, which a failed test shows: 0, or a new seed in a campaign."""
     given = request.config.getoption("--fault-seed")
     seed = time.time_ns() % 10**9 * campaign if given is None else given
     sys.stdout.write(f"the same faults again: pytest {request.node.nodeid} --fault-seed={seed}\n")
@@ -77,7 +77,7 @@ def fault_seed(request: pytest.FixtureRequest, campaign: bool) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Programs are compiled once by all processes and later runs; `--cache-clear` forgets them."""
+    """All processes and later runs share compiled programs. `--cache-clear` deletes them."""
     from vidjax.core import devices
 
     kept = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
@@ -87,17 +87,16 @@ def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Forgets compiled programs after a module if this process has several GiB of memory."""
+    """Removes compiled programs from the memory after a module if the process is too large."""
     yield
-    if limits.held_by(os.getpid()) > MOST_RESIDENT[0]:
+    if limits.held_by(os.getpid()) > MAX_RESIDENT[0]:
         jax.clear_caches()
         gc.collect()
-        # The process may keep freed memory. If the limit did not grow, each module would forget.
-        MOST_RESIDENT[0] = max(MOST_RESIDENT[0], limits.held_by(os.getpid()) + (1 << 29))
+        # The process may keep freed memory, so the limit is always above the present memory.
+        MAX_RESIDENT[0] = max(MAX_RESIDENT[0], limits.held_by(os.getpid()) + (1 << 29))
 
 
-# Options of XLA for quick compilation. Fusion emitters would take half of the time. To compile a
-# program as a whole takes a tenth less time than to compile several parts in parallel.
+# Options of XLA for quick compilation.
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
@@ -116,7 +115,7 @@ def is_known(option: str, value: Any) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_quickly() -> Iterator[None]:
-    """Compiles programs of this process without optimisation. Other processes compile as usual."""
+    """Compiles the programs of this process, but not of its children, without optimisation."""
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_traceback_in_locations_limit", 0)
     get_compile_options = compiler.get_compile_options
@@ -144,7 +143,7 @@ def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of records that all tests share. No test uses the cache of the user."""
+    """The cache folder of all tests, instead of the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["VIDJAX_CACHE"] = str(folder)
     return folder
@@ -152,7 +151,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def drawn(tmp_path: Path, command: Any) -> Any:
-    """Drawn films and people, and nets that identify the people."""
+    """A `Drawn`: films of drawn people, and nets that identify the people."""
     for package in ("av", "onnxruntime", "onnx"):
         pytest.importorskip(package, reason="needs the extra [video]")
     from tests.helpers.drawn_people import Drawn
@@ -162,7 +161,7 @@ def drawn(tmp_path: Path, command: Any) -> Any:
 
 @pytest.fixture
 def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Films are read in this process, not in children with limits, which take a second each."""
+    """Films are read in this process, because a new child process takes a second."""
     pytest.importorskip("onnxruntime", reason="needs the extra [video]")
     from vidjax.apps.video import film, pipeline
     from vidjax.data import processes
@@ -193,15 +192,15 @@ def official_data(official_dir: Path, cache_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def data(official_data: Any) -> Any:
-    """The dataset of most tests; modules with another one have a fixture of this name."""
+    """The dataset of `official_dir`. Some test files replace it by another dataset."""
     return official_data
 
 
 @pytest.fixture(scope="session")
 def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Returns a function: configuration, overrides -> a run of one epoch on the official files.
+    """Returns a function that trains a configuration for an epoch, and returns the run's folder.
 
-    Equal calls share a run, so no test changes its folder.
+    Equal calls return the same folder, so no test may change it.
     """
     from tests.helpers import small_runs
 
@@ -217,7 +216,7 @@ def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="session")
 def nearest_run(official_data: Any, official_dir: Path, tmp_path_factory: Any) -> Path:
-    """A run of nearest neighbours, which learns nothing. No test changes its folder."""
+    """The folder of a run of nearest neighbours, which needs no training. No test may change it."""
     from tests.helpers import small_runs
     from vidjax.runs import config_io
 
@@ -256,10 +255,10 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 @pytest.fixture
 def say(command: Callable[..., Done]) -> Callable[..., Any]:
-    """Returns a function that runs a command, which must end with the exit code `code`.
+    """Returns a function that runs a command, and asserts that its exit code is `code`.
 
-    If the code is 2, a mistake of the user, it returns the error. For other codes, it returns the
-    output, parsed if the words include --json.
+    The function returns the error if the code is 2, otherwise the output. It parses the output if
+    the words include --json.
     """
 
     def run(*words: str | Path, code: int = 0, **options: Any) -> Any:
@@ -273,7 +272,7 @@ def say(command: Callable[..., Done]) -> Callable[..., Any]:
 
 
 def execute(words: Iterable[str | Path], cwd: Path, **env: str) -> Any:
-    """Runs Python with some words on one device."""
+    """Runs Python with the arguments `words` on one emulated device; returns the ended process."""
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
@@ -281,7 +280,7 @@ def execute(words: Iterable[str | Path], cwd: Path, **env: str) -> Any:
 
 @pytest.fixture(scope="session")
 def python(cache_dir: Path) -> Callable[..., str]:
-    """Returns a function that runs Python code in a new process; it returns the output."""
+    """Returns a function that runs Python code in a new process, and returns its output."""
 
     def run(program: str, *words: str | Path, cwd: Path = ROOT, **env: str) -> str:
         done = execute(("-c", program, *words), cwd, **env)
@@ -299,7 +298,7 @@ def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path | None]]:
-    """Returns a function: options -> a new file system, or None if mounting is not allowed."""
+    """Returns a function: options of `mount` -> folder of a new file system, or None if refused."""
     place, unmount = tmp_path / "mounted", []
 
     def mount(options: str) -> Path | None:

@@ -1,12 +1,12 @@
-"""Measures whether the probabilities of PLDA are correct, for people who follow its model exactly.
+"""Measures whether the probabilities of PLDA are correct for people drawn from its own model.
 
     python -m tests.benchmarks.calibration
 
 Half of the identified clips show strangers. The columns:
 
-    P(new)        mean probability of a stranger, which should be 0.5
+    P(new)        mean probability that a clip shows a stranger; it should be 0.5
     ECE           expected calibration error of the most probable person
-    named at 1 %  share of other strangers above a threshold for 1 % of strangers
+    named at 1 %  share of new strangers above a threshold that 1 % of earlier strangers reach
     right         share of the clips of enrolled people whose most probable person is right
     settings      the fitted settings of PLDA
 """
@@ -40,13 +40,13 @@ class Figures(NamedTuple):
 
 
 def compute_calibration_error(probability: np.ndarray, right: np.ndarray) -> float:
-    """Returns the expected calibration error in ten bins of probabilities [N] of being right."""
+    """Returns the expected calibration error, in ten bins. `right` [N] marks right answers."""
     bins = np.minimum((probability * 10).astype(int), 9)
     return float(np.abs(np.bincount(bins, probability - right)).sum() / len(right))
 
 
 def measure(num_people: int, *, clips: int, width: int, within: float, seed: int) -> Figures:
-    """Enrols `clips` clips of each person, and identifies two others. For arguments see CASES."""
+    """Enrols `clips` clips of each person, and identifies two more clips. CASES has arguments."""
     rng = np.random.default_rng(seed)
     x = embeddings.exact(rng, num_people, clips + 2, width, within)
     people, enrolled = np.repeat(np.arange(num_people), clips), x[:, :clips].reshape(-1, width)

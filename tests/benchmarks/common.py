@@ -43,10 +43,9 @@ Result = TypeVar("Result")
 def parse(
     doc: str | None, *flags: str, argv: Sequence[str] | None = None, **options: Any
 ) -> argparse.Namespace:
-    """Parses the arguments of a script. `flags` are arguments without a value.
+    """Parses the command line, or `argv`. `flags` have no value; `options` are name -> default.
 
-    `options` maps the name of an argument to its default. If the default is a type, the argument is
-    positional. If `argv` is None, the arguments are read from the command line.
+    If a default is a type, such as Path, the argument is positional.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,10 +72,7 @@ def children_seconds() -> float:
 
 
 def run_python(*words: str, cwd: Path = ROOT, **env: str) -> tuple[float, float]:
-    """Runs Python in a child process. Returns its elapsed seconds and its CPU seconds.
-
-    `env` are additional environment variables. If the process fails, SystemExit has its errors.
-    """
+    """Runs Python in a new process; returns its elapsed seconds and its CPU seconds."""
     start, cpu_start = time.perf_counter(), children_seconds()
     command, environment = [sys.executable, *words], os.environ | env
     ended = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
@@ -88,10 +84,8 @@ def run_python(*words: str, cwd: Path = ROOT, **env: str) -> tuple[float, float]
 def alternate(
     functions: Mapping[str, Callable[[int], Result]], rounds: int
 ) -> dict[str, list[Result]]:
-    """Calls each function once per round, with the number of the round. Returns all results.
-
-    The speed of a machine drifts, so only the times of one round can be compared.
-    """
+    """Calls each function once per round, with the round's number; returns name -> results."""
+    # The speed of a machine drifts, so only the times of one round can be compared.
     results: dict[str, list[Result]] = {name: [] for name in functions}
     for number in range(rounds):
         for name, function in functions.items():
@@ -100,7 +94,7 @@ def alternate(
 
 
 def time_calls(function: Callable[[], Any], count: int) -> float:
-    """Returns the seconds of a call. A call does not wait for the results of earlier calls."""
+    """Returns the seconds per call of `count` calls, which do not wait for earlier results."""
     start, result = time.perf_counter(), None
     for _ in range(count):
         result = function()
@@ -111,7 +105,7 @@ def time_calls(function: Callable[[], Any], count: int) -> float:
 def time_functions(
     functions: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, list[float]]:
-    """Returns a dict, name -> the seconds of a call in each round. See `alternate`."""
+    """Returns name -> the seconds per call in each round. The functions take turns."""
     timers: dict[str, Callable[[int], float]] = {}
     for name, function in functions.items():
         jax.block_until_ready(function())  # compiles
@@ -121,7 +115,7 @@ def time_functions(
 
 
 def format_ratio(seconds: Mapping[str, Sequence[float]], numerator: str, divisor: str) -> str:
-    """Returns median and range of the ratios of two times, such as `1.20 (1.10-1.30)`."""
+    """Returns median and range over rounds of a ratio of times, such as `1.20 (1.10-1.30)`."""
     ratios = [a / b for a, b in zip(seconds[numerator], seconds[divisor], strict=True)]
     return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
@@ -131,7 +125,7 @@ def peak_bytes() -> int:
 
 
 def describe_machine() -> str:
-    """Returns the name of the processor, its instructions for products, and the version of JAX."""
+    """Returns the processor, its instructions for matrix products, and the version of JAX."""
     kind = jax.devices()[0].device_kind
     if kind == "cpu":
         parts = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
@@ -153,13 +147,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def read_table(text: str) -> list[list[str]]:
-    """Returns the cells of a Markdown table, row by row. The first row is the header."""
+    """Returns the cells [rows][columns] of a Markdown table. The first row is the header."""
     rows = [[*map(str.strip, line.strip()[1:-1].split("|"))] for line in text.splitlines()]
     return [row for row in rows if set(row[0]) != {"-"}]
 
 
 def replace_table(page: str, name: str, table: str) -> str:
-    """Replaces the table below `<!-- table: NAME -->` in the text of a page."""
+    """Returns a page with a new table below `<!-- table: NAME -->`."""
     pattern = rf"(<!-- table: {name} -->\n)(?:\|.*\n)+"
     new_page, count = re.subn(pattern, lambda match: match[1] + table, page)
     if count != 1:
@@ -168,7 +162,7 @@ def replace_table(page: str, name: str, table: str) -> str:
 
 
 def make_clips(modalities: Sequence[str], num_clips: int) -> dict[str, Packed]:
-    """Returns a dict, modality -> clips of random frames on the device, 512 float16 values each."""
+    """Returns modality -> random clips on the device. A frame has 512 features in float16."""
     clips = {}
     for seed, name in enumerate(modalities):
         lengths = np.random.default_rng((0, seed)).integers(1, MAX_FRAMES[name] + 1, num_clips)
@@ -203,7 +197,7 @@ def make_run(
     spec: str, overrides: Sequence[str] = (), *, batch_size: int, num_identities: int,
     num_clips: int,
 ) -> Run:  # fmt: skip
-    """Makes random clips and the system of `FILE:ARGUMENTS` with overrides `FIELD=VALUE`."""
+    """Returns random clips and a system. `spec` is FILE:ARGUMENTS, `overrides` are FIELD=VALUE."""
     config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
     config = config_io.override(config, [f"--config.{word}" for word in words])
@@ -228,7 +222,7 @@ def make_run(
 
 
 def make_loop(run: Run) -> Any:
-    """Returns a compiled function that trains with the clips of a run for several steps."""
+    """Returns a compiled function that takes several training steps with the clips of a run."""
 
     def draw(clips: Any, step: Array) -> Any:
         return resident.draw_batch(clips, run.plan, step)

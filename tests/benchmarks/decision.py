@@ -24,16 +24,16 @@ CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
 
 
 class Films(NamedTuple):
-    """N tracks of films. `apart` are pairs of clips that are visible at the same time."""
+    """N tracks: faces that are followed through a shot of a film."""
 
     vectors: np.ndarray  # [N, D], of length 1
     people: np.ndarray  # [N], the true people
-    clips: list[str]
-    apart: list[tuple[str, str]]
+    clips: list[str]  # N names
+    apart: list[tuple[str, str]]  # pairs of clips that are visible at the same time
 
 
 def split_tracks(data: dict[str, np.ndarray]) -> Films:
-    """Returns the tracks of the films, split where their vectors change."""
+    """Returns the tracks of `tracks.npz`. A track is split where its face changes."""
     vectors, people, clips, times = [], [], [], []
     for track, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
         changes = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
@@ -56,12 +56,10 @@ def split_tracks(data: dict[str, np.ndarray]) -> Films:
 def measure(
     films: Films, photos: np.ndarray, *, known: int, count: int, draws: int, votes: bool = True
 ) -> dict[str, float]:
-    """Returns the means over random draws of the figures that README.md explains.
+    """Returns name -> mean over `draws` random draws, of the figures that README.md explains.
 
-    Args:
-      photos: [P, K, D], vectors of K photos of P people.
-      known: number of people to enrol, with `count` photos each.
-      votes: if True, all tracks of a group get the same name.
+    A draw enrols `known` people with `count` photos each. `photos` [P, K, D] are vectors of K
+    photos of P people. If `votes` is True, all tracks of a group get the same name.
     """
     model = backend.make_card_backend({"face": CARD}, STRANGER_ODDS)
     rng, figures, probabilities, rights = np.random.default_rng(0), [], [], []
@@ -99,7 +97,7 @@ def measure(
 
 
 def load(folder: Path) -> tuple[Films, np.ndarray]:
-    """Returns the tracks, and the unit vectors of photos [P, K, D] float32."""
+    """Returns the tracks, and the unit vectors [P, K, D] float32 of K photos of P people."""
     with np.load(folder / "tracks.npz") as file:
         data = dict(file)
     photos = unit(data["photo_vector"]).astype(np.float32)

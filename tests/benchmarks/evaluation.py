@@ -43,7 +43,7 @@ PEER_BLOCK = 1024
 
 
 class RandomClips:
-    """The random clips of a run as a `ClipSource`."""
+    """A source of clips for the evaluation: the random clips of a run."""
 
     def __init__(self, run: common.Run, num_identities: int):
         num_clips = run.plan.num_clips
@@ -63,7 +63,7 @@ class RandomClips:
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields all clips in blocks of similar length. See `ClipSource`."""
+        """Yields all clips in batches of `rows` clips of similar length."""
         for bucket, places in split_blocks(plan.bucket, rows):
             batch = jax.device_put(make_batch({}, places.astype(np.int32), rows))
             limits = [common.PADDED_FRAMES[name] for name in self.clips]
@@ -75,7 +75,7 @@ class RandomClips:
 def make_functions(
     spec: str, args: argparse.Namespace
 ) -> tuple[dict[str, Callable[[], Any]], common.Run]:
-    """Returns the functions `whole` and `forward` of a net, and its run."""
+    """Returns two functions, `whole` and `forward`, which evaluate a net, and the net's run."""
     run = common.make_run(
         spec, batch_size=256, num_identities=args.num_identities, num_clips=args.clips
     )
@@ -121,7 +121,7 @@ def make_torch_functions(args: argparse.Namespace, run: common.Run) -> dict[str,
 
 
 def measure_evaluation(args: argparse.Namespace) -> None:
-    """Prints clips per second, and the ratios of times per clip."""
+    """Prints the clips per second of each function, and ratios of their times."""
     functions, run = make_functions("quality_fusion.py:iqiyi_vid", args)
     torch_functions = make_torch_functions(args, run) if args.peer else {}
     seconds = {}  # per clip
@@ -138,7 +138,7 @@ def measure_evaluation(args: argparse.Namespace) -> None:
 
 
 def measure_published_tests(args: argparse.Namespace) -> None:
-    """Prints the minutes of each test of TESTS, which are estimated from a sample of the clips."""
+    """Prints the minutes of each test of TESTS, estimated from the time of fewer clips."""
     functions = {name: make_functions(spec, args)[0]["whole"] for name, (spec, _) in TESTS.items()}
     minutes, rows = {}, []
     for name, seconds in common.time_functions(functions, args.rounds).items():

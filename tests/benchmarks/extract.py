@@ -2,10 +2,10 @@
 
     VIDJAX_MODELS=models python -m tests.benchmarks.extract FOLDER [--people=PHOTOS]
 
-PHOTOS has a folder of photos of each person. A film shows all photos in turn, in H.264 with 25
-pictures per second. For each size of SIZES, the script prints how many seconds of film one core
-extracts per second, with both PRESETS. Then it compares names, times and CPU time of `vidjax who`.
-Without `--people`, the script prints the memory of `vidjax extract` for films of random patches.
+PHOTOS has a folder of photos of each person. A film shows all photos in turn. For each size and
+each preset, the script prints how many seconds of film a core extracts per second. Then it compares
+the names, times and CPU time of `vidjax who`. Without `--people`, the script prints the memory of
+`vidjax extract` for films of random patches.
 """
 
 import itertools
@@ -34,7 +34,7 @@ PRESETS = {
 
 
 def pan(picture: np.ndarray, height: int, width: int, seconds: int) -> Iterator[np.ndarray]:
-    """Yields the pictures of a shot: a window that moves over a larger picture."""
+    """Yields pictures [height, width, 3] of a window that moves over a larger picture."""
     room = np.subtract(picture.shape[:2], (height, width))
     for number in range(seconds * FPS):
         top, left = room * number // (seconds * FPS)
@@ -42,7 +42,7 @@ def pan(picture: np.ndarray, height: int, width: int, seconds: int) -> Iterator[
 
 
 def repeated(path: Path, source: Path, times: int) -> Path:
-    """Writes a film that repeats another film of the same folder, without coding it again."""
+    """Writes the film `path`, which shows the film `source` several times; returns its path."""
     playlist = path.with_suffix(".ffconcat")
     playlist.write_text("ffconcat version 1.0\n" + f"file {source.name}\n" * times)
     with av.open(str(playlist)) as film, av.open(str(path), "w") as copy:
@@ -75,10 +75,8 @@ def measure_memory(folder: Path, models: Path) -> Iterator[dict[str, object]]:
 
 
 def show_photos(photos: list[list[Path]], height: int, width: int) -> Iterator[np.ndarray]:
-    """Yields the pictures of a film that shows the photos of each person in turn.
-
-    A photo hangs on a grey wall, which is larger than a picture of the film by a tenth.
-    """
+    """Yields the pictures of a film: a photo of each person, another photo of each, and so on."""
+    # A photo hangs on a grey wall, which is larger than a picture of the film by a tenth.
     for turn in range(max(map(len, photos))):
         for of_person in photos:
             photo = Image.open(of_person[turn % len(of_person)]).convert("RGB")
@@ -92,7 +90,7 @@ def show_photos(photos: list[list[Path]], height: int, width: int) -> Iterator[n
 def measure_speed(
     folder: Path, photos: list[list[Path]], models: Path
 ) -> Iterator[dict[str, object]]:
-    """Yields the seconds of film that a core extracts per second, for each size."""
+    """Yields, for each size, preset -> seconds of film that a core extracts per second."""
     for name, size in SIZES.items():
         path, speeds = folder / f"{name}.mp4", {}
         films.write(path, show_photos(photos, *size))
@@ -107,11 +105,8 @@ def measure_speed(
 def compare_presets(
     folder: Path, photos: list[list[Path]], models: Path
 ) -> Iterator[dict[str, object]]:
-    """Yields the results of `vidjax who` with each preset, and the largest difference in times.
-
-    The first photo of each person enrols the person.
-    """
-    first = folder / "first"
+    """Yields the results of `vidjax who` with each preset, and the largest difference in times."""
+    first = folder / "first"  # has the first photo of each person, by which `who` enrols people
     for photo, *_ in photos:
         (first / photo.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(photo, first / photo.parent.name)

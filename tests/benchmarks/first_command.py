@@ -14,7 +14,7 @@ from tests.benchmarks import common
 
 
 def run(folder: Path, *words: str) -> tuple[float, float]:
-    """Trains with the cache `folder/cache`. Returns elapsed seconds and CPU seconds."""
+    """Trains with the cache `folder/cache`; returns elapsed seconds and CPU seconds."""
     flags = (*words, f"--workdir={folder}/run")
     seconds = common.run_python("-m", "vidjax.main", *flags, VIDJAX_CACHE=f"{folder}/cache")
     shutil.rmtree(folder / "run")

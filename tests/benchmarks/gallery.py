@@ -48,12 +48,12 @@ STARTS = {
 
 
 def near(centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns random vectors of length 1 near the centres of people."""
+    """Returns a random vector of length 1 near each of the centres [N, D]."""
     return unit(centres + 0.5 * rng.standard_normal(centres.shape, np.float32))
 
 
 def make_front(parts: Sequence[str], rng: np.random.Generator) -> backend_lib.Backend:
-    """Returns a scoring back end (PLDA), fitted to 400 other people with 3 clips each."""
+    """Returns a scoring back end (PLDA) that is fitted to 400 other people with 3 clips each."""
     people = rng.standard_normal((400, WIDTH), np.float32)
     labels = np.repeat(np.arange(1, 401), 3)
     vectors = {name: near(people[labels - 1], rng) for name in parts}
@@ -71,7 +71,7 @@ def make_clips(
 
 
 def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Generator) -> None:
-    """Writes a gallery. To save time, blocks of people have the same vectors."""
+    """Writes a gallery of `num_people`. To save time, each block of people has equal vectors."""
     front = make_front(parts, rng)
     few = list(make_clips(len(parts), min(backend_lib.MAX_BLOCK_PEOPLE, num_people), rng).values())
     vectors, numbers = np.stack([clip.vector for clip in few]), np.arange(len(few))
@@ -88,7 +88,7 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
 
 
 def measure_median(action: Callable[[int], object], repeats: int) -> str:
-    """Calls a function with 0, 1, ... Returns median time and CPU time, such as `2 ms (1 ms)`."""
+    """Returns the median time and CPU time of `action(0)`, `action(1)`, ..., as `2 ms (1 ms)`."""
     times = []
     for number in range(repeats):
         start, cpu_start = time.perf_counter(), time.process_time()

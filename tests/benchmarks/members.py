@@ -22,7 +22,7 @@ RUN_ROUNDS = 3
 
 
 def make_step(args: argparse.Namespace, num_members: int) -> Callable[[], list[Any]]:
-    """Returns a function that takes a training step of each member, one after another."""
+    """Returns a function that takes one training step of each member of an ensemble in turn."""
     run = common.make_run(
         SPEC, [f"ensemble.seeds={num_members}"], batch_size=args.batch_size,
         num_identities=args.num_identities, num_clips=4 * args.batch_size,

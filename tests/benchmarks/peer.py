@@ -1,10 +1,9 @@
-"""The nets of three configurations in PyTorch, in its usual style. It runs on a GPU if possible.
+"""The nets of three configurations in PyTorch, on a GPU if possible. It does not import vidjax.
 
     python -m tests.benchmarks.peer FOLDER [--epochs=10] [--batch_size=1024] [--compile]
 
 The script reads the faces of the official files in FOLDER, trains the MLP with the softmax
-cross-entropy, and prints MAP after every epoch. At the end, it saves a checkpoint. Other benchmarks
-measure `Step`, `make_scorer` and `rank`. The module needs torch and does not import vidjax.
+cross-entropy, and prints MAP after every epoch. Other benchmarks measure `Step` and `rank`.
 """
 
 # pyright: reportMissingImports=false
@@ -42,21 +41,21 @@ class Frames(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B clips, and the class columns [B] int64 of the clips."""
+    """B clips."""
 
-    frames: dict[str, Frames]
-    labels: Tensor
+    frames: dict[str, Frames]  # of each modality
+    labels: Tensor  # [B] int64, the class of each clip; 0 is a distractor
 
 
 class Fused(NamedTuple):
-    """N fused vectors of each clip: features [B, N, D], and mask [B, N], False without frames."""
+    """N vectors of each clip, each fused from several frames."""
 
-    features: Tensor
-    mask: Tensor
+    features: Tensor  # [B, N, D]
+    mask: Tensor  # [B, N], False if the clip has no frames
 
 
 def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
-    """Copies numpy arrays to the device. `frames` has the fields of `Frames` of each modality."""
+    """Copies arrays to the device. `frames` are modality -> arrays in the order of `Frames`."""
     tensors = {
         name: Frames(*(torch.from_numpy(array).to(DEVICE) for array in arrays))
         for name, arrays in frames.items()
@@ -68,19 +67,17 @@ def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
 
 
 def mask_bad_frames(frames: Frames) -> Frames:
-    """Masks frames of low quality or detection score, except in clips with only such frames."""
+    """Masks frames of low quality or detection score, unless a clip has no other frames."""
     good = frames.mask & (frames.quality >= 25.0) & (frames.detection >= 0.7)
     return frames._replace(mask=torch.where(good.any(dim=1, keepdim=True), good, frames.mask))
 
 
 def frame_weights(frames: Frames, weighting: str) -> Tensor:
-    """Returns weights of frames [B, T] float32. Padding has the weight 0.
+    """Returns the weights [B, T] float32 of frames; padding has the weight 0.
 
-    - 'uniform': The weights are equal.
+    - 'uniform': The weights are equal. This is also so if all weights of a clip would be 0.
     - 'quality': A weight is the product of quality and detection score.
     - 'graded': The product is multiplied by 0, 0.2, 0.3 or 0.6 for a quality below 0, 20, 30 or 40.
-
-    If all weights of a clip are 0, the weights are equal.
     """
     uniform = frames.mask.float()
     if weighting == "uniform":
@@ -101,7 +98,7 @@ def fuse_random_frames(
     """Returns `num_draws` vectors of each clip. A vector is the weighted mean of random frames.
 
     `probs` has the probabilities of fusing 1, 2, ... S frames. If `replacement` is False, a frame
-    occurs only once in a vector. If the clip has too few frames, its frames are repeated in turn.
+    is only repeated in a vector if the clip has too few frames.
     """
     num_slots, (num_clips, num_frames) = len(probs), frames.mask.shape
     rand = functools.partial(torch.rand, device=DEVICE)
@@ -158,7 +155,7 @@ def make_layer(in_dim: int, width: int, activation: nn.Module, norm: nn.Module) 
 
 
 class MLP(nn.Module):
-    """The main net of quality fusion (4th place 2019)."""
+    """The main net of `quality_fusion` (4th place 2019): two layers of 1024 units."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -188,7 +185,7 @@ class ResidualDense(nn.Module):
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of [B, T, K] without padding, which nn.BatchNorm1d would include."""
+    """BatchNorm over the real frames of x [B, T, K]; `mask` [B, T] is False for padding."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         mean: Tensor = self.running_mean  # type: ignore[assignment]
@@ -224,9 +221,8 @@ class NetVLAD(nn.Module):
 class MMA(nn.Module):
     """The system of the iQIYI-VID paper: NetVLAD of the face, maps, attention, a classifier.
 
-    The attention is O = X + gamma X Y. Y is the softmax of the Gram matrix of W_f X over the
-    vectors that exist. In training, each modality of a clip is dropped with probability 0.5, but
-    never all modalities.
+    The attention is O = X + gamma X Y. Y is the softmax of the Gram matrix of W_f X. In training,
+    modalities are dropped at random, but never all modalities of a clip.
     """
 
     def __init__(self, num_classes: int):
@@ -266,16 +262,16 @@ class MMA(nn.Module):
 
 
 class Recipe(NamedTuple):
-    """A net, its fusion of frames in training (True) or ranking, its scores, and its loss."""
+    """A net, and how it is trained and used to rank clips."""
 
     net: nn.Module
-    fuse: Callable[[Mapping[str, Frames], bool], dict[str, Fused]]
+    fuse: Callable[[Mapping[str, Frames], bool], dict[str, Fused]]  # True in training
     score: Callable[[Tensor], Tensor]  # maps logits to the scores of the ranking
     focal: bool  # True if the focal loss is a part of the loss
 
 
-# Net -> its class, its modalities, arguments of the fusion of faces in training, and the weights of
-# faces in the ranking.
+# Net -> class, modalities, arguments of `fuse_random_frames` of faces in training, and the
+# weighting of faces in the ranking.
 NETS: dict[str, tuple[Callable[[int], nn.Module], Sequence[str], dict[str, Any], str]] = {
     "mlp": (MLP, ["face"], {"probs": (0.25, 0, 0.65, 0, 0.1), "weighting": "quality"}, "graded"),
     "residual": (
@@ -318,7 +314,7 @@ def _autocast(dtype: torch.dtype) -> torch.autocast:
 
 
 def _has_frames(frames: Mapping[str, Frames]) -> Tensor:
-    """Returns [B] bool, False for clips without a frame in any modality."""
+    """Returns [B] bool: True if the clip has a frame in some modality."""
     return torch.stack([one.mask.any(dim=1) for one in frames.values()]).any(dim=0)
 
 
@@ -357,7 +353,7 @@ class Step:
 def make_scorer(
     recipe: Recipe, *, compiled: bool, dtype: torch.dtype = torch.float32
 ) -> Callable[[Batch], Tensor]:
-    """Returns a function of a batch. It returns scores [B, C], -inf for clips without frames."""
+    """Returns a function: batch -> scores [B, C]. Clips without frames have the score -inf."""
 
     def compute_scores(batch: Batch) -> Tensor:
         fused = recipe.fuse(batch.frames, False)
@@ -377,10 +373,7 @@ def make_scorer(
 
 
 def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Returns the scores and the numbers of the best 100 clips of each identity, both [C, 100].
-
-    Clips are numbered in the order of `blocks`.
-    """
+    """Returns the scores and the numbers of the best 100 clips of C identities, both [C, 100]."""
     start, best, rows = 0, torch.zeros(1, 0), torch.zeros(1, 0, dtype=torch.int64)
     with torch.inference_mode():
         for batch in blocks:
@@ -398,7 +391,7 @@ def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Ten
 
 
 def load_truth(folder: Path, split: str) -> dict[str, int]:
-    """Returns clip -> identity. A line of val has an identity and then its clips."""
+    """Returns clip -> identity. A line of train is `clip identity`; of val, `identity clip ...`."""
     labels = {}
     for line in (folder / f"{split}_gt.txt").read_text().splitlines():
         first, *rest = line.split()
@@ -408,7 +401,7 @@ def load_truth(folder: Path, split: str) -> dict[str, int]:
 
 
 def collate(examples: Sequence[tuple[Sequence[np.ndarray], int]]) -> Batch:
-    """Joins clips and their class columns in a batch, padded to a multiple of FRAME_STEP."""
+    """Returns a batch of clips and their classes, padded to a multiple of FRAME_STEP frames."""
     clips, labels = zip(*examples, strict=True)
     lengths = np.array([len(features) for features, _, _ in clips])
     longest = math.ceil(lengths.max() / FRAME_STEP) * FRAME_STEP
@@ -420,10 +413,10 @@ def collate(examples: Sequence[tuple[Sequence[np.ndarray], int]]) -> Batch:
 
 
 def load(folder: Path, split: str, columns: Mapping[int, int], batch_size: int) -> DataLoader:
-    """Returns the batches of a split. `columns` is a dict, identity -> class column, from 1.
+    """Returns the batches of a split. `columns` are identity -> class, from 1.
 
-    Batches of train are shuffled, have equal sizes, and contain no distractors. Other splits are
-    complete and sorted by length, so that blocks have little padding. Distractors have column 0.
+    Batches of train are shuffled, equally large, and without distractors. Other splits are complete
+    and sorted by length. Their distractors have the class 0.
     """
     train, truth = split == "train", load_truth(folder, split)
     content = pickle.loads((folder / f"face_{split}.pickle").read_bytes(), encoding="bytes")
@@ -455,7 +448,7 @@ def train_mlp(args: argparse.Namespace) -> None:
     warmup = max(1, math.ceil(0.1 * num_steps))
 
     def rate(done: int) -> float:
-        """Returns the factor of the learning rate: it rises linearly, and then falls to 0.01."""
+        """Returns the factor of the learning rate after `done` steps: it rises to 1, then falls."""
         share = min(1.0, (done - warmup) / max(1, num_steps - warmup))
         cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
         return (done + 1) / warmup if done < warmup else cosine

@@ -2,10 +2,9 @@
 
     python -m tests.benchmarks.rehearsal FOLDER [--only=STEP,STEP] [--scale=F] [--collect]
 
-The step `files` writes 10,034 identities, 57,620 training clips and 72,730 clips to rank, of which
-27,274 are distractors. Each step adds a row to `FOLDER/rows.json`. Steps with a row are skipped.
-Unfinished runs are resumed. All steps take more than a day on 2 cores, 25 GB of disk and 8 GB of
-memory.
+The files have 10,034 identities, 57,620 training clips and 72,730 clips to rank. Each step adds a
+row to `FOLDER/rows.json`. Steps with a row are skipped, and unfinished runs are resumed. All steps
+take more than a day on 2 cores, 25 GB of disk and 8 GB of memory.
 
 - `--scale` is the share of the identities. If it is below 1, runs have at most two epochs. Use it
   to test this script.
@@ -45,11 +44,11 @@ STREAMED = ("data.mode=streaming",)
 
 
 class Run(NamedTuple):
-    """A configuration, and the number of its epochs. If `epochs` is 0, the run is complete."""
+    """A configuration to train."""
 
-    spec: str
-    epochs: int = 0
-    overrides: Sequence[str] = ()
+    spec: str  # FILE:ARGUMENTS
+    epochs: int = 0  # 0: the number in the configuration
+    overrides: Sequence[str] = ()  # FIELD=VALUE
 
 
 # Clips of four modalities take 7.3 GB, and nets of the published size several GB. So their clips
@@ -106,14 +105,14 @@ def count_bytes(folder: Path) -> int:
 
 
 def read_clocks() -> np.ndarray:
-    """Returns elapsed seconds, the CPU seconds of ended children, and of the whole machine."""
+    """Returns [elapsed seconds, CPU seconds of ended children, CPU seconds of the machine]."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
     busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
     return np.array([time.perf_counter(), common.children_seconds(), busy])
 
 
 def measure(step: str, folder: Path, scale: float) -> dict[str, Any]:
-    """Runs a step. Returns its row: results, times, and the memory of all child processes."""
+    """Runs a step; returns its results, its times, and the most memory of child processes."""
 
     def memory() -> int:
         return sum(map(limits.held_by, limits.children_of(os.getpid())))
@@ -129,7 +128,7 @@ def measure(step: str, folder: Path, scale: float) -> dict[str, Any]:
 
 
 def run_module(words: Sequence[str], log: Path, kill: Callable[[], bool] | None = None) -> None:
-    """Runs a module, and appends its output to a log. If `kill` returns True, it is killed."""
+    """Runs a module, and appends its output to a log. Kills it as soon as `kill()` is True."""
     with log.open("a") as output:
         output.write(f"{' '.join(words)}\n")
         output.flush()
@@ -181,7 +180,7 @@ def run_step(step: str, folder: Path, scale: float) -> dict[str, Any]:
 
 
 def resume(folder: Path, workdir: Path, log: Path, scale: float) -> dict[str, Any]:
-    """Trains twice. The second run is killed after its first checkpoint, and resumed."""
+    """Trains two equal runs. The second is killed after a checkpoint, and resumed."""
     shutil.rmtree(workdir, ignore_errors=True)
     whole, killed = workdir / "whole", workdir / "killed"
     run_module(make_words(KILLED, folder, whole, scale), log)
@@ -194,10 +193,7 @@ def resume(folder: Path, workdir: Path, log: Path, scale: float) -> dict[str, An
 
 
 def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the table of the README.
-
-    The header names the machine of the first row. Rows of other machines name their machine.
-    """
+    """Returns `rows` as the table of the README."""
     lines, machine = [], next(iter(rows.values()))["machine"]
     for step in (step for step in STEPS if step in rows):
         row = rows[step]

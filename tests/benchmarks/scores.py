@@ -48,7 +48,7 @@ DOCUMENTED = (
 
 
 def read_tables(page: str) -> dict[str, list[list[str]]]:
-    """Returns a dict, name -> the cells of the rows of a table. The first row is the header."""
+    """Returns name -> cells [rows][columns] of each table. The first row is the header."""
     tables = re.findall(r"<!-- table: (\w+) -->\n((?:\|.*\n)+)", PAGES[page].read_text())
     return {name: common.read_table(text) for name, text in tables}
 
@@ -58,7 +58,7 @@ def is_reason(cell: str) -> bool:
 
 
 def read_rows() -> dict[str, dict[str, str]]:
-    """Returns a dict, row -> dataset -> the reason why there is no run, or an empty string."""
+    """Returns row -> dataset -> the reason why there is no run, or an empty string."""
     rows = {}
     for spec, synthetic, _, real, _ in read_tables("scores")["scores"][1:]:
         cells = zip(DATASETS, (synthetic, real), strict=True)
@@ -74,10 +74,7 @@ def find_folder(folder: Path, row: str, dataset: str, seed: int) -> Path:
 
 
 def make_flags(row: str, dataset: str, seed: int, folder: str) -> list[str]:
-    """Returns the flags that train a row. `folder` contains the real clips.
-
-    The seed is the seed of the net. On the synthetic dataset, it is also the seed of the data.
-    """
+    """Returns the flags of the command that trains a row. `folder` contains the real clips."""
     spec, *overrides = row.split()
     name, _, words = spec.partition(".py")
     arguments = [word for word in words.strip(":").split(",") if word]
@@ -91,10 +88,7 @@ def make_flags(row: str, dataset: str, seed: int, folder: str) -> list[str]:
 
 
 def train(folder: Path, real: str, only: str) -> None:
-    """Trains the runs that a folder lacks, and resumes interrupted runs.
-
-    `real` is the folder of real clips. If it is empty, only synthetic clips are used.
-    """
+    """Trains the runs that a folder lacks. `real` is the folder of real clips, or empty."""
     rows = read_rows()
     for row in sorted(rows, key=lambda row: " + " in row):  # a join comes after its parts
         for dataset, seed in itertools.product(DATASETS if real else (SYNTHETIC,), SEEDS):
@@ -111,7 +105,7 @@ def train(folder: Path, real: str, only: str) -> None:
 
 
 def time_systems(only: str) -> dict[str, float]:
-    """Returns a dict, row -> the seconds of a command of the main README, with an empty cache."""
+    """Returns row -> seconds of a training with an empty cache, for rows of the main README."""
     seconds = {}
     systems = [spec.strip("`") for spec, *_ in read_tables("systems")["systems"][1:]]
     for row in dict.fromkeys((*systems, *DOCUMENTED)):
@@ -130,8 +124,8 @@ def time_systems(only: str) -> dict[str, float]:
 def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of `scores.json`. The `old` content is kept for runs that are missing.
 
-    `rows` maps row -> dataset -> metric -> value of each seed. `fnir` is FNIR at an FPIR of 1 %.
-    `rungs` maps comparison -> dataset -> mean and standard error of the difference in MAP.
+    `rows` are row -> dataset -> metric -> value of each seed. `rungs` are comparison of two rows ->
+    dataset -> mean and standard error of the difference in MAP.
     """
     read = functools.cache(lambda path: comparison.read(str(path)))
     rows = {row: {x: _read_scores(folder, row, x) for x in DATASETS} for row in read_rows()}
@@ -158,7 +152,7 @@ def name_comparison(spec: str, base: str) -> str:
 
 
 def _list_finished(folder: Path, row: str, dataset: str) -> list[Path]:
-    """Returns the folders of a row, one per seed. If a run is not finished, the list is empty."""
+    """Returns the folder of each seed of a row, or an empty list if a run is not finished."""
     folders = [find_folder(folder, row, dataset, seed) for seed in SEEDS]
     return folders if all((path / "metrics.json").exists() for path in folders) else []
 
@@ -177,7 +171,7 @@ def _read_scores(folder: Path, row: str, dataset: str) -> dict[str, Any] | None:
 def _compare(
     folder: Path, base: str, row: str, dataset: str, read: Callable[[Path], comparison.RankedRun]
 ) -> dict[str, float] | None:
-    """Returns mean and standard error of a difference in MAP, or None if a run is missing."""
+    """Returns mean and standard error of MAP(row) - MAP(base), or None if a run is missing."""
     gaps = []
     pairs = zip(*(_list_finished(folder, x, dataset) for x in (base, row)), strict=False)
     for base_folder, row_folder in pairs:
@@ -221,11 +215,9 @@ def fill_scores(cells: Sequence[str], results: Mapping[str, Any]) -> list[str]:
 def fill_comparison(
     table: str, rows: Mapping[str, Any], cells: Sequence[str], results: Mapping[str, Any]
 ) -> list[str]:
-    """Returns the cells of a comparison with the results. `rows` is the result of `read_rows`.
+    """Returns `cells`, a row that compares two rows of `scores`, with the present results.
 
-    If the publication reports top1, the cells also contain our top1. The table `noise_classes` also
-    has FNIR, the share of clips of known people that are missed if 1 % of the distractors get a
-    name.
+    `rows` is the result of `read_rows`. If the publication reports top1, the cells have our top1.
     """
     text, spec, base, published, *old, _, why = cells
     gaps = results["rungs"].get(name_comparison(spec, base), {})
@@ -256,7 +248,7 @@ def fill_system(cells: Sequence[str], results: Mapping[str, Any]) -> list[str]:
 
 
 def describe_results(row: str, results: Mapping[str, Any]) -> str:
-    """Returns time and score of a row, as lines for the docstring of its configuration."""
+    """Returns the lines about time and score for the docstring of a configuration."""
     seconds, (_, _, words) = results["seconds"].get(row), row.partition(".py:")
     arguments = f" with the argument {' and '.join(f'`{x}`' for x in words.split(','))}"
     arguments = arguments if words else ""
@@ -272,7 +264,7 @@ def describe_results(row: str, results: Mapping[str, Any]) -> str:
 
 
 def write_results(results: Mapping[str, Any]) -> None:
-    """Writes every table into its page, and time and score into every configuration."""
+    """Writes the results into the tables of the pages and the docstrings of configurations."""
     for page, path in PAGES.items():
         for name, (header, *lines) in read_tables(page).items():
             if name in ("systems", "scores"):

@@ -54,7 +54,7 @@ server.serve_forever()
 
 
 def make_request(vector: np.ndarray) -> bytes:
-    """Returns a request of the Open Inference Protocol."""
+    """Returns the bytes of a request of the Open Inference Protocol that identifies a vector."""
     binary = {"binary_data_size": 4 * len(vector)}
     tensor = {"name": "face", "shape": [1, 1, len(vector)], "datatype": "FP32"}
     outputs = [{"name": x, "parameters": {"binary_data": True}} for x in ("identity", "scores")]
@@ -70,9 +70,9 @@ def make_request(vector: np.ndarray) -> bytes:
 
 
 async def run_client(port: int, requests: Sequence[bytes], end: float) -> list[float]:
-    """Sends requests until the time `end`. Returns the seconds until each answer.
+    """Sends requests until the time `end`; returns the seconds until each answer.
 
-    After an error, the client stops, and the last time is NaN.
+    An error ends the client. The last number is then NaN.
     """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     times = []
@@ -110,7 +110,7 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> 
 def measure(
     words: Sequence[str], requests: Sequence[bytes], clients: int, seconds: float
 ) -> dict[str, float]:
-    """Starts a server with a Python command that prints its address. Returns all figures."""
+    """Starts a server by `python WORDS`, which prints its address; returns all figures."""
     with limits.running([sys.executable, *words], stderr=None) as process:
         assert process.stdout
         port = int(process.stdout.readline().rsplit(":", 1)[1])

@@ -40,10 +40,10 @@ RUNS = {
 
 
 def write_files(folder: Path, counts: Mapping[str, int], num_identities: int) -> None:
-    """Writes faces as official files. `counts` is a dict, split -> number of clips.
+    """Writes official files of random faces. `counts` are split -> number of clips.
 
-    A feature is the sum of a vector of the person, whose standard deviation is LIKENESS, and of
-    noise with the standard deviation 1. A third of the val clips are distractors.
+    A feature is the vector of the person, with the standard deviation LIKENESS, plus noise with the
+    standard deviation 1. A third of the val clips are distractors.
     """
     rng = np.random.default_rng(0)
     frames = random_clip(rng, 4096, 512)
@@ -66,7 +66,7 @@ def write_files(folder: Path, counts: Mapping[str, int], num_identities: int) ->
 
 
 def run(folder: Path, *words: str) -> list[tuple[float, float]]:
-    """Runs a training. Returns seconds and MAP after every epoch, and at the end of the process."""
+    """Runs a training; returns (seconds, MAP) after every epoch and at the end of the process."""
     start, lines, course = time.perf_counter(), [], []
     env = os.environ | {"VIDJAX_CACHE": f"{folder}/cache"}
     env["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
@@ -108,7 +108,7 @@ def compare_modes(args: argparse.Namespace, folder: Path) -> None:
 
 
 def compare_with_torch(args: argparse.Namespace, folder: Path) -> None:
-    """Prints the times of RUNS, and the ratios of the fastest PyTorch run to the vidjax runs."""
+    """Prints the times of RUNS, and how many times longer the fastest PyTorch run takes."""
 
     def train(name: str, turn: int) -> list[tuple[float, float]]:
         """Trains for all epochs, or for one epoch if `turn` is 0."""

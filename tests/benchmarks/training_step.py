@@ -36,10 +36,7 @@ NETS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def find_products(jaxpr: Any, in_loop: bool = False) -> Iterator[Any]:
-    """Yields the equations of the matrix products of a program, except in loops.
-
-    Raises ValueError if a loop has a product, because its number of repetitions is not known.
-    """
+    """Yields the equations of all matrix products in a jaxpr. A product in a loop is an error."""
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "dot_general":
@@ -57,10 +54,7 @@ def count_flops(product: Any) -> int:
 
 
 def make_products_program(products: Sequence[Any], count: int) -> Callable[[], Array]:
-    """Returns a compiled program that computes matrix products of random operands, `count` times.
-
-    The loop is inside the program, as in training. So the results use the same memory again.
-    """
+    """Returns a compiled program that computes products of random matrices, `count` times."""
     keys = iter(jax.random.split(jax.random.key(1), 2 * len(products)))
     # Equal operands would let the compiler join products.
     operands = [
@@ -89,7 +83,7 @@ def make_products_program(products: Sequence[Any], count: int) -> Callable[[], A
 def make_torch_steps(
     name: str, run: common.Run, args: argparse.Namespace
 ) -> dict[str, Callable[[], float]]:
-    """Returns functions that take STEPS steps in PyTorch: `eager` and `compiled`."""
+    """Returns two functions, `eager` and `compiled`, which take STEPS training steps in PyTorch."""
     import torch
 
     from tests.benchmarks import peer

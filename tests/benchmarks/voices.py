@@ -39,7 +39,7 @@ def read_sound(path: Path) -> np.ndarray:
 
 
 def embed(speech: Path, models: Path, gallery: Gallery) -> Vectors:
-    """Returns the vectors of all utterances with speech. The labels are the speakers."""
+    """Returns the vectors of all utterances with speech, labelled by their speakers."""
     listener, clips = voices.Listener(cards.load(models)), {}
     for path in sorted(speech.glob("*/*.flac")):
         voice = listener(read_sound(path))
@@ -51,7 +51,7 @@ def embed(speech: Path, models: Path, gallery: Gallery) -> Vectors:
 
 
 def measure_cosines(vectors: Vectors) -> dict[str, list[float]]:
-    """Returns mean, deviation and number of the cosines in pairs of one and of two speakers."""
+    """Returns [mean, deviation, number] of the cosines in pairs of one speaker, and of two."""
     x, speakers = unit(vectors.parts["audio"]), np.array(vectors.labels)
     pairs = np.triu_indices(len(x), 1)
     cosines, same = (x @ x.T)[pairs], (speakers[:, None] == speakers)[pairs]

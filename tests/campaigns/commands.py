@@ -26,7 +26,7 @@ NO_GPU = {"JAX_PLATFORMS": "cuda"}
 
 
 class Case(NamedTuple):
-    """A command, and what it must print and return."""
+    """A command, what it must print, and its exit code."""
 
     words: str
     remedy: str  # a part of the output or of the error
@@ -108,7 +108,7 @@ MINE = {
     "function.py": (f"{BEGIN}    values = config.default()\n    values.model.activation = max\n"
                     "    return values\n", "set its name"),
 }  # fmt: skip
-# These commands are run in the folder of `prepare_places`.
+# These commands are run in the folder that `prepare_places` makes.
 PLACES = [
     Case("--mode=report --workdir=.", "such as a, b"),
     Case("--mode=report --workdir=empty", "vidjax train --config=mma"),
@@ -136,7 +136,7 @@ PLACES = [
     Case("--config=knn --workdir=own/train", "a folder of clips"),
     Case(f"{TRAIN} --config.data.weights=own", "correct the path"),
 ]  # fmt: skip
-# These commands are run in new processes and in the folder of `prepare`.
+# These commands are run in new processes, in the folder that `prepare` makes.
 FILES = [
     Case("--config=knn --workdir=run --config.seed=7", "seed: 0 -> 7"),
     Case("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val"),
@@ -155,7 +155,7 @@ WORKS = [
 
 
 def prepare_places(folder: Path) -> None:
-    """Writes synthetic runs, data, and configuration files, some of which are faulty."""
+    """Writes made-up runs, data and configuration files into a folder. Some are faulty."""
     values = {"1": 0.5, "2": 0.75}
     made_runs.write(folder / "a", values, "--config.seed=3")
     made_runs.write(folder / "b", values)
@@ -193,7 +193,7 @@ def run(folder: Path, case: Case) -> subprocess.CompletedProcess[str]:
 
 
 def list_faults(case: Case, code: int, output: str, errors: str, seconds: float = 0) -> list[str]:
-    """Returns the differences between a case and what the command printed and returned."""
+    """Returns what is wrong: the differences between a case and the result of the command."""
     lines = [line for line in errors.splitlines() if not line.startswith(PROGRESS)]
     if "--json" in case.words.split() and not case.code:
         assert isinstance(json.loads(output), dict)

@@ -27,7 +27,7 @@ CLIPS: dict[str, store.StoredClip] = {
 
 
 def draw_changes(seed: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields ("remove", people) and then ("enrol", people) for the same people, without end."""
+    """Yields ("remove", random people), and then ("enrol", the same people), without end."""
     rng = random.Random(seed)
     while True:
         people = rng.sample([f"person {n}" for n in range(PEOPLE)], rng.choice([1, 5, 40]))
@@ -42,7 +42,7 @@ def change(gallery: Gallery, action: str, people: Sequence[str]) -> None:
 
 
 def change_on_request(folder: Path, seed: int) -> None:
-    """Makes a change for each line of the input, until the process is killed."""
+    """Makes a change of a gallery for each line of stdin, until the process is killed."""
     gallery = Gallery(folder)
     for action, people in draw_changes(seed):
         sys.stdout.write("ready\n")
@@ -52,9 +52,9 @@ def change_on_request(folder: Path, seed: int) -> None:
 
 
 def make_two(folder: Path, other: Path, seed: int, count: int) -> list[dict[str, list]]:
-    """Makes two equal galleries and `count` changes of the other gallery.
+    """Makes two equal galleries, and `count` changes of the gallery `other`.
 
-    Returns the contents before the first change, and after each change.
+    Returns the content of `other` before the first change and after each change.
     """
     gallery = made_galleries.make(other, CLIPS)
     shutil.copytree(other, folder)
@@ -66,7 +66,10 @@ def make_two(folder: Path, other: Path, seed: int, count: int) -> list[dict[str,
 
 
 def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
-    """Kills a process that changes a gallery, and asserts that the gallery is complete."""
+    """Kills a process while it changes a gallery; asserts that the last change is whole or absent.
+
+    `place` is a folder for a second gallery with the same changes.
+    """
     seed, count = rng.randrange(10**9), 1 + rng.randrange(6)
     states = make_two(folder, place / "other", seed, count)
     code = "from tests.campaigns.gallery_kills import *; "
@@ -83,11 +86,11 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
     contents = made_galleries.contents(folder)
     assert contents in states[-2:], f"seed {seed}, {count} changes"
 
-    # A change of nobody fails, but deletes the files that the killed process has left.
+    # To remove a person who is not enrolled fails, but it deletes files of the killed process.
     with contextlib.suppress(ValueError):
         Gallery(folder).remove(identity=["nobody"])
     assert made_galleries.contents(folder) == contents
-    # If the killed change had not begun to write, its journal remains until the next change.
+    # Only the file of the gallery and its journal may be left.
     assert all(path.name.startswith(store.GALLERY_FILE) for path in folder.iterdir())
     content = b"".join(path.read_bytes() for path in folder.iterdir())
     removed = [CLIPS[name].vector.tobytes()[:16] for name in CLIPS.keys() - contents["clip"].keys()]
@@ -95,7 +98,7 @@ def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
 
 
 def fill_once(folder: Path, place: Path, rng: random.Random) -> int:
-    """Makes changes with a limit on the size of files. Returns the number of failed changes."""
+    """Makes changes with a limit on the size of files; returns how many of them failed."""
     seed, failed = rng.randrange(10**9), 0
     states = make_two(folder, place / "other", seed, 4)
     gallery, largest = Gallery(folder), max(path.stat().st_size for path in folder.iterdir())

@@ -35,7 +35,8 @@ from vidjax.data.frame_fields import PackedClips
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_name
 
-# Parts of pickles. Opcodes have the names in `pickletools`. `words` are "module name".
+# Functions that return parts of pickles. Opcodes have the names in `pickletools`. `words` are
+# "module name", such as "os system".
 
 
 def text(value: str) -> bytes:
@@ -47,12 +48,12 @@ def name(words: str) -> bytes:
 
 
 def dotted(words: str) -> bytes:
-    """Returns the opcode STACK_GLOBAL with a name. Only this opcode reads dots as attributes."""
+    """Returns the opcode STACK_GLOBAL, whose name may have dots, such as "numpy ndarray.tofile"."""
     return b"\x80\x04" + b"".join(map(text, words.split())) + b"\x93"
 
 
 def part(value: Any) -> bytes:
-    """Returns a value as Python 2 writes it in protocol 1, without STOP."""
+    """Returns the pickle of a value without its last byte, the opcode STOP."""
     return python2.dumps(value, 1)[:-1]
 
 
@@ -71,7 +72,7 @@ EMPTY = RECONSTRUCT + name("numpy ndarray") + b"K\x00\x85U\x01b\x87R"
 
 
 def array_pickle(state: Any, kind: str = "numpy ndarray") -> bytes:
-    """Returns a pickle of an array. Its state is (version, shape, dtype, is Fortran, bytes)."""
+    """Returns a pickle of an array. `state` is (version, shape, dtype, is Fortran order, bytes)."""
     return EMPTY.replace(name("numpy ndarray"), name(kind)) + part(state) + b"b."
 
 
@@ -88,7 +89,7 @@ class Attack(NamedTuple):
 
 
 def attacks(mark: Path) -> dict[str, Attack]:
-    """Returns a dict, name -> pickle that would create the file `mark`, or do other harm."""
+    """Returns name -> pickle that would create the file `mark` or do other harm if it were run."""
     return {words: Attack(data, error_words) for words, error_words, data in _attacks(mark)}
 
 
@@ -163,7 +164,7 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _tricks() -> Iterator[tuple[str, bytes]]:
-    """Yields pickles that misuse functions that arrays need."""
+    """Yields (name, pickle). The pickles misuse functions that pickles of arrays need."""
     new = b"}" + text("__new__") + b"Ns"
     for words in ("numpy ndarray", "_codecs encode"):
         yield f"slots of {words}", name(words) + b"(N" + new + b"tb."
@@ -217,13 +218,13 @@ FRAME = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
 
 
 def _laughs() -> bytes:
-    """Returns a list with ten references to a list with ten references, and so on 40 times."""
+    """Returns a pickle of 40 nested lists, each with ten references to the next: 10^40 items."""
     levels = [b"](" + b"h%c" % level * 10 + b"eq%c0" % (level + 1) for level in range(40)]
     return b"]q\x000" + b"".join(levels) + b"h\x28"
 
 
 def _shared(frames: int, clips: int) -> bytes:
-    """Returns a pickle in which all clips are one list, which repeats one frame."""
+    """Returns a small pickle of many clips, which are the same list of the same frame."""
     head = b"\x80\x02" + part(FRAME)
     head += b"r\xff\x00\x00\x000]r\xfe\x00\x00\x00(" + b"h\xff" * frames + b"e0"
     pairs = b"".join(b"U\x05%05dh\xfe" % clip for clip in range(clips))
@@ -231,7 +232,7 @@ def _shared(frames: int, clips: int) -> bytes:
 
 
 def wide(*shape: int) -> bytes:
-    """Returns a pickle of an array that contains three numbers or none, but has a large shape."""
+    """Returns a pickle of an array that claims a large shape, but has at most three numbers."""
     count = 0 if 0 in shape else 3
     dims = b"".join(b"\x8a\x10" + n.to_bytes(16, "little") for n in shape)
     state = tuple_of(part(1), tuple_of(dims), part(F2), part(False), part(bytes(2 * count)))
@@ -266,7 +267,7 @@ GREED = {  # pickles that ask for gigabytes, for hours, or for a deep stack
 
 
 def damage(sound: bytes) -> dict[str, bytes]:
-    """Returns a dict, name -> damaged copy of the pickle `sound`, or file of another format."""
+    """Returns name -> content: damaged copies of the pickle `sound`, and other kinds of files."""
     archive, tar, npz = io.BytesIO(), io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("archive/data.pkl", sound)
@@ -290,9 +291,9 @@ def damage(sound: bytes) -> dict[str, bytes]:
 
 
 def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> bytes:
-    """Returns one of the pickles `seeds` with a few random changes.
+    """Returns one of the pickles `seeds` with 1 to 4 random changes.
 
-    A change flips bits, removes or repeats bytes, or inserts an opcode or one of `grafts`.
+    A change flips, removes or repeats bytes, or replaces them by an opcode or one of `grafts`.
     """
     data = bytearray(chance.choice(seeds))
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
@@ -305,7 +306,7 @@ def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> by
 
 
 def check(packed: PackedClips, out_dir: Path) -> None:
-    """Asserts that the result of `unpack` and its files agree with the documentation."""
+    """Asserts that names, shapes, dtypes and counts of unpacked clips are valid."""
     names, features, lengths = packed.names, packed.features, packed.lengths
     assert len(set(names)) == len(names) and [clean_name(n) for n in names] == [*names]
     assert lengths.dtype == np.int32 and lengths.shape == (len(names),)
@@ -328,7 +329,7 @@ def check(packed: PackedClips, out_dir: Path) -> None:
 
 
 class _Fork(processes.Children):
-    """Runs `sandbox.work` in a fork of this process, which has already imported all modules."""
+    """Reads a pickle in a fork of this process, which is fast because all modules are imported."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -353,14 +354,10 @@ class _Fork(processes.Children):
 
 
 def read(folder: Path, *, in_fork: bool) -> Iterator[list[Any]]:
-    """Reads all files. Yields [name, error, CPU seconds, seconds, largest memory so far in MB].
-
-    The error is empty if a file is read without an error.
-    """
+    """Yields [name, error or "", CPU seconds, seconds, most memory so far in MB] of each file."""
     out_dir = folder.parent / f"{folder.name}_out" / "flat"
     out_dir.parent.mkdir()
-    # PR_SET_CHILD_SUBREAPER: descendants without a parent become children of this process, so the
-    # last lines find them.
+    # PR_SET_CHILD_SUBREAPER: orphans become children of this process, so the last lines find them.
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     for path in sorted(folder.iterdir()):
         before, start, error = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), ""

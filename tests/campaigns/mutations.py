@@ -13,7 +13,7 @@ SECONDS = 60
 
 
 class TooLong(BaseException):
-    """A command does not end. It is no Exception, so that no command catches it."""
+    """A command does not end. Commands catch only an Exception, so they do not catch TooLong."""
 
 
 def flip(path: Path, rng: random.Random) -> None:
@@ -34,7 +34,7 @@ def insert(path: Path, rng: random.Random) -> None:
 
 
 def repeat(path: Path, rng: random.Random) -> None:
-    """Inserts a copy of a part of the file after this part."""
+    """Repeats a random part of the file."""
     content = path.read_bytes()
     begin, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
     path.write_bytes(content[:end] + content[begin:])
@@ -46,7 +46,7 @@ def remove(path: Path, rng: random.Random) -> None:
 
 
 def put(path: Path, kind: str, target: Path) -> None:
-    """Replaces a file by a "pipe", a "folder", a "sparse" file of 30 GB, or a link.
+    """Replaces a file by a "pipe", an empty "folder", a "sparse" file of 30 GB, or a link.
 
     The link leads to `target` ("link"), to /dev/zero ("zero"), or to a missing file ("nothing").
     """
@@ -65,7 +65,7 @@ def put(path: Path, kind: str, target: Path) -> None:
 
 @contextlib.contextmanager
 def alarm() -> Iterator[None]:
-    """Raises TooLong if the context takes longer than SECONDS of elapsed time."""
+    """Raises TooLong if the context takes more than SECONDS of elapsed time."""
 
     def stop(signum: int, frame: object) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2)  # of all threads

@@ -54,7 +54,7 @@ RUNS = {  # name -> configuration and overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the digests of all runs. Returns 1 if they differ from the digests of `--against`."""
+    """Trains, and writes the digests. Returns 1 if they differ from the file `--against`."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.same_bytes")
     parser.add_argument("out", type=Path, help="the JSON file of the digests")
     parser.add_argument("--against", type=Path, help="the digests of an earlier version")
@@ -102,7 +102,7 @@ def run(words: Sequence[str], env: Mapping[str, str]) -> None:
 
 
 def stop(words: Sequence[str], metrics: Path, env: Mapping[str, str]) -> None:
-    """Runs a command, and stops it with SIGTERM after its first line of metrics."""
+    """Runs a training, and stops it with SIGTERM when it has written a line of metrics."""
     with subprocess.Popen([*VIDJAX, *words], cwd=ROOT, env=env) as process:
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.01)
@@ -110,7 +110,7 @@ def stop(words: Sequence[str], metrics: Path, env: Mapping[str, str]) -> None:
 
 
 def digests(workdir: Path) -> dict[str, str]:
-    """Returns a dict, name -> sha256 of a file, of the parameters, or of the analysis of a run."""
+    """Returns name -> sha256 of result files, of the parameters and of the analysis; and MAP."""
     paths = (workdir / name for name in ("metrics.jsonl", "ranking.txt", "ranking_test.txt"))
     results = {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in paths if x.exists()}
     results["map"] = repr(json.loads((workdir / "metrics.json").read_text())["map"])

@@ -33,7 +33,7 @@ def make_items(seed):
 
 
 def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
-    """If the preferred step is damaged, the other is restored with a warning. No file changes."""
+    """If only the preferred step is damaged, the other step is restored with a warning."""
     folder, workdir = tmp_path / "pristine" / "checkpoints", tmp_path / "damaged"
     for step, mean_ap in {3: 0.9, 8: 0.1}.items():  # step 3 is the best, and step 8 the latest
         checkpoint.save(folder.parent, step, make_items(step), {"map": mean_ap, "evaluated": True})
@@ -58,7 +58,7 @@ def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
             except checkpoint.CheckpointError:
                 found = None
 
-        assert contents(workdir / "checkpoints") == damaged
+        assert contents(workdir / "checkpoints") == damaged  # no file has changed
         step = found.manifest["step"] if found else None
         assert step == wanted, trial
         if found:
@@ -81,7 +81,7 @@ def test_save_renames_a_users_folder_that_has_the_name_of_a_step(tmp_path):
 
 @pytest.fixture(scope="module")
 def words(official_dir, cache_dir):
-    """The words of the command that trains the run."""
+    """The arguments of the command that trains the run."""
     return (
         f"--config={ROOT}/configs/quality_fusion.py:iqiyi_vid,face",
         f"--config.data.dir={official_dir}", f"--config.data.cache_dir={cache_dir}",
@@ -98,7 +98,7 @@ def config(words):
 
 @pytest.fixture(scope="module")
 def whole(config, data, tmp_path_factory):
-    """The folder of a run of 15 steps, 3 an epoch, evaluated at steps 6, 12 and 15."""
+    """The folder of a run of 5 epochs of 3 steps, evaluated at steps 6, 12 and 15."""
     folder = tmp_path_factory.mktemp("checkpoints") / "whole"
     run(config, folder, data)
     return folder
@@ -121,6 +121,7 @@ def finished(whole, tmp_path):
 
 @pytest.fixture
 def parts(stopped, tmp_path):
+    """A copy of the stopped run, which a test resumes."""
     return shutil.copytree(stopped, tmp_path / "parts")
 
 
@@ -135,6 +136,7 @@ def assert_refused(command, folder, *expected):
 
 
 def largest(workdir, step):
+    """Returns the path of the largest file of a checkpoint."""
     files = (workdir / "checkpoints" / str(step) / "state").rglob("*")
     return max(filter(Path.is_file, files), key=lambda path: path.stat().st_size)
 
@@ -149,7 +151,7 @@ def test_evaluate_refuses_a_run_whose_checkpoints_are_all_damaged(command, finis
 
 def test_evaluate_refuses_changed_or_missing_identities_members_and_config(command, finished):
     ranking = (finished / "ranking.txt").read_bytes()
-    # The lengths of members.npz and of config.json stay the same. Digests reveal the changes.
+    # The lengths of members.npz and config.json stay the same, so only their digests differ.
     for name, old, new in (
         ("identities.json", b'"1",', b'"1000",'),
         ("members.npz", b"trained", b"traine\0"),
@@ -162,7 +164,7 @@ def test_evaluate_refuses_changed_or_missing_identities_members_and_config(comma
         assert_refused(command, finished, str(path))
 
         path.unlink()
-        if name != "config.json":  # a folder without config.json is no run
+        if name != "config.json":  # without it, the error is another: the folder is no run
             assert_refused(command, finished, str(path))
         path.write_bytes(before)
     assert (finished / "ranking.txt").read_bytes() == ranking
@@ -177,8 +179,10 @@ def test_evaluate_refuses_a_manifest_that_lacks_an_entry(command, finished):
         assert_refused(command, finished, f"has no entry '{name}'")
 
 
-def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, data, finished, whole):
-    """The run trains the damaged step again, to the same bits."""
+def test_resumed_run_writes_deleted_files_and_a_damaged_checkpoint_again(
+    config, data, finished, whole
+):
+    """The run has ended at step 15. It is resumed from an earlier checkpoint, to the same bits."""
     for name in ("identities.json", "members.npz", "metrics.json", "ranking.txt"):
         (finished / name).unlink()
     flip(largest(finished, 15), random.Random(5))
@@ -192,7 +196,7 @@ def test_resumed_run_restores_deleted_files_and_a_damaged_checkpoint(config, dat
 
 
 def test_resuming_with_another_configuration_is_refused_with_the_difference(say, words, parts):
-    """The run is refused even without config.json: checkpoints also contain the configuration."""
+    """Checkpoints also contain the configuration, so config.json may be missing."""
     before = contents(parts / "checkpoints")
 
     for word, difference in [
@@ -220,7 +224,7 @@ def test_finished_run_can_train_more_epochs_but_not_fewer(config, words, data, f
 
 
 def test_resuming_with_another_list_of_identities_is_refused(config, data, parts):
-    with pytest.warns(UserWarning, match="not in the training data"):
+    with pytest.warns(UserWarning, match="not in the training data"):  # nobody is called 999
         data = data.with_identities(("999", *data.identities[1:]))
     with pytest.raises(checkpoint.CheckpointError, match="another list of identities"):
         run(config, parts, data)
@@ -229,8 +233,9 @@ def test_resuming_with_another_list_of_identities_is_refused(config, data, parts
 def test_moved_run_with_half_written_log_lines_resumes_to_the_same_bytes(
     say, monkeypatch, config, data, parts, whole, tmp_path
 ):
-    """`parts`, a stopped run, is moved, and named by a link with a space and a relative path."""
+    """The stopped run `parts` is moved. A link to its new folder has a space in its name."""
     step = max(checkpoint.manifests(parts))
+    # A line of a step after the checkpoint, and half a line.
     for name in ("metrics.jsonl", "timing.jsonl"):
         with open(parts / name, "a") as file:
             file.write(f'{{"step": {step + 1}, "train_loss": 9.0}}\n{{"step": {step + 2}, "tra')
@@ -249,7 +254,7 @@ def test_moved_run_with_half_written_log_lines_resumes_to_the_same_bytes(
 
 
 def failing_run(config, folder, data):
-    """Trains a run, which must end with an error of the disk; returns the error."""
+    """Trains a run, which must fail because a file cannot be written; returns the error."""
     with pytest.raises(OSError) as caught:
         run(config, folder, data)
     assert messages.get_exit_code(caught.value) == 2
@@ -269,16 +274,16 @@ def assert_nothing_lost(folder, before):
 
 
 def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, parts, whole):
-    """The run in `parts` was stopped before step 12, at which its next checkpoint is due."""
+    """The run was stopped before step 12, at which it saves the next checkpoint."""
     step = max(checkpoint.manifests(parts))
     before = contents(parts / "checkpoints")
-    # The largest file of a save has no room.
+    # Files are limited to three quarters of the largest file of a checkpoint.
     with file_limit(largest(parts, step).stat().st_size * 3 // 4):
         error = failing_run(config, parts, data)
     assert f"cannot save a checkpoint in '{parts / 'checkpoints' / '12'}'" in error
     assert_nothing_lost(parts, before)
     lines = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
-    # A run writes a line every 5 steps. There is no line of step 15, after the failed save.
+    # A run writes a line every 5 steps. Step 15 was not reached, because the save at 12 failed.
     assert max(line["step"] for line in lines) == 10
     assert not (parts / "metrics.json").exists()
 
@@ -287,7 +292,7 @@ def test_failed_save_stops_training_and_keeps_earlier_checkpoints(config, data, 
 
 
 def test_full_disk_stops_training_and_loses_no_checkpoint(config, data, stopped, mounted, campaign):
-    """The number of free bytes decides which file has no room: at the start, a log or a save."""
+    """The number of free bytes decides which write fails: at the start, of a log or of a save."""
     small_disk = mounted("size=16m,mode=777") or pytest.skip("no file system may be mounted here")
     parts, failed_files = small_disk / "parts", set()
     step = stopped / "checkpoints" / str(max(checkpoint.manifests(stopped)))
@@ -306,4 +311,4 @@ def test_full_disk_stops_training_and_loses_no_checkpoint(config, data, stopped,
         failed_files.add(error.split("'")[1].removeprefix(str(parts)))
         shutil.rmtree(parts)
 
-    assert len(failed_files) > 1, failed_files  # the shares fill the disk at different files
+    assert len(failed_files) > 1, failed_files  # several files failed

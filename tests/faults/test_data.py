@@ -1,4 +1,4 @@
-"""Official files with wrong content: what is wrong is counted, or it is one error."""
+"""Official files with wrong content: faults are counted in the report, or cause one error."""
 
 import functools
 import pickle
@@ -28,7 +28,10 @@ def clips_of(split, count, dim=DIM):
 
 @pytest.fixture
 def official(tmp_path):
-    """A folder to spoil: faces of 20 train and 10 val clips. Clips 0 and 1 have no label."""
+    """A folder that tests damage: faces of 20 train and 10 val clips.
+
+    In each split, clips 0 and 1 have no label. The other clips show the identities 1 to 4 in turn.
+    """
     folder = tmp_path / "official"
     folder.mkdir()
     for split, count in (("train", 20), ("val", 10)):
@@ -43,6 +46,7 @@ def load(folder, **options):
 
 
 def features_of(data, split, modality="face"):
+    """Returns clip -> features [T, D] of its real frames."""
     clips = data.split(split).clips
     return {clips[n]: frames.features for n, frames in real_frames(data, split, modality)}
 
@@ -76,7 +80,7 @@ def refused(say, cache_dir):
 
 
 def write_non_finite(folder):
-    """Spoils frame 1 of train005, and frame 0 of train008 and train009; returns the path."""
+    """Writes NaN or inf into frame 1 of train005, and frame 0 of train008 and train009."""
     clips = clips_of("train", 20)
     clips["train005"].features[1, 2] = np.nan
     clips["train008"].features[0, 0] = -np.inf
@@ -109,16 +113,16 @@ def test_option_non_finite_error_refuses_frames_with_nan_or_inf(official, tmp_pa
     with pytest.warns(UserWarning, match="left out"):
         load(official, cache_dir=cache)
 
-    # The records in the cache lack these frames, but the option still raises the error.
+    # The records in the cache lack these frames, but with the option, loading them is an error.
     strict = functools.partial(load, official, cache_dir=cache, non_finite="error")
     refused_by(strict, f"{path}: clip train005, face: the feature of frame 1 is not finite")
 
 
-def test_error_for_features_of_another_width_names_clip_or_modality(official, refused):
+def test_features_of_another_width_than_other_features_are_refused(official, refused):
     path = official / "face_val.pickle"
     content = pickle.loads(path.read_bytes())
     frame = content[b"val005"][2]
-    frame[-1] = np.zeros(7, np.float16)  # the feature
+    frame[-1] = np.zeros(7, np.float16)  # the feature, which has the width 4 in other frames
     path.write_bytes(pickle.dumps(content, 2))
     refused(official, f"{path}: clip val005, face entry 2, feature is array [7] of float16")
 
@@ -129,18 +133,19 @@ def test_error_for_features_of_another_width_names_clip_or_modality(official, re
 def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refused):
     path = official / "face_train.pickle"
     content = pickle.loads(path.read_bytes())
-    again = {name + b".mp4": frames for name, frames in content.items()}  # .mp4 is ignored
+    # The ending .mp4 is no part of a clip name, so each of the 20 clips is twice in the file.
+    again = {name + b".mp4": frames for name, frames in content.items()}
     path.write_bytes(pickle.dumps(content | again, 2))
-    refused(official, f"{path}: clips are repeated: ", " and 15 more")  # of 20
+    refused(official, f"{path}: clips are repeated: ", " and 15 more")  # the error lists 5
 
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
-    refused(official, "7 clips are in two splits", "(train and val)", ", ...")  # 5 are listed
+    refused(official, "7 clips are in two splits", "(train and val)", ", ...")
 
 
 def test_ground_truth_with_over_one_percent_unknown_clips_is_refused(official, refused):
     path = official / "train_gt.txt"
     text = path.read_text()
-    path.write_text(text + "stranger.mp4 2\n")  # 1 of 19 clips, more than 5 %
+    path.write_text(text + "stranger.mp4 2\n")  # 18 clips of the data, and an unknown clip
     refused(official, "1 of 19 clips have no features, for example stranger\n", "1%")
     path.write_text(text.replace(".mp4", ".avi.mp4"))
     refused(official, "none of its 18 clips has features", "belong to train000")
@@ -163,7 +168,8 @@ def test_unlabelled_clips_are_distractors_and_never_correct_answers(tmp_path):
     assert_adds_up(data.report)
 
 
-def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path):
+def test_clips_without_frames_rank_last_in_spite_of_bad_qualities(tmp_path):
+    """Qualities are NaN, infinite, negative or 0."""
     silent = [f"val{i:03d}" for i in range(0, 30, 5)]  # 6 of 30 val clips
     for split, count in (("train", 32), ("val", 30)):
         faces = clips_of(split, count)
@@ -200,8 +206,7 @@ def test_clips_without_frames_rank_last_and_bad_qualities_are_harmless(tmp_path)
         assert ranked[-len(silent) :] == silent  # equal scores are sorted by name
 
 
-def test_requested_modality_without_a_feature_file_is_refused(official):
-    """If the file lacks only some clips, the modality of these clips is masked."""
+def test_modality_is_masked_in_clips_without_it_and_refused_in_splits_without_it(official):
     write_pickle(official, "head", "train", clips_of("train", 12))
     with pytest.warns(UserWarning, match="val: the split has no features of head"):
         data = load(official)
@@ -221,7 +226,7 @@ def test_requested_modality_without_a_feature_file_is_refused(official):
 
 
 def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
-    """Training chooses 16 frames; records, and so evaluation, have the best 512 frames."""
+    """Records have the 512 best frames, which evaluation uses. Training chooses 16 of them."""
     clips = clips_of("train", 20)
     clips["train003"] = random_clip(np.random.default_rng(5), 10_000, DIM)
     write_pickle(official, "face", "train", clips)
@@ -246,7 +251,7 @@ def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
 
 def test_odd_clip_names_are_kept_and_never_become_paths(tmp_path):
     names = ("ü" * 300, "人物_①", "../../../etc/passwd", "/absolute", "..", "-rf", "a:b*c?", "$(x)")
-    # A file named ../../../etc/passwd would also be below `tmp_path`.
+    # The folders are deep, so a file ../../../etc/passwd would be found below `tmp_path`.
     folder, cache = (tmp_path / "deep" / "down" / name for name in ("official", "cache"))
     folder.mkdir(parents=True)
     content = {name.encode(): np.full(DIM, i, np.float32) for i, name in enumerate(names)}
@@ -277,11 +282,11 @@ def test_missing_labels_clips_or_files_are_each_one_error(official, refused, tmp
     refused(official / "gone", "gone' does not exist")
 
 
-def test_declared_identities_without_clips_keep_their_columns(official):
+def test_declared_identities_without_clips_stay_in_the_list_of_identities(official):
     declared = tuple(str(i) for i in range(1, 9))  # the ground truth has 1 to 4
 
     data = load(official).with_identities(declared)
 
     split = data.split("train")
     assert data.identities == declared
-    assert split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]  # of clips 2 to 19
+    assert split.positives.tolist() == [4, 4, 5, 5, 0, 0, 0, 0]  # 18 labelled clips

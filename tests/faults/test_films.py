@@ -36,6 +36,7 @@ pytestmark = pytest.mark.slow
 
 
 def start_extract(*words):
+    """Starts `vidjax extract`; the context kills it at its end."""
     words = [sys.executable, "-m", "vidjax", "extract", *map(str, words)]
     return running(words, cwd=ROOT, stdout=subprocess.DEVNULL)
 
@@ -54,10 +55,10 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
 
     finish(whole)
     for number in range(50 if campaign else 2):
-        with start_extract(*inputs, f"--out={out}") as process:  # is killed at the end of `with`
-            if number % 2 == 0:  # kills it while clips are written and moved
+        with start_extract(*inputs, f"--out={out}") as process:
+            if number % 2 == 0:  # waits for the first clip
                 # Unlike glob, os.walk ignores folders that are deleted meanwhile.
-                while process.poll() is None and ".npz" not in str([*os.walk(out)]):  # no clip yet
+                while process.poll() is None and ".npz" not in str([*os.walk(out)]):
                     time.sleep(0.002)
                 time.sleep(rng.random() * 0.05)
             else:
@@ -70,7 +71,7 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
             assert features_folder.read_film(path) == film
             assert (out / clips).read_bytes() == (whole / clips).read_bytes()
         until = time.monotonic() + 5
-        while any(map(held_by, children)):  # a process that has ended holds no memory
+        while any(map(held_by, children)):  # some children have memory, so they still run
             assert time.monotonic() < until, "a child goes on without its parent"
             time.sleep(0.01)
     finish(out)
@@ -78,13 +79,13 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_extract_reports_a_killed_worker_and_refuses_a_second_call(drawn):
+def test_extract_reports_a_killed_worker_and_refuses_a_second_call_meanwhile(drawn):
     film, out = drawn.film(), drawn.out
     with start_extract(film, f"--out={out}", f"--models={drawn.models}", "--workers=1") as process:
         while not (children := children_of(process.pid)) and process.poll() is None:
             time.sleep(0.005)
         for child in children:
-            os.kill(child, signal.SIGSTOP)  # so that the folder stays in use
+            os.kill(child, signal.SIGSTOP)  # the first call waits, so its folder stays in use
         try:
             _, stderr = drawn.extract(film, code=2)
         finally:
@@ -127,7 +128,7 @@ def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
 def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     where, whole = drawn.folder / "in", drawn.film().read_bytes()
     where.mkdir()
-    # Files that are no films, or that refer to an address or to another file.
+    # Bad files: they refer to an address, another file or a device, or have no pictures.
     server = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
     (where / "http.m3u8").write_text(films.PLAYLIST.format(address))
@@ -136,7 +137,7 @@ def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     os.mkfifo(where / "pipe.mp4")
     films.write(where / "voice.m4a", [], sound=np.zeros(8000))  # sound without pictures
     failing = sorted(path.name for path in where.iterdir())
-    # The good files: a film, to which list.mp4 refers, and half of a film.
+    # Good files: a film, to which list.mp4 refers, and the first half of the film.
     (where / "secret.mkv").write_bytes(whole)
     (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
 
@@ -146,7 +147,7 @@ def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     assert sorted(map(os.path.basename, content["failed"])) == failing
     assert all(f"/{name}'" in stderr for name in failing)
     assert "Traceback" not in stderr
-    assert len(stderr.splitlines()) <= 3 * (len(failing) + 2)  # 3 for each file
+    assert len(stderr.splitlines()) <= 3 * (len(failing) + 2)  # 3 lines for each file
     read = {film.video: film for film in features_folder.read_films(drawn.out)}
     assert read["cut.mkv"].damaged and not read["secret.mkv"].damaged
     assert len(read["secret.mkv"].tracks) == 4
@@ -174,20 +175,20 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     clips = [track.clip for film in films_read for track in film.tracks]
     assert len({*clips}) == len(clips) == len(read_arrays(features))
     assert all("/" not in clip and clip.isprintable() for clip in clips)
-    # In another order, the files keep their names, so nothing is extracted again.
+    # If the order of the files changes, clips keep their names, and nothing is extracted again.
     paths = [film, *reversed(sorted(place.iterdir()))]
     again = pipeline.extract(paths, features, drawn.models)
     assert all(outcome.kept for outcome in again)
 
 
 def test_names_of_people_are_escaped_in_every_output_or_refused(drawn, read_here):
-    for name in (" Ann", "a\nb", os.fsdecode(b"\xff")):  # are refused
+    for name in (" Ann", "a\nb", os.fsdecode(b"\xff")):  # names that are refused
         write_photo(drawn.friends / name / "1.png", ("Ada", 40, 40))
         _, stderr = drawn.who(drawn.film(), code=2)
         assert len(stderr.splitlines()) <= 3 and not drawn.out.exists()
         shutil.rmtree(drawn.friends)
 
-    # Name of a person -> name of the colour of the face.
+    # Name of a person (a folder of photos) -> colour of the drawn face.
     people = {"<script>alert(1)<": "Ada", "=cmd()": "Bob", "--->  x & y": "Eve"}
     for name, colour in people.items():
         write_photo(drawn.friends / name / "1.png", (colour, 40, 40))
@@ -218,7 +219,7 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
         path.write_text(text)
         assert len(refused(lambda: features_folder.read_films(drawn.out))) < 1000
 
-    # Two films with one path of 6,000 folders: no number of folders distinguishes them.
+    # Two films with one path of 6,000 folders: reading compares their folders, and must be quick.
     source, began = {"address": "/a" * 6000, "size": 1, "mtime_ns": 0, "inode": 1}, time.monotonic()
     for place in (path, path.with_name("y.json")):
         place.write_text(json.dumps(film | {"source": source}))
@@ -235,8 +236,7 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
         refused(lambda: features_folder.read_extraction(drawn.out))
 
 
-def test_extract_changes_nothing_outside_a_hostile_feature_folder(drawn, read_here):
-    """If a clip name in a JSON file leads outside, the JSON file is written again."""
+def test_extract_writes_a_json_file_again_whose_clip_name_leads_outside(drawn, read_here):
     film, mine = drawn.film(), drawn.folder / "mine.npz"
     mine.write_bytes(b"mine")
     drawn.extract(film)
@@ -258,7 +258,7 @@ def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     user = os.geteuid()
     if user == 0:
-        os.seteuid(65534)  # root may read all folders
+        os.seteuid(65534)  # "nobody", because root may read all folders
     try:
         with pytest.raises(PermissionError):
             pipeline.list_files([Path("films/closed")])
@@ -284,7 +284,7 @@ def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
     assert contents(drawn.folder) == before
 
 
-# A program that is killed in the middle of creating a gallery.
+# A program that ends in the middle of creating a gallery, as if it was killed.
 HALF = """
 import os, sqlite3, sys
 gallery = sqlite3.connect(sys.argv[1])
@@ -298,7 +298,7 @@ os._exit(1)
 
 
 def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_here):
-    """The kill left half a gallery, and a file that tests whether the folder is writable."""
+    """The kill also left a file with which a gallery tests whether its folder is writable."""
     path = drawn.out / "gallery" / store.GALLERY_FILE
     path.parent.mkdir(parents=True)
     (path.parent / ".write-test-0badc0de").touch()
@@ -309,7 +309,7 @@ def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_
 
 
 def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here):
-    """The killed call has written the features of the photo, but not their JSON file."""
+    """`who` was killed after it had written the features of photo 2, before their JSON file."""
     film, features = drawn.film(), drawn.out / "people" / "Ada"
     for number in (1, 2):
         write_photo(drawn.friends / "Ada" / f"{number}.png", ("Ada", 40, 30))
@@ -324,7 +324,7 @@ def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here)
 
 
 def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, campaign):
-    """The files are read in this process, without the limits of a child."""
+    """The files are read in this process, so no limit of memory or time ends the reader."""
     models = drawn_people.write_voices(drawn_people.write_models(tmp_path / "models"))
     faces, sound = [("Ada", 20, 30), ("Bob", 80, 50)], drawn_people.tone(440, 2)
     shots = ((1, 20, faces), (1, 60, faces[:1]))
@@ -346,7 +346,7 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
                 found, _ = drawn_people.extract(path, tmp_path / "out", models)
                 lost = found.corrupt or found.refused or found.lost_sound
                 outcomes["damaged" if found.damaged or lost else "whole"] += 1
-            except (UserError, MemoryError) as error:  # a mutation can make a size enormous
+            except (UserError, MemoryError) as error:  # a mutated size can be enormous
                 assert len(str(error).splitlines()) <= 3, (path, number)
                 outcomes["refused"] += 1
             assert time.process_time() - began < 10, (path, number)
@@ -365,7 +365,7 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
         peaks.append(extract.peak(path, out, drawn.models))
         (film,) = features_folder.read_films(out)
         assert film.seconds == pytest.approx(60 * minutes, rel=0.01)
-        assert len(film.tracks) >= 25 * minutes  # of 30 in 15 shots
+        assert len(film.tracks) >= 25 * minutes  # a minute has 15 shots of 2 faces
 
     peak_of_short, peak_of_long = peaks
     assert peak_of_long < 1 << 30, peaks  # 1 GB
@@ -378,7 +378,7 @@ def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
         write_photo(friends / name / f"{number}.png", (name, 30 + number, 40))
 
     def call_who(people=True):
-        """Returns photo -> identity in the gallery, and the messages."""
+        """Returns photo -> name in the gallery, and the messages of the command."""
         _, stderr = drawn.who(film, people=people)
         clips = Gallery(drawn.out / "gallery").clips.items()
         return {name.removeprefix("people/"): clip.identity for name, clip in clips}, stderr
@@ -387,18 +387,18 @@ def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
     drawn.gallery("rename", "--identity=Ada", "--to=Ada L")
     drawn.gallery("relabel", "--clip=people/Ada/1", "--identity=Bob")
 
-    # A deleted photo is replaced by a new photo: Ada stays, under her new name.
+    # A photo of Ada is deleted, and another photo is added: she keeps her new name, Ada L.
     (friends / "Ada" / "2.png").unlink()
     write_photo(friends / "Ada" / "4.png", ("Ada", 52, 40))
     for people in (True, False):
         assert call_who(people)[0] == {"Ada/1": "Bob", "Ada/4": "Ada L", "Bob/1": "Bob"}
 
-    # Without photos, Ada is removed.
+    # All photos of Ada are deleted: she is removed from the gallery.
     shutil.rmtree(friends / "Ada")
     photos, stderr = call_who()
     assert photos == {"Bob/1": "Bob"} and "Ada L no longer has photos" in stderr
 
-    # Bob's photo is replaced by a photo of Eve, who gets the name Bob.
+    # Bob's photo is replaced by a photo of Eve: her face gets the name Bob.
     write_photo(friends / "Bob" / "1.png", ("Eve", 40, 40))
     call_who()
     assert drawn.names()["party.s001.t00"] == "Bob"  # the clip of the second shot shows Eve

@@ -1,4 +1,4 @@
-"""Run folders of strangers: links, pipes, enormous files and paths in them are errors."""
+"""Folders that a stranger has sent: links, pipes, enormous files and paths in them are errors."""
 
 import json
 import os
@@ -48,14 +48,17 @@ def stranger(tmp_path):
 
 @pytest.fixture
 def complaint(command):
-    """Runs a mode on a folder; returns exit code and output. Errors must be quick and short."""
+    """Runs a mode on a folder; returns exit code and output.
+
+    Asserts that the mode takes less than 10 s and prints an error of at most three lines.
+    """
 
     def run(mode, folder):
         words = [f"--mode={mode}", f"--workdir={folder}"]
         if mode == "compare":
             own = made_runs.write(folder.parent / "own", {"anna": 0.6, "ben": 0.6})
             words = ["--mode=compare", f"--workdir={folder.parent}/out", f"--runs={own},{folder}"]
-        began = time.process_time()  # the alarm ends a mode that waits
+        began = time.process_time()  # CPU time; the alarm ends a mode that waits for a file
         with mutations.alarm(), warnings.catch_warnings(action="ignore"):
             done = command(*words)
         assert time.process_time() - began < 10 * limits.slowness()
@@ -65,19 +68,19 @@ def complaint(command):
     return run
 
 
-def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path):
-    """A hard link gives a file a second name: `cp -al` or a stranger may have made it."""
+def test_locks_logs_and_results_overwrite_no_file_of_the_user(tmp_path):
+    """The user's file has a name of vidjax, or vidjax's name is a link to the user's file."""
     lock, empty = tmp_path / ".lock", tmp_path / "empty"
-    lock.write_text("my notes")  # a file of the user has the name of the lock
+    lock.write_text("my notes")
     with pytest.raises(ValueError, match=r"move the file elsewhere"), files.lock(tmp_path):
         pass
     assert lock.read_text() == "my notes"
 
     lock.unlink()
     empty.touch()
-    os.link(empty, lock)
+    os.link(empty, lock)  # a hard link: both names are the same file
     with files.lock(tmp_path):
-        assert not empty.read_text()  # the lock is not written there
+        assert not empty.read_text()  # the lock is a new file
 
     victim = tmp_path / "mine.txt"
     victim.write_text("mine\n")
@@ -95,15 +98,16 @@ def test_locks_logs_and_results_overwrite_no_linked_file(tmp_path):
 
 
 @pytest.mark.parametrize("mode", quick_first(READ, 2))
-def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complaint, mode):
+def test_every_mode_refuses_a_pipe_link_or_folder_in_place_of_a_file(stranger, complaint, mode):
     a_link = ("' is a link", "by a copy of its target")
+    # Kind of `mutations.put` -> words of the error. "zero" is a link to /dev/zero.
     words = {"pipe": ["' is a pipe"], "link": a_link, "zero": a_link, "folder": []}
     for name in READ[mode]:
         path = stranger / name
         kept = path.rename(stranger / "kept")
         content = kept.read_bytes()
 
-        for kind, expected in words.items():  # for the kinds see `mutations.put`
+        for kind, expected in words.items():
             mutations.put(path, kind, target=kept)
             code, output = complaint(mode, stranger)
             assert code in (2, 3) and name in output, output
@@ -115,8 +119,8 @@ def test_every_mode_refuses_a_pipe_or_link_in_place_of_a_file(stranger, complain
 
 
 @pytest.mark.parametrize("name", ["config", "metrics", "identities", "data_report", "manifest"])
-def test_deeply_nested_json_is_one_short_error(stranger, complaint, name):
-    """`complaint` checks that errors are short. A mode may succeed if it does not read the file."""
+def test_deeply_nested_json_causes_no_traceback(stranger, complaint, name):
+    """`complaint` checks the errors. A mode may succeed if it does not read the file."""
     folder = stranger / ("checkpoints/1" if name == "manifest" else "")
     folder.mkdir(parents=True, exist_ok=True)
     (stranger / "metrics.jsonl").write_bytes(DEEP + b"\n")
@@ -125,7 +129,7 @@ def test_deeply_nested_json_is_one_short_error(stranger, complaint, name):
         complaint(mode, stranger)
 
 
-def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
+def test_file_of_30_gb_is_not_read(stranger, tmp_path, complaint):
     for name in (*RESULTS, "config.json"):
         path, content = stranger / name, (stranger / name).read_bytes()
         mutations.put(path, "sparse", path)  # 30 GB of holes
@@ -138,8 +142,8 @@ def test_file_of_enormous_size_is_refused_unread(stranger, tmp_path, complaint):
 
 
 @pytest.mark.slow
-def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
-    np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))  # float64
+def test_analysis_that_unpacks_to_256_mb_is_refused_before_it_is_unpacked(stranger, complaint):
+    np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))  # 8 bytes each
 
     tracemalloc.start()
     code, output = complaint("report", stranger)
@@ -152,7 +156,7 @@ def test_analysis_that_unpacks_to_256_mb_is_refused_unread(stranger, complaint):
 
 @pytest.mark.parametrize("content", [
     b"", b"\xff\xfe", b"[]", b'{"\\ud800": 1}', b'{"map": 1e999}', b'{"map": "high"}',
-    b'{"threshold_at_fpir_0.01": NaN}',  # would silently make everybody a stranger
+    b'{"threshold_at_fpir_0.01": NaN}',  # no score reaches NaN, so everybody would be unknown
 ])  # fmt: skip
 def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complaint, content):
     (stranger / "metrics.json").write_bytes(content)
@@ -162,7 +166,7 @@ def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complain
         assert "metrics.json' is damaged" in output and "vidjax evaluate" in output
 
 
-# The folder `stranger` is of a run with 2 identities and 50 clips.
+# A row about an identity that does not exist. The run in `stranger` has 2 identities, 50 clips.
 WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []}
 
 
@@ -171,10 +175,10 @@ WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []
     ({"worst": 5}, {}),
     ({}, {"attention": np.zeros((20_000, 2), np.float32)}), ({}, {"ap": np.array([0.5])}),
 ], ids=["number of an identity", "type", "number of clips", "one of two identities"])  # fmt: skip
-def test_analysis_with_wrong_types_or_sizes_is_one_error(stranger, complaint, values, arrays):
+def test_report_refuses_an_analysis_with_wrong_types_or_sizes(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)
     code, output = complaint("report", stranger)
-    assert code == 2 and "vidjax evaluate" in output
+    assert code == 2 and "vidjax evaluate" in output  # the command that writes the analysis again
 
 
 def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
@@ -182,12 +186,13 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
     (outside / "keep").mkdir(parents=True)
     place.mkdir(parents=True)
 
+    # A save writes to `.partial`, and renames it at the end. Here, `.partial` is a link.
     for step in range(1, 3):
-        # A save writes into .partial.
         (place / ".partial").symlink_to(outside, target_is_directory=True)
         save(place.parent, step)
     assert [path.name for path in outside.rglob("*")] == ["keep"]
 
+    # The checkpoint of step 3 is a link.
     real, link = save(tmp_path / "other", 3), place / "3"
     before = contents(real)
     link.symlink_to(real)
@@ -197,7 +202,7 @@ def test_checkpoints_behind_a_link_are_neither_read_nor_deleted(tmp_path):
     checkpoint.save(place.parent, 3, ITEMS, {"map": 0.5})
     assert not link.is_symlink() and contents(real) == before
 
-    place.rename(tmp_path / "moved")
+    place.rename(tmp_path / "moved")  # the folder of all checkpoints is a link
     place.symlink_to(tmp_path / "moved")
     with pytest.raises(checkpoint.CheckpointError, match="replace the link by a copy"):
         checkpoint.find(place.parent)
@@ -226,8 +231,11 @@ def load_latest(folder):
 @pytest.mark.parametrize(
     "link", quick_first([pytest.param("state/sub", id="folder"), pytest.param("", id="checkpoint")])
 )
-def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
-    """The manifest of step 0 lists files outside. Step 0 or its subfolder is a link to them."""
+def test_deleting_old_checkpoints_deletes_nothing_behind_a_link(tmp_path, link):
+    """In a stranger's checkpoint of step 0, the folder `link` is a link to the user's files.
+
+    If `link` is empty, the whole checkpoint is the link. The manifest lists the user's files.
+    """
     outside, folder = tmp_path / "outside", tmp_path / "run"
     (outside / "sub").mkdir(parents=True)
     for name in ("thesis.tex", "sub/photo.jpg"):
@@ -244,16 +252,17 @@ def test_pruning_deletes_nothing_behind_a_link(tmp_path, link):
     (theirs / link).parent.mkdir(exist_ok=True)
     (theirs / link).symlink_to(outside, target_is_directory=True)
     before = contents(outside)
+    # A deletion moves a step to `.partial` first. A later save deletes what is left there.
     shutil.copytree(theirs, folder / "checkpoints" / ".partial" / "0", symlinks=True)
 
-    save(folder, 2, 3, 4)  # deletes steps 0 to 2
+    save(folder, 2, 3, 4)  # each save deletes `.partial` and old steps
 
     assert load_latest(folder) == 4
     assert contents(outside) == before
 
 
 def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
-    """Orbax would wait for a pipe forever, and never finish reading a device."""
+    """Orbax, which reads checkpoints, would wait forever for a pipe or the end of /dev/zero."""
     state = save(tmp_path, 1, 2) / "state"
     saved = checkpoint.Checkpoint(state.parent, checkpoint.read_manifest(state.parent))
     everywhere = devices.replicated_layout(devices.make_mesh(1))
@@ -269,15 +278,15 @@ def test_checkpoint_with_an_added_pipe_device_or_link_is_damaged(tmp_path):
 
 @pytest.mark.parametrize("kind", ["a pipe", "holes", "is missing"])
 def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, kind):
-    """The sparse file has 500 GB. The missing file is a file outside, which the manifest lists."""
+    """The error contains `kind`."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
     path = folder / "state" / max(manifest["files"])  # any file
     if kind == "a pipe":
         mutations.put(path, "pipe", target=folder)
     elif kind == "holes":
-        os.truncate(path, 500 << 30)
-    else:
+        os.truncate(path, 500 << 30)  # 500 GB of holes
+    else:  # the manifest lists a file outside of the checkpoint
         (tmp_path / "mine.txt").write_text("mine")
         listed = manifest["files"] | {"../../../mine.txt": "0" * 64}
         files.write_manifest(folder / "manifest.json", manifest | {"files": listed})
@@ -287,6 +296,7 @@ def test_verify_refuses_pipes_sparse_files_and_missing_files_unread(tmp_path, ki
 
 
 def read_train_clips(cache):
+    """Converts made-up clips to records in a cache, or opens them there; reads the clips."""
     face = np.arange(8, dtype="f4").reshape(2, 4)
     clips = {x: {f"{x}_{i}": {"face": face} for i in range(3)} for x in ("train", "val")}
     labels = dict.fromkeys([*clips["train"], *clips["val"]], "p")
@@ -314,7 +324,7 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, cac
         mutations.put(path, kind, tmp_path / "kept")
         refused(lambda: read_train_clips(cache), "delete")
         path.rmdir() if kind == "folder" else path.unlink()
-    flipped = bytes([*kept[:-30], kept[-30] ^ 1, *kept[-29:]])
+    flipped = bytes([*kept[:-30], kept[-30] ^ 1, *kept[-29:]])  # one bit differs
     for damaged in (flipped, kept[:-30], kept + b"x", b"{}", b"[" * 100_000):
         path.write_bytes(damaged)
         refused(lambda: read_train_clips(cache), name.strip("*"), "delete")
@@ -322,7 +332,7 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, cac
 
 def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, cache):
     (manifest,) = cache.rglob("manifest.json")
-    folder = manifest.parents[1]  # of all conversions
+    folder = manifest.parents[1]  # the folder of all conversions in the cache
     theirs = folder.rename(tmp_path / "theirs")
     folder.symlink_to(theirs, target_is_directory=True)
     before = contents(theirs)
@@ -343,7 +353,7 @@ def test_hostile_manifest_of_records_with_a_valid_checksum_is_refused(cache, cha
     values = json.loads(path.read_text())
     del values["sha256"]
     change(values)
-    files.write_manifest(path, values)
+    files.write_manifest(path, values)  # with a new checksum
 
     refused(lambda: read_train_clips(cache), "to convert again")
 
@@ -356,8 +366,8 @@ def test_config_of_a_run_folder_with_a_value_of_a_wrong_type_is_refused(stranger
         assert code == 2 and "it has config.batch_size=None, not a value such as" in output
 
 
-def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
-    """Otherwise, a stranger's compiled programs would run in this process."""
+def test_cache_folder_in_the_configuration_of_a_run_folder_is_ignored(tmp_path):
+    """A cache contains compiled programs. If a stranger names it, the programs are hostile."""
     theirs, cache = tmp_path / "theirs", f"--config.data.cache_dir={tmp_path}/theirs/cache"
     config = config_io.override(config_lib.default(), [cache])
     theirs.mkdir()
@@ -374,22 +384,23 @@ def test_cache_folder_named_by_a_run_folder_is_ignored(tmp_path):
     assert str(tmp_path) not in (theirs / "config.json").read_text()
 
 
-def test_compiled_programs_are_cached_only_if_others_cannot_write_there(tmp_path, request):
+def test_compiled_programs_are_cached_only_where_other_users_cannot_write(tmp_path, request):
     cache, before = tmp_path / "cache", jax.config.values["jax_compilation_cache_dir"]
     request.addfinalizer(lambda: jax.config.update("jax_compilation_cache_dir", before))
     jax.config.update("jax_compilation_cache_dir", None)  # as at the start of a command
     (cache / "programs").mkdir(parents=True)
 
-    cache.chmod(0o777)  # others may add a program
+    cache.chmod(0o777)  # other users may add a program
     with pytest.warns(UserWarning, match=f"chmod go-w {cache}") as warned:
         devices.cache_programs(cache)
     assert jax.config.values["jax_compilation_cache_dir"] is None
-    # The root of some containers belongs to nobody, so every folder would be refused.
+    # In some containers, the folder `/` belongs to nobody, so every cache folder is refused. The
+    # warning names the variable with which the user can choose a folder anyway.
     assert "JAX_COMPILATION_CACHE_DIR" in str(warned[0].message)
 
     cache.chmod(0o755)
     if os.geteuid() == 0:
-        os.chown(cache, 12345, 12345)  # now another user may change it
+        os.chown(cache, 12345, 12345)  # the folder belongs to another user
         assert files.find_foreign_folder(cache / "programs") == cache
         os.chown(cache, 0, 0)
     devices.cache_programs(cache)

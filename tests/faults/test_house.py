@@ -18,7 +18,7 @@ from vidjax.utils import files
 
 
 def complaints(*commands, env):
-    """Runs commands in one process; returns the error of each command, and what they print."""
+    """Runs commands that fail in one process; returns their errors, and what they print."""
     program = (
         "import sys\nfrom vidjax.cli.program import main\n"
         f"for words in {commands}: sys.stderr.write(f'exit {{main(words)}}\\n')"
@@ -41,7 +41,7 @@ def without(folder, *packages):
 
 @pytest.mark.slow
 def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
-    """The error also comes before slow imports."""
+    """The error also comes before slow packages are imported."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "closed").mkdir(mode=0o555)
     # Not even the administrator can write into /proc.
@@ -50,7 +50,7 @@ def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
     if read_only := mounted("ro"):
         places.append(read_only)
 
-    # A run imports these packages later. It would write records and programs into the cache.
+    # Without these packages, a run would fail with another error when it imports them.
     env = without(tmp_path / "hidden", "tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
     commands = (["--config=knn", f"--workdir={place}"] for place in places)
@@ -58,11 +58,12 @@ def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
 
     assert all(str(place) in error for place, error in zip(places, errors, strict=True))
     assert (tmp_path / "file").read_text() == "mine"
+    # Neither records nor compiled programs were written.
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.nightly
-def test_core_works_without_optional_packages(tmp_path, python):
+def test_all_modules_can_be_imported_without_optional_packages(tmp_path, python):
     env = without(tmp_path / "hidden", "torch", "hypothesis", "pytest", "pytrec_eval", "xdist")
     paths = (limits.ROOT / "vidjax").rglob("*.py")
     modules = [".".join(x.relative_to(limits.ROOT).with_suffix("").parts) for x in paths]
@@ -77,7 +78,7 @@ def test_core_works_without_optional_packages(tmp_path, python):
 def test_error_for_a_conversion_without_tfds_names_the_extra(tmp_path, official_dir):
     env = without(tmp_path / "hidden", "tensorflow_datasets")
     data = ["--config=knn:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
-    data.append(f"--config.data.cache_dir={tmp_path}/cache")  # without records: they need no TFDS
+    data.append(f"--config.data.cache_dir={tmp_path}/cache")  # empty, so TFDS must write records
 
     (error, error_of_check), printed = complaints(
         [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"], env=env
@@ -105,9 +106,9 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
         for words in (("train", "--config=knn"), ("evaluate",)):
             error = say(*words, f"--workdir={tmp_path}", code=2)
             assert f"in use by process {child.pid} {here}" in error
-            (tmp_path / "config.json").write_text("{}")  # which evaluate needs
+            (tmp_path / "config.json").write_text("{}")  # `evaluate`, which is next, needs it
 
-    # The locks of this child, and of processes with shorter and longer names, are stale.
+    # Ended processes left these locks, whose texts are shorter or longer than the new text.
     assert str(child.pid) in lock.read_text()
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):
         lock.write_text(dead)
@@ -123,8 +124,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     assert contents(tmp_path) == {"metrics.json": b"old"}
 
 
-def test_log_cut_at_any_byte_is_repaired(tmp_path):
-    """The repaired log has exactly the complete lines up to the step."""
+def test_log_cut_at_any_byte_is_repaired_to_its_complete_lines_up_to_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {step}}}\n' for step in (5, 9, 9, 10)]
     for cut in range(len("".join(lines)) + 1):
@@ -140,21 +140,20 @@ def test_log_cut_at_any_byte_is_repaired(tmp_path):
 def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first, last = b'{"step": 1}\n', b'{"step": 3}\n'
-    path.write_bytes(first + b"\x00\xff\x00\n7\n" + last + b'{"st')
+    path.write_bytes(first + b"\x00\xff\x00\n7\n" + last + b'{"st')  # line 5 is incomplete
     with pytest.warns(UserWarning, match=r"damaged lines are removed from .*: 2, 3"):
         truncate_log(path, 5)
     assert path.read_bytes() == first + last
 
 
 @pytest.mark.parametrize("kind", ["metrics", "timing"])
-def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, kind):
-    """The error names the file. When there is room again, no step is missing or repeated."""
+def test_log_that_cannot_grow_ends_with_a_whole_line_and_is_continued_later(tmp_path, kind):
     path = tmp_path / f"{kind}.jsonl"
 
     def write(first, last):
-        """Writes lines of steps first, ..., last - 1; removes later steps of the log."""
+        """Opens the log at step first - 1, and writes lines of the steps first, ..., last - 1."""
         with contextlib.closing(Logs(tmp_path, step=first - 1)) as logs:
-            for step in range(first, last):  # the log grows faster than the file of TensorBoard
+            for step in range(first, last):  # the log reaches the limit before TensorBoard's file
                 getattr(logs, kind)(step, {"text": "x" * 100})
 
     def steps():
@@ -168,5 +167,5 @@ def test_log_that_cannot_grow_ends_with_a_whole_line(tmp_path, kind):
     assert 4 < count < 12  # lines of over 100 bytes in 1000 bytes
     assert path.read_text()[-1] == "\n"
 
-    write(count, 20)  # resumes from step count - 1
+    write(count, 20)  # there is room again; the line of step `count` is replaced
     assert steps() == [*range(1, 20)]

@@ -24,7 +24,7 @@ from tests.helpers.small_runs import QUICK, ROOT, STREAMED, flat, saved
 from vidjax.runs import checkpoint
 
 pytestmark = pytest.mark.slow
-# Phase of a run -> pattern of the files that it writes first, seconds until a kill at most.
+# Phase of a run -> pattern of the files that it writes first, and the longest delay (s) of a kill.
 PHASES = {
     "conversion": ("cache/iqiyi_vid/*.partial", 1.0),
     "compile": ("run/events.out.tfevents.*", 3.0),
@@ -57,6 +57,7 @@ class Run:
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
 
     def start(self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
+        """Starts the command that trains the run, or a command of other `words`."""
         self.before = {phase: self.signs(phase) for phase in PHASES}
         places = {"VIDJAX_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         env, command = {**os.environ, **places, **QUICK, **env}, [*program, *(words or self.words)]
@@ -70,7 +71,7 @@ class Run:
         assert self.start(*words, **options).wait(600) == 0, self.output()
 
     def signs(self, phase):
-        """Returns the files that show that a phase has begun, and their times."""
+        """Returns (name, time of change) of the files that show that a phase has begun."""
         times = set()
         for path in self.folder.glob(PHASES[phase][0]):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
@@ -82,7 +83,7 @@ class Run:
             time.sleep(0.002)
 
     def kill(self, phase, rng):
-        """Kills the command soon after a phase has begun; returns False if it had ended before."""
+        """Starts the command, and kills it soon after a phase has begun; False if it had ended."""
         process = self.start()
         self.wait_for(phase, process)
         time.sleep(rng.uniform(0, PHASES[phase][1]))
@@ -91,7 +92,7 @@ class Run:
         return process.returncode != 0
 
     def outcome(self):
-        """Returns everything that a kill must not change: files, and arrays of checkpoints."""
+        """Returns what a kill must not change: files, arrays of checkpoints, and `digests`."""
         names = ("config.json", "identities.json", "members.npz")
         contents = {x.name: x.read_bytes() for x in map(self.workdir.joinpath, names) if x.exists()}
         for step in checkpoint.manifests(self.workdir):
@@ -102,7 +103,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def disturbed(official_dir, tmp_path_factory):
-    """Returns a function: case -> a new run, and the outcome of a run that nothing disturbed."""
+    """Returns a function: case -> a run to disturb, and the outcome of an undisturbed run."""
     folder, outcomes = tmp_path_factory.mktemp("kills"), {}
 
     def make(case):
@@ -119,7 +120,7 @@ def disturbed(official_dir, tmp_path_factory):
 @pytest.mark.parametrize("case", quick_first(CASES, mark=pytest.mark.nightly))
 def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, case):
     rng, (run, wanted) = random.Random(fault_seed), disturbed(case)
-    assert any("opt_state" in name for name in wanted)  # of the optimiser
+    assert any("opt_state" in name for name in wanted)  # the outcome includes the optimiser
 
     died = [run.kill(phase, rng) for phase in (20 * [*PHASES] if campaign else ["save"])]
     run.finish()
@@ -134,7 +135,7 @@ ODD = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1", "COLUMN
 
 
 def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, official_dir, tmp_path):
-    """The process has one core, no network and an empty cache, and files that hide modules."""
+    """The process has one core, no network, an empty cache, and files with names of modules."""
     wanted, here, home = disturbed("quality_fusion")[1], tmp_path / "here", tmp_path / "home"
     for folder in (here, home, tmp_path / "tmp", tmp_path / "data"):
         folder.mkdir()
@@ -147,7 +148,7 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
     if shutil.which("taskset"):
         program = ("taskset", "-c", "0", *program)
     offline = ["unshare", "-rn"]
-    if shutil.which("unshare") and not subprocess.run([*offline, "true"]).returncode:
+    if shutil.which("unshare") and not subprocess.run([*offline, "true"]).returncode:  # allowed
         program = (*offline, *program)
     odd = Run(tmp_path / "odd", tmp_path / "data", "quality_fusion")
     places = {"HOME": str(home), **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR"), str(tmp_path / "tmp"))}
@@ -160,13 +161,14 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
 
 
 @pytest.mark.nightly
-def test_killed_evaluation_leaves_the_results_unchanged(disturbed, fault_seed, campaign):
+def test_killed_evaluation_leaves_earlier_results_unchanged(disturbed, fault_seed, campaign):
     (run, trained), rng = disturbed("quality_fusion"), random.Random(fault_seed)
     words = ("--mode=evaluate", f"--workdir={run.workdir}", "--config.eval.split=test")
     run.finish()
     began = time.monotonic()
     run.finish(*words)
     seconds, evaluated = time.monotonic() - began, run.outcome()
+    # The evaluation of the split test adds a ranking to the results of the training.
     assert trained.items() <= evaluated.items()
     assert "ranking_test.txt" in {*evaluated} - {*trained}
 
@@ -184,14 +186,13 @@ def test_killed_evaluation_leaves_the_results_unchanged(disturbed, fault_seed, c
 
 @pytest.mark.nightly
 def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
-    """A signal before the first step, or a second signal, stops training at once."""
     run, wanted = disturbed("quality_fusion")
 
     def end(phase, *signals, seconds, **env):
         """Sends signals to a new command, which must end within `seconds` of CPU time."""
         process = run.start(**env)
         run.wait_for(phase, process)
-        time.sleep(0.5 if phase == "compile" else 0)  # it compiles shortly after the first file
+        time.sleep(0.5 if phase == "compile" else 0)  # a run compiles shortly after the first file
         stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         # User and system time, of the process and of its children.
         used = sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + common.children_seconds()
@@ -200,6 +201,7 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
         assert process.wait(120) - 128 in signals, run.output()  # the exit code is 128 + signal
         assert common.children_seconds() - used < seconds
 
+    # Before the first step, a signal stops the command at once, without a checkpoint.
     end("conversion", signal.SIGTERM, seconds=2)
     assert run.output().splitlines()[-1] == "vidjax: stopped"
     empty = str(run.folder / "no programs")
@@ -207,11 +209,12 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
     assert run.output().splitlines()[-1] == "vidjax: stopped"
     assert not checkpoint.manifests(run.workdir)
 
+    # Later, a signal stops the command after a checkpoint.
     end("step", signal.SIGTERM, seconds=10)
     logged = json.loads((run.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert f"stopped at step {logged}\nto resume, run the same command" in run.output()
     assert max(checkpoint.manifests(run.workdir)) == logged
 
-    end("step", signal.SIGINT, signal.SIGTERM, seconds=2)
+    end("step", signal.SIGINT, signal.SIGTERM, seconds=2)  # two signals stop it at once
     run.finish()
     assert run.outcome() == wanted

@@ -26,9 +26,9 @@ DIM = 4
 
 
 def make_clips(change=lambda x: x, count=6, widths=None):
-    """Returns split -> clip -> modality -> two frames, to which `change` is applied.
+    """Returns split -> clip -> modality -> features [2, D] of two frames, changed by `change`.
 
-    Train and val have `count` clips each, of nine people in turn. By default, clips have faces.
+    Train and val have `count` clips each, of nine people in turn. `widths` are modality -> D.
     """
     rng, clips = np.random.default_rng(0), {"train": {}, "val": {}}
     widths = widths or {"face": DIM}
@@ -41,7 +41,7 @@ def make_clips(change=lambda x: x, count=6, widths=None):
 
 
 def labels_of(clips):
-    """Returns the labels of all clips but those of the ninth person."""
+    """Returns clip -> person. The clips of the ninth person have no label."""
     numbered = [pair for split in clips.values() for pair in enumerate(split)]
     return {name: f"p{n % 9 + 1}" for n, name in numbered if n % 9 < 8}
 
@@ -51,6 +51,7 @@ def load(folder, clips):
 
 
 def make_config(*words):
+    """Returns the configuration of a cosine classifier with overrides FIELD=VALUE."""
     config = config_lib.default()
     config.model.name = "cosine"
     return config_io.override(config, [f"--config.{word}" for word in words])
@@ -60,9 +61,11 @@ def make_config(*words):
     (np.zeros_like, r"face: all features of train are 0\n.*config\.modalities"),
     (lambda x: x * 1e30, r"face: .* overflow float32\ndivide them"),
     (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
-    (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),  # of 12 clips
+    (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),  # 12 clips of two frames
 ], ids=["zero", "huge", "tiny", "beyond float32"])  # fmt: skip
-def test_features_that_are_zero_or_beyond_float32_are_an_error(tmp_path, value, message):
+def test_features_that_are_zero_or_beyond_float32_are_an_error_with_a_remedy(
+    tmp_path, value, message
+):
     with pytest.raises(ValueError, match=message):
         plan.make_plan(make_config(), load(tmp_path, make_clips(value)))
 
@@ -86,7 +89,7 @@ def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path, command):
     assert command("check", "--config=cosine:face", *data).code == 0
 
 
-def test_splits_of_zero_features_or_without_frames_are_reported(tmp_path):
+def test_splits_of_zero_features_or_without_frames_give_a_warning_or_error(tmp_path):
     clips = make_clips() | {"val": make_clips(np.zeros_like)["val"]}
     with pytest.warns(UserWarning, match="all features of val are 0"):
         plan.make_plan(make_config(), load(tmp_path, clips))
@@ -106,15 +109,16 @@ def test_frames_that_overflow_float32_are_left_out_and_counted(tmp_path):
 
 
 def test_clips_with_nan_scores_are_counted_and_ranked_last():
-    """Clip d is not evaluated, so its score does not count."""
+    """Of the clips a, b, c and d, clip d is not evaluated, so its NaN does not count."""
     ones = np.ones(4, np.int32)
     split = Split(
         "val", ("a", "b", "c", "d"), labels=ones, labelled=True, positives=np.array([4]),
         num_others=0, lengths={"face": ones},
     )  # fmt: skip
-    evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)  # of a, b, c, d
+    evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)
 
     def without_nan(*best):
+        """Replaces NaN in `best`, the scores of the clips; returns the new scores, and counts."""
         clips = scoring.ClipScores(evaluated, np.array(best, np.float32), right)
         return scoring._replace_nan(split, clips)
 
@@ -131,22 +135,22 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
 def test_infinite_values_in_a_configuration_are_refused():
     for word in ("noise.relabel_every_epochs=inf", "optim.learning_rate=inf", "data.balance=inf"):
         assert word.partition("=")[0] in next(config_lib.problems(make_config(word)))
-    never_by_time = make_config("checkpoint_every_seconds=inf")
+    never_by_time = make_config("checkpoint_every_seconds=inf")  # is allowed
     assert not list(config_lib.problems(never_by_time))
     refused(lambda: make_config(f"batch_size=1{400 * '0'}"), "64 bits")
 
 
 def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
-    """The data have 6 training clips."""
-    data = load(tmp_path, make_clips())
+    data = load(tmp_path, make_clips())  # 6 training clips
 
     def note(size, *words):
+        """Returns the hint for a batch size, or "None"."""
         config = make_config(f"batch_size={size}", *words)
         return str(plan.describe_repeated_clips(config, plan.make_plan(config, data)))
 
     assert note(6) == note(6, "data.whole_epochs=True") == "None"
     assert "--config.batch_size=6" in note(7)
-    assert note(7, "model.name=plda", "num_epochs=2") == "None"  # more steps change nothing
+    assert note(7, "model.name=plda", "num_epochs=2") == "None"  # more steps do not change PLDA
     hint = note(7, "data.whole_epochs=True")
     assert "a step uses all clips" in hint
     assert "--config.batch_size=3" in hint  # two steps of an epoch
@@ -175,7 +179,7 @@ def test_misspelt_splits_of_own_features_get_a_suggestion(tmp_path, entry, remed
 
 
 def test_misspelt_splits_of_official_files_get_a_suggestion(tmp_path):
-    """Unknown splits, such as dev and testing, are left out. A misspelt split is an error."""
+    """Other splits, such as dev and testing, are ignored. A misspelt known split is an error."""
     for present in ("face_test.pickle", "test_gt.txt", "face_dev.pickle", "face_testing.pickle"):
         (tmp_path / present).touch()
     assert list(iqiyi_vid.find_pickles(tmp_path)) == [("face", "test")]
@@ -188,20 +192,20 @@ def test_misspelt_splits_of_official_files_get_a_suggestion(tmp_path):
 def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
-    (tmp_path / "shots.csv").touch()  # is not similar to labels.csv, except for the ending
+    (tmp_path / "shots.csv").touch()  # the name is not similar to labels.csv
     folder = arrays.FeatureFolder(tmp_path)
     assert not folder.read_labels({"train": ["a"]})
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
     refused(lambda: folder.read(tmp_path / "scratch", "drop"), "rename it to 'face_quality'")
     refused(lambda: folder.read_labels({"train": ["a"]}), "rename it to labels.csv")
 
-    # Numbers of frames of the clips, by split and modality.
+    # `find_misspelt` gets split -> modality -> numbers of frames of the clips.
     some, none = np.array([1, 2]), np.array([0, 0])
     (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
     assert "'fase'" in problem and "'face'" in problem
-    # No clip has both a fase and a face.
+    # In one split, no clip has both modalities, so `fase` may be a misspelt `face`.
     assert [*find_misspelt({"train": {"fase": none, "face": some}})]
-    # Names with numbers are right.
+    # Names that differ only in a number are not misspelt.
     assert not [*find_misspelt({"train": {"face1": some, "face2": some}, "val": {"face1": some}})]
 
 
@@ -219,7 +223,7 @@ SYSTEMS = (
     "plda.py:iqiyi_vid,face,head,audio", "residual_dense.py:iqiyi_vid,one,face,head",
     "noise_classes.py:iqiyi_vid", "deepmef.py:iqiyi_vid,face,head",
 )  # fmt: skip
-# Changes of features, and whether training refuses them. None: some systems refuse them.
+# Name -> change of the features, and whether training refuses them (None: some systems refuse).
 ODD = {
     "equal": (lambda x: 0 * x + 0.5, False),
     "zero": (np.zeros_like, True),

@@ -12,9 +12,10 @@ from tests.helpers import limits, python2
 
 
 def read_all(files, folder, mode):
-    """Reads files in two processes; returns name -> [error, CPU seconds, seconds, MB].
+    """Reads pickles in two processes; returns name -> [error, CPU seconds, seconds, MB].
 
-    Asserts that no file was changed. `mode` is a mode of `tests.campaigns.hostile`.
+    `files` are name -> content. `mode` is a mode of `tests.campaigns.hostile`. Asserts that the
+    processes changed no file.
     """
     canary = folder / "canary"
     canary.mkdir()
@@ -24,6 +25,7 @@ def read_all(files, folder, mode):
     command = [sys.executable, "-m", "tests.campaigns.hostile", mode]
 
     def start(part):
+        """Writes every second file into the folder "0" or "1", and starts a process."""
         (folder / part).mkdir()
         for name in list(files)[int(part) :: 2]:
             (folder / part / name).write_bytes(files[name])
@@ -44,7 +46,7 @@ def read_all(files, folder, mode):
 
 
 def collection(mark):
-    """Returns name -> content of hostile pickles. Attacks would create the file `mark`."""
+    """Returns name -> content of hostile pickles. If their code ran, it would create `mark`."""
     groups = {
         "code": {name: attack.data for name, attack in hostile.attacks(mark).items()},
         "trick": hostile.TRICKS,
@@ -59,9 +61,9 @@ def collection(mark):
 
 
 def check_refused(ends, *, strict):
-    """Asserts that every file got an error of one short line, in little time and memory.
+    """Asserts that every file got an error of one short line, in 5 s of CPU time and 1 GB.
 
-    If `strict`, elapsed time counts in addition to CPU time.
+    If `strict`, the elapsed time is also at most 5 s.
     """
     for name, (error, cpu, seconds, megabytes) in ends.items():
         assert any(f"/{name}{end} " in error for end in ":'"), (name, error)
@@ -74,9 +76,9 @@ def check_refused(ends, *, strict):
 
 
 def test_hostile_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path):
-    """The error names what the pickle asks for, such as os.system."""
+    """The error of an attack names the function that the pickle would call, such as os.system."""
     mark = tmp_path / "canary" / "mark"
-    # For "greed", which takes long, see the next test.
+    # The next test reads the files of the group "greed", which take long.
     files = {n: data for n, data in collection(mark).items() if not n.startswith("greed")}
     ends = read_all(files, tmp_path, "fork")
 
@@ -96,18 +98,18 @@ def test_sandbox_limits_memory_and_cpu_time_of_hostile_pickles(tmp_path, campaig
     check_refused(read_all(files, tmp_path, "unpack"), strict=campaign)
 
 
-def test_mutated_pickles_are_refused_or_load_to_sound_arrays(tmp_path, campaign):
-    """Sound pickles are changed at random, in the same way in every run."""
+def test_mutated_pickles_are_refused_or_load_to_valid_arrays(tmp_path, campaign):
+    """The seed is fixed. The processes of `read_all` check the arrays."""
     count, chance = 2000 if campaign else 80, random.Random(0)
     attacks = hostile.attacks(tmp_path / "canary" / "mark").values()
-    grafts = [attack.data[:-1] for attack in attacks]  # without STOP, the last byte
+    grafts = [attack.data[:-1] for attack in attacks]  # without the last byte, the opcode STOP
     grafts += [data[:-1] for data in hostile.TRICKS.values()]
     seeds = [*python2.real().values()]
     files = {f"{n:05d}": hostile.mutate(seeds, grafts, chance) for n in range(count)}
 
     ends = read_all(files, tmp_path, "fork")
 
-    # A file that loads has no error. It gets a made-up error, so that only its costs are checked.
+    # Files that load have no error. With a made-up error, `check_refused` checks their costs.
     loaded = {name: [f"/{name}: ", *end[1:]] for name, end in ends.items() if not end[0]}
     check_refused(ends | loaded, strict=campaign)
     assert count / 50 < len(loaded) < count * 0.8  # the others were refused

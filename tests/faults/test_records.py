@@ -40,6 +40,7 @@ STREAM: dict[str, Any] = {
 
 
 def write_source(folder, seed=0):
+    """Writes official files of NUM_CLIPS clips; returns their folder."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
     clips = {f"c{i:03d}": random_clip(rng, 1 + i % 3, 5) for i in range(NUM_CLIPS)}
@@ -63,7 +64,7 @@ def shards_of(records):
 
 
 def boundaries(content):
-    """Returns the offset of each record of a shard, and then the size of the shard."""
+    """Returns the offset in bytes of each record of a shard, and then the size of the shard."""
     places = [0]
     while places[-1] < len(content):
         length = int.from_bytes(content[places[-1] : places[-1] + 8], "little")
@@ -72,10 +73,7 @@ def boundaries(content):
 
 
 def as_if_unchanged(records):
-    """Returns the records with the present sizes and times of the shards.
-
-    Only the number of records and their checksums then reveal damage.
-    """
+    """Returns the records, as if the shards always had their present sizes and times."""
     shards = tuple(
         shard._replace(size=shard.path.stat().st_size, mtime_ns=shard.path.stat().st_mtime_ns)
         for shard in shards_of(records)
@@ -83,7 +81,7 @@ def as_if_unchanged(records):
     return records._replace(splits={"train": records.splits["train"]._replace(shards=shards)})
 
 
-# Functions that read every clip. The second batch of training begins the next epoch.
+# Functions that read every clip. A batch of training has all clips; two batches are two epochs.
 READERS: tuple[Callable[[Dataset], Any], ...] = (
     lambda data: list(data.packed(split="train", modalities=("face",))),
     lambda data: list(itertools.islice(train_batches(data, **STREAM), 2)),
@@ -92,7 +90,7 @@ READERS: tuple[Callable[[Dataset], Any], ...] = (
 
 
 def verify(records):
-    """Returns the problems of the shards; asserts that the index has none."""
+    """Returns the error of each damaged shard. A damaged index raises its error."""
     manifest_lib.load_index(records.folder)
     problems = []
     for shard in shards_of(records):
@@ -106,16 +104,16 @@ def verify(records):
 def test_every_reader_reports_the_damaged_file_and_record(records, source):
     """A shard is damaged after `records` was made.
 
-    Readers get `records`, with the earlier size and time of the shard, and then a copy with the
-    size and time of the damaged shard.
+    Readers get `records` with the original size and time of the shard, or with the present ones.
     """
     shard = shards_of(records)[5]
     whole = shard.path.read_bytes()
     places = boundaries(whole)
-    # In record 18, a bit flips in the content (at byte 40), the length or its checksum (at byte 9).
+    # A bit of record 18 flips: in its content (byte 40), length (0) or checksum of the length (9).
     flipped = [bytearray(whole) for _ in range(3)]
     for damaged, at in zip(flipped, (40, 0, 9), strict=True):
         damaged[places[17] + at] ^= 16
+    # Content of the shard -> words of the error. A whole shard has 30 records.
     cases = (
         (whole[: places[8]], "has 8 records"), (whole + whole[: places[1]], "has 31 records"),
         *((damaged, "record 18 of 30 is damaged\n") for damaged in flipped),
@@ -140,7 +138,9 @@ def test_every_reader_reports_the_damaged_file_and_record(records, source):
         assert f"{shard.path}' does not exist, but must have 30 records" in error
 
 
-def test_random_damage_of_shards_is_found_when_they_are_read(records, source, tmp_path, campaign):
+def test_damaged_or_swapped_shards_are_refused_when_they_are_read(
+    records, source, tmp_path, campaign
+):
     rng = np.random.default_rng(20)
     path, second = (shard.path for shard in shards_of(records)[:2])
     whole, time_ns = path.read_bytes(), path.stat().st_mtime_ns
@@ -162,8 +162,8 @@ def test_random_damage_of_shards_is_found_when_they_are_read(records, source, tm
             for error in (problem, refused(read)):
                 assert str(path) in error and ("record" in error or "sha256" in error)
 
-    # First, another shard takes the place of the shard. Then, the same shard of another conversion
-    # takes the place. Its clips have the same names and lengths, but other features.
+    # The shard is replaced by another shard, and then by the same shard of another conversion,
+    # whose clips have the same names and lengths, but other features.
     stale = prepare(write_source(tmp_path / "other", 1), tmp_path / "other cache")
     for other in (second, shards_of(stale)[0].path):
         path.unlink()
@@ -179,12 +179,12 @@ def convert_command(source, cache):
 
 
 def names(folder):
-    """Returns the names in a folder, without locks."""
+    """Returns the names of the files and folders in a folder, except locks."""
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
 
 
 def kill_reader(process):
-    """Kills a child that reads pickles for a command; False if the command ended first."""
+    """Kills the child of a conversion that reads a pickle; False if the conversion ended first."""
     while process.poll() is None:
         for child in limits.children_of(process.pid):
             with contextlib.suppress(OSError):  # it ended meanwhile
@@ -204,7 +204,7 @@ def write_much(folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds a process by its words in /proc")
-def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_path):
+def test_conversion_whose_reader_is_killed_ends_with_one_error_and_leaves_no_files(tmp_path):
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
 
@@ -216,10 +216,10 @@ def test_conversion_with_a_killed_reader_is_one_error_and_leaves_no_files(tmp_pa
     _, *lines = err.splitlines()  # the first line names the data
     assert "was killed, perhaps for lack of memory" in lines[0] and len(lines) <= 3, lines
     assert names(cache / "iqiyi_vid") == set()
-    assert record_digests(prepare(source, cache).folder) == whole
+    assert record_digests(prepare(source, cache).folder) == whole  # the next conversion succeeds
 
 
-def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fault_seed):
+def test_conversion_after_a_killed_conversion_gives_the_same_bytes(tmp_path, campaign, fault_seed):
     rng = np.random.default_rng(fault_seed)
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     began = time.monotonic()
@@ -228,7 +228,7 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
     words, root, killed = convert_command(source, cache), cache / "iqiyi_vid", []
 
     for _ in range(30 if campaign else 2):
-        # The context kills the conversion when it ends: at first as soon as it writes.
+        # The context kills the conversion: the first as soon as it writes, and others later.
         with limits.running(words) as process:
             while process.poll() is None and not list(root.glob("*.partial")):
                 time.sleep(0.002)
@@ -241,7 +241,7 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
         records = prepare(source, cache)
         assert record_digests(records.folder) == whole
         assert verify(records) == []
-        remains = names(root) - {records.folder.name}
+        remains = names(root) - {records.folder.name}  # of the killed conversion
         assert all(name.endswith(".partial") for name in remains)
         assert len(remains) <= 1
         shutil.rmtree(records.folder)
@@ -251,11 +251,8 @@ def test_killed_conversion_is_repeated_to_the_same_bytes(tmp_path, campaign, fau
     assert len(names(root)) == 1
 
 
-def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, campaign, say):
-    """A limit on the size of files stands for a full disk.
-
-    The limit decides which file cannot be written: unpickled features, a shard or the index.
-    """
+def test_conversion_on_a_full_disk_ends_with_one_error_and_leaves_no_files(tmp_path, campaign, say):
+    """A limit on the size of files imitates a full disk. It decides which file cannot grow."""
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     records = prepare(source, tmp_path / "whole")
     size = sum(path.stat().st_size for path in records.folder.rglob("*") if path.is_file())
@@ -276,7 +273,7 @@ def test_conversion_on_a_full_disk_is_one_error_and_leaves_no_files(tmp_path, ca
 @pytest.mark.nightly
 @pytest.mark.parametrize("mode", ["resident", "streaming"])
 def test_conversion_and_training_fit_into_2_gb_and_256_open_files(tmp_path, mode):
-    """The features take 0.1 GB in shards."""
+    """The shards take 0.1 GB."""
     rng, clips, labels = np.random.default_rng(0), {"train": {}, "val": {}}, {}
     for number in range(3000):
         split = "train" if number < 2500 else "val"

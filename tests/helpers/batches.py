@@ -1,4 +1,4 @@
-"""Batches of a dataset in one call, which also makes the plan."""
+"""Functions that make a plan and return its batches, and functions for frames in batches."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -17,14 +17,14 @@ from vidjax.data.records.manifest import Records
 
 
 def labelled(records: Records, directory: Path) -> Dataset:
-    """Returns records with the ground truth of a directory of official files."""
+    """Returns a dataset of records, with the ground truth of a directory of official files."""
     return Dataset(records, load_official_truth(directory, records.clips))
 
 
 def eval_batches(
     data: ClipSource, *, split: str, modalities: Sequence[str], rows: int, **chosen: Any
 ) -> Iterator[Batch]:
-    """Yields the blocks of a split; `chosen` goes to `make_eval_plan`."""
+    """Yields all clips of a split in batches of `rows`; `chosen` goes to `make_eval_plan`."""
     plan = make_eval_plan(data.split(split), modalities, **chosen)
     return data.eval_batches(plan, rows=rows)
 
@@ -33,13 +33,13 @@ def train_batches(
     data: TrainingData, *, splits: Sequence[str], modalities: Sequence[str], step: int = 0,
     **options: Any,
 ) -> Iterator[Batch]:  # fmt: skip
-    """Yields the batches of training; `options` go to `make_batch_plan`."""
+    """Yields the batches of a training from a step on; `options` go to `make_batch_plan`."""
     plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
     return data.train_batches(plan, step=step)
 
 
 def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
-    """Returns clip -> modality -> frames. Asserts that clips come once and padding is empty."""
+    """Returns number of a clip -> modality -> frames [T, ...]. Asserts that no clip is repeated."""
     found: dict[int, Any] = {}
     for batch in batches:
         frames = {k: Frames(fusion.read(x.features), *x[1:]) for k, x in batch.frames.items()}
@@ -60,7 +60,7 @@ def assert_equal(left: Any, right: Any) -> None:
 
 
 def real_frames(data: ClipSource, split: str, modality="face") -> Iterator[tuple[int, Frames]]:
-    """Yields the number and the real frames [T, ...] of each clip of a split."""
+    """Yields the number of each clip of a split, and its frames [T, ...] without padding."""
     blocks = eval_batches(data, split=split, modalities=(modality,), rows=7)
     for clip, frames in rows_of(blocks).items():
         one = frames[modality]

@@ -1,4 +1,4 @@
-"""Cases of a test. The quick tests run only the first cases."""
+"""Parametrisations in which the first cases belong to the quick tests, and others have a mark."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,9 +9,9 @@ CASE = type(pytest.param())
 
 
 def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.slow) -> list[Any]:
-    """Returns the rows of a parametrisation. Rows after the first `count` get a mark.
+    """Returns the cases for `parametrize`, with a mark on all cases after the first `count`.
 
-    A tuple contains the values of several arguments.
+    A case is the value of an argument, or a tuple of the values of several arguments.
     """
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
     rows = [row if isinstance(row, CASE) else pytest.param(*row) for row in values]
@@ -20,5 +20,5 @@ def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.sl
 
 
 def nightly_after_first(names: str, cases: Iterable[Any], count: int = 1) -> pytest.MarkDecorator:
-    """Parametrises a test. Cases after the first `count` run only at night."""
+    """Parametrises a test. Cases after the first `count` have the mark `nightly`."""
     return pytest.mark.parametrize(names, quick_first(cases, count, pytest.mark.nightly))

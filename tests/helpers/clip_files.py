@@ -32,7 +32,7 @@ def random_clip(rng: np.random.Generator, num_frames: int, dim: int, dtype="floa
 
 
 def as_read(modality: str, clip: Clip) -> Clip:
-    """Returns the frames of a clip as readers return them from a file of `write_pickle`."""
+    """Returns a clip as it is read from a file of `write_pickle`, which lacks some fields."""
     if modality != "face":
         clip = clip._replace(quality=np.zeros_like(clip.quality))
     if modality not in ("face", "head"):
@@ -43,7 +43,7 @@ def as_read(modality: str, clip: Clip) -> Clip:
 
 
 def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[str, Any]]:
-    """Returns clip -> modality -> field -> frames, as readers return them from files."""
+    """Returns clip -> modality -> field -> array, as read from files of `write_pickle`."""
     clips: dict[str, dict[str, Any]] = {}
     for modality, frames_of in modalities.items():
         for name, frames in frames_of.items():
@@ -52,7 +52,7 @@ def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[st
 
 
 def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str, Clip]) -> Path:
-    """Writes `{modality}_{split}.pickle`; returns the path. Audio has only the first frame."""
+    """Writes `{modality}_{split}.pickle`, with one feature per clip for audio; returns the path."""
     content: dict[bytes, Any] = {}
     for name, clip in clips.items():
         frames = []
@@ -81,7 +81,7 @@ def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
 
 
 def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Returns clip -> name -> array of all `.npz` files of a folder, without empty arrays."""
+    """Returns clip -> name -> array of the `.npz` files of a folder. Empty arrays are left out."""
     return {
         clip.name: {name: x for name, x in npz_arrays(clip.modalities).items() if len(x)}
         for clip in read_npz(sorted(folder.glob("*.npz")))
@@ -89,12 +89,12 @@ def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def fields_of(modality: Any) -> Mapping[str, Any]:
-    """Returns field -> frames of a modality: an array of features, or already a dict of fields."""
+    """Returns field -> array. `modality` is such a dict, or only the array of the features."""
     return modality if isinstance(modality, Mapping) else {"features": modality}
 
 
 def npz_arrays(modalities: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns name -> array, as a `.npz` file stores the modalities of one clip."""
+    """Returns name -> array, as a `.npz` file of a clip stores them: `face`, `face_quality`, ..."""
     return {
         modality if field == "features" else f"{modality}_{field}": x
         for modality, given in modalities.items()
@@ -103,7 +103,7 @@ def npz_arrays(modalities: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:
-    """Writes `SPLIT/CLIP.npz`. For the values of modalities see `fields_of`."""
+    """Writes split -> clip -> modality -> features or fields as `SPLIT/CLIP.npz` in `folder`."""
     for split, clips in splits.items():
         (folder / split).mkdir(parents=True)
         for clip, modalities in clips.items():
@@ -121,10 +121,10 @@ def write_parquet(
     path: Path, clips: Mapping[str, Mapping[str, Any]], *, fields: Collection[str] = (),
     width: int = -1, **options: Any,
 ) -> Path:  # fmt: skip
-    """Writes a table with a row per frame, in which clips alternate; returns its path.
+    """Writes clip -> modality -> features or fields as a table; returns its path.
 
-    For the values of modalities see `fields_of`. In addition to features, `fields` are written.
-    Lists of features have a `width`; -1 allows any length.
+    The table has a row per frame: the first frames of all clips, the second frames, and so on. Its
+    columns are features and `fields`. `width` is the number of features of a row; -1 allows any.
     """
     import pyarrow
     from pyarrow import parquet
@@ -151,9 +151,9 @@ RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
 
 
 def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
-    """Returns modality -> clip -> frames. A clip has 0 to 700 frames, some with equal qualities.
+    """Returns modality -> clip -> frames of clips of very different lengths: 0 to 700 frames.
 
-    Every third clip lacks audio, and every second clip lacks a body.
+    Every third clip lacks audio, every second clip lacks a body, and some qualities are equal.
     """
     rng = np.random.default_rng(count)
     clips: dict[str, dict[str, Clip]] = {name: {} for name in RAGGED}
@@ -173,7 +173,7 @@ def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
 
 
 def write_ragged(folder: Path, counts: Mapping[str, int], lacks: Collection[Any] = ()) -> Path:
-    """Writes splits of `ragged_clips` with ground truth, except (modality, split) in `lacks`."""
+    """Writes official files of `counts[split]` clips, but not of (modality, split) in `lacks`."""
     for split, count in counts.items():
         clips = ragged_clips(split, count)
         for modality, some in clips.items():
@@ -190,9 +190,10 @@ CLIPS = {"train": 96, "val": 60, "test": 40}
 def learnable_clips(
     num_identities: int = 12, num_clips: Mapping[str, int] = CLIPS
 ) -> Iterator[tuple[str, dict[str, dict[str, Clip]], dict[str, str]]]:
-    """Yields splits that a net learns: the name, modality -> clip -> frames, and clip -> identity.
+    """Yields for each split its name, modality -> clip -> frames, and clip -> identity.
 
-    A third of the val and test clips are distractors. Each modality lacks a tenth of the clips.
+    A net can learn the identities. A third of the val and test clips are distractors. A tenth of
+    the clips lack a modality, independently for each modality.
     """
     rng = np.random.default_rng(0)
     centres = {name: rng.normal(size=(num_identities + 1, dim)) for name, dim in WIDTHS.items()}
@@ -215,7 +216,7 @@ def learnable_clips(
 
 
 def write_learnable(directory: Path, **options: Any) -> None:
-    """Writes the official files of `learnable_clips`. Test has no ground truth."""
+    """Writes the official files of `learnable_clips`, without the ground truth of test."""
     for split, clips, truth in learnable_clips(**options):
         for modality, some in clips.items():
             write_pickle(directory, modality, split, some)

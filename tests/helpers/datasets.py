@@ -30,7 +30,7 @@ def prepare(directory: str | Path, cache_dir: str | Path | None = None, **option
 
 
 def record_digests(folder: Path) -> dict[str, str]:
-    """Returns file -> sha256 of records. The source and times in the manifest do not count."""
+    """Returns file -> sha256 of a folder of records, without sources and times in the manifest."""
     found = {}
     for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         content = path.read_bytes()

@@ -18,7 +18,7 @@ from vidjax.runs.config_io import value_text
 
 
 def update(page: str) -> str:
-    """Returns a page with new text between each `<!-- NAME -->` and `<!-- /NAME -->`."""
+    """Returns a page with new tables between each `<!-- NAME -->` and `<!-- /NAME -->`."""
     known = _known_names()
     fields, names = _field_tables(known), _name_tables(known)
     for name, new in {"arguments": _argument_table(), "fields": fields, "names": names}.items():
@@ -30,7 +30,7 @@ def update(page: str) -> str:
 
 
 def _known_names() -> Mapping[str, Mapping[str, str]]:
-    """Returns field or group -> name that it may take -> first line of the name's docstring."""
+    """Returns field or group -> each allowed name -> first line of the docstring of the name."""
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "model": identifier.MODELS,
         "fusion": fusion.FUSIONS,

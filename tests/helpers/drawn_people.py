@@ -24,7 +24,7 @@ def picture(faces, brightness=20, size=(96, 128)):
 
 
 def tags(*faces, size=(96, 128)):
-    """Returns XMP with a face tag for each drawn face (name, left, top)."""
+    """Returns metadata (XMP) that name each drawn face (name, left, top)."""
     places = [(name, left + SIDE / 2, top + SIDE / 2, SIDE, SIDE) for name, left, top in faces]
     scale = np.array((size[1], size[0]) * 2)
     parts = [(name, *(np.array(place) / scale).tolist()) for name, *place in places]
@@ -32,7 +32,7 @@ def tags(*faces, size=(96, 128)):
 
 
 def write_photo(path, *faces, dim=False, tagged=()):
-    """Writes a photo, maybe with face tags. In a `dim` photo, faces hardly differ from the rest."""
+    """Writes a photo of faces; `tagged` faces are in its metadata. `dim` lowers the contrast."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rgb = picture(faces)
     if dim:
@@ -42,9 +42,9 @@ def write_photo(path, *faces, dim=False, tagged=()):
 
 
 def write_film(path, *shots, fps=10, codec=None, size=(96, 128), **options):
-    """Writes a film of shots (seconds, brightness, faces). A film .mkv has no loss.
+    """Writes a film of shots (seconds, brightness, faces). A .mkv file keeps the exact pixels.
 
-    A face is (name, left, top). In a shot, faces move to the right by a pixel every two pictures.
+    A face is (name, left, top). Faces move to the right by a pixel every two pictures.
     """
     pictures = (
         picture([(name, left + number // 2, top) for name, left, top in faces], brightness, size)
@@ -61,7 +61,7 @@ def tone(hertz, seconds):
 
 
 def write_models(folder):
-    """Writes nets that find and identify drawn faces; returns the folder."""
+    """Writes nets that find and identify drawn faces into a new folder; returns the folder."""
     folder.mkdir()
     made_nets.write(folder, "find", "face_detector")
     made_nets.write(folder, "embed", back_end=made_nets.back_end(different=(-0.4, 0.2)), **EMBED)
@@ -69,7 +69,7 @@ def write_models(folder):
 
 
 def write_voices(folder):
-    """Adds nets that take loud sound for speech and distinguish tones; returns the folder."""
+    """Writes nets that take loud sound for speech, and a tone for a voice; returns the folder."""
     made_nets.write(folder, "speech", "voice_activity", made_nets.loudness())
     tones = made_nets.back_end(same=(0.95, 0.02), different=(-0.1, 0.3))
     made_nets.write(folder, "voice", "voice_embedder", back_end=tones)
@@ -86,7 +86,7 @@ def write_party(path):
 
 
 def extract(path, out, models, **settings):
-    """Extracts a film or photo into the folder `out`; returns the facts of the film, and clips."""
+    """Extracts a film or photo into `out`; returns its description, and clip -> name -> array."""
     settings = features_folder.ExtractionSettings(**settings)
     nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
     out.mkdir(exist_ok=True)
@@ -95,10 +95,10 @@ def extract(path, out, models, **settings):
 
 
 class Done(NamedTuple):
-    """What a command with --json prints: `content` to stdout, and messages (`output`) to stderr."""
+    """What a command with --json has printed."""
 
-    content: dict[str, Any]
-    output: str
+    content: dict[str, Any]  # the JSON on stdout
+    output: str  # the messages on stderr
 
 
 class Drawn:
@@ -128,7 +128,7 @@ class Drawn:
         return Done(json.loads(done.out) if done.out else {}, done.err)
 
     def who(self, *films, people=True, flags=(), code=0):
-        """Runs `vidjax who`. If `people` is true, it gets the photos in `friends`."""
+        """Runs `vidjax who`; if `people` is True, with the photos in `friends`."""
         flags = [f"--models={self.models}", f"--out={self.out}", *flags]
         flags += [f"--people={self.friends}"] if people else []
         return self.run("who", *films, *flags, code=code)
@@ -145,11 +145,11 @@ class Drawn:
         return self.run("extract", *paths, *flags, code=code)
 
     def rows(self):
-        """Returns the appearances in names.jsonl, in order of time."""
+        """Returns the rows of names.jsonl, one for each appearance of a person."""
         return [json.loads(line) for line in (self.out / "names.jsonl").read_text().splitlines()]
 
     def names(self):
-        """Returns clip -> name, where None is an ignored clip."""
+        """Returns clip -> name of the person, or None if the clip is ignored."""
         return {clip: row["identity"] for row in self.rows() for clip in row["clips"]}
 
     def gallery(self, command, *words):

@@ -1,4 +1,4 @@
-"""Made-up vectors of photos: as similar as dlib's, or drawn from the two-covariance model."""
+"""Random vectors of photos: as similar as vectors of dlib, or from the two-covariance model."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from vidjax.models import distance
 
-# Mean and standard deviation of cosines of dlib's vectors, in pairs of one and of two people.
+# Mean and deviation of the cosine of two vectors of dlib: of one person, and of two people.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
 WIDTH = 128
 DLIB = distance.from_cosines(SAME, DIFFERENT)
@@ -18,7 +18,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Population:
-    """Random people and photos, whose cosines have the means and deviations SAME and DIFFERENT."""
+    """Draws people and photos. The cosines of photos are distributed as SAME and DIFFERENT say."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -39,7 +39,10 @@ class Population:
         return self.rng.normal(size=(*shape, WIDTH)) * np.sqrt(share * self.within)
 
     def photos(self, people, count, shared=0.0):
-        """Returns photos [N, count, D]. Photos of a person share a part `shared` of their noise."""
+        """Returns photos [N, count, D] of `people` [N, D].
+
+        `shared` is the share of the noise that is equal in all photos of a person.
+        """
         day = self.noise(len(people), 1, share=shared)
         return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
 
@@ -47,9 +50,9 @@ class Population:
 def exact(rng: Any, people: int, clips: int, width: int, within: float) -> np.ndarray:
     """Draws unit vectors [people, clips, width] from the two-covariance model.
 
-    `within` is the share of the variance of clips in the total variance.
+    The variance between clips of one person is the share `within` of the total variance.
     """
-    between = np.geomspace(1, 0.1, width)  # variances of people and of clips in each number
+    between = np.geomspace(1, 0.1, width)  # the variance between people, for each dimension
     noise = np.geomspace(1, 0.3, width)[::-1]
     who = np.sqrt((1 - within) * between / between.sum())
     each = np.sqrt(within * noise / noise.sum())

@@ -1,4 +1,4 @@
-"""Films and photos of given pictures and sound, written by PyAV in many formats."""
+"""Functions that write films and photos of given pictures and sound with PyAV."""
 
 import struct
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ NO_FILMS = {
 
 
 def scene(seed: int, height: int = 120, width: int = 160) -> np.ndarray:
-    """Returns 6 x 8 patches in colours of a room, uint8 [height, width, 3]."""
+    """Returns a random picture of 6 x 8 one-coloured patches, uint8 [height, width, 3]."""
     rng = np.random.default_rng(seed)
     low, high = np.sort(rng.uniform(0, 255, (2, 3)), axis=0)
     coarse = rng.uniform(low, high, (6, 8, 3)).repeat(-(-height // 6), 0).repeat(-(-width // 8), 1)
@@ -43,9 +43,10 @@ def write(
 ) -> None:  # fmt: skip
     """Writes pictures uint8 [H, W, 3] as a film. Without pictures, the film has only sound.
 
-    `stamps` are times in milliseconds. `aspect` is the width of a pixel divided by its height. If
-    `held_ms` is above 0, the last picture lasts so long. `sound` are samples [n], which begin at
-    `start_s`. `broken` is the share of the packets of sound that are damaged, the first packets.
+    `stamps` are the times of the pictures in milliseconds, by default from `fps`. `aspect` is the
+    width of a pixel divided by its height. `held_ms` is the duration of the last picture. `sound`
+    are samples [n], which begin at `start_s`. The first packets of sound, a share of `broken`, are
+    damaged.
     """
     pictures = iter(frames)
     first, stream = next(pictures, None), None
@@ -79,12 +80,12 @@ def write(
 
 
 def double(path: Path, made: Path, *, cover: bool) -> None:
-    """Writes a film with the pictures of another film in two streams, and maybe a cover picture."""
+    """Writes the pictures of the film `path` twice, as two streams, into the film `made`."""
     with av.open(str(path)) as one, av.open(str(path)) as other, av.open(str(made), "w") as both:
         sources = (one, other)
         streams = [both.add_stream_from_template(source.streams.video[0]) for source in sources]
         if cover:
-            still = both.add_stream("mjpeg")
+            still = both.add_stream("mjpeg")  # a cover picture
             assert isinstance(still, av.VideoStream)
             still.width, still.height, still.pix_fmt = 160, 120, FORMATS["mjpeg"]
             still.disposition = Disposition.attached_pic
@@ -120,7 +121,7 @@ def _sound(
 
 
 def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
-    """Returns a picture as the bytes of a photo. Only JPEG gets the orientation, as EXIF."""
+    """Returns the bytes of a photo. The EXIF `orientation` is only written into JPEG (mjpeg)."""
     context = av.VideoCodecContext.create(codec, "w")
     assert isinstance(context, av.VideoCodecContext)
     context.height, context.width = picture.shape[:2]

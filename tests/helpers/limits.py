@@ -1,4 +1,4 @@
-"""Processes that always end, the memory of a command, small files and small disks."""
+"""Limits of time, memory and disk space, and measurements of processes."""
 
 import contextlib
 import functools
@@ -17,23 +17,17 @@ ROOT = Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):
-    """A command that has ended.
-
-    `peak` is the most memory of the command and its children in bytes, without pages of files.
-    """
+    """A command that has ended."""
 
     returncode: int
     stdout: str
     stderr: str
-    peak: int
+    peak: int  # the most memory of the command and its children, see `held_by`
 
 
 @functools.cache
 def slowness() -> float:
-    """Returns the time of a fixed sum on this machine, in units of 0.1 s, at least 1.
-
-    Tests multiply their limits of CPU time by it, so that the limits fit slow machines.
-    """
+    """Returns a factor for limits of CPU time: 1, or more on a slow machine."""
     began = time.process_time()
     sum(i * i for i in range(1_500_000))
     return max(1.0, (time.process_time() - began) / 0.1)
@@ -66,7 +60,7 @@ def run(words: Sequence[str | Path], **env: str) -> Ended:
 
 @contextlib.contextmanager
 def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
-    """Calls `measure` again and again while the context is open; yields a list of the maximum."""
+    """Calls `measure` every `every_s` seconds in a thread; yields a list [maximum so far]."""
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
@@ -84,7 +78,7 @@ def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """Limits the size of files that this process writes, in bytes, while the context is open."""
+    """Limits the size in bytes of files that this process writes while the context is open."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -95,7 +89,7 @@ def file_limit(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filled(folder: Path, left: int) -> Iterator[None]:
-    """Fills a small file system while the context is open, except for `left` bytes."""
+    """Fills a file system, except for `left` bytes, while the context is open."""
     filler = folder / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(folder).free - left))
     yield
@@ -103,7 +97,7 @@ def filled(folder: Path, left: int) -> Iterator[None]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Returns the child processes of a process, of all its threads."""
+    """Returns the ids of the child processes of a process."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         tasks = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
         return [int(word) for text in tasks for word in text.split()]

@@ -7,7 +7,7 @@ from vidjax.core.batch import Frames
 
 
 def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):
-    """Returns clips of these lengths with random frames. Frame t has the number 10 t."""
+    """Returns random frames of B clips: features [B, max_frames, dim]. Frame t has number 10 t."""
     rng = np.random.default_rng(seed)
     shape = (len(lengths), max_frames)
     mask = np.arange(max_frames) < np.asarray(lengths)[:, None]
@@ -21,7 +21,7 @@ def make_frames(lengths, *, max_frames, dim=6, seed=0, dtype="float16"):
 
 
 def pad(frames, count):
-    """Adds `count` masked frames with random values to each clip."""
+    """Returns frames with `count` more frames per clip, which are masked and have random values."""
     clips, dim = len(frames.mask), frames.features.shape[-1]
     garbage = make_frames([count] * clips, max_frames=count, dim=dim, seed=9)
     garbage = garbage._replace(mask=np.zeros_like(garbage.mask))
@@ -29,7 +29,7 @@ def pad(frames, count):
 
 
 def one_hot_frames(quality, detection=1.0, *, padding=3, dtype="float16"):
-    """Returns one clip whose frame t is the t-th unit vector, so a fused frame shows the shares."""
+    """Returns a clip whose frame t is the t-th unit vector. A mean then shows the frame weights."""
     length = len(quality)
     total = length + padding
     real = np.arange(total) < length

@@ -1,4 +1,4 @@
-"""Galleries of made-up vectors with two parts, face and audio."""
+"""Galleries of made-up vectors of two modalities ("parts"), face and audio."""
 
 from collections import UserDict
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ RUN = VectorOrigin(workdir="somewhere", digest="0" * 64, centred=False)
 
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip:
-    """Returns a clip near other clips of the person. It may lack a part.
+    """Returns a random clip that is similar to other clips of the person; `number` is the seed.
 
-    `number` is a seed. If `person` is None, each number is another stranger.
+    The vector of the part `lacks` is 0. If `person` is None, each number is another stranger.
     """
     rng, parts = np.random.default_rng(number), []
     centre = np.random.default_rng(int.from_bytes((person or str(number)).encode()))
@@ -31,7 +31,7 @@ def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip
 
 
 def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip]:
-    """Returns 1 to 4 clips of each person, some without a part, and a clip of each stranger.
+    """Returns a clip of each stranger, and 1 to 4 clips of each person, some without a part.
 
     The clips of `person 3` are `clip 30`, `clip 31`, ...
     """
@@ -45,7 +45,7 @@ def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip
 
 
 def make_front(settings: Settings = SETTINGS) -> backend_lib.Backend:
-    """Returns a back end that is fitted to 30 other people, with 3 clips each."""
+    """Returns a scoring back end (PLDA) that is fitted to 30 other people with 3 clips each."""
     rng, labels, vectors = np.random.default_rng(99), np.repeat(np.arange(1, 31), 3), {}
     for name, width in WIDTHS.items():
         x = rng.standard_normal((31, width))[labels] + 0.4 * rng.standard_normal((90, width))
@@ -69,7 +69,7 @@ class Answers(UserDict[tuple[int, str], float]):
 
 
 def answers(people: Gallery) -> Answers:
-    """Returns the log-probabilities that new clips of six enrolled people show each person."""
+    """Returns the log-probabilities of all people for new clips of the persons 0 to 5."""
     shown = [make_clip(700 + n, f"person {n}", lacks=("", "face")[n % 2]) for n in range(6)]
     parts = people.backend.split(np.stack([clip.vector for clip in shown]))
     people.refresh()
@@ -78,7 +78,7 @@ def answers(people: Gallery) -> Answers:
 
 
 def contents(folder) -> dict[str, Any]:
-    """Returns the content of the file, without its version and the coefficients of people."""
+    """Returns the content of a gallery, without its version and the coefficients of people."""
     state = store.Store(folder).read()
     clips = {n: (x.identity, x.vector.tobytes(), x.fitted) for n, x in state.clips.items()}
     numbers, settings = state.index.backend.numbers().tobytes(), state.index.backend.settings
@@ -87,7 +87,7 @@ def contents(folder) -> dict[str, Any]:
 
 
 def random_clips(run: Any, *lengths: int) -> dict[str, dict[str, np.ndarray]]:
-    """Returns clips with the modalities of a run. Clip n has `lengths[n]` frames."""
+    """Returns clip -> modality of a run -> features [T, D]. Clip n has `lengths[n]` frames."""
     draw, widths = np.random.default_rng(0).normal, run.modalities.items()
     return {
         f"clip {n}": {name: draw(size=(length, d)).astype(np.float32) for name, d in widths}
@@ -96,7 +96,7 @@ def random_clips(run: Any, *lengths: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def vectors_of(gallery: Gallery, clips: Mapping[str, StoredClip]) -> Vectors:
-    """Returns clips as the vectors that a gallery enrols or identifies."""
+    """Returns clips as `Vectors`, which `Gallery.enrol` and `Gallery.identify` take."""
     x = gallery.backend.split(np.stack([clip.vector for clip in clips.values()]))
     parts = dict(zip(gallery.backend.widths, x, strict=True))
     return Vectors(tuple(clips), parts, tuple(clip.identity for clip in clips.values()))

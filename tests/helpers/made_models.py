@@ -1,4 +1,4 @@
-"""Small models on made-up clips: how they start, train and evaluate."""
+"""Small models and made-up clips, and functions that initialise, train and evaluate a model."""
 
 import functools
 
@@ -14,7 +14,10 @@ SMALL = {"name": "mma", "embed_dim": 8, "gram_dim": 4, "num_clusters": 3}
 
 
 def make_batch(dtype="float16"):
-    """Returns clips of three modalities. The last two rows are padding with random values."""
+    """Returns the frames of 6 clips and 2 rows of padding, and their `ClipInfo`.
+
+    The padding has random values, which must have no effect.
+    """
     lengths = {"face": [4, 0, 1, 2, 0, 3, 2, 2], "head": [1, 2, 0, 3, 0, 1, 1, 1]}
     lengths["audio"] = [1, 1, 1, 0, 0, 1, 1, 1]
     make = functools.partial(make_frames, max_frames=4, dtype=dtype)
@@ -34,14 +37,14 @@ def make_model(spec=SMALL, dtype="float32", num_classes=5, **options):
 
 @functools.partial(jax.jit, static_argnums=0)
 def train_output(model, variables, frames, clips, rng):
-    """Returns the output of a training step, and the variables that the step changed."""
+    """Returns the output of a model in training, and the variables that it changed."""
     rngs = {"dropout": rng, "modality_dropout": rng}
     mutable = [name for name in variables if name != "params"]
     return model.apply(variables, frames, clips, train=True, rngs=rngs, mutable=mutable)
 
 
 def train_logits(model, variables, frames, clips, seed=5):
-    """Returns the logits [B, K] of a training step, and the variables that the step changed."""
+    """Returns the logits [B, K] of a model in training, and the variables that it changed."""
     output, new = train_output(model, variables, frames, clips, jax.random.key(seed))
     return output.logits[:, 0], new
 
@@ -56,13 +59,13 @@ def eval_logits(model, variables, frames, clips):
 
 
 def randomised(params):
-    """Adds a random number to each parameter, because 0 and 1 hide mistakes."""
+    """Returns parameters plus random numbers, because initial values of 0 and 1 hide mistakes."""
     rng = np.random.default_rng(3)
     params = jax.tree.map(np.asarray, params)
     return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params)
 
 
-# Compiled: operation by operation it takes seconds.
+# Without compilation, this takes seconds.
 @functools.partial(jax.jit, static_argnums=0, static_argnames="train")
 def init(model, *args, train=None):
     options = {} if train is None else {"train": train}

@@ -27,12 +27,12 @@ CARD = {
 
 
 def colours():
-    """Returns the matrix [8 * 8 * 3, 5] of an embedder that averages each colour of a crop."""
+    """Returns weights [8 * 8 * 3, 5] of an embedder whose vector is the mean colour of a crop."""
     return np.tile(np.eye(3, WIDTH, dtype=np.float32), (SIDE * SIDE, 1)) / SIDE**2
 
 
 def embedder(layout="NCHW", weights: Any = WEIGHTS):
-    """Returns the net x -> x W. The rows of W are in the order of the layout."""
+    """Returns a net that multiplies the pixels of a crop by `weights` [8 * 8 * 3, 5]."""
     shape = [SIDE, SIDE, 3]
     if layout == "NCHW":
         weights = weights.reshape(*shape, WIDTH).transpose(2, 0, 1, 3).reshape(-1, WIDTH)
@@ -43,7 +43,7 @@ def embedder(layout="NCHW", weights: Any = WEIGHTS):
 
 
 def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
-    """Returns a net with the outputs of CenterFace that finds bright squares of FACE pixels.
+    """Returns a net that finds bright squares of FACE x FACE pixels, with CenterFace's outputs.
 
     `channels` are the weights of red, green and blue in the score of a square.
     """
@@ -70,12 +70,12 @@ def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
 
 
 def voice_weights():
-    """Returns the matrix [40, 5] of the voice embedder, for the mean of each mel band."""
+    """Returns the weights [40, 5] of `voice_embedder`."""
     return np.random.default_rng(1).normal(size=(40, WIDTH)).astype(np.float32)
 
 
 def voice_embedder():
-    """Returns the net that multiplies the mean mel bands of a window by a matrix."""
+    """Returns a net that averages mel bands [T, 40] over time, and multiplies them by weights."""
     mean = helper.make_node("ReduceMean", ["x"], ["mean"], axes=[1], keepdims=0)
     nodes = [mean, helper.make_node("MatMul", ["mean", "w"], ["vector"])]
     return model(nodes, {"w": voice_weights()}, ["T", 40], ["vector"])
@@ -104,7 +104,10 @@ def loudness():
 
 
 def model(nodes, weights, shape, outputs, more=None):
-    """Returns the bytes of an ONNX net with the input x [B, *shape], and `more` inputs."""
+    """Returns the bytes of an ONNX net with the input x [B, *shape].
+
+    `weights` are name -> array. `more` inputs are name -> (type, shape).
+    """
 
     def value(name, dims, kind=TensorProto.FLOAT):
         return helper.make_tensor_value_info(name, kind, dims)
@@ -119,13 +122,13 @@ def model(nodes, weights, shape, outputs, more=None):
 
 
 def back_end(same=(0.95, 0.05), different=(0.1, 0.2), width=WIDTH):
-    """Returns the back end of a card: the mean and deviation of the cosines of pairs of vectors."""
+    """Returns the field `back_end` of a card: mean and deviation of the cosines of pairs."""
     pairs = {"same": [*same], "different": [*different], "pairs": [10, 10]}
     return {"centre": [0.0] * width, "data": "made", **pairs}
 
 
 def write(folder, name="face", role="face_embedder", content=None, **fields):
-    """Writes a net and its card, in which `fields` replace fields; returns the path of the card."""
+    """Writes a net and its card with other values of `fields`; returns the path of the card."""
     make, decoder, input_ = embedder, "vectors", {**IMAGE, "size": [SIDE, SIDE]}
     if role == "voice_embedder":
         make, input_ = voice_embedder, {"layout": "mels"}

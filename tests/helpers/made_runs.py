@@ -22,10 +22,9 @@ def write(
 ) -> Path:  # fmt: skip
     """Writes configuration, identities, results and analysis of a run; returns its folder.
 
-    `averages` are identity -> average precision. Each identity has `positives` clips. The `suffix`
-    is `_SPLIT` if training did not evaluate the split. If `truth` is False, the split has no ground
-    truth, so the run has no MAP. `results` are additional values of `metrics.json`; `arrays` and
-    `analysis` are additional arrays and values of `analysis.npz`.
+    `averages` are identity -> average precision. Each identity has `positives` clips. If the
+    training did not evaluate the split, `suffix` must be `_SPLIT`. If `truth` is False, the
+    run has no MAP. `metrics.json` also has `results`; `analysis.npz` has `arrays` and `analysis`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = [] if suffix else [f"--config.eval.split={split}"]
@@ -55,23 +54,23 @@ def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 def lists(path: Path) -> dict[str, list[str]]:
-    """Returns identity -> clips, best first. Asserts that the ranking has no faults."""
+    """Returns identity -> clips of a ranking file, best first. Asserts that it has no faults."""
     found = ranking.read_submission(path)
     assert not found.complaints
     return {unescape(name): list(map(unescape, clips)) for name, clips in found.ranking.items()}
 
 
 def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the values of an `analysis.npz` as they were written, and its arrays."""
+    """Returns the JSON values of an `analysis.npz`, and its arrays."""
     _, arrays = results_lib.load_analysis(path)
     with np.load(path) as file:
         return json.loads(file["facts"].tobytes()), arrays
 
 
 def example(kind: Any, texts: Mapping[str, str], key="", counter: Any = None) -> Any:
-    """Returns a JSON value of a type of `vidjax.runs.schemas`. Neighbours have different values.
+    """Returns an example of a JSON value of a type of `vidjax.runs.schemas`.
 
-    `texts` are key -> text, in which {} becomes a number. `counter` counts the values.
+    `texts` are key -> text, in which {} becomes a number that `counter` increases for each value.
     """
     counter = counter or itertools.count()
     kind = kind if isinstance(kind, inspect.Type) else inspect.type_info(kind)

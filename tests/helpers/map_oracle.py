@@ -1,6 +1,6 @@
-"""MAP@100 of two files in exact rational arithmetic: the oracle of the scorer.
+"""MAP@100 in exact fractions, with which tests compare `vidjax score`.
 
-It is written from the description of the organisers' script, and shares nothing with the package.
+It follows the description of the organisers' script, and shares no code with vidjax.
 """
 
 from fractions import Fraction
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 class Refused(Exception):
-    """A ground truth that gives no score."""
+    """A ground truth is invalid."""
 
 
 def lines_of(path):
-    """Returns the lines of a file without marks of editors: BOM, CRLF and trailing blanks."""
+    """Returns the lines of a text file, without a BOM, CR and blanks at the ends of lines."""
     text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     return [line.rstrip(" \t") for line in text.removesuffix("\n").split("\n")]
 
 
 def ground_truth(path):
-    """Returns identity -> set of clips."""
+    """Returns identity -> set of clips. A line has a clip and its identity, or the reverse."""
     rows = [line.split() for line in lines_of(path)]
     if any(len(row) < 2 for row in rows):
         raise Refused("a blank line, or an identity without a positive")
@@ -38,7 +38,7 @@ def ground_truth(path):
 
 
 def submission(path):
-    """Returns identity -> first 100 clips without repeats, of the last line of the identity."""
+    """Returns identity -> its first 100 different clips. The last line of an identity counts."""
     ranking = {}
     for line in lines_of(path):
         if line.strip():
@@ -48,7 +48,7 @@ def submission(path):
 
 
 def mean_average_precision(gt_path, ranking_path):
-    """Returns MAP@100 of a ranking, an exact Fraction."""
+    """Returns the exact MAP@100 of a ranking file."""
     pairs, ranking = ground_truth(gt_path), submission(ranking_path)
     total = Fraction(0)
     for identity, positives in pairs.items():

@@ -1,4 +1,4 @@
-"""Pages of HTML, taken apart: their elements, their texts, and where their numbers come from."""
+"""A parser of HTML pages, and checks that the numbers of a report come from files of the run."""
 
 import html.parser
 import json
@@ -19,10 +19,10 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags = []  # (tag, attributes, tags around the tag)
+        self.tags = []  # (tag, attributes, tags that contain the tag)
         self.open = []  # tags that are open
-        self.texts = []  # (text, tags around the text)
-        self.data = []  # (value, shown text) of numbers
+        self.texts = []  # (text, tags that contain the text)
+        self.data = []  # (value, shown text) of each element <data>, which is a number
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -49,7 +49,7 @@ class Page(html.parser.HTMLParser):
 
 
 def section(text, name):
-    """Returns a section of a page, without its figures."""
+    """Returns the HTML of a section of a page, without its figures (<svg>)."""
     found = re.search(rf'<section id="{name}".*?</section>', text, re.DOTALL)
     assert found, name
     return re.sub(r"<svg.*?</svg>", "", found[0], flags=re.DOTALL)
@@ -60,7 +60,10 @@ def values(text):
 
 
 def check_numbers(folder, text):
-    """Asserts that every value of a report is in a file of the run, or follows from one."""
+    """Asserts that the numbers of a report are in files of the run, or are derived from them.
+
+    The shown text of a number must be its value, rounded.
+    """
     exact, data = {*file_numbers(folder), *derived(folder)}, Page(text).data
     assert len(data) > 5
     assert [pair for pair in data if float(pair[0]) not in exact] == []
@@ -73,7 +76,7 @@ def check_numbers(folder, text):
 
 
 def file_numbers(folder):
-    """Yields all numbers in the files of a run: in JSON, and in arrays."""
+    """Yields all numbers in the JSON files and in the analysis of a run."""
     for path in folder.glob("*.json"):
         yield from numbers_in(json.loads(path.read_text()))
     yield from numbers_in(results_lib.read_lines(folder / "metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""Pickles of older Pythons: a writer that follows Python 2.7 with numpy 1.16, and real files."""
+"""Pickles as Python 2.7 with numpy 1.16 writes them, and real pickles of several versions."""
 
 import io
 import pickle
@@ -39,7 +39,7 @@ class _Pickler(PYTHONS):
     dispatch[bytes] = save_bytes
 
     def memoize(self, value: Any) -> None:
-        """Remembers only values that may come again, because a large file would fill the memo."""
+        """Memoizes only values that may be repeated, because others would fill the memo."""
         if isinstance(value, (list, dict, np.dtype)):
             super().memoize(value)
 
@@ -58,7 +58,7 @@ class _Pickler(PYTHONS):
 
 
 def real() -> dict[str, bytes]:
-    """Returns "writer and protocol" -> the bytes of the file below as this writer wrote it.
+    """Returns "writer and protocol" -> a real pickle of the dict below.
 
     The writers are Python 2.7 (cPickle) with numpy 1.16, and Python 3 with numpy 1.16, 1.26, 2.4:
 

@@ -7,9 +7,9 @@ from ml_collections import ConfigDict, FieldReference
 
 
 def record(config: Any, reads: set[str], prefix: str = "") -> Any:
-    """Changes a ConfigDict so that it adds to `reads` the dotted names of fields that are read.
+    """Changes a ConfigDict: when code gets the value of a field, its name is added to `reads`.
 
-    Conversion to JSON, comparison and overrides do not count.
+    Names have dots, such as 'optim.name'. Conversion to JSON, comparison and overrides add none.
     """
     for key, value in config._fields.items():
         if isinstance(value, ConfigDict):
@@ -30,7 +30,7 @@ class _Recorded(ConfigDict):
         return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Returns a copy whose reads are added to the same names."""
+        """Returns a copy that adds names to the same set."""
         fields = copy.deepcopy(self._fields, memo)
         copied = ConfigDict()
         object.__setattr__(copied, "_fields", fields)
@@ -50,7 +50,7 @@ class _Recorded(ConfigDict):
 
 
 class _RecordedDict(dict[str, Any]):
-    """A dict that records items that are looked up or unpacked by **, but not `items()`."""
+    """A dict that adds the name of an item to a set if it is looked up or unpacked by `**`."""
 
     noted: tuple[set[str], str]
 
@@ -59,5 +59,5 @@ class _RecordedDict(dict[str, Any]):
             self.noted[0].add(self.noted[1] + key)
         return super().__getitem__(key)
 
-    def __iter__(self) -> Any:  # with it, `dict(spec)` and `**spec` look every item up
+    def __iter__(self) -> Any:  # so that `dict(spec)` and `**spec` call `__getitem__`
         return super().__iter__()

@@ -1,4 +1,4 @@
-"""What a user sees: errors, and files."""
+"""Functions that check what a user sees: errors, and files."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 
 def refused(action: Callable[[], object], *words: str) -> str:
-    """Asserts that an action raises an error of 1 to 3 lines with some words; returns the error."""
+    """Asserts that an action raises an error of 1 to 3 lines with `words`; returns its message."""
     with pytest.raises((ValueError, OSError)) as caught:
         action()
     message = str(caught.value)
@@ -18,7 +18,7 @@ def refused(action: Callable[[], object], *words: str) -> str:
 
 
 def contents(folder: Path, but: Collection[str] = ()) -> dict[str, bytes]:
-    """Returns path -> bytes of all files of a folder, except locks and names in `but`."""
+    """Returns path -> bytes of all files of a folder, except locks, and names in `but`."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     left_out = {".lock", *but}
     return {str(x): (folder / x).read_bytes() for x in paths if not left_out & {*x.parts}}

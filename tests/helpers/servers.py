@@ -25,12 +25,12 @@ CARDS = VectorOrigin(
 
 
 def make_gallery(folder: Path) -> Gallery:
-    """Makes a gallery whose vectors are means of frames, as in galleries of models."""
+    """Makes a gallery of faces and voices, as `vidjax who` makes them with nets."""
     return made_galleries.make(folder, origin=CARDS)
 
 
 def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarray]:
-    """Returns modality -> frames [T, D] of a clip that is similar to a person."""
+    """Returns modality -> features [frames, D] of a clip of a person of `make_gallery`."""
     rows = [made_galleries.make_clip(number + turn, person).vector for turn in range(frames)]
     parts = np.split(np.stack(rows), np.cumsum([*WIDTHS.values()])[:-1], axis=1)
     return dict(zip(WIDTHS, parts, strict=True))

@@ -15,7 +15,7 @@ from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
 
 ROOT = Path(__file__).parents[2]
-# The environment of a command that compiles in half of the time, as tests do.
+# Environment variables with which a command compiles in half of the time, as tests do.
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 if jax.__version_info__ < (0, 11):  # later versions may lack the flag, which would be an error
     QUICK["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
@@ -32,7 +32,7 @@ SMALL = {
 
 
 def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
-    """Returns a shipped configuration, changed so that a run takes seconds, with overrides."""
+    """Returns a configuration of the folder `configs` with tiny nets and few epochs, overridden."""
     name, _, words = spec.partition(":")
     config = config_io.load_file(f"{ROOT / name}:{words}")
     stem = Path(name).stem
@@ -52,7 +52,7 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
 
 
 def evaluate(config, folder, data, **options):
-    """Ranks a split with the run in a folder; for `options` see `analysis.evaluate`."""
+    """Ranks a split with a trained run; `options` go to `analysis.evaluate`."""
     return analysis.evaluate(config, restore.find_run(config, RunFolder(folder)), data, **options)
 
 
@@ -63,7 +63,7 @@ def run(config, folder, data, num_devices=1):
 
 
 def saved(workdir, step=None):
-    """Returns name -> tree of arrays of a checkpoint, by default of the latest."""
+    """Returns name -> tree of arrays of a checkpoint, by default the latest."""
     step = step or max(checkpoint.manifests(workdir))
     state = workdir / "checkpoints" / str(step) / "state"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -77,7 +77,7 @@ def saved(workdir, step=None):
 
 
 def weights(workdir, step=None):
-    """Returns path in the tree -> array of every saved parameter and running statistic."""
+    """Returns path in the tree -> array, of all saved parameters and running statistics."""
     tree = saved(workdir, step)
     return flat({key: tree[key] for key in ("params", "model_state") if key in tree})
 
@@ -108,7 +108,10 @@ def assert_same_run(left, right, names=RUN_FILES[:2]):
 
 
 class Spoilt:
-    """A dataset in which features of `hidden` (split -> bool [number of clips]) are `value`."""
+    """A dataset in which all features of some clips are replaced by `value`.
+
+    `hidden` is split -> bool [N], True for these clips.
+    """
 
     def __init__(self, data, hidden, value=7.0):
         self._data, self._hidden, self._value = data, hidden, value
@@ -152,14 +155,14 @@ class Interrupting:
 
 
 def restored(folder, data, config=None, mesh=None):
-    """Returns the model of a run, as an evaluation loads it."""
+    """Returns the model that an evaluation of a run would load."""
     config = config or config_io.load_workdir(folder)
     found = restore.find_run(config, RunFolder(folder))
     return restore.make_model(config, found, data, mesh or devices.make_mesh(1))
 
 
 def scores(models, split="val", mesh=None, block_size=16):
-    """Returns the scores [N, C] of all clips of a split. `models` are the members of a run."""
+    """Returns the scores [N, C] of N clips for C identities. `models` are the members of a run."""
     mesh = mesh or devices.make_mesh(1)
     top = scoring.score(models, split, mesh, block_size=block_size, each_member=False).top
     num_clips = len(models[0].data.split(split).clips)

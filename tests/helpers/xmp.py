@@ -1,4 +1,4 @@
-"""Metadata of photos: EXIF orientations, and XMP with tags of faces as each program spells it."""
+"""Metadata of photos: EXIF orientations, and names of faces (XMP) of several programs."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ RESOURCE = 'rdf:parseType="Resource"'
 
 
 def packet(body, wrapper="x"):
-    """Returns a packet of XMP (bytes) that contains the properties `body`."""
+    """Returns a packet of XMP (bytes) that contains the XML `body`."""
     spaces = " ".join(f'xmlns:{name}="{address}"' for name, address in SPACES.items())
     return (
         f'<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -32,7 +32,7 @@ def packet(body, wrapper="x"):
 
 
 def attributes(tags, shape=(400, 300), unit=' stArea:unit="normalized"', kind="Face"):
-    """Returns regions as digiKam and Lightroom write them: in attributes of elements.
+    """Returns the XML of named faces as digiKam and Lightroom write it: values are attributes.
 
     `tags` are (name, x, y, w, h): the middle, width and height of a box, as shares of the picture.
     """
@@ -50,7 +50,7 @@ def attributes(tags, shape=(400, 300), unit=' stArea:unit="normalized"', kind="F
 
 
 def elements(tags, resource=RESOURCE, bag="Seq"):
-    """Returns regions as Apple, Picasa and ExifTool write them: in texts of elements."""
+    """Returns the XML of named faces as Apple, Picasa and ExifTool write it: values are texts."""
     begin, end = (f" {resource}>", "") if resource else ("><rdf:Description>", "</rdf:Description>")
     items = "".join(
         f"<rdf:li{begin}\n<mwg-rs:Area{begin}<stArea:x>{x}</stArea:x><stArea:y>{y}</stArea:y>"
@@ -67,7 +67,7 @@ def elements(tags, resource=RESOURCE, bag="Seq"):
 
 
 def microsoft(tags, as_elements=False):
-    """Returns regions as Windows Live Photo Gallery and digiKam write them, of Microsoft Photo."""
+    """Returns the XML of named faces as Windows Live Photo Gallery writes it."""
     items = ""
     for name, x, y, w, h in tags:
         values = {"Rectangle": f"{x - w / 2}, {y - h / 2}, {w}, {h}", "PersonDisplayName": name}
