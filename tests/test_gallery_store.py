@@ -622,7 +622,8 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
         for key, at in enumerate(cells):  # a cell contains the number of a child, and a key
             page[at : at + 5] = struct.pack(">IB", number + 1, key % 127 + 1)
         pages.append(bytes(page))
-    # On the last page, the header of the page is at byte 0, not behind the header of the file.
+    # The header of the page (8 bytes) and the place of its cell (2 bytes) move from byte 100 to 0,
+    # because this page does not begin with the header of the file. The cell stays at its place.
     last = leaf[100:110] + leaf[10:]
     path.write_bytes(b"".join([*pages, last]))
 

@@ -144,6 +144,7 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
     ({"name": "adamw"}, r"'adamw'(.|\n)*scale_by_adam\(\)"),
 ])  # fmt: skip
 def test_impossible_optimiser_specifications_are_refused(spec, message, monkeypatch):
+    # A user adds adamw. It is refused, because it applies the learning rate itself.
     monkeypatch.setitem(optim.OPTIMIZERS, "adamw", optax.adamw)
     with pytest.raises(ValueError, match=message):
         make_optimizer(total_steps=9, **spec)

@@ -110,7 +110,7 @@ def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
     assert config.ensemble.folds == 10  # line 22 of the article
     assert [member.fold for member in members] == [0, 0, 0]  # all leave out fold 0
 
-    # A clip has the weight of its frames and of as many merged frames.
+    # Each kept frame counts twice, because training adds a merged frame for each frame.
     frames = one_clip([-5, 19.9, 20, 20.1, 40, 40.1])
     weights = [training_weight(system, frames, member.min_quality) for member in members]
     assert weights == [2 * 6, 2 * 3, 2 * 1]  # line 32: all, > 20, > 40

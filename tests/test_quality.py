@@ -41,6 +41,7 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
     widths, cache = {"face": DIM, "voice": DIM}, tmp_path / "cache"
     folder = clip_files.write_npz(tmp_path / "own", {"val": clips})
 
+    # Clip a has no qualities, so its qualities are the norms with both settings.
     wanted: Any = {"given": [a, GIVEN], "norm": [a, b]}
     for quality, of_clips in wanted.items():
         own = vidjax.load_data({"val": clips}, cache_dir=cache, quality=quality)

@@ -30,7 +30,7 @@ class Reviewed:
         self.films = drawn.film(), more
         write_film(more, (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
         write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
-        self.before = self.again()
+        self.before = self.names_after_restart()
         self.open()
 
     def open(self):
@@ -45,7 +45,7 @@ class Reviewed:
             headers={"origin": SITE, "sec-fetch-site": "same-origin"},
         )  # fmt: skip
 
-    def again(self):
+    def names_after_restart(self):
         """Returns clip -> name after another call of `vidjax who`."""
         self.drawn.who(*self.films, flags=["--thumbnails"])
         return self.names()
@@ -77,8 +77,11 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     # films. At 24000/1001 frames per second, the films have 95 and 143 frames.
     edl = (drawn.out / "cuts" / "Zo\u00eb.edl").read_text()
     assert " 00:00:01:18 00:00:03:23 " in edl and " 00:00:03:18 00:00:05:23 " in edl
-    assert reviewed.names() == named == reviewed.again()
-    assert "Undone" in reviewed.post("undo") and reviewed.names() == before == reviewed.again()
+    assert reviewed.names() == named == reviewed.names_after_restart()
+    assert (
+        "Undone" in reviewed.post("undo")
+        and reviewed.names() == before == reviewed.names_after_restart()
+    )
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
 
     # `deny`: the name of a clip is wrong, so the clip becomes unknown. It is denied twice.
@@ -87,11 +90,17 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     denied = reviewed.names()
     unknown = denied["party.s000.t00"]
     assert f"Saved: party.mkv, 0:00\u20130:02, is not Ada, but {unknown}." in text
-    assert unknown.startswith("unknown ") and reviewed.again() == denied
+    assert unknown.startswith("unknown ") and reviewed.names_after_restart() == denied
     reviewed.post(do="name", of=ada, person="Ada")
-    assert reviewed.names()["party.s000.t00"] == "Ada" == reviewed.again()["party.s000.t00"]
+    assert (
+        reviewed.names()["party.s000.t00"]
+        == "Ada"
+        == reviewed.names_after_restart()["party.s000.t00"]
+    )
     reviewed.post(do="deny", of=ada)
-    assert reviewed.names() == denied == reviewed.again(), "a name by the user can be denied, too"
+    assert reviewed.names() == denied == reviewed.names_after_restart(), (
+        "a name by the user can be denied, too"
+    )
     reviewed.post(do="name", of="Ada", person="Ada Lovelace")
     assert reviewed.names()["party.s000.t00"] == unknown, "the new name is denied, too"
 
@@ -114,7 +123,11 @@ def test_review_asks_about_similar_names_but_not_about_numbered_names(reviewed):
     for of, person in {"Ad a": "Guest 1", "unknown 2": "Guest 2"}.items():
         assert f"Saved: {of} is {person}." in reviewed.post(do="name", of=of, person=person)
     names = reviewed.names()
-    assert {*names.values()} == {"Ada", "Guest 1", "Guest 2"} and names == reviewed.again()
+    assert {*names.values()} == {
+        "Ada",
+        "Guest 1",
+        "Guest 2",
+    } and names == reviewed.names_after_restart()
 
     for _ in ("Guest 2", "Guest 1"):
         reviewed.post("undo")
@@ -174,12 +187,12 @@ def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
     before = reviewed.before
     reviewed.post(do="name", of="unknown 2", person="Unknown  1")  # the same name as unknown 1
     joined = {clip: name.replace("unknown 2", "unknown 1") for clip, name in before.items()}
-    assert reviewed.names() == joined == reviewed.again() != before
+    assert reviewed.names() == joined == reviewed.names_after_restart() != before
 
     reviewed.post("undo")
     reviewed.post(do="ignore", of="unknown 2")  # who then has no name and no number
     ignored = {clip: None if name == "unknown 2" else name for clip, name in before.items()}
-    assert reviewed.names() == ignored == reviewed.again()
+    assert reviewed.names() == ignored == reviewed.names_after_restart()
     assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
 
 
@@ -189,7 +202,7 @@ def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed
     bob = reviewed.names()["more.s001.t00"]  # such as "unknown 2"
     reviewed.post(do="name", of="clip: more.s000.t00", person="Eve")
     write_film(reviewed.films[1], (2, 20, [("Bob", 30, 30)]))
-    assert reviewed.again()["more.s000.t00"] == bob
+    assert reviewed.names_after_restart()["more.s000.t00"] == bob
 
     reviewed.open()
     reviewed.post(do="name", of="clip: more.s000.t00", person="Bob")
@@ -215,7 +228,7 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     drawn.gallery("rename", "--identity=Eva", "--to=Ada Lovelace")
     reviewed.client.get("")  # the page reads the new name
     renamed = {clip: "Ada Lovelace" if x == "Eva" else x for clip, x in denied.items()}
-    assert reviewed.again() == renamed and "Eva" in denied.values()
+    assert reviewed.names_after_restart() == renamed and "Eva" in denied.values()
 
 
 def test_change_that_cannot_be_saved_changes_nothing(reviewed, drawn):

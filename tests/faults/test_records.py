@@ -102,13 +102,13 @@ def verify(records):
 
 
 def test_every_reader_reports_the_damaged_file_and_record(records, source):
-    """A shard is damaged after `records` was made.
+    """A shard is damaged after `records` was made. Readers also find damage of equal size and time.
 
-    Readers get `records` with the original size and time of the shard, or with the present ones.
+    `as_if_unchanged` returns `records` with the present size and time of the shard.
     """
     shard = shards_of(records)[5]
     whole = shard.path.read_bytes()
-    places = boundaries(whole)
+    places = boundaries(whole)  # places[n] is the first byte after n records
     # A bit of record 18 flips: in its content (byte 40), length (0) or checksum of the length (9).
     flipped = [bytearray(whole) for _ in range(3)]
     for damaged, at in zip(flipped, (40, 0, 9), strict=True):

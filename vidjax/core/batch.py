@@ -47,7 +47,7 @@ class NoiseClassLayout(NamedTuple):
 
     @property
     def mirror_shift(self) -> int:
-        """The distance from the column of an identity to the column of its mirror."""
+        """The distance from the column of an identity to the column of its mirror (see above)."""
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:

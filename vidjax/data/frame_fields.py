@@ -173,7 +173,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def from_folder(cls, name: str, folder: str | Path, quality: Quality = "given") -> "Origin":
-        """Returns the origin of the dataset `name` whose files are in `folder`."""
+        """Returns an Origin with the absolute path of `folder`, the folder of the dataset."""
         return cls(name, str(files.absolute(folder)), quality)
 
 

@@ -40,7 +40,10 @@ def start_top_k(
 
 
 class RunningTopK:
-    """Ranks blocks of scores on CPU devices. Every process ranks the rows of its devices."""
+    """Keeps the k best clips of each identity over all blocks of scores, on CPU devices.
+
+    If there are several processes, each process ranks the clips that its devices scored.
+    """
 
     def __init__(self, num_identities: int, k: int, mesh: Mesh):
         self._top = HostTopK(num_identities, k)
@@ -73,8 +76,9 @@ class RunningTopK:
 def update_top(top: TopK, blocks: Sequence[ScoreBlock]) -> TopK:
     """Merges blocks of scores into the k best clips so far. Returns the k best clips, unsorted.
 
-    For blocks, see `HostTopK.add`. An index must be below 2**31 - 2**25, so that `_select` can use
-    it as a float. A few calls with many clips are cheaper than many calls with few clips.
+    For blocks, see `HostTopK.add`. The index of a clip must be below 2**31 - 2**25, because
+    `_select` reads its bits as a float. A few calls with many clips are cheaper than many calls
+    with few clips.
     """
     num_identities = len(top.scores)
     size = min(CHUNK, num_identities)

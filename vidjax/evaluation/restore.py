@@ -271,11 +271,11 @@ def describe_difference(
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns `sets`, or sets without training clips if `data` are not the data of the run.
+    """Returns the training clips of each member, which the member must not score.
 
-    `sets` are the training clips of each member. A member does not score them again. `own` are the
-    digests of the data of the run. Clips of other data are new clips, which all members score. If
-    they have names of training clips, a warning is printed.
+    `own` are the digests of the data of the run. If `data` are the same data, returns `sets`. If
+    they are other data, all members may score all clips, so the returned sets are empty. If clips
+    of `split` then have the names of training clips, a warning is printed.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets

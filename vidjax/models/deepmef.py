@@ -212,7 +212,10 @@ class ChannelAttention(nn.Module):
         return jnp.where(mask[..., None], x + added, 0.0)
 
     def _mix_by_energy(self, x: Array, mask: Array) -> Array:
-        """Mixes the frames of each clip by the attention of the form `danet`, [B, T, D]."""
+        """Returns a weighted mean of the frames of each clip for each frame, [B, T, D].
+
+        The weights are a softmax of the negative inner products of frames (energies), see DANet.
+        """
         product = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         frames = x.astype(self.dtype)
         energy = product("btd,bsd->bts", frames, frames)

@@ -264,9 +264,10 @@ def _hold_out(
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    The remaining identities, which are random, become strangers. Modalities without an enrolled
-    clip are left out. If all are left out, or if the held-out clips show no known people or no
-    strangers, returns None.
+    `vectors` and `enrolled_vectors` are the same clips, as queries and as they are enrolled. Both
+    are modality -> [N, D]. Random identities are not enrolled, and are strangers. Modalities
+    without an enrolled clip are left out. If all are left out, or if the held-out clips show no known people
+    or no strangers, returns None.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())

@@ -303,7 +303,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes all checkpoints except for the latest, the best, and one before the latest."""
+    """Keeps the latest checkpoint, the last evaluated one before it, and the best; deletes others."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

@@ -40,7 +40,7 @@ class Field(NamedTuple):
         optional text.
       doc: the meaning, as `configs/README.md` shows it.
       low, high, above, below: the range: low <= value <= high, above < value < below. If `high` is
-        None, the value must be finite.
+        None, the value has no upper bound, but must be finite.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the field has an effect. None means always.
       movable: True if the field may change when a run resumes, because it does not affect the

@@ -81,9 +81,9 @@ class Feed(abc.ABC):
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         """Runs at most `count` steps with one or more calls of the compiled loop.
 
-        Returns the new states, and the results of the last one or two calls. The result of a call
-        is a list with a LoopResult for each group of members (nets). Results of earlier calls are
-        not needed: their `bad_step` is -1.
+        Returns the new states, and the results of the last two calls, or of the only call. The
+        result of a call is a list with a LoopResult for each group of members (nets). Earlier
+        results are not returned, because no step of their calls was bad.
         """
 
 

@@ -63,7 +63,7 @@ class RunPlan(NamedTuple):
 
 
 def explain_no_identity(config: Config) -> str:
-    """Returns an error message with a remedy: no training clip has an identity."""
+    """Returns the error message, with a remedy, for data in which no training clip has a label."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:

@@ -62,7 +62,10 @@ class Parser(argparse.ArgumentParser):
         self.group: str | None = None
 
     def fields(self, group: str = "", *, example: str) -> None:
-        """Adds the flags `--config.FIELD=VALUE` of fields that begin with `group`, e.g. `data.`."""
+        """Lets the command override fields that begin with `group`, e.g. `data.`, or all fields.
+
+        `example` is shown by `--help`, such as `seed=1` for `--config.seed=1`.
+        """
         name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
         about = f"overrides a field, e.g. --config.{example}"
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)

@@ -274,7 +274,8 @@ def make_gallery_arrays(gallery: Gallery) -> Arrays:
 
     People are in the order of `gallery.index.names`. If a modality is compared by distances, the
     arrays `share`, `radius`, `variance` and `card` of `backend.DistanceRatios` replace `transform`,
-    `constant`, `curve`, `kind` and `scale`. `Distances.within` is added to `variance`.
+    `constant`, `curve`, `kind` and `scale`. Here, `variance` is the sum of the variance of
+    `DistanceRatios` and of `Distances.within`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

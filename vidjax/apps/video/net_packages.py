@@ -41,7 +41,7 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     """Converts the net in the package `path`; returns the path of its card, a JSON file.
 
     The net and the card are written into `folder`. `name` is the kind of the package, such as
-    "dlib". Raises UserError if `path` is damaged or of another version, or `onnx` is missing.
+    "dlib". Raises UserError if `path` is damaged or an unsupported version, or `onnx` is missing.
     """
     require_packages("convert", "onnx", extra="convert")
     import onnx

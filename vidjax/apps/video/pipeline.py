@@ -347,11 +347,12 @@ def check_apart(listed: Sequence[Path], out: Path) -> None:
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
-    """Returns the settings with which features are extracted into a folder.
+    """Checks that features can be added to the folder `out`. Returns the settings of its features.
 
+    If `settings` is None, the settings are the settings of earlier features, or the defaults.
     Raises UserError if the folder has features of other nets or settings, or files of another
-    program. If only new nets are added and `upgrade` is True, the features are removed instead.
-    `digests` is role of a net -> sha256 of the net's card, a JSON file.
+    program. If the only change are additional nets and `upgrade` is True, all features are deleted
+    instead. `digests` is role of a net -> sha256 of the net's card, a JSON file.
     """
     before = features_folder.read_extraction(out)
     if before is None:
