@@ -266,8 +266,8 @@ def _hold_out(
 
     `vectors` and `enrolled_vectors` are the same clips, as queries and as they are enrolled. Both
     are modality -> [N, D]. Random identities are not enrolled, and are strangers. Modalities
-    without an enrolled clip are left out. If all are left out, or if the held-out clips show no known people
-    or no strangers, returns None.
+    without an enrolled clip are left out. If all are left out, or if the held-out clips show no
+    known people or no strangers, returns None.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())

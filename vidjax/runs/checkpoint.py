@@ -303,7 +303,7 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Keeps the latest checkpoint, the last evaluated one before it, and the best; deletes others."""
+    """Deletes checkpoints other than the latest, the best, and the last evaluated one before."""
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)
