@@ -1,4 +1,4 @@
-"""`vidjax forget`: lists galleries, caches and runs that contain a name, and deletes the name."""
+"""`vidjax forget`: lists folders of vidjax that contain a name, and deletes it from some."""
 
 import argparse
 from pathlib import Path
@@ -44,7 +44,7 @@ def add_forget_flags(parser: Parser) -> None:
 
 
 def forget_names(args: argparse.Namespace) -> Result:
-    """Lists the galleries, caches and runs that contain a name. `--delete` deletes the name.
+    """Lists folders of vidjax that contain a name. `--delete` cleans galleries and caches.
 
     If a place still contains the name, or could not be searched, the exit code is 1.
     """

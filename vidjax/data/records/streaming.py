@@ -48,7 +48,7 @@ tf: Any = tensorflow
 # Only JAX uses the accelerator, because TensorFlow would take all of its memory.
 tf.config.set_visible_devices([], "GPU")
 
-NUM_AHEAD = 2  # number of batches that are read at once, and that wait for TensorFlow
+NUM_AHEAD = 2  # number of batches that are read in advance, and that wait for TensorFlow
 # `decode_raw` cannot pad float16, so the bits are decoded as an integer of the same size.
 CARRIER_TYPES = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
@@ -93,7 +93,7 @@ def _read_records(
     located = _locate_clips(records, plan, reader, step)
 
     def read_next() -> tuple[list[bytes], Any]:
-        places, *others = next(located)  # on a CPU, this waits for the end of a training step
+        places, *others = next(located)  # on a CPU, this may wait for the end of a training step
         return reader.read(places, whole=False), others
 
     with ThreadPoolExecutor(1) as thread:
