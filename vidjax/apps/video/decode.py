@@ -144,8 +144,11 @@ class Video:
         self._path, self._file, self._container = path, file, container
         self.tell = file.tell
         self._stream = _find_video_stream(path, container)
-        self._stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+        options = {"max_pixels": str(MOST_PIXELS)}
         self.info = _read_info(container, self._stream)
+        if self.info.photo:  # by default, FFmpeg fills the missing part of a JPEG photo with grey
+            options["err_detect"] = "explode"
+        self._stream.codec_context.options = options
         _check_size(path, self.info)
         self.counts = DecodeCounts()
 
