@@ -138,8 +138,8 @@ class ModelOutput(NamedTuple):
       embedding: [B, D] float32, input of the classifier.
       train_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
         learn from the clip.
-      eval_weight: [B, G] float32, weight of the score of each branch (a probability, not a logit)
-        in evaluation. Smaller weights rank the clip lower.
+      eval_weight: [B, G] float32, weight of each branch in evaluation. It is a factor of the
+        branch's probabilities, not of its logits. Smaller weights rank the clip lower.
       attention: [B, M, M] weights between M vectors, such as one per modality. Entry [b, i, j] is
         the weight of vector i in the new vector j. None without attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.

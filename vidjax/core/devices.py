@@ -144,7 +144,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
         raise UserError(
             f"jax cannot use {name}: {reason}\n"
             f"an NVIDIA GPU needs {CUDA}, a TPU 'vidjax[tpu]'\n"
-            "to use the devices of this machine, unset JAX_PLATFORMS, or set JAX_PLATFORMS=cpu"
+            "to let jax choose a device, unset JAX_PLATFORMS; for the CPU, set JAX_PLATFORMS=cpu"
         ) from error
     if NVIDIA.exists() and devices[0].platform == "cpu" and not jax.config.values["jax_platforms"]:
         warn(

@@ -29,7 +29,7 @@ def make_piecewise(
         table = np.empty((0, 0), np.float32)
     pairs = table.ndim == 2 and table.shape[1] == 2 and np.all(np.isfinite(table))
     if not pairs or np.any(np.diff(table[:, 0]) < 0):
-        raise UserError(f"{name}={points}: must be finite pairs (epoch, value) in order of epochs")
+        raise UserError(f"{name}={points}: give finite pairs (epoch, value), in order of epochs")
     if np.any(table[:, 1] < 0):  # a negative learning rate or weight would enlarge the loss
         raise UserError(
             f"{name}={points}: must have values of 0 or more, not {table[:, 1].min():g}"

@@ -74,7 +74,7 @@ def _parse_weights(config: Config) -> tuple[float, ...]:
     if len(weights) != len(runs) or not is_usable or max(weights) < MIN_WEIGHT:
         raise UserError(
             f"config.join.weights={weights}: give {len(runs)} numbers, one for each run\n"
-            f"each must be from 0 to {MAX_WEIGHT:g}, and at least one {MIN_WEIGHT:g} or more"
+            f"each must be from 0 to {MAX_WEIGHT:g}, and the largest at least {MIN_WEIGHT:g}"
         )
     return tuple(map(float, weights))
 

@@ -294,7 +294,7 @@ class Predictor(NamedTuple):
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
     def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model of the run for a request. Its members skip their training clips."""
+        """Returns the model of the run for a request. No member scores its training clips."""
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
         return self.model_of(request.data)._replace(training_sets=sets)
 

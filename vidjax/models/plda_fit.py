@@ -311,7 +311,10 @@ class _Ratios(NamedTuple):
 
 
 def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
-    """Computes the ratios of the held-out clips. `within` and `between` are as in `Settings`."""
+    """Computes the log-likelihood ratios between the held-out clips of a fold and the classes.
+
+    `within` and `between` are as in `Settings`.
+    """
     ratios = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(fitted, within=within, between=between)

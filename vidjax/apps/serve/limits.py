@@ -128,7 +128,7 @@ def read_token(path: Path) -> bytes:
     if status.st_mode & others:
         raise UserError(
             f"'{path}' can be read by other users\n"
-            f"call chmod 600 {shlex.quote(str(path))}; "
+            f"run chmod 600 {shlex.quote(str(path))}; "
             "for a secret of Kubernetes, set defaultMode: 0400"
         )
     token = content.strip()

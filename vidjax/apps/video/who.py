@@ -353,7 +353,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     if roles := gallery.widen(models):
         say(
             f"there are new nets ({', '.join(roles)}): the films and photos of this call are read "
-            "again; add all other films to the command, too; names are kept"
+            "again, and names are kept\nto read other films again, repeat the command with them"
         )
     return gallery
 
@@ -830,10 +830,10 @@ def render_page(
     address: Callable[[Film, float], str],
     forms: names_page.Forms | None = None,
 ) -> str:
-    """Returns a page, as HTML, that shows the people of a decision.
+    """Returns an HTML page that shows who appears when in each film.
 
-    `address(film, seconds)` returns the URL of a film at a time. If `forms` is given, the page has
-    forms with which a user corrects names.
+    `decision` has the people of all films. `address(film, seconds)` returns the URL of a film at a
+    time. If `forms` is given, the page has forms with which a user corrects names.
     """
     people = {name: list[names_page.Picture]() for name in gallery.identities}
     for clip, photo in sorted(_list_faces(gallery).items()):

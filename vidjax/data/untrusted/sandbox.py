@@ -222,7 +222,8 @@ def _describe_type(value: object) -> str:
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     """Returns the names of the values of a frame, such as ('frame', 'feature').
 
-    In modalities that iQIYI-VID does not have, the majority of the clips decides.
+    The modalities of iQIYI-VID have a fixed number of values. In other modalities, the number is
+    the most common one of the first clips.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:
@@ -283,7 +284,7 @@ def _join_features(
         feature = entry[-1]
         if type(feature) is not Array or len(feature.shape) != 1:
             got = _describe_type(feature)
-            raise UserError(f"{where} entry {number}, feature is {got}: write an array [D]")
+            raise UserError(f"{where} entry {number}, feature is {got}: write a 1-D array")
         features.append(feature)
     kinds = [(feature.code, feature.shape[0]) for feature in features]
     common = Counter(kinds).most_common(1)[0][0]

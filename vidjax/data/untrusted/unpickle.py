@@ -159,7 +159,7 @@ class _Encode(metaclass=_Sealed):
 
 
 class _Bytes(metaclass=_Sealed):
-    """Replaces __builtin__.bytes, which pickles of protocol 0 to 2 call to make b""."""
+    """Replaces __builtin__.bytes, which pickles of protocol 0 to 2 call to make empty bytes."""
 
     def __new__(cls) -> bytes:
         return b""

@@ -235,8 +235,8 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
 def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[str, np.ndarray]:
     """Returns name -> array of an open `.npz`.
 
-    Raises UserError if the arrays need more than `limit` bytes. Smaller numbers count as `least`
-    bytes, because the caller will convert them to a larger type.
+    Raises UserError if the arrays need more than `limit` bytes. A number that takes fewer bytes
+    than `least` counts as `least` bytes, because the caller will convert it to a larger type.
     """
     arrays = {}
     with _npz_errors():
