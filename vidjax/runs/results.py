@@ -19,7 +19,7 @@ import numpy as np
 
 from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io, schemas
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
 if TYPE_CHECKING:
@@ -207,7 +207,8 @@ def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
     if kept == lines:
         return
     if damaged := [number for number in damaged if number < len(lines)]:
-        warn(f"damaged lines are removed from '{path}': {', '.join(map(str, damaged[:5]))}")
+        numbers = messages.list_some([*map(str, damaged)])
+        warn(f"damaged lines are removed from '{path}': {numbers}")
     with files.atomic_file(path) as file:
         file.writelines(kept)
 

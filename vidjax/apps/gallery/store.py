@@ -301,8 +301,9 @@ class Store:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
         `connection` is from `open`. By default, all rows are written again. `new` and `people`
-        are the clips and people that differ from the file. If they are given, only they are added.
-        If about half of the entries would then be outdated, all rows are written again.
+        are the clips and people that differ from the file. If both are given, they are added at
+        the end, and their old entries stay in the file as outdated entries. If about half of all
+        entries would be outdated, all rows are written again.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))

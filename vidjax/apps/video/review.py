@@ -223,7 +223,7 @@ class Review:
         group = name.casefold()
         if group not in self._decision.unknown.values():
             raise UserError(
-                f"'{name}' is not an unknown person on this page: give the unknown person a name"
+                f"'{name}' is not an unknown person on this page: type the person's name instead"
             )
         return group
 

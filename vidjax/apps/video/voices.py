@@ -92,8 +92,8 @@ class Listener:
 def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
     """Yields the parts of a film during which only one person is visible, in order of time.
 
-    Long parts are split into pieces of 60 seconds. A person counts as visible from the start to the
-    end of the track, even if the face is hidden in between.
+    Parts shorter than 1.6 seconds are left out. Long parts are split into pieces of 60 seconds that
+    overlap by 0.8 seconds. A person counts as visible from the start to the end of the track.
     """
     tracks = list(tracks)
     ends = [(time_s, n) for n, x in enumerate(tracks) for time_s in (x.start_s, x.end_s)]
@@ -106,10 +106,7 @@ def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Splits a part of a film into pieces of 60 seconds that overlap by 0.8 seconds.
-
-    If the part is shorter than 1.6 seconds, yields nothing.
-    """
+    """Splits a part of a film into pieces, see `find_solo_spans`."""
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
     for first in range(0, count, PIECE_WINDOWS):

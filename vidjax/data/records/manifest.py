@@ -165,7 +165,7 @@ def _parse_shard(
     if inside.is_absolute() or ".." in inside.parts or len(inside.parts) != DEPTH:
         raise UserError("a shard is outside the folder")
     if not all(isinstance(number, int) and number >= 0 for number in (records, size, mtime_ns)):
-        raise UserError(f"{path}: a size is not a whole number")
+        raise UserError(f"{path}: a number is negative or not whole")
     return Shard(folder / inside, records, size, mtime_ns, sha256)
 
 
