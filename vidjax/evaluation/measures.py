@@ -352,9 +352,9 @@ def resample_fnir(
 ) -> np.ndarray:
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
-    Each sample sets its own threshold for the FPIR `rate`. A sample of people gives all clips of a
-    person the same random weight, and adds an unseen person. So FNIR varies even if no clip is
-    missed.
+    Each sample sets its own threshold for the FPIR `rate`. All clips of a person get the same
+    random weight. An unseen person is added, and a random share of this person's clips is missed.
+    So FNIR varies even if no known clip is missed.
 
     Args:
       strange: [S] scores of the distractors.

@@ -168,7 +168,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
             raise UserError(f"{place}: the line is not UTF-8 text: save the file as UTF-8")
         if len(fields) < 2:
             raise UserError(
-                f"{place}: identity '{show(fields[0])}' has no clip\n"
+                f"{place}: the line has only one word, '{show(fields[0])}'\n"
                 "write NAME.mp4 ID, or ID NAME.mp4 NAME.mp4 ..."
             )
         rows.append(fields)

@@ -273,9 +273,9 @@ def select_sets(
 ) -> ensemble.TrainingSets:
     """Returns the training clips of each member, which the member must not score.
 
-    `own` are the digests of the data of the run. If `data` are the same data, returns `sets`. If
-    they are other data, all members may score all clips, so the returned sets are empty. If clips
-    of `split` then have the names of training clips, a warning is printed.
+    `own` are the digests of the data of the run. If `data` are the same data, or if `sets` let all
+    members score all clips of `split`, returns `sets`. Otherwise, the clips only have the names of
+    training clips. Then prints a warning, and returns empty sets: all members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets

@@ -74,7 +74,7 @@ class FallbackIdentifier(Identifier):
             )
         if not self.other_modalities or self.modality in self.other_modalities:
             raise UserError(
-                f"model 'fallback': other_modalities must name modalities other than "
+                f"model 'fallback': other_modalities must name one or more modalities other than "
                 f"{self.modality!r}, not {', '.join(self.other_modalities) or 'none'}"
             )
         for part in (self.main, self.other):

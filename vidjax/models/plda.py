@@ -167,7 +167,10 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds vectors x [B, D] to the sums of a modality. `turn` [B] counts earlier uses of a clip."""
+    """Adds vectors x [B, D] to the sums of a modality, see `_add_up`.
+
+    `turn` [B] is the number of earlier occurrences of each clip.
+    """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
     centre, num = part["centre"] + jnp.dot(first, x), part["num"] + jnp.sum(first)

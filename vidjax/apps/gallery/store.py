@@ -528,11 +528,11 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table of N people or clips.
+    """Reads and checks a table of N people, clips, or numbers of the back end.
 
     Returns `num_words` lists of N names, the numbers as an array [N] with the dtype `layout`, and
     the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2 for clips:
-    the names of the clips, and of their people.
+    the names of the clips, and of their people. It is 0 for the back end.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0

@@ -66,7 +66,7 @@ def list_sidecars(path: Path) -> list[Path]:
 
 
 def read_tags(path: Path) -> Tags:
-    """Reads the face tags of a photo from a sidecar file, or if there are none, from the photo."""
+    """Reads a photo's face tags from its sidecar files, or from the photo if they have none."""
     problems: list[str] = []
     for place in (*list_sidecars(path), path):
         try:

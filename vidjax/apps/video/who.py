@@ -454,8 +454,9 @@ def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> No
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
-    `names` are the people whose photo is a file directly in the folder `people`. If `only_files` is
-    True, all people are such files, and nobody was enrolled before: all may be the same person.
+    `names` are the people whose photo is a file directly in the folder `people`. `only_files` is
+    True if all people are such files, and nobody was enrolled before. Then two photos with any
+    names cause a warning, because `people` may be the folder of one person.
     """
     if only_files and len(names) > 1:
         above = shlex.quote(messages.relative_path(people.resolve().parent))

@@ -133,7 +133,7 @@ class _FromBuffer(metaclass=_Sealed):
         cls, data: object, dtype: object, shape: object, order: object, axes: object = None
     ) -> Array:
         if type(order) is not str or order not in ("C", "F") or axes is not None:
-            raise UserError("the pickle contains an array of unknown order")
+            raise UserError("the pickle contains an array of unknown memory layout")
         array = object.__new__(Array)
         array.fill(dtype, shape, order == "F", bytes(data) if type(data) is bytearray else data)
         return array
