@@ -33,32 +33,29 @@ def make_splits():
     return splits
 
 
-def digests(records):
-    """Returns (split, end of the file name) -> sha256 of every file of records."""
-    return {
-        (split, shard.path.name.split("-", 1)[1]): shard.sha256
-        for split, facts in records.splits.items()
-        for shard in facts.shards
-    }
+@pytest.fixture
+def load(tmp_path):
+    """Returns a function that loads features with an empty cache."""
+    return functools.partial(sources.load, cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def refused(cache):
+def refused(load, tmp_path):
     """Returns a function that asserts that features give an error with some words."""
 
     def check(source, *words, labels=None):
-        seen.refused(lambda: sources.load(source, labels, cache_dir=cache), *words)
-        assert not list(cache.rglob("*.partial"))
+        seen.refused(lambda: load(source, labels), *words)
+        assert not list((tmp_path / "cache").rglob("*.partial"))
 
     return check
 
 
-def test_arrays_and_official_files_convert_to_the_same_records(tmp_path, cache):
+def digest(data):
+    """Returns a digest of all clip names, frames and labels."""
+    return data.report["data"]["digest"]
+
+
+def test_arrays_and_official_files_convert_to_the_same_records(tmp_path, load):
     counts, given, identities = {"train": 30, "val": 20}, {}, {}
     for split, count in counts.items():
         given[split] = clip_files.as_arrays(clip_files.ragged_clips(split, count))
@@ -66,11 +63,8 @@ def test_arrays_and_official_files_convert_to_the_same_records(tmp_path, cache):
         identities |= {name: str(i % 5 + 1) for i, name in enumerate(sorted(given[split]))}
 
     folder = clip_files.write_ragged(tmp_path, counts)
-    official = load_dataset("iqiyi_vid", directory=folder, cache_dir=cache)
-    own = sources.load(given, identities, cache_dir=cache)
-
-    # The digest is computed from all clip names, frames and labels.
-    assert own.report["data"]["digest"] == official.report["data"]["digest"]
+    official, own = load_dataset("iqiyi_vid", directory=folder), load(given, identities)
+    assert digest(own) == digest(official)
     assert own.identities == official.identities == ("1", "2", "3", "4", "5")
 
 
@@ -99,18 +93,15 @@ def write_parquet_of_each_split(folder, splits):
     pytest.param(write_npz_of_each_split, id="an npz file per split"),
     pytest.param(write_parquet_of_each_split, id="a table per split"),
 ])  # fmt: skip
-def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, cache, write):
-    splits, folder = make_splits(), tmp_path / "own"
-    write(folder, splits)
-    source = arrays.FeatureFolder(folder)
-    records = convert(source, cache)
-    assert source.read_labels(records.clips) == {}  # the folder has no labels
-    assert digests(records) == digests(convert(arrays.FeatureDict(splits), cache))
-    lengths = records.splits["train"].lengths["face"].tolist()
-    assert {1, 2, 3} <= {*lengths}  # numbers of frames of the clips of `make_splits`
+def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, load, write):
+    splits = make_splits()
+    write(tmp_path / "own", splits)
+    data = load(tmp_path / "own")
+    assert digest(data) == digest(load(splits))
+    assert {1, 2, 3} <= {*data.split("train").lengths["face"]}  # as in `make_splits`
 
 
-def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
+def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
     splits = make_splits()
     folder = clip_files.write_npz(tmp_path / "own", splits)
     listed = {name: identity for name, identity in LABELS.items() if identity}
@@ -118,39 +109,36 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, cache):
     text = tmp_path / "any_gt.txt"
     text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in listed.items()))
 
-    pairs = (splits, LABELS), (splits, table), (folder, text)
-    datasets = [sources.load(source, labels, cache_dir=cache) for source, labels in pairs]
+    datasets = [load(splits, LABELS), load(splits, table), load(folder, text)]
     table.rename(folder / "labels.csv")  # is read if no labels are given
-    for data in (*datasets, load_dataset("arrays", directory=folder, cache_dir=cache)):
+    for data in (*datasets, load_dataset("arrays", directory=folder)):
         # Identity "3" is class 1, "7" is class 2, and a clip without a label is class 0.
         assert data.identities == ("3", "7")
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
         assert data.with_identities(("7", "3")).split("val").labels[3] == 1
 
-    only_train = sources.load(splits, {"train_01": 3}, cache_dir=cache)
+    only_train = load(splits, {"train_01": 3})
     assert only_train.split("train").labelled and not only_train.split("val").labelled
 
 
-def test_empty_labels_give_a_warning_with_the_clip(tmp_path, cache):
+def test_empty_labels_give_a_warning_with_the_clip(tmp_path, load):
     splits = make_splits()
     labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
     with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
-        sources.load(splits, labels, cache_dir=cache)
+        load(splits, labels)
     # Line 1 of the table is the header, line 2 is train_01, and line 3 is train_02.
     table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
     with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: 1 clips"):
-        sources.load(splits, table, cache_dir=cache)
+        load(splits, table)
 
 
-def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
+def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(load):
     features = [[1.0, 2.0], [3.0, 4.0]]
     late = {"features": features, "number": [7, 5], "quality": [10, 20]}
     clips = {"late.mp4": {"face": late}, "plain": {"face": features}}
 
-    data = sources.load({"val": clips}, cache_dir=cache)
-    (batch,) = eval_batches(data, split="val", modalities=("face",), rows=2)
-
+    (batch,) = eval_batches(load({"val": clips}), split="val", modalities=("face",), rows=2)
     face = batch.frames["face"]
     assert face.number[:, :2].tolist() == [[5, 7], [0, 1]]
     assert face.quality[0, :2].tolist() == [20, 10]
@@ -158,7 +146,7 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(cache):
     assert (face.detection == face.mask).all()  # 1, because the clips have no detection scores
 
 
-def test_long_clips_in_memory_keep_their_best_frames(cache):
+def test_long_clips_in_memory_keep_their_best_frames(load):
     """Clips in records on the disk keep the same frames."""
     rng = np.random.default_rng(0)
     clips = {
@@ -166,21 +154,21 @@ def test_long_clips_in_memory_keep_their_best_frames(cache):
         for name, length in (("long", 700), ("short", 3))
     }
 
-    data = sources.load({"val": clips}, cache_dir=cache)
-    options = {"split": "val", "modalities": ("face",), "rows": 2}
-    of_records = rows_of(eval_batches(data, **options))
     in_memory = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
+    ours, of_records = (
+        rows_of(eval_batches(data, split="val", modalities=("face",), rows=2))
+        for data in (in_memory, load({"val": clips}))
+    )
+    assert_equal(ours, of_records)
+    assert ours[0]["face"].mask.sum() == 512  # of 700 frames
 
-    assert_equal(rows_of(eval_batches(in_memory, **options)), of_records)
-    assert of_records[0]["face"].mask.sum() == 512  # of 700 frames
 
-
-def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(cache):
+def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path):
     splits = make_splits()
-    first = convert(arrays.FeatureDict(splits), cache).folder
-    assert convert(arrays.FeatureDict(make_splits()), cache).folder == first
+    first = convert(arrays.FeatureDict(splits), tmp_path).folder
+    assert convert(arrays.FeatureDict(make_splits()), tmp_path).folder == first
     splits["val"]["val_03"]["face"]["quality"][0] += 1
-    assert convert(arrays.FeatureDict(splits), cache).folder != first
+    assert convert(arrays.FeatureDict(splits), tmp_path).folder != first
 
 
 def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
@@ -225,9 +213,9 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         refused(source, *words)
 
 
-def test_clips_that_look_transposed_give_a_warning(cache):
+def test_clips_that_look_transposed_give_a_warning(load):
     with pytest.warns(UserWarning, match=r"f: every clip has 64 frames of 3 numbers.*\n.*\.T"):
-        sources.load({"train": TRANSPOSED}, cache_dir=cache)
+        load({"train": TRANSPOSED})
 
 
 def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
@@ -254,11 +242,11 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         refused(make_splits(), *words, labels=labels)
 
 
-def test_load_errors_name_the_missing_setting_or_folder(tmp_path):
+def test_load_errors_name_the_missing_setting_folder_or_split(load):
     seen.refused(lambda: load_dataset("imagenet"), "'imagenet'", "synthetic, iqiyi_vid")
     seen.refused(lambda: load_dataset("iqiyi_vid"), "config.data.dir")
-    seen.refused(lambda: load_dataset("iqiyi_vid", directory=tmp_path / "nowhere"), "nowhere")
-    only_val = sources.load({"val": {"a": {"f": [1.0]}}}, cache_dir=tmp_path)
+    seen.refused(lambda: load_dataset("iqiyi_vid", directory="nowhere"), "nowhere")
+    only_val = load({"val": {"a": {"f": [1.0]}}})
     seen.refused(lambda: only_val.split("train"), "only val", "choose one")
 
 
@@ -308,19 +296,16 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
-@pytest.mark.parametrize(("clips", "words"), [
-    ({"a": {"fcae": [1.0]}}, "fcae, which the run does not use: did you mean 'face'?"),
-    ({"a": {"title": [1.0]}, "b": {}}, "add a modality of the run, or rename a modality"),
-    ({"a": {"face": [1.0]}, "a.mp4": {"face": [1.0]}}, "clip a comes twice"),
-])  # fmt: skip
-def test_clips_in_memory_that_do_not_fit_the_run_are_refused(clips, words):
-    seen.refused(lambda: memory.MemoryClips.from_dict(clips, {"face": 1, "head": 8}, ()), words)
-
-
-def test_clip_without_a_modality_of_the_run_counts_as_a_clip_without_frames():
-    clips = {"a": {"face": [1.0]}, "b": {"audio": [1.0, 2.0]}}
+def test_clips_in_memory_without_a_modality_of_the_run_are_empty_or_refused():
+    one, read = {"face": [1.0]}, memory.MemoryClips.from_dict
+    for clips, words in (
+        ({"a": {"fcae": [1.0]}}, "fcae, which the run does not use: did you mean 'face'?"),
+        ({"a": {"title": [1.0]}, "b": {}}, "add a modality of the run, or rename a modality"),
+        ({"a": one, "a.mp4": one}, "clip a comes twice"),
+    ):
+        seen.refused(functools.partial(read, clips, {"face": 1, "head": 8}, ()), words)
     with pytest.warns(errors.VidjaxWarning, match="1 of 2 clips have no modality of the run.* b\n"):
-        packed = memory.MemoryClips.from_dict(clips, {"face": 1}, ())
+        packed = read({"a": one, "b": {"audio": [1.0, 2.0]}}, {"face": 1}, ())
     assert packed.names == ("a", "b")
     np.testing.assert_array_equal(packed.split("").lengths["face"], [1, 0])
 
@@ -424,21 +409,19 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     content = path.read_bytes()
 
     no_table = "clips.parquet' is not a parquet table"
-    for damaged in (b"", b"no table", content[:-20] + content[-12:], content[:30] + content[50:]):
-        path.write_bytes(damaged)
-        faces_refused(path, no_table, "write it again")
-
-    parquet.write_table(good, path, use_dictionary=False)
-    offset = b"\x26\x08"  # in the footer: the first column begins at byte 4, stored as 2 * 4
-    assert offset in path.read_bytes()
-    path.write_bytes(path.read_bytes().replace(offset, b"\x26\x07"))  # at byte -4
-    faces_refused(path, no_table, "before the file", "write it again")
-
     parquet.write_table(good, path, use_dictionary=False, compression="none")
-    page_type = b"face\x15\x00"  # the last modality, and the type of the next page: 0, with data
-    assert page_type in path.read_bytes()
-    path.write_bytes(path.read_bytes().replace(page_type, b"face\x15\x02"))  # type 1: no data
-    faces_refused(path, no_table, "0 rows of features, but 1 clips")
+    plain = path.read_bytes()
+    # In the footer, the first column begins at byte 4, stored as 2 * 4. It becomes byte -4.
+    early = plain.replace(b"\x26\x08", b"\x26\x07")
+    # After the last modality, there is the type of the next page. It becomes 1: without data.
+    without_data = plain.replace(b"face\x15\x00", b"face\x15\x02")
+    for damaged, word in (
+        (b"", ""), (b"no table", ""), (content[:-20] + content[-12:], ""),
+        (content[:30] + content[50:], ""), (early, "before the file"),
+        (without_data, "0 rows of features, but 1 clips"),
+    ):  # fmt: skip
+        path.write_bytes(damaged)
+        faces_refused(path, no_table, "write it again", word)
 
     latin = pyarrow.array([b"\xff"]).view(pyarrow.string())
     parquet.write_table(good.set_column(0, "clip", latin), path)
@@ -457,6 +440,5 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     with pytest.warns(errors.VidjaxWarning) as caught:  # the category that commands show
         memory.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)
-    assert "face: 2 of 4 frames are left out" in features
-    assert "1 clips lose all frames" in features  # clip b
+    assert "face: 2 of 4 frames are left out" in features and "1 clips lose all frames" in features
     assert "face: 1 of 4 frames have a quality that is not finite" in qualities

@@ -53,6 +53,10 @@ def test_words_of_a_configuration_that_exclude_each_other_are_refused(spec):
     refused(lambda: load(spec), words)
 
 
+def test_two_modalities_of_a_system_for_one_modality_are_refused():
+    refused(lambda: load("knn:face,head"), "only one of the modalities face, head")
+
+
 def test_override_has_the_type_of_its_field_and_the_last_one_counts():
     for word, value in {
         "batch_size=64": 64, "num_epochs=3": 3.0, "num_epochs=inf": math.inf,
@@ -147,21 +151,16 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
         assert problems(excluding_word) == []  # the default is never refused
 
 
-def test_field_of_relabelling_is_refused_if_noise_classes_are_not_relabelled():
+def test_values_of_two_other_fields_decide_whether_a_field_is_read():
     words = "noise.keep=prediction", "data.distractors=noise", "noise.relabel_every_epochs=0"
     (problem,) = problems(*words)
     assert "--config.noise.relabel_every_epochs=1" in problem
+    assert problems("optim.decay_all=true", "optim.total_decay=1") == []  # as with weight decay
 
-
-def test_field_decay_all_is_accepted_with_total_decay():
-    assert problems("optim.decay_all=true", "optim.total_decay=1") == []
-
-
-def test_gamma_is_accepted_if_a_loss_with_a_weight_above_0_is_not_softmax():
-    """By default, `loss.classification` has the weight 1, and `loss.focal` has the weight 0."""
+    # A loss with a weight above 0 must not be softmax. By default, `loss.focal` has the weight 0.
     assert problems("loss.gamma=3", "loss.classification=binary") == []
     (problem,) = problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")
-    assert problem.startswith("config.loss.focal=")  # its weight is 0; `loss.gamma` is accepted
+    assert problem.startswith("config.loss.focal=")  # `loss.gamma` is accepted
 
 
 def test_tables_of_this_file_list_every_field_that_is_not_always_read():
@@ -228,26 +227,17 @@ def test_page_of_configurations_equals_the_generated_documentation():
     assert docs.update(page) == page, "python -m tests.helpers.docs configs/README.md"
 
 
-# Fields that nothing reads: one in each group whose fields are looked up by name.
-INVENTED = {
-    name: config_lib.Field(name, 1, "nothing reads it")
-    for name in ("steps", "data.limit", "ensemble.k", "noise.alpha", "eval.threshold", "loss.beta",
-                 "join.how")
-}  # fmt: skip
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """Records the fields that are read; the configuration also has the invented fields."""
-    read, override, record = set(), config_io.override, recorded_config.record
-    monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *INVENTED.values()))
-    monkeypatch.setattr(config_lib, "FIELDS", config_lib.FIELDS | INVENTED)
-    monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), read))
-    return read
-
-
 @pytest.mark.nightly
-def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_path, capsys):
+def test_every_field_is_read_by_a_command(monkeypatch, official_dir, cache_dir, tmp_path, capsys):
+    # The set gets the fields that are read. Nothing reads the fields of `invented`: one in each
+    # group whose fields are looked up by name.
+    reads, override, record = set(), config_io.override, recorded_config.record
+    monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), reads))
+    groups = ("data", "ensemble", "noise", "eval", "loss", "join")
+    names = ("steps", *(f"{group}.unread" for group in groups))
+    invented = {name: config_lib.Field(name, 1, "nothing reads it") for name in names}
+    monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *invented.values()))
+    monkeypatch.setattr(config_lib, "FIELDS", config_lib.FIELDS | invented)
     run = f"--workdir={tmp_path}/a"
     words = [
         "--config=configs/noise_classes.py:iqiyi_vid,few", f"--config.data.dir={official_dir}",
@@ -275,9 +265,4 @@ def test_every_field_is_read_by_a_command(reads, official_dir, cache_dir, tmp_pa
     # A run on official files reads no option of other datasets, which have other tests.
     others = (config_lib.SYNTHETIC, config_lib.OWN_FEATURES)
     names -= {name for name, field in config_lib.FIELDS.items() if field.read_when in others}
-    assert names - reads == INVENTED.keys()  # fields that the test adds, and nothing reads
-
-
-def test_two_modalities_of_a_system_for_one_modality_are_refused():
-    assert load("knn:head").modalities == ("head",)
-    refused(lambda: load("knn:face,head"), "only one of the modalities face, head")
+    assert names - reads == invented.keys()

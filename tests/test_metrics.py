@@ -426,11 +426,8 @@ def test_calibration_stays_finite_for_certain_but_wrong_clips():
 
     measured: Any = measures.measure_calibration(clip_scores(log_p, rng.random(3000) < 0.4))
     bins, error = measured
-    num_clips, _probability, _share_right = bins.T
-
-    assert np.isfinite(bins).all()
-    assert num_clips.sum() == 3000 - 3
-    assert 0 < error < 1
+    assert np.isfinite(bins).all() and 0 < error < 1
+    assert bins[:, 0].sum() == 3000 - 3  # numbers of clips
 
 
 @pytest.mark.parametrize("passing", [0, 1, 50, 98])

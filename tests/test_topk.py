@@ -60,7 +60,7 @@ STREAMS = {
 @pytest.mark.parametrize("name", STREAMS)
 def test_top_k_equals_a_full_sort(monkeypatch, name):
     rng = np.random.default_rng(0)
-    for num_clips in (1, 19, 150):
+    for num_clips in (0, 1, 19, 150):
         scores = STREAMS[name](rng.standard_normal((num_clips, C), np.float32)).astype(np.float32)
         # float32 cannot distinguish such large numbers of clips.
         clip_index = 2**30 + np.sort(rng.permutation(900)[:num_clips]).astype(np.int32)
@@ -101,17 +101,6 @@ def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name
     assert needed_groups[0] > 3  # all rows of the first block were sorted
     if name != "all equal":  # with equal scores, every group can change a top list
         assert min(needed_groups) <= 1  # most rows of a block were skipped
-
-
-def test_tie_for_the_last_place_goes_to_the_lowest_clip_index():
-    scores = np.array([[5], [4], [3], [3], [2]], np.float32)
-    clips = np.array([7, 8, 6, 2, 0], np.int32)  # clips 6 and 2 have the score 3
-    for order in ([0, 1, 2, 3, 4], [3, 4, 0, 1, 2], [2, 1, 4, 0, 3]):
-        stream = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in order]
-        assert topk.rank(stream, num_identities=1, k=3).index.tolist() == [[7, 8, 2]]
-        for rows in (1, 3, 5):
-            top = rank_on_device(stream, num_identities=1, k=3, rows=rows)
-            assert top.index.tolist() == [[7, 8, 2]]
 
 
 def test_equal_scores_of_later_clips_are_dropped_immediately(monkeypatch):
@@ -171,11 +160,6 @@ def test_top_k_orders_nan_zeros_and_infinities(rank):
     # On the host, ties have the same order if each clip is a block.
     one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
     assert topk.rank(one_by_one, num_identities=1, k=3).index.tolist() == [[3, 4, 5]]
-
-
-@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
-def test_top_k_of_no_clips_is_empty(rank):
-    assert (rank([], num_identities=3, k=5).index == topk.NO_CLIP).all()
 
 
 @pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
