@@ -229,17 +229,6 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
         refused(lambda: features_folder.read_extraction(drawn.out))
 
 
-def test_extract_writes_a_json_file_again_whose_clip_name_leads_outside(drawn, read_here):
-    film, mine = drawn.film(), drawn.folder / "mine.npz"
-    mine.write_bytes(b"mine")
-    drawn.extract(film)
-    undamaged, path = contents(drawn.out), drawn.out / "videos" / "party.json"
-    path.write_text(path.read_text().replace("party.s000.t00", "../mine"))
-    assert contents(drawn.out) != undamaged
-    drawn.extract(film)
-    assert contents(drawn.out) == undamaged and mine.read_bytes() == b"mine"
-
-
 def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch, capsys):
     (tmp_path / "films" / "closed").mkdir(parents=True, mode=0)
     (tmp_path / "films" / "a.mp4").touch()
