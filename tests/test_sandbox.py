@@ -119,50 +119,38 @@ def test_features_keep_their_exact_values_in_native_byte_order(code, tmp_path):
             assert read["features"].tolist() == numbers.tolist() * len(clips)
 
 
-@pytest.fixture
-def clips_with_nan():
-    """Feature rows [N, 3], and clips 0 to 39 of 0 to 8 faces with these rows.
-
-    Every fifth row has a NaN. The number, box and scores of row i contain i.
-    """
+def test_pieces_and_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypatch):
+    """If a clip refers to a clip of an earlier piece, the pickle is read as a whole."""
+    # 40 clips of 0 to 8 faces. Every fifth feature has a NaN. The fields of face i contain i.
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, 40).tolist()
     rows = rng.normal(size=(sum(lengths), 3)).astype("<f2")
     rows[::5, 1] = np.nan
     faces = iter([face(i, [float(i)] * 4, i, -i, row) for i, row in enumerate(rows)])
-    return rows, {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
+    clips = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
+    voices = {b"rows": rows[np.isfinite(rows).all(axis=1)], b"one": rows[1]}
+    of_clips, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
+        patch.setattr(packing, "NUM_PROBE_CLIPS", 2)  # clips before the first block is written
+        np.testing.assert_equal(convert(tmp_path, clips), of_clips)
+        np.testing.assert_equal(convert(tmp_path, voices, "audio"), of_voices)
 
-def test_pieces_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
-    """If a clip refers to a clip of an earlier piece, the pickle is read as a whole."""
-    _, clips = clips_with_nan
-    whole = convert(tmp_path, clips)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)  # a piece for each clip
     monkeypatch.setattr(python2.PYTHONS, "_BATCHSIZE", 7)  # clips that an opcode adds to the dict
     with_reference = {**clips, b"39": clips[b"20"]}  # the last clip refers to an earlier clip
-    assert convert(tmp_path, with_reference)["lengths"][39] == whole["lengths"][20]
+    assert convert(tmp_path, with_reference)["lengths"][39] == of_clips["lengths"][20]
 
     # Without `load`, pickles can be read only in pieces.
     monkeypatch.delattr(sandbox, "load")
-    np.testing.assert_equal(convert(tmp_path, clips), whole)
+    np.testing.assert_equal(convert(tmp_path, clips), of_clips)
     for protocol in range(2, 6):
         file = io.BytesIO()
         python2.PYTHONS(file, protocol).dump(clips)
-        np.testing.assert_equal(convert(tmp_path, file.getvalue()), whole)
+        np.testing.assert_equal(convert(tmp_path, file.getvalue()), of_clips)
     with pytest.raises(NameError):  # a reference to another piece needs `load`
         convert(tmp_path, with_reference)
-
-
-def test_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypatch, clips_with_nan):
-    rows, clips = clips_with_nan
-    voices = {b"rows": rows[np.isfinite(rows).all(axis=1)], b"one": rows[1]}
-    of_faces, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
-
-    monkeypatch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
-    monkeypatch.setattr(packing, "NUM_PROBE_CLIPS", 2)  # clips before the first block is written
-
-    np.testing.assert_equal(convert(tmp_path, clips), of_faces)
-    np.testing.assert_equal(convert(tmp_path, voices, "audio"), of_voices)
 
 
 def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
@@ -235,7 +223,7 @@ def test_attacks_are_refused_and_do_not_modify_the_allowed_classes():
         return {name: dict(vars(allowed)) for name, allowed in unpickle._GLOBALS.items()}
 
     before, attacks = attributes(), hostile.attacks(Path("/nowhere/mark")).values()
-    for data in (*(attack.data for attack in attacks), *hostile.TRICKS.values()):
+    for data in (*(data for data, _ in attacks), *hostile.TRICKS.values()):
         assert refusal(data)
         assert attributes() == before
     assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])
@@ -249,7 +237,6 @@ def test_second_dtype_state_does_not_change_arrays_already_loaded():
     other_order = python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1]
 
     first, _ = load(list_of_array + get_dtype + other_order + build + append + b".")
-
     assert first.code == "<f2" and first.data == array.tobytes()
 
 

@@ -25,7 +25,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -81,16 +81,9 @@ def dtype_pickle(code: bytes, *state: Any) -> bytes:
     return name("numpy dtype") + part((code, 0, 1)) + b"R" + build + b"."
 
 
-class Attack(NamedTuple):
-    """A pickle, and words that its error must contain."""
-
-    data: bytes
-    error_words: str
-
-
-def attacks(mark: Path) -> dict[str, Attack]:
-    """Returns name -> pickle that would create the file `mark` or do other harm if it were run."""
-    return {words: Attack(data, error_words) for words, error_words, data in _attacks(mark)}
+def attacks(mark: Path) -> dict[str, tuple[bytes, str]]:
+    """Returns name -> pickle, and words of its error. It would create the file `mark` if run."""
+    return {words: (data, error_words) for words, error_words, data in _attacks(mark)}
 
 
 def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:

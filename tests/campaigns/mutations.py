@@ -40,11 +40,6 @@ def repeat(path: Path, rng: random.Random) -> None:
     path.write_bytes(content[:end] + content[begin:])
 
 
-def remove(path: Path, rng: random.Random) -> None:
-    del rng
-    path.unlink()
-
-
 def put(path: Path, kind: str, target: Path) -> None:
     """Replaces a file by a "pipe", an empty "folder", a "sparse" file of 30 GB, or a link.
 

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,13 +31,10 @@ SHORT = "--config.num_epochs=2 --config.log_every_steps=3 --config.eval.every_ep
 PLAIN = f"{SHORT} --config.eval.report=False"
 LAYER = "--config.model.layers=((32,'swish',True,0.5),)"
 RUNS = {  # name -> configuration and overrides
-    "mma": f"mma.py {SHORT}",
-    "cosine": f"cosine.py {SHORT}",
+    **{name: f"{name}.py {SHORT}" for name in ("mma", "cosine", "plda", "deepmef")},
     "knn": f"knn.py {SHORT.partition(' ')[2]}",
-    "plda": f"plda.py {SHORT}",
     "quality_fusion": f"quality_fusion.py {SHORT} {LAYER}",
     "residual_dense": f"residual_dense.py {PLAIN} --config.model.main.width=32",
-    "deepmef": f"deepmef.py {SHORT}",
     "noise_classes": f"noise_classes.py {SHORT} --config.ensemble.folds=3",
     "folds": f"quality_fusion.py:folds {PLAIN} {LAYER} --config.ensemble.folds=3"
              " --config.ensemble.seeds=2",
@@ -82,16 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[name] = digests(folder / name)
             sys.stdout.write(f"{name}\n")
             args.out.write_text(json.dumps(results, indent=2) + "\n")
-    if not args.against:
-        return 0
-    before = json.loads(args.against.read_text())
+    before = json.loads(args.against.read_text()) if args.against else results
     lines = [
         f"differs: {name}: {what}"
         for name in names
         for what in sorted(results[name].keys() | before[name].keys())
         if results[name].get(what) != before[name].get(what)
     ]
-    sys.stdout.write("\n".join(lines or ["every digest is the same"]) + "\n")
+    if args.against:
+        sys.stdout.write("\n".join(lines or ["every digest is the same"]) + "\n")
     return bool(lines)
 
 
@@ -106,7 +101,7 @@ def stop(words: Sequence[str], metrics: Path, env: Mapping[str, str]) -> None:
     with subprocess.Popen([*VIDJAX, *words], cwd=ROOT, env=env) as process:
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
 
 
 def digests(workdir: Path) -> dict[str, str]:
@@ -114,13 +109,12 @@ def digests(workdir: Path) -> dict[str, str]:
     paths = (workdir / name for name in ("metrics.jsonl", "ranking.txt", "ranking_test.txt"))
     results = {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in paths if x.exists()}
     results["map"] = repr(json.loads((workdir / "metrics.json").read_text())["map"])
-    steps = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdecimal()]
-    if steps:
+    if steps := [int(x.name) for x in workdir.glob("checkpoints/*") if x.name.isdecimal()]:
         with warnings.catch_warnings(action="ignore"):  # Orbax warns that no sharding is given
             state = workdir / "checkpoints" / str(max(steps)) / "state"
             tree = ocp.load_checkpointables(str(state))
-        learned = {key: tree[key] for key in ("params", "model_state") if key in tree}
-        results["params"] = _hash_tree(learned)
+        kept = tree.keys() & {"params", "model_state"}
+        results["params"] = _hash_tree({key: tree[key] for key in kept})
     if (workdir / "analysis.npz").exists():
         with np.load(workdir / "analysis.npz") as archive:
             arrays = dict(archive)

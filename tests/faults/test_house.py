@@ -126,46 +126,39 @@ def test_failed_write_keeps_the_old_file(tmp_path):
 
 def test_log_cut_at_any_byte_is_repaired_to_its_complete_lines_up_to_a_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [f'{{"step": {step}}}\n' for step in (5, 9, 9, 10)]
-    for cut in range(len("".join(lines)) + 1):
-        path.write_text("".join(lines)[:cut])
-
+    lines = [b'{"step": 5}\n', b'{"step": 9}\n', b'{"step": 9}\n', b'{"step": 10}\n']
+    for cut in range(len(b"".join(lines)) + 1):
+        path.write_bytes(b"".join(lines)[:cut])
         truncate_log(path, 9)
-
         # A line is complete even without its newline. The line of step 10 is always removed.
-        complete = [n for n in range(1, 4) if len("".join(lines[:n])) - 1 <= cut]
-        assert path.read_text() == "".join(lines[: len(complete)]), cut
+        complete = [n for n in range(1, 4) if len(b"".join(lines[:n])) - 1 <= cut]
+        assert path.read_bytes() == b"".join(lines[: len(complete)]), cut
 
-
-def test_repair_of_a_log_removes_only_damaged_lines(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    first, last = b'{"step": 1}\n', b'{"step": 3}\n'
-    path.write_bytes(first + b"\x00\xff\x00\n7\n" + last + b'{"st')  # line 5 is incomplete
+    # Other damaged lines are removed, too. Line 5 is incomplete.
+    path.write_bytes(lines[0] + b"\x00\xff\x00\n7\n" + lines[1] + b'{"st')
     with pytest.warns(UserWarning, match=r"damaged lines are removed from .*: 2, 3"):
-        truncate_log(path, 5)
-    assert path.read_bytes() == first + last
+        truncate_log(path, 9)
+    assert path.read_bytes() == lines[0] + lines[1]
 
 
 @pytest.mark.parametrize("kind", ["metrics", "timing"])
 def test_log_that_cannot_grow_ends_with_a_whole_line_and_is_continued_later(tmp_path, kind):
     path = tmp_path / f"{kind}.jsonl"
 
-    def write(first, last):
-        """Opens the log at step first - 1, and writes lines of the steps first, ..., last - 1."""
-        with contextlib.closing(Logs(tmp_path, step=first - 1)) as logs:
-            for step in range(first, last):  # the log reaches the limit before TensorBoard's file
+    def write(*steps):
+        with contextlib.closing(Logs(tmp_path, step=steps[0] - 1)) as logs:
+            for step in steps:  # the log reaches the limit before TensorBoard's file
                 getattr(logs, kind)(step, {"text": "x" * 100})
 
     def steps():
         return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
     with file_limit(1000), pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
-        write(1, 100)
+        write(*range(1, 100))
 
     count = len(steps())
-    assert steps() == [*range(1, count + 1)]
+    assert steps() == [*range(1, count + 1)] and path.read_text().endswith("\n")
     assert 4 < count < 12  # lines of over 100 bytes in 1000 bytes
-    assert path.read_text()[-1] == "\n"
 
-    write(count, 20)  # there is room again; the line of step `count` is replaced
+    write(*range(count, 20))  # there is room again; the line of step `count` is replaced
     assert steps() == [*range(1, 20)]

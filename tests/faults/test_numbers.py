@@ -104,8 +104,7 @@ def test_frames_that_overflow_float32_are_left_out_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="6 of 12 frames"):
         data = load(tmp_path, clips)
     counts = data.report["splits"]["train"]["modalities"]["face"]
-    assert counts["frames_skipped"] == {"non_finite": 6}
-    assert counts["frames"] == 6
+    assert counts["frames_skipped"] == {"non_finite": 6} and counts["frames"] == 6
 
 
 def test_clips_with_nan_scores_are_counted_and_ranked_last():
@@ -115,11 +114,11 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
         "val", ("a", "b", "c", "d"), labels=ones, labelled=True, positives=np.array([4]),
         num_others=0, lengths={"face": ones},
     )  # fmt: skip
-    evaluated, right = np.array([True, True, True, False]), np.ones(4, bool)
+    evaluated = np.array([True, True, True, False])
 
     def without_nan(*best):
         """Replaces NaN in `best`, the scores of the clips; returns the new scores, and counts."""
-        clips = scoring.ClipScores(evaluated, np.array(best, np.float32), right)
+        clips = scoring.ClipScores(evaluated, np.array(best, np.float32), np.ones(4, bool))
         return scoring._replace_nan(split, clips)
 
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
@@ -135,8 +134,7 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
 def test_infinite_values_in_a_configuration_are_refused():
     for word in ("noise.relabel_every_epochs=inf", "optim.learning_rate=inf", "data.balance=inf"):
         assert word.partition("=")[0] in next(config_lib.problems(make_config(word)))
-    never_by_time = make_config("checkpoint_every_seconds=inf")  # is allowed
-    assert not list(config_lib.problems(never_by_time))
+    assert not list(config_lib.problems(make_config("checkpoint_every_seconds=inf")))
     refused(lambda: make_config(f"batch_size=1{400 * '0'}"), "64 bits")
 
 
@@ -249,7 +247,6 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
         except (ValueError, CheckpointError) as error:
             assert refuses is not False and 1 <= len(str(error).splitlines()) <= 3, (name, error)
             continue
-
         assert refuses is not True, name
         json.dumps(results, allow_nan=False)
         written = (tmp_path / name / "metrics.jsonl").read_text()

@@ -5,16 +5,15 @@ their folder contains manifest.json, index.npz and data_report.json.
 """
 
 import contextlib
-import errno
 import functools
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from tests.helpers.datasets import prepare, record_digests
 from tests.helpers.seen import refused
 from vidjax.data import iqiyi_vid
 from vidjax.data.records import manifest as manifest_lib
-from vidjax.data.records.dataset import Dataset
 from vidjax.data.records.shard_files import check_shard
 
 pytestmark = pytest.mark.slow
@@ -82,7 +80,7 @@ def as_if_unchanged(records):
 
 
 # Functions that read every clip. A batch of training has all clips; two batches are two epochs.
-READERS: tuple[Callable[[Dataset], Any], ...] = (
+READERS = (
     lambda data: list(data.packed(split="train", modalities=("face",))),
     lambda data: list(itertools.islice(train_batches(data, **STREAM), 2)),
     lambda data: list(eval_batches(data, split="train", modalities=("face",), rows=64)),
@@ -118,6 +116,8 @@ def test_every_reader_reports_the_damaged_file_and_record(records, source):
         (whole[: places[8]], "has 8 records"), (whole + whole[: places[1]], "has 31 records"),
         *((damaged, "record 18 of 30 is damaged\n") for damaged in flipped),
         (whole[: places[8] + 5], "record 9 of 30 is damaged\n"), (b"", "has 0 records"),
+        (whole[: places[4]] + whole[places[5] :], "has 29 records"),
+        (whole[: places[3]] + bytes(100) + whole[places[3] + 100 :], "record 4 of 30 is damaged\n"),
     )  # fmt: skip
 
     for content, wanted in cases:
@@ -144,16 +144,13 @@ def test_damaged_or_swapped_shards_are_refused_when_they_are_read(
     rng = np.random.default_rng(20)
     path, second = (shard.path for shard in shards_of(records)[:2])
     whole, time_ns = path.read_bytes(), path.stat().st_mtime_ns
-    places = boundaries(whole)
 
     for _ in range(100 if campaign else 1):
         flipped = bytearray(whole)
         for place in rng.choice(len(whole), rng.integers(1, 20), replace=False):
             flipped[place] ^= 1 << int(rng.integers(8))
         cut = whole[: int(rng.integers(len(whole)))]
-        with_zeros = whole[: places[3]] + bytes(100) + whole[places[3] + 100 :]
-        without_a_record = whole[: places[4]] + whole[places[5] :]
-        for content in (flipped, cut, with_zeros, without_a_record):
+        for content in (flipped, cut):
             path.write_bytes(content)
             os.utime(path, ns=(time_ns, time_ns))  # a failing disk does not change the time
             (problem,) = verify(records)
@@ -168,14 +165,14 @@ def test_damaged_or_swapped_shards_are_refused_when_they_are_read(
     for other in (second, shards_of(stale)[0].path):
         path.unlink()
         shutil.copy2(other, path)
-        for error in (*verify(records), refused(lambda: manifest_lib.load_records(records.folder))):
+        (problem,) = verify(records)
+        for error in (problem, refused(lambda: manifest_lib.load_records(records.folder))):
             assert str(path) in error
-        assert len(verify(records)) == 1
 
 
 def convert_command(source, cache):
-    words = [str(source), f"--cache_dir={cache}", "--workers=2"]
-    return [sys.executable, "-m", "vidjax.data.iqiyi_vid", *words]
+    program = [sys.executable, "-m", "vidjax.data.iqiyi_vid"]
+    return [*program, source, f"--cache_dir={cache}", "--workers=2"]
 
 
 def names(folder):
@@ -261,8 +258,7 @@ def test_conversion_on_a_full_disk_ends_with_one_error_and_leaves_no_files(tmp_p
     for limit in np.geomspace(1024, most, 40 if campaign else 2).astype(int).tolist():
         with limits.file_limit(limit):
             error = say(source, f"--cache_dir={cache}", program=iqiyi_vid.main, code=2)
-        assert str(cache) in error
-        assert os.strerror(errno.EFBIG) in error or "No space left" in error, error
+        assert str(cache) in error and re.search("File too large|No space left", error), error
         assert names(cache / "iqiyi_vid") == set()
         assert not [*cache.rglob("manifest.json")]
 

