@@ -99,39 +99,26 @@ def cosines():
     return values, rng.integers(0, 6, 400).astype(np.int32)
 
 
-@nightly_after_first("margin", [0.5, 1.5])
-def test_angular_margin_matches_the_equation(margin):
+@nightly_after_first("name, margin", [
+    ("angular", 0.5), ("cosine", 0.15), ("angular", 1.5),
+], count=2)  # fmt: skip
+def test_margins_match_their_equations_for_fixed_and_learned_scales(name, margin):
     cosine, labels = cosines()
     angle = np.arccos(cosine) + margin  # ArcFace, in float64; above pi, another formula
-    harder = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
-    expected = 30 * np.where(np.arange(6) == labels[:, None], harder, cosine)
+    arc_face = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
+    harder = {"angular": arc_face, "cosine": cosine - margin}[name]
+    harder = np.where(np.arange(6) == labels[:, None], harder, cosine)
 
-    margin_fn = jax.jit(functools.partial(losses.angular_margin, margin=margin, scale=30.0))
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(margin_fn(30 * cosine, labels), expected, atol=1e-9)
-    logits = (30 * cosine).astype(np.float32)
-    np.testing.assert_allclose(margin_fn(logits, labels), expected, atol=2e-3)
-    assert margin_fn(logits.astype(np.float16), labels).dtype == np.float32
-    assert losses.angular_margin(logits, labels, margin=0, scale=30.0) is logits
-
-
-@pytest.mark.parametrize("margin_fn", losses.MARGINS.values(), ids=losses.MARGINS)
-def test_margins_accept_a_learned_scale_of_each_clip(margin_fn):
-    cosine, labels = cosines()
-    scales = jnp.where(labels % 2, 20.0, 3.0)
-    given = (cosine * scales[:, None]).astype(np.float32)
-    harder = margin_fn(given, labels, margin=0.3, scale=scales)
-    for parity, scale in enumerate((3.0, 20.0)):
-        rows = labels % 2 == parity
-        expected = margin_fn(given[rows], labels[rows], margin=0.3, scale=scale)
-        np.testing.assert_allclose(harder[rows], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_cosine_margin_is_subtracted_from_the_cosine_of_the_label():
-    cosine, labels = cosines()
-    expected = 30 * (cosine - 0.15 * (np.arange(6) == labels[:, None]))
-    harder = losses.cosine_margin(30 * cosine, labels, margin=0.15, scale=30.0)
-    np.testing.assert_allclose(harder, expected, atol=1e-5)
+    for scale in (30.0, jnp.where(labels % 2, 20.0, 3.0)):  # a learned scale differs between clips
+        margin_fn = jax.jit(functools.partial(losses.MARGINS[name], margin=margin, scale=scale))
+        factor = np.asarray(scale, np.float64).reshape(-1, 1)
+        given, expected = factor * cosine, factor * harder
+        with jax.enable_x64(True):
+            np.testing.assert_allclose(margin_fn(given, labels), expected, atol=1e-9)
+        atol = 2e-3 if name == "angular" else 1e-5
+        np.testing.assert_allclose(margin_fn(given.astype("f4"), labels), expected, atol=atol)
+        assert margin_fn(given.astype("f2"), labels).dtype == np.float32
+    assert losses.angular_margin(given, labels, margin=0, scale=30.0) is given
 
 
 @pytest.mark.slow
