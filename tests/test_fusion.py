@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -251,10 +250,15 @@ def filter_oracle(frames, clip, *, min_quality, min_detection, top_share):
     """Returns which frames of a clip are kept, bool [T].
 
     They are the best share of the frames that reach both minima. If no frame does, all are kept.
+    A score that is not finite is the lowest score.
     """
-    quality, real = frames.quality[clip], frames.mask[clip]
+    real, lowest = frames.mask[clip], np.finfo(np.float32).min
+    quality, detection = (
+        np.where(np.isfinite(score), score, lowest)
+        for score in (frames.quality[clip], frames.detection[clip])
+    )
     kept = real & (quality >= (-np.inf if min_quality is None else min_quality))
-    kept &= frames.detection[clip] >= (min_detection or 0)
+    kept &= detection >= (-np.inf if min_detection is None else min_detection)
     best = np.argsort(np.where(kept, -quality, np.inf), kind="stable")
     best = best[: math.ceil(round(top_share * kept.sum(), 9))]  # rounding errors add no frame
     return np.isin(np.arange(len(real)), best) if kept.any() else real
@@ -264,12 +268,14 @@ def filter_oracle(frames, clip, *, min_quality, min_detection, top_share):
     {"min_quality": None, "min_detection": 0.8, "top_share": 0.7},
     {"min_quality": 30.0, "min_detection": 0.7, "top_share": 0.5},
     {"min_quality": -np.inf, "min_detection": None, "top_share": 0.1},
+    {"min_quality": None, "min_detection": -np.inf, "top_share": 1.0},
 ])  # fmt: skip
 def test_frame_filters_match_a_loop(limits):
     frames = make_frames([30, 10, 1, 0, 9, 20], max_frames=30)
     frames.quality[1] = np.rint(frames.quality[1] / 30) * 30  # ties
     frames.quality[4] = 2  # below the limit of 30
     frames.mask[5, 3:9] = False  # a hole
+    frames.quality[0, 1:4] = frames.detection[0, 3:6] = [np.nan, np.inf, -np.inf]
     kept = fuse("all", None, frames, **limits)
     expected = [filter_oracle(frames, clip, **limits) for clip in range(6)]
     np.testing.assert_array_equal(kept.mask, expected)  # only the mask changes
@@ -283,17 +289,6 @@ def test_number_of_frames_in_a_top_share_is_rounded_up():
         kept = fusion.filter_frames(frames, top_share=share).mask.sum(axis=1)
         # The factor compensates rounding errors: 0.07 * 100 is slightly more than 7.
         np.testing.assert_array_equal(kept, np.ceil(share * lengths * (1 - 1e-12)))
-
-
-def test_filters_treat_a_score_that_is_not_finite_as_the_lowest():
-    frames = make_frames([4, 2], max_frames=4)
-    scores = np.array([[np.nan, 50, np.inf, 60], [np.nan, np.nan, 0, 0]], np.float32)
-    # In clip 1, no frame reaches 20, so both are kept.
-    for field in ("quality", "detection"):
-        given: Any = frames._replace(**{field: scores})
-        for least, expected in ((-np.inf, frames.mask), (20.0, [[0, 1, 0, 1], [1, 1, 0, 0]])):
-            kept = fuse("all", None, given, **{f"min_{field}": least})
-            np.testing.assert_array_equal(kept.mask, expected)
 
 
 # Clips of 3, 1, 0, 3 and 40 frames, of which `top` chooses 32. Frame t has the number 10 t.

@@ -284,8 +284,9 @@ def weights_oracle(params, clip, scores, aggregation):
     return weights / weights.sum()
 
 
-def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggregation):
+def deepmef_oracle(params, frames, batch_mask, form, rms_norm, layer_form, aggregation):
     """Returns the logits [B, C]. BatchNorm of a modality uses the clips that have the modality."""
+    published = layer_form == "published"
     prelu_layer = functools.partial(layer_oracle, activation="prelu", batch_norm=True)
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)
@@ -321,22 +322,21 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
     return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)  # 30 is the default scale
 
 
-@nightly_after_first("form, rms_norm, published, aggregation", [
-    ("features", True, True, "attention"),
-    ("danet", False, False, "mean"),
-    ("none", True, False, "quality"),
+@nightly_after_first("form, rms_norm, layer_form, aggregation", [
+    ("features", True, "published", "attention"),
+    ("danet", False, "ours", "mean"),
+    ("none", True, "ours", "quality"),
 ])  # fmt: skip
-def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
+def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, layer_form, aggregation):
     """ORACLES has the forms of attention. test_published.py tests the form "channels"."""
+    options = {"rms_norm": rms_norm, "layer_form": layer_form, "aggregation": aggregation}
     with jax.enable_x64(True):
         frames, clips = made.make_batch(dtype="float64")
-        options = {"channel_attention": form, "rms_norm": rms_norm}
-        options |= {"layer_form": "published" if published else "ours", "aggregation": aggregation}
-        model = made.make_model(SMALL, dtype="float64", **options)
+        model = made.make_model(SMALL, dtype="float64", channel_attention=form, **options)
         variables = made.init_identifier(model, frames, clips)
         params = made.randomised(variables["params"])
 
-        wanted = deepmef_oracle(params, frames, clips.mask, form, rms_norm, published, aggregation)
+        wanted = deepmef_oracle(params, frames, clips.mask, form, **options)
         logits, _ = made.train_logits(model, {**variables, "params": params}, frames, clips)
         np.testing.assert_allclose(logits, wanted, atol=1e-6)
 
@@ -433,7 +433,7 @@ def logits_of_the_paper(params, frames, *, netvlad, attention, pooled=False, uni
     columns, exists = [], []
     for name in WIDTHS:
         layer, count = params[f"{name}_map"], 3 if name == "face" else 1
-        mask = np.asarray(frames[name].mask)
+        mask: Any = np.asarray(frames[name].mask)
         real, features = mask.any(axis=1), np.asarray(frames[name].features, np.float64)
         video = (features * mask[..., None]).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)[:, None]
         if unit_length:

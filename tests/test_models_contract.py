@@ -22,11 +22,8 @@ from vidjax.models import identifier
 from vidjax.models.layers import Classifier, CosineClassifier
 from vidjax.training import plan as plan_lib
 
-MAIN = {"name": "dense", "layers": ((8, "relu", True, 0.0),)}
-OTHER = {"name": "dense", "layers": ((6, "swish", True, 0.0),)}
-FALLBACK = {"name": "fallback", "main": MAIN, "other": OTHER, "other_modalities": ("head",)}
-DEEPMEF_RUN = "configs/deepmef.py:iqiyi_vid,face,audio"
 DENSE = {"name": "dense", "layers": ((7, "swish", True, 0.0),)}
+FALLBACK = {"name": "fallback", "main": DENSE, "other": DENSE, "other_modalities": ("head",)}
 COSINE = {"head": "cosine", "logit_scale": 64.0}
 DEEPMEF = {"name": "deepmef", "branch_dims": (6, 4), "hidden_dim": 8, "dropout_rate": 0.0}
 RESIDUAL = {"name": "dense", "backbone": "residual", "width": 9, "dropout_rate": 0.0}
@@ -66,7 +63,7 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
 @pytest.mark.parametrize("names", [(), ("face",)])
 def test_each_branch_equals_a_separate_model_on_its_clips(names):
     """The other model learns its scale, but no weight: a modality alone needs none."""
-    main = {**MAIN, "head": "cosine", "logit_scale": 16.0}
+    main = {**DENSE, "head": "cosine", "logit_scale": 16.0}
     other: Any = {"name": "cosine", "embed_dim": 7}
     frames, clips = tiny.make_batch()
     model = tiny.make_model(FALLBACK, main=main, other=other, main_modalities=names)
@@ -93,23 +90,18 @@ def test_each_branch_equals_a_separate_model_on_its_clips(names):
 
 def test_fallback_threshold_is_a_quantile_of_the_training_clips_or_a_given_number(data):
     """The norm uses all features of a face, although a member of `views` sees only a part."""
-    words = ("--config.model.threshold_share=0.2", "--config.ensemble.views=3")
-    both_splits = "--config.data.train_splits=train,val"
-    norms = []
-    for split, config in {
-        "train": shrunk(*words, spec=DEEPMEF_RUN),
-        "val": shrunk(*words, both_splits, spec=f"{DEEPMEF_RUN},trainval"),
-    }.items():
-        for _, frames in real_frames(data, split):
-            if len(frames.features):
-                norms.append(np.linalg.norm(np.float64(frames.features), axis=-1).mean())
-        # A fifth of the norms are below the threshold. `norms` are of train, then of both splits.
-        wanted = np.sort(norms)[int(0.2 * len(norms))]
-        fitted: Any = plan_lib.make_plan(config, data).task.settings
-        assert fitted["threshold"] == pytest.approx(wanted, rel=1e-6)
+    spec, both = "configs/deepmef.py:iqiyi_vid,face,audio", "--config.data.train_splits=train,val"
+    words = ("--config.model.threshold_share=0.2", "--config.ensemble.views=3", both)
+    norms = sorted(
+        np.linalg.norm(np.float64(frames.features), axis=-1).mean()
+        for split in ("train", "val") for _, frames in real_frames(data, split)
+        if len(frames.features)
+    )  # fmt: skip
+    fitted: Any = plan_lib.make_plan(shrunk(*words, spec=f"{spec},trainval"), data).task.settings
+    assert fitted["threshold"] == pytest.approx(norms[int(0.2 * len(norms))], rel=1e-6)
 
     # The configuration has a `threshold_share`.
-    absolute = shrunk("--config.model.threshold=2.5", spec=DEEPMEF_RUN)
+    absolute = shrunk("--config.model.threshold=2.5", spec=spec)
     with pytest.raises(ValueError, match="set one of them to 0"):
         plan_lib.make_plan(absolute, data)
     absolute.model.threshold_share = 0.0
@@ -126,7 +118,7 @@ MODELS = {
     "deepmef": (DEEPMEF, tiny.DIMS["face"] + 2 + 4 + 4),  # face and its two scores, head, audio
     "cosine": ({"name": "cosine", "embed_dim": 7}, 7 * len(tiny.DIMS)),
     "knn": ({"name": "knn"}, tiny.DIMS["face"]),
-    "fallback": (FALLBACK | {"main": DENSE, "other": DENSE}, 7 + 7),
+    "fallback": (FALLBACK, 7 + 7),
 }
 MARKS = {"dense, cosine": (), "knn": (), "mma": pytest.mark.slow, "deepmef": pytest.mark.slow}
 NETS = [pytest.param(name, marks=MARKS.get(name, pytest.mark.nightly)) for name in MODELS]

@@ -220,35 +220,25 @@ def test_settings_are_fitted_on_enough_people_with_two_clips_or_more(labels, cou
     assert Counter(numbers.tolist()) == counts
 
 
-def draw_faces():
-    """Returns 4 faces of each of 30 people, [120, 16], and their labels."""
+def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice(monkeypatch):
+    """The number of cores makes no difference."""
     faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
-    return faces.reshape(-1, 16), np.repeat(np.arange(1, 31), 4)
-
-
-def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice():
-    faces, labels = draw_faces()
+    labels, faces = np.repeat(np.arange(1, 31), 4), faces.reshape(-1, 16)
     vectors = {"face": faces, "audio": np.zeros_like(faces)}
+
+    def fit(cores, **given):
+        monkeypatch.setattr(plda_fit, "num_cores", lambda: cores)
+        return plda_fit.fit_settings(vectors, labels, given, seed=0)
+
     for num_voices in (0, 1):
         vectors["audio"][:num_voices] = 0.25
-        fitted = plda_fit.fit_settings(vectors, labels, given={}, seed=0)
-        assert fitted.stranger != plda_fit.PRIOR["stranger"]
+        assert fit(cores=5).stranger != plda_fit.PRIOR["stranger"]
+        fitted = fit(cores=1, within=0.33)
+        assert fitted == fit(cores=5, within=0.33)
+        assert fitted.within == 0.33
     # If no clip has a face or a voice, nothing is fitted: the settings are typical values.
-    typical = plda_fit.fit_settings(dict.fromkeys(vectors, 0 * faces), labels, given={}, seed=0)
-    assert typical.stranger == plda_fit.PRIOR["stranger"]
-
-
-@pytest.mark.slow
-def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
-    faces, labels = draw_faces()
-
-    def fit(cores):
-        monkeypatch.setattr(plda_fit, "num_cores", lambda: cores)
-        return plda_fit.fit_settings({"face": faces}, labels, given={"within": 0.33}, seed=0)
-
-    fitted = fit(cores=1)
-    assert fitted == fit(cores=5)
-    assert fitted.within == 0.33
+    vectors = dict.fromkeys(vectors, 0 * faces)
+    assert fit(cores=1).stranger == plda_fit.PRIOR["stranger"]
 
 
 @pytest.mark.parametrize(("name", "word", "remedy"), [

@@ -111,17 +111,6 @@ def test_total_decay_is_spread_over_a_run_and_shrinks_only_matrices():
     np.testing.assert_array_equal(params["bias"], [2.0])
 
 
-def test_weight_decay_is_added_to_gradients_before_the_moments_of_adam():
-    params = {"kernel": np.full((2, 3), 2, "f4"), "bias": np.full(3, 2, "f4")}
-    grads = jax.tree.map(lambda p: 0.15 * p, params)
-    penalised = {**grads, "kernel": grads["kernel"] + np.float32(0.05) * params["kernel"]}
-    updates = []
-    for decay, given in ((0.0, penalised), (0.05, grads)):
-        optimizer = make_optimizer(total_steps=9, name="adam", weight_decay=decay)
-        updates.append(optimizer.update(given, optimizer.init(params), params)[0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *updates)
-
-
 def test_optimizer_restart_equals_a_fresh_optimizer():
     options = {"total_steps": 6, "name": "adam", "decay": "constant", "warmup": 0.0}
     plain = make_optimizer(**options)
