@@ -268,7 +268,8 @@ def filter_oracle(frames, clip, *, min_quality, min_detection, top_share):
     {"min_quality": None, "min_detection": 0.8, "top_share": 0.7},
     {"min_quality": 30.0, "min_detection": 0.7, "top_share": 0.5},
     {"min_quality": -np.inf, "min_detection": None, "top_share": 0.1},
-    {"min_quality": None, "min_detection": -np.inf, "top_share": 1.0},
+    {"min_quality": -np.inf, "min_detection": -np.inf, "top_share": 1.0},
+    {"min_quality": 20.0, "min_detection": None, "top_share": 1.0},
 ])  # fmt: skip
 def test_frame_filters_match_a_loop(limits):
     frames = make_frames([30, 10, 1, 0, 9, 20], max_frames=30)

@@ -357,8 +357,9 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
 
 def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     """models/losses.py of the code: the mean cross-entropy of a batch x (1 - exp(-mean))**2."""
-    cosines = np.random.default_rng(1).uniform(-0.9, 0.9, (6, 2, 5))  # [clips, branches, classes]
-    labels = np.array([1, 2, 3, 4, 1, 2], np.int32)
+    draw, labels = np.random.default_rng(1).uniform, np.array([1, 2, 3, 4, 1, 2], np.int32)
+    cosines = draw(0.3, 0.6, (6, 2, 5))  # [clips, branches, classes]
+    cosines[np.arange(6), :, labels] = draw(0.85, 0.95, (6, 2))  # so mean losses are about 1
     mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # row 5 is padding
     sees[2, 0] = 0  # branch 0 does not learn from clip 2, so it is not in the batch of branch 0
     spec = load_file(DEEPMEF).loss.to_dict()
@@ -376,9 +377,7 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
         for branch in range(2):
             rows = np.flatnonzero(mask & (sees[:, branch] > 0))
             cosine, at_label = cosines[rows, branch], (np.arange(len(rows)), labels[rows])
-            angle = np.arccos(cosine[at_label])  # ArcFace adds 0.5 to the angle at the label
-            beyond_pi = np.cos(angle) - 0.5 * np.sin(0.5)
-            cosine[at_label] = np.where(angle < np.pi - 0.5, np.cos(angle + 0.5), beyond_pi)
+            cosine[at_label] = np.cos(np.arccos(cosine[at_label]) + 0.5)  # the margin of ArcFace
             mean = np.mean(np.log(np.exp(30 * cosine).sum(axis=1)) - 30 * cosine[at_label])
             loss += (1 - np.exp(-mean)) ** 2 * mean
         return loss
