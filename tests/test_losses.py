@@ -72,7 +72,7 @@ def test_gradients_of_losses_match_finite_differences(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_have_finite_gradients_at_extreme_logits(name):
+def test_losses_have_finite_gradients_at_extreme_logits_and_cosines(name):
     rows = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 0], [1e4, 1e4, 1e4], [0, 90, -90]])
     logits = np.tile(rows, (3, 1)).astype(np.float32)  # each row with each label
     labels = np.repeat(np.arange(3, dtype=np.int32), 5)
@@ -90,65 +90,43 @@ def test_losses_have_finite_gradients_at_extreme_logits(name):
         if name != "smoothed":  # a step never decreases the logit of the label
             assert np.all(np.asarray(gradient)[np.arange(15), labels] <= 0)
 
-
-def cosines():
-    """Returns cosines [400, 6], also 1 and -1, and labels."""
-    rng = np.random.default_rng(2)
-    values = rng.uniform(-1, 1, (400, 6))
-    values[0], values[1] = 1, -1
-    return values, rng.integers(0, 6, 400).astype(np.int32)
-
-
-@nightly_after_first("margin", [0.5, 1.5])
-def test_angular_margin_matches_the_equation(margin):
-    cosine, labels = cosines()
-    angle = np.arccos(cosine) + margin  # ArcFace, in float64; above pi, another formula
-    harder = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
-    expected = 30 * np.where(np.arange(6) == labels[:, None], harder, cosine)
-
-    margin_fn = jax.jit(functools.partial(losses.angular_margin, margin=margin, scale=30.0))
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(margin_fn(30 * cosine, labels), expected, atol=1e-9)
-    logits = (30 * cosine).astype(np.float32)
-    np.testing.assert_allclose(margin_fn(logits, labels), expected, atol=2e-3)
-    assert margin_fn(logits.astype(np.float16), labels).dtype == np.float32
-    assert losses.angular_margin(logits, labels, margin=0, scale=30.0) is logits
-
-
-@pytest.mark.parametrize("margin_fn", losses.MARGINS.values(), ids=losses.MARGINS)
-def test_margins_accept_a_learned_scale_of_each_clip(margin_fn):
-    cosine, labels = cosines()
-    scales = jnp.where(labels % 2, 20.0, 3.0)
-    given = (cosine * scales[:, None]).astype(np.float32)
-    harder = margin_fn(given, labels, margin=0.3, scale=scales)
-    for parity, scale in enumerate((3.0, 20.0)):
-        rows = labels % 2 == parity
-        expected = margin_fn(given[rows], labels[rows], margin=0.3, scale=scale)
-        np.testing.assert_allclose(harder[rows], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_cosine_margin_is_subtracted_from_the_cosine_of_the_label():
-    cosine, labels = cosines()
-    expected = 30 * (cosine - 0.15 * (np.arange(6) == labels[:, None]))
-    harder = losses.cosine_margin(30 * cosine, labels, margin=0.15, scale=30.0)
-    np.testing.assert_allclose(harder, expected, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_angular_margin_has_finite_gradients_near_cosines_of_1_and_minus_1():
-    # Just below, at and just above 1.
+    # Cosines just below, at and just above 1, and -1, with the margin of ArcFace.
     ends = np.nextafter(np.float32(1), np.array([0, 1, 2], np.float32))
     of_label = 30 * np.concatenate([ends, -ends, [0]])
     logits = np.stack([of_label, of_label[::-1]], axis=1).astype(np.float32)
-    labels = np.zeros(len(of_label), np.int32)
 
     @jax.jit
-    def totals(logits):
-        harder = losses.angular_margin(logits, labels, margin=0.5, scale=30.0)
-        return jnp.stack([loss(harder, labels).sum() for loss in LOSSES.values()])
+    @jax.value_and_grad
+    def total_with_margin(logits):
+        harder = losses.angular_margin(logits, labels[:7] * 0, margin=0.5, scale=30.0)
+        return LOSSES[name](harder, labels[:7] * 0).sum()
 
-    assert np.isfinite(totals(logits)).all()
-    assert np.isfinite(jax.jit(jax.jacrev(totals))(logits)).all()
+    for result in total_with_margin(logits):
+        assert np.isfinite(result).all()
+
+
+@nightly_after_first("name, margin", [
+    ("angular", 0.5), ("cosine", 0.15), ("angular", 1.5),
+], count=2)  # fmt: skip
+def test_margins_match_their_equations_for_fixed_and_learned_scales(name, margin):
+    rng = np.random.default_rng(2)
+    cosine, labels = rng.uniform(-1, 1, (400, 6)), rng.integers(0, 6, 400).astype(np.int32)
+    cosine[0], cosine[1] = 1, -1
+    angle = np.arccos(cosine) + margin  # ArcFace, in float64; above pi, another formula
+    arc_face = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
+    harder = {"angular": arc_face, "cosine": cosine - margin}[name]
+    harder = np.where(np.arange(6) == labels[:, None], harder, cosine)
+
+    for scale in (30.0, jnp.where(labels % 2, 20.0, 3.0)):  # a learned scale differs between clips
+        margin_fn = jax.jit(functools.partial(losses.MARGINS[name], margin=margin, scale=scale))
+        factor = np.asarray(scale, np.float64).reshape(-1, 1)
+        given, expected = factor * cosine, factor * harder
+        with jax.enable_x64(True):
+            np.testing.assert_allclose(margin_fn(given, labels), expected, atol=1e-9)
+        atol = 2e-3 if name == "angular" else 1e-5
+        np.testing.assert_allclose(margin_fn(given.astype("f4"), labels), expected, atol=atol)
+        assert margin_fn(given.astype("f2"), labels).dtype == np.float32
+    assert losses.angular_margin(given, labels, margin=0, scale=30.0) is given
 
 
 @pytest.mark.parametrize(("spec", "message"), [

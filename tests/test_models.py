@@ -42,11 +42,12 @@ def train(model, variables, x, mask):
     return output
 
 
-def netvlad_oracle(params, features, mask, reduce, norms):
+def netvlad_oracle(params, features, mask, reduce="sum", norms=("batch",), stats=None):
     """Returns pooled frames [B, K, D], for K clusters, by section 5.2 of the iQIYI-VID paper."""
     z = features @ params["assignment"]["kernel"] + params["assignment"].get("bias", 0)
-    if "batch" in norms:  # the statistics are of the real frames
-        z = (z - z[mask].mean(axis=0)) / np.sqrt(z[mask].var(axis=0) + 1e-5)
+    if "batch" in norms:
+        mean, variance = stats or (z[mask].mean(axis=0), z[mask].var(axis=0))  # of real frames
+        z = (z - mean) / np.sqrt(variance + 1e-5)
         z = z * params["norm"]["scale"] + params["norm"]["bias"]
     share = np.exp(z)
     share = share / share.sum(axis=-1, keepdims=True) * mask[..., None]
@@ -283,8 +284,9 @@ def weights_oracle(params, clip, scores, aggregation):
     return weights / weights.sum()
 
 
-def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggregation):
+def deepmef_oracle(params, frames, batch_mask, form, rms_norm, layer_form, aggregation):
     """Returns the logits [B, C]. BatchNorm of a modality uses the clips that have the modality."""
+    published = layer_form == "published"
     prelu_layer = functools.partial(layer_oracle, activation="prelu", batch_norm=True)
     num_clips = len(batch_mask)
     parts, seen = [], np.zeros(num_clips, bool)
@@ -320,22 +322,21 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, published, aggreg
     return np.where(seen[:, None], 30 * x @ kernel / lengths, 0)  # 30 is the default scale
 
 
-@nightly_after_first("form, rms_norm, published, aggregation", [
-    ("features", True, True, "attention"),
-    ("danet", False, False, "mean"),
-    ("none", True, False, "quality"),
+@nightly_after_first("form, rms_norm, layer_form, aggregation", [
+    ("features", True, "published", "attention"),
+    ("danet", False, "ours", "mean"),
+    ("none", True, "ours", "quality"),
 ])  # fmt: skip
-def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, published, aggregation):
+def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, layer_form, aggregation):
     """ORACLES has the forms of attention. test_published.py tests the form "channels"."""
+    options = {"rms_norm": rms_norm, "layer_form": layer_form, "aggregation": aggregation}
     with jax.enable_x64(True):
         frames, clips = made.make_batch(dtype="float64")
-        options = {"channel_attention": form, "rms_norm": rms_norm}
-        options |= {"layer_form": "published" if published else "ours", "aggregation": aggregation}
-        model = made.make_model(SMALL, dtype="float64", **options)
+        model = made.make_model(SMALL, dtype="float64", channel_attention=form, **options)
         variables = made.init_identifier(model, frames, clips)
         params = made.randomised(variables["params"])
 
-        wanted = deepmef_oracle(params, frames, clips.mask, form, rms_norm, published, aggregation)
+        wanted = deepmef_oracle(params, frames, clips.mask, form, **options)
         logits, _ = made.train_logits(model, {**variables, "params": params}, frames, clips)
         np.testing.assert_allclose(logits, wanted, atol=1e-6)
 
@@ -386,30 +387,6 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         np.testing.assert_array_equal(output.logit_scale, params["scale"][None])
 
 
-def test_cosine_net_of_a_single_modality_learns_no_weight():
-    """A weight below 0 would negate all cosines, and its gradient is only rounding errors."""
-    frames, clips = made.make_batch()
-    face = {"face": made.DIMS["face"]}
-    model = identifier.make_identifier(COSINE, modalities=face, num_classes=5, num_clips=6)
-
-    variables = made.init_identifier(model, {"face": frames["face"]}, clips)
-
-    assert "weights" not in variables["params"]
-
-
-@pytest.mark.slow
-def test_fallback_keeps_the_learned_logit_scale_of_each_model():
-    frames, clips = made.make_batch()
-    dense = {"name": "dense", "layers": (), "head": "cosine", "logit_scale": 16.0}
-    spec = {"name": "fallback", "main": dense, "other": COSINE, "other_modalities": ("head",)}
-    model: Any = made.make_model(spec)
-    variables = made.init_identifier(model, frames, clips)
-    variables["params"]["other"]["scale"] = np.float32(21)  # as if it was learned
-
-    output = made.eval_output(model, variables, frames, clips)
-    np.testing.assert_array_equal(output.logit_scale, [16, 21])  # of main and other
-
-
 def attention_oracle(x, exists, w_f, w_g, gamma, *, fill, scale=1.0):
     """Returns X [D, M] of one clip after attention, and the weights Y [M, M]: equations 1 to 3.
 
@@ -429,9 +406,9 @@ def test_attention_matches_equations_1_to_3_of_the_iqiyi_vid_paper(form):
         rng = np.random.default_rng(0)
         exists = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
         x = rng.standard_normal((3, 5, 8)) * exists[..., None]
-        fields = {"dim": 4, "scale": 0.5, "gamma": 0.3, "form": form, "dtype": FLOAT64}
-        fields["train_gamma"] = True
-        models = [MultimodalAttention(**fields, fill_missing=fill) for fill in (False, True)]
+        fields = {"dim": 4, "scale": 0.5, "gamma": 0.3, "form": form, "train_gamma": True}
+        make = functools.partial(MultimodalAttention, **fields, dtype=FLOAT64)
+        models = [make(fill_missing=fill) for fill in (False, True)]
 
         @jax.jit
         def run(x):
@@ -448,54 +425,39 @@ def test_attention_matches_equations_1_to_3_of_the_iqiyi_vid_paper(form):
                 expected = attention_oracle(x[b].T, exists[b], w_f, w_g, 0.3, fill=fill, scale=0.5)
                 np.testing.assert_allclose(out[b], expected[0].T, atol=1e-12)
                 np.testing.assert_allclose(y[b], expected[1], atol=1e-12)
-        # Vector 1 of clip 1 is missing. It stays 0, or becomes gamma x the mean of vectors 0 and 2.
-        (unfilled, _), (filled, _) = outputs
-        assert not np.asarray(unfilled)[1, 1].any()
-        np.testing.assert_allclose(filled[1, 1], 0.3 * x[1, [0, 2]].mean(axis=0))
 
 
-def video_level(params, name, frames, clip, *, netvlad, unit):
-    """Returns one vector of the frames of a clip: NetVLAD of section 5.2, or a mean."""
-    features = np.asarray(frames.features, np.float64)[clip][frames.mask[clip]]
-    if name == "face":  # the 32 frames of highest quality; a shorter clip repeats random frames
-        order = np.argsort(-np.asarray(frames.quality)[clip][frames.mask[clip]], kind="stable")
-        draws = np.asarray(jax.random.uniform(jax.random.key(0), (1, 32)))[0]  # for all clips
-        again = (draws * len(order)).astype(int)
-        features = features[order[[t if t < len(order) else again[t] for t in range(32)]]]
-    if name == "face" and netvlad:
-        pool = params["face_netvlad"]
-        score = features @ pool["assignment"]["kernel"] / np.sqrt(1 + 1e-5)  # initial statistics
-        share = np.exp(score * pool["norm"]["scale"] + pool["norm"]["bias"])
-        share /= share.sum(axis=1, keepdims=True)
-        return (share.T @ features - share.sum(axis=0)[:, None] * pool["centers"]).reshape(-1)
-    mean = features.mean(axis=0)
-    return mean / np.linalg.norm(mean) if unit else mean
-
-
-def logits_of_the_paper(params, frames, clip, *, netvlad, attention, pooled=False, unit=False):
-    """Returns the logits of one clip by figure 3 of the paper. A face gives three vectors."""
+def logits_of_the_paper(params, frames, *, netvlad, attention, pooled=False, unit_length=False):
+    """Returns the logits [B, C] by figure 3 of the paper. A face gives three vectors."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     columns, exists = [], []
-    for name, part in frames.items():
+    for name in WIDTHS:
         layer, count = params[f"{name}_map"], 3 if name == "face" else 1
-        mapped, real = np.zeros(layer["bias"].size), part.mask[clip].any()
-        if real:
-            video = video_level(params, name, part, clip, netvlad=netvlad, unit=unit)
-            mapped = video @ layer["kernel"] + layer["bias"]
-        columns += list(mapped.reshape(count, -1))
+        mask: Any = np.asarray(frames[name].mask)
+        real, features = mask.any(axis=1), np.asarray(frames[name].features, np.float64)
+        video = (features * mask[..., None]).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)[:, None]
+        if unit_length:
+            video[real] = unit(video[real])
+        if name == "face" and netvlad:
+            pool = netvlad_oracle(params["face_netvlad"], features, mask, stats=(0, 1))
+            video = pool.reshape(len(mask), -1)
+        mapped = (video @ layer["kernel"] + layer["bias"]) * real[:, None]
+        columns.append(mapped.reshape(len(mask), count, -1))
         exists += [real] * count
-    x = np.stack(columns, axis=1)  # [D, M]
+    vectors, exists = np.concatenate(columns, axis=1), np.stack(exists, axis=1)  # [B, M, D]
     if attention:
         w_f = params["attention_map"]["w_f"]["kernel"].T
-        x, _ = attention_oracle(x, exists, w_f, w_f, 0.05, fill=True)
-    vectors = x[:, exists].mean(axis=1) if pooled else x.T.reshape(-1)
+        pairs = zip(vectors, exists, strict=True)
+        vectors = [attention_oracle(x.T, has, w_f, w_f, 0.05, fill=True)[0].T for x, has in pairs]
+    if pooled:
+        vectors = [x[has].mean(axis=0) for x, has in zip(vectors, exists, strict=True)]
     classifier = params["classifier"]["logits"]
-    return vectors @ classifier["kernel"] + classifier["bias"]
+    return np.reshape(vectors, (len(exists), -1)) @ classifier["kernel"] + classifier["bias"]
 
 
 @nightly_after_first("words, parts", [
     ("published", {"netvlad": True, "attention": True}),
-    ("average,concat,unit", {"netvlad": False, "attention": False, "unit": True}),
+    ("average,concat,unit", {"netvlad": False, "attention": False, "unit_length": True}),
     ("pooled", {"netvlad": True, "attention": False, "pooled": True}),
 ])  # fmt: skip
 def test_published_configuration_matches_the_equations_of_the_paper(words, parts):
@@ -525,6 +487,5 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
 
     variables = {"params": params, "batch_stats": stats}
     logits = made.eval_logits(system.model, variables, fused, clips)
-    for clip in range(3):
-        expected = logits_of_the_paper(params, frames, clip, **parts)
-        np.testing.assert_allclose(logits[clip], expected, atol=1e-3, rtol=1e-4)
+    expected = logits_of_the_paper(params, fused, **parts)
+    np.testing.assert_allclose(logits, expected, atol=1e-3, rtol=1e-4)

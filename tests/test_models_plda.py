@@ -4,7 +4,8 @@
 multiple of the identity matrix. Label 0 is a stranger, and column 0 of the logits a new person.
 """
 
-import itertools
+import functools
+from collections import Counter
 from typing import Any
 
 import jax
@@ -205,53 +206,39 @@ def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
     assert settings == Settings(within=0.8, between=0.75, **prior, centred=3 / (3 + 0.5))
 
 
-# 4000 clips are drawn: 400 clips of each of 10 people, or 100 clips of each of 40 people.
-@pytest.mark.parametrize(("clips", "people", "drawn"), [(600, 10, 400), (100, 40, 100)])
-def test_settings_are_fitted_on_enough_people_if_people_have_many_clips(clips, people, drawn):
-    labels = np.tile(np.arange(51), clips)  # 50 people, and strangers (0), with `clips` clips each
-    chosen = plda_fit.draw_identities(labels, seed=0)
-    counts = np.bincount(labels[chosen], minlength=51)
-    assert sorted(counts[1:]) == [0] * (50 - people) + [drawn] * people
-    assert counts[0] == 0
-
-
-def test_settings_are_fitted_on_enough_people_if_most_people_have_one_clip():
+@pytest.mark.parametrize(("labels", "counts"), [
+    # 4000 clips are drawn: 400 clips of each of 10 people, or 100 clips of each of 40 people.
+    (np.tile(np.arange(51), 600), {0: 40, 400: 10}),
+    (np.tile(np.arange(51), 100), {0: 10, 100: 40}),
     # 30,000 people have a clip. Every 600th of these people has a second clip.
-    labels = np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600))
-    chosen = plda_fit.draw_identities(labels, seed=0)
-    assert chosen.sum() == plda_fit.MAX_FITTED_CLIPS
-    assert np.sum(np.bincount(labels[chosen]) == 2) == plda_fit.FEWEST_PEOPLE
+    (np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600)), {0: 26_010, 1: 3980, 2: 10}),
+], ids=["600 clips of 50 people", "100 clips of 50 people", "most have one"])  # fmt: skip
+def test_settings_are_fitted_on_enough_people_with_two_clips_or_more(labels, counts):
+    chosen = labels[plda_fit.draw_identities(labels, seed=0)]
+    assert chosen.all()  # no strangers, which have the label 0
+    numbers = np.bincount(chosen, minlength=labels.max() + 1)[1:]
+    assert Counter(numbers.tolist()) == counts
 
 
-def draw_faces():
-    """Returns 4 faces of each of 30 people, [120, 16], and their labels."""
+def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice(monkeypatch):
+    """The number of cores makes no difference."""
     faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
-    return faces.reshape(-1, 16), np.repeat(np.arange(1, 31), 4)
-
-
-def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice():
-    faces, labels = draw_faces()
+    labels, faces = np.repeat(np.arange(1, 31), 4), faces.reshape(-1, 16)
     vectors = {"face": faces, "audio": np.zeros_like(faces)}
+
+    def fit(cores, **given):
+        monkeypatch.setattr(plda_fit, "num_cores", lambda: cores)
+        return plda_fit.fit_settings(vectors, labels, given, seed=0)
+
     for num_voices in (0, 1):
         vectors["audio"][:num_voices] = 0.25
-        fitted = plda_fit.fit_settings(vectors, labels, given={}, seed=0)
-        assert fitted.stranger != plda_fit.PRIOR["stranger"]
+        assert fit(cores=5).stranger != plda_fit.PRIOR["stranger"]
+        fitted = fit(cores=1, within=0.33)
+        assert fitted == fit(cores=5, within=0.33)
+        assert fitted.within == 0.33
     # If no clip has a face or a voice, nothing is fitted: the settings are typical values.
-    typical = plda_fit.fit_settings(dict.fromkeys(vectors, 0 * faces), labels, given={}, seed=0)
-    assert typical.stranger == plda_fit.PRIOR["stranger"]
-
-
-@pytest.mark.slow
-def test_fitted_settings_do_not_depend_on_the_number_of_cores(monkeypatch):
-    faces, labels = draw_faces()
-
-    def fit(cores):
-        monkeypatch.setattr(plda_fit, "num_cores", lambda: cores)
-        return plda_fit.fit_settings({"face": faces}, labels, given={"within": 0.33}, seed=0)
-
-    fitted = fit(cores=1)
-    assert fitted == fit(cores=5)
-    assert fitted.within == 0.33
+    vectors = dict.fromkeys(vectors, 0 * faces)
+    assert fit(cores=1).stranger == plda_fit.PRIOR["stranger"]
 
 
 @pytest.mark.parametrize(("name", "word", "remedy"), [
@@ -306,7 +293,7 @@ def draw_vectors():
     return vectors, labels, two_covariance.make_sums(vectors, labels, NUM_COLUMNS)
 
 
-def joint_log_density(vectors, mean, within, between):
+def log_density(vectors, mean, within, between):
     """Returns log p of all clips of one identity. Any two clips have the covariance `between`."""
     n = len(vectors)
     covariance = np.kron(np.eye(n), within) + np.kron(np.ones((n, n)), between)
@@ -319,24 +306,34 @@ def shrink(covariance, share):
 
 @pytest.mark.parametrize(("within", "between"), [(0.8, 0.5), (0.0, 0.0)])
 def test_log_ratios_equal_ratios_of_joint_densities(within, between):
-    """The ratio is p(own clips and the new clip) / (p(own clips) p(the new clip))."""
     vectors, labels, sums = draw_vectors()
     fit = two_covariance.covariances(sums)
     space = two_covariance.make_space(fit, within=within, between=between)
     enrolled = two_covariance.enrol(space, sums.count, sums.total)
     noise, people = (fit.axes @ x @ fit.axes.T for x in (np.diag(fit.within), fit.between))
     normal = {"mean": fit.mean, "within": shrink(noise, within), "between": shrink(people, between)}
+
+    def wanted(group, other):
+        """Returns log(p(the groups show one person) / p(the groups show two people))."""
+        together = log_density([*group, *other], **normal)
+        return together - log_density(group, **normal) - log_density(other, **normal)
+
+    close = functools.partial(np.testing.assert_allclose, rtol=5e-10, atol=5e-10)
+    groups = [vectors[labels == label] for label in range(1, NUM_COLUMNS)]
     new = np.random.default_rng(1).normal(size=(4, WIDTH))
     with jax.enable_x64(True):
-        ratios = np.asarray(plda_fit.log_ratios(space, enrolled, jnp.asarray(new)))
-
-    for clip, label in itertools.product(range(len(new)), range(1, NUM_COLUMNS)):
-        own = list(vectors[labels == label])
-        wanted = joint_log_density([*own, new[clip]], **normal)
-        wanted -= joint_log_density(own, **normal) + joint_log_density([new[clip]], **normal)
-        assert abs(ratios[clip, label] - wanted) < 1e-9 * max(1, abs(wanted)), (clip, label)
+        ratios = np.asarray(log_ratios(space, enrolled, jnp.asarray(new)))
+    close(ratios[:, 1:], [[wanted(group, [clip]) for group in groups] for clip in new])
     assert not enrolled.known[0]  # a class without a clip
     assert np.abs(ratios[:, 0]).max() < 1e-9
+
+    counts = np.array([1, 2, 4])
+    groups = [group[:count] for group, count in zip(groups, counts, strict=False)]
+    means = [((group - space.mean) @ space.transform).mean(axis=0) for group in groups]
+    for row, group in enumerate(groups):
+        ratios = two_covariance.pair_log_ratios(space, 1 / counts, np.stack(means), row)
+        others = np.arange(3) != row
+        close(ratios[others], [wanted(group, groups[other]) for other in np.flatnonzero(others)])
 
 
 def test_covariances_equal_their_definitions():
@@ -356,22 +353,3 @@ def test_covariances_equal_their_definitions():
     values, axes = np.linalg.eigh(between)
     between = axes * np.maximum(values, two_covariance.SMALLEST_VARIANCE) @ axes.T
     np.testing.assert_allclose(fit.axes @ fit.between @ fit.axes.T, between, atol=1e-10)
-
-
-def test_pair_log_ratios_equal_ratios_of_joint_densities():
-    """The ratio of two groups of clips is p(they show one person) / p(they show two people)."""
-    rng, counts = np.random.default_rng(0), np.array([1, 2, 4])
-    between, within = np.array([0.5, 2.0, 0.1]), np.ones(3)  # variances of people, and of noise
-    groups = [rng.normal(size=(count, 3)) * 1.5 for count in counts]
-
-    def density(*groups):
-        of_noise, of_people = np.diag(within), np.diag(between)
-        return joint_log_density(np.concatenate(groups), np.zeros(3), of_noise, of_people)
-
-    space = two_covariance.Space(np.zeros(3), np.eye(3), between)
-    means = np.stack([clips.mean(axis=0) for clips in groups])
-
-    for row, own in enumerate(groups):
-        wanted = [density(own, other) - density(own) - density(other) for other in groups]
-        ratios = two_covariance.pair_log_ratios(space, 1 / counts, means, row)
-        np.testing.assert_allclose(np.delete(ratios, row), np.delete(wanted, row), atol=1e-9)
