@@ -171,6 +171,11 @@ def evaluated(model, variables, frames, clips):
         return model.apply(variables, frames, clips, train=False), inputs
 
 
+def test_every_model_is_tested_against_the_contract():
+    """PLDA has no net: test_models_plda checks the same properties of its sums."""
+    assert {spec["name"] for spec, _ in MODELS.values()} == identifier.MODELS.keys() - {"plda"}
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     net = made(name)

@@ -60,12 +60,13 @@ def test_killed_extract_resumes_to_the_same_bytes(drawn, fault_seed, campaign):
     finish(whole)
     for number in range(50 if campaign else 2):
         with start_extract(*inputs, f"--out={out}") as process:
-            after_clip = (
-                number % 2 == 0
-            )  # waits for the first clip; os.walk ignores deleted folders
-            while after_clip and process.poll() is None and ".npz" not in str([*os.walk(out)]):
-                time.sleep(0.002)
-            time.sleep(rng.random() * (0.05 if after_clip else 3))
+            if number % 2 == 0:  # waits for the first clip
+                # Unlike glob, os.walk ignores folders that are deleted meanwhile.
+                while process.poll() is None and ".npz" not in str([*os.walk(out)]):
+                    time.sleep(0.002)
+                time.sleep(rng.random() * 0.05)
+            else:
+                time.sleep(rng.random() * 3)
             children = children_of(process.pid)
 
         for path in (out / "videos").glob("[!.]*.json"):  # films that the command has finished
@@ -89,9 +90,11 @@ def test_extract_reports_a_killed_worker_and_refuses_a_second_call_meanwhile(dra
             time.sleep(0.005)
         for child in children:
             os.kill(child, signal.SIGSTOP)  # the first call waits, so its folder stays in use
-        _, stderr = drawn.extract(film, code=2)
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+        try:
+            _, stderr = drawn.extract(film, code=2)
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
         assert f"in use by process {process.pid} on {socket.gethostname()}" in stderr
         assert len(stderr.splitlines()) <= 3
         _, stderr = process.communicate(timeout=60)
