@@ -48,17 +48,17 @@ def damage(folder, pattern):
     path.write_bytes(content)
 
 
-def test_check_of_a_good_run_reports_all_good(folder, check_run):
+def test_check_of_a_good_run_or_without_a_folder_reports_all_good(folder, check, check_run):
+    code, (_, verdict) = check()  # one line about the machine
+    assert (code, verdict) == (0, "all good")
     code, lines = check_run()
-
     assert (code, lines[-1]) == (0, "all good"), lines
     (step,) = checkpoint.manifests(folder / "run")
     # `conftest` emulates 8 devices. The clips are counted as in `clip_files.CLIPS`.
     for words in ("jax ", "8 x cpu", f"checkpoint {step}: ", "train 96 clips, val 60 clips"):
         assert words in "\n".join(lines), lines
     assert check_run("--quiet") == (0, ["all good"])
-    (line,) = check_run("--json")[1]
-    assert json.loads(line)["verdict"] == "all good"
+    assert json.loads(*check_run("--json")[1])["verdict"] == "all good"
 
 
 # Exit code 3 is a damaged run, 2 damaged data.
@@ -85,13 +85,10 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
     assert code == 2 and "train has other labels" in lines[-2]  # the last line is the verdict
 
 
-def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
-    check, official_dir, cache_dir
-):
-    words = ["--config=mma:iqiyi_vid,face,head,audio", f"--config.data.cache_dir={cache_dir}"]
+def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(check, official_dir):
+    words = ["--config=mma:iqiyi_vid,face,head,audio"]
     official = [*words, f"--config.data.dir={official_dir}"]
-    _, lines = check(*official)
-    assert lines[-1] == "all good"
+    assert check(*official)[1][-1] == "all good"
     no_width = [*official, "--config.model.embed_dim=0"]
     for message, given in (("config.data.dir", words), ("embed_dim", no_width)):
         code, lines = check(*given)
@@ -99,20 +96,9 @@ def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(
 
 
 def test_check_of_a_gallery_reports_its_people_and_damage(tmp_path, check):
-    made_galleries.make(tmp_path)
-    words = f"--workdir={tmp_path}"
-    assert "gallery: 12 people with" in "\n".join(check(words)[1])
     clips = {"a": made_galleries.make_clip(1, "Ada"), "b": made_galleries.make_clip(2, None)}
-    made_galleries.make(tmp_path / "one", clips)
-    lines = check(f"--workdir={tmp_path / 'one'}")[1]
-    assert "gallery: 1 person with 1 clip, 1 stranger" in "\n".join(lines)
-
+    made_galleries.make(tmp_path, clips)
+    assert "gallery: 1 person with 1 clip, 1 stranger" in check(f"--workdir={tmp_path}")[1][1]
     os.truncate(tmp_path / "gallery.sqlite", 5000)
-    code, lines = check(words)
+    code, lines = check(f"--workdir={tmp_path}")
     assert code == 2 and lines[-1].startswith("FAULT")
-
-
-def test_check_without_a_folder_checks_the_machine(check):
-    code, lines = check()
-    assert (code, lines[-1]) == (0, "all good")
-    assert len(lines) == 2  # the machine and the verdict

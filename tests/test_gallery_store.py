@@ -8,12 +8,10 @@ import os
 import random
 import shutil
 import sqlite3
-import stat
 import struct
-import subprocess
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
-from tests.helpers.embeddings import unit
+from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_galleries import SETTINGS, answers, contents, make, make_clip, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import backend as backend_lib, store as store_lib
@@ -109,20 +107,17 @@ def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, t
 
 
 def test_time_of_a_change_does_not_grow_with_the_number_of_people(gallery):
-    vector, num = make_clip(7, "x").vector, 5000
+    def measure(num_people):
+        """Returns the seconds to add 5000 clips of new people, and to relabel the clips."""
+        owners = {f"new {n}": f"new person {n % num_people}" for n in range(5000)}
+        draft, times = Draft(gallery._read_current()), [time.process_time()]
+        draft.add({name: NEW["new"]._replace(identity=owner) for name, owner in owners.items()})
+        times.append(time.process_time())
+        for name in owners:
+            draft.relabel(name, f"other person of {name}")
+        return np.diff([*times, time.process_time()])
 
-    def measure(people):
-        """Returns the seconds to add a clip for each person, and to relabel the clips."""
-        draft, begin = Draft(gallery._read_current()), time.process_time()
-        draft.add({f"new {n}": StoredClip(name, vector) for n, name in enumerate(people)})
-        added = time.process_time()
-        for n in range(num):
-            draft.relabel(f"new {n}", f"other person {n}")
-        return added - begin, time.process_time() - added
-
-    add_one, relabel_one = measure(["the same person"] * num)
-    add_many, relabel_many = measure([f"person {n}" for n in range(num)])
-    assert add_many < 5 * add_one and relabel_many < 5 * relabel_one
+    assert (measure(5000) < 5 * measure(1)).all()
 
 
 def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
@@ -142,10 +137,7 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
     for change, *words in (
         (rename_then_fail, "no identity 'person 3'"),
         (lambda: ended_change.rename("person 3", "Ada"), "inside the block"),
-        (lambda: gallery.rename("person 3", "person 4"), "would become one", "--merge"),
         (lambda: gallery.rename("person 3", "person 3"), "choose another name"),
-        (lambda: gallery.rename("persn 3", "Ada"), "no identity 'persn 3'", "'person 3'"),
-        (lambda: gallery.relabel("clip 30", "person 3"), "already belongs to 'person 3'"),
         (lambda: gallery.relabel("clip 3000", "person 3"), "no clip 'clip 3000'"),
         (lambda: gallery.remove(identity=["persn 3"]), "did you mean 'person 3'?"),
         (lambda: gallery.remove(identity=[""]), "no identity"),
@@ -165,33 +157,31 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
     assert contents(gallery.folder) == before and gallery.version == 1
 
 
-def test_back_end_is_fitted_again_without_a_removed_clip_that_was_relabelled(tmp_path):
-    """The parameters of the gallery (its back end) were fitted to the clips of FITTED."""
+def test_back_end_is_fitted_again_without_removed_or_replaced_clips(tmp_path):
+    """The gallery's parameters (its back end) were fitted to clips of people, not of strangers."""
     gallery = make(tmp_path / "g", FITTED)
     gallery.relabel("clip 30", None)  # the clip of person 3 becomes a clip of a stranger
     assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
     gallery.add({"clip 30": CLIPS["clip 30"]._replace(identity="Ada")})  # becomes a clip of Ada
-    before = gallery.backend.numbers()
-    gallery.remove(identity="Ada")  # with clip 30
-    assert not np.array_equal(gallery.backend.numbers(), before)
-
-
-def test_back_end_is_fitted_again_if_a_new_clip_has_the_name_of_a_removed_clip(tmp_path):
-    """The gallery's parameters (its back end) were fitted to clips of people, not of strangers."""
-    gallery = make(tmp_path / "g", FITTED)
-    for name, person, must_refit in (("stranger 0", None, False), ("clip 71", "person 7", True)):
+    for name, other, must_refit in (
+        ("clip 30", {}, True), ("stranger 0", {"stranger 0": make_clip(9999, None)}, False),
+        ("clip 71", {"clip 71": make_clip(9999, "person 7")}, True),
+    ):  # fmt: skip
         before = gallery.backend.numbers()
-
         with gallery.change() as draft:
             draft.remove(clip=name)
-            draft.add({name: make_clip(9999, person)})  # another vector
-
-        was_refitted = not np.array_equal(gallery.backend.numbers(), before)
-        assert was_refitted == must_refit
+            draft.add(other)  # the same name with another vector
+        assert np.array_equal(gallery.backend.numbers(), before) != must_refit
         assert answers(Gallery(gallery.folder)) == answers(gallery)
 
 
 def test_replaced_names_leave_no_byte_on_disk(gallery):
+    stranger = CLIPS["stranger 3"]
+    assert gallery.add({"stranger 3": stranger._replace(identity="known now")}) == 1
+    assert gallery.add({"stranger 3": stranger}) == 0  # the clip keeps its person
+    gallery.remove(identity="known now")
+    assert "stranger 3" not in gallery.strangers and not holds(gallery, stranger.vector.tobytes())
+
     gallery.rename("person 7", "Ada")
     assert holds(gallery, b"Ada") and not holds(gallery, b"person 7")
 
@@ -205,36 +195,19 @@ def test_replaced_names_leave_no_byte_on_disk(gallery):
     assert gallery.clips["clip 40"].identity == "Zoe"
 
 
-def test_a_named_and_removed_stranger_leaves_no_byte_on_disk(gallery):
-    clip = CLIPS["stranger 3"]
-    assert gallery.add({"stranger 3": clip._replace(identity="known now")}) == 1
-    assert gallery.add({"stranger 3": clip}) == 0  # the clip keeps its person
-    gallery.remove(identity=["known now"])
-    assert "stranger 3" not in gallery.strangers and not holds(gallery, clip.vector.tobytes())
-
-
-def test_nobody_else_may_read_a_gallery(gallery):
-    modes = [path.stat().st_mode for path in (gallery.folder, *gallery.folder.iterdir())]
-    assert [stat.S_IMODE(mode) for mode in modes] == [0o700, 0o600]
-
-
 def pieces(vectors):
     """Returns the bytes of each four neighbouring numbers of some vectors, if none is 0."""
     fours = [x[at : at + 4] for x in vectors for at in range(0, len(x) - 3, 4)]
     return [four.tobytes() for four in fours if four.all()]
 
 
-@pytest.mark.parametrize("by", ["identity", "clip"])
-def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery, by):
+def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery):
     clips = group(CLIPS)["person 7"]
     vectors = [CLIPS[name].vector for name in clips]
     for block in gallery.index.blocks:  # coefficients are computed from the vectors
         vectors += [x[block.names.index("person 7")] for x in block.linear]
     assert all(holds(gallery, x) for x in pieces(vectors))
-
-    for name in ["person 7"] if by == "identity" else clips:
-        gallery.remove(**{by: [name]})
-
+    gallery.remove(identity=["person 7"])
     texts = [name.encode() for name in (*clips, "person 7")]
     assert not any(holds(gallery, x) for x in (*pieces(vectors), *texts))
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
@@ -258,24 +231,19 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("centred", "empty"), [(False, False), (True, False), (False, True)],
-    ids=["net or knn", "plda", "made empty"],
-)  # fmt: skip
+@pytest.mark.parametrize(("centred", "empty"), [(False, False), (True, False), (False, True)])
 def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred, empty):
     """The attacker knows the mean of all clips, and all clips except the only clip of p0.
 
     Before p0 is removed, the sum of all clips minus the known clips is the vector of p0. If the
     gallery was created empty, its back end was fitted to other clips, so its mean lacks p0.
     """
-    rng, clips = np.random.default_rng(0), {}
-    for person in range(12):
-        centre = rng.standard_normal(16)
-        for turn in range(2 if person else 1):
-            x = unit(centre + 0.5 * rng.standard_normal(16)).astype(np.float32)
-            clips[f"{person} {turn}"] = StoredClip(f"p{person}", x, fitted=not empty)
-
-    removed, *others = (clip.vector for clip in clips.values())
+    x = exact(np.random.default_rng(0), people=12, clips=2, width=16, within=0.2)
+    removed, *others = x.reshape(-1, 16)[1:].astype(np.float32)  # p0 has one clip
+    clips = {
+        f"{n}": StoredClip(f"p{(n + 1) // 2}", x, fitted=not empty)
+        for n, x in enumerate([removed, *others])
+    }
     fitted = {name: clip for name, clip in clips.items() if not empty or clip.identity != "p0"}
     backend = fit_backend(fitted, {"x": 16}, centred=centred, settings=SETTINGS)
     run = VectorOrigin("somewhere", "0" * 64, centred)
@@ -290,15 +258,15 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
         guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
         return abs(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
 
-    # A cosine of 0.9 does not reveal the vector.
     assert attack() < 0.9 if empty else attack() > 0.9999999
     people.remove(identity=["p0"])
-    assert attack() < 0.9
+    assert attack() < 0.9  # does not reveal the vector
 
 
 def test_removing_the_last_person_empties_the_back_end(tmp_path):
     people = make(tmp_path / "g", {name: clip for name, clip in FITTED.items() if clip.fitted})
     people.remove(identity=list(people.identities))
+    assert len(people) == 0 and people  # an empty gallery is true
     for part in people.backend.parts:
         assert part.space is not None
         assert not part.centre.any() and not part.space.mean.any() and not part.space.ratio.any()
@@ -308,44 +276,39 @@ def test_removing_the_last_person_empties_the_back_end(tmp_path):
 
 
 def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
-    """`person 2` is removed after a thread has read the gallery, and before it has finished."""
-    Gallery(gallery.folder).rename("person 1", "Bob")  # gives the thread something to read
-    read, has_read = gallery._store.read, threading.Event()
+    """`person 2` is removed after `refresh` has read the gallery, and before it has ended."""
+    Gallery(gallery.folder).rename("person 1", "Bob")  # gives `refresh` something to read
+    read = gallery._store.read
 
     def slow_read():
         state = read()
-        has_read.set()
+        monkeypatch.setattr(gallery._store, "read", read)
+        threads.submit(gallery.remove, identity="person 2")
         time.sleep(0.2)  # meanwhile, `person 2` is removed
         return state
 
     monkeypatch.setattr(gallery._store, "read", slow_read)
-    thread = threading.Thread(target=gallery.refresh)
-    thread.start()
-    has_read.wait()
-    monkeypatch.setattr(gallery._store, "read", read)
-    gallery.remove(identity="person 2")
-    thread.join()
+    with ThreadPoolExecutor() as threads:
+        gallery.refresh()
     # If the gallery had the old state, its next change would write `person 2` to the disk.
-    assert "person 2" not in gallery.index.names
+    assert "person 2" not in gallery.index.names and "Bob" in gallery.index.names
 
 
-def test_a_change_is_refused_during_another_change(gallery):
-    with Gallery(gallery.folder).change():
+def test_readers_see_the_old_state_during_a_change_and_other_changes_are_refused(gallery):
+    before = answers(gallery)
+    with Gallery(gallery.folder).change() as draft:
+        draft.rename("person 3", "Ada")
+        assert answers(gallery) == answers(Gallery(gallery.folder)) == before
         message = refused(
             lambda: gallery.remove(clip=["clip 30"]), str(gallery.folder),
             "in use by another process", "'with gallery.change()' of this program",
             "folder on another disk",  # a network drive may always report this error
         )  # fmt: skip
         assert message.startswith("gallery ")
-    assert gallery.remove(clip=["clip 30"]) == 1
-
-
-def test_readers_see_the_old_state_until_a_change_is_complete(gallery):
-    before = answers(gallery)
-    with Gallery(gallery.folder).change() as draft:
-        draft.rename("person 3", "Ada")
-        assert answers(gallery) == answers(Gallery(gallery.folder)) == before
-    assert "Ada" in Gallery(gallery.folder)
+    assert "Ada" in Gallery(gallery.folder) and gallery.remove(clip=["clip 30"]) == 1
+    # After a removal, the file of another hard link would still contain the person.
+    os.link(gallery.folder / store_lib.GALLERY_FILE, gallery.folder.parent / "other")
+    refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
 
 
 @pytest.mark.slow
@@ -358,24 +321,16 @@ def test_readers_see_the_old_state_or_the_new_one(gallery):
             gallery.add(NEW)
             gallery.remove(clip=["new"])
 
-    thread = threading.Thread(target=change)
-    thread.start()
-    try:
+    with ThreadPoolExecutor() as threads, contextlib.ExitStack() as stack:
+        stack.callback(stop.set)
+        changes = threads.submit(change)
         for _ in range(8):
             open_one.refresh()
             for people in (open_one, Gallery(gallery.folder)):
                 is_new_state = "new" in people.clips
                 assert {*people.clips} == ({*CLIPS, *NEW} if is_new_state else {*CLIPS})
                 assert ("new" in people.index.names) == is_new_state
-    finally:
-        stop.set()
-        thread.join(60)
-
-
-def test_a_change_of_a_file_with_hard_links_is_refused(gallery, tmp_path):
-    """After a removal, the file of the other link would still contain the person."""
-    os.link(gallery.folder / store_lib.GALLERY_FILE, tmp_path / "other")
-    refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
+    changes.result()
 
 
 @pytest.mark.slow
@@ -391,27 +346,21 @@ def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, cam
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
 
 
-# A process that ends in the middle of a change. With a cache of one page, pages are written early.
-UNFINISHED_CHANGE = """
-import os, sqlite3, sys
-gallery = sqlite3.connect(sys.argv[1])
-gallery.execute("PRAGMA cache_size=1")
-gallery.execute("BEGIN")
-for n in range(400):
-    gallery.execute("INSERT INTO clip VALUES (NULL, ?, ?)", (str(n), os.urandom(3000)))
-os._exit(1)
-"""
-
-
 def cut_off(folder):
-    """Leaves half of a change in a gallery, and its journal."""
-    words = ["-c", UNFINISHED_CHANGE, folder / store_lib.GALLERY_FILE]
-    subprocess.run([sys.executable, *words], check=False)
+    """Leaves half of a change in a gallery, and its journal, like a process that is killed."""
+    with contextlib.closing(sqlite3.connect(folder / store_lib.GALLERY_FILE)) as connection:
+        connection.execute("PRAGMA cache_size=1")  # so pages are written early
+        connection.execute("BEGIN")
+        for n in range(400):
+            connection.execute("INSERT INTO clip VALUES (NULL, ?, ?)", (str(n), os.urandom(3000)))
+        left = {path: path.read_bytes() for path in folder.iterdir()}
+    for path, content in left.items():
+        path.write_bytes(content)
     # A journal is longer than its header of 512 bytes.
-    assert (folder / (store_lib.GALLERY_FILE + "-journal")).stat().st_size > 512
+    assert (folder / store_lib.JOURNAL_FILE).stat().st_size > 512
 
 
-def test_journal_of_a_killed_change_is_rolled_back(gallery):
+def test_journal_of_a_killed_change_is_rolled_back_unless_it_names_another_file(gallery, tmp_path):
     before = answers(gallery)
     cut_off(gallery.folder)
     assert answers(Gallery(gallery.folder)) == before
@@ -419,41 +368,30 @@ def test_journal_of_a_killed_change_is_rolled_back(gallery):
     gallery.add(NEW)
     assert set(Gallery(gallery.folder).clips) == set(gallery.clips) == {*CLIPS, "new"}
 
-
-def test_journal_that_names_another_file_is_refused(gallery, tmp_path):
-    """SQLite would delete the named file after it has applied the journal."""
+    # SQLite would delete the named file after it has applied the journal.
     thesis = tmp_path / "thesis.tex"
     thesis.write_text("mine")
     cut_off(gallery.folder)
     name = str(thesis).encode()
     checksum = sum(n - 256 if n > 127 else n for n in name) & 0xFFFFFFFF  # of signed bytes
     # The end of such a journal: 4 zero bytes, the name, its length, its checksum, 8 fixed bytes.
-    with (gallery.folder / (store_lib.GALLERY_FILE + "-journal")).open("ab") as journal:
-        journal.write(b"\0\0\0\0" + name)
-        journal.write(len(name).to_bytes(4, "big") + checksum.to_bytes(4, "big"))
-        journal.write(store_lib.SUPER_JOURNAL)
+    end = b"\0\0\0\0" + name + struct.pack(">II", len(name), checksum) + store_lib.SUPER_JOURNAL
+    with (gallery.folder / store_lib.JOURNAL_FILE).open("ab") as journal:
+        journal.write(end)
 
     refused(lambda: Gallery(gallery.folder), "path of another file")
     assert thesis.read_text() == "mine"
 
 
-def test_a_read_only_gallery_answers(gallery):
+def test_a_read_only_gallery_with_zeros_up_to_1_tib_answers(gallery):
     wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
+    os.truncate(path, 1 << 40)
     path.chmod(0o400)
     gallery.folder.chmod(0o500)
-    try:
-        assert answers(Gallery(gallery.folder)) == wanted
-        assert os.listdir(gallery.folder) == [path.name]
-        if not os.access(gallery.folder, os.W_OK):  # root may write
-            refused(lambda: gallery.remove(clip=["clip 30"]), "cannot be changed", "copy it")
-    finally:
-        gallery.folder.chmod(0o700)
-
-
-def test_a_gallery_with_zeros_up_to_1_tib_answers(gallery):
-    wanted = answers(gallery)
-    os.truncate(gallery.folder / store_lib.GALLERY_FILE, 1 << 40)
     assert answers(Gallery(gallery.folder)) == wanted
+    assert os.listdir(gallery.folder) == [path.name]
+    if not os.access(gallery.folder, os.W_OK):  # root may write
+        refused(lambda: gallery.remove(clip=["clip 30"]), "cannot be changed", "copy it")
 
 
 def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, gallery):
@@ -466,17 +404,10 @@ def test_folders_without_a_gallery_or_with_other_files_are_refused(tmp_path, gal
     refused(lambda: make(tmp_path), "not empty", "file")
     refused(lambda: make(tmp_path / "file"), "is a file")
     refused(lambda: make(gallery.folder), "contains a gallery")
-
-
-def test_folder_of_a_killed_creation_may_be_used_again(tmp_path):
-    (tmp_path / store_lib.GALLERY_FILE).touch()  # is left by the kill
-    refused(lambda: Gallery(tmp_path), "contains no gallery")
-    assert make(tmp_path).identities
-
-
-def test_gallery_of_another_format_is_refused(gallery):
-    forged(gallery.folder, "PRAGMA user_version=2")  # the number of the format
-    refused(lambda: Gallery(gallery.folder), "create the gallery again")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / store_lib.GALLERY_FILE).touch()  # is left by a killed creation
+    refused(lambda: Gallery(tmp_path / "new"), "contains no gallery")
+    assert make(tmp_path / "new").identities
 
 
 # Damages to the file of a gallery, or files next to it that SQLite would read.
@@ -588,6 +519,8 @@ def test_forged_tables_and_facts_are_refused(gallery):
     path.write_bytes(content)
     forged(gallery.folder, facts={}, digest=True)  # changes nothing
     assert answers(Gallery(folder)) == answers(gallery)
+    forged(gallery.folder, "PRAGMA user_version=2")  # the number of the format
+    refused(lambda: Gallery(folder), "create the gallery again")
 
 
 @pytest.mark.slow
@@ -606,22 +539,17 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
         connection.execute("INSERT INTO sqlite_master VALUES ('index', 'x', 'x', 2, NULL)")
         connection.commit()
     leaf = path.read_bytes()[:size]
-    # The header of the file has 100 bytes. The size and the number of pages are replaced.
-    file_header = leaf[:16] + size.to_bytes(2, "big") + leaf[18:28]
-    file_header += num_pages.to_bytes(4, "big") + leaf[32:100]
-    cells = range(size - 300 * 6, size, 6)  # places of 300 cells of 6 bytes at the end of a page
-
+    # The header of the file has 100 bytes. Bytes 28 to 31 are the number of pages.
+    file_header = leaf[:28] + num_pages.to_bytes(4, "big") + leaf[32:100]
+    places = range(size - 300 * 6, size, 6)  # of 300 cells of 6 bytes at the end of a page
     pages = []
-    for number in range(1, num_pages):  # only page 1 begins with the header of the file
-        page, start = bytearray(size), 100 if number == 1 else 0
-        page[:start] = file_header[:start]
-        # The header of a page: its kind (5, an interior page), its number of cells, and so on.
-        # The last number of the header is the last child.
-        page[start : start + 12] = struct.pack(">B2xHHxI", 5, 300, cells[0], number + 1)
-        page[start + 12 : start + 612] = struct.pack(">300H", *cells)
-        for key, at in enumerate(cells):  # a cell contains the number of a child, and a key
-            page[at : at + 5] = struct.pack(">IB", number + 1, key % 127 + 1)
-        pages.append(bytes(page))
+    for child in range(2, num_pages + 1):
+        # The header of a page: its kind (5, an interior page), its number of cells, the place of
+        # the first cell, the last child, and all places. A cell contains a child and a key.
+        header = struct.pack(">B2xHHxI300H", 5, 300, places[0], child, *places)
+        start = header if pages else file_header + header  # page 1 begins with the file's header
+        cells = (struct.pack(">IBx", child, key % 127 + 1) for key in range(300))
+        pages.append(start.ljust(places[0], b"\0") + b"".join(cells))
     # The header of the page (8 bytes) and the place of its cell (2 bytes) move from byte 100 to 0,
     # because this page does not begin with the header of the file. The cell stays at its place.
     last = leaf[100:110] + leaf[10:]
@@ -635,7 +563,6 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
     with np.load(Path(__file__).parent / "helpers" / "frozen_gallery.npz") as file:
         frozen = dict(file)
     (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
-
     people = Gallery(tmp_path)
     assert people.threshold(fpir=2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     shown = {f"query {n}": StoredClip(None, x) for n, x in enumerate(frozen["shown"])}
@@ -650,9 +577,8 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
 @pytest.mark.slow
 def test_suggestions_for_a_mistyped_name_take_bounded_time():
     """Without a bound, 1,000 names of 199 letters took 15 seconds."""
-    draw = random.Random(0).choices
-    names = ["".join(draw("ab", k=length)) for length in (64, 199) for _ in range(10_000)]
-    began = time.process_time()
-    for word in ("ab" * 32, "a" * 199):
-        errors.closest(word, names, cutoff=0.95)
+    draw, began = random.Random(0).choices, time.process_time()
+    for length in (64, 199):
+        names = ["".join(draw("ab", k=length)) for _ in range(10_000)]
+        errors.closest("ab" * (length // 2), names, cutoff=0.95)
     assert time.process_time() - began < 5 * limits.slowness()

@@ -26,8 +26,7 @@ class Reviewed:
 
     def __init__(self, drawn):
         self.drawn, self.names = drawn, drawn.names
-        more = drawn.folder / "more.mkv"
-        self.films = drawn.film(), more
+        self.films = drawn.film(), (more := drawn.folder / "more.mkv")
         write_film(more, (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
         write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
         self.before = self.names_after_restart()
@@ -78,29 +77,21 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     edl = (drawn.out / "cuts" / "Zo\u00eb.edl").read_text()
     assert " 00:00:01:18 00:00:03:23 " in edl and " 00:00:03:18 00:00:05:23 " in edl
     assert reviewed.names() == named == reviewed.names_after_restart()
-    assert (
-        "Undone" in reviewed.post("undo")
-        and reviewed.names() == before == reviewed.names_after_restart()
-    )
+    assert "Undone" in reviewed.post("undo")
+    assert reviewed.names() == before == reviewed.names_after_restart()
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
 
     # `deny`: the name of a clip is wrong, so the clip becomes unknown. It is denied twice.
     ada = "clip: party.s000.t00"
-    text = reviewed.post(do="deny", of=ada)
-    denied = reviewed.names()
+    text, denied = reviewed.post(do="deny", of=ada), reviewed.names()
     unknown = denied["party.s000.t00"]
     assert f"Saved: party.mkv, 0:00\u20130:02, is not Ada, but {unknown}." in text
     assert unknown.startswith("unknown ") and reviewed.names_after_restart() == denied
     reviewed.post(do="name", of=ada, person="Ada")
-    assert (
-        reviewed.names()["party.s000.t00"]
-        == "Ada"
-        == reviewed.names_after_restart()["party.s000.t00"]
-    )
-    reviewed.post(do="deny", of=ada)
-    assert reviewed.names() == denied == reviewed.names_after_restart(), (
-        "a name by the user can be denied, too"
-    )
+    assert reviewed.names() == reviewed.names_after_restart()
+    assert reviewed.names()["party.s000.t00"] == "Ada"
+    reviewed.post(do="deny", of=ada)  # a name by the user can be denied, too
+    assert reviewed.names() == denied == reviewed.names_after_restart()
     reviewed.post(do="name", of="Ada", person="Ada Lovelace")
     assert reviewed.names()["party.s000.t00"] == unknown, "the new name is denied, too"
 
@@ -111,23 +102,30 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
 
 
 @pytest.mark.slow
-def test_review_asks_about_similar_names_but_not_about_numbered_names(reviewed):
+def test_review_joins_ignores_and_names_people_and_asks_about_similar_names(reviewed, drawn):
+    before = reviewed.before
+    reviewed.post(do="name", of="unknown 2", person="Unknown  1")  # the same name as unknown 1
+    joined = {clip: name.replace("unknown 2", "unknown 1") for clip, name in before.items()}
+    assert reviewed.names() == joined == reviewed.names_after_restart() != before
+    reviewed.post("undo")
+    reviewed.post(do="ignore", of="unknown 2")  # who then has no name and no number
+    ignored = {clip: None if name == "unknown 2" else name for clip, name in before.items()}
+    assert reviewed.names() == ignored == reviewed.names_after_restart()
+    assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
+    reviewed.post("undo")
+
     for similar in ("ada", "Ad a", "ad\u0430a"):  # \u0430 is a Cyrillic letter that looks like a
         text = reviewed.post(status=422, do="name", of="unknown 1", person=similar)
         assert "there is already Ada" in text and f">{similar} is another person<" in text
-    assert reviewed.names() == reviewed.before
+    assert reviewed.names() == before
 
     # `new` confirms that Ad a is another person.
     assert "Saved: unknown 1 is Ad a." in reviewed.post(do="name", of="unknown 1", new="Ad a")
     # Guest 1 and Guest 2 are similar, too, but no question is asked.
     for of, person in {"Ad a": "Guest 1", "unknown 2": "Guest 2"}.items():
         assert f"Saved: {of} is {person}." in reviewed.post(do="name", of=of, person=person)
-    names = reviewed.names()
-    assert {*names.values()} == {
-        "Ada",
-        "Guest 1",
-        "Guest 2",
-    } and names == reviewed.names_after_restart()
+    assert {*reviewed.names().values()} == {"Ada", "Guest 1", "Guest 2"}
+    assert reviewed.names() == reviewed.names_after_restart()
 
     for _ in ("Guest 2", "Guest 1"):
         reviewed.post("undo")
@@ -141,7 +139,6 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     just_before_field = text[field - 200 : field]
     assert "Who is unknown 1?" in just_before_field
     assert "Saved" not in reviewed.client.get("").text, "the message is shown once"
-
     # After a change on the page of a person or film, this page is shown.
     text = reviewed.post("undo", view="person=Ada")
     assert "<title>Ada: " in text and "Undone" in text
@@ -157,9 +154,7 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
     pictures = re.findall('<img[^>]* src="([^"]+)"', client.get("").text)
     assert len(pictures) > 2 and all((drawn.out / address).exists() for address in pictures)
     assert all(client.get(address).content.startswith(b"\x89PNG") for address in pictures)
-    outside = drawn.folder / "thumbnails" / "x" / "x.png"  # not in the folder of results
-    outside.parent.mkdir(parents=True)
-    outside.write_bytes(b"")
+    write_photo(outside := drawn.folder / "thumbnails" / "x" / "x.png")  # outside of the results
     for address in ("names.tsv", "unknown.json", "..%2fthumbnails%2fx%2fx.png", f"%2f{outside}"):
         assert client.get(address).status_code == 404
 
@@ -167,9 +162,8 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
     assert 'href="play/1?t=2.0"' in client.get("").text
     text = client.get("play/1?t=2.0").text
     assert 'src="../film/1#t=2.0"' in text and "party.mkv, from 0:02" in text
-    for time in ("%22%3E", "1.2.3"):
-        text = client.get(f"play/1?t={time}").text
-        assert "#t=0.0" in text, "a time that is no number is ignored"
+    for time in ("%22%3E", "1.2.3"):  # a time that is no number is ignored
+        assert "#t=0.0" in client.get(f"play/1?t={time}").text
 
     whole = client.get("film/1")
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
@@ -177,23 +171,8 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
     assert part.status_code == 206 and part.content == whole.content[10:20]
 
     reviewed.review.film(1).write_bytes(b"another file")
-    for word in ("film", "play"):
-        answer = client.get(f"{word}/1")
+    for answer in map(client.get, ("film/1", "play/1")):
         assert answer.status_code == 404 and "vidjax who again" in answer.text
-
-
-@pytest.mark.slow
-def test_review_joins_and_ignores_unknown_people(reviewed, drawn):
-    before = reviewed.before
-    reviewed.post(do="name", of="unknown 2", person="Unknown  1")  # the same name as unknown 1
-    joined = {clip: name.replace("unknown 2", "unknown 1") for clip, name in before.items()}
-    assert reviewed.names() == joined == reviewed.names_after_restart() != before
-
-    reviewed.post("undo")
-    reviewed.post(do="ignore", of="unknown 2")  # who then has no name and no number
-    ignored = {clip: None if name == "unknown 2" else name for clip, name in before.items()}
-    assert reviewed.names() == ignored == reviewed.names_after_restart()
-    assert "\tignored\t" in (drawn.out / "names.tsv").read_text()
 
 
 @pytest.mark.slow
@@ -203,7 +182,6 @@ def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed
     reviewed.post(do="name", of="clip: more.s000.t00", person="Eve")
     write_film(reviewed.films[1], (2, 20, [("Bob", 30, 30)]))
     assert reviewed.names_after_restart()["more.s000.t00"] == bob
-
     reviewed.open()
     reviewed.post(do="name", of="clip: more.s000.t00", person="Bob")
     names = reviewed.names()
@@ -219,9 +197,7 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     drawn.gallery("rename", "--identity=Ada", "--to=Eva")
     assert 'value="clip: party.s000.t00"' in reviewed.client.get("?person=Eva").text
     (version, *_) = re.findall('name="version" value="([0-9]+)"', page)
-    answer = reviewed.client.post("change", data={"version": version, "do": "name", "of": "Ada"})
-    assert answer.status_code == 409, "the page was out of date"
-
+    reviewed.post(status=409, version=version, do="name", of="Ada")  # the page was out of date
     # A name that was denied remains denied under the new name.
     reviewed.post(do="deny", of="clip: party.s000.t00")
     denied = reviewed.names()
@@ -229,18 +205,6 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     reviewed.client.get("")  # the page reads the new name
     renamed = {clip: "Ada Lovelace" if x == "Eva" else x for clip, x in denied.items()}
     assert reviewed.names_after_restart() == renamed and "Eva" in denied.values()
-
-
-def test_change_that_cannot_be_saved_changes_nothing(reviewed, drawn):
-    numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
-    numbers.unlink()
-    numbers.mkdir()  # nothing can be written at this path
-    assert "Nothing was changed" in reviewed.post(status=422, **bob)
-    assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
-    reviewed.post("undo", status=422)
-
-    numbers.rmdir()
-    assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
 
 
 def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
@@ -275,22 +239,29 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     assert reviewed.names() == reviewed.before
 
 
-def test_errors_of_the_disk_and_closed_connections_are_answered_without_a_traceback(
-    reviewed, monkeypatch
-):
+def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, monkeypatch):
+    numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
+    numbers.unlink()
+    numbers.mkdir()  # nothing can be written at this path
+    assert "Nothing was changed" in reviewed.post(status=422, **bob)
+    assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
+    reviewed.post("undo", status=422)
+    numbers.rmdir()
+    assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
+
     client = reviewed.client  # raises every exception that the application does not handle
     assert client.get(f"film/{'9' * 5000}").status_code == 404, "Python parses at most 4,300 digits"
     assert "choose a shorter name" in client.get(f"thumbnails/x/{'x' * 5000}.png").text
 
-    async def call(message):
-        return {"type": "http.disconnect"} if message is None else None
+    async def call(_=None):
+        return {"type": "http.disconnect"}
 
     headers = [(b"host", f"127.0.0.1:{PORT}".encode())]
     scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/change", "headers": headers}
-    asyncio.run(client.app(scope, lambda: call(None), call))
+    asyncio.run(client.app(scope, call, call))
 
     monkeypatch.setattr(who, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
-    reviewed.post(do="name", of=reviewed.before["party.s002.t01"], person="Bob")
-    shutil.rmtree(reviewed.drawn.out / "gallery")
+    reviewed.post(do="name", of="unknown 2", person="Eve")
+    shutil.rmtree(drawn.out / "gallery")
     answer = client.get("")
     assert answer.status_code == 503 and "gallery" in answer.text
