@@ -78,21 +78,16 @@ def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
 
 
 # The stored pictures have a width of 160. An aspect ratio of 64 is ignored as a mistake.
-@pytest.mark.parametrize(("aspect", "width"), [(2.0, 320), (0.5, 80), (64.0, 160)])
-def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect, width):
-    path = tmp_path / "a.mp4"
-    films.write(path, [corner()] * 5, "mpeg4", aspect=aspect)
-    (first, *_), _ = read(path)
-    assert first.rgb is not None and first.rgb.shape == (120, width, 3)
-    assert red_corners(first.rgb) == [0]
-
-
-@pytest.mark.parametrize(("degrees", "place"), [(90, 3), (180, 2), (-90, 1)])
-def test_rotated_film_is_decoded_upright(tmp_path, degrees, place):
-    films.write(tmp_path / "phone.mp4", [corner()] * 3, rotation=degrees)
-    (frame, *_), _ = read(tmp_path / "phone.mp4")
-    assert frame.rgb is not None and red_corners(frame.rgb) == [place]
-    assert len(frame.rgb) == (120 if degrees == 180 else 160)  # the height
+@pytest.mark.parametrize(("options", "place", "shape"), [
+    ({"rotation": 90}, 3, (160, 120)), ({"rotation": 180}, 2, (120, 160)),
+    ({"rotation": -90}, 1, (160, 120)), ({"aspect": 2.0}, 0, (120, 320)),
+    ({"aspect": 0.5}, 0, (120, 80)), ({"aspect": 64.0}, 0, (120, 160)),
+])  # fmt: skip
+def test_pictures_are_turned_upright_and_stretched_to_their_aspect(tmp_path, options, place, shape):
+    films.write(tmp_path / "a.mp4", [corner()] * 3, "mpeg4", **options)
+    (frame, *_), _ = read(tmp_path / "a.mp4")
+    assert frame.rgb is not None and frame.rgb.shape == (*shape, 3)
+    assert red_corners(frame.rgb) == [place]
 
 
 @nightly_after_first("ending, orientation", PHOTOS, 2)
@@ -129,17 +124,14 @@ def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
     refused(tmp_path / "a.webp", "convert it to JPEG")
 
 
-def test_film_that_claims_to_be_a_heic_photo_is_refused(tmp_path):
+def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypatch):
     """FFmpeg would read the tiles of a photo as frames of a film."""
-    pytest.importorskip("pillow_heif")
+    pytest.importorskip("pillow_heif").register_heif_opener()
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
     refused(tmp_path / "photo.heic", "damaged photo")
 
-
-def test_heic_photo_with_pictures_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    pytest.importorskip("pillow_heif").register_heif_opener()
     pytest.importorskip("PIL.Image").fromarray(films.scene(1)).save(tmp_path / "large.heic")
     monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
     refused(tmp_path / "large.heic", "pixels, more than")
@@ -170,13 +162,17 @@ def test_times_count_from_the_first_frame_to_the_end_of_the_last_frame(tmp_path)
     assert not video.counts.damaged
 
 
-def test_pipes_devices_folders_and_sound_files_are_refused(tmp_path):
+def test_pipes_devices_folders_sound_and_huge_pictures_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe.mp4", tmp_path / "device.mp4", tmp_path):
         refused(path, "not opened")
     films.write(tmp_path / "voice.m4a", [], sound=np.zeros(8000))
     refused(tmp_path / "voice.m4a", "give a video")
+    data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
+    data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
+    (tmp_path / "huge.bmp").write_bytes(data)
+    refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
 def test_bad_time_stamps_are_repaired():
@@ -265,13 +261,6 @@ def test_sound_follows_its_time_stamps(tmp_path):
     within = (times > 0.87) & (times < 1.25)
     tone = 0.5 * np.sin((times[within] - 0.85) * 2 * np.pi * 440)
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
-
-
-def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
-    data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
-    data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
-    (tmp_path / "huge.bmp").write_bytes(data)
-    refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
 @pytest.mark.parametrize(("limit", "lost"), [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
