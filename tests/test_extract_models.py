@@ -479,21 +479,16 @@ def test_converted_centerface_equals_the_published_net_and_accepts_any_size(conv
     assert {x.shape[2:] for x in ask(images[:3].reshape(1, 32, 96, 3)).values()} == {(8, 24)}
 
 
-def write_photo(path, name):
-    """Writes a photo of face_recognition's tests."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(package(PHOTOS)) as file:
-        photo = file.extractfile(f"face_recognition-1.3.0/tests/test_images/{name}.jpg")
-        assert photo is not None
-        path.write_bytes(photo.read())
-
-
 @pytest.mark.slow
 def test_published_nets_name_a_person_in_a_photo(converted, tmp_path, command):
     people, out = tmp_path / "people", tmp_path / "out"
-    write_photo(people / "Barack.jpg", "obama")
-    write_photo(people / "Joe.jpg", "biden")
-    write_photo(tmp_path / "later.jpg", "obama2")
+    people.mkdir()
+    shown = {people / "Barack.jpg": "obama", people / "Joe.jpg": "biden"}
+    with tarfile.open(package(PHOTOS)) as archive:
+        for path, name in (shown | {tmp_path / "later.jpg": "obama2"}).items():
+            photo = archive.extractfile(f"face_recognition-1.3.0/tests/test_images/{name}.jpg")
+            assert photo is not None
+            path.write_bytes(photo.read())
 
     flags = [f"--people={people}", f"--models={converted}", f"--out={out}"]
     done = command("who", tmp_path / "later.jpg", *flags)
