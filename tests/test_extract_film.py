@@ -346,10 +346,9 @@ class CountingDetector(nets.Detector):
 
 
 def draw_shot(rng, frames, slow):
-    """Returns pictures of people.
+    """Returns pictures of people, who move slowly and are visible for five frames or more.
 
-    If `slow`, people move slowly and are visible for five frames or more. If not, each person is
-    in all pictures, at random places.
+    If `slow` is False, each person is in all pictures, at random places.
     """
     faces = [[] for _ in range(frames)]  # of each picture
     for room in rng.choice(12, rng.integers(1, 7), replace=False):  # 1 to 6 of 3 x 4 rooms
