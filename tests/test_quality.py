@@ -13,21 +13,6 @@ from tests.helpers.embeddings import unit
 from vidjax.data import memory, sources
 
 DIM = 5
-GIVEN = [9.0, 7.0, 8.0]
-
-
-def norm(frames):
-    return np.linalg.norm(frames.astype(float), axis=1)
-
-
-@pytest.fixture
-def clips():
-    """Two clips of three faces. The first clip has a voice, and the second clip has qualities."""
-    rng = np.random.default_rng(0)
-    bare, rated = (rng.normal(0, 4, (3, DIM)).astype(np.float16) for _ in range(2))
-    voice = rng.normal(size=DIM).astype(np.float32)
-    rated_face = {"features": rated, "quality": np.array(GIVEN)}
-    return {"a": {"face": bare, "voice": voice}, "b": {"face": rated_face}}
 
 
 def qualities(source, modality="face"):
@@ -35,14 +20,19 @@ def qualities(source, modality="face"):
     return [frames.quality for _, frames in sorted(real_frames(source, "val", modality))]
 
 
-def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_path):
+def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path):
     """Records in the cache of one setting are not used for the other setting."""
-    a, b = norm(clips["a"]["face"]), norm(clips["b"]["face"]["features"])
+    rng, given = np.random.default_rng(0), [9.0, 7.0, 8.0]
+    bare, rated = (rng.normal(0, 4, (3, DIM)).astype(np.float16) for _ in range(2))
+    voice = rng.normal(size=DIM).astype(np.float32)
+    rated_face = {"features": rated, "quality": np.array(given)}
+    clips = {"a": {"face": bare, "voice": voice}, "b": {"face": rated_face}}
+    a, b = (np.linalg.norm(frames.astype(float), axis=1) for frames in (bare, rated))
     widths, cache = {"face": DIM, "voice": DIM}, tmp_path / "cache"
     folder = clip_files.write_npz(tmp_path / "own", {"val": clips})
 
     # Clip a has no qualities, so its qualities are the norms with both settings.
-    wanted: Any = {"given": [a, GIVEN], "norm": [a, b]}
+    wanted: Any = {"given": [a, given], "norm": [a, b]}
     for quality, of_clips in wanted.items():
         own = vidjax.load_data({"val": clips}, cache_dir=cache, quality=quality)
         for reader in (
@@ -53,10 +43,10 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(clips, tmp_pa
         ):
             np.testing.assert_allclose(qualities(reader), of_clips, rtol=1e-6)
         of_voice, _ = qualities(own, "voice")  # clip b has no voice
-        np.testing.assert_allclose(of_voice, norm(clips["a"]["voice"][None]))
+        np.testing.assert_allclose(of_voice, [np.linalg.norm(voice.astype(float))])
 
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
-        faces = {"a": {"face": clips["a"]["face"]}, "b": {"face": clips["b"]["face"]["features"]}}
+        faces = {"a": {"face": bare}, "b": {"face": rated}}
         table = clip_files.write_parquet(tmp_path / "table.parquet", faces)
         by_table = qualities(memory.load_clips(table, widths, identities=()))
         np.testing.assert_allclose(by_table, [a, b], rtol=1e-6)
