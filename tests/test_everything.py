@@ -43,28 +43,17 @@ def everything(official_dir, tmp_path_factory):
     return train(tmp_path_factory.mktemp("everything"), f"{KNN},everything", official_dir)
 
 
-@pytest.fixture(scope="module")
-def on_train(official_dir, tmp_path_factory):
-    """The folder of a run on train only."""
-    return train(tmp_path_factory.mktemp("on_train"), KNN, official_dir)[0]
-
-
-def test_run_on_everything_ranks_the_test_split(everything):
+def test_run_on_everything_learns_all_clips_and_ranks_test_without_a_score(everything):
     folder, out = everything
-    results = read_metrics(folder)
+    trained, results = ensemble.load(folder).trained, read_metrics(folder)
+    assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
+    assert trained.all()
     assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12
     lists = made_runs.lists(folder / "ranking.txt").values()
     assert len(lists) == 12 and all("_TEST_" in name for names in lists for name in names)
     assert "MAP@100     none: test has no ground truth" in out
-
-
-def test_run_on_everything_learns_all_clips_and_reports_no_score(everything):
-    folder, _ = everything
-    trained = ensemble.load(folder).trained
-    assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
-    assert trained.all()
     scores = ("map", "best", "top1", "auroc", "fnir", "threshold")
-    assert not [key for key in read_metrics(folder) if key.startswith(scores)]
+    assert not [key for key in results if key.startswith(scores)]
     assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
 
 
@@ -84,15 +73,15 @@ def test_command_and_report_say_that_nothing_is_measured(everything, official_di
     assert "<strong>" not in summary and 'id="learning"' not in report  # no MAP and no loss
 
 
-def test_run_on_everything_has_no_best_checkpoint(everything, command):
-    done = command("evaluate", f"--workdir={everything[0]}", "--config.eval.checkpoint=best")
+def test_run_on_everything_has_no_best_checkpoint_and_is_imported_without_it(
+    everything, tmp_path, say, command
+):
+    folder, _ = everything
+    done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")
     assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
 
-
-def test_run_that_prefers_the_best_checkpoint_is_imported_without_a_map(everything, tmp_path, say):
-    run, exported = tmp_path / "run", tmp_path / "exported"
-    shutil.copytree(everything[0], run)
-    config = json.loads((run / "config.json").read_text())
+    run, exported = shutil.copytree(folder, tmp_path / "run"), tmp_path / "exported"
+    config = read_metrics(run, "config.json")
     config["eval"]["checkpoint"] = "best"
     (run / "config.json").write_text(json.dumps(config))
     say("export", run, f"--to={exported}", "--format=safetensors")
@@ -110,21 +99,20 @@ def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
     assert "all good" in say("--mode=check", f"--workdir={folder}")
 
 
-def test_comparison_on_test_is_refused_and_on_val_names_the_in_sample_run(
-    everything, on_train, tmp_path, say
+def test_comparison_and_blend_with_a_run_on_everything_are_in_sample_on_val(
+    everything, official_dir, tmp_path, say
 ):
-    folder, _ = everything
-    words = ("--mode=compare", f"--workdir={tmp_path}/out", f"--runs={folder},{on_train}")
-    assert FOLDS in say(*words, code=2)  # test, the split of `folder`, is not labelled
+    """On test, a comparison is refused and a blend has no MAP, because test is not labelled."""
+    (folder, _), (on_train, _) = everything, train(tmp_path / "on_train", KNN, official_dir)
+    runs, blend = f"--runs={folder},{on_train}", tmp_path / "blend"
+
+    words = ("--mode=compare", f"--workdir={tmp_path}/out", runs)
+    assert FOLDS in say(*words, code=2)  # on test, the split of `folder`
     line = find_line(say(*words, MEASURED), "In sample")
     assert str(folder) in line and str(on_train) not in line
 
-
-def test_blend_with_a_run_on_everything_is_in_sample_on_val_and_has_no_map_on_test(
-    everything, on_train, tmp_path, say
-):
-    words = ("--mode=evaluate", f"--workdir={tmp_path}", f"--runs={everything[0]},{on_train}")
+    words = ("--mode=evaluate", f"--workdir={blend}", runs)
     assert "in sample" in say(*words)  # on val, the default split
-    assert read_metrics(tmp_path)["map_kind"] == "in_sample"
+    assert read_metrics(blend)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")
-    assert "map" not in read_metrics(tmp_path, "metrics_test.json")
+    assert "map" not in read_metrics(blend, "metrics_test.json")
