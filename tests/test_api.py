@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import made_runs
+from tests.helpers import made_runs, servers
 from vidjax.runs import results as results_lib
 from vidjax.runs.run_folder import RunFolder
 
@@ -101,38 +101,48 @@ def test_import_on_windows_names_the_remedy(python):
     )
 
 
-def test_load_config_describes_the_expected_arguments():
-    load = UNTYPED.load_config
-    refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load, "mma", {"seed": 1})
-    refused(r"such as '--config\.seed=1'", load, "mma", "config.seed=1")
-    refused("load_config: spec must be a name .* not None", load, None)
-
-
-def test_load_data_describes_the_expected_arguments(clips, labels, official_dir, tmp_path):
-    config, load = vidjax.load_config("knn"), UNTYPED.load_data
+def test_functions_describe_the_expected_arguments(clips, labels, made, official_dir, tmp_path):
+    load_config, load, train = UNTYPED.load_config, UNTYPED.load_data, UNTYPED.train
+    restore, compare = UNTYPED.restore, UNTYPED.compare
+    refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load_config, "mma", {"seed": 1})
+    refused(r"such as '--config\.seed=1'", load_config, "mma", "config.seed=1")
+    refused("load_config: spec must be a name .* not None", load_config, None)
 
     # A configuration has its own folders and options. Official files have their own labels.
+    config, misspelt, new = load_config("knn"), load_config("knn"), tmp_path / "new"
     refused("load_data: source must be a folder, .* not list", load, [clips])
     refused(r"set config\.data\.cache_dir", load, config, cache_dir=tmp_path)
     refused(r"set config\.data\.quality", load, config, quality="norm")
     refused(r"config\.data\.dir", load, config, labels)
     refused("leave `quality` out", load, official_dir, quality="norm")
     refused(r"train_gt\.txt", load, official_dir, labels)
-    refused("'.*new' does not exist", load, tmp_path / "new")
+    refused("'.*new' does not exist", load, new)
     refused("labels must be a dict", load, clips, [1])
 
-
-def test_train_and_restore_describe_the_expected_arguments(made, tmp_path):
-    train, restore = UNTYPED.train, UNTYPED.restore
-    config, misspelt, new = vidjax.load_config("knn"), vidjax.load_config("knn"), tmp_path / "new"
     misspelt.optim.learn_rate = 1
-
     refused("train: config must be a configuration", train, str(new), config, made)
     refused("train: workdir must be the path of a folder", train, config, made, new)
     refused("data must be the result of vidjax.load_data", train, config, new, str(new))
     refused(r"learn_rate .*optim\.learning_rate", train, misspelt, new, made)
     refused("restore: workdir must be the path", restore, config)
     refused(f"no run in '{new}'", restore, new)
-    measured = vidjax.load_config("knn", "--config.data.name=arrays", "--config.data.quality=norm")
+    measured = load_config("knn", "--config.data.name=arrays", "--config.data.quality=norm")
     refused(r"load_data\(\.\.\., quality='norm'\)", train, measured, new, made)
     assert not new.exists()
+
+    for runs in ([new, None], [[new], [None]], [new, 5], [new, tmp_path.stat()]):
+        refused("compare: run must be the path of a run's folder", compare, runs)
+    refused("compare: out must be the path of a folder", compare, [new, new], out=5)
+
+
+def test_galleries_describe_the_expected_arguments(nearest_run, tmp_path):
+    new, gallery = tmp_path / "new", UNTYPED.Gallery
+    remedy = f"vidjax gallery create NEW_FOLDER --run={nearest_run}"
+    refused(remedy, gallery.create, nearest_run, new)
+    refused("folder must be the path", gallery.create, None, nearest_run)
+    refused("run must be a run, or the path", gallery.create, new, 5)
+    refused("data must be the result", gallery.create, new, nearest_run, {})
+    refused("models must be the path", gallery.of_models, new, None)
+    assert not new.exists()
+    enrol, clips = servers.make_gallery(new).enrol, {"c": {"face": np.ones((1, 8), np.float32)}}
+    refused(r"no clip is called 'd'(.|\n)*clip is 'c'", enrol, clips, {"d": "Ada"})

@@ -1,20 +1,27 @@
 """Commands as users type them: exit codes, remedies, messages, and names of run folders."""
 
+import copy
 import errno
 import json
 import os
+import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from tests.campaigns import commands
-from tests.helpers import seen
+from tests.helpers import clip_files, seen
 from tests.helpers.limits import slowness
+from vidjax.apps.gallery.changes import NotEnrolledError
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.runs import config as config_lib, config_io, terminal
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.signals import Interrupted
@@ -208,6 +215,44 @@ def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch)
                 terminal.say(text)
 
 
-def test_list_of_names_shows_whether_there_are_more():
-    assert messages.list_some([]) == "" and messages.list_some([*"abcde"]) == "a, b, c, d, e"
-    assert messages.list_some([*"abcdef"]) == "a, b, c, d, e, ..."
+# A wrong command, a pattern that finds the remedy in its error, and a command with the remedy.
+REMEDIES = [
+    ("gallery g list", r"comes first: (vidjax .*)", "{}"),
+    ("gallery identify g --input='my own'", r"(--input=.*)", "gallery identify g {}"),
+    ("config --config=knn --config.loss.gama=1", r"did you mean (--config\S+)\?",
+     "config --config=knn {}=1"),
+    ("check 'my run'", r"did you mean (--workdir=.*)\?", "check {}"),
+    ("rank --workdir=run --input=official --out=b.tsv", r"embed, add (--config\S+)",
+     "rank --workdir=run --input=official {} --out=b.tsv"),
+    ("gallery identify g --input=official", r"--input by (--split.*)", "gallery identify g {}"),
+    ("gallery list 'my run'", r"from it: (vidjax .*)", "{}"),
+    ("check --config=knn:face,face", r"'(face)' comes twice", "config --config=knn:{}"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_suggested_command_of_an_error_runs(
+    tmp_path, nearest_run, official_dir, data, say, monkeypatch
+):
+    # The current folder has a run, its gallery, official files, and own features of two splits.
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "my run"):
+        Path(name).symlink_to(nearest_run)
+    Gallery.create("g", nearest_run, data)
+    Path("official").symlink_to(official_dir)
+    clips = {"a b": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float16)}}
+    clip_files.write_npz(Path("my own"), {"train": clips, "test": clips})
+
+    for typed, pattern, corrected in REMEDIES:
+        match = re.search(pattern, say(*shlex.split(typed), code=2))
+        assert match, typed
+        words = corrected.format(match[1]).removeprefix("vidjax ")
+        assert say(*shlex.split(words)), typed
+
+
+def test_errors_pass_from_one_process_to_another():
+    """An error that cannot be unpickled would end a pool of processes, or let it wait forever."""
+    for error in (NotEnrolledError("clip", "clp", {"clip"}), Interrupted(15, 7), DiskError("full")):
+        for received in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+            assert type(received) is type(error) and str(received) == str(error)
+            assert received.exit_code == error.exit_code

@@ -56,17 +56,6 @@ def new(clips):
 WIDTH = 24  # of the faces
 
 
-def faces(count):
-    """Returns clips of 1 to 5 random faces."""
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(count)]
-    return {f"clip_{i}": {"face": array} for i, array in enumerate(arrays)}
-
-
-def first(clips, count):
-    return dict(list(clips.items())[:count])
-
-
 def ranked(run, clips):
     """Returns the lines of `ranking.txt` for these clips."""
     lists = run.rank(clips).items()
@@ -88,17 +77,10 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
         predict.restore(tmp_path)
 
 
-def test_best_step_can_be_restored(train):
-    folder = train("knn")
-    run = predict.restore(folder, step="best", num_devices=1)
-    (only_step,) = checkpoint.manifests(folder)
-    assert run.workdir == folder and run.step == only_step
-
-
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
 def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, restored, clips):
     folder, run = train(name), restored(name)
-    assert run.step == max(checkpoint.manifests(folder))
+    assert run.workdir == folder and run.step == max(checkpoint.manifests(folder))
 
     # Clips of the dataset.
     wanted = small_runs.scores([small_runs.restored(folder, data)])
@@ -115,6 +97,7 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
         np.testing.assert_array_equal(run.scores(clips["val"]), scores[order])
         assert ranked(run, clips["val"]) == lines
     if name == "knn":
+        assert predict.restore(folder, step="best", num_devices=1).step == run.step
         four_devices = predict.restore(folder, num_devices=4)
         np.testing.assert_array_equal(four_devices.scores(clips["val"]), scores[order])
         with jax.enable_x64(True):  # as in a notebook that needs float64 for other things
@@ -149,22 +132,19 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 
-SCORE_WITHOUT_TENSORFLOW = """
-import sys
-for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
-import numpy as np
-from vidjax.evaluation import predict
-run, clips = predict.restore(sys.argv[1]), {"clip": {"face": np.ones((2, 24), np.float32)}}
-assert np.isfinite(run.scores(clips)).all() and np.isfinite(run.embed(clips)).all()
-"""
-
-
 def test_arrays_are_scored_without_tensorflow(train, python):
-    python(SCORE_WITHOUT_TENSORFLOW, train("knn"))
+    python(
+        "import sys, numpy as np\n"
+        "sys.modules |= dict.fromkeys(['tensorflow', 'tensorflow_datasets', 'pyarrow'])\n"
+        "from vidjax.evaluation import predict\n"
+        "run, clips = predict.restore(sys.argv[1]), {'a': {'face': np.ones((2, 24), np.float32)}}\n"
+        "assert np.isfinite(run.scores(clips)).all() and np.isfinite(run.embed(clips)).all()\n",
+        train("knn"),
+    )
 
 
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
-    run, five = restored("ensemble"), first(new, 5)
+    run, five = restored("ensemble"), dict([*new.items()][:5])
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     measured = {predict.THRESHOLD: -1.0, "num_distractors": 99}  # enough distractors
     run = run._replace(results={**run.results, **measured})
@@ -204,8 +184,8 @@ def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
 def test_threshold_needs_at_least_99_distractors(restored, new):
     """The threshold lets 1 % of strangers pass: one of 99 distractors and a new stranger."""
     run = restored("knn")
-    with_face = {name: clip for name, clip in new.items() if len(clip["face"]["number"])}
-    three = first(with_face, 3)
+    with_face = [item for item in new.items() if len(item[1]["face"]["number"])]
+    three = dict(with_face[:3])
     results = {**run.results, predict.THRESHOLD: -1.0}
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
 
@@ -233,11 +213,13 @@ def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored,
 
 def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
     folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
-    run, clips = predict.restore(folder, num_devices=1), faces(37)
+    run, rng = predict.restore(folder, num_devices=1), np.random.default_rng(0)
+    faces = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(37)]
+    clips = {f"clip_{i}": {"face": face} for i, face in enumerate(faces)}
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
     for count in (1, 2, 15, 16, 17):  # blocks hold 16 clips
-        last_clips = dict(list(clips.items())[-count:])
+        last_clips = dict([*clips.items()][-count:])
         np.testing.assert_array_equal(run.scores(last_clips), scores[-count:])
         np.testing.assert_array_equal(run.embed(last_clips), vectors[-count:])
 
@@ -249,5 +231,5 @@ def test_absurd_size_in_a_manifest_is_refused_without_allocation(train, tmp_path
         files.write_manifest(folder / "checkpoints" / str(step) / "manifest.json", changed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
-        predict.restore(folder, num_devices=1).scores(faces(2))
+        predict.restore(folder, num_devices=1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB: below 1 GiB

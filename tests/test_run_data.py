@@ -98,6 +98,18 @@ def test_run_refuses_to_train_or_evaluate_on_other_data(
 
 
 @pytest.mark.slow
+def test_only_a_run_without_a_checkpoint_accepts_another_configuration(own, train_again):
+    words = ["--config.data.name=arrays", f"--config.data.dir={own}/data", "--config.seed=7"]
+    assert "--workdir=FOLDER" in train_again(words, code=2)
+
+    # As in a run that was stopped before its first checkpoint.
+    (own / "run" / "metrics.json").unlink()
+    shutil.rmtree(own / "run" / "checkpoints")
+    train_again(words)
+    assert json.loads((own / "run" / "config.json").read_text())["seed"] == 7
+
+
+@pytest.mark.slow
 def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, train_again):
     path, new_dir = own / "run", f"--config.data.dir={own}/moved"
     words = ["--config.data.name=arrays", new_dir]
