@@ -20,9 +20,8 @@ import nbformat
 import pytest
 
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.small_runs import QUICK
+from tests.helpers.small_runs import QUICK, ROOT
 
-ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
 # Packages that are installed on a hosted machine, in versions above our lower bounds.
 HOSTED = {"jax": "0.99.0", "jaxlib": "0.99.0", "numpy": "2.2.6", "tensorflow": "2.20.0"}
@@ -100,10 +99,7 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
 
 
 def run(notebook, folder, cache_dir, **more_env):
-    """Runs a notebook from top to bottom in an empty folder; returns it with its outputs.
-
-    Outputs contain the errors of cells. If no kernel starts, RuntimeError is raised.
-    """
+    """Runs a notebook in an empty folder; returns it with its outputs and the errors of cells."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None

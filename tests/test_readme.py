@@ -20,12 +20,11 @@ from tests.benchmarks import common, rehearsal, scores, speed
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.small_runs import LAYER
+from tests.helpers.small_runs import LAYER, ROOT
 from vidjax.cli import program, run_commands
 from vidjax.data import arrays, iqiyi_vid, synthetic
 from vidjax.models import identifier
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = (
     "configs", "vidjax/data", "vidjax/apps/export", "vidjax/apps/video", "vidjax/apps/gallery",
     "vidjax/runs", "vidjax/apps/serve", "tests/benchmarks", "tests",
@@ -243,6 +242,8 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
     after = json.loads(scores.RESULTS.read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert speed.PAGE.read_text() == written
+    page, rows = rehearsal.PAGE.read_text(), json.loads(rehearsal.COLLECTED.read_text())
+    assert common.replace_table(page, "rehearsal", rehearsal.render(rows)) == page
 
 
 @pytest.mark.slow
@@ -294,8 +295,3 @@ def test_every_test_in_the_fault_table_exists():
         assert tests and len(tests) == cell.count("::"), number
         for name, test in tests:
             assert f"def {test}(" in (ROOT / name).read_text(), (number, test)
-
-
-def test_table_of_the_rehearsal_is_made_of_the_collected_rows():
-    page, rows = rehearsal.PAGE.read_text(), json.loads(rehearsal.COLLECTED.read_text())
-    assert common.replace_table(page, "rehearsal", rehearsal.render(rows)) == page

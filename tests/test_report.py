@@ -65,7 +65,6 @@ def check_page(text):
 def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     config = shrunk("--config.num_epochs=1", spec="configs/quality_fusion.py:iqiyi_vid")
     results = loop.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
-
     text = (tmp_path / "report.html").read_text()
     # Loss, scores and learning rate; histograms, error rates and calibration.
     assert len(check_page(text).all("figure")) == 6
@@ -138,10 +137,6 @@ def spoilt(value):
     return EVIL + value if isinstance(value, str) else value
 
 
-def test_report_begins_with_the_date_of_the_evaluation(full, page):
-    assert f"evaluated on val; {full.metrics.eval_date}" in page
-
-
 def test_report_says_of_no_identity_that_it_is_below_a_quantile_of_1(tmp_path):
     made_runs.write(tmp_path, {f"p{i}": float(i > 0) for i in range(20)})  # 19 of 20 are perfect
     text = section(run_page.render(run_page.load(RunFolder(tmp_path))), "identities")
@@ -188,21 +183,19 @@ def test_report_isolates_names_written_from_right_to_left(page):
     assert all({"bdi", "title", "svg"} & set(tags) for tags in tags_of_names)
 
 
-def test_every_number_in_the_report_comes_from_a_run_file(full, page):
+def test_date_and_every_number_in_the_report_come_from_a_run_file(full, page):
+    assert f"evaluated on val; {full.metrics.eval_date}" in page
     check_numbers(full.folder, page)
-    with pytest.raises(AssertionError):  # 0.123456 is in no file
-        check_numbers(full.folder, page.replace(repr(full.metrics.map), "0.123456"))
 
 
 def test_report_explains_missing_results(tmp_path):
-    def summary():
-        return section(run_page.write(RunFolder(tmp_path)).read_text(), "summary")
-
     (tmp_path / "config.json").write_text("{}")
-    assert "The run has no results yet" in summary()
-    check_page((tmp_path / "report.html").read_text())
+    text = run_page.write(RunFolder(tmp_path)).read_text()
+    check_page(text)
+    assert "The run has no results yet" in section(text, "summary")
     (tmp_path / "metrics.json").write_text('{"num_clips": 3}')
-    assert "and there is no MAP" in summary()
+    text = run_page.write(RunFolder(tmp_path)).read_text()
+    assert "and there is no MAP" in section(text, "summary")
 
 
 def test_warning_about_a_failed_report_names_the_command_for_its_split(tmp_path):
