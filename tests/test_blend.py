@@ -34,7 +34,6 @@ def folders(official_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(cache_dir):
-    """Returns a function: configuration -> its dataset."""
     return lambda config: load_dataset("iqiyi_vid", directory=config.data.dir, cache_dir=cache_dir)
 
 
@@ -111,9 +110,7 @@ def test_blend_is_the_weighted_mean_of_probabilities():
 
 
 @pytest.mark.slow
-def test_blend_refuses_runs_with_different_identities_or_clips(
-    runs, train, load, folders, tmp_path
-):
+def test_blend_refuses_runs_with_other_identities_or_clips(runs, train, load, folders, tmp_path):
     fewer = tmp_path / "fewer"  # with 10 of the 12 identities
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})

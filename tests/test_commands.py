@@ -105,7 +105,6 @@ def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
 
 def test_run_folder_is_named_after_its_overrides():
     def suffix(*words, without=()):
-        """Returns the end of the name of a run folder."""
         overrides = [f"--config.{word}" for word in words]
         config = config_io.override(config_lib.default(), overrides)
         return config_io.folder_suffix(config, overrides, without)
@@ -231,9 +230,7 @@ REMEDIES = [
 
 
 @pytest.mark.slow
-def test_suggested_command_of_an_error_runs(
-    tmp_path, nearest_run, official_dir, data, say, monkeypatch
-):
+def test_suggested_commands_run(tmp_path, nearest_run, official_dir, data, say, monkeypatch):
     # The current folder has a run, its gallery, official files, and own features of two splits.
     monkeypatch.chdir(tmp_path)
     for name in ("run", "my run"):

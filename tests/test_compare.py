@@ -78,7 +78,6 @@ def test_compare_prints_and_writes_the_same_differences_and_intervals(tmp_path, 
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert "Holm" in text and "Holm" in page and "b<i>" in Page(page).text()
     facts = json.loads(compared("--json", runs=names).out)
-    # The split and the 50 clips are defaults of `made_runs.write`.
     assert (facts["split"], facts["num_identities"], facts["num_clips"]) == ("val", len(NAMES), 50)
     assert [row["run"] for row in facts["runs"]] == [str(tmp_path / name) for name in names]
 
@@ -220,9 +219,7 @@ DIFFERENCES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(("message", "difference"), DIFFERENCES.items(), ids=DIFFERENCES)
-def test_compare_refuses_runs_with_other_clips_identities_or_labels(
-    tmp_path, compared, message, difference
-):
+def test_compare_refuses_other_clips_identities_or_labels(tmp_path, compared, message, difference):
     made_runs.write(tmp_path / "a", averages(3), results=trained_on())
     made_runs.write(tmp_path / "b", **{"averages": averages(3), **difference})
     assert compared().refused(message)

@@ -41,11 +41,6 @@ def output_texts(cell):
                 yield text if isinstance(text, str) else json.dumps(text)
 
 
-def output_types(cell):
-    """Returns the types, such as text/plain and image/png, of each output of a cell."""
-    return [sorted(o.data) for o in cell.outputs if o.output_type != "stream"]
-
-
 @pytest.mark.parametrize("name", PATHS)
 def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
     code = [cell for cell in read(name).cells if cell.cell_type == "code"]
@@ -138,7 +133,11 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
         if cell.cell_type == "code":
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
             assert not errors, f"{cell.id}: {errors}"
-            assert output_types(cell) == output_types(before), cell.id
+            types, types_before = (
+                [sorted(o.data) for o in one.outputs if o.output_type != "stream"]
+                for one in (cell, before)
+            )
+            assert types == types_before, cell.id  # such as text/plain and image/png
             if "main([" in cell.source:
                 assert "0" in output_texts(cell), cell.id  # the exit code
             assert "Warning" not in "".join(output_texts(cell)), "".join(output_texts(cell))

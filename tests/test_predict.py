@@ -49,7 +49,6 @@ def clips():
 
 @pytest.fixture(scope="module")
 def new(clips):
-    """Clips of val under other names."""
     return {f"new {name}": frames for name, frames in clips["val"].items()}
 
 
@@ -63,7 +62,7 @@ def ranked(run, clips):
 
 
 def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
-    folder = train("knn")
+    folder = train("mma")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
 
     # A configuration of a blend, and then of a run without a checkpoint.
@@ -76,13 +75,22 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)
 
+    # An absurd size is refused before anything is allocated for it.
+    theirs = shutil.copytree(folder, tmp_path / "theirs")
+    for step, manifest in checkpoint.manifests(theirs).items():
+        changed = {**manifest, "num_identities": 2**31 - 1}
+        files.write_manifest(theirs / "checkpoints" / str(step) / "manifest.json", changed)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
+        predict.restore(theirs, num_devices=1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB: below 1 GiB
+
 
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
 def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, restored, clips):
     folder, run = train(name), restored(name)
     assert run.workdir == folder and run.step == max(checkpoint.manifests(folder))
 
-    # Clips of the dataset.
     wanted = small_runs.scores([small_runs.restored(folder, data)])
     lines = (folder / "ranking.txt").read_text().splitlines()
     scores = run.scores(data)
@@ -222,14 +230,3 @@ def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
         last_clips = dict([*clips.items()][-count:])
         np.testing.assert_array_equal(run.scores(last_clips), scores[-count:])
         np.testing.assert_array_equal(run.embed(last_clips), vectors[-count:])
-
-
-def test_absurd_size_in_a_manifest_is_refused_without_allocation(train, tmp_path):
-    folder = shutil.copytree(train("mma"), tmp_path / "theirs")
-    for step, manifest in checkpoint.manifests(folder).items():
-        changed = {**manifest, "num_identities": 2**31 - 1}
-        files.write_manifest(folder / "checkpoints" / str(step) / "manifest.json", changed)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
-        predict.restore(folder, num_devices=1)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB: below 1 GiB

@@ -47,20 +47,18 @@ SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of p
 TINY = {"mma.py": (*SMALL, "--config.modalities=face,audio"), "quality_fusion.py": (LAYER,)}
 
 
-def shell_commands(page):
-    for block in re.findall(r"```sh\n(.*?)```", PAGES[page].read_text(), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split("&&"):
-                if words := shlex.split(command, comments=True):
-                    yield words
-
-
 def commands():
     """Returns [module, *words] of all Python commands of the pages, in order, without repeats."""
-    every = (words for page in PAGES for words in shell_commands(page))
-    every = [["python", "-m", "vidjax.main", *x[1:]] if x[0] == "vidjax" else x for x in every]
-    modules = [words[2:] for words in every if words[:2] == ["python", "-m"]]
-    return [words for i, words in enumerate(modules) if words not in modules[:i]]
+    every = []
+    for page in PAGES.values():
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for command in re.split("\n|&&", block.replace("\\\n", " ")):
+                words = shlex.split(command, comments=True)
+                if words[:1] == ["vidjax"]:
+                    words[:1] = ["python", "-m", "vidjax.main"]
+                if words[:2] == ["python", "-m"] and words[2:] not in every:
+                    every.append(words[2:])
+    return every
 
 
 @pytest.fixture
@@ -80,7 +78,6 @@ def example(name, page="README.md"):
 
 
 def write(name, kind="own", page="README.md"):
-    """Writes the code block below `<!-- KIND: NAME -->` into a file; returns its name."""
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_text(example(f"{kind}: {name}", page))
     return name
@@ -155,7 +152,6 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
     """Without `every`, the data are tiny, and nearest neighbours replace all nets but the first."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
 
-    # The files that the commands read.
     if not every:
         tiny = synthetic.SIZES["small"]._replace(identities=30, mean_frames=4.0)
         monkeypatch.setitem(synthetic.SIZES, "small", tiny)
@@ -180,9 +176,8 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
         # Other tests run these commands: above (mine.py), test_extract_models.py, test_serve.py.
         if "--config=configs/mine.py" in words or words[0] in ("convert", "serve"):
             continue
-        # These commands take long.
         if not every and re.search("folds|everything|few|runs/both|runs/measured|runs/best", text):
-            continue
+            continue  # long commands
 
         # Training becomes short, with smaller nets.
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):

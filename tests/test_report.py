@@ -157,7 +157,6 @@ def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
     assert values(before)[-1] == open_set.num_strange
     assert values(after)[:2] == [few.rate, few.fewest]
 
-    # Without distractors, there are no rates.
     analysis = msgspec.structs.replace(full.analysis, open_set=None)
     text = run_page.render(full._replace(analysis=analysis))
     assert "<table" not in section(text, "open_set")

@@ -80,12 +80,6 @@ def inside(people):
         yield server
 
 
-@pytest.fixture
-def triton(inside):
-    with http.InferenceServerClient(f"127.0.0.1:{inside.port}") as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def net(trained):
     run = predict.restore(trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), num_devices=1)
@@ -133,7 +127,6 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
 
     wanted = people.identify(CLIPS, k=2, threshold=0.2)
     assert any(answer.identity for answer in wanted.values())
-
     body = {"clips": servers.as_json(CLIPS), "k": 2, "threshold": 0.2}
     answers = inside.ask("POST", "/identify", body)[1]["clips"]
     for answer, (clip, wanted_answer) in zip(answers, wanted.items(), strict=True):
@@ -141,16 +134,14 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
         assert_close(answer, wanted_answer)
         assert_close(ask_with_npz(**CLIPS[clip])[1]["clips"][0], wanted_answer)
 
-    # In `SMALL`, the server takes at most 1 MiB as float32, 1000 frames, and no pickles.
-    beyond_float32, too_large_as_float32 = np.full((1, 8), 1e39), np.ones((1 << 15, 9), np.uint8)
-    too_many_frames, pickled = np.ones((1001, 8), np.uint8), np.array([{}], object)
-    for wrong in (beyond_float32, too_large_as_float32, too_many_frames, pickled):
+    # Beyond float32, more than 1 MiB as float32, more than 1000 frames (see `SMALL`), a pickle.
+    frames, large = np.ones((1001, 8), np.uint8), np.ones((1 << 15, 9), np.uint8)
+    for wrong in (np.full((1, 8), 1e39), large, frames, np.array([{}], object)):
         assert ask_with_npz(face=wrong)[0] == 422
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_triton_client_gets_the_answers_of_python(triton, people, binary):
-    assert triton.is_server_live() and triton.is_model_ready("gallery", "1")
+def test_triton_client_gets_the_answers_of_python(inside, people, binary):
     # The three faces of a clip have the qualities 3, 4 and 5.
     quality = np.arange(1, 6, dtype=np.float32)
     clips = {
@@ -166,10 +157,13 @@ def test_triton_client_gets_the_answers_of_python(triton, people, binary):
     tensors["face_mask"] = np.tile(np.arange(5) >= 2, (6, 1))
     tensors["face_quality"] = np.tile(quality, (6, 1))
     outputs = () if binary else ("identity", "scores", "embedding")
-    answer = infer(triton, "gallery", tensors, binary=binary, outputs=outputs, k=3)
+    with http.InferenceServerClient(f"127.0.0.1:{inside.port}") as client:
+        assert client.is_server_live() and client.is_model_ready("gallery", "1")
+        metadata = client.get_model_metadata("gallery")
+        answer = infer(client, "gallery", tensors, binary=binary, outputs=outputs, k=3)
 
+    described = [output["name"] for output in metadata["outputs"]]
     returned = [output["name"] for output in answer.get_response()["outputs"]]
-    described = [output["name"] for output in triton.get_model_metadata("gallery")["outputs"]]
     assert returned == (list(outputs) or described)
     named = [name.decode() if binary else name for name in answer.as_numpy("identity")]
     assert named == [item.identity or "" for item in wanted]
@@ -200,7 +194,6 @@ def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monke
     monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
     clips = made_galleries.random_clips(net.run, 1, 8, 15)
 
-    # Two questions in a batch.
     asked, other = question(clips), question({"clip 0": clips["clip 0"]})
     (answer, _) = served_models.answer(net, [asked, other])
     outputs = net.tensors(asked, answer)
@@ -349,14 +342,7 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
         assert limits_lib.to_refusal(denied).status == 503  # 507 is a full disk
 
 
-def test_server_does_not_suggest_similar_names(inside, monkeypatch):
-    """Comparing long names would lock the gallery for minutes."""
-    monkeypatch.setattr(errors.difflib, "get_close_matches", None)  # a call would fail
-    for path in ("/identities/persn%203", "/clips/clp%2030", "/clips/cannot%20be%20changed"):
-        assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
-
-
-def test_wrong_requests_get_a_one_line_error(inside):
+def test_wrong_requests_get_a_one_line_error(inside, monkeypatch):
     def one_clip(**fields):
         return {"clips": [{"clip": "a", "face": [[0.5] * 8], **fields}]}
 
@@ -389,6 +375,10 @@ def test_wrong_requests_get_a_one_line_error(inside):
     assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415
     assert inside.ask("GET", "/nothing")[0] == 404
     assert inside.ask("PUT", "/identify")[0] == 405
+    # A search for similar names would lock the gallery for minutes if names are long.
+    monkeypatch.setattr(errors.difflib, "get_close_matches", None)  # a call would fail
+    for path in ("/identities/persn%203", "/clips/clp%2030", "/clips/cannot%20be%20changed"):
+        assert inside.ask("DELETE", path) == (404, {"error": "no such name is enrolled"})
 
 
 def test_refused_requests_do_not_stay_in_memory(inside, monkeypatch):
@@ -412,18 +402,17 @@ def test_refused_requests_do_not_stay_in_memory(inside, monkeypatch):
         gc.enable()
 
 
-INFER = "/v2/models/gallery/infer"
-FACE = {"name": "face", "shape": [1, 1, 8], "datatype": "FP32"}
-
-
 def test_wrong_tensors_get_an_error(inside):
-    right = FACE | {"data": [0.5] * 8}
+    """Binary tensors need finite values, and the length of the JSON before them."""
+    path = "/v2/models/gallery/infer"
+    face = {"name": "face", "shape": [1, 1, 8], "datatype": "FP32"}
+    right = face | {"data": [0.5] * 8}
 
     def ask(**fields):
-        return inside.ask("POST", INFER, {"inputs": [right | fields]})
+        return inside.ask("POST", path, {"inputs": [right | fields]})
 
     body = {"model_name": "gallery", "inputs": [right]}  # the client of KServe sends model_name
-    assert inside.ask("POST", INFER, body)[0] == ask(data=[[[0.5] * 8]])[0] == 200
+    assert inside.ask("POST", path, body)[0] == ask(data=[[[0.5] * 8]])[0] == 200
 
     wrong: tuple[dict[str, Any], ...] = (
         {"datatype": "FP64"}, {"shape": [1, 8]}, {"shape": [1, 1, 9]}, {"shape": [2, 1, 8]},
@@ -439,19 +428,16 @@ def test_wrong_tensors_get_an_error(inside):
 
     assert inside.ask("POST", "/v2/models/nobody/infer", body)[0] == 404
 
-
-def test_binary_tensors_need_finite_values_and_the_length_of_the_json_before_them(inside):
-    tensor = FACE | {"parameters": {"binary_data_size": 32}}  # 8 float32
+    tensor = face | {"parameters": {"binary_data_size": 32}}  # 8 float32
     head = json.dumps({"inputs": [tensor]}).encode()
     values, bad = np.full(8, 0.5, "<f4").tobytes(), np.full(8, np.nan, "<f4").tobytes()
     length = len(head)
-
     for tail, given_length, status in (
         (values, length, 200), (values[:-1], length, 422), (values + b"x", length, 422),
         (bad, length, 422), (values, length + 1, 422), (values, 10**9, 422), (values, -1, 422),
     ):  # fmt: skip
         headers = {"Inference-Header-Content-Length": str(given_length)}
-        assert inside.ask("POST", INFER, head + tail, headers)[0] == status
+        assert inside.ask("POST", path, head + tail, headers)[0] == status
 
 
 def test_requests_from_other_sites_are_refused(inside):
@@ -674,15 +660,13 @@ def test_unread_answers_count_as_memory_until_they_time_out(tmp_path, monkeypatc
     limits = SMALL._replace(clips=256, held_bytes=20 << 20, request_seconds=5)
 
     with Inside(people, limits=limits) as server:
-        lines = f"POST /identify HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
-        lines += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /identify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", server.port)) as unread:
-            unread.sendall(lines.encode() + body)
+            unread.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             assert unread.recv(8) == b"HTTP/1.1"  # the rest of the answer stays unread
             assert server.ask("POST", "/identify", body)[0] == 429
             time.sleep(3)  # longer than UNREAD_SECONDS
             assert server.ask("POST", "/identify", body)[0] == 200
-            # The connection is closed.
             end = time.monotonic() + 30
             while server.server.server_state.connections and sys.platform == "linux":
                 assert time.monotonic() < end
@@ -706,10 +690,9 @@ def test_answer_that_nobody_reads_is_cut_off_with_one_line_in_the_log(people, ca
 STUCK = """\
 import sys, threading
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import app, served_models as models
-from vidjax.apps.serve.limits import Limits
-limits = Limits(drain_seconds=1, end_seconds=2)
-made = app.make_app(Gallery(sys.argv[1]), limits=limits)
+from vidjax.apps.serve import app, limits
+end_soon = limits.Limits(drain_seconds=1, end_seconds=2)
+made = app.make_app(Gallery(sys.argv[1]), limits=end_soon)
 def stuck(*args, **more):
     print("stuck", flush=True)
     while True:
@@ -718,7 +701,7 @@ Gallery.identities = property(stuck)
 Gallery.remove = stuck
 listener = app.listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
-app.serve(made, listener, limits)
+app.serve(made, listener, end_soon)
 """
 
 
