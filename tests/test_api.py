@@ -47,10 +47,9 @@ def made(clips, labels, cache_dir):
 
 @pytest.mark.slow
 def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
-    """The restored run also refuses arguments of wrong types."""
     words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
     config = vidjax.load_config("knn", *words)
-    folder = tmp_path / "runs" / "memory"
+    folder = tmp_path / "run"
     assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
 
     with ThreadPoolExecutor() as pool:  # a program may train in any thread
@@ -64,8 +63,7 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     tested = vidjax.evaluate(folder, made, split="train", num_devices=1)
     assert tested.to_dict() == json.loads(tested.paths.metrics.read_text())
     assert tested.map_kind == "in_sample"
-    assert tested.paths.ranking == folder / "ranking_train.txt"
-    assert tested.paths.ranking.exists()
+    assert tested.paths.ranking == folder / "ranking_train.txt" and tested.paths.ranking.exists()
 
     run = UNTYPED.restore(folder, num_devices=1)
     new = {"person 2": clips["val"]["val_2"], "person 3": clips["val"]["val_3"]}

@@ -132,14 +132,11 @@ def test_blend_refuses_runs_with_other_identities_or_clips(runs, train, load, fo
 
 
 @pytest.mark.slow
-def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_path, command):
+def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_path, say):
     words = ("--mode=evaluate", f"--workdir={tmp_path}")
-    given = f"--runs={runs[0]},{runs[1]}", "--config.join.weights=(1,3)"
-
-    done = command(*words, *given)
-    assert done.code == 0, done.err
+    out = say(*words, f"--runs={runs[0]},{runs[1]}", "--config.join.weights=(1,3)")
     results = json.loads((tmp_path / "metrics.json").read_text())
-    assert f"{results['map']:.4f} on val" in done.out and results["map_kind"] == "val"
+    assert f"{results['map']:.4f} on val" in out and results["map_kind"] == "val"
     check_ranking(tmp_path / "ranking.txt", runs, load, weights=(1.0, 3.0))
     truth = official_dir / "val_gt.txt"
     oracle = map_oracle.mean_average_precision(truth, tmp_path / "ranking.txt")
@@ -151,7 +148,7 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
         assert facts["map"] == pytest.approx(of_run, abs=1e-12)
 
     # The same folder evaluates another split with the same runs and weights.
-    assert command(*words, "--config.eval.split=test").code == 0
+    say(*words, "--config.eval.split=test")
     check_ranking(tmp_path / "ranking_test.txt", runs, load, weights=(1.0, 3.0), split="test")
     assert json.loads((tmp_path / "metrics.json").read_text()) == results
     assert config_io.load_workdir(tmp_path).eval.split == "val"
@@ -159,14 +156,9 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
 
 @pytest.mark.slow
 def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, command):
-    def blend_by_command(folder, runs, weights):
-        given = f"--runs={','.join(map(str, runs))}", f"--config.join.weights=({weights})"
-        return command("--mode=evaluate", f"--workdir={folder}", *given)
-
     out, new = tmp_path / "out", tmp_path / "new"
-    assert blend_by_command(out, runs, "1,3").code == 0
-
     for folder, blended, weights, remedy in [
+        (out, runs, "1,3", ""),  # makes a blend
         (runs[0], runs, "1,3", "use another folder"),
         (out, runs[::-1], "1,3", "use another folder"),  # `out` has the runs in another order
         (new, runs[:1], "1,3", "name two runs"),
@@ -174,4 +166,6 @@ def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, co
         (new, (runs[0], "nowhere"), "1,3", "no run in"),
         *((new, runs, bad, "give 2 numbers") for bad in ("1,", "1,-1", "0,0", "inf,1", "1e-60,0")),
     ]:
-        assert blend_by_command(folder, blended, weights).refused(remedy)
+        given = f"--runs={','.join(map(str, blended))}", f"--config.join.weights=({weights})"
+        done = command("--mode=evaluate", f"--workdir={folder}", *given)
+        assert done.refused(remedy) if remedy else done.code == 0

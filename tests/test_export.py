@@ -117,7 +117,6 @@ def test_imported_run_gives_identical_scores_and_embeddings(made, data, tmp_path
 
 
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
-    """Two outputs of -inf are equal. A difference of 2e-5 is too large, too."""
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
@@ -143,7 +142,6 @@ def test_failed_export_leaves_no_folder(nearest_run, tmp_path, export, monkeypat
     [(5000, "safetensors", "weights.safetensors"), (12_000, "saved_model", "saved_model")],
 )
 def test_export_to_a_full_disk_names_the_file(nearest_run, tmp_path, export, limit, name, file):
-    """Libraries that write a file have errors of their own."""
     for package in FORMATS[name].packages:
         pytest.importorskip(package)
     with devices.disable_program_cache(), file_limit(limit):
@@ -241,10 +239,9 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
-    """The logits of two people differ by -900 to 690.
+    """The oracle is the logarithm of the mean probability of the members.
 
-    The difference is 1000 times the first coordinate of a vector, by `face/linear`. A stranger has
-    the logit -9999. The oracle is the logarithm of the mean probability of the members.
+    The logits of two people differ by 1000 times the first coordinate of a vector.
     """
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))

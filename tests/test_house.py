@@ -86,7 +86,6 @@ def test_folders_import_without_their_forbidden_libraries(python, package):
 
 
 def test_every_package_is_installed():
-    """If pyproject.toml does not name a package, the wheel lacks it."""
     folders = (path.parent.relative_to(ROOT) for path in (ROOT / "vidjax").rglob("__init__.py"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert {*project["packages"]} == {*(".".join(x.parts) for x in folders), "vidjax.configs"}
@@ -94,7 +93,6 @@ def test_every_package_is_installed():
 
 
 def is_unsafe(node):
-    """Returns whether a node of a program may execute data as code."""
     if isinstance(node, ast.Name):
         return node.id in ("__import__", "compile", "eval", "exec")
     if isinstance(node, ast.keyword):

@@ -64,15 +64,14 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
         """Returns the commands of the cell if packages of these names are installed."""
         commands, installed = [], [types.SimpleNamespace(name=name) for name in names]
         (cell,) = [cell for cell in read("quickstart").cells if cell.id == "setup"]
-        # Without the lines of IPython.
-        python = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
+        without_magic = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
         with monkeypatch.context() as patch:
             patch.chdir(ROOT)
             patch.setattr(sys, "path", list(sys.path))
             patch.setattr(metadata, "distributions", lambda: installed)
             patch.setattr(metadata, "version", {**HOSTED, **versions}.__getitem__)
             patch.setattr(subprocess, "run", lambda words, check: commands.append(words))
-            exec(python, {})
+            exec(without_magic, {})
         return commands
 
     assert commands_of_setup("pip", "vidjax", "tensorflow") == []  # vidjax is already installed
@@ -102,14 +101,12 @@ def run(notebook, folder, cache_dir, **more_env):
     shutil.copytree(ROOT / "configs", path.parent / "configs")
     nbformat.write(notebook, path)
     env = os.environ | {"XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
-    # The kernels and settings of the user are not used.
     env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"}
-    env |= {"JUPYTER_NO_CONFIG": "1", **more_env}
+    env |= {"JUPYTER_NO_CONFIG": "1", **more_env}  # not the kernels and settings of the user
     command = [sys.executable, "-c", "from nbclient.cli import main; main()", str(path)]
     command += ["--inplace", "--allow-errors", "--timeout=600", "--kernel_name=python3"]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
-    if ran.returncode:
-        raise RuntimeError(ran.stderr)
+    assert not ran.returncode, ran.stderr
     return nbformat.read(path, as_version=4)
 
 

@@ -109,8 +109,8 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
         four_devices = predict.restore(folder, num_devices=4)
         np.testing.assert_array_equal(four_devices.scores(clips["val"]), scores[order])
         with jax.enable_x64(True):  # as in a notebook that needs float64 for other things
-            wide = predict.restore(folder, num_devices=1)
-            np.testing.assert_allclose(wide.scores(clips["val"]), scores[order], rtol=1e-5)
+            wide = predict.restore(folder, num_devices=1).scores(clips["val"])
+        np.testing.assert_allclose(wide, scores[order], rtol=1e-5)
 
     # Embeddings have the length 1, or 0 for a clip without frames.
     vectors = run.embed(clips["val"])
@@ -122,19 +122,17 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
 def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, clips, tmp_path):
     """Training clips are scored by members not trained on them. All members score other clips."""
     run = restored("ensemble")  # trained on folds of train and val
-
-    def as_data(**splits):
-        return sources.load(splits, cache_dir=tmp_path)
+    load = functools.partial(sources.load, cache_dir=tmp_path)
 
     # The same training data from memory and from the official files. Both calls score val.
-    np.testing.assert_array_equal(run.scores(as_data(**clips), split="val"), run.scores(data))
+    np.testing.assert_array_equal(run.scores(load(clips), split="val"), run.scores(data))
 
     # Each name of val gets the frames of the next clip. `wanted` are scores by all members.
     names, values = zip(*sorted(clips["val"].items()), strict=True)
     others = dict(zip(names, values[1:] + values[:1], strict=True))
     wanted = run.scores({f"new {name}": clip for name, clip in others.items()})
     for given, split in (
-        (others, None), (as_data(val=others), "val"), (as_data(test=others), "test"),
+        (others, None), (load({"val": others}), "val"), (load({"test": others}), "test"),
     ):  # fmt: skip
         with pytest.warns(UserWarning, match="names of training clips, but .* as new"):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
@@ -154,16 +152,16 @@ def test_arrays_are_scored_without_tensorflow(train, python):
 def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
     run, five = restored("ensemble"), dict([*new.items()][:5])
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
-    measured = {predict.THRESHOLD: -1.0, "num_distractors": 99}  # enough distractors
-    run = run._replace(results={**run.results, **measured})
+    results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99}
+    run = run._replace(results=results)
     assert run.threshold is None
     refused(lambda: run.identify(five), "too strict for new clips", "\ngive a threshold")
-    words = "\nfor a probability p, give threshold=math.log"
-    refused(lambda: run.identify(five, threshold=0.5), words)  # logarithms are at most 0
+    # Logarithms of probabilities are at most 0.
+    refused(lambda: run.identify(five, threshold=0.5), "probability p, give threshold=math.log")
     assert run.identify(five, threshold=-1.0).keys() == five.keys()
 
     # The threshold of a run that was trained without the clips of val is used.
-    val = run._replace(results={**run.results, "map_kind": "val"})
+    val = run._replace(results={**results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
 
 
@@ -198,8 +196,7 @@ def test_threshold_needs_at_least_99_distractors(restored, new):
     few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
 
     assert few.threshold is None and many.threshold == -1.0
-    words = "98 clips of strangers are too few", "\ngive a threshold"
-    refused(lambda: few.identify(three), *words)
+    refused(lambda: few.identify(three), "98 clips of strangers are too", "\ngive a threshold")
     assert few.identify(three, threshold=-1.0) == many.identify(three)
     # Without distractors, no score is too low, so every clip gets a name.
     none = run._replace(results={"num_distractors": 0})

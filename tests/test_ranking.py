@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -107,10 +108,8 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, suffix):
 
 
 def test_rankings_are_written_on_file_systems_without_hard_links(tmp_path, monkeypatch):
-    def link(*_):  # a hard link would not replace an existing file
-        raise PermissionError("Operation not permitted")
-
-    monkeypatch.setattr(os, "link", link)
+    refuse = mock.Mock(side_effect=PermissionError("Operation not permitted"))
+    monkeypatch.setattr(os, "link", refuse)  # a hard link would not replace an existing file
     path = tmp_path / "out.tsv"
     tables.write_ranking(path, {"Ada": [("a", 1.0)]})
     refused(lambda: tables.write_ranking(path, {}), "name another file, or delete it")
@@ -131,7 +130,6 @@ def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
-    """A table, a folder with tables, a folder of `.npz` files, and official files."""
     clips, face = make_clips("new", 5), {"face": np.ones((1, DIM), np.float32)}
     table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
     clip_files.write_npz(tmp_path, {"arrays": {"Ada Byron": face, "b.mp4": face}})

@@ -214,7 +214,6 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
     """Tables that are rebuilt from stored results do not change. At night, a system is timed."""
     before, written = json.loads(scores.RESULTS.read_text()), speed.PAGE.read_text()
 
-    # The commands write into copies.
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}
     monkeypatch.setattr(scores, "PAGES", pages)
     monkeypatch.setattr(scores, "CONFIGS", shutil.copytree(scores.CONFIGS, tmp_path / "headers"))
@@ -250,10 +249,9 @@ def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, on
     monkeypatch.setattr(vidjax, "load_config", lambda _, *words: load_config(*words))
 
     names = runpy.run_path(write("memory.py"))
-    assert len(names["ranked"]) == 20 and names["scores"].shape == (1, 20)
+    assert names["scores"].shape == (1, 20) and len(names["vectors"]) == 1
     best = max(names["ranked"], key=lambda identity: names["ranked"][identity][0][1])
-    assert best == "person_7"  # the new clip is val_7
-    assert len(names["vectors"]) == 1
+    assert len(names["ranked"]) == 20 and best == "person_7"  # the new clip is val_7
 
 
 @pytest.mark.slow
@@ -267,8 +265,7 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
         os.utime(path, (0, datetime(year, 12, 31, 23, 59, tzinfo=UTC).timestamp()))
     drawn.who(film, old, photo)
 
-    # names.jsonl becomes a table of a database.
-    rows, database = drawn.rows(), sqlite3.connect(":memory:")
+    rows, database = drawn.rows(), sqlite3.connect(":memory:")  # for names.jsonl
     database.execute(f"CREATE TABLE names ({', '.join(map(json.dumps, rows[0]))})")
     marks = ", ".join("?" * len(rows[0]))
     for row in rows:

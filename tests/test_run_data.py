@@ -170,7 +170,6 @@ def read_metrics(folder, name="metrics.json"):
 
 
 def train(folder, spec, official_dir):
-    """Trains a run by the command; returns its folder and what the command printed."""
     words = [spec, f"--config.data.dir={official_dir}", f"--workdir={folder}"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert program.main(words) == 0
