@@ -82,7 +82,7 @@ def test_results_contain_average_precisions_and_user_defined_metrics(tmp_path):
     assert results.to_dict() == folder.metrics() and results.to_dict()["my_metric"] == 0.5
 
 
-def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
+def test_import_vidjax_needs_linux_and_imports_neither_jax_nor_numpy_nor_tensorflow(python):
     python(
         "import sys, vidjax\n"
         "assert set(vidjax.__all__) <= set(dir(vidjax))\n"
@@ -90,9 +90,6 @@ def test_import_vidjax_imports_neither_jax_nor_numpy_nor_tensorflow(python):
         "vidjax.load_config  # may import NumPy\n"
         "assert not {'jax', 'tensorflow', 'flax'} & set(sys.modules)\n"
     )
-
-
-def test_import_on_windows_names_the_remedy(python):
     python(
         "import pytest, sys\nsys.platform = 'win32'\n"
         "with pytest.raises(ImportError, match='needs Linux.*WSL'):\n    import vidjax\n"

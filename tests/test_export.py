@@ -282,7 +282,6 @@ OPERATIONS = {
     "ties": (lambda x: jnp.argsort(x, axis=1, stable=True), np.tile(WHOLE, (1, 10))),
     "shuffle": (lambda x: fusion.shuffle(None, x > 2), np.tile(WHOLE, (1, 9))),
     "sort of bools": (lambda x: jnp.argsort(x > 2, axis=1, stable=True), WHOLE),
-    "rows": (lambda x: x[jnp.array([2, 0, 0])], FLOATS),
     "along an axis": (lambda x: jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1), FLOATS),
     "columns": (lambda x: jnp.take(x, jnp.array([4, 1]), axis=1, mode="clip"), FLOATS),
     "beyond the end": (lambda x: jax.lax.dynamic_slice(x, (x[0, 0].astype(int) + 9, 0), (2, 5)),
@@ -295,7 +294,6 @@ OPERATIONS = {
     "bools": (lambda x: jnp.where(x > 2, x > 0, x == 0), WHOLE),
     "loops of vmap": (loop, FLOATS),
     "draws": (lambda x: x + jax.random.uniform(jax.random.key(3), (3, 5)), FLOATS),
-    "reversed": (lambda x: x[:, ::-1], FLOATS),
     "best": (lambda x: jax.lax.top_k(x, 2)[0], FLOATS),
     "lgamma": (jax.lax.lgamma, FLOATS),  # is not supported
 }  # fmt: skip

@@ -149,7 +149,8 @@ def test_arrays_are_scored_without_tensorflow(train, python):
     )
 
 
-def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
+def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, new):
+    """At least 99 distractors let 1 % of strangers pass: one of them and a new stranger."""
     run, five = restored("ensemble"), dict([*new.items()][:5])
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99}
@@ -163,6 +164,15 @@ def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, 
     # The threshold of a run that was trained without the clips of val is used.
     val = run._replace(results={**results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
+
+    # A threshold needs 99 distractors.
+    few, many = (val._replace(results={**val.results, "num_distractors": n}) for n in (98, 99))
+    assert few.threshold is None and many.threshold == -1.0
+    refused(lambda: few.identify(five), "98 clips of strangers are too few", "\ngive a threshold")
+    assert few.identify(five, threshold=-1.0) == many.identify(five)
+    # Without distractors, no score is too low, so every clip gets a name.
+    answers = val._replace(results={"num_distractors": 0}).identify(five)
+    assert all(answers.values())
 
 
 def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
@@ -185,22 +195,6 @@ def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
 
     assert answers == {name: [("0", 0.0)] for name in names}  # all scores are equal
     assert peak < 8e6
-
-
-def test_threshold_needs_at_least_99_distractors(restored, new):
-    """The threshold lets 1 % of strangers pass: one of 99 distractors and a new stranger."""
-    run = restored("knn")
-    with_face = [item for item in new.items() if len(item[1]["face"]["number"])]
-    three = dict(with_face[:3])
-    results = {**run.results, predict.THRESHOLD: -1.0}
-    few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
-
-    assert few.threshold is None and many.threshold == -1.0
-    refused(lambda: few.identify(three), "98 clips of strangers are too", "\ngive a threshold")
-    assert few.identify(three, threshold=-1.0) == many.identify(three)
-    # Without distractors, no score is too low, so every clip gets a name.
-    none = run._replace(results={"num_distractors": 0})
-    assert all(none.identify(three).values())
 
 
 @pytest.mark.parametrize(("features", "message"), [
