@@ -60,13 +60,6 @@ def runs(train, folders):
     )
 
 
-def blend_runs(folder, runs, load, *overrides):
-    config = config_lib.default()
-    config.join.runs = tuple(map(str, runs))
-    config = config_io.override(config, ["--config.eval.block_size=32", *overrides])
-    blend.blend_runs(config, RunFolder(folder), load, num_devices=1)
-
-
 def probabilities(folder, load, split):
     """Returns clip -> probabilities [C] float64 of a single run."""
     config = config_io.load_workdir(folder)
@@ -111,11 +104,16 @@ def test_blend_is_the_weighted_mean_of_probabilities():
 
 @pytest.mark.slow
 def test_blend_refuses_runs_with_other_identities_or_clips(runs, train, load, folders, tmp_path):
+    def check(runs, load, split, words):
+        config = config_lib.default()
+        config.join.runs, config.eval.split = tuple(map(str, runs)), split
+        refused(lambda: blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1), words)
+
     fewer = tmp_path / "fewer"  # with 10 of the 12 identities
     fewer.mkdir()
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
     other = train("configs/knn.py:iqiyi_vid", fewer)
-    refused(lambda: blend_runs(tmp_path, (runs[0], other), load), "different lists of identities")
+    check((runs[0], other), load, "val", "different lists of identities")
 
     # The folder of one run gains a clip after training.
     moved = shutil.copytree(folders / "others", tmp_path / "moved")
@@ -127,8 +125,7 @@ def test_blend_refuses_runs_with_other_identities_or_clips(runs, train, load, fo
             config.data.dir = str(moved)
         return load(config)
 
-    test, words = "--config.eval.split=test", "different clips in test, such as IQIYI_VID_TEST_"
-    refused(lambda: blend_runs(tmp_path, runs, load_moved, test), words)
+    check(runs, load_moved, "test", "different clips in test, such as IQIYI_VID_TEST_")
 
 
 @pytest.mark.slow

@@ -51,7 +51,6 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(case, tmp_path, monkeyp
 def test_empty_argument_is_named_as_in_the_help(command):
     for words, name in (
         ("gallery list", "G"), ("export --to=new --format=numpy", "RUN"),
-        # An empty path would be the current folder.
         ("who --out=new --models=m", "FILE"), ("forget --identity=Ada", "PLACE"),
     ):  # fmt: skip
         assert f"{name} is empty" in command(*words.split(), "").err
@@ -59,7 +58,6 @@ def test_empty_argument_is_named_as_in_the_help(command):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A folder with data, made-up runs, and configuration files, some of them wrong."""
     folder = tmp_path_factory.mktemp("places")
     commands.prepare_places(folder)
     return folder
@@ -84,16 +82,13 @@ def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, pyth
         "assert not {'tensorflow', 'tensorflow_datasets', 'pyarrow'} & sys.modules.keys()\n",
         cwd=tmp_path, VIDJAX_CACHE=str(tmp_path), JAX_PLATFORMS="cuda",
     )  # fmt: skip
-
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.nightly
 def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
     commands.prepare(tmp_path)
-
-    one_field = commands.FIELDS[2]  # another test runs all FIELDS
-    for case in [one_field, *commands.FILES, *commands.WORKS]:
+    for case in [commands.FIELDS[2], *commands.FILES, *commands.WORKS]:
         done = commands.run(tmp_path, case)
         faults = commands.list_faults(case, done.returncode, done.stdout, done.stderr)
         assert not faults, (case.words, faults, done)

@@ -169,17 +169,14 @@ def read_metrics(folder, name="metrics.json"):
     return json.loads((folder / name).read_text())
 
 
-def train(folder, spec, official_dir):
-    words = [spec, f"--config.data.dir={official_dir}", f"--workdir={folder}"]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert program.main(words) == 0
-    return folder, printed.getvalue()
-
-
 @pytest.fixture(scope="module")
 def everything(official_dir, tmp_path_factory):
     """The folder of a run on train and val, and what the command printed."""
-    return train(tmp_path_factory.mktemp("everything"), f"{KNN},everything", official_dir)
+    folder = tmp_path_factory.mktemp("everything")
+    words = [f"{KNN},everything", f"--config.data.dir={official_dir}", f"--workdir={folder}"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert program.main(words) == 0
+    return folder, printed.getvalue()
 
 
 def test_run_on_everything_learns_all_clips_and_ranks_test_without_a_score(everything):
@@ -238,8 +235,9 @@ def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
 
 def test_comparison_and_blend_on_val_are_in_sample(everything, official_dir, tmp_path, say):
     """On test, a comparison is refused and a blend has no MAP, because test is not labelled."""
-    (folder, _), (on_train, _) = everything, train(tmp_path / "on_train", KNN, official_dir)
-    runs, blend = f"--runs={folder},{on_train}", tmp_path / "blend"
+    (folder, _), on_train, blend = everything, tmp_path / "on_train", tmp_path / "blend"
+    say(KNN, f"--config.data.dir={official_dir}", f"--workdir={on_train}")
+    runs = f"--runs={folder},{on_train}"
 
     words = ("--mode=compare", f"--workdir={tmp_path}/out", runs)
     assert FOLDS in say(*words, code=2)  # on test, the split of `folder`

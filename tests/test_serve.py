@@ -121,9 +121,9 @@ def infer(client, model, arrays, binary=True, outputs=(), **options):
 
 def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
     def ask_with_npz(**arrays):
-        content, path = io.BytesIO(), "/identify?clip=q&k=2&threshold=0.2"
-        np.savez(content, **arrays)
-        return inside.ask("POST", path, content.getvalue(), {"Content-Type": "application/x-npz"})
+        np.savez(content := io.BytesIO(), **arrays)
+        path, kind = "/identify?clip=q&k=2&threshold=0.2", {"Content-Type": "application/x-npz"}
+        return inside.ask("POST", path, content.getvalue(), kind)
 
     wanted = people.identify(CLIPS, k=2, threshold=0.2)
     assert any(answer.identity for answer in wanted.values())
@@ -314,7 +314,6 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
 
         with people._store.open(write=True):
             assert "another process" in ask(503, "DELETE", "/clips/x")
-
         # A gallery file with two names (hard links) is read but not changed.
         os.link(path, tmp_path / "other name")
         assert "cannot be changed" in ask(503, "POST", "/enrol", body)
@@ -324,7 +323,6 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
 
         people.remove(identity=list(people.identities))
         ask(409, *query)  # nobody is enrolled
-
         # A damaged gallery, and no gallery.
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("UPDATE clip SET words = replace(words, 'stranger 1', 'Secret\n')")
@@ -540,7 +538,6 @@ def test_full_queue_refuses_with_retry_after():
 
     async def run():
         batcher, changes = Batcher(double, limits, ServerMetrics()), Changes(limits)
-
         # The queues are full: 4 questions wait behind a batch of 2, and a change is being made.
         asked = []
         for numbers in (range(3), range(3, 6)):
@@ -556,8 +553,7 @@ def test_full_queue_refuses_with_retry_after():
 
         go.set()
         assert await slow
-        assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10]
-        assert max(batch_sizes) == 2
+        assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10] and max(batch_sizes) == 2
         batcher.stop()
         changes.stop()
 
