@@ -39,8 +39,6 @@ def load(cache_dir):
 
 @pytest.fixture(scope="module")
 def train(load, tmp_path_factory):
-    """Returns a function: experiment, folder of data, overrides -> the folder of a trained run."""
-
     def train(spec, data_dir, *overrides):
         config = shrunk(*SHORT, f"--config.data.dir={data_dir}", *overrides, spec=spec)
         folder = tmp_path_factory.mktemp("runs") / Path(spec).stem

@@ -49,8 +49,7 @@ def export(command, tmp_path):
     """Returns a function that runs `vidjax export`; it returns the printed JSON, or the error."""
 
     def run(source, name, to="out", code=0):
-        words = (source, f"--to={tmp_path / to}", f"--format={name}", "--json")
-        done = command("export", *words)
+        done = command("export", source, f"--to={tmp_path / to}", f"--format={name}", "--json")
         assert done.code == code, done.err
         assert not code or not (tmp_path / to).exists()
         return done.err if code else json.loads(done.out.splitlines()[-1])
@@ -226,7 +225,6 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
     assert names == list(gallery.index.names)
     path = tmp_path / "out" / FORMATS[name].gallery_file
     arrays = dict(np.load(path)) if name == "numpy" else load_file(path)
-    # The exported reader computes the same numbers as the gallery.
     vectors = gallery.backend.split(np.stack([clip.vector for clip in gallery.clips.values()]))
     expected = np.stack(list(gallery.index.search(vectors)))
     answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))

@@ -1,7 +1,4 @@
-"""The notebooks of colab/ run from top to bottom, and their outputs are stored.
-
-`python -m tests.test_notebooks quickstart` writes the outputs of a notebook again.
-"""
+"""Notebooks run, and have outputs; `python -m tests.test_notebooks quickstart` writes them."""
 
 import json
 import os
@@ -61,7 +58,6 @@ def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
 
 def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch, capsys):
     def commands_of_setup(*names, **versions):
-        """Returns the commands of the cell if packages of these names are installed."""
         commands, installed = [], [types.SimpleNamespace(name=name) for name in names]
         (cell,) = [cell for cell in read("quickstart").cells if cell.id == "setup"]
         without_magic = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)

@@ -56,7 +56,6 @@ WIDTH = 24  # of the faces
 
 
 def ranked(run, clips):
-    """Returns the lines of `ranking.txt` for these clips."""
     lists = run.rank(clips).items()
     return [" ".join([who, *(f"{name}.mp4" for name, _ in matches)]) for who, matches in lists]
 
@@ -65,7 +64,6 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     folder = train("mma")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
 
-    # A configuration of a blend, and then of a run without a checkpoint.
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))

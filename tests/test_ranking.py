@@ -45,7 +45,6 @@ def make_clips(split, seed):
 
 
 def rows_of(ranked):
-    """Returns the rows (identity, rank, clip, score) of identity -> [(clip, score), ...]."""
     return [
         (identity, place, clip, score)
         for identity, clips in ranked.items()
@@ -100,7 +99,6 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, suffix):
     assert [row[:3] for row in rows] == [row[:3] for row in rows_of(ranked)]
     assert [np.float32(row[3]) for row in rows] == scores * len(NAMES)
 
-    # An existing file is not replaced.
     before = path.read_bytes()
     for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
         refused(write, "name another file, or delete it")
@@ -238,7 +236,6 @@ MANY = " ".join(f"x{i}.mp4" for i in range(101))  # only the first 100 clips of 
 
 
 def write(folder, truth, submission):
-    """Writes a ground truth and a submission; returns their paths."""
     paths = folder / "gt.txt", folder / "ranking.txt"
     for path, text in zip(paths, (truth, submission), strict=True):
         path.write_bytes(text.encode("utf-8", "surrogateescape"))

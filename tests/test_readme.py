@@ -177,7 +177,6 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
         if not every and re.search("folds|everything|few|runs/both|runs/measured|runs/best", text):
             continue  # long commands
 
-        # Training becomes short, with smaller nets.
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
             _, workdir = run_commands.read_train_settings(program.parse(words))
             if "--workdir=" not in text:  # the following flags would change the default

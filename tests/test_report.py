@@ -57,7 +57,6 @@ def check_page(text):
             assert address.startswith(("#", "data:")) or address in links, attrs
         assert not any(name.startswith("on") for name in attrs)
 
-    # Figures have titles and descriptions.
     for attrs in page.all("svg"):
         title, description = attrs["aria-labelledby"].split()
         assert attrs["role"] == "img" and re.search(rf'<title id="{title}">[^<]+</title>', text)
@@ -209,7 +208,6 @@ NAMES = [f"person_{i}" for i in range(40)]
 
 
 def averages(seed):
-    """Returns identity -> a random average precision."""
     return dict(zip(NAMES, np.random.default_rng(seed).beta(4, 1, len(NAMES)), strict=True))
 
 

@@ -179,7 +179,7 @@ def everything(official_dir, tmp_path_factory):
     return folder, printed.getvalue()
 
 
-def test_run_on_everything_learns_all_clips_and_ranks_test_without_a_score(everything):
+def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_dir, say):
     folder, out = everything
     trained, results = ensemble.load(folder).trained, read_metrics(folder)
     assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
@@ -191,10 +191,6 @@ def test_run_on_everything_learns_all_clips_and_ranks_test_without_a_score(every
     scores = ("map", "best", "top1", "auroc", "fnir", "threshold")
     assert not [key for key in results if key.startswith(scores)]
     assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
-
-
-def test_command_and_report_say_that_nothing_is_measured(everything, official_dir, say):
-    folder, out = everything
 
     (line,) = [line for line in out.splitlines() if "  measured" in line]
     assert "nothing: the run was trained on train and val" in line

@@ -96,7 +96,6 @@ def question(clips):
 
 
 def enrolment(name, *numbers):
-    """Returns the body of a request that enrols one clip for each number."""
     clips = {f"{name} {n}": servers.make_frames(8000 + n, name) for n in numbers}
     return {"clips": servers.as_json(clips), "identity": name}
 
@@ -160,7 +159,7 @@ def test_triton_client_gets_the_answers_of_python(inside, people, binary):
     with http.InferenceServerClient(f"127.0.0.1:{inside.port}") as client:
         assert client.is_server_live() and client.is_model_ready("gallery", "1")
         metadata = client.get_model_metadata("gallery")
-        answer = infer(client, "gallery", tensors, binary=binary, outputs=outputs, k=3)
+        answer: Any = infer(client, "gallery", tensors, binary=binary, outputs=outputs, k=3)
 
     described = [output["name"] for output in metadata["outputs"]]
     returned = [output["name"] for output in answer.get_response()["outputs"]]
@@ -199,7 +198,6 @@ def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monke
     best = [names[0][0] for names in net.run.identify(clips, threshold=-np.inf).values()]
     assert outputs["identities"][:, 0].tolist() == best
 
-    # A request that contains only faces, to a server of a gallery and a run.
     face = clips["clip 0"]["face"]
     with (
         Inside(people, net.run) as server,
@@ -245,7 +243,6 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
 
     with Inside(people) as server:
         for line in block.splitlines():
-            # The flags of curl become the parts of a request.
             curl = shlex.split(line, comments=True)
             given = dict(itertools.pairwise(curl))  # flag -> its value
             (url,) = (word for word in curl if word.startswith("localhost"))
@@ -294,10 +291,9 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         other.remove(identity="Yan")
         assert not query("Yan")[1]
 
-        # The gallery had 6 strangers.
         strangers = {f"s {n}": servers.make_frames(9000 + n, f"s {n}") for n in range(20)}
         server.ask("POST", "/enrol", {"clips": servers.as_json(strangers), "strangers": True})
-        assert server.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 20 + 6
+        assert server.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 6 + 20
 
 
 def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, caplog):
@@ -479,7 +475,6 @@ def test_address_that_cannot_be_used_gets_a_remedy(inside):
 
 
 def talk(port, content):
-    """Sends bytes, and returns all that comes back until the server hangs up."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(content)
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
@@ -583,7 +578,6 @@ def test_removal_is_answered_after_earlier_reads_have_ended():
         removal = asyncio.create_task(batcher.settle())  # the last step of a removal
         await asyncio.sleep(0.01)
         assert not removal.done()
-
         go.set()
         await removal
         assert reading.done()
@@ -602,15 +596,12 @@ def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
         return embed(people, clips, *more)
 
     monkeypatch.setattr(Gallery, "embed", slow)
-    limits = SMALL._replace(waiting_clips=4)
-    enrol_3 = ("POST", "/enrol", enrolment("Ada", 0, 1, 2))
-    enrol_2 = ("POST", "/enrol", enrolment("Bob", 0, 1))
+    limits, enrol_2 = SMALL._replace(waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
     with Inside(Gallery(folder), limits=limits) as server, ThreadPoolExecutor(1) as pool:
-        first = pool.submit(server.ask, *enrol_3)
+        first = pool.submit(server.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
         assert begun.wait(10)
         assert b"vidjax_waiting_clips 3" in server.ask("GET", "/metrics")[1]
         assert server.ask(*enrol_2)[0] == 429  # 3 + 2 clips are more than 4
-
         go.set()
         assert first.result(60)[0] == server.ask(*enrol_2)[0] == 200
 
