@@ -289,7 +289,7 @@ def made(clips, labels, cache_dir):
 def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
     words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
     config = vidjax.load_config("knn", *words)
-    folder = tmp_path / "run"
+    folder = tmp_path / "runs" / "memory"
     assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
 
     with ThreadPoolExecutor() as pool:  # a program may train in any thread
