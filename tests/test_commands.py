@@ -1,29 +1,39 @@
-"""Commands as users type them: exit codes, remedies, messages, and names of run folders."""
+"""What users type, commands and functions of `import vidjax`: results, remedies, exit codes."""
 
+import copy
 import errno
 import json
 import os
+import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
+import vidjax
 from tests.campaigns import commands
-from tests.helpers import seen
+from tests.helpers import clip_files, made_runs, seen, servers
 from tests.helpers.limits import slowness
-from vidjax.runs import config as config_lib, config_io, terminal
+from vidjax.apps.gallery.changes import NotEnrolledError
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.runs import config as config_lib, config_io, results as results_lib, terminal
 from vidjax.runs.checkpoint import CheckpointError
+from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
 from vidjax.utils import messages
 from vidjax.utils.errors import DiskError
 
 
 def check_outcome(case, command):
-    """Runs a case, and asserts its exit code, a part of its text and CPU time; returns stdout."""
     began = time.process_time()
     code, out, err = command(*case.words.split())
     seconds = (time.process_time() - began) / slowness()
@@ -44,7 +54,6 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(case, tmp_path, monkeyp
 def test_empty_argument_is_named_as_in_the_help(command):
     for words, name in (
         ("gallery list", "G"), ("export --to=new --format=numpy", "RUN"),
-        # An empty path would be the current folder.
         ("who --out=new --models=m", "FILE"), ("forget --identity=Ada", "PLACE"),
     ):  # fmt: skip
         assert f"{name} is empty" in command(*words.split(), "").err
@@ -52,7 +61,6 @@ def test_empty_argument_is_named_as_in_the_help(command):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A folder with data, made-up runs, and configuration files, some of them wrong."""
     folder = tmp_path_factory.mktemp("places")
     commands.prepare_places(folder)
     return folder
@@ -77,16 +85,13 @@ def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, pyth
         "assert not {'tensorflow', 'tensorflow_datasets', 'pyarrow'} & sys.modules.keys()\n",
         cwd=tmp_path, VIDJAX_CACHE=str(tmp_path), JAX_PLATFORMS="cuda",
     )  # fmt: skip
-
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.nightly
 def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
     commands.prepare(tmp_path)
-
-    one_field = commands.FIELDS[2]  # another test runs all FIELDS
-    for case in [one_field, *commands.FILES, *commands.WORKS]:
+    for case in [commands.FIELDS[2], *commands.FILES, *commands.WORKS]:
         done = commands.run(tmp_path, case)
         faults = commands.list_faults(case, done.returncode, done.stdout, done.stderr)
         assert not faults, (case.words, faults, done)
@@ -98,7 +103,6 @@ def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
 
 def test_run_folder_is_named_after_its_overrides():
     def suffix(*words, without=()):
-        """Returns the end of the name of a run folder."""
         overrides = [f"--config.{word}" for word in words]
         config = config_io.override(config_lib.default(), overrides)
         return config_io.folder_suffix(config, overrides, without)
@@ -181,7 +185,6 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
     assert err.startswith(f"vidjax: {escaped}\n")
     assert not set("\x1b\x07\x9b\u202e\r") & set(err)
 
-    # A path without control characters is printed as it is.
     messages.run_to_exit_code((tmp_path / "gone").read_text, [])
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err
 
@@ -208,6 +211,173 @@ def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch)
                 terminal.say(text)
 
 
-def test_list_of_names_shows_whether_there_are_more():
-    assert messages.list_some([]) == "" and messages.list_some([*"abcde"]) == "a, b, c, d, e"
-    assert messages.list_some([*"abcdef"]) == "a, b, c, d, e, ..."
+# A wrong command, a pattern that finds the remedy in its error, and a command with the remedy.
+REMEDIES = [
+    ("gallery g list", r"comes first: (vidjax .*)", "{}"),
+    ("gallery identify g --input='my own'", r"(--input=.*)", "gallery identify g {}"),
+    ("config --config=knn --config.loss.gama=1", r"did you mean (--config\S+)\?",
+     "config --config=knn {}=1"),
+    ("check 'my run'", r"did you mean (--workdir=.*)\?", "check {}"),
+    ("rank --workdir=run --input=official --out=b.tsv", r"embed, add (--config\S+)",
+     "rank --workdir=run --input=official {} --out=b.tsv"),
+    ("gallery identify g --input=official", r"--input by (--split.*)", "gallery identify g {}"),
+    ("gallery list 'my run'", r"from it: (vidjax .*)", "{}"),
+    ("check --config=knn:face,face", r"'(face)' comes twice", "config --config=knn:{}"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_suggested_commands_run(tmp_path, nearest_run, official_dir, data, say, monkeypatch):
+    # The current folder has a run, its gallery, official files, and own features of two splits.
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "my run"):
+        Path(name).symlink_to(nearest_run)
+    Gallery.create("g", nearest_run, data)
+    Path("official").symlink_to(official_dir)
+    clips = {"a b": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float16)}}
+    clip_files.write_npz(Path("my own"), {"train": clips, "test": clips})
+
+    for typed, pattern, corrected in REMEDIES:
+        match = re.search(pattern, say(*shlex.split(typed), code=2))
+        assert match, typed
+        words = corrected.format(match[1]).removeprefix("vidjax ")
+        assert say(*shlex.split(words)), typed
+
+
+def test_errors_pass_from_one_process_to_another():
+    """An error that cannot be unpickled would end a pool of processes, or let it wait forever."""
+    for error in (NotEnrolledError("clip", "clp", {"clip"}), Interrupted(15, 7), DiskError("full")):
+        for received in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+            assert type(received) is type(error) and str(received) == str(error)
+            assert received.exit_code == error.exit_code
+
+
+UNTYPED: Any = vidjax  # tests give arguments of wrong types
+
+
+def refused(message, function, *arguments, **options):
+    """Asserts that a function raises an error of 1 to 3 lines, without the flag --workdir."""
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        function(*arguments, **options)
+    assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Split -> clip -> modality -> features. There are 6 train and 3 val clips of each person."""
+    rng = np.random.default_rng(0)
+    people = rng.standard_normal((4, 16))
+
+    def make(i):
+        return {"face": (people[i % 4] + 0.3 * rng.standard_normal((2, 16))).astype(np.float32)}
+
+    counts = {"train": 24, "val": 12}
+    return {split: {f"{split}_{i}": make(i) for i in range(n)} for split, n in counts.items()}
+
+
+@pytest.fixture(scope="module")
+def labels(clips):
+    return {name: f"person_{i % 4}" for split in clips.values() for i, name in enumerate(split)}
+
+
+@pytest.fixture(scope="module")
+def made(clips, labels, cache_dir):
+    return vidjax.load_data(clips, labels, cache_dir=cache_dir)
+
+
+@pytest.mark.slow
+def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
+    words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
+    config = vidjax.load_config("knn", *words)
+    folder = tmp_path / "runs" / "memory"
+    assert repr(made) == "<data 'arrays': train 24 clips, val 12 clips; face 16; 4 identities>"
+
+    with ThreadPoolExecutor() as pool:  # a program may train in any thread
+        results = pool.submit(vidjax.train, config, folder, made, num_devices=1).result()
+    assert results.map == pytest.approx(1.0)  # the four people differ much
+    assert results.to_dict() == json.loads(results.paths.metrics.read_text())
+    assert "map=1.0, map_kind='val'" in repr(results)
+    # A second call returns the results of the finished run.
+    assert vidjax.train(config, folder, made, num_devices=1).map == results.map
+
+    tested = vidjax.evaluate(folder, made, split="train", num_devices=1)
+    assert tested.to_dict() == json.loads(tested.paths.metrics.read_text())
+    assert tested.map_kind == "in_sample"
+    assert tested.paths.ranking == folder / "ranking_train.txt" and tested.paths.ranking.exists()
+
+    run = UNTYPED.restore(folder, num_devices=1)
+    new = {"person 2": clips["val"]["val_2"], "person 3": clips["val"]["val_3"]}
+    assert [clip for clip, _ in run.rank(new)["person_2"]] == ["person 2", "person 3"]
+    refused("clips must be a dict .* not str", run.rank, str(folder))
+    refused("data must be the result of vidjax.load_data", UNTYPED.evaluate, folder, clips)
+    refused("identify: k must be a number", run.identify, new, "2")
+    refused("identify: threshold must be a score", run.identify, new, threshold="0.5")
+
+
+def test_results_contain_average_precisions_and_user_defined_metrics(tmp_path):
+    values = {"Ada": 0.25, "Zoë": 0.75, "Bo": 1.0}
+    folder = RunFolder(made_runs.write(tmp_path / "run", values, results={"my_metric": 0.5}))
+    results = results_lib.Results.from_values(folder.metrics(), "val", folder.paths())
+    assert results.average_precisions() == values and results.map == pytest.approx(2 / 3)
+    assert results.to_dict() == folder.metrics() and results.to_dict()["my_metric"] == 0.5
+
+
+def test_import_vidjax_needs_linux_and_imports_neither_jax_nor_numpy_nor_tensorflow(python):
+    python(
+        "import sys, vidjax\n"
+        "assert set(vidjax.__all__) <= set(dir(vidjax))\n"
+        "assert not {'jax', 'numpy', 'tensorflow', 'flax'} & set(sys.modules)\n"
+        "vidjax.load_config  # may import NumPy\n"
+        "assert not {'jax', 'tensorflow', 'flax'} & set(sys.modules)\n"
+    )
+    python(
+        "import pytest, sys\nsys.platform = 'win32'\n"
+        "with pytest.raises(ImportError, match='needs Linux.*WSL'):\n    import vidjax\n"
+    )
+
+
+def test_functions_describe_the_expected_arguments(clips, labels, made, official_dir, tmp_path):
+    load_config, load, train = UNTYPED.load_config, UNTYPED.load_data, UNTYPED.train
+    restore, compare = UNTYPED.restore, UNTYPED.compare
+    refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load_config, "mma", {"seed": 1})
+    refused(r"such as '--config\.seed=1'", load_config, "mma", "config.seed=1")
+    refused("load_config: spec must be a name .* not None", load_config, None)
+
+    # A configuration has its own folders and options. Official files have their own labels.
+    config, misspelt, new = load_config("knn"), load_config("knn"), tmp_path / "new"
+    refused("load_data: source must be a folder, .* not list", load, [clips])
+    refused(r"set config\.data\.cache_dir", load, config, cache_dir=tmp_path)
+    refused(r"set config\.data\.quality", load, config, quality="norm")
+    refused(r"config\.data\.dir", load, config, labels)
+    refused("leave `quality` out", load, official_dir, quality="norm")
+    refused(r"train_gt\.txt", load, official_dir, labels)
+    refused("'.*new' does not exist", load, new)
+    refused("labels must be a dict", load, clips, [1])
+
+    misspelt.optim.learn_rate = 1
+    refused("train: config must be a configuration", train, str(new), config, made)
+    refused("train: workdir must be the path of a folder", train, config, made, new)
+    refused("data must be the result of vidjax.load_data", train, config, new, str(new))
+    refused(r"learn_rate .*optim\.learning_rate", train, misspelt, new, made)
+    refused("restore: workdir must be the path", restore, config)
+    refused(f"no run in '{new}'", restore, new)
+    measured = load_config("knn", "--config.data.name=arrays", "--config.data.quality=norm")
+    refused(r"load_data\(\.\.\., quality='norm'\)", train, measured, new, made)
+    assert not new.exists()
+
+    for runs in ([new, None], [[new], [None]], [new, 5], [new, tmp_path.stat()]):
+        refused("compare: run must be the path of a run's folder", compare, runs)
+    refused("compare: out must be the path of a folder", compare, [new, new], out=5)
+
+
+def test_galleries_describe_the_expected_arguments(nearest_run, tmp_path):
+    new, gallery = tmp_path / "new", UNTYPED.Gallery
+    remedy = f"vidjax gallery create NEW_FOLDER --run={nearest_run}"
+    refused(remedy, gallery.create, nearest_run, new)
+    refused("folder must be the path", gallery.create, None, nearest_run)
+    refused("run must be a run, or the path", gallery.create, new, 5)
+    refused("data must be the result", gallery.create, new, nearest_run, {})
+    refused("models must be the path", gallery.of_models, new, None)
+    assert not new.exists()
+    enrol, clips = servers.make_gallery(new).enrol, {"c": {"face": np.ones((1, 8), np.float32)}}
+    refused(r"no clip is called 'd'(.|\n)*clip is 'c'", enrol, clips, {"d": "Ada"})

@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from tests.helpers import made_galleries, servers, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import file_limit
+from tests.helpers.seen import refused
 from vidjax.apps.export import formats, function, reader, weights
 from vidjax.apps.export.formats import FORMATS
 from vidjax.apps.gallery.backend import make_card_backend
@@ -24,7 +25,6 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video.cards import BackEnd
 from vidjax.core import devices, fusion
 from vidjax.evaluation import predict
-from vidjax.utils.errors import UserError
 
 # Configurations and their overrides. Of the eleven nets of `views`, two are enough.
 SYSTEMS = {
@@ -49,8 +49,7 @@ def export(command, tmp_path):
     """Returns a function that runs `vidjax export`; it returns the printed JSON, or the error."""
 
     def run(source, name, to="out", code=0):
-        words = (source, f"--to={tmp_path / to}", f"--format={name}", "--json")
-        done = command("export", *words)
+        done = command("export", source, f"--to={tmp_path / to}", f"--format={name}", "--json")
         assert done.code == code, done.err
         assert not code or not (tmp_path / to).exists()
         return done.err if code else json.loads(done.out.splitlines()[-1])
@@ -60,7 +59,6 @@ def export(command, tmp_path):
 
 @pytest.fixture(scope="module")
 def made(trained):
-    """Returns a function: name of a system -> the folder of its run."""
     return lambda name: trained(*SYSTEMS[name].split())
 
 
@@ -118,26 +116,23 @@ def test_imported_run_gives_identical_scores_and_embeddings(made, data, tmp_path
 
 
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
-    """Two outputs of -inf are equal. A difference of 2e-5 is too large, too."""
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
         assert function.difference({"scores": [other]}, expected) > function.TOLERANCE
 
 
-# Function or limit, its value in the test, a format, and words of the error.
-@pytest.mark.parametrize(("changed", "value", "name", "words"), [
-    (f"{function.__name__}.LARGEST", 1000, "stablehlo", "choose --format=safetensors"),  # bytes
-    ("importlib.util.find_spec", lambda name: None, "onnx", "pip install 'vidjax[onnx]'"),
-    pytest.param(f"{function.__name__}.difference", lambda answers, expected: 2e-5, "safetensors",
-                 "outputs differ from vidjax by 2.0e-05", marks=pytest.mark.slow),
-], ids=["too large", "no package", "outputs differ"])  # fmt: skip
-def test_failed_export_names_the_remedy_and_leaves_no_folder(
-    nearest_run, tmp_path, export, monkeypatch, changed, value, name, words
-):
-    monkeypatch.setattr(changed, value)
-    assert words in export(nearest_run, name, code=2)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.slow
+def test_failed_export_leaves_no_folder(nearest_run, tmp_path, export, monkeypatch):
+    for changed, value, name, words in (
+        (f"{function.__name__}.LARGEST", 1000, "stablehlo", "choose --format=safetensors"),  # bytes
+        ("importlib.util.find_spec", lambda name: None, "onnx", "pip install 'vidjax[onnx]'"),
+        (f"{function.__name__}.difference", lambda *_: 2e-5, "safetensors", "vidjax by 2.0e-05"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(changed, value)
+            assert words in export(nearest_run, name, code=2)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -146,7 +141,6 @@ def test_failed_export_names_the_remedy_and_leaves_no_folder(
     [(5000, "safetensors", "weights.safetensors"), (12_000, "saved_model", "saved_model")],
 )
 def test_export_to_a_full_disk_names_the_file(nearest_run, tmp_path, export, limit, name, file):
-    """Libraries that write a file have errors of their own."""
     for package in FORMATS[name].packages:
         pytest.importorskip(package)
     with devices.disable_program_cache(), file_limit(limit):
@@ -195,8 +189,8 @@ def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_pat
     run = predict.restore(nearest_run)._replace(modalities={"a-b": 8, "a_b": 8})
     lengths = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
     assert lengths["a-b_mask"] != lengths["a_b_mask"]
-    with pytest.raises(UserError, match=r"'a-b'\nchoose --format=stablehlo"):
-        formats.tensorflow(run, {}, tmp_path)  # TensorFlow allows no `-` in names
+    # TensorFlow allows no `-` in names.
+    refused(lambda: formats.tensorflow(run, {}, tmp_path), "'a-b'\nchoose --format=stablehlo")
 
 
 @pytest.mark.nightly
@@ -231,7 +225,6 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
     assert names == list(gallery.index.names)
     path = tmp_path / "out" / FORMATS[name].gallery_file
     arrays = dict(np.load(path)) if name == "numpy" else load_file(path)
-    # The exported reader computes the same numbers as the gallery.
     vectors = gallery.backend.split(np.stack([clip.vector for clip in gallery.clips.values()]))
     expected = np.stack(list(gallery.index.search(vectors)))
     answers = reader.log_probabilities(arrays, dict(zip(facts["parts"], vectors, strict=True)))
@@ -244,10 +237,9 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
-    """The logits of two people differ by -900 to 690.
+    """The oracle is the logarithm of the mean probability of the members.
 
-    The difference is 1000 times the first coordinate of a vector, by `face/linear`. A stranger has
-    the logit -9999. The oracle is the logarithm of the mean probability of the members.
+    The logits of two people differ by 1000 times the first coordinate of a vector.
     """
     leads = np.array([-900.0, -800, -40, -1, 1, 40, 41, 80, 690])
     ones, nothing = np.ones(members), np.zeros((members, 2, 2))
@@ -284,12 +276,10 @@ OPERATIONS = {
     "expm1": (jnp.expm1, np.minimum(TINY, 50)),
     "log_sigmoid": (jax.nn.log_sigmoid, np.linspace(-100, 100, 41, dtype=np.float32)),
     "softmax": (lambda x: jax.nn.softmax(x, axis=-1), FLOATS),
-    "stable sort": (lambda x: jnp.argsort(x, axis=1, stable=True), WHOLE),
     "descending": (lambda x: jnp.argsort(x, axis=1, stable=True, descending=True), WHOLE),
     "ties": (lambda x: jnp.argsort(x, axis=1, stable=True), np.tile(WHOLE, (1, 10))),
     "shuffle": (lambda x: fusion.shuffle(None, x > 2), np.tile(WHOLE, (1, 9))),
     "sort of bools": (lambda x: jnp.argsort(x > 2, axis=1, stable=True), WHOLE),
-    "rows": (lambda x: x[jnp.array([2, 0, 0])], FLOATS),
     "along an axis": (lambda x: jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1), FLOATS),
     "columns": (lambda x: jnp.take(x, jnp.array([4, 1]), axis=1, mode="clip"), FLOATS),
     "beyond the end": (lambda x: jax.lax.dynamic_slice(x, (x[0, 0].astype(int) + 9, 0), (2, 5)),
@@ -302,7 +292,6 @@ OPERATIONS = {
     "bools": (lambda x: jnp.where(x > 2, x > 0, x == 0), WHOLE),
     "loops of vmap": (loop, FLOATS),
     "draws": (lambda x: x + jax.random.uniform(jax.random.key(3), (3, 5)), FLOATS),
-    "reversed": (lambda x: x[:, ::-1], FLOATS),
     "best": (lambda x: jax.lax.top_k(x, 2)[0], FLOATS),
     "lgamma": (jax.lax.lgamma, FLOATS),  # is not supported
 }  # fmt: skip
@@ -327,7 +316,7 @@ def as_onnx(*names):
 
 
 @pytest.mark.slow
-def test_onnx_operations_equal_jax_operations():
+def test_onnx_operations_equal_jax_operations_or_are_refused():
     onnxruntime = pytest.importorskip("onnxruntime")
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})
     session = onnxruntime.InferenceSession(graph)
@@ -335,10 +324,7 @@ def test_onnx_operations_equal_jax_operations():
         expected = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
         np.testing.assert_allclose(output, expected, rtol=2e-6, atol=1e-30, err_msg=name)
 
-
-def test_error_of_an_unsupported_onnx_operation_names_the_operation():
-    with pytest.raises(ValueError, match="does not support an operation of this model: 'lgamma'"):
-        as_onnx("lgamma")
+    refused(lambda: as_onnx("lgamma"), "does not support an operation of this model: 'lgamma'")
 
 
 @pytest.fixture
@@ -349,7 +335,7 @@ def core(monkeypatch):
 
 def test_openvino_sorts_as_jax(core):
     """OpenVINO computes int64 as int32. Its TopK returns equal values in any order."""
-    graph, inputs = as_onnx("ties", "stable sort", "descending", "sort of bools", "shuffle")
+    graph, inputs = as_onnx("ties", "descending", "sort of bools", "shuffle")
     outputs = core.compile_model(core.read_model(graph, b""), "CPU")(inputs).values()
     for (name, x), output in zip(inputs.items(), outputs, strict=True):
         sort_by_jax, _ = OPERATIONS[name]

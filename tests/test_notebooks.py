@@ -1,7 +1,4 @@
-"""The notebooks of colab/ run from top to bottom, and their outputs are stored.
-
-`python -m tests.test_notebooks quickstart` writes the outputs of a notebook again.
-"""
+"""Notebooks run, and have outputs; `python -m tests.test_notebooks quickstart` writes them."""
 
 import json
 import os
@@ -20,9 +17,8 @@ import nbformat
 import pytest
 
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.small_runs import QUICK
+from tests.helpers.small_runs import QUICK, ROOT
 
-ROOT = Path(__file__).parent.parent
 PATHS = {path.stem: path for path in sorted((ROOT / "colab").glob("*.ipynb"))}
 # Packages that are installed on a hosted machine, in versions above our lower bounds.
 HOSTED = {"jax": "0.99.0", "jaxlib": "0.99.0", "numpy": "2.2.6", "tensorflow": "2.20.0"}
@@ -40,11 +36,6 @@ def output_texts(cell):
         for kind, text in output.get("data", {}).items():
             if not kind.startswith("image/"):
                 yield text if isinstance(text, str) else json.dumps(text)
-
-
-def output_types(cell):
-    """Returns the types, such as text/plain and image/png, of each output of a cell."""
-    return [sorted(o.data) for o in cell.outputs if o.output_type != "stream"]
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -67,18 +58,16 @@ def test_notebook_outputs_are_stored_and_contain_no_local_paths(name):
 
 def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch, capsys):
     def commands_of_setup(*names, **versions):
-        """Returns the commands of the cell if packages of these names are installed."""
         commands, installed = [], [types.SimpleNamespace(name=name) for name in names]
         (cell,) = [cell for cell in read("quickstart").cells if cell.id == "setup"]
-        # Without the lines of IPython.
-        python = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
+        without_magic = re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE)
         with monkeypatch.context() as patch:
             patch.chdir(ROOT)
             patch.setattr(sys, "path", list(sys.path))
             patch.setattr(metadata, "distributions", lambda: installed)
             patch.setattr(metadata, "version", {**HOSTED, **versions}.__getitem__)
             patch.setattr(subprocess, "run", lambda words, check: commands.append(words))
-            exec(python, {})
+            exec(without_magic, {})
         return commands
 
     assert commands_of_setup("pip", "vidjax", "tensorflow") == []  # vidjax is already installed
@@ -100,10 +89,7 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
 
 
 def run(notebook, folder, cache_dir, **more_env):
-    """Runs a notebook from top to bottom in an empty folder; returns it with its outputs.
-
-    Outputs contain the errors of cells. If no kernel starts, RuntimeError is raised.
-    """
+    """Runs a notebook in an empty folder; returns it with its outputs and the errors of cells."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -111,14 +97,12 @@ def run(notebook, folder, cache_dir, **more_env):
     shutil.copytree(ROOT / "configs", path.parent / "configs")
     nbformat.write(notebook, path)
     env = os.environ | {"XLA_FLAGS": "", "VIDJAX_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
-    # The kernels and settings of the user are not used.
     env |= {"IPYTHONDIR": f"{folder}/ipython", "JUPYTER_DATA_DIR": f"{folder}/jupyter"}
-    env |= {"JUPYTER_NO_CONFIG": "1", **more_env}
+    env |= {"JUPYTER_NO_CONFIG": "1", **more_env}  # not the kernels and settings of the user
     command = [sys.executable, "-c", "from nbclient.cli import main; main()", str(path)]
     command += ["--inplace", "--allow-errors", "--timeout=600", "--kernel_name=python3"]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
-    if ran.returncode:
-        raise RuntimeError(ran.stderr)
+    assert not ran.returncode, ran.stderr
     return nbformat.read(path, as_version=4)
 
 
@@ -142,7 +126,11 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
         if cell.cell_type == "code":
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
             assert not errors, f"{cell.id}: {errors}"
-            assert output_types(cell) == output_types(before), cell.id
+            types, types_before = (
+                [sorted(o.data) for o in one.outputs if o.output_type != "stream"]
+                for one in (cell, before)
+            )
+            assert types == types_before, cell.id  # such as text/plain and image/png
             if "main([" in cell.source:
                 assert "0" in output_texts(cell), cell.id  # the exit code
             assert "Warning" not in "".join(output_texts(cell)), "".join(output_texts(cell))

@@ -49,35 +49,21 @@ def clips():
 
 @pytest.fixture(scope="module")
 def new(clips):
-    """Clips of val under other names."""
     return {f"new {name}": frames for name, frames in clips["val"].items()}
 
 
 WIDTH = 24  # of the faces
 
 
-def faces(count):
-    """Returns clips of 1 to 5 random faces."""
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(count)]
-    return {f"clip_{i}": {"face": array} for i, array in enumerate(arrays)}
-
-
-def first(clips, count):
-    return dict(list(clips.items())[:count])
-
-
 def ranked(run, clips):
-    """Returns the lines of `ranking.txt` for these clips."""
     lists = run.rank(clips).items()
     return [" ".join([who, *(f"{name}.mp4" for name, _ in matches)]) for who, matches in lists]
 
 
 def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
-    folder = train("knn")
+    folder = train("mma")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
 
-    # A configuration of a blend, and then of a run without a checkpoint.
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
@@ -87,20 +73,22 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         predict.restore(tmp_path)
 
-
-def test_best_step_can_be_restored(train):
-    folder = train("knn")
-    run = predict.restore(folder, step="best", num_devices=1)
-    (only_step,) = checkpoint.manifests(folder)
-    assert run.workdir == folder and run.step == only_step
+    # An absurd size is refused before anything is allocated for it.
+    theirs = shutil.copytree(folder, tmp_path / "theirs")
+    for step, manifest in checkpoint.manifests(theirs).items():
+        changed = {**manifest, "num_identities": 2**31 - 1}
+        files.write_manifest(theirs / "checkpoints" / str(step) / "manifest.json", changed)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
+        predict.restore(theirs, num_devices=1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB: below 1 GiB
 
 
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
 def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, restored, clips):
     folder, run = train(name), restored(name)
-    assert run.step == max(checkpoint.manifests(folder))
+    assert run.workdir == folder and run.step == max(checkpoint.manifests(folder))
 
-    # Clips of the dataset.
     wanted = small_runs.scores([small_runs.restored(folder, data)])
     lines = (folder / "ranking.txt").read_text().splitlines()
     scores = run.scores(data)
@@ -115,11 +103,12 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
         np.testing.assert_array_equal(run.scores(clips["val"]), scores[order])
         assert ranked(run, clips["val"]) == lines
     if name == "knn":
+        assert predict.restore(folder, step="best", num_devices=1).step == run.step
         four_devices = predict.restore(folder, num_devices=4)
         np.testing.assert_array_equal(four_devices.scores(clips["val"]), scores[order])
         with jax.enable_x64(True):  # as in a notebook that needs float64 for other things
-            wide = predict.restore(folder, num_devices=1)
-            np.testing.assert_allclose(wide.scores(clips["val"]), scores[order], rtol=1e-5)
+            wide = predict.restore(folder, num_devices=1).scores(clips["val"])
+        np.testing.assert_allclose(wide, scores[order], rtol=1e-5)
 
     # Embeddings have the length 1, or 0 for a clip without frames.
     vectors = run.embed(clips["val"])
@@ -131,52 +120,57 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
 def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, clips, tmp_path):
     """Training clips are scored by members not trained on them. All members score other clips."""
     run = restored("ensemble")  # trained on folds of train and val
-
-    def as_data(**splits):
-        return sources.load(splits, cache_dir=tmp_path)
+    load = functools.partial(sources.load, cache_dir=tmp_path)
 
     # The same training data from memory and from the official files. Both calls score val.
-    np.testing.assert_array_equal(run.scores(as_data(**clips), split="val"), run.scores(data))
+    np.testing.assert_array_equal(run.scores(load(clips), split="val"), run.scores(data))
 
     # Each name of val gets the frames of the next clip. `wanted` are scores by all members.
     names, values = zip(*sorted(clips["val"].items()), strict=True)
     others = dict(zip(names, values[1:] + values[:1], strict=True))
     wanted = run.scores({f"new {name}": clip for name, clip in others.items()})
     for given, split in (
-        (others, None), (as_data(val=others), "val"), (as_data(test=others), "test"),
+        (others, None), (load({"val": others}), "val"), (load({"test": others}), "test"),
     ):  # fmt: skip
         with pytest.warns(UserWarning, match="names of training clips, but .* as new"):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 
-SCORE_WITHOUT_TENSORFLOW = """
-import sys
-for name in ("tensorflow", "tensorflow_datasets", "pyarrow"): sys.modules[name] = None
-import numpy as np
-from vidjax.evaluation import predict
-run, clips = predict.restore(sys.argv[1]), {"clip": {"face": np.ones((2, 24), np.float32)}}
-assert np.isfinite(run.scores(clips)).all() and np.isfinite(run.embed(clips)).all()
-"""
-
-
 def test_arrays_are_scored_without_tensorflow(train, python):
-    python(SCORE_WITHOUT_TENSORFLOW, train("knn"))
+    python(
+        "import sys, numpy as np\n"
+        "sys.modules |= dict.fromkeys(['tensorflow', 'tensorflow_datasets', 'pyarrow'])\n"
+        "from vidjax.evaluation import predict\n"
+        "run, clips = predict.restore(sys.argv[1]), {'a': {'face': np.ones((2, 24), np.float32)}}\n"
+        "assert np.isfinite(run.scores(clips)).all() and np.isfinite(run.embed(clips)).all()\n",
+        train("knn"),
+    )
 
 
-def test_identify_does_not_use_an_out_of_fold_threshold_for_new_clips(restored, new):
-    run, five = restored("ensemble"), first(new, 5)
+def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, new):
+    """At least 99 distractors let 1 % of strangers pass: one of them and a new stranger."""
+    run, five = restored("ensemble"), dict([*new.items()][:5])
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
-    measured = {predict.THRESHOLD: -1.0, "num_distractors": 99}  # enough distractors
-    run = run._replace(results={**run.results, **measured})
+    results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99}
+    run = run._replace(results=results)
     assert run.threshold is None
     refused(lambda: run.identify(five), "too strict for new clips", "\ngive a threshold")
-    words = "\nfor a probability p, give threshold=math.log"
-    refused(lambda: run.identify(five, threshold=0.5), words)  # logarithms are at most 0
+    # Logarithms of probabilities are at most 0.
+    refused(lambda: run.identify(five, threshold=0.5), "probability p, give threshold=math.log")
     assert run.identify(five, threshold=-1.0).keys() == five.keys()
 
     # The threshold of a run that was trained without the clips of val is used.
-    val = run._replace(results={**run.results, "map_kind": "val"})
+    val = run._replace(results={**results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
+
+    # A threshold needs 99 distractors.
+    few, many = (val._replace(results={**val.results, "num_distractors": n}) for n in (98, 99))
+    assert few.threshold is None and many.threshold == -1.0
+    refused(lambda: few.identify(five), "98 clips of strangers are too few", "\ngive a threshold")
+    assert few.identify(five, threshold=-1.0) == many.identify(five)
+    # Without distractors, no score is too low, so every clip gets a name.
+    answers = val._replace(results={"num_distractors": 0}).identify(five)
+    assert all(answers.values())
 
 
 def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
@@ -201,23 +195,6 @@ def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
     assert peak < 8e6
 
 
-def test_threshold_needs_at_least_99_distractors(restored, new):
-    """The threshold lets 1 % of strangers pass: one of 99 distractors and a new stranger."""
-    run = restored("knn")
-    with_face = {name: clip for name, clip in new.items() if len(clip["face"]["number"])}
-    three = first(with_face, 3)
-    results = {**run.results, predict.THRESHOLD: -1.0}
-    few, many = (run._replace(results={**results, "num_distractors": n}) for n in (98, 99))
-
-    assert few.threshold is None and many.threshold == -1.0
-    words = "98 clips of strangers are too few", "\ngive a threshold"
-    refused(lambda: few.identify(three), *words)
-    assert few.identify(three, threshold=-1.0) == many.identify(three)
-    # Without distractors, no score is too low, so every clip gets a name.
-    none = run._replace(results={"num_distractors": 0})
-    assert all(none.identify(three).values())
-
-
 @pytest.mark.parametrize(("features", "message"), [
     (np.zeros((2, WIDTH - 1)), f"clip bad, face: .*width {WIDTH - 1}, .*width {WIDTH}"),
     (np.zeros((2, WIDTH), np.int64), "clip bad, face: .*int64"),
@@ -233,21 +210,12 @@ def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored,
 
 def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
     folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
-    run, clips = predict.restore(folder, num_devices=1), faces(37)
+    run, rng = predict.restore(folder, num_devices=1), np.random.default_rng(0)
+    faces = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(37)]
+    clips = {f"clip_{i}": {"face": face} for i, face in enumerate(faces)}
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
     for count in (1, 2, 15, 16, 17):  # blocks hold 16 clips
-        last_clips = dict(list(clips.items())[-count:])
+        last_clips = dict([*clips.items()][-count:])
         np.testing.assert_array_equal(run.scores(last_clips), scores[-count:])
         np.testing.assert_array_equal(run.embed(last_clips), vectors[-count:])
-
-
-def test_absurd_size_in_a_manifest_is_refused_without_allocation(train, tmp_path):
-    folder = shutil.copytree(train("mma"), tmp_path / "theirs")
-    for step, manifest in checkpoint.manifests(folder).items():
-        changed = {**manifest, "num_identities": 2**31 - 1}
-        files.write_manifest(folder / "checkpoints" / str(step) / "manifest.json", changed)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
-        predict.restore(folder, num_devices=1).scores(faces(2))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB: below 1 GiB

@@ -20,12 +20,11 @@ from tests.benchmarks import common, rehearsal, scores, speed
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.small_runs import LAYER
+from tests.helpers.small_runs import LAYER, ROOT
 from vidjax.cli import program, run_commands
 from vidjax.data import arrays, iqiyi_vid, synthetic
 from vidjax.models import identifier
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = (
     "configs", "vidjax/data", "vidjax/apps/export", "vidjax/apps/video", "vidjax/apps/gallery",
     "vidjax/runs", "vidjax/apps/serve", "tests/benchmarks", "tests",
@@ -48,20 +47,18 @@ SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of p
 TINY = {"mma.py": (*SMALL, "--config.modalities=face,audio"), "quality_fusion.py": (LAYER,)}
 
 
-def shell_commands(page):
-    for block in re.findall(r"```sh\n(.*?)```", PAGES[page].read_text(), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split("&&"):
-                if words := shlex.split(command, comments=True):
-                    yield words
-
-
 def commands():
     """Returns [module, *words] of all Python commands of the pages, in order, without repeats."""
-    every = (words for page in PAGES for words in shell_commands(page))
-    every = [["python", "-m", "vidjax.main", *x[1:]] if x[0] == "vidjax" else x for x in every]
-    modules = [words[2:] for words in every if words[:2] == ["python", "-m"]]
-    return [words for i, words in enumerate(modules) if words not in modules[:i]]
+    every = []
+    for page in PAGES.values():
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+            for command in re.split("\n|&&", block.replace("\\\n", " ")):
+                words = shlex.split(command, comments=True)
+                if words[:1] == ["vidjax"]:
+                    words[:1] = ["python", "-m", "vidjax.main"]
+                if words[:2] == ["python", "-m"] and words[2:] not in every:
+                    every.append(words[2:])
+    return every
 
 
 @pytest.fixture
@@ -81,7 +78,6 @@ def example(name, page="README.md"):
 
 
 def write(name, kind="own", page="README.md"):
-    """Writes the code block below `<!-- KIND: NAME -->` into a file; returns its name."""
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_text(example(f"{kind}: {name}", page))
     return name
@@ -102,9 +98,7 @@ def test_every_link_of_the_pages_has_a_target():
     for page in (*PAGES, *notebooks):
         text = prose(page)
         targets = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"<(https?:[^>]*)>", text)
-        if page != "vidjax/runs/README.md":  # the only page without a link
-            assert targets, page
-
+        assert targets or page == "vidjax/runs/README.md", page  # the only page without a link
         for target in targets:
             if target.startswith(blob):  # a notebook has a link to itself
                 assert target.removeprefix(blob) == page
@@ -156,7 +150,6 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
     """Without `every`, the data are tiny, and nearest neighbours replace all nets but the first."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
 
-    # The files that the commands read.
     if not every:
         tiny = synthetic.SIZES["small"]._replace(identities=30, mean_frames=4.0)
         monkeypatch.setitem(synthetic.SIZES, "small", tiny)
@@ -181,11 +174,9 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
         # Other tests run these commands: above (mine.py), test_extract_models.py, test_serve.py.
         if "--config=configs/mine.py" in words or words[0] in ("convert", "serve"):
             continue
-        # These commands take long.
         if not every and re.search("folds|everything|few|runs/both|runs/measured|runs/best", text):
-            continue
+            continue  # long commands
 
-        # Training becomes short, with smaller nets.
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
             _, workdir = run_commands.read_train_settings(program.parse(words))
             if "--workdir=" not in text:  # the following flags would change the default
@@ -220,7 +211,6 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
     """Tables that are rebuilt from stored results do not change. At night, a system is timed."""
     before, written = json.loads(scores.RESULTS.read_text()), speed.PAGE.read_text()
 
-    # The commands write into copies.
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}
     monkeypatch.setattr(scores, "PAGES", pages)
     monkeypatch.setattr(scores, "CONFIGS", shutil.copytree(scores.CONFIGS, tmp_path / "headers"))
@@ -243,6 +233,8 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
     after = json.loads(scores.RESULTS.read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert speed.PAGE.read_text() == written
+    page, rows = rehearsal.PAGE.read_text(), json.loads(rehearsal.COLLECTED.read_text())
+    assert common.replace_table(page, "rehearsal", rehearsal.render(rows)) == page
 
 
 @pytest.mark.slow
@@ -254,10 +246,9 @@ def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, on
     monkeypatch.setattr(vidjax, "load_config", lambda _, *words: load_config(*words))
 
     names = runpy.run_path(write("memory.py"))
-    assert len(names["ranked"]) == 20 and names["scores"].shape == (1, 20)
+    assert names["scores"].shape == (1, 20) and len(names["vectors"]) == 1
     best = max(names["ranked"], key=lambda identity: names["ranked"][identity][0][1])
-    assert best == "person_7"  # the new clip is val_7
-    assert len(names["vectors"]) == 1
+    assert len(names["ranked"]) == 20 and best == "person_7"  # the new clip is val_7
 
 
 @pytest.mark.slow
@@ -271,14 +262,11 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
         os.utime(path, (0, datetime(year, 12, 31, 23, 59, tzinfo=UTC).timestamp()))
     drawn.who(film, old, photo)
 
-    # names.jsonl becomes a table of a database.
-    rows, database = drawn.rows(), sqlite3.connect(":memory:")
+    rows, database = drawn.rows(), sqlite3.connect(":memory:")  # for names.jsonl
     database.execute(f"CREATE TABLE names ({', '.join(map(json.dumps, rows[0]))})")
     marks = ", ".join("?" * len(rows[0]))
-    for row in rows:
-        cells = [json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values()]
-        database.execute(f"INSERT INTO names VALUES ({marks})", cells)  # noqa: S608
-
+    cells = [[json.dumps(x) if isinstance(x, list) else x for x in row.values()] for row in rows]
+    database.executemany(f"INSERT INTO names VALUES ({marks})", cells)  # noqa: S608
     query = example("query: together", "vidjax/apps/video/README.md")
     seen = [*database.execute(query.replace("'names/names.jsonl'", "names"))]
     database.close()
@@ -294,8 +282,3 @@ def test_every_test_in_the_fault_table_exists():
         assert tests and len(tests) == cell.count("::"), number
         for name, test in tests:
             assert f"def {test}(" in (ROOT / name).read_text(), (number, test)
-
-
-def test_table_of_the_rehearsal_is_made_of_the_collected_rows():
-    page, rows = rehearsal.PAGE.read_text(), json.loads(rehearsal.COLLECTED.read_text())
-    assert common.replace_table(page, "rehearsal", rehearsal.render(rows)) == page

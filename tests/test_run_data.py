@@ -1,5 +1,7 @@
-"""A run accepts only the data that it was trained on; errors say how other data differ."""
+"""A run accepts only the data that it was trained on. A run on everything measures nothing."""
 
+import contextlib
+import io
 import itertools
 import json
 import shutil
@@ -8,13 +10,16 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers.clip_files import write_labels, write_npz
+from tests.helpers import clip_files, made_runs
+from tests.helpers.pages import check_numbers, section
 from tests.helpers.seen import refused
-from vidjax.cli.program import main
+from vidjax.cli import program
+from vidjax.core import ensemble
 from vidjax.evaluation import restore
-from vidjax.runs import checkpoint
+from vidjax.runs import checkpoint, results as results_lib
 from vidjax.utils import files
 
+pytestmark = pytest.mark.slow
 CLIPS = 6  # of each split
 CONFIG = ("--config=knn:face", "--config.eval.report=False", "--config.batch_size=5")
 
@@ -26,7 +31,7 @@ def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
         face = {"features": rng.normal(size=(2, 4)).astype(np.float32), "quality": np.ones(2)}
         clips[split][f"{split}{i}"] = {"face": face}
         labels[f"{split}{i}"] = f"person {(i + shift * (split == 'train')) % 3}"
-    write_labels(write_npz(folder, clips) / "labels.csv", labels)
+    clip_files.write_labels(clip_files.write_npz(folder, clips) / "labels.csv", labels)
     return ["--config.data.name=arrays", f"--config.data.dir={folder}"]
 
 
@@ -37,7 +42,7 @@ def trained(tmp_path_factory):
     weights = folder / "weights.txt"
     weights.write_text("train0.mp4 0\n")
     words = [*CONFIG, *write(folder / "data"), f"--config.data.weights={weights}"]
-    assert main([*words, f"--workdir={folder}/run"]) == 0
+    assert program.main([*words, f"--workdir={folder}/run"]) == 0
     return folder
 
 
@@ -58,7 +63,6 @@ def evaluate(own, say):
     return lambda *words, code=0: say("--mode=evaluate", f"--workdir={own}/run", *words, code=code)
 
 
-@pytest.mark.slow
 def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evaluate):
     run, report = own / "run", "--config.eval.report=True"
     evaluate(report, "--config.eval.block_size=3")  # does not change results
@@ -77,14 +81,11 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     refused(lambda: vidjax.evaluate(run).average_precisions(), "config.eval.report=True")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("change", "message"), [
     ({"shift": 1}, "train has other labels"), ({"seed": 1}, "other features"),
     ({"num_clips": CLIPS - 1}, "train has other clips (5, before 6)"),
 ], ids=["labels", "features", "clips"])  # fmt: skip
-def test_run_refuses_to_train_or_evaluate_on_other_data(
-    own, tmp_path, evaluate, train_again, change, message
-):
+def test_run_refuses_other_data(own, tmp_path, evaluate, train_again, change, message):
     words, path = write(tmp_path / "other", **change), own / "run" / "metrics.json"
     _, data_dir = words
     before, error = path.read_bytes(), train_again(words, code=2)
@@ -97,7 +98,17 @@ def test_run_refuses_to_train_or_evaluate_on_other_data(
     assert message in train_again(words, code=2)
 
 
-@pytest.mark.slow
+def test_only_a_run_without_a_checkpoint_accepts_another_configuration(own, train_again):
+    words = ["--config.data.name=arrays", f"--config.data.dir={own}/data", "--config.seed=7"]
+    assert "--workdir=FOLDER" in train_again(words, code=2)
+
+    # As in a run that was stopped before its first checkpoint.
+    (own / "run" / "metrics.json").unlink()
+    shutil.rmtree(own / "run" / "checkpoints")
+    train_again(words)
+    assert json.loads((own / "run" / "config.json").read_text())["seed"] == 7
+
+
 def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, train_again):
     path, new_dir = own / "run", f"--config.data.dir={own}/moved"
     words = ["--config.data.name=arrays", new_dir]
@@ -117,7 +128,6 @@ def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, tr
     assert "config.data.weights" in train_again(words, code=2)
 
 
-@pytest.mark.slow
 def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     other, test = tmp_path / "other", "--config.eval.split=test"
     _, data_dir = write(other, seed=1)
@@ -148,3 +158,90 @@ def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
     for after, wanted in ((added_head, ""), (other_labels, "val has other labels")):
         with pytest.warns(UserWarning, match="other modalities"):
             assert restore.describe_difference("val", before, after) == wanted
+
+
+KNN = "--config=knn:iqiyi_vid"
+# The two remedies of an error: two ways to train a run whose MAP can be measured.
+FOLDS, MEASURED = "--config.ensemble.folds=5", "--config.eval.split=val"
+
+
+def read_metrics(folder, name="metrics.json"):
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def everything(official_dir, tmp_path_factory):
+    """The folder of a run on train and val, and what the command printed."""
+    folder = tmp_path_factory.mktemp("everything")
+    words = [f"{KNN},everything", f"--config.data.dir={official_dir}", f"--workdir={folder}"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert program.main(words) == 0
+    return folder, printed.getvalue()
+
+
+def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_dir, say):
+    folder, out = everything
+    trained, results = ensemble.load(folder).trained, read_metrics(folder)
+    assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
+    assert trained.all()
+    assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12
+    lists = made_runs.lists(folder / "ranking.txt").values()
+    assert len(lists) == 12 and all("_TEST_" in name for names in lists for name in names)
+    assert "MAP@100     none: test has no ground truth" in out
+    scores = ("map", "best", "top1", "auroc", "fnir", "threshold")
+    assert not [key for key in results if key.startswith(scores)]
+    assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
+
+    (line,) = [line for line in out.splitlines() if "  measured" in line]
+    assert "nothing: the run was trained on train and val" in line
+    assert FOLDS in line and MEASURED in line
+    data = f"--config.data.dir={official_dir}"
+    again = say(f"{KNN},everything", data, f"--workdir={folder}")
+    assert "finished before" in again and line in again
+    report = (folder / "report.html").read_text()
+    check_numbers(folder, report)
+    summary = section(report, "summary")
+    assert "trained on train and val, so no split is left" in summary
+    assert "<strong>" not in summary and 'id="learning"' not in report  # no MAP and no loss
+
+
+def test_run_on_everything_is_imported_without_best_checkpoint(everything, tmp_path, say, command):
+    folder, _ = everything
+    done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")
+    assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
+
+    run, exported = shutil.copytree(folder, tmp_path / "run"), tmp_path / "exported"
+    config = read_metrics(run, "config.json")
+    config["eval"]["checkpoint"] = "best"
+    (run / "config.json").write_text(json.dumps(config))
+    say("export", run, f"--to={exported}", "--format=safetensors")
+    say("import", exported, f"--to={tmp_path / 'again'}")
+
+
+def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
+    folder, _ = everything
+    lines = say("--mode=evaluate", f"--workdir={folder}", MEASURED).splitlines()
+    results = read_metrics(folder, "metrics_val.json")
+    assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
+    (line,) = [line for line in lines if "MAP@100" in line]
+    assert "in sample" in line and "trained on these clips" in line
+    assert "map" not in read_metrics(folder)  # the results of test have no MAP, as before
+    assert "all good" in say("--mode=check", f"--workdir={folder}")
+
+
+def test_comparison_and_blend_on_val_are_in_sample(everything, official_dir, tmp_path, say):
+    """On test, a comparison is refused and a blend has no MAP, because test is not labelled."""
+    (folder, _), on_train, blend = everything, tmp_path / "on_train", tmp_path / "blend"
+    say(KNN, f"--config.data.dir={official_dir}", f"--workdir={on_train}")
+    runs = f"--runs={folder},{on_train}"
+
+    words = ("--mode=compare", f"--workdir={tmp_path}/out", runs)
+    assert FOLDS in say(*words, code=2)  # on test, the split of `folder`
+    (line,) = [line for line in say(*words, MEASURED).splitlines() if "In sample" in line]
+    assert str(folder) in line and str(on_train) not in line
+
+    words = ("--mode=evaluate", f"--workdir={blend}", runs)
+    assert "in sample" in say(*words)  # on val, the default split
+    assert read_metrics(blend)["map_kind"] == "in_sample"
+    assert "MAP@100     none: " in say(*words, "--config.eval.split=test")
+    assert "map" not in read_metrics(blend, "metrics_test.json")
