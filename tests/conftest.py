@@ -293,7 +293,7 @@ def python(cache_dir: Path) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Returns a function that runs `python -m vidjax.main WORDS` as a user would."""
-    return lambda *words, cwd=ROOT: execute(("-m", "vidjax.main", *words), cwd)
+    return lambda *words: execute(("-m", "vidjax.main", *words), ROOT)
 
 
 @pytest.fixture

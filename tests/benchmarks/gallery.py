@@ -12,6 +12,7 @@ seven rounds, after a round that fills caches.
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,22 +116,20 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
         for n in range(REPEATS)
     ]
     people.identify(queries[0], threshold=0.5)  # the first answer also makes tables
-    time_to_identify = measure_median(lambda n: people.identify(queries[n], threshold=0.5), REPEATS)
-    yield "identify a clip", time_to_identify
+    identify = measure_median(lambda n: people.identify(queries[n], threshold=0.5), REPEATS)
+    yield "identify a clip", identify
     blocks = zip(*(block.linear for block in people.index.blocks), strict=True)
     rows, vector = [np.concatenate(block) for block in blocks], x[0, :WIDTH]
     product = measure_median(lambda _: np.argmax(sum(x @ vector for x in rows)), REPEATS)
     yield "the same as one product of numpy's", product
-    for count, repeats in ((1, REPEATS), (1000, 1)):
-        start = 2_000_000 + 1_000 * count
-        new = [*make_clips(num_parts, count * repeats, rng, start).items()]
-        turns = [dict(new[n * count :][:count]) for n in range(repeats)]
-        what = "a clip" if count == 1 else f"{count:,} clips at once"
-        yield f"enrol {what}", measure_median(lambda n, t=turns: people.add(t[n]), repeats)
-        if num_people <= MANY and count == 1:
-            names = [str(clip.identity) for _, clip in new]
-            remove = lambda n, names=names: people.remove(identity=names[n])  # noqa: E731
-            yield "remove a person", measure_median(remove, repeats)
+    new = [*make_clips(num_parts, REPEATS, rng, start=2_000_000).items()]
+    yield "enrol a clip", measure_median(lambda n: people.add(dict([new[n]])), REPEATS)
+    if num_people <= MANY:
+        names = [str(clip.identity) for _, clip in new]
+        remove = measure_median(lambda n: people.remove(identity=names[n]), REPEATS)
+        yield "remove a person", remove
+    more = make_clips(num_parts, 1000, rng, start=3_000_000)
+    yield "enrol 1,000 clips at once", measure_median(lambda _: people.add(more), 1)
 
 
 def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
@@ -144,10 +143,8 @@ def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
     for number, face in enumerate(faces[-5:]):
         np.savez(folder / "clips" / f"{number}.npz", face=face)
 
-    def start(words: Sequence[str]) -> tuple[float, float]:
-        return common.run_python(*words, cwd=folder, PYTHONPATH=str(common.ROOT))
-
-    processes = {name: lambda _, words=words: start(words) for name, words in STARTS.items()}
+    run = partial(common.run_python, cwd=folder, PYTHONPATH=str(common.ROOT))
+    processes = {name: lambda _, words=words: run(*words) for name, words in STARTS.items()}
     rounds = common.alternate(processes, 1 + ROUNDS)
     medians = {name: np.median(times[1:], axis=0) for name, times in rounds.items()}
     for name, (seconds, cpu_seconds) in medians.items():
@@ -155,7 +152,7 @@ def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
         yield name, f"{seconds:.2f}", f"{cpu_seconds:.2f}", f"{ratio:.1f}"
 
 
-def main() -> None:
+if __name__ == "__main__":
     args = common.parse(__doc__, "--start", people=10_000)
     with tempfile.TemporaryDirectory() as folder:
         if args.start:
@@ -166,7 +163,3 @@ def main() -> None:
             header = ["", f"{args.people:,} people, {num_parts} x {WIDTH}"]
             rows = list(measure(Path(folder, "people"), args.people, num_parts))
     common.print_table(header, rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -108,11 +108,7 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+if __name__ == "__main__":
     common.parse(__doc__)
     figures = measure(Path(os.environ["VIDJAX_SPEECH"]), Path(os.environ["VIDJAX_MODELS"]))
     common.print_text(json.dumps(figures, indent=1))
-
-
-if __name__ == "__main__":
-    main()
