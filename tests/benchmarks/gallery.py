@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tests.benchmarks import common
 from tests.benchmarks.decision import CARD
 from tests.helpers.embeddings import unit
+from tests.helpers.made_galleries import vectors_of
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, group
 from vidjax.models.two_covariance import Settings
 
@@ -61,9 +63,7 @@ def make_front(parts: Sequence[str], rng: np.random.Generator) -> backend_lib.Ba
     return backend_lib.fit(vectors, labels, centred=True, settings=SETTINGS)
 
 
-def make_clips(
-    num_parts: int, count: int, rng: np.random.Generator, start: int = 0
-) -> dict[str, StoredClip]:
+def make_clips(num_parts: int, count: int, rng: Any, start: int = 0) -> dict[str, StoredClip]:
     parts = [near(rng.standard_normal((count, WIDTH), np.float32), rng) for _ in range(num_parts)]
     return {
         f"clip_{number:07}": StoredClip(f"person_{number:07}", row)
@@ -108,26 +108,20 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
     yield "open", measure_median(lambda _: galleries.append(Gallery(folder)), 1)
     (people,) = galleries
     yield "memory of the process", f"{common.peak_bytes() / 2**30:.1f} GB"
-    clips = make_clips(num_parts, REPEATS, rng, start=5_000_000).values()
-    x = np.stack([clip.vector for clip in clips])
-    parts = dict(zip(people.backend.widths, people.backend.split(x), strict=True))
-    queries = [
-        Vectors(("query",), {part: x[n : n + 1] for part, x in parts.items()}, (None,))
-        for n in range(REPEATS)
-    ]
+    clips = make_clips(num_parts, REPEATS, rng, start=5_000_000)
+    queries = [vectors_of(people, {name: clip}) for name, clip in clips.items()]
     people.identify(queries[0], threshold=0.5)  # the first answer also makes tables
     identify = measure_median(lambda n: people.identify(queries[n], threshold=0.5), REPEATS)
     yield "identify a clip", identify
     blocks = zip(*(block.linear for block in people.index.blocks), strict=True)
-    rows, vector = [np.concatenate(block) for block in blocks], x[0, :WIDTH]
+    rows, vector = [np.concatenate(block) for block in blocks], rng.random(WIDTH, np.float32)
     product = measure_median(lambda _: np.argmax(sum(x @ vector for x in rows)), REPEATS)
     yield "the same as one product of numpy's", product
     new = [*make_clips(num_parts, REPEATS, rng, start=2_000_000).items()]
     yield "enrol a clip", measure_median(lambda n: people.add(dict([new[n]])), REPEATS)
     if num_people <= MANY:
-        names = [str(clip.identity) for _, clip in new]
-        remove = measure_median(lambda n: people.remove(identity=names[n]), REPEATS)
-        yield "remove a person", remove
+        remove = lambda n: people.remove(identity=str(new[n][1].identity))  # noqa: E731
+        yield "remove a person", measure_median(remove, REPEATS)
     more = make_clips(num_parts, 1000, rng, start=3_000_000)
     yield "enrol 1,000 clips at once", measure_median(lambda _: people.add(more), 1)
 
