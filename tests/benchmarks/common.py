@@ -47,9 +47,8 @@ def parse(doc: str | None, *flags: str, argv: Any = None, **options: Any) -> arg
 
     If a default is a type, such as Path, the argument is positional.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=as_written)
     for name, default in options.items():
         if isinstance(default, type):
             parser.add_argument(name, type=default)
@@ -201,10 +200,8 @@ def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int) -> Any
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
     padded = {name: PADDED_FRAMES[name] for name in modalities}
     plan = BatchPlan(("train",), batch_size, num_clips, padded, (), "window", config.seed)
-    # A compiled function that takes several training steps.
-    loop = train_step.make_train_loop(
-        system, mesh, lambda clips, step: resident.draw_batch(clips, plan, step)
-    )
+    draw = lambda clips, step: resident.draw_batch(clips, plan, step)  # noqa: E731
+    loop = train_step.make_train_loop(system, mesh, draw)  # compiled; takes several steps
     return SimpleNamespace(
         system=system, state=state, constants=constants, clips=clips, plan=plan, loop=loop
     )

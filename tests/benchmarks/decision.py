@@ -50,9 +50,7 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
     return SimpleNamespace(vectors=x, people=np.array(people), clips=clips, apart=apart)
 
 
-def measure(
-    films: Any, photos: np.ndarray, *, known: int, count: int, draws: int, votes: bool = True
-) -> dict[str, float]:
+def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, votes=True) -> Any:
     """Returns name -> mean over `draws` random draws, of the figures that README.md explains.
 
     A draw enrols `known` people with `count` photos each. `photos` [P, K, D] are vectors of K

@@ -32,6 +32,7 @@ from vidjax.evaluation.significance import squared_errors
 
 HERE = Path(__file__).parent
 CONFIGS = common.CONFIGS
+read = functools.cache(comparison.read)
 PAGES = {"systems": common.ROOT / "README.md", "scores": HERE / "README.md"}
 RESULTS = HERE / "scores.json"
 SYNTHETIC, REAL = DATASETS = "synthetic", "real"
@@ -108,13 +109,11 @@ def time_systems(only: str) -> dict[str, float]:
     """Returns row -> seconds of a training with an empty cache, for rows of the main README."""
     seconds = {}
     systems = [spec.strip("`") for spec, *_ in read_tables("systems")["systems"][1:]]
-    for row in dict.fromkeys((*systems, *DOCUMENTED)):
-        if re.search(only, row):
-            spec, *overrides = row.split()
-            with tempfile.TemporaryDirectory() as folder:
-                flags = (f"--config=configs/{spec}", *overrides)
-                seconds[row], _ = first_command.run(Path(folder), *flags)
-            common.print_text(f"{row}: {seconds[row]:.0f} s")
+    for row in filter(re.compile(only).search, dict.fromkeys((*systems, *DOCUMENTED))):
+        with tempfile.TemporaryDirectory() as folder:
+            words = f"--config=configs/{row}".split()
+            seconds[row], _ = first_command.run(Path(folder), *words)
+        common.print_text(f"{row}: {seconds[row]:.0f} s")
     return seconds
 
 
@@ -146,11 +145,6 @@ def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     return {**results, "seconds": old.get("seconds", {})}
 
 
-@functools.cache
-def _read(path: Path) -> comparison.RankedRun:
-    return comparison.read(str(path))
-
-
 def name_comparison(spec: str, base: str) -> str:
     return f"{spec} against {base}".replace("`", "")
 
@@ -176,9 +170,9 @@ def _compare(folder: Path, base: str, row: str, dataset: str) -> dict[str, float
     """Returns mean and standard error of MAP(row) - MAP(base), or None if a run is missing."""
     gaps = []
     pairs = zip(*(_list_finished(folder, x, dataset) for x in (base, row)), strict=False)
-    for base_folder, row_folder in pairs:
-        first = _read(base_folder)
-        gaps.append(comparison.align(first, _read(row_folder)).ap - first.ap)
+    for folders in pairs:
+        first, second = (read(str(path)) for path in folders)
+        gaps.append(comparison.align(first, second).ap - first.ap)
     if not gaps:
         return None
     identity_error, seed_error = squared_errors(gaps)
