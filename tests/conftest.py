@@ -104,22 +104,17 @@ QUICK = {
 }
 
 
-def is_known(option: str, value: Any) -> bool:
-    """Returns whether this version of XLA knows a compile option."""
-    try:
-        jax.jit(abs).lower(1.0).compile(compiler_options={option: value})
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compile_quickly() -> Iterator[None]:
     """Compiles the programs of this process, but not of its children, without optimisation."""
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_traceback_in_locations_limit", 0)
     get_compile_options = compiler.get_compile_options
-    quick = [pair for pair in QUICK.items() if is_known(*pair)]
+    quick = []
+    for option, value in QUICK.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # XLA does not know the option
+            jax.jit(abs).lower(1.0).compile(compiler_options={option: value})
+            quick.append((option, value))
 
     def quickly(*args: Any, **kwargs: Any) -> Any:
         options = get_compile_options(*args, **kwargs)
@@ -293,7 +288,7 @@ def python(cache_dir: Path) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def vidjax_command(cache_dir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Returns a function that runs `python -m vidjax.main WORDS` as a user would."""
-    return lambda *words, cwd=ROOT: execute(("-m", "vidjax.main", *words), cwd)
+    return lambda *words: execute(("-m", "vidjax.main", *words), ROOT)
 
 
 @pytest.fixture

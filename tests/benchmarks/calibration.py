@@ -11,7 +11,7 @@ Half of the identified clips show strangers. The columns:
     settings      the fitted settings of PLDA
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from tests.benchmarks import common
 from tests.helpers import embeddings
 from vidjax.apps.gallery import backend
 from vidjax.core import metrics
-from vidjax.models.two_covariance import Settings
 
 CASES = [  # people, enrolled clips of each, width, share of the variance within a person
     (50, 4, 64, 0.5), (50, 4, 128, 0.6), (300, 4, 64, 0.5), (300, 4, 64, 0.7), (1000, 4, 128, 0.65),
@@ -27,16 +26,7 @@ CASES = [  # people, enrolled clips of each, width, share of the variance within
 ]  # fmt: skip
 MAX_CLIPS = 2000  # of enrolled people
 NUM_STRANGERS = 2000  # that determine the threshold; five times as many strangers are tested
-
-
-class Figures(NamedTuple):
-    """The columns of the table, which the docstring of the module explains."""
-
-    new: float
-    error: float
-    named: float
-    right: float
-    settings: Settings
+Figures = namedtuple("Figures", "new error named right settings")  # the columns of the table
 
 
 def compute_calibration_error(probability: np.ndarray, right: np.ndarray) -> float:
@@ -60,15 +50,15 @@ def measure(num_people: int, *, clips: int, width: int, within: float, seed: int
         best, logs = zip(*(answer.best[0] for answer in answers), strict=True)
         return np.array(best, int), np.array(logs), np.exp([answer.new for answer in answers])
 
-    def identify_strangers(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return identify(embeddings.exact(rng, count, 1, width, within)[:, 0])
+    def draw_strangers(count: int) -> np.ndarray:
+        return embeddings.exact(rng, count, 1, width, within)[:, 0]
 
     chosen = rng.permutation(2 * num_people)[:MAX_CLIPS]
     best, logs, new = identify(x[:, clips:].reshape(-1, width)[chosen])
-    _, stranger_logs, stranger_new = identify_strangers(len(chosen))
+    _, stranger_logs, stranger_new = identify(draw_strangers(len(chosen)))
     right = best == chosen // 2
-    threshold = metrics.find_threshold(identify_strangers(NUM_STRANGERS)[1], fpir=0.01)
-    tests = np.concatenate([identify_strangers(NUM_STRANGERS)[1] for _ in range(5)])
+    draws = [identify(draw_strangers(NUM_STRANGERS))[1] for _ in range(6)]
+    threshold, tests = metrics.find_threshold(draws[0], fpir=0.01), np.concatenate(draws[1:])
     probability = np.exp(np.concatenate([logs, stranger_logs]))
     return Figures(
         new=float(np.mean([new, stranger_new])),
@@ -79,7 +69,7 @@ def measure(num_people: int, *, clips: int, width: int, within: float, seed: int
     )
 
 
-def main() -> None:
+if __name__ == "__main__":
     common.parse(__doc__)
     common.print_text("people clips width within   P(new)    ECE  named at 1 %  right   settings")
     for people, clips, width, within in CASES:
@@ -89,7 +79,3 @@ def main() -> None:
             f"{people:6} {clips:5} {width:5} {within:6.2f}   {figures.new:6.3f} "
             f"{figures.error:6.3f}  {figures.named:12.2%}  {figures.right:5.3f}   {settings}"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, TypeVar
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,31 +26,29 @@ from vidjax.core import devices, ensemble, fusion
 from vidjax.core.batch import Array, Frames, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.models.system import System, TaskSpec, make_system
+from vidjax.models.system import TaskSpec, make_system
 from vidjax.runs import config_io
 from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
+IDENTITIES = 10_034  # of the official files
+ROUNDS = 5
 DIM = 512  # width of features
 # Clips have 1 to this number of frames, so 30 on average.
 MAX_FRAMES = {"face": 59, "head": 59, "body": 29, "audio": 1}
 PADDED_FRAMES = {"face": 64, "head": 64, "body": 32, "audio": 1}
 DISTINCT_FRAMES = 1 << 16  # if a modality has more frames, frames are repeated
 MIN_SECONDS = 0.25  # a function is called again and again for this time, because a call is short
-Result = TypeVar("Result")
 
 
-def parse(
-    doc: str | None, *flags: str, argv: Sequence[str] | None = None, **options: Any
-) -> argparse.Namespace:
+def parse(doc: str | None, *flags: str, argv: Any = None, **options: Any) -> argparse.Namespace:
     """Parses the command line, or `argv`. `flags` have no value; `options` are name -> default.
 
     If a default is a type, such as Path, the argument is positional.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=as_written)
     for name, default in options.items():
         if isinstance(default, type):
             parser.add_argument(name, type=default)
@@ -81,12 +80,10 @@ def run_python(*words: str, cwd: Path = ROOT, **env: str) -> tuple[float, float]
     return time.perf_counter() - start, children_seconds() - cpu_start
 
 
-def alternate(
-    functions: Mapping[str, Callable[[int], Result]], rounds: int
-) -> dict[str, list[Result]]:
+def alternate(functions: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, list[Any]]:
     """Calls each function once per round, with the round's number; returns name -> results."""
     # The speed of a machine drifts, so only the times of one round can be compared.
-    results: dict[str, list[Result]] = {name: [] for name in functions}
+    results: dict[str, list[Any]] = {name: [] for name in functions}
     for number in range(rounds):
         for name, function in functions.items():
             results[name].append(function(number))
@@ -102,16 +99,14 @@ def time_calls(function: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def time_functions(
-    functions: Mapping[str, Callable[[], Any]], rounds: int
-) -> dict[str, list[float]]:
-    """Returns name -> the seconds per call in each round. The functions take turns."""
+def time_functions(functions: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Returns name -> the seconds per call in each of ROUNDS rounds. The functions take turns."""
     timers: dict[str, Callable[[int], float]] = {}
     for name, function in functions.items():
         jax.block_until_ready(function())  # compiles
         count = math.ceil(MIN_SECONDS / time_calls(function, 1))
         timers[name] = lambda _, function=function, count=count: time_calls(function, count)
-    return alternate(timers, rounds)
+    return alternate(timers, ROUNDS)
 
 
 def format_ratio(seconds: Mapping[str, Sequence[float]], numerator: str, divisor: str) -> str:
@@ -183,51 +178,33 @@ def _draw_frames(key: Array, count: int) -> list[Array]:
     return [features, quality, detection, number]
 
 
-class Run(NamedTuple):
-    """A system, and random clips on the device to train it."""
+def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int) -> Any:
+    """Returns a system, and random clips on the device to train it.
 
-    system: System
-    state: train_step.TrainState
-    constants: train_step.MemberConstants
-    clips: dict[str, Packed]
-    plan: BatchPlan
-
-
-def make_run(
-    spec: str, overrides: Sequence[str] = (), *, batch_size: int, num_identities: int,
-    num_clips: int,
-) -> Run:  # fmt: skip
-    """Returns random clips and a system. `spec` is FILE:ARGUMENTS, `overrides` are FIELD=VALUE."""
+    `spec` is FILE:ARGUMENTS, `overrides` are FIELD=VALUE.
+    """
     config = config_io.load_file(f"{CONFIGS / spec}")
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
     config = config_io.override(config, [f"--config.{word}" for word in words])
     modalities = dict.fromkeys(config.modalities, DIM)
-    task = TaskSpec(modalities, num_identities, None, num_clips, 10_000, True)
+    task = TaskSpec(modalities, IDENTITIES, None, num_clips, 10_000, True)
     system = make_system(config.to_dict(), task)
     members = ensemble.make_members(config.ensemble.to_dict())
-    labels = np.random.default_rng(1).integers(0, 1 + num_identities, (len(members), num_clips))
-    mesh = devices.make_mesh(1)
-
-    def init() -> train_step.TrainState:
-        rngs = ensemble.make_rngs(members, config.seed)
-        return train_step.init_state(system, rngs, jnp.asarray(labels, jnp.int32))
-
-    state: Any = train_step.make_state(init, system.tx, devices.replicated_layout(mesh))
+    labels = np.random.default_rng(1).integers(0, 1 + IDENTITIES, (len(members), num_clips))
+    labels, mesh = jnp.asarray(labels, jnp.int32), devices.make_mesh(1)
+    rngs = ensemble.make_rngs(members, config.seed)
+    init = partial(train_step.init_state, system, rngs, labels)
+    state = train_step.make_state(init, system.tx, devices.replicated_layout(mesh))
     constants = train_step.make_member_constants(members, np.ones((len(members), num_clips)))
     constants = devices.replicate(mesh, constants)
     clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
     padded = {name: PADDED_FRAMES[name] for name in modalities}
     plan = BatchPlan(("train",), batch_size, num_clips, padded, (), "window", config.seed)
-    return Run(system, state, constants, clips, plan)
-
-
-def make_loop(run: Run) -> Any:
-    """Returns a compiled function that takes several training steps with the clips of a run."""
-
-    def draw(clips: Any, step: Array) -> Any:
-        return resident.draw_batch(clips, run.plan, step)
-
-    return train_step.make_train_loop(run.system, devices.make_mesh(1), draw)
+    draw = lambda clips, step: resident.draw_batch(clips, plan, step)  # noqa: E731
+    loop = train_step.make_train_loop(system, mesh, draw)  # compiled; takes several steps
+    return SimpleNamespace(
+        system=system, state=state, constants=constants, clips=clips, plan=plan, loop=loop
+    )
 
 
 def make_torch_batch(frames: Mapping[str, Frames], labels: np.ndarray) -> Any:

@@ -8,7 +8,8 @@ each of several random draws, some people are enrolled by photos. All other peop
 
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +24,12 @@ from vidjax.apps.video.who import STRANGER_ODDS
 CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
 
 
-class Films(NamedTuple):
-    """N tracks: faces that are followed through a shot of a film."""
+def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
+    """Returns N tracks. A track of `tracks.npz` is split where its face changes.
 
-    vectors: np.ndarray  # [N, D], of length 1
-    people: np.ndarray  # [N], the true people
-    clips: list[str]  # N names
-    apart: list[tuple[str, str]]  # pairs of clips that are visible at the same time
-
-
-def split_tracks(data: dict[str, np.ndarray]) -> Films:
-    """Returns the tracks of `tracks.npz`. A track is split where its face changes."""
+    `vectors` [N, D] have the length 1. `people` [N] are the true people, and `clips` are N names.
+    `apart` are pairs of clips that are visible at the same time.
+    """
     vectors, people, clips, times = [], [], [], []
     for track, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
         changes = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
@@ -50,12 +46,11 @@ def split_tracks(data: dict[str, np.ndarray]) -> Films:
     overlap = np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
     pairs = np.argwhere(np.triu((film[:, None] == film) & overlap, 1)).tolist()
     apart = [(clips[a], clips[b]) for a, b in pairs]
-    return Films(np.array(vectors, np.float32), np.array(people), clips, apart)
+    x = np.array(vectors, np.float32)
+    return SimpleNamespace(vectors=x, people=np.array(people), clips=clips, apart=apart)
 
 
-def measure(
-    films: Films, photos: np.ndarray, *, known: int, count: int, draws: int, votes: bool = True
-) -> dict[str, float]:
+def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, votes=True) -> Any:
     """Returns name -> mean over `draws` random draws, of the figures that README.md explains.
 
     A draw enrols `known` people with `count` photos each. `photos` [P, K, D] are vectors of K
@@ -96,7 +91,7 @@ def measure(
     return means | {"ECE": error}
 
 
-def load(folder: Path) -> tuple[Films, np.ndarray]:
+def load(folder: Path) -> tuple[SimpleNamespace, np.ndarray]:
     """Returns the tracks, and the unit vectors [P, K, D] float32 of K photos of P people."""
     with np.load(folder / "tracks.npz") as file:
         data = dict(file)
@@ -105,13 +100,9 @@ def load(folder: Path) -> tuple[Films, np.ndarray]:
     return split_tracks(data), photos
 
 
-def main() -> None:
+if __name__ == "__main__":
     films, photos = load(Path(common.parse(__doc__, tracks="").tracks))
     for known, count, votes in itertools.product((8, len(photos)), (1, 3), (False, True)):
         figures = measure(films, photos, known=known, count=count, draws=20, votes=votes)
         cells = " | ".join(f"{name} {value:.3f}" for name, value in figures.items())
         common.print_text(f"{known} people, {count} photos, votes {votes} | {cells}")
-
-
-if __name__ == "__main__":
-    main()

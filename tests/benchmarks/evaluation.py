@@ -1,7 +1,6 @@
 """Speed of an evaluation, which scores all clips and ranks the best 100 clips of each identity.
 
-    python -m tests.benchmarks.evaluation [--clips=60000] [--num_identities=10034]
-        [--block_size=256] [--rounds=3] [--peer] [--published]
+    python -m tests.benchmarks.evaluation [--clips=60000] [--block_size=256] [--peer] [--published]
 
 The net is the MLP of `configs/quality_fusion.py`. The clips are random, and stay on the device:
 
@@ -17,7 +16,9 @@ than `--block_size`, because the last block of clips of similar length has much 
 # pyright: reportMissingImports=false
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -26,9 +27,8 @@ import numpy as np
 
 from tests.benchmarks import common
 from vidjax.core import devices, ensemble
-from vidjax.core.batch import Batch
 from vidjax.data import resident
-from vidjax.data.clips import BUCKETS, EvalPlan, Split, make_batch, make_eval_plan, split_blocks
+from vidjax.data.clips import Split, make_eval_plan
 from vidjax.evaluation import eval_step, scoring
 
 TEST_CLIPS = 80_000  # of the official files
@@ -42,45 +42,29 @@ PEER_CLIPS = 8192  # clips for PyTorch, because all padded clips would not fit i
 PEER_BLOCK = 1024
 
 
-class RandomClips:
-    """A source of clips for the evaluation: the random clips of a run."""
+class RandomClips(resident.Resident):
+    """A source of clips for the evaluation: the random clips of a run, as the split `val`."""
 
-    def __init__(self, run: common.Run, num_identities: int):
+    def __init__(self, run: Any):
         num_clips = run.plan.num_clips
-        labels = np.random.default_rng(2).integers(0, 1 + num_identities, num_clips)
-        self.clips = run.clips
-        self.identities = tuple(str(i) for i in range(num_identities))
-        self._split = Split(
+        labels = np.random.default_rng(2).integers(0, 1 + common.IDENTITIES, num_clips)
+        self.identities = tuple(str(i) for i in range(common.IDENTITIES))
+        split = Split(
             name="val", clips=tuple(f"clip_{i:07d}" for i in range(num_clips)),
             labels=labels.astype(np.int32), labelled=True, num_others=0,
-            positives=np.bincount(labels, minlength=1 + num_identities)[1:],
+            positives=np.bincount(labels, minlength=1 + common.IDENTITIES)[1:],
             lengths={name: np.asarray(packed.length) for name, packed in run.clips.items()},
         )  # fmt: skip
-        self._gather = jax.jit(resident.gather_modalities, static_argnames="sizes")
-
-    def split(self, name: str) -> Split:
-        del name  # there is only one split
-        return self._split
-
-    def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields all clips in batches of `rows` clips of similar length."""
-        for bucket, places in split_blocks(plan.bucket, rows):
-            batch = jax.device_put(make_batch({}, places.astype(np.int32), rows))
-            limits = [common.PADDED_FRAMES[name] for name in self.clips]
-            sizes = tuple(min(BUCKETS[bucket], limit) for limit in limits)
-            frames = self._gather([*self.clips.values()], *batch[1:], sizes=sizes)
-            yield batch._replace(frames=dict(zip(self.clips, frames, strict=True)))
+        self._data: Any = SimpleNamespace(split=lambda _: split)
+        self._mesh, self._eval = devices.make_mesh(1), {"val": run.clips}
+        self._gathered = jax.jit(resident.gather_modalities, static_argnames="sizes")
 
 
-def make_functions(
-    spec: str, args: argparse.Namespace
-) -> tuple[dict[str, Callable[[], Any]], common.Run]:
+def make_functions(spec: str, args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], Any]:
     """Returns two functions, `whole` and `forward`, which evaluate a net, and the net's run."""
-    run = common.make_run(
-        spec, batch_size=256, num_identities=args.num_identities, num_clips=args.clips
-    )
+    run = common.make_run(spec, batch_size=256, num_clips=args.clips)
     weights, mesh = (run.state.params, run.state.model_state), devices.make_mesh(1)
-    data = RandomClips(run, args.num_identities)
+    data = RandomClips(run)
     # The clips are not the training clips of the only member.
     sets = ensemble.TrainingSets((ensemble.Member(),), ("train",), np.ones((1, 1), bool))
     step = eval_step.make_eval_step(run.system, mesh)
@@ -88,19 +72,17 @@ def make_functions(
     params, model_state = ensemble.take(weights, 0)
     plan = make_eval_plan(data.split("val"), tuple(run.clips))
 
-    def score_and_rank() -> dict[str, Any]:
-        return scoring.score([model], "val", mesh, block_size=args.block_size).results
-
     def score() -> None:
         scores = None
         for batch in data.eval_batches(plan, rows=args.block_size):
             scores = step(params, model_state, jnp.int32(-1), batch)
         jax.block_until_ready(scores)
 
-    return {"whole": score_and_rank, "forward": score}, run
+    rank = partial(scoring.score, [model], "val", mesh, block_size=args.block_size)
+    return {"whole": lambda: rank().results, "forward": score}, run
 
 
-def make_torch_functions(args: argparse.Namespace, run: common.Run) -> dict[str, Callable[[], Any]]:
+def make_torch_functions(run: Any) -> dict[str, Callable[[], Any]]:
     """Returns functions that rank PEER_CLIPS clips in PyTorch: `eager` and `compiled`."""
     from tests.benchmarks import peer
 
@@ -112,20 +94,17 @@ def make_torch_functions(args: argparse.Namespace, run: common.Run) -> dict[str,
             for name, packed in run.clips.items()
         }
         blocks.append(common.make_torch_batch(frames, np.zeros(PEER_BLOCK, np.int64)))
-    recipe = peer.make_recipe("mlp", 1 + args.num_identities)
-    eager, compiled = (peer.make_scorer(recipe, compiled=x) for x in (False, True))
-    return {
-        "eager": lambda: peer.rank(eager, blocks)[1].cpu(),
-        "compiled": lambda: peer.rank(compiled, blocks)[1].cpu(),
-    }
+    recipe = peer.make_recipe("mlp", 1 + common.IDENTITIES)
+    recipe.net.eval()
+    scorers = {x: peer.make_scorer(recipe, compiled=x == "compiled") for x in ("eager", "compiled")}
+    return {k: lambda scorer=x: peer.rank(scorer, blocks)[1].cpu() for k, x in scorers.items()}
 
 
 def measure_evaluation(args: argparse.Namespace) -> None:
-    """Prints the clips per second of each function, and ratios of their times."""
     functions, run = make_functions("quality_fusion.py:iqiyi_vid", args)
-    torch_functions = make_torch_functions(args, run) if args.peer else {}
+    torch_functions = make_torch_functions(run) if args.peer else {}
     seconds = {}  # per clip
-    for name, times in common.time_functions(functions | torch_functions, args.rounds).items():
+    for name, times in common.time_functions(functions | torch_functions).items():
         num_clips = PEER_CLIPS if name in torch_functions else args.clips
         seconds[name] = [x / num_clips for x in times]
     pairs = zip(seconds["whole"], seconds["forward"], strict=True)
@@ -141,7 +120,7 @@ def measure_published_tests(args: argparse.Namespace) -> None:
     """Prints the minutes of each test of TESTS, estimated from the time of fewer clips."""
     functions = {name: make_functions(spec, args)[0]["whole"] for name, (spec, _) in TESTS.items()}
     minutes, rows = {}, []
-    for name, seconds in common.time_functions(functions, args.rounds).items():
+    for name, seconds in common.time_functions(functions).items():
         num_nets = TESTS[name][1]
         minutes[name] = [x * num_nets / args.clips * TEST_CLIPS / 60 for x in seconds]
         rows.append([name, num_nets, f"{common.median(minutes[name]):,.1f}"])
@@ -151,13 +130,6 @@ def measure_published_tests(args: argparse.Namespace) -> None:
     common.print_table(["", "ratio"], [[f"{every} / fused", ratio]])
 
 
-def main() -> None:
-    args = common.parse(
-        __doc__, "--peer", "--published", clips=60_000, num_identities=10_034, block_size=256,
-        rounds=3,
-    )  # fmt: skip
-    (measure_published_tests if args.published else measure_evaluation)(args)
-
-
 if __name__ == "__main__":
-    main()
+    args = common.parse(__doc__, "--peer", "--published", clips=60_000, block_size=256)
+    (measure_published_tests if args.published else measure_evaluation)(args)

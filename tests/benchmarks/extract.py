@@ -64,14 +64,13 @@ def peak(path: Path, out: Path, models: Path) -> int:
     return ended.peak
 
 
-def measure_memory(folder: Path, models: Path) -> Iterator[dict[str, object]]:
+def measure_memory(folder: Path, models: Path) -> Iterator[object]:
     minute, size = folder / "minute.mp4", (180, 320)
     shots = (pan(films.scene(seed, 225, 400), *size, seconds=4) for seed in range(15))
     films.write(minute, itertools.chain.from_iterable(shots))
     for minutes in (3, 30):
         path = repeated(folder / f"{minutes}.mp4", minute, minutes)
-        peak_mb = peak(path, folder / f"out{minutes}", models) >> 20
-        yield {f"{minutes} min of 180p": {"peak_mb": peak_mb}}
+        yield {"minutes": minutes, "peak_mb": peak(path, folder / f"out{minutes}", models) >> 20}
 
 
 def show_photos(photos: list[list[Path]], height: int, width: int) -> Iterator[np.ndarray]:
@@ -87,9 +86,7 @@ def show_photos(photos: list[list[Path]], height: int, width: int) -> Iterator[n
             yield from pan(np.array(wall), height, width, seconds=7)
 
 
-def measure_speed(
-    folder: Path, photos: list[list[Path]], models: Path
-) -> Iterator[dict[str, object]]:
+def measure_speed(folder: Path, photos: list[list[Path]], models: Path) -> Iterator[object]:
     """Yields, for each size, preset -> seconds of film that a core extracts per second."""
     for name, size in SIZES.items():
         path, speeds = folder / f"{name}.mp4", {}
@@ -102,9 +99,7 @@ def measure_speed(
         yield {name: speeds}
 
 
-def compare_presets(
-    folder: Path, photos: list[list[Path]], models: Path
-) -> Iterator[dict[str, object]]:
+def compare_presets(folder: Path, photos: list[list[Path]], models: Path) -> Iterator[object]:
     """Yields the results of `vidjax who` with each preset, and the largest difference in times."""
     first = folder / "first"  # has the first photo of each person, by which `who` enrols people
     for photo, *_ in photos:
@@ -128,19 +123,13 @@ def compare_presets(
     yield {"most_seconds_apart": round(max(differences), 2)}
 
 
-def main() -> None:
+if __name__ == "__main__":
     args = common.parse(__doc__, folder=Path, people="")
     models = Path(os.environ["VIDJAX_MODELS"])
     args.folder.mkdir(parents=True, exist_ok=True)
-    figures = measure_memory(args.folder, models)
+    figures = [measure_memory(args.folder, models)]
     if args.people:
         photos = [sorted(person.iterdir()) for person in sorted(Path(args.people).iterdir())]
-        figures = itertools.chain(
-            measure_speed(args.folder, photos, models), compare_presets(args.folder, photos, models)
-        )
-    for row in figures:
+        figures = [x(args.folder, photos, models) for x in (measure_speed, compare_presets)]
+    for row in itertools.chain(*figures):
         common.print_text(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main()

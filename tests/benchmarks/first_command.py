@@ -21,7 +21,7 @@ def run(folder: Path, *words: str) -> tuple[float, float]:
     return seconds
 
 
-def main() -> None:
+if __name__ == "__main__":
     args = common.parse(__doc__, rounds=3)
     with tempfile.TemporaryDirectory() as folder:
 
@@ -34,7 +34,3 @@ def main() -> None:
         for name, times in seconds.items()
     ]
     common.print_table(["the first command", "seconds", "of the processor"], rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,15 +12,18 @@ seven rounds, after a round that fills caches.
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tests.benchmarks import common
 from tests.benchmarks.decision import CARD
 from tests.helpers.embeddings import unit
+from tests.helpers.made_galleries import vectors_of
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, group
 from vidjax.models.two_covariance import Settings
 
@@ -60,9 +63,7 @@ def make_front(parts: Sequence[str], rng: np.random.Generator) -> backend_lib.Ba
     return backend_lib.fit(vectors, labels, centred=True, settings=SETTINGS)
 
 
-def make_clips(
-    num_parts: int, count: int, rng: np.random.Generator, start: int = 0
-) -> dict[str, StoredClip]:
+def make_clips(num_parts: int, count: int, rng: Any, start: int = 0) -> dict[str, StoredClip]:
     parts = [near(rng.standard_normal((count, WIDTH), np.float32), rng) for _ in range(num_parts)]
     return {
         f"clip_{number:07}": StoredClip(f"person_{number:07}", row)
@@ -107,30 +108,22 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
     yield "open", measure_median(lambda _: galleries.append(Gallery(folder)), 1)
     (people,) = galleries
     yield "memory of the process", f"{common.peak_bytes() / 2**30:.1f} GB"
-    clips = make_clips(num_parts, REPEATS, rng, start=5_000_000).values()
-    x = np.stack([clip.vector for clip in clips])
-    parts = dict(zip(people.backend.widths, people.backend.split(x), strict=True))
-    queries = [
-        Vectors(("query",), {part: x[n : n + 1] for part, x in parts.items()}, (None,))
-        for n in range(REPEATS)
-    ]
+    clips = make_clips(num_parts, REPEATS, rng, start=5_000_000)
+    queries = [vectors_of(people, {name: clip}) for name, clip in clips.items()]
     people.identify(queries[0], threshold=0.5)  # the first answer also makes tables
-    time_to_identify = measure_median(lambda n: people.identify(queries[n], threshold=0.5), REPEATS)
-    yield "identify a clip", time_to_identify
+    identify = measure_median(lambda n: people.identify(queries[n], threshold=0.5), REPEATS)
+    yield "identify a clip", identify
     blocks = zip(*(block.linear for block in people.index.blocks), strict=True)
-    rows, vector = [np.concatenate(block) for block in blocks], x[0, :WIDTH]
+    rows, vector = [np.concatenate(block) for block in blocks], rng.random(WIDTH, np.float32)
     product = measure_median(lambda _: np.argmax(sum(x @ vector for x in rows)), REPEATS)
     yield "the same as one product of numpy's", product
-    for count, repeats in ((1, REPEATS), (1000, 1)):
-        start = 2_000_000 + 1_000 * count
-        new = [*make_clips(num_parts, count * repeats, rng, start).items()]
-        turns = [dict(new[n * count :][:count]) for n in range(repeats)]
-        what = "a clip" if count == 1 else f"{count:,} clips at once"
-        yield f"enrol {what}", measure_median(lambda n, t=turns: people.add(t[n]), repeats)
-        if num_people <= MANY and count == 1:
-            names = [str(clip.identity) for _, clip in new]
-            remove = lambda n, names=names: people.remove(identity=names[n])  # noqa: E731
-            yield "remove a person", measure_median(remove, repeats)
+    new = [*make_clips(num_parts, REPEATS, rng, start=2_000_000).items()]
+    yield "enrol a clip", measure_median(lambda n: people.add(dict([new[n]])), REPEATS)
+    if num_people <= MANY:
+        remove = lambda n: people.remove(identity=str(new[n][1].identity))  # noqa: E731
+        yield "remove a person", measure_median(remove, REPEATS)
+    more = make_clips(num_parts, 1000, rng, start=3_000_000)
+    yield "enrol 1,000 clips at once", measure_median(lambda _: people.add(more), 1)
 
 
 def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
@@ -144,10 +137,8 @@ def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
     for number, face in enumerate(faces[-5:]):
         np.savez(folder / "clips" / f"{number}.npz", face=face)
 
-    def start(words: Sequence[str]) -> tuple[float, float]:
-        return common.run_python(*words, cwd=folder, PYTHONPATH=str(common.ROOT))
-
-    processes = {name: lambda _, words=words: start(words) for name, words in STARTS.items()}
+    run = partial(common.run_python, cwd=folder, PYTHONPATH=str(common.ROOT))
+    processes = {name: lambda _, words=words: run(*words) for name, words in STARTS.items()}
     rounds = common.alternate(processes, 1 + ROUNDS)
     medians = {name: np.median(times[1:], axis=0) for name, times in rounds.items()}
     for name, (seconds, cpu_seconds) in medians.items():
@@ -155,7 +146,7 @@ def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
         yield name, f"{seconds:.2f}", f"{cpu_seconds:.2f}", f"{ratio:.1f}"
 
 
-def main() -> None:
+if __name__ == "__main__":
     args = common.parse(__doc__, "--start", people=10_000)
     with tempfile.TemporaryDirectory() as folder:
         if args.start:
@@ -166,7 +157,3 @@ def main() -> None:
             header = ["", f"{args.people:,} people, {num_parts} x {WIDTH}"]
             rows = list(measure(Path(folder, "people"), args.people, num_parts))
     common.print_table(header, rows)
-
-
-if __name__ == "__main__":
-    main()

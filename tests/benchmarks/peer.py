@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,27 +31,17 @@ FRAME_STEP = 16  # the padded length is a multiple of it, so that few shapes are
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Frames(NamedTuple):
-    """The frames of B clips in a modality, padded to T frames."""
-
-    features: Tensor  # [B, T, D] float16, 0 for padding
-    quality: Tensor  # [B, T] float32, 0 if the modality has no qualities
-    detection: Tensor  # [B, T] float32, 1 if the modality has no detection scores
-    mask: Tensor  # [B, T] bool, True for real frames
-
-
-class Batch(NamedTuple):
-    """B clips."""
-
-    frames: dict[str, Frames]  # of each modality
-    labels: Tensor  # [B] int64, the class of each clip; 0 is a distractor
-
-
-class Fused(NamedTuple):
-    """N vectors of each clip, each fused from several frames."""
-
-    features: Tensor  # [B, N, D]
-    mask: Tensor  # [B, N], False if the clip has no frames
+# The frames of B clips in a modality, padded to T frames: features [B, T, D] float16, quality and
+# detection [B, T] float32, which are 0 and 1 if the modality lacks them, and the mask [B, T].
+Frames = collections.namedtuple("Frames", "features quality detection mask")
+# B clips: modality -> Frames, and the class of each clip [B] int64, which is 0 for a distractor.
+Batch = collections.namedtuple("Batch", "frames labels")
+# N vectors of each clip, each fused from several frames: features [B, N, D], and a mask [B, N],
+# which is False if the clip has no frames.
+Fused = collections.namedtuple("Fused", "features mask")
+# A net; a function of modality -> Frames, and True in training, which returns modality -> Fused; a
+# function from logits to the scores of the ranking; True if the focal loss is a part of the loss.
+Recipe = collections.namedtuple("Recipe", "net fuse score focal")
 
 
 def make_batch(frames: Mapping[str, Sequence[Any]], labels: Any) -> Batch:
@@ -261,15 +251,6 @@ class MMA(nn.Module):
 # Training and ranking.
 
 
-class Recipe(NamedTuple):
-    """A net, and how it is trained and used to rank clips."""
-
-    net: nn.Module
-    fuse: Callable[[Mapping[str, Frames], bool], dict[str, Fused]]  # True in training
-    score: Callable[[Tensor], Tensor]  # maps logits to the scores of the ranking
-    focal: bool  # True if the focal loss is a part of the loss
-
-
 # Net -> class, modalities, arguments of `fuse_random_frames` of faces in training, and the
 # weighting of faces in the ranking.
 NETS: dict[str, tuple[Callable[[int], nn.Module], Sequence[str], dict[str, Any], str]] = {
@@ -309,10 +290,6 @@ def compute_focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return negative_loss(logits).sum(dim=1) + negative_loss(-at_label) - negative_loss(at_label)
 
 
-def _autocast(dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype != torch.float32)
-
-
 def _has_frames(frames: Mapping[str, Frames]) -> Tensor:
     """Returns [B] bool: True if the clip has a frame in some modality."""
     return torch.stack([one.mask.any(dim=1) for one in frames.values()]).any(dim=0)
@@ -321,16 +298,14 @@ def _has_frames(frames: Mapping[str, Frames]) -> Tensor:
 class Step:
     """A training step: fusion, net, loss, gradients, and Adam. The parameters are float32."""
 
-    def __init__(
-        self, recipe: Recipe, *, compiled: bool, dtype: torch.dtype, learning_rate: float = 1e-3
-    ):
+    def __init__(self, recipe: Recipe, *, compiled: bool, bfloat16: bool, rate: float = 1e-3):
         self.net = recipe.net.train()
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=rate, fused=True)
 
         def mean_loss(batch: Batch) -> Tensor:
             with torch.no_grad():
                 fused = recipe.fuse(batch.frames, True)
-            with _autocast(dtype):
+            with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=bfloat16):
                 logits = recipe.net(fused)
             repeats = len(logits) // len(batch.labels)  # vectors of a clip
             labels = batch.labels.repeat_interleave(repeats)
@@ -350,26 +325,17 @@ class Step:
         return loss.detach()
 
 
-def make_scorer(
-    recipe: Recipe, *, compiled: bool, dtype: torch.dtype = torch.float32
-) -> Callable[[Batch], Tensor]:
+def make_scorer(recipe: Recipe, *, compiled: bool, bfloat16: bool = False) -> Callable[..., Tensor]:
     """Returns a function: batch -> scores [B, C]. Clips without frames have the score -inf."""
 
     def compute_scores(batch: Batch) -> Tensor:
         fused = recipe.fuse(batch.frames, False)
-        with _autocast(dtype):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=bfloat16):
             logits = recipe.net(fused)
         scores = recipe.score(logits.float())[:, 1:]
         return scores.masked_fill(~_has_frames(batch.frames)[:, None], -torch.inf)
 
-    function = torch.compile(compute_scores) if compiled else compute_scores
-
-    def score(batch: Batch) -> Tensor:
-        recipe.net.eval()
-        with torch.inference_mode():
-            return function(batch)
-
-    return score
+    return torch.compile(compute_scores) if compiled else compute_scores
 
 
 def rank(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> tuple[Tensor, Tensor]:
@@ -441,9 +407,8 @@ def train_mlp(args: argparse.Namespace) -> None:
     )
     torch.manual_seed(0)
     recipe = make_recipe("mlp", 1 + len(columns))._replace(focal=False)
-    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
-    step = Step(recipe, learning_rate=args.learning_rate, compiled=args.compile, dtype=dtype)
-    scorer = make_scorer(recipe, compiled=args.compile, dtype=dtype)
+    options = {"compiled": args.compile, "bfloat16": args.bfloat16}
+    step, scorer = Step(recipe, rate=args.learning_rate, **options), make_scorer(recipe, **options)
     num_steps = args.epochs * len(loader)
     warmup = max(1, math.ceil(0.1 * num_steps))
 
@@ -459,8 +424,9 @@ def train_mlp(args: argparse.Namespace) -> None:
 
     def compute_map() -> float:
         """Returns MAP@100 on val. The AP of identities without a training clip is 0."""
+        recipe.net.eval()
         best, rows = (x.cpu().numpy() for x in rank(scorer, blocks))
-        recipe.net.train()  # `rank` has changed the mode
+        recipe.net.train()
         hits = (labels[rows] == np.arange(1, 1 + len(rows))[:, None]) & np.isfinite(best)
         total = (np.cumsum(hits, axis=1) / np.arange(1, 1 + hits.shape[1]) * hits).sum(axis=1)
         known = positives.keys() & columns.keys()
@@ -480,7 +446,7 @@ def train_mlp(args: argparse.Namespace) -> None:
         sys.stdout.flush()
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the folder of the official files")
     for name, value in {"epochs": 10, "batch_size": 1024, "learning_rate": 1e-3}.items():
@@ -488,7 +454,3 @@ def main() -> None:
     for name in ("compile", "bfloat16"):
         parser.add_argument(f"--{name}", action="store_true")
     train_mlp(parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -34,38 +34,30 @@ from vidjax.runs import config_io
 
 PAGE = common.ROOT / "README.md"
 COLLECTED = Path(__file__).with_suffix(".json")  # the rows of the table
-IDENTITIES = 10_034
 CLIPS_AT_ONCE = 1000
 EMPTY_DICT = b"\x80\x03}"  # the first bytes of a pickle of a dict, in protocol 3
 SECONDS = 0.25  # between two measurements of the memory
 IDLE = 0.05  # an idle machine spends at most this share of its time on other processes
 GB = 1e9
-STREAMED = ("data.mode=streaming",)
-
-
-class Run(NamedTuple):
-    """A configuration to train."""
-
-    spec: str  # FILE:ARGUMENTS
-    epochs: int = 0  # 0: the number in the configuration
-    overrides: Sequence[str] = ()  # FIELD=VALUE
-
+STREAMED = "data.mode=streaming"
 
 # Clips of four modalities take 7.3 GB, and nets of the published size several GB. So their clips
 # are streamed. Without `fused`, residual_dense would score 150 merged frames of each clip, which
 # takes days.
-RUNS = {
-    "cosine": Run("cosine.py:iqiyi_vid,face"),
-    "knn": Run("knn.py:iqiyi_vid"),
-    "plda": Run("plda.py:iqiyi_vid", 0, STREAMED),
-    "quality_fusion": Run("quality_fusion.py:iqiyi_vid"),
-    "residual_dense": Run("residual_dense.py:iqiyi_vid,one,fused", 3, STREAMED),
-    "mma": Run("mma.py:iqiyi_vid", 3, STREAMED),
-    "deepmef": Run("deepmef.py:iqiyi_vid", 2),
-    "noise_classes": Run("noise_classes.py:iqiyi_vid", 2),
-    "streaming": Run("quality_fusion.py:iqiyi_vid", 3, STREAMED),
+# A run is a configuration (FILE:ARGUMENTS), the number of epochs, and overrides (FIELD=VALUE). The
+# number 0 is the number in the configuration.
+RUNS: dict[str, tuple[str, int, str]] = {
+    "cosine": ("cosine.py:iqiyi_vid,face", 0, ""),
+    "knn": ("knn.py:iqiyi_vid", 0, ""),
+    "plda": ("plda.py:iqiyi_vid", 0, STREAMED),
+    "quality_fusion": ("quality_fusion.py:iqiyi_vid", 0, ""),
+    "residual_dense": ("residual_dense.py:iqiyi_vid,one,fused", 3, STREAMED),
+    "mma": ("mma.py:iqiyi_vid", 3, STREAMED),
+    "deepmef": ("deepmef.py:iqiyi_vid", 2, ""),
+    "noise_classes": ("noise_classes.py:iqiyi_vid", 2, ""),
+    "streaming": ("quality_fusion.py:iqiyi_vid", 3, STREAMED),
 }
-KILLED = Run("quality_fusion.py:iqiyi_vid", 3, ("checkpoint_every_seconds=20",))
+KILLED = ("quality_fusion.py:iqiyi_vid", 3, "checkpoint_every_seconds=20")
 OTHER_STEPS = {
     "files": "write the synthetic files",
     "convert": "convert them to TFRecords",
@@ -78,7 +70,7 @@ def write_split(folder: Path, split: str, scale: float) -> None:
     """Writes the pickles and the ground truth of a split, a few clips at a time."""
     dims = {"face": 512, "head": 512, "body": 512, "audio": 512, "scene": 64}
     spread = synthetic.SIZES["standard"].spread
-    size = synthetic.Size(max(20, round(scale * IDENTITIES)), 29.5, dims, spread)
+    size = synthetic.Size(max(20, round(scale * common.IDENTITIES)), 29.5, dims, spread)
     world = synthetic._World(size, np.random.default_rng([0, 0]))
     seeds = [0, 1 + ("train", "val").index(split)]
     clips = synthetic._Clips(world, split, seeds, synthetic.CALIBRATED)
@@ -113,10 +105,7 @@ def read_clocks() -> np.ndarray:
 
 def measure(step: str, folder: Path, scale: float) -> dict[str, Any]:
     """Runs a step; returns its results, its times, and the most memory of child processes."""
-
-    def memory() -> int:
-        return sum(map(limits.held_by, limits.children_of(os.getpid())))
-
+    memory = lambda: sum(map(limits.held_by, limits.children_of(os.getpid())))  # noqa: E731
     start = read_clocks()
     with limits.peak_of(memory, every_s=SECONDS) as peak:
         row = run_step(step, folder, scale)
@@ -142,16 +131,17 @@ def run_module(words: Sequence[str], log: Path, kill: Callable[[], bool] | None 
         raise SystemExit(f"{' '.join(words)}\nended with {process.returncode}: see {log}")
 
 
-def count_epochs(run: Run) -> int:
-    return int(config_io.load_file(f"{common.CONFIGS / run.spec}").num_epochs)
+def count_epochs(spec: str) -> int:
+    return int(config_io.load_file(f"{common.CONFIGS / spec}").num_epochs)
 
 
-def make_words(run: Run, folder: Path, workdir: Path, scale: float) -> list[str]:
-    epochs = run.epochs or (0 if scale == 1 else min(2, count_epochs(run)))
-    fields = [*run.overrides, f"data.dir={folder / 'files'}", f"data.cache_dir={folder / 'cache'}"]
-    fields += [f"num_epochs={epochs}"] if epochs else []
-    config = f"--config={common.CONFIGS / run.spec}"
-    return ["vidjax.main", config, f"--workdir={workdir}", *(f"--config.{x}" for x in fields)]
+def make_words(run: tuple[str, int, str], folder: Path, workdir: Path, scale: float) -> list[str]:
+    spec, epochs, override = run
+    all_epochs = count_epochs(spec)
+    epochs = epochs or (all_epochs if scale == 1 else min(2, all_epochs))
+    fields = [f"data.dir={folder / 'files'}", f"data.cache_dir={folder / 'cache'}", override]
+    fields = [f"--config.{field}" for field in (*fields, f"num_epochs={epochs}") if field]
+    return ["vidjax.main", f"--config={common.CONFIGS / spec}", f"--workdir={workdir}", *fields]
 
 
 def run_step(step: str, folder: Path, scale: float) -> dict[str, Any]:
@@ -193,17 +183,17 @@ def resume(folder: Path, workdir: Path, log: Path, scale: float) -> dict[str, An
 
 
 def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns `rows` as the table of the README."""
     lines, machine = [], next(iter(rows.values()))["machine"]
     for step in (step for step in STEPS if step in rows):
         row = rows[step]
         minutes = f"{row['seconds'] / 60:,.0f}" if row["others"] < IDLE else "busy"
         used, epochs, hours, score = row["processor_seconds"], "", "", ""
         if step in RUNS:
-            run, all_epochs = RUNS[step], count_epochs(RUNS[step])
-            name = f"`{run.spec}`" + (", streamed" if row["mode"] == "streaming" else "")
-            epochs = f"{run.epochs or all_epochs} of {all_epochs}"
-            hours = f"{used / 3600 * all_epochs / (run.epochs or all_epochs):,.1f}"
+            spec, few, _ = RUNS[step]
+            all_epochs = count_epochs(spec)
+            name = f"`{spec}`" + (", streamed" if row["mode"] == "streaming" else "")
+            epochs = f"{few or all_epochs} of {all_epochs}"
+            hours = f"{used / 3600 * all_epochs / (few or all_epochs):,.1f}"
             score = f"{row['map']:.3f}"
         else:
             name = OTHER_STEPS[step]

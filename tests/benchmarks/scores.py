@@ -20,7 +20,7 @@ import math
 import re
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from vidjax.evaluation.significance import squared_errors
 
 HERE = Path(__file__).parent
 CONFIGS = common.CONFIGS
+read = functools.cache(comparison.read)
 PAGES = {"systems": common.ROOT / "README.md", "scores": HERE / "README.md"}
 RESULTS = HERE / "scores.json"
 SYNTHETIC, REAL = DATASETS = "synthetic", "real"
@@ -108,13 +109,11 @@ def time_systems(only: str) -> dict[str, float]:
     """Returns row -> seconds of a training with an empty cache, for rows of the main README."""
     seconds = {}
     systems = [spec.strip("`") for spec, *_ in read_tables("systems")["systems"][1:]]
-    for row in dict.fromkeys((*systems, *DOCUMENTED)):
-        if re.search(only, row):
-            spec, *overrides = row.split()
-            with tempfile.TemporaryDirectory() as folder:
-                flags = (f"--config=configs/{spec}", *overrides)
-                seconds[row], _ = first_command.run(Path(folder), *flags)
-            common.print_text(f"{row}: {seconds[row]:.0f} s")
+    for row in filter(re.compile(only).search, dict.fromkeys((*systems, *DOCUMENTED))):
+        with tempfile.TemporaryDirectory() as folder:
+            words = f"--config=configs/{row}".split()
+            seconds[row], _ = first_command.run(Path(folder), *words)
+        common.print_text(f"{row}: {seconds[row]:.0f} s")
     return seconds
 
 
@@ -127,14 +126,13 @@ def collect(folder: Path, old: Mapping[str, Any]) -> dict[str, Any]:
     `rows` are row -> dataset -> metric -> value of each seed. `rungs` are comparison of two rows ->
     dataset -> mean and standard error of the difference in MAP.
     """
-    read = functools.cache(lambda path: comparison.read(str(path)))
     rows = {row: {x: _read_scores(folder, row, x) for x in DATASETS} for row in read_rows()}
     rungs: dict[str, Any] = {}
     ladders = [lines for header, *lines in read_tables("scores").values() if "to" in header]
     for _, spec, base, _, *cells in itertools.chain(*ladders):
         if base:
             rungs[name_comparison(spec, base)] = {
-                dataset: _compare(folder, base.strip("`"), spec.strip("`"), dataset, read)
+                dataset: _compare(folder, base.strip("`"), spec.strip("`"), dataset)
                 for dataset, cell in zip(DATASETS, cells, strict=False)
                 if not is_reason(cell)
             }
@@ -168,15 +166,13 @@ def _read_scores(folder: Path, row: str, dataset: str) -> dict[str, Any] | None:
     return scores | {"commits": sorted(commits)}
 
 
-def _compare(
-    folder: Path, base: str, row: str, dataset: str, read: Callable[[Path], comparison.RankedRun]
-) -> dict[str, float] | None:
+def _compare(folder: Path, base: str, row: str, dataset: str) -> dict[str, float] | None:
     """Returns mean and standard error of MAP(row) - MAP(base), or None if a run is missing."""
     gaps = []
     pairs = zip(*(_list_finished(folder, x, dataset) for x in (base, row)), strict=False)
-    for base_folder, row_folder in pairs:
-        first = read(base_folder)
-        gaps.append(comparison.align(first, read(row_folder)).ap - first.ap)
+    for folders in pairs:
+        first, second = (read(str(path)) for path in folders)
+        gaps.append(comparison.align(first, second).ap - first.ap)
     if not gaps:
         return None
     identity_error, seed_error = squared_errors(gaps)
@@ -189,17 +185,15 @@ def _compare(
 # Tables.
 
 
-def get_scores(results: Mapping[str, Any], row: str, dataset: str, metric: str) -> list[float]:
+def get_scores(results: Any, row: str, dataset: str, metric: str = "map") -> list[float]:
     """Returns the values of a metric, one per seed, or an empty list without runs."""
     values = results["rows"].get(row.strip("`"), {}).get(dataset, {}).get(metric, [])
     return [value for value in values if value is not None]
 
 
-def format_mean(
-    results: Mapping[str, Any], row: str, dataset: str, metric: str = "map", label: str = ""
-) -> str:
-    """Returns the label and the mean of a metric as text, or "" without runs."""
-    values = get_scores(results, row, dataset, metric)
+def format_mean(results: Any, row: str, dataset: str, *metric: str, label: str = "") -> str:
+    """Returns the label and the mean of a metric, by default of MAP, or "" without runs."""
+    values = get_scores(results, row, dataset, *metric)
     return f"{label}{np.mean(values):.3f}" if values else ""
 
 
@@ -207,26 +201,21 @@ def fill_scores(cells: Sequence[str], results: Mapping[str, Any]) -> list[str]:
     spec, *old = cells
     new = [spec]
     for dataset, cell in zip(DATASETS, old[::2], strict=True):
-        values = " ".join(f"{value:.3f}" for value in get_scores(results, spec, dataset, "map"))
+        values = " ".join(f"{value:.3f}" for value in get_scores(results, spec, dataset))
         new += [cell if is_reason(cell) else values, format_mean(results, spec, dataset)]
     return new
 
 
-def fill_comparison(
-    table: str, rows: Mapping[str, Any], cells: Sequence[str], results: Mapping[str, Any]
-) -> list[str]:
-    """Returns `cells`, a row that compares two rows of `scores`, with the present results.
-
-    `rows` is the result of `read_rows`. If the publication reports top1, the cells have our top1.
-    """
+def fill_comparison(table: str, cells: Sequence[str], results: Mapping[str, Any]) -> list[str]:
+    """Returns a row that compares two rows of `scores`, with our top1 if `published` is a top1."""
     text, spec, base, published, *old, _, why = cells
     gaps = results["rungs"].get(name_comparison(spec, base), {})
-    missing = rows.get(base.strip("`"), {})
+    missing = read_rows().get(base.strip("`"), {})
     new, verdicts = [], []
     for dataset, cell in zip(DATASETS, old, strict=True):
         score = format_mean(results, spec, dataset)
         if score and published.startswith("top1"):
-            score += format_mean(results, spec, dataset, "top1", ", top1 ")
+            score += format_mean(results, spec, dataset, "top1", label=", top1 ")
         if gap := gaps.get(dataset):
             gain, half = gap["mean"], 2 * gap["error"]
             score += f" ({gain:+.3f} ± {half:.3f})"
@@ -234,7 +223,7 @@ def fill_comparison(
         elif missing.get(dataset):  # the base has no run
             score += f" ({missing[dataset]})"
         if table == "noise_classes":
-            score += format_mean(results, spec, dataset, "fnir", ", FNIR ")
+            score += format_mean(results, spec, dataset, "fnir", label=", FNIR ")
         new.append(cell if is_reason(cell) else score)
     why = why if {*verdicts} - {"yes"} else ""
     return [text, spec, base, published, *new, ", ".join(verdicts), why]
@@ -270,7 +259,7 @@ def write_results(results: Mapping[str, Any]) -> None:
             if name in ("systems", "scores"):
                 fill = fill_system if name == "systems" else fill_scores
             elif "to" in header:
-                fill = functools.partial(fill_comparison, name, read_rows())
+                fill = functools.partial(fill_comparison, name)
             else:  # another script writes the table
                 continue
             table = common.format_table(header, [fill(cells, results) for cells in lines])

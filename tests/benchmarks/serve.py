@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvloop
@@ -107,9 +108,7 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> 
     return figures | {"errors": errors, "client_cpu_ms": 1000 * cpu_seconds / count}
 
 
-def measure(
-    words: Sequence[str], requests: Sequence[bytes], clients: int, seconds: float
-) -> dict[str, float]:
+def measure(words: Any, requests: Any, clients: int, seconds: float) -> dict[str, float]:
     """Starts a server by `python WORDS`, which prints its address; returns all figures."""
     with limits.running([sys.executable, *words], stderr=None) as process:
         assert process.stdout
@@ -128,7 +127,7 @@ def read_cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> None:
+if __name__ == "__main__":
     args = common.parse(__doc__, people=20_000, clients=32, seconds=60.0)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
@@ -141,10 +140,6 @@ def main() -> None:
         shown[::5] = rng.standard_normal(shown[::5].shape, np.float32)  # strangers
         requests = [make_request(vector) for vector in gallery.near(shown, rng)]
         own = ["-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
-        for name, words in (("serve", own), ("plain", ["-c", PLAIN, str(folder)])):
+        for name, words in {"serve": own, "plain": ["-c", PLAIN, str(folder)]}.items():
             figures = measure(words, requests, args.clients, args.seconds)
             common.print_text(json.dumps({"server": name, **figures}))
-
-
-if __name__ == "__main__":
-    main()

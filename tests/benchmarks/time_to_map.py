@@ -1,7 +1,7 @@
 """Measures the time from the start of a training until MAP is almost the lowest final MAP.
 
     python -m tests.benchmarks.time_to_map [--clips=20000] [--val_clips=5000] [--epochs=10]
-        [--num_identities=10034] [--batch_size=1024] [--rounds=1] [--streaming]
+        [--batch_size=1024] [--rounds=1] [--streaming]
 
 The MLP of `configs/quality_fusion.py` is trained on synthetic official files. The loss is the
 softmax cross-entropy, because the focal loss learns little from two clips of a person. All RUNS
@@ -25,21 +25,18 @@ from pathlib import Path
 import numpy as np
 
 from tests.benchmarks import common
+from tests.helpers import limits
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 
 NEAR = 0.005  # difference from the lowest final MAP
 LIKENESS = 0.6  # nets find most people with this likeness, but not all
 RATE = 0.003
-RUNS = {
-    "vidjax, float32": ["--config.dtype=float32"],
-    "vidjax, bfloat16": ["--config.dtype=bfloat16"],
-    "PyTorch, eager": [],
-    "PyTorch, compiled": ["--compile"],
-    "PyTorch, compiled, bfloat16": ["--compile", "--bfloat16"],
-}
+RUNS = {f"vidjax, {dtype}": [f"--config.dtype={dtype}"] for dtype in ("float32", "bfloat16")}
+RUNS |= {"PyTorch, eager": [], "PyTorch, compiled": ["--compile"]}
+RUNS["PyTorch, compiled, bfloat16"] = ["--compile", "--bfloat16"]
 
 
-def write_files(folder: Path, counts: Mapping[str, int], num_identities: int) -> None:
+def write_files(folder: Path, counts: Mapping[str, int]) -> None:
     """Writes official files of random faces. `counts` are split -> number of clips.
 
     A feature is the vector of the person, with the standard deviation LIKENESS, plus noise with the
@@ -48,14 +45,14 @@ def write_files(folder: Path, counts: Mapping[str, int], num_identities: int) ->
     rng = np.random.default_rng(0)
     frames = random_clip(rng, 4096, 512)
     frames = frames._replace(features=frames.features / frames.features.std(dtype=np.float32))
-    people = rng.normal(0, LIKENESS, (1 + num_identities, 512))
+    people = rng.normal(0, LIKENESS, (1 + common.IDENTITIES, 512))
     people[0] = 0  # distractors
     for split, count in counts.items():
         clips, labels = {}, {}
         for number in range(count):
             first, length = int(rng.integers(0, 4000)), int(rng.integers(20, 31))
             clip = type(frames)(*(field[first : first + length] for field in frames))
-            identity = 1 + number % num_identities if split == "train" or number % 3 else 0
+            identity = 1 + number % common.IDENTITIES if split == "train" or number % 3 else 0
             name = f"IQIYI_VID_{split.upper()}_{number:07d}"
             if identity:
                 labels[name] = str(identity)
@@ -68,18 +65,16 @@ def write_files(folder: Path, counts: Mapping[str, int], num_identities: int) ->
 def run(folder: Path, *words: str) -> list[tuple[float, float]]:
     """Runs a training; returns (seconds, MAP) after every epoch and at the end of the process."""
     start, lines, course = time.perf_counter(), [], []
-    env = os.environ | {"VIDJAX_CACHE": f"{folder}/cache"}
-    env["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
-    with subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=common.ROOT, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
+    caches = {"VIDJAX_CACHE": "cache", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    env = os.environ | {name: f"{folder}/{cache}" for name, cache in caches.items()}
+    command = [sys.executable, "-m", *words]
+    with limits.running(command, cwd=common.ROOT, env=env, stderr=subprocess.STDOUT) as process:
         for line in process.stdout or ():
             lines.append(line)
             if match := re.match(r"step \d+.*: map ([\d.]+)", line):
                 course.append((time.perf_counter() - start, float(match[1])))
-    if process.returncode:
-        raise SystemExit("".join(lines[-20:]))
+        if process.wait():
+            raise SystemExit("".join(lines[-20:]))
     return [*course, (time.perf_counter() - start, course[-1][1] if course else 0.0)]
 
 
@@ -118,9 +113,9 @@ def compare_with_torch(args: argparse.Namespace, folder: Path) -> None:
             words += [f"--batch_size={args.batch_size}", f"--learning_rate={RATE}"]
         else:
             words = make_words(args, folder, f"{name.replace(', ', '_')}{turn}", epochs)
-            words += ["--config.loss.schedule=((0.0, 0.0),)", "--config.eval.every_epochs=1"]
-            words += [f"--config.optim.learning_rate={RATE}", "--config.optim.warmup=0.1"]
-            words += ["--config.optim.warmup_scale=0"]
+            fields = ["loss.schedule=((0.0, 0.0),)", "eval.every_epochs=1", "optim.warmup=0.1"]
+            fields += [f"optim.learning_rate={RATE}", "optim.warmup_scale=0"]
+            words += [f"--config.{field}" for field in fields]
         return run(folder, *words, *RUNS[name])
 
     runs = {name: functools.partial(train, name) for name in RUNS}
@@ -134,8 +129,8 @@ def compare_with_torch(args: argparse.Namespace, folder: Path) -> None:
     }
     rows = []
     for name in RUNS:
-        whole = common.median([course[-1][0] for course in courses[name]])
-        cells = [f"{common.median(seconds[name]):.0f}", f"{whole:.0f}"]
+        times = seconds[name], [course[-1][0] for course in courses[name]]
+        cells = [f"{common.median(x):.0f}" for x in times]
         rows.append([name, *cells, f"{common.median(finals[name]):.3f}"])
     header = ["run", "seconds to the lowest MAP", "seconds in all", "final MAP"]
     common.print_table(header, rows)
@@ -148,16 +143,10 @@ def compare_with_torch(args: argparse.Namespace, folder: Path) -> None:
     common.print_table(["seconds", "ratio"], ratios)
 
 
-def main() -> None:
-    args = common.parse(
-        __doc__, "--streaming", clips=20_000, val_clips=5_000, num_identities=10_034, epochs=10,
-        batch_size=1024, rounds=1,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as place:
-        folder, counts = Path(place), {"train": args.clips, "val": args.val_clips}
-        write_files(folder, counts, args.num_identities)
-        (compare_modes if args.streaming else compare_with_torch)(args, folder)
-
-
 if __name__ == "__main__":
-    main()
+    sizes = {"clips": 20_000, "val_clips": 5_000, "epochs": 10, "batch_size": 1024, "rounds": 1}
+    args = common.parse(__doc__, "--streaming", **sizes)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_files(folder, {"train": args.clips, "val": args.val_clips})
+        (compare_modes if args.streaming else compare_with_torch)(args, folder)

@@ -1,7 +1,7 @@
 """Speed and memory of a training step, compared with its matrix products and with PyTorch.
 
     python -m tests.benchmarks.training_step [--nets=mlp,residual,mma] [--peer] [--bfloat16]
-        [--batch_size=1024] [--num_identities=10034] [--rounds=5]
+        [--batch_size=1024]
 
 The clips stay on the device, and one call takes four steps. With `--peer`, the same nets are
 trained in PyTorch (the extra `bench`) on a padded batch in memory.
@@ -27,12 +27,8 @@ from vidjax.training import train_step
 STEPS = 4  # of a call
 # Name -> configuration of the published size, and overrides. The residual net is 4096 units wide
 # instead of 8192, and trains on one random vector of each clip.
-NETS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mlp": ("quality_fusion.py:iqiyi_vid", ()),
-    "residual": ("residual_dense.py:iqiyi_vid,face,one",
-                 ("model.width=4096", "fusion.face.train.num_draws=1")),
-    "mma": ("mma.py:iqiyi_vid", ()),
-}  # fmt: skip
+WIDE = "residual_dense.py:iqiyi_vid,face,one", "model.width=4096", "fusion.face.train.num_draws=1"
+NETS = {"mlp": ["quality_fusion.py:iqiyi_vid"], "residual": WIDE, "mma": ["mma.py:iqiyi_vid"]}
 
 
 def find_products(jaxpr: Any, in_loop: bool = False) -> Iterator[Any]:
@@ -56,11 +52,9 @@ def count_flops(product: Any) -> int:
 def make_products_program(products: Sequence[Any], count: int) -> Callable[[], Array]:
     """Returns a compiled program that computes products of random matrices, `count` times."""
     keys = iter(jax.random.split(jax.random.key(1), 2 * len(products)))
+    draw = lambda x: jax.random.normal(next(keys), x.aval.shape, x.aval.dtype)  # noqa: E731
     # Equal operands would let the compiler join products.
-    operands = [
-        [jax.random.normal(next(keys), x.aval.shape, x.aval.dtype) for x in product.invars]
-        for product in products
-    ]
+    operands = [[*map(draw, product.invars)] for product in products]
 
     @jax.jit
     def run(operands: Any) -> Array:
@@ -80,36 +74,30 @@ def make_products_program(products: Sequence[Any], count: int) -> Callable[[], A
     return lambda: run(operands)
 
 
-def make_torch_steps(
-    name: str, run: common.Run, args: argparse.Namespace
-) -> dict[str, Callable[[], float]]:
+def make_torch_steps(name: str, run: Any, args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """Returns two functions, `eager` and `compiled`, which take STEPS training steps in PyTorch."""
     import torch
 
     from tests.benchmarks import peer
 
     batch = resident.draw_batch(run.clips, run.plan, np.zeros((), np.int32))
-    labels = np.random.default_rng(1).integers(0, 1 + args.num_identities, len(batch.clip_index))
+    num_classes = 1 + common.IDENTITIES
+    labels = np.random.default_rng(1).integers(0, num_classes, len(batch.clip_index))
     torch_batch = common.make_torch_batch(batch.frames, labels)
-    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = True  # the default of JAX on a GPU
 
-    def make(compiled: bool) -> Callable[[], float]:
-        recipe = peer.make_recipe(name, 1 + args.num_identities)
-        step = peer.Step(recipe, compiled=compiled, dtype=dtype)
-        return lambda: [step(torch_batch) for _ in range(STEPS)][-1].item()
-
-    return {"eager": make(False), "compiled": make(True)}
+    functions = {}
+    for kind in ("eager", "compiled"):
+        recipe = peer.make_recipe(name, num_classes)
+        step = peer.Step(recipe, compiled=kind == "compiled", bfloat16=args.bfloat16)
+        functions[kind] = lambda step=step: [step(torch_batch) for _ in range(STEPS)][-1].item()
+    return functions
 
 
 def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
-    spec, overrides = NETS[name]
-    overrides = (*overrides, f"dtype={'bfloat16' if args.bfloat16 else 'float32'}")
-    run = common.make_run(
-        spec, overrides, batch_size=args.batch_size, num_identities=args.num_identities,
-        num_clips=4 * args.batch_size,
-    )  # fmt: skip
-    loop, state = common.make_loop(run), run.state
+    spec = (*NETS[name], f"dtype={'bfloat16' if args.bfloat16 else 'float32'}")
+    run = common.make_run(*spec, batch_size=args.batch_size, num_clips=4 * args.batch_size)
+    loop, state = run.loop, run.state
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
 
     def take_step(state: Any, clips: Any) -> Any:
@@ -127,28 +115,19 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     peak = common.peak_bytes()  # without the operands of `bare`
     functions = {"step": train, "bare": make_products_program(products, STEPS)}
     functions |= make_torch_steps(name, run, args) if args.peer else {}
-    seconds = common.time_functions(functions, args.rounds)
+    seconds = common.time_functions(functions)
     step = common.median(seconds["step"]) / STEPS
     if loop._cache_size() != 1:
         raise SystemExit(f"the loop was compiled {loop._cache_size()} times instead of once")
-    return [
-        name, f"{num_params:,}", f"{args.batch_size / step:,.0f}",
-        f"{sum(map(count_flops, products)) / step / 1e9:,.0f}",
-        common.format_ratio(seconds, "bare", "step"), f"{peak / 2**20:,.0f}",
-        *(common.format_ratio(seconds, kind, "step") for kind in ("eager", "compiled")
-          if args.peer),
-    ]  # fmt: skip
-
-
-def main() -> None:
-    args = common.parse(
-        __doc__, "--peer", "--bfloat16", nets=",".join(NETS), batch_size=1024,
-        num_identities=10_034, rounds=5,
-    )  # fmt: skip
-    header = ["net", "parameters", "clips/s", "GFLOP/s", "bare products / step", "peak MiB so far"]
-    header += ["faster than eager", "than torch.compile"] if args.peer else []
-    common.print_table(header, [benchmark(name, args) for name in args.nets.split(",")])
+    gflops = sum(map(count_flops, products)) / step / 1e9
+    cells = [name, f"{num_params:,}", f"{args.batch_size / step:,.0f}", f"{gflops:,.0f}"]
+    cells += [common.format_ratio(seconds, "bare", "step"), f"{peak / 2**20:,.0f}"]
+    kinds = ("eager", "compiled") if args.peer else ()
+    return cells + [common.format_ratio(seconds, kind, "step") for kind in kinds]
 
 
 if __name__ == "__main__":
-    main()
+    args = common.parse(__doc__, "--peer", "--bfloat16", nets=",".join(NETS), batch_size=1024)
+    header = ["net", "parameters", "clips/s", "GFLOP/s", "bare products / step", "peak MiB so far"]
+    header += ["faster than eager", "than torch.compile"] if args.peer else []
+    common.print_table(header, [benchmark(name, args) for name in args.nets.split(",")])

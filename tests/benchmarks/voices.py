@@ -75,13 +75,10 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
             return [*gallery.identify(vectors.only({*names[asked]}), 1).values()]
 
         answers = identify("all", enrolled, ~enrolled)
-        # Speaker -> answers for all utterances of the speaker, who is not enrolled.
-        strangers = {
-            speaker: identify(
-                f"without {speaker}", enrolled & (speakers != speaker), speakers == speaker
-            )
-            for speaker in np.unique(speakers)
-        }
+        strangers = {}  # speaker -> answers for all utterances of the speaker, who is not enrolled
+        for speaker in np.unique(speakers):
+            own = speakers == speaker
+            strangers[speaker] = identify(f"without {speaker}", enrolled & ~own, own)
 
     truth = speakers[~enrolled]
     right = np.array([answer.best[0][0] for answer in answers]) == truth
@@ -108,11 +105,7 @@ def measure(speech: Path, models: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+if __name__ == "__main__":
     common.parse(__doc__)
     figures = measure(Path(os.environ["VIDJAX_SPEECH"]), Path(os.environ["VIDJAX_MODELS"]))
     common.print_text(json.dumps(figures, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,44 +1,36 @@
 """Functions that make a plan and return its batches, and functions for frames in batches."""
 
-from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from vidjax.core import fusion
-from vidjax.core.batch import Batch, Frames
-from vidjax.data.clips import ClipSource, TrainingData, make_batch_plan, make_eval_plan
+from vidjax.core.batch import Frames
+from vidjax.data.clips import make_batch_plan, make_eval_plan
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records.dataset import Dataset
-from vidjax.data.records.manifest import Records
 
 
-def labelled(records: Records, directory: Path) -> Dataset:
+def labelled(records, directory):
     """Returns a dataset of records, with the ground truth of a directory of official files."""
     return Dataset(records, load_official_truth(directory, records.clips))
 
 
-def eval_batches(
-    data: ClipSource, *, split: str, modalities: Sequence[str], rows: int, **chosen: Any
-) -> Iterator[Batch]:
+def eval_batches(data, *, split, modalities, rows, **chosen):
     """Yields all clips of a split in batches of `rows`; `chosen` goes to `make_eval_plan`."""
     plan = make_eval_plan(data.split(split), modalities, **chosen)
     return data.eval_batches(plan, rows=rows)
 
 
-def train_batches(
-    data: TrainingData, *, splits: Sequence[str], modalities: Sequence[str], step: int = 0,
-    **options: Any,
-) -> Iterator[Batch]:  # fmt: skip
+def train_batches(data, *, splits, modalities, step=0, **options):
     """Yields the batches of a training from a step on; `options` go to `make_batch_plan`."""
     plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
     return data.train_batches(plan, step=step)
 
 
-def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
+def rows_of(batches):
     """Returns number of a clip -> modality -> frames [T, ...]. Asserts that no clip is repeated."""
     found: dict[int, Any] = {}
     for batch in batches:
@@ -54,12 +46,12 @@ def rows_of(batches: Iterable[Batch]) -> dict[int, dict[str, Frames]]:
     return found
 
 
-def assert_equal(left: Any, right: Any) -> None:
+def assert_equal(left, right):
     """Asserts that two trees contain the same arrays with the same dtypes."""
     jax.tree.map(partial(np.testing.assert_array_equal, strict=True), left, right)
 
 
-def real_frames(data: ClipSource, split: str, modality="face") -> Iterator[tuple[int, Frames]]:
+def real_frames(data, split, modality="face"):
     """Yields the number of each clip of a split, and its frames [T, ...] without padding."""
     blocks = eval_batches(data, split=split, modalities=(modality,), rows=7)
     for clip, frames in rows_of(blocks).items():

@@ -1,14 +1,11 @@
 """Parametrisations in which the first cases belong to the quick tests, and others have a mark."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import pytest
 
 CASE = type(pytest.param())
 
 
-def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.slow) -> list[Any]:
+def quick_first(cases, count=1, mark=pytest.mark.slow):
     """Returns the cases for `parametrize`, with a mark on all cases after the first `count`.
 
     A case is the value of an argument, or a tuple of the values of several arguments.
@@ -19,6 +16,6 @@ def quick_first(cases: Iterable[Any], count: int = 1, mark: Any = pytest.mark.sl
     return rows[:count] + later
 
 
-def nightly_after_first(names: str, cases: Iterable[Any], count: int = 1) -> pytest.MarkDecorator:
+def nightly_after_first(names, cases, count=1):
     """Parametrises a test. Cases after the first `count` have the mark `nightly`."""
     return pytest.mark.parametrize(names, quick_first(cases, count, pytest.mark.nightly))

@@ -2,26 +2,20 @@
 
 import csv
 import pickle
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections import namedtuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from vidjax.data.clip_files import read_npz
 
-
-class Clip(NamedTuple):
-    """The frames of one clip in one modality. Fields that a modality lacks are not written."""
-
-    features: np.ndarray  # [T, D]
-    quality: np.ndarray  # [T]
-    detection: np.ndarray  # [T]
-    number: np.ndarray  # [T]
-    box: np.ndarray  # [T, 4]
+# The T frames of one clip in one modality. Fields that a modality lacks are not written. Features
+# are [T, D], boxes [T, 4], and other fields [T].
+Clip = namedtuple("Clip", "features quality detection number box")
 
 
-def random_clip(rng: np.random.Generator, num_frames: int, dim: int, dtype="float16") -> Clip:
+def random_clip(rng, num_frames, dim, dtype="float16"):
     return Clip(
         features=rng.normal(0, 20, (num_frames, dim)).astype(dtype),
         quality=rng.normal(80, 20, num_frames).astype(np.float32),
@@ -31,7 +25,7 @@ def random_clip(rng: np.random.Generator, num_frames: int, dim: int, dtype="floa
     )
 
 
-def as_read(modality: str, clip: Clip) -> Clip:
+def as_read(modality, clip):
     """Returns a clip as it is read from a file of `write_pickle`, which lacks some fields."""
     if modality != "face":
         clip = clip._replace(quality=np.zeros_like(clip.quality))
@@ -42,7 +36,7 @@ def as_read(modality: str, clip: Clip) -> Clip:
     return clip
 
 
-def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[str, Any]]:
+def as_arrays(modalities):
     """Returns clip -> modality -> field -> array, as read from files of `write_pickle`."""
     clips: dict[str, dict[str, Any]] = {}
     for modality, frames_of in modalities.items():
@@ -51,7 +45,7 @@ def as_arrays(modalities: Mapping[str, Mapping[str, Clip]]) -> dict[str, dict[st
     return clips
 
 
-def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str, Clip]) -> Path:
+def write_pickle(directory, modality, split, clips):
     """Writes `{modality}_{split}.pickle`, with one feature per clip for audio; returns the path."""
     content: dict[bytes, Any] = {}
     for name, clip in clips.items():
@@ -68,7 +62,7 @@ def write_pickle(directory: Path, modality: str, split: str, clips: Mapping[str,
     return path
 
 
-def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
+def write_truth(directory, split, labels):
     """Writes `{split}_gt.txt`: a line per clip for train, and a line per identity for others."""
     if split == "train":
         lines = [f"{name}.mp4 {identity}" for name, identity in labels.items()]
@@ -80,7 +74,7 @@ def write_truth(directory: Path, split: str, labels: Mapping[str, str]) -> None:
     (directory / f"{split}_gt.txt").write_text("\n".join(lines) + "\n")
 
 
-def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+def read_arrays(folder):
     """Returns clip -> name -> array of the `.npz` files of a folder. Empty arrays are left out."""
     return {
         clip.name: {name: x for name, x in npz_arrays(clip.modalities).items() if len(x)}
@@ -88,12 +82,12 @@ def read_arrays(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def fields_of(modality: Any) -> Mapping[str, Any]:
+def fields_of(modality):
     """Returns field -> array. `modality` is such a dict, or only the array of the features."""
     return modality if isinstance(modality, Mapping) else {"features": modality}
 
 
-def npz_arrays(modalities: Mapping[str, Any]) -> dict[str, Any]:
+def npz_arrays(modalities):
     """Returns name -> array, as a `.npz` file of a clip stores them: `face`, `face_quality`, ..."""
     return {
         modality if field == "features" else f"{modality}_{field}": x
@@ -102,7 +96,7 @@ def npz_arrays(modalities: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:
+def write_npz(folder, splits):
     """Writes split -> clip -> modality -> features or fields as `SPLIT/CLIP.npz` in `folder`."""
     for split, clips in splits.items():
         (folder / split).mkdir(parents=True)
@@ -111,16 +105,13 @@ def write_npz(folder: Path, splits: Mapping[str, Mapping[str, Mapping[str, Any]]
     return folder
 
 
-def write_labels(path: Path, labels: Mapping[str, object]) -> Path:
+def write_labels(path, labels):
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("clip", "identity"), *labels.items()])
     return path
 
 
-def write_parquet(
-    path: Path, clips: Mapping[str, Mapping[str, Any]], *, fields: Collection[str] = (),
-    width: int = -1, **options: Any,
-) -> Path:  # fmt: skip
+def write_parquet(path, clips, *, fields=(), width=-1, **options):
     """Writes clip -> modality -> features or fields as a table; returns its path.
 
     The table has a row per frame: the first frames of all clips, the second frames, and so on. Its
@@ -150,7 +141,7 @@ def write_parquet(
 RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
 
 
-def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
+def ragged_clips(split, count):
     """Returns modality -> clip -> frames of clips of very different lengths: 0 to 700 frames.
 
     Every third clip lacks audio, every second clip lacks a body, and some qualities are equal.
@@ -172,7 +163,7 @@ def ragged_clips(split: str, count: int) -> dict[str, dict[str, Clip]]:
     return clips
 
 
-def write_ragged(folder: Path, counts: Mapping[str, int], lacks: Collection[Any] = ()) -> Path:
+def write_ragged(folder, counts, lacks=()):
     """Writes official files of `counts[split]` clips, but not of (modality, split) in `lacks`."""
     for split, count in counts.items():
         clips = ragged_clips(split, count)
@@ -187,9 +178,7 @@ WIDTHS = {"face": 24, "head": 16, "audio": 8}
 CLIPS = {"train": 96, "val": 60, "test": 40}
 
 
-def learnable_clips(
-    num_identities: int = 12, num_clips: Mapping[str, int] = CLIPS
-) -> Iterator[tuple[str, dict[str, dict[str, Clip]], dict[str, str]]]:
+def learnable_clips(num_identities=12, num_clips=CLIPS):
     """Yields for each split its name, modality -> clip -> frames, and clip -> identity.
 
     A net can learn the identities. A third of the val and test clips are distractors. A tenth of
@@ -215,7 +204,7 @@ def learnable_clips(
         yield split, clips, {n: str(i) for n, i in zip(names, labels, strict=True) if i}
 
 
-def write_learnable(directory: Path, **options: Any) -> None:
+def write_learnable(directory, **options):
     """Writes the official files of `learnable_clips`, without the ground truth of test."""
     for split, clips, truth in learnable_clips(**options):
         for modality, some in clips.items():

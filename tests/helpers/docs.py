@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from vidjax.runs.config_io import value_text
 
 def update(page: str) -> str:
     """Returns a page with new tables between each `<!-- NAME -->` and `<!-- /NAME -->`."""
-    known = _known_names()
-    fields, names = _field_tables(known), _name_tables(known)
-    for name, new in {"arguments": _argument_table(), "fields": fields, "names": names}.items():
+    tables = {"arguments": _argument_table(), "fields": _field_tables(), "names": _name_tables()}
+    for name, new in tables.items():
         before, start, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         assert start and end, f"no section '<!-- {name} -->' ... '<!-- /{name} -->'"
@@ -29,25 +28,20 @@ def update(page: str) -> str:
     return page
 
 
-def _known_names() -> Mapping[str, Mapping[str, str]]:
-    """Returns field or group -> each allowed name -> first line of the docstring of the name."""
-    tables: dict[str, Mapping[str, Callable[..., Any]]] = {
-        "model": identifier.MODELS,
-        "fusion": fusion.FUSIONS,
-        "transforms": {name: one.function for name, one in augment.TRANSFORMS.items()},
-        "loss.classification": losses.CLASSIFICATION, "loss.focal": losses.CLASSIFICATION,
-        "loss.margin_type": losses.MARGINS, "optim.name": optim.OPTIMIZERS,
-        "optim.decay": optim.DECAYS,
-        "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
-        "data.name": sources.DATASETS,
-    }  # fmt: skip
-    return {
-        field: {name: _summary(function) for name, function in table.items()}
-        for field, table in tables.items()
-    }
+# Field or group -> each allowed name -> a function or class.
+NAMED: dict[str, Mapping[str, Any]] = {
+    "model": identifier.MODELS, "fusion": fusion.FUSIONS,
+    "transforms": {name: one.function for name, one in augment.TRANSFORMS.items()},
+    "loss.classification": losses.CLASSIFICATION, "loss.focal": losses.CLASSIFICATION,
+    "loss.margin_type": losses.MARGINS, "optim.name": optim.OPTIMIZERS,
+    "optim.decay": optim.DECAYS,
+    "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
+    "data.name": sources.DATASETS,
+}  # fmt: skip
 
 
-def _summary(function: Callable[..., Any]) -> str:
+def _summary(function: Any) -> str:
+    """Returns the first line of the docstring of a function or class."""
     doc = function.__doc__ or ""
     doc = "" if doc.startswith(f"{function.__name__}(") else doc  # the signature of a dataclass
     line = doc.strip().partition("\n")[0].rstrip(".").removeprefix("Returns ")
@@ -64,22 +58,22 @@ def _argument_table() -> str:
     return _table(("configuration", "argument", "meaning"), rows)
 
 
-def _field_tables(known: Mapping[str, Mapping[str, str]]) -> str:
+def _field_tables() -> str:
     tables = []
     for group in (None, *(row for row in TABLE if isinstance(row, Group))):
         prefix = group.name if group else ""
         rows = [
-            (f"`{name}`", _cell(field.default), _meaning(field, known))
+            (f"`{name}`", _cell(field.default), _meaning(field))
             for name, field in FIELDS.items()
             if name.rpartition(".")[0] == prefix
         ]
-        heading = f"**`{prefix}`**: {_meaning(group, known)}.\n\n" if group else ""
+        heading = f"**`{prefix}`**: {_meaning(group)}.\n\n" if group else ""
         tables.append(heading + (_table(("field", "default", "meaning"), rows) if rows else ""))
     return "\n".join(tables)
 
 
-def _meaning(row: Field | Group, known: Mapping[str, Mapping[str, str]]) -> str:
-    names = ", ".join(f"`{name}`" for name in known.get(row.name, ()))
+def _meaning(row: Field | Group) -> str:
+    names = ", ".join(f"`{name}`" for name in NAMED.get(row.name, ()))
     return f"{row.doc}; choose from {names}" if names else row.doc
 
 
@@ -87,10 +81,11 @@ def _cell(value: object) -> str:
     return value_text(value) if value in (None, (), "") else f"`{value_text(value)}`"
 
 
-def _name_tables(known: Mapping[str, Mapping[str, str]]) -> str:
+def _name_tables() -> str:
     shared: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for field, names in known.items():
-        shared.setdefault(tuple(names.items()), []).append(f"`{field}`")
+    for field, table in NAMED.items():
+        names = tuple((name, _summary(function)) for name, function in table.items())
+        shared.setdefault(names, []).append(f"`{field}`")
     tables = {", ".join(fields): names for names, fields in shared.items()}
     tables["metric"] = tuple((name, f"{m.label}: {m.about}") for name, m in CLIP_METRICS.items())
     return "\n".join(

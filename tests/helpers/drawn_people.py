@@ -1,7 +1,7 @@
 """Films and photos of drawn people, and nets that identify them by the colours of their faces."""
 
 import json
-from typing import Any, NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
@@ -94,11 +94,8 @@ def extract(path, out, models, **settings):
     return facts, clip_files.read_arrays(out)
 
 
-class Done(NamedTuple):
-    """What a command with --json has printed."""
-
-    content: dict[str, Any]  # the JSON on stdout
-    output: str  # the messages on stderr
+# What a command with --json has printed: the JSON on stdout, and the messages on stderr.
+Done = namedtuple("Done", "content output")
 
 
 class Drawn:
@@ -113,7 +110,6 @@ class Drawn:
         self.friends, self.out = folder / "friends", folder / "out"
 
     def film(self):
-        """Writes the film party.mkv; returns its path."""
         return write_party(self.folder / "party.mkv")
 
     def befriend(self, *names):

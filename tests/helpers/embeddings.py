@@ -1,7 +1,5 @@
 """Random vectors of photos: as similar as vectors of dlib, or from the two-covariance model."""
 
-from typing import Any
-
 import numpy as np
 
 from vidjax.models import distance
@@ -12,7 +10,7 @@ WIDTH = 128
 DLIB = distance.from_cosines(SAME, DIFFERENT)
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def unit(x):
     """Returns vectors of length 1."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -47,7 +45,7 @@ class Population:
         return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
 
 
-def exact(rng: Any, people: int, clips: int, width: int, within: float) -> np.ndarray:
+def exact(rng, people, clips, width, within):
     """Draws unit vectors [people, clips, width] from the two-covariance model.
 
     The variance between clips of one person is the share `within` of the total variance.

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -99,10 +98,7 @@ def double(path: Path, made: Path, *, cover: bool) -> None:
                     both.mux(packet)
 
 
-def _sound(
-    container: Any, path: Path, samples: np.ndarray, rate: int, start_s: float, broken: float
-) -> list[av.Packet]:
-    """Returns the packets of a new stream of sound."""
+def _sound(container, path, samples, rate, start_s, broken):
     lossless = path.suffix in (".mkv", ".mp4")
     stream = container.add_stream("alac" if lossless else "aac", rate=rate, layout="mono")
     stream.time_base = Fraction(1, rate)

@@ -9,20 +9,16 @@ import shutil
 import subprocess
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
-class Ended(NamedTuple):
-    """A command that has ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-    peak: int  # the most memory of the command and its children, see `held_by`
+# A command that has ended; `peak` is the most memory of the command and its children (`held_by`).
+Ended = namedtuple("Ended", "returncode stdout stderr peak")
 
 
 @functools.cache

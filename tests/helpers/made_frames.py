@@ -32,11 +32,10 @@ def one_hot_frames(quality, detection=1.0, *, padding=3, dtype="float16"):
     """Returns a clip whose frame t is the t-th unit vector. A mean then shows the frame weights."""
     length = len(quality)
     total = length + padding
-    real = np.arange(total) < length
     return Frames(
         features=np.eye(total, length, dtype=dtype)[None],
         quality=np.pad(np.array([quality], np.float32), ((0, 0), (0, padding))),
         detection=np.pad(np.broadcast_to(np.float32(detection), length), (0, padding))[None],
         number=np.arange(total, dtype=np.int32)[None],
-        mask=real[None],
+        mask=np.arange(total)[None] < length,
     )

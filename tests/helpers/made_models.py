@@ -18,10 +18,11 @@ def make_batch(dtype="float16"):
 
     The padding has random values, which must have no effect.
     """
-    lengths = {"face": [4, 0, 1, 2, 0, 3, 2, 2], "head": [1, 2, 0, 3, 0, 1, 1, 1]}
-    lengths["audio"] = [1, 1, 1, 0, 0, 1, 1, 1]
-    make = functools.partial(make_frames, max_frames=4, dtype=dtype)
-    frames = {name: make(lengths[name], dim=dim) for name, dim in DIMS.items()}
+    lengths = [4, 0, 1, 2, 0, 3, 2, 2], [1, 2, 0, 3, 0, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1]
+    frames = {
+        name: make_frames(lengths_of, max_frames=4, dim=dim, dtype=dtype)
+        for (name, dim), lengths_of in zip(DIMS.items(), lengths, strict=True)
+    }
     clips = ClipInfo(
         index=np.array([3, 1, 2, 0, 4, 5, 0, 0], np.int32),
         labels=np.array([1, 2, 1, 4, 3, 0, 4, 4], np.int32), mask=np.arange(8) < 6,
@@ -72,6 +73,4 @@ def init(model, *args, train=None):
     return model.init(jax.random.key(0), *args, **options)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init_identifier(model, frames, clips):
-    return model.init(jax.random.key(0), frames, clips, train=False)
+init_identifier = functools.partial(init, train=False)

@@ -47,14 +47,12 @@ def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
 
     `channels` are the weights of red, green and blue in the score of a square.
     """
-    weights = np.array(channels, np.float32) / FACE**2
-    kernel = np.tile(weights[None, :, None, None], (1, 1, FACE, FACE))
+    weights = np.array(channels, np.float32).reshape(1, 3, 1, 1) / FACE**2
+    kernel = np.tile(weights, (FACE, FACE))
     zero = np.zeros((1, 3, 1, 1), np.float32)
-    constants = {
-        "scale": np.log([FACE / 4, FACE / 4]),
-        "offset": np.full(2, -0.5),  # a window's centre is the corner of a cell
-        "points": POINTS[:, ::-1].ravel(),
-    }
+    # The offset is -0.5, because a window's centre is the corner of a cell.
+    constants = {"scale": np.log([FACE / 4, FACE / 4]), "offset": np.full(2, -0.5)}
+    constants["points"] = POINTS[:, ::-1].ravel()
     # With 1 / 255 in a separate node, faces of equal brightness have equal scores.
     arrays: dict[str, Any] = {"kernel": kernel, "gain": np.array([1 / 255], np.float32)}
     nodes = [
@@ -108,14 +106,11 @@ def model(nodes, weights, shape, outputs, more=None):
 
     `weights` are name -> array. `more` inputs are name -> (type, shape).
     """
-
-    def value(name, dims, kind=TensorProto.FLOAT):
-        return helper.make_tensor_value_info(name, kind, dims)
-
+    value = helper.make_tensor_value_info
     named = [numpy_helper.from_array(array, name) for name, array in weights.items()]
-    outs = [value(name, None) for name in outputs]
-    ins = [value("x", ["B", *shape])]
-    ins += [value(name, dims, kind) for name, (kind, dims) in (more or {}).items()]
+    inputs = {"x": (TensorProto.FLOAT, ["B", *shape]), **(more or {})}
+    ins = [value(name, kind, dims) for name, (kind, dims) in inputs.items()]
+    outs = [value(name, TensorProto.FLOAT, None) for name in outputs]
     graph = helper.make_graph(nodes, "made", ins, outs, named)
     opsets = [helper.make_opsetid("", 17)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()

@@ -48,7 +48,6 @@ def submission(path):
 
 
 def mean_average_precision(gt_path, ranking_path):
-    """Returns the exact MAP@100 of a ranking file."""
     pairs, ranking = ground_truth(gt_path), submission(ranking_path)
     total = Fraction(0)
     for identity, positives in pairs.items():

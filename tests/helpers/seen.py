@@ -1,12 +1,9 @@
 """Functions that check what a user sees: errors, and files."""
 
-from collections.abc import Callable, Collection
-from pathlib import Path
-
 import pytest
 
 
-def refused(action: Callable[[], object], *words: str) -> str:
+def refused(action, *words):
     """Asserts that an action raises an error of 1 to 3 lines with `words`; returns its message."""
     with pytest.raises((ValueError, OSError)) as caught:
         action()
@@ -17,7 +14,7 @@ def refused(action: Callable[[], object], *words: str) -> str:
     return message
 
 
-def contents(folder: Path, but: Collection[str] = ()) -> dict[str, bytes]:
+def contents(folder, but=()):
     """Returns path -> bytes of all files of a folder, except locks, and names in `but`."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     left_out = {".lock", *but}

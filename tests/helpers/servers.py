@@ -5,18 +5,14 @@ import http.client
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.helpers import limits, made_galleries
 from tests.helpers.made_galleries import WIDTHS
-from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import VectorOrigin
 
 CARDS = VectorOrigin(
@@ -24,19 +20,19 @@ CARDS = VectorOrigin(
 )
 
 
-def make_gallery(folder: Path) -> Gallery:
+def make_gallery(folder):
     """Makes a gallery of faces and voices, as `vidjax who` makes them with nets."""
     return made_galleries.make(folder, origin=CARDS)
 
 
-def make_frames(number: int, person: str, frames: int = 1) -> dict[str, np.ndarray]:
+def make_frames(number, person, frames=1):
     """Returns modality -> features [frames, D] of a clip of a person of `make_gallery`."""
     rows = [made_galleries.make_clip(number + turn, person).vector for turn in range(frames)]
     parts = np.split(np.stack(rows), np.cumsum([*WIDTHS.values()])[:-1], axis=1)
     return dict(zip(WIDTHS, parts, strict=True))
 
 
-def as_json(clips: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+def as_json(clips):
     """Returns clips as the value of `clips` in the JSON of a request."""
     lists = {clip: {k: x.tolist() for k, x in parts.items()} for clip, parts in clips.items()}
     return [{"clip": clip, **parts} for clip, parts in lists.items()]
@@ -45,12 +41,10 @@ def as_json(clips: Mapping[str, Mapping[str, np.ndarray]]) -> list[dict[str, Any
 class Served:
     """A running server; `ask` sends a request on a new connection."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int):
+    def __init__(self, process, port):
         self.process, self.port = process, port
 
-    def ask(
-        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, Any]:
+    def ask(self, method, path, body=None, headers=None) -> tuple[int, Any]:
         """Returns the status and content of an answer. A body that is not bytes is sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
@@ -63,20 +57,20 @@ class Served:
             kind = answer.getheader("content-type", "")
             return answer.status, json.loads(content) if "json" in kind else content
 
-    def wait(self, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
+    def wait(self):
+        end = time.monotonic() + 60
         while self.ask("GET", "/v2/health/ready")[0] != 200:
             assert time.monotonic() < end
             time.sleep(0.02)
 
-    def end(self) -> int:
+    def end(self):
         """Ends the server by SIGTERM; returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[Served]:
+def served(folder):
     """Runs `vidjax serve` at a free port while the context is open; yields the ready server."""
     command = [sys.executable, "-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
