@@ -125,11 +125,11 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
 def test_empty_labels_give_a_warning_with_the_clip(tmp_path, load):
     splits = make_splits()
     labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
-    with pytest.warns(UserWarning, match=r"train_02: 1 clips have an empty identity.*\n.*None"):
+    with pytest.warns(UserWarning, match=r"train_02: its identity is empty.*clips: 1\)\n.*None"):
         load(splits, labels)
     # Line 1 of the table is the header, line 2 is train_01, and line 3 is train_02.
     table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
-    with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: 1 clips"):
+    with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: its identity"):
         load(splits, table)
 
 

@@ -161,7 +161,8 @@ def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
             )
     if empty:
         warn(
-            f"{empty[0]}: {len(empty)} clips have an empty identity: they show no known person\n"
+            f"{empty[0]}: its identity is empty, so the clip shows no known person "
+            f"(such clips: {len(empty):,})\n"
             "to avoid this warning, leave out these clips, or use None in Python"
         )
     return pairs

@@ -330,7 +330,7 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
     if split is not None:
         raise UserError(
             f"'{path}' has no splits, so the split '{split}' cannot be chosen\n"
-            "leave it out; for vidjax rank and embed, leave out --config.eval.split"
+            "leave out the argument split, or --config.eval.split of vidjax rank and embed"
         )
     return paths
 

@@ -68,10 +68,11 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the average precisions of identities within a group of clips, and its size.
+        """Returns the average precisions of identities in a group of clips, and the group's size.
 
-        `chosen` [N] is True for the clips of the group. The other clips of an identity are removed
-        from its list. Identities without a chosen clip are left out. Distractors are not counted.
+        `chosen` [N] is True for the clips of the group. Identities without a chosen clip are left
+        out. The other clips of an identity are removed from its list, but wrong clips stay in it.
+        The size is the number of chosen clips that are not distractors.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]

@@ -24,14 +24,15 @@ Scale = Annotated[float, Meta(gt=0)]
 class PLDAIdentifier(Identifier):
     """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    The vector of a clip is the mean of its frames, scaled to length 1, minus the mean of all clips,
-    and scaled to length 1 again. Training passes over the clips twice. The first pass sums the
-    vectors, for the mean. The second pass sums the centred vectors. `finalise_state` computes the
-    coefficients that score clips from these sums.
+    The vector of a clip is the mean of its frames, scaled to length 1, minus `centred` x the mean
+    of all clips, and scaled to length 1 again. Training passes over the clips twice. The first pass
+    sums the vectors, for the mean. The second pass sums the centred vectors. `finalise_state`
+    computes the coefficients that score clips from these sums.
 
     Attributes:
-      within, between, scale, unenrolled, stranger, centred: see `Settings`. Each is a number, a
-        tuple with a number for each member (net) of an ensemble, or None if `prepare` fits it.
+      within, between, scale, unenrolled, stranger: see `Settings`. Each is a number, a tuple with
+        a number for each member (net) of an ensemble, or None if `prepare` fits it.
+      centred: see `Settings`. A number, or None if `prepare` computes it.
 
     Source: the two-covariance model, see `models.two_covariance`. Unit length: Garcia-Romero and
     Espy-Wilson 2011. The sum over modalities and its scale are not published.

@@ -915,7 +915,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     }  # fmt: skip
     if not back_ends:
         raise UserError(
-            f"'{path}' has no net of faces, heads or voices with back_end in its JSON file\n"
+            f"'{path}' needs a net of faces, heads or voices whose JSON file has a back_end\n"
             f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}

@@ -427,8 +427,9 @@ def _append(
 ) -> int:
     """Adds N people or clips to a table; returns the change of `State.rows`, the sum of digests.
 
-    The last row is filled before a new row is added. `words` are lists of N names: the names of the
-    people, or the names of the clips and of their people. `numbers` [N] has the dtype of the table.
+    A row contains many people or clips. The last row is filled before a new row is added. `words`
+    are lists of N names: the names of the people, or the names of the clips and of their people.
+    `numbers` [N] has the dtype of the table.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))

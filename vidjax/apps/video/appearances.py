@@ -71,8 +71,8 @@ def find_appearances(
 
     Args:
       answers: the answer of the gallery for each clip, after `settle_answers`.
-      groups: clip -> unknown person, such as `unknown 3`. Each clip without a name that is not in
-        `groups` is an appearance of an ignored person.
+      groups: clip -> unknown person, such as `unknown 3`. If a clip has no name and is not in
+        `groups`, it is an appearance of an ignored person.
     """
     appearances = []
     for film in films:

@@ -48,7 +48,7 @@ PHOTOS = {
     ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
 WINDOWS_FILES = ("thumbs.db", "desktop.ini")  # Windows writes these files into folders
-ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures of media players
+ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures for media players
 # After these errors, no other file is read, because every other file would fail, too.
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -301,7 +301,7 @@ def walk(path: Path, unreadable: Callable[[OSError], object] | None = None) -> l
 def split_files(path: Path) -> tuple[list[Path], list[Path]]:
     """Returns the films and photos in a folder, and all other files, by the endings of their names.
 
-    Hidden files are left out. In a folder with films, pictures of media players, such as
+    Hidden files are left out. In a folder with films, pictures for media players, such as
     `poster.jpg`, count as other files.
     """
     paths = [x for x in list_entries(path) if x.is_file()]
