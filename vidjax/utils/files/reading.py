@@ -100,7 +100,7 @@ def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
     if stat.S_ISREG(mode):
         return
     kind = KINDS.get(stat.S_IFMT(mode), "a device")
-    remedy = "name a file, or move this one elsewhere"
+    remedy = f"name a file, or move the {kind.removeprefix('a ')} elsewhere"
     if kind == "a link":
         remedy = "replace the link by a copy of its target"
     raise UserError(f"'{path}' is {kind}, not a file, and is not opened\n{remedy}")
