@@ -190,10 +190,14 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
         assert table.read_text() == wrong
 
 
-@pytest.mark.parametrize("name", ["unknown", "Unknown 7", "Ignored"])
-def test_person_in_the_photos_may_not_be_called_unknown_or_ignored(drawn, name):
+@pytest.mark.parametrize(("name", "words"), [
+    *((name, "stands for people without a name") for name in ("unknown", "Unknown 7", "Ignored")),
+    (" Ann", "remove these blanks"), ("a\nb", "control character"), ("\udcff", "not valid Unicode"),
+])  # fmt: skip
+def test_impossible_name_of_a_person_is_refused_before_anything_is_written(drawn, name, words):
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
-    assert "stands for people without a name" in drawn.who(write_group(drawn), code=2).output
+    _, output = drawn.who(write_group(drawn), code=2)
+    assert words in output and len(output.splitlines()) <= 3 and not drawn.out.exists()
 
 
 def test_numbered_photos_in_one_folder_get_a_warning(drawn):
