@@ -19,7 +19,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
@@ -127,17 +126,15 @@ def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
 def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     where, whole = drawn.folder / "in", drawn.film().read_bytes()
     where.mkdir()
-    # Bad files: they refer to an address, another file or a device, or have no pictures.
+    # Bad files: they refer to an address or a device. Other bad files: test_extract_video.py.
     server = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
     (where / "http.m3u8").write_text(films.PLAYLIST.format(address))
-    (where / "list.mp4").write_bytes(films.NO_FILMS["list.mp4"])
     (where / "device.mp4").symlink_to("/dev/zero")
     os.mkfifo(where / "pipe.mp4")
-    films.write(where / "voice.m4a", [], sound=np.zeros(8000))  # sound without pictures
     failing = sorted(path.name for path in where.iterdir())
-    # Good files: a film, to which list.mp4 refers, and the first half of the film.
-    (where / "secret.mkv").write_bytes(whole)
+    # Good files: a film, and the first half of the film.
+    (where / "whole.mkv").write_bytes(whole)
     (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
 
     content, stderr = drawn.extract(*sorted(where.iterdir()), flags=["--workers=4"], code=1)
@@ -147,8 +144,8 @@ def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     assert all(f"/{name}'" in stderr for name in failing) and "Traceback" not in stderr
     assert len(stderr.splitlines()) <= 3 * (len(failing) + 2)  # 3 lines for each file
     read = {film.video: film for film in features_folder.read_films(drawn.out)}
-    assert read["cut.mkv"].damaged and not read["secret.mkv"].damaged
-    assert len(read["secret.mkv"].tracks) == 4
+    assert read["cut.mkv"].damaged and not read["whole.mkv"].damaged
+    assert len(read["whole.mkv"].tracks) == 4
     server.settimeout(0)
     with server, pytest.raises(BlockingIOError):  # nobody has connected to the address
         server.accept()
