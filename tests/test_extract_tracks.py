@@ -508,8 +508,7 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
 
 
 def test_errors_of_wrong_paths_of_films_and_people_name_the_remedy(tmp_path):
-    film = tmp_path / "holiday.mp4"
-    film.touch()
-    typo = tmp_path / "holidy.mp4"
-    refused(lambda: pipeline.list_files([typo]), f"'{typo}'\ndid you mean '{film}'")
-    refused(lambda: who.name_people([film], film, tmp_path / "out", tmp_path), "of each person")
+    path, typo = tmp_path / "holiday.mp4", tmp_path / "holidy.mp4"
+    path.touch()
+    refused(lambda: pipeline.list_files([typo]), f"'{typo}'\ndid you mean '{path}'")
+    refused(lambda: who.name_people([path], path, tmp_path / "out", tmp_path), "of each person")

@@ -52,11 +52,10 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
     """The doubt is 30 % for Ada and 45 % for unknown 2. It is small for Bob and unknown 1."""
     bob = appearance(2, 3, "Bob", 0.95, clip="b")
     appearances = [
-        appearance(0, 1, probability=0.7, clip="a"),
-        bob,
+        bob, appearance(0, 1, probability=0.7, clip="a"),
         appearance(4, 5, "unknown 2", None, clip="c"),
         appearance(6, 7, "unknown 1", None, clip="d"),
-    ]
+    ]  # fmt: skip
     best = {  # clip -> the most likely people; people below 10 % are not shown
         "a": (("Ada", 0.7), ("Bob", 0.2), ("Eve", 0.05)), "b": (("Bob", 0.95), ("Ada", 0.04)),
         "c": (("Ada", 0.45), ("Bob", 0.1)), "d": (("Ada", 0.02),),

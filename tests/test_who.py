@@ -259,9 +259,8 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
 def test_photo_that_crashes_the_reader_does_not_affect_other_photos(drawn, monkeypatch):
     """One process reads all photos. After a crash, it reads them again in smaller batches."""
     film, bad = drawn.film(), drawn.friends / "Bob" / "2.png"
-    drawn.befriend("Ada", "Bob", "Eve")
-    for name in ("Ada", "Bob", "Eve"):
-        write_photo(drawn.friends / name / "2.png", (name, 50, 40))
+    for name, number in itertools.product(("Ada", "Bob", "Eve"), (1, 2)):
+        write_photo(drawn.friends / name / f"{number}.png", (name, 30 + 10 * number, 40))
     read = pipeline.run_limited_each
 
     def crash_on_bad_photo(module, given, **limits):
@@ -643,10 +642,8 @@ def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     drawn.who(group)
 
     # The folder of one person, and a folder of other people: neither contains Ada and Bob.
-    for folder, hint in (
-        ("Ada", f"--people={drawn.friends}"),
-        ("strangers", "an empty folder to forget them"),
-    ):
+    hints = {"Ada": f"--people={drawn.friends}", "strangers": "an empty folder to forget them"}
+    for folder, hint in hints.items():
         write_photo(drawn.friends / folder / "new.png", ("Eve", 40, 40))
         flags = [f"--people={drawn.friends / folder}"]
         _, output = drawn.who(group, people=False, flags=flags, code=2)
