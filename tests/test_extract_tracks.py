@@ -12,11 +12,10 @@ import pytest
 from scipy import ndimage
 
 from tests.helpers.cases import nightly_after_first
+from tests.helpers.made_appearances import appearance, film
+from tests.helpers.seen import refused
 from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks, who
-from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.cards import BackEnd
-from vidjax.apps.video.features_folder import FileStamp, Film
-from vidjax.utils.errors import UserError
 
 # Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
@@ -103,19 +102,6 @@ def test_faces_keep_their_tracks_in_a_fast_pan_and_a_crowd():
     assert sorted(people_of_tracks) == [[n] for n in range(24)]
 
 
-def test_cut_ends_every_track():
-    """There is a frame every 0.2 s. The cut at 1.9 s comes just before the frame of 2 s."""
-    tracker = tracks.Tracker()
-    for number, (begin_s, end_s) in enumerate([(0.0, 1.9), (1.9, 3.9)]):
-        frames = range(10 * number, 10 * number + 10)
-        assert [tracker.update(n / 5, BOX).tolist() for n in frames] == [[number]] * 10
-        tracker.cut(end_s)
-        (track,) = tracker.take_ended()
-        assert (track.shot, track.number, len(track.times)) == (number, number, 10)
-        assert track.times[0] == begin_s and track.ends == [*track.times[1:], end_s]
-    assert tracker.take_ended() == []
-
-
 def test_tracks_change_in_the_middle_of_a_dissolve():
     """The dissolve lasts from 1 to 2 s. Both people are detected from 1.2 to 1.6 s.
 
@@ -137,9 +123,10 @@ def test_tracks_change_in_the_middle_of_a_dissolve():
         each.cut(3.9)
         first, last = each.take_ended()
         # 8 frames, from 0 to 1.4 s, come before the middle.
-        assert (first.shot, first.times[0], first.times[-1], first.ends[-1]) == (0, 0.0, 1.4, 1.5)
-        assert len(first.times) == len(first.ends) == 8
+        assert (first.shot, first.times[0], first.times[-1], len(first.times)) == (0, 0.0, 1.4, 8)
+        assert first.ends == [*first.times[1:], 1.5]
         assert (last.shot, last.times[:2], last.ends[-1]) == (1, [1.5, 2.2], 3.9)
+        assert each.take_ended() == []
 
 
 def test_single_detection_is_a_track_if_its_picture_lasts_longer_than_400_ms():
@@ -454,18 +441,6 @@ def test_flash_brighter_lamp_and_flicker_are_not_taken_for_cuts():
     assert find_cuts([light, dark] * 15 + [light] * 3 + [dark] * 60) == [1]
 
 
-def film(name, rate, seconds=100.0):
-    """Returns a film of `rate` frames per second. If the rate is None, the film is a photo."""
-    source = FileStamp(address=f"/films/{name}", size=1, mtime_ns=0, inode=0)
-    facts = {"video": name, "photo": rate is None, "seconds": seconds, "rate": rate}
-    return Film(source=source, sha256="0" * 64, shots=[], tracks=[], frames=1, **facts)
-
-
-def seen(film, start, end, name="Ada", probability: float | None = 0.9):
-    """Returns an appearance of a person from `start` to `end` seconds."""
-    return Appearance(film.video, start, end, name, probability, ("c",))
-
-
 def read_times(path):
     """Returns the times of each event: begin and end in the film, begin and end in the list."""
     return re.findall("AA/V  C        (.*)", path.read_text())
@@ -476,14 +451,15 @@ def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
 
     Photos and unknown people are left out.
     """
-    film_a, film_b, photo = film("a.mp4", 25), film("b.mov", 24.99, 4000.0), film("c.jpg", None, 0)
+    films = [film(rate=25), film("b.mov", rate=24.99, seconds=4000.0)]
+    films.append(film("c.jpg", photo=True, seconds=0))
     appearances = [
-        seen(film_a, 0.4, 3), seen(film_a, 4.9, 6), seen(film_a, 5.2, 5.5), seen(film_a, 98, 100),
-        seen(film_a, 20, 30, "unknown 1", None), seen(film_a, 50, 51, "Bob"),
-        seen(film_b, 3600.01, 3601), seen(photo, 0, 0),
+        appearance(0.4, 3), appearance(4.9, 6), appearance(5.2, 5.5), appearance(98, 100),
+        appearance(20, 30, "unknown 1", None), appearance(50, 51, "Bob"),
+        appearance(3600.01, 3601, video="b.mov"), appearance(0, 0, video="c.jpg"),
     ]  # fmt: skip
 
-    cuts.write(tmp_path, appearances, [film_a, film_b, photo], padding_s=1.0)
+    cuts.write(tmp_path, appearances, films, padding_s=1.0)
 
     assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
     assert read_times(tmp_path / "Ada.edl") == [
@@ -505,15 +481,15 @@ def test_time_codes_of_rates_such_as_29_97_count_whole_frames(tmp_path):
         (14.7, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # counts as 24000/1001
         (30, "00:16:40:00 00:33:20:00 00:00:00:00 00:16:40:00"),
     ):
-        source = film("a.mp4", rate, 5000.0)
-        cuts.write(tmp_path, [seen(source, 1000, 2000)], [source], padding_s=0.0)
+        films = [film(rate=rate, seconds=5000.0)]
+        cuts.write(tmp_path, [appearance(1000, 2000)], films, padding_s=0.0)
         assert read_times(tmp_path / "Ada.edl") == [times]
 
 
 def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
-    films = [film("a.mp4", 29.97), film("b.mp4", 25, 9000.0)]
-    appearances = [seen(films[0], 1, 2)]
-    appearances += [seen(films[1], 4 * n, 4 * n + 1) for n in range(1000)]
+    films = [film(rate=29.97), film("b.mp4", rate=25, seconds=9000.0)]
+    appearances = [appearance(1, 2)]
+    appearances += [appearance(4 * n, 4 * n + 1, video="b.mp4") for n in range(1000)]
     cuts.write(tmp_path, appearances, films, padding_s=1.0)
     # A cut list has at most 999 events. The film of 25 frames per second has 1000.
     for name, count in (("29.97 fps", 1), ("25 fps", 999), ("25 fps part 2", 1)):
@@ -523,8 +499,8 @@ def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
 def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
     long = "\U0001f600" * 300
     names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
-    source = film("a.mp4", 25)
-    cuts.write(tmp_path, [seen(source, 1, 2, name) for name in names], [source], padding_s=1.0)
+    appearances = [appearance(1, 2, name) for name in names]
+    cuts.write(tmp_path, appearances, [film(rate=25)], padding_s=1.0)
     files = [path.name for path in tmp_path.iterdir()]
     assert len({name.casefold() for name in files}) == len(names)
     assert max(len(name.encode()) for name in files) <= 200 + len(".edl")
@@ -532,9 +508,7 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
 
 
 def test_errors_of_wrong_paths_of_films_and_people_name_the_remedy(tmp_path):
-    film = tmp_path / "holiday.mp4"
-    film.touch()
-    with pytest.raises(UserError, match=r"no file or folder '.*'\ndid you mean '.*holiday\.mp4'"):
-        pipeline.list_files([tmp_path / "holidy.mp4"])
-    with pytest.raises(UserError, match=r"is not a folder: .* of each person$"):
-        who.name_people([film], film, tmp_path / "out", tmp_path)
+    path, typo = tmp_path / "holiday.mp4", tmp_path / "holidy.mp4"
+    path.touch()
+    refused(lambda: pipeline.list_files([typo]), f"'{typo}'\ndid you mean '{path}'")
+    refused(lambda: who.name_people([path], path, tmp_path / "out", tmp_path), "of each person")

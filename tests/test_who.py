@@ -63,10 +63,8 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     assert 2 <= float(cells["box_at"]) == unknown["box_at"] < 4
     assert cells["path"] == str(film.resolve()) and cells["date"] == unknown["date"]
 
-    # Subtitles show names in the first and the last shot.
-    vtt, srt = ((out / "subtitles" / f"party.{kind}").read_text() for kind in ("vtt", "srt"))
-    assert vtt.startswith("WEBVTT\n") and srt.startswith("1\n00:00:00,000 --> 00:00:02,")
-    assert vtt.count("-->") == srt.count("-->") == 2 and "\nAda\nBob\n" in vtt
+    for kind in ("vtt", "srt"):  # the names in the first and the last shot
+        assert (out / "subtitles" / f"party.{kind}").read_text().count("-->") == 2
 
     # --padding starts Bob's cut at 3.5 s. The cut ends with the film. In a cut list, the film has
     # 24000/1001 frames per second: 6 s are 143 frames. A second of a time code has 24 frames.
@@ -192,10 +190,14 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
         assert table.read_text() == wrong
 
 
-@pytest.mark.parametrize("name", ["unknown", "Unknown 7", "Ignored"])
-def test_person_in_the_photos_may_not_be_called_unknown_or_ignored(drawn, name):
+@pytest.mark.parametrize(("name", "words"), [
+    *((name, "stands for people without a name") for name in ("unknown", "Unknown 7", "Ignored")),
+    (" Ann", "remove these blanks"), ("a\nb", "control character"), ("\udcff", "not valid Unicode"),
+])  # fmt: skip
+def test_impossible_name_of_a_person_is_refused_before_anything_is_written(drawn, name, words):
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
-    assert "stands for people without a name" in drawn.who(write_group(drawn), code=2).output
+    _, output = drawn.who(write_group(drawn), code=2)
+    assert words in output and len(output.splitlines()) <= 3 and not drawn.out.exists()
 
 
 def test_numbered_photos_in_one_folder_get_a_warning(drawn):
@@ -223,8 +225,8 @@ def test_photos_without_one_good_face_and_damaged_tags_are_reported_in_every_cal
     write_photo(people / "poor.png", ("Ada", 20, 20), dim=True, tagged=[("Ada", 20, 20)])
     write_photo(people / "bad.png", ("Ada", 20, 20))
     (people / "bad.xmp").write_bytes(b"<rdf:RDF Region")
-    for _ in range(2):
-        content, output = drawn.who(group, code=1)
+    for flags in ([], ["--quiet"]):
+        content, output = drawn.who(group, flags=flags, code=1)
         assert content["people"] == {"Ada": 2, "Bob": 1} and content["missed"] == []
         assert {*content["failed"]} == {f"{people}/none.png", f"{people}/two.png"}
         assert f"{people / 'poor.png'}: Ada: the face is poor, with quality 0.000" in output
@@ -257,9 +259,8 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
 def test_photo_that_crashes_the_reader_does_not_affect_other_photos(drawn, monkeypatch):
     """One process reads all photos. After a crash, it reads them again in smaller batches."""
     film, bad = drawn.film(), drawn.friends / "Bob" / "2.png"
-    drawn.befriend("Ada", "Bob", "Eve")
-    for name in ("Ada", "Bob", "Eve"):
-        write_photo(drawn.friends / name / "2.png", (name, 50, 40))
+    for name, number in itertools.product(("Ada", "Bob", "Eve"), (1, 2)):
+        write_photo(drawn.friends / name / f"{number}.png", (name, 30 + 10 * number, 40))
     read = pipeline.run_limited_each
 
     def crash_on_bad_photo(module, given, **limits):
@@ -296,11 +297,6 @@ def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
     assert name_of_clip() == (None, [])
     drawn.gallery("relabel", flag, "--identity=Ada")
     assert name_of_clip() == ("Ada", ["told"])
-
-    shutil.rmtree(drawn.friends / "Ada")
-    drawn.who(film)
-    identities = {*Gallery(drawn.out / "gallery").identities}
-    assert identities == {"Bob"}, "Ada is forgotten together with the labelled clip"
 
 
 @pytest.mark.slow
@@ -646,10 +642,8 @@ def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     drawn.who(group)
 
     # The folder of one person, and a folder of other people: neither contains Ada and Bob.
-    for folder, hint in (
-        ("Ada", f"--people={drawn.friends}"),
-        ("strangers", "an empty folder to forget them"),
-    ):
+    hints = {"Ada": f"--people={drawn.friends}", "strangers": "an empty folder to forget them"}
+    for folder, hint in hints.items():
         write_photo(drawn.friends / folder / "new.png", ("Eve", 40, 40))
         flags = [f"--people={drawn.friends / folder}"]
         _, output = drawn.who(group, people=False, flags=flags, code=2)
@@ -657,7 +651,7 @@ def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada", "Bob"}
 
 
-def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(drawn, command):
+def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, command):
     """The film shows Ada and Bob, who have photos, and Eve. --threshold=1 leaves out all names."""
     photo = drawn.folder / "photo.png"
     drawn.befriend("Ada", "Bob")
@@ -670,22 +664,12 @@ def test_terminal_shows_probabilities_and_the_number_of_people_without_a_name(dr
     assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
     assert "over 99 %" in done.out and "100 %" not in done.out
     assert "1 person without a name: to name them, add --review" in done.out  # Eve
+    assert "party.mkv" not in command("who", drawn.film(), *words, "--quiet").err
 
     assert drawn.names()["photo"] == "Ada"
     drawn.who(photo, flags=["--threshold=1"])
     assert not {"Ada", "Bob"} & {*drawn.names().values()}
     assert "give a number above 0" in drawn.who(photo, flags=["--threshold=2"], code=2).output
-
-
-def test_quiet_hides_messages_but_no_warnings(drawn):
-    drawn.befriend("Ada", "Bob")
-    write_photo(drawn.friends / "Bob" / "1.png", ("Ada", 20, 30), ("Bob", 80, 50))
-    slow = drawn.folder / "slow.mkv"
-    write_film(slow, (4, 20, [("Ada", 20, 30)]), fps=1)
-    output = drawn.who(slow, drawn.film(), flags=["--quiet"], code=1).output
-    assert "shows 2 faces" in output and "Bob cannot be recognised" in output
-    assert "slow.mkv: 4.0 s" in output and "it has fewer than 2 frames per second" in output
-    assert "party.mkv" not in output
 
 
 def test_identify_counts_the_names_in_a_file_with_times(drawn):
