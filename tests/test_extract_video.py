@@ -133,6 +133,15 @@ def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
     refused(tmp_path / "a.webp", "convert it to JPEG")
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "bmp"])
+def test_truncated_photo_is_refused(tmp_path, ending):
+    """By default, FFmpeg would fill the missing part of a JPEG photo with grey."""
+    path = tmp_path / f"photo.{ending}"
+    Image.fromarray(films.scene(3)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+    refused(path, "damaged")
+
+
 def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypatch):
     """FFmpeg would read the tiles of a photo as frames of a film."""
     pytest.importorskip("pillow_heif").register_heif_opener()

@@ -146,7 +146,8 @@ class Video:
         self._stream = _find_video_stream(path, container)
         options = {"max_pixels": str(MOST_PIXELS)}
         self.info = _read_info(container, self._stream)
-        if self.info.photo:  # by default, FFmpeg fills the missing part of a JPEG photo with grey
+        # By default, FFmpeg fills the missing part of a JPEG photo with grey.
+        if self.info.photo and self._stream.codec_context.name == "mjpeg":
             options["err_detect"] = "explode"
         self._stream.codec_context.options = options
         _check_size(path, self.info)
