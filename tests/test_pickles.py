@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.campaigns import hostile
+from tests.campaigns import hostile, mutations
 from tests.helpers import python2
 from tests.helpers.seen import refused
 from vidjax.data import labels as labels_lib
-from vidjax.data.iqiyi_vid import find_pickles
+from vidjax.data.iqiyi_vid import OfficialFiles, find_pickles
 from vidjax.data.untrusted import sandbox
 
 
@@ -35,6 +35,7 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
 def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     names = ["face_train", "face_train_v2", "face_val_v2", "body_val_val", "my-scene_2_test"]
     others = ["._face_val.pickle", "face_val.pickle.bak", "face_dev.pickle", "head_val.pkl"]
+    others += ["face_training.pickle"]  # not misspelt, because there is a file of the split train
     for name in [*(f"{name}.pickle" for name in names), *others, "train_gt.txt", "test_gt.txt"]:
         (tmp_path / name).touch()
     (tmp_path / "head.pickle").mkdir()
@@ -46,8 +47,22 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     }  # fmt: skip
     assert list(labels_lib.find_ground_truth(tmp_path)) == ["train", "test"]
 
-    (tmp_path / "fa ce_train.pickle").touch()
-    refused(lambda: find_pickles(tmp_path), "may have only letters, digits")
+
+@pytest.mark.parametrize(("kind", "name", "words"), [
+    ("nothing", "face_val.pickle", "is a link"),  # to a file that does not exist
+    ("pipe", "face_val.pickle", "is not a regular file"),
+    ("folder", "face_val.pickle", "is a folder"),
+    ("file", "fa ce_train.pickle", "may have only letters, digits"),
+    ("file", "face_trian.pickle", "rename it to face_train.pickle"),
+    ("file", "valid_gt.txt", "rename it to val_gt.txt"),
+])  # fmt: skip
+def test_official_files_with_wrong_names_or_of_other_kinds_are_refused(tmp_path, kind, name, words):
+    (tmp_path / "face_test.pickle").touch()
+    if kind == "file":
+        (tmp_path / name).touch()
+    else:
+        mutations.put(tmp_path / name, kind, target=tmp_path / "x")
+    refused(lambda: OfficialFiles(tmp_path), name, words)
 
 
 def truth(folder, text, name="gt.txt", **options):

@@ -3,18 +3,16 @@
 import functools
 import pickle
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.helpers import made_runs, python2, small_runs
-from tests.helpers.batches import eval_batches, real_frames, train_batches
+from tests.helpers.batches import real_frames
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused as refused_by
 from vidjax.data import iqiyi_vid
-from vidjax.data.clips import select_modalities
 
 pytestmark = pytest.mark.slow
 DIM = 4
@@ -188,46 +186,6 @@ def test_clips_without_frames_rank_last_in_spite_of_bad_qualities(tmp_path):
     for ranked in made_runs.lists(tmp_path / "run" / "ranking.txt").values():
         assert sorted(ranked) == sorted(f"{clip}.mp4" for clip in data.split("val").clips)
         assert ranked[-6:] == [f"{clip}.mp4" for clip in silent]  # equal scores, sorted by name
-
-
-def test_modality_is_masked_in_clips_without_it_and_refused_in_splits_without_it(official):
-    write_pickle(official, "head", "train", clips_of("train", 12))
-    with pytest.warns(UserWarning, match="val: the split has no features of head"):
-        data = load(official)
-
-    # In train, the first 12 of 20 clips have a head.
-    (batch,) = eval_batches(data, split="train", modalities=("face", "head"), rows=20)
-    has = batch.frames["head"].mask.any(axis=1)
-    np.testing.assert_array_equal(has, batch.clip_index < 12)
-    assert not batch.frames["head"].features[~has].any()
-
-    read = functools.partial(eval_batches, data, split="val", modalities=("head",), rows=8)
-    refused_by(read, "'val' has no features of 'head'\n", "config.modalities")
-    misspelt = functools.partial(select_modalities, ("face", "heda"), data.modalities)
-    refused_by(misspelt, "the data have no modality 'heda': did you mean 'head'")
-    assert_adds_up(data.report)
-
-
-def test_choice_of_frames_in_a_clip_of_10000_frames_is_reproducible(official):
-    """Records have the 512 best frames, which evaluation uses. Training chooses 16 of them."""
-    clips = clips_of("train", 20)
-    clips["train003"] = random_clip(np.random.default_rng(5), 10_000, DIM)
-    write_pickle(official, "face", "train", clips)
-    data = load(official)
-    stream: dict[str, Any] = {"splits": ("train",), "modalities": ("face",), "batch_size": 20}
-
-    def choose(crop, seed):
-        batch = next(train_batches(data, **stream, max_frames=16, seed=seed, crop=crop))
-        row = batch.clip_index.tolist().index(3)  # clip train003
-        return np.asarray(batch.frames["face"].features[row])
-
-    np.testing.assert_array_equal(choose("window", 0), choose("window", 0))
-    best = np.argsort(-clips["train003"].quality, kind="stable")
-    evaluated = features_of(data, "train")["train003"]
-    for features in (choose("quality", 0), choose("quality", 1), evaluated):
-        wanted = clips["train003"].features[np.sort(best[: len(features)])]  # in order of time
-        np.testing.assert_array_equal(features, wanted)
-    assert len(evaluated) == 512
 
 
 def test_odd_clip_names_are_kept_and_never_become_paths(tmp_path):
