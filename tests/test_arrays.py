@@ -116,7 +116,10 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
         assert data.identities == ("3", "7")
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
-        assert data.with_identities(("7", "3")).split("val").labels[3] == 1
+        declared = data.with_identities(("7", "9", "3"))  # no clip shows identity 9
+        assert declared.identities == ("7", "9", "3")
+        assert declared.split("val").labels[3] == 1
+        assert declared.split("train").positives.tolist() == [1, 0, 2]
 
     only_train = load(splits, {"train_01": 3})
     assert only_train.split("train").labelled and not only_train.split("val").labelled
@@ -221,12 +224,10 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         refused(make_splits(), *words, labels=labels)
 
 
-def test_load_errors_name_the_missing_setting_folder_or_split(load):
+def test_load_errors_name_the_missing_setting_or_folder():
     seen.refused(lambda: load_dataset("imagenet"), "'imagenet'", "synthetic, iqiyi_vid")
     seen.refused(lambda: load_dataset("iqiyi_vid"), "config.data.dir")
     seen.refused(lambda: load_dataset("iqiyi_vid", directory="nowhere"), "nowhere")
-    only_val = load({"val": {"a": {"f": [1.0]}}})
-    seen.refused(lambda: only_val.split("train"), "only val", "choose one")
 
 
 # Names of files and folders, and words of the error.
