@@ -1,7 +1,6 @@
 """Official files with wrong content: faults are counted in the report, or cause one error."""
 
 import functools
-import pickle
 import warnings
 
 import numpy as np
@@ -104,27 +103,11 @@ def test_frames_with_nan_or_inf_are_counted_or_refused_with_non_finite_error(off
     refused_by(strict, f"{path}: clip train005, face: the feature of frame 1 is not finite")
 
 
-def test_features_of_another_width_than_other_features_are_refused(official, refused):
-    path = official / "face_val.pickle"
-    content = pickle.loads(path.read_bytes())
-    content[b"val005"][2][-1] = np.zeros(7, np.float16)  # the feature; others have the width 4
-    path.write_bytes(pickle.dumps(content, 2))
-    refused(official, f"{path}: clip val005, face entry 2, feature is array [7] of float16")
-
-    write_pickle(official, "face", "val", clips_of("val", 10, dim=6))
-    refused(official, "width 4 in", "face_train.pickle", "width 6 in", str(path))
-
-
-def test_duplicate_clips_in_a_file_or_across_splits_are_refused(official, refused):
-    path = official / "face_train.pickle"
-    content = pickle.loads(path.read_bytes())
-    # The ending .mp4 is no part of a clip name, so each of the 20 clips is twice in the file.
-    again = {name + b".mp4": frames for name, frames in content.items()}
-    path.write_bytes(pickle.dumps(content | again, 2))
-    refused(official, f"{path}: clips are repeated: ", " and 15 more")  # the error lists 5
-
+def test_splits_with_equal_clips_or_other_widths_are_refused(official, refused):
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
+    path = write_pickle(official, "face", "val", clips_of("other", 10, dim=6))
+    refused(official, "width 4 in", "face_train.pickle", "width 6 in", str(path))
 
 
 def test_unlabelled_clips_are_distractors_and_unknown_clips_are_counted_or_refused(tmp_path):
