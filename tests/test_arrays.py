@@ -191,6 +191,7 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         ({"train": {"a": one | {7: [1.0]}}}, "train: clip a: modality 7 is of type int", "a name"),
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),
         ({"train": TRANSPOSED | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "of [64, 5]"),
+        ({"train": {"a": one}, "val": {}}, "arrays: split 'val' has no clips"),
     ):
         refused(source, *words)
 

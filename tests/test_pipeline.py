@@ -117,12 +117,15 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
     assert starts_in_10_frames == {0, 1, 2, 3}  # of windows of 7 frames
 
 
-@pytest.mark.parametrize(("split", "rows"), [("train", 4), ("val", 64), ("memory", 64)])
-def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset, split, rows):
+@pytest.mark.parametrize(("split", "rows", "in_memory"), [
+    ("train", 4, False), ("val", 64, False), ("val", 64, True),
+])  # fmt: skip
+def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(
+    dataset, split, rows, in_memory
+):
     data = dataset
-    if split == "memory":
-        split, clips = "val", as_arrays(CLIPS["val"])
-        data = MemoryClips.from_dict(clips, {"face": 6, "audio": 4}, ())
+    if in_memory:
+        data = MemoryClips.from_dict(as_arrays(CLIPS[split]), {"face": 6, "audio": 4}, ())
     batches = [*eval_batches(data, split=split, modalities=("face", "audio"), rows=rows)]
     assert all(batch.clip_index.shape == batch.batch_mask.shape == (rows,) for batch in batches)
 
