@@ -11,7 +11,7 @@ import pytest
 
 from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
-from tests.helpers.batches import assert_equal, eval_batches, rows_of
+from tests.helpers.batches import eval_batches
 from tests.helpers.datasets import load_dataset
 from vidjax.data import arrays, memory, sources
 from vidjax.data.clip_files import write_npz
@@ -116,7 +116,10 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
         assert data.identities == ("3", "7")
         assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
         assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
-        assert data.with_identities(("7", "3")).split("val").labels[3] == 1
+        declared = data.with_identities(("7", "9", "3"))  # no clip shows identity 9
+        assert declared.identities == ("7", "9", "3")
+        assert declared.split("val").labels[3] == 1
+        assert declared.split("train").positives.tolist() == [1, 0, 2]
 
     only_train = load(splits, {"train_01": 3})
     assert only_train.split("train").labelled and not only_train.split("val").labelled
@@ -144,23 +147,6 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(load):
     assert face.quality[0, :2].tolist() == [20, 10]
     assert face.features[:, :2].tolist() == [features[::-1], features]
     assert (face.detection == face.mask).all()  # 1, because the clips have no detection scores
-
-
-def test_long_clips_in_memory_keep_their_best_frames(load):
-    """Clips in records on the disk keep the same frames."""
-    rng = np.random.default_rng(0)
-    clips = {
-        name: {"face": clip_files.random_clip(rng, length, DIM, "float32")._asdict()}
-        for name, length in (("long", 700), ("short", 3))
-    }
-
-    in_memory = memory.MemoryClips.from_dict(clips, {"face": DIM}, ())
-    ours, of_records = (
-        rows_of(eval_batches(data, split="val", modalities=("face",), rows=2))
-        for data in (in_memory, load({"val": clips}))
-    )
-    assert_equal(ours, of_records)
-    assert ours[0]["face"].mask.sum() == 512  # of 700 frames
 
 
 def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path):
@@ -204,11 +190,8 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         ({"train": {7: one}}, "clip name 7 is of type int"),
         ({"train": {"a": one | {7: [1.0]}}}, "train: clip a: modality 7 is of type int", "a name"),
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),
-        ({"train": {"a": one}, "val": {"a": one}}, "in two splits", "a (train and val)"),
-        ({"train": {"a": one}, "val": {"b": {"f": [1.0, 2.0]}}}, "features have width 1 in train"),
         ({"train": TRANSPOSED | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "of [64, 5]"),
-        ({"train": {}}, "no clip has a frame"),
-        ({"train": {"a": one}, "val": {}}, "split 'val' has no clips"),
+        ({"train": {"a": one}, "val": {}}, "arrays: split 'val' has no clips"),
     ):
         refused(source, *words)
 
@@ -242,12 +225,10 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         refused(make_splits(), *words, labels=labels)
 
 
-def test_load_errors_name_the_missing_setting_folder_or_split(load):
+def test_load_errors_name_the_missing_setting_or_folder():
     seen.refused(lambda: load_dataset("imagenet"), "'imagenet'", "synthetic, iqiyi_vid")
     seen.refused(lambda: load_dataset("iqiyi_vid"), "config.data.dir")
     seen.refused(lambda: load_dataset("iqiyi_vid", directory="nowhere"), "nowhere")
-    only_val = load({"val": {"a": {"f": [1.0]}}})
-    seen.refused(lambda: only_val.split("train"), "only val", "choose one")
 
 
 # Names of files and folders, and words of the error.
@@ -259,8 +240,11 @@ def test_load_errors_name_the_missing_setting_folder_or_split(load):
     ("train-00.parquet train-01.parquet", ["train-00", "a split is one table", "join the tables"]),
     ("train.parquet train-01.parquet", ["train-01", "would be ignored", "train.parquet"]),
     ("train/one.npz labels.csv train_gt.txt", ["labels.csv and train_gt.txt: remove one"]),
+    ("train/one.npz validation/a.npz", ["rename it to val"]),
+    ("train/one.npz Testing.parquet", ["rename it to test"]),
+    ("train/one.npz val.parquet/", ["val.parquet' is a folder"]),
 ])  # fmt: skip
-def test_folder_with_missing_wrong_or_ambiguous_files_is_refused(tmp_path, refused, names, words):
+def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refused, names, words):
     for name in names.split():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -290,8 +274,6 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     assert load().names == ("a", "b")
     np.savez(path, clips=["a"], face=face[:1], face_length=[1], face_quality=0.5)
     seen.refused(load, str(path), "'face_length' does not match the clips and frames")
-    np.savez(path, clips=["a", "a"], face=face, face_length=[1, 2])
-    seen.refused(load, "clip a comes twice")
     np.savez(path, clips=face)  # the only array of a file is a modality of one clip, named "all"
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
@@ -301,7 +283,6 @@ def test_clips_in_memory_without_a_modality_of_the_run_are_empty_or_refused():
     for clips, words in (
         ({"a": {"fcae": [1.0]}}, "fcae, which the run does not use: did you mean 'face'?"),
         ({"a": {"title": [1.0]}, "b": {}}, "add a modality of the run, or rename a modality"),
-        ({"a": one, "a.mp4": one}, "clip a comes twice"),
     ):
         seen.refused(functools.partial(read, clips, {"face": 1, "head": 8}, ()), words)
     with pytest.warns(errors.VidjaxWarning, match="1 of 2 clips have no modality of the run.* b\n"):
@@ -314,6 +295,7 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
     pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
     path = tmp_path / "train.parquet"
     good = {"clip": ["a", "a"], "modality": ["f", "f"], "features": [[1.0, 2.0], [3.0, 4.0]]}
+    latin = pyarrow.array([b"\xff", b"\xfe"]).view(pyarrow.string())
 
     # Columns that replace columns of the good table or are added to it, and words of the error.
     for change, words in (
@@ -322,12 +304,18 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
         ({"features": [[1.0, None], [1.0, 1.0]]}, ("null",)),
         ({"clip": [["a"], ["b"]]}, ("column clip is of type list", "write text")),
         ({"clip": ["a", "a.mp4"]}, ("with and without .mp4",)),
+        ({"clip": ["a", None]}, ("row 2: clip is missing",)),
+        ({"clip": ["a", ""]}, ("is empty",)),
+        ({"clip": latin}, ("column clip", "UTF-8")),
         ({"quality": ["x", "y"]}, ("column quality is of type string", "write numbers")),
         ({"qualty": [1.0, 2.0]}, ("qualty", "'quality'")),
     ):
         parquet.write_table(pyarrow.table(good | change), path)
         refused(tmp_path, str(path), *words)
 
+    two_of_a_name = pyarrow.table(good).append_column("clip", [["b", "b"]])
+    parquet.write_table(two_of_a_name, path)
+    refused(tmp_path, f"{path}: two columns are named clip: delete one")
     parquet.write_table(pyarrow.table({"clip": ["a"], "face": [[[1.0, 2.0]]]}), path)
     refused(tmp_path, str(path), "no column modality", "a row for each frame")
 
@@ -404,41 +392,29 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
     path = tmp_path / "clips.parquet"
     good = pyarrow.table({"clip": ["a"], "modality": ["face"], "features": [[1.0, 2.0, 3.0, 4.0]]})
-    parquet.write_table(good, path)
-    assert load_faces(path).names == ("a",)
-    content = path.read_bytes()
-
-    no_table = "clips.parquet' is not a parquet table"
     parquet.write_table(good, path, use_dictionary=False, compression="none")
-    plain = path.read_bytes()
+    content = path.read_bytes()
     # In the footer, the first column begins at byte 4, stored as 2 * 4. It becomes byte -4.
-    early = plain.replace(b"\x26\x08", b"\x26\x07")
+    early = content.replace(b"\x26\x08", b"\x26\x07")
     # After the last modality, there is the type of the next page. It becomes 1: without data.
-    without_data = plain.replace(b"face\x15\x00", b"face\x15\x02")
+    without_data = content.replace(b"face\x15\x00", b"face\x15\x02")
     for damaged, word in (
         (b"", ""), (b"no table", ""), (content[:-20] + content[-12:], ""),
         (content[:30] + content[50:], ""), (early, "before the file"),
         (without_data, "0 rows of features, but 1 clips"),
     ):  # fmt: skip
         path.write_bytes(damaged)
-        faces_refused(path, no_table, "write it again", word)
-
-    latin = pyarrow.array([b"\xff"]).view(pyarrow.string())
-    parquet.write_table(good.set_column(0, "clip", latin), path)
-    faces_refused(path, "clips.parquet: column clip", "UTF-8")
-
-    parquet.write_table(good.append_column("clip", [["b"]]), path)
-    faces_refused(path, "clips.parquet: two columns are named clip: delete one")
+        faces_refused(path, "clips.parquet' is not a parquet table", "write it again", word)
 
 
 def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
-    face, quality = np.ones((3, 4), np.float32), np.array([1, 1, np.inf], np.float32)
-    face[1, 2] = np.nan
+    face, quality = np.ones((4, 4)), np.array([1, 1, 1, np.inf])
+    face[1:3, 2] = np.nan, 1e39  # 1e39 is infinite in float32
     np.savez(tmp_path / "a.npz", face=face, face_quality=quality)
-    np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf, np.float32))
+    np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf))
 
     with pytest.warns(errors.VidjaxWarning) as caught:  # the category that commands show
         memory.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)
-    assert "face: 2 of 4 frames are left out" in features and "1 clips lose all frames" in features
-    assert "face: 1 of 4 frames have a quality that is not finite" in qualities
+    assert "face: 3 of 5 frames are left out" in features and "1 clips lose all frames" in features
+    assert "face: 1 of 5 frames have a quality that is not finite" in qualities

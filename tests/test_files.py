@@ -247,12 +247,19 @@ def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, 
     assert latest and latest.manifest["step"] == 2
 
 
-def test_two_latest_and_the_best_checkpoint_are_kept(tmp_path, items):
-    facts_of_steps = ({"map": 0.2}, {"map": 0.9}, {"map": 0.5}, {}, {"map": 0.1})
+EVALUATED = {"evaluated": True, "map": 0.5}
+
+
+# Facts of the checkpoints of steps 1, 2, ..., and the steps that are kept.
+@pytest.mark.parametrize(("facts_of_steps", "kept"), [
+    ([{"map": 0.2}, {"map": 0.9}, {"map": 0.5}, {}, {"map": 0.1}], [2, 4, 5]),  # the latest: 4, 5
+    ([EVALUATED, EVALUATED, {}, {}], [2, 4]),  # the last evaluated, instead of the second latest
+])  # fmt: skip
+def test_latest_last_evaluated_and_best_checkpoints_are_kept(tmp_path, items, facts_of_steps, kept):
     for step, facts in enumerate(facts_of_steps, 1):
         checkpoint.save(tmp_path, step, items, facts)
-    assert checkpoint.find_best(checkpoint.manifests(tmp_path)) == 2
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+    assert checkpoint.find_best(checkpoint.manifests(tmp_path)) == 2  # of equal MAPs, the last
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == kept
 
 
 def test_old_checkpoint_in_the_image_of_a_container_is_removed(tmp_path, items, monkeypatch):
@@ -266,14 +273,6 @@ def test_old_checkpoint_in_the_image_of_a_container_is_removed(tmp_path, items, 
     for step in (2, 3):
         checkpoint.save(tmp_path, step, items, {})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
-
-
-def test_last_evaluated_checkpoint_is_kept_instead_of_the_second_latest(tmp_path, items):
-    evaluated = {"evaluated": True, "map": 0.5}
-    for step, facts in enumerate((evaluated, evaluated, {}, {}), 1):
-        checkpoint.save(tmp_path, step, items, facts)
-    # Step 4 is the latest. Of two equal MAPs, step 2 is the best, and it is the last evaluated one.
-    assert list(checkpoint.manifests(tmp_path)) == [2, 4]
 
 
 def test_interrupted_saves_and_deletions_leave_no_checkpoint(tmp_path, items):

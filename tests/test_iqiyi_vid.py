@@ -25,26 +25,18 @@ RNG = np.random.default_rng(1)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A directory of official files: 40 train clips, 21 val clips without a body file."""
-    counts, lacks = {"train": 40, "val": 21}, [("body", "val")]
+    """A directory of official files: 40 train, 21 val and 3 test clips, but no bodies of val."""
+    counts, lacks = {"train": 40, "val": 21, "test": 3}, [("body", "val")]
     folder = write_ragged(tmp_path_factory.mktemp("source"), counts, lacks)
     write_truth(folder, "train", {f"train_{i:03d}": str(i % 7 + 1) for i in range(40)})
     write_truth(folder, "val", {f"val_{i:03d}": str(i % 9 + 2) for i in range(15)})
+    write_truth(folder, "test", {"test_000": "6", "test_001": "77"})
     return folder
 
 
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
     return prepare(source, tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def small(tmp_path):
-    """A directory to change: one file of 3 clips."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    write_pickle(folder, "face", "train", {f"s{i}": random_clip(RNG, i, 4) for i in range(3)})
-    return folder
 
 
 def test_train_records_are_shuffled_and_val_records_are_sorted(converted):
@@ -56,6 +48,7 @@ def test_train_records_are_shuffled_and_val_records_are_sorted(converted):
     assert np.abs(steps).mean() > 40 / 5  # 40 / 3 is the mean step of random permutations
 
 
+@pytest.mark.filterwarnings("ignore:test has 1 clip of identities")
 def test_converted_files_are_not_read_again(converted, source, monkeypatch, say):
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(shard_files, "check_shard", lambda *_: pytest.fail("read again"))
@@ -68,10 +61,10 @@ def test_converted_files_are_not_read_again(converted, source, monkeypatch, say)
     say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)  # the command does not, either
 
 
-def test_cache_folder_depends_on_the_content_of_the_files(small, tmp_path):
-    cache = tmp_path / "cache"
-    path, clip = small / "face_train.pickle", random_clip(RNG, 1, 4)
-    write_pickle(small, "face", "train", {"s1": clip})
+def test_cache_folder_depends_on_the_content_of_the_files(tmp_path):
+    small, cache, clip = tmp_path / "small", tmp_path / "cache", random_clip(RNG, 1, 4)
+    small.mkdir()
+    path = write_pickle(small, "face", "train", {"s1": clip})
     os.utime(path, ns=(1, 1))
     first = prepare(small, cache).folder
 
@@ -91,9 +84,13 @@ def test_cache_folder_depends_on_the_content_of_the_files(small, tmp_path):
 
 
 def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, converted):
-    """Train has identities 1 to 7. Val has identities 2 to 10, and 6 of 21 clips without one."""
+    """Train has identities 1 to 7. Val has identities 2 to 10, and 6 of 21 clips without one.
+
+    Identity 77 is only in test, so it has no class.
+    """
     truth = load_official_truth(source, converted.clips)
-    identities, labels, report = label_records(converted, truth)
+    with pytest.warns(UserWarning, match="test has 1 clip of identities that are not in"):
+        identities, labels, report = label_records(converted, truth)
 
     assert identities == tuple(str(i) for i in range(1, 11))
     val, facts = labels["val"], report["splits"]["val"]
@@ -103,29 +100,16 @@ def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, c
     assert val.positives.tolist() == [0, 2, 2, 2, 2, 2, 2, 1, 1, 1]
     assert (facts["distractors"], facts["labelled_clips"]) == (6, 15)
     assert facts["clips_per_identity"]["2-2"] == 6  # identities with 2 clips
-
-
-def test_identities_only_in_the_test_split_get_no_class(small, tmp_path):
-    clips = {f"t{i}": random_clip(RNG, 1, 4) for i in range(3)}
-    write_pickle(small, "face", "test", clips)
-    write_truth(small, "train", {"s0": "4", "s1": "6"})
-    write_truth(small, "test", {"t0": "6", "t1": "77"})
-    records = prepare(small, tmp_path / "cache")
-
-    truth = load_official_truth(small, records.clips)
-    with pytest.warns(UserWarning, match="test has 1 clip of identities that are not in"):
-        identities, labels, report = label_records(records, truth)
-
-    assert identities == ("4", "6")
-    assert labels["test"].labels.tolist() == [2, 0, 0]
+    assert labels["test"].labels.tolist() == [6, 0, 0]
     assert report["splits"]["test"]["unlisted_identities"] == 1
 
 
-def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(small, tmp_path):
+def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(tmp_path):
     clip = random_clip(RNG, 2, 4, "float32")
-    write_pickle(small, "face", "val", {"v": clip})  # the training clips are float16
+    write_pickle(tmp_path, "face", "train", {"t": random_clip(RNG, 2, 4, "float16")})
+    write_pickle(tmp_path, "face", "val", {"v": clip})
 
-    converted = prepare(small, tmp_path / "cache")
+    converted = prepare(tmp_path, tmp_path / "cache")
     assert converted.modalities["face"].dtype == "float32"
     ((_, frames),) = Dataset(converted, {}).packed("val", ("face",))
     np.testing.assert_array_equal(frames["face"].features, clip.features)
@@ -137,7 +121,7 @@ def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypa
     monkeypatch.setattr(sandbox, "unpack", unpack)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
-    assert unpack.call_count == 5  # 3 modalities of train, 2 of val
+    assert unpack.call_count == 8  # 3 modalities of train and of test, 2 of val
     assert folders[0] == folders[1]
 
 

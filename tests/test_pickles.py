@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.campaigns import hostile
-from tests.helpers import python2
+from tests.campaigns import hostile, mutations
+from tests.helpers.clip_files import random_clip, write_pickle
 from tests.helpers.seen import refused
 from vidjax.data import labels as labels_lib
-from vidjax.data.iqiyi_vid import find_pickles
+from vidjax.data.iqiyi_vid import OfficialFiles, find_pickles
 from vidjax.data.untrusted import sandbox
 
 
@@ -18,23 +18,22 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     """The child process does not import modules, such as numpy.py, from the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemExit('wrong module')")
-    path, out = tmp_path / "face_train.pickle", tmp_path / "out"
-    features = np.array([[1, 2], [3, 4]], np.float16)
-    frames = [[b"%d" % n, [1.0, 2.0, 3.0, 4.0], 0.5, 80.0 + n, features[n]] for n in range(2)]
-    path.write_bytes(python2.dumps({b"c0": frames[:1], b"c1": [], b"c2": frames[1:]}))
+    out = tmp_path / "out"
+    clip = random_clip(np.random.default_rng(0), 3, 4)
 
-    faces = sandbox.unpack(path, "face", out)
+    faces = sandbox.unpack(write_pickle(tmp_path, "face", "train", {"c": clip}), "face", out)
 
     hostile.check(faces, out)
-    assert faces.names == ("c0", "c1", "c2") and faces.lengths.tolist() == [1, 0, 1]
-    np.testing.assert_array_equal(faces.features, features, strict=True)
-    np.testing.assert_array_equal(faces.frames["quality"], np.array([80, 81], "f4"), strict=True)
+    assert faces.names == ("c",) and faces.lengths.tolist() == [3]
+    for field, values in {"features": faces.features, **faces.frames}.items():
+        np.testing.assert_array_equal(values, getattr(clip, field), strict=True)
     assert isinstance(faces.features.base, np.memmap)
 
 
 def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     names = ["face_train", "face_train_v2", "face_val_v2", "body_val_val", "my-scene_2_test"]
     others = ["._face_val.pickle", "face_val.pickle.bak", "face_dev.pickle", "head_val.pkl"]
+    others += ["face_training.pickle"]  # not misspelt, because there is a file of the split train
     for name in [*(f"{name}.pickle" for name in names), *others, "train_gt.txt", "test_gt.txt"]:
         (tmp_path / name).touch()
     (tmp_path / "head.pickle").mkdir()
@@ -46,8 +45,22 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     }  # fmt: skip
     assert list(labels_lib.find_ground_truth(tmp_path)) == ["train", "test"]
 
-    (tmp_path / "fa ce_train.pickle").touch()
-    refused(lambda: find_pickles(tmp_path), "may have only letters, digits")
+
+@pytest.mark.parametrize(("kind", "name", "words"), [
+    ("nothing", "face_val.pickle", "is a link"),  # to a file that does not exist
+    ("pipe", "face_val.pickle", "is not a regular file"),
+    ("folder", "face_val.pickle", "is a folder"),
+    ("file", "fa ce_train.pickle", "may have only letters, digits"),
+    ("file", "face_trian.pickle", "rename it to face_train.pickle"),
+    ("file", "valid_gt.txt", "rename it to val_gt.txt"),
+])  # fmt: skip
+def test_official_files_with_wrong_names_or_of_other_kinds_are_refused(tmp_path, kind, name, words):
+    (tmp_path / "face_test.pickle").touch()
+    if kind == "file":
+        (tmp_path / name).touch()
+    else:
+        mutations.put(tmp_path / name, kind, target=tmp_path / "x")
+    refused(lambda: OfficialFiles(tmp_path), name, words)
 
 
 def truth(folder, text, name="gt.txt", **options):
@@ -133,10 +146,3 @@ def test_identities_sort_as_numbers_if_all_are_numbers():
     assert labels_lib.sort_identities(["9", too_long, "10"]) == ("10", too_long, "9")
     words = "identity 7 is written in 2 ways, 007, 7: use only one"
     refused(lambda: labels_lib.sort_identities(["7", "1", "007"]), words)
-
-
-def test_weights_with_few_unknown_clips_warn_only(tmp_path):
-    clips = [f"c{i:03d}" for i in range(200)]
-    text = "".join(f"{clip}.mp4 2\n" for clip in clips[1:])
-    with pytest.warns(UserWarning, match=r"1 of 200 clips have no features, for example x\n"):
-        assert weights(tmp_path, text + "x 3\n", clips) == [1.0] + 199 * [2.0]

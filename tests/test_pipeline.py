@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 
 from tests.helpers.batches import eval_batches, rows_of, train_batches
-from tests.helpers.clip_files import RAGGED, as_read, ragged_clips, random_clip, write_ragged
+from tests.helpers.clip_files import (
+    RAGGED,
+    as_arrays,
+    as_read,
+    ragged_clips,
+    random_clip,
+    write_ragged,
+)
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.core.batch import Frames
+from vidjax.data.memory import MemoryClips
 
 COUNTS = {"train": 45, "val": 26}
 MAX_FRAMES = 7
@@ -109,9 +117,16 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
     assert starts_in_10_frames == {0, 1, 2, 3}  # of windows of 7 frames
 
 
-@pytest.mark.parametrize(("split", "rows"), [("train", 4), ("val", 64)])
-def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset, split, rows):
-    batches = [*eval_batches(dataset, split=split, modalities=("face", "audio"), rows=rows)]
+@pytest.mark.parametrize(("split", "rows", "in_memory"), [
+    ("train", 4, False), ("val", 64, False), ("val", 64, True),
+])  # fmt: skip
+def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(
+    dataset, split, rows, in_memory
+):
+    data = dataset
+    if in_memory:
+        data = MemoryClips.from_dict(as_arrays(CLIPS[split]), {"face": 6, "audio": 4}, ())
+    batches = [*eval_batches(data, split=split, modalities=("face", "audio"), rows=rows)]
     assert all(batch.clip_index.shape == batch.batch_mask.shape == (rows,) for batch in batches)
 
     clips = rows_of(batches)
@@ -120,14 +135,14 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(dataset
         assert_best_frames(clips[index][modality], clip, count=512)
 
     # Clips of up to 32, up to 128 and more frames are padded or cut to 32, 128 and 512 frames.
-    lengths = dataset.split(split).lengths["face"]
+    lengths = data.split(split).lengths["face"]
     padded = [len(clips[index]["face"].mask) for index in range(len(lengths))]
     assert padded == np.where(lengths <= 32, 32, np.where(lengths <= 128, 128, 512)).tolist()
 
 
 def test_batch_streams_refuse_invalid_arguments(dataset):
     for changed, message in (
-        ({"splits": ("test",)}, "no split 'test', only train, val"),
+        ({"splits": ("test",)}, "no split 'test', only train, val\nchoose one"),
         ({"modalities": ("scene",)}, "no features of 'scene'\n"),
         ({"splits": ("val",), "modalities": ("body",)}, "'val' has no features of 'body'"),
         ({"modalities": ("face", "face")}, "config.modalities=face,face: "),

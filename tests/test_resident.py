@@ -63,7 +63,7 @@ COUNTS = {"train": 33, "val": 20, "test": 6}
 
 @pytest.fixture(scope="module")
 def ragged(tmp_path_factory):
-    """Clips of 0 to 700 frames. In a few clips, frames have equal qualities."""
+    """Clips of 0 to 10,000 frames. In a few clips, frames have equal qualities."""
     folder = write_ragged(tmp_path_factory.mktemp("ragged"), COUNTS)
     return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import pickle
-import time
 from typing import Any
 
 import numpy as np
@@ -78,13 +77,6 @@ def test_synthetic_set_has_the_specified_statistics(make):
 def test_equal_seeds_write_equal_bytes(make):
     assert not changed_files(make(), make(again=True))
     assert len(changed_files(make(), make(seed=4))) == 18  # 15 pickles, 3 lists of labels
-
-
-@pytest.mark.slow
-def test_strangers_are_drawn_in_linear_time():
-    begin = time.process_time()
-    assert len(synthetic._draw_strangers(np.random.default_rng(0), 100_000)) == 100_000
-    assert time.process_time() - begin < 1
 
 
 def test_missing_rate_only_empties_modalities(make):

@@ -1,6 +1,5 @@
 """Extreme numbers and misspelt names in data are errors or warnings that name the remedy."""
 
-import functools
 import itertools
 import json
 import time
@@ -8,15 +7,14 @@ import time
 import numpy as np
 import pytest
 
-from tests.campaigns import mutations
 from tests.helpers import small_runs
 from tests.helpers.cases import quick_first
-from tests.helpers.clip_files import WIDTHS, random_clip, write_labels, write_npz, write_pickle
+from tests.helpers.clip_files import WIDTHS, write_labels, write_npz
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
-from vidjax.data import arrays, iqiyi_vid, labels as labels_lib, sources
+from vidjax.data import arrays, iqiyi_vid, sources
 from vidjax.data.checks import find_misspelt, find_unusable
-from vidjax.data.clips import Split
+from vidjax.data.clips import Modality, Split, select_modalities
 from vidjax.evaluation import scoring
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.checkpoint import CheckpointError
@@ -72,10 +70,9 @@ def test_features_that_are_zero_or_beyond_float32_are_an_error_with_a_remedy(
 
 @pytest.mark.filterwarnings("ignore")
 def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path, command):
-    clips = make_clips()
-    for split, offset in {"train": np.nan, "val": 0}.items():
-        for modalities in clips[split].values():
-            modalities["head"] = modalities["face"] + offset
+    clips = make_clips(widths={"face": DIM, "head": DIM})
+    for modalities in clips["train"].values():
+        modalities["head"][:] = np.nan
     folder = write_npz(tmp_path / "own", clips)
     write_labels(folder / "labels.csv", labels_of(clips))
     data = ("--config.data.name=arrays", f"--config.data.dir={folder}")
@@ -97,14 +94,6 @@ def test_splits_of_zero_features_or_without_frames_give_a_warning_or_error(tmp_p
     nothing = {"face": {"file": "face_train", "frames_seen": 0, "frames": 0}}
     report = {"splits": {"train": {"modalities": nothing}}}
     assert "no clip of train has a frame" in next(find_unusable(report, ["train"], ["face"]))
-
-
-def test_frames_that_overflow_float32_are_left_out_and_counted(tmp_path):
-    clips = make_clips(lambda x: np.array([x[0], np.full(DIM, 1e39)]))
-    with pytest.warns(UserWarning, match="6 of 12 frames"):
-        data = load(tmp_path, clips)
-    counts = data.report["splits"]["train"]["modalities"]["face"]
-    assert counts["frames_skipped"] == {"non_finite": 6} and counts["frames"] == 6
 
 
 def test_clips_with_nan_scores_are_counted_and_ranked_last():
@@ -155,38 +144,6 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     refused(lambda: note(100_000_000), "batch_size=100000000", "\nuse --config.batch_size=6")
 
 
-def test_pipe_link_or_folder_named_like_a_feature_file_is_refused(tmp_path):
-    write_pickle(tmp_path, "face", "train", {"a": random_clip(np.random.default_rng(0), 2, DIM)})
-    path = tmp_path / "face_val.pickle"
-    kinds = {"nothing": "a link", "pipe": "not a regular file", "folder": "a folder"}
-    for kind, named in kinds.items():
-        mutations.put(path, kind, target=tmp_path / "x")  # "nothing": a link to a missing file
-        refused(lambda: iqiyi_vid.find_pickles(tmp_path), f"{path.name}' is {named}")
-
-
-@pytest.mark.parametrize(("entry", "remedy"), [
-    ("validation/a.npz", "rename it to val"), ("Testing.parquet", "rename it to test"),
-    ("val.parquet/", "val.parquet' is a folder"),
-])  # fmt: skip
-def test_misspelt_splits_of_own_features_get_a_suggestion(tmp_path, entry, remedy):
-    write_npz(tmp_path, {"train": {"a": {"face": np.ones((2, DIM))}}})
-    place = tmp_path / entry
-    place.parent.mkdir(exist_ok=True)
-    place.mkdir() if entry.endswith("/") else place.touch()
-    refused(lambda: arrays.FeatureFolder(tmp_path), remedy)
-
-
-def test_misspelt_splits_of_official_files_get_a_suggestion(tmp_path):
-    """Other splits, such as dev and testing, are ignored. A misspelt known split is an error."""
-    for present in ("face_test.pickle", "test_gt.txt", "face_dev.pickle", "face_testing.pickle"):
-        (tmp_path / present).touch()
-    assert list(iqiyi_vid.find_pickles(tmp_path)) == [("face", "test")]
-    for name in ("face_trian.pickle", "valid_gt.txt"):
-        (tmp_path / name).touch()
-        reader = iqiyi_vid.find_pickles if "pickle" in name else labels_lib.find_ground_truth
-        refused(functools.partial(reader, tmp_path), name, "rename it to ")
-
-
 def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "train").mkdir()
     np.savez(tmp_path / "train" / "a.npz", face=np.ones((2, DIM)), face_qualty=np.ones(2))
@@ -196,6 +153,9 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
     refused(lambda: folder.read(tmp_path / "scratch", "drop"), "rename it to 'face_quality'")
     refused(lambda: folder.read_labels({"train": ["a"]}), "rename it to labels.csv")
+
+    known = {"head": Modality(DIM, "float16")}
+    refused(lambda: select_modalities(("heda",), known), "no modality 'heda': did you mean 'head'")
 
     # `find_misspelt` gets split -> modality -> numbers of frames of the clips.
     some, none = np.array([1, 2]), np.array([0, 0])

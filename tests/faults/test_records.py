@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.campaigns import mutations
 from tests.helpers import limits
 from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle, write_truth
@@ -141,22 +143,18 @@ def test_every_reader_reports_the_damaged_file_and_record(records, source):
 def test_damaged_or_swapped_shards_are_refused_when_they_are_read(
     records, source, tmp_path, campaign
 ):
-    rng = np.random.default_rng(20)
+    chance = random.Random(20)
     path, second = (shard.path for shard in shards_of(records)[:2])
     whole, time_ns = path.read_bytes(), path.stat().st_mtime_ns
 
     for _ in range(100 if campaign else 1):
-        flipped = bytearray(whole)
-        for place in rng.choice(len(whole), rng.integers(1, 20), replace=False):
-            flipped[place] ^= 1 << int(rng.integers(8))
-        cut = whole[: int(rng.integers(len(whole)))]
-        for content in (flipped, cut):
-            path.write_bytes(content)
+        for damage in (mutations.flip, mutations.cut):
+            path.write_bytes(whole)
+            damage(path, chance)
             os.utime(path, ns=(time_ns, time_ns))  # a failing disk does not change the time
             (problem,) = verify(records)
             data = labelled(as_if_unchanged(records), source)
-            read = functools.partial(READERS[rng.integers(len(READERS))], data)
-            for error in (problem, refused(read)):
+            for error in (problem, refused(functools.partial(chance.choice(READERS), data))):
                 assert str(path) in error and ("record" in error or "sha256" in error)
 
     # The shard is replaced by another shard, and then by the same shard of another conversion,

@@ -142,7 +142,7 @@ RAGGED = {"audio": 4, "body": 3, "face": 6}  # widths
 
 
 def ragged_clips(split, count):
-    """Returns modality -> clip -> frames of clips of very different lengths: 0 to 700 frames.
+    """Returns modality -> clip -> frames of clips of very different lengths: 0 to 10,000 frames.
 
     Every third clip lacks audio, every second clip lacks a body, and some qualities are equal.
     """
@@ -151,7 +151,7 @@ def ragged_clips(split, count):
     for number in range(count):
         name = f"{split}_{number:03d}"
         # Records keep at most 512 frames. Batches have room for 32, 128 or 512 frames.
-        length = {1: 700, 2: 100, 3: 513, 4: 32, 5: 33}.get(number, number % 11)
+        length = {1: 10_000, 2: 100, 3: 513, 4: 32, 5: 33}.get(number, number % 11)
         clips["face"][name] = random_clip(rng, length, RAGGED["face"])
         if number in (1, 2):  # frames of equal quality; the earlier frame counts as better
             quality = clips["face"][name].quality

@@ -442,10 +442,10 @@ def _parse_duration(text: str) -> float | None:
 
 def _check_size(path: Path, info: Info) -> None:
     if info.width < 1 or info.height < 1:
-        # FFmpeg reports no size if the size is above the limit, or if a WebP is animated.
+        # FFmpeg reports no size above the limit, or if it cannot decode the first picture.
         raise UserError(
-            f"'{path}' has pictures of unknown size, or with more than {MOST_PIXELS:,} pixels\n"
-            "convert it to JPEG or MP4, with fewer pixels"
+            f"'{path}' is damaged, an animated WebP, or has more than {MOST_PIXELS:,} pixels\n"
+            "copy the file again, or convert it to JPEG or MP4, with fewer pixels"
         )
     _check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height)
 
