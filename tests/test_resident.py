@@ -199,7 +199,7 @@ def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     assert sum(taken) == layout.nbytes + empty_frames
 
 
-def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
+def test_auto_mode_is_resident_if_clips_fit_in_memory_and_places_in_int32(data, monkeypatch):
     """Clips may take half of the free memory that a training step leaves."""
     (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
     twice = 2.0 * layout.nbytes
@@ -213,10 +213,7 @@ def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
         for mode in ("resident", "streaming"):
             assert resident.choose_mode(mode, layout, mesh, num_drawn=100) == mode
 
-
-def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
-    (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
     for plan, num_drawn in ((huge, 100), (layout, 2**31)):  # clips in all batches
         assert resident.choose_mode("auto", plan, mesh, num_drawn) == "streaming"
