@@ -40,7 +40,6 @@ BY_HAND = {
     "BOM, CRLF, blanks; 1/2 of 2": ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),
     "odd blanks; 1/2 and 2/3 of 2": ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),
 }
-SPEC = "configs/mma.py:iqiyi_vid"
 
 
 def score_files(truth, submission):
@@ -187,7 +186,7 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
 @pytest.fixture(scope="module")
 def workdir(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
-    config = small_runs.shrunk("--config.num_epochs=1", spec=SPEC)
+    config = small_runs.shrunk("--config.num_epochs=1", spec="configs/mma.py:iqiyi_vid")
     loop.train(config, folder, data, num_devices=1, analyse=True)
     return folder
 
@@ -427,16 +426,13 @@ def test_fpir_interval_has_the_quantiles_of_the_beta_distribution(passing):
 
 def test_metric_of_a_user_becomes_a_number_of_python_or_is_refused(monkeypatch):
     clips = metrics.ClipScores(np.ones(2, bool), np.zeros(2, np.float32), np.ones(2, bool))
-    returned: Any = None
 
-    def compute():
+    def compute(returned):
         metric = metrics.Metric("mine", "mine", lambda *_: returned)
         monkeypatch.setitem(metrics.CLIP_METRICS, "mine", metric)
         return metrics.compute_clip_metrics(clips, np.array([0, 1]))["mine"]
 
-    assert compute() is None
-    returned = np.float32(0.5)
-    assert json.dumps(compute()) == "0.5"
+    assert compute(None) is None
+    assert json.dumps(compute(np.float32(0.5))) == "0.5"
     for wrong in (np.zeros(2), "good"):
-        returned = wrong
-        refused(compute, "metric 'mine'", "return a number, or None")
+        refused(lambda wrong=wrong: compute(wrong), "metric 'mine'", "return a number, or None")
