@@ -517,22 +517,16 @@ def test_forged_tables_and_facts_are_refused(gallery):
 
 @pytest.mark.slow
 def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monkeypatch):
-    """Each page of the schema refers to the next page 300 times: 300 ** 15 rows in 64 KB.
+    """Each page of the schema refers to the next page 300 times: 300 ** 15 rows in 1 MB.
 
     Without the limit SCHEMA_SECONDS, the test would not end.
     https://www.sqlite.org/fileformat.html has the layout of pages.
     """
     monkeypatch.setattr(store_lib, "SCHEMA_SECONDS", 0.2)
-    size, num_pages, path = 4096, 16, gallery.folder / store_lib.GALLERY_FILE
-    path.unlink()
-    # SQLite writes a schema of one row on page 1. It becomes the last page.
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA writable_schema=ON")
-        connection.execute("INSERT INTO sqlite_master VALUES ('index', 'x', 'x', 2, NULL)")
-        connection.commit()
-    leaf = path.read_bytes()[:size]
+    size, num_pages, path = store_lib.PAGE_BYTES, 16, gallery.folder / store_lib.GALLERY_FILE
+    content = path.read_bytes()
     # The header of the file has 100 bytes. Bytes 28 to 31 are the number of pages.
-    file_header = leaf[:28] + num_pages.to_bytes(4, "big") + leaf[32:100]
+    file_header = content[:28] + num_pages.to_bytes(4, "big") + content[32:100]
     places = range(size - 300 * 6, size, 6)  # of 300 cells of 6 bytes at the end of a page
     pages = []
     for child in range(2, num_pages + 1):
@@ -542,10 +536,10 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
         start = header if pages else file_header + header  # page 1 begins with the file's header
         cells = (struct.pack(">IBx", child, key % 127 + 1) for key in range(300))
         pages.append(start.ljust(places[0], b"\0") + b"".join(cells))
-    # The header of the page (8 bytes) and the place of its cell (2 bytes) move from byte 100 to 0,
-    # because this page does not begin with the header of the file. The cell stays at its place.
-    last = leaf[100:110] + leaf[10:]
-    path.write_bytes(b"".join([*pages, last]))
+    # The last page (kind 13) has a row: its length and key, the kinds of its values, the values.
+    row = b"\x0e\1" + b"\6\x17\x0f\x0f\1\0" + b"indexxx\2"  # 'index', 'x', 'x', 2, NULL
+    header = struct.pack(">B2xHHxH", 13, 1, size - len(row), size - len(row))
+    path.write_bytes(b"".join([*pages, header.ljust(size - len(row), b"\0") + row]))
 
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
