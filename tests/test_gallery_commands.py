@@ -481,16 +481,18 @@ def test_folder_of_tables_may_contain_neither_other_clips_nor_splits(day):
 
 # A worker kills itself once. A kill from outside may come after the work.
 KILLED = """
-import os, signal
+import os, ray, signal
 from pathlib import Path
 from vidjax.apps import bulk
 
-class Rank(bulk.Rank):
+class KilledRank(bulk.Rank):
     def __call__(self, batch):
-        if not Path("MARK").exists():
-            Path("MARK").touch()
+        if not Path("worker_killed").exists():
+            Path("worker_killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(batch)
+
+ray.init(num_cpus=4, include_dashboard=False, object_store_memory=10**8)
 """
 # Recipe -> the folder of its results, and the command that computes the same.
 RAY_COMMANDS = {
@@ -498,20 +500,6 @@ RAY_COMMANDS = {
     "embed": ("vectors", ("embed", "--workdir=runs/own")),
     "identify": ("answers", ("gallery", "identify", "people", "--threshold=0.5")),
 }
-
-
-def write_recipes(names):
-    """Writes recipes.py: programs of the page (RECIPES) for one worker, which is killed once."""
-    start = "ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)"
-    recipes = "\n".join(["import killed, ray", start, *(RECIPES[name] for name in names)])
-    for old, new in (
-        ("bulk.Rank", "killed.Rank"), ("(size=2)", "(size=1)"),  # size: the number of workers
-        ("num_partitions=4", "num_partitions=1"),
-    ):  # fmt: skip
-        assert old in recipes
-        recipes = recipes.replace(old, new)
-    Path("recipes.py").write_text(recipes)
-    Path("killed.py").write_text(KILLED.replace("MARK", str(Path("worker_killed").absolute())))
 
 
 @pytest.mark.slow
@@ -526,11 +514,11 @@ def test_ray_results_equal_one_machine(say, nearest_run, folder, day, tmp_path, 
     Path("runs").mkdir()
     Path("runs/own").symlink_to(nearest_run)
     folder.rename("people")
-    write_recipes(names)
+    recipes = "\n".join(RECIPES[name] for name in names).replace("bulk.Rank", "KilledRank")
+    Path("recipes.py").write_text(KILLED + recipes)
     env = {
-        **os.environ, "PYTHONPATH": f"{PAGE.parents[2]}{os.pathsep}{tmp_path}",
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        **os.environ, "PYTHONPATH": str(PAGE.parents[2]), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
 
     subprocess.run([sys.executable, "recipes.py"], env=env, timeout=800, check=True)
