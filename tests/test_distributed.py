@@ -10,12 +10,11 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.small_runs import LAYER, QUICK, ROOT, run, saved, shrunk, weights
+from tests.helpers.small_runs import LAYER, QUICK, ROOT, flat, run, saved, shrunk, weights
 from vidjax.core import devices
 from vidjax.runs import checkpoint, results
 from vidjax.utils.errors import VidjaxWarning
@@ -79,11 +78,10 @@ def wait_for_checkpoint(folder, processes):
 
 def assert_close(left, right):
     """Asserts that parameters, moments, losses and results of two runs are close."""
-    leaves = [jax.tree_util.tree_leaves_with_path(saved(folder)) for folder in (left, right)]
-    for (name, x), (other, y) in zip(*leaves, strict=True):
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=str(name))
-        assert name == other
+    arrays, wanted = flat(saved(left)), flat(saved(right))
+    assert arrays.keys() == wanted.keys()
+    for name, x in arrays.items():
+        np.testing.assert_allclose(x, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
     logs = (results.read_lines(folder / "metrics.jsonl") for folder in (left, right))
     for mine, theirs in zip(*logs, strict=True):

@@ -437,15 +437,14 @@ def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
             assert answers(Gallery(gallery.folder)) == wanted
 
 
-def forged(folder, *sql, facts=None, digest=False):
+def forged(folder, sql="", facts=None, digest=False):
     """Changes the file of a gallery, like an attacker who knows its format.
 
-    `sql` are statements. If `digest` is true, the stored digest becomes the digest of the changed
+    `sql` is a statement. If `digest` is true, the stored digest becomes the digest of the changed
     rows. `facts` replace values of the stored facts.
     """
     with contextlib.closing(sqlite3.connect(folder / store_lib.GALLERY_FILE)) as connection:
-        for line in sql:
-            connection.execute(line)
+        connection.execute(sql)
         if digest:
             tables = ("backend", "person", "clip")
             rows = [x for name in tables for x in connection.execute(f"SELECT * FROM {name}")]  # noqa: S608
