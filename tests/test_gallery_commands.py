@@ -22,6 +22,7 @@ import vidjax
 from tests.helpers import clip_files, limits, made_galleries, made_runs, servers
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
+from tests.helpers.seen import contents
 from vidjax.apps import bulk
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.utils.errors import UserError, VidjaxWarning
@@ -135,7 +136,8 @@ def test_enrol_reads_one_subfolder_per_person_and_refuses_splits(tell, folder, t
     listed = tell("list", folder, "--clips", "--json")["clips"]
     assert (listed["Ada"][0], listed["Grace"]) == ("Ada/0", ["Grace/0", "Grace/Grace 1"])
     write_clips(photos / "Eve", "Eve")
-    with warnings.catch_warnings(action="error", category=VidjaxWarning):  # about other people
+    # There is no warning, not even about the clips of other people.
+    with warnings.catch_warnings(action="error", category=VidjaxWarning):
         assert "1 clip," in tell("enrol", folder, f"--input={photos}", "--clip=Eve/Eve 1")
 
     for split in ("train", "val"):
@@ -300,11 +302,6 @@ def day(tmp_path):
     return folder
 
 
-def tables_in(folder):
-    """Returns file name -> bytes of the tables of a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("**/*.parquet"))}
-
-
 def rows_of(folder):
     """Returns the rows of all tables of a folder, which have equal columns."""
     tables = [parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))]
@@ -319,8 +316,8 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, mad
     assert (done["tables"], done["rule"]["by"], done["threshold"]) == (4, "new", None)
     wanted = [made.identify(clips, k=3) for clips in TABLES if clips]
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]
-    before = tables_in(out)
-    assert tell(*words)["skipped"] == 4 and tables_in(out) == before  # all results exist
+    before = contents(out)
+    assert tell(*words)["skipped"] == 4 and contents(out) == before  # all results exist
 
 
 @pytest.mark.slow
@@ -415,7 +412,8 @@ def test_results_do_not_change_if_a_simultaneous_call_is_killed(say, folder, day
     done = say(*words, f"--out={out}", "--json")
     assert done["skipped"] == 16  # the other call has written all tables
     say(*words, f"--out={tmp_path / 'undisturbed'}")
-    assert tables_in(out) == tables_in(tmp_path / "undisturbed") and len(tables_in(out)) == 16
+    tables = {path.name: path.read_bytes() for path in out.glob("part-*.parquet")}
+    assert tables == contents(tmp_path / "undisturbed") and len(tables) == 16
 
 
 @nightly_after_first("change", ["clips", "rule", "damage"])
@@ -430,10 +428,10 @@ def test_outdated_or_damaged_results_are_refused_and_kept(tell, folder, day, tmp
         words.append("--threshold=0.9")
     else:
         (out / "part-1.parquet").write_bytes((out / "part-1.parquet").read_bytes()[:-9])
-    before = tables_in(out)
+    before = contents(out)
     error = tell(*words, code=2)
     assert "part-1.parquet'" in error and "--out=FOLDER" in error
-    assert tables_in(out) == before
+    assert contents(out) == before
     if change == "clips":  # after the outdated result is deleted, only parts 0 and 1 are written
         (out / "part-1.parquet").unlink()
         assert tell(*words)["skipped"] == 2  # parts 2 and 3
@@ -451,7 +449,7 @@ def test_call_ends_with_an_error_if_the_gallery_changes(tell, folder, day, tmp_p
     monkeypatch.setattr(vidjax.Gallery, "load", load_and_change)
     words = ("identify", folder, f"--input={day}", f"--out={out}")
     assert "was changed during the command" in tell(*words, code=2)
-    assert [*tables_in(out)] == ["part-0.parquet"]  # was written before the change
+    assert [*contents(out)] == ["part-0.parquet"]  # was written before the change
 
 
 def test_damaged_tables_are_refused_and_the_other_tables_are_answered(tell, folder, day, tmp_path):
@@ -460,7 +458,7 @@ def test_damaged_tables_are_refused_and_the_other_tables_are_answered(tell, fold
     out = tmp_path / "out"
     error = tell("identify", folder, f"--input={day}", f"--out={out}", code=2)
     assert "part-0.parquet" in error and "2 of 4 tables failed; the other tables are done" in error
-    assert [*tables_in(out)] == ["part-2.parquet", "part-3.parquet"]
+    assert [*contents(out)] == ["part-2.parquet", "part-3.parquet"]
 
 
 def test_split_is_read_although_the_working_folder_has_tables(tell, folder, day, monkeypatch):
@@ -479,7 +477,7 @@ def test_folder_of_tables_may_contain_neither_other_clips_nor_splits(day):
     assert bulk.list_tables(day) == []  # a dataset of two splits
 
 
-# A worker kills itself once. A kill from outside may come after the work.
+# The start of the program. A worker kills itself once: a kill from outside might come too late.
 KILLED = """
 import os, ray, signal
 from pathlib import Path
