@@ -10,13 +10,13 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.small_runs import LAYER, QUICK, ROOT, run, saved, shrunk, weights
+from tests.helpers.small_runs import LAYER, QUICK, ROOT, flat, run, saved, shrunk, weights
 from vidjax.core import devices
+from vidjax.runs import checkpoint, results
 from vidjax.utils.errors import VidjaxWarning
 
 SECONDS = 300
@@ -70,26 +70,21 @@ def wait(processes):
 
 def wait_for_checkpoint(folder, processes):
     """Waits until there is a new checkpoint. Asserts that no process ends before."""
-
-    def steps():
-        return {path.parent.name for path in folder.glob("checkpoints/*/manifest.json")}
-
-    before, end = steps(), time.monotonic() + SECONDS
-    while steps() <= before:
+    before, end = checkpoint.manifests(folder).keys(), time.monotonic() + SECONDS
+    while checkpoint.manifests(folder).keys() <= before:
         assert time.monotonic() < end and all(process.poll() is None for process in processes)
         time.sleep(0.01)
 
 
 def assert_close(left, right):
     """Asserts that parameters, moments, losses and results of two runs are close."""
-    leaves = [jax.tree_util.tree_leaves_with_path(saved(folder)) for folder in (left, right)]
-    for (name, x), (other, y) in zip(*leaves, strict=True):
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=str(name))
-        assert name == other
+    arrays, wanted = flat(saved(left)), flat(saved(right))
+    assert arrays.keys() == wanted.keys()
+    for name, x in arrays.items():
+        np.testing.assert_allclose(x, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
-    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (left, right)]
-    for mine, theirs in zip(*(map(json.loads, lines) for lines in logs), strict=True):
+    logs = (results.read_lines(folder / "metrics.jsonl") for folder in (left, right))
+    for mine, theirs in zip(*logs, strict=True):
         assert mine.pop("split", "") == theirs.pop("split", "")
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
@@ -154,7 +149,7 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
         return run(config, tmp_path / folder, data, num_devices=devices)
 
     def last_loss(folder):  # PLDA has none
-        rows = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        rows = results.read_lines(tmp_path / folder / "metrics.jsonl")
         return [row["train_loss"] for row in rows if "train_loss" in row][-1:]
 
     if spec != "plda":  # PLDA needs exactly two epochs, so it is not resumed
@@ -169,17 +164,15 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
     np.testing.assert_allclose(last_loss("moved"), last_loss("one"), rtol=0, atol=1e-5)
 
 
-def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch):
+def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch, request):
     chosen = jax.config.values["jax_platforms"]
-    try:
-        # There is no warning: first the user has chosen the CPU, then there is no GPU.
-        for driver, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
-            monkeypatch.setattr(devices, "NVIDIA", driver)
-            jax.config.update("jax_platforms", platforms)
-            devices.make_mesh(1)
+    request.addfinalizer(lambda: jax.config.update("jax_platforms", chosen))
+    # There is no warning: first the user has chosen the CPU, then there is no GPU.
+    for driver, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
+        monkeypatch.setattr(devices, "NVIDIA", driver)
+        jax.config.update("jax_platforms", platforms)
+        devices.make_mesh(1)
 
-        monkeypatch.setattr(devices, "NVIDIA", tmp_path)  # exists, so there is a GPU
-        with pytest.warns(VidjaxWarning, match=r"(?s)uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"):
-            devices.make_mesh(1)
-    finally:
-        jax.config.update("jax_platforms", chosen)
+    monkeypatch.setattr(devices, "NVIDIA", tmp_path)  # exists, so there is a GPU
+    with pytest.warns(VidjaxWarning, match=r"(?s)uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"):
+        devices.make_mesh(1)

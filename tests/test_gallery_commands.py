@@ -22,6 +22,7 @@ import vidjax
 from tests.helpers import clip_files, limits, made_galleries, made_runs, servers
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
+from tests.helpers.seen import contents
 from vidjax.apps import bulk
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.utils.errors import UserError, VidjaxWarning
@@ -47,12 +48,6 @@ def folder(made, tmp_path):
 def tell(say):
     """Returns a function that runs `vidjax gallery WORDS`."""
     return functools.partial(say, "gallery")
-
-
-@pytest.fixture
-def ask(say):
-    """Returns a function that runs `vidjax WORDS --json`."""
-    return lambda *words, code=0: say(*words, "--json", code=code)
 
 
 def write_clips(folder, *people, seed=0):
@@ -141,8 +136,8 @@ def test_enrol_reads_one_subfolder_per_person_and_refuses_splits(tell, folder, t
     listed = tell("list", folder, "--clips", "--json")["clips"]
     assert (listed["Ada"][0], listed["Grace"]) == ("Ada/0", ["Grace/0", "Grace/Grace 1"])
     write_clips(photos / "Eve", "Eve")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", VidjaxWarning)  # not even about the clips of other people
+    # There is no warning, not even about the clips of other people.
+    with warnings.catch_warnings(action="error", category=VidjaxWarning):
         assert "1 clip," in tell("enrol", folder, f"--input={photos}", "--clip=Eve/Eve 1")
 
     for split in ("train", "val"):
@@ -307,11 +302,6 @@ def day(tmp_path):
     return folder
 
 
-def tables_in(folder):
-    """Returns file name -> bytes of the tables of a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("**/*.parquet"))}
-
-
 def rows_of(folder):
     """Returns the rows of all tables of a folder, which have equal columns."""
     tables = [parquet.read_table(path) for path in sorted(folder.glob("*.parquet"))]
@@ -319,32 +309,32 @@ def rows_of(folder):
     return [row for part in tables for row in part.to_pylist()]
 
 
-def test_identify_writes_an_answer_for_each_clip_of_each_table(ask, folder, made, day, tmp_path):
+def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, made, day, tmp_path):
     out = tmp_path / "out"
-    words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}", "--k=3")
-    done = ask(*words)
+    words = ("identify", folder, f"--input={day}", f"--out={out}", "--k=3", "--json")
+    done = tell(*words)
     assert (done["tables"], done["rule"]["by"], done["threshold"]) == (4, "new", None)
     wanted = [made.identify(clips, k=3) for clips in TABLES if clips]
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]
-    before = tables_in(out)
-    assert ask(*words)["skipped"] == 4 and tables_in(out) == before  # all results exist
+    before = contents(out)
+    assert tell(*words)["skipped"] == 4 and contents(out) == before  # all results exist
 
 
 @pytest.mark.slow
-def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(ask, nearest_run, day, tmp_path):
-    embed = ("embed", f"--workdir={nearest_run}")
-    ask(*embed, f"--input={day}", f"--out={tmp_path / 'vectors'}")
+def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(say, nearest_run, day, tmp_path):
+    embed = ("embed", f"--workdir={nearest_run}", "--json")
+    say(*embed, f"--input={day}", f"--out={tmp_path / 'vectors'}")
     rows, wanted = rows_of(tmp_path / "vectors"), vidjax.restore(nearest_run).embed(CLIPS)
     assert [row["clip"] for row in rows] == list(CLIPS)
     assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
     one_table = (*embed, f"--input={day}/part-3.parquet")
-    done = ask(*one_table, f"--out={tmp_path / 'one.parquet'}")
+    done = say(*one_table, f"--out={tmp_path / 'one.parquet'}")
     assert done["num_clips"] == len(TABLES[3]) and done["width"] == wanted.shape[1]
-    assert ".parquet" in ask(*one_table, "--out=x.npy", code=2)
+    assert ".parquet" in say(*one_table, "--out=x.npy", code=2)
 
 
 @pytest.mark.slow
-def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, day, tmp_path):
+def test_ranking_of_many_tables_equals_ranking_of_one_table(say, nearest_run, day, tmp_path):
     """Two more tables have 90 equal clips, whose scores tie. A ranking has at most 100 clips."""
     twins = [f"twin {n % 2}{n}" for n in range(90)]
     twins[3] += ".mp4"  # an ending does not count in the order of names
@@ -353,10 +343,10 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, da
     tables = [parquet.read_table(table) for table in bulk.list_tables(day)]
     parquet.write_table(pyarrow.concat_tables(tables), tmp_path / "all.parquet")
 
-    words = ("rank", f"--workdir={nearest_run}")
-    done = ask(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
+    words = ("rank", f"--workdir={nearest_run}", "--json")
+    done = say(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
     one_table = tmp_path / "all_ranked.parquet"
-    ask(*words, f"--input={tmp_path / 'all.parquet'}", f"--out={one_table}")
+    say(*words, f"--input={tmp_path / 'all.parquet'}", f"--out={one_table}")
 
     rows, wanted = (parquet.read_table(path).to_pylist() for path in (done["results"], one_table))
     scores = [row.pop("score") for row in rows]
@@ -367,7 +357,7 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(ask, nearest_run, da
     assert [(row["identity"], row["rank"]) for row in rows] == [*places]
 
 
-def test_people_in_a_ranking_of_two_tables_are_sorted(ask, tmp_path):
+def test_people_in_a_ranking_of_two_tables_are_sorted(tell, tmp_path):
     """The first table has a clip of person 3, and the second table a clip of person 2."""
     gallery, day = servers.make_gallery(tmp_path / "g"), tmp_path / "day"
     day.mkdir()
@@ -375,36 +365,36 @@ def test_people_in_a_ranking_of_two_tables_are_sorted(ask, tmp_path):
         clips = {person: servers.make_frames(700 + number, person)}
         write_parquet(day / f"part-{number}.parquet", clips)
     words = (f"--input={day}", f"--out={tmp_path / 'ranked'}", "--threshold=0.5")
-    done = ask("gallery", "rank", gallery.folder, *words)
+    done = tell("rank", gallery.folder, *words, "--json")
     assert parquet.read_table(done["results"])["clip"].to_pylist() == ["person 2", "person 3"]
 
 
 @pytest.mark.slow
-def test_ranking_refuses_a_clip_that_is_in_two_tables(ask, nearest_run, folder, day, tmp_path):
+def test_ranking_refuses_a_clip_that_is_in_two_tables(say, nearest_run, day, tmp_path):
     """It is called `z.mp4` in part-4, whose ranking has 100 other clips, and `z` in part-5."""
     hundred, same = [f"a{n:03}" for n in range(100)], CLIPS["clip 0-0"]
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
-    words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path / 'r'}")
+    words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path}/r", "--json")
 
-    error = ask(*words, code=2)
+    error = say(*words, code=2)
     assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in error
     assert not (tmp_path / "r" / "ranking.parquet").exists()
 
     (day / "part-5.parquet").unlink()
-    done = ask(*words)
+    done = say(*words)
     # The refused command has written the results of each table.
     assert done["skipped"] == 5 and Path(done["results"]).exists()
 
     # If a later call cannot complete a ranking, the old ranking of fewer tables is deleted.
     (day / "part-6.parquet").write_bytes(b"PAR1 no table")
-    ask(*words, code=2)
+    say(*words, code=2)
     assert not Path(done["results"]).exists()
 
 
 @pytest.mark.slow
 @pytest.mark.optimized  # with the same compiler options as the commands below
-def test_results_do_not_change_if_a_simultaneous_call_is_killed(ask, folder, day, tmp_path):
+def test_results_do_not_change_if_a_simultaneous_call_is_killed(say, folder, day, tmp_path):
     """Two calls process the same folder at the same time. The first call is killed."""
     for number in range(4, 16):  # the folder `day` already has 4 tables
         write_parquet(day / f"part-{number}.parquet", clips_of(number, 30))
@@ -419,16 +409,18 @@ def test_results_do_not_change_if_a_simultaneous_call_is_killed(ask, folder, day
         _, errors = other.communicate(timeout=200)
         assert other.returncode == 0, errors
 
-    assert ask(*words, f"--out={out}")["skipped"] == 16  # the other call has written all tables
-    ask(*words, f"--out={tmp_path / 'undisturbed'}")
-    assert tables_in(out) == tables_in(tmp_path / "undisturbed") and len(tables_in(out)) == 16
+    done = say(*words, f"--out={out}", "--json")
+    assert done["skipped"] == 16  # the other call has written all tables
+    say(*words, f"--out={tmp_path / 'undisturbed'}")
+    tables = {path.name: path.read_bytes() for path in out.glob("part-*.parquet")}
+    assert tables == contents(tmp_path / "undisturbed") and len(tables) == 16
 
 
 @nightly_after_first("change", ["clips", "rule", "damage"])
-def test_outdated_or_damaged_results_are_refused_and_kept(ask, folder, day, tmp_path, change):
+def test_outdated_or_damaged_results_are_refused_and_kept(tell, folder, day, tmp_path, change):
     out = tmp_path / "out"
-    words = ["gallery", "identify", folder, f"--input={day}", f"--out={out}"]
-    ask(*words)
+    words = ["identify", folder, f"--input={day}", f"--out={out}", "--json"]
+    tell(*words)
     (out / "part-0.parquet").unlink()  # so the next call has to write part-0
     if change == "clips":  # so the result of part-1 is outdated
         write_parquet(day / "part-1.parquet", clips_of(7))
@@ -436,17 +428,17 @@ def test_outdated_or_damaged_results_are_refused_and_kept(ask, folder, day, tmp_
         words.append("--threshold=0.9")
     else:
         (out / "part-1.parquet").write_bytes((out / "part-1.parquet").read_bytes()[:-9])
-    before = tables_in(out)
-    error = ask(*words, code=2)
+    before = contents(out)
+    error = tell(*words, code=2)
     assert "part-1.parquet'" in error and "--out=FOLDER" in error
-    assert tables_in(out) == before
+    assert contents(out) == before
     if change == "clips":  # after the outdated result is deleted, only parts 0 and 1 are written
         (out / "part-1.parquet").unlink()
-        assert ask(*words)["skipped"] == 2  # parts 2 and 3
+        assert tell(*words)["skipped"] == 2  # parts 2 and 3
 
 
 @pytest.mark.slow
-def test_call_ends_with_an_error_if_the_gallery_changes(ask, folder, day, tmp_path, monkeypatch):
+def test_call_ends_with_an_error_if_the_gallery_changes(tell, folder, day, tmp_path, monkeypatch):
     load, out = vidjax.Gallery.load, tmp_path / "out"
 
     def load_and_change(gallery, path):
@@ -455,24 +447,24 @@ def test_call_ends_with_an_error_if_the_gallery_changes(ask, folder, day, tmp_pa
         return load(gallery, path)
 
     monkeypatch.setattr(vidjax.Gallery, "load", load_and_change)
-    words = ("gallery", "identify", folder, f"--input={day}", f"--out={out}")
-    assert "was changed during the command" in ask(*words, code=2)
-    assert [*tables_in(out)] == ["part-0.parquet"]  # was written before the change
+    words = ("identify", folder, f"--input={day}", f"--out={out}")
+    assert "was changed during the command" in tell(*words, code=2)
+    assert [*contents(out)] == ["part-0.parquet"]  # was written before the change
 
 
-def test_damaged_tables_are_refused_and_the_other_tables_are_answered(ask, folder, day, tmp_path):
+def test_damaged_tables_are_refused_and_the_other_tables_are_answered(tell, folder, day, tmp_path):
     (day / "part-0.parquet").write_bytes(b"PAR1 no table")
     write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})  # not WIDTH wide
     out = tmp_path / "out"
-    error = ask("gallery", "identify", folder, f"--input={day}", f"--out={out}", code=2)
+    error = tell("identify", folder, f"--input={day}", f"--out={out}", code=2)
     assert "part-0.parquet" in error and "2 of 4 tables failed; the other tables are done" in error
-    assert [*tables_in(out)] == ["part-2.parquet", "part-3.parquet"]
+    assert [*contents(out)] == ["part-2.parquet", "part-3.parquet"]
 
 
-def test_split_is_read_although_the_working_folder_has_tables(ask, folder, day, monkeypatch):
+def test_split_is_read_although_the_working_folder_has_tables(tell, folder, day, monkeypatch):
     monkeypatch.chdir(day)
     for command in ("identify", "rank"):
-        done = ask("gallery", command, folder, "--split=val", f"--out={command}.parquet")
+        done = tell(command, folder, "--split=val", f"--out={command}.parquet", "--json")
         assert done["clips"] > 0 and (day / f"{command}.parquet").is_file()
 
 
@@ -485,18 +477,20 @@ def test_folder_of_tables_may_contain_neither_other_clips_nor_splits(day):
     assert bulk.list_tables(day) == []  # a dataset of two splits
 
 
-# A worker kills itself once. A kill from outside may come after the work.
+# The start of the program. A worker kills itself once: a kill from outside might come too late.
 KILLED = """
-import os, signal
+import os, ray, signal
 from pathlib import Path
 from vidjax.apps import bulk
 
-class Rank(bulk.Rank):
+class KilledRank(bulk.Rank):
     def __call__(self, batch):
-        if not Path("MARK").exists():
-            Path("MARK").touch()
+        if not Path("worker_killed").exists():
+            Path("worker_killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(batch)
+
+ray.init(num_cpus=4, include_dashboard=False, object_store_memory=10**8)
 """
 # Recipe -> the folder of its results, and the command that computes the same.
 RAY_COMMANDS = {
@@ -506,28 +500,11 @@ RAY_COMMANDS = {
 }
 
 
-def write_recipes(names):
-    """Writes recipes.py: programs of the page (RECIPES) for one worker, which is killed once."""
-    start = "ray.init(num_cpus=2, include_dashboard=False, object_store_memory=10**8)"
-    recipes = "\n".join(["import killed, ray", start, *(RECIPES[name] for name in names)])
-    for old, new in (
-        ("bulk.Rank", "killed.Rank"), ("(size=2)", "(size=1)"),  # size: the number of workers
-        ("num_partitions=4", "num_partitions=1"),
-    ):  # fmt: skip
-        assert old in recipes
-        recipes = recipes.replace(old, new)
-    Path("recipes.py").write_text(recipes)
-    Path("killed.py").write_text(KILLED.replace("MARK", str(Path("worker_killed").absolute())))
-
-
 @pytest.mark.slow
 @pytest.mark.optimized  # as the workers compile
 @nightly_after_first("names", [["rank"], [*RAY_COMMANDS]])
-def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, monkeypatch, names):
-    """The programs of the page (RECIPES) give the same rows as commands of vidjax.
-
-    The worker that ranks is killed once, and Ray starts another worker.
-    """
+def test_ray_results_equal_one_machine(say, nearest_run, folder, day, tmp_path, monkeypatch, names):
+    """The worker that ranks is killed once, and Ray starts another worker."""
     pytest.importorskip("ray")
     assert set(RECIPES) == {*RAY_COMMANDS}
     (day / "part-2.parquet").unlink()  # the empty table, which has tests above
@@ -535,18 +512,18 @@ def test_ray_results_equal_one_machine(ask, nearest_run, folder, day, tmp_path, 
     Path("runs").mkdir()
     Path("runs/own").symlink_to(nearest_run)
     folder.rename("people")
-    write_recipes(names)
+    recipes = "\n".join(RECIPES[name] for name in names).replace("bulk.Rank", "KilledRank")
+    Path("recipes.py").write_text(KILLED + recipes)
     env = {
-        **os.environ, "PYTHONPATH": f"{PAGE.parents[2]}{os.pathsep}{tmp_path}",
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        **os.environ, "PYTHONPATH": str(PAGE.parents[2]), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
 
     subprocess.run([sys.executable, "recipes.py"], env=env, timeout=800, check=True)
 
     assert Path("worker_killed").exists()
     for results, words in (RAY_COMMANDS[name] for name in names):
-        ask(*words, f"--input={day}", f"--out=one_machine_{results}")
+        say(*words, f"--input={day}", f"--out=one_machine_{results}")
         pair = [
             sorted(rows_of(Path(out)), key=lambda row: (row.get("identity") or "", row["clip"]))
             for out in (results, f"one_machine_{results}")

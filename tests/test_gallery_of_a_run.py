@@ -15,13 +15,9 @@ pytestmark = pytest.mark.slow  # trains
 @pytest.fixture(scope="module")
 def trained_plda(trained, official_dir):
     """Returns a function that trains PLDA on the official files, with one fixed setting."""
-    given = (
-        "--config.num_epochs=2",
-        "--config.model.within=0.5",
-        f"--config.data.dir={official_dir}",
-    )
-    spec = "configs/plda.py:iqiyi_vid,face,audio"
-    return lambda *more: predict.restore(trained(spec, *given, *more), num_devices=1)
+    given = ["configs/plda.py:iqiyi_vid,face,audio", "--config.num_epochs=2"]
+    given += ["--config.model.within=0.5", f"--config.data.dir={official_dir}"]
+    return lambda *more: predict.restore(trained(*given, *more), num_devices=1)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,7 @@ from vidjax.models.system import TaskSpec, make_model
 from vidjax.runs import config as config_lib, config_io
 from vidjax.training import plan as plan_lib
 
-SPEC = config_lib.default().ensemble.to_dict()
 add_scores = jax.jit(eval_step.add_scores)  # operation by operation it takes seconds
-MLP = "configs/quality_fusion.py:iqiyi_vid"
 FOLDS = (
     "--config.ensemble.folds=3", "--config.num_epochs=1", "--config.data.train_splits=train,val",
     "--config.eval.report=False", "--config.optim.name=sgd", "--config.optim.learning_rate=0.05",
@@ -25,7 +23,7 @@ FOLDS = (
 
 
 def make_members(**options):
-    return ensemble.make_members(SPEC | options)
+    return ensemble.make_members(config_lib.default().ensemble.to_dict() | options)
 
 
 def test_members_are_the_product_of_folds_seeds_views_and_qualities():
@@ -51,10 +49,7 @@ def test_members_are_the_product_of_folds_seeds_views_and_qualities():
 def test_impossible_ensemble_specifications_are_refused(change, message):
     config = config_lib.default()
     config.ensemble.update(change)
-    task = TaskSpec(
-        {"face": 8}, num_identities=12, num_clusters=None,
-        num_clips=20, total_steps=1, train_other=True,
-    )  # fmt: skip
+    task = TaskSpec({"face": 8}, 12, None, num_clips=20, total_steps=1, train_other=True)
     with pytest.raises(ValueError, match=message):
         make_members(**change)
         make_model(config.to_dict(), task)
@@ -120,7 +115,7 @@ def test_means_and_sums_of_log_probabilities_keep_their_precision():
 
 def train(folder, data, *words):
     """Trains three members on train and val; each leaves out a fold. Returns the metrics."""
-    return run(shrunk(*FOLDS, *words, spec=MLP), folder, data)
+    return run(shrunk(*FOLDS, *words, spec="configs/quality_fusion.py:iqiyi_vid"), folder, data)
 
 
 @pytest.fixture(scope="module")

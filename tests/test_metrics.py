@@ -29,23 +29,17 @@ HUNDRED = " ".join(f"p{i}.mp4" for i in range(100))
 # Name of a case -> ground truth, submission, score as a fraction: the mean AP of the identities.
 BY_HAND = {
     "hit at place 100": ("1 a.mp4", "1 " + HUNDRED.replace("p99", "a"), (1, 100)),
-    "hit at place 101": ("1 a.mp4", f"1 {HUNDRED} a.mp4", (0, 1)),
     "no hit": ("1 a.mp4", "1 x.mp4 y.mp4", (0, 1)),
     "1/1 and 2/3 of 2": ("1 a.mp4 b.mp4", "1 a.mp4 x.mp4 b.mp4", (5, 6)),
     "one of two positives missing": ("1 a.mp4 b.mp4", "1 a.mp4", (1, 2)),
     "150 positives, 100 hits": (f"1 {MANY}", f"1 {HUNDRED}", (2, 3)),
     "missing identity: AP 1 and 0": ("1 a.mp4\n2 b.mp4", "1 a.mp4", (1, 2)),
     "identity without a clip: AP 1 and 0": ("1 a.mp4\n2 b.mp4", "1 a.mp4\n2", (1, 2)),
-    "unknown identity": ("1 a.mp4", "1 a.mp4\n7 a.mp4", (1, 1)),
     "repeated hit counts once": ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),
-    "suffix in one file only": ("1 a.mp4 b.mp4", "1 a b", (0, 1)),
     "truth by clip; AP 1 and 0": ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),
     "BOM, CRLF, blanks; 1/2 of 2": ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),
-    "the last line of an identity counts": ("1 a.mp4", "1 a.mp4\n1 x.mp4 a.mp4", (1, 2)),
     "odd blanks; 1/2 and 2/3 of 2": ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),
-    "empty submission": ("1 a.mp4", "", (0, 1)),
 }
-SPEC = "configs/mma.py:iqiyi_vid"
 
 
 def score_files(truth, submission):
@@ -192,7 +186,7 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
 @pytest.fixture(scope="module")
 def workdir(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
-    config = small_runs.shrunk("--config.num_epochs=1", spec=SPEC)
+    config = small_runs.shrunk("--config.num_epochs=1", spec="configs/mma.py:iqiyi_vid")
     loop.train(config, folder, data, num_devices=1, analyse=True)
     return folder
 
@@ -250,12 +244,6 @@ def test_analysis_agrees_with_map_and_the_open_set_results(analysed):
     assert at_10_percent["threshold"] == results["threshold_at_fpir_0.1"]
     # 1 of 20 strangers passes. With a new stranger, 2 of 21 is below 0.1, and 3 of 21 is above.
     assert at_10_percent["fpir"] == 1 / DISTRACTORS
-
-
-@pytest.mark.slow
-def test_analysis_does_not_change_the_weights_of_a_run(workdir, trained):
-    """`trained` makes the same run without an analysis."""
-    small_runs.assert_equal_weights(trained(SPEC), workdir)
 
 
 @pytest.mark.slow
@@ -438,16 +426,13 @@ def test_fpir_interval_has_the_quantiles_of_the_beta_distribution(passing):
 
 def test_metric_of_a_user_becomes_a_number_of_python_or_is_refused(monkeypatch):
     clips = metrics.ClipScores(np.ones(2, bool), np.zeros(2, np.float32), np.ones(2, bool))
-    returned: Any = None
 
-    def compute():
+    def compute(returned):
         metric = metrics.Metric("mine", "mine", lambda *_: returned)
         monkeypatch.setitem(metrics.CLIP_METRICS, "mine", metric)
         return metrics.compute_clip_metrics(clips, np.array([0, 1]))["mine"]
 
-    assert compute() is None
-    returned = np.float32(0.5)
-    assert json.dumps(compute()) == "0.5"
+    assert compute(None) is None
+    assert json.dumps(compute(np.float32(0.5))) == "0.5"
     for wrong in (np.zeros(2), "good"):
-        returned = wrong
-        refused(compute, "metric 'mine'", "return a number, or None")
+        refused(lambda wrong=wrong: compute(wrong), "metric 'mine'", "return a number, or None")

@@ -15,7 +15,7 @@ LAYOUT = NoiseClassLayout(num_identities=3, num_clusters=2)
     (2, [0, 1, -1, 0, 1, -1, 1]),  # clusters are numbered by their first vectors
     (3, [-1, 0, -1, -1, 0, -1, 0]),
 ])  # fmt: skip
-def test_clusters_are_chains_of_neighbouring_directions(min_samples, wanted):
+def test_clusters_are_chains_of_neighbouring_finite_directions(min_samples, wanted):
     """Neighbours are at most 12 degrees apart. A zero vector has no neighbour."""
     angles = np.deg2rad([90, 0, 180, 95, 10, 0, 20])
     lengths = np.array([1, 5, 2, 0.1, 30, 0, 7])
@@ -26,6 +26,7 @@ def test_clusters_are_chains_of_neighbouring_directions(min_samples, wanted):
 
     assert clusters.tolist() == wanted
     assert plan.cluster(np.zeros((0, 4)), eps=0.5, min_samples=5).shape == (0,)  # no vectors
+    refused(lambda: plan.cluster(vectors * np.nan, eps=0.5, min_samples=2), "not finite")
 
 
 def test_relabelling_by_prediction_matches_the_published_arithmetic_of_columns() -> None:
@@ -59,7 +60,3 @@ def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
     new = plan.relabel(labels, predicted, LAYOUT)
     np.testing.assert_array_equal(new, np.where(moves, predicted + 3 + 2, labels))  # see LAYOUT
-
-
-def test_vectors_that_are_not_finite_are_not_clustered() -> None:
-    refused(lambda: plan.cluster(np.eye(3) * np.nan, eps=0.5, min_samples=2), "not finite")

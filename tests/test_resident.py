@@ -1,7 +1,4 @@
-"""Resident clips, which stay in the memory of devices, give the same batches as streamed clips.
-
-Also: uniform shuffles, skipped steps, and the choice between the two modes.
-"""
+"""Resident clips, which stay in the memory of devices, give the same batches as streamed clips."""
 
 import itertools
 from typing import Any
@@ -23,7 +20,6 @@ from vidjax.data import order as order_lib, resident
 from vidjax.data.clips import longest, make_batch_plan
 from vidjax.runs.checkpoint import manifests
 
-MLP = "configs/quality_fusion.py:iqiyi_vid"
 MODALITIES = ("face", "audio", "body")
 
 
@@ -165,7 +161,8 @@ def test_fusion_of_lazy_features_equals_fusion_of_arrays(spec):
 def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, mode):
     """A NaN in a face makes the step of the clip non-finite. Three such steps in turn end a run."""
     words = ("--config.batch_size=8", "--config.num_epochs=1", f"--config.data.mode={mode}")
-    config = small.shrunk(*words, "--config.log_every_steps=20", spec=MLP)
+    spec = "configs/quality_fusion.py:iqiyi_vid"
+    config = small.shrunk(*words, "--config.log_every_steps=20", spec=spec)
     options = {"batch_size": 96, "max_frames": 8, "crop": "window", "seed": 0}
     epoch = next(train_batches(data, splits=("train",), modalities=("face",), **options))
     steps = epoch.clip_index.reshape(12, 8).tolist()  # 12 steps of 8 clips, in both modes
@@ -199,7 +196,7 @@ def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     assert sum(taken) == layout.nbytes + empty_frames
 
 
-def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
+def test_auto_mode_is_resident_if_clips_fit_in_memory_and_places_in_int32(data, monkeypatch):
     """Clips may take half of the free memory that a training step leaves."""
     (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
     twice = 2.0 * layout.nbytes
@@ -213,10 +210,7 @@ def test_auto_mode_is_resident_if_the_clips_fit_in_memory(data, monkeypatch):
         for mode in ("resident", "streaming"):
             assert resident.choose_mode(mode, layout, mesh, num_drawn=100) == mode
 
-
-def test_clips_whose_places_exceed_int32_are_streamed(data, monkeypatch):
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
-    (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
     for plan, num_drawn in ((huge, 100), (layout, 2**31)):  # clips in all batches
         assert resident.choose_mode("auto", plan, mesh, num_drawn) == "streaming"

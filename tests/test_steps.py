@@ -87,14 +87,12 @@ def examples_of(batch, clip):
     return frames if len(frames) else np.flatnonzero(batch.frames["audio"].mask[clip])
 
 
-# Every frame is a training example, and the frames of a clip vote.
-EXAMPLES: Any = {"after_fusion": "examples"}
-
-
 @nightly_after_first("reduce", ["mean", "max"])
 @nightly_after_first("scores", ["log_softmax", "log_sigmoid", "logits"])
 def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
-    system = make(**EXAMPLES, eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5)
+    system = make(
+        after_fusion="examples", eval__scores=scores, eval__reduce=reduce, eval__temperature=1.5
+    )  # every frame is an example, and votes
     batch = make_batch()
     state = init(system, np.arange(5))
     scored = evaluate(system, state, batch)
@@ -117,7 +115,7 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     """The loss is divided by the sum of the weights of clips with frames, or by their number."""
     batch, labels = make_batch(), np.array([3, 1, 4, 1, 5])
     weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])
-    system = make(**EXAMPLES, loss__mean_over=mean_over)
+    system = make(after_fusion="examples", loss__mean_over=mean_over)
     state = init(system, labels)
     _, loss = train(system, state, batch, weight)
 
@@ -133,7 +131,7 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
 def test_frame_examples_need_equal_frame_counts_of_all_modalities():
     four, two = ({"name": "sample", "num_frames": count} for count in (4, 2))
     fusion = {"face": {"train": four, "evaluate": four}, "audio": {"train": two, "evaluate": two}}
-    system = make(**EXAMPLES, fusion=fusion)
+    system = make(after_fusion="examples", fusion=fusion)
     refused(lambda: init(system, np.arange(5)), "after_fusion=examples", "[2, 4]")
 
 

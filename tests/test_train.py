@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import small_runs as small
+from tests.helpers.batches import real_frames
 from tests.helpers.cases import nightly_after_first, quick_first
 from vidjax.core import devices as devices_lib
 from vidjax.data import resident
@@ -98,11 +99,8 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, 
 def test_epoch_has_only_clips_with_a_frame_that_a_member_learns_from(data):
     words = ("data.whole_epochs=true", "ensemble.min_quality=90,100", "ensemble.poor_clips=drop")
     config = small.shrunk(*(f"--config.{word}" for word in words), spec=MLP)
-    wanted = []  # clips with a frame of quality 90, the lower bound of two members
-    for rows, packed in data.packed("train", ["face"]):
-        face = packed["face"]
-        clips = zip(rows.tolist(), face.start, face.length, strict=True)
-        wanted += [row for row, i, count in clips if any(face.quality[i : i + count] >= 90)]
+    # Clips with a frame of quality 90, the lower bound of two members.
+    wanted = [clip for clip, face in real_frames(data, "train") if (face.quality >= 90).any()]
 
     assert 0 < len(wanted) < len(data.split("train").clips)
     np.testing.assert_array_equal(make_plan(config, data).batches.epoch_clips, sorted(wanted))

@@ -1,5 +1,6 @@
 """Faults of checkpoints: random damage, another configuration, a full disk."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -52,11 +53,10 @@ def test_randomly_damaged_checkpoints_are_never_restored(tmp_path, campaign):
         prefer, order = rng.choice((("latest", [8, 3]), ("best", [3, 8])))
         wanted = next((step for step in order if step not in bad_steps), None)
 
-        with warnings.catch_warnings(record=True, action="always") as warned:
-            try:
-                found = checkpoint.find(workdir, prefer)
-            except checkpoint.CheckpointError:
-                found = None
+        found = None
+        all_warnings = warnings.catch_warnings(record=True, action="always")
+        with all_warnings as warned, contextlib.suppress(checkpoint.CheckpointError):
+            found = checkpoint.find(workdir, prefer)
 
         assert contents(workdir / "checkpoints") == damaged  # no file has changed
         step = found.manifest["step"] if found else None

@@ -32,7 +32,6 @@ READ = {
     "compare": ("metrics.json", "identities.json", "analysis.npz", "config.json"),
     "evaluate": ("config.json", ".lock"),
 }  # fmt: skip
-DEEP = b"[" * 200_000 + b"]" * 200_000
 
 
 @pytest.fixture
@@ -47,10 +46,7 @@ def stranger(tmp_path):
 
 @pytest.fixture
 def complaint(command):
-    """Runs a mode on a folder; returns exit code and output.
-
-    Asserts that the mode takes less than 10 s and prints an error of at most three lines.
-    """
+    """Runs a mode on a folder, in less than 10 s, with a short error; returns code and output."""
 
     def run(mode, folder):
         words = [f"--mode={mode}", f"--workdir={folder}"]
@@ -124,7 +120,7 @@ def test_deeply_nested_json_and_files_of_30_gb_end_in_short_errors(stranger, com
     """`complaint` checks the errors. A mode may succeed if it does not read the file."""
     path = stranger / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(DEEP)
+    path.write_bytes(b"[" * 200_000 + b"]" * 200_000)
     for mode in READ:
         complaint(mode, stranger)
     mutations.put(path, "sparse", path)  # 30 GB of holes
@@ -224,10 +220,7 @@ def load_latest(folder):
     "link", quick_first([pytest.param("state/sub", id="folder"), pytest.param("", id="checkpoint")])
 )
 def test_deleting_old_checkpoints_deletes_nothing_behind_a_link(tmp_path, link):
-    """A folder of a stranger's checkpoint, or the checkpoint, is a link to the user's files.
-
-    The manifest lists the user's files.
-    """
+    """A link leads to files of the user, and the manifest of a stranger's checkpoint lists them."""
     outside, folder = tmp_path / "outside", tmp_path / "run"
     (outside / "sub").mkdir(parents=True)
     for name in ("thesis.tex", "sub/photo.jpg"):
