@@ -47,11 +47,6 @@ def clips():
     }
 
 
-@pytest.fixture(scope="module")
-def new(clips):
-    return {f"new {name}": frames for name, frames in clips["val"].items()}
-
-
 WIDTH = 24  # of the faces
 
 
@@ -147,9 +142,9 @@ def test_arrays_are_scored_without_tensorflow(train, python):
     )
 
 
-def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, new):
+def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, clips):
     """At least 99 distractors let 1 % of strangers pass: one of them and a new stranger."""
-    run, five = restored("ensemble"), dict([*new.items()][:5])
+    run, five = restored("ensemble"), {f"new {n}": clips["val"][n] for n in [*clips["val"]][:5]}
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99}
     run = run._replace(results=results)
@@ -169,8 +164,7 @@ def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(resto
     refused(lambda: few.identify(five), "98 clips of strangers are too few", "\ngive a threshold")
     assert few.identify(five, threshold=-1.0) == many.identify(five)
     # Without distractors, no score is too low, so every clip gets a name.
-    answers = val._replace(results={"num_distractors": 0}).identify(five)
-    assert all(answers.values())
+    assert all(val._replace(results={"num_distractors": 0}).identify(five).values())
 
 
 def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):

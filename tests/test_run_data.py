@@ -195,8 +195,7 @@ def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_
     (line,) = [line for line in out.splitlines() if "  measured" in line]
     assert "nothing: the run was trained on train and val" in line
     assert FOLDS in line and MEASURED in line
-    data = f"--config.data.dir={official_dir}"
-    again = say(f"{KNN},everything", data, f"--workdir={folder}")
+    again = say(f"{KNN},everything", f"--config.data.dir={official_dir}", f"--workdir={folder}")
     assert "finished before" in again and line in again
     report = (folder / "report.html").read_text()
     check_numbers(folder, report)
