@@ -72,7 +72,6 @@ WORDS = {
     "gallery list ''": "G is empty", "export --to=new --format=numpy ''": "RUN is empty",
     "who --out=new --models=m ''": "FILE is empty", "forget --identity=Ada ''": "PLACE is empty",
     f"{TRAIN} --config.optimizer.learning_rate=1": "--config.optim.learning_rate",
-    f"{TRAIN} --config.bacth_size=1": "--config.batch_size",
     f"{TRAIN} --config.seed": "--config.seed=...",
     f"{TRAIN} --config.seed=1 --config.batch_size=abc": "--config.batch_size=abc",
     f"{TRAIN} --config.batch_size=12.5": "whole number",
@@ -203,20 +202,20 @@ def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, pyth
 
 @pytest.mark.nightly
 def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
-    train, new = "--config=knn --workdir=run", "--config=knn --workdir=new"
     no_cache, no_gpu = {"VIDJAX_CACHE": "/proc/none"}, {"JAX_PLATFORMS": "cuda"}
     for words, wanted, code, env in (
         ("--version", "vidjax 0.", 0, {}),
-        (f"{train} --config.eval.report=false --json", '"map":', 0, {}),
+        ("--config=knn --workdir=run --config.eval.report=false --json", '"map":', 0, {}),
         ("--mode=config --workdir=run", "run/config.json", 0, {}),
         ("--mode=report --workdir=run --json", '"report":', 0, {}),
         ("--mode=evaluate --workdir=run --config.eval.split=test --quiet", "MAP@100", 0, {}),
         ("--config=knn --config.seed=1 --config.eval.report=0", "runs/knn_seed=1", 0, {}),
         ("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val", 2, {}),
-        (f"{new} --config.seed", "--config.seed=...", 2, {}),
-        (new, "--config.data.cache_dir", 2, no_cache), (new, "unset JAX_PLATFORMS", 2, no_gpu),
+        (f"{TRAIN} --config.seed", "--config.seed=...", 2, {}),
+        (TRAIN, "--config.data.cache_dir", 2, no_cache),
+        (TRAIN, "unset JAX_PLATFORMS", 2, no_gpu),
         ("--mode=check --config=knn", "unset JAX_PLATFORMS", 2, no_gpu),
-    ):  # fmt: skip
+    ):
         usual = {"JAX_PLATFORMS": "", "TQDM_DISABLE": "", "VIDJAX_CACHE": f"{tmp_path}/cache"}
         ended = execute(("-m", "vidjax.main", *words.split()), tmp_path, **{**usual, **env})
         assert ended.returncode == code and wanted in ended.stdout + ended.stderr, (words, ended)
@@ -391,31 +390,17 @@ def refused(message, function, *arguments, **options):
     assert str(caught.value).count("\n") <= 2 and "--workdir" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def clips():
-    """Split -> clip -> modality -> features. There are 6 train and 3 val clips of each person."""
-    rng = np.random.default_rng(0)
-    people = rng.standard_normal((4, 16))
-
-    def make(i):
-        return {"face": (people[i % 4] + 0.3 * rng.standard_normal((2, 16))).astype(np.float32)}
-
-    counts = {"train": 24, "val": 12}
-    return {split: {f"{split}_{i}": make(i) for i in range(n)} for split, n in counts.items()}
-
-
-@pytest.fixture(scope="module")
-def labels(clips):
-    return {name: f"person_{i % 4}" for split in clips.values() for i, name in enumerate(split)}
-
-
-@pytest.fixture(scope="module")
-def made(clips, labels, cache_dir):
-    return vidjax.load_data(clips, labels, cache_dir=cache_dir)
-
-
 @pytest.mark.slow
-def test_arrays_are_loaded_trained_evaluated_and_ranked(clips, made, tmp_path):
+def test_arrays_are_loaded_trained_evaluated_and_ranked(cache_dir, tmp_path):
+    # There are 6 train and 3 val clips of each of four people.
+    rng, clips, labels = np.random.default_rng(0), {}, {}
+    people = rng.standard_normal((4, 16))
+    for split, count in (("train", 24), ("val", 12)):
+        faces = people[np.arange(count) % 4, None] + 0.3 * rng.standard_normal((count, 2, 16))
+        clips[split] = {f"{split}_{i}": {"face": np.float32(x)} for i, x in enumerate(faces)}
+        labels |= {f"{split}_{i}": f"person_{i % 4}" for i in range(count)}
+    made = vidjax.load_data(clips, labels, cache_dir=cache_dir)
+
     words = "--config.data.name=arrays", "--config.batch_size=8", "--config.eval.report=False"
     config = vidjax.load_config("knn", *words)
     folder = tmp_path / "runs" / "memory"
@@ -465,9 +450,10 @@ def test_import_vidjax_needs_linux_and_imports_neither_jax_nor_numpy_nor_tensorf
     )
 
 
-def test_functions_describe_the_expected_arguments(clips, labels, made, official_dir, tmp_path):
+def test_functions_describe_the_expected_arguments(official_dir, tmp_path):
     load_config, load, train = UNTYPED.load_config, UNTYPED.load_data, UNTYPED.train
     restore, compare = UNTYPED.restore, UNTYPED.compare
+    clips, labels = {"val": {"a": {"face": np.ones((1, 4), np.float32)}}}, {"a": "Ada"}
     refused(r"\{'seed': 1\}.*--config\.FIELD=VALUE", load_config, "mma", {"seed": 1})
     refused(r"such as '--config\.seed=1'", load_config, "mma", "config.seed=1")
     refused("load_config: spec must be a name .* not None", load_config, None)
@@ -483,6 +469,7 @@ def test_functions_describe_the_expected_arguments(clips, labels, made, official
     refused("'.*new' does not exist", load, new)
     refused("labels must be a dict", load, clips, [1])
 
+    made = load(clips, labels)
     misspelt.optim.learn_rate = 1
     refused("train: config must be a configuration", train, str(new), config, made)
     refused("train: workdir must be the path of a folder", train, config, made, new)

@@ -15,11 +15,10 @@ from vidjax.data.synthetic import CALIBRATED
 from vidjax.runs import config as config_lib, config_io
 from vidjax.training import plan
 
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 load = config_io.load_file
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
 def test_shipped_configuration_is_valid_and_survives_json(name):
     words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
     as_json = {}  # word after the name, such as `mma:face` -> JSON of the configuration

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import clip_files, small_runs
+from tests.helpers import clip_files, made_galleries, small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.data import sources
@@ -204,9 +204,8 @@ def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored,
 
 def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
     folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
-    run, rng = predict.restore(folder, num_devices=1), np.random.default_rng(0)
-    faces = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(37)]
-    clips = {f"clip_{i}": {"face": face} for i, face in enumerate(faces)}
+    run = predict.restore(folder, num_devices=1)
+    clips = made_galleries.random_clips(run, *(1 + i % 5 for i in range(37)))
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
     for count in (1, 2, 15, 16, 17):  # blocks hold 16 clips

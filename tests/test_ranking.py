@@ -88,8 +88,7 @@ def run_dir(tmp_path_factory):
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet", "_without_links.tsv"])
 def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, monkeypatch, suffix):
     if "without_links" in suffix:  # a file system without hard links
-        refuse = mock.Mock(side_effect=PermissionError("Operation not permitted"))
-        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "link", mock.Mock(side_effect=PermissionError("not permitted")))
     scores = [float(np.float32(score)) for score in (-0.1, -1e-30, -np.inf)]
     ranked = {
         name: list(zip((clip, "b", "a.mp4"), scores, strict=True))

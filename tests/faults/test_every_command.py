@@ -165,8 +165,7 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
             place = at / entry.relative_to(whole)
             victim.mkdir()
             if kind == "link":  # moves the entry to the victim; a link leads to it
-                moved = place.rename(victim / place.name)
-                place.symlink_to(moved)
+                place.symlink_to(place.rename(victim / place.name))
                 for folder in (victim, *victim.rglob("*/")):
                     add_user_files(folder)
             else:
