@@ -15,11 +15,10 @@ from vidjax.data.synthetic import CALIBRATED
 from vidjax.runs import config as config_lib, config_io
 from vidjax.training import plan
 
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 load = config_io.load_file
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
 def test_shipped_configuration_is_valid_and_survives_json(name):
     words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
     as_json = {}  # word after the name, such as `mma:face` -> JSON of the configuration
@@ -43,18 +42,15 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
     assert without_change == (["mlp5"] if "mlp5" in words else [])
 
 
-@pytest.mark.parametrize("spec", [
-    "deepmef:trainval,everything", "quality_fusion:trainval,everything",
-    "residual_dense:trainval,everything", "mma:concat,pooled", "deepmef:bagging,views",
-    "noise_classes:other,prediction",
+@pytest.mark.parametrize(("spec", "error"), [
+    ("deepmef:trainval,everything", "'everything' and 'trainval'"),
+    ("mma:concat,pooled", "exclude each other: name only"),
+    ("deepmef:bagging,views", "exclude each other: name only"),
+    ("noise_classes:other,prediction", "exclude each other: name only"),
+    ("knn:face,head", "only one of the modalities face, head"),
 ])  # fmt: skip
-def test_words_of_a_configuration_that_exclude_each_other_are_refused(spec):
-    words = "'everything' and 'trainval'" if "trainval" in spec else "exclude each other: name only"
-    refused(lambda: load(spec), words)
-
-
-def test_two_modalities_of_a_system_for_one_modality_are_refused():
-    refused(lambda: load("knn:face,head"), "only one of the modalities face, head")
+def test_words_of_a_configuration_that_exclude_each_other_are_refused(spec, error):
+    refused(lambda: load(spec), error)
 
 
 def test_override_has_the_type_of_its_field_and_the_last_one_counts():

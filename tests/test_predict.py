@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import clip_files, small_runs
+from tests.helpers import clip_files, made_galleries, small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.data import sources
@@ -45,11 +45,6 @@ def clips():
         split: dict(reversed(clip_files.as_arrays(clips).items()))
         for split, clips, _ in clip_files.learnable_clips()
     }
-
-
-@pytest.fixture(scope="module")
-def new(clips):
-    return {f"new {name}": frames for name, frames in clips["val"].items()}
 
 
 WIDTH = 24  # of the faces
@@ -147,9 +142,9 @@ def test_arrays_are_scored_without_tensorflow(train, python):
     )
 
 
-def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, new):
+def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, clips):
     """At least 99 distractors let 1 % of strangers pass: one of them and a new stranger."""
-    run, five = restored("ensemble"), dict([*new.items()][:5])
+    run, five = restored("ensemble"), {f"new {n}": clips["val"][n] for n in [*clips["val"]][:5]}
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99}
     run = run._replace(results=results)
@@ -169,8 +164,7 @@ def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(resto
     refused(lambda: few.identify(five), "98 clips of strangers are too few", "\ngive a threshold")
     assert few.identify(five, threshold=-1.0) == many.identify(five)
     # Without distractors, no score is too low, so every clip gets a name.
-    answers = val._replace(results={"num_distractors": 0}).identify(five)
-    assert all(answers.values())
+    assert all(val._replace(results={"num_distractors": 0}).identify(five).values())
 
 
 def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
@@ -210,9 +204,8 @@ def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored,
 
 def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
     folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
-    run, rng = predict.restore(folder, num_devices=1), np.random.default_rng(0)
-    faces = [rng.normal(size=(1 + i % 5, WIDTH)).astype(np.float32) for i in range(37)]
-    clips = {f"clip_{i}": {"face": face} for i, face in enumerate(faces)}
+    run = predict.restore(folder, num_devices=1)
+    clips = made_galleries.random_clips(run, *(1 + i % 5 for i in range(37)))
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()
     for count in (1, 2, 15, 16, 17):  # blocks hold 16 clips

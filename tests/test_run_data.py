@@ -195,8 +195,7 @@ def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_
     (line,) = [line for line in out.splitlines() if "  measured" in line]
     assert "nothing: the run was trained on train and val" in line
     assert FOLDS in line and MEASURED in line
-    data = f"--config.data.dir={official_dir}"
-    again = say(f"{KNN},everything", data, f"--workdir={folder}")
+    again = say(f"{KNN},everything", f"--config.data.dir={official_dir}", f"--workdir={folder}")
     assert "finished before" in again and line in again
     report = (folder / "report.html").read_text()
     check_numbers(folder, report)
@@ -218,8 +217,9 @@ def test_run_on_everything_is_imported_without_best_checkpoint(everything, tmp_p
     say("import", exported, f"--to={tmp_path / 'again'}")
 
 
-def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
-    folder, _ = everything
+def test_val_is_in_sample_after_a_run_on_everything(everything, official_dir, tmp_path, say):
+    """On test, a comparison is refused and a blend has no MAP, because test is not labelled."""
+    (folder, _), on_train, blend = everything, tmp_path / "on_train", tmp_path / "blend"
     lines = say("--mode=evaluate", f"--workdir={folder}", MEASURED).splitlines()
     results = read_metrics(folder, "metrics_val.json")
     assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
@@ -228,13 +228,8 @@ def test_val_is_evaluated_in_sample_after_a_run_on_everything(everything, say):
     assert "map" not in read_metrics(folder)  # the results of test have no MAP, as before
     assert "all good" in say("--mode=check", f"--workdir={folder}")
 
-
-def test_comparison_and_blend_on_val_are_in_sample(everything, official_dir, tmp_path, say):
-    """On test, a comparison is refused and a blend has no MAP, because test is not labelled."""
-    (folder, _), on_train, blend = everything, tmp_path / "on_train", tmp_path / "blend"
     say(KNN, f"--config.data.dir={official_dir}", f"--workdir={on_train}")
     runs = f"--runs={folder},{on_train}"
-
     words = ("--mode=compare", f"--workdir={tmp_path}/out", runs)
     assert FOLDS in say(*words, code=2)  # on test, the split of `folder`
     (line,) = [line for line in say(*words, MEASURED).splitlines() if "In sample" in line]

@@ -207,8 +207,6 @@ def _tricks() -> Iterator[tuple[str, bytes]]:
 
 TRICKS = dict(_tricks())
 
-FRAME = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
-
 
 def _laughs() -> bytes:
     """Returns a pickle of 40 nested lists, each with ten references to the next: 10^40 items."""
@@ -218,7 +216,8 @@ def _laughs() -> bytes:
 
 def _shared(frames: int, clips: int) -> bytes:
     """Returns a small pickle of many clips, which are the same list of the same frame."""
-    head = b"\x80\x02" + part(FRAME)
+    frame = [b"7", [1.0, 2.0, 30.5, 40.25], 0.5, 80.0, np.array([1, 2, 3], "<f2")]
+    head = b"\x80\x02" + part(frame)
     head += b"r\xff\x00\x00\x000]r\xfe\x00\x00\x00(" + b"h\xff" * frames + b"e0"
     pairs = b"".join(b"U\x05%05dh\xfe" % clip for clip in range(clips))
     return head + b"}(" + pairs + b"u."

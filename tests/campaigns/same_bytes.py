@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="names of runs, separated by commas")
     parser.add_argument("--cache", help="the folder of records and compiled programs")
     args = parser.parse_args(argv)
-    names = [name for name in args.only.split(",") if name] or [*RUNS, "resumed", "blend"]
+    names = [name for name in args.only.split(",") if name] or [*RUNS, "blend"]
     results = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -65,13 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         env["VIDJAX_CACHE"] = args.cache or str(folder / "cache")
         for name in names:
             workdir = f"--workdir={folder / name}"
-            spec, *overrides = RUNS.get(name, RUNS["mma"]).split()
-            words = [f"--config=configs/{spec}", workdir, *overrides]
             if name == "blend":
                 runs = f"--runs={folder / 'quality_fusion'},{folder / 'deepmef'}"
                 words = ["--mode=evaluate", workdir, runs, "--config.join.weights=2,1"]
-            elif name == "resumed":
-                stop(words, folder / name / "metrics.jsonl", env)
+            else:
+                spec, *overrides = RUNS[name].split()
+                words = [f"--config=configs/{spec}", workdir, *overrides]
             run(words, env)
             if name in ("mma", "vmap"):
                 run(("--mode=evaluate", workdir, "--config.eval.split=test"), env)
@@ -94,14 +92,6 @@ def run(words: Sequence[str], env: Mapping[str, str]) -> None:
     ended = subprocess.run([*VIDJAX, *words], cwd=ROOT, env=env, capture_output=True, text=True)
     if ended.returncode:
         raise RuntimeError(f"{' '.join(words)}: exit {ended.returncode}\n{ended.stderr[-3000:]}")
-
-
-def stop(words: Sequence[str], metrics: Path, env: Mapping[str, str]) -> None:
-    """Runs a training, and stops it with SIGTERM when it has written a line of metrics."""
-    with subprocess.Popen([*VIDJAX, *words], cwd=ROOT, env=env) as process:
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.01)
-        process.terminate()
 
 
 def digests(workdir: Path) -> dict[str, str]:

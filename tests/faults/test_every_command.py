@@ -82,8 +82,7 @@ PROGRAMS = {module.__name__: module.main for module in (arrays, iqiyi_vid, synth
 
 def test_table_of_this_file_has_a_row_for_every_command():
     of_galleries = {f"gallery {name}" for name in OF_GALLERIES}
-    others = {*program.COMMANDS} - {"gallery"}
-    assert {*ROWS} == others | of_galleries | {*PROGRAMS}
+    assert {*ROWS} == {*program.COMMANDS} - {"gallery"} | of_galleries | {*PROGRAMS}
 
 
 def call(text, **places):
@@ -166,8 +165,7 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
             place = at / entry.relative_to(whole)
             victim.mkdir()
             if kind == "link":  # moves the entry to the victim; a link leads to it
-                moved = place.rename(victim / place.name)
-                place.symlink_to(moved)
+                place.symlink_to(place.rename(victim / place.name))
                 for folder in (victim, *victim.rglob("*/")):
                     add_user_files(folder)
             else:
