@@ -106,8 +106,8 @@ def test_tracks_change_in_the_middle_of_a_dissolve():
     """The dissolve lasts from 1 to 2 s. Both people are detected from 1.2 to 1.6 s.
 
     There is a frame every 0.2 s. Just before the frame of 2 s, the trackers learn that the middle
-    was at 1.5 s. So the second shot begins at 1.5 s with the frame of 2 s, and the track of the
-    second person that began at 1.2 s is dropped.
+    was at 1.5 s. So the frame of 2 s is the first of the second shot, and its time becomes 1.5 s.
+    The track of the second person that began at 1.2 s is dropped.
     """
     tracker, main = tracks.Tracker(), tracks.MainFigures()
     other = np.array([[200, 10, 260, 70]])

@@ -239,7 +239,8 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(with_voices):
     (ada,) = draw(6, people=1, clips=2)
     with_voices.enrol({"photo": {"face": ada[:1]}}, "Ada")
     clips = {"voice": {"audio": VOICE}, "face": {"face": ada[1:]}}
-    # Nothing is known about the voice: it is Ada's with the probability 0.5, above the threshold.
+    # Nothing is known about the voice, so its probability of Ada is 0.5. This is above the
+    # threshold of 0.4, but the voice must not get her name.
     assert with_voices.identify(clips, threshold=0.4)["voice"].identity is None
     assert [clip for clip, _ in with_voices.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 

@@ -208,7 +208,10 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 @pytest.mark.slow
 @nightly_after_first("only", ["nothing", "knn"])
 def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkeypatch, only):
-    """Tables that are rebuilt from stored results do not change. At night, a system is timed."""
+    """Tables that are rebuilt from stored results do not change. `only` selects systems to time.
+
+    No system has the name `nothing`. At night, `knn` is timed, and its digests are computed.
+    """
     before, written = json.loads(scores.RESULTS.read_text()), speed.PAGE.read_text()
 
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}

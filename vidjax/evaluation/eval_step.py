@@ -181,7 +181,7 @@ def _reduce_examples(
 
 
 def _choose_num_examples(clips: int, examples: int) -> int:
-    """Returns how many examples of each clip a model computes together: 1, except in exports."""
+    """Returns how many of the `examples` of a clip are computed together: 1, except in exports."""
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1  # saves memory
     # Only exports have symbols as sizes. The iterations of a loop are slow in other runtimes.

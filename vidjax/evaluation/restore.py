@@ -285,9 +285,9 @@ def select_sets(
     if now and all(x and {*_find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        "some clips have names of training clips, but are of other data: they are scored as new "
-        "clips\nif they are training clips, use vidjax evaluate: it leaves out the members of "
-        "the ensemble that were trained on a clip"
+        "some clips have names of training clips, but may be other clips: they are scored as new "
+        "clips\nif they are the training clips, use vidjax evaluate: then no member of the "
+        "ensemble scores a clip that it was trained on"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))
 

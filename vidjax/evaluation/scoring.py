@@ -180,12 +180,12 @@ def iterate_block_groups(
 ) -> Iterator[list[list[Batch]]]:
     """Yields the clips of a split in groups. A group has a list of blocks for each model.
 
-    A block is a batch of `block_size` clips per device. On accelerators, a block of short clips is
-    up to 8 times as large. The memory for features and scores limits the size of a group. If there
-    is only one net, a group has only one block. If models share a dataset, the dataset is read only
-    once. Different datasets must have the same clips.
+    A block is a batch of `block_size` clips per device. On accelerators, blocks are up to 8 times
+    as large if all clips are short. The memory for features and scores limits the size of a group.
+    If there is only one net, a group has only one block. If models share a dataset, the dataset is
+    read only once. Different datasets must have the same clips.
 
-    `use` [E, N] bool is True where one of the E members of all models scores one of the N clips.
+    `use` [E, N] bool is True if a member scores a clip. It has a row for each member of each model.
     Clips that the same members score share blocks. Clips that no member scores are left out. If
     `use` is None, the groups contain all clips.
     """

@@ -224,7 +224,10 @@ class ChannelAttention(nn.Module):
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mix_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
-        """Mixes the rows of a matrix by learned maps: [B, T, D], or [B, D, T] for `channels`."""
+        """Mixes the frames of each clip by the maps theta, phi, g and out.
+
+        `rows` and the result are [B, T, D], or [B, D, T] for the form `channels`.
+        """
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros
         default = TORCH_DEFAULT if self.norm else nn.linear.default_kernel_init
