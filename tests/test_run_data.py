@@ -162,7 +162,7 @@ def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
 
 KNN = "--config=knn:iqiyi_vid"
 # The two remedies of an error: two ways to train a run whose MAP can be measured.
-FOLDS, MEASURED = "--config.ensemble.folds=5", "--config.eval.split=val"
+FOLDS, ON_VAL = "--config.ensemble.folds=5", "--config.eval.split=val"
 
 
 def read_metrics(folder, name="metrics.json"):
@@ -194,7 +194,7 @@ def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_
 
     (line,) = [line for line in out.splitlines() if "  measured" in line]
     assert "nothing: the run was trained on train and val" in line
-    assert FOLDS in line and MEASURED in line
+    assert FOLDS in line and ON_VAL in line
     again = say(f"{KNN},everything", f"--config.data.dir={official_dir}", f"--workdir={folder}")
     assert "finished before" in again and line in again
     report = (folder / "report.html").read_text()
@@ -220,7 +220,7 @@ def test_run_on_everything_is_imported_without_best_checkpoint(everything, tmp_p
 def test_val_is_in_sample_after_a_run_on_everything(everything, official_dir, tmp_path, say):
     """On test, a comparison is refused and a blend has no MAP, because test is not labelled."""
     (folder, _), on_train, blend = everything, tmp_path / "on_train", tmp_path / "blend"
-    lines = say("--mode=evaluate", f"--workdir={folder}", MEASURED).splitlines()
+    lines = say("--mode=evaluate", f"--workdir={folder}", ON_VAL).splitlines()
     results = read_metrics(folder, "metrics_val.json")
     assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
     (line,) = [line for line in lines if "MAP@100" in line]
@@ -232,7 +232,7 @@ def test_val_is_in_sample_after_a_run_on_everything(everything, official_dir, tm
     runs = f"--runs={folder},{on_train}"
     words = ("--mode=compare", f"--workdir={tmp_path}/out", runs)
     assert FOLDS in say(*words, code=2)  # on test, the split of `folder`
-    (line,) = [line for line in say(*words, MEASURED).splitlines() if "In sample" in line]
+    (line,) = [line for line in say(*words, ON_VAL).splitlines() if "In sample" in line]
     assert str(folder) in line and str(on_train) not in line
 
     words = ("--mode=evaluate", f"--workdir={blend}", runs)

@@ -587,10 +587,11 @@ def test_removal_is_answered_after_earlier_reads_have_ended():
 def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
     begun, go, embed = threading.Event(), threading.Event(), Gallery.embed
 
-    def slow(*given):
-        begun.set()
-        go.wait(10)
-        return embed(*given)
+    def slow(people, clips, *more):
+        if "Ada 0" in clips:  # the server also embeds a clip when it starts
+            begun.set()
+            go.wait(10)
+        return embed(people, clips, *more)
 
     monkeypatch.setattr(Gallery, "embed", slow)
     limits, enrol_2 = SMALL._replace(waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))

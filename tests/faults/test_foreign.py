@@ -268,6 +268,7 @@ def test_checkpoint_with_holes_or_a_file_outside_is_damaged(tmp_path):
     with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match="holes"):
         checkpoint.verify(folder)
 
+    # The manifest lists an existing file outside the checkpoint. It counts as missing.
     (tmp_path / "mine.txt").write_text("mine")
     manifest["files"]["../../../mine.txt"] = "0" * 64
     files.write_manifest(folder / "manifest.json", manifest)

@@ -337,6 +337,6 @@ def _encode_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (py
         values.validate(full=True)  # a damaged table may contain text that is not UTF-8
     except pyarrow.ArrowException:
         raise UserError(
-            f"{path}: column {name} is of type {column.type}: write text in UTF-8"
+            f"{path}: column {name} is of type {column.type}, or not UTF-8: write text in UTF-8"
         ) from None
     return pyarrow.DictionaryArray.from_arrays(codes.indices, values)

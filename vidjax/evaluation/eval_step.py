@@ -148,7 +148,10 @@ def _reduce_examples(
             return jnp.take(x, first + jnp.arange(size), axis=1, mode="clip")
 
         def values_at(first: Array) -> tuple[Array, Array]:
-            """Returns the values [B, G, K] of a block, and [B, G] bool, True for real examples."""
+            """Returns the values [B, G, K] of G examples per clip, starting at example `first`.
+
+            Also returns [B, G] bool, True for real examples.
+            """
             beyond = first + jnp.arange(size) >= count
             real = block(exists, first) & ~beyond
 

@@ -215,7 +215,8 @@ def _measure_likeness(first: _Picture, second: _Picture) -> float:
 def _measure_shifted_likeness(first: np.ndarray, second: np.ndarray) -> float:
     """Returns the largest correlation of the middle of `first` with any part of `second`.
 
-    Both pictures are grey levels [h, w]. The middle lacks 5 rows and 8 columns at each side.
+    Both pictures are grey levels [h, w]. The middle lacks 5 rows and 8 columns at each side. If
+    there is almost no contrast, the result is near 0.
     """
     down, across = MOST_SHIFT
     middle = first[down:-down, across:-across]
