@@ -205,8 +205,9 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
             name += f" ({row['machine']})"
         sizes = (f"{row[key] / GB:.1f}" for key in ("memory", "disk"))
         lines.append([name, epochs, f"{used / 60:,.0f}", minutes, hours, *sizes, score])
-    header = [machine, "epochs", "CPU minutes", "elapsed minutes", "CPU hours, all epochs"]
-    return common.format_table([*header, "memory, GB", "disk, GB", "MAP"], lines)
+    header = [f"step, on {machine}", "epochs", "CPU minutes", "elapsed minutes"]
+    header += ["CPU hours, all epochs", "memory, GB", "disk, GB", "MAP"]
+    return common.format_table(header, lines)
 
 
 def main() -> None:
