@@ -272,7 +272,7 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
         seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=["a", "b"], face=face, face_length=np.array([1, 2], np.uint64))
     assert load().names == ("a", "b")
-    np.savez(path, clips=["a"], face=face[:1], face_length=[1], face_quality=0.5)
+    np.savez(path, clips=["a"], face=face[:1], face_length=[1], face_quality=0.5)  # no axis
     seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=face)  # the only array of a file is a modality of one clip, named "all"
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)

@@ -58,7 +58,7 @@ def test_check_of_a_good_run_or_without_a_folder_reports_all_good(folder, check,
     for words in ("jax ", "8 x cpu", f"checkpoint {step}: ", "train 96 clips, val 60 clips"):
         assert words in "\n".join(lines), lines
     assert check_run("--quiet") == (0, ["all good"])
-    assert json.loads(*check_run("--json")[1])["verdict"] == "all good"
+    assert json.loads(*check_run("--json")[1])["verdict"] == "all good"  # a single line
 
 
 # Exit code 3 is a damaged run, 2 damaged data.

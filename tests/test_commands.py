@@ -277,7 +277,7 @@ def test_printed_configuration_lists_the_origin_of_each_value(command):
     (ModuleNotFoundError("no", name="pyarrow"), 2),
     (CheckpointError("none"), 3), (Interrupted(signal.SIGTERM, step=3), 143),
     (jax.errors.JaxRuntimeError("INTERNAL: nobody knows"), 1), (ValueError("no such axis"), 1),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory"), 1),  # it has no path
     (ModuleNotFoundError("no", name="vidjax.nothing"), 1),
 ])  # fmt: skip
 def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, code):
@@ -312,7 +312,7 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
     assert out == f"{escaped}\n\tAda علي\n"
     assert err.startswith(f"vidjax: {escaped}\n")
     assert not set("\x1b\x07\x9b\u202e\r") & set(err)
-
+    # Another property: the error about a missing file names the path before the reason.
     messages.run_to_exit_code((tmp_path / "gone").read_text, [])
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err
 
@@ -335,7 +335,7 @@ def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch)
     for lost in (writer, "/dev/full"):
         with open(lost, "w") as stream:
             monkeypatch.setattr(sys, "stderr", stream)
-            for text in ("train: compiling", "step 1"):
+            for text in ("train: compiling", "step 1"):  # the first cannot be written
                 terminal.say(text)
 
 
@@ -481,7 +481,7 @@ def test_functions_describe_the_expected_arguments(official_dir, tmp_path):
     refused(r"load_data\(\.\.\., quality='norm'\)", train, measured, new, made)
     assert not new.exists()
 
-    for runs in ([new, None], [[new], [None]], [new, 5], [new, tmp_path.stat()]):
+    for runs in ([new, None], [[new], [None]], [new, 5], [new, tmp_path.stat()]):  # a tuple
         refused("compare: run must be the path of a run's folder", compare, runs)
     refused("compare: out must be the path of a folder", compare, [new, new], out=5)
 
@@ -489,7 +489,7 @@ def test_functions_describe_the_expected_arguments(official_dir, tmp_path):
 def test_galleries_describe_the_expected_arguments(nearest_run, tmp_path):
     new, gallery = tmp_path / "new", UNTYPED.Gallery
     remedy = f"vidjax gallery create NEW_FOLDER --run={nearest_run}"
-    refused(remedy, gallery.create, nearest_run, new)
+    refused(remedy, gallery.create, nearest_run, new)  # the arguments are swapped
     refused("folder must be the path", gallery.create, None, nearest_run)
     refused("run must be a run, or the path", gallery.create, new, 5)
     refused("data must be the result", gallery.create, new, nearest_run, {})

@@ -167,7 +167,7 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
 def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch, request):
     chosen = jax.config.values["jax_platforms"]
     request.addfinalizer(lambda: jax.config.update("jax_platforms", chosen))
-    # There is no warning: first the user has chosen the CPU, then there is no GPU.
+    # No warning, which would be an error: first the user has chosen the CPU, then no GPU exists.
     for driver, platforms in ((tmp_path, "cpu"), (tmp_path / "none", None)):
         monkeypatch.setattr(devices, "NVIDIA", driver)
         jax.config.update("jax_platforms", platforms)

@@ -49,7 +49,7 @@ def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
     )
 
     assert by_one == by_two
-    assert len(by_one) > 10  # at least 8 shards of each split, and 5 other files
+    assert len(by_one) > 10  # each of three splits has 8 shards, and there are other files
 
 
 def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):

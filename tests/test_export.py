@@ -118,7 +118,7 @@ def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
-        assert function.difference({"scores": [other]}, expected) > function.TOLERANCE
+        assert function.difference({"scores": [other]}, expected) > function.TOLERANCE  # 1e-5
 
 
 @pytest.mark.slow
@@ -135,10 +135,10 @@ def test_failed_export_leaves_no_folder(nearest_run, tmp_path, export, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("limit", "name", "file"),
-    [(5000, "safetensors", "weights.safetensors"), (12_000, "saved_model", "saved_model")],
-)
+@pytest.mark.parametrize(("limit", "name", "file"), [  # a limit in bytes
+    (5000, "safetensors", "weights.safetensors"),
+    (12_000, "saved_model", "saved_model"),  # the weights, which are written first, fit
+])  # fmt: skip
 def test_export_to_a_full_disk_names_the_file(nearest_run, tmp_path, export, limit, name, file):
     for package in FORMATS[name].packages:
         pytest.importorskip(package)
@@ -187,15 +187,15 @@ def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
 
 def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_path, export):
     run = predict.restore(nearest_run)._replace(modalities={"a-b": 8, "a_b": 8})
-    lengths = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
-    assert lengths["a-b_mask"] != lengths["a_b_mask"]
-    # TensorFlow allows no `-` in names.
+    # Symbols stand for the numbers of frames. A symbol, and a name in TensorFlow, allows no `-`.
+    symbols = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
+    assert symbols["a-b_mask"] != symbols["a_b_mask"]
     refused(lambda: formats.tensorflow(run, {}, tmp_path), "'a-b'\nchoose --format=stablehlo")
 
 
 @pytest.mark.nightly
 def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
-    """Exported programs contain all weights, and nothing would delete them from the cache."""
+    """Exported programs (`jit_call`) contain all weights. Nothing would delete them later."""
     words = ["export", str(nearest_run), f"--to={tmp_path / 'out'}", "--format=stablehlo"]
     program = f"from vidjax.cli.program import main; assert main({words}) == 0"
     python(program, VIDJAX_CACHE=str(tmp_path / "cache"))
@@ -249,7 +249,7 @@ def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
 
     logs = reader.log_probabilities(arrays, {"face": vectors})[:, 1]  # of the first person
 
-    by_member = arrays["scale"][:, None] * leads  # [E, Q]
+    by_member = arrays["scale"][:, None] * leads  # difference of the logits: [members, vectors]
     # log(1 - mean probability of the second person), and log(mean probability of the first person)
     sure = np.log1p(-np.exp(-np.logaddexp(0, abs(by_member))).mean(axis=0))
     other = np.logaddexp.reduce(-np.logaddexp(0, -by_member), axis=0) - np.log(members)

@@ -88,7 +88,7 @@ def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp
 
 @pytest.mark.parametrize("handler", [
     "signal.signal(signal.SIGTERM, messages.stop_at_once)",
-    "signals.end_on_signals()",  # a thread removes the folders
+    "signals.end_on_signals()",  # a thread removes the folders while the program writes
 ])  # fmt: skip
 def test_signal_removes_unfinished_folders(tmp_path, handler):
     code = f"""

@@ -122,7 +122,7 @@ def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path
     assert "above 50 %" in rule.about and "99 clips of strangers instead of 98" in rule.about
     gallery = make(tmp_path / "enough", make_clips(strangers=99))
     assert gallery.rule() == gallery.rule(fpir=0.01)._replace(default=True)
-    assert "is 99.9999 % or more" in gallery.rule(threshold=0.999999).about
+    assert "is 99.9999 % or more" in gallery.rule(threshold=0.999999).about  # not 100 %
     assert gallery.rule().threshold == gallery.threshold(0.01)
 
 
@@ -139,7 +139,7 @@ def test_a_name_needs_more_than_one_half_or_the_threshold_of_the_user(by, least,
 
 
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):
-    """One stranger has exactly the score of the threshold, and must not be named."""
+    """The threshold is just above the score of one stranger, who must not be named."""
     clips = make_clips(strangers=100)
     people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
     strangers = vectors_of(people, {name: clips[name] for name in people.strangers})
@@ -251,13 +251,13 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
         answers = list(index.nearest(parts, k))
         assert_near(answers, shuffled.nearest(parts, k))
         for size in (1, 7):  # of a batch of clips
-            batches = [[x[at : at + size] for x in parts] for at in range(0, 30, size)]
-            assert_near(answers, [answer for x in batches for answer in index.nearest(x, k)])
+            batches = [[part[at : at + size] for part in parts] for at in range(0, 30, size)]
+            assert_near(answers, [x for batch in batches for x in index.nearest(batch, k)])
 
 
 @nightly_after_first("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))
 def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, scale):
-    """A search compares all people in float32, and the best again in float64, like the oracle."""
+    """A search compares all people in float32, and the best again in float64 (`_logits_of`)."""
     index = make_index(stranger=stranger, scale=scale)
     parts = index.backend.split(query_vectors(20))
     clips_per_query = [np.ones(len(x)) for x in parts]

@@ -223,7 +223,7 @@ def test_identify_accepts_a_moved_run_but_no_other_run(folder, nearest_run, tmp_
     assert "--threshold=P" in done.out  # how to choose another rule than the default
 
 
-# Words after `vidjax gallery` -> part of the error. G is a gallery, and TABLES a folder of tables.
+# Words after `vidjax gallery` -> part of the error. G is a gallery, H is new, TABLES has tables.
 MISTAKES = {
     "": "gallery needs COMMAND",
     "identify G": "identify needs one of --input --split",
@@ -336,7 +336,7 @@ def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(say, nearest_ru
 @pytest.mark.slow
 def test_ranking_of_many_tables_equals_ranking_of_one_table(say, nearest_run, day, tmp_path):
     """Two more tables have 90 equal clips, whose scores tie. A ranking has at most 100 clips."""
-    twins = [f"twin {n % 2}{n}" for n in range(90)]
+    twins = [f"twin {n % 2}{n}" for n in range(90)]  # names of part-4 precede those of part-5
     twins[3] += ".mp4"  # an ending does not count in the order of names
     for number, names in ((4, twins[0::2]), (5, twins[1::2])):
         write_parquet(day / f"part-{number}.parquet", dict.fromkeys(names, CLIPS["clip 0-0"]))
@@ -358,7 +358,7 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(say, nearest_run, da
 
 
 def test_people_in_a_ranking_of_two_tables_are_sorted(tell, tmp_path):
-    """The first table has a clip of person 3, and the second table a clip of person 2."""
+    """A clip is named like its person: person 3 in the first table, person 2 in the second."""
     gallery, day = servers.make_gallery(tmp_path / "g"), tmp_path / "day"
     day.mkdir()
     for number, person in enumerate(("person 3", "person 2")):

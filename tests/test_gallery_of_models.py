@@ -117,7 +117,7 @@ def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models
     write_npz(tmp_path, {"in": faces("", friends[:, 2])})
     for number, vectors in enumerate(friends):
         gallery.enrol(faces(f"{number}/", vectors[:2]), str(number))
-    gallery.enrol(faces("s", draw(2, people=4, clips=1)[:, 0]), strangers=True)
+    gallery.enrol(faces("s", draw(2, people=4, clips=1)[:, 0]), strangers=True)  # for fpir
     (models / "embed.onnx").unlink()
     python(USE_GALLERY, *ABSENT, cwd=tmp_path)
     assert Gallery(gallery.folder).identities["Ada"] == 1  # the last command
@@ -132,10 +132,10 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     before = gallery.identify(asked)["query"]
 
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
-    opened_before, asking = Gallery(gallery.folder), Gallery(gallery.folder)  # other processes
+    enrolling, asking = Gallery(gallery.folder), Gallery(gallery.folder)  # other processes
     assert gallery.widen(models) == ("audio",)
     # `enrol` reads the gallery with voices, in which the clip is already enrolled.
-    assert opened_before.enrol({"ada 1": {"face": ada[:1]}}, "Ada").unchanged == 1
+    assert enrolling.enrol({"ada 1": {"face": ada[:1]}}, "Ada").unchanged == 1
     assert asking.identify(asking.embed(asked))["query"].identity == "Ada"
 
     after = Gallery(gallery.folder).identify(asked)["query"]
@@ -369,7 +369,7 @@ def test_photos_that_are_alike_count_less():
         # A prior with the weight of one vector says that vectors are independent. So equal vectors
         # have the correlation r = 1 - 1 / count, and count as 1 / (r + (1 - r) / count) vectors.
         (1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1),
-        (10, 1 - 0.9 * DLIB.within, 10),  # vectors that differ as in DLIB count in full
+        (10, 1 - 0.9 * DLIB.within, 10),  # independent vectors count in full; 0.9 is 1 - 1 / 10
     ):  # fmt: skip
         counted = distance.effective_count(DLIB, np.array(count), np.array(square))
         assert counted == pytest.approx(wanted, abs=0.02)
@@ -377,9 +377,9 @@ def test_photos_that_are_alike_count_less():
 
 @pytest.mark.parametrize("people", [1, 7])
 def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
-    """With gamma shapes D / 2, vectors are Gaussian. The oracle integrates the mean out."""
+    """With gamma shapes D / 2, vectors are Gaussian, and correlated by means that they share."""
     rng, width = np.random.default_rng(people), 6
-    wide = 1e6  # variance of the mean of the population, which is unknown at first
+    wide = 1e6  # variance of each dimension of the population's mean, which is unknown at first
     card = distance.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
@@ -391,16 +391,16 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
     share, variance = distance.posterior(card, known, effective)
     centres = known.mean + share[:, None] * (means - known.mean)
     square, square_to_mean = (np.sum((clip - x) ** 2, axis=-1) for x in (centres, known.mean))
-    new = distance.stranger_log_density(
+    of_stranger = distance.stranger_log_density(
         card, np.array(square_to_mean), np.array(card.within + card.between + known.variance)
     )
-    ratios = distance.person_log_density(card, square, variance + card.within) - new
+    ratios = distance.person_log_density(card, square, variance + card.within) - of_stranger
 
     def density(of):
         """Returns the log density of all photos and the clip if the clip shows the person `of`."""
         who, both = np.append(owner, of), np.vstack([photos, clip])
-        own = card.between * (who[:, None] == who) + card.within * np.eye(len(who))
-        return sum(stats.multivariate_normal.logpdf(x, cov=wide + own / width) for x in both.T)
+        summed = card.between * (who[:, None] == who) + card.within * np.eye(len(who))
+        return sum(stats.multivariate_normal.logpdf(x, cov=wide + summed / width) for x in both.T)
 
     wanted = [density(n) - density(people) for n in range(people)]  # `people` is a new person
     np.testing.assert_allclose(ratios, wanted, atol=1e-3)
@@ -458,8 +458,8 @@ def test_photos_are_compared_again_only_with_changed_people(monkeypatch):
     owner = np.append(np.repeat(np.arange(20), 3), np.full(30, 20))
     doubtful = doubts.compare_photos(DLIB, np.concatenate(photos, dtype=float), owner)
     assert len(doubtful) > 20 and min(doubtful) >= 60  # the wrong photos are photos 60 to 89
-    # First, 90 photos are compared with 21 people. After a doubt, they are compared with the
-    # changed person and with their own person.
+    # First, 90 photos are compared with 21 people and their own person (in `+ 2`). After a doubt,
+    # they are compared with the changed person and with their own person.
     num_compared = sum(call.args[-1].size for call in compute.call_args_list)
     assert num_compared < 90 * 21 + 2 * 90 * (len(doubtful) + 2)
 

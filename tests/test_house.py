@@ -104,7 +104,7 @@ def test_no_module_executes_data_as_code():
     for path in (*MODULES.values(), *(ROOT / "configs").glob("*.py")):
         text = path.read_text()
         assert not any(map(is_unsafe, ast.walk(ast.parse(text)))), path
-        assert not re.search(r"/work/|/root/|/tmp/", text), path  # of a developer's machine
+        assert not re.search(r"/work/|/root/|/tmp/", text), path  # folders of developers
 
 
 def test_prose_avoids_vague_and_translated_words():

@@ -158,8 +158,8 @@ def test_identification_errors_match_a_direct_count(dtype):
         found = (passed & correct)[known].mean()
         assert errors.fnir == pytest.approx(1 - found, rel=0, abs=1e-15)
 
-        # The rate is kept even if one more stranger comes and passes. With a lower threshold, the
-        # best of the rejected strangers would pass, and the rate would be exceeded.
+        # The rate is kept even if one more stranger comes and passes. It would be exceeded if the
+        # best rejected strangers passed. The threshold is the next number above their score.
         num_passed = np.sum(passed[~known])
         assert (num_passed + 1) / (num_strangers + 1) <= fpir
         rejected = ranked[~known & (ranked > -np.inf) & ~passed]
@@ -177,8 +177,8 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
     for wrong in (-0.1, np.nan):
         refused(lambda x=wrong: compute(fpir=x), "fpir must be from 0 to 1")
 
-    # Of 99 strangers 28 may pass: with a new stranger, this is 29 of 100. In floating point,
-    # 0.29 * 100 is less than 29, and 1 - 0.9 is less than 1 of 10.
+    # With a new stranger, 28 of 99 become 29 of 100, and 0 of 9 become 1 of 10. In floating point,
+    # 0.29 * 100 is below 29, and 1 - 0.9 is below 0.1. These errors must not change the numbers.
     assert metrics.count_allowed(99, 0.29) == 28
     assert metrics.count_allowed(9, 1 - 0.9) == 0
 
@@ -295,7 +295,7 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
 
 
 def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
-    """A list has 100 places. Most clips in list 1 show person 0, who has 150 clips."""
+    """A list has 100 places. List 1 has 97 clips of person 0, which score higher in list 0."""
     labels = np.repeat([1, 2], [150, 3])  # of persons 0 and 1
     scores = np.full((153, 2), [-1.0, -9.0], np.float32)
     # Clip 150 of person 1 is right. Clip 151 leads list 0, and clip 152 is too low for list 0.
@@ -324,19 +324,19 @@ def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_p
     assert intervals.keys() == {"top1"}  # without distractors, there is no AUROC
     np.testing.assert_allclose(intervals["top1"], expected, atol=0.02)
 
-    # The 60 clips score above all of 60 distractors, so FNIR is the share of wrong clips.
+    # Labels are scores: 60 clips are above 60 distractors, and FNIR is the share of wrong clips.
     labels = np.append(labels, np.zeros(60, int))
     clips = clip_scores(labels, np.append(right, np.zeros(60, bool)))
     _, row = open_set(clips, labels, num_identities=60)["rates"]  # FPIR of 1 % and of 10 %
     fnir = 1 - row["fnir_high"], 1 - row["fnir_low"]
     np.testing.assert_allclose(fnir, expected, atol=0.02)
-    perfect = significance.map_interval(np.ones(60))
+    perfect = significance.map_interval(np.ones(60))  # the AUROC is 1
     area = measures.compute_clip_intervals(clips, labels)["auroc"]
     np.testing.assert_allclose(area, perfect, atol=0.01)
 
 
 def test_intervals_do_not_depend_on_the_number_of_cores():
-    rng, labels = np.random.default_rng(0), np.arange(30_000) % 7000
+    rng, labels = np.random.default_rng(0), np.arange(30_000) % 7000  # OpenBLAS splits such sums
     clips = clip_scores(rng.normal(size=30_000), rng.random(30_000) < 0.5)
     with threadpool_limits(1, user_api="blas"):
         single = measures.compute_clip_intervals(clips, labels)

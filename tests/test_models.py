@@ -97,7 +97,7 @@ def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
     def drop_out(x):
         return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
 
-    y = np.asarray(drop_out(jnp.ones((4999, 7))))
+    y = np.asarray(drop_out(jnp.ones((4999, 7))))  # 7 numbers do not fill words of 32 bits
 
     kept = y != 0
     assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
@@ -161,7 +161,7 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
     gradients, value = gradient(x, kernel)
     assert {value.dtype, *(g.dtype for g in gradients)} == {jnp.dtype("float32")}
 
-    # Products of rounded numbers are exact, so only sums in float32 are rounded.
+    # `dtype` rounds only the operands. The errors of products and sums in float32 are tiny.
     x, kernel, weight = (a.astype(dtype).astype(np.float64) for a in operands)
     expected = (x @ kernel, weight @ kernel.T, x.T @ weight)  # value, gradients of x and kernel
     for ours, oracle in zip((value, *gradients), expected, strict=True):
@@ -478,7 +478,7 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     clips = ClipInfo(np.arange(3, dtype=np.int32), np.ones(3, bool), np.zeros(3, np.int32))
 
     # Random parameters, and the initial statistics of BatchNorm.
-    fused = jax.jit(lambda: system.fuse(None, frames, jnp.int32(-1)))()  # all features
+    fused = jax.jit(lambda: system.fuse(None, frames, jnp.int32(-1)))()  # -1: uses all features
     shapes = jax.eval_shape(lambda: made.init_identifier(system.model, fused, clips))
     draw = np.random.default_rng(0).normal
     params = jax.tree.map(lambda x: draw(0, 0.4, x.shape).astype("f4"), shapes["params"])

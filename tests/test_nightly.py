@@ -43,7 +43,7 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     clip_files.write_labels(tmp_path / "features" / "labels.csv", labels | more)
 
     # Each day has clips of 3 people, and photos of Ada and of "12". The photos of "12" show the
-    # person who has the name "3" in the training data.
+    # person who has the name "3" in the training data, so this person has two names.
     for turn, day in enumerate(DAYS):
         ada, twelve = clips_of(["Ada Lovelace"], 10 + turn)[0], clips_of(["3"], 20 + turn)[0]
         clip_files.write_npz(tmp_path / "photos" / day, {"Ada Lovelace": ada, "12": twelve})
@@ -85,7 +85,7 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     assert left
     for path in map(Path, left):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
+    # Without --delete, `forget` fails if a gallery, cache or run still contains the name.
     for name in ('vidjax forget --identity="Ada Lovelace" .', "month", "prune"):
         run(name, DAYS[1])
     assert "Eve" not in Gallery(tmp_path / f"people-{DAYS[1]}")  # she has no photo
@@ -113,8 +113,8 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     client = runpy.run_path("recipe.py")["client"]
 
     near = faces + 0.05 * np.random.default_rng(1).normal(size=faces.shape).astype(np.float32)
-    for name, x in zip(("Ada", "Grace"), near, strict=True):
-        assert gallery.identify({"x": {"face": x}})["x"].identity == name
-        (z,) = gallery.backend.whiten([x[None]])
-        (best,) = client.query_points("people", z[0].tolist(), using="face", limit=1).points
+    for name, photo in zip(("Ada", "Grace"), near, strict=True):
+        assert gallery.identify({"x": {"face": photo}})["x"].identity == name
+        (white,) = gallery.backend.whiten([photo[None]])
+        (best,) = client.query_points("people", white[0].tolist(), using="face", limit=1).points
         assert best.payload["identity"] == name

@@ -13,7 +13,7 @@ LAYOUT = NoiseClassLayout(num_identities=3, num_clusters=2)
 
 @pytest.mark.parametrize(("min_samples", "wanted"), [
     (2, [0, 1, -1, 0, 1, -1, 1]),  # clusters are numbered by their first vectors
-    (3, [-1, 0, -1, -1, 0, -1, 0]),
+    (3, [-1, 0, -1, -1, 0, -1, 0]),  # at 10 degrees are 3 neighbours: 0, 10 itself, and 20
 ])  # fmt: skip
 def test_clusters_are_chains_of_neighbouring_finite_directions(min_samples, wanted):
     """Neighbours are at most 12 degrees apart. A zero vector has no neighbour."""

@@ -118,7 +118,7 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
         cell.source = cell.source.replace('main(["--config=configs/mma.py"])', f"main({words})")
         # The small data have only the identities 1 to 12.
         cell.source = cell.source.replace('identity = "42"', 'identity = "5"')
-    assert ("embed_dim=16" in str(shorter)) == (name == "quickstart")
+    assert ("embed_dim=16" in str(shorter)) == (name == "quickstart")  # `main(...)` was replaced
 
     executed = run(shorter, tmp_path, cache_dir, **QUICK)
 
@@ -126,11 +126,11 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
         if cell.cell_type == "code":
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]
             assert not errors, f"{cell.id}: {errors}"
-            types, types_before = (
+            kinds, kinds_before = (
                 [sorted(o.data) for o in one.outputs if o.output_type != "stream"]
                 for one in (cell, before)
             )
-            assert types == types_before, cell.id  # such as text/plain and image/png
+            assert kinds == kinds_before, cell.id  # such as text/plain and image/png
             if "main([" in cell.source:
                 assert "0" in output_texts(cell), cell.id  # the exit code
             assert "Warning" not in "".join(output_texts(cell)), "".join(output_texts(cell))

@@ -143,9 +143,10 @@ def test_arrays_are_scored_without_tensorflow(train, python):
 
 
 def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, clips):
-    """At least 99 distractors let 1 % of strangers pass: one of them and a new stranger."""
+    """Among 99 distractors, a new stranger has the best score with a probability of 1 %."""
     run, five = restored("ensemble"), {f"new {n}": clips["val"][n] for n in [*clips["val"]][:5]}
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
+    # Only a few members scored each clip of val. All members score a new clip.
     results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99}
     run = run._replace(results=results)
     assert run.threshold is None
@@ -158,7 +159,6 @@ def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(resto
     val = run._replace(results={**results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
 
-    # A threshold needs 99 distractors.
     few, many = (val._replace(results={**val.results, "num_distractors": n}) for n in (98, 99))
     assert few.threshold is None and many.threshold == -1.0
     refused(lambda: few.identify(five), "98 clips of strangers are too few", "\ngive a threshold")

@@ -128,7 +128,7 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypa
     words = [f"--config.{x}" for x in (*small, "eval.report=False", f"data.dir={official_dir}")]
     results = command(f"{own}:iqiyi_vid,face,head,audio", *words)
     # The modalities have the widths 24, 16 and 8. Each has a norm (scale and bias), a classifier
-    # of 13 columns with a bias, and a weight.
+    # of 13 columns (12 identities and `other`) with a bias, and a weight.
     assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
 
@@ -183,7 +183,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
                 words.append(f"--workdir={workdir}")
             if not every and Path("runs/mma").exists():
                 words = [re.sub("deepmef.py|mma.py", "knn.py", word) for word in words]
-                words = [word.replace("face,title", "title") for word in words]
+                words = [word.replace("face,title", "title") for word in words]  # kNN uses one
                 text = " ".join(words)
             words += CLOSED_FORM if "plda" in text else SHORT
             if str(workdir) in compared:  # `compare` reads files of the report

@@ -217,7 +217,7 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
     x = rng.random((400, 50)) ** (1 / 3)  # 400 pairs of systems, 50 identities
     powers, shares = np.array([1.0, 0.5, 1.2]), np.array([1 / 3, 1 / 6, 1 / 2])
     gaps = x ** powers[rng.choice(3, x.shape, p=shares)] - x
-    true = np.sum(shares * (3 / (3 + powers) - 3 / 4))  # the mean of x ** p is 3 / (3 + p)
+    true = np.sum(shares * (3 / (3 + powers) - 3 / 4))  # 0: the mean of x ** p is 3 / (3 + p)
 
     intervals = [significance.compute_gap_interval(row, draws=1000) for row in gaps]
     low, high, p = np.transpose(intervals)
@@ -410,5 +410,5 @@ def test_runs_with_other_features_but_not_without_reports_are_compared(tmp_path,
     for name, results in {"a": trained_on(), "b": trained_on(features="b"), "c": {}}.items():
         made_runs.write(tmp_path / name, averages(3), "--config.eval.report=False", results=results)
     assert compared(runs="abc").code == 0
-    (tmp_path / "b" / "analysis.npz").unlink()
+    (tmp_path / "b" / "analysis.npz").unlink()  # the remedy turns on the report, which writes it
     assert compared().refused("--config.eval.split=val --config.eval.report=True")

@@ -136,7 +136,7 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
 
     # A stranger may have written config.json. Without --config.data.dir, the folder in this file is
-    # used only if it has a split of the run: own / "data" has `val`, `other` has none.
+    # used only if a split of the run is unchanged there: own / "data" has `val`, `other` none.
     (own / "data" / "test").mkdir()
     shutil.copy(own / "data" / "val" / "val0.npz", own / "data" / "test" / "test0.npz")
     folder = next((own / "run" / "checkpoints").iterdir())
@@ -207,8 +207,8 @@ def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_
 def test_run_on_everything_is_imported_without_best_checkpoint(everything, tmp_path, say, command):
     folder, _ = everything
     done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")
-    assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err
-
+    assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err  # CheckpointError
+    # The same setting in config.json prevents neither the export nor the import.
     run, exported = shutil.copytree(folder, tmp_path / "run"), tmp_path / "exported"
     config = read_metrics(run, "config.json")
     config["eval"]["checkpoint"] = "best"

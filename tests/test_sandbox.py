@@ -226,14 +226,14 @@ def test_attacks_are_refused_and_do_not_modify_the_allowed_classes():
     for data in (*(data for data, _ in attacks), *hostile.TRICKS.values()):
         assert refusal(data)
         assert attributes() == before
-    assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])
+    assert "shape and bytes disagree" in refusal(hostile.GREED["shape of 1e11"])  # 3 numbers
 
 
 def test_second_dtype_state_does_not_change_arrays_already_loaded():
     """After an array, its dtype comes again with the state of the other byte order."""
     array = np.array([1.5, 2.5], "<f2")
     list_of_array = python2.dumps([array], 2)[:-1]
-    get_dtype, build, append = b"j\x01\x00\x00\x00", b"b", b"a"  # opcodes
+    get_dtype, build, append = b"j\x01\x00\x00\x00", b"b", b"a"  # opcodes; memo 1 is the dtype
     other_order = python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1]
 
     first, _ = load(list_of_array + get_dtype + other_order + build + append + b".")

@@ -215,7 +215,7 @@ def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
     monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
     net.warm()
 
-    # Clips with these numbers of frames, in both modalities or only in one.
+    # Clips of these lengths, with both modalities or one. Six clips need a larger block than two.
     names, lengths_of_clips = list(net.widths), ([1], [7, 1], [8] * 6)
     kinds = itertools.product((names, names[:1], names[1:]), lengths_of_clips)
     with jax.log_compiles():
@@ -290,7 +290,7 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         assert query("Yan")[1]
         other.remove(identity="Yan")
         assert not query("Yan")[1]
-
+        # The gallery already has 6 strangers, see `made_galleries.make_clips`.
         strangers = {f"s {n}": servers.make_frames(9000 + n, f"s {n}") for n in range(20)}
         server.ask("POST", "/enrol", {"clips": servers.as_json(strangers), "strangers": True})
         assert server.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 6 + 20
@@ -319,7 +319,7 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
 
         people.remove(identity=list(people.identities))
         ask(409, *query)  # nobody is enrolled
-        # A damaged gallery, and no gallery.
+        # A damaged gallery, whose error must not contain its names. Then, no gallery.
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("UPDATE clip SET words = replace(words, 'stranger 1', 'Secret\n')")
             connection.execute("UPDATE gallery SET sha256 = x'00'")
@@ -350,7 +350,7 @@ def test_wrong_requests_get_a_one_line_error(inside, monkeypatch):
         ({"clips": one_clip()["clips"] * 2}, "occurs twice"),
         ({"clips": one_clip()["clips"] * 33}, "32"),
         (b'{"clips": [{"clip": "a", "face": [[NaN]]}]}', "JSON"),
-        (b'{"clips":' + b"[" * 5000 + b"]" * 5000 + b"}", ""),
+        (b'{"clips":' + b"[" * 5000 + b"]" * 5000 + b"}", ""),  # nested too deeply
         (too_long, "bytes"),
     ):
         status, content = inside.ask("POST", "/identify", body)
@@ -446,16 +446,16 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
     path = tmp_path / "my token"
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the `~` in `--flag=~/token`
     assert str(path) in say("serve", "--gallery=x", "--token-file=~/my token", code=2)
-    for text, mode, remedy in (
+    for text, mode, remedy in (  # the first remedy contains: openssl rand -hex 32 > PATH
         ("short\n", 0o600, f"32 > '{path}'"), ("a" * 40, 0o644, f"chmod 600 '{path}'"),
     ):  # fmt: skip
         path.write_text(text)
         path.chmod(mode)
         refused(lambda: limits_lib.read_token(path), remedy)
 
-    # Kubernetes mounts a secret as a link to a file of root, which the group may read.
+    # Its group may read a file of another user: Kubernetes mounts a link to a file of root.
     path.chmod(0o440)
-    refused(lambda: limits_lib.read_token(path), "defaultMode: 0400")
+    refused(lambda: limits_lib.read_token(path), "defaultMode: 0400")  # the user owns the file
     (link := tmp_path / "link").symlink_to(path)
     monkeypatch.setattr(limits_lib.os, "geteuid", lambda: path.stat().st_uid + 1)
     with Inside(people, token=limits_lib.read_token(link)) as server:
@@ -623,7 +623,7 @@ def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
 def test_unread_answers_count_as_memory_until_they_time_out(
     people, monkeypatch, caplog, answer_s, network_s, logged
 ):
-    """The server ends an answer after `answer_s`; the network closes it after `network_s`."""
+    """The server ends and logs an answer after `answer_s`. Linux closes it after `network_s`."""
     monkeypatch.setattr(app_lib, "UNREAD_SECONDS", network_s)
     monkeypatch.setattr(app_lib, "describe", lambda *_: "a long answer " * (1 << 20))  # 14 MiB
     limits = SMALL._replace(held_bytes=20 << 20, request_seconds=answer_s)
@@ -632,8 +632,8 @@ def test_unread_answers_count_as_memory_until_they_time_out(
         with socket.create_connection(("127.0.0.1", server.port)) as unread:
             unread.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert unread.recv(8) == b"HTTP/1.1"  # the rest of the answer stays unread
-            assert server.ask("GET", "/openapi.json")[0] == 429
-            time.sleep(3)
+            assert server.ask("GET", "/openapi.json")[0] == 429  # 2 x 14 MiB exceed 20 MiB
+            time.sleep(3)  # longer than the shorter limit of 2 seconds
             assert server.ask("GET", "/openapi.json")[0] == 200
             end = time.monotonic() + 30
             while not logged and server.server.server_state.connections:  # it closes them
@@ -699,8 +699,8 @@ def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, s
         assert server.ask("POST", "/enrol", enrolment("Ada Secret", 0))[0] == 200
         assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
         assert server.end() == 0
-
         out, err = server.process.communicate()
         assert "ready" in err and "ended" in out
         assert "Secret" not in out + err
+    # Another property: a server that other machines can reach needs a token.
     assert "--token-file" in say("serve", f"--gallery={folder}", "--host=0.0.0.0", code=2)

@@ -250,14 +250,14 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     state = init(system, labels)
     # x[0] belongs to the first and only member of the ensemble.
     params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
-    layers, x = (params["branch_0"], params["branch_1"]), batch.frames["audio"].features[:, 0]
-    logits = [x @ layer["kernel"] + layer["bias"] for layer in layers]
+    layers, voice = (params["branch_0"], params["branch_1"]), batch.frames["audio"].features[:, 0]
+    logits = [voice @ layer["kernel"] + layer["bias"] for layer in layers]
 
     _, loss = train(system, state, batch, weight)
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
     counted = TRAIN_WEIGHT * weight[:, None]  # [clips, branches]
     assert float(loss[0]) == pytest.approx(np.sum(counted * losses) / weight.sum(), rel=1e-5)
-
+    # Now the loss of each branch is divided by the sum of the weights of this branch.
     separate = make(loss__mean_over="branches")._replace(model=model())
     _, loss = train(separate, state, batch, weight)
     wanted_loss = np.sum(np.sum(counted * losses, axis=0) / counted.sum(axis=0))
@@ -315,7 +315,7 @@ def test_is_argmax_equals_numpy_argmax():
 
 def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     """The logits are `lead`, 0, any number for a class without clips, and -1."""
-    smaller = np.array([0.1, 3.0, 18.0, 60.0, 86.0])
+    smaller = np.array([0.1, 3.0, 18.0, 60.0, 86.0])  # from 18 on, float32 rounds p to 1
     leads = np.stack([smaller, smaller + 0.01])
     logits = np.zeros((2, 5, 4))  # smaller and larger leads, 5 leads, 4 columns
     logits[..., 0], logits[..., 3] = leads, -1

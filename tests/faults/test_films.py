@@ -245,7 +245,7 @@ def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_
     folder, half = drawn.out / "gallery", drawn.folder / "half"
     folder.mkdir(parents=True)
     (folder / ".write-test-0badc0de").touch()
-    # The file and its journal, in the middle of a change.
+    # With a small cache, SQLite writes a part of the change to the file before the change ends.
     with contextlib.closing(sqlite3.connect(half)) as gallery:
         gallery.execute("PRAGMA cache_size=1")
         gallery.execute("BEGIN")

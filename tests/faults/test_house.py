@@ -134,7 +134,7 @@ def test_log_cut_at_any_byte_is_repaired_to_its_complete_lines_up_to_a_step(tmp_
         complete = [n for n in range(1, 4) if len(b"".join(lines[:n])) - 1 <= cut]
         assert path.read_bytes() == b"".join(lines[: len(complete)]), cut
 
-    # Other damaged lines are removed, too. Line 5 is incomplete.
+    # Other damaged lines are removed, too. The warning omits line 5, because a kill can cut it.
     path.write_bytes(lines[0] + b"\x00\xff\x00\n7\n" + lines[1] + b'{"st')
     with pytest.warns(UserWarning, match=r"damaged lines are removed from .*: 2, 3"):
         truncate_log(path, 9)
@@ -150,15 +150,15 @@ def test_log_that_cannot_grow_ends_with_a_whole_line_and_is_continued_later(tmp_
             for step in steps:  # the log reaches the limit before TensorBoard's file
                 getattr(logs, kind)(step, {"text": "x" * 100})
 
-    def steps():
+    def logged_steps():
         return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
     with file_limit(1000), pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
         write(*range(1, 100))
 
-    count = len(steps())
-    assert steps() == [*range(1, count + 1)] and path.read_text().endswith("\n")
+    count = len(logged_steps())
+    assert logged_steps() == [*range(1, count + 1)] and path.read_text().endswith("\n")
     assert 4 < count < 12  # lines of over 100 bytes in 1000 bytes
 
     write(*range(count, 20))  # there is room again; the line of step `count` is replaced
-    assert steps() == [*range(1, 20)]
+    assert logged_steps() == [*range(1, 20)]

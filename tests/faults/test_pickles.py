@@ -67,7 +67,7 @@ def check_refused(ends, *, strict):
 
 
 def test_hostile_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path):
-    """The error of an attack names the function that the pickle would call, such as os.system."""
+    """The error of an attack says what is refused. Mostly this is a function like os.system."""
     mark = tmp_path / "canary" / "mark"
     # The next test reads the files of the group "greed", which take long.
     files = {n: data for n, data in collection(mark).items() if not n.startswith("greed")}

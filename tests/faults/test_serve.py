@@ -48,7 +48,7 @@ LARGE = {
 
 @pytest.mark.parametrize("kind", quick_first(LARGE, mark=pytest.mark.nightly))
 def test_small_requests_that_unpack_to_large_arrays_take_little_memory(tmp_path, kind):
-    """64 clients ask at the same time. Without a limit, the arrays of "uint8" would take 4 GB."""
+    """64 clients ask at the same time. As float32, the arrays of "uint8" would take 8 GB."""
     rng, body = np.random.default_rng(0), LARGE[kind]()
     form, query = ("json", "") if body[:1] == b"{" else ("x-npz", "?clip=c")
     content = {"Content-Type": f"application/{form}"}

@@ -238,7 +238,7 @@ def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, ve
 def test_page_that_claims_2_gb_or_a_trillion_items_is_refused_at_once(tmp_path):
     path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
     content = path.read_bytes()
-    # The page has 7001 features of 4 bytes (28,004 bytes), and a header of unknown size.
+    # The size counts 7001 features of 4 bytes (28,004 bytes) and a few more, but no header.
     size = next(size for size in range(28_000, 28_400) if varint(2 * size) in content)
     at = content.index(varint(2 * size))  # the number has 3 bytes
     path.write_bytes(content[:at] + varint(2 * ((1 << 31) - 1)) + content[at + 3 :])
