@@ -158,7 +158,7 @@ def test_blend_refuses_used_folders_and_wrong_runs_or_weights(runs, tmp_path, co
         (out, runs[::-1], "1,3", "use another folder"),  # `out` has the runs in another order
         (new, runs[:1], "1,3", "name two runs"),
         (new, (runs[0], out), "1,3", "is a blend of runs"),
-        (new, (runs[0], "nowhere"), "1,3", "no run in"),
+        (new, (runs[0], "nowhere"), "1,3", "no run in"),  # next: 1e-60 is too small a weight
         *((new, runs, bad, "give 2 numbers") for bad in ("1,", "1,-1", "0,0", "inf,1", "1e-60,0")),
     ]:
         given = f"--runs={','.join(map(str, blended))}", f"--config.join.weights=({weights})"

@@ -153,7 +153,7 @@ def test_values_of_two_other_fields_decide_whether_a_field_is_read():
     assert "--config.noise.relabel_every_epochs=1" in problem
     assert problems("optim.decay_all=true", "optim.total_decay=1") == []  # as with weight decay
 
-    # A loss with a weight above 0 must not be softmax. By default, `loss.focal` has the weight 0.
+    # Some loss of weight above 0 must read `gamma`; softmax does not. `loss.focal` has weight 0.
     assert problems("loss.gamma=3", "loss.classification=binary") == []
     (problem,) = problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")
     assert problem.startswith("config.loss.focal=")  # `loss.gamma` is accepted
@@ -225,8 +225,8 @@ def test_page_of_configurations_equals_the_generated_documentation():
 
 @pytest.mark.nightly
 def test_every_field_is_read_by_a_command(monkeypatch, official_dir, cache_dir, tmp_path, capsys):
-    # The set gets the fields that are read. Nothing reads the fields of `invented`: one in each
-    # group whose fields are looked up by name.
+    # `reads` gets the fields that are read. Nothing reads the fields of `invented`, so only they
+    # remain at the end: `steps`, and one in each group whose fields are looked up by name.
     reads, override, record = set(), config_io.override, recorded_config.record
     monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), reads))
     groups = ("data", "ensemble", "noise", "eval", "loss", "join")

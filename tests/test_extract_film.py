@@ -99,7 +99,7 @@ def test_box_of_a_track_is_the_place_of_its_face_at_the_time_of_the_box(tmp_path
     for track in extracted.tracks:
         assert track.box and track.box_at_s is not None
         assert track.start_s <= track.box_at_s < track.end_s
-        # Bob is at the right. Ada moves by 2 pixels in each of 10 pictures per second.
+        # The right edge cuts Bob's face. Ada moves by 2 pixels in each of 10 pictures per second.
         left, top = (113, 72) if track.box[0] > 0.7 else (16 + 20 * track.box_at_s, 40)
         wanted = np.array([left, top, min(left + SIDE, 128), top + SIDE]) / np.tile([128, 96], 2)
         np.testing.assert_allclose(track.box, wanted, atol=0.02)
@@ -249,7 +249,7 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
     np.testing.assert_allclose(first["audio_number"], [800, 1600, 2400], atol=1)
     np.testing.assert_allclose(first["audio_quality"], [1.4 / 1.6, 1, 1], atol=0.03)
     embed = voices.open_voice_embedder(cards.load(models)["voice_embedder"])
-    _, wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))  # two windows of 1.6 s
+    _, wanted = embed(tone(440, 3.2).astype(np.float32).reshape(2, -1))  # from 0 and from 1.6 s
     np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())
 
     # Without the nets of voices, the other arrays are the same.
@@ -331,6 +331,6 @@ def test_people_who_are_visible_for_a_second_are_found_in_all_frames(
     assert [x.number for x in searched] == [*range(len(wanted))]
     assert [sorted(x.detections["face"].boxes.tolist()) for x in searched] == wanted
     assert sum(map(len, wanted)) > len(wanted)  # more than one face per picture, on average
-    if slow:  # `search` searches fewer than 60 % of the pictures as a whole, and this test all
+    if slow:  # `FilmSearch` searches fewer than 60 % of the pictures as a whole
         num_whole = sum(len(call.args) == 1 for call in searches.call_args_list)  # only an image
-        assert num_whole - len(wanted) < 0.6 * len(wanted)
+        assert num_whole - len(wanted) < 0.6 * len(wanted)  # without the calls `detector(rgb)`

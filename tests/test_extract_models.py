@@ -58,7 +58,7 @@ def test_centerface_decoder_follows_its_paper():
     points = corner + marks[at].reshape(5, 2, -1) * size  # a mark of 1 is a whole side
 
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
-    faces = nets.decode_centerface(outputs, width=0)  # the width is not used
+    faces = nets.decode_centerface(outputs, width=0)  # uses neither names nor the width
     boxes = np.concatenate([corner[::-1], (corner + size)[::-1]]).T
     assert_faces(faces, heat[tuple(cells)], boxes, points[:, ::-1].transpose(2, 0, 1))
 
@@ -234,12 +234,11 @@ def write_card(text):
     return lambda folder: (folder / "face.json").write_text(text, "latin-1")
 
 
-# Words of the error, and a function that damages a folder with face.json and face.onnx.
+# Words of the error, and what damages the folder. 32 must divide the sides of a detector's input.
 @pytest.mark.parametrize(("words", "damage"), [
     ("face_embedder face.json two.json move", lambda x: made_nets.write(x, "two")),
     ("face.json face.onnx convert", lambda x: (x / "face.onnx").unlink()),
     ("face.onnx sha256 convert", lambda x: (x / "face.onnx").write_bytes(b"another net")),
-    # The sides of a detector's input must be multiples of 32.
     ("face.json 32", lambda x: made_nets.write(x, role="face_detector", input={"size": [32, 33]})),
     ("face.json large", write_card(" " * cards.CARD_BYTES + "{}")),
     ("face.json pipe", lambda x: ((x / "face.json").unlink(), os.mkfifo(x / "face.json"))),
@@ -253,6 +252,7 @@ def test_damaged_or_incomplete_folder_of_nets_is_refused(tmp_path, words, damage
     made_nets.write(folder)
     damage(folder)
     refused(lambda: cards.load(folder), *words.split())
+    # A folder without any net lacks the net that a command needs.
     refused(lambda: cards.require({}, "voice_embedder", folder), "voice_embedder", "convert")
 
 
@@ -271,7 +271,7 @@ def test_error_names_the_wrong_field_of_a_card(tmp_path):
         ("centre", {"back_end": {**BACK_END, "centre": [0.0] * 4}}),
         ("same", {"back_end": {**BACK_END, "same": [0.9, 0.0]}}),
         ("mean of `same`", {"back_end": {**BACK_END, "same": [1.0, 0.1]}}),
-        ("deviation", {"back_end": {**BACK_END, "same": [0.9, 0.5]}}),
+        ("deviation", {"back_end": {**BACK_END, "same": [0.9, 0.5]}}),  # 0.9^2 + 0.5^2 > 1
         ("seed", {"test": {"seed": -1, "output": [0, 0, 0, 0], "tolerance": 1.0}}),
     ):  # fmt: skip
         for fields in changes:
@@ -332,7 +332,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     np.testing.assert_allclose(embedder(windows), wanted, rtol=1e-3, atol=1e-4)
     assert embedder(windows[:0]).shape == (0, made_nets.WIDTH)
 
-    # The first 4 of the 5 numbers of the output for a test image with seed 7.
+    # The test input is one channel of an image, divided by 256. The answer is 4 of 5 numbers.
     numbers = nets.make_formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
     wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
     answer = nets.answer_formula(card, nets.open_session(card), 7)
@@ -504,7 +504,7 @@ def test_speakers_are_identified_and_the_card_contains_their_cosines(converted):
     benchmark = pytest.importorskip("tests.benchmarks.voices")
     rates = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), converted)
     assert rates["first"] == [70, 70]  # for 70 of 70 utterances, the speaker is the first answer
-    # At most 1 % of other strangers reach the threshold. Up to 2 % of these strangers may.
+    # For each stranger, a threshold is measured on the others (1 %). 2 % may be named by mistake.
     by_threshold, by_card = rates["at_1_percent"], rates["by_card"]
     assert by_threshold["right"] >= 0.85 and by_threshold["strangers"] <= 0.02
     # A gallery without a chosen threshold uses the cosines of the card.

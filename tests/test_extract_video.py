@@ -143,7 +143,7 @@ def test_truncated_photo_is_refused(tmp_path, ending):
 
 
 def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypatch):
-    """FFmpeg would read the tiles of a photo as frames of a film."""
+    """FFmpeg does not read a file that begins like a HEIC photo, even if it is a film."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
@@ -316,7 +316,7 @@ def test_face_tags_of_each_photo_program_are_read(tags_of):
         xmp.microsoft(SPELLED, as_elements=True),
     ):
         microsoft = "mwg-rs" not in body
-        parsed = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))
+        parsed = tags_of(xmp.packet(body, wrapper="xmp" if microsoft else "x"))  # both are read
         assert boxes(parsed) == TAGS and not parsed.problem, body
         # The tags of Microsoft lack the width and height of the picture. MWG tags contain them.
         assert parsed.shape == (None if microsoft else (400, 300))
@@ -354,14 +354,14 @@ def test_face_tags_are_read_from_both_ends_of_photos(tags_of):
 
 
 def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
-    """The sidecars of a.jpg are a.jpg.xmp and a.xmp. The first one that can be read is used."""
+    """The first file with readable tags is used: a.jpg.xmp, a.xmp, or the photo a.jpg."""
     for sidecar, packet, tags, problem in (
         ("a.xmp", xmp.packet(""), TAGS, ""),  # a.xmp has no tags
         ("a.xmp", xmp.packet(xmp.elements([EVE])), [EVE], ""),
         ("a.jpg.xmp", MWG, TAGS, ""),  # a.jpg.xmp comes before a.xmp
         ("a.jpg.xmp", b"<rdf:RDF RegionList", [EVE], "the face tags in a.jpg.xmp cannot be"),
     ):
-        (tmp_path / sidecar).write_bytes(packet)
+        (tmp_path / sidecar).write_bytes(packet)  # next to the sidecars of earlier rows
         parsed = tags_of(tagged_photo("jpeg", MWG))
         assert boxes(parsed) == tags
         assert problem in parsed.problem and bool(parsed.problem) == bool(problem)

@@ -64,9 +64,9 @@ def test_mixup_weights_are_drawn_from_a_flat_dirichlet_distribution():
 
 
 def test_weights_of_frames_equal_their_formulas():
-    """Negative weights, and weights that are not finite, count as 0."""
+    """Negative weights, and weights that are not finite, count as 0. But (-3) ** 2 is positive."""
     quality = np.array([-3, 0, 10, 20, 25, 30, 35, 40, 90, np.nan, np.inf], np.float32)
-    graded = np.array([0, 0.2, 0.2, 0.3, 0.3, 0.6, 0.6, 1, 1, 0, 0])  # inference.py:95-104
+    graded = np.array([0, 0.2, 0.2, 0.3, 0.3, 0.6, 0.6, 1, 1, 0, 0])  # configs/fidelity.md, Q9
     positive = np.where(np.isfinite(quality) & (quality > 0), quality, 0)
     formulas = {"uniform": np.ones(11), "score": positive, "quality": 0.9 * positive}
     formulas |= {"squared": positive**2 + 9 * (quality == -3), "graded": 0.9 * positive * graded}
@@ -140,7 +140,7 @@ def real(frames, clip, field="features"):
 def windows_oracle(frames, clip, max_frames):
     """Returns the frames of one clip, then means of each frame and the next frames of a ring."""
     own = real(frames, clip)
-    # The library orders the ring by this hash of a frame's number. Means have 2 to `max_frames`.
+    # This hash of the index of a real frame orders the ring. Means have 2 to `max_frames` frames.
     ring = sorted(range(len(own)), key=lambda number: number * 2654435769 % 2**32)
     merged = []
     for number in range(len(own)):
@@ -155,7 +155,7 @@ def test_fixed_windows_match_a_loop(dtype, x64):
     frames = make_frames([9, 1, 3, 0, 6], max_frames=9, dtype=dtype)
     frames.mask[0, 4] = frames.mask[4, 0] = False  # as if a filter had removed two frames
 
-    with jax.enable_x64(x64):
+    with jax.enable_x64(x64):  # the hash is the same with 64-bit integers
         union = fuse("windows", None, frames, max_frames=4)
 
     assert union.features.dtype == dtype
@@ -411,7 +411,7 @@ def test_short_clips_are_joined_long_clips_are_cut_and_other_clips_stay_as_they_
                 parts = [real(frames, each) for each in dict.fromkeys((clip, partner))]
                 for joined in (union, of_padded):
                     np.testing.assert_array_equal(real(joined[name], clip), np.concatenate(parts))
-            assert np.all(np.diff(real(union["face"], clip, "number")) > 0)
+            assert np.all(np.diff(real(union["face"], clip, "number")) > 0)  # also of two clips
         for clip in (4, 5, 6):  # not chosen, or empty
             np.testing.assert_array_equal(real(union["face"], clip), real(face, clip))
         start = real(face, 2, "number").tolist().index(real(union["face"], 2, "number")[0])

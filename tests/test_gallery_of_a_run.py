@@ -42,7 +42,7 @@ def map_of(ranked, data):
 
 def test_gallery_has_the_settings_and_clips_of_its_run_and_ranks_like_it(made, run, data):
     """At most 3 training clips lack a usable frame. All strangers are distractors of val."""
-    assert made.backend.settings._asdict() == run.manifest["settings"] | {"within": 0.5}
+    assert made.backend.settings._asdict() == run.manifest["settings"] | {"within": 0.5}  # fixed
     labels, val = data.split("train").labels, data.split("val")
     assert {*made.identities} == {*data.identities}
     assert 0 <= np.sum(labels > 0) - sum(made.identities.values()) <= 3

@@ -146,7 +146,7 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
         (lambda: add(30), "clip name must be"),
         (lambda: add("a\nb"), "control"),
         (lambda: add("x" * 1001), "longer than 1,000 letters"),
-        (lambda: add("bad", good.vector[:5]), "'bad'", "shape (13,)"),  # 8 + 5
+        (lambda: add("bad", good.vector[:5]), "'bad'", "shape (13,)"),  # face: 8, audio: 5
         (lambda: add("bad", good.vector.astype(np.float64)), "'bad'", "float64"),
         (lambda: add("bad", good.vector * np.nan), "'bad'", "not finite"),
         (lambda: add("bad", good.vector * 0), "'bad'", "no usable frame"),
@@ -156,7 +156,7 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
 
 
 def test_back_end_is_fitted_again_without_removed_or_replaced_clips(tmp_path):
-    """The gallery's parameters (its back end) were fitted to clips of people, not of strangers."""
+    """The back end was fitted to all clips of people. Clip 30 stays fitted as Ada's clip."""
     gallery = make(tmp_path / "g", FITTED)
     gallery.relabel("clip 30", None)  # the clip of person 3 becomes a clip of a stranger
     assert gallery.clips["clip 30"].fitted and "clip 30" in gallery.strangers
@@ -235,8 +235,8 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
 
     Before p0 is removed, the sum of all clips minus the known clips is the vector of p0.
     """
-    x = exact(np.random.default_rng(0), people=12, clips=2, width=16, within=0.2)
-    removed, *others = x.reshape(-1, 16)[1:].astype(np.float32)  # p0 has one clip
+    drawn = exact(np.random.default_rng(0), people=12, clips=2, width=16, within=0.2)
+    removed, *others = drawn.reshape(-1, 16)[1:].astype(np.float32)  # p0 has one clip
     vectors = enumerate([removed, *others])
     clips = {f"{n}": StoredClip(f"p{(n + 1) // 2}", x, fitted=True) for n, x in vectors}
     backend = fit_backend(clips, {"x": 16}, centred=centred, settings=SETTINGS)
@@ -246,7 +246,7 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
     def attack():
         """Returns the cosine of the removed vector and the vector that the attacker computes."""
         part: Any = people.backend.parts[0]
-        # With centred vectors, the back end stores a share of the mean of clips of 12 people.
+        # `centre` is the mean. If vectors are centred, only a share of it is in `space.mean`.
         mean = part.space.mean / two_covariance.centre_share(12) if centred else part.centre
         guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
         return abs(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
@@ -269,7 +269,7 @@ def test_removing_the_last_person_empties_the_back_end(tmp_path):
 
 
 def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
-    """`person 2` is removed after `refresh` has read the gallery, and before it has ended."""
+    """A removal begins after `refresh` has read the gallery, and must wait until it has ended."""
     Gallery(gallery.folder).rename("person 1", "Bob")  # gives `refresh` something to read
     read = gallery._store.read
 
@@ -277,7 +277,7 @@ def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
         state = read()
         monkeypatch.setattr(gallery._store, "read", read)
         threads.submit(gallery.remove, identity="person 2")
-        time.sleep(0.2)  # meanwhile, `person 2` is removed
+        time.sleep(0.2)  # without a lock, `person 2` would be removed now
         return state
 
     monkeypatch.setattr(gallery._store, "read", slow_read)
@@ -544,7 +544,7 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
 
 
 def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
-    """The file contains a gallery of an earlier version, vectors, and the gallery's answers."""
+    """The file has an old gallery, vectors, and answers. `fpir` 2/7 lets 1 of 6 strangers pass."""
     with np.load(Path(__file__).parent / "helpers" / "frozen_gallery.npz") as file:
         frozen = dict(file)
     (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())

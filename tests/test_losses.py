@@ -90,7 +90,7 @@ def test_losses_have_finite_gradients_at_extreme_logits_and_cosines(name):
         if name != "smoothed":  # a step never decreases the logit of the label
             assert np.all(np.asarray(gradient)[np.arange(15), labels] <= 0)
 
-    # Cosines just below, at and just above 1, and -1, with the margin of ArcFace.
+    # Cosines just below, at and just above 1 and -1, with ArcFace's margin. All 7 labels are 0.
     ends = np.nextafter(np.float32(1), np.array([0, 1, 2], np.float32))
     of_label = 30 * np.concatenate([ends, -ends, [0]])
     logits = np.stack([of_label, of_label[::-1]], axis=1).astype(np.float32)

@@ -207,10 +207,10 @@ def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
 
 
 @pytest.mark.parametrize(("labels", "counts"), [
-    # 4000 clips are drawn: 400 clips of each of 10 people, or 100 clips of each of 40 people.
+    # At most 4000 clips are drawn, and 400 of a person: 10 people x 400, or 40 people x 100.
     (np.tile(np.arange(51), 600), {0: 40, 400: 10}),
     (np.tile(np.arange(51), 100), {0: 10, 100: 40}),
-    # 30,000 people have a clip. Every 600th of these people has a second clip.
+    # 50 of 30,000 people have a second clip. First, 10 of these are drawn: 10 x 2 + 3980 clips.
     (np.append(np.arange(1, 30_001), np.arange(1, 30_001, 600)), {0: 26_010, 1: 3980, 2: 10}),
 ], ids=["600 clips of 50 people", "100 clips of 50 people", "most have one"])  # fmt: skip
 def test_settings_are_fitted_on_enough_people_with_two_clips_or_more(labels, counts):
@@ -221,7 +221,7 @@ def test_settings_are_fitted_on_enough_people_with_two_clips_or_more(labels, cou
 
 
 def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice(monkeypatch):
-    """The number of cores makes no difference."""
+    """A fitted value differs from its PRIOR. The number of cores makes no difference."""
     faces = exact(np.random.default_rng(0), people=30, clips=4, width=16, within=0.5)
     labels, faces = np.repeat(np.arange(1, 31), 4), faces.reshape(-1, 16)
     vectors = {"face": faces, "audio": np.zeros_like(faces)}
@@ -231,7 +231,7 @@ def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice(monke
         return plda_fit.fit_settings(vectors, labels, given, seed=0)
 
     for num_voices in (0, 1):
-        vectors["audio"][:num_voices] = 0.25
+        vectors["audio"][:num_voices] = 0.25  # a unit vector of 16 numbers
         assert fit(cores=5).stranger != plda_fit.PRIOR["stranger"]
         fitted = fit(cores=1, within=0.33)
         assert fitted == fit(cores=5, within=0.33)
@@ -269,7 +269,7 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     assert len(set(settings["scale"])) == 3  # a different scale for each member
     assert "within" not in settings  # it is given, so it is not fitted
 
-    # A run of only this member, see `ensemble.only`, has the same settings.
+    # A run of only member 1 (see `ensemble.only`) has its scale. All members share `centred`.
     single: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
     assert single["centred"] == settings["centred"] and single["scale"] == settings["scale"][1]
 
@@ -327,7 +327,7 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     assert not enrolled.known[0]  # a class without a clip
     assert np.abs(ratios[:, 0]).max() < 1e-9
 
-    counts = np.array([1, 2, 4])
+    counts = np.array([1, 2, 4])  # clips of three groups, which are compared with each other
     groups = [group[:count] for group, count in zip(groups, counts, strict=False)]
     means = [((group - space.mean) @ space.transform).mean(axis=0) for group in groups]
     for row, group in enumerate(groups):

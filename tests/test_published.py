@@ -155,8 +155,8 @@ def test_settings_equal_the_published_settings(spec, settings):
         "classifier/logits/kernel": (6 * 512, 10_035),
     }),
     # models/models.py, ArcFaceSceneModel and ArcSceneFeatModel; channel_attention_layer.py.
-    # A net sees 15 of 16 chunks: 480 of 512 numbers of a face, 1920 of 2048 of a scene.
-    # 482 is a face with its two scores, and 602 also has the 120 numbers of the scene's branch.
+    # A net sees 15 of 16 chunks: 480 of 512 numbers of a face, 1920 of 2048 of a scene. 482 is a
+    # face with two scores. 602 adds 120 of the scene's branch. Hidden widths: 2 x 482, 2 x 1920.
     (f"{DEEPMEF},views", {
         "main/channel_attention/theta/kernel": (40, 20),
         "main/channel_attention/phi/kernel": (40, 20), "main/channel_attention/g/kernel": (40, 20),
@@ -340,7 +340,7 @@ def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
     # 50 frames: 40 different frames are drawn, each with the same probability, 40 / 50.
     assert counts[:, 0].max() == 1
     np.testing.assert_allclose(counts[:, 0].mean(axis=0), 0.8, atol=0.08)
-    # 40 frames: all are drawn, in random order.
+    # 40 frames: all are drawn, in random order. The mean place of frame 7 is near 39 / 2.
     assert (counts[:, 1, :40] == 1).all()
     assert 17 < np.argmax(drawn[:, 1] == 7, axis=1).mean() < 22
     # 5 frames: each is drawn 8 times on average, and its count is binomial.
@@ -391,7 +391,7 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
 
 
 def test_weight_of_mirror_classes_rises_every_20_epochs():
-    """noise_weight = [0.1, ..., 0.6], each for a tenth of 200 epochs."""
+    """noise_weight = [0.1, 0.15, ..., 0.5, 0.6], each for a tenth of 200 epochs."""
     config, system = official(NOISE)
     mirror = jnp.array([10_034 + 3691 + 1])  # the first class after "other", people and clusters
     epochs = (0, 19.9, 20.1, 45, 99.9, 100.1, 179.9, 180.1, 199)

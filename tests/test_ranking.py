@@ -103,7 +103,7 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, monkeypatch
 
     before = path.read_bytes()
     for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
-        refused(write, "name another file, or delete it")
+        refused(write, "name another file, or delete it")  # the file exists
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
@@ -116,8 +116,8 @@ def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
         ("out.parquet", "pip install 'vidjax[parquet]'", "-e '.[parquet]'", "or end the name in"),
     ):  # fmt: skip
         refused(functools.partial(tables.check_new, tmp_path / name), *remedies)
-    only = refused(lambda: tables.check_new(tmp_path / "out.parquet", (".parquet",)), "[parquet]")
-    assert "end the name" not in only
+    error = refused(lambda: tables.check_new(tmp_path / "out.parquet", (".parquet",)), "[parquet]")
+    assert "end the name" not in error  # no other ending is allowed
 
 
 def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):

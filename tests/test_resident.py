@@ -212,10 +212,10 @@ def test_auto_mode_is_resident_if_clips_fit_in_memory_and_places_in_int32(data, 
 
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
-    for plan, num_drawn in ((huge, 100), (layout, 2**31)):  # clips in all batches
-        assert resident.choose_mode("auto", plan, mesh, num_drawn) == "streaming"
+    for either, num_drawn in ((huge, 100), (layout, 2**31)):  # num_drawn: clips in all batches
+        assert resident.choose_mode("auto", either, mesh, num_drawn) == "streaming"
         with pytest.raises(ValueError, match="too many for an int32"):
-            resident.choose_mode("resident", plan, mesh, num_drawn)
+            resident.choose_mode("resident", either, mesh, num_drawn)
 
 
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):

@@ -72,7 +72,7 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
     named = {clip: "Zo\u00eb" if name == bob else name for clip, name in before.items()}
     assert f"Saved: {bob} is Zo" in text and "Undo" in text
-    # The cut list begins 0.25 s earlier than Bob: at 1.75 s, that is 1 s and 18 of 24 frames.
+    # In more.mkv, Bob appears at 2 s. The cut begins 0.25 s earlier: at 1 s and 18 of 24 frames.
     assert " C        00:00:01:18 " in (drawn.out / "cuts" / "Zo\u00eb.edl").read_text()
     assert reviewed.names() == named == reviewed.names_after_restart()
     assert "Undone" in reviewed.post("undo")
@@ -171,7 +171,7 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
 
 @pytest.mark.slow
 def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed):
-    """Eve is enrolled with the first clip of more.mkv. Then another film replaces more.mkv."""
+    """Eve in more.mkv is enrolled, so Eve in party.mkv gets her name. Then more.mkv is replaced."""
     bob = reviewed.names()["more.s001.t00"]  # such as "unknown 2"
     reviewed.post(do="name", of="clip: more.s000.t00", person="Eve")
     write_film(reviewed.films[1], (2, 20, [("Bob", 30, 30)]))
@@ -247,15 +247,15 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     assert client.get(f"film/{'9' * 5000}").status_code == 404, "Python parses at most 4,300 digits"
     assert "choose a shorter name" in client.get(f"thumbnails/x/{'x' * 5000}.png").text
 
-    async def call(_=None):
+    async def call(_=None):  # receives and sends: the browser has closed the connection
         return {"type": "http.disconnect"}
 
     headers = [(b"host", f"127.0.0.1:{PORT}".encode())]
     scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/change", "headers": headers}
-    asyncio.run(client.app(scope, call, call))
+    asyncio.run(client.app(scope, call, call))  # raises no error
 
     monkeypatch.setattr(who, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
-    reviewed.post(do="name", of="unknown 2", person="Eve")
+    reviewed.post(do="name", of="unknown 2", person="Eve")  # is saved in the gallery
     shutil.rmtree(drawn.out / "gallery")
     answer = client.get("")
     assert answer.status_code == 503 and "gallery" in answer.text

@@ -40,7 +40,7 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
 
     # In the first part, memory is too small for resident clips. Later parts continue to stream.
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
-    for batch in (4, 7):  # within an epoch, which has 3 or 5 steps
+    for batch in (4, 7):  # a signal before this batch of the part; an epoch has 3 or 5 steps
         with pytest.raises(signals.Interrupted) as caught:
             small.run(config, parts, small.Interrupting(data, batch, signum))
         monkeypatch.undo()
@@ -99,7 +99,7 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, 
 def test_epoch_has_only_clips_with_a_frame_that_a_member_learns_from(data):
     words = ("data.whole_epochs=true", "ensemble.min_quality=90,100", "ensemble.poor_clips=drop")
     config = small.shrunk(*(f"--config.{word}" for word in words), spec=MLP)
-    # Clips with a frame of quality 90, the lower bound of two members.
+    # One member learns from frames of quality 90 or more, the other from 100 or more.
     wanted = [clip for clip, face in real_frames(data, "train") if (face.quality >= 90).any()]
 
     assert 0 < len(wanted) < len(data.split("train").clips)

@@ -66,8 +66,8 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     for kind in ("vtt", "srt"):  # the names in the first and the last shot
         assert (out / "subtitles" / f"party.{kind}").read_text().count("-->") == 2
 
-    # --padding starts Bob's cut at 3.5 s. The cut ends with the film. In a cut list, the film has
-    # 24000/1001 frames per second: 6 s are 143 frames. A second of a time code has 24 frames.
+    # --padding starts Bob's cut at 3.5 s. The cut ends with the film. The lowest rate of cut lists
+    # is 24000/1001 frames per second: 6 s are 143 frames. A second of a time code has 24 frames.
     assert {path.name for path in (out / "cuts").iterdir()} == {"Ada.edl", "Bob.edl"}
     assert "  C        00:00:03:12 00:00:05:23 00:00" in (out / "cuts" / "Bob.edl").read_text()
     page = (out / "names.html").read_text()
@@ -84,7 +84,7 @@ def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(dra
         write_photo(films / name, ("Bob", 20, 30))
     write_film(films / "party.MKV", shot("Ada"))
     (films / "link").symlink_to(films / "2019")
-    for path in (drawn.friends, ada, films):
+    for path in (drawn.friends, ada, films):  # the message counts the photos of each folder
         for name in ("Thumbs.db", "party.srt", "party.nfo"):
             (path / name).write_text("no picture")
     empty.mkdir()
@@ -146,12 +146,12 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     assert numbers(films / "e.mkv")["e.s000.t00"] == "unknown 4"
     # A number is not used again for another person after it was joined with a lower number.
     joined = who.read_numbers(drawn.out).join(["unknown 2", "unknown 7"])
-    assert joined.keep([], ()).highest == 7
+    assert joined.keep([], ()).highest == 7  # although no film is kept
 
 
 def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
     list_faces = mock.Mock(wraps=who._list_faces)  # lists the faces of all people in photos
-    resolve = mock.Mock(side_effect=who.UnknownNumbers.resolve)  # the number of an unknown person
+    resolve = mock.Mock(side_effect=who.UnknownNumbers.resolve)  # once for each unknown person
     monkeypatch.setattr(who, "_list_faces", list_faces)
     monkeypatch.setattr(who.UnknownNumbers, "resolve", lambda *args: resolve(*args))
 
@@ -159,7 +159,7 @@ def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypat
     calls_for_one_person = list_faces.call_count
     drawn.meet("Ada", "Bob")  # now three people have photos
 
-    assert list_faces.call_count == 2 * calls_for_one_person
+    assert list_faces.call_count == 2 * calls_for_one_person  # in two calls of vidjax who
     assert resolve.call_count == 2, "Bob and Ada, who is in two shots, were unknown at first"
 
 
@@ -312,7 +312,7 @@ def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, mon
     # Ada has her photo and the clip of unknown 1. Bob has a photo, and Eve has a clip.
     assert Gallery(drawn.out / "gallery").identities == {"Ada": 2, "Bob": 1, "Eve": 1}
 
-    table.write_text(named)  # as it was before the call
+    table.write_text(named)  # as if the call had ended before it removed the enrolled rows
     shutil.rmtree(drawn.friends / "Ada")
     assert drawn.who(film).content["people"] == {"Bob": 1, "Eve": 1}
 
@@ -444,7 +444,7 @@ def test_people_with_only_voices_have_no_doubtful_photos(drawn):
     voice = np.ones((3, made_nets.WIDTH), np.float32)
     write_npz(drawn.folder / "heard.npz", {"heard": {"face": voice[:0], "audio": voice}})
     drawn.gallery("enrol", f"--input={drawn.folder / 'heard.npz'}", "--identity=Eve")
-    shutil.rmtree(drawn.friends / "Ada")
+    shutil.rmtree(drawn.friends / "Ada")  # so no enrolled clip has a face
     assert drawn.who(photo).content["people"] == {"Eve": 1}
 
 
@@ -474,8 +474,8 @@ def test_enrol_reports_photos_without_one_good_face_and_ignores_tracks_without_c
     drawn.run(*words, "--clip=two.f02")
     assert Gallery(gallery).identities == {"Ada": 2, "Bob": 1}
 
-    # The JSON file of a photo lists a track for each face. The file of clips now lacks a face of
-    # two.png, so the other face is enrolled. The clip of one.png has no track and is enrolled, too.
+    # The JSON file of a photo has a track for each face. two.png loses a clip: one face is left.
+    # The track of one.png loses its clip, so one.png shows no face. Eve gets both remaining clips.
     pipeline.extract([photos / "one.png"], two, drawn.models)
     write_npz(two / "two.npz", {"two.f01": read_arrays(two)["two.f01"]})
     facts = two / "videos" / "one.json"
@@ -534,7 +534,7 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
 
 
 def test_tagged_person_is_enrolled_although_the_folder_of_this_name_shows_others(drawn):
-    for folder, shown in {"Ada": "Bob", "Bob": "Eve"}.items():
+    for folder, shown in {"Ada": "Bob", "Bob": "Eve"}.items():  # folder -> tagged person
         face = (shown, 40, 40)
         write_photo(drawn.friends / folder / "1.png", face, tagged=[face])
     assert drawn.who(write_group(drawn)).content["people"] == {"Bob": 1, "Eve": 1}
@@ -553,7 +553,7 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_only(drawn, w
     _, output = drawn.who(film, code=1)
     assert "forgotten" not in output and "Bob cannot be recognised" in output
     photo.write_bytes(whole)
-    assert drawn.who(film).content["people"] == {"Ada": 2, "Bob": 2, "Eve": 1}
+    assert drawn.who(film).content["people"] == {"Ada": 2, "Bob": 2, "Eve": 1}  # Bob: tag, label
     # The code is 1, because the gallery and the results still contain Bob.
     content, _ = drawn.run("forget", "--identity=Bob", drawn.out, code=1)
     assert {place["kind"] for place in content["places"]} == {"gallery", "who"}
@@ -566,7 +566,7 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_only(drawn, w
         shutil.rmtree(photo.parent)
 
     assert "Bob no longer has photos and is forgotten" in drawn.who(film).output
-    assert "Bob" not in Gallery(drawn.out / "gallery").identities
+    assert "Bob" not in Gallery(drawn.out / "gallery").identities  # the label is gone, too
     assert drawn.run("forget", "--identity=Bob", drawn.out).content["places"] == []
 
 
@@ -582,7 +582,7 @@ def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
     assert "contains no photos" in drawn.who(film, code=2).output
     assert not out.exists()
 
-    # The first call had no folder of people.
+    # Now there is a gallery, because the first call had no folder of people.
     drawn.who(film, people=False)
     assert "add photos" in drawn.who(film, code=2).output
 

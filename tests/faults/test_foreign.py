@@ -81,13 +81,13 @@ def test_locks_logs_and_results_overwrite_no_file_of_the_user(tmp_path):
     victim.write_text("mine\n")
     for name in ("timing.jsonl", "metrics.json"):
         (tmp_path / name).symlink_to(victim)
-    refused(lambda: files.open_log(tmp_path / "timing.jsonl"), "copy")
-    files.write_text(files.make_folder(tmp_path) / "metrics.json", "{}")
+    refused(lambda: files.open_log(tmp_path / "timing.jsonl"), "copy")  # appending would change it
+    files.write_text(files.make_folder(tmp_path) / "metrics.json", "{}")  # replaces the link
     assert (tmp_path / "metrics.json").read_text() == "{}"
 
     os.link(victim, tmp_path / "metrics.jsonl")
     with files.open_log(tmp_path / "metrics.jsonl") as log:
-        files.append(log, b"more\n")
+        files.append(log, b"more\n")  # to a copy of the hard link's file
     assert victim.read_text() == "mine\n"
     assert (tmp_path / "metrics.jsonl").read_text() == "mine\nmore\n"
 
@@ -105,7 +105,7 @@ def test_every_mode_refuses_a_pipe_link_or_folder_in_place_of_a_file(stranger, c
         for kind, expected in words.items():
             mutations.put(path, kind, target=kept)
             code, output = complaint(mode, stranger)
-            assert code in (2, 3) and name in output, output
+            assert code in (2, 3) and name in output, output  # 3: no usable checkpoint
             assert all(word in output for word in expected), output
 
         assert kept.read_bytes() == content
@@ -220,7 +220,7 @@ def load_latest(folder):
     "link", quick_first([pytest.param("state/sub", id="folder"), pytest.param("", id="checkpoint")])
 )
 def test_deleting_old_checkpoints_deletes_nothing_behind_a_link(tmp_path, link):
-    """A link leads to files of the user, and the manifest of a stranger's checkpoint lists them."""
+    """A stranger's checkpoint, or its folder `state/sub`, is a link to the user's folder."""
     outside, folder = tmp_path / "outside", tmp_path / "run"
     (outside / "sub").mkdir(parents=True)
     for name in ("thesis.tex", "sub/photo.jpg"):
@@ -228,9 +228,9 @@ def test_deleting_old_checkpoints_deletes_nothing_behind_a_link(tmp_path, link):
     theirs = save(folder, 0)
     save(folder, 1)
     manifest = checkpoint.read_manifest(theirs)
-    manifest["files"] = dict.fromkeys(("thesis.tex", "photo.jpg", "sub/photo.jpg"), "0" * 64)
+    manifest["files"] = dict.fromkeys(("thesis.tex", "sub/thesis.tex", "sub/photo.jpg"), "0" * 64)
     files.write_manifest(theirs / "manifest.json", manifest)
-    shutil.copy(theirs / "manifest.json", outside)
+    shutil.copy(theirs / "manifest.json", outside)  # lists files of the user as its own
     (outside / "state").symlink_to(outside)  # so that `outside` looks like a whole checkpoint
     shutil.rmtree(theirs / "state" if link else theirs)
     (theirs / link).parent.mkdir(exist_ok=True)
@@ -246,8 +246,8 @@ def test_deleting_old_checkpoints_deletes_nothing_behind_a_link(tmp_path, link):
 
 
 @pytest.mark.parametrize(("name", "kind", "words"), [
-    *[("new/.zarray", kind, r"\.zarray") for kind in ("pipe", "zero", "link")],
-    ("", "pipe", "a pipe"),  # any file that the manifest lists
+    *[("new/.zarray", kind, r"\.zarray") for kind in ("pipe", "zero", "link")],  # not listed
+    ("", "pipe", "a pipe"),  # a file that the manifest lists
 ])  # fmt: skip
 def test_checkpoint_with_a_pipe_link_or_device_is_damaged(tmp_path, name, kind, words):
     """Orbax, which reads checkpoints, would wait forever for a pipe or the end of /dev/zero."""

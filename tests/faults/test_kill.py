@@ -155,7 +155,7 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
     odd.finish(program=program, cwd=here, **ODD, **places)
 
     assert not [*home.rglob("*")]  # no file of SHADOWS was imported
-    assert {path.stem for path in here.iterdir()} == {*SHADOWS}
+    assert {path.stem for path in here.iterdir()} == {*SHADOWS}  # there is no new file
     # config.json differs, because it contains the folder of the data.
     assert odd.outcome() | {"config.json": wanted["config.json"]} == wanted
 

@@ -243,7 +243,7 @@ def test_conversion_after_a_killed_conversion_gives_the_same_bytes(tmp_path, cam
 
     assert any(killed)
     prepare(source, cache)
-    assert len(names(root)) == 1
+    assert len(names(root)) == 1  # the records, without remains of killed conversions
 
 
 def test_conversion_on_a_full_disk_ends_with_one_error_and_leaves_no_files(tmp_path, campaign, say):
