@@ -394,7 +394,7 @@ def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     darkest = len(first) + steps  # the last picture of the fade out
     assert abs(cut_frame - darkest) <= 3 + steps / 3
 
-    # A fade out at the end is no cut, and black frames are no shot.
+    # Black frames at the end begin no shot. After black frames at the start, a shot begins.
     black = np.zeros((30, 36, 64, 3))
     assert find_cuts(filmed(rng, first, fade(first[-1:], 20), black)) == []
     assert find_cuts(filmed(rng, black, first)) == [len(black)]

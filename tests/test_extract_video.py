@@ -222,10 +222,10 @@ def test_undamaged_frames_of_a_truncated_or_damaged_film_are_read(film):
     assert lost > 0 and len(frames) + lost == pytest.approx(60, abs=10)
 
 
-def test_film_that_claims_two_billion_times_is_damaged(tmp_path):
+def test_film_that_claims_two_billion_time_stamps_is_damaged(tmp_path):
     films.write(tmp_path / "a.mp4", [films.scene(0)])
     content = bytearray((tmp_path / "a.mp4").read_bytes())
-    at = content.index(b"stts") + 8  # the number of entries in the table of times
+    at = content.index(b"stts") + 8  # the number of entries in the table of time stamps
     content[at : at + 4] = b"\x7f" * 4
     (tmp_path / "a.mp4").write_bytes(content)
     refused(tmp_path / "a.mp4", "a.mp4' is damaged")

@@ -313,6 +313,7 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, mad
     out = tmp_path / "out"
     words = ("identify", folder, f"--input={day}", f"--out={out}", "--k=3", "--json")
     done = tell(*words)
+    # The gallery has too few strangers to measure a threshold, so the rule is `new`.
     assert (done["tables"], done["rule"]["by"], done["threshold"]) == (4, "new", None)
     wanted = [made.identify(clips, k=3) for clips in TABLES if clips]
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]

@@ -377,7 +377,10 @@ def test_photos_that_are_alike_count_less():
 
 @pytest.mark.parametrize("people", [1, 7])
 def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
-    """With gamma shapes D / 2, vectors are Gaussian, and correlated by means that they share."""
+    """With gamma shapes D / 2, the vectors are Gaussian.
+
+    All vectors share the mean of the population. The vectors of a person also share a mean.
+    """
     rng, width = np.random.default_rng(people), 6
     wide = 1e6  # variance of each dimension of the population's mean, which is unknown at first
     card = distance.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)

@@ -177,8 +177,9 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
     for wrong in (-0.1, np.nan):
         refused(lambda x=wrong: compute(fpir=x), "fpir must be from 0 to 1")
 
-    # With a new stranger, 28 of 99 become 29 of 100, and 0 of 9 become 1 of 10. In floating point,
-    # 0.29 * 100 is below 29, and 1 - 0.9 is below 0.1. These errors must not change the numbers.
+    # A new stranger may pass, too. So 28 of 99 strangers count as 29 of 100, a rate of 0.29. And 0
+    # of 9 count as 1 of 10, a rate of 0.1. In floating point, 0.29 * 100 is below 29, and 1 - 0.9
+    # is below 0.1. These errors must not change the counts.
     assert metrics.count_allowed(99, 0.29) == 28
     assert metrics.count_allowed(9, 1 - 0.9) == 0
 

@@ -127,7 +127,7 @@ def _read_column(
             whole &= column % 1 == 0
         if not whole.all():
             raise UserError(
-                f"{place} {column[~whole][0]} is not a whole number of 0 or more: "
+                f"{place} {column[~whole][0]} is not a whole number from 0 to {2**31 - 1}: "
                 "count frames from 0"
             )
     with np.errstate(over="ignore"):

@@ -206,7 +206,7 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
 
     Two entries of a row list up to three pairs (index of another identity, number of clips):
     - `lost_to`: clips of the identity that score highest for the other identity. The index -1
-      counts clips that are not in the list of their best identity.
+      counts clips whose best identity is unknown, because its list of k clips lacks them.
     - `mixed_with`: clips of the other identity among the first n places of the list, where n is the
       number of clips of the identity. The index -1 counts distractors.
     """

@@ -402,7 +402,7 @@ class _Ranker:
       scorers: a scorer for each model.
       pool: [N] bool, True for the clips that all models score.
       ranking: the ranking by the blend of all models, or by the only model.
-      best: the highest score of each clip over all identities, on the devices.
+      best: ClipScores on the devices, with the highest score of each clip over all identities.
     """
 
     def __init__(

@@ -190,7 +190,8 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
 
     The second clip has only the last modality. `padding` is the number of padded frames after the
     longest clip. If the run classifies single frames of several modalities, there is an additional
-    clip. It has one frame of the last modality, which the run must repeat for each other frame.
+    clip. In the last modality, it has a single frame, which the run must repeat for each frame of
+    the other modalities.
     """
     # The run scores the additional clip in a separate call. Padding to the length of other clips
     # would hide that it has a single frame.

@@ -155,7 +155,8 @@ class Draft:
     def _is_new(self, name: str, clip: StoredClip) -> bool:
         """Returns True if a clip is new, or if the clip of a stranger gets a person.
 
-        Raises UserError if the clip is enrolled with another person or vector.
+        Raises UserError if the clip is enrolled with another person or vector. A stranger's clip
+        that is enrolled with a person is not new, and raises no error.
         """
         old = self.clips.get(name)
         if old is None:

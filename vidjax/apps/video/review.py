@@ -205,7 +205,7 @@ class Review:
                 self._saved = version
 
     def _find_clips(self, of: str) -> tuple[tuple[str, ...], str, str]:
-        """Returns the clips, the name and a description of `of`, a person or an appearance."""
+        """Returns the clips, the name and a description of the person or the appearance `of`."""
         for x in self._decision.appearances:
             if of == CLIP + x.clips[0]:
                 film = next(film for film in self._films if film.video == x.video)

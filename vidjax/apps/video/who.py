@@ -10,7 +10,7 @@ The results are these files:
     OUT/names.jsonl    the same table for programs
     OUT/names.html     the same table as a page with timelines
     OUT/unknown.tsv    clips of unknown people: write names into it and call the command again
-    OUT/unknown.json   the numbers of unknown people, so that later calls use the same numbers
+    OUT/unknown.json   the numbers of unknown people, and corrections by a user, for later calls
     OUT/subtitles/     a .vtt and a .srt file for each video
     OUT/cuts/          .edl files for each person, for programs that edit films
 
@@ -208,7 +208,7 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
 
 def rename_denied(out: Path, person: str, to: str) -> None:
-    """Renames a person in `unknown.json`, which lists names that a user removed from clips."""
+    """Renames a person in the list of names that a user removed from clips (`unknown.json`)."""
     numbers = read_numbers(out).rename(person, to)
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
 
