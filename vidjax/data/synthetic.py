@@ -457,30 +457,20 @@ def _place_boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
     return np.round(np.concatenate([centre - half, centre + half], axis=1), 2)
 
 
-_OPTION_TEXTS = {
-    "wrong_clips": "share of clips in which a third of the frames show another person",
-    "blur": "how much noisier the frames of low quality are",
-    "label_noise": "share of labelled train clips with the label of another person",
-    "train_distractors": "share of train clips that show a stranger",
-    "missing_rate": "share of clips without a face; heads, bodies and voices are missing as often",
-    "false_modality": "share of clips with the face or the voice of another person",
-}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that writes the synthetic dataset, and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = messages.Parser(
         prog="python -m vidjax.data.synthetic",
         usage="%(prog)s OUT_DIR [--size=small|standard] [--seed=0] [--OPTION=VALUE]",
-        description="Write the synthetic dataset in the layout of iQIYI-VID.",
+        description="Write the synthetic dataset in the layout of iQIYI-VID. configs/README.md "
+        "explains each option as the field data.OPTION.",
     )
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
     parser.add_argument("--seed", type=int, default=0)
     for name, value in CALIBRATED._asdict().items():
-        about = f"{_OPTION_TEXTS[name]} (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=about)
+        parser.add_argument(f"--{name}", type=float, default=value)
 
     def command() -> int:
         args = vars(parser.parse_args(words))
