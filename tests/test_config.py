@@ -200,6 +200,7 @@ def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
 
     assert config_io.load_file("mma:face").modalities == ("face",)
+    assert config_io.load_file("knn:head").modalities == ("head",)
     for name in ("mmaa", "configs/mma.py", "mma.py"):
         with pytest.raises(ValueError, match="'mma'"):  # the error suggests this name
             config_io.load_file(name)

@@ -29,18 +29,19 @@ def test_clusters_are_chains_of_neighbouring_finite_directions(min_samples, want
     refused(lambda: plan.cluster(vectors * np.nan, eps=0.5, min_samples=2), "not finite")
 
 
-def test_relabelling_by_prediction_matches_the_published_arithmetic_of_columns() -> None:
+@pytest.mark.parametrize("keep", ["label", "prediction"])
+def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
     """The published code has no class "other" (0), so its numbers of classes are lower by 1."""
     layout = NoiseClassLayout(num_identities=4934, num_clusters=3691)
     assert layout.num_columns == 1 + 2 * 4934 + 3691
     predicted = np.arange(layout.num_columns - 1)  # every class, with its published number
     label = np.full(len(predicted), layout.num_columns - 2)  # the last class, a mirror class
 
-    new = plan.relabel(label + 1, predicted + 1, layout, keep="prediction") - 1
+    new = plan.relabel(label + 1, predicted + 1, layout, keep=keep) - 1
 
-    # A predicted identity (below 4934) becomes its mirror class.
-    moved = np.where(predicted < 4934, predicted + 4934 + 3691, predicted)
-    np.testing.assert_array_equal(new, moved)
+    # A predicted identity (below 4934) becomes its mirror class. Otherwise, `keep` says what stays.
+    kept = predicted if keep == "prediction" else label
+    np.testing.assert_array_equal(new, np.where(predicted < 4934, predicted + 4934 + 3691, kept))
 
 
 def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> None:
@@ -60,3 +61,4 @@ def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
     new = plan.relabel(labels, predicted, LAYOUT)
     np.testing.assert_array_equal(new, np.where(moves, predicted + 3 + 2, labels))  # see LAYOUT
+    np.testing.assert_array_equal(plan.relabel(new, predicted, LAYOUT), new)  # nothing moves twice

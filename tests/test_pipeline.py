@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.helpers.batches import eval_batches, rows_of, train_batches
+from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
 from tests.helpers.clip_files import (
     RAGGED,
     as_arrays,
@@ -81,6 +81,14 @@ def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
         assert epoch[2].batch_mask.tolist() == [True] * 7 + [False]
         for frames in epoch[2].frames.values():
             assert not any(field[7:].any() for field in frames)
+
+
+@streams
+def test_resumed_stream_equals_the_uninterrupted_stream(dataset):
+    for examples in (None, np.arange(0, 60, 2)):
+        options = {"splits": ("train", "val"), "batch_size": 9, "epoch_clips": examples}
+        whole = take_batches(dataset, 12, **options)
+        assert_equal(whole[5:], take_batches(dataset, 7, step=5, **options))
 
 
 @streams
