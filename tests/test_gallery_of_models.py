@@ -1,6 +1,5 @@
 """Galleries of nets with cards, without a run: friends, strangers, groups and times."""
 
-import functools
 import os
 from pathlib import Path
 from unittest import mock
@@ -245,21 +244,6 @@ def test_rank_omits_clips_that_share_no_modality_with_the_person(with_voices):
     assert [clip for clip, _ in with_voices.rank(clips, threshold=0.4)["Ada"]] == ["face"]
 
 
-def test_stranger_odds_multiply_the_odds_of_a_new_person(tmp_path, models):
-    (ada,) = draw(4, people=1, clips=2)
-    odds = []
-    for ratio in (1.0, 3.0):
-        gallery = Gallery.of_models(tmp_path / f"{ratio}", models, stranger_odds=ratio)
-        gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
-        (best,) = gallery.identify({"query": {"face": ada[1:]}}).values()
-        odds.append(np.expm1(-best.score))  # (1 - p) / p, where p is the probability of Ada
-    assert odds[1] == pytest.approx(3 * odds[0])
-    create = functools.partial(Gallery.of_models, tmp_path / "refused", models)
-    for ratio in (0, -1.0, np.inf, np.nan):
-        refused(functools.partial(create, stranger_odds=ratio), "above 0")
-    assert not (tmp_path / "refused").exists()
-
-
 def test_all_clips_of_a_group_get_one_answer(gallery):
     ada, eve = draw(5, people=2, clips=8)
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
@@ -375,14 +359,18 @@ def test_photos_that_are_alike_count_less():
         assert counted == pytest.approx(wanted, abs=0.02)
 
 
+@pytest.mark.parametrize("has_mean", [False, True])
 @pytest.mark.parametrize("people", [1, 7])
-def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
+def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people, has_mean):
     """With gamma shapes D / 2, the vectors are Gaussian.
 
-    All vectors share the mean of the population. The vectors of a person also share a mean.
+    All vectors share the mean of the population. The vectors of a person also share a mean. The
+    mean in a card is the mean of CARD_PEOPLE people.
     """
     rng, width = np.random.default_rng(people), 6
-    wide = 1e6  # variance of each dimension of the population's mean, which is unknown at first
+    mean = rng.normal(size=width) if has_mean else np.zeros(width)
+    # The variance of each dimension of the population's mean. Without a card, the mean is unknown.
+    wide = (0.3 + 0.9) / distance.CARD_PEOPLE / width if has_mean else 1e6
     card = distance.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
@@ -390,7 +378,7 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
 
     means = np.stack([photos[owner == n].mean(axis=0) for n in range(people)])
     effective = counts.astype(float)  # independent photos: all count
-    known = distance.population(card, [means], [effective], [counts])
+    known = distance.population(card, mean if has_mean else None, [means], [effective], [counts])
     share, variance = distance.posterior(card, known, effective)
     centres = known.mean + share[:, None] * (means - known.mean)
     square, square_to_mean = (np.sum((clip - x) ** 2, axis=-1) for x in (centres, known.mean))
@@ -403,7 +391,8 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people):
         """Returns the log density of all photos and the clip if the clip shows the person `of`."""
         who, both = np.append(owner, of), np.vstack([photos, clip])
         summed = card.between * (who[:, None] == who) + card.within * np.eye(len(who))
-        return sum(stats.multivariate_normal.logpdf(x, cov=wide + summed / width) for x in both.T)
+        cov = wide + summed / width
+        return sum(stats.multivariate_normal.logpdf(x, cov=cov) for x in (both - mean).T)
 
     wanted = [density(n) - density(people) for n in range(people)]  # `people` is a new person
     np.testing.assert_allclose(ratios, wanted, atol=1e-3)
@@ -414,7 +403,7 @@ def test_people_are_named_and_probabilities_of_strangers_are_calibrated(people, 
     """Half of the clips show strangers, so the mean probability should be 0.5."""
     # Photos of a person share no noise, or half of it, like photos of one day.
     for shared, most_error in ((0.0, 0.05), (0.5, 0.1)):
-        probabilities = []
+        figures = []
         for seed in range(2):
             made = Population(seed)
             known, strangers = made.people(people), made.people(150)
@@ -422,14 +411,28 @@ def test_people_are_named_and_probabilities_of_strangers_are_calibrated(people, 
             shown = np.concatenate([known[person], strangers])
             photos, clips = made.photos(known, count, shared), unit(shown + made.noise(300))
             stranger, *of_people = np.exp(log_probabilities(photos, clips)).T
-            probabilities.append(stranger.mean())
 
             best = np.argmax(of_people, axis=0)
-            has_name, right = np.max(of_people, axis=0) > 0.5, best[:150] == person
-            assert np.mean(has_name[:150] & right) >= 0.97
-            assert np.mean(has_name[:150] & ~right) <= 0.01 and np.mean(has_name[150:]) <= 0.02
+            has_name, is_right = np.max(of_people, axis=0) > 0.5, best[:150] == person
+            right, wrong = np.mean(has_name[:150] & is_right), np.mean(has_name[:150] & ~is_right)
+            figures.append((stranger.mean(), right, wrong, has_name[150:].mean()))
 
-        assert abs(np.mean(probabilities) - 0.5) < most_error
+        probability, right, wrong, strangers_named = np.mean(figures, axis=0)
+        assert right >= 0.97 and wrong <= 0.01 and strangers_named <= 0.02
+        assert abs(probability - 0.5) < most_error
+
+
+@pytest.mark.parametrize("dimensions", [16, 32, 100])
+@pytest.mark.parametrize("variance", [0.04, 0.16, 0.9])
+def test_shape_of_distances_is_half_the_number_of_dimensions(dimensions, variance):
+    """Before they are scaled to unit length, vectors are Gaussian about a common vector."""
+    rng = np.random.default_rng(dimensions)
+    noise = rng.normal(size=(2, 50_000, dimensions)) * np.sqrt(variance / dimensions)
+    product = np.sum(noise[0] * noise[1], axis=1) + 1 - variance
+    lengths = np.sqrt(np.sum(noise**2, axis=2) + 1 - variance)
+    cosines = product / lengths[0] / lengths[1]
+    shape = distance.count_shape(1 - cosines.mean(), cosines.std())
+    assert shape == pytest.approx(dimensions / 2, rel=0.05)
 
 
 def measure_groups(num_people, clips_of_each):

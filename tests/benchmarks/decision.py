@@ -19,7 +19,6 @@ from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend, grouping
 from vidjax.apps.video.cards import PUBLISHED, BackEnd
 from vidjax.apps.video.tracks import find_changes
-from vidjax.apps.video.who import STRANGER_ODDS
 
 CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
 
@@ -56,7 +55,7 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
     A draw enrols `known` people with `count` photos each. `photos` [P, K, D] are vectors of K
     photos of P people. If `votes` is True, all tracks of a group get the same name.
     """
-    model = backend.make_card_backend({"face": CARD}, STRANGER_ODDS)
+    model = backend.make_card_backend({"face": CARD})
     rng, figures, probabilities, rights = np.random.default_rng(0), [], [], []
     groups = grouping.group(model, films.clips, [films.vectors], films.apart, absorb=False)
     owner = groups if votes else np.arange(len(groups))

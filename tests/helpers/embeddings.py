@@ -21,12 +21,15 @@ class Population:
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
         within, between, same, different = DLIB
-        # The spread of two people is the spread of B in n directions plus the spread of W.
+        # The sum of the squared variances of all directions determines the spread of the distance
+        # of two people. W and B share a third of the directions of W.
         square = (within + between) ** 2 / different - within**2 / same
-        n_within, n_between = round(2 * same), round(2 * between**2 / square)
+        n_within = round(2 * same)
+        first = n_within * 2 // 3
+        shared = 2 * between * within * (n_within - first) / n_within
+        n_between = round(2 * (between**2 + shared) / square)
         self.within, self.between = np.zeros((2, WIDTH))
         self.within[:n_within] = within / n_within
-        first = n_within * 2 // 3
         self.between[first : first + n_between] = between / n_between
         self.mean = np.sqrt(max(1 - within - between, 0)) * np.eye(WIDTH)[-1]
 

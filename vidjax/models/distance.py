@@ -14,8 +14,11 @@ the shape n / 2. The vector e has a direction that is uniform in n_different dim
 squared length has a gamma distribution. The vectors of the population are Gaussian in these
 dimensions. So the probabilities of any number of people sum to 1.
 
-The N enrolled people determine m. If each has a single clip, the posterior of m has the variance
-(W + B) / N.
+The cosines of a card are cosines of vectors that were scaled to unit length. Scaling makes cosines
+spread less: `count_shape` computes n without this effect.
+
+The card may contain an estimate of m, which the N enrolled people correct. Otherwise, only these
+people determine m. If each has a single clip, the posterior of m then has the variance (W + B) / N.
 
 Clips of the same day share a part of e. So the vectors of a person with k clips differ less from
 each other than the card predicts, and count as fewer clips, see `effective_count`.
@@ -33,6 +36,7 @@ import numpy as np
 
 PRIOR_CLIPS = 1.0  # weight, in clips, of the prior that clips share no part of e
 MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
+CARD_PEOPLE = 24  # the mean in a card has the weight of this many enrolled people
 
 
 class Distances(NamedTuple):
@@ -60,8 +64,21 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
     # Distances between people do not spread less than distances within a person. So the shape for
     # a person is at most the shape for two people.
     within, total = 1 - same[0], 1 - different[0]
-    shapes = (within / same[1]) ** 2, (total / different[1]) ** 2
+    shapes = count_shape(within, same[1]), count_shape(total, different[1])
     return Distances(within, total - within, min(shapes), shapes[1])
+
+
+def count_shape(variance: float, deviation: float) -> float:
+    """Returns n / 2, where n is the effective number of dimensions in which vectors differ.
+
+    `variance` and `deviation` are 1 minus the mean, and the standard deviation, of the cosine of
+    two unit vectors.
+    """
+    # Before scaling, let a vector be c + g, where |c|^2 = 1 - V, and g is Gaussian in n dimensions
+    # across c, with the variance V. Then |c + g|^2 = 1 + d, where d has the variance 2 V^2 / n. To
+    # first order, the cosine of c + g and c + h is (1 - V) + g.h - (1 - V) (d + d') / 2, and its
+    # variance is V^2 / n + (1 - V)^2 V^2 / n.
+    return (variance / deviation) ** 2 * (1 + (1 - variance) ** 2) / 2
 
 
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
@@ -81,11 +98,14 @@ def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray)
 
 def population(
     distances: Distances,
+    mean: np.ndarray | None,
     means: Sequence[np.ndarray],
     effective: Sequence[np.ndarray],
     counts: Sequence[np.ndarray],
 ) -> Population:
     """Computes the posterior of the mean vector of all people. People without a clip are ignored.
+
+    `mean` [D] is the mean of people in the card of the net, if the card contains it.
 
     People may be split into blocks. For each block of P people, `means` has the means of the unit
     vectors of each person [P, D], `effective` the effective numbers of clips [P] (see
@@ -95,9 +115,13 @@ def population(
         np.where(count > 0, 1 / (distances.between + distances.within / k), 0)
         for k, count in zip(effective, counts, strict=True)
     ]
-    total = max(float(sum(weight.sum() for weight in weights)), 1e-12)
-    mean = sum(weight @ mean for weight, mean in zip(weights, means, strict=True)) / total
-    return Population(np.asarray(mean), 1 / total)
+    sums = [weight @ x for weight, x in zip(weights, means, strict=True)]
+    total = float(sum(weight.sum() for weight in weights))
+    if mean is not None:
+        prior = CARD_PEOPLE / (distances.between + distances.within)
+        sums, total = [*sums, prior * mean], total + prior
+    total = max(total, 1e-12)
+    return Population(np.asarray(sum(sums) / total), 1 / total)
 
 
 class Posterior(NamedTuple):

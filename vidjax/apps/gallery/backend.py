@@ -56,6 +56,7 @@ class Part(NamedTuple):
     centre: np.ndarray  # [D] float64, is subtracted from vectors; 0 if a run has subtracted it
     space: Space | None = None  # the parameters of PLDA, if vectors are compared by PLDA
     distances: Distances | None = None  # the parameters, if vectors are compared by distances
+    mean: np.ndarray | None = None  # [D] float64, the mean of all people, if the card contains it
 
     @property
     def may_be_offscreen(self) -> bool:
@@ -85,7 +86,8 @@ class Part(NamedTuple):
     def arrays(self) -> list[np.ndarray]:
         """Returns all parameters as arrays, in the order in which `from_numbers` reads them."""
         if self.space is None:
-            return [self.centre, np.array(self.distances)]
+            means = [] if self.mean is None else [self.mean]
+            return [self.centre, np.array(self.distances), *means]
         return [self.centre, *map(np.asarray, self.space)]
 
 
@@ -219,19 +221,19 @@ def fit(
     return Backend(tuple(parts), settings)
 
 
-def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float = 1.0) -> Backend:
+def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
     """Makes a back end that compares clips by distances.
 
-    `back_ends` are modality -> distribution of cosines, from the card of an embedding net.
-    `stranger_odds` is the expected number of clips of strangers per clip of an enrolled person.
+    `back_ends` are modality -> distribution of cosines, from the card of an embedding net. Half of
+    the clips are expected to show strangers.
     """
     parts = []
     for name, back_end in back_ends.items():
         distances = distance.from_cosines(back_end.same, back_end.different)
-        parts.append(Part(name, np.array(back_end.centre, np.float64), distances=distances))
-    odds = float(np.log(stranger_odds))
+        mean = None if back_end.mean is None else np.array(back_end.mean, np.float64)
+        parts.append(Part(name, np.array(back_end.centre, np.float64), None, distances, mean))
     settings = Settings(
-        within=1.0, between=1.0, scale=1.0, unenrolled=0.0, stranger=odds, centred=1.0
+        within=1.0, between=1.0, scale=1.0, unenrolled=0.0, stranger=0.0, centred=1.0
     )
     return Backend(tuple(parts), settings)
 
@@ -254,29 +256,34 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
     return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 
 
-def sizes(width: int, by_card: bool) -> list[int]:
-    """Returns the sizes of the arrays of `Part.arrays`, for vectors [width].
+class Kind(NamedTuple):
+    """A description of the arrays of a part, see `Part.arrays`."""
 
-    `by_card` is True if vectors are compared by distances, and False for PLDA.
-    """
-    return [width, len(Distances._fields)] if by_card else [width, width, width * width, width]
+    name: str  # the modality, or `embedding`
+    width: int  # D
+    by_card: bool  # True if vectors are compared by distances, and False for PLDA
+    has_mean: bool  # True if the card contains the mean of all people
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes of the arrays."""
+        width = self.width
+        if self.by_card:
+            return [width, len(Distances._fields), *([width] if self.has_mean else [])]
+        return [width, width, width * width, width]
 
 
-def from_numbers(
-    kinds: Sequence[tuple[str, int, bool]], settings: Settings, numbers: np.ndarray
-) -> Backend:
-    """Makes a back end from `numbers`, which `Backend.numbers` returned.
-
-    `kinds` has a tuple for each modality: its name, D, and True if it is compared by distances.
-    """
+def from_numbers(kinds: Sequence[Kind], settings: Settings, numbers: np.ndarray) -> Backend:
+    """Makes a back end from `numbers`, which `Backend.numbers` returned."""
     parts, at = [], 0
-    for name, width, by_card in kinds:
-        arrays = []
-        for size in sizes(width, by_card):
+    for kind in kinds:
+        name, width, arrays = kind.name, kind.width, []
+        for size in kind.sizes:
             arrays.append(numbers[at : at + size].astype(np.float64))
             at += size
-        if by_card:
-            parts.append(Part(name, arrays[0], distances=Distances(*arrays[1].tolist())))
+        if kind.by_card:
+            centre, values, *means = arrays
+            parts.append(Part(name, centre, None, Distances(*values.tolist()), *means))
         else:
             centre, mean, transform, ratio = arrays
             space = Space(mean, transform.reshape(width, width), ratio)
@@ -357,15 +364,16 @@ class DistanceRatios:
       radius: [N] float64, the squared distance of a person's posterior mean from m.
     """
 
-    def __init__(self, distances: Distances, people: Sequence[tuple[np.ndarray, ...]]):
+    def __init__(self, part: Part, people: Sequence[tuple[np.ndarray, ...]]):
         """Prepares the comparison with N people.
 
         `people` contains (num_clips, linear, constant) of each block of people, see `People`.
         """
+        assert part.distances is not None
+        distances = self._distances = part.distances
         counts, means, _ = zip(*people, strict=True)
         effective = [distance.effective_count(distances, count, x) for count, _, x in people]
-        self._distances = distances
-        self.population = distance.population(distances, means, effective, counts)
+        self.population = distance.population(distances, part.mean, means, effective, counts)
         centre = self.population.mean
         radius = [x - 2 * mean @ centre + centre @ centre for _, mean, x in people]
         posterior = distance.posterior(distances, self.population, np.concatenate(effective))
@@ -453,7 +461,7 @@ class Index:
                 scale = float(self.backend.settings.scale)
                 scorers.append(Ratios(part, scale, self.counts[number], constant))
             else:
-                scorers.append(DistanceRatios(part.distances, people))
+                scorers.append(DistanceRatios(part, people))
         return scorers
 
     def replaced(self, removed: Collection[str], new: People) -> "Index":

@@ -232,9 +232,7 @@ class Gallery:
         return cls.of_clips(folder, origin, backend, kept, run=run)
 
     @classmethod
-    def of_models(
-        cls, folder: str | Path, models: str | Path, *, stranger_odds: float = 1.0
-    ) -> "Gallery":
+    def of_models(cls, folder: str | Path, models: str | Path) -> "Gallery":
         """Makes an empty gallery for features that `vidjax extract` computes with the given models.
 
         Clips are compared by the distances of their vectors. Each model has a JSON file, its card,
@@ -243,18 +241,12 @@ class Gallery:
         Args:
           folder: a new or empty folder.
           models: the folder of the models and their cards, see `vidjax.apps.video.cards`.
-          stranger_odds: the expected number of clips of strangers per clip of an enrolled person.
 
         Raises:
-          ValueError: no card of a face, head or voice model contains a distribution of distances,
-            or `stranger_odds` is not a finite number above 0.
+          ValueError: no card of a face, head or voice model contains a distribution of distances.
         """
-        check_argument("of_models: stranger_odds", stranger_odds, numbers.Real, "a number")
-        if not 0 < stranger_odds < math.inf:
-            raise UserError(f"stranger_odds={stranger_odds:g}: give a number above 0, such as 1")
         origin, back_ends = make_models_origin(models)
-        backend = backend_lib.make_card_backend(back_ends, stranger_odds)
-        return cls.of_clips(folder, origin, backend, {})
+        return cls.of_clips(folder, origin, backend_lib.make_card_backend(back_ends), {})
 
     @classmethod
     def of_clips(
@@ -617,8 +609,7 @@ class Gallery:
             if was == now:
                 return ()
             backend = state.index.backend
-            odds = float(np.exp(backend.settings.stranger))
-            wide = backend_lib.make_card_backend(back_ends, odds)
+            wide = backend_lib.make_card_backend(back_ends)
             _check_width(wide)
             clips = {
                 name: clip._replace(vector=_widen(clip.vector, backend, wide))

@@ -45,9 +45,9 @@ from vidjax.apps.gallery.backend import (
     MAX_BLOCK_PEOPLE,
     Backend,
     Index,
+    Kind,
     People,
     from_numbers,
-    sizes,
 )
 from vidjax.data.untrusted.names import check_name, normal_form, show
 from vidjax.models.two_covariance import Settings
@@ -96,6 +96,7 @@ class _Part(Struct, omit_defaults=True):
     name: schemas.Text
     width: schemas.Size
     by_card: bool = False
+    has_mean: bool = False
 
 
 class _Facts(Struct):
@@ -478,7 +479,10 @@ def _pack_people(people: People) -> np.ndarray:
 
 def _facts(state: State) -> str:
     backend = state.index.backend
-    parts = [_Part(x.name, len(x.centre), x.distances is not None) for x in backend.parts]
+    parts = [
+        _Part(x.name, len(x.centre), x.distances is not None, x.mean is not None)
+        for x in backend.parts
+    ]
     settings = {name: float(x) for name, x in backend.settings._asdict().items()}
     facts = _Facts(
         state.version, state.run, parts, settings,
@@ -582,8 +586,8 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
 
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
-    kinds = [(part.name, part.width, part.by_card) for part in facts.parts]
-    if len(numbers) != sum(sum(sizes(width, by_card)) for _, width, by_card in kinds):
+    kinds = [Kind(*msgspec.structs.astuple(part)) for part in facts.parts]
+    if len(numbers) != sum(sum(kind.sizes) for kind in kinds):
         raise UserError("its table 'backend' has the wrong number of values")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     if not all(map(math.isfinite, settings)):

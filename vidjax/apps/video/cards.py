@@ -63,6 +63,8 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     # The mean and the standard deviation of the cosine of two embeddings.
     same: Spread  # of one person
     different: Spread  # of two people
+    # The mean of people's vectors after both steps. Without it, enrolled people determine the mean.
+    mean: Annotated[list[Finite], Meta(max_length=65_536)] | None = None
     pairs: tuple[Count, Count]  # number of measured pairs of one person, and of two people
     data: Text  # a description of the measured data
 
@@ -140,10 +142,10 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError("`around` must have left < right and top < bottom")
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
             raise ValueError(f"the `size` of a detector's input must be multiples of {STRIDE}")
-        if self.back_end and len(self.back_end.centre) != self.width:
-            raise ValueError(
-                f"`centre` has {len(self.back_end.centre)} numbers, but `width` is {self.width}"
-            )
+        for name in ("centre", "mean") if self.back_end else ():
+            vector = getattr(self.back_end, name)
+            if vector is not None and len(vector) != self.width:
+                raise ValueError(f"`{name}` has {len(vector)} numbers, but `width` is {self.width}")
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):

@@ -54,7 +54,6 @@ from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
 
 T = TypeVar("T")
-STRANGER_ODDS = 3.0  # the prior: three of four faces in films are strangers
 PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
@@ -349,7 +348,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     try:
         gallery = Gallery(path)
     except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
-        return Gallery.of_models(path, models, stranger_odds=STRANGER_ODDS)
+        return Gallery.of_models(path, models)
     if roles := gallery.widen(models):
         say(
             f"there are new nets ({', '.join(roles)}): the films and photos of this call are read "
