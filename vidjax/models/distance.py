@@ -170,14 +170,33 @@ def stranger_log_density(
     return constant + shape * np.log(shape / variance) - shape * square / variance
 
 
-def pair_log_ratios(distances: Distances, square: np.ndarray, noise: np.ndarray) -> np.ndarray:
+def pair_log_ratios(
+    distances: Distances,
+    square: np.ndarray,
+    noises: tuple[np.ndarray, np.ndarray],
+    to_mean: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
     """Computes log(p(clips | one person) / p(clips | two people)) for pairs of groups of clips.
 
-    `square` is the squared distance between the means of the groups. `noise` is 1 / k + 1 / k' for
-    groups of k and k' effective clips (see `effective_count`).
+    Args:
+      square: the squared distance between the means of the two groups.
+      noises: 1 / k and 1 / k', for groups of k and k' effective clips (see `effective_count`).
+      to_mean: the squared distances of the two means from m, if the card contains m. Clips near m
+        resemble the clips of many people, and the ratio is lower.
     """
-    same = distances.within * noise
-    different = same + 2 * distances.between
+    first, second = noises
+    same = distances.within * (first + second)
     square = np.maximum(square, MIN_SQUARE * distances.within)
     log_density = person_log_density(distances, square, same)
-    return log_density - stranger_log_density(distances, square, different)
+    if to_mean is None:
+        return log_density - stranger_log_density(distances, square, same + 2 * distances.between)
+    # One person: the difference of the means, and the weighted mean of both groups, are independent.
+    # Two people: the means of the groups are independent.
+    share = second / (first + second)
+    joined = share * to_mean[0] + (1 - share) * to_mean[1] - share * (1 - share) * square
+    places = [(joined, first * share), (to_mean[0], first), (to_mean[1], second)]
+    both, one, other = (
+        stranger_log_density(distances, x, distances.between + distances.within * noise)
+        for x, noise in places
+    )
+    return log_density + both - one - other
