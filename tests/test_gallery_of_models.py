@@ -422,6 +422,16 @@ def test_people_are_named_and_probabilities_of_strangers_are_calibrated(people, 
         assert abs(probability - 0.5) < most_error
 
 
+@pytest.mark.parametrize("people", [100, 1000, 5000])
+def test_probabilities_of_strangers_stay_calibrated_with_many_people(people):
+    """Half of the clips show strangers, so the mean probability should be 0.5."""
+    made = Population(people)
+    known, strangers = made.people(people), made.people(500)
+    shown = np.concatenate([known[made.rng.integers(0, people, 500)], strangers])
+    log_stranger = log_probabilities(made.photos(known, 1), unit(shown + made.noise(1000)))[:, 0]
+    assert np.exp(log_stranger).mean() == pytest.approx(0.5, abs=0.05)
+
+
 @pytest.mark.parametrize("dimensions", [16, 32, 100])
 @pytest.mark.parametrize("variance", [0.04, 0.16, 0.9])
 def test_shape_of_distances_is_half_the_number_of_dimensions(dimensions, variance):

@@ -190,8 +190,8 @@ def pair_log_ratios(
     log_density = person_log_density(distances, square, same)
     if to_mean is None:
         return log_density - stranger_log_density(distances, square, same + 2 * distances.between)
-    # One person: the difference of the means, and the weighted mean of both groups, are independent.
-    # Two people: the means of the groups are independent.
+    # For one person, the difference of the means is independent of the mean of all clips. For two
+    # people, the two means are independent.
     share = second / (first + second)
     joined = share * to_mean[0] + (1 - share) * to_mean[1] - share * (1 - share) * square
     places = [(joined, first * share), (to_mean[0], first), (to_mean[1], second)]
