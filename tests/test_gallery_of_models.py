@@ -21,6 +21,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import appearances, cards, doubts
 from vidjax.data.memory import MemoryClips
 from vidjax.models import distance
+from vidjax.utils.errors import VidjaxWarning
 
 VOICE, OTHER_VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:2, None]
 CARD = made_nets.back_end(SAME, DIFFERENT, WIDTH)
@@ -46,7 +47,7 @@ def log_probabilities(photos, clips):
 
 
 def test_mean_vectors_weight_frames_by_quality():
-    """A negative quality counts as 0. If all are 0, the weights are equal."""
+    """A negative quality counts as 0, with a warning. If all are 0, the weights are equal."""
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     quality = np.array([1, 0, 3, -2], np.float32)
     clips = {
@@ -54,7 +55,8 @@ def test_mean_vectors_weight_frames_by_quality():
         "none": {"face": None},
         "a": {"face": {"features": x, "quality": 0 * quality}},
     }
-    loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, identities=())
+    with pytest.warns(VidjaxWarning, match="face: 1 of 8 frames have a quality that is negative.* b"):
+        loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, identities=())
     vectors = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
     np.testing.assert_allclose(vectors["b"], (x[0] + 3 * x[2]) / 4, rtol=1e-6)
     np.testing.assert_allclose(vectors["a"], x.mean(0), rtol=1e-6)
@@ -121,6 +123,32 @@ def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models
     (models / "embed.onnx").unlink()
     python(USE_GALLERY, *ABSENT, cwd=tmp_path)
     assert Gallery(gallery.folder).identities["Ada"] == 1  # the last command
+
+
+def test_values_of_frames_in_a_dict_are_read_as_from_a_file(tmp_path, gallery):
+    """The better of two faces in a clip decides its name, if the clip has qualities."""
+    ada, bob = np.eye(2, WIDTH, dtype=np.float32)
+    gallery.enrol({"a": {"face": ada[None]}}, "Ada")
+    gallery.enrol({"b": {"face": bob[None]}}, "Bob")
+    both, quality = np.stack([ada, bob]), np.array([0.01, 1.0], np.float32)
+    clip = {"face": both, "face_quality": quality, "face_number": [0, 1]}
+    np.savez(tmp_path / "x.npz", **clip)
+    of_file = gallery.identify(gallery.load(tmp_path / "x.npz"))
+    given = {"features": both, "quality": quality}
+    for form in (clip, {"face_quality": quality, "face": both}, {"face": given},
+                 {"face": {"features": both}, "face_quality": quality}):  # fmt: skip
+        assert gallery.identify({"x": form}) == of_file
+        assert gallery.rank({"x": form}) == gallery.rank(gallery.load(tmp_path / "x.npz"))
+    assert of_file["x"].identity == "Bob"
+
+    for wrong, words in (
+        ({"face": both, "face_qualty": quality}, "'face_qualty' is probably misspelt"),
+        ({"face": both, "quality": quality}, "for example to 'face_quality'"),
+        ({"face": given, "face_quality": quality}, "clip x: 'face_quality' is also a key of"),
+        ({"face": both, "face_quality": quality[:1]}, "clip x, face: quality has shape"),
+    ):
+        for call in (gallery.identify, gallery.embed, gallery.rank, gallery.group):
+            refused(lambda call=call, wrong=wrong: call({"x": wrong}), words)
 
 
 def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):

@@ -14,7 +14,7 @@ import numpy as np
 from vidjax.core.batch import BATCHED, Batch, Frames
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import group_files_by_split
-from vidjax.data.checks import list_entries, refuse_unread
+from vidjax.data.checks import describe_bad_values, list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import (
     SPLITS,
@@ -52,6 +52,8 @@ class MemoryClips:
         names: Mapping[str, str],
         modalities: Mapping[str, int],
         identities: Sequence[str],
+        *,
+        official: bool = False,
     ):
         """Makes an object from the checked frames of clips.
 
@@ -59,6 +61,7 @@ class MemoryClips:
           packed: modality -> the frames of all clips, from `packing.pack`.
           names: clip name -> the name in the input, which may end in `.mp4`.
           modalities: modality -> feature width. The model reads these modalities.
+          official: whether the clips are from pickles, in which some qualities are negative.
         """
         if not names:
             raise UserError("the input contains no clips: give one or more clips")
@@ -73,7 +76,7 @@ class MemoryClips:
                     f"width {modalities[name]}\n"
                     "compute them with the same program as the training features"
                 )
-            _warn_of_unused(name, flat)
+            _warn_of_unused(name, flat, official=official)
         staged = stage("clips", packed)
         index = {name: place for place, name in enumerate(staged.clips)}
         self.places, self._starts = np.array([index[name] for name in names]), staged.starts
@@ -239,8 +242,11 @@ def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
         yield clip
 
 
-def _warn_of_unused(modality: str, flat: PackedClips) -> None:
-    """Warns if frames were left out or values were replaced, because they are not finite."""
+def _warn_of_unused(modality: str, flat: PackedClips, *, official: bool) -> None:
+    """Warns if frames were left out, or if values of frames are not finite or negative.
+
+    For `official`, see `describe_bad_values`.
+    """
     if frames := flat.skipped.get("non_finite"):
         clips = flat.skipped_clips.get("non_finite", 0)
         lost = f"\n{clips:,} clips lose all frames" if clips else ""
@@ -248,12 +254,9 @@ def _warn_of_unused(modality: str, flat: PackedClips) -> None:
             f"{modality}: {frames:,} of {flat.seen:,} frames are left out, because their features "
             f"are not finite{lost}\nto use these frames, compute their features again"
         )
-    for name, count in flat.warnings.items():
-        field = name.removeprefix("non_finite_")
-        warn(
-            f"{modality}: {count:,} of {flat.seen:,} frames have a {field} that is not finite: "
-            f"it is replaced by 0\nto use the {field}, write finite numbers"
-        )
+    for bad in flat.find_bad_values():
+        for problem in describe_bad_values(modality, bad, flat.seen, official=official):
+            warn(problem)
 
 
 # The forms of clips that `Predictor` and `Gallery` accept. A dataset also needs a split.
@@ -301,7 +304,7 @@ def load_clips(
                 frames["quality"] = compute_feature_norms(flat.features)
             packed[name] = replace(flat, frames=frames)
     names = {name: name for flat in packed.values() for name in flat.names}
-    return MemoryClips(packed, names, modalities, identities)
+    return MemoryClips(packed, names, modalities, identities, official=True)
 
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:

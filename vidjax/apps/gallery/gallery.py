@@ -134,7 +134,8 @@ class Gallery:
     `len`, `in` and iteration apply to the names of the people.
 
     The argument `clips` of a method is one of these:
-      clips in memory, {clip: {modality: features}}, as for `Predictor.embed`;
+      clips in memory, {clip: {modality: features}}, as for `Predictor.embed`. A clip may also have
+        values of frames, such as `face_quality`;
       a dataset, together with the name of a `split`;
       the vectors that `embed` returns.
 
