@@ -15,6 +15,7 @@ from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
+from vidjax.apps.export import formats as formats_lib, reader
 from vidjax.apps.gallery import answers as answers_lib, backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
@@ -149,6 +150,51 @@ def test_values_of_frames_in_a_dict_are_read_as_from_a_file(tmp_path, gallery):
     ):
         for call in (gallery.identify, gallery.embed, gallery.rank, gallery.group):
             refused(lambda call=call, wrong=wrong: call({"x": wrong}), words)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e-30, 1e-38, 1e-41, 1e30])
+def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor):
+    rng = np.random.default_rng(3)
+    people, strangers = unit(rng.normal(size=(2, 6, WIDTH))).astype(np.float32)
+    photos = unit(people + 0.02 * rng.normal(size=people.shape)).astype(np.float32)
+    for number, photo in enumerate(photos):
+        gallery.enrol({f"photo{number}": {"face": photo[None]}}, f"person {number}")
+    # Denormal numbers have few digits, so that the expected answers are of the rounded vectors.
+    small = np.float32(factor) * np.concatenate([people, strangers])
+    plain = (small.astype(np.float64) / factor).astype(np.float32)
+    wanted, answers = (gallery.identify(faces("x", x)) for x in (plain, small))
+    assert {answer.identity for answer in wanted.values()} == {None, *gallery.identities}
+    read = formats_lib.make_gallery_arrays(gallery)
+    logs = reader.log_probabilities(read, {"face": small})
+    for row, (name, answer) in enumerate(wanted.items()):
+        best = [(person, pytest.approx(p, abs=1e-5)) for person, p in answer.best]
+        assert list(answers[name].best) == best and answers[name].identity == answer.identity
+        assert np.exp(logs[row, 1:].max()) == pytest.approx(answer.probability, abs=1e-5)
+
+    gallery.enrol({"small": {"face": small[:1]}}, "Small")  # does not resemble other small vectors
+    assert gallery.identify(faces("x", small[6:7]))["x0"].identity is None
+
+
+def test_clips_whose_vectors_are_rounding_errors_are_unknown_and_reported(tmp_path, gallery):
+    ada = np.eye(1, WIDTH, dtype=np.float32)[0]
+    x = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
+    gallery.enrol({"a": {"face": ada[None]}}, "Ada")
+    quality = np.array([0.3, 0.3, 0.6])
+    clips = {
+        "zeros": {"face": np.zeros((2, WIDTH))},
+        "tiny": {"face": np.full((2, WIDTH), 1e-60)},
+        "opposite": {"face": np.stack([x[0], x[1], -(x[0] + x[1]) / 2]), "face_quality": quality},
+    }
+    for name, clip in clips.items():
+        with pytest.warns(VidjaxWarning, match=f"face: 1 clip, such as {name}, have a mean vector"):
+            assert gallery.identify({name: clip})[name].identity is None
+
+    centred = backend.Part("face", np.ones(WIDTH), distances=BACKEND.parts[0].distances)
+    other = Gallery.of_clips(
+        tmp_path / "centred", gallery.origin, BACKEND._replace(parts=(centred,)), {}
+    )
+    with pytest.warns(VidjaxWarning, match="face: 1 clip, such as x0, have a mean vector"):
+        refused(lambda: other.enrol(faces("x", x[:1] * 1e-9), "Ada"), "has a usable frame")
 
 
 def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):

@@ -30,11 +30,13 @@ from vidjax.data.frame_fields import PackedClips, Quality, compute_feature_norms
 from vidjax.data.packing import Clip, Clips, pack, read_dict, stage
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_identity, show
+from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
 from vidjax.utils.scratch import scratch_folder
 
 MAX_BLOCK_FRAMES = 1 << 12  # frames that are copied as float64 at once
+MAX_ROUNDING = 1e-6  # largest rounding error of a mean of float32 numbers, relative to its frames
 
 
 class MemoryClips:
@@ -161,11 +163,12 @@ class MemoryClips:
             }
             yield make_batch(frames, chosen, rows)
 
-    def mean_vectors(self, modality: str) -> np.ndarray:
+    def mean_vectors(self, modality: str, least: float = 0.0) -> np.ndarray:
         """Returns [N, D] float32, the mean feature of each clip of `names`.
 
         Frames are weighted by quality. If no frame of a clip has a quality above 0, all its frames
-        have equal weights. The mean of a clip without frames is 0.
+        have equal weights. The mean of a clip without frames is 0. A mean is also 0, with a
+        warning, if it consists of rounding errors of its frames, or of numbers below `least`.
         """
         vectors = np.zeros((len(self.names), self._widths[modality]), np.float32)
         flat = self._packed.get(modality)
@@ -174,7 +177,7 @@ class MemoryClips:
         lengths, starts = self._split.lengths[modality][self.places], self._starts[modality]
         quality, features = flat.frames["quality"], flat.features
         # A few clips at a time, because all frames as float64 would take up to 8 times the memory.
-        ends = np.cumsum(lengths, dtype=np.int64)
+        ends, empty = np.cumsum(lengths, dtype=np.int64), list[int]()
         blocks = np.flatnonzero(np.diff(ends // MAX_BLOCK_FRAMES)) + 1
         for clips in np.split(np.arange(len(lengths)), blocks):
             length = lengths[clips]
@@ -185,14 +188,25 @@ class MemoryClips:
             total = np.bincount(owner, weight, len(clips))
             weight = np.where(total[owner] > 0, weight, 1.0)
             total = np.bincount(owner, weight, len(clips))
-            sums = np.zeros((len(clips), vectors.shape[1]))
+            sums, sizes = np.zeros((len(clips), vectors.shape[1])), np.zeros(len(clips))
             for at in range(0, len(owner), MAX_BLOCK_FRAMES):  # a clip may be longer than a block
                 part = slice(at, at + MAX_BLOCK_FRAMES)
                 present, begins = np.unique(owner[part], return_index=True)
                 weighted = features[index[part]].astype(np.float64) * weight[part, None]
                 sums[present] += np.add.reduceat(weighted, begins, axis=0)
+                size = np.maximum(weighted.max(axis=1), -weighted.min(axis=1))
+                sizes[present] += np.add.reduceat(size, begins)
             filled = length > 0
-            vectors[clips[filled]] = sums[filled] / total[filled, None]
+            largest = np.maximum(sums.max(axis=1), -sums.min(axis=1))[filled]
+            usable = largest > np.maximum(MAX_ROUNDING * sizes, least * total)[filled]
+            vectors[clips[filled]] = sums[filled] / total[filled, None] * usable[:, None]
+            empty += clips[filled][~vectors[clips[filled]].any(axis=1)].tolist()
+        if empty:
+            warn(
+                f"{modality}: {messages.count(len(empty), 'clip')}, such as "
+                f"{show(self.names[empty[0]])}, have a mean vector that is 0 or almost 0: they "
+                "count as clips without frames\nto use these clips, compute their features again"
+            )
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
 RANK_ROWS = 64  # clips that are ranked together
 EMBED_ROWS = 32  # clips that are embedded together
+MIN_SHARE = 1e-6  # smallest usable vector of a clip, relative to the centre of all vectors
 EMBEDDING = "embedding"  # if the run is not PLDA, this word replaces the modality
 
 
@@ -412,8 +413,9 @@ class Gallery:
         """Computes the vectors of clips.
 
         In a gallery of a run, the run computes the vectors. In a gallery of models, see
-        `of_models`, the vector of a modality is the mean of its frames. If `clips` are already
-        vectors, they are returned unchanged.
+        `of_models`, the vector of a modality is the mean of its frames. If this mean is almost 0,
+        the clip has no usable frame, and a warning appears. If `clips` are already vectors, they
+        are returned unchanged.
 
         Args:
           clips, split: see the class.
@@ -437,7 +439,11 @@ class Gallery:
                 "a gallery of models has no run, so it cannot embed a split of a dataset\n"
                 "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
-        parts = {part: clips.mean_vectors(part) for part in widths}
+        parts = {
+            # If the centre is subtracted from a far smaller vector, only the centre remains.
+            part.name: clips.mean_vectors(part.name, MIN_SHARE * np.abs(part.centre).max())
+            for part in self.backend.parts
+        }
         advance(len(clips.names))
         return Vectors(clips.names, parts, (None,) * len(clips.names))
 
