@@ -17,7 +17,7 @@ properties, such as `clips` and `version`, show the content that was read last, 
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
 computes an answer uses one state. A change is first written to the folder. If writing fails, folder
-and memory stay as they were.
+and memory stay as they were, see `store.UncertainWriteError` for an exception.
 
 A removed person leaves no trace in the folder. From the back end and all clips except one, the
 vector of this one clip could be computed. Therefore `remove` fits the back end again to all clips
@@ -141,7 +141,8 @@ class Gallery:
       the vectors that `embed` returns.
 
     A method that changes the gallery returns when the change is on the disk. After an error,
-    nothing is changed. All these methods raise ValueError if another process is changing the
+    nothing is changed. If the disk fails after the change was written, the message of the OSError
+    says that the gallery was changed. All these methods raise ValueError if another process is changing the
     gallery, or if the gallery is read-only. They raise OSError if the disk is full or fails.
     """
 

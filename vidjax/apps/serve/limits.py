@@ -28,7 +28,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import NobodyError
-from vidjax.apps.gallery.store import UnreadableError, UnwritableError
+from vidjax.apps.gallery.store import UncertainWriteError, UnreadableError, UnwritableError
 from vidjax.utils import files
 from vidjax.utils.errors import Expected, InUseError, UserError, describe_system_error
 
@@ -48,6 +48,9 @@ REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
     UnreadableError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be read" + SEE_LOG, None),
     UnwritableError: (
         HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be changed" + SEE_LOG, None
+    ),
+    UncertainWriteError: (
+        HTTPStatus.INSUFFICIENT_STORAGE, "the gallery was changed, but its disk fails" + SEE_LOG, 10
     ),
     PermissionError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be used" + SEE_LOG, None),
     TimeoutError: (HTTPStatus.SERVICE_UNAVAILABLE, "the answer took too long: try again", 1),
