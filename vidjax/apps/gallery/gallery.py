@@ -142,8 +142,9 @@ class Gallery:
 
     A method that changes the gallery returns when the change is on the disk. After an error,
     nothing is changed. If the disk fails after the change was written, the message of the OSError
-    says that the gallery was changed. All these methods raise ValueError if another process is changing the
-    gallery, or if the gallery is read-only. They raise OSError if the disk is full or fails.
+    says that the gallery was changed. All these methods raise ValueError if another process is
+    changing the gallery, or if the gallery is read-only. They raise OSError if the disk is full or
+    fails.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
@@ -355,7 +356,12 @@ class Gallery:
     @property
     def identities(self) -> dict[str, int]:
         """The enrolled people, sorted: name -> number of clips."""
-        return {name: len(clips) for name, clips in self._read_current().people.items()}
+        return {name: len(clips) for name, clips in self.people.items()}
+
+    @property
+    def people(self) -> dict[str, tuple[str, ...]]:
+        """The enrolled people, sorted: name -> sorted names of their clips."""
+        return self._read_current().people
 
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""

@@ -7,8 +7,9 @@ For speed, a row of a table contains many people or clips: their names are the l
 `words`, and their numbers are entries of an array in the column `numbers`.
 
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
-it. If the disk fails after the change, in the last step, UncertainWriteError is raised. An enrolment adds people and clips at the end of their tables. If a name occurs several times in
-a table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
+it. If the disk fails after the change, in the last step, UncertainWriteError is raised. An
+enrolment adds people and clips at the end of their tables. If a name occurs several times in a
+table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
 that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: rows
 that SQLite has moved may leave copies in other pages.)
 
