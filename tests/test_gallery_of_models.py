@@ -7,7 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from tests.benchmarks import decision
 from tests.helpers import made_nets
@@ -514,6 +514,45 @@ def measure_groups(num_people, clips_of_each):
     labels = grouping.group(BACKEND, names, [clips])
     main_people = [np.bincount(truth[labels == n]).max() for n in {*labels.tolist()}]
     return len(main_people), sum(main_people) / len(truth)
+
+
+def test_a_pair_is_joined_if_its_odds_exceed_the_number_of_groups(gallery):
+    """The odds that two clips show one person are 1 / G x the likelihood ratio of the clips.
+
+    A gallery with one person and the prior odds 1 gives the likelihood ratio.
+    """
+    first, other = np.eye(2, WIDTH, dtype=np.float32)
+    gallery.enrol({"a": {"face": first[None]}}, "Ada")
+
+    def turn(angle):
+        return (np.cos(angle) * first + np.sin(angle) * other).astype(np.float32)[None]
+
+    def ratio(angle):
+        p = gallery.identify({"b": {"face": turn(angle)}})["b"].probability
+        return p / (1 - p)
+
+    angle = optimize.brentq(lambda x: np.log(ratio(x) / 5), 0.35, 0.8)
+    assert ratio(angle) == pytest.approx(5, rel=1e-3)
+    pair = {"a": {"face": first[None]}, "b": {"face": turn(angle)}}
+    for count in (0, 2, 4, 20):  # clips of other people, who resemble nobody
+        others = faces("x", np.eye(WIDTH, dtype=np.float32)[2 : 2 + count])
+        groups = gallery.group(pair | others, absorb=False)
+        assert len({*groups.values()}) == count + (1 if count + 2 < 5 else 2)
+        assert (groups["a"] == groups["b"]) == (count + 2 < 5)
+
+
+def test_a_stranger_who_sets_the_threshold_does_not_reach_it_in_another_batch():
+    """Sums of float32 numbers depend on the size of the batch."""
+    photos, strangers = draw(1, people=3000, clips=1), draw(2, people=100, clips=1)[:, 0]
+    people = BACKEND.enrol([f"{n:05}" for n in range(3000)], photos[:, 0], np.arange(3000))
+    index = backend.Index(BACKEND, [people])
+    best = np.array([match.best[0][1] for match in index.nearest([strangers], 1)])
+    limits = [answers_lib.threshold(best[[row]], 0.5, 3000).score for row in range(len(best))]
+    for size in (1, 2, 7, 64):
+        for at in range(0, len(strangers), size):
+            again = index.nearest([strangers[at : at + size]], 1)
+            scores = np.array([match.best[0][1] for match in again])
+            assert (scores < limits[at : at + size]).all()
 
 
 def test_grouping_makes_one_group_per_person(monkeypatch):
