@@ -4,6 +4,7 @@ import functools
 import io
 import sys
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -394,6 +395,16 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     assert load_faces(folder).names == ("x",)
 
 
+def twice():
+    """Returns an .npz that contains two arrays with the same name."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, value in (("face.npy", 1.0), ("face", 2.0)):
+            with archive.open(name, "w") as entry:
+                np.lib.format.write_array(entry, np.full((1, 4), value))
+    return file.getvalue()
+
+
 def begins_too_early():
     """Returns an .npz whose list of entries claims to begin a byte later than it does."""
     file = io.BytesIO()
@@ -404,6 +415,7 @@ def begins_too_early():
 
 
 @pytest.mark.parametrize(("content", "words"), [
+    pytest.param(twice(), "contains the array 'face' twice", id="a name twice"),
     pytest.param(begins_too_early(), "): write it again", id="entry before the file"),
     pytest.param(b"no archive", "): write it again", id="text"),
     pytest.param(b"", "): write it again", id="empty"),
