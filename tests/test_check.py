@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def check_run(folder, check):
 def test_check_reports_negative_qualities(tmp_path, command):
     (tmp_path / "train").mkdir()
     for name in "abcd":
-        quality = {"face_quality": [1, -1]} if name == "c" else {}
+        quality: Any = {"face_quality": [1, -1]} if name == "c" else {}
         np.savez(tmp_path / "train" / f"{name}.npz", face=np.ones((2, 4), np.float32), **quality)
     (tmp_path / "labels.csv").write_text("clip,identity\na,Ada\nb,Bob\nc,Ada\n")
     words = ("name=arrays", f"dir={tmp_path}", f"cache_dir={tmp_path}/cache")

@@ -56,7 +56,9 @@ def test_mean_vectors_weight_frames_by_quality():
         "none": {"face": None},
         "a": {"face": {"features": x, "quality": 0 * quality}},
     }
-    with pytest.warns(VidjaxWarning, match="face: 1 of 8 frames have a quality that is negative.* b"):
+    with pytest.warns(
+        VidjaxWarning, match="face: 1 of 8 frames have a quality that is negative.* b"
+    ):
         loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, identities=())
     vectors = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
     np.testing.assert_allclose(vectors["b"], (x[0] + 3 * x[2]) / 4, rtol=1e-6)
@@ -186,14 +188,14 @@ def test_clips_whose_vectors_are_rounding_errors_are_unknown_and_reported(tmp_pa
         "opposite": {"face": np.stack([x[0], x[1], -(x[0] + x[1]) / 2]), "face_quality": quality},
     }
     for name, clip in clips.items():
-        with pytest.warns(VidjaxWarning, match=f"face: 1 clip, such as {name}, have a mean vector"):
+        with pytest.warns(VidjaxWarning, match=f"face: 1 clip, such as {name}, have a vector"):
             assert gallery.identify({name: clip})[name].identity is None
 
     centred = backend.Part("face", np.ones(WIDTH), distances=BACKEND.parts[0].distances)
     other = Gallery.of_clips(
         tmp_path / "centred", gallery.origin, BACKEND._replace(parts=(centred,)), {}
     )
-    with pytest.warns(VidjaxWarning, match="face: 1 clip, such as x0, have a mean vector"):
+    with pytest.warns(VidjaxWarning, match="face: 1 clip, such as x0, have a vector"):
         refused(lambda: other.enrol(faces("x", x[:1] * 1e-9), "Ada"), "has a usable frame")
 
 

@@ -365,7 +365,9 @@ def test_the_error_of_a_failing_sync_says_whether_the_gallery_was_changed(tmp_pa
     for number in range(1, count + 1):
         flag = f"inject=fdatasync:error=EIO:when={number}"
         text, _ = change(number, "-e", flag)
-        after, words = ("True", "was changed, but") if number == count else ("False", "cannot write")
+        after, words = (
+            ("True", "was changed, but") if number == count else ("False", "cannot write")
+        )
         ignored = number < count and not text  # SQLite ignores an error of a sync of the folder
         assert ignored or (text.startswith(f"True {after} ") and words in text), text
 

@@ -261,7 +261,9 @@ def test_names_are_written_from_one_state_although_another_program_renames(revie
 
 def test_only_naming_asks_about_similar_names(reviewed):
     """A word in the field of the name has no effect on the other buttons."""
-    assert "Saved: unknown 1 is ignored." in reviewed.post(do="ignore", of="unknown 1", person="ada")
+    assert "Saved: unknown 1 is ignored." in reviewed.post(
+        do="ignore", of="unknown 1", person="ada"
+    )
     text = reviewed.post(do="deny", of="clip: party.s000.t00", person="adaa", view="person=Ada")
     assert "is not Ada" in text and "there is already" not in text
     assert reviewed.names()["party.s000.t00"] != "Ada"

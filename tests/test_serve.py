@@ -47,7 +47,7 @@ class Inside(servers.Served):
     """A server that runs in a thread of this process while the context is open."""
 
     def __init__(self, gallery, run=None, limits=SMALL, token=None):
-        app = app_lib.make_app(gallery, run, limits, token)
+        self.app = app = app_lib.make_app(gallery, run, limits, token)
         self.listener = app_lib.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server = uvicorn.Server(app_lib.make_config(app, limits))
@@ -613,7 +613,7 @@ def test_removal_is_answered_after_earlier_answers_have_ended(folder, monkeypatc
 
 def test_answer_of_a_change_is_sent_although_the_memory_is_full(folder):
     with Inside(Gallery(folder)) as server:
-        bodies = server.server.config.app._bodies
+        bodies = server.app._bodies
         bodies._held = bodies._limits.held_bytes
         assert server.ask("GET", "/identities")[0] == 429
         assert server.ask("DELETE", "/identities/person%200")[0] == 200

@@ -201,12 +201,7 @@ class MemoryClips:
             usable = largest > np.maximum(MAX_ROUNDING * sizes, least * total)[filled]
             vectors[clips[filled]] = sums[filled] / total[filled, None] * usable[:, None]
             empty += clips[filled][~vectors[clips[filled]].any(axis=1)].tolist()
-        if empty:
-            warn(
-                f"{modality}: {messages.count(len(empty), 'clip')}, such as "
-                f"{show(self.names[empty[0]])}, have a mean vector that is 0 or almost 0: they "
-                "count as clips without frames\nto use these clips, compute their features again"
-            )
+        warn_of_zeros(modality, [self.names[clip] for clip in empty])
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
@@ -254,6 +249,16 @@ def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
                 f"than {limit:,} bytes, which is a third of the memory\nuse fewer clips at once"
             )
         yield clip
+
+
+def warn_of_zeros(modality: str, clips: Sequence[str]) -> None:
+    """Warns if there are `clips`, which have frames, but whose vectors are 0."""
+    if clips:
+        warn(
+            f"{modality}: {messages.count(len(clips), 'clip')}, such as {show(clips[0])}, have a "
+            "vector that is 0 or almost 0: they count as clips without frames\n"
+            "to use these clips, compute their features again"
+        )
 
 
 def _warn_of_unused(modality: str, flat: PackedClips, *, official: bool) -> None:

@@ -65,7 +65,7 @@ from vidjax.apps.gallery.store import (
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
-from vidjax.data.memory import FrameClips, MemoryClips, load_clips
+from vidjax.data.memory import FrameClips, MemoryClips, load_clips, warn_of_zeros
 from vidjax.data.untrusted.names import find_similar_names, normal_form, show
 from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
@@ -964,7 +964,12 @@ def embed(
     assert values is not None  # there are clips
     people = (None, *source.identities) if chosen.labelled else (None,)
     labels = tuple(people[label] for label in chosen.labels[places].tolist())
-    return Vectors(names, _make_parts(run, values[places]), labels)
+    parts = _make_parts(run, values[places])
+    for part, x in parts.items() if isinstance(clips, Mapping | MemoryClips) else ():
+        lengths = chosen.lengths.get(part, np.sum([*chosen.lengths.values()], axis=0))[places]
+        zeros = np.flatnonzero((lengths > 0) & ~x.any(axis=1))
+        warn_of_zeros(part, [names[clip] for clip in zeros])
+    return Vectors(names, parts, labels)
 
 
 def pad_batches(
