@@ -124,7 +124,7 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, say, 
     people.refresh()
     assert GONE not in people.identities and made_galleries.contents(others.folder) == before
 
-    # Three runs, an export and three folders of `vidjax who` are left, which the user has to change.
+    # Three runs, an export and three folders of `vidjax who` are left. The user has to change them.
     # `--clip` is needed, because the gallery no longer knows the clip of GONE.
     text = say("forget", f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
     assert "places      7, 0 of them deleted" in text and "train without them" in text
