@@ -4,6 +4,7 @@ import functools
 import io
 import sys
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -278,6 +279,52 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
+def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_path, monkeypatch):
+    quality, detection = np.array([1, -1, -2, np.nan]), np.array([1, 1, -1, 1])
+    clips: Any = {name: {"face": np.ones((4, 2), np.float32)} for name in ("a", "b", "c")}
+    clips["b"] |= {"face_quality": quality, "face_detection": detection}
+    (tmp_path / "val").mkdir()
+    for name, values in clips.items():
+        np.savez(tmp_path / "val" / f"{name}.npz", **values)
+    for fields, word, count, effect in (
+        ("quality", "negative", 2, "it counts as 0"), ("quality", "not finite", 1, "replaced by 0"),
+        ("detection", "negative", 1, "it counts as 0"),
+    ):  # fmt: skip
+        wanted = f"face: {count} of 12 frames have a {fields} that is {word}, such as in clip b: "
+        for load in (
+            lambda: memory.load_clips(tmp_path / "val", {"face": 2}, ()),
+            lambda: memory.MemoryClips.from_dict(clips, {"face": 2}, ()),
+            lambda: sources.load(tmp_path, cache_dir=tmp_path / "cache"),
+            lambda: sources.load({"val": clips}, cache_dir=tmp_path / "cache"),
+        ):
+            with pytest.warns(errors.VidjaxWarning) as caught:
+                load()
+            texts = [str(warning.message) for warning in caught]
+            assert any(wanted in text and effect in text for text in texts), texts
+
+    monkeypatch.setattr(
+        "vidjax.data.clip_files.MIN_READER_BYTES", 1
+    )  # several processes read the clips
+    with pytest.warns(errors.VidjaxWarning) as caught:
+        sources.load(tmp_path, cache_dir=tmp_path / "new")
+    texts = " ".join(str(warning.message) for warning in caught)
+    assert "face: 2 of 12 frames have a quality that is negative, such as in clip b" in texts
+
+
+def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path):
+    rng = np.random.default_rng(0)
+    clips = {name: clip_files.random_clip(rng, 3, DIM) for name in ("a", "b")}
+    load = functools.partial(memory.load_clips, tmp_path, {"face": DIM}, ())
+    clips["a"].quality[:] = -1, -30, 150
+    clip_files.write_pickle(tmp_path, "face", "val", clips)
+    load()  # a warning would be an error
+    for clip in clips.values():
+        clip.quality[:] = -1
+    clip_files.write_pickle(tmp_path, "face", "val", clips)
+    with pytest.warns(errors.VidjaxWarning, match="face: 6 of 6 frames .* negative.* clip a:"):
+        load()
+
+
 def test_clips_in_memory_without_a_modality_of_the_run_are_empty_or_refused():
     one, read = {"face": [1.0]}, memory.MemoryClips.from_dict
     for clips, words in (
@@ -350,6 +397,16 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     assert load_faces(folder).names == ("x",)
 
 
+def twice():
+    """Returns an .npz that contains two arrays with the same name."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, value in (("face.npy", 1.0), ("face", 2.0)):
+            with archive.open(name, "w") as entry:
+                np.lib.format.write_array(entry, np.full((1, 4), value))
+    return file.getvalue()
+
+
 def begins_too_early():
     """Returns an .npz whose list of entries claims to begin a byte later than it does."""
     file = io.BytesIO()
@@ -360,6 +417,7 @@ def begins_too_early():
 
 
 @pytest.mark.parametrize(("content", "words"), [
+    pytest.param(twice(), "contains the array 'face' twice", id="a name twice"),
     pytest.param(begins_too_early(), "): write it again", id="entry before the file"),
     pytest.param(b"no archive", "): write it again", id="text"),
     pytest.param(b"", "): write it again", id="empty"),

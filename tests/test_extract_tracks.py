@@ -69,10 +69,19 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
         assert all(len(track.times) >= 5 * fps for track in ended), "seen in 5 of 6 s or more"
 
 
-def test_track_never_mixes_two_people_who_meet_while_one_is_hidden():
-    people = [walk((100, 100), (40, 0)), walk((300, 105), (-40, 0))]  # they meet after 2.5 s
+@pytest.mark.parametrize(("turns", "speed", "below", "hidden"), [
+    (False, 40, 5, (1, 2.05, 2.95)), (False, 10, 0, (1, 2.05, 3.15)),
+    (True, 10, 5, (1, 2.25, 2.95)), (True, 10, 5, (0, 2.05, 3.15)),
+])  # fmt: skip
+def test_track_never_mixes_two_people_who_meet_while_one_is_hidden(turns, speed, below, hidden):
+    """They meet after 2.5 s, and then go on, or turn back."""
+    ways = [
+        walk((200 - 2.5 * speed, 100), (speed, 0)),
+        walk((200 + 2.5 * speed, 100 + below), (-speed, 0)),
+    ]
+    people = [lambda t, way=way: way(min(t, 5 - t) if turns else t) for way in ways]
     for seed in range(5):
-        _, people_of_tracks = follow(people, seconds=5, hidden=(1, 2.05, 2.95), seed=seed)
+        _, people_of_tracks = follow(people, seconds=5, hidden=hidden, seed=seed)
         assert all(len(each) == 1 for each in people_of_tracks), (seed, people_of_tracks)
         assert len(people_of_tracks) <= 4, "each of two tracks may end when the people meet"
 

@@ -82,6 +82,8 @@ def world(tmp_path):
     make_run(tmp_path / "runs" / "clip", clips=("x", "ada 1"))
     make_run(tmp_path / "runs" / "analysis", wrong_clip="ada 1")
     make_run(tmp_path / "runs" / "others")
+    make_run(tmp_path / "exported", ["x", GONE])
+    (tmp_path / "exported" / "export.json").write_text("{}")
     make_who(tmp_path / "photos", GONE, "Eve")
     make_who(tmp_path / "named", "Eve", GONE)
     make_who(tmp_path / "denied", "Eve", "Eve", GONE)
@@ -101,7 +103,7 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, say, 
 
     listed = places(f"--identity={GONE}", world)
     assert {str(Path(path).relative_to(world)): kind for path, (kind, _) in listed.items()} == {
-        "g": "gallery", "cache/arrays/with": "records",
+        "g": "gallery", "cache/arrays/with": "records", "exported": "export",
         **dict.fromkeys(("photos", "named", "denied"), "who"),
         **dict.fromkeys(("runs/identity", "runs/clip", "runs/analysis"), "run"),
     }  # fmt: skip
@@ -122,10 +124,24 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, say, 
     people.refresh()
     assert GONE not in people.identities and made_galleries.contents(others.folder) == before
 
-    # Three runs and three folders of `vidjax who` are left, which the user has to change. `--clip`
-    # is needed, because the gallery no longer knows the clip of GONE.
+    # Three runs, an export and three folders of `vidjax who` are left. The user has to change them.
+    # `--clip` is needed, because the gallery no longer knows the clip of GONE.
     text = say("forget", f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
-    assert "places      6, 0 of them deleted" in text and "train without them" in text
+    assert "places      7, 0 of them deleted" in text and "train without them" in text
+
+
+def test_forget_searches_the_cache_wherever_it_is(tmp_path, places, monkeypatch):
+    records, place = tmp_path / "elsewhere" / "arrays" / "with", tmp_path / "place"
+    converted(records, "ada 1", "x")
+    place.mkdir()
+    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "elsewhere"))
+    wanted = {str(records): ("records", "--delete")}
+    for words in ([place], [tmp_path], [place, tmp_path / "elsewhere"]):
+        assert places("--clip=ada 1", *words) == wanted
+    monkeypatch.chdir(place)
+    assert places("--clip=ada 1") == wanted
+    deleted = places("--clip=ada 1", "--delete", place, code=0)
+    assert deleted[str(records)][1].startswith("deleted") and not records.exists()
 
 
 def test_forget_deletes_what_a_killed_conversion_has_left(tmp_path, places):

@@ -112,6 +112,8 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
     people.add({"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
+    nobody = make(tmp_path / "no strangers", make_clips(strangers=0))
+    refused(lambda: nobody.threshold(1 - 1e-10), "at least 1 clip", "has 0")
     for fpir in (0, 1, float("nan")):
         refused(functools.partial(people.threshold, fpir), "give a number above 0 and below 1")
 

@@ -8,6 +8,7 @@ from tests.helpers.made_galleries import random_clips
 from tests.helpers.seen import refused
 from vidjax.core import metrics
 from vidjax.evaluation import predict, topk
+from vidjax.utils.errors import VidjaxWarning
 
 pytestmark = pytest.mark.slow  # trains
 
@@ -60,6 +61,19 @@ def test_a_vector_does_not_depend_on_other_clips_of_the_batch(made, run):
     every = made.embed(clips)
     for name in every.names:
         np.testing.assert_equal(made.embed({name: clips[name]}), every.only([name]))
+
+
+def test_a_clip_with_tiny_features_is_unknown_and_reported(made, run):
+    """Devices compute in float32, in which the squares of these features are 0."""
+    clips = random_clips(run, 1, 2)
+    name = sorted(clips)[0]
+    clips[name] = {part: x * np.float32(1e-25) for part, x in clips[name].items()}
+    with pytest.warns(VidjaxWarning) as caught:
+        answers = made.identify(clips)
+    texts = [str(warning.message) for warning in caught]
+    wanted = [f"{part}: 1 clip, such as {name}, have a vector that is 0" for part in run.modalities]
+    assert [text[: len(words)] for text, words in zip(texts, wanted, strict=True)] == wanted
+    assert answers[name].identity is None
 
 
 def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data, made):

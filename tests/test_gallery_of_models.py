@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from tests.benchmarks import decision
 from tests.helpers import made_nets
@@ -14,12 +14,14 @@ from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
+from vidjax.apps.export import formats as formats_lib, reader
 from vidjax.apps.gallery import answers as answers_lib, backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import appearances, cards, doubts
 from vidjax.data.memory import MemoryClips
 from vidjax.models import distance
+from vidjax.utils.errors import VidjaxWarning
 
 VOICE, OTHER_VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:2, None]
 CARD = made_nets.back_end(SAME, DIFFERENT, WIDTH)
@@ -45,7 +47,7 @@ def log_probabilities(photos, clips):
 
 
 def test_mean_vectors_weight_frames_by_quality():
-    """A negative quality counts as 0. If all are 0, the weights are equal."""
+    """A negative quality counts as 0, with a warning. If all are 0, the weights are equal."""
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     quality = np.array([1, 0, 3, -2], np.float32)
     clips = {
@@ -53,7 +55,10 @@ def test_mean_vectors_weight_frames_by_quality():
         "none": {"face": None},
         "a": {"face": {"features": x, "quality": 0 * quality}},
     }
-    loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, identities=())
+    with pytest.warns(
+        VidjaxWarning, match="face: 1 of 8 frames have a quality that is negative.* b"
+    ):
+        loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, identities=())
     vectors = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
     np.testing.assert_allclose(vectors["b"], (x[0] + 3 * x[2]) / 4, rtol=1e-6)
     np.testing.assert_allclose(vectors["a"], x.mean(0), rtol=1e-6)
@@ -120,6 +125,77 @@ def test_gallery_of_models_works_without_jax_and_scipy(tmp_path, gallery, models
     (models / "embed.onnx").unlink()
     python(USE_GALLERY, *ABSENT, cwd=tmp_path)
     assert Gallery(gallery.folder).identities["Ada"] == 1  # the last command
+
+
+def test_values_of_frames_in_a_dict_are_read_as_from_a_file(tmp_path, gallery):
+    """The better of two faces in a clip decides its name, if the clip has qualities."""
+    ada, bob = np.eye(2, WIDTH, dtype=np.float32)
+    gallery.enrol({"a": {"face": ada[None]}}, "Ada")
+    gallery.enrol({"b": {"face": bob[None]}}, "Bob")
+    both, quality = np.stack([ada, bob]), np.array([0.01, 1.0], np.float32)
+    clip = {"face": both, "face_quality": quality, "face_number": [0, 1]}
+    np.savez(tmp_path / "x.npz", **clip)
+    of_file = gallery.identify(gallery.load(tmp_path / "x.npz"))
+    given = {"features": both, "quality": quality}
+    for form in (clip, {"face_quality": quality, "face": both}, {"face": given},
+                 {"face": {"features": both}, "face_quality": quality}):  # fmt: skip
+        assert gallery.identify({"x": form}) == of_file
+        assert gallery.rank({"x": form}) == gallery.rank(gallery.load(tmp_path / "x.npz"))
+    assert of_file["x"].identity == "Bob"
+
+    for wrong, words in (
+        ({"face": both, "face_qualty": quality}, "'face_qualty' is probably misspelt"),
+        ({"face": both, "quality": quality}, "for example to 'face_quality'"),
+        ({"face": given, "face_quality": quality}, "clip x: 'face_quality' is also a key of"),
+        ({"face": both, "face_quality": quality[:1]}, "clip x, face: quality has shape"),
+    ):
+        for call in (gallery.identify, gallery.embed, gallery.rank, gallery.group):
+            refused(lambda call=call, wrong=wrong: call({"x": wrong}), words)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e-30, 1e-38, 1e-41, 1e30])
+def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor):
+    rng = np.random.default_rng(3)
+    people, strangers = unit(rng.normal(size=(2, 6, WIDTH))).astype(np.float32)
+    photos = unit(people + 0.02 * rng.normal(size=people.shape)).astype(np.float32)
+    for number, photo in enumerate(photos):
+        gallery.enrol({f"photo{number}": {"face": photo[None]}}, f"person {number}")
+    # Denormal numbers have few digits, so that the expected answers are of the rounded vectors.
+    small = np.float32(factor) * np.concatenate([people, strangers])
+    plain = (small.astype(np.float64) / factor).astype(np.float32)
+    wanted, answers = (gallery.identify(faces("x", x)) for x in (plain, small))
+    assert {answer.identity for answer in wanted.values()} == {None, *gallery.identities}
+    read = formats_lib.make_gallery_arrays(gallery)
+    logs = reader.log_probabilities(read, {"face": small})
+    for row, (name, answer) in enumerate(wanted.items()):
+        best = [(person, pytest.approx(p, abs=1e-5)) for person, p in answer.best]
+        assert list(answers[name].best) == best and answers[name].identity == answer.identity
+        assert np.exp(logs[row, 1:].max()) == pytest.approx(answer.probability, abs=1e-5)
+
+    gallery.enrol({"small": {"face": small[:1]}}, "Small")  # does not resemble other small vectors
+    assert gallery.identify(faces("x", small[6:7]))["x0"].identity is None
+
+
+def test_clips_whose_vectors_are_rounding_errors_are_unknown_and_reported(tmp_path, gallery):
+    ada = np.eye(1, WIDTH, dtype=np.float32)[0]
+    x = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
+    gallery.enrol({"a": {"face": ada[None]}}, "Ada")
+    quality = np.array([0.3, 0.3, 0.6])
+    clips = {
+        "zeros": {"face": np.zeros((2, WIDTH))},
+        "tiny": {"face": np.full((2, WIDTH), 1e-60)},
+        "opposite": {"face": np.stack([x[0], x[1], -(x[0] + x[1]) / 2]), "face_quality": quality},
+    }
+    for name, clip in clips.items():
+        with pytest.warns(VidjaxWarning, match=f"face: 1 clip, such as {name}, have a vector"):
+            assert gallery.identify({name: clip})[name].identity is None
+
+    centred = backend.Part("face", np.ones(WIDTH), distances=BACKEND.parts[0].distances)
+    other = Gallery.of_clips(
+        tmp_path / "centred", gallery.origin, BACKEND._replace(parts=(centred,)), {}
+    )
+    with pytest.warns(VidjaxWarning, match="face: 1 clip, such as x0, have a vector"):
+        refused(lambda: other.enrol(faces("x", x[:1] * 1e-9), "Ada"), "has a usable frame")
 
 
 def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
@@ -453,6 +529,45 @@ def measure_groups(num_people, clips_of_each):
     labels = grouping.group(BACKEND, names, [clips])
     main_people = [np.bincount(truth[labels == n]).max() for n in {*labels.tolist()}]
     return len(main_people), sum(main_people) / len(truth)
+
+
+def test_a_pair_is_joined_if_its_odds_exceed_the_number_of_groups(gallery):
+    """The odds that two clips show one person are 1 / G x the likelihood ratio of the clips.
+
+    A gallery with one person and the prior odds 1 gives the likelihood ratio.
+    """
+    first, other = np.eye(2, WIDTH, dtype=np.float32)
+    gallery.enrol({"a": {"face": first[None]}}, "Ada")
+
+    def turn(angle):
+        return (np.cos(angle) * first + np.sin(angle) * other).astype(np.float32)[None]
+
+    def ratio(angle):
+        p = gallery.identify({"b": {"face": turn(angle)}})["b"].probability
+        return p / (1 - p)
+
+    angle = optimize.brentq(lambda x: np.log(ratio(x) / 5), 0.35, 0.8)
+    assert ratio(angle) == pytest.approx(5, rel=1e-3)
+    pair = {"a": {"face": first[None]}, "b": {"face": turn(angle)}}
+    for count in (0, 2, 4, 20):  # clips of other people, who resemble nobody
+        others = faces("x", np.eye(WIDTH, dtype=np.float32)[2 : 2 + count])
+        groups = gallery.group(pair | others, absorb=False)
+        assert len({*groups.values()}) == count + (1 if count + 2 < 5 else 2)
+        assert (groups["a"] == groups["b"]) == (count + 2 < 5)
+
+
+def test_a_stranger_who_sets_the_threshold_does_not_reach_it_in_another_batch():
+    """Sums of float32 numbers depend on the size of the batch."""
+    photos, strangers = draw(1, people=3000, clips=1), draw(2, people=100, clips=1)[:, 0]
+    people = BACKEND.enrol([f"{n:05}" for n in range(3000)], photos[:, 0], np.arange(3000))
+    index = backend.Index(BACKEND, [people])
+    best = np.array([match.best[0][1] for match in index.nearest([strangers], 1)])
+    limits = [answers_lib.threshold(best[[row]], 0.5, 3000).score for row in range(len(best))]
+    for size in (1, 2, 7, 64):
+        for at in range(0, len(strangers), size):
+            again = index.nearest([strangers[at : at + size]], 1)
+            scores = np.array([match.best[0][1] for match in again])
+            assert (scores < limits[at : at + size]).all()
 
 
 def test_grouping_makes_one_group_per_person(monkeypatch):

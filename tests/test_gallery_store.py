@@ -8,6 +8,7 @@ import random
 import shutil
 import sqlite3
 import struct
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -336,6 +337,39 @@ def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, cam
     for turn in range(100 if campaign else 3):
         place = tmp_path / str(turn)
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
+
+
+CHANGE = """
+import sys
+from tests.test_gallery_store import NEW
+from vidjax.apps.gallery.gallery import Gallery
+gallery = Gallery(sys.argv[1])
+try:
+    gallery.add(NEW)
+except OSError as error:
+    print(gallery.identities == Gallery(sys.argv[1]).identities, "new" in gallery, error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace makes system calls fail")
+def test_the_error_of_a_failing_sync_says_whether_the_gallery_was_changed(tmp_path):
+    def change(number, *flags):
+        folder = make(tmp_path / str(number)).folder
+        log, words = tmp_path / "log", [sys.executable, "-c", CHANGE, folder]
+        ended = limits.run(["strace", "-f", "-o", log, "-e", "trace=fdatasync", *flags, *words])
+        return ended.stdout, log.read_text().count("fdatasync(")
+
+    _, count = change(0)
+    assert count > 1
+    for number in range(1, count + 1):
+        flag = f"inject=fdatasync:error=EIO:when={number}"
+        text, _ = change(number, "-e", flag)
+        after, words = (
+            ("True", "was changed, but") if number == count else ("False", "cannot write")
+        )
+        ignored = number < count and not text  # SQLite ignores an error of a sync of the folder
+        assert ignored or (text.startswith(f"True {after} ") and words in text), text
 
 
 def cut_off(folder):

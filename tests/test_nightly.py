@@ -49,7 +49,7 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
         clip_files.write_npz(tmp_path / "photos" / day, {"Ada Lovelace": ada, "12": twelve})
         clips = clips_of(["3", "Ada Lovelace", "Eve"], 30 + turn)[0]
         clip_files.write_npz(tmp_path / "clips", {day: clips})
-    env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "VIDJAX_CACHE": f"{tmp_path}-cache", "PYTHONPATH": str(ROOT)}
 
     def run(name, day):
         """Runs a block of the page, or another command, as on a day."""

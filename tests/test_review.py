@@ -1,6 +1,8 @@
 """`vidjax who --review`: names are corrected on a page, and the next call keeps the corrections."""
 
 import asyncio
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -14,7 +16,7 @@ from starlette import testclient
 
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import review, who
+from vidjax.apps.video import names_page, review, who
 
 pytestmark = pytest.mark.usefixtures("read_here")
 TOKEN, PORT = "t" * 22, 8123
@@ -199,6 +201,87 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     reviewed.client.get("")  # the page reads the new name
     renamed = {clip: "Ada Lovelace" if x == "Eva" else x for clip, x in denied.items()}
     assert reviewed.names_after_restart() == renamed and "Eva" in denied.values()
+
+
+@pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos", "older"])
+def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
+    """`who` reads the names of an older version, whose `unknown.json` lacks clips of people."""
+    reviewed.post(do="deny", of="clip: party.s000.t00")
+    reviewed.review.save()
+    wanted = drawn.names()
+    gallery = Gallery(drawn.out / "gallery")
+    if how == "relabel":
+        for clip in gallery.people["Ada"]:
+            gallery.relabel(clip, "Eva")
+    elif how == "merge":
+        reviewed.post(do="name", of="clip: more.s000.t00", person="Eva")
+        reviewed.review.save()
+        wanted = drawn.names()
+        gallery.rename("Ada", "Eva", merge=True)
+    elif how == "older":
+        numbers = json.loads((drawn.out / "unknown.json").read_text())
+        del numbers["clips"]
+        (drawn.out / "unknown.json").write_text(json.dumps(numbers))
+        drawn.gallery("rename", "--identity=Ada", "--to=Eva")
+    else:
+        gallery.rename("Ada", "Eva")
+    if how == "photos":  # another photo replaces the photo of the renamed person
+        (drawn.friends / "Ada.png").unlink()
+        write_photo(drawn.friends / "Ada" / "2.png", ("Ada", 50, 50))
+    wanted = {clip: "Eva" if name == "Ada" else name for clip, name in wanted.items()}
+    for _ in range(2):
+        assert reviewed.names_after_restart() == wanted
+        assert wanted["party.s000.t00"] != "Eva" and "Eva" in wanted.values()
+
+
+def test_names_are_written_from_one_state_although_another_program_renames(reviewed, drawn):
+    page, write = drawn.out / "names.html", who.write
+
+    def rename_first(out, decision, padding):
+        with contextlib.suppress(ValueError):
+            Gallery(out / "gallery").rename("Ada", "Eva")
+        assert page.exists(), "the old page stays until the new page is written"
+        write(out, decision, padding)
+
+    before = reviewed.names()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(who, "write", rename_first)
+        assert reviewed.names_after_restart() == before
+    assert ">Ada<" in page.read_text() and ">Eva<" not in page.read_text()
+    reviewed.client.get("")  # the page sees the rename
+    reviewed.review.save()
+    assert reviewed.names() == {c: "Eva" if x == "Ada" else x for c, x in before.items()}
+
+    decision = reviewed.review._decision
+    with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names_page, "render", lambda *_: 1 // 0)
+        who.write(drawn.out, decision)
+    assert ">Eva<" in page.read_text() and reviewed.names()
+
+
+def test_only_naming_asks_about_similar_names(reviewed):
+    """A word in the field of the name has no effect on the other buttons."""
+    assert "Saved: unknown 1 is ignored." in reviewed.post(
+        do="ignore", of="unknown 1", person="ada"
+    )
+    text = reviewed.post(do="deny", of="clip: party.s000.t00", person="adaa", view="person=Ada")
+    assert "is not Ada" in text and "there is already" not in text
+    assert reviewed.names()["party.s000.t00"] != "Ada"
+    text = reviewed.post(status=422, do="deny", of="Ada")
+    assert "Nothing was changed" in text and "is a person: choose an appearance" in text
+    assert "Ada" in Gallery(reviewed.drawn.out / "gallery")
+
+
+def test_results_with_names_are_private_in_a_folder_that_others_may_read(drawn):
+    drawn.out.mkdir(mode=0o755)
+    drawn.out.chmod(0o755)
+    drawn.meet("Ada")
+    for name in ("names.tsv", "names.jsonl", "names.html", "unknown.tsv", "unknown.json"):
+        assert (drawn.out / name).stat().st_mode & 0o777 == 0o600, name
+    for name in ("people", "features", "gallery", "subtitles", "cuts"):
+        mode = (drawn.out / name).stat().st_mode & 0o777
+        files = [path for path in (drawn.out / name).rglob("*") if path.is_file()]
+        assert mode == 0o700 or all(path.stat().st_mode & 0o077 == 0 for path in files), name
 
 
 def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):

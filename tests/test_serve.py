@@ -47,7 +47,7 @@ class Inside(servers.Served):
     """A server that runs in a thread of this process while the context is open."""
 
     def __init__(self, gallery, run=None, limits=SMALL, token=None):
-        app = app_lib.make_app(gallery, run, limits, token)
+        self.app = app = app_lib.make_app(gallery, run, limits, token)
         self.listener = app_lib.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server = uvicorn.Server(app_lib.make_config(app, limits))
@@ -462,7 +462,9 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
         # With a token, the server accepts any host.
         for sent, status in (
             ("Bearer " + "a" * 40, 200), ("bearer  " + "a" * 40, 200),  # upper or lower case
-            ("Bearer " + "b" * 40, 401), ("ä", 401), (None, 401),
+            ("Bearer " + "b" * 40, 401), ("ä", 401), (None, 401), ("Bearer", 401), ("Bearer ", 401),
+            ("Bearer " + "a" * 39, 401), ("Bearer " + "a" * 41, 401), ("Bearer a", 401),
+            ("Basic " + "a" * 40, 401), ("a" * 40, 401),
         ):  # fmt: skip
             headers = {"Host": "people.example"} | ({"Authorization": sent} if sent else {})
             assert server.ask("GET", "/identities", headers=headers)[0] == status
@@ -582,6 +584,54 @@ def test_removal_is_answered_after_earlier_reads_have_ended():
         batcher.stop()
 
     asyncio.run(run())
+
+
+def test_removal_is_answered_after_earlier_answers_have_ended(folder, monkeypatch):
+    begun, go, identify = threading.Event(), threading.Event(), Gallery.identify
+
+    def slow(people, clips, *more, **options):
+        answers = identify(people, clips, *more, **options)
+        if "query 0" in answers:
+            begun.set()
+            go.wait(10)
+        return answers
+
+    monkeypatch.setattr(Gallery, "identify", slow)
+    with Inside(Gallery(folder)) as server, ThreadPoolExecutor(2) as pool:
+        asked = {"clips": servers.as_json({"query 0": CLIPS["query 0"]})}
+        answer = pool.submit(server.ask, "POST", "/identify", asked)
+        assert begun.wait(10)
+        removal = pool.submit(server.ask, "DELETE", "/identities/person%200")
+        while "person 0" in Gallery(folder):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not removal.done(), "an answer with the person is not sent yet"
+        go.set()
+        assert answer.result(10)[1]["clips"][0]["best"][0]["identity"] == "person 0"
+        assert removal.result(10) == (200, {"removed": 1})
+
+
+def test_answer_of_a_change_is_sent_although_the_memory_is_full(folder):
+    with Inside(Gallery(folder)) as server:
+        bodies = server.app._bodies
+        bodies._held = bodies._limits.held_bytes
+        assert server.ask("GET", "/identities")[0] == 429
+        assert server.ask("DELETE", "/identities/person%200")[0] == 200
+        assert server.ask("DELETE", "/identities/person%200")[0] == 404
+        bodies._held = 0
+
+
+def test_server_is_not_ready_while_its_gallery_cannot_be_read(folder):
+    with Inside(Gallery(folder)) as server:
+        assert server.ask("GET", "/v2/health/ready")[0] == 200
+        moved = folder.rename(folder.with_name("moved"))
+        assert server.ask("GET", "/identities")[0] == 503
+        assert server.ask("GET", "/v2/health/ready") == (
+            503, {"error": "the gallery cannot be read"}
+        )  # fmt: skip
+        assert server.ask("GET", "/v2/health/live")[0] == 200
+        moved.rename(folder)
+        assert server.ask("GET", "/v2/health/ready")[0] == 200
 
 
 def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):

@@ -41,8 +41,8 @@ UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
 class Place(NamedTuple):
     """A folder that contains a searched name, or could not be searched."""
 
-    # `gallery`, `records` (a converted dataset), `run`, `who` (results of `vidjax who`), or
-    # `unread` if the folder could not be searched.
+    # `gallery`, `records` (a converted dataset), `run`, `export`, `who` (results of `vidjax who`),
+    # or `unread` if the folder could not be searched.
     kind: str
     path: Path
     about: str  # a description of the content
@@ -146,8 +146,8 @@ def _survey(root: Path, folders: dict[Path, str], found: list[Place]) -> None:
     """Finds the folders below `root` that must be searched, and adds path -> kind to `folders`.
 
     The kinds are "gallery", "records" (a converted dataset), "unfinished" (a killed conversion),
-    "run", and "who" (results of `vidjax who`). Unreadable folders are added to `found`. Links are
-    not followed.
+    "run", "export" (of a run or a gallery), and "who" (results of `vidjax who`). Unreadable folders
+    are added to `found`. Links are not followed.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE
 
@@ -162,6 +162,8 @@ def _survey(root: Path, folders: dict[Path, str], found: list[Place]) -> None:
         elif {"index.npz", "manifest.json"} <= there:
             folders[folder] = "records"
             inner.clear()
+        elif "export.json" in there and "checkpoints" not in there:  # not an imported run
+            folders[folder] = "export"
         elif there & {"identities.json", "members.npz"}:
             folders[folder] = "run"
         elif {"names.tsv", "gallery"} <= there:
@@ -280,6 +282,7 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
 
 # Kind of folder -> the function that yields its names, and the remedy in `Place`.
 READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
+    "export": (_read_names_of_run, "delete it; export again when its source lacks the clips"),
     "run": (_read_names_of_run, "its weights depend on the clips: delete it; train without them"),
     "who": (
         _read_names_of_who,

@@ -14,7 +14,8 @@ Lists galleries, caches, runs and results of `vidjax who` that contain names of
 people or clips, and prints commands that search all other files.
 
 A PLACE is a folder. It is searched with all folders below it. The default is
-the current folder and the cache. Without --delete, nothing is changed.
+the current folder. The cache is always searched, too. Without --delete, nothing
+is changed.
 
 With --delete, clips are deleted from galleries, and the parameters of these
 galleries are fitted again. Converted datasets that contain a clip are deleted
@@ -51,7 +52,9 @@ def forget_names(args: argparse.Namespace) -> Result:
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
     cache = files.cache_root()
-    roots = [*map(Path, args.places)] or [Path(), *([cache] if cache.exists() else [])]
+    roots = [*map(Path, args.places)] or [Path()]
+    inside = any(cache.resolve().is_relative_to(x.expanduser().resolve()) for x in roots)
+    roots += [cache] if cache.exists() and not inside else []
     places, names, similar = forget(args.identity, args.clip, roots, delete=args.delete)
     roots = [root.expanduser().absolute() for root in roots]
     left = sum(place.left for place in places)

@@ -8,7 +8,6 @@ frame.
 
 import io
 import os
-import re
 import shutil
 import sys
 from collections import Counter
@@ -20,11 +19,11 @@ import numpy as np
 
 from vidjax.data import parquet, processes
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips, Quality
-from vidjax.data.packing import Clip, pack
+from vidjax.data.packing import Clip, group_by_modality, pack
 from vidjax.data.processes import Children, map_children, run_limited
 from vidjax.data.untrusted.names import clean_name_at, show
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, closest, prefix_errors
+from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.machine import memory_bytes, num_cores
 
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
@@ -42,7 +41,7 @@ def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
         if has_several_clips(arrays):
             yield from _split(arrays, str(path))
         else:
-            yield Clip(name, str(path), _group_by_modality(arrays, str(path)), path.stem)
+            yield Clip(name, str(path), group_by_modality(arrays, str(path)), path.stem)
 
 
 def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -61,7 +60,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
             length[modality] = array
         elif key != "clips":
             frames[key] = array
-    grouped, starts = _group_by_modality(frames, path), dict[str, np.ndarray]()
+    grouped, starts = group_by_modality(frames, path), dict[str, np.ndarray]()
     for modality, fields in grouped.items():
         count = length.get(modality, np.empty(0))
         if (
@@ -111,7 +110,7 @@ def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
         arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
         if has_several_clips(arrays):
             raise UserError("the .npz contains several clips\nsend each clip separately")
-    return Clip(clean, "npz", _group_by_modality(arrays, "npz"), name)
+    return Clip(clean, "npz", group_by_modality(arrays, "npz"), name)
 
 
 def read_json(value: object, place: str) -> Clip:
@@ -140,35 +139,7 @@ def read_json(value: object, place: str) -> Clip:
             with np.errstate(over="ignore"):  # `pack` leaves out frames with an Inf
                 # Frame numbers stay integers, because float32 rounds integers from 2**24 on.
                 arrays[key] = array if key.endswith("_number") else array.astype(np.float32)
-    return Clip(name, place, _group_by_modality(arrays, place), given)
-
-
-def _group_by_modality(
-    arrays: Mapping[str, np.ndarray], place: str
-) -> dict[str, dict[str, np.ndarray]]:
-    """Groups arrays with names such as `face_quality`. Returns modality -> field -> array.
-
-    The array `face` becomes the field `features` of the modality `face`. The array `face_quality`
-    becomes its field `quality`.
-    """
-    modalities: dict[str, dict[str, np.ndarray]] = {}
-    for key, array in arrays.items():
-        if re.fullmatch(r"arr_\d+", key):
-            raise UserError(
-                f"{place}: '{key}' is an array without a name\n"
-                "name the modality: numpy.savez(file, face=array)"
-            )
-        name, _, field = key.rpartition("_")
-        if name in arrays and field in FRAME_FIELDS:
-            modalities.setdefault(name, {})[field] = array
-        elif name in arrays and (similar := closest(field, FRAME_FIELDS, cutoff=0.75)):
-            raise UserError(
-                f"{place}: '{show(key)}' is probably misspelt: rename it to "
-                f"'{name}_{similar}'\nif it is a modality, give it another name"
-            )
-        else:
-            modalities.setdefault(key, {})["features"] = array
-    return modalities
+    return Clip(name, place, group_by_modality(arrays, place), given)
 
 
 def read_parquet(path: Path) -> Iterator[Clip]:
@@ -314,6 +285,7 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
                 whole[field] += more[field]
             for field in ("skipped", "skipped_clips", "warnings"):
                 whole[field] = dict(Counter(whole[field]) + Counter(more[field]))
+            whole["examples"] = more["examples"] | whole["examples"]
             for field in STORED:
                 name = f"{field}.bin"
                 with (other / name).open("rb") as part, (folder / name).open("ab") as file:

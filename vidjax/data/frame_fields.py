@@ -49,6 +49,7 @@ FRAME_FIELDS = {
     "box": FrameField("float32", 4, 0.0, official="bbox"),  # x1, y1, x2, y2 in pixels
 }
 DTYPES = ("float16", "float32", "float64", "int8")  # of features
+WEIGHTS = ("quality", "detection")  # frames may be weighted with these values
 STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on the modality
 
 
@@ -78,7 +79,16 @@ class FlatFiles(Mapping[str, np.ndarray]):
         return len(STORED)
 
 
-COUNT_NAMES = ("seen", "skipped", "skipped_clips", "warnings")
+class BadValues(NamedTuple):
+    """Frames of a modality in which the value of a field is unusual."""
+
+    field: str  # such as "quality"
+    problem: str  # "negative" or "not finite"
+    frames: int  # the number of these frames
+    clip: str  # the first clip with such a frame
+
+
+COUNT_NAMES = ("seen", "skipped", "skipped_clips", "warnings", "examples")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +106,7 @@ class PackedClips:
         has no frames of the clip, and `non_finite` if all its frames were left out.
       warnings: {"non_finite_FIELD": number of frames in which a value of the field was not finite
         and became 0}. FIELD is `quality`, `detection` or `box`.
+      examples: for each key of `warnings`, the first clip with such a frame.
     """
 
     names: tuple[str, ...]
@@ -105,6 +116,7 @@ class PackedClips:
     skipped: dict[str, int]
     skipped_clips: dict[str, int]
     warnings: dict[str, int]
+    examples: dict[str, str]
 
     @classmethod
     def from_flat_files(cls, folder: Path, summary: Mapping[str, Any]) -> "PackedClips":
@@ -132,6 +144,17 @@ class PackedClips:
     def features(self) -> np.ndarray:
         """The features, [F, D]."""
         return self.frames["features"]
+
+    def find_bad_values(self) -> Iterator["BadValues"]:
+        """Yields the values of frames that were not finite, and the negative weights of frames."""
+        for reason, count in sorted(self.warnings.items()):
+            field = reason.removeprefix("non_finite_")
+            yield BadValues(field, "not finite", count, self.examples[reason])
+        for field in WEIGHTS:
+            rows = np.flatnonzero(self.frames[field] < 0)
+            if len(rows):
+                clip = np.searchsorted(np.cumsum(self.lengths), rows[0], side="right")
+                yield BadValues(field, "negative", len(rows), self.names[int(clip)])
 
     def starts(self) -> np.ndarray:
         """Returns [N] int64, the row of the first frame of each clip."""

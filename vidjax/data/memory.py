@@ -14,7 +14,7 @@ import numpy as np
 from vidjax.core.batch import BATCHED, Batch, Frames
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import group_files_by_split
-from vidjax.data.checks import list_entries, refuse_unread
+from vidjax.data.checks import describe_bad_values, list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import (
     SPLITS,
@@ -30,11 +30,13 @@ from vidjax.data.frame_fields import PackedClips, Quality, compute_feature_norms
 from vidjax.data.packing import Clip, Clips, pack, read_dict, stage
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.names import clean_identity, show
+from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
 from vidjax.utils.scratch import scratch_folder
 
 MAX_BLOCK_FRAMES = 1 << 12  # frames that are copied as float64 at once
+MAX_ROUNDING = 1e-6  # largest rounding error of a mean of float32 numbers, relative to its frames
 
 
 class MemoryClips:
@@ -52,6 +54,8 @@ class MemoryClips:
         names: Mapping[str, str],
         modalities: Mapping[str, int],
         identities: Sequence[str],
+        *,
+        official: bool = False,
     ):
         """Makes an object from the checked frames of clips.
 
@@ -59,6 +63,7 @@ class MemoryClips:
           packed: modality -> the frames of all clips, from `packing.pack`.
           names: clip name -> the name in the input, which may end in `.mp4`.
           modalities: modality -> feature width. The model reads these modalities.
+          official: whether the clips are from pickles, in which some qualities are negative.
         """
         if not names:
             raise UserError("the input contains no clips: give one or more clips")
@@ -73,7 +78,7 @@ class MemoryClips:
                     f"width {modalities[name]}\n"
                     "compute them with the same program as the training features"
                 )
-            _warn_of_unused(name, flat)
+            _warn_of_unused(name, flat, official=official)
         staged = stage("clips", packed)
         index = {name: place for place, name in enumerate(staged.clips)}
         self.places, self._starts = np.array([index[name] for name in names]), staged.starts
@@ -158,11 +163,12 @@ class MemoryClips:
             }
             yield make_batch(frames, chosen, rows)
 
-    def mean_vectors(self, modality: str) -> np.ndarray:
+    def mean_vectors(self, modality: str, least: float = 0.0) -> np.ndarray:
         """Returns [N, D] float32, the mean feature of each clip of `names`.
 
         Frames are weighted by quality. If no frame of a clip has a quality above 0, all its frames
-        have equal weights. The mean of a clip without frames is 0.
+        have equal weights. The mean of a clip without frames is 0. A mean is also 0, with a
+        warning, if it consists of rounding errors of its frames, or of numbers below `least`.
         """
         vectors = np.zeros((len(self.names), self._widths[modality]), np.float32)
         flat = self._packed.get(modality)
@@ -171,7 +177,7 @@ class MemoryClips:
         lengths, starts = self._split.lengths[modality][self.places], self._starts[modality]
         quality, features = flat.frames["quality"], flat.features
         # A few clips at a time, because all frames as float64 would take up to 8 times the memory.
-        ends = np.cumsum(lengths, dtype=np.int64)
+        ends, empty = np.cumsum(lengths, dtype=np.int64), list[int]()
         blocks = np.flatnonzero(np.diff(ends // MAX_BLOCK_FRAMES)) + 1
         for clips in np.split(np.arange(len(lengths)), blocks):
             length = lengths[clips]
@@ -182,14 +188,20 @@ class MemoryClips:
             total = np.bincount(owner, weight, len(clips))
             weight = np.where(total[owner] > 0, weight, 1.0)
             total = np.bincount(owner, weight, len(clips))
-            sums = np.zeros((len(clips), vectors.shape[1]))
+            sums, sizes = np.zeros((len(clips), vectors.shape[1])), np.zeros(len(clips))
             for at in range(0, len(owner), MAX_BLOCK_FRAMES):  # a clip may be longer than a block
                 part = slice(at, at + MAX_BLOCK_FRAMES)
                 present, begins = np.unique(owner[part], return_index=True)
                 weighted = features[index[part]].astype(np.float64) * weight[part, None]
                 sums[present] += np.add.reduceat(weighted, begins, axis=0)
+                size = np.maximum(weighted.max(axis=1), -weighted.min(axis=1))
+                sizes[present] += np.add.reduceat(size, begins)
             filled = length > 0
-            vectors[clips[filled]] = sums[filled] / total[filled, None]
+            largest = np.maximum(sums.max(axis=1), -sums.min(axis=1))[filled]
+            usable = largest > np.maximum(MAX_ROUNDING * sizes, least * total)[filled]
+            vectors[clips[filled]] = sums[filled] / total[filled, None] * usable[:, None]
+            empty += clips[filled][~vectors[clips[filled]].any(axis=1)].tolist()
+        warn_of_zeros(modality, [self.names[clip] for clip in empty])
         return vectors
 
     def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
@@ -239,8 +251,21 @@ def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
         yield clip
 
 
-def _warn_of_unused(modality: str, flat: PackedClips) -> None:
-    """Warns if frames were left out or values were replaced, because they are not finite."""
+def warn_of_zeros(modality: str, clips: Sequence[str]) -> None:
+    """Warns if there are `clips`, which have frames, but whose vectors are 0."""
+    if clips:
+        warn(
+            f"{modality}: {messages.count(len(clips), 'clip')}, such as {show(clips[0])}, have a "
+            "vector that is 0 or almost 0: they count as clips without frames\n"
+            "to use these clips, compute their features again"
+        )
+
+
+def _warn_of_unused(modality: str, flat: PackedClips, *, official: bool) -> None:
+    """Warns if frames were left out, or if values of frames are not finite or negative.
+
+    For `official`, see `describe_bad_values`.
+    """
     if frames := flat.skipped.get("non_finite"):
         clips = flat.skipped_clips.get("non_finite", 0)
         lost = f"\n{clips:,} clips lose all frames" if clips else ""
@@ -248,12 +273,9 @@ def _warn_of_unused(modality: str, flat: PackedClips) -> None:
             f"{modality}: {frames:,} of {flat.seen:,} frames are left out, because their features "
             f"are not finite{lost}\nto use these frames, compute their features again"
         )
-    for name, count in flat.warnings.items():
-        field = name.removeprefix("non_finite_")
-        warn(
-            f"{modality}: {count:,} of {flat.seen:,} frames have a {field} that is not finite: "
-            f"it is replaced by 0\nto use the {field}, write finite numbers"
-        )
+    for bad in flat.find_bad_values():
+        for problem in describe_bad_values(modality, bad, flat.seen, official=official):
+            warn(problem)
 
 
 # The forms of clips that `Predictor` and `Gallery` accept. A dataset also needs a split.
@@ -301,7 +323,7 @@ def load_clips(
                 frames["quality"] = compute_feature_norms(flat.features)
             packed[name] = replace(flat, frames=frames)
     names = {name: name for flat in packed.values() for name in flat.names}
-    return MemoryClips(packed, names, modalities, identities)
+    return MemoryClips(packed, names, modalities, identities, official=True)
 
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:

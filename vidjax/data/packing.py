@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,9 +22,10 @@ from vidjax.data.frame_fields import (
     find_usable_rows,
 )
 from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, closest
 
-Clips = Mapping[str, Mapping[str, Any]]  # clip -> modality -> features, or a dict of STORED fields
+# Clip -> modality -> features, or a dict of STORED fields. `face_quality` is a field of `face`.
+Clips = Mapping[str, Mapping[str, Any]]
 
 ORDER_SEED = 0
 BLOCK_BYTES = 8 << 20  # bytes of features that are written at once
@@ -55,7 +56,44 @@ def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
                     f"{place}: clip {show(name)}: modality {key!r:.40} is of type "
                     f"{type(key).__name__}: give it a name, such as 'face'"
                 )
-        yield Clip(name, place, modalities, given)
+        grouped = group_by_modality(modalities, f"{place}: clip {show(name)}")
+        yield Clip(name, place, grouped, given)
+
+
+def group_by_modality(arrays: Mapping[str, Any], place: str) -> dict[str, dict[str, Any]]:
+    """Groups arrays with names such as `face_quality`. Returns modality -> field -> array.
+
+    The array `face` becomes the field `features` of the modality `face`. The array `face_quality`
+    becomes its field `quality`. The value of `face` may also be a dict of fields. Errors begin with
+    `place`.
+    """
+    modalities: dict[str, dict[str, Any]] = {}
+    for key, value in arrays.items():
+        problem, remedy = "", ""
+        name, _, field = key.rpartition("_")
+        fields = dict(value) if isinstance(value, Mapping) else {"features": value}
+        if name in arrays and field in FRAME_FIELDS:
+            fields = {field: value}
+        elif name in arrays and (similar := closest(field, FRAME_FIELDS, cutoff=0.75)):
+            problem = f"'{show(key)}' is probably misspelt: rename it to '{name}_{similar}'"
+            remedy = "if it is a modality, give it another name"
+        elif key in FRAME_FIELDS and len(arrays) > 1:
+            other = next(other for other in arrays if other != key)
+            problem = f"'{key}' is a value of frames, and the name of its modality is missing"
+            remedy = f"rename it, for example to '{other}_{key}'"
+        elif re.fullmatch(r"arr_\d+", key):
+            problem = f"'{key}' is an array without a name"
+            remedy = "name the modality: numpy.savez(file, face=array)"
+        else:
+            name = key
+        known = {} if problem else modalities.setdefault(name, {})
+        if known.keys() & fields.keys():
+            problem = f"'{show(name)}_{field}' is also a key of the dict '{show(name)}'"
+            remedy = "leave out one of them"
+        if problem:
+            raise UserError(f"{place}: {problem}\n{remedy}")
+        known |= fields
+    return modalities
 
 
 def locate(clip: Clip, modality: str) -> str:
@@ -226,6 +264,7 @@ class Packer(contextlib.ExitStack):
         self._seen: list[int] = []
         self._kept: list[int] = []
         self._warnings: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
         self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in STORED}
         self._files: dict[str, BinaryIO] = {}
         if folder:
@@ -265,8 +304,10 @@ class Packer(contextlib.ExitStack):
         keep = find_usable_rows(joined["features"])
         owner = np.repeat(np.arange(len(lengths)), lengths)[keep]
         self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
+        names = self._names[len(self._names) - len(lengths) :]
         for name, column in joined.items():
-            self._write_field(name, column if keep.all() else column[keep])
+            kept = column if keep.all() else column[keep]
+            self._write_field(name, kept, lambda row: names[owner[row]])
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
         """Raises UserError for an unusual width or dtype, or for a refused value (`non_finite`)."""
@@ -290,13 +331,17 @@ class Packer(contextlib.ExitStack):
                 "or leave the frame out with --config.data.non_finite=drop"
             )
 
-    def _write_field(self, name: str, column: np.ndarray) -> None:
-        """Writes the values of a field. Values that are not finite become 0."""
+    def _write_field(self, name: str, column: np.ndarray, clip_of: Callable[[int], str]) -> None:
+        """Writes the values of a field. Values that are not finite become 0.
+
+        `clip_of` is the function from a row of `column` to the name of its clip.
+        """
         if name in FRAME_FIELDS and column.dtype.kind == "f":
             finite = np.isfinite(column)
             if not finite.all():
                 wrong = ~finite.reshape(len(column), -1).all(axis=1)
                 self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
+                self._examples.setdefault(f"non_finite_{name}", clip_of(int(np.argmax(wrong))))
                 column = np.where(finite, column, np.float32(0))
         if self._folder:
             self._files[name].write(np.ascontiguousarray(column).data)
@@ -327,6 +372,7 @@ class Packer(contextlib.ExitStack):
                 reason: int(clips.sum()) for reason, clips in skipped_clips.items() if clips.any()
             },
             warnings=dict(self._warnings),
+            examples=self._examples,
         )
 
 

@@ -58,8 +58,8 @@ class Predictor(NamedTuple):
     """A trained run with its weights.
 
     The methods take `clips` in any of these forms:
-    - a dict, clip -> modality -> features [T, D]. Instead of features, a modality may have a dict
-      of features and quality, as in `vidjax.load_data`.
+    - a dict, clip -> modality -> features [T, D]. A clip may also have values of frames, such as
+      `face_quality` [T], as in `vidjax.load_data`.
     - `MemoryClips`, which the method `load` returns.
     - a dataset of `vidjax.load_data` and the name of a `split`. If `split` is None, the methods use
       the split that the run evaluates.

@@ -76,8 +76,13 @@ def make_totals(
 
 
 def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Computes unit vectors that point from the centre [D] to x [N, D]. Rows of zeros stay 0."""
-    gap = x - centre
+    """Computes unit vectors that point from the centre [D] to x [N, D]. Rows of zeros stay 0.
+
+    A row that almost equals the centre becomes a vector near 0.
+    """
+    # A power of 2 scales x without rounding, so that the squares of tiny numbers are not 0.
+    exponent = np.frexp(np.max(np.abs(x), axis=-1, keepdims=True, initial=0))[1]
+    gap = (x - centre) * np.ldexp(1.0, -exponent)
     unit = gap / np.maximum(np.linalg.norm(gap, axis=-1, keepdims=True), 1e-12)
     return np.where(np.any(x != 0, axis=1, keepdims=True), unit, 0.0)
 

@@ -22,7 +22,9 @@ def log_probabilities(arrays, vectors):
         seen = sum(np.any(vectors[part] != 0, axis=1).astype(int) for part in parts)
         for part in parts:
             has_part = np.any(vectors[part] != 0, axis=1)[:, None]
-            u = vectors[part] - get[f"{part}/centre"]
+            # A power of 2 scales vectors without rounding: the squares of tiny numbers would be 0.
+            exponent = np.frexp(np.abs(vectors[part]).max(axis=1, keepdims=True))[1]
+            u = (vectors[part] - get[f"{part}/centre"]) * np.ldexp(1.0, -exponent)
             u = u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12)
             values = {key.split("/")[1]: x for key, x in get.items() if key.startswith(f"{part}/")}
             x = u - values["mean"]

@@ -163,8 +163,8 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns how many clips of strangers a threshold for `fpir` needs: 1 / fpir - 1."""
-    return math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1
+    """Returns how many clips of strangers a threshold for `fpir` needs: 1 / fpir - 1, or 1."""
+    return max(1, math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1)
 
 
 def check_strangers(count: int, fpir: float) -> None:

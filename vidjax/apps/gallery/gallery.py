@@ -17,7 +17,7 @@ properties, such as `clips` and `version`, show the content that was read last, 
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
 computes an answer uses one state. A change is first written to the folder. If writing fails, folder
-and memory stay as they were.
+and memory stay as they were, see `store.UncertainWriteError` for an exception.
 
 A removed person leaves no trace in the folder. From the back end and all clips except one, the
 vector of this one clip could be computed. Therefore `remove` fits the back end again to all clips
@@ -65,7 +65,7 @@ from vidjax.apps.gallery.store import (
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
-from vidjax.data.memory import FrameClips, MemoryClips, load_clips
+from vidjax.data.memory import FrameClips, MemoryClips, load_clips, warn_of_zeros
 from vidjax.data.untrusted.names import find_similar_names, normal_form, show
 from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
 AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
 RANK_ROWS = 64  # clips that are ranked together
 EMBED_ROWS = 32  # clips that are embedded together
+MIN_SHARE = 1e-6  # smallest usable vector of a clip, relative to the centre of all vectors
 EMBEDDING = "embedding"  # if the run is not PLDA, this word replaces the modality
 
 
@@ -134,13 +135,16 @@ class Gallery:
     `len`, `in` and iteration apply to the names of the people.
 
     The argument `clips` of a method is one of these:
-      clips in memory, {clip: {modality: features}}, as for `Predictor.embed`;
+      clips in memory, {clip: {modality: features}}, as for `Predictor.embed`. A clip may also have
+        values of frames, such as `face_quality`;
       a dataset, together with the name of a `split`;
       the vectors that `embed` returns.
 
     A method that changes the gallery returns when the change is on the disk. After an error,
-    nothing is changed. All these methods raise ValueError if another process is changing the
-    gallery, or if the gallery is read-only. They raise OSError if the disk is full or fails.
+    nothing is changed. If the disk fails after the change was written, the message of the OSError
+    says that the gallery was changed. All these methods raise ValueError if another process is
+    changing the gallery, or if the gallery is read-only. They raise OSError if the disk is full or
+    fails.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
@@ -344,7 +348,12 @@ class Gallery:
     @property
     def identities(self) -> dict[str, int]:
         """The enrolled people, sorted: name -> number of clips."""
-        return {name: len(clips) for name, clips in self._read_current().people.items()}
+        return {name: len(clips) for name, clips in self.people.items()}
+
+    @property
+    def people(self) -> dict[str, tuple[str, ...]]:
+        """The enrolled people, sorted: name -> sorted names of their clips."""
+        return self._read_current().people
 
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""
@@ -403,8 +412,9 @@ class Gallery:
         """Computes the vectors of clips.
 
         In a gallery of a run, the run computes the vectors. In a gallery of models, see
-        `of_models`, the vector of a modality is the mean of its frames. If `clips` are already
-        vectors, they are returned unchanged.
+        `of_models`, the vector of a modality is the mean of its frames. If this mean is almost 0,
+        the clip has no usable frame, and a warning appears. If `clips` are already vectors, they
+        are returned unchanged.
 
         Args:
           clips, split: see the class.
@@ -428,7 +438,11 @@ class Gallery:
                 "a gallery of models has no run, so it cannot embed a split of a dataset\n"
                 "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
-        parts = {part: clips.mean_vectors(part) for part in widths}
+        parts = {
+            # If the centre is subtracted from a far smaller vector, only the centre remains.
+            part.name: clips.mean_vectors(part.name, MIN_SHARE * np.abs(part.centre).max())
+            for part in self.backend.parts
+        }
         advance(len(clips.names))
         return Vectors(clips.names, parts, (None,) * len(clips.names))
 
@@ -941,7 +955,12 @@ def embed(
     assert values is not None  # there are clips
     people = (None, *source.identities) if chosen.labelled else (None,)
     labels = tuple(people[label] for label in chosen.labels[places].tolist())
-    return Vectors(names, _make_parts(run, values[places]), labels)
+    parts = _make_parts(run, values[places])
+    for part, x in parts.items() if isinstance(clips, Mapping | MemoryClips) else ():
+        lengths = chosen.lengths.get(part, np.sum([*chosen.lengths.values()], axis=0))[places]
+        zeros = np.flatnonzero((lengths > 0) & ~x.any(axis=1))
+        warn_of_zeros(part, [names[clip] for clip in zeros])
+    return Vectors(names, parts, labels)
 
 
 def pad_batches(

@@ -7,8 +7,9 @@ For speed, a row of a table contains many people or clips: their names are the l
 `words`, and their numbers are entries of an array in the column `numbers`.
 
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
-it. An enrolment adds people and clips at the end of their tables. If a name occurs several times in
-a table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
+it. If the disk fails after the change, in the last step, UncertainWriteError is raised. An
+enrolment adds people and clips at the end of their tables. If a name occurs several times in a
+table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
 that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: rows
 that SQLite has moved may leave copies in other pages.)
 
@@ -160,6 +161,10 @@ class UnreadableError(UserError):
 
 class UnwritableError(UserError):
     """A gallery can be read but not changed, for example on a read-only disk."""
+
+
+class UncertainWriteError(OSError):
+    """A change is in the file, but after a power cut the file may be as before the change."""
 
 
 class NoGalleryError(UnreadableError):
@@ -378,6 +383,10 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
             ) from error
         if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN")):
             number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
+            if name == "SQLITE_IOERR_DIR_FSYNC":  # the journal is deleted, which ends the change
+                raise UncertainWriteError(
+                    number, f"'{path}' was changed, but may lose the change: {error}"
+                ) from error
             if write:
                 raise OSError(number, f"cannot write '{path}': {error}") from error
             raise UnreadableError(

@@ -41,6 +41,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import protocol, served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import (
+    CHANGED,
     LOG,
     Bodies,
     Guard,
@@ -227,10 +228,15 @@ class Application:
         return _encode_json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
-        """Returns status 200 if the server can answer requests, and 503 while it starts."""
+        """Returns status 200 if the server can answer requests, and 503 otherwise."""
         if "model" in request.path_params:
             self._find_model(request)
         self._check_ready()
+        try:
+            await asyncio.to_thread(self.people.gallery.refresh)
+        except (UserError, OSError):  # is not logged, because any client may send this request
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            raise Refused(status, "the gallery cannot be read", 1) from None
         return _encode_json({"ready": True})
 
     def _check_ready(self) -> None:
@@ -342,6 +348,7 @@ class Application:
     async def _change(self, request: Request, change: Callable[[], T]) -> T:
         set_clock(request.scope, self.limits.change_seconds + self.limits.answer_seconds)
         result = await self.changes.make(change)
+        request.scope[CHANGED] = True  # 429 would say that the request can be sent again
         LOG.info("changed: version %d", self.people.gallery.version)
         return result
 

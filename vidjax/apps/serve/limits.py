@@ -28,7 +28,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import NobodyError
-from vidjax.apps.gallery.store import UnreadableError, UnwritableError
+from vidjax.apps.gallery.store import UncertainWriteError, UnreadableError, UnwritableError
 from vidjax.utils import files
 from vidjax.utils.errors import Expected, InUseError, UserError, describe_system_error
 
@@ -36,6 +36,7 @@ LOG = logging.getLogger("vidjax.apps.serve")
 MIN_TOKEN_LETTERS = 16
 # Errors with these statuses may be sent before the body was read, so they end the connection.
 ENDING_STATUSES = (400, 401, 403, 404, 405, 413, 415, 429)
+CHANGED = "vidjax.changed"  # a key of the scope of a request that has changed the gallery
 PIECE_BYTES = 1 << 16  # largest part of an answer that is sent at once
 SEE_LOG = ": see the log"
 # Type of an error -> status and text of the answer, and seconds until the client may try again.
@@ -48,6 +49,9 @@ REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
     UnreadableError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be read" + SEE_LOG, None),
     UnwritableError: (
         HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be changed" + SEE_LOG, None
+    ),
+    UncertainWriteError: (
+        HTTPStatus.INSUFFICIENT_STORAGE, "the gallery was changed, but its disk fails" + SEE_LOG, 10
     ),
     PermissionError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be used" + SEE_LOG, None),
     TimeoutError: (HTTPStatus.SERVICE_UNAVAILABLE, "the answer took too long: try again", 1),
@@ -189,10 +193,11 @@ class Bodies:
     def hold(self, scope: Scope, size: int) -> None:
         """Records that a request takes `size` bytes of memory.
 
-        Raises Refused (status 429) if all requests together take too much memory.
+        Raises Refused (status 429) if all requests together take too much memory, except for the
+        answer of a request that has changed the gallery.
         """
         more = size - scope["vidjax.held"]
-        if more > 0 and self._held + more > self._limits.held_bytes:
+        if more > 0 and self._held + more > self._limits.held_bytes and not scope.get(CHANGED):
             text = "all requests together take too much memory: try again"
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, text, 1)
         self._held += more

@@ -81,7 +81,7 @@ class Review:
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
-        self._films, self._decision, self._digest = decision.films, decision, self._gallery.digest
+        self._films, self._decision = decision.films, decision
         self._steps: list[Step] = []
         self._saving = threading.Lock()
         self.version = self._saved = 0  # number of changes. Undoing a change counts as a change
@@ -90,13 +90,13 @@ class Review:
 
     def refresh(self) -> None:
         """If another program has changed the gallery, decides all names again."""
-        if self._gallery.digest != self._digest:
+        if self._gallery.digest != self._decision.digest:
             self._apply({}, who.read_numbers(self._out))
 
     @property
     def done(self) -> who.WhoResults:
         """The results after all changes."""
-        return who.WhoResults(self._gallery.identities, self._decision, {})
+        return who.WhoResults(self._decision.count_clips(), self._decision, {})
 
     def film(self, number: int) -> Path | None:
         """Returns the path of film `number`, or None if the file is missing or has changed."""
@@ -132,7 +132,7 @@ class Review:
             number = number_of[film.video]
             return f"film/{number}" if film.photo else f"play/{number}?t={seconds:.1f}"
 
-        return who.render_page(self._out, self._gallery, self._decision, address, forms)
+        return who.render_page(self._out, self._decision, address, forms)
 
     def change(self, action: str, of: str, name: str, after: str = "") -> None:
         """Changes the name of a person, or of a person in one appearance.
@@ -149,11 +149,14 @@ class Review:
           UserError: `of` is not on the page, or the name is not allowed.
         """
         clips, old, subject = self._find_clips(of)
+        if action == "deny" and old == of:
+            raise UserError(f"'{of}' is a person: choose an appearance that does not show {of}")
         if action == "deny":
             entries = dict.fromkeys(self._find_enrolled(clips))
             numbers = self._numbers.deny(self._films, clips, old)
             self._finish(f"{subject} is not {old}", of, "", entries, numbers)
-            new = next(x.identity for x in self._decision.appearances if clips[0] in x.clips)
+            found = (x.identity for x in self._decision.appearances if clips[0] in x.clips)
+            new = next(found, None)
             message = f"Saved: {subject} is not {old}, but {new or IGNORED}."
             self._forms = self._forms._replace(message=message)
         elif action == "ignore":
@@ -166,8 +169,7 @@ class Review:
             self._finish(f"{subject} is {group}", of, after, {}, numbers)
         else:
             name = check_person(name)
-            entries, numbers = self._label_clips(of, clips, name), self._numbers.rename(of, name)
-            self._finish(f"{subject} is {name}", of, after, entries, numbers)
+            self._finish(f"{subject} is {name}", of, after, self._label_clips(of, clips, name))
 
     def similar(self, name: str, of: str) -> str | None:
         """Returns an enrolled person other than `of` whose name is almost `name`, or None."""
@@ -201,7 +203,7 @@ class Review:
         with self._saving:
             version, decision = self.version, self._decision
             if version > self._saved:
-                who.write(self._out, self._gallery, decision, self._padding)
+                who.write(self._out, decision, self._padding)
                 self._saved = version
 
     def _find_clips(self, of: str) -> tuple[tuple[str, ...], str, str]:
@@ -274,9 +276,8 @@ class Review:
             )
         except BaseException:  # a full disk, or too few strangers for `fpir`
             self._put(before)
+            self._decision = self._decision._replace(digest=self._gallery.digest)
             raise
-        finally:
-            self._digest = self._gallery.digest
         self._numbers = who.read_numbers(self._out)
         self.version += 1
         return before
@@ -374,7 +375,7 @@ class _Pages:
         """Applies the change in a form. If `back` is True, undoes the last change instead."""
         review = self._review
         of, typed = form.get("of", ""), form.get("person") or form.get("new", "")
-        name = " ".join(typed.split())
+        name, names = " ".join(typed.split()), form.get("do") == "name"
         view = dict(urllib.parse.parse_qsl(form.get("view", "")))
         view = {word: view[word] for word in ("film", "person") if word in view}
         problem, status = Forms(at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
@@ -386,12 +387,12 @@ class _Pages:
                 status = HTTPStatus.UNPROCESSABLE_ENTITY
                 if back:
                     review.undo()
-                elif "person" in form and (other := review.similar(name, of)):
+                elif names and "person" in form and (other := review.similar(name, of)):
                     problem = problem._replace(similar=other)
                     raise UserError(f"there is already {other}: is it the same person?")
                 else:
                     review.change(form.get("do", ""), of, name, form.get("next", ""))
-                    if view.get("person") == of and name:
+                    if names and view.get("person") == of:
                         view["person"] = name
             except (Expected, OSError) as error:
                 about = f"Nothing was changed: {describe_system_error(error) or error}"

@@ -98,6 +98,8 @@ class UnknownNumbers(Struct, kw_only=True):
     films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
     # Digest of the film -> clip -> names that a user removed from the clip.
     denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
+    # Name in `denied` -> the person's enrolled clips. They show who this person is after a rename.
+    clips: Annotated[dict[Text, list[Text]], Meta(max_length=files.MAX_ITEMS)] = {}
     # Pairs (number, lower number) of unknown people whom a user joined to one person.
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
     removed: Count = 0  # the numbers up to this one are not given to new people
@@ -136,16 +138,24 @@ class UnknownNumbers(Struct, kw_only=True):
                 denied[_hash_film(film)] = denied_in_film
         return msgspec.structs.replace(self, denied=denied)
 
-    def rename(self, person: str, to: str) -> "UnknownNumbers":
-        """Renames a person in `denied`, the names that a user removed from clips."""
+    def follow(self, people: Mapping[str, Collection[str]]) -> "UnknownNumbers":
+        """Renames people in `denied` as they were renamed in the gallery, by any program.
+
+        `people` are name -> enrolled clips. If all clips of a person now belong to other people,
+        the person has the name of the owner of most clips.
+        """
+        owner, new = {clip: name for name, clips in people.items() for clip in clips}, {}
+        for name, clips in self.clips.items():
+            owners = Counter(owner[clip] for clip in clips if clip in owner)
+            if owners and name not in owners:
+                new[name] = min(owners, key=lambda person: (-owners[person], person))
         denied = {
-            digest: {
-                clip: sorted({to if name == person else name for name in names})
-                for clip, names in clips.items()
-            }
+            digest: {clip: sorted({new.get(x, x) for x in names}) for clip, names in clips.items()}
             for digest, clips in self.denied.items()
         }
-        return msgspec.structs.replace(self, denied=denied)
+        names = {x for clips in denied.values() for names in clips.values() for x in names}
+        known = {name: list(people[name]) for name in sorted(names & people.keys())}
+        return msgspec.structs.replace(self, denied=denied, clips=known)
 
     def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
         """Forgets films that are not in `films`, and denied names that are not in `people`."""
@@ -171,6 +181,8 @@ class UnknownNumbers(Struct, kw_only=True):
 class Decision(NamedTuple):
     """The people in all films of a folder of results."""
 
+    digest: str  # of the gallery
+    people: Mapping[str, Collection[str]]  # name of each enrolled or named person -> enrolled clips
     films: Sequence[Film]
     vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
     vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on one name
@@ -178,6 +190,10 @@ class Decision(NamedTuple):
     # Clip without a name -> unknown person, such as `unknown 3`. Ignored people are left out.
     unknown: dict[str, str]
     appearances: list[Appearance]  # by video, and in order of time
+
+    def count_clips(self) -> dict[str, int]:
+        """Returns the number of enrolled clips of each person."""
+        return {name: len(clips) for name, clips in self.people.items()}
 
 
 def _hash_film(film: Film) -> str:
@@ -206,10 +222,16 @@ def read_numbers(out: Path) -> UnknownNumbers:
     return schemas.read(path, UnknownNumbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
-def rename_denied(out: Path, person: str, to: str) -> None:
-    """Renames a person in the list of names that a user removed from clips (`unknown.json`)."""
-    numbers = read_numbers(out).rename(person, to)
+def follow_renames(out: Path, gallery: Gallery) -> None:
+    """Stores in `unknown.json` the present names of people whom a user removed from clips."""
+    before = read_numbers(out)
+    if (after := before.follow(gallery.people)) != before:
+        _write_numbers(out, after)
+
+
+def _write_numbers(out: Path, numbers: UnknownNumbers) -> None:
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
+    files.hide(out / NUMBERS)
 
 
 def name_people(
@@ -259,6 +281,7 @@ def name_people(
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _open_gallery(out, models)
+        follow_renames(out, gallery)  # before photos are replaced
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         options = {
@@ -288,12 +311,12 @@ def name_people(
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
         _report_missing(all_films, out)
-        before = read_numbers(out).keep(all_films, gallery.identities)
+        before = read_numbers(out).follow(gallery.people).keep(all_films, gallery.identities)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
-        write(out, gallery, decision, padding)
+        write(out, decision, padding)
         missed = sorted(names - {photo.person for photo in _list_faces(gallery).values()})
-        return WhoResults(gallery.identities, decision, failed, missed)
+        return WhoResults(decision.count_clips(), decision, failed, missed)
 
 
 def _update_people(
@@ -309,6 +332,8 @@ def _update_people(
     `options` are arguments of `pipeline.extract_folders`.
     """
     _check_people(gallery, photos, people)
+    (out / PEOPLE).mkdir(exist_ok=True)
+    files.hide(out / PEOPLE)  # the names of its folders are names of people
     folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
     outcomes_of: dict[Path, list[FileOutcome]] = {}
     for first in range(0, len(folders), MOST_LOCKED):
@@ -740,9 +765,16 @@ def decide(
     vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
     answers, groups = dict[str, Answer](), dict[str, str]()
     clips = {track.clip for film in films for track in film.tracks}
+    complete = set[str]()
     if clips:
         vectors = vectors or _embed(gallery, out / FEATURES, clips)
-        enrolled = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
+        complete = gallery.complete(vectors)
+    # Another program may change the gallery at any time. A change after this line is shown later.
+    digest, people = gallery.digest, gallery.people
+    before = before.follow(people)
+    if vectors is not None:
+        owner = {clip: name for name, of_person in people.items() for clip in of_person}
+        enrolled = {clip: owner.get(clip) for clip in complete & gallery.clips.keys()}
         apart = appearances.pair_seen_together(films)
         votes = votes or gallery.group(vectors, apart, absorb=False)
         answers = dict.fromkeys(vectors.names, NOBODY)
@@ -759,13 +791,13 @@ def decide(
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
         groups = gallery.group(vectors.only(nameless - enrolled.keys()), apart, begin=votes)
         groups = _keep_numbers(groups, _select(before.films, films), before.highest)
-    numbers = msgspec.to_builtins(before.update(films, groups))
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
-    files.write_json(out / NUMBERS, numbers)
+    _write_numbers(out, before.update(films, groups))
     resolved = {group: before.resolve(group) for group in {*groups.values()}}
     groups = {clip: resolved[group] for clip, group in groups.items()}
     in_films = appearances.find_appearances(answers, films, groups)
-    return Decision(films, vectors, votes, answers, groups, in_films)
+    people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
+    return Decision(digest, people, films, vectors, votes, answers, groups, in_films)
 
 
 def _keep_numbers(
@@ -790,16 +822,24 @@ def _keep_numbers(
     return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
 
 
-def write(
-    out: Path, gallery: Gallery, decision: Decision, padding: float = PADDING_SECONDS
-) -> None:
+def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> None:
     """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
-    _remove_results(out)
+
+    def address(film: Film, seconds: float) -> str:
+        place = quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
+        return place if film.photo else f"{place}#t={seconds:.1f}"
+
+    # The old page stays until the new page replaces it.
+    files.write_text(out / PAGE, render_page(out, decision, address))
+    files.hide(out / PAGE)
+    _remove_results(out, page=False)
     (out / UNKNOWN).unlink(missing_ok=True)
     for name in TABLES:
         appearances.write(out / name, decision.appearances, decision.films)
     places_of = appearances.list_places(decision.films)
     answers_lib.write_groups(out / UNKNOWN, decision.unknown, places_of)
+    for name in (UNKNOWN, *TABLES):
+        files.hide(out / name)
     by_video = appearances.group_by_video(decision.appearances)
     (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
     films = [film for film in decision.films if not film.photo]
@@ -815,17 +855,9 @@ def write(
     (out / CUTS).mkdir(mode=0o700, exist_ok=True)
     cuts.write(out / CUTS, decision.appearances, decision.films, padding)
 
-    def address(film: Film, seconds: float) -> str:
-        place = quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
-        return place if film.photo else f"{place}#t={seconds:.1f}"
-
-    files.write_text(out / PAGE, render_page(out, gallery, decision, address))
-    files.hide(out / PAGE)
-
 
 def render_page(
     out: Path,
-    gallery: Gallery,
     decision: Decision,
     address: Callable[[Film, float], str],
     forms: names_page.Forms | None = None,
@@ -835,12 +867,11 @@ def render_page(
     `decision` has the people of all films. `address(film, seconds)` returns the URL of a film at a
     time. If `forms` is given, the page has forms with which a user corrects names.
     """
-    people = {name: list[names_page.Picture]() for name in gallery.identities}
-    for clip, photo in sorted(_list_faces(gallery).items()):
-        name = gallery.clips[clip].identity
-        picture = _locate_picture(out, out / PEOPLE / photo.folder, photo.clip)
-        if picture and name in people:
-            people[name].append((picture, name))
+    people: dict[str, list[names_page.Picture]] = {}
+    for name, clips in sorted(decision.people.items()):
+        faces = filter(None, map(PhotoFace.of, sorted(clips)))
+        pictures = (_locate_picture(out, out / PEOPLE / x.folder, x.clip) for x in faces)
+        people[name] = [(picture, name) for picture in pictures if picture]
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
@@ -854,8 +885,8 @@ def _locate_picture(out: Path, features: Path, clip: str) -> str:
     return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
 
 
-def _remove_results(out: Path) -> None:
-    for name in (PAGE, *TABLES):
+def _remove_results(out: Path, *, page: bool = True) -> None:
+    for name in (*TABLES, *[PAGE] * page):
         (out / name).unlink(missing_ok=True)
     files.remove_ours(out / SUBTITLES, r".+\.(vtt|srt)")
     files.remove_ours(out / CUTS, r".+\.edl")

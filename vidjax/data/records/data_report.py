@@ -26,7 +26,7 @@ def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any
     """Counts the clips and frames of a split. `paths` is modality -> the file of its features."""
     without_frames = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
     modalities = {
-        name: _report_modality(flat, split.lengths[name], paths[name])
+        name: _report_modality(flat, split, name, paths[name])
         for name, flat in split.packed.items()
     }
     return {
@@ -36,7 +36,12 @@ def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any
     }
 
 
-def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict[str, Any]:
+def _report_modality(
+    flat: PackedClips, split: StagedSplit, modality: str, path: Path
+) -> dict[str, Any]:
+    # The report names clips by their places, so that the folder of a run does not contain names.
+    bad = [x._replace(clip=split.clips.index(x.clip)) for x in flat.find_bad_values()]
+    lengths = split.lengths[modality]
     blocks = range(0, max(1, sum(lengths.tolist())), FRAMES_PER_MAP)
     norms = (compute_feature_norms(flat.features[at : at + FRAMES_PER_MAP]) for at in blocks)
     return {
@@ -48,6 +53,7 @@ def _report_modality(flat: PackedClips, lengths: np.ndarray, path: Path) -> dict
         "frames_skipped": flat.skipped,
         "clips_skipped": flat.skipped_clips,
         "values_replaced": dict(sorted(flat.warnings.items())),
+        "bad_values": [x._asdict() for x in bad],
         "clips_without": int((lengths == 0).sum()),
         "missing_rate": float((lengths == 0).mean()),
         "frames_per_clip": {
@@ -183,5 +189,9 @@ def format_report(report: Mapping[str, Any]) -> str:
             replaced = modality["values_replaced"].items()
             if replaced:
                 line += f", set to 0: {', '.join(f'{n:,} {reason}' for reason, n in replaced)}"
+            negative = [x for x in modality.get("bad_values", ()) if x["problem"] == "negative"]
+            if negative:
+                words = (f"{x['frames']:,} {x['field']}" for x in negative)
+                line += f", negative: {', '.join(words)}"
             lines.append(line)
     return "\n".join(lines)

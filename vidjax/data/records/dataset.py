@@ -9,9 +9,14 @@ from typing import Any
 import numpy as np
 
 from vidjax.core.batch import Batch, Packed
-from vidjax.data.checks import find_equal_quality, find_misspelt, find_transposed
+from vidjax.data.checks import (
+    describe_bad_values,
+    find_equal_quality,
+    find_misspelt,
+    find_transposed,
+)
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
-from vidjax.data.frame_fields import Origin
+from vidjax.data.frame_fields import BadValues, Origin
 from vidjax.data.labels import Truth
 from vidjax.data.records.data_report import label_records
 from vidjax.data.records.manifest import Records, SplitRecords
@@ -49,7 +54,9 @@ class Dataset:
         digests = sorted((name, split["sha256"]) for name, split in self.report["splits"].items())
         self.report["data"] = self._origin._asdict() | {"digest": sha256_json(digests)}
         for name, split in records.splits.items():
-            _warn_of_gaps(name, split, self.modalities, self.report["splits"][name]["modalities"])
+            counts = self.report["splits"][name]["modalities"]
+            official = self._origin.name != "arrays"
+            _warn_of_gaps(name, split, self.modalities, counts, official=official)
         lengths = {name: split.lengths for name, split in records.splits.items()}
         widths = {name: modality.dim for name, modality in self.modalities.items()}
         for problem in (
@@ -119,8 +126,13 @@ def _warn_of_gaps(
     split: SplitRecords,
     modalities: Mapping[str, Modality],
     report: Mapping[str, Mapping[str, Any]],
+    *,
+    official: bool,
 ) -> None:
-    """Warns if a split lacks modalities of other splits, or if frames were left out."""
+    """Warns if a split lacks modalities of other splits, or if frames are left out or unusual.
+
+    For `official`, see `describe_bad_values`.
+    """
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
         warn(
@@ -134,3 +146,10 @@ def _warn_of_gaps(
                 f"because their {modality} features have a NaN, an Inf or a value beyond float32\n"
                 "to use these frames, compute their features again"
             )
+        for values in counts.get("bad_values", ()):  # data of an older version have none
+            bad = BadValues(**values | {"clip": split.clips[values["clip"]]})
+            frames = counts["frames_seen"]
+            for problem in describe_bad_values(
+                f"{name}, {modality}", bad, frames, official=official
+            ):
+                warn(problem)

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TypeVar, cast
@@ -289,6 +290,9 @@ def _open_arrays(
                 f"it unpacks to more than {limit:,} bytes or {MAX_ENTRIES:,} arrays: "
                 "save fewer or smaller arrays"
             )
+        names = Counter(entry.filename.removesuffix(".npy") for entry in entries)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise UserError(f"it contains the array '{twice[0][:50]}' twice: write the file again")
         for entry in entries:
             with open_entry(archive, entry) as opened:
                 shape, dtype = _read_header(opened)
