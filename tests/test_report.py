@@ -256,25 +256,29 @@ def test_a_difference_of_three_errors_is_found_nearly_as_often_as_by_a_t_test(nu
     low, high, p = np.transpose([
         significance.compute_gap_interval(gaps, draws=1000) for gaps in samples
     ])  # fmt: skip
-    oracle = stats.ttest_1samp(samples, 0, axis=1).pvalue
+    errors = samples.mean(axis=1) / stats.sem(samples, axis=1)
+    oracle = 2 * stats.t.sf(np.abs(errors), num - 1)
     assert np.mean(p < 0.05) >= 0.9 * np.mean(oracle < 0.05) > 0.6
     assert np.all(p >= oracle * (1 - 1e-9))  # the interval is at least as wide as a t interval
     assert np.array_equal((low > 0) | (high < 0), p < 0.05)
 
 
-def test_interval_of_a_difference_equals_the_bootstrap_with_an_unseen_identity():
-    gaps = np.array([0.3, 0.25, 0.2, 0.0, 0.0, 1e-12])  # 3 of the 15 pairs have equal gaps
-    weights, ties = np.random.default_rng(1).dirichlet(np.ones(7), 200_000), 3 / 15
-    low_end, high_end = (gaps.mean() + 0.0) / 2, (gaps.mean() + 0.3) / 2
+@pytest.mark.parametrize("gaps", [(0.3, 0.25, 0.2, 0.0, 0.0), (0.1,) * 5 + (0.1 + 1e-12, 0.3)])
+def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unseen_identity(gaps):
+    gaps, num = np.array(gaps), len(gaps)
+    ties = 1 / 10 if num == 5 else 15 / 21  # the share of pairs with equal gaps
+    low_end, high_end = (gaps.mean() + gaps.min()) / 2, (gaps.mean() + gaps.max()) / 2
+    weights = np.random.default_rng(1).dirichlet(np.ones(num + 1), 200_000)
     lows = weights @ [*gaps, low_end + ties**2 * (-1 - low_end)]
     highs = weights @ [*gaps, high_end + ties**2 * (1 - high_end)]
+    bootstrap = np.quantile(lows, 0.025), np.quantile(highs, 0.975), 2 * np.mean(lows <= 0)
     t = stats.ttest_1samp(gaps, 0)
-    bounds = t.confidence_interval()
-    wanted = min(np.quantile(lows, 0.025), bounds.low), max(np.quantile(highs, 0.975), bounds.high)
+    bounds = [*t.confidence_interval(), t[1]]
+    assert (bootstrap[0] < bounds[0]) == (bootstrap[1] > bounds[1]) == (num == 7)
 
     low, high, p = significance.compute_gap_interval(gaps)
-    assert (low, high) == pytest.approx(wanted, abs=0.003)
-    assert p == pytest.approx(max(t.pvalue, 2 * np.mean(lows <= 0)), abs=0.003)
+    wanted = bootstrap if num == 7 else bounds
+    assert (low, high, p) == pytest.approx(wanted, abs=0.006)
     # Exchanged runs have the negative interval.
     assert significance.compute_gap_interval(-gaps) == (-high, -low, p)
 
@@ -429,9 +433,9 @@ def test_compare_prints_the_difference_that_few_identities_or_equal_gaps_cannot_
         (20, 0, "0.169 can"), (20, 0.1, "0.0"), (60, 0, "0.0"), (60, 0.1, "")
     ):  # fmt: skip
         first = rng.uniform(0.3, 0.6, num)
-        for name, values in (("a", first), ("b", first + rng.normal(0, deviation, num))):
-            people = [f"person_{i}" for i in range(num)]
-            made_runs.write(tmp_path / name, dict(zip(people, values, strict=True)))
+        people = [f"person_{i}" for i in range(num)]
+        for name, ap in (("a", first), ("b", first + rng.normal(0, deviation, num))):
+            made_runs.write(tmp_path / name, dict(zip(people, ap, strict=True)))
         text = compared().out
         assert (f"{line} {printed}" in text) if printed else (line not in text)
         page = Page((tmp_path / "out" / "comparison.html").read_text()).text()

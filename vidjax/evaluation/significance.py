@@ -8,7 +8,7 @@ interval equals the Jeffreys interval of a proportion. If the values vary, the i
 wider than a t interval.
 
 The interval of the difference between two runs is the wider of a paired t interval and a Bayesian
-bootstrap. See `compute_gap_interval`. The interval of the difference between two groups of runs
+bootstrap with another unseen identity. The interval of the difference between two groups of runs
 also includes the variance between seeds.
 
 If most values are equal and a few lie far away, a t interval is far too narrow.
@@ -69,14 +69,16 @@ def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, fl
 def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
     """Returns the bounds of the 95 % interval of the mean of `gaps`, and its two-sided p-value.
 
-    `gaps` [C] are differences in average precision. Each bound is a paired t interval's, or lies
-    further out if rare identities could have gaps that no identity of the sample has. For this,
-    `_draw_low_means` adds an unseen identity with a low gap, and likewise with a high gap. The
-    p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0. If the runs are
-    exchanged, the interval changes its sign.
+    `gaps` [C] are differences in average precision. Each bound is the outer one of the bounds of a
+    paired t interval and of a Bayesian bootstrap with an unseen identity, see `_draw_low_means`.
+    The p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0. If the runs
+    are exchanged, the interval changes its sign.
 
-    Source: Learned-Miller and Thomas 2019, A new confidence interval for the mean of a bounded
-    random variable. If all gaps are equal, the interval is theirs for the range -1..1.
+    Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
+    of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
+    mean of a bounded random variable. Deliberate difference: the unseen value is a bound of the
+    range in the publications, but it depends on the gaps here. Otherwise, few identities could not
+    show a difference that a t test finds.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]
@@ -95,8 +97,9 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
     """Returns means of `gaps` [C] and of the low gap of an unseen identity, see `_draw_means`.
 
-    The unseen gap is halfway between the mean and the lowest gap if all gaps differ, and -1 if all
-    are equal. Between them, it depends on the square of the share of pairs with equal gaps.
+    If all gaps differ, the unseen gap is halfway between the mean and the lowest gap. If all gaps
+    are equal, nothing shows how low a rare gap can be, and the unseen gap is -1. Between these
+    cases, it depends on the square of the share of pairs of identities with equal gaps.
     """
     low = (np.mean(gaps) + np.min(gaps)) / 2
     return _draw_means(gaps, {float(low - (1 + low) * measure_ties(gaps) ** 2): 1.0}, draws)
