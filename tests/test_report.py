@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from scipy import special
+from scipy import special, stats
 
 import vidjax
 from tests.helpers import made_runs
@@ -226,14 +226,73 @@ def test_interval_of_a_paired_difference_covers_the_true_difference():
     assert np.array_equal((low > 0) | (high < 0), p < 0.05)
 
 
-def test_interval_of_equal_systems_or_groups_contains_zero():
-    low, high, p = significance.compute_gap_interval(np.zeros(50))
-    assert -0.04 < low < 0 < high < 0.04  # not exactly 0: the method adds an unseen identity
-    assert p > 0.9
-    # The interval of groups is a t interval, which has no width if all differences are equal.
+# Gaps -> their shares. The mean of each population is 0.
+GAPS: dict[str, dict[float, float]] = {
+    "10 % -.45": {-0.45: 0.1, 0.05: 0.9},
+    "5 % -.95": {-0.95: 0.05, 0.05: 0.95},
+    "0 or 1, p = .7": {-1: 0.21, 0: 0.58, 1: 0.21},
+    "2 % ±1": {-1: 0.01, 0: 0.98, 1: 0.01},
+    "10 % ±.5": {-0.5: 0.05, 0: 0.9, 0.5: 0.05},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "num"),
+    [("10 % -.45", 3), ("5 % -.95", 50), ("0 or 1, p = .7", 10), ("2 % ±1", 300), ("10 % ±.5", 5)],
+)
+def test_interval_covers_a_difference_of_zero_if_gaps_are_rare_or_skewed(name, num):
+    rng, shares = np.random.default_rng(num), list(GAPS[name].values())
+    samples = np.array(list(GAPS[name]))[rng.choice(len(shares), (200, num), p=shares)]
+    intervals = [significance.compute_gap_interval(gaps, draws=1000) for gaps in samples]
+    low, high, p = np.transpose(intervals)
+    assert np.mean((low <= 0) & (high >= 0)) >= 0.93  # of 95 % intervals
+    assert np.array_equal((low > 0) | (high < 0), p < 0.05)
+
+
+@pytest.mark.parametrize(("num", "deviation"), [(10, 0.05), (20, 0.1), (50, 0.05), (100, 0.1)])
+def test_a_difference_of_three_errors_is_found_nearly_as_often_as_by_a_t_test(num, deviation):
+    rng = np.random.default_rng(num)
+    samples = rng.normal(3 * deviation / num**0.5, deviation, (200, num))
+    low, high, p = np.transpose([
+        significance.compute_gap_interval(gaps, draws=1000) for gaps in samples
+    ])  # fmt: skip
+    errors = samples.mean(axis=1) / stats.sem(samples, axis=1)
+    oracle = 2 * stats.t.sf(np.abs(errors), num - 1)
+    assert np.mean(p < 0.05) >= 0.9 * np.mean(oracle < 0.05) > 0.6
+    assert np.all(p >= oracle * (1 - 1e-9))  # the interval is at least as wide as a t interval
+    assert np.array_equal((low > 0) | (high < 0), p < 0.05)
+
+
+@pytest.mark.parametrize("gaps", [(0.3, 0.25, 0.2, 0.0, 0.0), (0.1,) * 5 + (0.1 + 1e-12, 0.3)])
+def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unseen_identity(gaps):
+    gaps, num = np.array(gaps), len(gaps)
+    ties = 1 / 10 if num == 5 else 15 / 21  # the share of pairs with equal gaps
+    low_end, high_end = (gaps.mean() + gaps.min()) / 2, (gaps.mean() + gaps.max()) / 2
+    weights = np.random.default_rng(1).dirichlet(np.ones(num + 1), 200_000)
+    lows = weights @ [*gaps, low_end + ties**2 * (-1 - low_end)]
+    highs = weights @ [*gaps, high_end + ties**2 * (1 - high_end)]
+    bootstrap = np.quantile(lows, 0.025), np.quantile(highs, 0.975), 2 * np.mean(lows <= 0)
+    t = stats.ttest_1samp(gaps, 0)
+    bounds = [*t.confidence_interval(), t[1]]
+    assert (bootstrap[0] < bounds[0]) == (bootstrap[1] > bounds[1]) == (num == 7)
+
+    low, high, p = significance.compute_gap_interval(gaps)
+    wanted = bootstrap if num == 7 else bounds
+    assert (low, high, p) == pytest.approx(wanted, abs=0.006)
+    # Exchanged runs have the negative interval.
+    assert significance.compute_gap_interval(-gaps) == (-high, -low, p)
+
+
+def test_interval_of_equal_gaps_is_the_exact_interval_of_a_share_of_which_none_was_seen():
+    for num in (1, 20, 50):
+        low, high, p = significance.compute_gap_interval(np.zeros(num))
+        exact = 1 - 0.025 ** (1 / num)  # the interval of Clopper and Pearson
+        assert (low, high) == pytest.approx((-exact, exact), abs=0.006)
+        assert p == 1
+    # The interval of groups is at least as wide.
     group = list(np.random.default_rng(2).uniform(0.3, 0.6, (2, 50)))
     (same,) = significance.differences_of_seeds([group, group])
-    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    assert (same.mean, same.low, same.high) == (0, low, high)
 
 
 def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
@@ -313,7 +372,7 @@ def write_groups(tmp_path):
 
 
 def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, compared):
-    """The two variances are added, with degrees of freedom by Welch and Satterthwaite."""
+    """The two variances are added, with the t quantile of Cochran and Cox."""
     precisions, runs = write_groups(tmp_path), ("a1+a2+a3", "b1+b2+b3")
     facts = json.loads(compared("--json", runs=runs).out)
 
@@ -321,8 +380,8 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     over_identities = np.mean(gaps, axis=0).var(ddof=1) / len(NAMES)
     over_seeds = gaps.mean(axis=1).var(ddof=1) / 3
     error = (over_identities + over_seeds) ** 0.5
-    freedom = error**4 / (over_identities**2 / (len(NAMES) - 1) + over_seeds**2 / 2)
-    half = special.stdtrit(freedom, 0.975) * error
+    quantiles = stats.t.ppf(0.975, [len(NAMES) - 1, 2])
+    half = np.average(quantiles, weights=[over_identities, over_seeds]) * error
     bounds = [gaps.mean() - half, gaps.mean() + half]
 
     first, second = facts["runs"]
@@ -364,6 +423,23 @@ def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
     fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table)
     assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
     assert "(3.0,)" in table and "(2,)" not in table
+
+
+def test_compare_prints_the_difference_that_few_identities_or_equal_gaps_cannot_show(
+    tmp_path, compared
+):
+    rng, line = np.random.default_rng(4), "No difference in MAP below about"
+    for num, deviation, printed in (
+        (20, 0, "0.169 can"), (20, 0.1, "0.0"), (60, 0, "0.0"), (60, 0.1, "")
+    ):  # fmt: skip
+        first = rng.uniform(0.3, 0.6, num)
+        people = [f"person_{i}" for i in range(num)]
+        for name, ap in (("a", first), ("b", first + rng.normal(0, deviation, num))):
+            made_runs.write(tmp_path / name, dict(zip(people, ap, strict=True)))
+        text = compared().out
+        assert (f"{line} {printed}" in text) if printed else (line not in text)
+        page = Page((tmp_path / "out" / "comparison.html").read_text()).text()
+        assert (line in page) == bool(printed)
 
 
 def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path, compared):

@@ -28,6 +28,10 @@ from vidjax.utils.errors import UserError
 OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
 MAX_MISMATCH = 1e-9  # largest difference between the MAP of metrics.json and analysis.npz
 MAX_IDENTITIES = 20  # most identities in a table of the page
+# A sentence reports the smallest difference in MAP that can be significant if there are fewer
+# identities than FEW, or if a larger share of pairs of identities than MOST_TIES has equal gaps.
+FEW, MOST_TIES = 50, 0.9
+SMALL = 0.001  # the sentence is left out if smaller differences can be significant
 HOLM = "p (Holm)"
 
 
@@ -76,7 +80,7 @@ class Comparison(NamedTuple):
         others = unseen if first.num_others else ""
         people = messages.count(len(first.identities), "identity")
         title = f"{people}{others}, {clips}; compared with {first.name}"
-        lines += describe_in_sample(self.runs)
+        lines += describe_limit(self.runs, self.differences) + describe_in_sample(self.runs)
         return "\n".join([title, *(f"  {line}" for line in lines)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +102,7 @@ class Comparison(NamedTuple):
             "num_others": first.num_others,
             "num_clips": first.metrics["num_clips"],
             "level": significance.LEVEL,
-            "method": significance.METHOD_OF_SEEDS if first.seeds else significance.METHOD,
+            "method": significance.METHOD_OF_SEEDS if first.seeds else significance.METHOD_OF_GAPS,
             "runs": rows,
         }
 
@@ -109,7 +113,8 @@ class Comparison(NamedTuple):
         head, rows = make_difference_table(named, self.differences)
         lines = [" & ".join(map(_format_latex_cell, row)) + r" \\" for row in [head, *rows]]
         body = "\n".join(lines[1:])
-        note = "".join(f"% {line}\n" for text in sentences(self.runs) for line in text.splitlines())
+        texts = sentences(self.runs, self.differences)
+        note = "".join(f"% {line}\n" for text in texts for line in text.splitlines())
         return (
             f"{note}\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n"
             f"{lines[0]}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
@@ -358,9 +363,9 @@ def list_fields(run: RankedRun) -> dict[str, str]:
     return {name: config_io.value_text(value) for name, value in values.items()}
 
 
-def sentences(runs: Sequence[RankedRun]) -> list[str]:
+def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> list[str]:
     """Returns sentences that describe the data and the method of a comparison."""
-    first, method = runs[0], f"Interval and p: {significance.METHOD}"
+    first, method = runs[0], f"Interval and p: {significance.METHOD_OF_GAPS}"
     if first.seeds:
         method = f"Interval: {significance.METHOD_OF_SEEDS}"
     text = [
@@ -371,20 +376,14 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
     if first.seeds:
         text.append(
             f"A run is the mean of {len(first.seeds)} seeds, paired in the order given. "
-            "If the seeds vary more than the identities, the interval is wide. With only two seeds "
-            "it then contains the true difference in about 9 of 10 cases. "
-            "If only a few identities differ, the interval is too narrow. "
+            "If there are only two seeds, the interval is wide. "
             "The intervals are not corrected for the number of comparisons."
         )
     elif len(runs) > 2:
         text.append(
             f"{HOLM} is corrected for the number of comparisons. The intervals are not corrected."
         )
-    if len(first.identities) < significance.FEWEST_IDENTITIES:
-        text.append(
-            f"With fewer than {significance.FEWEST_IDENTITIES} identities, it is unknown how often "
-            "the interval contains the true difference."
-        )
+    text += describe_limit(runs, differences)
     if first.num_others:
         text.append(
             f"The comparison leaves out {first.num_others:,} identities of the ground truth, "
@@ -398,6 +397,23 @@ def sentences(runs: Sequence[RankedRun]) -> list[str]:
     elif not known:
         text.append("No run was trained on these clips.")
     return text + known
+
+
+def describe_limit(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> list[str]:
+    """Returns a list with a sentence about differences that cannot be significant, or []."""
+    first, limits = runs[0], {}
+    few = len(first.identities) < FEW
+    for run, gap in zip(runs[1:], differences, strict=True):
+        limit = min(gap.mean - gap.low if gap.mean >= 0 else gap.high - gap.mean, 1.0)
+        if limit >= SMALL and (few or significance.measure_ties(run.ap - first.ap) > MOST_TIES):
+            limits[run.name] = f"{limit:.3f}"
+    if not limits:
+        return []
+    named = ", ".join(f"{limit} ({name})" for name, limit in limits.items())
+    below = named if len(differences) > 1 else limits[runs[1].name]
+    count = messages.count(len(first.identities), "identity")
+    reason = f"with {count}" if few else "because nearly all identities differ equally"
+    return [f"No difference in MAP below about {below} can be significant, {reason}."]
 
 
 def describe_in_sample(runs: Sequence[RankedRun]) -> list[str]:
@@ -431,7 +447,7 @@ def _render_page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -
     caption = f"MAP and its difference to {first.name}"
     summary = [
         _make_table(caption, *make_difference_table(runs, differences)),
-        *(html.paragraph("{}", sentence) for sentence in sentences(runs)),
+        *(html.paragraph("{}", text) for text in sentences(runs, differences)),
         html.beside("figures", [_draw_intervals(names, differences)]),
         _make_table("Other metrics", *make_metric_table(runs)),
     ]
