@@ -29,7 +29,7 @@ from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 
 QUALITIES = typing.get_args(Quality)
-VERSION = 2  # increase it if new code reads other frames from the same file, to refill the cache
+VERSION = 3  # increase it if new code reads other frames from the same file, to refill the cache
 
 
 class FeatureDict:

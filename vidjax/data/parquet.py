@@ -64,6 +64,27 @@ def read_clip_names(path: Path) -> list[str]:
         return column.unique().cast("string").to_pylist()
 
 
+def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Returns the pairs (clip, identity) of a parquet table. A missing identity is None or NaN."""
+    from pyarrow import types
+
+    names = ["clip", "identity"]
+    with _open(path) as (opened, file):
+        if missing := [name for name in names if name not in file.schema_arrow.names]:
+            raise UserError(
+                f"{path}: the table has no column {missing[0]}, only "
+                f"{show(', '.join(file.schema_arrow.names))}\nname the columns clip and identity"
+            )
+        _check_pages(path, opened, file, names)
+        clips, identities = file.read(columns=names).select(names)
+        # The scalars of numpy keep the width of a float.
+        floats = types.is_floating(identities.type)
+        return zip(
+            clips.to_pylist(), identities.to_numpy() if floats else identities.to_pylist(),
+            strict=True,
+        )  # fmt: skip
+
+
 def count_rows(path: Path) -> int:
     """Returns the number of rows of a parquet table."""
     with _open(path) as (_, file):
