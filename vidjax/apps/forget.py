@@ -24,6 +24,7 @@ from vidjax.data.untrusted.names import (
     escape,
     fold,
     normal_form,
+    strip_ending,
     unescape,
 )
 from vidjax.utils import files, messages, tables
@@ -247,7 +248,7 @@ def _read_names_of_run(folder: Path) -> Iterator[str]:
             yield from _walk_texts(files.parse_json(facts.tobytes()))
     for path in folder.glob("ranking*.txt"):
         for word in re.finditer(rb"\S+", files.read_bytes(path, INDEX_BYTES)):
-            yield unescape(word[0].decode(errors="replace").removesuffix(".mp4"))
+            yield strip_ending(unescape(word[0].decode(errors="replace")))
 
 
 def _walk_texts(value: object) -> Iterator[str]:
@@ -267,7 +268,7 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
 
     for table in ("names.tsv", "unknown.tsv"):
         if files.exists(folder / table):
-            for _, cells in tables.read_tsv(folder / table):
+            for _, cells in tables.read_text(folder / table):
                 yield from cells
     if files.exists(folder / NUMBERS):
         yield from _walk_texts(files.read_json(folder / NUMBERS, limit=INDEX_BYTES))

@@ -49,8 +49,8 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
         count = f" ({len(names):,} identities)" if len(names) > 1 else ""
         texts.append(f"'{show(names[0])}' looks like {like}{count}")
     warn(
-        f"{places[found[0][1][0]]}: identity {', '.join(texts)}: if a program has changed it, "
-        "write identities as text, and leave missing identities empty"
+        f"{places[found[0][1][0]]}: identity {', '.join(texts)}: if a program has changed "
+        "identities, write them as text, and leave missing identities empty"
     )
 
 
@@ -69,7 +69,9 @@ def _find_form(pattern: str) -> Callable[[Names], list[str]]:
 
 
 def _simplify(name: str) -> str:
-    """Replaces numbers by 0 and words by a: the results of 1e5 and 23abc4 are equal."""
+    """Replaces numbers by 0 and words by a. A word with digits is replaced by its length."""
+    if name.isalnum() and re.search(r"\d", name) and re.search(r"[^\W\d]", name):
+        return str(len(name))
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", name))
 
 
