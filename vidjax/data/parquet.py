@@ -10,7 +10,7 @@ Source: the format of Apache Parquet, `PageHeader` in `parquet.thrift`; Thrift's
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,7 +65,7 @@ def read_clip_names(path: Path) -> list[str]:
 
 
 def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Returns the pairs (clip, identity) of a parquet table. A missing identity is None or NaN."""
+    """Returns the pairs (clip, identity) of a parquet table. A missing identity is "" or NaN."""
     from pyarrow import types
 
     names = ["clip", "identity"]
@@ -77,12 +77,10 @@ def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
             )
         _check_pages(path, opened, file, names)
         clips, identities = file.read(columns=names).select(names)
-        # The scalars of numpy keep the width of a float.
-        floats = types.is_floating(identities.type)
-        return zip(
-            clips.to_pylist(), identities.to_numpy() if floats else identities.to_pylist(),
-            strict=True,
-        )  # fmt: skip
+        people: Iterable[Any] = ("" if x is None else x for x in identities.to_pylist())
+        if types.is_floating(identities.type):
+            people = identities.to_numpy()  # its scalars keep the width of the floats
+        return zip(clips.to_pylist(), people, strict=True)
 
 
 def count_rows(path: Path) -> int:
