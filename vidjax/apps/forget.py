@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax.data import cache
 from vidjax.data.untrusted.names import (
+    ENDING,
     check_name,
     clean_name,
     escape,
@@ -83,7 +84,7 @@ def forget(
 
     people = {normal_form(check_name(name, "identity")) for name in identities}
     bare = {normal_form(clean_name(name)) for name in clips}
-    asked = bare | {f"{name}.mp4" for name in bare}
+    asked = bare | {name + end for name in bare for end in (ENDING, ENDING.upper())}
     found: list[Place] = []
     folders: dict[Path, str] = {}
     for root in (place.expanduser().absolute() for place in places):

@@ -162,25 +162,9 @@ def clean_labels(
         if _is_missing(identity):
             empty.append(place)
             continue
-        if isinstance(identity, (float, np.floating)) and float(identity).is_integer():
-            # Larger numbers have lost digits. Their text is in scientific notation.
-            exact = abs(identity) <= 2 ** np.finfo(type(identity)).nmant
-            if exact:
-                decimals.append(f"{place}: its identity {identity!s} is read as {int(identity)}")
-            identity = str(int(identity) if exact else identity)
-        if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
-            kind = type(identity).__name__
-            raise UserError(
-                f"{place}: the identity is of type {kind}, but must be text or int\n"
-                f"convert it with {'decode' if isinstance(identity, bytes) else 'str'}(), or use "
-                "None if the clip shows no known person"
-            )
-        with prefix_errors(place):
-            text = clean_identity(str(identity))
-        if re.fullmatch("-[0-9]+", text):
-            raise UserError(
-                f"{place}: identity {text} is negative: leave out clips that show no known person"
-            )
+        text = _clean_person(place, identity)
+        if isinstance(identity, (float, np.floating)) and text.isdecimal():
+            decimals.append(f"{place}: its identity {identity!s} is read as {text}")
         if pairs.setdefault(name, text) != text:
             raise UserError(
                 f"{place} has the labels {show(pairs[name])} and {show(text)}: delete one of them"
@@ -199,6 +183,28 @@ def clean_labels(
         )
     warn_of_changed(places)
     return pairs
+
+
+def _clean_person(place: str, identity: object) -> str:
+    """Returns an identity as text. Error messages begin with `place`. 100.0 becomes 100."""
+    if isinstance(identity, (float, np.floating)) and float(identity).is_integer():
+        # Larger floats have lost digits. Their text is in scientific notation.
+        exact = abs(identity) < 2 ** (np.finfo(type(identity)).nmant + 1)
+        identity = str(int(identity) if exact else identity)
+    if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
+        kind = type(identity).__name__
+        raise UserError(
+            f"{place}: the identity is of type {kind}, but must be text or int\n"
+            f"convert it with {'decode' if isinstance(identity, bytes) else 'str'}(), or use "
+            "None if the clip shows no known person"
+        )
+    with prefix_errors(place):
+        text = clean_identity(str(identity))
+    if re.fullmatch("-[0-9]+", text):
+        raise UserError(
+            f"{place}: identity {text} is negative: leave out clips that show no known person"
+        )
+    return text
 
 
 def _is_missing(identity: object) -> bool:

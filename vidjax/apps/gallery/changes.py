@@ -93,11 +93,10 @@ class Draft:
             for name in [] if isinstance(value, str) else value or ():
                 check_argument(f"remove: {kind}", name, str, "a name")
         people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
-        single = [*map(self._find_name, single)]
         removed = {clip for name in people for clip in self._find_clips(name)}
         for name in single:
-            find_enrolled("clip", name, self.clips)
-        removed.update(single)
+            find_enrolled("clip", self._find_name(name), self.clips)
+            removed.update(self._find_names(name))
         self._edit(dict.fromkeys(removed))
         return len(removed)
 
@@ -134,13 +133,18 @@ class Draft:
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
 
-    def _find_name(self, clip: str) -> str:
-        """Returns the name under which a clip is enrolled, or the name without `.mp4` if it is new.
+    def _find_names(self, clip: str) -> list[str]:
+        """Returns the names under which a clip is enrolled. `a` and `a.mp4` are the same clip.
 
-        `a` and `a.mp4` are the same clip. Older galleries may contain names with the ending.
+        New names have no ending. Older galleries may contain names with the ending, or both.
         """
         bare = strip_ending(clip)
-        return next((x for x in (clip, bare, bare + ENDING) if x in self.clips), bare)
+        spellings = dict.fromkeys((clip, bare, bare + ENDING, bare + ENDING.upper()))
+        return [name for name in spellings if name in self.clips]
+
+    def _find_name(self, clip: str) -> str:
+        """Returns the name under which a clip is enrolled. A new clip has no ending."""
+        return next(iter(self._find_names(clip)), strip_ending(clip))
 
     def _find_clips(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:
