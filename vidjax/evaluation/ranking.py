@@ -5,9 +5,10 @@ space within a name is escaped as in a URL: `First%20Last`. A `%` before two hex
 escaped, too.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,6 +113,7 @@ def read_submission(
     """
     spellings = find_spellings(positives or {})
     clips = {clean_name(text): clip for text, clip in spellings.items()}
+    clean = functools.cache(_try_clean)
     ranking: dict[str, list[str]] = {}
     first: dict[str, str] = {}  # kind of fault -> a sentence about the first line with this fault
     counts: Counter[str] = Counter()
@@ -120,8 +122,10 @@ def read_submission(
         first.setdefault(kind, sentence)
         counts[kind] += 1
 
-    number = 0
-    for number, line in _read_lines(Path(path)):
+    number, text = 0, _read_text(Path(path))
+    if re.search(r"\r(?!\n)", text):
+        note("line ends", f"{path}: lines end as on old Macs: save it with line ends of Linux")
+    for number, line in enumerate(_split(text), 1):
         place, fields = f"{path}: line {number}", line.split()
         if not fields:
             note("empty line", f"{place}: the line is empty: delete it")
@@ -156,13 +160,13 @@ def read_submission(
                 f"{place}: identity '{show(identity)}' is not in the ground truth: correct the "
                 "name, or delete the line",
             )
-        for name in names:
-            if name not in spellings and (clip := clips.get(_try_clean(name))):
-                note(
-                    "spelling",
-                    f"{place}: the organisers' script does not find '{show(name)}', because the "
-                    f"ground truth has '{show(clip)}': write the same name",
-                )
+        misspelt = (name for name in names if name not in spellings and clean(name) in clips)
+        if name := next(misspelt, None):
+            note(
+                "spelling",
+                f"{place}: the organisers' script does not find '{show(name)}', because the ground "
+                f"truth has '{show(clips[clean(name)])}': write the same name",
+            )
         ranking[identity] = names
     if not number:
         note("empty file", f"{path}: the file is empty: write a line for each identity")
@@ -219,7 +223,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     positives: dict[str, list[str]] = {}
     for line in labels.read_truth(path):
         positives.setdefault(line.identity, []).extend(line.clips)
-    lines = ((number, line.removeprefix(BOM)) for number, line in _read_lines(Path(path)))
+    lines = enumerate(_split(_read_text(Path(path)).removeprefix(BOM)), 1)
     if empty := [number for number, line in lines if not line.strip()]:
         warn(
             f"{path}: line {empty[0]}: the line is empty, and is left out, but the organisers' "
@@ -228,17 +232,18 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     return positives
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the number and the text of every line. White space at the end of a line is removed.
-
-    Bytes that are not UTF-8 become lone surrogates, so that `_is_text` recognises them.
-    """
+def _read_text(path: Path) -> str:
+    """Reads a text. Bytes that are not UTF-8 become lone surrogates, as `_is_text` expects."""
     with files.open_text(path) as file:
-        lines = labels.split_lines(file.read().decode(errors="surrogateescape"))
+        return file.read().decode(errors="surrogateescape")
+
+
+def _split(text: str) -> list[str]:
+    """Returns all lines of a text, without white space at the end of a line."""
+    lines = labels.split_lines(text)
     if not lines[-1]:  # the last line has a line end
         del lines[-1]
-    for number, line in enumerate(lines, 1):
-        yield number, line.rstrip(" \t\r\n")
+    return [line.rstrip(" \t") for line in lines]
 
 
 def _is_text(line: str) -> bool:

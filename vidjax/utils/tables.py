@@ -31,7 +31,8 @@ Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
 Ranking = Mapping[str, Sequence[tuple[str, float]]]  # identity -> (clip, score), the best first
 RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "'")  # a `'` is put before these characters
+# A `'` is put before these characters. The wide forms of = + - @ start formulas in Japanese.
+FORMULA_STARTS = tuple("=+-@\t\r'\uff1d\uff0b\uff0d\uff20")
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
