@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import made_galleries
+from tests.helpers import clip_files, made_galleries
 from tests.helpers.datasets import prepare
 from vidjax.runs import checkpoint
 from vidjax.utils.errors import VidjaxWarning
@@ -76,6 +76,19 @@ def test_check_of_a_good_run_or_without_a_folder_reports_all_good(folder, check,
         assert words in "\n".join(lines), lines
     assert check_run("--quiet") == (0, ["all good"])
     assert json.loads(*check_run("--json")[1])["verdict"] == "all good"  # a single line
+
+
+def test_check_prints_warnings_about_labels_and_counts_them(tmp_path, command):
+    clips = {f"c{number}": {"face": np.full((1, 2), number + 1.0)} for number in range(4)}
+    folder = clip_files.write_npz(tmp_path / "own", {"train": clips, "val": {"v": clips["c0"]}})
+    labels = dict(zip([*clips, "v"], ["Ada", "nan", "nan", "1.23E+11", "Ada"], strict=True))
+    clip_files.write_labels(folder / "labels.csv", labels)
+    words = ("--config=knn:face", "--config.data.name=arrays", f"--config.data.dir={folder}")
+    with pytest.warns(UserWarning, match="labels.csv: line 3: identity 'nan' looks like"):
+        done = command("check", *words, f"--config.data.cache_dir={tmp_path}", "--json")
+    answer = json.loads(done.out)
+    (text,) = [row["text"] for row in answer["findings"] if row["state"] == "warning"]
+    assert "'1.23E+11'" in text and answer["verdict"] == "no faults, 1 warning" and not done.code
 
 
 # Exit code 3 is a damaged run, 2 damaged data.

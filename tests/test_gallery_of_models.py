@@ -400,13 +400,15 @@ def test_tables_survive_a_spreadsheet_and_impossible_tables_are_refused(tmp_path
         assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
 
     # Names are guarded against formulas, and may be quoted.
-    clips = ("+1", "-x", "=cmd|' /C calc'!A0", "'quoted")
+    clips = ("+1", "-x", "=cmd|' /C calc'!A0", "'quoted", "\uff1d1")
     path.unlink()
     answers_lib.write_groups(path, dict.fromkeys(clips, "unknown 1"))
     _, *lines = path.read_text().splitlines()
     assert sorted(lines) == sorted(f"'{clip}\tunknown 1" for clip in clips)  # `'` marks a text
     path.write_text(path.read_text().replace("unknown 1", '"Zo\u00eb ""Z"" K"'))
     assert answers_lib.read_groups(path) == dict.fromkeys(clips, 'Zo\u00eb "Z" K')
+    path.write_text("clip\tidentity\nx\t't Hooft\n")  # as a user types the name
+    assert answers_lib.read_groups(path) == {"x": "'t Hooft"}
 
 
 def test_log_odds_are_a_ratio_of_gamma_densities():

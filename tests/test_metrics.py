@@ -25,7 +25,7 @@ from vidjax.training import loop
 open_set: Any = measures.open_set
 MANY = " ".join(f"p{i}.mp4" for i in range(150))
 HUNDRED = " ".join(f"p{i}.mp4" for i in range(100))
-# Each line of a file has an identity and its clips. Only the first 100 clips of a line count.
+# Each line of a file has an identity and its clips, at most 100.
 # Name of a case -> ground truth, submission, score as a fraction: the mean AP of the identities.
 BY_HAND = {
     "hit at place 100": ("1 a.mp4", "1 " + HUNDRED.replace("p99", "a"), (1, 100)),
@@ -38,6 +38,7 @@ BY_HAND = {
     "repeated hit counts once": ("1 a.mp4 b.mp4", "1 a.mp4 a.mp4 x.mp4 b.mp4", (5, 6)),
     "truth by clip; AP 1 and 0": ("a.mp4 1\nb.mp4 2\nc.mp4 1", "1 a.mp4 c.mp4\n2 c.mp4", (1, 2)),
     "BOM, CRLF, blanks; 1/2 of 2": ("\ufeff1 a.mp4 b.mp4 \r\n", "1 x.mp4 a.mp4\r\n", (1, 4)),
+    "BOM in the submission; AP 0 and 1": ("1 a.mp4\n2 b.mp4", "\ufeff1 a.mp4\n2 b.mp4", (1, 2)),
     "odd blanks; 1/2 and 2/3 of 2": ("1 a.mp4 b.mp4", " 1  x.mp4\ta.mp4   b.mp4\t", (7, 12)),
 }
 
@@ -61,8 +62,14 @@ def test_map_of_files_matches_hand_computed_values(tmp_path, ground_truth, submi
     assert score_files(*paths) == pytest.approx(float(Fraction(*score)), rel=0, abs=1e-15)
 
 
+def test_submission_with_more_than_100_names_in_a_line_is_refused(tmp_path):
+    paths = write(tmp_path, "1 p0.mp4", f"2 p0.mp4\n1 {HUNDRED} {HUNDRED} p0.mp4 x.mp4")
+    with pytest.raises(map_oracle.Refused):
+        map_oracle.mean_average_precision(*paths)
+    refused(lambda: score_files(*paths), "ranking.txt: line 2", "101 clips", "at most 100")
+
+
 @pytest.mark.parametrize(("ground_truth", "words"), [
-    ("1 a.mp4\n\n2 b.mp4", "line 2"),  # an empty line
     ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),  # a repeated identity
     ("1 a.mp4 b.mp4\n2", "line 2"),  # an identity without a positive
     ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),  # a clip of two identities

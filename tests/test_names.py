@@ -62,7 +62,7 @@ def test_every_input_normalises_names_to_nfc(tmp_path):
 
     # Rankings: the ground truth is NFD, and the ranking is NFC. The score is 1 if they are equal.
     positives = ranking.read_ground_truth(write("truth.txt", f"{nfd} x.mp4\n"))
-    loaded = ranking.read_submission(write("r.txt", f"{nfc} x.mp4\n"), identities=positives)
+    loaded = ranking.read_submission(write("r.txt", f"{nfc} x.mp4\n"), positives=positives)
     assert not loaded.complaints and ranking.score(positives, loaded.ranking) == 1
 
 

@@ -1,5 +1,6 @@
 """Rankings: files in each format, `vidjax rank`, and submissions, which are written and scored."""
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -78,7 +79,8 @@ def run_dir(tmp_path_factory):
     labels = dict(zip(itertools.chain(*splits.values()), NAMES * 2, strict=True))
     distractor = np.random.default_rng(7).normal(size=(1, DIM)).astype(np.float32)
     splits["val"] |= {f"nobody {i}": {"face": distractor + i} for i in range(99)}
-    data = vidjax.load_data(splits, labels, cache_dir=folder / "cache")
+    with pytest.warns(UserWarning, match="'NaN' looks like a word for a missing value"):
+        data = vidjax.load_data(splits, labels, cache_dir=folder / "cache")
     words = "--config.data.name=arrays", "--config.eval.report=False"
     config = small_runs.shrunk(*words, spec="configs/knn.py:iqiyi_vid")
     vidjax.train(config, folder / "run", data, num_devices=1)
@@ -225,7 +227,7 @@ def test_write_ranking_round_trips_and_refuses_repeated_or_invalid_names(tmp_pat
     assert path.read_text(encoding="utf-8") == text
 
 
-MANY = " ".join(f"x{i}.mp4" for i in range(101))  # only the first 100 clips of a line count
+MANY = " ".join(f"x{i}.mp4" for i in range(101))  # a line may have at most 100 clips
 
 
 def write(folder, truth, submission):
@@ -257,8 +259,12 @@ def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, com
 # Fault of a submission -> submission, score against "1 a.mp4", words of the warning.
 FAULTS = {
     "repeated clip": ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
-    "102 clips, hit first": (f"1 a.mp4 {MANY}\n", "1", "line 1: the line has 102 clips"),
-    "102 clips, hit last": (f"1 {MANY} a.mp4\n", "0", "line 1: the line has 102 clips"),
+    "byte order mark": ("\ufeff1 a.mp4\n", "0", "line 1: a byte order mark precedes identity '1'"),
+    "byte order mark of an unknown identity": ("\ufeff7 a.mp4\n1 a.mp4", "1", "precedes identity"),
+    "line ends of old Macs": ("1 x.mp4 a.mp4\r", "0.5", "lines end as on old Macs"),
+    "no ending": ("1 a x.mp4\n", "0", "line 1: the organisers' script does not find 'a'"),
+    "another ending": ("1 x.mp4 a.MP4\n", "0", "the ground truth has 'a.mp4': write the same"),
+    "two endings": ("1 x.mp4 a.mp4.mp4\n", "0", "does not find 'a.mp4.mp4'"),
     "unknown identity": ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
     "repeated identity": ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),
     "long name": ("1 a.mp4" + 2 * (" " + 999 * "x") + "\n", "1", f"'{100 * 'x'}...' is repeated"),
@@ -282,6 +288,70 @@ def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault
 
     error = f"{warning.replace('warning', 'error', 1)}\n"
     assert command("score", *paths, "--strict") == (2, "", error)
+
+
+@pytest.mark.parametrize("strict", [[], ["--strict"]])
+def test_submission_that_the_script_refuses_is_refused(tmp_path, command, strict):
+    paths = write(tmp_path, "1 a.mp4\n", f"2 a.mp4\n1 a.mp4 {MANY}\n")
+    answer = command("score", *paths, *strict)
+    assert answer.refused("ranking.txt: line 2: the line has 102 clips", "name at most 100")
+    # A clip that is repeated counts once.
+    hundred = MANY.replace("x100", "x99")
+    paths = write(tmp_path, "1 x0.mp4\n", f"1 {hundred}\n")
+    assert command("score", *paths).out.splitlines()[-1] == "1"
+
+
+# Clip -> identity. Blanks are written %20. A % before two hexadecimal digits is written %25, but a
+# user may have forgotten it, as in the second line of TRUTH for the clip `d%20e`.
+CLIPS = {"a": "Ada", "b c": "Bo B", "d%20e": "Bo B", "f%2Fg": "x%2Fy", "100%": "7"}
+TRUTH = {
+    "train_gt.txt": (
+        "a.mp4 Ada\nd%20e.mp4 Bo%20B\nb%20c.mp4 Bo%20B\nf%2Fg.mp4 x%2Fy\n100%.mp4 7\n"
+    ),
+    "val_gt.txt": "Ada a.mp4\nBo%20B d%20e.mp4 b%20c.mp4\nx%2Fy f%2Fg.mp4\n7 100%.mp4\n",
+}
+FORMS = {
+    "official": lambda text: text,
+    "no endings": lambda text: text.replace(".mp4", ""),
+    "an ending less": lambda text: text.replace("e.mp4", "e"),
+    "upper case": lambda text: text.replace(".mp4", ".MP4"),
+    "two endings": lambda text: text.replace(".mp4", ".mp4.mp4"),
+    "blanks": lambda text: text.replace(" ", "  \t "),
+    "old Mac": lambda text: text.replace("\n", "\r"),
+    "Windows": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+    "empty lines": lambda text: "\n \n" + text.replace("\n", "\n\n"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", TRUTH)
+def test_perfect_ranking_scores_1_with_every_ground_truth_that_training_accepts(
+    tmp_path, command, name, form
+):
+    truth = tmp_path / name
+    truth.write_bytes(FORMS[form](TRUTH[name]).encode())
+    read_labels = labels.load_label_table(truth, {"val": [*CLIPS]})["val"]
+    assert read_labels == CLIPS
+    people, clips, path = sorted({*CLIPS.values()}), [*CLIPS], tmp_path / "ranking.txt"
+    rows = [[n for n, clip in enumerate(clips) if CLIPS[clip] == person] for person in people]
+    ranking.write_ranking(path, people, clips, top_of(*rows))
+
+    warned = contextlib.nullcontext()
+    if form == "empty lines":
+        warned = pytest.warns(UserWarning, match="line 1: the line is empty, and is left out")
+    with warned:
+        done = command("score", truth, path, "--strict")
+    assert (done.code, done.out.splitlines()[-1], done.err) == (0, "1", "")
+
+
+def test_ground_truth_whose_identity_is_0_is_refused_as_in_training(tmp_path, command):
+    paths = write(tmp_path, "a.mp4 0\nb.mp4 1\n", "1 b.mp4\n")
+    assert command("score", *paths).refused("gt.txt: line 1: identity 0", "from 1")
+    # Without .mp4, the lines decide, if the name of the file does not.
+    for truth in ("1 a b\n2 c\n", "a 1\nb 1\n"):
+        paths = write(tmp_path, truth, "1 a.mp4 b.mp4\n2 c.mp4\n")
+        assert command("score", *paths).out.splitlines()[-1] == "1"
+    assert command("score", *write(tmp_path, "1 a\n2 b\n", "1 a\n")).refused("no name ends in .mp4")
 
 
 def test_text_that_is_too_large_for_the_memory_is_refused_unread(tmp_path, monkeypatch):

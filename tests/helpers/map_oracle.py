@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 class Refused(Exception):
-    """A ground truth is invalid."""
+    """A ground truth is invalid, or a line of a submission has too many names."""
 
 
-def lines_of(path):
+def lines_of(path, encoding="utf-8-sig"):
     """Returns the lines of a text file, without a BOM, CR and blanks at the ends of lines."""
-    text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    text = Path(path).read_bytes().decode(encoding).replace("\r\n", "\n")
     return [line.rstrip(" \t") for line in text.removesuffix("\n").split("\n")]
 
 
@@ -38,12 +38,17 @@ def ground_truth(path):
 
 
 def submission(path):
-    """Returns identity -> its first 100 different clips. The last line of an identity counts."""
+    """Returns identity -> its different clips. The last line of an identity counts.
+
+    A BOM belongs to the first identity.
+    """
     ranking = {}
-    for line in lines_of(path):
+    for line in lines_of(path, "utf-8"):
         if line.strip():
             identity, *names = line.split()
-            ranking[identity] = list(dict.fromkeys(names))[:100]
+            ranking[identity] = list(dict.fromkeys(names))
+            if len(ranking[identity]) > 100:
+                raise Refused("a line has more than 100 names")
     return ranking
 
 

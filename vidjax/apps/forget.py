@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax.data import cache
 from vidjax.data.untrusted.names import (
+    ENDING,
     check_name,
     clean_name,
     escape,
     fold,
     normal_form,
+    strip_ending,
     unescape,
 )
 from vidjax.utils import files, messages, tables
@@ -82,7 +84,7 @@ def forget(
 
     people = {normal_form(check_name(name, "identity")) for name in identities}
     bare = {normal_form(clean_name(name)) for name in clips}
-    asked = bare | {f"{name}.mp4" for name in bare}
+    asked = bare | {name + end for name in bare for end in (ENDING, ENDING.upper())}
     found: list[Place] = []
     folders: dict[Path, str] = {}
     for root in (place.expanduser().absolute() for place in places):
@@ -249,7 +251,7 @@ def _read_names_of_run(folder: Path) -> Iterator[str]:
             yield from _walk_texts(files.parse_json(facts.tobytes()))
     for path in folder.glob("ranking*.txt"):
         for word in re.finditer(rb"\S+", files.read_bytes(path, INDEX_BYTES)):
-            yield unescape(word[0].decode(errors="replace").removesuffix(".mp4"))
+            yield strip_ending(unescape(word[0].decode(errors="replace")))
 
 
 def _walk_texts(value: object) -> Iterator[str]:
@@ -269,7 +271,7 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
 
     for table in ("names.tsv", "unknown.tsv"):
         if files.exists(folder / table):
-            for _, cells in tables.read_tsv(folder / table):
+            for _, cells in tables.read_text(folder / table):
                 yield from cells
     if files.exists(folder / NUMBERS):
         yield from _walk_texts(files.read_json(folder / NUMBERS, limit=INDEX_BYTES))

@@ -15,7 +15,7 @@ from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.changes import check_person, stack_vectors
 from vidjax.apps.video import appearances
-from vidjax.data.untrusted.names import normal_form
+from vidjax.data.untrusted.names import normal_form, strip_ending
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import InUseError, UserError, closest, prefix_errors, warn
@@ -105,7 +105,10 @@ def _add_enrol(parser: Parser) -> None:
     who.add_argument("--identity", metavar="NAME", help="the person whom all clips show")
     about = "enrols only this clip of the input"
     parser.add_argument("--clip", metavar="CLIP", help=about)
-    about = "a table of clips and people, made by vidjax gallery group"
+    about = (
+        "a table with the columns clip and identity: .csv, .tsv or .parquet, such as the table of "
+        "vidjax gallery group"
+    )
     who.add_argument("--labels", metavar="FILE", help=about)
     about = "enrols the clips as examples of people who must not get a name"
     who.add_argument("--strangers", action="store_true", help=about)
@@ -328,18 +331,21 @@ def _enrol(args: argparse.Namespace) -> Result:
         if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
             raise UserError(
                 f"'{stray}' is in no folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
-                "if all clips show the same person, add --identity=NAME"
+                "if all clips show the same person, add --identity=NAME\n"
+                "if they show several people, add --labels=FILE, a table with the columns clip and "
+                "identity"
             )
         widths, quality = gallery.reads
         clips, identity = load_people(path, widths, quality=quality)
     else:
         clips, identity = _load_clips(args, gallery), args.identity
     if args.clip:
-        clips, split = gallery.embed(clips, split).only({args.clip}), None
+        vectors, split, clip = gallery.embed(clips, split), None, strip_ending(args.clip)
+        clips = vectors.only({name for name in vectors.names if strip_ending(name) == clip})
         if not clips.names:
             raise UserError(f"--clip={args.clip}: no clip has this name: name a clip of the input")
         if isinstance(identity, Mapping):
-            identity = {name: person for name, person in identity.items() if name == args.clip}
+            identity = {name: who for name, who in identity.items() if strip_ending(name) == clip}
     if isinstance(clips, MemoryClips) and not args.labels and not strangers:
         identity = _drop_group_photos(Path(args.input).expanduser(), clips.names, identity)
         if not identity:
@@ -382,7 +388,7 @@ def _drop_group_photos(
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Reads clip -> person from a table of `gallery group`. Raises UserError without any name."""
+    """Reads clip -> person from a table of labels. Raises UserError if it contains no name."""
     if labels := answers_lib.read_groups(path):
         return labels
     raise UserError(

@@ -15,7 +15,7 @@ from vidjax.runs.config_io import override_names, value_text
 from vidjax.runs.run_folder import CONFIG
 from vidjax.training import api
 from vidjax.utils import files, messages
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, VidjaxWarning, warn
 from vidjax.utils.messages import Parser, Result
 
 DEFAULT, COMMAND_LINE = "default", "command line"  # origins of the value of a field
@@ -34,25 +34,34 @@ def check(args: argparse.Namespace) -> Result:
     """Checks the installation, and the run, gallery or configuration that a flag names.
 
     Prints the result of a check when the check ends. The exit code is 0 if no check fails, 3 if a
-    checkpoint is damaged, and 2 for other faults.
+    checkpoint is damaged, and 2 for other faults. The verdict counts the warnings of the checks.
     """
     findings, code = [], 0
     for subject, run_check in list_checks(args).items():
         state = "ok"
-        try:
-            text = run_check()
-        except Exception as error:  # a library can raise any exception for a damaged file
-            state, error_code = "FAULT", messages.get_exit_code(error)
-            text = f"{type(error).__name__}: {error}"
-            if error_code:
-                text = messages.describe_error(error)
-            code = max(code, error_code or 2)
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            try:
+                text = run_check()
+            except Exception as error:  # a library can raise any exception for a damaged file
+                state, error_code = "FAULT", messages.get_exit_code(error)
+                text = f"{type(error).__name__}: {error}"
+                if error_code:
+                    text = messages.describe_error(error)
+                code = max(code, error_code or 2)
+        for doubt in (str(x.message) for x in caught if x.category is VidjaxWarning):
+            findings.append({"state": "warning", "subject": subject, "text": doubt})
+            warn(doubt)
         text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
         findings.append({"state": state, "subject": subject, "text": text})
         if not args.json and (state != "ok" or not args.quiet):
             messages.print_text(f"  {state:5}  {subject}: {text}")
-    faults = [finding["subject"] for finding in findings if finding["state"] != "ok"]
-    verdict = f"FAULT: {', '.join(faults)}" if faults else "all good"
+    states = [finding["state"] for finding in findings]
+    faults = [finding["subject"] for finding in findings if finding["state"] == "FAULT"]
+    verdict = "all good"
+    if faults:
+        verdict = f"FAULT: {', '.join(faults)}"
+    elif doubts := states.count("warning"):
+        verdict = f"no faults, {messages.count(doubts, 'warning')}"
     return Result({"findings": findings, "verdict": verdict}, text=verdict, code=code)
 
 

@@ -106,12 +106,13 @@ def add_score_flags(parser: Parser) -> None:
 def score_files(args: argparse.Namespace) -> Result:
     """Scores a submission file against a ground truth file. Prints the MAP@100 on the last line.
 
-    Faults of the submission are printed as warnings. If `--strict` is given, they are errors.
+    A submission that the organisers' script refuses is refused. Other faults of the submission are
+    printed as warnings. If `--strict` is given, they are errors.
     """
     from vidjax.evaluation import ranking
 
     positives = ranking.read_ground_truth(args.gt)
-    submission = ranking.read_submission(args.ranking, identities=positives)
+    submission = ranking.read_submission(args.ranking, positives=positives)
     for complaint in submission.complaints:
         messages.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
     if args.strict and submission.complaints:
@@ -138,11 +139,13 @@ def _warn_if_nothing_matches(
     `path` is the file of the submission. `positives`, the ground truth, and `ranking`, the
     submission, are identity -> clips.
     """
+    from vidjax.evaluation.ranking import find_spellings
+
     if positives.keys().isdisjoint(ranking):
         messages.print_problem(
             f"warning: {path} lists no identity of the ground truth: compare the identities of both"
         )
-    true_clips = {clip for clips in positives.values() for clip in clips}
+    true_clips = find_spellings(positives).keys()
     ranked_clips = {clip for clips in ranking.values() for clip in clips}
     if true_clips.isdisjoint(ranked_clips):
         messages.print_problem(

@@ -1,24 +1,27 @@
 """Reads labels and weights of clips from ground-truth files, tables or dicts."""
 
-import csv
-import io
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax.data import parquet
+from vidjax.data.changed_identities import warn_of_changed
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.untrusted.names import clean_identity, clean_name_at, show, unescape
-from vidjax.utils import files, messages
+from vidjax.data.untrusted.names import clean_identity, clean_name_at, has_ending, show, unescape
+from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
 
 TABLE = "labels.csv"
+COLUMNS = ("clip", "identity")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 Truth = Mapping[str, Mapping[str, str]]  # split with labels -> clip -> identity
 LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a file of labels
 
@@ -70,8 +73,8 @@ def load_label_table(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, without splits that have no labelled clip.
 
-    `labels` is clip -> identity, a `.csv` file with the columns `clip` and `identity`, or a
-    ground-truth file. None means no labels. `clips` is split -> the clips that have features.
+    `labels` is clip -> identity, a table (see `read_table`) or a ground-truth file. None means no
+    labels. `clips` is split -> the clips that have features.
     """
     if labels is None:
         return {}
@@ -80,9 +83,9 @@ def load_label_table(
     split_of = {name: split for split, names in clips.items() for name in names}
     place = Path("labels")
     if isinstance(labels, Mapping):
-        pairs = _clean_labels((f"{place}:", *pair) for pair in labels.items())
-    elif (place := Path(labels).expanduser()).suffix == ".csv":
-        pairs = _clean_labels(_read_csv_rows(place))
+        pairs = clean_labels(((f"{place}:", *pair) for pair in labels.items()), split_of)
+    elif (place := Path(labels).expanduser()).suffix.lower() in TABLE_SUFFIXES:
+        pairs = clean_labels(read_table(place), split_of)
     else:
         pairs = load_ground_truth(place, known_clips=split_of)
     if pairs:
@@ -94,30 +97,42 @@ def load_label_table(
     return truth
 
 
-def _read_csv_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yields (start of an error message, clip, identity) for each row of a `.csv` of labels."""
+def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (start of an error message, clip, identity) for each row of a table of labels.
+
+    The ending of `path` is .csv, .parquet or, for text with tabs, another one. The columns are
+    called `clip` and `identity`. In text with tabs, they may lack names, if they come first.
+    """
     _refuse_no_file(path)
-    try:
-        with io.TextIOWrapper(files.open_text(path), encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, skipinitialspace=True)
-            header = tuple(table.fieldnames or ())
-            if not {"clip", "identity"} <= set(header):
-                raise UserError(
-                    f"{path}: line 1: the columns are '{show(','.join(header))}': "
-                    "write clip,identity into the first line, and separate columns by commas"
-                )
-            for row in table:
-                more = row.get(None)  # pyright: ignore[reportArgumentType]
-                if None in (row["clip"], row["identity"]) or any(more or ()):
-                    raise UserError(
-                        f"{path}: line {table.line_num}: the line must have as many values as "
-                        'line 1\nwrite names that contain a comma in double quotes: "Smith, John"'
-                    )
-                yield f"{path}: line {table.line_num}:", row["clip"], row["identity"].strip()
-    except (UnicodeDecodeError, csv.Error) as error:
+    if path.suffix.lower() == ".parquet":
+        for row, pair in enumerate(parquet.read_labels(path), 1):
+            yield f"{path}: row {row}:", *pair
+        return
+    is_csv, rows = path.suffix.lower() == ".csv", tables.read_text(path)
+    number, header = next(rows, (1, []))
+    titles = [*map(str.strip, header)]
+    if {*COLUMNS} <= {*titles}:
+        columns = [*map(titles.index, COLUMNS)]
+    elif is_csv:
         raise UserError(
-            f"'{path}' is not a table of UTF-8 text: {error}\nsave it as CSV in UTF-8"
-        ) from None
+            f"{path}: line {number}: the columns are '{show(','.join(header))}': "
+            "write clip,identity into the first line, and separate columns by commas"
+        )
+    else:
+        columns, rows = [0, 1], itertools.chain([(number, header)] * bool(header), rows)
+    for number, cells in rows:
+        place = f"{path}: line {number}:"
+        if is_csv and (len(cells) <= max(columns) or any(cells[len(header) :])):
+            raise UserError(
+                f"{place} the line must have as many values as line 1\n"
+                'write names that contain a comma in double quotes: "Smith, John"'
+            )
+        if len(cells) <= max(columns):
+            raise UserError(
+                f"{place} the line has no name or no clip\nwrite the clip, a tab and a name"
+            )
+        clip, identity = (cells[column] for column in columns)
+        yield place, clip if is_csv else clip.strip(), identity.strip()
 
 
 def _refuse_no_file(path: Path) -> None:
@@ -126,48 +141,80 @@ def _refuse_no_file(path: Path) -> None:
         raise NoFileError(f"'{path}' {problem}: correct the path")
 
 
-def _clean_labels(rows: Iterable[tuple[str, Any, Any]]) -> dict[str, str]:
+def clean_labels(
+    rows: Iterable[tuple[str, Any, Any]], known_clips: Collection[str] = ()
+) -> dict[str, str]:
     """Returns clip -> identity, from rows of (start of an error message, clip, identity).
 
-    A clip whose identity is None or empty is left out. A warning counts the empty identities.
+    A clip whose identity is None, NaN or empty is left out. A warning counts the clips with NaN or
+    an empty identity. For `known_clips` see `load_ground_truth`.
     """
     pairs: dict[str, str] = {}
-    empty = []
+    places: dict[str, str] = {}
+    empty, decimals = list[str](), list[str]()
     for place, clip, identity in rows:
         name = clean_name_at(place, clip)
+        if name not in known_clips and (other := unescape(name)) in known_clips:
+            name = other
         if identity is None:
             continue
-        place = f"{place} clip {show(name)}"
-        # A NaN is an empty cell of pandas.
-        is_nan = isinstance(identity, (float, np.floating)) and np.isnan(identity)
-        if is_nan or (isinstance(identity, str) and not identity):
+        row, place = place, f"{place} clip {show(name)}"
+        if _is_missing(identity):
             empty.append(place)
             continue
-        if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
-            kind = type(identity).__name__
-            raise UserError(
-                f"{place}: the identity is of type {kind}, but must be text or int\n"
-                "convert it with str(), or use None if the clip shows no known person"
-            )
-        with prefix_errors(place):
-            text = clean_identity(str(identity))
-        if re.fullmatch("-[0-9]+", text):
-            raise UserError(
-                f"{place}: identity {text} is negative: leave out clips that show no known person"
-            )
+        text = _clean_person(place, identity)
+        if isinstance(identity, (float, np.floating)) and text.isdecimal():
+            decimals.append(f"{place}: its identity {identity!s} is read as {text}")
         if pairs.setdefault(name, text) != text:
             raise UserError(
                 f"{place} has the labels {show(pairs[name])} and {show(text)}: delete one of them"
             )
+        places.setdefault(text, row.removesuffix(":"))
     if empty:
         warn(
             f"{empty[0]}: its identity is empty, so the clip shows no known person "
             f"(such clips: {len(empty):,})\n"
             "to avoid this warning, leave out these clips, or use None in Python"
         )
+    if decimals:
+        warn(
+            f"{decimals[0]} (such clips: {len(decimals):,}): to avoid this warning, write "
+            "identities as text"
+        )
+    warn_of_changed(places)
     return pairs
 
 
+def _clean_person(place: str, identity: object) -> str:
+    """Returns an identity as text. Error messages begin with `place`. 100.0 becomes 100."""
+    if isinstance(identity, (float, np.floating)) and float(identity).is_integer():
+        # Larger floats have lost digits. Their text is in scientific notation.
+        exact = abs(identity) < 2 ** (np.finfo(type(identity)).nmant + 1)
+        identity = str(int(identity) if exact else identity)
+    if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
+        kind = type(identity).__name__
+        raise UserError(
+            f"{place}: the identity is of type {kind}, but must be text or int\n"
+            f"convert it with {'decode' if isinstance(identity, bytes) else 'str'}(), or use "
+            "None if the clip shows no known person"
+        )
+    with prefix_errors(place):
+        text = clean_identity(str(identity))
+    if re.fullmatch("-[0-9]+", text):
+        raise UserError(
+            f"{place}: identity {text} is negative: leave out clips that show no known person"
+        )
+    return text
+
+
+def _is_missing(identity: object) -> bool:
+    """Returns True for an empty text, and for an empty cell of pandas."""
+    if isinstance(identity, (float, np.floating)):
+        return bool(np.isnan(identity))
+    return identity == "" if isinstance(identity, str) else type(identity).__name__ in _NO_VALUES
+
+
+_NO_VALUES = ("NAType", "NaTType")  # the types of pandas.NA and pandas.NaT
 MAX_UNKNOWN_RATE = 0.01  # share of the labelled clips that may be in no feature file
 
 
@@ -199,22 +246,39 @@ def load_ground_truth(
     There are two forms of files. The direct form has a line `NAME.mp4 ID` for each clip. The
     inverted form has a line `ID NAME.mp4 NAME.mp4 ...` for each identity. If no name ends in
     `.mp4`, train_gt.txt is read as direct, and val_gt.txt and test_gt.txt as inverted. A blank in
-    a name is written `%20`. `known_clips` are names in which `%20` does not mean a blank.
+    a name is written `%20`. `known_clips` are names in which `%20` does not mean a blank. A warning
+    appears if a program has probably changed identities.
 
     Raises:
       UserError: the form is unclear, a line has another form, a clip comes twice, or a name is
         refused. If most identities are whole numbers, all must be whole numbers above 0.
     """
+    lines = read_truth(path, known_clips=known_clips)
+    return {name: line.identity for line in lines for name in line.clips.values()}
+
+
+class TruthLine(NamedTuple):
+    """A line of a ground-truth file."""
+
+    number: int  # counted from 1, including empty lines
+    identity: str
+    clips: dict[str, str]  # clip as it is written in the file -> clip without `.mp4`
+
+
+def read_truth(
+    path: str | os.PathLike[str], *, known_clips: Collection[str] = ()
+) -> list[TruthLine]:
+    """Returns the lines of a ground-truth file that are not empty. See `load_ground_truth`."""
     path, known = Path(path), frozenset(known_clips)
-    lines = _read_lines(path, "NAME.mp4 ID")
-    inverted = _is_inverted(path, [fields for _, fields in lines])
-    labels: dict[str, str] = {}
-    line_of_clip: dict[str, int] = {}
+    rows = _read_lines(path, "NAME.mp4 ID")
+    inverted = _is_inverted(path, [fields for _, fields in rows])
+    lines: list[TruthLine] = []
+    line_of_clip: dict[str, TruthLine] = {}
     line_of_identity: dict[str, int] = {}
-    for number, fields in lines:
+    for number, fields in rows:
         where = f"{path}: line {number}:"
         others = fields[:1] if inverted else fields[1:]
-        if any(name.endswith(".mp4") for name in others):
+        if any(map(has_ending, others)):
             raise UserError(
                 f"{where} the clip is not in the same column as in the other lines\n"
                 "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all lines"
@@ -231,30 +295,37 @@ def load_ground_truth(
                 f"{where} the line has {messages.count(len(fields), 'word')}: write a clip and its "
                 "identity, NAME.mp4 ID"
             )
-        if inverted and line_of_identity.setdefault(identity, number) != number:
+        first = line_of_identity.setdefault(identity, number)
+        if inverted and first != number:
             raise UserError(
-                f"{where} identity {show(identity)} is already in line "
-                f"{line_of_identity[identity]}: join the two lines"
+                f"{where} identity {show(identity)} is already in line {first}: join the two lines"
             )
+        lines.append(line := TruthLine(number, identity, {}))
         for text in names:
             name = _parse_clip(text, known, where)
-            if name in labels:
+            if other := line_of_clip.get(name):
                 raise UserError(
-                    f"{where} clip {show(name)} is already in line {line_of_clip[name]}, with the "
-                    f"identity {show(labels[name])}: delete one of the two"
+                    f"{where} clip {show(name)} is already in line {other.number}, with the "
+                    f"identity {show(other.identity)}: delete one of the two"
                 )
-            labels[name], line_of_clip[name] = identity, number
-    _check_identities(path, labels, line_of_clip)
-    return labels
+            line.clips[text], line_of_clip[name] = name, line
+    _check_identities(path, lines)
+    warn_of_changed({name: f"{path}: line {n}" for name, n in line_of_identity.items()})
+    return lines
 
 
 def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
     """Returns True if the lines of a ground-truth file begin with identities instead of clips."""
     for fields in lines:
         for column, name in enumerate(fields):
-            if name.endswith(".mp4"):
+            if has_ending(name):
                 return column > 0
     if path.name not in [f"{split}_gt.txt" for split in SPLITS]:
+        if any(len(fields) > 2 for fields in lines):
+            return True
+        # A clip has one identity, but an identity may have several clips.
+        if len({fields[-1] for fields in lines}) < len(lines):
+            return False
         raise UserError(
             f"{path}: no name ends in .mp4, so clips and identities cannot be distinguished\n"
             "rename the file to train_gt.txt if its lines are 'CLIP ID'\n"
@@ -269,6 +340,11 @@ def _parse_clip(text: str, known: Collection[str], where: str) -> str:
     return clean if clean in known else clean_name_at(where, unescape(text))
 
 
+def split_lines(text: str) -> list[str]:
+    """Splits a text at the line ends of Linux, Windows and old Macs."""
+    return re.split(r"\r\n|\r|\n", text)
+
+
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     """Returns (line number, words) of each line that is not blank. Errors show the line `form`."""
     _refuse_no_file(path)
@@ -281,7 +357,7 @@ def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
         raise UserError(
             f"{path}: line {line} is not UTF-8 text (byte {error.start}): save the file as UTF-8"
         ) from None
-    numbered = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    numbered = enumerate(split_lines(text), 1)
     lines = [(number, line.split()) for number, line in numbered if line.strip()]
     if not lines:
         raise UserError(f"{path}: the file is empty: write one line per clip, '{form}'")
@@ -293,18 +369,20 @@ def _is_integer(text: str) -> bool:
     return re.fullmatch(r"[+-]?[0-9]{1,100}", text) is not None
 
 
-def _check_identities(path: Path, labels: Mapping[str, str], lines: Mapping[str, int]) -> None:
+def _check_identities(path: Path, lines: Sequence[TruthLine]) -> None:
     """Raises UserError if most identities are whole numbers, but one is a name or below 1."""
-    if 2 * sum(map(_is_integer, labels.values())) <= len(labels):
+    if 2 * sum(len(x.clips) for x in lines if _is_integer(x.identity)) <= sum(
+        len(line.clips) for line in lines
+    ):
         return
-    for name, identity in labels.items():
-        where = f"{path}: line {lines[name]}: identity {show(identity)}"
-        if not _is_integer(identity):
+    for line in lines:
+        where = f"{path}: line {line.number}: identity {show(line.identity)}"
+        if not _is_integer(line.identity):
             raise UserError(
                 f"{where} is not a whole number, unlike most identities\n"
                 "correct it, or give all identities names that are not numbers"
             )
-        if int(identity) < 1:
+        if int(line.identity) < 1:
             raise UserError(f"{where} is less than 1: number identities from 1")
 
 

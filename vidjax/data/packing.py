@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from vidjax.data.frame_fields import (
     compute_feature_norms,
     find_usable_rows,
 )
-from vidjax.data.untrusted.names import clean_name_at, show
+from vidjax.data.untrusted.names import ENDING, clean_name_at, show
 from vidjax.utils.errors import UserError, closest
 
 # Clip -> modality -> features, or a dict of STORED fields. `face_quality` is a field of `face`.
@@ -192,6 +192,18 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
     return np.atleast_1d(array).astype(array.dtype.newbyteorder("="), copy=False)
 
 
+def _refuse_repeated(clip: Clip, place: str, given: str) -> NoReturn:
+    """Raises UserError for a clip whose name `given` occurred before at `place`."""
+    places, other = " and ".join(dict.fromkeys((place, clip.place))), clip.given or clip.name
+    problem = f"{places}: clip {show(clip.name)} comes twice"
+    if given == other:
+        raise UserError(f"{problem}: delete one of them")
+    raise UserError(
+        f"{problem}, as '{show(given)}' and '{show(other)}', because {ENDING} is left out of "
+        "names\ndelete one of them, or rename it"
+    )
+
+
 def pack(
     clips: Iterable[Clip],
     out_dir: Path | None = None,
@@ -205,14 +217,13 @@ def pack(
     comes twice, is malformed, or differs from most clips in width or dtype.
     """
     packers: dict[str, Packer] = {}
-    seen: dict[str, str] = {}  # clip -> place
+    seen: dict[str, tuple[str, str]] = {}  # clip -> place, and the name in the source
     empty = []
     with contextlib.ExitStack() as stack:
         for clip in clips:
             if clip.name in seen:
-                places = " and ".join(dict.fromkeys((seen[clip.name], clip.place)))
-                raise UserError(f"{places}: clip {show(clip.name)} comes twice: delete one of them")
-            seen[clip.name] = clip.place
+                _refuse_repeated(clip, *seen[clip.name])
+            seen[clip.name] = clip.place, clip.given or clip.name
             if not clip.modalities:
                 empty.append(clip)
             for name, value in clip.modalities.items():

@@ -10,7 +10,7 @@ Source: the format of Apache Parquet, `PageHeader` in `parquet.thrift`; Thrift's
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,6 +62,25 @@ def read_clip_names(path: Path) -> list[str]:
         column = file.read(columns=["clip"])["clip"].combine_chunks()
         _refuse_nulls(path, "clip", column, 0)
         return column.unique().cast("string").to_pylist()
+
+
+def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Returns the pairs (clip, identity) of a parquet table. A missing identity is "" or NaN."""
+    from pyarrow import types
+
+    names = ["clip", "identity"]
+    with _open(path) as (opened, file):
+        if missing := [name for name in names if name not in file.schema_arrow.names]:
+            raise UserError(
+                f"{path}: the table has no column {missing[0]}, only "
+                f"{show(', '.join(file.schema_arrow.names))}\nname the columns clip and identity"
+            )
+        _check_pages(path, opened, file, names)
+        clips, identities = file.read(columns=names).select(names)
+        people: Iterable[Any] = ("" if x is None else x for x in identities.to_pylist())
+        if types.is_floating(identities.type):
+            people = identities.to_numpy()  # its scalars keep the width of the floats
+        return zip(clips.to_pylist(), people, strict=True)
 
 
 def count_rows(path: Path) -> int:

@@ -5,20 +5,32 @@ space within a name is escaped as in a URL: `First%20Last`. A `%` before two hex
 escaped, too.
 """
 
-import codecs
+import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from vidjax.core import metrics
-from vidjax.data.untrusted.names import check_name, escape, normal_form, show
+from vidjax.data import labels
+from vidjax.data.untrusted.names import (
+    ENDING,
+    check_name,
+    clean_name,
+    escape,
+    normal_form,
+    show,
+    strip_ending,
+    unescape,
+)
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
 from vidjax.utils import files
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, warn
+
+BOM = "\ufeff"  # the byte order mark, with which some editors begin a file
 
 
 def write_ranking(
@@ -42,7 +54,7 @@ def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: To
             f"{path}: there are {len(identities)} identities, but {len(index)} ranked lists\n"
             "give a list for each identity"
         )
-    names = [clip.removesuffix(".mp4") + ".mp4" for clip in clips]
+    names = [strip_ending(clip) + ENDING for clip in clips]
     _check_names(path, "clip", names)
     _check_names(path, "identity", identities)
     names = [escape(name) for name in names]
@@ -73,24 +85,35 @@ class Submission(NamedTuple):
     complaints: list[str]
 
 
-def read_submission(path: str | Path, *, identities: Collection[str] | None = None) -> Submission:
+def read_submission(
+    path: str | Path, *, positives: Mapping[str, Sequence[str]] | None = None
+) -> Submission:
     """Reads a submission file as the scoring script of the challenge does, and lists its faults.
 
     | fault | how the script reads it |
     |---|---|
+    | more than 100 different names | the file is refused, here, too |
     | empty file or line | the line is skipped |
     | fields are not separated by a single space | the line is split at white space |
+    | lines end as on old Macs | these are line ends, too |
     | a name is repeated in a line | only the first place counts |
-    | more than 100 different names | only the first 100 count |
     | an identity has a second line | the last line counts |
-    | an identity is not in `identities` | it is not scored |
+    | a byte order mark before the first identity | the mark is a letter of the identity |
+    | an identity is not in `positives` | it is not scored |
+    | a clip of `positives` is spelled in another way | the name equals no other name |
     | bytes are not UTF-8 text | a name with these bytes equals no other name |
 
-    If `identities` is None, no identity counts as unknown.
+    `positives` are the result of `read_ground_truth`. If it is None, all names count as known.
 
     Source: the description of the script, for repeated names, the limit of 100 different names, and
     unknown identities. The other rows are our assumptions.
+
+    Raises:
+      UserError: a line has more than 100 different names.
     """
+    spellings = find_spellings(positives or {})
+    clips = {clean_name(text): clip for text, clip in spellings.items()}
+    clean = functools.cache(_try_clean)
     ranking: dict[str, list[str]] = {}
     first: dict[str, str] = {}  # kind of fault -> a sentence about the first line with this fault
     counts: Counter[str] = Counter()
@@ -99,8 +122,10 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
         first.setdefault(kind, sentence)
         counts[kind] += 1
 
-    number = 0
-    for number, line in _read_lines(Path(path)):
+    number, text = 0, _read_text(Path(path))
+    if re.search(r"\r(?!\n)", text):
+        note("line ends", f"{path}: lines end as on old Macs: save it with line ends of Linux")
+    for number, line in enumerate(_split(text), 1):
         place, fields = f"{path}: line {number}", line.split()
         if not fields:
             note("empty line", f"{place}: the line is empty: delete it")
@@ -109,28 +134,64 @@ def read_submission(path: str | Path, *, identities: Collection[str] | None = No
             note("separators", f"{place}: fields are not separated by a single space: type one")
         if not _is_text(line):
             note("encoding", f"{place}: the line is not UTF-8 text: save the file as UTF-8")
-        identity, given = normal_form(fields[0]), fields[1:]
+        identity, given = normal_form(unescape(fields[0])), fields[1:]
         names = list(dict.fromkeys(given))
         if len(names) < len(given):
             repeated = next(name for name, count in Counter(given).items() if count > 1)
             text = f"'{show(repeated)}' is repeated: name each clip only once"
             note("repeated name", f"{place}: {text}")
         if len(names) > MAX_NAMES:
-            note("too many", f"{place}: the line has {len(names)} clips: name at most {MAX_NAMES}")
+            raise UserError(
+                f"{place}: the line has {len(names)} clips, so the organisers' script refuses the "
+                f"file: name at most {MAX_NAMES}"
+            )
         if identity in ranking:
             text = f"identity '{show(identity)}' already has a line: join both"
             note("second line", f"{place}: {text}")
-        if identities is not None and identity not in identities:
+        if identity.startswith(BOM):
+            note(
+                "byte order mark",
+                f"{place}: a byte order mark precedes identity '{show(identity[1:])}', so the "
+                "organisers' script does not find this identity: save the file without the mark",
+            )
+        elif positives is not None and identity not in positives:
             note(
                 "unknown identity",
                 f"{place}: identity '{show(identity)}' is not in the ground truth: correct the "
                 "name, or delete the line",
             )
-        ranking[identity] = names[:MAX_NAMES]
+        misspelt = (name for name in names if name not in spellings and clean(name) in clips)
+        if name := next(misspelt, None):
+            note(
+                "spelling",
+                f"{place}: the organisers' script does not find '{show(name)}', because the ground "
+                f"truth has '{show(clips[clean(name)])}': write the same name",
+            )
+        ranking[identity] = names
     if not number:
         note("empty file", f"{path}: the file is empty: write a line for each identity")
     more = {kind: f" ({n:,} lines have this fault)" if n > 1 else "" for kind, n in counts.items()}
     return Submission(ranking, [sentence + more[kind] for kind, sentence in first.items()])
+
+
+def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Returns name in a submission -> clip of `positives`, which is the name or a spelling of it.
+
+    A ground truth may lack the ending `.mp4`, or have a clip whose name contains `%20`. A clip has
+    two spellings: the text in the ground truth, and the text that `write_ranking` writes for it.
+    """
+    spellings = {clip: clip for clips in positives.values() for clip in clips}
+    for clip in [*spellings]:
+        for name in (unescape(clip), clip):
+            spellings.setdefault(escape(strip_ending(name)) + ENDING, clip)
+    return spellings
+
+
+def _try_clean(name: str) -> str:
+    try:
+        return clean_name(unescape(name))
+    except UserError:
+        return ""
 
 
 def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]) -> float:
@@ -138,90 +199,51 @@ def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence
 
     `positives` is identity -> the clips that show the identity. `ranking` is identity -> its ranked
     clips, best first. An identity that is missing in `ranking` has an average precision of 0. An
-    identity that is missing in `positives` is ignored. Names are compared as exact strings, because
-    both files escape names in the same way.
+    identity that is missing in `positives` is ignored. Names are compared as exact strings, except
+    for the spellings in `find_spellings`.
     """
+    spellings = find_spellings(positives)
     columns = [column for column, clips in enumerate(positives.values(), 1) for _ in clips]
     clips = [clip for clips in positives.values() for clip in clips]
     rows = {clip: row for row, clip in enumerate(clips)}
     index = np.full((len(positives), MAX_NAMES), NO_CLIP, np.int64)
     for places, identity in zip(index, positives, strict=True):
-        names = ranking.get(identity, [])
+        names = dict.fromkeys(spellings.get(name, name) for name in ranking.get(identity, []))
         places[: len(names)] = [rows.get(name, NO_CLIP) for name in names]
     counts = np.array([len(clips) for clips in positives.values()])
     return metrics.mean_average_precision(index, np.array(columns), counts)
 
 
 def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
-    """Reads a ground truth file and returns identity -> the clips that show the identity.
+    """Returns identity -> the clips that show the identity, as they are written in the file.
 
-    All lines have the form `NAME.mp4 ID`, or all lines have the form `ID NAME.mp4 NAME.mp4 ...`. In
-    the second form, an identity has only one line. A clip must not be listed twice.
+    The file is read as for training, see `labels.load_ground_truth`. A warning appears if a line is
+    empty, because the scoring script of the challenge counts it as an identity.
     """
-    path = Path(path)
-    rows: list[list[str]] = []  # the words of each line
-    for number, line in _read_lines(path):
-        place, fields = f"{path}: line {number}", line.split()
-        if not fields:
-            raise UserError(f"{place}: the line is empty: delete it")
-        if not _is_text(line):
-            raise UserError(f"{place}: the line is not UTF-8 text: save the file as UTF-8")
-        if len(fields) < 2:
-            raise UserError(
-                f"{place}: the line has only one word, '{show(fields[0])}'\n"
-                "write NAME.mp4 ID, or ID NAME.mp4 NAME.mp4 ..."
-            )
-        rows.append(fields)
-    if not rows:
-        raise UserError(f"{path}: the file is empty: name a file with lines NAME.mp4 ID")
-    direct = _names_come_first(path, rows)
     positives: dict[str, list[str]] = {}
-    line_of_clip: dict[str, int] = {}
-    for number, fields in enumerate(rows, 1):
-        place = f"{path}: line {number}"
-        if direct and len(fields) > 2:
-            raise UserError(f"{place}: the line has {len(fields)} fields: write 'NAME.mp4 ID'")
-        identity, clips = (fields[1], fields[:1]) if direct else (fields[0], fields[1:])
-        identity = normal_form(identity)
-        if identity in positives and not direct:
-            raise UserError(f"{place}: identity '{show(identity)}' already has a line: join both")
-        for clip in clips:
-            if clip in line_of_clip:
-                raise UserError(
-                    f"{place}: clip '{show(clip)}' is already in line {line_of_clip[clip]}\n"
-                    "delete one of the two; the ground truth comes first: vidjax score GT RANKING"
-                )
-            line_of_clip[clip] = number
-        positives.setdefault(identity, []).extend(clips)
+    for line in labels.read_truth(path):
+        positives.setdefault(line.identity, []).extend(line.clips)
+    lines = enumerate(_split(_read_text(Path(path)).removeprefix(BOM)), 1)
+    if empty := [number for number, line in lines if not line.strip()]:
+        warn(
+            f"{path}: line {empty[0]}: the line is empty, and is left out, but the organisers' "
+            "script counts it as an identity: delete it"
+        )
     return positives
 
 
-def _names_come_first(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True if the lines are `NAME ID`, and False if they are `ID NAME NAME ...`."""
-    first = [fields[0] for fields in lines]
-    others = [name for fields in lines for name in fields[1:]]
-    for is_name in (lambda field: field.endswith(".mp4"), lambda field: not field.isdecimal()):
-        if all(map(is_name, first)) != all(map(is_name, others)):
-            return all(map(is_name, first))
-    if len(others) > len(first):
-        return False
-    if len(set(others)) < len(others):
-        return True
-    raise UserError(
-        f"{path}: names of clips cannot be distinguished from identities\n"
-        "add .mp4 to the names of clips"
-    )
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the number and the text of every line. White space at the end of a line is removed.
-
-    Bytes that are not UTF-8 become lone surrogates, so that `_is_text` recognises them.
-    """
+def _read_text(path: Path) -> str:
+    """Reads a text. Bytes that are not UTF-8 become lone surrogates, as `_is_text` expects."""
     with files.open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            yield number, text.decode(errors="surrogateescape").rstrip(" \t\r\n")
+        return file.read().decode(errors="surrogateescape")
+
+
+def _split(text: str) -> list[str]:
+    """Returns all lines of a text, without white space at the end of a line."""
+    lines = labels.split_lines(text)
+    if not lines[-1]:  # the last line has a line end
+        del lines[-1]
+    return [line.rstrip(" \t") for line in lines]
 
 
 def _is_text(line: str) -> bool:

@@ -99,10 +99,11 @@ def load_data(
           the features. A clip may lack modalities, or have no frame.
         - The path of a folder of iQIYI-VID pickles, `.npz` files or parquet tables.
         - A configuration. Its fields `config.data` describe the dataset: give no other argument.
-      labels: a dict, clip name -> identity, for all splits. It may also be the path of a `.csv`
-        with the columns `clip` and `identity`, or of ground truth in the iQIYI-VID format. A clip
-        without a label, or with the label None, is a distractor. A split without a labelled clip is
-        ranked but not scored. None means the ground truth in the folder of the features.
+      labels: a dict, clip name -> identity, for all splits. It may also be the path of a table
+        (.csv, .tsv or .parquet) with the columns `clip` and `identity`, or of ground truth in the
+        iQIYI-VID format. A clip without a label, or with the label None, is a distractor. A split
+        without a labelled clip is ranked but not scored. None means the ground truth in the folder
+        of the features.
       cache_dir: the cache folder. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
       non_finite: what happens to a frame whose feature contains a NaN or an infinity. `drop` leaves
         it out and counts it. `error` raises UserError.

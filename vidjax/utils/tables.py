@@ -31,9 +31,9 @@ Columns = Mapping[str, tuple[str, Sequence[object] | np.ndarray]]
 Ranking = Mapping[str, Sequence[tuple[str, float]]]  # identity -> (clip, score), the best first
 RANKING = {"identity": "string", "rank": "int32", "clip": "string", "score": "float32"}
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "'")  # a `'` is put before these characters
+# A `'` is put before these characters. The wide forms of = + - @ start formulas in Japanese.
+FORMULA_STARTS = tuple("=+-@\t\r'\uff1d\uff0b\uff0d\uff20")
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-MAX_TABLE_BYTES = 64 * files.MB  # of a table that `read_tsv` reads
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -114,30 +114,39 @@ def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -
     return text.getvalue()
 
 
-def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, cells) of each row of a .tsv that `to_text` or a spreadsheet wrote."""
-    with files.open_input(path) as file:
-        if os.fstat(file.fileno()).st_size > MAX_TABLE_BYTES:
-            raise UserError(
-                f"'{path}' has more than {MAX_TABLE_BYTES:,} bytes\nsplit it into smaller files"
-            )
+def read_text(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line number, cells) of each row of a table that `to_text` or a spreadsheet wrote.
+
+    If the name of the file ends in .csv, cells are separated by commas, otherwise by tabs.
+    """
+    with files.open_text(path) as file:
         content = file.read()
+    separator = "," if path.suffix.lower() == ".csv" else "\t"
     # Excel saves "Unicode text" as UTF-16, and "Text" as Windows-1252.
     encoding = "utf-16" if content.startswith(BOMS) else "utf-8-sig"
     try:
         text = content.decode(encoding)
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if separator == ",":
+            raise UserError(
+                f"'{path}' is not a table of UTF-8 text: {error}\nsave it as CSV in UTF-8"
+            ) from None
         text = content.decode("cp1252", "replace")
         warn(f"'{path}' is not UTF-8, and is read as Windows-1252: check its names")
+    lines = io.StringIO(text, newline="")
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+        reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator == ",")
         for cells in reader:
             if any(cell.strip() for cell in cells):
-                yield reader.line_num, [cell.removeprefix("'") for cell in cells]
+                yield reader.line_num, [*map(_unescape, cells)]
     except csv.Error as error:
-        raise UserError(
-            f"'{path}' is not a table with tabs: {error}\nsave it as text with tabs"
-        ) from error
+        kind = "CSV" if separator == "," else "text with tabs"
+        raise UserError(f"'{path}' is not a table: {error}\nsave it as {kind}") from error
+
+
+def _unescape(cell: str) -> str:
+    """Removes the `'` that `to_text` puts before a cell. Names such as `'t Hooft` keep it."""
+    return cell[1:] if cell[:1] == "'" and cell[1:].startswith(FORMULA_STARTS) else cell
 
 
 def to_columns(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:

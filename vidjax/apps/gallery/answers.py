@@ -21,9 +21,10 @@ import numpy as np
 
 from vidjax.apps import bulk
 from vidjax.core import metrics
-from vidjax.data.untrusted.names import clean_identity, is_unknown, show
+from vidjax.data import labels
+from vidjax.data.untrusted.names import is_unknown
 from vidjax.utils import messages, tables
-from vidjax.utils.errors import UserError, check_argument, prefix_errors
+from vidjax.utils.errors import UserError, check_argument
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.backend import Nearest
@@ -224,24 +225,11 @@ def write_groups(
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
-    Groups that are still called `unknown N` are left out. If `unknown` is True, they are kept.
-    Raises UserError if a line is malformed, or if a clip has two names.
+    Other tables of clips and people are read, too, see `labels.read_table`. Groups that are still
+    called `unknown N` are left out, and so are clips without a name. If `unknown` is True, groups
+    are kept. Raises UserError if a line is malformed, or if a clip has two names.
     """
-    names: dict[str, str] = {}
-    for number, cells in tables.read_tsv(path):
-        if cells[:2] == [*GROUP_COLUMNS]:
-            continue
-        if len(cells) < 2 or not all(map(str.strip, cells[:2])):
-            raise UserError(
-                f"{path}: line {number} has no name or no clip\nwrite the clip, a tab and a name"
-            )
-        with prefix_errors(f"{path}: line {number}"):
-            clip, identity = cells[0].strip(), clean_identity(cells[1].strip())
-        if names.setdefault(clip, identity) != identity:
-            raise UserError(
-                f"{path}: line {number} gives clip '{show(clip)}' a second name\n"
-                "delete one of the two lines of this clip"
-            )
+    names = labels.clean_labels(labels.read_table(path))
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 
 

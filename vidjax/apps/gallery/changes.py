@@ -9,12 +9,14 @@ from vidjax.apps.gallery.backend import Backend, People
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.untrusted.names import (
+    ENDING,
     check_name,
     clean_identity,
     find_similar_names,
     is_reserved,
     normal_form,
     show,
+    strip_ending,
 )
 from vidjax.utils.errors import UserError, check_argument, closest
 
@@ -41,10 +43,18 @@ class Draft:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips; returns the number of new or changed clips, see `Gallery.add`."""
         width = sum(self._state.index.backend.widths.values())
-        clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
+        checked: dict[str, StoredClip] = {}
+        for given, clip in clips.items():
+            clip, name = check_clip(given, clip, width), self._find_name(given)
+            if name in checked:
+                raise UserError(
+                    f"two clips are called '{show(name)}', because {ENDING} is left out of names\n"
+                    "leave out one of them, or rename it"
+                )
+            checked[name] = clip
         new = {
             name: self.clips.get(name, clip)._replace(identity=clip.identity)
-            for name, clip in clips.items()
+            for name, clip in checked.items()
             if self._is_new(name, clip)
         }
         self._edit(new)
@@ -56,6 +66,7 @@ class Draft:
         `vectors` are clip -> vector of all modalities. Returns the clips that have this vector now.
         """
         split, equal = self._state.index.backend.split, {}
+        vectors = {self._find_name(name): vector for name, vector in vectors.items()}
         for name in vectors.keys() & self.clips.keys():
             old, vector = self.clips[name].vector, vectors[name]
             parts = zip(split(old[None]), split(vector[None]), strict=True)
@@ -84,8 +95,8 @@ class Draft:
         people, single = ([x] if isinstance(x, str) else x or () for x in (identity, clip))
         removed = {clip for name in people for clip in self._find_clips(name)}
         for name in single:
-            find_enrolled("clip", name, self.clips)
-        removed.update(single)
+            find_enrolled("clip", self._find_name(name), self.clips)
+            removed.update(self._find_names(name))
         self._edit(dict.fromkeys(removed))
         return len(removed)
 
@@ -107,6 +118,7 @@ class Draft:
         """Changes the person of a clip, see `Gallery.relabel`; returns the old person."""
         check_argument("relabel: clip", clip, str, "a name")
         identity = None if identity is None else check_person(identity)
+        clip = self._find_name(clip)
         old = self.clips.get(clip)
         if old is None:  # no hint: a clip with a similar name may show another person
             raise UserError(
@@ -120,6 +132,19 @@ class Draft:
             )
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
+
+    def _find_names(self, clip: str) -> list[str]:
+        """Returns the names under which a clip is enrolled. `a` and `a.mp4` are the same clip.
+
+        New names have no ending. Older galleries may contain names with the ending, or both.
+        """
+        bare = strip_ending(clip)
+        spellings = dict.fromkeys((clip, bare, bare + ENDING, bare + ENDING.upper()))
+        return [name for name in spellings if name in self.clips]
+
+    def _find_name(self, clip: str) -> str:
+        """Returns the name under which a clip is enrolled. A new clip has no ending."""
+        return next(iter(self._find_names(clip)), strip_ending(clip))
 
     def _find_clips(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:

@@ -66,7 +66,7 @@ from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips, warn_of_zeros
-from vidjax.data.untrusted.names import find_similar_names, normal_form, show
+from vidjax.data.untrusted.names import find_similar_names, normal_form, show, strip_ending
 from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say
@@ -520,8 +520,10 @@ class Gallery:
         if isinstance(identities, str):
             identities = dict.fromkeys(vectors.names, identities)
         if identities is not None:
-            _check_given(identities, vectors.names)
-            vectors = vectors._replace(labels=tuple(map(identities.get, vectors.names)))
+            identities = {strip_ending(clip): name for clip, name in identities.items()}
+            bare = [*map(strip_ending, vectors.names)]
+            _check_given(identities, bare)
+            vectors = vectors._replace(labels=tuple(map(identities.get, bare)))
         labels = zip(vectors.names, vectors.labels, strict=True)
         vectors = vectors.only({name for name, label in labels if (label is None) == strangers})
         if not vectors.names and strangers:

@@ -20,6 +20,7 @@ _SHAPELESS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
+ENDING = ".mp4"  # is left out of the names of clips
 IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no clear face
 MAX_STEM_BYTES = 200  # a file name has at most 255 bytes, including suffixes of temporary files
 
@@ -162,14 +163,26 @@ def _cut(text: str, max_bytes: int) -> str:
     return text.encode()[:max_bytes].decode(errors="ignore")
 
 
+def has_ending(name: str) -> bool:
+    """Returns True if the name of a clip ends in `.mp4` or `.MP4`."""
+    return name[-len(ENDING) :].lower() == ENDING
+
+
+def strip_ending(name: str) -> str:
+    """Returns the name of a clip without `.mp4` or `.MP4` at its end, as often as it occurs."""
+    end = len(name)
+    # Without copies of the name, because it may be `.mp4` * 10**6.
+    while end >= len(ENDING) and name[end - len(ENDING) : end].lower() == ENDING:
+        end -= len(ENDING)
+    return name[:end]
+
+
 def clean_name(name: str) -> str:
     """Checks the name of a clip, and returns it without `.mp4` at its end. See `check_name`."""
-    end = len(name)
-    while name.endswith(".mp4", 0, end):  # without copies, because a name may be `.mp4` * 10**6
-        end -= 4
-    if not name[:end].strip():
+    bare = strip_ending(name)
+    if not bare.strip():
         raise UserError(f"clip name '{show(name)}' is empty: give the clip a name")
-    return check_name(name[:end])
+    return check_name(bare)
 
 
 def clean_name_at(place: str, name: object) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from vidjax.data import processes
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
-from vidjax.data.untrusted.names import clean_name, show
+from vidjax.data.untrusted.names import ENDING, clean_name, show
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
 from vidjax.utils.errors import DiskError, UserError, prefix_errors
@@ -163,7 +163,10 @@ def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[st
         clips[name] = content.pop(key)
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        raise UserError(f"clips are repeated: {', '.join(repeated[:5])}{more}: keep one of each")
+        raise UserError(
+            f"clips are repeated: {', '.join(repeated[:5])}{more}: keep one of each, "
+            f"because {ENDING} is left out of names"
+        )
     return clips
 
 
