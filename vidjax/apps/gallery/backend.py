@@ -117,6 +117,7 @@ class Nearest(NamedTuple):
     new: float  # the log-probability that the clip shows a person who is not enrolled
     best: list[tuple[str, float]]  # (name, log-probability), best first; ties in order of names
     compared: tuple[str, ...] = ()  # the modalities that both the clip and the best person have
+    others: float = -np.inf  # the log-probability of all people except the best
 
 
 def join(blocks: Sequence[People]) -> People:
@@ -504,7 +505,9 @@ class Index:
             best = sorted((-log, self.names[row], row) for log, row in pairs if log > -np.inf)[:k]
             common = has_part & (self.counts[:, best[0][2]] > 0) if best else []
             compared = tuple(self.backend.parts[number].name for number in np.flatnonzero(common))
-            yield Nearest(float(logs[0]), [(name, -log) for log, name, _ in best], compared)
+            pairs = [(name, -log) for log, name, _ in best]
+            rest = sum_others(logs[1:], int(logs[1:-1].argmax())) if best else -np.inf
+            yield Nearest(float(logs[0]), pairs, compared, rest)
 
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
@@ -660,3 +663,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(shifted)
     weights[best] = 0
     return shifted - np.log1p(weights.sum())
+
+
+def sum_others(logs: np.ndarray, best: int) -> float:
+    """Returns log(the sum of all exp(`logs`) except exp(`logs[best]`)). `logs` are [K]."""
+    others = np.delete(logs, best)
+    top = others.max(initial=-np.inf)
+    return float(top + np.log(np.exp(others - top).sum())) if top > -np.inf else -np.inf
