@@ -100,8 +100,8 @@ class People(NamedTuple):
     names: tuple[str, ...]
     linear: tuple[np.ndarray, ...]  # M arrays [P, D] float32
     constant: np.ndarray  # [M, P] float64
-    # [M, P] int32, the number of a person's clips with the modality. With PLDA, all clips of a film
-    # count as one.
+    # [M, P] int32, the number of a person's clips with the modality. With PLDA, it is the number of
+    # independent clips: all clips of a film count as one, and so do clips that are too similar.
     num_clips: np.ndarray
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
@@ -158,14 +158,24 @@ class Backend(NamedTuple):
             z[~np.any(x != 0, axis=1)] = np.nan
         return white
 
-    def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
+    def enrol(
+        self,
+        names: Sequence[str],
+        vectors: np.ndarray,
+        owner: np.ndarray,
+        film: np.ndarray | None = None,
+    ) -> People:
         """Computes the coefficients of the people `names` from their N clips.
 
         `vectors` are [N, sum of D]. `owner` [N] int is each clip's person, an index in `names`.
+        With PLDA, all clips of a person with the same `film` [N] int, from 0, count as at most one
+        clip. By default, each clip has another film.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
             count, total = sum_by_owner(unit(part, x), owner, len(names))
+            if part.space is not None:
+                count, total = _add_independent(part, count, total, (x, owner, film))
             coefficients, constant = part.describe(count, total)
             linear.append(coefficients.astype(np.float32))
             constants.append(constant)
@@ -203,7 +213,9 @@ def fit(
         wanted = plda_fit.draw_identities(labels, 0) if len(labels) else np.zeros(0, bool)
         some = {name: x[wanted] for name, x in vectors.items()}
         films = {name: x[wanted] for name, x in (enrolled or vectors).items()}
-        settings = plda_fit.fit_settings(some, labels[wanted], {}, 0, films)
+        settings = plda_fit.fit_settings(
+            some, labels[wanted], {}, 0, films, least_within=two_covariance.WITHIN
+        )
     parts = []
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
@@ -215,7 +227,8 @@ def fit(
                 part = part._replace(centre=settings.centred * x.mean(axis=0))
             u = unit(part, x)
             sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
-            part = part._replace(space=two_covariance.fit(sums._asdict(), settings))
+            space = two_covariance.fit(sums._asdict(), settings, two_covariance.WITHIN)
+            part = part._replace(space=space)
         parts.append(part)
     return Backend(tuple(parts), settings)
 
@@ -235,6 +248,28 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
         within=1.0, between=1.0, scale=1.0, unenrolled=0.0, stranger=odds, centred=1.0
     )
     return Backend(tuple(parts), settings)
+
+
+def _add_independent(
+    part: Part,
+    count: np.ndarray,
+    total: np.ndarray,
+    clips: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the number of independent clips [P] of each person, and the sum [P, D] of as many.
+
+    `count` and `total` are of all clips. `clips` are the arguments of `Backend.enrol`.
+    """
+    assert part.space is not None
+    within = two_covariance.compute_within(part.space)
+    (x, owner, film), all_clips = clips, (count, total)
+    if film is not None:
+        first = np.unique(film, return_index=True)[1]
+        in_film, sums = sum_by_owner(x, film, len(first))
+        means = unit(part, sums / np.maximum(in_film, 1)[:, None])
+        count, total = sum_by_owner(means, owner[first], len(count))
+    independent = two_covariance.count_independent(within, *all_clips, most=count)
+    return independent, total * (independent / np.maximum(count, 1))[:, None]
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:

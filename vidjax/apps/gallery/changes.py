@@ -1,6 +1,6 @@
 """Edits the content of a gallery in a draft. `Gallery.change` writes the draft."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -236,27 +236,28 @@ def enrol(
     """Computes the coefficients of people from their clips.
 
     `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
-    PLDA, all clips of a person in a film count as one clip. With distances, each clip counts, but
-    similar clips count less, see `distance.effective_count`.
+    PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
+    `two_covariance.count_independent` and `distance.effective_count`.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
-    film = cut_film_name if backend.parts[0].distances is None else str
-    films = group_by_film(names, clips, film)
+    films = group_by_film(names, clips)
     place = {identity: number for number, identity in enumerate(groups)}
     owner = np.array([place[identity] for identity, _ in films], int)
-    vectors = stack_films(films.values(), clips, backend.widths)
-    return backend.enrol(tuple(groups), vectors, owner)
+    film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
+    ordered = [name for clip_names in films.values() for name in clip_names]
+    vectors = stack_vectors(ordered, clips, sum(backend.widths.values()))
+    several = len(films) < len(ordered)
+    return backend.enrol(tuple(groups), vectors, owner[film], film if several else None)
 
 
 def group_by_film(
-    names: Iterable[str],
-    clips: Mapping[str, StoredClip],
-    film: Callable[[str], str] = cut_film_name,
+    names: Iterable[str], clips: Mapping[str, StoredClip]
 ) -> dict[tuple[str, str], list[str]]:
     """Groups the clips `names` by person and film; returns (identity, film) -> names of clips."""
     films: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        films.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
+        key = clips[name].identity or STRANGER, cut_film_name(name)
+        films.setdefault(key, []).append(name)
     return films
 
 
