@@ -48,7 +48,7 @@ SHARES: Mapping[str, tuple[float, ...]] = {
 # are typical of embeddings. The cosines of different people spread as in 46 dimensions for the 128
 # numbers of dlib, and as in 109, 78 and 29 for the 512 numbers of faces, heads and voices of the
 # small real dataset. There `unenrolled` is about -0.7 and `stranger` -2.
-DIRECTIONS = 32
+DIRECTIONS = two_covariance.DIRECTIONS
 PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
 DEVIATIONS = np.array([2.0, 1.0, 1.0])
 FEWEST_PEOPLE = 10  # with two clips or more; if there are fewer, only the prior decides

@@ -29,7 +29,9 @@ from vidjax.core.batch import Array
 # 0.60 for faces, heads and voices of the small real dataset.
 WITHIN = 0.5
 PRIOR = 10.0  # weight of these typical covariances, in clips and in people
-PRIOR_CLIPS = 0.25  # weight, in clips, of the prior that a person's clips share no part of e
+# The clips of a person count as dependent if a log-likelihood ratio exceeds EVIDENCE. The vectors of
+# embeddings vary as in about DIRECTIONS dimensions, see `plda_fit`.
+EVIDENCE, DIRECTIONS = 3.0, 32
 SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit vectors
 
 
@@ -170,11 +172,15 @@ def count_independent(
       most: [K], the upper limit, for example the number of films. The default is `count`.
     """
     # If k clips have a share r of their variance in common, the mean of the clips has the variance
-    # r + (1 - r) / k. The spread of the clips about their mean gives an estimate of r.
+    # r + (1 - r) / k. The spread of the clips about their mean gives an estimate of 1 - r, with
+    # DIRECTIONS x (k - 1) degrees of freedom. `evidence` is the log-likelihood ratio against r = 0.
     num = np.maximum(count, 1)
-    free = num * (1 - np.sum(np.square(total / num[:, None]), axis=1)) / within  # (k - 1) (1 - r)
-    unshared = np.minimum((free + PRIOR_CLIPS) / (num - 1 + PRIOR_CLIPS), 1.0)
+    spread = num * (1 - np.sum(np.square(total / num[:, None]), axis=1)) / within
+    unshared = np.clip(spread / np.maximum(num - 1, 1), 1e-12, 1.0)
+    freedom = min(DIRECTIONS, total.shape[1]) * (num - 1)
+    evidence = freedom / 2 * (unshared - 1 - np.log(unshared))
     effective = np.maximum(np.rint(1 / (1 - unshared + unshared / num)), 1)
+    effective = np.where(evidence > EVIDENCE, effective, count)
     most = count if most is None else most
     return np.where(count > 0, np.minimum(effective, most), 0).astype(int)
 

@@ -164,18 +164,25 @@ class Backend(NamedTuple):
         vectors: np.ndarray,
         owner: np.ndarray,
         film: np.ndarray | None = None,
+        independent: np.ndarray | None = None,
     ) -> People:
-        """Computes the coefficients of the people `names` from their N clips.
+        """Computes the coefficients of P people from their N clips.
 
-        `vectors` are [N, sum of D]. `owner` [N] int is each clip's person, an index in `names`.
-        With PLDA, all clips of a person with the same `film` [N] int, from 0, count as at most one
-        clip. By default, each clip has another film.
+        Args:
+          names: the names of the people.
+          vectors: [N, sum of D].
+          owner: [N] int, each clip's person, an index in `names`.
+          film: [N] int, from 0. With PLDA, all clips of a person with the same number count as at
+            most one clip. By default, each clip has another number.
+          independent: [P] bool, True if a person's clips are known to be independent. With PLDA,
+            similar clips of other people count as fewer clips. By default, all are False.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
             count, total = sum_by_owner(unit(part, x), owner, len(names))
             if part.space is not None:
-                count, total = _add_independent(part, count, total, (x, owner, film))
+                exact = np.zeros(len(names), bool) if independent is None else independent
+                count, total = _add_independent(part, (count, total), (x, owner, film), exact)
             coefficients, constant = part.describe(count, total)
             linear.append(coefficients.astype(np.float32))
             constants.append(constant)
@@ -204,17 +211,19 @@ def fit(
       enrolled: modality -> [N, D] float32. To fit the settings, row n enrols the person of clip n.
         It may be the mean of the person's clips in a film. The default is `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
-      settings: the settings of PLDA. By default, they are fitted, too.
+      settings: the settings of PLDA. By default, they are fitted, too, and W is at least a typical
+        share of the variance, see `two_covariance.covariances`.
     """
     from vidjax.models import plda_fit  # imports JAX
 
     plda_fit.report_few_people(labels, say)
+    least_within = two_covariance.WITHIN if settings is None else 0.0
     if settings is None:
         wanted = plda_fit.draw_identities(labels, 0) if len(labels) else np.zeros(0, bool)
         some = {name: x[wanted] for name, x in vectors.items()}
         films = {name: x[wanted] for name, x in (enrolled or vectors).items()}
         settings = plda_fit.fit_settings(
-            some, labels[wanted], {}, 0, films, least_within=two_covariance.WITHIN
+            some, labels[wanted], {}, 0, films, least_within=least_within
         )
     parts = []
     for name, x in vectors.items():
@@ -227,7 +236,7 @@ def fit(
                 part = part._replace(centre=settings.centred * x.mean(axis=0))
             u = unit(part, x)
             sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
-            space = two_covariance.fit(sums._asdict(), settings, two_covariance.WITHIN)
+            space = two_covariance.fit(sums._asdict(), settings, least_within)
             part = part._replace(space=space)
         parts.append(part)
     return Backend(tuple(parts), settings)
@@ -252,24 +261,26 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]", stranger_odds: float =
 
 def _add_independent(
     part: Part,
-    count: np.ndarray,
-    total: np.ndarray,
+    sums: tuple[np.ndarray, np.ndarray],
     clips: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    independent: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the number of independent clips [P] of each person, and the sum [P, D] of as many.
 
-    `count` and `total` are of all clips. `clips` are the arguments of `Backend.enrol`.
+    `sums` are the number and the sum of all clips. `clips` and `independent` are the arguments of
+    `Backend.enrol`.
     """
     assert part.space is not None
-    within = two_covariance.compute_within(part.space)
-    (x, owner, film), all_clips = clips, (count, total)
+    (count, total), (x, owner, film) = sums, clips
     if film is not None:
         first = np.unique(film, return_index=True)[1]
-        in_film, sums = sum_by_owner(x, film, len(first))
-        means = unit(part, sums / np.maximum(in_film, 1)[:, None])
-        count, total = sum_by_owner(means, owner[first], len(count))
-    independent = two_covariance.count_independent(within, *all_clips, most=count)
-    return independent, total * (independent / np.maximum(count, 1))[:, None]
+        in_film, added = sum_by_owner(x, film, len(first))
+        means = (added / np.maximum(in_film, 1)[:, None]).astype(np.float32)
+        count, total = sum_by_owner(unit(part, means), owner[first], len(count))
+    within = two_covariance.compute_within(part.space)
+    effective = two_covariance.count_independent(within, *sums, most=count)
+    effective = np.where(independent, count, effective)
+    return effective, total * (effective / np.maximum(count, 1))[:, None]
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:

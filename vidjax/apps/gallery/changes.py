@@ -216,7 +216,7 @@ class Draft:
         groups = {name: tuple(sorted(self.groups[name])) for name in changed}
         self.groups |= groups
         groups.pop(STRANGER, None)
-        people = enrol(old.index.backend, groups, self.clips)
+        people = enrol(old.index.backend, groups, self.clips, of_plda=old.run.centred)
         state = old._replace(
             version=old.version + 1,
             index=old.index.replaced(old.groups.keys() & self._changed_people, people),
@@ -231,13 +231,18 @@ def _describe_person(identity: str | None) -> str:
 
 
 def enrol(
-    backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, StoredClip]
+    backend: Backend,
+    groups: Mapping[str, Sequence[str]],
+    clips: Mapping[str, StoredClip],
+    *,
+    of_plda: bool = False,
 ) -> People:
     """Computes the coefficients of people from their clips.
 
     `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
     PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
-    `two_covariance.count_independent` and `distance.effective_count`.
+    `two_covariance.count_independent` and `distance.effective_count`. But in the gallery of a PLDA
+    run (`of_plda`), the clips of a person of the fit count as in the run.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
     films = group_by_film(names, clips)
@@ -246,8 +251,13 @@ def enrol(
     film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
     ordered = [name for clip_names in films.values() for name in clip_names]
     vectors = stack_vectors(ordered, clips, sum(backend.widths.values()))
-    several = len(films) < len(ordered)
-    return backend.enrol(tuple(groups), vectors, owner[film], film if several else None)
+    return backend.enrol(
+        tuple(groups),
+        vectors,
+        owner[film],
+        film if len(films) < len(ordered) else None,
+        np.array([of_plda and all(clips[x].fitted for x in names) for names in groups.values()]),
+    )
 
 
 def group_by_film(

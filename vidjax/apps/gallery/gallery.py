@@ -1081,8 +1081,9 @@ def _make_state(
 ) -> State:
     groups = group(clips)
     names = sorted(groups.keys() - {STRANGER})
+    starts = range(0, len(names), MAX_BLOCK_PEOPLE)
     blocks = (
-        enrol(backend, {name: groups[name] for name in names[at : at + MAX_BLOCK_PEOPLE]}, clips)
-        for at in range(0, len(names), MAX_BLOCK_PEOPLE)
+        enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.centred)
+        for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
     )
     return State(version, run, Index(backend, blocks), clips, groups)
