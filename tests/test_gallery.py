@@ -128,16 +128,60 @@ def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path
     assert gallery.rule().threshold == gallery.threshold(0.01)
 
 
-@pytest.mark.parametrize(("by", "least", "named"), [
-    ("fpir", 0.01, [0.51]),  # the measured threshold is low, so the limit of one half decides
-    ("fpir", 0.6, []),
-    ("threshold", 0.5, [0.5, 0.51]),  # the user has chosen the threshold
-    ("new", 1e-9, [0.51]),  # nothing was chosen, and too few strangers for a measurement
+@pytest.mark.parametrize(("by", "least", "others", "named"), [
+    ("fpir", 0.01, 0.0, [0.3, 0.5, 0.51]),  # strangers do not reach 0.01, so 0.3 is enough
+    ("fpir", 0.01, 0.3, [0.5, 0.51]),  # two people have 0.3 each
+    ("fpir", 0.4, 0.0, [0.5, 0.51]),
+    ("fpir", 0.6, 0.0, []),
+    ("threshold", 0.3, 0.3, [0.3, 0.5, 0.51]),  # the user has chosen the threshold
+    ("new", 0.5, 0.0, [0.51]),  # nothing was chosen, and too few strangers for a measurement
 ])  # fmt: skip
-def test_a_name_needs_more_than_one_half_or_the_threshold_of_the_user(by, least, named):
+def test_a_name_needs_a_measured_threshold_or_one_half_or_the_choice_of_the_user(
+    by, least, others, named
+):
     rule = answers_lib.NamingRule(by, np.log(least), default=False, threshold=None, about="")
     probabilities = np.array([0.3, 0.5, 0.51])
-    assert probabilities[rule.names(np.log(probabilities))].tolist() == named
+    with np.errstate(divide="ignore"):
+        names = rule.names(np.log(probabilities), np.log(others))
+    assert probabilities[names].tolist() == named
+
+
+def test_a_measured_threshold_far_below_one_half_names_people_but_no_twin(tmp_path):
+    """Many unlike people, and a high prior of strangers: each known clip has a low probability.
+
+    `identify` and `rank` use the same rule. Two people with equal clips are not distinguished.
+    """
+    clips = make_clips(strangers=99)
+    twin = {"twin": clips["clip 0"]._replace(identity="twin")}
+    people = make(tmp_path / "g", clips | twin, settings=SETTINGS._replace(stranger=9.0))
+    rule = people.rule()
+    low = answers_lib.describe_probability(rule.score)
+    assert rule.score < np.log(0.01) and f"is {low} or more" in rule.about
+    assert answers_lib.convert_rule_to_json(rule)["probability"] == pytest.approx(
+        np.exp(rule.score)
+    )
+    assert low in answers_lib.describe(people.threshold(0.01))["threshold"]
+
+    known = {name: clip for name, clip in clips.items() if clip.identity is not None}
+    answers = people.identify(vectors_of(people, known))
+    lists = people.rank(vectors_of(people, known), fpir=0.01)
+    named = {name: answer.identity for name, answer in answers.items() if answer.identity}
+    assert named == {clip: name for name, pairs in lists.items() for clip, _ in pairs}
+    assert all(known[name].identity == identity for name, identity in named.items())
+    assert len(named) >= 0.8 * len(known) and "clip 0" not in named
+    assert answers["clip 0"].probability > np.exp(rule.score)
+    assert max(answers[name].probability for name in named) < 0.01
+
+
+def test_few_strangers_report_the_clips_below_one_half(tmp_path):
+    """With the rule `new`, clips with 10 to 50 % are counted, because more strangers may help."""
+    rule = make(tmp_path / "g").rule()
+    assert rule.by == "new" and rule.score == np.log(0.5)
+    best = [(0.51, "Ada"), (0.5, None), (0.1, None), (0.09, None), (0.0, None)]
+    answers = {f"{p}": answers_lib.Answer(name, p, 0.0, ()) for p, name in best}
+    row = answers_lib.describe_doubtful(rule, answers_lib.count_doubtful(answers))["doubtful"]
+    assert "2 unknown clips, whose best person has 10 to 50 %" in row and "99 clips" in row
+    assert not answers_lib.describe_doubtful(rule._replace(by="fpir"), 2)
 
 
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):
@@ -275,10 +319,12 @@ def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, sc
         of_best = [log for _, log in answer.best]
         wanted = [new, new, *np.array(of_people)[best]]
         np.testing.assert_allclose([answer.new, logs[0], *of_best], wanted, rtol=1e-6, atol=1e-6)
+        others = special.logsumexp(np.delete(of_people, best[0]))
+        np.testing.assert_allclose(answer.others, others, rtol=1e-6, atol=1e-4)
 
     # Without a face and a voice, a new person has the log-probability 0, and nobody is listed.
     nothing = index.backend.split(np.zeros((1, 8 + 5), np.float32))
-    assert [*index.nearest(nothing, 5)] == [(0.0, [], ())]
+    assert [*index.nearest(nothing, 5)] == [(0.0, [], (), -np.inf)]
     assert np.isneginf([logs[1:] for logs in index.search(nothing)]).all()  # of enrolled people
 
 

@@ -293,7 +293,11 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         # The gallery already has 6 strangers, see `made_galleries.make_clips`.
         strangers = {f"s {n}": servers.make_frames(9000 + n, f"s {n}") for n in range(20)}
         server.ask("POST", "/enrol", {"clips": servers.as_json(strangers), "strangers": True})
-        assert server.ask("GET", "/threshold?fpir=0.1")[1]["strangers"]["num_strangers"] == 6 + 20
+        rule = server.ask("GET", "/threshold?fpir=0.1")[1]
+        assert rule["strangers"]["num_strangers"] == 6 + 20
+        assert rule["probability"] == pytest.approx(np.exp(rule["strangers"]["score"]))
+        rule = server.ask("GET", "/threshold")[1]  # too few strangers for the default rate of 1 %
+        assert (rule["by"], rule["probability"]) == ("new", pytest.approx(0.5))
 
 
 def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, caplog):

@@ -453,6 +453,7 @@ def _identify(args: argparse.Namespace) -> Result:
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
+    rows |= answers_lib.describe_doubtful(rule, answers_lib.count_doubtful(answers))
     rows |= timed[0]
     content = {"clips": len(answers), "named": named}
     content |= _describe_rule(rule) | timed[1]
@@ -477,10 +478,13 @@ def _process_tables(
     bulk.check_out(args.out, inputs, work)
     gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
-    done = bulk.process_tables(inputs, args.out, work(lambda: gallery, **options, **chosen))
+    task = work(lambda: gallery, **options, **chosen)
+    done = bulk.process_tables(inputs, args.out, task)
     if rule.default and work is bulk.Rank:
         return done
-    rows = {**answers_lib.describe_rule(rule), **done.rows}
+    doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0
+    rows = {**answers_lib.describe_rule(rule), **answers_lib.describe_doubtful(rule, doubtful)}
+    rows |= done.rows
     return done._replace(content={**done.content, **_describe_rule(rule)}, rows=rows)
 
 

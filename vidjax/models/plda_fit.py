@@ -48,7 +48,7 @@ SHARES: Mapping[str, tuple[float, ...]] = {
 # are typical of embeddings. The cosines of different people spread as in 46 dimensions for the 128
 # numbers of dlib, and as in 109, 78 and 29 for the 512 numbers of faces, heads and voices of the
 # small real dataset. There `unenrolled` is about -0.7 and `stranger` -2.
-DIRECTIONS = 32
+DIRECTIONS = two_covariance.DIRECTIONS
 PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
 DEVIATIONS = np.array([2.0, 1.0, 1.0])
 FEWEST_PEOPLE = 10  # with two clips or more; if there are fewer, only the prior decides
@@ -198,6 +198,8 @@ def fit_settings(
     given: Mapping[str, float],
     seed: int,
     enrolled: Mapping[str, np.ndarray] | None = None,
+    *,
+    least_within: float = 0.0,
 ) -> Settings:
     """Fits the settings of PLDA on held-out clips, except the settings in `given`.
 
@@ -209,6 +211,8 @@ def fit_settings(
       labels: [N] int, 1 or more.
       given: name -> value of settings that are not fitted.
       enrolled: like `vectors`, for the enrolment of clips. None means that `vectors` are enrolled.
+      least_within: see `two_covariance.covariances`. If it is above 0, similar clips of a person
+        count as fewer clips, as in a gallery.
     """
     sides = vectors, enrolled or vectors
     width = float(np.mean([x.shape[1] for x in vectors.values()]))
@@ -221,7 +225,7 @@ def fit_settings(
     # For matrices of 512 rows, two folds at a time are faster than two threads of BLAS, and the
     # last digits then do not depend on the number of cores.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
-        made = pool.map(lambda k: _hold_out(*sides, columns, k, seed), range(FOLDS))
+        made = pool.map(lambda k: _hold_out(*sides, columns, k, seed, least_within), range(FOLDS))
         folds = [fold for fold in made if fold is not None]
         if not folds:
             return Settings(**values)
@@ -261,6 +265,7 @@ def _hold_out(
     labels: np.ndarray,
     number: int,
     seed: int,
+    least_within: float,
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
@@ -286,13 +291,21 @@ def _hold_out(
         centred = two_covariance.unit_vectors_from(centre, x)
         to_enrol = two_covariance.unit_vectors_from(centre, enrolled_vectors[name])
         sums = two_covariance.make_sums(centred[visible], labels[visible], 1 + num_identities)
-        parts["covariances"].append(two_covariance.covariances(sums))
+        fitted = two_covariance.covariances(sums, least_within)
+        parts["covariances"].append(fitted)
         rows = np.flatnonzero(visible)
         few = visible & ((labels + number) % 2 == 1)
         few[rows[np.unique(labels[rows], return_index=True)[1]]] = True
         for kind, chosen in (("totals", visible), ("few", few)):
-            pair = two_covariance.make_totals(to_enrol[chosen], labels[chosen], 1 + num_identities)
-            parts[kind].append(pair)
+            count, total = two_covariance.make_totals(
+                to_enrol[chosen], labels[chosen], 1 + num_identities
+            )
+            if least_within:
+                within = float(np.sum(fitted.within))
+                effective = two_covariance.count_independent(within, count, total)
+                total *= (effective / np.maximum(count, 1))[:, None]
+                count = effective.astype(float)
+            parts[kind].append((count, total))
         parts["queries"].append(centred[held_out])
     if not parts["totals"]:
         return None
@@ -318,6 +331,8 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     ratios = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(fitted, within=within, between=between)
+        if fitted.shared:
+            queries = _move_to_new_days(space, queries, fitted.shared)
         enrolled = two_covariance.enrol(space, *pair)
         arrays = to_device_arrays(space, enrolled, jnp.dtype("float32"))
         with jax.default_matmul_precision("highest"):  # as in evaluation
@@ -328,6 +343,23 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
         jnp.asarray(np.stack([np.any(x != 0, axis=1) for x in fold.queries])),
         jnp.asarray(fold.labels),
     )
+
+
+def _move_to_new_days(space: Space, vectors: np.ndarray, shared: float) -> np.ndarray:
+    """Replaces the noise that held-out clips [Q, D] share with enrolled clips by other noise.
+
+    `shared` is the share of the variance within a person that the person's clips have in common.
+    """
+    # The coordinates z = y + g + e of a clip have the variances psi, r and 1 - r. The coordinates
+    # of other clips of the person contain y + g. We need y + g' + e'. The linear predictor of y
+    # from y + g is a = psi / (psi + r) times it, so a z + noise has the right covariance, psi, with
+    # other clips, and the right variance, psi + 1.
+    keep = space.ratio / (space.ratio + shared)
+    noise = np.random.default_rng(0).normal(size=vectors.shape)
+    z = keep * ((vectors - space.mean) @ space.transform)
+    z += np.sqrt((1 + space.ratio) * (1 - keep**2)) * noise
+    moved = z @ np.linalg.inv(space.transform) + space.mean
+    return np.where(np.any(vectors != 0, axis=1, keepdims=True), moved, 0.0)
 
 
 @jax.jit

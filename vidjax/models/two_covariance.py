@@ -6,8 +6,14 @@ a clip, it is added to the sums; to remove a clip, it is subtracted. The fit tak
 eigendecompositions of [D, D] in float64. This file uses only numpy, because galleries do not wait
 for JAX. `plda_fit` works on the device.
 
+Clips of the same day share a part of e. If all clips of each person are from one day, the clips do
+not show it: the shared part counts as a part of y. So galleries assume that W is at least a typical
+share of the variance, see `covariances`. A person's clips that differ less than W predicts count
+as fewer clips, see `count_independent`.
+
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
-shrinkage of both covariances towards a multiple of the identity is not from this paper.
+shrinkage of both covariances towards a multiple of the identity, and the counts of clips that are
+not independent, are not from this paper.
 """
 
 from collections.abc import Mapping
@@ -23,6 +29,9 @@ from vidjax.core.batch import Array
 # 0.60 for faces, heads and voices of the small real dataset.
 WITHIN = 0.5
 PRIOR = 10.0  # weight of these typical covariances, in clips and in people
+# The clips of a person count as dependent if a log-likelihood ratio exceeds EVIDENCE. The vectors of
+# embeddings vary as in about DIRECTIONS dimensions, see `plda_fit`.
+EVIDENCE, DIRECTIONS = 3.0, 32
 SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit vectors
 
 
@@ -94,14 +103,18 @@ class Covariances(NamedTuple):
     within: Array  # [D] float, eigenvalues of W
     axes: Array  # [D, D] float, eigenvectors of W in the columns
     between: Array  # [D, D] float, B in these axes, with eigenvalues of at least SMALLEST_VARIANCE
+    shared: float = 0.0  # share of W that clips of a person are assumed to have in common
 
 
-def covariances(sums: Sums) -> Covariances:
+def covariances(sums: Sums, least_within: float = 0.0) -> Covariances:
     """Estimates the covariances W within classes and B between classes from sums over clips.
 
     At least one clip is needed. The estimates are averaged with typical covariances of embeddings,
     which count as PRIOR clips and PRIOR people. The `mean` of the result is the mean of all vectors
     times `centre_share`.
+
+    If W is less than the share `least_within` of the second moment of the vectors, the clips of a
+    person are assumed to share the missing part. Then W is increased, and B is reduced.
     """
     # A single photo of each person gives no information about W, and a single person none about B.
     # So typical covariances are added. W is pooled over N - C degrees of freedom, for N clips and C
@@ -116,12 +129,14 @@ def covariances(sums: Sums) -> Covariances:
     scaled = total / np.sqrt(np.maximum(count, 1))[:, None]  # [K, D]
     within = scatter - scaled.T @ scaled + PRIOR * WITHIN * typical
     within = within / (num_clips - num_people + PRIOR)
+    seen = min(np.trace(within) / max(least_within * np.trace(typical), 1e-12), 1.0)
+    within = within / seen
     between = (num_people - 1) * (spread - within) + PRIOR * (1 - WITHIN) * typical
     between = between / (num_people - 1 + PRIOR)
     values, axes = np.linalg.eigh(within)
     floored, turned = np.linalg.eigh(axes.T @ between @ axes)
     between = (turned * np.maximum(floored, SMALLEST_VARIANCE)) @ turned.T
-    return Covariances(mean, np.maximum(values, 0.0), axes, between)
+    return Covariances(mean, np.maximum(values, 0.0), axes, between, float(1 - seen))
 
 
 def centre_share(num_people: float) -> float:
@@ -143,6 +158,36 @@ def make_space(covariances: Covariances, *, within: float | Array, between: floa
     scale = 1 / np.sqrt(values)
     ratio, turned = np.linalg.eigh(scale[:, None] * shrunk * scale)
     return Space(covariances.mean, (covariances.axes * scale) @ turned, np.maximum(ratio, 0.0))
+
+
+def compute_within(space: Space) -> float:
+    """Returns the variance of the clips of a person, summed over the dimensions of vectors."""
+    return float(np.sum(np.square(np.linalg.inv(np.asarray(space.transform, np.float64)))))
+
+
+def count_independent(
+    within: float, count: np.ndarray, total: np.ndarray, most: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns how many independent clips are worth as much as the clips of each person, [K] int.
+
+    Args:
+      within: the variance of the clips of a person, see `compute_within`.
+      count: [K], the number of clips of each person.
+      total: [K, D], the sum of their unit vectors.
+      most: [K], the upper limit, for example the number of films. The default is `count`.
+    """
+    # If k clips have a share r of their variance in common, the mean of the clips has the variance
+    # r + (1 - r) / k. The spread of the clips about their mean gives an estimate of 1 - r, with
+    # DIRECTIONS x (k - 1) degrees of freedom. `evidence` is the log-likelihood ratio against r = 0.
+    num = np.maximum(count, 1)
+    spread = num * (1 - np.sum(np.square(total / num[:, None]), axis=1)) / within
+    unshared = np.clip(spread / np.maximum(num - 1, 1), 1e-12, 1.0)
+    freedom = min(DIRECTIONS, total.shape[1]) * (num - 1)
+    evidence = freedom / 2 * (unshared - 1 - np.log(unshared))
+    effective = np.maximum(np.rint(1 / (1 - unshared + unshared / num)), 1)
+    effective = np.where(evidence > EVIDENCE, effective, count)
+    most = count if most is None else most
+    return np.where(count > 0, np.minimum(effective, most), 0).astype(int)
 
 
 def enrol(space: Space, count: Array, total: Array) -> Enrolled:
@@ -207,10 +252,14 @@ class Settings(NamedTuple):
     centred: float | Array
 
 
-def fit(part: Mapping[str, Array], settings: Settings) -> Space:
-    """Computes the space of a modality from `part`, which contains the fields of `Sums`."""
+def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0) -> Space:
+    """Computes the space of a modality from `part`, which contains the fields of `Sums`.
+
+    For `least_within`, see `covariances`.
+    """
     sums = Sums(part["count"], part["total"], part["scatter"])
-    return make_space(covariances(sums), within=settings.within, between=settings.between)
+    fitted = covariances(sums, least_within)
+    return make_space(fitted, within=settings.within, between=settings.between)
 
 
 def make_blank_space(width: int) -> Space:

@@ -2,7 +2,8 @@
 
 A clip gets the name of its most probable person if the probability reaches a threshold. The user
 can choose the threshold. By default, the threshold is measured on strangers, clips of people who
-are not enrolled. If there are too few strangers, the probability must be above 0.5.
+are not enrolled. The name must then also be more probable than all other enrolled people together.
+If there are too few strangers, the probability must be above 0.5.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
 A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_FPIR = 0.01  # false positive identification rate, if there are enough strangers
 MIN_NAMED_PROBABILITY = 0.5  # above it, a name is more probable than all other answers together
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
+MIN_DOUBTFUL_PROBABILITY = 0.1  # from here to MIN_NAMED_PROBABILITY, an unknown clip is doubtful
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 # Optional columns after GROUP_COLUMNS: the video of a clip, and its times.
@@ -110,9 +112,10 @@ class NamingRule(NamedTuple):
     Attributes:
       by: the kind of the rule.
         `threshold`: the probability must reach a threshold that the user chose.
-        `fpir`: the probability must be above 0.5, and reach a threshold measured on strangers.
+        `fpir`: the probability must reach a threshold measured on strangers, and be higher than the
+          probability of all other enrolled people together.
         `new`: the probability must be above 0.5, as there are too few strangers to measure.
-      score: the logarithm of the threshold; -inf for the kind `new`.
+      score: the logarithm of the threshold, or of 0.5 for the kind `new`.
       default: True if the user chose no rule.
       threshold: the measured threshold; None for the kinds `threshold` and `new`.
       about: a description of the rule for the user.
@@ -124,11 +127,19 @@ class NamingRule(NamedTuple):
     threshold: Threshold | None
     about: str
 
-    def names(self, best: np.ndarray | float) -> np.ndarray:
-        """Returns bool [...], True if a clip gets a name. `best` [...] are log-probabilities."""
+    def names(self, best: np.ndarray | float, others: np.ndarray | float = -math.inf) -> np.ndarray:
+        """Returns bool [...], True if a clip gets a name.
+
+        `best` [...] are the log-probabilities of the most probable people, and `others` [...] of
+        all other enrolled people together.
+        """
         best = np.asarray(best)
-        least = -np.inf if self.by == "threshold" else math.log(MIN_NAMED_PROBABILITY)
-        return (best >= self.score) & (best > least)
+        if self.by == "threshold":
+            return best >= self.score
+        # A measured threshold may be far below 0.5. It separates people from strangers, but does
+        # not show which of two similar people a clip shows.
+        least = math.log(MIN_NAMED_PROBABILITY) if self.by == "new" else -math.inf
+        return (best >= self.score) & (best > least) & (best > others)
 
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
         """Returns the answer for a clip, from its most probable people.
@@ -140,7 +151,7 @@ class NamingRule(NamedTuple):
         name, score = nearest.best[0]
         best = tuple((name, math.exp(log)) for name, log in nearest.best)
         # In a gallery of models, the most probable person may have no modality of the clip.
-        is_named = self.names(score) and (nearest.compared or not cards)
+        is_named = self.names(score, nearest.others) and (nearest.compared or not cards)
         evidence = nearest.compared if is_named else ()
         return Answer(name if is_named else None, best[0][1], score, best, evidence)
 
@@ -250,6 +261,29 @@ def share(value: float) -> str:
     return f"{percent:.2g} %" if percent >= 0.01 else "< 0.01 %"
 
 
+def describe_probability(score: float) -> str:
+    """Formats the probability exp(`score`) in per cent, also if it is near 0 or 1."""
+    percent = 100 * math.exp(min(score, 0.0))
+    return f"{percent:.3g} %" if percent < 99 else f"{percent:.10g} %"
+
+
+def count_doubtful(answers: Answers) -> int:
+    """Returns how many unknown clips have a person with a probability of 0.1 to 0.5."""
+    limits = MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY
+    unknown = [answer.probability for answer in answers.values() if answer.identity is None]
+    return sum(limits[0] <= probability <= limits[1] for probability in unknown)
+
+
+def describe_doubtful(rule: NamingRule, count: int) -> dict[str, str]:
+    """Returns `count_doubtful` as a row for the terminal, if the kind of the rule is `new`."""
+    if rule.by != "new" or not count:
+        return {}
+    low, high = (f"{100 * x:.0f}" for x in (MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY))
+    wanted = count_needed_strangers(DEFAULT_FPIR)
+    text = f"{messages.count(count, 'unknown clip')}, whose best person has {low} to {high} %; "
+    return {"doubtful": text + f"with {wanted} clips of strangers, a measured limit decides"}
+
+
 def describe_rule(rule: NamingRule) -> dict[str, str]:
     """Returns a rule as rows for the terminal, label -> text."""
     chosen = " (to choose another rule: --fpir=R or --threshold=P)" if rule.default else ""
@@ -259,14 +293,15 @@ def describe_rule(rule: NamingRule) -> dict[str, str]:
 def convert_rule_to_json(rule: NamingRule) -> dict[str, object]:
     """Returns a rule as values for JSON."""
     score = rule.score if math.isfinite(rule.score) else None
-    return {"by": rule.by, "score": score, "default": rule.default, "about": rule.about}
+    values = {"score": score, "probability": math.exp(min(rule.score, 0.0))}
+    return {"by": rule.by, **values, "default": rule.default, "about": rule.about}
 
 
 def describe(limit: Threshold) -> dict[str, str]:
     """Returns a threshold as rows for the terminal, label -> text."""
     low, high = map(share, limit.interval)
     return {
-        "threshold": f"{share(math.exp(min(limit.score, 0.0)))} (logarithm {limit.score:.6g})",
+        "threshold": f"{describe_probability(limit.score)} (logarithm {limit.score:.6g})",
         "people": f"{limit.num_identities:,}",
         "strangers": f"{limit.num_strangers:,}, of whom {limit.num_alarms:,} reach it",
         "rate": f"{low} to {high} at 95 % confidence",
@@ -283,9 +318,12 @@ def write(path: Path, answers: Answers) -> None:
 class Identify(bulk.TableTask):
     """Identifies the clips of a parquet table. `options` are arguments of `Gallery.identify`."""
 
+    num_doubtful = 0  # of all tables, see `count_doubtful`
+
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
         """Returns the answers for clips as the columns of a table."""
         answers = self.trained.identify(clips, **self.options)
+        self.num_doubtful += count_doubtful(answers)
         most = min(int(self.options.get("k") or 5), len(self.trained.identities))
         return tables.to_columns(_list_kinds(most), list(_rows(answers, most)))
 

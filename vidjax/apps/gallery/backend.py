@@ -102,8 +102,8 @@ class People(NamedTuple):
     names: tuple[str, ...]
     linear: tuple[np.ndarray, ...]  # M arrays [P, D] float32
     constant: np.ndarray  # [M, P] float64
-    # [M, P] int32, the number of a person's clips with the modality. With PLDA, all clips of a film
-    # count as one.
+    # [M, P] int32, the number of a person's clips with the modality. With PLDA, it is the number of
+    # independent clips: all clips of a film count as one, and so do clips that are too similar.
     num_clips: np.ndarray
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
@@ -119,6 +119,7 @@ class Nearest(NamedTuple):
     new: float  # the log-probability that the clip shows a person who is not enrolled
     best: list[tuple[str, float]]  # (name, log-probability), best first; ties in order of names
     compared: tuple[str, ...] = ()  # the modalities that both the clip and the best person have
+    others: float = -np.inf  # the log-probability of all people except the best
 
 
 def join(blocks: Sequence[People]) -> People:
@@ -159,14 +160,31 @@ class Backend(NamedTuple):
             z[~np.any(x != 0, axis=1)] = np.nan
         return white
 
-    def enrol(self, names: Sequence[str], vectors: np.ndarray, owner: np.ndarray) -> People:
-        """Computes the coefficients of the people `names` from their N clips.
+    def enrol(
+        self,
+        names: Sequence[str],
+        vectors: np.ndarray,
+        owner: np.ndarray,
+        film: np.ndarray | None = None,
+        independent: np.ndarray | None = None,
+    ) -> People:
+        """Computes the coefficients of P people from their N clips.
 
-        `vectors` are [N, sum of D]. `owner` [N] int is each clip's person, an index in `names`.
+        Args:
+          names: the names of the people.
+          vectors: [N, sum of D].
+          owner: [N] int, each clip's person, an index in `names`.
+          film: [N] int, from 0. With PLDA, all clips of a person with the same number count as at
+            most one clip. By default, each clip has another number.
+          independent: [P] bool, True if a person's clips are known to be independent. With PLDA,
+            similar clips of other people count as fewer clips. By default, all are False.
         """
         linear, constants, counts = [], [], []
         for part, x in zip(self.parts, self.split(vectors), strict=True):
             count, total = sum_by_owner(unit(part, x), owner, len(names))
+            if part.space is not None:
+                exact = np.zeros(len(names), bool) if independent is None else independent
+                count, total = _add_independent(part, (count, total), (x, owner, film), exact)
             coefficients, constant = part.describe(count, total)
             linear.append(coefficients.astype(np.float32))
             constants.append(constant)
@@ -195,16 +213,20 @@ def fit(
       enrolled: modality -> [N, D] float32. To fit the settings, row n enrols the person of clip n.
         It may be the mean of the person's clips in a film. The default is `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
-      settings: the settings of PLDA. By default, they are fitted, too.
+      settings: the settings of PLDA. By default, they are fitted, too, and W is at least a typical
+        share of the variance, see `two_covariance.covariances`.
     """
     from vidjax.models import plda_fit  # imports JAX
 
     plda_fit.report_few_people(labels, say)
+    least_within = two_covariance.WITHIN if settings is None else 0.0
     if settings is None:
         wanted = plda_fit.draw_identities(labels, 0) if len(labels) else np.zeros(0, bool)
         some = {name: x[wanted] for name, x in vectors.items()}
         films = {name: x[wanted] for name, x in (enrolled or vectors).items()}
-        settings = plda_fit.fit_settings(some, labels[wanted], {}, 0, films)
+        settings = plda_fit.fit_settings(
+            some, labels[wanted], {}, 0, films, least_within=least_within
+        )
     parts = []
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
@@ -216,7 +238,8 @@ def fit(
                 part = part._replace(centre=settings.centred * x.mean(axis=0))
             u = unit(part, x)
             sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
-            part = part._replace(space=two_covariance.fit(sums._asdict(), settings))
+            space = two_covariance.fit(sums._asdict(), settings, least_within)
+            part = part._replace(space=space)
         parts.append(part)
     return Backend(tuple(parts), settings)
 
@@ -236,6 +259,30 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
         within=1.0, between=1.0, scale=1.0, unenrolled=0.0, stranger=0.0, centred=1.0
     )
     return Backend(tuple(parts), settings)
+
+
+def _add_independent(
+    part: Part,
+    sums: tuple[np.ndarray, np.ndarray],
+    clips: tuple[np.ndarray, np.ndarray, np.ndarray | None],
+    independent: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the number of independent clips [P] of each person, and the sum [P, D] of as many.
+
+    `sums` are the number and the sum of all clips. `clips` and `independent` are the arguments of
+    `Backend.enrol`.
+    """
+    assert part.space is not None
+    (count, total), (x, owner, film) = sums, clips
+    if film is not None:
+        first = np.unique(film, return_index=True)[1]
+        in_film, added = sum_by_owner(x, film, len(first))
+        means = (added / np.maximum(in_film, 1)[:, None]).astype(np.float32)
+        count, total = sum_by_owner(unit(part, means), owner[first], len(count))
+    within = two_covariance.compute_within(part.space)
+    effective = two_covariance.count_independent(within, *sums, most=count)
+    effective = np.where(independent, count, effective)
+    return effective, total * (effective / np.maximum(count, 1))[:, None]
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -512,7 +559,9 @@ class Index:
             best = sorted((-log, self.names[row], row) for log, row in pairs if log > -np.inf)[:k]
             common = has_part & (self.counts[:, best[0][2]] > 0) if best else []
             compared = tuple(self.backend.parts[number].name for number in np.flatnonzero(common))
-            yield Nearest(float(logs[0]), [(name, -log) for log, name, _ in best], compared)
+            pairs = [(name, -log) for log, name, _ in best]
+            rest = sum_others(logs[1:], int(logs[1:-1].argmax())) if best else -np.inf
+            yield Nearest(float(logs[0]), pairs, compared, rest)
 
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
@@ -668,3 +717,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(shifted)
     weights[best] = 0
     return shifted - np.log1p(weights.sum())
+
+
+def sum_others(logs: np.ndarray, best: int) -> float:
+    """Returns log(the sum of all exp(`logs`) except exp(`logs[best]`)). `logs` are [K]."""
+    others = np.delete(logs, best)
+    top = others.max(initial=-np.inf)
+    return float(top + np.log(np.exp(others - top).sum())) if top > -np.inf else -np.inf

@@ -1,6 +1,6 @@
 """Edits the content of a gallery in a draft. `Gallery.change` writes the draft."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -241,7 +241,7 @@ class Draft:
         groups = {name: tuple(sorted(self.groups[name])) for name in changed}
         self.groups |= groups
         groups.pop(STRANGER, None)
-        people = enrol(old.index.backend, groups, self.clips)
+        people = enrol(old.index.backend, groups, self.clips, of_plda=old.run.centred)
         state = old._replace(
             version=old.version + 1,
             index=old.index.replaced(old.groups.keys() & self._changed_people, people),
@@ -256,32 +256,43 @@ def _describe_person(identity: str | None) -> str:
 
 
 def enrol(
-    backend: Backend, groups: Mapping[str, Sequence[str]], clips: Mapping[str, StoredClip]
+    backend: Backend,
+    groups: Mapping[str, Sequence[str]],
+    clips: Mapping[str, StoredClip],
+    *,
+    of_plda: bool = False,
 ) -> People:
     """Computes the coefficients of people from their clips.
 
     `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
-    PLDA, all clips of a person in a film count as one clip. With distances, each clip counts, but
-    similar clips count less, see `distance.effective_count`.
+    PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
+    `two_covariance.count_independent` and `distance.effective_count`. But in the gallery of a PLDA
+    run (`of_plda`), the clips of a person of the fit count as in the run.
     """
     names = (name for clip_names in groups.values() for name in clip_names)
-    film = cut_film_name if backend.parts[0].distances is None else str
-    films = group_by_film(names, clips, film)
+    films = group_by_film(names, clips)
     place = {identity: number for number, identity in enumerate(groups)}
     owner = np.array([place[identity] for identity, _ in films], int)
-    vectors = stack_films(films.values(), clips, backend.widths)
-    return backend.enrol(tuple(groups), vectors, owner)
+    film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
+    ordered = [name for clip_names in films.values() for name in clip_names]
+    vectors = stack_vectors(ordered, clips, sum(backend.widths.values()))
+    return backend.enrol(
+        tuple(groups),
+        vectors,
+        owner[film],
+        film if len(films) < len(ordered) else None,
+        np.array([of_plda and all(clips[x].fitted for x in names) for names in groups.values()]),
+    )
 
 
 def group_by_film(
-    names: Iterable[str],
-    clips: Mapping[str, StoredClip],
-    film: Callable[[str], str] = cut_film_name,
+    names: Iterable[str], clips: Mapping[str, StoredClip]
 ) -> dict[tuple[str, str], list[str]]:
     """Groups the clips `names` by person and film; returns (identity, film) -> names of clips."""
     films: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        films.setdefault((clips[name].identity or STRANGER, film(name)), []).append(name)
+        key = clips[name].identity or STRANGER, cut_film_name(name)
+        films.setdefault(key, []).append(name)
     return films
 
 

@@ -40,7 +40,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 import numpy as np
 
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, grouping
-from vidjax.apps.gallery.answers import ABOVE_HALF, DEFAULT_FPIR, Answer, NamingRule, Threshold
+from vidjax.apps.gallery.answers import (
+    ABOVE_HALF,
+    DEFAULT_FPIR,
+    MIN_NAMED_PROBABILITY,
+    Answer,
+    NamingRule,
+    Threshold,
+)
 from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
 from vidjax.apps.gallery.changes import (
     Draft,
@@ -728,10 +735,11 @@ class Gallery:
         if fpir is None and strangers < wanted:
             about = f"{ABOVE_HALF}; with {wanted} clips of strangers instead of {strangers}, "
             about += f"at most {100 * DEFAULT_FPIR:g} % of new strangers would get a name"
-            return NamingRule("new", -math.inf, True, None, about)
+            return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
         limit = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
-        about = f"at most {100 * limit.fpir:.10g} % of strangers reach its probability, "
-        about += f"and {ABOVE_HALF}"
+        about = f"the probability is {answers_lib.describe_probability(limit.score)} or more, "
+        about += f"which at most {100 * limit.fpir:.10g} % of new strangers reach, and is higher "
+        about += "than the probability of all other enrolled people together"
         return NamingRule("fpir", limit.score, fpir is None, limit, about)
 
     def identify(
@@ -753,9 +761,10 @@ class Gallery:
         Args:
           clips, split: see the class.
           k: the largest number of identities in `Answer.best`.
-          fpir: the largest share of new strangers that may get a name. A name also needs a
-            probability above 0.5. The default is 0.01. If the gallery has fewer than 99 clips of
-            strangers, by default a name needs only a probability above 0.5.
+          fpir: the largest share of new strangers that may get a name. The lowest probability of a
+            name is measured on the clips of strangers in the gallery. A name must also be more
+            probable than all other enrolled people together. The default is 0.01. If the gallery
+            has fewer than 99 clips of strangers, by default a name needs a probability above 0.5.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns. All clips of a group are compared together and
@@ -833,7 +842,7 @@ class Gallery:
                 index = np.arange(at, at + len(scores), dtype=np.int32)
                 if not rule.default:
                     # float64 is needed: a threshold is hardly higher than a stranger's score.
-                    passes = rule.names(scores)
+                    passes = rule.names(scores, _sum_others(scores))
                     if state.run.cards:  # as in `NamingRule.answer`
                         passes &= clip_has[:, index].T @ person_has
                     scores[~passes] = -np.inf
@@ -845,6 +854,15 @@ class Gallery:
         if not rule.default:
             top = top._replace(index=np.where(top.scores > -np.inf, top.index, topk.NO_CLIP))
         return topk.convert_to_lists(identities, names, top)
+
+
+def _sum_others(scores: np.ndarray) -> np.ndarray:
+    """Returns the `others` of `NamingRule.names` for the log-probabilities [Q, N] of N people."""
+    # Only the most probable person can have a higher probability than all others together.
+    others = np.repeat(scores.max(axis=1, keepdims=True), scores.shape[1], axis=1)
+    for row, best in enumerate(scores.argmax(axis=1).tolist()):
+        others[row, best] = backend_lib.sum_others(scores[row], best)
+    return others
 
 
 def check_new(folder: Path) -> None:
@@ -1075,8 +1093,9 @@ def _make_state(
 ) -> State:
     groups = group(clips)
     names = sorted(groups.keys() - {STRANGER})
+    starts = range(0, len(names), MAX_BLOCK_PEOPLE)
     blocks = (
-        enrol(backend, {name: groups[name] for name in names[at : at + MAX_BLOCK_PEOPLE]}, clips)
-        for at in range(0, len(names), MAX_BLOCK_PEOPLE)
+        enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.centred)
+        for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
     )
     return State(version, run, Index(backend, blocks), clips, groups)
