@@ -1,18 +1,18 @@
 """Groups clips of unknown people, so that the clips of a group show the same person.
 
-1. Each clip starts as a group. The two groups that most probably show the same person are joined,
-   again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
-   shows the same person are 1 / G, where G is the present number of groups.
-2. Small groups are joined to larger groups. The prior probability that a small group belongs to a
-   group of n clips is proportional to n. The prior probability that it shows a new person is
-   proportional to the number of groups with a single clip.
+Each clip starts as a group. The two groups that most probably show the same person are joined,
+again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
+shows the same person are 1 / G, where G is the present number of groups.
+
+Vectors of unclear faces, which are small or blurred, are alike even if they show two people. So two
+groups with only unclear faces are never joined. The clearer of two groups determines how much two
+people differ.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.
 
 Source: agglomerative clustering by likelihood ratios, as for speakers in Landini et al. 2022, VBx.
-The prior of a new person follows Good 1953, The population frequencies of species. The prior of a
-pair is our choice.
+The prior of a pair and the clarity of faces are our choice.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -20,12 +20,10 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend, sum_by_owner
-from vidjax.apps.video.features_folder import cut_film_name
+from vidjax.apps.video.features_folder import LEAST_CLARITY, cut_film_name
 from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are all compared
-MAX_SMALL_CLIPS = 3  # largest number of clips in a small group
-MIN_PROBABILITY = 0.6  # a small group is joined to a larger group above this probability
 MAX_TURNS = 4  # passes over the clips, if they are grouped in blocks
 # Arrays of groups are shortened if at most this share of the groups still has clips.
 MAX_KEPT_SHARE = 0.75
@@ -38,6 +36,8 @@ class Groups:
       counts: M arrays [G], one for each modality: the number of a group's clips that have it.
       means: M arrays [G, D], the mean coordinates of these clips.
       sizes: [G], the number of clips. It is 0 if the group was joined to another group.
+      clarity: [G], the mean clarity of a group's faces, see `align.measure_clarity`.
+      unclear: [G] bool, True if all faces of a group are unclear.
       apart: [G, G] bool, True if two groups certainly show different people.
     """
 
@@ -46,19 +46,22 @@ class Groups:
         backend: Backend,
         coordinates: Sequence[np.ndarray],
         labels: np.ndarray,
+        clarity: np.ndarray,
         apart: Iterable[tuple[int, int]],
     ):
         """Makes groups of N clips.
 
         `coordinates` are M arrays [N, D] from `Part.coordinates`. They are 0 if a modality is
-        missing. `labels` [N] int is the group of each clip. `apart` are pairs of indices of clips
-        that show different people.
+        missing. `labels` [N] int is the group of each clip. `clarity` [N] is the clarity of its
+        face. `apart` are pairs of indices of clips that show different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]
         self.counts = [count for count, _ in pairs]
         self.means = [total / np.maximum(count, 1)[:, None] for count, total in pairs]
         self.sizes = np.bincount(labels)
+        self.clarity = np.bincount(labels, clarity) / self.sizes
+        self.unclear = np.bincount(labels, clarity >= LEAST_CLARITY) == 0
         self.apart = np.zeros((num, num), bool)
         for clip, other in apart:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
@@ -93,6 +96,9 @@ class Groups:
             self._squares[number][target] = mean[target] @ mean[target]
             self._noises[number][target] = self._noise(number, target)
             self._to_mean[number][target] = self._square_to_mean(number, target)
+        shares = self.sizes[[target, source]] / (self.sizes[target] + self.sizes[source])
+        self.clarity[target] = shares @ self.clarity[[target, source]]
+        self.unclear[target] &= self.unclear[source]
         self.sizes[target] += self.sizes[source]
         self.sizes[source] = 0
         self.apart[target] |= self.apart[source]
@@ -104,6 +110,7 @@ class Groups:
         for arrays in (self.counts, self.means, self._squares, self._noises, self._to_mean):
             arrays[:] = [x[rows] for x in arrays]
         self.sizes, self.apart = self.sizes[rows], self.apart[np.ix_(rows, rows)]
+        self.clarity, self.unclear = self.clarity[rows], self.unclear[rows]
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
@@ -111,7 +118,7 @@ class Groups:
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
         `row` itself, for groups without clips, and for groups that certainly show another person.
-        It is also -inf if two groups have no modality in common.
+        It is also -inf if two groups have no modality in common, or contain only unclear faces.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))
@@ -122,6 +129,8 @@ class Groups:
                 ratios = np.where(np.sum(shared, axis=0) > 1, limited, ratios)
             total += np.where(both, ratios, 0)
         total[~np.logical_or.reduce(shared) | (self.sizes == 0) | self.apart[row]] = -np.inf
+        if self.unclear[row]:
+            total[self.unclear] = -np.inf
         total[row] = -np.inf
         return total
 
@@ -133,8 +142,9 @@ class Groups:
         assert part.distances is not None
         square, to_mean = self._squares[number], self._to_mean[number]
         gap = square + square[row] - 2 * (mean @ mean[row])
+        clarity = np.maximum(self.clarity, self.clarity[row]) if part.name == "face" else 1.0
         far = None if part.mean is None else (to_mean, to_mean[row])
-        return distance.pair_log_ratios(part.distances, gap, (noise, noise[row]), far)
+        return distance.pair_log_ratios(part.distances, gap, (noise, noise[row]), far, clarity)
 
 
 def group(
@@ -144,7 +154,7 @@ def group(
     apart: Collection[tuple[str, str]] = (),
     *,
     begin: Sequence[str] | None = None,
-    absorb: bool = True,
+    clarity: Sequence[float] | None = None,
 ) -> np.ndarray:
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
 
@@ -153,7 +163,8 @@ def group(
       parts: the vectors of the clips, M arrays [N, D] float32; 0 if a modality is missing.
       apart: pairs of names of clips that show different people.
       begin: [N], the first group of each clip. By default, each clip is a group at first.
-      absorb: True to join small groups to larger groups at the end.
+      clarity: [N], 0 to 1, the clarity of each clip's best face, see `align.measure_clarity`. By
+        default, it is 1.
     """
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
@@ -161,26 +172,24 @@ def group(
     coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
     order = np.argsort([cut_film_name(name) for name in names], kind="stable")
     labels = np.argsort(order)  # each clip is a group; groups of a film have adjacent numbers
+    clear = np.ones(len(names)) if clarity is None else np.array(clarity, float)
     if begin is not None:
         labels = np.unique(begin, return_inverse=True)[1]
 
-    def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
+    def join(rows: np.ndarray) -> np.ndarray:
         """Joins the groups of the clips `rows` (indices); returns the new groups of these clips."""
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
         here[rows] = np.arange(len(rows))
         inside = here[pairs]
         inside = inside[(inside >= 0).all(axis=1)].tolist()
-        groups = Groups(backend, [z[rows] for z in coordinates], local, inside)
-        joined = _agglomerate(groups)
-        if absorb:
-            joined = _absorb(groups, joined)
-        return np.unique(joined[local], return_inverse=True)[1]
+        groups = Groups(backend, [z[rows] for z in coordinates], local, clear[rows], inside)
+        return np.unique(_agglomerate(groups)[local], return_inverse=True)[1]
 
     for turn in range(MAX_TURNS):
         count = int(labels.max(initial=-1)) + 1
         if count <= MAX_GROUPED_CLIPS:
-            return join(np.arange(len(names)), absorb=absorb) if len(names) else labels
+            return join(np.arange(len(names))) if len(names) else labels
         block = np.arange(count) // MAX_GROUPED_CLIPS  # in the first turn, by film
         if turn:
             totals = sum_by_owner(np.concatenate(coordinates, axis=1), labels, count)[1]
@@ -188,7 +197,7 @@ def group(
         joined, first = np.empty_like(labels), 0
         for number in np.unique(block):
             rows = np.flatnonzero(block[labels] == number)
-            joined[rows] = first + join(rows, absorb=absorb and turn == MAX_TURNS - 1)
+            joined[rows] = first + join(rows)
             first = int(joined[rows].max()) + 1
         labels = joined
     return labels
@@ -248,23 +257,4 @@ def _agglomerate(groups: Groups) -> np.ndarray:
             place, rows = np.cumsum(groups.sizes > 0) - 1, groups.drop_joined()
             labels, best = place[labels], place[best[rows]]
             highest, others, stale = highest[rows], others[rows], stale[rows]
-    return labels
-
-
-def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns [G] int, like `labels` from `_agglomerate`."""
-    labels, sizes, changed = labels.copy(), groups.sizes, True
-    while changed:
-        changed, single = False, max(int(np.sum(sizes == 1)), 1)
-        for row in np.argsort(sizes, kind="stable").tolist():
-            if not 0 < sizes[row] <= MAX_SMALL_CLIPS:
-                continue
-            logits = np.where(sizes < sizes[row], -np.inf, groups.ratios(row))
-            logits += np.log(np.maximum(sizes, 1))
-            best = int(logits.argmax())
-            total = np.logaddexp.reduce(np.append(logits, np.log(single)))
-            if logits[best] - total > np.log(MIN_PROBABILITY):
-                groups.join(best, row)
-                labels[labels == row] = best
-                changed = True
     return labels

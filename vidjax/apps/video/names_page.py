@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlencode
 
-from vidjax.apps.gallery.answers import Answer, parse_group_number
+from vidjax.apps.gallery.answers import FACE, Answer, rank_group
 from vidjax.apps.video.appearances import (
     Appearance,
     format_certainty,
@@ -133,7 +133,7 @@ def render(
         entries_of[film.video] = [_make_entry(x, film, answers, address) for x in in_film]
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
-    unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=parse_group_number)
+    unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
     everyone = [*people, *unknown, *({IGNORED} & times.keys())]
     doubtful = [entry for entries in entries_of.values() for entry in entries if entry.doubt]
     doubtful.sort(key=lambda entry: -entry.doubt)
