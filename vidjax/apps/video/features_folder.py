@@ -40,7 +40,7 @@ THUMBNAILS = "thumbnails"
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
-LEAST_CLARITY = 0.4  # faces of lower clarity are unclear: even two people look alike
+LEAST_CLARITY = 0.35  # faces of lower clarity are unclear: even two people look alike
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "delete the folder, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
