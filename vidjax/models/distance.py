@@ -204,4 +204,4 @@ def pair_log_ratios(
         stranger_log_density(distances, x, distances.between + distances.within * noise)
         for x, noise in places
     )
-    return np.where(np.less(clarity, 1), unclear, log_density + both - one - other)
+    return np.where(np.less(clarity, 1 - 1e-6), unclear, log_density + both - one - other)

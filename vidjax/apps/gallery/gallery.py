@@ -639,6 +639,7 @@ class Gallery:
         *,
         begin: Mapping[str, str] | None = None,
         clarity: Mapping[str, float] | None = None,
+        absorb: bool = True,
     ) -> dict[str, str]:
         """Groups clips that show the same person; returns clip -> name of its group.
 
@@ -653,6 +654,8 @@ class Gallery:
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
+          absorb: True to join a group of at most 3 clips to a larger group of more clips, if the
+            probability that they show the same person is above 0.6, and one group is clear.
         """
         vectors = self.embed(vectors)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
@@ -665,7 +668,9 @@ class Gallery:
             )
         first = None if begin is None else [begin[name] for name in names]
         clear = [(clarity or {}).get(name, 1.0) for name in names]
-        labels = grouping.group(self.backend, names, parts, apart, begin=first, clarity=clear)
+        labels = grouping.group(
+            self.backend, names, parts, apart, begin=first, clarity=clear, absorb=absorb
+        )
         return answers_lib.name_groups(names, labels)
 
     def _require_people(self) -> State:

@@ -1,8 +1,12 @@
 """Groups clips of unknown people, so that the clips of a group show the same person.
 
-Each clip starts as a group. The two groups that most probably show the same person are joined,
-again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
-shows the same person are 1 / G, where G is the present number of groups.
+1. Each clip starts as a group. The two groups that most probably show the same person are joined,
+   again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
+   shows the same person are 1 / G, where G is the present number of groups.
+2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups is clear.
+   The prior probability that a small group belongs to a group of n clips is proportional to n. The
+   prior probability that it shows a new person is proportional to the number of groups with a
+   single clip.
 
 Vectors of unclear faces, which are small or blurred, are alike even if they show two people. So two
 groups with only unclear faces are never joined. The clearer of two groups determines how much two
@@ -12,7 +16,8 @@ The memory grows with the square of the number of clips. If there are more than 
 the clips of a few films are grouped at a time, and then the groups are joined.
 
 Source: agglomerative clustering by likelihood ratios, as for speakers in Landini et al. 2022, VBx.
-The prior of a pair and the clarity of faces are our choice.
+The prior of a new person follows Good 1953, The population frequencies of species. The prior of a
+pair and the clarity of faces are our choice.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -24,6 +29,9 @@ from vidjax.apps.video.features_folder import LEAST_CLARITY, cut_film_name
 from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are all compared
+MAX_SMALL_CLIPS = 3  # largest number of clips in a small group
+MIN_PROBABILITY = 0.6  # a small group is joined to a larger group above this probability
+MIN_CLARITY = 0.8  # of a small group or a larger group, if the two are joined
 MAX_TURNS = 4  # passes over the clips, if they are grouped in blocks
 # Arrays of groups are shortened if at most this share of the groups still has clips.
 MAX_KEPT_SHARE = 0.75
@@ -155,6 +163,7 @@ def group(
     *,
     begin: Sequence[str] | None = None,
     clarity: Sequence[float] | None = None,
+    absorb: bool = True,
 ) -> np.ndarray:
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
 
@@ -165,6 +174,7 @@ def group(
       begin: [N], the first group of each clip. By default, each clip is a group at first.
       clarity: [N], 0 to 1, the clarity of each clip's best face, see `align.measure_clarity`. By
         default, it is 1.
+      absorb: True to join small groups to larger groups at the end.
     """
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
@@ -176,7 +186,7 @@ def group(
     if begin is not None:
         labels = np.unique(begin, return_inverse=True)[1]
 
-    def join(rows: np.ndarray) -> np.ndarray:
+    def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
         """Joins the groups of the clips `rows` (indices); returns the new groups of these clips."""
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
@@ -184,12 +194,15 @@ def group(
         inside = here[pairs]
         inside = inside[(inside >= 0).all(axis=1)].tolist()
         groups = Groups(backend, [z[rows] for z in coordinates], local, clear[rows], inside)
-        return np.unique(_agglomerate(groups)[local], return_inverse=True)[1]
+        joined = _agglomerate(groups)
+        if absorb:
+            joined = _absorb(groups, joined)
+        return np.unique(joined[local], return_inverse=True)[1]
 
     for turn in range(MAX_TURNS):
         count = int(labels.max(initial=-1)) + 1
         if count <= MAX_GROUPED_CLIPS:
-            return join(np.arange(len(names))) if len(names) else labels
+            return join(np.arange(len(names)), absorb=absorb) if len(names) else labels
         block = np.arange(count) // MAX_GROUPED_CLIPS  # in the first turn, by film
         if turn:
             totals = sum_by_owner(np.concatenate(coordinates, axis=1), labels, count)[1]
@@ -197,7 +210,7 @@ def group(
         joined, first = np.empty_like(labels), 0
         for number in np.unique(block):
             rows = np.flatnonzero(block[labels] == number)
-            joined[rows] = first + join(rows)
+            joined[rows] = first + join(rows, absorb=absorb and turn == MAX_TURNS - 1)
             first = int(joined[rows].max()) + 1
         labels = joined
     return labels
@@ -257,4 +270,24 @@ def _agglomerate(groups: Groups) -> np.ndarray:
             place, rows = np.cumsum(groups.sizes > 0) - 1, groups.drop_joined()
             labels, best = place[labels], place[best[rows]]
             highest, others, stale = highest[rows], others[rows], stale[rows]
+    return labels
+
+
+def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
+    """Joins small groups to larger groups; returns [G] int, like `labels` from `_agglomerate`."""
+    labels, sizes, changed = labels.copy(), groups.sizes, True
+    while changed:
+        changed, single = False, max(int(np.sum(sizes == 1)), 1)
+        for row in np.argsort(sizes, kind="stable").tolist():
+            if not 0 < sizes[row] <= MAX_SMALL_CLIPS:
+                continue
+            logits = np.where(sizes <= MAX_SMALL_CLIPS, -np.inf, groups.ratios(row))
+            logits += np.log(np.maximum(sizes, 1))
+            best = int(logits.argmax())
+            total = np.logaddexp.reduce(np.append(logits, np.log(single)))
+            clear = max(groups.clarity[row], groups.clarity[best]) >= MIN_CLARITY
+            if clear and logits[best] - total > np.log(MIN_PROBABILITY):
+                groups.join(best, row)
+                labels[labels == row] = best
+                changed = True
     return labels

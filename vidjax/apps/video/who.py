@@ -749,7 +749,7 @@ def decide(
         vectors = vectors or _embed(gallery, out / FEATURES, clarity)
         enrolled = {clip: gallery.clips[clip].identity for clip in gallery.complete(vectors)}
         apart = appearances.pair_seen_together(films)
-        votes = votes or gallery.group(vectors, apart, clarity=clarity)
+        votes = votes or gallery.group(vectors, apart, clarity=clarity, absorb=False)
         answers = dict.fromkeys(vectors.names, NOBODY)
         if gallery.identities:
             answers = identify(vectors, groups=votes)
@@ -769,7 +769,9 @@ def decide(
         nameless -= enrolled.keys()
         clear = vectors.only(nameless - unclear)
         groups = gallery.group(clear, apart, begin=votes, clarity=clarity)
-        faces = sorted(nameless & unclear & votes.keys())  # of each clip in `votes`, a face is usable
+        faces = sorted(
+            nameless & unclear & votes.keys()
+        )  # of each clip in `votes`, a face is usable
         groups |= {clip: f"{answers_lib.UNKNOWN}{len(clarity) + n}" for n, clip in enumerate(faces)}
         groups = _keep_numbers(groups, _select(before.films, films), before.highest)
     numbers = msgspec.to_builtins(before.update(films, groups))
