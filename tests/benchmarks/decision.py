@@ -77,11 +77,10 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
         by_group = [
             RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known, owner)
         ]
-        singly = (RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known))
+        singly = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known)]
         pairs = zip(owner.tolist(), singly, strict=True)
         decided = [answers.join_answers(by_group[group], own) for group, own in pairs]
         best = np.array([int(answer.best[0][0]) for answer in decided])
-        probability = np.array([answer.probability for answer in decided])
         is_known = np.isin(films.people, people)
         named = np.array([answer.identity is not None for answer in decided])
         right = is_known & (best == films.people)
@@ -96,8 +95,8 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
             "strangers named": np.mean(named[~is_known]),
             **measure_groups(labels, truth),
         })  # fmt: skip
-        probabilities.append(probability)
-        rights.append(right)
+        probabilities.append([own.probability for own in singly])
+        rights.append(is_known & (films.people == [int(own.best[0][0]) for own in singly]))
     means = {name: float(np.mean([x[name] for x in figures])) for name in figures[0]}
     error = compute_calibration_error(np.concatenate(probabilities), np.concatenate(rights))
     return means | {"ECE": error}

@@ -253,7 +253,8 @@ def write_groups(
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
-    Groups that are still called `unknown N` or `unknown face N` are left out. If `unknown` is True, they are kept.
+    Groups that are still called `unknown N` or `unknown face N` are left out. If `unknown` is True,
+    they are kept.
     Raises UserError if a line is malformed, or if a clip has two names.
     """
     names: dict[str, str] = {}

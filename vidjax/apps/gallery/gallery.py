@@ -655,7 +655,7 @@ class Gallery:
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
           absorb: True to join a group of at most 3 clips to a larger group of more clips, if the
-            probability that they show the same person is above 0.6, and one group is clear.
+            probability that they show the same person is above 0.55, and one group is clear.
         """
         vectors = self.embed(vectors)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))

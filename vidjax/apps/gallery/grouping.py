@@ -30,7 +30,7 @@ from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are all compared
 MAX_SMALL_CLIPS = 3  # largest number of clips in a small group
-MIN_PROBABILITY = 0.6  # a small group is joined to a larger group above this probability
+MIN_PROBABILITY = 0.55  # a small group is joined to a larger group above this probability
 MIN_CLARITY = 0.8  # of a small group or a larger group, if the two are joined
 MAX_TURNS = 4  # passes over the clips, if they are grouped in blocks
 # Arrays of groups are shortened if at most this share of the groups still has clips.

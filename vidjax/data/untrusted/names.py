@@ -90,7 +90,7 @@ def normal_form(name: str) -> str:
 
 
 def is_unknown(name: str) -> bool:
-    """Returns True if a name is reserved for strangers: `unknown`, `unknown 3`, `unknown face 3`."""
+    """Returns True if a name is for strangers: `unknown`, `unknown 3` or `unknown face 3`."""
     return re.fullmatch("unknown( (face )?[0-9]+)?", name.casefold()) is not None
 
 
