@@ -16,20 +16,23 @@ import numpy as np
 from tests.benchmarks import common
 from tests.benchmarks.calibration import compute_calibration_error
 from tests.helpers.embeddings import unit
-from vidjax.apps.gallery import backend, grouping
+from vidjax.apps.gallery import answers, backend, grouping
+from vidjax.apps.video import align
 from vidjax.apps.video.cards import PUBLISHED, BackEnd
+from vidjax.apps.video.features_folder import LEAST_CLARITY
 from vidjax.apps.video.tracks import find_changes
 
 CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
+RULE = answers.NamingRule("new", -np.inf, True, None, "")  # a name needs a probability above 0.5
 
 
 def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
     """Returns N tracks. A track of `tracks.npz` is split where its face changes.
 
     `vectors` [N, D] have the length 1. `people` [N] are the true people, and `clips` are N names.
-    `apart` are pairs of clips that are visible at the same time.
+    `clarity` [N] is of the best face. `apart` are pairs of clips that are visible at the same time.
     """
-    vectors, people, clips, times = [], [], [], []
+    vectors, people, clips, times, clarity = [], [], [], [], []
     for track, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
         changes = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
         for begin, end in itertools.pairwise([low, *(low + x for x in changes), high]):
@@ -41,12 +44,16 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
             shot = f"{data['film'][track]}.s{data['shot'][track]:03}"
             clips.append(f"{shot}.t{len(clips)}")
             times.append((data["film"][track], *data["time_s"][rows][[0, -1]]))
+            best = float(data["quality"][rows].max())
+            clarity.append(align.measure_clarity(best, CARD.clear_quality))
     film, begin, end = map(np.array, zip(*times, strict=True))
     overlap = np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
     pairs = np.argwhere(np.triu((film[:, None] == film) & overlap, 1)).tolist()
     apart = [(clips[a], clips[b]) for a, b in pairs]
-    x = np.array(vectors, np.float32)
-    return SimpleNamespace(vectors=x, people=np.array(people), clips=clips, apart=apart)
+    return SimpleNamespace(
+        vectors=np.array(vectors, np.float32), people=np.array(people), clips=clips, apart=apart,
+        clarity=np.array(clarity),
+    )  # fmt: skip
 
 
 def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, votes=True) -> Any:
@@ -57,37 +64,74 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
     """
     model = backend.make_card_backend({"face": CARD})
     rng, figures, probabilities, rights = np.random.default_rng(0), [], [], []
-    groups = grouping.group(model, films.clips, [films.vectors], films.apart, absorb=False)
+    groups = grouping.group(
+        model, films.clips, [films.vectors], films.apart, clarity=films.clarity, absorb=False
+    )
     owner = groups if votes else np.arange(len(groups))
     for _ in range(draws):
         people = rng.permutation(len(photos))[:known]
         chosen = photos[people][:, rng.permutation(photos.shape[1])[:count]]
         rows = np.repeat(np.arange(known), count)
         enrolled = model.enrol([*map(str, people)], chosen.reshape(len(rows), -1), rows)
-        answers = [*backend.Index(model, [enrolled]).nearest([films.vectors], 1, owner)]
-        best = np.array([int(answers[group].best[0][0]) for group in owner])
-        probability = np.exp([answers[group].best[0][1] for group in owner])
-        is_known, named = np.isin(films.people, people), probability > 0.5
-        right = is_known & (best == films.people)
-        unknown = np.flatnonzero(~named)
-        names, truth = [films.clips[row] for row in unknown], films.people[unknown]
-        labels = grouping.group(model, names, [films.vectors[unknown]], films.apart)
-        main_people = [
-            np.unique(truth[labels == label], return_counts=True)[1].max()
-            for label in np.unique(labels)
+        index = backend.Index(model, [enrolled])
+        by_group = [
+            RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known, owner)
         ]
+        singly = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known)]
+        pairs = zip(owner.tolist(), singly, strict=True)
+        decided = [answers.join_answers(by_group[group], own) for group, own in pairs]
+        best = np.array([int(answer.best[0][0]) for answer in decided])
+        is_known = np.isin(films.people, people)
+        named = np.array([answer.identity is not None for answer in decided])
+        right = is_known & (best == films.people)
+        unknown = np.flatnonzero(~named & (films.clarity >= LEAST_CLARITY))
+        names, truth = [films.clips[row] for row in unknown], films.people[unknown]
+        labels = grouping.group(
+            model, names, [films.vectors[unknown]], films.apart, clarity=films.clarity[unknown]
+        )
         figures.append({
             "right": np.mean(named[is_known] & right[is_known]),
             "wrong": np.mean(named[is_known] & ~right[is_known]),
             "strangers named": np.mean(named[~is_known]),
-            "groups per person": len(main_people) / len(np.unique(truth)),
-            "purity": np.sum(main_people) / len(truth),
+            **measure_groups(labels, truth),
         })  # fmt: skip
-        probabilities.append(probability)
-        rights.append(right)
+        probabilities.append([own.probability for own in singly])
+        rights.append(is_known & (films.people == [int(own.best[0][0]) for own in singly]))
     means = {name: float(np.mean([x[name] for x in figures])) for name in figures[0]}
     error = compute_calibration_error(np.concatenate(probabilities), np.concatenate(rights))
     return means | {"ECE": error}
+
+
+def measure_groups(labels: np.ndarray, people: np.ndarray) -> dict[str, float]:
+    """Returns two figures of N clips in the groups `labels` [N]. `people` [N] is the truth."""
+    main_people = [
+        np.unique(people[labels == label], return_counts=True)[1].max()
+        for label in np.unique(labels)
+    ]
+    return {
+        "groups per person": len(main_people) / len(np.unique(people)),
+        "purity": np.sum(main_people) / len(people),
+    }
+
+
+def group_few(films: Any, photos: Any, *, each: int, draws: int) -> dict[str, float]:
+    """Groups `each` photos of the people in `photos`, and as many clear tracks of all others.
+
+    Returns the figures of `measure_groups`, as means over `draws` random draws.
+    """
+    model, rng, figures = backend.make_card_backend({"face": CARD}), np.random.default_rng(0), []
+    clear = films.clarity >= LEAST_CLARITY
+    others = [
+        np.flatnonzero(clear & (films.people == x)) for x in set(films.people[films.people < 0])
+    ]
+    for _ in range(draws):
+        tracks = np.concatenate([rng.permutation(rows)[:each] for rows in others])
+        chosen = photos[:, rng.permutation(photos.shape[1])[:each]]
+        vectors = np.concatenate([films.vectors[tracks], chosen.reshape(-1, photos.shape[2])])
+        people = np.append(films.people[tracks], np.repeat(np.arange(len(photos)), each))
+        names = [f"{n:03}" for n in range(len(people))]
+        figures.append(measure_groups(grouping.group(model, names, [vectors]), people))
+    return {name: float(np.mean([x[name] for x in figures])) for name in figures[0]}
 
 
 def load(folder: Path) -> tuple[SimpleNamespace, np.ndarray]:
@@ -105,3 +149,7 @@ if __name__ == "__main__":
         figures = measure(films, photos, known=known, count=count, draws=20, votes=votes)
         cells = " | ".join(f"{name} {value:.3f}" for name, value in figures.items())
         common.print_text(f"{known} people, {count} photos, votes {votes} | {cells}")
+    for each in (3, 8):
+        figures = group_few(films, photos, each=each, draws=20)
+        cells = " | ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        common.print_text(f"{each} clips each | {cells}")

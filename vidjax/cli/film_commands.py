@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from vidjax.apps.gallery.answers import FACE
 from vidjax.apps.video import cards, features_folder, net_packages, pipeline, who
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.runs.terminal import say
@@ -212,10 +213,12 @@ def name_people(args: argparse.Namespace) -> Result:
         done = reviewed._replace(failed=done.failed, missed=done.missed)
     appearances = done.decision.appearances
     named = [row.identity for row in appearances if row.probability is not None]
-    num_unknown = len({*done.decision.unknown.values()})
+    unknown = {*done.decision.unknown.values()}
+    num_faces = sum(name.startswith(FACE) for name in unknown)
+    num_unknown = len(unknown) - num_faces
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": num_unknown,
-        "failed": [*done.failed], "missed": [*done.missed],
+        "unclear": num_faces, "failed": [*done.failed], "missed": [*done.missed],
     }  # fmt: skip
     people = messages.list_some(sorted(done.people))
     rows = {
@@ -229,8 +232,9 @@ def name_people(args: argparse.Namespace) -> Result:
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= list_remedies(done.failed.values())
-    if num_unknown:
-        count = f"{messages.count(num_unknown, 'person')} without a name"
+    if unknown:
+        faces = f" and {messages.count(num_faces, 'unclear face')}" if num_faces else ""
+        count = f"{messages.count(num_unknown, 'person')}{faces} without a name"
         rows["unknown"] = f"{count}: to name them, add --review --thumbnails to the command"
     lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
     text = "\n".join(f"  {line}" for line in messages.align_columns(lines))

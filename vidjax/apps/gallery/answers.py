@@ -37,6 +37,8 @@ MIN_NAMED_PROBABILITY = 0.5  # above it, a name is more probable than all other 
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 MIN_DOUBTFUL_PROBABILITY = 0.1  # from here to MIN_NAMED_PROBABILITY, an unknown clip is doubtful
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
+FACE = "unknown face "  # the name of an unclear face, which is in no group, starts with these words
+LEAST_OWN_PROBABILITY = 0.1  # at a lower probability of its name, a clip leaves its group
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 # Optional columns after GROUP_COLUMNS: the video of a clip, and its times.
 PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")
@@ -76,6 +78,28 @@ class Answer(NamedTuple):
 
 Answers = Mapping[str, Answer]  # clip -> answer
 NOBODY = Answer(None, 0.0, -math.inf, ())
+
+
+def join_answers(vote: Answer, own: Answer) -> Answer:
+    """Returns the answer for a clip of a group.
+
+    The clip gets the name of the group, with the lower of two probabilities. If the clip itself
+    speaks against this name, the clip leaves the group.
+
+    Args:
+      vote: the answer for the whole group.
+      own: the answer for only this clip, with at least 10 identities.
+    """
+    if vote.identity is None:
+        return vote
+    probability = dict(own.best).get(vote.identity, 0.0)
+    if probability < LEAST_OWN_PROBABILITY:
+        return own
+    if probability >= vote.probability:
+        return vote
+    others = [pair for pair in own.best if pair[0] != vote.identity]
+    best = ((vote.identity, probability), *others)
+    return vote._replace(probability=probability, score=math.log(probability), best=best)
 
 
 class Threshold(NamedTuple):
@@ -216,8 +240,13 @@ def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
 
 
 def parse_group_number(group: str) -> int:
-    """Returns the number of a group, such as 3 for `unknown 3`."""
-    return int(group.removeprefix(UNKNOWN))
+    """Returns the number of a group, such as 3 for `unknown 3` or `unknown face 3`."""
+    return int(group.rpartition(" ")[2])
+
+
+def rank_group(group: str) -> tuple[bool, int]:
+    """Returns a key that sorts groups by number, with unclear faces last."""
+    return group.startswith(FACE), parse_group_number(group)
 
 
 def write_groups(
@@ -228,7 +257,7 @@ def write_groups(
     The ending of `path` is the format. `groups` are clip -> group, such as `unknown 1`. `places`
     are clip -> (video, start, end), the values of three more columns.
     """
-    order = sorted(groups.items(), key=lambda pair: (parse_group_number(pair[1]), pair[0]))
+    order = sorted(groups.items(), key=lambda pair: (rank_group(pair[1]), pair[0]))
     rows = ((*pair, *places[pair[0]]) if places else pair for pair in order)
     tables.write(path, GROUP_COLUMNS | PLACE_COLUMNS if places else GROUP_COLUMNS, rows, ())
 
@@ -237,8 +266,9 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
     Other tables of clips and people are read, too, see `labels.read_table`. Groups that are still
-    called `unknown N` are left out, and so are clips without a name. If `unknown` is True, groups
-    are kept. Raises UserError if a line is malformed, or if a clip has two names.
+    called `unknown N` or `unknown face N` are left out, and so are clips without a name. If
+    `unknown` is True, groups are kept. Raises UserError if a line is malformed, or if a clip has
+    two names.
     """
     names = labels.clean_labels(labels.read_table(path))
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}

@@ -661,6 +661,7 @@ class Gallery:
         apart: Collection[tuple[str, str]] = (),
         *,
         begin: Mapping[str, str] | None = None,
+        clarity: Mapping[str, float] | None = None,
         absorb: bool = True,
     ) -> dict[str, str]:
         """Groups clips that show the same person; returns clip -> name of its group.
@@ -673,8 +674,11 @@ class Gallery:
           apart: pairs of clips that show different people, for example two faces in a picture.
           begin: clip -> first group, for all clips with a usable frame. These groups may be joined,
             but are not split. By default, each clip is a group at first.
-          absorb: True to join a group of at most 3 clips to a larger group, if the probability that
-            they show the same person is above 0.6.
+          clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
+            default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
+            each other.
+          absorb: True to join a group of at most 3 clips to a larger group of more clips, if the
+            probability that they show the same person is above 0.55, and one group is clear.
         """
         vectors = self.embed(vectors)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
@@ -686,7 +690,10 @@ class Gallery:
                 f"{messages.list_some(missing)}\ngive the first group of every clip"
             )
         first = None if begin is None else [begin[name] for name in names]
-        labels = grouping.group(self.backend, names, parts, apart, begin=first, absorb=absorb)
+        clear = [(clarity or {}).get(name, 1.0) for name in names]
+        labels = grouping.group(
+            self.backend, names, parts, apart, begin=first, clarity=clear, absorb=absorb
+        )
         return answers_lib.name_groups(names, labels)
 
     def _require_people(self) -> State:
@@ -768,7 +775,9 @@ class Gallery:
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns. All clips of a group are compared together and
-            get the same answer. Only a gallery of models accepts groups.
+            get the same name. The probability of a clip is the lower of two: the probability for
+            the whole group, and the probability for only this clip. If the second probability is
+            below 0.1, the clip leaves the group. Only a gallery of models accepts groups.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
@@ -794,11 +803,19 @@ class Gallery:
             place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
             owner = np.array([place[key] for key in keys], int)
         nearest = state.index.nearest(parts, k, owner if groups is not None else None)
-        by_owner = list[Answer]()
-        for match, num_clips in zip(nearest, np.bincount(owner).tolist(), strict=True):
+        by_owner, counts = list[Answer](), np.bincount(owner)
+        for match, num_clips in zip(nearest, counts.tolist(), strict=True):
             by_owner.append(rule.answer(match, cards=bool(state.run.cards)))
             advance(num_clips)
-        return {clip: by_owner[row] for clip, row in zip(vectors.names, owner, strict=True)}
+        answers = {clip: by_owner[row] for clip, row in zip(vectors.names, owner, strict=True)}
+        # At most 10 people have a probability of at least 0.1.
+        shared = np.flatnonzero(counts[owner] > 1)
+        singly = state.index.nearest([x[shared] for x in parts], max(k, 10))
+        for row, match in zip(shared.tolist(), singly, strict=True):
+            own = rule.answer(match, cards=bool(state.run.cards))
+            answer = answers_lib.join_answers(answers[vectors.names[row]], own)
+            answers[vectors.names[row]] = answer._replace(best=answer.best[:k])
+        return answers
 
     def rank(
         self,

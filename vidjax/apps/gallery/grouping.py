@@ -3,16 +3,21 @@
 1. Each clip starts as a group. The two groups that most probably show the same person are joined,
    again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
    shows the same person are 1 / G, where G is the present number of groups.
-2. Small groups are joined to larger groups. The prior probability that a small group belongs to a
-   group of n clips is proportional to n. The prior probability that it shows a new person is
-   proportional to the number of groups with a single clip.
+2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups is clear.
+   The prior probability that a small group belongs to a group of n clips is proportional to n. The
+   prior probability that it shows a new person is proportional to the number of groups with a
+   single clip.
+
+Vectors of unclear faces, which are small or blurred, are alike even if they show two people. So two
+groups with only unclear faces are never joined. The clearer of two groups determines how much two
+people differ.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.
 
 Source: agglomerative clustering by likelihood ratios, as for speakers in Landini et al. 2022, VBx.
 The prior of a new person follows Good 1953, The population frequencies of species. The prior of a
-pair is our choice.
+pair and the clarity of faces are our choice.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -20,12 +25,13 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend, sum_by_owner
-from vidjax.apps.video.features_folder import cut_film_name
+from vidjax.apps.video.features_folder import LEAST_CLARITY, cut_film_name
 from vidjax.models import distance, two_covariance
 
 MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are all compared
 MAX_SMALL_CLIPS = 3  # largest number of clips in a small group
-MIN_PROBABILITY = 0.6  # a small group is joined to a larger group above this probability
+MIN_PROBABILITY = 0.55  # a small group is joined to a larger group above this probability
+MIN_CLARITY = 0.8  # of a small group or a larger group, if the two are joined
 MAX_TURNS = 4  # passes over the clips, if they are grouped in blocks
 # Arrays of groups are shortened if at most this share of the groups still has clips.
 MAX_KEPT_SHARE = 0.75
@@ -38,6 +44,8 @@ class Groups:
       counts: M arrays [G], one for each modality: the number of a group's clips that have it.
       means: M arrays [G, D], the mean coordinates of these clips.
       sizes: [G], the number of clips. It is 0 if the group was joined to another group.
+      clarity: [G], the mean clarity of a group's faces, see `align.measure_clarity`.
+      unclear: [G] bool, True if all faces of a group are unclear.
       apart: [G, G] bool, True if two groups certainly show different people.
     """
 
@@ -46,19 +54,22 @@ class Groups:
         backend: Backend,
         coordinates: Sequence[np.ndarray],
         labels: np.ndarray,
+        clarity: np.ndarray,
         apart: Iterable[tuple[int, int]],
     ):
         """Makes groups of N clips.
 
         `coordinates` are M arrays [N, D] from `Part.coordinates`. They are 0 if a modality is
-        missing. `labels` [N] int is the group of each clip. `apart` are pairs of indices of clips
-        that show different people.
+        missing. `labels` [N] int is the group of each clip. `clarity` [N] is the clarity of its
+        face. `apart` are pairs of indices of clips that show different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         pairs = [sum_by_owner(x, labels, num) for x in coordinates]
         self.counts = [count for count, _ in pairs]
         self.means = [total / np.maximum(count, 1)[:, None] for count, total in pairs]
         self.sizes = np.bincount(labels)
+        self.clarity = np.bincount(labels, clarity) / self.sizes
+        self.unclear = np.bincount(labels, clarity >= LEAST_CLARITY) == 0
         self.apart = np.zeros((num, num), bool)
         for clip, other in apart:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
@@ -93,6 +104,9 @@ class Groups:
             self._squares[number][target] = mean[target] @ mean[target]
             self._noises[number][target] = self._noise(number, target)
             self._to_mean[number][target] = self._square_to_mean(number, target)
+        shares = self.sizes[[target, source]] / (self.sizes[target] + self.sizes[source])
+        self.clarity[target] = shares @ self.clarity[[target, source]]
+        self.unclear[target] &= self.unclear[source]
         self.sizes[target] += self.sizes[source]
         self.sizes[source] = 0
         self.apart[target] |= self.apart[source]
@@ -104,6 +118,7 @@ class Groups:
         for arrays in (self.counts, self.means, self._squares, self._noises, self._to_mean):
             arrays[:] = [x[rows] for x in arrays]
         self.sizes, self.apart = self.sizes[rows], self.apart[np.ix_(rows, rows)]
+        self.clarity, self.unclear = self.clarity[rows], self.unclear[rows]
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
@@ -111,7 +126,7 @@ class Groups:
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
         `row` itself, for groups without clips, and for groups that certainly show another person.
-        It is also -inf if two groups have no modality in common.
+        It is also -inf if two groups have no modality in common, or contain only unclear faces.
         """
         shared = [(count > 0) & (count[row] > 0) for count in self.counts]
         total = np.zeros(len(self.sizes))
@@ -122,6 +137,8 @@ class Groups:
                 ratios = np.where(np.sum(shared, axis=0) > 1, limited, ratios)
             total += np.where(both, ratios, 0)
         total[~np.logical_or.reduce(shared) | (self.sizes == 0) | self.apart[row]] = -np.inf
+        if self.unclear[row]:
+            total[self.unclear] = -np.inf
         total[row] = -np.inf
         return total
 
@@ -133,8 +150,9 @@ class Groups:
         assert part.distances is not None
         square, to_mean = self._squares[number], self._to_mean[number]
         gap = square + square[row] - 2 * (mean @ mean[row])
+        clarity = np.maximum(self.clarity, self.clarity[row]) if part.name == "face" else 1.0
         far = None if part.mean is None else (to_mean, to_mean[row])
-        return distance.pair_log_ratios(part.distances, gap, (noise, noise[row]), far)
+        return distance.pair_log_ratios(part.distances, gap, (noise, noise[row]), far, clarity)
 
 
 def group(
@@ -144,6 +162,7 @@ def group(
     apart: Collection[tuple[str, str]] = (),
     *,
     begin: Sequence[str] | None = None,
+    clarity: Sequence[float] | None = None,
     absorb: bool = True,
 ) -> np.ndarray:
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
@@ -153,6 +172,8 @@ def group(
       parts: the vectors of the clips, M arrays [N, D] float32; 0 if a modality is missing.
       apart: pairs of names of clips that show different people.
       begin: [N], the first group of each clip. By default, each clip is a group at first.
+      clarity: [N], 0 to 1, the clarity of each clip's best face, see `align.measure_clarity`. By
+        default, it is 1.
       absorb: True to join small groups to larger groups at the end.
     """
     place = {name: number for number, name in enumerate(names)}
@@ -161,6 +182,7 @@ def group(
     coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
     order = np.argsort([cut_film_name(name) for name in names], kind="stable")
     labels = np.argsort(order)  # each clip is a group; groups of a film have adjacent numbers
+    clear = np.ones(len(names)) if clarity is None else np.array(clarity, float)
     if begin is not None:
         labels = np.unique(begin, return_inverse=True)[1]
 
@@ -171,7 +193,7 @@ def group(
         here[rows] = np.arange(len(rows))
         inside = here[pairs]
         inside = inside[(inside >= 0).all(axis=1)].tolist()
-        groups = Groups(backend, [z[rows] for z in coordinates], local, inside)
+        groups = Groups(backend, [z[rows] for z in coordinates], local, clear[rows], inside)
         joined = _agglomerate(groups)
         if absorb:
             joined = _absorb(groups, joined)
@@ -259,11 +281,12 @@ def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
         for row in np.argsort(sizes, kind="stable").tolist():
             if not 0 < sizes[row] <= MAX_SMALL_CLIPS:
                 continue
-            logits = np.where(sizes < sizes[row], -np.inf, groups.ratios(row))
+            logits = np.where(sizes <= MAX_SMALL_CLIPS, -np.inf, groups.ratios(row))
             logits += np.log(np.maximum(sizes, 1))
             best = int(logits.argmax())
             total = np.logaddexp.reduce(np.append(logits, np.log(single)))
-            if logits[best] - total > np.log(MIN_PROBABILITY):
+            clear = max(groups.clarity[row], groups.clarity[best]) >= MIN_CLARITY
+            if clear and logits[best] - total > np.log(MIN_PROBABILITY):
                 groups.join(best, row)
                 labels[labels == row] = best
                 changed = True

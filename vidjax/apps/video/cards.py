@@ -65,6 +65,9 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     different: Spread  # of two people
     # The mean of people's vectors after both steps. Without it, enrolled people determine the mean.
     mean: Annotated[list[Finite], Meta(max_length=65_536)] | None = None
+    # The quality from which faces have these cosines, see `align.measure_quality`. Below it, faces
+    # of two people look more alike. If it is None, cosines do not depend on the quality.
+    clear_quality: Annotated[float, Meta(gt=0, le=1)] | None = None
     pairs: tuple[Count, Count]  # number of measured pairs of one person, and of two people
     data: Text  # a description of the measured data
 

@@ -40,6 +40,7 @@ THUMBNAILS = "thumbnails"
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
+LEAST_CLARITY = 0.35  # faces of lower clarity are unclear: even two people look alike
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "delete the folder, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -75,6 +76,9 @@ class FilmTrack(Struct, kw_only=True):
     end_s: Seconds
     seen: Size  # number of frames in which the person was detected
     quality: Share = 0.0  # of the best face, see `align.measure_quality`
+    # Of the best face, see `align.measure_clarity`. It is 1 without a face, or if the card of the
+    # net contains no `clear_quality`.
+    clarity: Share = 1.0
     dark_eyes: bool = False  # whether the best face seems to wear sunglasses
     box: Box | None = None  # of the best face, or of the head if there is no face
     box_at_s: Seconds | None = None  # the time of the picture with the box
@@ -84,6 +88,11 @@ class FilmTrack(Struct, kw_only=True):
         _check_file_name(self.clip)
         if self.end_s < self.start_s:
             raise ValueError(f"the end, {self.end_s} s, is before the start, {self.start_s} s")
+
+    @property
+    def unclear(self) -> bool:
+        """Whether the faces are too small or too blurred to compare them with such faces."""
+        return self.clarity < LEAST_CLARITY
 
 
 class FileStamp(Struct, kw_only=True, frozen=True):

@@ -306,6 +306,9 @@ class ClipBuilder:
         if "face" in top.parts:
             crop, template = top.parts["face"][1], np.array(self._nets.embed["face"].card.template)
             written.quality = top.quality
+            back_end = self._nets.embed["face"].card.back_end
+            clear_quality = back_end.clear_quality if back_end else None
+            written.clarity = align.measure_clarity(top.quality, clear_quality)
             written.dark_eyes = bool(align.has_dark_eyes(crop[None], template)[0])
             if self._thumbnails.is_dir():
                 picture = self._thumbnails / f"{name}.png"

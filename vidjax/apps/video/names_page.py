@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlencode
 
-from vidjax.apps.gallery.answers import Answer, parse_group_number
+from vidjax.apps.gallery.answers import FACE, Answer, rank_group
 from vidjax.apps.video.appearances import (
     Appearance,
     format_certainty,
@@ -133,7 +133,7 @@ def render(
         entries_of[film.video] = [_make_entry(x, film, answers, address) for x in in_film]
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
-    unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=parse_group_number)
+    unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
     everyone = [*people, *unknown, *({IGNORED} & times.keys())]
     doubtful = [entry for entries in entries_of.values() for entry in entries if entry.doubt]
     doubtful.sort(key=lambda entry: -entry.doubt)
@@ -142,6 +142,7 @@ def render(
     # A page without forms shows everything. A page with forms shows one film, one person, or an
     # overview.
     part = forms.part if forms else ""
+    unclear = {name for name in unknown if name.startswith(FACE)}
     open_films = [film for film in films if forms is None or film.video == forms.film]
     open_people = everyone if forms is None else unknown
     if forms and part:
@@ -170,6 +171,7 @@ def render(
         percent=format_percent,
         named=people,
         unknown={*unknown},
+        unclear=unclear,
         anchors={name: number for number, name in enumerate(everyone, 1)},
         placed=forms and forms.at in {*open_people, *(entry.key for entry in shown)},
         most_times=MOST_TIMES,
@@ -225,8 +227,8 @@ def _make_entry(
 def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
     """Returns a film with its appearances by person. `people` are the known people.
 
-    Known people come first, then unknown people, and then ignored people. Within each of these
-    groups, the person with the longest total time comes first.
+    Known people come first, then unknown people, unclear faces, and ignored people. Within each of
+    these groups, the person with the longest total time comes first.
     """
     by_name: dict[str, list[PageEntry]] = {}
     for entry in entries:
@@ -234,7 +236,8 @@ def _make_section(film: Film, entries: list[PageEntry], people: Collection[str])
     ranks, rows = dict[str, tuple[object, ...]](), dict[str, PersonAppearances]()
     for name, group in by_name.items():
         total = round(sum(entry.seconds for entry in group), 3)
-        ranks[name] = name == IGNORED, name not in people, -total, len(name), name
+        kind = name == IGNORED, name.startswith(FACE), name not in people
+        ranks[name] = *kind, -total, len(name), name
         duration = "" if film.photo else f"in all {_format_length(total)}"
         rows[name] = PersonAppearances(name, group, duration)
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
