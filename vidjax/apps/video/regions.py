@@ -39,7 +39,8 @@ PACKED = b"XML:com.adobe.xmp\0\1\0"
 LEAST_FIT = 0.3
 CLEARLY = 1.5  # if tags fit in one picture this much better than in another, it is the right one
 SHAPE_ERROR = 0.01  # the largest error of the ratio of width and height
-# If some tags have no face, the others must fit better, and must not be much smaller than faces.
+# If some tags have no face, the others must fit better, and a single other tag must not be much
+# smaller than its face.
 DOUBTFUL_FIT, SMALL_TAGS, TINY_TAGS = 0.5, 0.75, 0.4
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
@@ -309,9 +310,10 @@ def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:
     count = int(good.sum())
     if not count:
         return False
-    scale, lost = np.exp(np.log(reading.scales[good]).mean()), len(good) - count
+    lost, scale = len(good) - count, np.exp(np.log(reading.scales[good]).mean())
     unlike = min(lost, num_faces - count) > count  # most tags have no face, and most faces no tag
-    poor = scale < SMALL_TAGS or reading.fits[good].mean() < DOUBTFUL_FIT
+    # Several tags that fit show that nothing was moved.
+    poor = reading.fits[good].mean() < DOUBTFUL_FIT or (count == 1 and scale < SMALL_TAGS)
     return bool(scale < TINY_TAGS or (lost and (poor or unlike)))
 
 
