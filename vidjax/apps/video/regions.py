@@ -36,12 +36,12 @@ PNG = b"\x89PNG"
 PACKED = b"XML:com.adobe.xmp\0\1\0"
 # How well a tag must fit its face, see `_Reading.fits`. If the middles of tag and face are half a
 # side apart, the fit is 1/3.
-LEAST_FIT = 0.3
+LEAST_FIT = 0.35
 CLEARLY = 1.5  # if tags fit in one picture this much better than in another, it is the right one
 SHAPE_ERROR = 0.01  # the largest error of the ratio of width and height
 # If some tags have no face, the others must fit better, and a single other tag must not be much
 # smaller than its face.
-DOUBTFUL_FIT, SMALL_TAGS, TINY_TAGS = 0.5, 0.75, 0.4
+DOUBTFUL_FIT, SMALL_TAGS, TINY_TAGS = 0.55, 0.75, 0.4
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
 AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
@@ -198,7 +198,9 @@ class _Reading(NamedTuple):
     # [n], how well each tag fits its face: the overlap of the face with a box of the same size in
     # the middle of the tag. Programs draw boxes of different sizes.
     fits: np.ndarray
-    scales: np.ndarray  # [n], the side of each box divided by the side of its face; 0 without a face
+    scales: (
+        np.ndarray
+    )  # [n], the side of each box divided by the side of its face; 0 without a face
     total: float  # the sum of `fits`; a tag counts less if its scale differs from the other tags
 
     def list_names(self, tags: Tags) -> set[tuple[int, str]]:
@@ -271,7 +273,9 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
     """Returns whether a picture with this `shape` has, after the turn, the shape of `size`."""
     width, height = shape if turn < 5 else shape[::-1]
     errors = abs(size[0] - size[1] * width / height), abs(size[1] - size[0] * height / width)
-    return any(error <= max(1, side * SHAPE_ERROR) for error, side in zip(errors, size, strict=True))
+    return any(
+        error <= max(1, side * SHAPE_ERROR) for error, side in zip(errors, size, strict=True)
+    )
 
 
 def _choose_reading(
@@ -311,7 +315,8 @@ def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:
     if not count:
         return False
     lost, scale = len(good) - count, np.exp(np.log(reading.scales[good]).mean())
-    unlike = min(lost, num_faces - count) > count  # most tags have no face, and most faces no tag
+    untagged = num_faces - count
+    unlike = (untagged and lost > count) or min(lost, untagged) >= max(count, 2)
     # Several tags that fit show that nothing was moved.
     poor = reading.fits[good].mean() < DOUBTFUL_FIT or (count == 1 and scale < SMALL_TAGS)
     return bool(scale < TINY_TAGS or (lost and (poor or unlike)))
