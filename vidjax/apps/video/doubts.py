@@ -75,22 +75,33 @@ def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> Doub
             found.mixed[str(names[person])] = parts
         rest = np.flatnonzero(~np.isin(owner, [*mixed]) & ~np.isin(np.arange(len(owner)), [*wrong]))
         again = compare_photos(part.distances, units[rest], owner[rest])
-        number_of, alike = np.bincount(owner), set[tuple[str, str]]()
-        for row, like in again.items():
-            row, others = int(rest[row]), np.flatnonzero(owner == like)
-            agree = number_of[owner[row]] - 1
-            if like is not None:
-                ratios = _compare_groups(part.distances, units, [[row]], others[:, None])[0]
-                agree += np.sum(ratios > 0)
-            if like is None or agree >= CLEAR_ERRORS:
-                wrong[row] = like
-            else:
-                first, second = sorted((row, int(others[ratios.argmax()])))
-                alike.add((str(clips[first]), str(clips[second])))
-        for row, like in wrong.items():
-            found.photos[str(clips[row])] = _name(names, like)
-        found.alike.extend(sorted(alike))
+        again = {int(rest[row]): like for row, like in again.items()}
+        unclear = _find_unclear(part.distances, units, owner, again)
+        found.alike.extend(sorted((str(clips[a]), str(clips[b])) for a, b in {*unclear.values()}))
+        for row, like in (wrong | again).items():
+            if row not in unclear:
+                found.photos[str(clips[row])] = _name(names, like)
     return found
+
+
+def _find_unclear(
+    distances: Distances, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
+) -> dict[int, tuple[int, int]]:
+    """Finds doubtful photos that may be right, because the photos that they resemble are wrong.
+
+    Returns row of such a photo -> its row and the row of the most similar photo, the lower first.
+    `doubtful` is row of a photo -> the person whom it resembles, see `compare_photos`.
+    """
+    unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
+    for row, like in doubtful.items():
+        if like is None:
+            continue
+        others = np.flatnonzero(owner == like)
+        ratios = _compare_groups(distances, units, [[row]], others[:, None])[0]
+        if np.sum(ratios > 0) + number_of[owner[row]] - 1 < CLEAR_ERRORS:
+            low, high = sorted((row, int(others[ratios.argmax()])))
+            unclear[row] = low, high
+    return unclear
 
 
 def _name(names: np.ndarray, person: int | None) -> str | None:

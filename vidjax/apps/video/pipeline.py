@@ -123,7 +123,7 @@ def extract_folders(
         missing from a folder that has other files. If the whole folder is missing or empty, an
         outcome reports it. "missing": features of all files that no longer exist. "others":
         features of all files that are not in `paths`. If a file cannot be reached, its features
-        are kept.
+        are kept, and with "others", an outcome reports it.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has more nets than before. True removes all features of the
         folder, and computes the features of the files in `paths` again. False raises an error.
@@ -230,7 +230,8 @@ def _prepare_folder(
     """Removes outdated files from a folder of features; returns input file -> stem.
 
     The names of the file's clips begin with the stem. For `drop` and `pictures`, see `drop` and
-    `thumbnails` of `extract_folders`. Also returns an error if the folder of a film is missing.
+    `thumbnails` of `extract_folders`. Also returns outcomes of files that cannot be found, although
+    their features are kept.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -249,18 +250,21 @@ def _prepare_folder(
             )
             _remove(out, path.stem)
     stems = _choose_stems(listed, known)
-    kept, unsure = {*stems.values()}, list[Film]()
+    kept, unsure, lost = {*stems.values()}, list[Film](), list[FileOutcome]()
     for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
-        path = known[stem].source.path
-        if not is_missing(path):
-            kept |= {stem} if drop != "others" or not files.exists(path) else set()
-        elif drop == "deleted" and not has_files(path.parent):
-            unsure.append(known[stem])
+        path, missing = known[stem].source.path, is_missing(known[stem].source.path)
+        if missing and (drop != "deleted" or _has_files(path.parent)):
+            if drop != "others":
+                say(f"{path} no longer exists: its features are removed")
+        elif drop != "others" or not files.exists(path):
             kept.add(stem)
-        elif drop != "others":
-            say(f"{path} no longer exists: its features are removed")
+            if missing:
+                unsure.append(known[stem])
+            elif drop == "others":
+                error = f"{path} cannot be reached: is the drive connected?"
+                lost.append(FileOutcome(path, None, error, earlier=known[stem]))
     _remove_leftovers(out, None if drop == "nothing" else kept)
-    return stems, [_report_unsure(unsure)] if unsure else []
+    return stems, lost + ([_report_unsure(unsure)] if unsure else [])
 
 
 def choose_drop(prune: bool, forget_missing: bool) -> Drop:
@@ -269,17 +273,20 @@ def choose_drop(prune: bool, forget_missing: bool) -> Drop:
 
 
 def is_missing(path: Path) -> bool:
-    """Returns whether a file does not exist; False if an error hides whether it exists."""
+    """Returns whether a file does not exist.
+
+    Returns False if the system cannot find out, or if the file is in the cloud of macOS.
+    """
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        return True
+        return not files.exists(path.with_name(f".{path.name}.icloud"))
     except OSError:
         return False
     return False
 
 
-def has_files(folder: Path) -> bool:
+def _has_files(folder: Path) -> bool:
     """Returns whether a folder exists and contains files or folders that are not hidden."""
     try:
         return bool(list_entries(folder))
@@ -468,6 +475,8 @@ def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path
             elif owner:
                 film = known.get(owner)
                 same = sha256 == (film.sha256 if film else _sha256_or_of_name(stems[owner]))
+                # A link to a drive that is not connected.
+                same |= film is not None and not path.exists() and is_missing(film.source.path)
                 stem = owner if same else f"{stem}~{sha256[:8]}"
         owners.setdefault(stem.lower(), stem)
         if stems.setdefault(stem, path) != path and stem not in known:

@@ -43,6 +43,7 @@ SHAPE_ERROR = 0.01  # the largest error of the ratio of width and height
 # smaller than its face.
 DOUBTFUL_FIT, SMALL_TAGS, TINY_TAGS = 0.55, 0.75, 0.4
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
+TWO_WAYS = "its tags fit different faces in the stored and in the displayed picture"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
 AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
 SIZE = "{http://ns.adobe.com/xap/1.0/sType/Dimensions#}"
@@ -79,6 +80,8 @@ def read_tags(path: Path) -> Tags:
     for place in (*list_sidecars(path), path):
         try:
             content = _read_ends(path) if place == path else files.read_bytes(place, MOST_BYTES)
+            if not content:
+                raise UserError("the file is empty")
             for packet in _find_packets(content):
                 tags = parse_packet(packet)
                 problems += [f"{show(place.name)}: {tags.problem}"] if tags.problem else []
@@ -222,7 +225,7 @@ def match_faces(
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.
     """
     possible = _list_possible(tags.shape, size, orientation) or {1, orientation}
-    return _choose_reading(tags, faces, size, possible)[1].faces
+    return _choose_reading(tags, faces, size, possible).faces
 
 
 def judge_fit(
@@ -239,21 +242,21 @@ def judge_fit(
         return np.zeros(len(tags.tags), bool), (
             f"its tags were made for a picture of another shape, {shapes[0]}, not {shapes[1]}"
         )
-    chosen, best = _choose_reading(tags, faces, size, possible)
+    best = _choose_reading(tags, faces, size, possible)
     good, names = best.fits >= LEAST_FIT, best.list_names(tags)
     for turn in range(1, 9):
         other = _read(tags, faces, size, turn)
         seen = other.list_names(tags)
-        if seen <= names or turn == chosen:
-            continue
-        if turn in possible and not names <= seen and other.total * CLEARLY > best.total:
-            return good & False, "its tags fit different faces in the stored and displayed picture"
+        if seen <= names or (names and names <= seen):
+            continue  # both agree
+        if turn in possible and other.total * CLEARLY > best.total:
+            return np.zeros_like(good), TWO_WAYS
         drawn = turn == orientation or tags.shape is None or _has_shape(tags.shape, size, turn)
         clearly = other.total > max(best.total * CLEARLY, len(tags.tags) / 2)
-        if turn not in possible and drawn and clearly and not names <= seen:
-            return good & False, "its tags fit only if the photo is turned or mirrored"
+        if turn not in possible and drawn and clearly:
+            return np.zeros_like(good), "its tags fit only if the photo is turned or mirrored"
     if _seems_cropped(best, good, len(faces)):
-        return good & False, "its tags fit its faces poorly, as if it was cropped later"
+        return np.zeros_like(good), "its tags fit its faces poorly, as if it was cropped later"
     return good, ""
 
 
@@ -280,11 +283,10 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 
 def _choose_reading(
     tags: Tags, faces: np.ndarray, size: tuple[int, int], turns: set[int]
-) -> tuple[int, _Reading]:
-    """Returns the turn in which the tags fit best, and the faces at the tags."""
-    readings = {turn: _read(tags, faces, size, turn) for turn in sorted(turns, reverse=True)}
-    best = max(readings, key=lambda turn: readings[turn].total)
-    return best, readings[best]
+) -> _Reading:
+    """Returns the faces at the tags for the turn in which the tags fit best."""
+    readings = [_read(tags, faces, size, turn) for turn in sorted(turns, reverse=True)]
+    return max(readings, key=lambda reading: reading.total)
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:

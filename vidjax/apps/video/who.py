@@ -883,7 +883,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     if (
         people
-    ):  # the page and the tables contain names, and this call may fail before it writes them
+    ):  # pages and tables have their names, and this call may fail before it writes new ones
         _remove_results(out)
 
 
