@@ -418,22 +418,107 @@ def test_hostile_or_damaged_tags_give_one_line_in_limited_time(tags_of, content,
     assert "\n" not in parsed.problem and bool(parsed.problem) == bool(problem)
 
 
+def draw_tags(faces, stored, size=(400, 300)):
+    """Returns the boxes of faces [n, 4] in the picture that `stored` makes of the displayed one.
+
+    The boxes are shares of the picture's width and height. Also returns the picture's shape.
+    """
+    boxes, shape = [], (0, 0)
+    for left, top, right, bottom in faces:
+        picture = np.zeros(size[::-1])
+        picture[top:bottom, left:right] = 1
+        drawn = stored(picture)  # rotates or mirrors the displayed picture
+        (y, x), (height, width) = np.nonzero(drawn), drawn.shape
+        boxes.append(
+            (x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height)
+        )
+        shape = width, height
+    return boxes, shape
+
+
+# Ada and Bob, in a picture of 400 x 300 pixels: their heads are at one height, a little above the
+# middle, and at nearly the same distance from the sides. `TIED` faces are exactly symmetric.
+SIDE_BY_SIDE = np.array([[60, 90, 130, 180], [250, 95, 320, 185]])
+TIED = np.array([[60, 105, 140, 195], [260, 105, 340, 195]])
+TURNED, SHAPE = "its tags fit only if the photo is turned or mirrored", "picture of another shape"
+
+
+def judge(faces, drawn_in, orientation, *, known=True, size=(400, 300), scale=1.0, hidden=()):
+    """Returns the faces at the tags of all `faces`, and why the tags are not believed.
+
+    The tags are drawn in the picture that the orientation `drawn_in` displays as upright, and are
+    `scale` times as large as the faces. The photo has the EXIF `orientation`. If `known`, the tags
+    contain the shape. `hidden` faces are not detected.
+    """
+    middle, half = (faces[:, :2] + faces[:, 2:]) / 2, (faces[:, 2:] - faces[:, :2]) / 2 * scale
+    large = np.concatenate([middle - half, middle + half], 1).round().astype(int)
+    boxes, shape = draw_tags(large, xmp.STORED[drawn_in], size)
+    tags = [regions.Tag(str(number), box) for number, box in enumerate(boxes)]
+    made = regions.Tags(tags, shape if known else None), np.delete(faces, hidden, 0), size
+    fits, problem = regions.judge_fit(*made, orientation)
+    return np.where(fits, regions.match_faces(*made, orientation), -1).tolist(), problem
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("scale", [0.5, 1, 2])
+def test_tags_are_believed_if_they_fit_in_the_stored_or_the_displayed_picture(
+    orientation, known, scale
+):
+    for drawn_in in {1, orientation}:
+        right = judge(SIDE_BY_SIDE, drawn_in, orientation, known=known, scale=scale)
+        assert right == ([0, 1], "")
+        single = judge(SIDE_BY_SIDE[:1], drawn_in, orientation, known=known, scale=scale)
+        assert single == ([0], "")
+
+
+@pytest.mark.parametrize(("faces", "drawn_in", "orientation", "options", "problem"), [
+    # Both readings give different names to two faces, and fit equally.
+    *((TIED, 1, o, {}, regions.TWO_WAYS) for o in (2, 3)),
+    *((TIED, o, o, {}, regions.TWO_WAYS) for o in (2, 3)),
+    (TIED, 1, 4, {}, ""), (TIED[:1], 1, 2, {}, ""),
+    (TIED, 1, 1, {}, ""),  # no program would mirror the boxes of an upright picture
+    # The photo was turned or mirrored after it was tagged, and EXIF was not changed.
+    (SIDE_BY_SIDE, 3, 1, {}, TURNED),
+    (SIDE_BY_SIDE, 4, 1, {}, ""),  # all readings that fit give the same names
+    *((SIDE_BY_SIDE, o, 1, {}, SHAPE) for o in (5, 6, 7, 8)),
+    *((SIDE_BY_SIDE, o, 1, {"known": False}, TURNED) for o in (3, 5, 6, 7, 8)),
+    (SIDE_BY_SIDE, 8, 6, {"known": False}, TURNED),
+    # One of two faces was not detected.
+    (SIDE_BY_SIDE, 1, 1, {"hidden": [1]}, ""),
+    (SIDE_BY_SIDE, 1, 1, {"hidden": [1], "scale": 2}, ""),
+])  # fmt: skip
+def test_tags_that_fit_in_two_ways_or_in_none_are_not_believed(
+    faces, drawn_in, orientation, options, problem
+):
+    found, reason = judge(faces, drawn_in, orientation, **options)
+    assert problem in reason and bool(reason) == bool(problem)
+    hidden = options.get("hidden", [])
+    right = [-1 if n in hidden else n for n in range(len(faces))]
+    assert found == ([-1] * len(faces) if problem else right)
+
+
+@pytest.mark.parametrize(("shape", "size", "orientation", "fits"), [
+    ((4000, 3000), (400, 300), 1, True), ((400, 300), (400, 301), 1, True),
+    ((4000, 3000), (33, 25), 1, True), ((4000, 3000), (33, 26), 1, False),
+    ((4000, 3000), (400, 310), 1, False), ((300, 400), (400, 300), 1, False),
+    ((300, 400), (400, 300), 6, True), ((400, 300), (400, 300), 6, True),
+    ((300, 410), (400, 300), 6, False), ((300, 300), (400, 300), 6, False),
+])  # fmt: skip
+def test_tags_of_a_picture_of_another_shape_are_not_believed(shape, size, orientation, fits):
+    tags = regions.Tags([regions.Tag("Ada", (0.45, 0.45, 0.55, 0.55))], shape)
+    face = np.array([[0.45, 0.45, 0.55, 0.55]]) * np.array(size * 2)
+    found, problem = regions.judge_fit(tags, face, size, orientation)
+    assert found.tolist() == [fits] and (SHAPE in problem) == (not fits)
+
+
 @pytest.mark.parametrize("tagged", ["stored", "shown"])
 @pytest.mark.parametrize("shape_is_known", [True, False])
 def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
     """Programs tag the stored or the displayed picture. FACES refer to the displayed picture."""
     for orientation, stored in xmp.STORED.items():
-        tags, shape = [], (0, 0)  # the shape of the tagged picture
-        for number, (left, top, right, bottom) in enumerate(FACES):
-            picture = np.zeros((300, 400))
-            picture[top:bottom, left:right] = 1
-            # `stored` rotates or mirrors the displayed picture.
-            drawn = stored(picture) if tagged == "stored" else picture
-            (y, x), (height, width) = np.nonzero(drawn), drawn.shape
-            box = x.min() / width, y.min() / height, (x.max() + 1) / width, (y.max() + 1) / height
-            tags.append(regions.Tag(str(number), box))
-            shape = width, height
-
+        boxes, shape = draw_tags(FACES, stored if tagged == "stored" else np.asarray)
+        tags = [regions.Tag(str(number), box) for number, box in enumerate(boxes)]
         made = regions.Tags(tags, shape if shape_is_known else None)
         # Tag 0 gets face 0, and tag 1 gets face 1.
         assert regions.match_faces(made, FACES, (400, 300), orientation).tolist() == [0, 1]

@@ -90,6 +90,9 @@ def forget(
     for root in (place.expanduser().absolute() for place in places):
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
+        if is_empty(root):
+            about = "it is empty: is the drive connected?"
+            found.append(Place("unread", root, about, "connect it, and search it again"))
         _survey(root, folders, found)
     of_kind = lambda kind: [path for path in sorted(folders) if folders[path] == kind]  # noqa: E731
     wanted = people | bare
@@ -129,6 +132,14 @@ def forget(
             found.append(Place("gallery", folder, about, "make the gallery again with a new run"))
     others = known.difference(wanted)
     return Forgotten(found, names, _find_similar(wanted, others, closely=not found))
+
+
+def is_empty(folder: Path) -> bool:
+    """Returns whether a folder contains nothing, as the folder of a drive that is not connected."""
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False  # `_survey` reports the error
 
 
 def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[str, str]:
@@ -288,7 +299,8 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
     "run": (_read_names_of_run, "its weights depend on the clips: delete it; train without them"),
     "who": (
         _read_names_of_who,
-        "remove these people's photos and tags, and run `vidjax who` again: it replaces all files",
+        "remove these people's photos and tags, and run `vidjax who --forget-missing`, which "
+        "replaces all files",
     ),
 }
 

@@ -102,7 +102,8 @@ def run_extract(args: argparse.Namespace) -> Result:
     outcomes = pipeline.extract(
         [Path(name).expanduser() for name in args.files], out,
         Path(args.models).expanduser(), read_settings(args, out), workers=workers,
-        done=print_outcome, check=args.check, drop="missing" if args.prune else "nothing",
+        done=print_outcome, check=args.check,
+        drop=pipeline.choose_drop(args.prune, args.forget_missing),
     )  # fmt: skip
     films = [outcome.film for outcome in outcomes if outcome.film]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
@@ -145,13 +146,18 @@ def add_shared_flags(parser: Parser) -> None:
     )
     about = "compares the contents of all files with the last call, not only their size and time"
     parser.add_argument("--check", action="store_true", help=about)
-    about = "deletes the results of files that no longer exist"
+    about = (
+        "deletes the results of deleted files. If the whole folder of a file is missing or empty, "
+        "the results are kept, because a drive may not be connected"
+    )
     parser.add_argument("--prune", action="store_true", help=about)
 
 
 def add_extract_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
+    about = "with --prune: also deletes the results of files whose whole folder is missing or empty"
+    parser.add_argument("--forget-missing", action="store_true", help=about)
     about = (
         "makes a clip of each tracked face, or of the main person of each shot (default: as in "
         "the last call, at first track)"
@@ -174,6 +180,11 @@ def add_who_flags(parser: Parser) -> None:
     add_shared_flags(parser)
     about = "the folder of photos of the people: DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     parser.add_argument("--people", metavar="DIR", help=about)
+    about = (
+        "forgets people whose photos are missing, even if their folder or all folders are missing. "
+        "With --prune, it also deletes the results of films whose whole folder is missing or empty"
+    )
+    parser.add_argument("--forget-missing", action="store_true", help=about)
     add_rule(parser)
     about = (
         "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them "
@@ -202,7 +213,7 @@ def name_people(args: argparse.Namespace) -> Result:
         Path(args.models).expanduser(), read_settings(args, out / who.FEATURES),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
         padding=args.padding, check=args.check, prune=args.prune,
-        done=print_outcome,
+        forget_missing=args.forget_missing, done=print_outcome,
     )  # fmt: skip
     if args.review:
         from vidjax.apps.video import review  # it needs starlette

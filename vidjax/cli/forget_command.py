@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vidjax.apps.forget import forget, list_commands
+from vidjax.apps.forget import forget, is_empty, list_commands
 from vidjax.data.untrusted.names import clean_name, normal_form, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -27,7 +27,7 @@ content has a name. They search text in UTF-8. Search compressed files, parquet
 tables and .npz files yourself.
 
 The exit code is 0 if no listed place is left. It is 1 if a place still contains
-a name, or could not be searched.
+a name, could not be searched, or is empty: the drive may not be connected.
 """
 MAX_PRINTED_NAMES = 20  # in a command
 
@@ -52,9 +52,10 @@ def forget_names(args: argparse.Namespace) -> Result:
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
     cache = files.cache_root()
-    roots = [*map(Path, args.places)] or [Path()]
+    roots = [*map(Path, args.places)] or [x for x in (Path(),) if not is_empty(x)]
     inside = any(cache.resolve().is_relative_to(x.expanduser().resolve()) for x in roots)
-    roots += [cache] if cache.exists() and not inside else []
+    roots += [cache] if cache.exists() and not inside and not is_empty(cache) else []
+    roots = roots or [Path()]
     places, names, similar = forget(args.identity, args.clip, roots, delete=args.delete)
     roots = [root.expanduser().absolute() for root in roots]
     left = sum(place.left for place in places)

@@ -10,9 +10,14 @@ people. A photo is doubtful in two cases:
 
 A wrong photo also makes right photos of the same person doubtful. To find only the wrong photo, the
 most doubtful photo of each person is set aside, and the remaining photos are compared again.
+
+First, the photos of each person are divided into sides: groups that show the same face, with odds
+above 200 to 1 between any two sides. If it is not clear which side shows the named person, no photo
+is doubtful, because it may be a right one. Then all sides are returned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,16 +28,38 @@ from vidjax.models.distance import Distances
 
 LEAST_ODDS = 200.0
 FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differing from them
+# It is clear which photos are wrong if this many times more photos must be wrong otherwise.
+CLEAR_ERRORS = 3
+MOST_PHOTOS = 100  # of a person; with more photos, the photos are not divided into sides
 
 
-def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict[str, str | None]:
-    """Finds photos in a gallery that may show another person; returns clip -> the likely person.
+Groups = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray  # the rows of each group
 
-    If a photo resembles no other person, the likely person is None. `person_of` is clip -> person
-    for the photos to check. If the card of the net contains no distribution of distances, the
-    result is empty.
+
+class Side(NamedTuple):
+    """Photos of a person that show the same face."""
+
+    photos: Sequence[str]
+    like: str | None = None  # another person whom this face resembles
+
+
+class Doubts(NamedTuple):
+    """The photos that may show another person."""
+
+    photos: dict[str, str | None]  # doubtful photo -> the likely person, or None for nobody
+    mixed: dict[str, list[Side]]  # person -> at least two sides. It is not clear which is right
+    # Pairs of photos that seem to show one person, but are photos of two. If too few other photos
+    # agree, it is not clear which photo is wrong.
+    alike: list[tuple[str, str]]
+
+
+def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> Doubts:
+    """Finds photos in a gallery that may show another person.
+
+    `person_of` is clip -> person for the photos to check. If the card of the net contains no
+    distribution of distances, the result is empty.
     """
-    doubtful: dict[str, str | None] = {}
+    found = Doubts({}, {}, [])
     clips = np.array(sorted(person_of))
     for number, part in enumerate(gallery.backend.parts):
         if part.name != "face" or part.distances is None or not len(clips):
@@ -40,10 +67,119 @@ def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> dict
         vectors = np.stack([gallery.clips[clip].vector for clip in clips.tolist()])
         units = gallery.backend.units(gallery.backend.split(vectors))[number]
         valid = units.any(axis=1)
-        names, owner = np.unique([person_of[clip] for clip in clips[valid]], return_inverse=True)
-        for row, like in compare_photos(part.distances, units[valid], owner).items():
-            doubtful[str(clips[valid][row])] = None if like is None else str(names[like])
-    return doubtful
+        clips, units = clips[valid], units[valid]
+        names, owner = np.unique([person_of[clip] for clip in clips], return_inverse=True)
+        wrong, mixed = divide_photos(part.distances, units, owner)
+        for person, sides in mixed.items():
+            parts = [Side(clips[rows].tolist(), _name(names, like)) for rows, like in sides]
+            found.mixed[str(names[person])] = parts
+        rest = np.flatnonzero(~np.isin(owner, [*mixed]) & ~np.isin(np.arange(len(owner)), [*wrong]))
+        again = compare_photos(part.distances, units[rest], owner[rest])
+        again = {int(rest[row]): like for row, like in again.items()}
+        unclear = _find_unclear(part.distances, units, owner, again)
+        found.alike.extend(sorted((str(clips[a]), str(clips[b])) for a, b in {*unclear.values()}))
+        for row, like in (wrong | again).items():
+            if row not in unclear:
+                found.photos[str(clips[row])] = _name(names, like)
+    return found
+
+
+def _find_unclear(
+    distances: Distances, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
+) -> dict[int, tuple[int, int]]:
+    """Finds doubtful photos that may be right, because the photos that they resemble are wrong.
+
+    Returns row of such a photo -> its row and the row of the most similar photo, the lower first.
+    `doubtful` is row of a photo -> the person whom it resembles, see `compare_photos`.
+    """
+    unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
+    for row, like in doubtful.items():
+        if like is None:
+            continue
+        others = np.flatnonzero(owner == like)
+        ratios = _compare_groups(distances, units, [[row]], others[:, None])[0]
+        if np.sum(ratios > 0) + number_of[owner[row]] - 1 < CLEAR_ERRORS:
+            low, high = sorted((row, int(others[ratios.argmax()])))
+            unclear[row] = low, high
+    return unclear
+
+
+def _name(names: np.ndarray, person: int | None) -> str | None:
+    return None if person is None else str(names[person])
+
+
+Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the person it resembles
+
+
+def divide_photos(
+    distances: Distances, units: np.ndarray, owner: np.ndarray
+) -> tuple[dict[int, int | None], dict[int, Sides]]:
+    """Divides the photos of each person into sides that show different faces.
+
+    If a side is right, the photos of the other sides are wrong. If the side also resembles another
+    person, the photos of this person are wrong, too. The right side is clear if all other sides
+    would make at least three times as many photos wrong. For the arguments, see `compare_photos`.
+
+    Returns:
+      The wrong rows of people whose right side is clear -> number of the person whom the photo
+      resembles, or None. And number of a person -> sides, for people whose right side is not clear.
+    """
+    rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
+    sides = [side for rows in rows_of for side in _find_sides(distances, units, rows)]
+    person = np.array([owner[rows[0]] for rows in sides], int)
+    sizes = np.array([len(rows) for rows in sides], int)
+    largest = np.zeros(len(rows_of), int)
+    np.maximum.at(largest, person, sizes)
+    wrong, mixed = dict[int, int | None](), dict[int, Sides]()
+    for split in np.flatnonzero(np.bincount(person, minlength=1) > 1).tolist():
+        own = [rows for rows, of in zip(sides, person, strict=True) if of == split]
+        ratios = _compare_groups(distances, units, own, sides)
+        ratios[:, (person == split) | (sizes < largest[person])] = -np.inf
+        best = ratios.argmax(1)
+        least = np.log(LEAST_ODDS) + np.log(max(len(rows_of) - 1, 1))
+        is_like = np.take_along_axis(ratios, best[:, None], 1)[:, 0] > least
+        likes = [
+            int(person[side]) if like else None for side, like in zip(best, is_like, strict=True)
+        ]
+        own_sizes = sizes[person == split]
+        errors = own_sizes.sum() - own_sizes + is_like * sizes[best]
+        order = np.lexsort((-own_sizes, errors))
+        if errors[order[1]] < CLEAR_ERRORS * errors[order[0]]:
+            mixed[split] = [(own[side], likes[side]) for side in order]
+        else:
+            wrong |= {int(row): likes[side] for side in order[1:] for row in own[side]}
+    return wrong, mixed
+
+
+def _find_sides(distances: Distances, units: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """Divides the photos `rows` of a person into groups that show different faces."""
+    sides = [rows] if len(rows) > MOST_PHOTOS else [rows[[n]] for n in range(len(rows))]
+    while len(sides) > 1:
+        ratios = _compare_groups(distances, units, sides, sides)
+        np.fill_diagonal(ratios, -np.inf)
+        first, second = sorted(np.unravel_index(ratios.argmax(), ratios.shape))
+        if ratios[first, second] < -np.log(LEAST_ODDS):
+            break
+        sides[first] = np.sort(np.append(sides[first], sides.pop(second)))
+    return sides
+
+
+def _compare_groups(
+    distances: Distances,
+    units: np.ndarray,
+    first: Groups,
+    second: Groups,
+) -> np.ndarray:
+    """Compares G groups of photos with H groups; returns log(p(one person) / p(two)) [G, H]."""
+    means, squares, shares = [], [], []
+    for groups in (first, second):
+        mean = np.stack([units[rows].mean(0) for rows in groups])
+        count, square = np.array([len(rows) for rows in groups]), np.vecdot(mean, mean)
+        means.append(mean)
+        squares.append(square)
+        shares.append(1 / distance.effective_count(distances, count, square))
+    apart = np.add.outer(*squares) - 2 * means[0] @ means[1].T
+    return distance.pair_log_ratios(distances, apart, np.add.outer(*shares))
 
 
 def compare_photos(

@@ -150,6 +150,7 @@ class Film(Struct, kw_only=True):
     # Names of face tags at which no face was detected.
     lost_tags: Annotated[list[Text], Meta(max_length=10_000)] = []
     bad_tags: Text = ""  # why face tags could not be read
+    misfit: Text = ""  # why no face tag can be believed; all tags are then in `lost_tags`
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)

@@ -372,12 +372,12 @@ def extract(
       UserError: the file cannot be decoded.
     """
     clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
-    tags, lost = regions.Tags([]), list[str]()
+    tags, lost, misfit = regions.Tags([]), list[str](), ""
     with decode.open_video(path) as video:
         if video.info.photo:
             shots, seen = [(0.0, 0.0)], clips.tracks
             tags = regions.read_tags(path) if tagged else tags
-            lost = _find_in_photo(path, video, clips, nets, stem, tags)
+            lost, misfit = _find_in_photo(path, video, clips, nets, stem, tags)
         else:
             shots, seen = _make_clips(video, clips, nets, stem, out, settings)
     film = Film(
@@ -392,6 +392,7 @@ def extract(
         rate=None if video.info.photo else video.info.rate,
         lost_tags=lost,
         bad_tags=tags.problem,
+        misfit=misfit,
     )
     if nets.listen and video.info.sound and not film.photo:
         with decode.open_video(path) as video:
@@ -461,8 +462,11 @@ def _make_clips(
 
 def _find_in_photo(
     path: Path, video: decode.Video, clips: ClipBuilder, nets: Nets, stem: str, tags: regions.Tags
-) -> list[str]:
-    """Makes a clip of each face in a photo; returns the names of tags where no face is detected."""
+) -> tuple[list[str], str]:
+    """Makes a clip of each face in a photo.
+
+    Returns the names of tags where no face is detected, and why no tag can be believed, or "".
+    """
     frame = next(video.frames(1.0))
     assert frame.rgb is not None
     people = find_people(
@@ -475,15 +479,17 @@ def _find_in_photo(
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"
         clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
     if not tags.tags:
-        return []
+        return [], ""
     with files.open_input(path) as file:
         orientation = decode.read_orientation(file)
     height, width = frame.rgb.shape[:2]
-    faces = regions.match_faces(tags, people.parts["face"], (width, height), orientation)
+    given = tags, people.parts["face"], (width, height), orientation
+    fits, problem = regions.judge_fit(*given)
+    faces = np.where(fits, regions.match_faces(*given), -1)
     for tag, face in zip(tags.tags, faces.tolist(), strict=True):
         if face >= 0:
             clips.tracks[face].name = tag.name
-    return [tag.name for tag, face in zip(tags.tags, faces, strict=True) if face < 0]
+    return [tag.name for tag, face in zip(tags.tags, faces, strict=True) if face < 0], problem
 
 
 def _to_film_track(track: Track, clip: str) -> FilmTrack:

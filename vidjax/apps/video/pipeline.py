@@ -49,6 +49,7 @@ PHOTOS = {
 }  # fmt: skip
 WINDOWS_FILES = ("thumbs.db", "desktop.ini")  # Windows writes these files into folders
 ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures for media players
+Drop = Literal["nothing", "deleted", "missing", "others"]  # see `extract_folders`
 # After these errors, no other file is read, because every other file would fail, too.
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -63,6 +64,12 @@ class FileOutcome(NamedTuple):
     replaced: bool = False  # whether features of another file with the same name were replaced
     remedy: str = ""  # what a user can do about the error
     label: str = ""  # the name of the file, or the path if several files have this name
+    earlier: Film | None = None  # of an error: the results of an earlier call, which are kept
+
+    @property
+    def known(self) -> Film | None:
+        """The film, or if it could not be read, the results of an earlier call."""
+        return self.film or self.earlier
 
 
 class _Job(NamedTuple):
@@ -92,7 +99,7 @@ def extract_folders(
     settings: ExtractionSettings | None = None,
     *,
     workers: int = 1,
-    drop: Literal["nothing", "missing", "others"] = "nothing",
+    drop: Drop = "nothing",
     thumbnails: bool = False,
     upgrade: bool = False,
     check: bool = False,
@@ -112,8 +119,11 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: which features of earlier calls are removed. "missing": features of files that no longer
-        exist. "others": features of all files that are not in `paths`.
+      drop: which features of earlier calls are removed. "deleted": features of files that are
+        missing from a folder that has other files. If the whole folder is missing or empty, an
+        outcome reports it. "missing": features of all files that no longer exist. "others":
+        features of all files that are not in `paths`. If a file cannot be reached, its features
+        are kept, and with "others", an outcome reports it.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has more nets than before. True removes all features of the
         folder, and computes the features of the files in `paths` again. False raises an error.
@@ -134,6 +144,7 @@ def extract_folders(
     digests: dict[str, str] = {role: card.digest for role, card in known.items()}
     with contextlib.ExitStack() as locked:
         jobs: list[_Job] = []
+        unsure: dict[Path, list[FileOutcome]] = {}
         for out, inputs in paths.items():
             listed = list_files(inputs)
             say_left_out(inputs)
@@ -142,10 +153,15 @@ def extract_folders(
             locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
             files.refuse_links(out)
             used = _check_extraction(out, digests, settings, upgrade)
-            stems = _prepare_folder(out, listed, drop, thumbnails)
+            stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails)
             jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
 
-        return _process_jobs(jobs, models, workers, check, done)
+        outcomes_of = _process_jobs(jobs, models, workers, check, done)
+        for out, outcomes in unsure.items():
+            for outcome in outcomes:
+                done(outcome)
+            outcomes_of[out] += outcomes
+        return outcomes_of
 
 
 def _process_jobs(
@@ -209,12 +225,13 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 
 
 def _prepare_folder(
-    out: Path, listed: Sequence[Path], drop: Literal["nothing", "missing", "others"], pictures: bool
-) -> dict[Path, str]:
+    out: Path, listed: Sequence[Path], drop: Drop, pictures: bool
+) -> tuple[dict[Path, str], list[FileOutcome]]:
     """Removes outdated files from a folder of features; returns input file -> stem.
 
     The names of the file's clips begin with the stem. For `drop` and `pictures`, see `drop` and
-    `thumbnails` of `extract_folders`.
+    `thumbnails` of `extract_folders`. Also returns outcomes of files that cannot be found, although
+    their features are kept.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -233,13 +250,57 @@ def _prepare_folder(
             )
             _remove(out, path.stem)
     stems = _choose_stems(listed, known)
-    kept = None if drop == "nothing" else {*stems.values()}
-    if kept is not None and drop == "missing":
-        kept |= {stem for stem, film in known.items() if film.source.path.exists()}
-        for stem in sorted(known.keys() - kept):
-            say(f"{known[stem].source.path} no longer exists: its features are removed")
-    _remove_leftovers(out, kept)
-    return stems
+    kept, unsure, lost = {*stems.values()}, list[Film](), list[FileOutcome]()
+    for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
+        path, missing = known[stem].source.path, is_missing(known[stem].source.path)
+        if missing and (drop != "deleted" or _has_files(path.parent)):
+            if drop != "others":
+                say(f"{path} no longer exists: its features are removed")
+        elif drop != "others" or not files.exists(path):
+            kept.add(stem)
+            if missing:
+                unsure.append(known[stem])
+            elif drop == "others":
+                error = f"{path} cannot be reached: is the drive connected?"
+                lost.append(FileOutcome(path, None, error, earlier=known[stem]))
+    _remove_leftovers(out, None if drop == "nothing" else kept)
+    return stems, lost + ([_report_unsure(unsure)] if unsure else [])
+
+
+def choose_drop(prune: bool, forget_missing: bool) -> Drop:
+    """Returns the argument `drop` of `extract_folders` for the flags of a command."""
+    return ("missing" if forget_missing else "deleted") if prune else "nothing"
+
+
+def is_missing(path: Path) -> bool:
+    """Returns whether a file does not exist.
+
+    Returns False if the system cannot find out, or if the file is in the cloud of macOS.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return not files.exists(path.with_name(f".{path.name}.icloud"))
+    except OSError:
+        return False
+    return False
+
+
+def _has_files(folder: Path) -> bool:
+    """Returns whether a folder exists and contains files or folders that are not hidden."""
+    try:
+        return bool(list_entries(folder))
+    except (UserError, OSError):
+        return False
+
+
+def _report_unsure(films: Sequence[Film]) -> FileOutcome:
+    """Returns an error for films whose whole folder is missing or empty."""
+    path = films[0].source.path
+    more = f" (and of {messages.count(len(films) - 1, 'more file')})" if films[1:] else ""
+    problem = f"the folder of {path}{more} is missing or empty: is the drive connected?"
+    remedy = "to delete the results of such files, too, add --forget-missing"
+    return FileOutcome(path, None, f"{problem} The results are kept", remedy=remedy)
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
@@ -399,7 +460,7 @@ def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {
         film.sha256: (stem, film.source.size)
-        for stem, film in known.items() if not film.source.path.exists()
+        for stem, film in known.items() if is_missing(film.source.path)
     }  # fmt: skip
     sizes = {size for _, size in moved.values()}
     owners = {stem.lower(): stem for stem in known}
@@ -414,6 +475,8 @@ def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path
             elif owner:
                 film = known.get(owner)
                 same = sha256 == (film.sha256 if film else _sha256_or_of_name(stems[owner]))
+                # A link to a drive that is not connected.
+                same |= film is not None and not path.exists() and is_missing(film.source.path)
                 stem = owner if same else f"{stem}~{sha256[:8]}"
         owners.setdefault(stem.lower(), stem)
         if stems.setdefault(stem, path) != path and stem not in known:
@@ -482,7 +545,7 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
     """Returns the outcome of a file whose features are up to date, or arguments of `film.work`.
 
     With these arguments, `film.work` extracts the features into a temporary folder. When `folders`
-    is closed, it deletes this folder. Outdated features are removed.
+    is closed, it deletes this folder.
     """
     before = _find_film(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
@@ -496,7 +559,6 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
         before.source, before.video = source, features_folder.make_printable(job.path.name)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
-    _remove(job.out, job.stem)
     partial = folders.enter_context(scratch_folder(job.out / f".extract-{secrets.token_hex(4)}"))
     if (job.out / THUMBNAILS).exists():
         (partial / THUMBNAILS).mkdir(mode=0o700)
@@ -538,12 +600,20 @@ def _read_batch(
 def _take_results(
     job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError
 ) -> FileOutcome:
-    """Moves results of `film.work` from the temporary folder to `job.out`; returns the outcome."""
+    """Moves results of `film.work` from the temporary folder to `job.out`; returns the outcome.
+
+    If the file could not be read, the results of an earlier call are kept: the file may be on a
+    drive that fails, or a placeholder for a file in a cloud.
+    """
     try:
         if isinstance(answer, UserError):
             raise answer
         film = schemas.parse(job.path, answer, Film, "leave it out")
+        before = _find_film(job.out, job.stem)
+        if film.bad_tags and not film.tags and before and before.tags:
+            raise UserError(film.bad_tags)
         partial = Path(arguments["out"])
+        _remove(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
         thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
         if thumbnails[0].exists():
@@ -553,18 +623,21 @@ def _take_results(
                 os.replace(picture, thumbnails[1] / job.stem / picture.name)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
-        _remove(job.out, job.stem)
         return _describe_failure(job, error)
     return FileOutcome(job.path, film, replaced=arguments["replaced"])
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
+    if not (earlier := _find_film(job.out, job.stem)):
+        _remove(job.out, job.stem)  # incomplete files
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
     text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")
     text = text if str(job.path) in text else f"'{job.path}': {text}"
-    return FileOutcome(job.path, None, text, remedy=remedy)
+    if earlier:
+        text += ". The results of an earlier call are kept"
+    return FileOutcome(job.path, None, text, remedy=remedy, earlier=earlier)
 
 
 def _remove(out: Path, stem: str) -> None:

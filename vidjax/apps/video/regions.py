@@ -34,7 +34,16 @@ PNG = b"\x89PNG"
 # The start of compressed XMP in a PNG. Then follow two texts, each with a zero byte at its end, and
 # the XMP.
 PACKED = b"XML:com.adobe.xmp\0\1\0"
+# How well a tag must fit its face, see `_Reading.fits`. If the middles of tag and face are half a
+# side apart, the fit is 1/3.
+LEAST_FIT = 0.35
+CLEARLY = 1.5  # if tags fit in one picture this much better than in another, it is the right one
+SHAPE_ERROR = 0.01  # the largest error of the ratio of width and height
+# If some tags have no face, the others must fit better, and a single other tag must not be much
+# smaller than its face.
+DOUBTFUL_FIT, SMALL_TAGS, TINY_TAGS = 0.55, 0.75, 0.4
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
+TWO_WAYS = "its tags fit different faces in the stored and in the displayed picture"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
 AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
 SIZE = "{http://ns.adobe.com/xap/1.0/sType/Dimensions#}"
@@ -71,6 +80,8 @@ def read_tags(path: Path) -> Tags:
     for place in (*list_sidecars(path), path):
         try:
             content = _read_ends(path) if place == path else files.read_bytes(place, MOST_BYTES)
+            if not content:
+                raise UserError("the file is empty")
             for packet in _find_packets(content):
                 tags = parse_packet(packet)
                 problems += [f"{show(place.name)}: {tags.problem}"] if tags.problem else []
@@ -183,6 +194,24 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
     return Tag(name, (left, top, left + width, top + height))
 
 
+class _Reading(NamedTuple):
+    """The faces at n tags, if the boxes of the tags were drawn in a picture that was turned."""
+
+    faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
+    # [n], how well each tag fits its face: the overlap of the face with a box of the same size in
+    # the middle of the tag. Programs draw boxes of different sizes.
+    fits: np.ndarray
+    scales: (
+        np.ndarray
+    )  # [n], the side of each box divided by the side of its face; 0 without a face
+    total: float  # the sum of `fits`; a tag counts less if its scale differs from the other tags
+
+    def list_names(self, tags: Tags) -> set[tuple[int, str]]:
+        """Returns the pairs (face, name) of tags that fit."""
+        good = np.flatnonzero(self.fits >= LEAST_FIT)
+        return {(int(self.faces[number]), tags.tags[number].name) for number in good}
+
+
 def match_faces(
     tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
 ) -> np.ndarray:
@@ -190,20 +219,109 @@ def match_faces(
 
     Some programs draw the boxes of tags in the stored picture, which may lie on its side. Others
     draw the boxes in the displayed, upright picture. `tags.shape` may show which picture was used.
-    If not, the picture in which more tags have a face is chosen.
+    If not, the picture in which the tags fit the faces better is chosen.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.
     """
-    boxes = np.array([tag.box for tag in tags.tags]).reshape(-1, 4)
-    scale = np.array(size * 2)
-    displayed = _pair_boxes(boxes * scale, faces)
-    stored = _pair_boxes(turn_boxes(boxes, orientation) * scale, faces)
-    if orientation > 4 and tags.shape and tags.shape[0] != tags.shape[1] and size[0] != size[1]:
-        use_displayed = (tags.shape[0] > tags.shape[1]) == (size[0] > size[1])
-    else:
-        use_displayed = (displayed >= 0).sum() > (stored >= 0).sum()
-    return displayed if use_displayed else stored
+    possible = _list_possible(tags.shape, size, orientation) or {1, orientation}
+    return _choose_reading(tags, faces, size, possible).faces
+
+
+def judge_fit(
+    tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
+) -> tuple[np.ndarray, str]:
+    """Returns which of n tags fit their faces, bool [n], and why no tag can be believed, or "".
+
+    If a photo was turned, mirrored or cropped after it was tagged, its tags name wrong faces. For
+    the arguments, see `match_faces`, which returns the faces.
+    """
+    possible = _list_possible(tags.shape, size, orientation)
+    if tags.tags and not possible and tags.shape:
+        shapes = " x ".join(f"{side:g}" for side in tags.shape), " x ".join(map(str, size))
+        return np.zeros(len(tags.tags), bool), (
+            f"its tags were made for a picture of another shape, {shapes[0]}, not {shapes[1]}"
+        )
+    best = _choose_reading(tags, faces, size, possible)
+    good, names = best.fits >= LEAST_FIT, best.list_names(tags)
+    for turn in range(1, 9):
+        other = _read(tags, faces, size, turn)
+        seen = other.list_names(tags)
+        if seen <= names or (names and names <= seen):
+            continue  # both agree
+        if turn in possible and other.total * CLEARLY > best.total:
+            return np.zeros_like(good), TWO_WAYS
+        drawn = turn == orientation or tags.shape is None or _has_shape(tags.shape, size, turn)
+        clearly = other.total > max(best.total * CLEARLY, len(tags.tags) / 2)
+        if turn not in possible and drawn and clearly:
+            return np.zeros_like(good), "its tags fit only if the photo is turned or mirrored"
+    if _seems_cropped(best, good, len(faces)):
+        return np.zeros_like(good), "its tags fit its faces poorly, as if it was cropped later"
+    return good, ""
+
+
+def _list_possible(
+    shape: tuple[float, float] | None, size: tuple[int, int], orientation: int
+) -> set[int]:
+    """Returns the turns from the tagged to the displayed picture that programs use, 1 to 8.
+
+    If the tagged picture has the `shape` of neither the stored nor the displayed picture, the set
+    is empty. `size` is the width and height of the displayed picture.
+    """
+    turns = {1, orientation}
+    return {turn for turn in turns if shape is None or _has_shape(shape, size, turn)}
+
+
+def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> bool:
+    """Returns whether a picture with this `shape` has, after the turn, the shape of `size`."""
+    width, height = shape if turn < 5 else shape[::-1]
+    errors = abs(size[0] - size[1] * width / height), abs(size[1] - size[0] * height / width)
+    return any(
+        error <= max(1, side * SHAPE_ERROR) for error, side in zip(errors, size, strict=True)
+    )
+
+
+def _choose_reading(
+    tags: Tags, faces: np.ndarray, size: tuple[int, int], turns: set[int]
+) -> _Reading:
+    """Returns the faces at the tags for the turn in which the tags fit best."""
+    readings = [_read(tags, faces, size, turn) for turn in sorted(turns, reverse=True)]
+    return max(readings, key=lambda reading: reading.total)
+
+
+def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
+    """Returns the faces at the tags, if the tagged picture was turned by the orientation `turn`."""
+    boxes = turn_boxes(np.array([tag.box for tag in tags.tags]).reshape(-1, 4), turn)
+    boxes = boxes * np.array(size * 2)
+    found = _pair_boxes(boxes, faces)
+    hit = np.flatnonzero(found >= 0)
+    fits, scales = np.zeros((2, len(found)))
+    if not len(hit):
+        return _Reading(found, fits, scales, 0.0)
+    boxes, faces = boxes[hit], faces[found[hit]]
+    sides = faces[:, 2:] - faces[:, :2]
+    apart = np.abs(boxes[:, :2] + boxes[:, 2:] - faces[:, :2] - faces[:, 2:]) / 2 / sides
+    shared = np.maximum(1 - apart, 0).prod(1)
+    fits[hit] = shared / (2 - shared)
+    scales[hit] = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1) / sides.prod(1))
+    differs = np.exp(-np.abs(np.log(scales[hit]) - np.log(scales[hit]).mean()))
+    return _Reading(found, fits, scales, float(fits[hit] @ differs))
+
+
+def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:
+    """Returns whether tags that fit may do so by accident, because the photo was cropped later.
+
+    In a part of a photo, faces are larger than their tags, and some tags have no face.
+    """
+    count = int(good.sum())
+    if not count:
+        return False
+    lost, scale = len(good) - count, np.exp(np.log(reading.scales[good]).mean())
+    untagged = num_faces - count
+    unlike = (untagged and lost > count) or min(lost, untagged) >= max(count, 2)
+    # Several tags that fit show that nothing was moved.
+    poor = reading.fits[good].mean() < DOUBTFUL_FIT or (count == 1 and scale < SMALL_TAGS)
+    return bool(scale < TINY_TAGS or (lost and (poor or unlike)))
 
 
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
@@ -222,12 +340,17 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Returns the index of the face in `faces` [N, 4] for each box [n, 4]: int [n], or -1 for none.
 
-    The centre of the face must be in the box. The pair with the largest overlap is chosen first. No
-    face is chosen twice.
+    The centre of the face must be in the box, or the centre of the box in the face. The pair with
+    the largest overlap is chosen first. No face is chosen twice.
     """
-    owner, box = np.full(len(boxes), -1), boxes[:, None]
-    centres = (faces[:, :2] + faces[:, 2:]) / 2
-    inside = ((centres >= box[..., :2]) & (centres <= box[..., 2:])).all(-1)
+    owner = np.full(len(boxes), -1)
+    inside = _contain_centres(boxes, faces) | _contain_centres(faces, boxes).T
     pairs = pair_greedily(np.where(inside, measure_overlaps(boxes, faces), 0.0), least=0.0)
     owner[[*pairs.values()]] = [*pairs]
     return owner
+
+
+def _contain_centres(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """Returns whether boxes `outer` [M, 4] contain the centres of boxes `inner` [N, 4]: [M, N]."""
+    centres, outer = (inner[:, :2] + inner[:, 2:]) / 2, outer[:, None]
+    return ((centres >= outer[..., :2]) & (centres <= outer[..., 2:])).all(-1)

@@ -14,11 +14,12 @@ The results are these files:
     OUT/subtitles/     a .vtt and a .srt file for each video
     OUT/cuts/          .edl files for each person, for programs that edit films
 
-Each call replaces the tables, the page, the subtitles and the cut lists. If a person or a photo is
-removed from the folder of people, the next call forgets it. A call without a folder of people keeps
-every person of the gallery. Names that `vidjax gallery rename` or `relabel` changed are kept. If
-nets are added to the models, the films and photos of the call are read again, the features of all
-other films are removed, and the names are kept.
+Each call replaces the tables, the page, the subtitles and the cut lists. If a photo is removed from
+a folder that has other photos, the next call forgets it. If all photos of a person are missing, the
+person is kept unless the call has --forget-missing: a drive may not be connected. A call without a
+folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or `relabel`
+changed are kept. If nets are added to the models, the films and photos of the call are read again,
+the features of all other films are removed, and the names are kept.
 """
 
 import functools
@@ -60,6 +61,7 @@ TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
 NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
 NUMBERS_BYTES = 256 * files.MB  # the largest `unknown.json` that is read
+MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 
 
@@ -249,6 +251,7 @@ def name_people(
     padding: float = PADDING_SECONDS,
     check: bool = False,
     prune: bool = False,
+    forget_missing: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
 ) -> WhoResults:
     """Names the people in films, and writes tables, a page, subtitles and cut lists into `out`.
@@ -266,7 +269,9 @@ def name_people(
       fpir: the largest share of strangers that may get a name, see `Gallery.identify`.
       threshold: the probability that a name needs. If it is given, `fpir` must be None.
       padding: the seconds that are added before and after each appearance in cut lists.
-      prune: whether films of earlier calls are removed if their files no longer exist.
+      prune: whether films of earlier calls are removed if their files were deleted.
+      forget_missing: whether people are forgotten if all their photos are missing. With `prune`,
+        films whose whole folder is missing or empty are removed, too.
       models, settings, workers, check, done: see `pipeline.extract_folders`.
 
     Raises:
@@ -291,7 +296,7 @@ def name_people(
         }  # fmt: skip
         failed, names = dict[str, str](), set[str]()
         if people is not None:
-            failed, names = _update_people(gallery, people, photos, out, options)
+            failed, names = _update_people(gallery, people, photos, out, forget_missing, options)
         earlier = pipeline.find_films(out / FEATURES).values()
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
@@ -307,11 +312,11 @@ def name_people(
                 pipeline.remove_thumbnails(folder)
         outcomes = pipeline.extract(
             films, out / FEATURES, settings=settings, done=done,
-            drop="missing" if prune else "nothing", **options,
+            drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
-        _report_missing(all_films, out)
+        _report_missing(all_films, out, prune)
         before = read_numbers(out).follow(gallery.people).keep(all_films, gallery.identities)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
@@ -325,14 +330,15 @@ def _update_people(
     people: Path,
     photos: Mapping[str, Sequence[Path]],
     out: Path,
+    forget_missing: bool,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, str], set[str]]:
-    """Enrols the photos of each person, and forgets people without photos.
+    """Enrols the photos of each person, and forgets people whose photos were deleted.
 
     Returns path of each unusable photo -> remedy, and the names of all people with photos.
     `options` are arguments of `pipeline.extract_folders`.
     """
-    _check_people(gallery, photos, people)
+    _check_people(gallery, photos, people, out, forget_missing)
     (out / PEOPLE).mkdir(exist_ok=True)
     files.hide(out / PEOPLE)  # the names of its folders are names of people
     folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
@@ -341,16 +347,66 @@ def _update_people(
         group = dict(folders[first : first + MOST_LOCKED])
         outcomes_of |= pipeline.extract_folders(group, drop="others", tagged=True, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
-    failed, names = _enrol_photos(gallery, outcomes_of, people)
-    _forget(gallery, names, {*photos}, out)
-    _warn_of_doubts(gallery, outcomes_of)
+    enrolled = _list_faces(gallery)
+    failed, names, usable = _check_photos(enrolled, outcomes_of, people)
+    missing = set[str]()
+    if not forget_missing:
+        missing = _find_missing(enrolled, outcomes_of, usable, people, out)
+    if missing:
+        kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
+        names |= kept
+        failed |= {str(people / folder): "" for folder in sorted(missing)}
+        hint = "" if os.path.isdir(people) else pipeline.suggest_path(people)
+        say(
+            f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
+            f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
+            f"to forget people whose photos are missing, add --forget-missing{hint}",
+            warning=True,
+        )
+    _enrol_photos(gallery, enrolled, usable, names)
+    _forget(gallery, names, {*photos, *missing}, out)
+    _warn_of_doubts(gallery, outcomes_of, people)
     return failed, names
 
 
-def _report_missing(films: Sequence[Film], out: Path) -> None:
+def _find_missing(
+    enrolled: Mapping[str, "PhotoFace"],
+    outcomes_of: Mapping[Path, Sequence[FileOutcome]],
+    usable: Mapping[Path, Mapping[str, str]],
+    people: Path,
+    out: Path,
+) -> set[str]:
+    """Returns the folders in `OUT/people` whose photos are missing, but were not deleted by a user.
+
+    A user has deleted a photo if it was in a folder that has other photos. If new photos have the
+    same content, a user has moved or renamed them. `enrolled` is clip -> face in the gallery.
+    """
+    absent = {photo.folder for photo in enrolled.values()} - {x.name for x in outcomes_of}
+    if not absent:
+        return absent
+    outcomes = [outcome for photos in outcomes_of.values() for outcome in photos]
+    has_others = any(outcome.path.parent == people for outcome in outcomes)
+    new = {
+        outcome.known.sha256
+        for folder, photos in outcomes_of.items()
+        for outcome in photos if outcome.known
+        for track in outcome.known.tracks if (name := usable[folder].get(track.clip))
+        if str(PhotoFace(folder.name, track.clip, name)) not in enrolled
+    }  # fmt: skip
+    place, missing = Path(os.path.realpath(people)), set[str]()
+    for folder in absent:
+        films = pipeline.find_films(out / PEOPLE / folder).values()
+        paths = [film.source.path for film in films]
+        deleted = has_others and all(x.parent == place and pipeline.is_missing(x) for x in paths)
+        if not films or not (deleted or new & {film.sha256 for film in films}):
+            missing.add(folder)
+    return missing
+
+
+def _report_missing(films: Sequence[Film], out: Path, pruned: bool) -> None:
     """Prints how many films no longer exist, and the name of a film that lacks thumbnails."""
-    missing = [film.video for film in films if not film.source.path.exists()]
-    if missing:
+    missing = [film.video for film in films if not os.path.exists(film.source.path)]
+    if missing and not pruned:
         say(
             f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}: "
             "to delete the results of missing films, add --prune"
@@ -358,7 +414,7 @@ def _report_missing(films: Sequence[Film], out: Path) -> None:
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
         lacks = stem and pipeline.lacks_pictures(out / FEATURES, stem)
-        if lacks and film.source.path.exists():
+        if lacks and os.path.exists(film.source.path):
             say(f"there are no thumbnails of {film.video}: add this film to the command")
             return
 
@@ -426,11 +482,10 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
     Raises UserError if there are no photos, and there is no gallery of an earlier call.
     """
-    if not people.is_dir():
-        hint = "" if people.exists() else pipeline.suggest_path(people)
-        raise UserError(
-            f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
-        )
+    if not os.path.isdir(people):
+        if not os.path.exists(people) and files.exists(out / "gallery"):
+            return {}
+        raise _refuse_people(people)
     if out.resolve().parent == people.resolve():
         raise UserError(
             f"--out={out} is inside '{people}', where each folder is a person\nname another folder"
@@ -441,15 +496,15 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     for path in list_entries(people):
         if path.is_file() and path not in single:
             continue
-        photos = [path]
+        photos = [path] if path.is_file() or _is_lost_photo(path) else []
         if path.is_dir():
             photos = [photo for folder in pipeline.walk(path) for photo in _list_stills(folder)]
-        if not photos:
+        if not photos and not files.exists(out / PEOPLE / normal_form(path.name)):
             say(
                 f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
                 warning=True,
             )
-        else:
+        elif photos:
             name = check_person(path.name if path.is_dir() else path.stem)
             photos_of.setdefault(name, []).extend(photos)
     if not photos_of and not files.exists(out / "gallery"):
@@ -459,21 +514,48 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     return photos_of
 
 
-def _check_people(gallery: Gallery, photos: Collection[str], people: Path) -> None:
+def _refuse_people(people: Path) -> UserError:
+    hint = "" if os.path.exists(people) else pipeline.suggest_path(people)
+    return UserError(
+        f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
+    )
+
+
+def _check_people(
+    gallery: Gallery,
+    photos: Mapping[str, Sequence[Path]],
+    people: Path,
+    out: Path,
+    forget_missing: bool,
+) -> None:
     """Raises UserError if the folder `people` seems wrong, because it has no enrolled person."""
     enrolled = _list_faces(gallery).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
+    if not os.path.isdir(people) and (forget_missing or not before):
+        raise _refuse_people(people)
     if not photos or before & {*photos}:
         return
     is_person = normal_form(people.resolve().name) in before
-    if len(before) < 2 and not is_person:
-        return  # a user may replace a single person, but may not forget several by mistake
-    remedy = "call once with an empty folder to forget them, or name another --out"
+    # If a single person is missing, the person is kept or replaced.
+    if not is_person and (forget_missing or len(before) < 2 or _were_renamed(photos, out)):
+        return
+    remedy = "to forget them, add --forget-missing; to keep them, name another --out"
     if is_person:
         above = shlex.quote(messages.relative_path(people.resolve().parent))
         remedy = f"it is the folder of one person: name the folder above, --people={above}"
     names = messages.list_some([*map(show, sorted(before))])
     raise UserError(f"'{people}' contains none of the people of earlier calls ({names})\n{remedy}")
+
+
+def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
+    """Returns whether one of the photos has the same content as a photo of an earlier call."""
+    folders = [folder for folder in (out / PEOPLE).glob("[!.]*") if folder.is_dir()]
+    films = [film for folder in folders for film in pipeline.find_films(folder).values()]
+    sizes, digests = {film.source.size for film in films}, {film.sha256 for film in films}
+    paths = (path for paths in photos.values() for path in paths if os.path.exists(path))
+    return any(
+        path.stat().st_size in sizes and files.sha256_file(path) in digests for path in paths
+    )
 
 
 def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
@@ -513,78 +595,144 @@ def _list_stills(folder: Path) -> list[Path]:
     paths = pipeline.split_files(folder)[0]
     photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
     stems = {path.stem for path in photos}
-    return [path for path in paths if path in photos or path.stem not in stems]
+    lost = [path for path in list_entries(folder) if _is_lost_photo(path)]
+    return [path for path in paths if path in photos or path.stem not in stems] + lost
 
 
-def _enrol_photos(
-    gallery: Gallery, outcomes_of: Mapping[Path, Sequence[FileOutcome]], people: Path
-) -> tuple[dict[str, str], set[str]]:
-    """Enrols the faces in photos; returns path of each unusable photo -> remedy, and the people.
+def _is_lost_photo(path: Path) -> bool:
+    """Returns whether a path is a link to a photo that is missing, for example on another drive."""
+    return path.suffix.lower() in pipeline.PHOTOS and not os.path.exists(path)
+
+
+class PoorFace(NamedTuple):
+    """A usable face that has a problem."""
+
+    folder: Path  # the folder of features
+    clip: str
+    person: str
+    problem: str  # a message that begins with the path of the photo
+    hidden: bool  # whether sunglasses hide the eyes
+
+
+def _check_photos(
+    enrolled: Mapping[str, "PhotoFace"],
+    outcomes_of: Mapping[Path, Sequence[FileOutcome]],
+    people: Path,
+) -> tuple[dict[str, str], set[str], dict[Path, dict[str, str]]]:
+    """Finds the usable faces in photos, and prints problems of photos.
 
     If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
     has no tags, its face gets the name of the folder. `outcomes_of` is folder of features -> the
-    outcomes of its photos.
+    outcomes of its photos. `enrolled` is clip -> face in the gallery.
+
+    Returns path of each unusable photo -> remedy, the names of all people, and folder of features
+    -> clip -> person for all usable clips.
     """
-    failed, names = dict[str, str](), set[str]()
+    failed, names, poor = dict[str, str](), set[str](), list[PoorFace]()
     usable: dict[Path, dict[str, str]] = {}
     single: list[str] = []  # people whose photo is a file in the folder of people
-    enrolled = _list_faces(gallery).values()
-    known = {photo.person for photo in enrolled}
+    known = {photo.person for photo in enrolled.values()}
     for folder, outcomes in outcomes_of.items():
         named, found = usable.setdefault(folder, {}), set[str]()
-        tags = {name for outcome in outcomes if outcome.film for name in outcome.film.tags}
+        tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
         for outcome in outcomes:
-            people_of, clips = _check_photo(folder.name, outcome)
+            people_of, clips, problems = _check_photo(folder.name, outcome)
             found |= people_of
             named |= clips
-            failed |= {} if clips else {str(outcome.path): outcome.remedy}
+            tracks = outcome.known.tracks if outcome.known else []
+            dark = {track.clip for track in tracks if track.dark_eyes}
+            poor += [
+                PoorFace(folder, clip, clips[clip], f"{outcome.path}: {problem}", clip in dark)
+                for clip, problem in problems.items()
+            ]
+            failed |= {} if clips and outcome.film else {str(outcome.path): outcome.remedy}
         # A folder of photos in which other people are tagged is not a person.
         if tags and folder.name not in {*tags, *named.values(), *known}:
             found.discard(folder.name)
         names |= found
         # If a photo cannot be read, the people of its tags are not forgotten.
         if not all(outcome.film for outcome in outcomes):
-            names |= {photo.person for photo in enrolled if photo.folder == folder.name}
+            names |= {photo.person for photo in enrolled.values() if photo.folder == folder.name}
         if outcomes[0].path.parent == people:
             single.append(folder.name)
         _warn_of_tags(folder.name, outcomes, people)
+    _leave_out_hidden(usable, poor)
     only_files = len(single) == len(outcomes_of) and not known
     _warn_of_numbers([name for name in single if name in names], people, only_files)
+    return failed, names, usable
+
+
+def _leave_out_hidden(usable: Mapping[Path, dict[str, str]], poor: Sequence[PoorFace]) -> None:
+    """Prints the problems of faces; leaves out a face with sunglasses if there are good faces."""
+    flawed = {(face.folder, face.clip) for face in poor}
+    good = {
+        name for folder, named in usable.items() for clip, name in named.items()
+        if (folder, clip) not in flawed
+    }  # fmt: skip
+    for face in poor:
+        left_out = ""
+        if face.hidden and face.person in good:
+            del usable[face.folder][face.clip]
+            left_out = f"; it is left out, because {show(face.person)} has better photos"
+        say(f"{face.problem}{left_out}", warning=True)
+
+
+def _enrol_photos(
+    gallery: Gallery,
+    enrolled: Mapping[str, "PhotoFace"],
+    usable: Mapping[Path, Mapping[str, str]],
+    names: Collection[str],
+) -> None:
+    """Enrols the usable faces, and removes the other faces of their photos from the gallery.
+
+    `enrolled` is clip -> face in the gallery. `usable` is folder of features -> clip -> person.
+    `names` are all people.
+    """
     labels, old = _choose_labels(gallery, names), dict[str, set[str]]()
-    for clip, photo in _list_faces(gallery).items():
+    for clip, photo in enrolled.items():
         if photo.person in labels:
             old.setdefault(photo.folder, set()).add(clip)
     for folder, named in usable.items():
         _enrol(gallery, folder, named, labels, old.get(folder.name, set()))
-    for name in sorted(names.difference(*(named.values() for named in usable.values()))):
+    found = {name for named in usable.values() for name in named.values()}
+    for name in sorted(
+        {*names} - found - {photo.person for photo in _list_faces(gallery).values()}
+    ):
         say(
             f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face",
             warning=True,
         )
-    return failed, names
 
 
-def _check_photo(folder_name: str, outcome: FileOutcome) -> tuple[set[str], dict[str, str]]:
-    """Prints problems of a photo; returns the people in it, and clip -> person for usable clips.
+def _check_photo(
+    folder_name: str, outcome: FileOutcome
+) -> tuple[set[str], dict[str, str], dict[str, str]]:
+    """Prints problems of a photo.
 
+    Returns the people in it, clip -> person for usable clips, and clip -> problem for poor clips.
     If the photo has no face tags, the only person is `folder_name`.
     """
-    film = outcome.film
-    names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
+    film = outcome.known
+    names, clips, poor = {folder_name}, dict[str, str](), dict[str, str]()
+    problems = [outcome.error]
     if film and film.tags:
-        names, problems = film.tags, [film.bad_tags]
-        problems += [f"there is no face at the tag of {show(tag)}" for tag in film.lost_tags]
+        names = film.tags
+        problems += [film.bad_tags, film.misfit and f"{film.misfit}: {MISFIT_REMEDY}"]
+        if not film.misfit:
+            problems += [f"there is no face at the tag of {show(tag)}" for tag in film.lost_tags]
         for track in film.tracks:
             if track.name:
                 clips[track.clip] = track.name
-                problem = features_folder.check_face(track)
-                problems += [f"{show(track.name)}: {problem}"] if problem else []
+                if problem := features_folder.check_face(track):
+                    poor[track.clip] = f"{show(track.name)}: {problem}"
     elif film:
         clip, problem = features_folder.check_photo(film)
-        clips, problems = {clip: folder_name} if clip else {}, [film.bad_tags, problem]
+        problems += [film.bad_tags, "" if clip else problem]
+        if clip:
+            clips, poor = {clip: folder_name}, {clip: problem} if problem else {}
     for problem in filter(None, problems):
         say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
-    return names, clips
+    return names, clips, poor
 
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
@@ -647,14 +795,16 @@ def _enrol(
         gallery.enrol(new)
 
 
-def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]]) -> None:
+def _warn_of_doubts(
+    gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]], people: Path
+) -> None:
     """Prints warnings of photos that may show another person or are enrolled for two people."""
     given = {
         str(PhotoFace(folder.name, track.clip, track.name or folder.name)):
-            (outcome.path, outcome.film)
+            (outcome.path, outcome.known)
         for folder, photos in outcomes.items()
-        for outcome in photos if outcome.film
-        for track in outcome.film.tracks
+        for outcome in photos if outcome.known
+        for track in outcome.known.tracks
     }  # fmt: skip
     person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
     owners: dict[str, set[str]] = {}  # the people of a file, by its sha256
@@ -664,19 +814,47 @@ def _warn_of_doubts(gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutco
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     single = {clip: person_of[clip] for clip in person_of.keys() - twins}
     doubtful = doubts.find_doubtful_photos(gallery, single)
-    for clip in sorted(given.keys() & (twins | doubtful.keys()) & person_of.keys()):
+    for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
         (path, film), name = given[clip], show(person_of[clip])
         if clip in twins:
             others = ", ".join(map(show, sorted(owners[film.sha256] - {person_of[clip]})))
             say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
         else:
-            like = doubtful[clip]
+            like = doubtful.photos[clip]
             seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
             wrong = "correct its tag" if film.tags else "move it"
             say(
                 f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
                 warning=True,
             )
+
+    def locate(clip: str) -> str:
+        path = given[clip][0] if clip in given else Path(clip)
+        return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
+
+    for name, all_sides in doubtful.mixed.items():
+        sides = [side for side in all_sides if not given.keys().isdisjoint(side.photos)]
+        if len(sides) < 2:
+            continue  # a user has named a clip of a film
+        number = "two" if len(sides) == 2 else f"{len(sides):,}"
+        texts = [
+            messages.list_some([*map(locate, side.photos)], 3)
+            + (f" (like {show(side.like)})" if side.like else "")
+            for side in sides[:3]
+        ]
+        more = " / ..." * (len(sides) > 3)
+        say(
+            f"the photos of {show(name)} show {number} people: {' / '.join(texts)}{more}\n"
+            f"move the photos that do not show {show(name)}",
+            warning=True,
+        )
+    for first, second in doubtful.alike:
+        names = " and ".join(show(person_of[clip]) for clip in (first, second))
+        say(
+            f"{locate(first)} and {locate(second)} are enrolled as {names}, but seem to show one "
+            "person: move the wrong photo",
+            warning=True,
+        )
 
 
 class PhotoFace(NamedTuple):
@@ -728,7 +906,9 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
             say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
         if folder.name not in places and not pipeline.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
-    if gone:  # the page and the tables contain names, and this call may fail before it writes them
+    if (
+        people
+    ):  # pages and tables have their names, and this call may fail before it writes new ones
         _remove_results(out)
 
 

@@ -1,0 +1,280 @@
+"""`vidjax who` and wrong photos of people, face tags that do not fit, and missing drives.
+
+The photo of `write_group` takes the place of a film, because a photo is read faster.
+"""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+
+from tests.helpers import films
+from tests.helpers.drawn_people import picture, tags, write_film, write_photo
+from vidjax.apps.gallery.gallery import Gallery
+
+pytestmark = pytest.mark.usefixtures("read_here")
+PAIR = ("Ada", 20, 40), ("Bob", 76, 40)  # names, and where the faces are: left, top
+SAME_SHAPE = tags(*PAIR).replace(b'"128"', b'"4000"').replace(b'"96"', b'"3000"')
+TURNED = "its tags fit only if the photo is turned or mirrored"
+LOST = "there is no face at the tag of Bob"
+
+
+def write_group(drawn):
+    path = drawn.folder / "group.png"
+    write_photo(path, ("Ada", 20, 20), ("Bob", 70, 40))
+    return path
+
+
+def read_people(drawn):
+    return Gallery(drawn.out / "gallery").identities
+
+
+# What happened to a photo after it was tagged -> the picture, the tags, a message, and the people.
+TAGGED = {
+    "nothing": (picture(PAIR), tags(*PAIR), "", "Ada Bob"),
+    "reduced": (picture(PAIR), SAME_SHAPE, "", "Ada Bob"),
+    "a face was not found": (picture(PAIR[:1]), tags(*PAIR), LOST, "Ada"),
+    "mirrored": (np.fliplr(picture(PAIR)), tags(*PAIR), TURNED, ""),
+    "upside down": (np.rot90(picture(PAIR), 2), tags(*PAIR), TURNED, ""),
+    "turned": (np.rot90(picture(PAIR)), tags(*PAIR), "another shape, 128 x 96, not 96 x 128", ""),
+    "cropped": (picture(PAIR)[:, 60:], tags(*PAIR), "another shape, 128 x 96, not 68 x 96", ""),
+    # Eve is now nearly where Ada was, and no face is at the place of Bob.
+    "replaced": (picture([("Eve", 24, 44)]), tags(*PAIR), "its tags fit its faces poorly", ""),
+}
+
+
+@pytest.mark.parametrize("change", TAGGED)
+def test_tags_that_do_not_fit_their_photo_enrol_nobody(drawn, change):
+    rgb, packet, words, names = TAGGED[change]
+    path = drawn.friends / "holiday.png"
+    path.parent.mkdir()
+    path.write_bytes(films.photo(np.ascontiguousarray(rgb), "png") + packet)
+    write_photo(drawn.friends / "Cy.png", ("Eve", 40, 40))
+
+    content, output = drawn.who(write_group(drawn), code=0 if names else 1)
+
+    assert content["people"] == dict.fromkeys(["Cy", *names.split()], 1), output
+    lines = [line for line in output.splitlines() if str(path) in line and "poor, with" not in line]
+    assert words in "".join(lines) and len(lines) == bool(words)
+
+
+def test_a_photo_whose_tags_cannot_be_read_any_more_keeps_its_people(drawn):
+    photo, sidecar = drawn.friends / "1.png", drawn.friends / "1.png.xmp"
+    write_photo(photo, *PAIR)
+    sidecar.write_bytes(tags(*PAIR))
+    drawn.who(write_group(drawn))
+    sidecar.write_bytes(b"")  # a placeholder for a file in a cloud
+    content, output = drawn.who(write_group(drawn), code=1)
+    assert content["people"] == {"Ada": 1, "Bob": 1} and "1.png.xmp" in output
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+# A drive that is not connected -> what it does to the folder of people.
+GONE = {
+    "all people are empty": lambda friends: empty(friends),
+    "all people are missing": lambda friends: shutil.rmtree(friends),
+    "all folders are empty": lambda friends: [empty(friends / name) for name in ("Ada", "Bob")],
+    "a person is empty": lambda friends: empty(friends / "Ada"),
+    "a person is missing": lambda friends: shutil.rmtree(friends / "Ada"),
+    "a photo is a placeholder": lambda friends: (friends / "Ada/1.png").write_bytes(b""),
+    "a photo is in a cloud": lambda friends: os.rename(
+        friends / "Ada/1.png", friends / "Ada/.1.png.icloud"
+    ),
+}
+
+
+@pytest.mark.parametrize("way", GONE)
+def test_a_drive_that_is_not_connected_forgets_nobody(drawn, way):
+    group = write_group(drawn)
+    drawn.befriend("Ada", "Bob")
+    drawn.who(group)
+    page = (drawn.out / "names.html").read_text()
+    shutil.copytree(drawn.friends, drawn.folder / "drive")
+
+    GONE[way](drawn.friends)
+    for _ in range(2):
+        content, output = drawn.who(group, code=1)
+        assert content["people"] == read_people(drawn) == {"Ada": 1, "Bob": 1}
+        assert "is the drive connected?" in output or "earlier call are kept" in output
+        assert "forgotten" not in output and content["failed"]
+        assert {*drawn.names().values()} == {"Ada", "Bob"}
+        assert (drawn.out / "names.html").read_text() == page
+
+    shutil.rmtree(drawn.friends, ignore_errors=True)
+    shutil.copytree(drawn.folder / "drive", drawn.friends)
+    assert drawn.who(group).content["people"] == {"Ada": 1, "Bob": 1}
+
+
+@pytest.mark.parametrize("linked", ["Ada", "Ada/1.png", "Ada.png"])
+def test_links_to_a_drive_that_is_not_connected_forget_nobody(drawn, linked):
+    group, drive = write_group(drawn), drawn.folder / "drive"
+    write_photo(drawn.friends / linked.partition("1")[0] / "1.png", ("Ada", 40, 40))
+    if linked == "Ada.png":
+        shutil.rmtree(drawn.friends / linked)
+        write_photo(drawn.friends / linked, ("Ada", 40, 40))
+    drawn.befriend("Bob")
+    write_photo(drawn.friends / "Eve.png", ("Eve", 40, 40))
+    drive.mkdir()
+    (drive / "x.png").symlink_to((drawn.friends / linked).rename(drive / "real"))
+    (drawn.friends / linked).symlink_to(drive / "x.png")
+    drawn.who(group)
+    shutil.rmtree(drive)
+    assert drawn.who(group, code=1).content["people"] == {"Ada": 1, "Bob": 1, "Eve": 1}
+
+
+def test_results_stay_if_a_call_fails_while_the_people_are_missing(drawn):
+    group = write_group(drawn)
+    drawn.befriend("Ada")
+    drawn.who(group)
+    before = {path: path.read_bytes() for path in drawn.out.glob("names.*")}
+    empty(drawn.friends)
+    drawn.who(group, flags=["--threshold=2"], code=2)
+    assert before == {path: path.read_bytes() for path in drawn.out.glob("names.*")}
+    shutil.rmtree(drawn.friends)
+    assert "is not a folder" in drawn.who(group, flags=["--forget-missing"], code=2).output
+    assert read_people(drawn) == {"Ada": 1}
+
+
+def test_a_person_is_forgotten_only_by_an_act(drawn):
+    """Acts are: a deleted photo in a folder that has others, `gallery remove`, and a flag."""
+    group, friends = write_group(drawn), drawn.friends
+    drawn.befriend("Ada", "Bob", "Eve")
+    write_photo(friends / "Bob" / "2.png", ("Bob", 42, 40))
+    for name in ("Cy", "Dan"):
+        write_photo(friends / f"{name}.png", ("Eve", 44, 40))
+    drawn.who(group)
+
+    (friends / "Bob" / "2.png").unlink()
+    (friends / "Cy.png").unlink()
+    content, output = drawn.who(group)
+    assert content["people"] == {"Ada": 1, "Bob": 1, "Eve": 1, "Dan": 1}
+    assert "Cy no longer has photos and is forgotten" in output
+
+    for name in ("Ada", "Bob"):
+        shutil.rmtree(friends / name)
+    drawn.gallery("remove", "--identity=Ada")
+    content, output = drawn.who(group, code=1)
+    assert content["people"] == {"Bob": 1, "Eve": 1, "Dan": 1} and "photos of Bob are" in output
+    assert not (drawn.out / "people" / "Ada").exists()
+    content, output = drawn.who(group, flags=["--forget-missing"])
+    assert content["people"] == {"Eve": 1, "Dan": 1}
+    assert b"Bob" not in (drawn.out / "names.html").read_bytes()
+
+
+def test_renamed_photos_and_folders_keep_their_people(drawn):
+    group, friends = write_group(drawn), drawn.friends
+    drawn.befriend("Ada", "Bob", "Eve")
+    drawn.who(group)
+
+    (friends / "Ada" / "1.png").rename(friends / "Ada" / "Ada at the sea.png")
+    (friends / "Bob").rename(friends / "Robert")
+    assert drawn.who(group).content["people"] == {"Ada": 1, "Robert": 1, "Eve": 1}
+
+    for name in ("Ada", "Robert", "Eve"):  # no folder has the name of an earlier person
+        (friends / name).rename(friends / f"{name} L")
+    people = drawn.who(group).content["people"]
+    assert people == {"Ada L": 1, "Robert L": 1, "Eve L": 1}
+
+
+def test_a_copy_of_a_group_photo_does_not_make_a_missing_person_a_renamed_one(drawn):
+    group, friends = write_group(drawn), drawn.friends
+    for name in ("Ada", "Bob"):
+        write_photo(friends / name / "both.png", *PAIR, tagged=PAIR)
+    write_photo(friends / "Ada" / "1.png", ("Ada", 40, 40))
+    drawn.who(group)
+    shutil.rmtree(friends / "Ada")
+    assert drawn.who(group, code=1).content["people"] == {"Ada": 3, "Bob": 2}
+
+
+def test_prune_keeps_the_results_of_films_whose_folder_is_missing(drawn):
+    """A film that is missing from a folder with other files was deleted."""
+    drive, film = drawn.folder / "drive", drawn.folder / "here.mkv"
+    for path in (drive / "a.mkv", drive / "b.mkv", film):
+        path.parent.mkdir(exist_ok=True)
+        write_film(path, (1, 20, [("Ada", 20 + len(path.stem), 30)]))
+    drawn.who(drive, film, people=False)
+
+    def list_films():
+        return {row["video"] for row in drawn.rows()}
+
+    (drive / "a.mkv").unlink()
+    drawn.who(film, people=False, flags=["--prune"])
+    assert list_films() == {"b.mkv", "here.mkv"}
+    for change in (empty, shutil.rmtree):
+        change(drive)
+        content, output = drawn.who(film, people=False, flags=["--prune"], code=1)
+        assert list_films() == {"b.mkv", "here.mkv"} and content["failed"] == [f"{drive}/b.mkv"]
+        assert "is the drive connected?" in output and "add --prune" not in output
+    drawn.who(film, people=False, flags=["--prune", "--forget-missing"])
+    assert list_films() == {"here.mkv"}
+
+
+def test_a_film_that_becomes_unreadable_keeps_its_results(drawn):
+    film = drawn.folder / "film.mkv"
+    write_film(film, (1, 20, [("Ada", 20, 30)]))
+    drawn.who(film, people=False)
+    film.write_bytes(b"")
+    _, output = drawn.who(film, people=False, code=1)
+    assert "film.mkv" in output and [row["video"] for row in drawn.rows()] == ["film.mkv"]
+
+
+# Folder -> the people whom its photos show; and the message, or "".
+WRONG = {
+    "two people in a folder": (
+        {"Ada": "Ada Eve"}, "the photos of Ada show two people: Ada/1.png / Ada/2.png"
+    ),
+    # Are photos 2 and 3 of Ada wrong, or is her photo 1 wrong, and the photo of Bob?
+    "one right, two wrong": (
+        {"Ada": "Ada Bob Bob", "Bob": "Bob"},
+        "the photos of Ada show two people: Ada/2.png, Ada/3.png (like Bob) / Ada/1.png",
+    ),
+    "two wrong of nobody": (
+        {"Ada": "Ada Eve Eve", "Bob": "Bob"},
+        "the photos of Ada show two people: Ada/2.png, Ada/3.png / Ada/1.png",
+    ),
+    "one photo each": (
+        {"Ada": "Ada", "Bob": "- Ada"}, "Ada/1.png and Bob/2.png are enrolled as Ada and Bob, but"
+    ),
+    "clear": (
+        {"Ada": "Ada Ada Ada Bob", "Bob": "Bob Bob Bob"},
+        "Ada/4.png is enrolled as Ada, but looks like Bob",
+    ),
+    "nothing": ({"Ada": "Ada Ada", "Bob": "Bob Bob"}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_photos_of_two_people_blame_nobody_if_it_is_not_clear_who_is_wrong(drawn, case):
+    shown, words = WRONG[case]
+    for folder, people in shown.items():
+        for number, person in enumerate(people.split(), 1):
+            if person != "-":
+                path = drawn.friends / folder / f"{number}.png"
+                write_photo(path, (person, 36 + 2 * number, 40))
+    _, output = drawn.who(write_group(drawn))
+    begins = ("the photos of", f"{drawn.friends}/", "Ada/", "Bob/")
+    lines = [x for x in output.splitlines() if x.startswith(begins) and "poor, with" not in x]
+    assert words in "".join(lines) and len(lines) == bool(words)
+
+
+def test_a_photo_with_sunglasses_is_left_out_if_there_are_others(drawn):
+    """Sunglasses are a dark bar over the eyes."""
+    write_photo(drawn.friends / "Ada" / "1.png", ("Ada", 40, 40))
+    for name in ("Ada", "Bob"):
+        rgb = picture([(name, 40, 40)])
+        rgb[42:48, 40:56] = rgb[42:48, 40:56] // 3
+        (drawn.friends / name).mkdir(exist_ok=True)
+        (drawn.friends / name / "2.png").write_bytes(films.photo(rgb, "png"))
+
+    content, output = drawn.who(write_group(drawn))
+    assert output.count("sunglasses or a shadow hide the eyes") == 2
+    assert content["people"] == {"Ada": 1, "Bob": 1}
+    assert "it is left out, because Ada has better photos" in output
+    assert {*Gallery(drawn.out / "gallery").clips} == {"people/Ada/1", "people/Bob/2"}
