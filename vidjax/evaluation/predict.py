@@ -29,7 +29,13 @@ from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib, topk
 from vidjax.evaluation.device_topk import start_top_k
-from vidjax.evaluation.restore import check_widths, find_run, load_weights, select_sets
+from vidjax.evaluation.restore import (
+    check_widths,
+    find_run,
+    load_weights,
+    select_sets,
+    warn_of_missing_modalities,
+)
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, iterate_block_groups
 from vidjax.models.system import System, make_system
 from vidjax.runs import config_io
@@ -73,7 +79,7 @@ class Predictor(NamedTuple):
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      results: content of `metrics.json` in `workdir`, or {} if it is of another step.
+      results: the results of the checkpoint, as in `metrics.json`, or {} if it was not evaluated.
       identities: names of the C identities, in the order of the scores.
       modalities: name -> feature width.
       params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
@@ -121,8 +127,9 @@ class Predictor(NamedTuple):
     def _explain_no_threshold(self) -> str:
         """Returns why `threshold` is None, or "" if it is known or no stranger was evaluated."""
         if not self.results:
-            workdir = shlex.quote(str(self.workdir))
-            return f"evaluate the checkpoint first, vidjax evaluate --workdir={workdir}"
+            words = f"vidjax evaluate --workdir={shlex.quote(str(self.workdir))}"
+            words += " --config.eval.checkpoint=best" * (self.config.eval.checkpoint == "best")
+            return f"evaluate the checkpoint first, {words}"
         count = self.results.get("num_distractors") or 0
         if count and metrics.count_allowed(count, 0.01) < 0:
             return f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"
@@ -176,7 +183,7 @@ class Predictor(NamedTuple):
                 f"'{self.workdir}': the threshold is unknown: {reason}\n"
                 "give a threshold, or float('-inf') for none"
             )
-        request = self.request(clips, split)
+        request = self._checked_request(clips, split)
         limit = self.threshold if threshold is None else threshold
         best_of: dict[int, list[tuple[str, float]]] = {}
         for block in self._score_blocks(request):
@@ -197,7 +204,7 @@ class Predictor(NamedTuple):
         The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
         """
-        request = self.request(clips, split)
+        request = self._checked_request(clips, split)
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
         for block_scores, clip_index, mask in self._score_blocks(request):
             rows = np.asarray(mask)
@@ -213,7 +220,7 @@ class Predictor(NamedTuple):
         `Predictor`. `advance` is called with the number of rows of each finished block, including
         padding.
         """
-        request = self.request(clips, split)
+        request = self._checked_request(clips, split)
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
         running = start_top_k(len(self.identities), k, rows=rows, mesh=self.mesh)
@@ -240,7 +247,7 @@ class Predictor(NamedTuple):
 
         For `clips` and `split`, see `Predictor`. For `advance`, see `rank`.
         """
-        request = self.request(clips, split)
+        request = self._checked_request(clips, split)
         model, size = self.model_of(request.data), request.block_size
         vectors: np.ndarray | None = None
         for (blocks,) in iterate_block_groups([model], request.split, size, self.mesh):
@@ -286,6 +293,12 @@ class Predictor(NamedTuple):
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)
+
+    def _checked_request(self, clips: FrameClips, split: str | None) -> Request:
+        """Returns a request. Warns if hardly any of its clips has a certain modality of the run."""
+        request = self.request(clips, split)
+        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
+        return request
 
     def model_of(self, data: ClipSource) -> TrainedModel:
         """Returns the model of the run, with its weights, together with the clips to evaluate."""
@@ -367,10 +380,18 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json`, or {} if it is damaged or of another step."""
-    try:
-        results = folder.metrics()
-    except ValueError as error:
-        warn(f"{error}\nthe score threshold of the run is unknown: pass `threshold`")
-        return {}
-    return results if results.get("step") == step else {}
+    """Returns the results of the checkpoint of a step, or {} if it was not evaluated.
+
+    Training writes its results to `metrics.json`. The results of another checkpoint are in
+    `metrics_<split>.json`. Scores with other settings have another threshold, so they do not count.
+    """
+    for apart in (False, True):
+        try:
+            results = folder.metrics(folder.paths(apart=apart))
+        except ValueError as error:
+            warn(f"{error}\nthe score threshold of the run is unknown: pass `threshold`")
+            return {}
+        overrides = results.get("overrides") or {}
+        if results.get("step") == step and overrides.keys() <= {"eval.checkpoint"}:
+            return results
+    return {}

@@ -111,9 +111,10 @@ class RunFolder:
 def make_paths_absolute(config: Config) -> Config:
     """Returns a copy of a configuration with absolute paths in the fields of `config.data`."""
     config = copy.deepcopy(config)
-    for field in ("dir", "cache_dir", "weights"):
-        if config.data[field]:
-            config.data[field] = str(files.absolute(config.data[field]))
+    for field in config_lib.PATHS:
+        name = field.removeprefix("data.")
+        if config.data[name]:
+            config.data[name] = str(files.absolute(config.data[name]))
     return config
 
 
@@ -157,7 +158,7 @@ def describe_changes(old: Config, new: Config) -> str:
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:
         changed.pop("num_epochs", None)
-    refused = {name: pair for name, pair in changed.items() if name not in config_lib.MOVABLE}
+    refused = {name: pair for name, pair in changed.items() if name not in config_lib.MAY_CHANGE}
     return ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in refused.items())[:300]
 
 

@@ -232,11 +232,12 @@ def train_run(
     `training.loop.train`.
     """
     from vidjax.evaluation import analysis, restore
-    from vidjax.training import loop as training
+    from vidjax.training import loop as training, plan
 
     config_lib.check(config)
     results = training.read_finished_metrics(folder, config)
     if results is None:
+        plan.dry_run(config, data)
         set_up_devices(config)
     data = load_data(config) if data is None else data
     _check_same(config, data)
@@ -262,7 +263,7 @@ def _make_results(folder: RunFolder, config: Config, metrics: Mapping[str, Any])
 
 def _check_same(config: Config, data: "TrainingData") -> None:
     """Raises UserError if the processes of a run have different configurations or data."""
-    fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.MOVABLE}
+    fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.PATHS}
     distributed.check_same({"configuration": fields, "data": data.report["data"]["digest"]})
 
 

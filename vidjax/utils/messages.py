@@ -294,9 +294,10 @@ def describe_error(error: Exception) -> str:
         reason = (str(error) or "a request failed").splitlines()[0][:200]
         return (
             f"no memory is left: {reason}\n"
-            "to train: --config.batch_size=32, --config.data.max_frames=32, or clips from disk by "
-            "--config.data.mode=streaming\n"
-            "to evaluate: --config.eval.block_size=64; for other commands, use fewer clips"
+            "a run, also a resumed run, needs less with --config.data.mode=streaming and, to "
+            "evaluate, --config.eval.block_size=64\n"
+            "a new run, in another --workdir, may also use --config.batch_size=32 and "
+            "--config.data.max_frames=32; for other commands, use fewer clips"
         )
     return describe_system_error(error) or str(error)
 
