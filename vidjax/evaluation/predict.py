@@ -183,7 +183,7 @@ class Predictor(NamedTuple):
                 f"'{self.workdir}': the threshold is unknown: {reason}\n"
                 "give a threshold, or float('-inf') for none"
             )
-        request = self._checked_request(clips, split)
+        request = self.request(clips, split)
         limit = self.threshold if threshold is None else threshold
         best_of: dict[int, list[tuple[str, float]]] = {}
         for block in self._score_blocks(request):
@@ -204,7 +204,7 @@ class Predictor(NamedTuple):
         The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
         """
-        request = self._checked_request(clips, split)
+        request = self.request(clips, split)
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
         for block_scores, clip_index, mask in self._score_blocks(request):
             rows = np.asarray(mask)
@@ -220,7 +220,7 @@ class Predictor(NamedTuple):
         `Predictor`. `advance` is called with the number of rows of each finished block, including
         padding.
         """
-        request = self._checked_request(clips, split)
+        request = self.request(clips, split)
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
         rows = min(WINDOW_ROWS, len(request.clip_index))
         running = start_top_k(len(self.identities), k, rows=rows, mesh=self.mesh)
@@ -247,8 +247,9 @@ class Predictor(NamedTuple):
 
         For `clips` and `split`, see `Predictor`. For `advance`, see `rank`.
         """
-        request = self._checked_request(clips, split)
+        request = self.request(clips, split)
         model, size = self.model_of(request.data), request.block_size
+        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
         vectors: np.ndarray | None = None
         for (blocks,) in iterate_block_groups([model], request.split, size, self.mesh):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
@@ -294,12 +295,6 @@ class Predictor(NamedTuple):
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)
 
-    def _checked_request(self, clips: FrameClips, split: str | None) -> Request:
-        """Returns a request. Warns if hardly any of its clips has a certain modality of the run."""
-        request = self.request(clips, split)
-        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
-        return request
-
     def model_of(self, data: ClipSource) -> TrainedModel:
         """Returns the model of the run, with its weights, together with the clips to evaluate."""
         weights = (self.params, self.model_state)
@@ -314,7 +309,9 @@ class Predictor(NamedTuple):
     def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
         """Yields scores [B, C], clip indices [B] and a mask [B], False for rows of padding."""
         model, size = self.model_for(request), request.block_size
-        scorer = ModelScorer(model, request.data.split(request.split).clips, self.mesh)
+        split = request.data.split(request.split)
+        warn_of_missing_modalities(split, self.modalities)
+        scorer = ModelScorer(model, split.clips, self.mesh)
         if not scorer.use.any():
             raise UserError(
                 f"'{self.workdir}': all members were trained on all of these clips, so none of "

@@ -32,7 +32,7 @@ from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, describe_chang
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
 
-RARE = 0.05  # a modality is rare if at most this share of the clips has it
+RARE = 0.1  # a modality is rare if at most this share of the clips has it
 FEWEST_GAPS = 3  # of clips times rare modalities; fewer may be chance
 T = TypeVar("T")
 DataDigests = Mapping[str, Any]  # see the module docstring
@@ -177,11 +177,8 @@ def warn_of_missing_modalities(split: Split, modalities: Iterable[str]) -> None:
     shares = present.mean(axis=1) if present.size else np.ones(len(present))
     rare = {name: x for name, x in zip(modalities, shares, strict=True) if x <= RARE}
     if len(rare) * present.shape[1] >= FEWEST_GAPS:
-        counts = ", ".join(f"{share:.0%} have {name}" for name, share in rare.items())
-        warn(
-            f"of {present.shape[1]:,} clips, {counts}, but the run was trained with it, so scores "
-            "may be poor"
-        )
+        counts = ", ".join(f"{100 * share:.0f} % have {name}" for name, share in rare.items())
+        warn(f"the run uses {', '.join(rare)}, but of {present.shape[1]:,} clips, {counts}")
 
 
 def load_weights(

@@ -150,8 +150,8 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     CheckpointError if all are damaged, or if `prefer` is `best` and no checkpoint has a MAP.
     """
     paths, known = list_folders(workdir), manifests(workdir)
-    if prefer == "best":
-        warn_of_lost_best(workdir)
+    if prefer == "best" and paths:
+        warn_of_lost(workdir, prefer)
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
         raise CheckpointError(
             f"no checkpoint in '{workdir}' has a MAP, so there is no best one\n"
@@ -191,15 +191,18 @@ def explain_lost(workdir: Path) -> str:
     )
 
 
-def warn_of_lost_best(workdir: Path) -> None:
-    """Warns if the checkpoint with the highest MAP of the log is missing."""
-    lines = results.read_lines(workdir / results.METRICS_LOG)
-    scored = [(line["map"], line["step"]) for line in lines if line.get("map") is not None]
-    value, step = max(scored, default=(0.0, 0))
+def warn_of_lost(workdir: Path, prefer: str) -> None:
+    """Warns if the `latest` or `best` checkpoint (`prefer`), by the logs, is missing."""
+    step = results.find_last_saved(workdir) if prefer == "latest" else 0
+    if prefer == "best":
+        lines = results.read_lines(workdir / results.METRICS_LOG)
+        scored = ((line["map"], line["step"]) for line in lines if line.get("map") is not None)
+        step = max(scored, default=(0.0, 0))[1]
     if step and step not in list_folders(workdir):
         warn(
-            f"'{workdir}': the checkpoint of step {step} is missing, although it is the best, with "
-            f"MAP {value:.4f}\nthe best of the other checkpoints counts as the best"
+            f"'{workdir}': the {prefer} checkpoint, of step {step}, is missing\n"
+            f"without '{workdir / 'checkpoints' / str(step)}', another checkpoint counts as the "
+            f"{prefer}: if you have a copy, copy it back"
         )
 
 

@@ -122,18 +122,23 @@ def make_paths_absolute(config: Config) -> Config:
 def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes and locks the folder of a run, and yields its absolute path.
 
-    If the block raises an error, a new folder that is still empty is removed.
+    If the block raises an error, a new folder that is still empty is removed, with new folders
+    around it.
     """
-    refuse_folder_of_data(Path(path).expanduser())
+    folder = Path(path).expanduser().absolute()
+    refuse_folder_of_data(folder)
     first = distributed.is_first()
-    is_new = first and not Path(path).expanduser().exists()
+    new = [one for one in (folder, *folder.parents) if first and not one.exists()]
     workdir = files.make_folder(path)
     with files.lock(workdir) if first else contextlib.nullcontext():
         try:
             yield workdir
         except BaseException:
-            if is_new and [file.name for file in workdir.glob("*")] == [".lock"]:
+            if new and [file.name for file in workdir.glob("*")] == [".lock"]:
                 files.remove_ours(workdir, r"\.lock")
+                for parent in new[1:]:
+                    with contextlib.suppress(OSError):  # another process may use it
+                        parent.rmdir()
             raise
 
 

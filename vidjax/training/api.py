@@ -168,7 +168,7 @@ def train(
     Raises:
       UserError: the configuration does not fit the data or the run in the folder, or another
         process has locked the folder.
-      CheckpointError: the checkpoints of the run are damaged or belong to another model.
+      CheckpointError: the checkpoints of the run are damaged, missing, or of another model.
       Interrupted: SIGINT or SIGTERM arrived, and the state was saved. The same call resumes the
         run. A second SIGINT raises KeyboardInterrupt immediately.
     """

@@ -294,10 +294,9 @@ def describe_error(error: Exception) -> str:
         reason = (str(error) or "a request failed").splitlines()[0][:200]
         return (
             f"no memory is left: {reason}\n"
-            "a run, also a resumed run, needs less with --config.data.mode=streaming and, to "
-            "evaluate, --config.eval.block_size=64\n"
-            "a new run, in another --workdir, may also use --config.batch_size=32 and "
-            "--config.data.max_frames=32; for other commands, use fewer clips"
+            "to train, or to resume a run: --config.data.mode=streaming; in a new run (another "
+            "--workdir) also --config.batch_size=32 --config.data.max_frames=32\n"
+            "to evaluate: --config.eval.block_size=64; for other commands, use fewer clips"
         )
     return describe_system_error(error) or str(error)
 
