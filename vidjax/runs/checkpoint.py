@@ -187,7 +187,7 @@ def explain_lost(workdir: Path) -> str:
     return (
         f"'{workdir}' was trained to step {step}, but its checkpoints are missing\n"
         f"copy '{workdir / 'checkpoints'}' back, or train in another folder: --workdir=FOLDER\n"
-        "to begin anew here, first move metrics.json, metrics.jsonl and timing.jsonl elsewhere"
+        "to start again here, first move metrics.json, metrics.jsonl and timing.jsonl elsewhere"
     )
 
 

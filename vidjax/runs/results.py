@@ -239,7 +239,7 @@ def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
 
 
 def keep_earlier_logs(workdir: Path) -> None:
-    """Renames the logs of a run that begins anew, such as `metrics.jsonl` to `metrics.1.jsonl`."""
+    """Renames the logs of a run that starts again, such as `metrics.jsonl` to `metrics.1.jsonl`."""
     paths = [workdir / name for name in (METRICS_LOG, TIMING_LOG)]
     old = [path for path in paths if files.exists(path) and path.stat().st_size]
     for number in itertools.count(1) if old else ():
@@ -247,7 +247,8 @@ def keep_earlier_logs(workdir: Path) -> None:
         if not any(map(files.exists, kept)):
             for path, new in zip(old, kept, strict=True):
                 path.rename(new)
-            say(f"the run begins anew; earlier logs: {', '.join(path.name for path in kept)}")
+            names = ", ".join(path.name for path in kept)
+            say(f"no checkpoint: the run starts at step 0, and the earlier logs are kept: {names}")
             return
 
 
