@@ -414,6 +414,13 @@ def test_arrays_are_loaded_trained_evaluated_and_ranked(cache_dir, tmp_path):
     # A second call returns the results of the finished run.
     assert vidjax.train(config, folder, made, num_devices=1).map == results.map
 
+    # A mistake is found before a folder is made.
+    (tmp_path / "weights.txt").write_text("train_0.mp4 0\n")
+    config.data.weights, config.model.name = str(tmp_path / "weights.txt"), "nope"
+    new = tmp_path / "other runs" / "new"
+    refused("model.name='nope'.* knn", vidjax.train, config, new, made)
+    assert not new.parent.exists()
+
     tested = vidjax.evaluate(folder, made, split="train", num_devices=1)
     assert tested.to_dict() == json.loads(tested.paths.metrics.read_text())
     assert tested.map_kind == "in_sample"

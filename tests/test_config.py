@@ -13,6 +13,7 @@ from vidjax.cli.program import main
 from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.runs import config as config_lib, config_io
+from vidjax.runs.run_folder import describe_changes
 from vidjax.training import plan
 
 load = config_io.load_file
@@ -157,6 +158,48 @@ def test_values_of_two_other_fields_decide_whether_a_field_is_read():
     assert problems("loss.gamma=3", "loss.classification=binary") == []
     (problem,) = problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")
     assert problem.startswith("config.loss.focal=")  # `loss.gamma` is accepted
+
+
+# Fields that may change when a run resumes. `num_epochs` may grow.
+MAY_CHANGE = {
+    "data.dir", "data.weights", "data.cache_dir",  # paths
+    "deterministic", "eval.block_size", "eval.members", "eval.report", "eval.checkpoint",
+    "log_every_steps", "checkpoint_every_seconds", "eval.every_epochs",  # logs
+    "data.mode", "ensemble.mapping",  # rounding
+}  # fmt: skip
+
+
+def test_fields_that_change_results_are_refused_when_a_run_resumes():
+    other: dict[type, Any] = {int: 3, float: 0.5, str: "other", tuple: ("other",)}
+    for name, field in config_lib.FIELDS.items():
+        value = not field.default if isinstance(field.default, bool) else other.get(
+            type(field.default), "/other"
+        )  # fmt: skip
+        old, new = config_lib.default(), config_lib.default()
+        for config in (old, new):
+            config.num_epochs = 0.1
+        group, _, leaf = name.rpartition(".")
+        (new[group] if group else new)[leaf] = value
+        # A field that is not read has no effect, so it is not compared.
+        is_read = name in config_lib.differences(old, new)
+        may_change = name in MAY_CHANGE or name == "num_epochs" or not is_read
+        assert (describe_changes(old, new) == "") == may_change, name
+    page = (ROOT / "vidjax" / "runs" / "README.md").read_text()
+    listed = page.partition("may be larger. These")[2].partition("\n\n")[0]
+    assert {name for name in config_lib.FIELDS if f"`{name}`" in listed} == MAY_CHANGE
+
+
+def test_evaluation_refuses_exactly_the_fields_that_it_does_not_read(tmp_path, command):
+    (tmp_path / "config.json").write_text(config_io.to_json(load("mma")))
+    for word, is_refused in {
+        "optim.learning_rate=1": True, "seed=1": True, "data.mode=streaming": True,
+        "log_every_steps=1": True, "data.weights=x": True, "ensemble.mapping=map": True,
+        "fusion.face.train.max_frames=2": True, "num_epochs=2": True,
+        "eval.temperature=2": False, "eval.checkpoint=best": False, "eval.block_size=8": False,
+        "deterministic=true": False, "data.dir=x": False, "model.embed_dim=3": False,
+    }.items():  # fmt: skip
+        error = command("evaluate", f"--workdir={tmp_path}", f"--config.{word}").err
+        assert ("evaluate does not train" in error) == is_refused, word
 
 
 def test_tables_of_this_file_list_every_field_that_is_not_always_read():

@@ -1,5 +1,6 @@
 """`predict.restore`: a run scores clips in memory exactly as `vidjax evaluate` does."""
 
+import contextlib
 import functools
 import resource
 import shutil
@@ -13,7 +14,8 @@ from tests.helpers import clip_files, made_galleries, small_runs
 from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.data import sources
-from vidjax.evaluation import predict
+from vidjax.data.clips import Split
+from vidjax.evaluation import predict, restore
 from vidjax.runs import checkpoint, config as config_lib, config_io
 from vidjax.utils import files
 
@@ -129,6 +131,42 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
     ):  # fmt: skip
         with pytest.warns(UserWarning, match="names of training clips, but .* as new"):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
+
+
+ONLY_FACE = r"uses head, audio, but of \d+ clips, 0 % have head, 0 % have audio$"
+
+
+def test_clips_that_lack_a_modality_of_the_run_are_reported(restored, clips):
+    """The run uses face, head and audio. It is normal that a few clips have no audio."""
+    run = restored("mma")
+    some = {name: {**clip} for name, clip in [*clips["val"].items()][:20]}
+    only_face = {name: {"face": clip.get("face", np.ones((1, WIDTH), np.float32))}
+                 for name, clip in some.items()}  # fmt: skip
+    for method in (run.rank, run.scores, run.embed):
+        method(some)  # no warning, which would be an error
+        with pytest.warns(UserWarning, match=ONLY_FACE):
+            method(only_face)
+    with pytest.warns(UserWarning, match=ONLY_FACE):
+        run.identify(only_face, threshold=-1.0)
+    name, clip = next((name, clip) for name, clip in some.items() if "head" in clip)
+    run.rank({name: {key: frames for key, frames in clip.items() if key != "audio"}})
+
+
+@pytest.mark.parametrize(("counts", "wanted"), [
+    ({"face": 100, "audio": 100}, ""), ({"face": 100, "audio": 30}, ""),
+    ({"face": 100, "audio": 11}, ""), ({"face": 100, "audio": 10}, "10 % have audio"),
+    ({"face": 100, "head": 1, "audio": 0}, "1 % have head, 0 % have audio"),
+    # One clip, or two clips, may lack a modality by chance.
+    ({"face": 2, "audio": 0}, ""), ({"face": 3, "audio": 0}, "of 3 clips, 0 % have audio"),
+    ({"face": 0, "audio": 0}, ""),  # another message reports that no clip has a frame
+])  # fmt: skip
+def test_a_modality_is_missing_if_hardly_any_clip_has_it(counts, wanted):
+    num_clips = max(counts.values())
+    lengths = {name: 5 * (np.arange(num_clips) < count) for name, count in counts.items()}
+    split = Split("val", (), np.zeros(0), False, np.zeros(0), 0, lengths)
+    expected = pytest.warns(UserWarning, match=wanted) if wanted else contextlib.nullcontext()
+    with expected:
+        restore.warn_of_missing_modalities(split, counts)
 
 
 def test_arrays_are_scored_without_tensorflow(train, python):

@@ -409,6 +409,33 @@ def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_pa
         assert compared(runs=("a1+a2", group)).refused(words)
 
 
+def test_compare_marks_extended_runs_and_other_checkpoints(tmp_path, compared):
+    write_groups(tmp_path)
+    extended = {"extended": [[0, 5.0], [15, 8.0]]}
+    made_runs.write(tmp_path / "c1", averages(0), "--config.seed=1", results=extended)
+    best = {"overrides": {"eval.checkpoint": "best"}}
+    made_runs.write(tmp_path / "c2", averages(0), "--config.seed=2", results=best)
+
+    done = compared("--json", runs=("a1", "c1", "c2"))
+    facts = json.loads(done.out)
+    assert [row.get("extended") for row in facts["runs"]] == [None, extended["extended"], None]
+    marks = ("Extended:", "5, 8 from step 15", "c2 with eval.checkpoint=best")
+    page = Page((tmp_path / "out" / "comparison.html").read_text()).text()
+    for text in (facts["table"], page, (tmp_path / "out" / "comparison.tex").read_text()):
+        assert all(mark in text for mark in marks)
+
+    plain = compared(runs=("a1", "a2")).out  # as before
+    assert "Extended" not in plain and "settings" not in plain
+    # An extended run is no other seed of a run that was not extended.
+    assert compared(runs=("a1+a2", "b2+c1")).refused("the seed: num_epochs")
+    assert compared(runs=("a1+a2", "b1+c2")).refused("the seed: eval.checkpoint")
+    # How a run was logged and scored in blocks is no difference.
+    words = ("log_every_steps=3", "eval.block_size=8", "data.mode=streaming", "eval.report=False")
+    words = (f"--config.{word}" for word in ("seed=9", *words))
+    made_runs.write(tmp_path / "d", averages(0), *words)
+    assert compared(runs=("a1+a2", "b1+d")).code == 0
+
+
 def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
     """Blends have no seed. The weights of a split are in its results, not in the configuration."""
     write_groups(tmp_path)

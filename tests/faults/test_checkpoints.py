@@ -19,7 +19,9 @@ from tests.helpers.limits import file_limit, filled
 from tests.helpers.seen import contents
 from tests.helpers.small_runs import ROOT, RUN_FILES, Interrupting, assert_same_run, run
 from vidjax.core import devices
-from vidjax.runs import checkpoint, config_io, signals
+from vidjax.evaluation import predict
+from vidjax.runs import checkpoint, config as config_lib, config_io, signals
+from vidjax.training import loop
 from vidjax.utils import files, messages
 
 # After a failed save, threads of Orbax call an event loop that is already closed.
@@ -196,7 +198,204 @@ def test_finished_run_can_train_more_epochs_but_not_fewer(config, words, data, f
     assert config_io.load_workdir(finished).num_epochs == 6
     assert "num_epochs: 6.0 -> 5.0" in say(*words, f"--workdir={finished}", code=2)
     say(*words, *more, f"--workdir={finished}")
-    assert json.loads((finished / "metrics.json").read_text())["step"] == 18  # 6 epochs of 3 steps
+    assert read_metrics(finished)["step"] == 18  # 6 epochs of 3 steps
+
+
+def read_metrics(folder, name="metrics.json"):
+    return json.loads((folder / name).read_text())
+
+
+def test_extended_run_is_marked_if_and_only_if_it_was_extended(command, words, finished):
+    assert "extended" not in read_metrics(finished)
+    assert all("extended" not in manifest for manifest in checkpoint.manifests(finished).values())
+
+    words = (*words, f"--workdir={finished}", "--config.eval.report=True")
+    done = command(*words, "--config.num_epochs=6")  # the learning rate falls until the last epoch
+    assert "warning: config.num_epochs grows from 5 to 6" in done.err
+    assert "5, 6 from step 15" in done.out
+    command(*words, "--config.num_epochs=7")
+    wanted = [[0, 5.0], [15, 6.0], [18, 7.0]]
+    assert checkpoint.manifests(finished)[21]["extended"] == wanted
+    before = read_metrics(finished)
+    assert before["extended"] == wanted
+    assert "5, 6 from step 15, 7 from step 18" in (finished / "report.html").read_text()
+
+    done = command("evaluate", f"--workdir={finished}")  # keeps the mark
+    assert "5, 6 from step 15, 7 from step 18" in done.out
+    assert read_metrics(finished)["extended"] == wanted
+    done = command(*words, "--config.num_epochs=7")
+    assert "was finished before" in done.out and "warning" not in done.err
+
+
+@pytest.mark.parametrize(("manifest", "num_epochs", "wanted"), [
+    ({}, 5, []),
+    ({"step": 3, "config": {"num_epochs": 5}}, 5, []),
+    ({"step": 3, "config": {"num_epochs": 5}}, 6, [[0, 5], [3, 6]]),
+    ({"step": 9, "config": {"num_epochs": 6}, "extended": [[0, 5], [3, 6]]}, 6, [[0, 5], [3, 6]]),
+    # No step was trained with 6 epochs.
+    ({"step": 3, "config": {"num_epochs": 6}, "extended": [[0, 5], [3, 6]]}, 8, [[0, 5], [3, 8]]),
+])  # fmt: skip
+def test_epochs_of_a_run_are_listed_from_the_step_of_each_change(manifest, num_epochs, wanted):
+    assert loop.list_epochs(manifest, num_epochs) == wanted
+
+
+def test_extension_without_a_decay_gives_the_same_weights_and_no_warning(
+    command, words, data, tmp_path
+):
+    words = (
+        *words, "--config.optim.decay=constant", "--config.optim.warmup=0",
+        "--config.optim.warmup_scale=0", "--config.optim.total_decay=0",
+    )  # fmt: skip
+    for epochs in (1, 2):
+        done = command(*words, f"--workdir={tmp_path}/parts", f"--config.num_epochs={epochs}")
+        assert done.code == 0 and "warning" not in done.err
+    assert command(*words, f"--workdir={tmp_path}/whole", "--config.num_epochs=2").code == 0
+    small_runs.assert_equal_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_fields_that_a_memory_error_names_may_change_in_a_resumed_run(command, words, parts, whole):
+    remedies = messages.describe_error(MemoryError()).replace(";", "").split()
+    flags = [word for word in remedies if word.startswith("--config.")]
+    assert {"--config.data.mode=streaming", "--config.eval.block_size=64"} <= {*flags}
+    # The run streams, so that `resident` is the other mode.
+    changed = ["data.mode=resident", "eval.block_size=64", "log_every_steps=3", "eval.members=0"]
+    changed = [f"--config.{word}" for word in changed]
+
+    done = command(*words, *changed, f"--workdir={parts}")
+
+    assert done.code == 0, done.err
+    assert "config.data.mode changes from streaming to resident" in done.err
+    before, after = (read_metrics(folder) for folder in (whole, parts))
+    assert after["mode"] == "resident" and after["map"] == pytest.approx(before["map"], abs=0.02)
+    for name, x in small_runs.weights(parts).items():
+        np.testing.assert_allclose(x, small_runs.weights(whole)[name], rtol=1e-3, atol=1e-4)
+    named = {word.partition("=")[0].removeprefix("--config.") for word in flags}
+    new_run = {"batch_size", "data.max_frames"}  # the text says that these need a new run
+    assert named - {*config_lib.MAY_CHANGE} == new_run
+    assert "new run" in messages.describe_error(MemoryError())
+
+
+def test_scores_of_another_checkpoint_do_not_replace_the_results_of_training(
+    say, finished, official_dir
+):
+    names = ("metrics.json", "ranking.txt")
+    before = [(finished / name).read_bytes() for name in names]
+    step = checkpoint.find_best(checkpoint.manifests(finished))
+
+    say("evaluate", f"--workdir={finished}", "--config.eval.checkpoint=best")
+
+    best = read_metrics(finished, "metrics_val.json")
+    assert best["step"] == step and best["overrides"] == {"eval.checkpoint": "best"}
+    for prefer, wanted in (("latest", read_metrics(finished)), ("best", best)):
+        run = predict.restore(finished, step=prefer, num_devices=1)
+        assert run.results == wanted  # so it keeps its threshold
+    assert [(finished / name).read_bytes() for name in names] == before
+
+    # The same applies if config.json asks for the best, or the latest checkpoint is damaged.
+    text = (finished / "config.json").read_text()
+    asks = text.replace('"checkpoint": "latest"', '"checkpoint": "best"')
+    assert asks != text
+    (finished / "config.json").write_text(asks)
+    say("evaluate", f"--workdir={finished}")
+    flip(largest(finished, 15), random.Random(5))
+    with pytest.warns(UserWarning, match="checkpoint 15 is not used"):
+        say("evaluate", f"--workdir={finished}", "--config.eval.checkpoint=latest")
+    assert read_metrics(finished, "metrics_val.json")["overrides"] == {"eval.checkpoint": "step 12"}
+    assert predict.restore(finished, step="best", num_devices=1).results.get("step") in (None, 12)
+    assert [(finished / name).read_bytes() for name in names] == before
+
+
+def lose(folder):
+    shutil.rmtree(folder / "checkpoints")
+
+
+def lose_and_forget_evaluations(folder):
+    """Then only `timing.jsonl` shows that there was a checkpoint."""
+    lose(folder)
+    log = folder / "metrics.jsonl"
+    lines = [line for line in log.read_text().splitlines(True) if '"split"' not in line]
+    log.write_text("".join(lines))
+
+
+def empty(folder):
+    lose(folder)
+    (folder / "checkpoints").mkdir()
+
+
+def empty_steps(folder):
+    for step in checkpoint.manifests(folder):
+        for path in (folder / "checkpoints" / str(step)).iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("remove", [lose, lose_and_forget_evaluations, empty, empty_steps])
+def test_run_without_its_checkpoints_is_refused_and_keeps_its_logs(
+    command, config, data, words, parts, whole, tmp_path, remove
+):
+    remove(parts)
+    before = contents(parts)
+    for command_words in (words, (*words, "--config.seed=3"), ("evaluate",)):
+        done = command(*command_words, f"--workdir={parts}")
+        assert done.code == 3 and str(parts / "checkpoints") in done.err
+        assert "--workdir=FOLDER" in done.err and len(done.err.strip().splitlines()) <= 6
+        assert contents(parts) == before
+
+    for name in ("metrics.jsonl", "timing.jsonl"):  # the remedy
+        (parts / name).rename(tmp_path / name)
+    run(config, parts, data)
+    assert_same_run(parts, whole, RUN_FILES)
+
+
+def test_finished_run_without_checkpoints_keeps_its_results(command, words, finished):
+    lose(finished)
+    before = contents(finished)
+    assert "was finished before" in command(*words, f"--workdir={finished}").out
+    for name in ("timing.jsonl", "metrics.jsonl"):  # without logs, metrics.json is the evidence
+        done = command(*words, f"--workdir={finished}", "--config.num_epochs=6")
+        assert done.code == 3 and "metrics.json" in done.err
+        assert before.items() >= contents(finished).items()
+        (finished / name).unlink()
+
+
+class Failing(Interrupting):
+    """A dataset whose training batch number `batch` cannot be read."""
+
+    def train_batches(self, plan, **options):
+        for i, batch in enumerate(self._data.train_batches(plan, **options)):
+            if i == self._batch:
+                raise OSError("the disk is gone")
+            yield batch
+
+
+def test_run_that_failed_before_its_first_checkpoint_starts_again(
+    config, data, tmp_path, whole, capsys, monkeypatch
+):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    folder, logs = tmp_path / "run", []
+    for batch in (4, 4):  # twice, so that two earlier logs are kept
+        with pytest.raises(OSError, match="disk is gone"):
+            run(config, folder, Failing(data, batch, None))
+        logs.append((folder / "metrics.jsonl").read_bytes())
+    assert all(logs) and not checkpoint.manifests(folder)
+
+    run(config, folder, data)
+
+    assert "earlier logs are kept: metrics.2.jsonl" in capsys.readouterr().err
+    assert [(folder / f"metrics.{i}.jsonl").read_bytes() for i in (1, 2)] == logs
+    assert_same_run(folder, whole, RUN_FILES)
+
+
+def test_missing_best_or_latest_checkpoint_is_reported(command, words, finished, tmp_path):
+    logged = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
+    best = max((line["map"], line["step"]) for line in logged if "map" in line)[1]
+    for prefer, step, again in (
+        ("best", best, ("evaluate", "--config.eval.checkpoint=best")),
+        ("latest", 15, (*words, "--config.num_epochs=6")),
+    ):
+        folder = shutil.copytree(finished, tmp_path / prefer)
+        shutil.rmtree(folder / "checkpoints" / str(step))
+        with pytest.warns(UserWarning, match=f"the {prefer} checkpoint, of step {step}, is missin"):
+            assert command(*again, f"--workdir={folder}").code == 0
 
 
 def test_resuming_with_another_list_of_identities_is_refused(config, data, parts):

@@ -6,7 +6,6 @@ Libraries that take seconds to load are imported inside the functions, after the
 import argparse
 import contextlib
 import copy
-import re
 import signal
 import time
 from collections.abc import Mapping
@@ -23,13 +22,6 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
 
-# Fields and groups that only training reads.
-TRAINING_FIELDS = (
-    "batch_size", "checkpoint_every_seconds", "data.balance", "data.crop", "data.distractors",
-    "data.max_frames", "data.mode", "data.train_splits", "data.weights", "data.whole_epochs",
-    "ensemble", "eval.every_epochs", "log_every_steps", "loss", "mixup", "noise", "num_epochs",
-    "optim", "seed", "transforms",
-)  # fmt: skip
 # Fields that a blend of runs reads. For all other fields, each run keeps its values.
 JOINED_FIELDS = (
     "eval.split", "eval.block_size", "eval.members", "eval.report", "data.dir", "data.cache_dir",
@@ -72,19 +64,13 @@ def _make_default_name(args: argparse.Namespace, config: Config) -> str:
     config = copy.deepcopy(config)
     if config.data.dir:  # two datasets can get the same name; then the second command fails
         config.data.dir = Path(config.data.dir).expanduser().absolute().name
-    unnamed = {*config_lib.MOVABLE} - {"data.dir", "data.weights"}
-    return name + config_io.folder_suffix(config, args.overrides, unnamed)
+    return name + config_io.folder_suffix(config, args.overrides, config_lib.UNNAMED)
 
 
 def train(args: argparse.Namespace) -> Result:
     """Trains or resumes a run. If the run is already finished, prints its results again."""
     began = time.monotonic()
     config, path = read_train_settings(args)
-    from vidjax.training import plan
-
-    if not (path / CONFIG).exists():  # find mistakes before a folder is made or data are read
-        plan.dry_run(config)
-        api.set_up_devices(config)
     with lock_folder(path) as workdir:
         results, was_finished = api.train_run(
             config, RunFolder(workdir), command=args.line, began=began
@@ -117,8 +103,7 @@ def add_report_flags(parser: Parser) -> None:
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     """Returns the configuration and the folder of a run, or of the averaged runs `--runs`."""
     for name in config_io.override_names(args.overrides):
-        is_fusion_of_training = re.match(r"fusion\.[^.]+\.train\b", name)
-        if is_fusion_of_training or config_lib.is_in_groups(name, TRAINING_FIELDS):
+        if config_lib.is_of_training(name):
             raise UserError(
                 f"config.{name} has no effect, because evaluate does not train\n"
                 f"leave out --config.{name}"
@@ -236,6 +221,8 @@ def _make_rows(
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
+    if epochs := results_lib.describe_epochs(results):
+        rows["epochs"] = epochs
     if "best_map" in results and split == folder.config.eval.split:
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
     if data := results_lib.describe_data(results):

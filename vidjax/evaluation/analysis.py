@@ -31,11 +31,6 @@ from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
 from vidjax.utils.errors import warn
 
-# Fields that do not change the scores of a clip, except for rounding.
-_FREE = (
-    *config_lib.MOVABLE, "deterministic", "eval.block_size", "eval.members", "eval.split",
-)  # fmt: skip
-
 
 def analyse(
     models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh
@@ -222,8 +217,9 @@ def evaluate(
 
     The split is `config.eval.split`. `data` may be other clips than the training data, with or
     without a ground truth. If `config` changes the split or the scores of the run, the results are
-    written to separate files such as `metrics_<split>.json`. If `report` is True, the analysis and
-    the report are written, too. `num_devices` does not change the scores. None means all devices.
+    written to separate files such as `metrics_<split>.json`. The same applies to a checkpoint other
+    than the checkpoint that training has evaluated. If `report` is True, the analysis and the
+    report are written, too. `num_devices` does not change the scores. None means all devices.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -231,12 +227,12 @@ def evaluate(
     evaluation = score(
         models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
     )
-    differences = config_lib.differences(folder.config, config)
-    changed = {name: value for name, (_, value) in differences.items() if name not in _FREE}
+    changed = find_overrides(config, run)
     trained = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
     values = {
         **trained,
         **evaluation.results,
+        **({"extended": run.manifest["extended"]} if run.manifest.get("extended") else {}),
         "data": data.report["data"],
         "step": run.manifest["step"],
         "eval_seconds": time.monotonic() - began,
@@ -245,3 +241,19 @@ def evaluate(
     }
     write_results(folder, models, evaluation, values, mesh, report=report)
     return values
+
+
+def find_overrides(config: Config, run: FoundRun) -> dict[str, Any]:
+    """Returns field -> value of the settings with which `config` scores otherwise than training.
+
+    Training evaluates the latest checkpoint. If a finished run has lost this checkpoint, an earlier
+    checkpoint is scored, and the value of `eval.checkpoint` is the step.
+    """
+    own, trained, step = run.folder.config, run.folder.metrics(), run.manifest["step"]
+    own.eval.split = config.eval.split  # another split has other files anyway
+    own.eval.checkpoint = "latest"
+    differences = config_lib.differences(own, config)
+    changed = {n: value for n, (_, value) in differences.items() if config_lib.changes_scores(n)}
+    if trained.get("finished") and trained.get("step") != step:
+        changed.setdefault("eval.checkpoint", f"step {step}")
+    return changed

@@ -24,8 +24,6 @@ from vidjax.runs.run_folder import CONFIG, RunFolder
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 
-# Fields in which runs may differ although they count as the same system with other seeds.
-OF_SEEDS = {"seed", "join.runs", "eval.report", *config_lib.MOVABLE}
 MAX_MISMATCH = 1e-9  # largest difference between the MAP of metrics.json and analysis.npz
 MAX_IDENTITIES = 20  # most identities in a table of the page
 # A sentence reports the smallest difference in MAP that can be significant if there are fewer
@@ -81,6 +79,7 @@ class Comparison(NamedTuple):
         people = messages.count(len(first.identities), "identity")
         title = f"{people}{others}, {clips}; compared with {first.name}"
         lines += describe_limit(self.runs, self.differences) + describe_in_sample(self.runs)
+        lines += describe_extended(self.runs)
         return "\n".join([title, *(f"  {line}" for line in lines)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +89,8 @@ class Comparison(NamedTuple):
         for run, gap in zip(self.runs, [None, *self.differences], strict=True):
             map_kind = run.metrics["map_kind"]
             row = {"run": run.name, "map": float(run.ap.mean()), "map_kind": map_kind}
+            if run.metrics.get("extended"):
+                row["extended"] = run.metrics["extended"]
             if run.seeds:
                 row["seeds"] = [{"run": name, "map": value} for name, value in run.seeds]
             if gap:
@@ -168,7 +169,7 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
     names = [run.name for run in runs]
     for name, own in zip(names[1:], fields[1:], strict=True):
         others = {key for key in first.keys() | own.keys() if first.get(key) != own.get(key)}
-        if others := sorted(others - OF_SEEDS):
+        if others := sorted(name for name in others if not _is_of_seeds(name)):
             raise UserError(
                 f"--runs: '{names[0]}' and '{name}' differ in more than the seed: "
                 f"{', '.join(others[:3])}\ncompare them as separate runs: {names[0]},{name}"
@@ -177,6 +178,13 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
         raise UserError(
             f"--runs={'+'.join(names)}: two of these runs have the same seed\nname only one of them"
         )
+
+
+def _is_of_seeds(name: str) -> bool:
+    """Returns True for a field in which runs of a system may differ, such as the seed."""
+    field = config_lib.FIELDS.get(name)
+    may_change = field and field.may_change and not config_lib.changes_scores(name)
+    return bool(may_change) or name in ("seed", "join.runs")
 
 
 def read(name: str, split: str | None = None) -> RankedRun:
@@ -353,9 +361,13 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def list_fields(run: RankedRun) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    A blend has only the fields of `config.join`. Each of its runs has its own other fields.
+    A blend has only the fields of `config.join`. Each of its runs has its own other fields. The
+    results are of the latest checkpoint, unless the evaluation has chosen another.
     """
-    values = dict(config_lib.fields(run.config)) | (run.metrics.get("overrides") or {})
+    values = dict(config_lib.fields(run.config)) | {"eval.checkpoint": "latest"}
+    values |= run.metrics.get("overrides") or {}
+    if epochs := results_lib.describe_epochs(run.metrics):
+        values["num_epochs"] = epochs
     if values["join.runs"]:
         # The weights in `config.json` are of the last evaluation, maybe of another split.
         weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
@@ -396,7 +408,18 @@ def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> l
         text.append(f"Out of fold: {score} every clip by members that were not trained on it.")
     elif not known:
         text.append("No run was trained on these clips.")
-    return text + known
+    return text + known + describe_extended(runs)
+
+
+def describe_extended(runs: Sequence[RankedRun]) -> list[str]:
+    """Returns a sentence for each run that was extended to more epochs, or scored otherwise."""
+    texts = []
+    for run in runs:
+        if epochs := results_lib.describe_epochs(run.metrics):
+            texts.append(f"Extended: the number of epochs of {run.name} is {epochs}.")
+        if settings := results_lib.describe_overrides(run.metrics):
+            texts.append(f"Scored with other settings: {run.name} with {settings}.")
+    return texts
 
 
 def describe_limit(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> list[str]:

@@ -29,7 +29,13 @@ from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib, topk
 from vidjax.evaluation.device_topk import start_top_k
-from vidjax.evaluation.restore import check_widths, find_run, load_weights, select_sets
+from vidjax.evaluation.restore import (
+    check_widths,
+    find_run,
+    load_weights,
+    select_sets,
+    warn_of_missing_modalities,
+)
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, iterate_block_groups
 from vidjax.models.system import System, make_system
 from vidjax.runs import config_io
@@ -73,7 +79,7 @@ class Predictor(NamedTuple):
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      results: content of `metrics.json` in `workdir`, or {} if it is of another step.
+      results: the results of the checkpoint, as in `metrics.json`, or {} if it was not evaluated.
       identities: names of the C identities, in the order of the scores.
       modalities: name -> feature width.
       params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
@@ -121,8 +127,9 @@ class Predictor(NamedTuple):
     def _explain_no_threshold(self) -> str:
         """Returns why `threshold` is None, or "" if it is known or no stranger was evaluated."""
         if not self.results:
-            workdir = shlex.quote(str(self.workdir))
-            return f"evaluate the checkpoint first, vidjax evaluate --workdir={workdir}"
+            words = f"vidjax evaluate --workdir={shlex.quote(str(self.workdir))}"
+            words += " --config.eval.checkpoint=best" * (self.config.eval.checkpoint == "best")
+            return f"evaluate the checkpoint first, {words}"
         count = self.results.get("num_distractors") or 0
         if count and metrics.count_allowed(count, 0.01) < 0:
             return f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"
@@ -242,6 +249,7 @@ class Predictor(NamedTuple):
         """
         request = self.request(clips, split)
         model, size = self.model_of(request.data), request.block_size
+        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
         vectors: np.ndarray | None = None
         for (blocks,) in iterate_block_groups([model], request.split, size, self.mesh):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
@@ -301,7 +309,9 @@ class Predictor(NamedTuple):
     def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
         """Yields scores [B, C], clip indices [B] and a mask [B], False for rows of padding."""
         model, size = self.model_for(request), request.block_size
-        scorer = ModelScorer(model, request.data.split(request.split).clips, self.mesh)
+        split = request.data.split(request.split)
+        warn_of_missing_modalities(split, self.modalities)
+        scorer = ModelScorer(model, split.clips, self.mesh)
         if not scorer.use.any():
             raise UserError(
                 f"'{self.workdir}': all members were trained on all of these clips, so none of "
@@ -367,10 +377,18 @@ def restore(
 
 
 def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
-    """Returns the content of `metrics.json`, or {} if it is damaged or of another step."""
-    try:
-        results = folder.metrics()
-    except ValueError as error:
-        warn(f"{error}\nthe score threshold of the run is unknown: pass `threshold`")
-        return {}
-    return results if results.get("step") == step else {}
+    """Returns the results of the checkpoint of a step, or {} if it was not evaluated.
+
+    Training writes its results to `metrics.json`. The results of another checkpoint are in
+    `metrics_<split>.json`. Scores with other settings have another threshold, so they do not count.
+    """
+    for apart in (False, True):
+        try:
+            results = folder.metrics(folder.paths(apart=apart))
+        except ValueError as error:
+            warn(f"{error}\nthe score threshold of the run is unknown: pass `threshold`")
+            return {}
+        overrides = results.get("overrides") or {}
+        if results.get("step") == step and overrides.keys() <= {"eval.checkpoint"}:
+            return results
+    return {}

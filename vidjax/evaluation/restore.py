@@ -13,7 +13,7 @@ Functions raise CheckpointError if a file is missing, damaged or of another run.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble
-from vidjax.data.clips import ClipSource, TrainingData, select_modalities
+from vidjax.data.clips import ClipSource, Split, TrainingData, select_modalities
 from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.models.system import System, TaskSpec, make_system
@@ -32,6 +32,8 @@ from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, describe_chang
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
 
+RARE = 0.1  # a modality is rare if at most this share of the clips has it
+FEWEST_GAPS = 3  # of clips times rare modalities; fewer may be chance
 T = TypeVar("T")
 DataDigests = Mapping[str, Any]  # see the module docstring
 REWRITE = "delete metrics.json and repeat the training command: it writes both files"
@@ -60,6 +62,7 @@ class FoundRun(NamedTuple):
 def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
     """Builds the model of a run from `config`, with its weights and a dataset to evaluate."""
     data = fit_data(data, config, run)
+    warn_of_missing_modalities(data.split(config.eval.split), run.task.modalities)
     system = make_system(config.to_dict(), run.task)
     params, model_state = load_weights(run, system, mesh)
     step = make_eval_step(system, mesh)
@@ -77,7 +80,8 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     workdir = folder.path
     saved = checkpoint.find(workdir, config.eval.checkpoint)
     if saved is None:
-        raise CheckpointError(f"'{workdir}' has no checkpoint: train the run first")
+        problem = f"'{workdir}' has no checkpoint: train the run first"
+        raise CheckpointError(checkpoint.explain_lost(workdir) or problem)
     manifest = saved.manifest
     check_entries(workdir, manifest)
     old = config_io.from_json(json.dumps(manifest["config"]))
@@ -161,6 +165,20 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
                 f"modality '{name}': the run was trained on features of width {width}, but these "
                 f"have width {widths[name]}\nname the dataset of the run: --config.data.dir=FOLDER"
             )
+
+
+def warn_of_missing_modalities(split: Split, modalities: Iterable[str]) -> None:
+    """Warns if hardly any clip of a split has a certain modality of a run.
+
+    If a few clips lack a modality, it may be chance, so there is no warning.
+    """
+    present = np.array([split.lengths[name] > 0 for name in modalities])  # [M, N]
+    present = present[:, present.any(axis=0)]  # a clip without any frame says nothing
+    shares = present.mean(axis=1) if present.size else np.ones(len(present))
+    rare = {name: x for name, x in zip(modalities, shares, strict=True) if x <= RARE}
+    if len(rare) * present.shape[1] >= FEWEST_GAPS:
+        counts = ", ".join(f"{100 * share:.0f} % have {name}" for name, share in rare.items())
+        warn(f"the run uses {', '.join(rare)}, but of {present.shape[1]:,} clips, {counts}")
 
 
 def load_weights(

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from vidjax.core import distributed
-from vidjax.runs import schemas
+from vidjax.runs import results, schemas
 from vidjax.utils import files
 from vidjax.utils.errors import DiskError, Expected, UserError, warn
 
@@ -150,6 +150,8 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     CheckpointError if all are damaged, or if `prefer` is `best` and no checkpoint has a MAP.
     """
     paths, known = list_folders(workdir), manifests(workdir)
+    if prefer == "best" and paths:
+        warn_of_lost(workdir, prefer)
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
         raise CheckpointError(
             f"no checkpoint in '{workdir}' has a MAP, so there is no best one\n"
@@ -173,6 +175,35 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
             "restore a copy, or train again with another --workdir=FOLDER"
         )
     return None
+
+
+def explain_lost(workdir: Path) -> str:
+    """Returns the error message for a run without a checkpoint, or "" if it never had one."""
+    path, step = workdir / "metrics.json", results.find_last_saved(workdir)
+    if not step and files.exists(path):
+        step = schemas.read(path, schemas.Metrics, results.REMEDY).step or 0
+    if not step:
+        return ""
+    return (
+        f"'{workdir}' was trained to step {step}, but its checkpoints are missing\n"
+        f"copy '{workdir / 'checkpoints'}' back, or train in another folder: --workdir=FOLDER\n"
+        "to start again here, first move metrics.json, metrics.jsonl and timing.jsonl elsewhere"
+    )
+
+
+def warn_of_lost(workdir: Path, prefer: str) -> None:
+    """Warns if the `latest` or `best` checkpoint (`prefer`), by the logs, is missing."""
+    step = results.find_last_saved(workdir) if prefer == "latest" else 0
+    if prefer == "best":
+        lines = results.read_lines(workdir / results.METRICS_LOG)
+        scored = ((line["map"], line["step"]) for line in lines if line.get("map") is not None)
+        step = max(scored, default=(0.0, 0))[1]
+    if step and step not in list_folders(workdir):
+        warn(
+            f"'{workdir}': the {prefer} checkpoint, of step {step}, is missing\n"
+            f"without '{workdir / 'checkpoints' / str(step)}', another checkpoint counts as the "
+            f"{prefer}: if you have a copy, copy it back"
+        )
 
 
 def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) -> dict[str, Any]:

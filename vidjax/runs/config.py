@@ -6,6 +6,7 @@ an effect only if another field has a certain value (`Field.read_when`). For exa
 default, no training starts: the change would look like an experiment.
 """
 
+import enum
 import json
 import math
 import operator
@@ -31,20 +32,38 @@ class ReadWhen(NamedTuple):
     remedy: str  # the flags with which the field has an effect, such as `--config.optim.name=sgd`
 
 
+class Affects(enum.Flag):
+    """What the value of a field changes. NOTHING means no result, except for rounding."""
+
+    NOTHING = 0
+    TRAINING = enum.auto()  # what every model learns
+    STEPS = enum.auto()  # the steps of an optimiser, which a model in closed form does not have
+    SCORES = enum.auto()  # the scores of an evaluation
+    CHECKPOINT = enum.auto()  # the checkpoint that `vidjax evaluate` scores; training ignores it
+    LOGS = enum.auto()  # what training logs, evaluates and saves before its end
+    ROUNDING = enum.auto()  # the memory that training needs; what it learns changes by rounding
+    MODEL = TRAINING | STEPS  # the weights
+
+
+NOTHING, TRAINING, STEPS, SCORES, CHECKPOINT, LOGS, ROUNDING = (
+    Affects.NOTHING, Affects.TRAINING, Affects.STEPS, Affects.SCORES, Affects.CHECKPOINT,
+    Affects.LOGS, Affects.ROUNDING,
+)  # fmt: skip
+
+
 class Field(NamedTuple):
     """A field of the configuration.
 
     Attributes:
       name: the dotted name.
       default: the default value. Its type is the type of the field. If it is None, the field is an
-        optional text.
+        optional path.
       doc: the meaning, as `configs/README.md` shows it.
       low, high, above, below: the range: low <= value <= high, above < value < below. If `high` is
         None, the value has no upper bound, but must be finite.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the field has an effect. None means always.
-      movable: True if the field may change when a run resumes, because it does not affect the
-        results. A path may change, because the content of the files is compared.
+      affects: what the value changes or, if the field is a path, what the files change.
     """
 
     name: str
@@ -56,7 +75,17 @@ class Field(NamedTuple):
     below: float | None = None
     choices: tuple[str, ...] = ()
     read_when: ReadWhen | None = None
-    movable: bool = False
+    affects: Affects = TRAINING
+
+    @property
+    def is_path(self) -> bool:
+        """True for a path. It may change, because the content of the files is compared."""
+        return self.default is None
+
+    @property
+    def may_change(self) -> bool:
+        """True if the field may change when a run resumes, because the results stay the same."""
+        return self.is_path or not self.affects & (Affects.MODEL | SCORES)
 
 
 class Group(NamedTuple):
@@ -110,7 +139,7 @@ SMOOTHING = _read_by_schedule(
     lambda values: bool(_logit_losses(values) - {"binary", "multiclass", "batch"}), 0
 )
 RELABELLED = _read_unless("noise.relabel_every_epochs", 0, 1)
-STEPS = _read_if("optim.decay", "steps")
+STAIRCASE = _read_if("optim.decay", "steps")
 DECAYED = ReadWhen(
     "optim.weight_decay",
     lambda values: bool(values["optim.weight_decay"] or values["optim.total_decay"]),
@@ -130,62 +159,72 @@ TABLE: tuple[Field | Group, ...] = (
     Field("batch_size", 128, "clips per training step, over all devices", low=1, high=2**20),
     Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed. It may be "
           "larger when a run resumes", above=0, high=1e6),
-    Field("modalities", ("face",), "modalities to use, in order, e.g. `face,head`"),
+    Field("modalities", ("face",), "modalities to use, in order, e.g. `face,head`",
+          affects=TRAINING | SCORES),
     Field("dtype", "float32", "dtype of the computation: `float32`, `bfloat16`, or `float64` with "
           "`JAX_ENABLE_X64=1`. Parameters are at least float32.",
-          choices=("float32", "bfloat16", "float64")),
+          choices=("float32", "bfloat16", "float64"), affects=STEPS | SCORES),
     Field("matmul_precision", "highest", "precision of matrix products in evaluation, on every "
           "backend: `highest` (float32) or another value of `jax.default_matmul_precision`. "
-          "Training on a GPU uses TF32, or float32 with `JAX_DEFAULT_MATMUL_PRECISION=highest`"),
+          "Training on a GPU uses TF32, or float32 with `JAX_DEFAULT_MATMUL_PRECISION=highest`",
+          affects=SCORES),
     Field("deterministic", False, "`True`: repeated runs on a GPU give the same bits, but are "
-          "slower; repeated runs on a CPU always give the same bits"),
+          "slower; repeated runs on a CPU always give the same bits", affects=NOTHING),
     Field("after_fusion", "pool", "`pool`: the model takes all fused frames of a clip; `examples`: "
           "the model takes one fused frame at a time, and evaluation combines the scores of the "
-          "frames as `eval.reduce` says", choices=("pool", "examples")),
+          "frames as `eval.reduce` says", choices=("pool", "examples"), affects=STEPS | SCORES),
     Field("transforms", (), "additional transforms of a training batch, in order: names, or dicts "
-          "of `name` and the arguments of a transform of `vidjax/core/augment.py`; empty: none"),
+          "of `name` and the arguments of a transform of `vidjax/core/augment.py`; empty: none",
+          affects=STEPS),
     Field("mixup", 0.0, "alpha of the Beta distribution of the weights of two mixed clips; 0: no "
-          "mixup", low=0, high=1e6),
+          "mixup", low=0, high=1e6, affects=STEPS),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
-          "5, 10 and the last step have a line, too", low=1, high=2**31 - 1),
+          "5, 10 and the last step have a line, too", low=1, high=2**31 - 1, affects=LOGS),
     Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints; every evaluation "
-          "saves a checkpoint, too", low=0, high=math.inf, movable=True),
+          "saves a checkpoint, too", low=0, high=math.inf, affects=LOGS),
 
     Group("data", "the clips, and how training reads them"),
     Field("data.name", "synthetic", "dataset: generated clips (`synthetic`), the files of "
-          "iQIYI-VID (`iqiyi_vid`) or your own features (`arrays`)"),
+          "iQIYI-VID (`iqiyi_vid`) or your own features (`arrays`)", affects=TRAINING | SCORES),
     Field("data.dir", None, "folder of iQIYI-VID files, or of your features", read_when=FOLDER,
-          movable=True),
+          affects=TRAINING | SCORES),
     Field("data.cache_dir", None, "folder of the converted records and of compiled programs; "
-          "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", movable=True),
+          "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", affects=NOTHING),
     Field("data.size", "small", "size of the synthetic dataset: `small` (100 identities) or "
-          "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC),
+          "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC,
+          affects=TRAINING | SCORES),
     Field("data.seed", 0, "seed of the synthetic dataset: another seed gives other clips", low=0,
-          read_when=SYNTHETIC),
+          read_when=SYNTHETIC, affects=TRAINING | SCORES),
     Field("data.wrong_clips", 0.15, "share of synthetic clips in which a third of the frames shows "
-          "another person", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC),
+          "another person", low=0, high=LARGEST.wrong_clips, read_when=SYNTHETIC,
+          affects=TRAINING | SCORES),
     Field("data.blur", 1.0, "how strongly blur depends on the quality of synthetic frames, 0 to 4; "
-          "0: all frames are blurred alike", low=0, high=LARGEST.blur, read_when=SYNTHETIC),
+          "0: all frames are blurred alike", low=0, high=LARGEST.blur, read_when=SYNTHETIC,
+          affects=TRAINING | SCORES),
     Field("data.label_noise", 0.0, "share of labelled synthetic train clips with the label of "
-          "another person", low=0, high=LARGEST.label_noise, read_when=SYNTHETIC),
+          "another person", low=0, high=LARGEST.label_noise, read_when=SYNTHETIC,
+          affects=TRAINING | SCORES),
     Field("data.train_distractors", 0.0, "share of synthetic train clips that show a stranger, 0 "
           "to 0.9; in val it is 0.375", low=0, high=LARGEST.train_distractors,
-          read_when=SYNTHETIC),
+          read_when=SYNTHETIC, affects=TRAINING | SCORES),
     Field("data.missing_rate", 0.0, "share of synthetic clips without a face; head, body and audio "
           "are each missing in the same share of clips. In addition, each of these four modalities "
           "is always missing in 0.02 to 0.15 of the clips", low=0, high=LARGEST.missing_rate,
-          read_when=SYNTHETIC),
+          read_when=SYNTHETIC, affects=TRAINING | SCORES),
     Field("data.false_modality", 0.0, "share of synthetic clips whose face or voice belongs to "
-          "another person in all frames", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC),
+          "another person in all frames", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC,
+          affects=TRAINING | SCORES),
     Field("data.train_splits", ("train",), "splits to train on, e.g. `train,val`"),
     Field("data.non_finite", "drop", "frames whose feature contains a NaN or an infinity: `drop` "
-          "leaves them out and counts them, `error` stops", choices=("drop", "error")),
+          "leaves them out and counts them, `error` stops", choices=("drop", "error"),
+          affects=TRAINING | SCORES),
     Field("data.quality", "given", "quality of a frame of your own features: `given`: the value in "
           "the file or, without a value, the L2 norm of the feature; `norm`: always the L2 norm",
-          choices=("given", "norm"), read_when=OWN_FEATURES),
+          choices=("given", "norm"), read_when=OWN_FEATURES, affects=TRAINING | SCORES),
     Field("data.mode", "auto", "`resident`: all clips stay in device memory; `streaming`: clips "
           "are read from the records, in the same order; `auto`: resident if the clips take at "
-          "most half of the free memory", choices=("auto", "resident", "streaming")),
+          "most half of the free memory", choices=("auto", "resident", "streaming"),
+          affects=ROUNDING),
     Field("data.max_frames", 64, "maximum number of frames of a clip in training", low=1,
           high=2**20),
     Field("data.crop", "window", "frames of a clip longer than `data.max_frames` in training: a "
@@ -197,17 +236,17 @@ TABLE: tuple[Field | Group, ...] = (
           "0), `leave_out`, or `noise` (separate classes, see the group `noise`)",
           choices=("other", "leave_out", "noise")),
     Field("data.weights", None, "file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that "
-          "is not named has weight 1", movable=True),
+          "is not named has weight 1"),
     Field("data.balance", 0.0, "class balancing: a clip of a class of n clips has the loss weight "
           "n ** -balance, divided by the mean weight; from -10 to 10; 0: equal weights",
-          low=-10, high=10),
+          low=-10, high=10, affects=STEPS),
 
     Group("ensemble", "the members of an ensemble: all combinations of folds, bootstrap "
           "samples, views, qualities and seeds"),
     Field("ensemble.folds", 0, "number of stratified folds, 2 or more; each member leaves out a "
           "fold; 0: no folds", low=0, high=MAX_MEMBERS),
     Field("ensemble.bootstraps", 0, "number of bootstrap samples of the training clips, each for "
-          "a member; 0: none", low=0, high=MAX_MEMBERS),
+          "a member; 0: none", low=0, high=MAX_MEMBERS, affects=STEPS),
     Field("ensemble.resample", "identity", "how a bootstrap sample is drawn: from the clips of "
           "each `identity` separately, or from `all` clips together. With `all`, an identity of "
           "few clips may get none. With `ensemble.bootstraps`", choices=("identity", "all"),
@@ -222,12 +261,12 @@ TABLE: tuple[Field | Group, ...] = (
           "`ensemble.min_quality`: `keep` trains on all their frames, `drop` leaves them out",
           choices=("keep", "drop"), read_when=_read_unless("ensemble.min_quality", (), "0,20,40")),
     Field("ensemble.seeds", 1, "number of members that differ only in their random draws", low=1,
-          high=MAX_MEMBERS),
+          high=MAX_MEMBERS, affects=STEPS),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
           "all"),
     Field("ensemble.mapping", "auto", "`map`: members are trained in turn; `vmap`: "
           "together in a single program; `auto`: `map` on CPU, `vmap` elsewhere",
-          choices=("auto", "map", "vmap")),
+          choices=("auto", "map", "vmap"), affects=ROUNDING),
 
     Group("noise", "noise classes: clusters of distractors, and a mirror class of every identity "
           "for distractors in no cluster. With `data.distractors=noise`"),
@@ -243,37 +282,40 @@ TABLE: tuple[Field | Group, ...] = (
           "no identity: the present `label`, or the `prediction` (a cluster or a mirror class)",
           choices=("label", "prediction"), read_when=RELABELLED),
     Field("noise.mirror_weight", ((0.0, 1.0),), "loss weight of distractors in mirror classes, 0 "
-          "or more: pairs (epoch, weight), linear between them", read_when=NOISE_CLASSES),
+          "or more: pairs (epoch, weight), linear between them", read_when=NOISE_CLASSES,
+          affects=STEPS),
     Field("noise.relabel_by", "evaluate", "entry of the group `fusion` with which a model predicts "
           "the new labels: `evaluate`, or `train` if this fusion is not random",
           choices=("evaluate", "train"), read_when=RELABELLED),
     Field("noise.join", False, "`True`: in training, short distractor clips are joined and long "
           "distractor clips are cut. With `data.distractors` `noise` or `other`",
-          read_when=_read_unless("data.distractors", "leave_out", "noise")),
+          read_when=_read_unless("data.distractors", "leave_out", "noise"), affects=STEPS),
     Field("noise.pieces", "equal", "pieces of a long distractor clip: `equal`, of 50 frames, or "
           "of `random` length. With `noise.join`", choices=("equal", "random"),
           read_when=_read_unless("noise.join", False, True)),
 
     Group("eval", "evaluation and ranking"),
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
-          "folds or bootstrap samples"),
+          "folds or bootstrap samples", affects=SCORES),
     Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training",
-          low=0, high=1e6),
-    Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20),
-    Field("eval.scores", "log_softmax", "scores that clips are ranked by"),
+          low=0, high=1e6, affects=LOGS),
+    Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20,
+          affects=NOTHING),
+    Field("eval.scores", "log_softmax", "scores that clips are ranked by", affects=SCORES),
     Field("eval.temperature", 1.0, "divisor of the logits, above 0; it changes the mean over "
-          "members, and the order of clips that are ranked by probability", above=0),
+          "members, and the order of clips that are ranked by probability", above=0,
+          affects=SCORES),
     Field("eval.top_classes", 0, "number of highest scores that a clip keeps; the clip comes last "
-          "in the lists of all other identities; 0: all scores", low=0),
+          "in the lists of all other identities; 0: all scores", low=0, affects=SCORES),
     Field("eval.reduce", "mean", "`mean` or `max` of the scores of a clip's examples. With "
           "`after_fusion=examples`", choices=("mean", "max"),
-          read_when=_read_if("after_fusion", "examples")),
+          read_when=_read_if("after_fusion", "examples"), affects=SCORES),
     Field("eval.members", True, "`True`: every member of an ensemble also ranks separately, and "
-          "`metrics.json` has the MAP of each member"),
+          "`metrics.json` has the MAP of each member", affects=NOTHING),
     Field("eval.report", True, "`True`: write `analysis.npz` and `report.html` at the end",
-          movable=True),
+          affects=NOTHING),
     Field("eval.checkpoint", "latest", "checkpoint that `vidjax evaluate` restores: `latest`, or "
-          "`best` by MAP", choices=("latest", "best"), movable=True),
+          "`best` by MAP", choices=("latest", "best"), affects=CHECKPOINT),
 
     Group("model", "the network: `name` and the arguments of a model of "
           "`vidjax/models/identifier.py`"),
@@ -283,67 +325,75 @@ TABLE: tuple[Field | Group, ...] = (
 
     Group("loss", "the loss of the logits"),
     Field("loss.classification", "softmax", "first loss of the logits; its weight is 1 minus the "
-          "weight of `loss.focal`, see `loss.schedule`", read_when=CLASSIFICATION),
+          "weight of `loss.focal`, see `loss.schedule`", read_when=CLASSIFICATION, affects=STEPS),
     Field("loss.focal", "binary", "second loss of the logits, weighted by `loss.schedule`: "
           "`binary`: the focal loss of each class against the rest, summed over classes; "
           "`multiclass`: the focal loss of the softmax; `batch`: the same, but the focal factor is "
-          "computed from the mean loss of the batch", read_when=FOCAL),
+          "computed from the mean loss of the batch", read_when=FOCAL, affects=STEPS),
     Field("loss.mean_over", "weights", "the loss of a batch is the sum over its clips, divided by "
           "the sum of their `weights` or the number of `clips`; `branches`: like `weights`, but "
           "each branch of a model divides by the weights of only the clips that it learns from",
-          choices=("weights", "clips", "branches")),
+          choices=("weights", "clips", "branches"), affects=STEPS),
     Field("loss.gamma", 2.0, "focusing exponent of the focal loss, 0 or more; 0: cross-entropy",
-          low=0, read_when=GAMMA),
+          low=0, read_when=GAMMA, affects=STEPS),
     Field("loss.schedule", ((0.0, 0.0),), "weight of the loss `loss.focal`, 0 to 1: pairs (epoch, "
-          "weight), linear between them"),
+          "weight), linear between them", affects=STEPS),
     Field("loss.margin", 0.0, "margin of a cosine classifier in training, 0 to pi/2, in radians "
-          "for `angular`; 0: none", low=0, high=math.pi / 2),
+          "for `angular`; 0: none", low=0, high=math.pi / 2, affects=STEPS),
     Field("loss.margin_type", "angular", "kind of margin; a loss with an argument `margin` ignores "
-          "the kind. With `loss.margin` above 0", read_when=_read_unless("loss.margin", 0, 0.5)),
+          "the kind. With `loss.margin` above 0", read_when=_read_unless("loss.margin", 0, 0.5),
+          affects=STEPS),
     Field("loss.label_smoothing", 0.0, "share of the target, from 0 to below 1, that the softmax "
-          "cross-entropy spreads over all classes", low=0, below=1, read_when=SMOOTHING),
+          "cross-entropy spreads over all classes", low=0, below=1, read_when=SMOOTHING,
+          affects=STEPS),
 
     Group("optim", "the optimizer and its schedule"),
-    Field("optim.name", "adam", "the optimizer"),
-    Field("optim.learning_rate", 1e-3, "peak learning rate", low=0),
+    Field("optim.name", "adam", "the optimizer", affects=STEPS),
+    Field("optim.learning_rate", 1e-3, "peak learning rate", low=0, affects=STEPS),
     Field("optim.warmup", 0.1, "share of all training steps, 0 to 1, in which the learning rate "
-          "rises to its peak", low=0, high=1),
+          "rises to its peak", low=0, high=1, affects=STEPS),
     Field("optim.warmup_scale", 0.0, "learning rate at the start of the warm-up, relative to the "
           "peak, 0 to 1; 0: the peak divided by the number of warm-up steps", low=0, high=1,
-          read_when=_read_unless("optim.warmup", 0, 0.1)),
-    Field("optim.decay", "cosine", "schedule of the learning rate after the warm-up"),
+          read_when=_read_unless("optim.warmup", 0, 0.1), affects=STEPS),
+    Field("optim.decay", "cosine", "schedule of the learning rate after the warm-up",
+          affects=STEPS),
     Field("optim.final_scale", 0.01, "learning rate at the end, relative to the peak, 0 to 1. "
-          "With `optim.decay=cosine`", low=0, high=1, read_when=_read_if("optim.decay", "cosine")),
+          "With `optim.decay=cosine`", low=0, high=1, read_when=_read_if("optim.decay", "cosine"),
+          affects=STEPS),
     Field("optim.decay_factor", 0.7, "factor of the learning rate at every decay. "
-          "With `optim.decay=steps`", above=0, read_when=STEPS),
+          "With `optim.decay=steps`", above=0, read_when=STAIRCASE, affects=STEPS),
     Field("optim.decay_every_epochs", 1.0, "epochs between two decays; a fraction is "
-          "allowed. With `optim.decay=steps`", low=0.001, read_when=STEPS),
+          "allowed. With `optim.decay=steps`", low=0.001, read_when=STAIRCASE, affects=STEPS),
     Field("optim.points", ((0.0, 1.0),), "factors of the learning rate, 0 or more: pairs (epoch, "
           "factor), linear between them. With `optim.decay=piecewise`",
-          read_when=_read_if("optim.decay", "piecewise")),
+          read_when=_read_if("optim.decay", "piecewise"), affects=STEPS),
     Field("optim.weight_decay", 0.0, "L2 penalty: this share of every weight matrix is added to "
-          "its gradient", low=0),
+          "its gradient", low=0, affects=STEPS),
     Field("optim.total_decay", 0.0, "decoupled weight decay over the whole run: without gradients "
           "a weight matrix would shrink to about exp(-total_decay) of its size, if the run has "
-          "many more steps than `optim.total_decay`", low=0),
+          "many more steps than `optim.total_decay`", low=0, affects=STEPS),
     Field("optim.decay_all", False, "`True`: `optim.weight_decay` and `optim.total_decay` act on "
-          "all parameters; `False`: only on weight matrices", read_when=DECAYED),
+          "all parameters; `False`: only on weight matrices", read_when=DECAYED, affects=STEPS),
     Field("optim.momentum", 0.9, "momentum, 0 to 1. With `optim.name=sgd`", low=0, high=1,
-          read_when=_read_if("optim.name", "sgd")),
+          read_when=_read_if("optim.name", "sgd"), affects=STEPS),
     Field("optim.restart_epoch", 0.0, "epoch at which the moments (or the running sum of "
-          "gradients) of the optimizer are reset to 0; 0: never", low=0, high=1e6),
-    Field("optim.clip_norm", 0.0, "maximum global norm of the gradients; 0: no clipping", low=0),
+          "gradients) of the optimizer are reset to 0; 0: never", low=0, high=1e6, affects=STEPS),
+    Field("optim.clip_norm", 0.0, "maximum global norm of the gradients; 0: no clipping", low=0,
+          affects=STEPS),
 
     Group("join", "a blend of several runs, by `vidjax evaluate --runs=A,B`"),
-    Field("join.runs", (), "folders of the runs; set by `--runs`"),
+    Field("join.runs", (), "folders of the runs; set by `--runs`", affects=SCORES),
     Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
-          read_when=JOINED),
+          read_when=JOINED, affects=SCORES),
 
 )
 # fmt: on
 FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}
 DEFAULTS: Values = {name: field.default for name, field in FIELDS.items()}
-MOVABLE = tuple(name for name, field in FIELDS.items() if field.movable)
+PATHS = tuple(name for name, field in FIELDS.items() if field.is_path)
+MAY_CHANGE = tuple(name for name, field in FIELDS.items() if field.may_change)
+# These fields do not distinguish runs, so they are not part of the name of a folder.
+UNNAMED = tuple(x.name for x in FIELDS.values() if not x.affects & (Affects.MODEL | SCORES))
 # The fields of these groups depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
 # With these fields of `ensemble`, a member is not trained on some clips, so that it can score them.
@@ -404,6 +454,24 @@ def is_read(name: str, values: Values) -> bool:
     field = FIELDS.get(name)
     when = field.read_when if field else None
     return not when or (when.condition(values) and is_read(when.field, values))
+
+
+def affects(name: str) -> Affects:
+    """Returns what a field changes, also for fields of models and fusions."""
+    if name in FIELDS:
+        return FIELDS[name].affects
+    return TRAINING if re.match(r"fusion\.[^.]+\.train\b", name) else TRAINING | SCORES
+
+
+def changes_scores(name: str) -> bool:
+    """Returns True if another value of the field may change the scores of a trained run."""
+    return name not in PATHS and bool(affects(name) & (SCORES | CHECKPOINT))
+
+
+def is_of_training(name: str) -> bool:
+    """Returns True if a field changes only what training does, so that evaluation ignores it."""
+    changed = affects(name)
+    return changed != NOTHING and not changed & (SCORES | CHECKPOINT)
 
 
 def is_in_groups(name: str, groups: Collection[str]) -> bool:

@@ -7,6 +7,7 @@ equal runs write equal bytes. `timing.jsonl` contains the measured times.
 import contextlib
 import datetime
 import io
+import itertools
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ import numpy as np
 
 from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io, schemas
+from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
@@ -29,6 +31,7 @@ Arrays = dict[str, np.ndarray]
 
 MAX_LOG_LINES = 20_000  # lines of a log that are returned
 MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
+METRICS_LOG, TIMING_LOG = "metrics.jsonl", "timing.jsonl"
 REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLDER"
 # Keys of `metrics.json` that describe the training. A later evaluation does not change them.
 TRAINING_KEYS = (
@@ -144,6 +147,28 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     return f"{problem}to measure, use --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
 
 
+def describe_epochs(metrics: Mapping[str, Any]) -> str:
+    """Returns the epochs of an extended run, such as `5, 8 from step 15`, or "" for another run."""
+    (_, first), *later = metrics.get("extended") or [(0, 0.0)]
+    text = "".join(f", {epochs:g} from step {step:,}" for step, epochs in later)
+    return f"{first:g}{text}" if text else ""
+
+
+def find_last_saved(workdir: Path) -> int:
+    """Returns the last step that was saved as a checkpoint, by the logs. Without one, returns 0.
+
+    A step is saved before it is evaluated. `timing.jsonl` lists the other saved steps.
+    """
+    last = 0
+    for path in (workdir / METRICS_LOG, workdir / TIMING_LOG):
+        for line in files.iterate_lines(path) if files.exists(path) else ():
+            with contextlib.suppress(ValueError):
+                value = files.parse_line(line)
+                step = schemas.parse(path, value, schemas.Line, REMEDY).step
+                last = max(last, step if "split" in value or value.get("saved") else 0)
+    return last
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
@@ -213,19 +238,35 @@ def truncate_log(path: Path, step: int, *, evaluated: bool = True) -> None:
         file.writelines(kept)
 
 
+def keep_earlier_logs(workdir: Path) -> None:
+    """Renames the logs of a run that starts again, such as `metrics.jsonl` to `metrics.1.jsonl`."""
+    paths = [workdir / name for name in (METRICS_LOG, TIMING_LOG)]
+    old = [path for path in paths if files.exists(path) and path.stat().st_size]
+    for number in itertools.count(1) if old else ():
+        kept = [path.with_suffix(f".{number}.jsonl") for path in old]
+        if not any(map(files.exists, kept)):
+            for path, new in zip(old, kept, strict=True):
+                path.rename(new)
+            names = ", ".join(path.name for path in kept)
+            say(f"no checkpoint: the run starts at step 0, and the earlier logs are kept: {names}")
+            return
+
+
 class Logs:
     """Writes the logs of a run: `metrics.jsonl`, `timing.jsonl` and a file for TensorBoard.
 
     If several processes train the run, only the first process writes. A resumed run continues after
     `step`: later lines are removed, and TensorBoard hides later entries. `evaluated` is True if
-    `step` was evaluated.
+    `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names.
     """
 
     def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
         self._files: dict[str, io.FileIO] = {}
         if not distributed.is_first():
             return
-        for name in ("metrics.jsonl", "timing.jsonl"):
+        if not step:
+            keep_earlier_logs(workdir)
+        for name in (METRICS_LOG, TIMING_LOG):
             truncate_log(workdir / name, step, evaluated=evaluated)
             self._files[name] = files.open_log(workdir / name)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
@@ -235,14 +276,14 @@ class Logs:
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the metrics of a step to `metrics.jsonl`, and the numbers to TensorBoard."""
-        self._line("metrics.jsonl", step, values)
+        self._line(METRICS_LOG, step, values)
         numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
         scalars = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
         self._event(step=step, summary={"value": scalars})
 
     def timing(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the measured times of a step to `timing.jsonl`."""
-        self._line("timing.jsonl", step, values)
+        """Writes measured times to `timing.jsonl`, and whether the step has a checkpoint."""
+        self._line(TIMING_LOG, step, values)
 
     def _line(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         if name in self._files:

@@ -111,9 +111,10 @@ class RunFolder:
 def make_paths_absolute(config: Config) -> Config:
     """Returns a copy of a configuration with absolute paths in the fields of `config.data`."""
     config = copy.deepcopy(config)
-    for field in ("dir", "cache_dir", "weights"):
-        if config.data[field]:
-            config.data[field] = str(files.absolute(config.data[field]))
+    for field in config_lib.PATHS:
+        name = field.removeprefix("data.")
+        if config.data[name]:
+            config.data[name] = str(files.absolute(config.data[name]))
     return config
 
 
@@ -121,18 +122,23 @@ def make_paths_absolute(config: Config) -> Config:
 def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes and locks the folder of a run, and yields its absolute path.
 
-    If the block raises an error, a new folder that is still empty is removed.
+    If the block raises an error, a new folder that is still empty is removed, with new folders
+    around it.
     """
-    refuse_folder_of_data(Path(path).expanduser())
+    folder = Path(path).expanduser().absolute()
+    refuse_folder_of_data(folder)
     first = distributed.is_first()
-    is_new = first and not Path(path).expanduser().exists()
+    new = [one for one in (folder, *folder.parents) if first and not one.exists()]
     workdir = files.make_folder(path)
     with files.lock(workdir) if first else contextlib.nullcontext():
         try:
             yield workdir
         except BaseException:
-            if is_new and [file.name for file in workdir.glob("*")] == [".lock"]:
+            if new and [file.name for file in workdir.glob("*")] == [".lock"]:
                 files.remove_ours(workdir, r"\.lock")
+                for parent in new[1:]:
+                    with contextlib.suppress(OSError):  # another process may use it
+                        parent.rmdir()
             raise
 
 
@@ -157,7 +163,7 @@ def describe_changes(old: Config, new: Config) -> str:
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:
         changed.pop("num_epochs", None)
-    refused = {name: pair for name, pair in changed.items() if name not in config_lib.MOVABLE}
+    refused = {name: pair for name, pair in changed.items() if name not in config_lib.MAY_CHANGE}
     return ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in refused.items())[:300]
 
 

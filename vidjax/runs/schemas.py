@@ -34,6 +34,8 @@ Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
 Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NotNaN = Annotated[float, Meta(ge=_LOWEST_FLOAT)]
+# The pairs (step, num_epochs) of an extended run: from this step on, it had this `num_epochs`.
+Epochs = Annotated[list[tuple[Whole, float]], TABLE]
 Identities = Annotated[list[Text], Meta(max_length=files.MAX_ITEMS)]
 
 
@@ -111,6 +113,7 @@ class Metrics(Struct, kw_only=True):
     mode: Text | None = None  # `resident` or `streaming`
     seed: Whole | None = None
     finished: bool | None = None
+    extended: Epochs | None = None  # None if `num_epochs` has not grown
     command: Text | None = None
     trained_on: DataDigests | None = None
     versions: Annotated[dict[str, Text], FEW] | None = None  # package -> version
@@ -138,13 +141,18 @@ class Manifest(Struct, kw_only=True):
     mode: Text = ""  # `resident` or `streaming`
     evaluated: bool = False
     seconds: float = 0.0  # since the start of the training, without pauses
+    extended: Epochs | None = None  # None if `num_epochs` has not grown
     # Settings of the model that are fitted before the training.
     settings: Annotated[dict[str, NotNaN | Annotated[list[NotNaN], MANY]], TABLE] | None = None
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 
 class Line(Struct, kw_only=True):
-    """A line of `metrics.jsonl` or `timing.jsonl`. An evaluation has an additional key `split`."""
+    """A line of `metrics.jsonl` or `timing.jsonl`.
+
+    An evaluation has an additional key `split`. In `timing.jsonl`, the key `saved` is True if the
+    step was saved as a checkpoint.
+    """
 
     step: Whole
     epoch: float | None = None

@@ -170,7 +170,7 @@ def train(
     Raises:
       UserError: the configuration does not fit the data or the run in the folder, or another
         process has locked the folder.
-      CheckpointError: the checkpoints of the run are damaged or belong to another model.
+      CheckpointError: the checkpoints of the run are damaged, missing, or of another model.
       Interrupted: SIGINT or SIGTERM arrived, and the state was saved. The same call resumes the
         run. A second SIGINT raises KeyboardInterrupt immediately.
     """
@@ -234,11 +234,12 @@ def train_run(
     `training.loop.train`.
     """
     from vidjax.evaluation import analysis, restore
-    from vidjax.training import loop as training
+    from vidjax.training import loop as training, plan
 
     config_lib.check(config)
     results = training.read_finished_metrics(folder, config)
     if results is None:
+        plan.dry_run(config, data)
         set_up_devices(config)
     data = load_data(config) if data is None else data
     _check_same(config, data)
@@ -264,7 +265,7 @@ def _make_results(folder: RunFolder, config: Config, metrics: Mapping[str, Any])
 
 def _check_same(config: Config, data: "TrainingData") -> None:
     """Raises UserError if the processes of a run have different configurations or data."""
-    fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.MOVABLE}
+    fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.PATHS}
     distributed.check_same({"configuration": fields, "data": data.report["data"]["digest"]})
 
 

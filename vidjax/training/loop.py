@@ -5,7 +5,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,8 @@ from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_com
 from vidjax.models.base import ModelState, Params
 from vidjax.models.system import make_system
 from vidjax.runs import checkpoint, config_io, results as results_lib, signals
-from vidjax.runs.config import Config
+from vidjax.runs.checkpoint import CheckpointError
+from vidjax.runs.config import ROUNDING, Config, affects, differences
 from vidjax.runs.results import Logs
 from vidjax.runs.run_folder import (
     CONFIG,
@@ -149,18 +150,35 @@ def _take_steps(
             interruption.at_once = False
             analysis.import_slow_libraries(report=analyse)
             progress.advance(num_clips, f"loss {loss:.3f}")
-            if run.step in schedule.log:
-                run.log(logs)
+            timing = run.log(logs) if run.step in schedule.log else {}
             if run.step in schedule.relabel:
                 run.relabel()
             asked = interruption.agree(save_due=time.monotonic() >= run.next_save)
             if asked or run.step in schedule.evaluate:
                 run.save()
+                timing["saved"] = True
+            if timing:
+                logs.timing(run.step, timing)
             if run.step in schedule.evaluate:
                 evaluated = evaluate()
             if run.step < total_steps:
                 interruption.raise_if_interrupted(run.step)
     return evaluated
+
+
+def list_epochs(manifest: Mapping[str, Any], num_epochs: float) -> list[list[float]]:
+    """Returns the entry `extended` of a run that resumes with `num_epochs`, see `schemas.Epochs`.
+
+    `manifest` belongs to the checkpoint, or is {} in a new run. If the run is not extended, the
+    list is empty.
+    """
+    if not manifest:
+        return []
+    step, first = manifest["step"], [0, manifest["config"]["num_epochs"]]
+    pairs: list[list[float]] = manifest.get("extended") or [first]
+    if num_epochs != pairs[-1][1]:
+        pairs = [*(pair for pair in pairs if pair[0] < step), [step, num_epochs]]
+    return pairs if len(pairs) > 1 else []
 
 
 def write_description(
@@ -223,6 +241,9 @@ class TrainingRun:
             "config": config.to_dict(),
         }
         state, manifest = self._restore_or_init(data)
+        epochs = list_epochs(manifest, config.num_epochs)
+        self._extended = {"extended": epochs} if epochs else {}
+        self._description |= self._extended
         self.step = int(state.step)
         self.is_evaluated = bool(manifest.get("evaluated"))
         self._seconds_before, self._began = manifest.get("seconds", 0.0), began
@@ -262,21 +283,49 @@ class TrainingRun:
             check_resumes(workdir, folder.config, config)
         newest = checkpoint.find(workdir)
         if not newest:
+            # A model in closed form is trained in seconds, so nothing is lost.
+            if not system.model.is_closed_form and (lost := checkpoint.explain_lost(workdir)):
+                raise CheckpointError(lost)
             return train_step.make_state(init, system.tx, sharding), {}
         manifest = newest.manifest
         restore.check_entries(workdir, manifest)
-        check_resumes(workdir, config_io.from_json(json.dumps(manifest["config"])), config)
+        old = config_io.from_json(json.dumps(manifest["config"]))
+        check_resumes(workdir, old, config)
         restore.check_data(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, self._description)
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
+        for prefer in ("latest", "best"):
+            checkpoint.warn_of_lost(workdir, prefer)
+        self._report_changes(old, manifest)
         checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
         return train_step.convert_from_items(items), manifest
+
+    def _report_changes(self, old: Config, manifest: Mapping[str, Any]) -> None:
+        """Reports the changes of the configuration that affect the rest of a resumed training."""
+        config, step = self._config, manifest["step"]
+        for name, (before, now) in differences(old, config).items():
+            if affects(name) & ROUNDING:
+                say(f"config.{name} changes from {before} to {now}: later steps round otherwise")
+        if config.num_epochs == old.num_epochs or self._system.model.is_closed_form:
+            return
+        task = self._plan.task._replace(total_steps=manifest.get("total_steps", step))
+        systems = (make_system(config.to_dict(), task), self._system)
+        first, second = (np.asarray(x.lr_schedule(np.arange(step))) for x in systems)
+        if config.optim.total_decay or not np.array_equal(first, second):
+            before, now = f"{old.num_epochs:g}", f"{config.num_epochs:g}"
+            say(
+                f"warning: config.num_epochs grows from {before} to {now}, but the first {step} "
+                f"steps had the learning rates for {before} epochs\nso the result differs from a "
+                f"run of {now} epochs; metrics.json and the report contain this change",
+                warning=True,
+            )
 
     def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
         """Returns the reader of the training clips, and the source of clips for evaluation.
 
-        If `mode` is None, as in a new run, `config.data.mode` and the free memory decide. A resumed
-        run keeps its mode, because the steps of `streaming` and `resident` round differently.
+        `mode` is the mode of a resumed run, or None. With `config.data.mode=auto`, a run keeps its
+        mode, because the steps of `streaming` and `resident` round differently. In a new run, the
+        free memory decides.
         """
         config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
         batches = plan.batches
@@ -284,10 +333,13 @@ class TrainingRun:
         num_drawn = plan.task.total_steps * config.batch_size
         params = sum(x.nbytes for state in self._states for x in jax.tree.leaves(state.params))
         taken = resident.step_bytes(in_memory, batches, params, plan.task.num_columns, mesh)
+        reason = "as before" if mode else "because they do not fit into the memory"
+        if config.data.mode != "auto":
+            mode, reason = None, f"because config.data.mode is {config.data.mode}"
         mode = mode or resident.choose_mode(config.data.mode, in_memory, mesh, num_drawn, taken)
         (is_streaming,) = distributed.max_over_processes(int(mode == "streaming"))
         if is_streaming:
-            say("each epoch reads the clips from the disk (config.data.mode is streaming)")
+            say(f"each epoch reads the clips from the disk, {reason}")
             stream = data.train_batches(batches, step=self.step)
             return feed_lib.StreamingFeed(system, mesh, stream), data
         began = time.monotonic()
@@ -339,8 +391,11 @@ class TrainingRun:
             )
         return num_clips, done.loss
 
-    def log(self, logs: Logs) -> None:
-        """Logs the mean loss and accuracy since the previous call, and resets their sums."""
+    def log(self, logs: Logs) -> dict[str, float]:
+        """Logs the mean loss and accuracy since the previous call, and resets their sums.
+
+        Returns the measured times, for `Logs.timing`.
+        """
         sums = {
             name: sum(float(np.sum(devices.fetch(state.sums[name]))) for state in self._states)
             for name in self._states[0].sums
@@ -365,7 +420,7 @@ class TrainingRun:
         self._states = [state.replace(sums=self._replicate(zeros)) for state in self._states]
         rate = statistics.median(self._rates[self._num_logged :])
         self._num_logged = len(self._rates)
-        logs.timing(self.step, {"clips_per_second": rate, "waited_seconds": self._feed.waited})
+        return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
 
     def relabel(self) -> None:
         """Changes each member's labels of distractors in no cluster, see `plan.relabel`."""
@@ -460,6 +515,7 @@ class TrainingRun:
             "seed": self._config.seed,
             "step": self.step,
             "finished": True,
+            **self._extended,
             "trained_on": self._description["data"],
             "versions": devices.collect_versions(),
         }

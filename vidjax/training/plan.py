@@ -39,11 +39,6 @@ from vidjax.utils.errors import UserError, warn
 
 # These steps are always logged, because the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)
-# A model in closed form does not read these fields, and no field of `loss` and `optim`.
-UNREAD_IN_CLOSED_FORM = (
-    "after_fusion", "data.balance", "dtype", "ensemble.bootstraps", "ensemble.seeds", "mixup",
-    "noise.join", "noise.mirror_weight", "transforms",
-)  # fmt: skip
 MAX_BATCH_ROWS = 65_536  # a larger batch is probably a typing error, unless there are as many clips
 
 # The assumptions of a dry run, which reads no data:
@@ -293,7 +288,7 @@ def check_model(config: Config) -> None:
     defaults = config_lib.DEFAULTS
     for field, value in config_lib.fields(config):
         changed = field in defaults and value != defaults[field]
-        if changed and (field in UNREAD_IN_CLOSED_FORM or field.startswith(("loss.", "optim."))):
+        if changed and config_lib.affects(field) & config_lib.STEPS:
             remedy = shlex.quote(f"--config.{field}={defaults[field]}")
             raise UserError(
                 f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
@@ -301,15 +296,18 @@ def check_model(config: Config) -> None:
             )
 
 
-def dry_run(config: Config) -> None:
+def dry_run(config: Config, data: TrainingData | None = None) -> None:
     """Raises UserError if a system cannot be built from a configuration.
 
-    No features are read, and no device is used. This takes a tenth of a second. A fault in the code
-    of a user's loss is not found, because no training step is traced.
+    If `data` is None, the names of the files in `config.data` give the modalities. No features are
+    read, and no device is used. This takes a tenth of a second. A fault in the code of a user's
+    loss is not found, because no training step is traced.
     """
     check_model(config)
-    known = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
-    known = {name: Modality(width or WIDTH, "float32") for name, width in known.items()}
+    known = data.modalities if data else {}
+    if not data:
+        widths = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
+        known = {name: Modality(width or WIDTH, "float32") for name, width in widths.items()}
     widths = select_modalities(config.modalities, known)
     spec = config.to_dict()
     members = ensemble.make_members(spec["ensemble"])[:1]

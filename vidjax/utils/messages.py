@@ -294,8 +294,8 @@ def describe_error(error: Exception) -> str:
         reason = (str(error) or "a request failed").splitlines()[0][:200]
         return (
             f"no memory is left: {reason}\n"
-            "to train: --config.batch_size=32, --config.data.max_frames=32, or clips from disk by "
-            "--config.data.mode=streaming\n"
+            "to train, or to resume a run: --config.data.mode=streaming; in a new run (another "
+            "--workdir) also --config.batch_size=32 --config.data.max_frames=32\n"
             "to evaluate: --config.eval.block_size=64; for other commands, use fewer clips"
         )
     return describe_system_error(error) or str(error)
