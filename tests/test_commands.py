@@ -241,6 +241,10 @@ def test_run_folder_is_named_after_its_overrides():
     assert suffix("modalities=face,head") == "_modalities=face+head"
     assert suffix("seed=1", "data.dir=/x", without=("data.dir",)) == "_seed=1"
 
+    # A run is found again with fields that do not change its results, such as remedies.
+    words = ("seed=1", "eval.block_size=8", "data.mode=streaming", "log_every_steps=5")
+    assert suffix(*words, without=config_lib.UNNAMED) == "_seed=1"
+
     # Other characters are replaced and long names are cut, but the names stay different.
     odd = ["../../up", "a b;'\"$(c)", "long" * 99, "long" * 98, "ü"]
     names = {suffix(f"eval.split={name}") for name in odd}

@@ -13,7 +13,7 @@ Functions raise CheckpointError if a file is missing, damaged or of another run.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -167,7 +167,7 @@ def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
             )
 
 
-def warn_of_missing_modalities(split: Split, modalities: Iterable[str]) -> None:
+def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> None:
     """Warns if hardly any clip of a split has a certain modality of a run.
 
     If a few clips lack a modality, it may be chance, so there is no warning.
