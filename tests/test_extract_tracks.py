@@ -292,6 +292,8 @@ def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head
     assert 0.9 < front == pytest.approx(turned) == pytest.approx(small)
     assert side == 0
     none = np.zeros((1, 5, 2))  # five equal points
+    for quality, clear, clarity in ((0.1, 0.4, 0.5), (0.5, 0.4, 1), (0, 0.4, 0), (0.1, None, 1)):
+        assert align.measure_clarity(quality, clear) == pytest.approx(clarity)
     assert align.measure_size(none) == 0 and align.measure_frontality(none) <= 1  # not NaN
 
 

@@ -73,6 +73,17 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
     assert "Doubtful" not in render([bob], answers)
 
 
+def test_unclear_faces_are_listed_after_unknown_people():
+    names = {"unknown face 1": "a", "unknown 3": "b", "unknown face 12": "c", "unknown 2": "d"}
+    html = render([appearance(0, 1, name, None, clip=clip) for name, clip in names.items()])
+    film, people = html.split('id="people"')
+    assert film.count("<details>") == film.count("</details>") == 1
+    assert "unknown 3" not in film[film.index("<details>") :]
+    words = text_of(people)
+    order = ("unknown 2", "unknown 3", "Unclear faces", "unknown face 1", "unknown face 12")
+    assert [*sorted(order, key=words.index)] == [*order]
+
+
 def test_page_allows_only_its_script_and_escapes_names():
     name = '"><script>alert(1)</script>'
     html = render([appearance(0, 1, name)], people=[name])

@@ -13,6 +13,7 @@ import re
 import shutil
 from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -190,8 +191,43 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
         assert table.read_text() == wrong
 
 
+def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
+    """The card of the net declares that all faces in the film are unclear."""
+    card = drawn.models / "embed.json"
+    content = json.loads(card.read_text())
+    content["back_end"]["clear_quality"] = 1.0
+    card.write_text(json.dumps(content))
+    film, table = drawn.folder / "film.mkv", drawn.out / "unknown.tsv"
+    places = (20, "Ada", 20), (60, "Eve", 80), (35, "Ada", 50), (90, "Eve", 10), (20, "Bob", 90)
+    write_film(film, *((2, bright, [(name, left, 30)]) for bright, name, left in places))
+    write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
+    ada = dict.fromkeys(("film.s000.t00", "film.s002.t00"), "Ada")  # each by its probability
+    eve, again, bob = (f"film.s{number:03}.t00" for number in (1, 3, 4))
+    faces = {eve: "unknown face 1", again: "unknown face 2", bob: "unknown face 3"}
+
+    content, _ = drawn.who(film)
+    assert drawn.names() == ada | faces and (content["groups"], content["unclear"]) == (0, 3)
+    assert "Unclear faces (3)" in (drawn.out / "names.html").read_text()
+
+    # Eve gets a name in one clip. Other unclear faces do not get the name of this unclear face.
+    table.write_text(table.read_text().replace("unknown face 1", "Eve"))
+    content, _ = drawn.who(film)
+    assert content["people"] == {"Ada": 1, "Eve": 1}
+    assert drawn.names() == ada | faces | {eve: "Eve"}
+
+    # A user joins two faces to one person. If a photo of Eve is added, unclear faces get her name.
+    joined = who.read_numbers(drawn.out).join(["unknown face 2", "unknown face 3"])
+    (drawn.out / "unknown.json").write_text(msgspec.json.encode(joined).decode())
+    drawn.who(film)
+    assert drawn.names() == ada | {eve: "Eve", again: "unknown 2", bob: "unknown 2"}
+    write_photo(drawn.friends / "Eve.png", ("Eve", 40, 40))
+    drawn.who(film)
+    assert drawn.names() == ada | {eve: "Eve", again: "Eve", bob: "unknown face 2"}
+
+
 @pytest.mark.parametrize(("name", "words"), [
-    *((name, "stands for people without a name") for name in ("unknown", "Unknown 7", "Ignored")),
+    *((name, "stands for people without a name")
+      for name in ("unknown", "Unknown 7", "unknown face 7", "Ignored")),
     (" Ann", "remove these blanks"), ("a\nb", "control character"), ("\udcff", "not valid Unicode"),
 ])  # fmt: skip
 def test_impossible_name_of_a_person_is_refused_before_anything_is_written(drawn, name, words):

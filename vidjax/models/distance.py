@@ -173,35 +173,20 @@ def stranger_log_density(
 def pair_log_ratios(
     distances: Distances,
     square: np.ndarray,
-    noises: tuple[np.ndarray, np.ndarray],
-    to_mean: tuple[np.ndarray, np.ndarray] | None = None,
+    noise: np.ndarray,
     clarity: np.ndarray | float = 1.0,
 ) -> np.ndarray:
     """Computes log(p(clips | one person) / p(clips | two people)) for pairs of groups of clips.
 
     Args:
       square: the squared distance between the means of the two groups.
-      noises: 1 / k and 1 / k', for groups of k and k' effective clips (see `effective_count`).
-      to_mean: the squared distances of the two means from m, if the card contains m. Clips near m
-        resemble the clips of many people, and the ratio is lower.
-      clarity: the share of B by which people differ in these clips, 1 for clear clips. The mean of
-        people in unclear clips is not m. So `to_mean` is used only for clear clips.
+      noise: 1 / k + 1 / k' for groups of k and k' effective clips (see `effective_count`).
+      clarity: the share of B by which people differ in these clips, 1 for clear clips.
     """
-    first, second = noises
-    between = distances.between * clarity
-    same = distances.within * (first + second)
+    # The distances of the groups from the mean m of people are not used. People in a film may all
+    # differ from m in the same direction, and would look like one person.
+    same = distances.within * noise
+    different = same + 2 * distances.between * clarity
     square = np.maximum(square, MIN_SQUARE * distances.within)
     log_density = person_log_density(distances, square, same)
-    unclear = log_density - stranger_log_density(distances, square, same + 2 * between)
-    if to_mean is None:
-        return unclear
-    # For one person, the difference of the means is independent of the mean of all clips. For two
-    # people, the two means are independent.
-    share = second / (first + second)
-    joined = share * to_mean[0] + (1 - share) * to_mean[1] - share * (1 - share) * square
-    places = [(joined, first * share), (to_mean[0], first), (to_mean[1], second)]
-    both, one, other = (
-        stranger_log_density(distances, x, distances.between + distances.within * noise)
-        for x, noise in places
-    )
-    return np.where(np.less(clarity, 1 - 1e-6), unclear, log_density + both - one - other)
+    return log_density - stranger_log_density(distances, square, different)

@@ -75,7 +75,6 @@ class Groups:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
         self._squares = [np.vecdot(mean, mean) for mean in self.means]
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
-        self._to_mean = [self._square_to_mean(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
         """Returns the variance of a group's mean, relative to the variance of one clip.
@@ -89,12 +88,6 @@ class Groups:
             return 1 / count
         return 1 / distance.effective_count(distances, count, self._squares[number][rows])
 
-    def _square_to_mean(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns the squared distance of a group's mean from the mean of people in the card."""
-        mean = self._backend.parts[number].mean
-        gap = self.means[number][rows] - (0.0 if mean is None else mean)
-        return np.vecdot(gap, gap)
-
     def join(self, target: int, source: int) -> None:
         """Moves all clips of the group `source` to the group `target`."""
         for number, (count, mean) in enumerate(zip(self.counts, self.means, strict=True)):
@@ -103,7 +96,6 @@ class Groups:
             mean[target] = shares @ mean[[target, source]]
             self._squares[number][target] = mean[target] @ mean[target]
             self._noises[number][target] = self._noise(number, target)
-            self._to_mean[number][target] = self._square_to_mean(number, target)
         shares = self.sizes[[target, source]] / (self.sizes[target] + self.sizes[source])
         self.clarity[target] = shares @ self.clarity[[target, source]]
         self.unclear[target] &= self.unclear[source]
@@ -115,7 +107,7 @@ class Groups:
     def drop_joined(self) -> np.ndarray:
         """Drops groups without clips; returns the old indices of the kept groups."""
         rows = np.flatnonzero(self.sizes)
-        for arrays in (self.counts, self.means, self._squares, self._noises, self._to_mean):
+        for arrays in (self.counts, self.means, self._squares, self._noises):
             arrays[:] = [x[rows] for x in arrays]
         self.sizes, self.apart = self.sizes[rows], self.apart[np.ix_(rows, rows)]
         self.clarity, self.unclear = self.clarity[rows], self.unclear[rows]
@@ -148,11 +140,10 @@ class Groups:
             ratios = two_covariance.pair_log_ratios(part.space, noise, mean, row)
             return float(self._backend.settings.scale) * ratios
         assert part.distances is not None
-        square, to_mean = self._squares[number], self._to_mean[number]
+        square = self._squares[number]
         gap = square + square[row] - 2 * (mean @ mean[row])
         clarity = np.maximum(self.clarity, self.clarity[row]) if part.name == "face" else 1.0
-        far = None if part.mean is None else (to_mean, to_mean[row])
-        return distance.pair_log_ratios(part.distances, gap, (noise, noise[row]), far, clarity)
+        return distance.pair_log_ratios(part.distances, gap, noise + noise[row], clarity)
 
 
 def group(

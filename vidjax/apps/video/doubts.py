@@ -236,6 +236,6 @@ def _compute_log_ratios(
         for N photos, or [K], if photo k is compared only with person k.
     """
     square = np.vecdot(mean, mean)
-    noise = 1 / distance.effective_count(distances, np.maximum(count, 1), square)
-    log_ratios = distance.pair_log_ratios(distances, 1 + square - 2 * product, (np.ones(1), noise))
+    noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)
+    log_ratios = distance.pair_log_ratios(distances, 1 + square - 2 * product, noise)
     return np.where(count > 0, log_ratios, 0.0)
