@@ -278,7 +278,7 @@ def name_people(
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
             raise UserError(
-                f"no photo in '{people}' shows exactly one face, so nobody can be recognised\n"
+                f"no photo in '{people}' can be used, so nobody can be recognised\n"
                 "add photos that each show only one person"
             )
         if gallery.identities:
@@ -338,7 +338,16 @@ def _update_people(
             f"to forget people whose photos are missing, add --forget-missing{hint}",
             warning=True,
         )
-    _enrol_photos(gallery, enrolled, usable, names)
+    # If new nets were added, a photo that cannot be read has no features any more.
+    unread = {
+        (folder.name, features_folder.make_stem(outcome.path))
+        for folder, outcomes in outcomes_of.items() for outcome in outcomes if not outcome.known
+    }  # fmt: skip
+    checked = {
+        clip: photo for clip, photo in enrolled.items()
+        if (photo.folder, photo.clip.partition(".")[0]) not in unread
+    }  # fmt: skip
+    _enrol_photos(gallery, checked, usable, names)
     _forget(gallery, names, {*photos, *missing}, out)
     _warn_of_doubts(gallery, outcomes_of, people)
     return failed, names
@@ -635,10 +644,10 @@ def _enrol_photos(
     usable: Mapping[Path, Mapping[str, str]],
     names: Collection[str],
 ) -> None:
-    """Enrols the usable faces, and removes the other faces of their photos from the gallery.
+    """Enrols the usable faces, and removes the other faces in `enrolled` from the gallery.
 
     `enrolled` is clip -> face in the gallery. `usable` is folder of features -> clip -> person.
-    `names` are all people.
+    `names` are all people. Only folders in `usable` are changed.
     """
     labels, old = _choose_labels(gallery, names), dict[str, set[str]]()
     for clip, photo in enrolled.items():
@@ -651,7 +660,7 @@ def _enrol_photos(
         {*names} - found - {photo.person for photo in _list_faces(gallery).values()}
     ):
         say(
-            f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face",
+            f"{show(name)} cannot be recognised: no photo of {show(name)} can be used",
             warning=True,
         )
 
