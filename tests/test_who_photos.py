@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.helpers import films
-from tests.helpers.drawn_people import picture, tags, write_film, write_photo
+from tests.helpers.drawn_people import picture, tags, write_film, write_photo, write_voices
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import pipeline
 
 pytestmark = pytest.mark.usefixtures("read_here")
 PAIR = ("Ada", 20, 40), ("Bob", 76, 40)  # names, and where the faces are: left, top
@@ -127,6 +128,15 @@ def test_links_to_a_drive_that_is_not_connected_forget_nobody(drawn, linked):
     drawn.who(group)
     shutil.rmtree(drive)
     assert drawn.who(group, code=1).content["people"] == {"Ada": 1, "Bob": 1, "Eve": 1}
+
+
+def test_a_photo_that_cannot_be_read_with_new_nets_stays_enrolled(drawn):
+    drawn.befriend("Ada", "Bob")
+    drawn.who(write_group(drawn))
+    write_voices(drawn.models)
+    (drawn.friends / "Ada" / "1.png").write_bytes(b"")
+    content, _ = drawn.who(write_group(drawn), code=1)
+    assert content["people"] == read_people(drawn) == {"Ada": 1, "Bob": 1}
 
 
 def test_results_stay_if_a_call_fails_while_the_people_are_missing(drawn):
@@ -278,3 +288,11 @@ def test_a_photo_with_sunglasses_is_left_out_if_there_are_others(drawn):
     assert content["people"] == {"Ada": 1, "Bob": 1}
     assert "it is left out, because Ada has better photos" in output
     assert {*Gallery(drawn.out / "gallery").clips} == {"people/Ada/1", "people/Bob/2"}
+
+    # `gallery enrol` leaves out the same photo.
+    pipeline.extract([drawn.friends / "Ada"], drawn.folder / "ada", drawn.models)
+    gallery, words = drawn.folder / "g", (f"--input={drawn.folder / 'ada'}", "--identity=Ada")
+    Gallery.of_models(gallery, drawn.models)
+    with pytest.warns(UserWarning, match="2.png: sunglasses.* is left out, because Ada has better"):
+        drawn.run("gallery", "enrol", gallery, *words)
+    assert {*Gallery(gallery).clips} == {"1"}

@@ -202,7 +202,10 @@ def add_who_flags(parser: Parser) -> None:
 
 
 def name_people(args: argparse.Namespace) -> Result:
-    """Names the people in films. If a file cannot be read, the exit code is 1."""
+    """Names the people in films.
+
+    If a file cannot be read, or all photos of a person are missing, the exit code is 1.
+    """
     if args.review:
         require_packages("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
     films = [Path(name).expanduser() for name in args.files]

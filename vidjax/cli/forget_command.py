@@ -47,7 +47,7 @@ def add_forget_flags(parser: Parser) -> None:
 def forget_names(args: argparse.Namespace) -> Result:
     """Lists folders of vidjax that contain a name. `--delete` cleans galleries and caches.
 
-    If a place still contains the name, or could not be searched, the exit code is 1.
+    If a place still contains the name, is empty, or could not be searched, the exit code is 1.
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")

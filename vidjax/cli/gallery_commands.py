@@ -367,6 +367,8 @@ def _drop_group_photos(
 ) -> dict[str, str]:
     """Returns clip -> person, without the clips of photos that show several people.
 
+    If a person has several photos, photos with sunglasses are also left out.
+
     If `identity` is a name, all `clips` show this person, and `path` is the folder of the clips.
     If `identity` is clip -> person, `path` contains a folder of clips for each person. Only folders
     that `vidjax extract` wrote are checked. A warning names each photo with a problem.
@@ -375,6 +377,7 @@ def _drop_group_photos(
 
     people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
     folders = [path] if isinstance(identity, str) else sorted(path.iterdir())
+    poor, hidden = set[str](), dict[str, str]()
     for folder in (folder for folder in folders if (folder / features_folder.VIDEOS).is_dir()):
         prefix = "" if folder == path else f"{folder.name}/"
         for film in features_folder.read_films(folder):
@@ -382,8 +385,13 @@ def _drop_group_photos(
             single, problem = features_folder.check_photo(film) if film.photo else ("", "")
             for track in film.tracks if single is None else ():
                 people.pop(f"{prefix}{track.clip}", None)
-            if problem:
+            if problem and single and film.tracks[0].dark_eyes:
+                hidden[f"{prefix}{single}"] = f"{folder / film.video}: {problem}"
+            elif problem:
+                poor.add(f"{prefix}{single}")
                 warn(f"{folder / film.video}: {problem}")
+    for problem in features_folder.leave_out_hidden(people, poor, hidden):
+        warn(problem)
     return people
 
 

@@ -21,18 +21,19 @@ import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.video.cards import EMBEDDER_ROLES
-from vidjax.data.untrusted.names import check_name
+from vidjax.data.untrusted.names import check_name, show
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
+T = TypeVar("T")
 NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
@@ -252,6 +253,25 @@ def check_face(track: FilmTrack) -> str:
         remedy = "add a larger, sharper photo from the front"
         return f"the face is poor, with quality {track.quality:.3f} of 1: {remedy}"
     return "sunglasses or a shadow hide the eyes: add a photo with visible eyes" * track.dark_eyes
+
+
+def leave_out_hidden(people: dict[T, str], poor: set[T], hidden: Mapping[T, str]) -> list[str]:
+    """Leaves out faces with sunglasses if the person has a good face.
+
+    Args:
+      people: clip -> person. The faces that are left out are removed.
+      poor: clips with a problem.
+      hidden: clip with sunglasses -> a message with the problem.
+
+    Returns:
+      The messages. They mention which faces are left out.
+    """
+    good, messages = {people[clip] for clip in people.keys() - poor - hidden.keys()}, []
+    for clip, problem in hidden.items():
+        if people[clip] in good:
+            problem += f"; it is left out, because {show(people.pop(clip))} has better photos"
+        messages.append(problem)
+    return messages
 
 
 def write(path: Path, value: Struct) -> None:

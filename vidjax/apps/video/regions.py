@@ -353,4 +353,4 @@ def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def _contain_centres(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """Returns whether boxes `outer` [M, 4] contain the centres of boxes `inner` [N, 4]: [M, N]."""
     centres, outer = (inner[:, :2] + inner[:, 2:]) / 2, outer[:, None]
-    return ((centres >= outer[..., :2]) & (centres <= outer[..., 2:])).all(-1)
+    return np.all((centres >= outer[..., :2]) & (centres <= outer[..., 2:]), axis=-1)

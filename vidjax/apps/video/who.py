@@ -301,7 +301,7 @@ def name_people(
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
             raise UserError(
-                f"no photo in '{people}' shows exactly one face, so nobody can be recognised\n"
+                f"no photo in '{people}' can be used, so nobody can be recognised\n"
                 "add photos that each show only one person"
             )
         if gallery.identities:
@@ -363,7 +363,16 @@ def _update_people(
             f"to forget people whose photos are missing, add --forget-missing{hint}",
             warning=True,
         )
-    _enrol_photos(gallery, enrolled, usable, names)
+    # If new nets were added, a photo that cannot be read has no features any more.
+    unread = {
+        (folder.name, features_folder.make_stem(outcome.path))
+        for folder, outcomes in outcomes_of.items() for outcome in outcomes if not outcome.known
+    }  # fmt: skip
+    checked = {
+        clip: photo for clip, photo in enrolled.items()
+        if (photo.folder, photo.clip.partition(".")[0]) not in unread
+    }  # fmt: skip
+    _enrol_photos(gallery, checked, usable, names)
     _forget(gallery, names, {*photos, *missing}, out)
     _warn_of_doubts(gallery, outcomes_of, people)
     return failed, names
@@ -604,16 +613,6 @@ def _is_lost_photo(path: Path) -> bool:
     return path.suffix.lower() in pipeline.PHOTOS and not os.path.exists(path)
 
 
-class PoorFace(NamedTuple):
-    """A usable face that has a problem."""
-
-    folder: Path  # the folder of features
-    clip: str
-    person: str
-    problem: str  # a message that begins with the path of the photo
-    hidden: bool  # whether sunglasses hide the eyes
-
-
 def _check_photos(
     enrolled: Mapping[str, "PhotoFace"],
     outcomes_of: Mapping[Path, Sequence[FileOutcome]],
@@ -628,26 +627,24 @@ def _check_photos(
     Returns path of each unusable photo -> remedy, the names of all people, and folder of features
     -> clip -> person for all usable clips.
     """
-    failed, names, poor = dict[str, str](), set[str](), list[PoorFace]()
-    usable: dict[Path, dict[str, str]] = {}
+    failed, names = dict[str, str](), set[str]()
+    usable: dict[tuple[Path, str], str] = {}
+    poor, hidden = set[tuple[Path, str]](), dict[tuple[Path, str], str]()
     single: list[str] = []  # people whose photo is a file in the folder of people
     known = {photo.person for photo in enrolled.values()}
     for folder, outcomes in outcomes_of.items():
-        named, found = usable.setdefault(folder, {}), set[str]()
+        found, shown = set[str](), set[str]()
         tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
         for outcome in outcomes:
-            people_of, clips, problems = _check_photo(folder.name, outcome)
+            people_of, clips, bad = _check_photo(folder.name, outcome)
             found |= people_of
-            named |= clips
-            tracks = outcome.known.tracks if outcome.known else []
-            dark = {track.clip for track in tracks if track.dark_eyes}
-            poor += [
-                PoorFace(folder, clip, clips[clip], f"{outcome.path}: {problem}", clip in dark)
-                for clip, problem in problems.items()
-            ]
+            shown |= {*clips.values()}
+            usable |= {(folder, clip): name for clip, name in clips.items()}
+            poor |= {(folder, clip) for clip in bad}
+            hidden |= {(folder, clip): problem for clip, problem in bad.items() if problem}
             failed |= {} if clips and outcome.film else {str(outcome.path): outcome.remedy}
         # A folder of photos in which other people are tagged is not a person.
-        if tags and folder.name not in {*tags, *named.values(), *known}:
+        if tags and folder.name not in {*tags, *shown, *known}:
             found.discard(folder.name)
         names |= found
         # If a photo cannot be read, the people of its tags are not forgotten.
@@ -656,25 +653,14 @@ def _check_photos(
         if outcomes[0].path.parent == people:
             single.append(folder.name)
         _warn_of_tags(folder.name, outcomes, people)
-    _leave_out_hidden(usable, poor)
+    for problem in features_folder.leave_out_hidden(usable, poor, hidden):
+        say(problem, warning=True)
     only_files = len(single) == len(outcomes_of) and not known
     _warn_of_numbers([name for name in single if name in names], people, only_files)
-    return failed, names, usable
-
-
-def _leave_out_hidden(usable: Mapping[Path, dict[str, str]], poor: Sequence[PoorFace]) -> None:
-    """Prints the problems of faces; leaves out a face with sunglasses if there are good faces."""
-    flawed = {(face.folder, face.clip) for face in poor}
-    good = {
-        name for folder, named in usable.items() for clip, name in named.items()
-        if (folder, clip) not in flawed
-    }  # fmt: skip
-    for face in poor:
-        left_out = ""
-        if face.hidden and face.person in good:
-            del usable[face.folder][face.clip]
-            left_out = f"; it is left out, because {show(face.person)} has better photos"
-        say(f"{face.problem}{left_out}", warning=True)
+    faces_of: dict[Path, dict[str, str]] = {folder: {} for folder in outcomes_of}
+    for (folder, clip), name in usable.items():
+        faces_of[folder][clip] = name
+    return failed, names, faces_of
 
 
 def _enrol_photos(
@@ -683,10 +669,10 @@ def _enrol_photos(
     usable: Mapping[Path, Mapping[str, str]],
     names: Collection[str],
 ) -> None:
-    """Enrols the usable faces, and removes the other faces of their photos from the gallery.
+    """Enrols the usable faces, and removes the other faces in `enrolled` from the gallery.
 
     `enrolled` is clip -> face in the gallery. `usable` is folder of features -> clip -> person.
-    `names` are all people.
+    `names` are all people. Only folders in `usable` are changed.
     """
     labels, old = _choose_labels(gallery, names), dict[str, set[str]]()
     for clip, photo in enrolled.items():
@@ -699,7 +685,7 @@ def _enrol_photos(
         {*names} - found - {photo.person for photo in _list_faces(gallery).values()}
     ):
         say(
-            f"{show(name)} cannot be recognised: no photo of {show(name)} shows exactly one face",
+            f"{show(name)} cannot be recognised: no photo of {show(name)} can be used",
             warning=True,
         )
 
@@ -707,32 +693,32 @@ def _enrol_photos(
 def _check_photo(
     folder_name: str, outcome: FileOutcome
 ) -> tuple[set[str], dict[str, str], dict[str, str]]:
-    """Prints problems of a photo.
+    """Prints problems of a photo, except sunglasses.
 
-    Returns the people in it, clip -> person for usable clips, and clip -> problem for poor clips.
-    If the photo has no face tags, the only person is `folder_name`.
+    Returns the people in it, clip -> person for usable clips, and clip -> problem for usable clips
+    with a problem, or "" if the problem was printed. If the photo has no face tags, the only person
+    is `folder_name`.
     """
-    film = outcome.known
-    names, clips, poor = {folder_name}, dict[str, str](), dict[str, str]()
-    problems = [outcome.error]
+    film, bad = outcome.known, dict[str, str]()
+    names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
     if film and film.tags:
         names = film.tags
+        clips = {track.clip: track.name for track in film.tracks if track.name}
         problems += [film.bad_tags, film.misfit and f"{film.misfit}: {MISFIT_REMEDY}"]
         if not film.misfit:
             problems += [f"there is no face at the tag of {show(tag)}" for tag in film.lost_tags]
-        for track in film.tracks:
-            if track.name:
-                clips[track.clip] = track.name
-                if problem := features_folder.check_face(track):
-                    poor[track.clip] = f"{show(track.name)}: {problem}"
     elif film:
         clip, problem = features_folder.check_photo(film)
+        clips = {clip: folder_name} if clip else {}
         problems += [film.bad_tags, "" if clip else problem]
-        if clip:
-            clips, poor = {clip: folder_name}, {clip: problem} if problem else {}
+    for track in film.tracks if film else ():
+        if track.clip in clips and (problem := features_folder.check_face(track)):
+            problem = f"{show(clips[track.clip])}: {problem}" if track.name else problem
+            bad[track.clip] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
+            problems += [] if track.dark_eyes else [problem]
     for problem in filter(None, problems):
         say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
-    return names, clips, poor
+    return names, clips, bad
 
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
