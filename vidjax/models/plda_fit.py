@@ -6,9 +6,9 @@ modalities, some identities lack a modality, because enrolled people may lack on
 
 `within` and `between` (see `Settings`) are chosen by MAP, the mean average precision, and by AUROC
 of known clips against strangers. The other settings maximise the probability of the right answers,
-with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last,
-with a single clip for half of the identities, because people who are enrolled later often have few
-clips. The prior of the settings weighs as much as a clip. If too few people have two clips, only
+with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last, on
+people whose clips do not determine the covariances, with a single enrolled clip of half of the
+people, because people who are enrolled later often have few clips. The prior of the settings weighs as much as a clip. If too few people have two clips, only
 the prior decides, and the user is informed.
 
 The settings of a member are fitted only on its training clips. `TaskSpec` and every checkpoint
@@ -50,11 +50,12 @@ SHARES: Mapping[str, tuple[float, ...]] = {
 # small real dataset. There `unenrolled` is about -0.7 and `stranger` -2.
 DIRECTIONS = two_covariance.DIRECTIONS
 PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
-DEVIATIONS = np.array([2.0, 1.0, 1.0])
+DEVIATIONS = np.array([2.0, 1.0, 0.5])
 FEWEST_PEOPLE = 10  # with two clips or more; if there are fewer, only the prior decides
 FOLDS = 4
 HIDDEN = 0.2  # share of identities that are not enrolled in a modality, if there are several
 STRANGERS = 0.2  # share of identities that are not enrolled at all
+NEVER = -1e6  # log-likelihood ratio of a person whom a clip certainly does not show
 MAX_FITTED_CLIPS = 4000  # clips for the fit; if there are more, identities are drawn
 MAX_CLIPS_OF_A_PERSON = MAX_FITTED_CLIPS // FEWEST_PEOPLE  # if identities are drawn
 
@@ -225,9 +226,14 @@ def fit_settings(
     # For matrices of 512 rows, two folds at a time are faster than two threads of BLAS, and the
     # last digits then do not depend on the number of cores.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_cores()) as pool:
-        made = pool.map(lambda k: _hold_out(*sides, columns, k, seed, least_within), range(FOLDS))
-        folds = [fold for fold in made if fold is not None]
-        if not folds:
+
+        def make_folds(*, later: bool) -> list[_Fold]:
+            kind = (columns, seed, least_within, later)
+            made = pool.map(lambda k: _hold_out(*sides, k, *kind), range(FOLDS))
+            return [fold for fold in made if fold is not None]
+
+        folds, later = make_folds(later=False), make_folds(later=True)
+        if not (folds and later):
             return Settings(**values)
 
         @functools.cache
@@ -243,18 +249,32 @@ def fit_settings(
                 tries = [{**values, name: share} for share in shares]
                 values = max(tries, key=quality)
         shares = values["within"], values["between"]
-        fitted = _fit(compare(*shares), values, given)._asdict()
-        few = pool.map(lambda fold: _compute_ratios(fold._replace(totals=fold.few), *shares), folds)
-        others = {name: x for name, x in fitted.items() if name != "stranger"}
-        return _fit([*few], values | others, others | dict(given))
+        fitted = _fit(compare(*shares), values, given)
+        if fitted.scale > 1 and "scale" not in given:  # held-out clips of few people are too easy
+            given = {**given, "scale": 1.0}
+            fitted = _fit(compare(*shares), values | given, given)
+        others = {name: x for name, x in fitted._asdict().items() if name != "stranger"}
+        others |= given
+        start = {"stranger": _compute_typical_stranger(float(others["scale"]), width), **others}
+        ratios = pool.map(lambda fold: _add_strangers(_compute_ratios(fold, *shares)), later)
+        return _fit([*ratios], start, others)
+
+
+def _compute_typical_stranger(scale: float, width: float) -> float:
+    """Returns the mean of the prior of `stranger`, for vectors [D] of the `width` D."""
+    # PRIOR is typical of the prior of `scale`. Ratios of the scale 1 need no offset if the model is
+    # exact. Between these scales, the offset is proportional to the logarithm of the scale.
+    if width <= DIRECTIONS:
+        return 0.0
+    share = np.log(scale) / np.log(DIRECTIONS / width)
+    return PRIOR["stranger"] * float(np.clip(share, 0.0, 1.0))
 
 
 class _Fold(NamedTuple):
     """The enrolled clips and the held-out clips of a fold, on which settings are fitted."""
 
-    covariances: Sequence[two_covariance.Covariances]  # of the enrolled clips, for M modalities
+    covariances: Sequence[two_covariance.Covariances]  # for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
-    few: Sequence[tuple[np.ndarray, np.ndarray]]  # the same, but half of the people have one clip
     queries: Sequence[np.ndarray]  # for M modalities [Q, D], centred vectors of held-out clips
     labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 
@@ -262,56 +282,83 @@ class _Fold(NamedTuple):
 def _hold_out(
     vectors: Mapping[str, np.ndarray],
     enrolled_vectors: Mapping[str, np.ndarray],
-    labels: np.ndarray,
     number: int,
+    labels: np.ndarray,
     seed: int,
     least_within: float,
+    later: bool,
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
     `vectors` and `enrolled_vectors` are the same clips, as queries and as they are enrolled. Both
-    are modality -> [N, D]. Random identities are not enrolled, and are strangers. Modalities
-    without an enrolled clip are left out. If all are left out, or if the held-out clips show no
-    known people or no strangers, returns None.
+    are modality -> [N, D]. Random identities are not enrolled, and are strangers. The enrolled
+    clips also determine the covariances. But if `later` is True, some people are enrolled, and
+    the clips of all other people determine the covariances.
+
+    Modalities without an enrolled clip are left out. If all are left out, or if the held-out clips
+    show no known people or (unless `later`) no strangers, returns None.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
     held_out = ensemble.assign_folds(labels, FOLDS, seed) == number
     stranger = rng.random(1 + num_identities) < STRANGERS
     enrolled = ~held_out & ~stranger[labels]
-    parts: dict[str, list[Any]] = {n: [] for n in ("covariances", "totals", "few", "queries")}
+    outside = np.zeros(len(labels), bool)  # the people who are enrolled later
+    if later:
+        outside = (rng.permutation(1 + num_identities) % FOLDS == number)[labels]
+        enrolled = outside & _choose_first_clips(labels)
+        held_out = outside & ~enrolled
+    parts: dict[str, list[Any]] = {n: [] for n in ("covariances", "totals", "queries")}
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
         hidden = (rng.random(1 + num_identities) < HIDDEN) & (len(vectors) > 1)
         visible = enrolled & present & ~hidden[labels]
-        if not visible.any():
+        fitted = present & ~outside if later else visible
+        if not (visible.any() and fitted.any()):
             continue
-        share = two_covariance.centre_share(len(np.unique(labels[visible])))
-        centre = share * x[visible].mean(axis=0)
+        share = two_covariance.centre_share(len(np.unique(labels[fitted])))
+        centre = share * x[fitted].mean(axis=0)
         centred = two_covariance.unit_vectors_from(centre, x)
         to_enrol = two_covariance.unit_vectors_from(centre, enrolled_vectors[name])
-        sums = two_covariance.make_sums(centred[visible], labels[visible], 1 + num_identities)
-        fitted = two_covariance.covariances(sums, least_within)
-        parts["covariances"].append(fitted)
-        rows = np.flatnonzero(visible)
-        few = visible & ((labels + number) % 2 == 1)
-        few[rows[np.unique(labels[rows], return_index=True)[1]]] = True
-        for kind, chosen in (("totals", visible), ("few", few)):
-            count, total = two_covariance.make_totals(
-                to_enrol[chosen], labels[chosen], 1 + num_identities
-            )
-            if least_within:
-                within = float(np.sum(fitted.within))
-                effective = two_covariance.count_independent(within, count, total)
-                total *= (effective / np.maximum(count, 1))[:, None]
-                count = effective.astype(float)
-            parts[kind].append((count, total))
+        sums = two_covariance.make_sums(centred[fitted], labels[fitted], 1 + num_identities)
+        covariances = two_covariance.covariances(sums, least_within)
+        count, total = two_covariance.make_totals(
+            to_enrol[visible], labels[visible], 1 + num_identities
+        )
+        if least_within:
+            within = float(np.sum(covariances.within))
+            effective = two_covariance.count_independent(within, count, total)
+            total *= (effective / np.maximum(count, 1))[:, None]
+            count = effective.astype(float)
+        parts["covariances"].append(covariances)
+        parts["totals"].append((count, total))
         parts["queries"].append(centred[held_out])
     if not parts["totals"]:
         return None
     known = np.any([count > 0 for count, _ in parts["totals"]], axis=0)
     answers = np.where(known[labels[held_out]], labels[held_out], 0).astype(np.int32)
-    return _Fold(labels=answers, **parts) if answers.any() and not answers.all() else None
+    has_both = answers.any() and (later or not answers.all())
+    return _Fold(labels=answers, **parts) if has_both else None
+
+
+def _choose_first_clips(labels: np.ndarray) -> np.ndarray:
+    """Chooses the first clip of people with odd labels [N], and all but the last of the others."""
+    order = np.argsort(labels, kind="stable")
+    place, count = np.empty(len(labels), int), np.bincount(labels)[labels]
+    place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    return (place == 0) | ((labels % 2 == 0) & (place < count - 1))
+
+
+def _add_strangers(part: "_Ratios") -> "_Ratios":
+    """Adds each held-out clip again, as the clip of a stranger: its person is not enrolled."""
+    labels = part.labels[:, None]
+    own = (labels > 0) & (labels == jnp.arange(part.ratios.shape[2]))
+    return _Ratios(
+        jnp.concatenate([part.ratios, jnp.where(own, NEVER, part.ratios)], axis=1),
+        part.known,
+        jnp.concatenate([part.present, part.present], axis=1),
+        jnp.concatenate([part.labels, jnp.zeros_like(part.labels)]),
+    )
 
 
 class _Ratios(NamedTuple):
