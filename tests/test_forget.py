@@ -134,6 +134,7 @@ def test_forget_searches_the_cache_wherever_it_is(tmp_path, places, monkeypatch)
     records, place = tmp_path / "elsewhere" / "arrays" / "with", tmp_path / "place"
     converted(records, "ada 1", "x")
     place.mkdir()
+    (place / "notes.txt").touch()  # an empty folder may be a drive that is not connected
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "elsewhere"))
     wanted = {str(records): ("records", "--delete")}
     for words in ([place], [tmp_path], [place, tmp_path / "elsewhere"]):

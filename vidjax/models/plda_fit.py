@@ -8,8 +8,9 @@ modalities, some identities lack a modality, because enrolled people may lack on
 of known clips against strangers. The other settings maximise the probability of the right answers,
 with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last, on
 people whose clips do not determine the covariances, with a single enrolled clip of half of the
-people, because people who are enrolled later often have few clips. The prior of the settings weighs as much as a clip. If too few people have two clips, only
-the prior decides, and the user is informed.
+people, because people who are enrolled later often have few clips. The prior of the settings weighs
+as much as a clip. If too few people have two clips, only the prior decides, and the user is
+informed.
 
 The settings of a member are fitted only on its training clips. `TaskSpec` and every checkpoint
 store them.
