@@ -409,54 +409,71 @@ def _group(args: argparse.Namespace) -> Result:
     out = Path(args.out).expanduser()
     tables.check_new(out, (".tsv",))
     gallery = _open(args)
+    films = _read_films(args)
     _, vectors = _embed(args, gallery)
-    unknown = set(vectors.names)
+    votes, num_clips = _group_votes(gallery, vectors, films), len(vectors.names)
     if gallery.identities:
-        answers = gallery.identify(vectors)
-        unknown = {name for name, answer in answers.items() if answer.identity is None}
-    groups = gallery.group(vectors.only(unknown))
+        answers = appearances.settle_answers(gallery.identify(vectors, groups=votes), films)
+        named = {name for name, answer in answers.items() if answer.identity is not None}
+        vectors = vectors.only({*vectors.names} - named)
+    if votes is None:
+        groups = gallery.group(vectors)
+    else:
+        groups = appearances.group_unknown(gallery, vectors, films, votes)
+        groups = appearances.mark_unclear(groups, films)
     answers_lib.write_groups(out, groups)
     count = len({*groups.values()})
     rows = {
-        "clips": f"{len(vectors.names):,}",
+        "clips": f"{num_clips:,}",
         "unknown": f"{messages.count(count, 'person')} in {messages.count(len(groups), 'clip')}",
         "groups": f"{out}: write names into it, then enrol --labels={shlex.quote(str(out))}",
     }
-    content = {"groups": str(out), "clips": len(vectors.names)}
+    content = {"groups": str(out), "clips": num_clips}
     return Result(content | {"people": count, "unknown": len(groups)}, rows)
 
 
 def _read_films(args: argparse.Namespace) -> "list[Film]":
+    """Reads the descriptions of films in `--input`; returns [] for other clips."""
     from vidjax.apps.video import features_folder
 
     folder = Path(args.input or "").expanduser()
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
-    films = features_folder.read_films(folder) if args.input else []
-    if not films:
-        raise UserError(
-            f"--out={args.out} is a file with times, and only features of vidjax extract have "
-            "times\nto write a table without times: --out=answers.tsv"
-        )
-    return films
+    return features_folder.read_films(folder) if args.input else []
+
+
+def _group_votes(
+    gallery: "Gallery", vectors: "Vectors", films: "Sequence[Film]"
+) -> dict[str, str] | None:
+    """Returns clip -> group of tracks that get one name, as in `vidjax who`; None for other clips.
+
+    A gallery of a run cannot compare groups.
+    """
+    if not films or not gallery.origin.cards:
+        return None
+    return appearances.group_votes(gallery, vectors, films)
 
 
 def _identify(args: argparse.Namespace) -> Result:
     if args.input and (inputs := bulk.list_tables(args.input)):
         return _process_tables(args, inputs, answers_lib.Identify, k=args.k)
-    out = Path(args.out).expanduser() if args.out else None
-    films = None
+    out, films = Path(args.out).expanduser() if args.out else None, _read_films(args)
+    has_times = out is not None and out.suffix in appearances.FORMATS
     if out:
         tables.check_new(out, (*tables.ENDINGS, *appearances.FORMATS))
-        films = _read_films(args) if out.suffix in appearances.FORMATS else None
+    if has_times and not films:
+        raise UserError(
+            f"--out={out} is a file with times, and only features of vidjax extract have times\n"
+            "to write a table without times: --out=answers.tsv"
+        )
     gallery = _open(args)
     chosen = {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
+    votes = _group_votes(gallery, vectors, films)
     with _show_progress("identify", len(vectors.names)) as bar:
-        answers = gallery.identify(vectors, args.k, advance=bar.advance, **chosen)
-    if films:
-        answers = appearances.settle_answers(answers, films)
+        answers = gallery.identify(vectors, args.k, groups=votes, advance=bar.advance, **chosen)
+    answers = appearances.settle_answers(answers, films)
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
@@ -466,7 +483,7 @@ def _identify(args: argparse.Namespace) -> Result:
     content = {"clips": len(answers), "named": named}
     content |= _describe_rule(rule) | timed[1]
     if out:
-        if films:
+        if has_times:
             appearances.write(out, appearances.find_appearances(answers, films), films)
         else:
             answers_lib.write(out, answers)

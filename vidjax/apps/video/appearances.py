@@ -12,14 +12,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.answers import FACE, UNKNOWN, Answer, parse_group_number
 from vidjax.apps.video.features_folder import Box, Film, FilmTrack
 from vidjax.data.untrusted.names import IGNORED
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from vidjax.apps.gallery.gallery import Gallery, Vectors
 
 TOLD = "told"  # the evidence for a name that a user gave to the clip
 GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance
@@ -121,6 +124,48 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
             pairs += [(other.clip, track.clip) for other in live]
             live.append(track)
     return pairs
+
+
+def group_votes(gallery: "Gallery", vectors: "Vectors", films: Sequence[Film]) -> dict[str, str]:
+    """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`."""
+    apart = pair_seen_together(films)
+    return gallery.group(vectors, apart, clarity=_list_clarity(films), absorb=False)
+
+
+def group_unknown(
+    gallery: "Gallery", vectors: "Vectors", films: Sequence[Film], votes: Mapping[str, str]
+) -> dict[str, str]:
+    """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
+
+    `votes` are the groups of `group_votes`. Two people with unclear faces look alike. So an unclear
+    face is in no group, and has a number that no other track has.
+    """
+    unclear = list_unclear(films)
+    faces = sorted(unclear & votes.keys() & {*vectors.names})  # `votes` has clips with usable faces
+    clear = vectors.only({*vectors.names} - unclear)
+    apart = pair_seen_together(films)
+    groups = gallery.group(clear, apart, begin=votes, clarity=_list_clarity(films))
+    first = 1 + len(groups)
+    return groups | {clip: f"{UNKNOWN}{first + number}" for number, clip in enumerate(faces)}
+
+
+def mark_unclear(groups: Mapping[str, str], films: Iterable[Film]) -> dict[str, str]:
+    """Renames the unknown people who are single unclear faces, such as `unknown face 4`."""
+    unclear, sizes = list_unclear(films), Counter(groups.values())
+    return {
+        clip: f"{FACE}{parse_group_number(group)}"
+        if clip in unclear and sizes[group] == 1 else group  # else a user has joined it to others
+        for clip, group in groups.items()
+    }  # fmt: skip
+
+
+def list_unclear(films: Iterable[Film]) -> set[str]:
+    """Returns the clips with unclear faces, see `FilmTrack.unclear`."""
+    return {track.clip for film in films for track in film.tracks if track.unclear}
+
+
+def _list_clarity(films: Iterable[Film]) -> dict[str, float]:
+    return {track.clip: track.clarity for film in films for track in film.tracks}
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:

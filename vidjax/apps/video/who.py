@@ -923,8 +923,8 @@ def decide(
     name under which it is enrolled. A group without a name is an unknown person, who keeps the
     number of the last call or gets a new number. The numbers are written to `unknown.json`.
 
-    Two people with unclear faces look alike. So an unclear face without a name is in no group, and
-    it never gets the name of a person of whom only unclear faces are enrolled.
+    An unclear face without a name is in no group. It never gets the name of a person of whom only
+    unclear faces are enrolled.
 
     Args:
       out: the folder of results.
@@ -934,11 +934,10 @@ def decide(
     """
     vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
     answers, groups = dict[str, Answer](), dict[str, str]()
-    clarity = {track.clip: track.clarity for film in films for track in film.tracks}
-    unclear = {track.clip for film in films for track in film.tracks if track.unclear}
+    clips = {track.clip for film in films for track in film.tracks}
     complete = set[str]()
-    if clarity:
-        vectors = vectors or _embed(gallery, out / FEATURES, clarity)
+    if clips:
+        vectors = vectors or _embed(gallery, out / FEATURES, clips)
         complete = gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
     digest, people = gallery.digest, gallery.people
@@ -946,11 +945,11 @@ def decide(
     if vectors is not None:
         owner = {clip: name for name, of_person in people.items() for clip in of_person}
         enrolled = {clip: owner.get(clip) for clip in complete & gallery.clips.keys()}
-        apart = appearances.pair_seen_together(films)
-        votes = votes or gallery.group(vectors, apart, clarity=clarity, absorb=False)
+        votes = votes or appearances.group_votes(gallery, vectors, films)
         answers = dict.fromkeys(vectors.names, NOBODY)
         if gallery.identities:
             answers = identify(vectors, groups=votes)
+        unclear = appearances.list_unclear(films)
         seen = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
         for clip in unclear.intersection(answers):
             if answers[clip].identity not in seen:
@@ -965,19 +964,13 @@ def decide(
         answers = appearances.settle_answers(answers, films)
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
         nameless -= enrolled.keys()
-        clear = vectors.only(nameless - unclear)
-        groups = gallery.group(clear, apart, begin=votes, clarity=clarity)
-        faces = sorted(nameless & unclear & votes.keys())  # `votes` has the clips with usable faces
-        groups |= {clip: f"{answers_lib.UNKNOWN}{len(clarity) + n}" for n, clip in enumerate(faces)}
+        groups = appearances.group_unknown(gallery, vectors.only(nameless), films, votes)
         groups = _keep_numbers(groups, _select(before.films, films), before.highest)
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
     _write_numbers(out, before.update(films, groups))
     resolved = {group: before.resolve(group) for group in {*groups.values()}}
     groups = {clip: resolved[group] for clip, group in groups.items()}
-    sizes = Counter(groups.values())
-    for clip in unclear & groups.keys():
-        if sizes[groups[clip]] == 1:  # otherwise, a user has joined it to other clips
-            groups[clip] = f"{answers_lib.FACE}{answers_lib.parse_group_number(groups[clip])}"
+    groups = appearances.mark_unclear(groups, films)
     in_films = appearances.find_appearances(answers, films, groups)
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
     return Decision(digest, people, films, vectors, votes, answers, groups, in_films)
