@@ -9,6 +9,12 @@ Half of the identified clips show strangers. The columns:
     named at 1 %  share of new strangers above a threshold that 1 % of earlier strangers reach
     right         share of the clips of enrolled people whose most probable person is right
     settings      the fitted settings of PLDA
+
+A second table shows galleries of a net. One clip of each person is enrolled, and the probabilities
+follow from the card of dlib's net. The people are random draws to which the card applies. Columns:
+
+    strangers     share of strangers with a probability above 0.5 of an enrolled person
+    known         share of the clips of enrolled people with such a probability of the right person
 """
 
 from collections import namedtuple
@@ -18,7 +24,9 @@ import numpy as np
 from tests.benchmarks import common
 from tests.helpers import embeddings
 from vidjax.apps.gallery import backend
+from vidjax.apps.video.cards import PUBLISHED, BackEnd
 from vidjax.core import metrics
+from vidjax.models import distance
 
 CASES = [  # people, enrolled clips of each, width, share of the variance within a person
     (50, 4, 64, 0.5), (50, 4, 128, 0.6), (300, 4, 64, 0.5), (300, 4, 64, 0.7), (1000, 4, 128, 0.65),
@@ -69,6 +77,30 @@ def measure(num_people: int, *, clips: int, width: int, within: float, seed: int
     )
 
 
+def measure_net(num_people: int, *, clips: int, seed: int) -> dict[str, float]:
+    """Enrols `clips` clips of each person in a gallery of a net, and identifies 1,000 clips."""
+    fit = BackEnd(**{"centre": [0.0] * embeddings.WIDTH, **PUBLISHED["dlib"]["back_end"]})
+    fit.mean = None
+    made = embeddings.Population(seed, distance.from_cosines(fit.same, fit.different))
+    known, strangers = made.people(num_people), made.people(500)
+    person = made.rng.integers(0, num_people, 500)  # whom each of the first 500 clips shows
+    shown = np.concatenate([known[person], strangers])
+    queries = embeddings.unit(shown + made.noise(1000)).astype(np.float32)
+    model, names = backend.make_card_backend({"face": fit}), [*map(str, range(num_people))]
+    enrolled = made.photos(known, clips).reshape(-1, embeddings.WIDTH).astype(np.float32)
+    people = model.enrol(names, enrolled, np.repeat(np.arange(num_people), clips))
+    answers = [*backend.Index(model, [people]).nearest([queries], 1)]
+    best, logs = zip(*(answer.best[0] for answer in answers), strict=True)
+    probability, right = np.exp(logs), np.pad(np.array(best[:500], int) == person, (0, 500))
+    named = probability > 0.5
+    return {
+        "P(new)": float(np.exp([answer.new for answer in answers]).mean()),
+        "ECE": compute_calibration_error(probability, right),
+        "strangers": float(named[500:].mean()),
+        "known": float((named & right)[:500].mean()),
+    }
+
+
 if __name__ == "__main__":
     common.parse(__doc__)
     common.print_text("people clips width within   P(new)    ECE  named at 1 %  right   settings")
@@ -79,3 +111,8 @@ if __name__ == "__main__":
             f"{people:6} {clips:5} {width:5} {within:6.2f}   {figures.new:6.3f} "
             f"{figures.error:6.3f}  {figures.named:12.2%}  {figures.right:5.3f}   {settings}"
         )
+    for people in (5, 50, 100, 1000, 5000):
+        runs = [measure_net(people, clips=1, seed=seed) for seed in range(3)]
+        means = {name: np.mean([run[name] for run in runs]) for name in runs[0]}
+        cells = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+        common.print_text(f"{people:6} people of a net  {cells}")

@@ -16,11 +16,11 @@ def unit(x):
 
 
 class Population:
-    """Draws people and photos. The cosines of photos are distributed as SAME and DIFFERENT say."""
+    """Draws people and photos. The distances of photos are distributed as `distances` says."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, distances=DLIB):
         self.rng = np.random.default_rng(seed)
-        within, between, same, different = DLIB
+        within, between, same, different = distances
         # The sum of the squared variances of all directions determines the spread of the distance
         # of two people. W and B share a third of the directions of W.
         square = (within + between) ** 2 / different - within**2 / same

@@ -91,6 +91,9 @@ AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
 RANK_ROWS = 64  # clips that are ranked together
 EMBED_ROWS = 32  # clips that are embedded together
 MIN_SHARE = 1e-6  # smallest usable vector of a clip, relative to the centre of all vectors
+# The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
+# `calibration` and `decision`.
+OF_STRANGERS = "2 to 7 %"
 EMBEDDING = "embedding"  # if the run is not PLDA, this word replaces the modality
 
 
@@ -740,8 +743,10 @@ class Gallery:
         wanted = answers_lib.count_needed_strangers(DEFAULT_FPIR)
         strangers = len(state.groups.get(STRANGER, ()))
         if fpir is None and strangers < wanted:
-            about = f"{ABOVE_HALF}; with {wanted} clips of strangers instead of {strangers}, "
-            about += f"at most {100 * DEFAULT_FPIR:g} % of new strangers would get a name"
+            about = ABOVE_HALF
+            about += f", which {OF_STRANGERS} of strangers reach" if state.run.cards else ""
+            about += f"; with {wanted} clips of strangers instead of {strangers}, at most "
+            about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
             return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
         limit = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
         about = f"the probability is {answers_lib.describe_probability(limit.score)} or more, "
