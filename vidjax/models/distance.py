@@ -36,9 +36,9 @@ import numpy as np
 
 PRIOR_CLIPS = 1.0  # weight, in clips, of the prior that clips share no part of e
 MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
-# The weight of the mean in a card, in enrolled people. It is low because populations differ. In
-# group photos of women, 2 to 8 women were enrolled. Without the mean, 10 to 15 % of strangers got a name,
-# with a weight of 3 9 to 15 %, and with a weight of 24 20 to 30 %.
+# The weight of the mean in a card, in enrolled people. It is low because populations differ: when
+# 2 to 8 of the women in group photos were enrolled, 20 to 30 % of the other women got a name with a
+# weight of 24, 9 to 15 % with a weight of 3, and 10 to 15 % without the mean.
 CARD_PEOPLE = 3
 
 
