@@ -27,6 +27,12 @@ TOUCHED = {"李小龙": "我喜欢李小龙的电影", "김연아": "이김연�
 ODD = ["Zoë O'Brien", 'a "b" $(id) `id` \\', "-e --x ;", "Zoe\u0308 & Co <x>", "x {} !"]
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """Every call searches the cache. Other tests fill the common cache at the same time."""
+    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def places(say):
     """Returns a function: words -> path -> (kind, remedy) of the places that `forget` lists.
