@@ -14,9 +14,9 @@ from vidjax.utils.errors import warn
 Names = Collection[str]  # the identities of a table
 
 _MONTH = "(jan|feb|mar|mär|mrz|apr|may|mai|jun|jul|aug|sept?|oct|okt|nov|dec|dez)"
-# What an identity looks like -> the pattern of the identity, in upper or lower case.
+# What an identity looks like -> a pattern, which ignores upper and lower case.
 _FORMS = {
-    # In exactly these cases, because Nan, Na and Nat are names of people.
+    # Upper and lower case matter, because Nan, Na and Nat are names of people.
     "a word for a missing value": (
         r"(?-i:-?nan|-?NaN|NAN|null|NULL|Null|\(null\)|[Nn]one|NONE|nil|NIL|undefined|n/a|N/A|n\.a\."
         r"|na|NA|<NA>|<na>|#N/A|#NA|NaT|\\N|--?|\.|\?|-?1\.#(QNAN|IND)|-nan\(ind\))"

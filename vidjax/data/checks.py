@@ -10,7 +10,7 @@ import numpy as np
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import WEIGHTS, BadValues
 from vidjax.data.untrusted.names import show
-from vidjax.utils.errors import NoFileError, UserError, closest
+from vidjax.utils.errors import NoFileError, UserError, closest, warn
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
@@ -134,24 +134,27 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
             )
 
 
-def describe_bad_values(
-    place: str, bad: BadValues, frames: int, *, official: bool = False
-) -> Iterator[str]:
-    """Yields a message that says how unusual values of some of `frames` frames count.
+def warn_of_bad_values(
+    place: str, values: Iterable[BadValues], frames: int, *, official: bool
+) -> None:
+    """Warns of unusual values of some of `frames` frames, and describes how they count.
 
     `place` is the modality. If `official` is True, the data have the official format, in which some
-    qualities are negative. Then there is a message only if all qualities are negative.
+    qualities are negative. Then a warning appears only if all qualities are negative.
     """
-    if official and bad.problem == "negative" and bad.frames < frames:
-        return
-    effect = "it is replaced by 0"
-    if bad.problem == "negative":
-        effect = "as a weight, it counts as 0. If all weights of a clip are 0, they count as equal"
-    yield (
-        f"{place}: {bad.frames:,} of {frames:,} frames have a {bad.field} that is {bad.problem}, "
-        f"such as in clip {show(bad.clip)}: {effect}\n"
-        f"to use the {bad.field}, write finite numbers{' of 0 or more' * (bad.field in WEIGHTS)}"
-    )
+    for bad in values:
+        effect = "it is replaced by 0"
+        if bad.problem == "negative":
+            if official and bad.frames < frames:
+                continue
+            effect = "as a weight, it counts as 0. If all weights of a clip are 0, they count as "
+            effect += "equal"
+        more = " of 0 or more" * (bad.field in WEIGHTS)
+        warn(
+            f"{place}: {bad.frames:,} of {frames:,} frames have a {bad.field} that is "
+            f"{bad.problem}, such as in clip {show(bad.clip)}: {effect}\n"
+            f"to use the {bad.field}, write finite numbers{more}"
+        )
 
 
 def _has_equal_norms(report: Mapping[str, Any]) -> bool:

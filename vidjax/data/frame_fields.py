@@ -145,7 +145,7 @@ class PackedClips:
         """The features, [F, D]."""
         return self.frames["features"]
 
-    def find_bad_values(self) -> Iterator["BadValues"]:
+    def find_bad_values(self) -> Iterator[BadValues]:
         """Yields the values of frames that were not finite, and the negative weights of frames."""
         for reason, count in sorted(self.warnings.items()):
             field = reason.removeprefix("non_finite_")

@@ -100,8 +100,8 @@ def load_label_table(
 def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
     """Yields (start of an error message, clip, identity) for each row of a table of labels.
 
-    The ending of `path` is .csv, .parquet or, for text with tabs, another one. The columns are
-    called `clip` and `identity`. In text with tabs, they may lack names, if they come first.
+    A file that does not end in .csv or .parquet is text with tabs. The columns are called `clip`
+    and `identity`. If text with tabs has no such names, its first two columns are read.
     """
     _refuse_no_file(path)
     if path.suffix.lower() == ".parquet":
@@ -211,10 +211,11 @@ def _is_missing(identity: object) -> bool:
     """Returns True for an empty text, and for an empty cell of pandas."""
     if isinstance(identity, (float, np.floating)):
         return bool(np.isnan(identity))
-    return identity == "" if isinstance(identity, str) else type(identity).__name__ in _NO_VALUES
+    if isinstance(identity, str):
+        return not identity
+    return type(identity).__name__ in ("NAType", "NaTType")  # pandas.NA and pandas.NaT
 
 
-_NO_VALUES = ("NAType", "NaTType")  # the types of pandas.NA and pandas.NaT
 MAX_UNKNOWN_RATE = 0.01  # share of the labelled clips that may be in no feature file
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from vidjax.core.batch import BATCHED, Batch, Frames
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import group_files_by_split
-from vidjax.data.checks import describe_bad_values, list_entries, refuse_unread
+from vidjax.data.checks import list_entries, refuse_unread, warn_of_bad_values
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import (
     SPLITS,
@@ -264,7 +264,7 @@ def warn_of_zeros(modality: str, clips: Sequence[str]) -> None:
 def _warn_of_unused(modality: str, flat: PackedClips, *, official: bool) -> None:
     """Warns if frames were left out, or if values of frames are not finite or negative.
 
-    For `official`, see `describe_bad_values`.
+    For `official`, see `warn_of_bad_values`.
     """
     if frames := flat.skipped.get("non_finite"):
         clips = flat.skipped_clips.get("non_finite", 0)
@@ -273,9 +273,7 @@ def _warn_of_unused(modality: str, flat: PackedClips, *, official: bool) -> None
             f"{modality}: {frames:,} of {flat.seen:,} frames are left out, because their features "
             f"are not finite{lost}\nto use these frames, compute their features again"
         )
-    for bad in flat.find_bad_values():
-        for problem in describe_bad_values(modality, bad, flat.seen, official=official):
-            warn(problem)
+    warn_of_bad_values(modality, flat.find_bad_values(), flat.seen, official=official)
 
 
 # The forms of clips that `Predictor` and `Gallery` accept. A dataset also needs a split.

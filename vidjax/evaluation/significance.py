@@ -29,7 +29,7 @@ from vidjax.utils.errors import UserError
 
 DRAWS = 10_000
 DRAWS_AT_ONCE = 2**22  # most weights in memory at a time
-FEWEST_IDENTITIES = 20  # with fewer identities, the intervals were not tested
+FEWEST_IDENTITIES = 20  # with fewer identities, the interval of a single run was not tested
 EQUAL = 1e-9  # average precisions count as equal below this difference
 METHOD = f"Bayesian bootstrap over the identities and an unseen one, {DRAWS:,} draws"
 METHOD_OF_GAPS = f"the wider of a t interval and a {METHOD}"

@@ -474,11 +474,6 @@ def is_of_training(name: str) -> bool:
     return changed != NOTHING and not changed & (SCORES | CHECKPOINT)
 
 
-def is_in_groups(name: str, groups: Collection[str]) -> bool:
-    """Returns True if `groups` contains the field `name`, or its group, such as `optim`."""
-    return any(name == group or name.startswith(f"{group}.") for group in groups)
-
-
 def check(config: Config) -> None:
     """Raises UserError if a value is out of range, contradicts another value, or has no effect."""
     for problem in problems(config):
@@ -608,7 +603,7 @@ def find_closest_field(name: str, known: Collection[str]) -> str | None:
     """Returns the field in `known` that the misspelt `name` probably means, or None."""
     name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
     group, _, leaf = name.rpartition(".")
-    inside = {field.rpartition(".")[2]: field for field in known if is_in_groups(field, (group,))}
+    inside = {field.rpartition(".")[2]: field for field in known if field.startswith(f"{group}.")}
     if match := closest(leaf, inside, cutoff=0.7):
         return inside[match]
     # An argument of a fusion, or a modality, that the configuration lacks is no misspelling.

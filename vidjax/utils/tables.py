@@ -121,7 +121,7 @@ def read_text(path: Path) -> Iterator[tuple[int, list[str]]]:
     """
     with files.open_text(path) as file:
         content = file.read()
-    separator = "," if path.suffix.lower() == ".csv" else "\t"
+    separator = SEPARATORS.get(path.suffix.lower(), "\t")
     # Excel saves "Unicode text" as UTF-16, and "Text" as Windows-1252.
     encoding = "utf-16" if content.startswith(BOMS) else "utf-8-sig"
     try:

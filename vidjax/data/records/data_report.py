@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.data.clips import Split
-from vidjax.data.frame_fields import PackedClips, compute_feature_norms
+from vidjax.data.frame_fields import compute_feature_norms
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packing import StagedSplit
 from vidjax.data.records.manifest import Records
@@ -25,10 +25,7 @@ CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any]:
     """Counts the clips and frames of a split. `paths` is modality -> the file of its features."""
     without_frames = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
-    modalities = {
-        name: _report_modality(flat, split, name, paths[name])
-        for name, flat in split.packed.items()
-    }
+    modalities = {name: _report_modality(split, name, paths[name]) for name in split.packed}
     return {
         "clips": without_frames.size,
         "clips_without_frames": int(without_frames.sum()),
@@ -36,12 +33,10 @@ def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any
     }
 
 
-def _report_modality(
-    flat: PackedClips, split: StagedSplit, modality: str, path: Path
-) -> dict[str, Any]:
+def _report_modality(split: StagedSplit, modality: str, path: Path) -> dict[str, Any]:
+    flat, lengths = split.packed[modality], split.lengths[modality]
     # The report names clips by their places, so that the folder of a run does not contain names.
     bad = [x._replace(clip=split.clips.index(x.clip)) for x in flat.find_bad_values()]
-    lengths = split.lengths[modality]
     blocks = range(0, max(1, sum(lengths.tolist())), FRAMES_PER_MAP)
     norms = (compute_feature_norms(flat.features[at : at + FRAMES_PER_MAP]) for at in blocks)
     return {

@@ -10,10 +10,10 @@ import numpy as np
 
 from vidjax.core.batch import Batch, Packed
 from vidjax.data.checks import (
-    describe_bad_values,
     find_equal_quality,
     find_misspelt,
     find_transposed,
+    warn_of_bad_values,
 )
 from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
 from vidjax.data.frame_fields import BadValues, Origin
@@ -131,7 +131,7 @@ def _warn_of_gaps(
 ) -> None:
     """Warns if a split lacks modalities of other splits, or if frames are left out or unusual.
 
-    For `official`, see `describe_bad_values`.
+    For `official`, see `warn_of_bad_values`.
     """
     absent = [modality for modality in modalities if modality not in split.lengths]
     if absent:
@@ -146,10 +146,9 @@ def _warn_of_gaps(
                 f"because their {modality} features have a NaN, an Inf or a value beyond float32\n"
                 "to use these frames, compute their features again"
             )
-        for values in counts.get("bad_values", ()):  # data of an older version have none
-            bad = BadValues(**values | {"clip": split.clips[values["clip"]]})
-            frames = counts["frames_seen"]
-            for problem in describe_bad_values(
-                f"{name}, {modality}", bad, frames, official=official
-            ):
-                warn(problem)
+        values = (
+            BadValues(**x | {"clip": split.clips[x["clip"]]})
+            for x in counts.get("bad_values", ())  # data of an older version have none
+        )
+        place, frames = f"{name}, {modality}", counts["frames_seen"]
+        warn_of_bad_values(place, values, frames, official=official)
