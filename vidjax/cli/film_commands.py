@@ -225,6 +225,11 @@ def name_people(args: argparse.Namespace) -> Result:
             out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
         )
         done = reviewed._replace(failed=done.failed, missed=done.missed)
+    return describe_names(done, out)
+
+
+def describe_names(done: who.WhoResults, out: Path) -> Result:
+    """Returns the result of `vidjax who`. `out` is the folder of results."""
     appearances = done.decision.appearances
     named = [row.identity for row in appearances if row.probability is not None]
     unknown = {*done.decision.unknown.values()}

@@ -253,16 +253,16 @@ def _prepare_folder(
     kept, unsure, lost = {*stems.values()}, list[Film](), list[FileOutcome]()
     for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
         path, missing = known[stem].source.path, is_missing(known[stem].source.path)
-        if missing and (drop != "deleted" or _has_files(path.parent)):
-            if drop != "others":
-                say(f"{path} no longer exists: its features are removed")
-        elif drop != "others" or not files.exists(path):
-            kept.add(stem)
-            if missing:
-                unsure.append(known[stem])
-            elif drop == "others":
+        if drop == "others":
+            if not missing and not files.exists(path):
+                kept.add(stem)
                 error = f"{path} cannot be reached: is the drive connected?"
                 lost.append(FileOutcome(path, None, error, earlier=known[stem]))
+        elif missing and (drop == "missing" or _has_files(path.parent)):
+            say(f"{path} no longer exists: its features are removed")
+        else:
+            kept.add(stem)
+            unsure += [known[stem]] * missing
     _remove_leftovers(out, None if drop == "nothing" else kept)
     return stems, lost + ([_report_unsure(unsure)] if unsure else [])
 

@@ -201,9 +201,8 @@ class _Reading(NamedTuple):
     # [n], how well each tag fits its face: the overlap of the face with a box of the same size in
     # the middle of the tag. Programs draw boxes of different sizes.
     fits: np.ndarray
-    scales: (
-        np.ndarray
-    )  # [n], the side of each box divided by the side of its face; 0 without a face
+    # [n], the side of each box divided by the side of its face; 0 without a face.
+    scales: np.ndarray
     total: float  # the sum of `fits`; a tag counts less if its scale differs from the other tags
 
     def list_names(self, tags: Tags) -> set[tuple[int, str]]:
@@ -237,7 +236,7 @@ def judge_fit(
     the arguments, see `match_faces`, which returns the faces.
     """
     possible = _list_possible(tags.shape, size, orientation)
-    if tags.tags and not possible and tags.shape:
+    if tags.shape and not possible:
         shapes = " x ".join(f"{side:g}" for side in tags.shape), " x ".join(map(str, size))
         return np.zeros(len(tags.tags), bool), (
             f"its tags were made for a picture of another shape, {shapes[0]}, not {shapes[1]}"

@@ -242,8 +242,8 @@ class Review:
     ) -> dict[str, StoredClip | None]:
         """Returns clip -> new entry of the gallery, in which the person `of` has the name `name`.
 
-        If `name` is None, the entry says that the person is ignored. Clips without a clear face are
-        left out. Raises UserError if no clip remains.
+        If `name` is None, the entry says that the person is ignored. Clips without a usable face
+        are left out. Raises UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
         known = clips if of in self._gallery.identities else self._find_enrolled(clips)

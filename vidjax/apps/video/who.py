@@ -813,24 +813,34 @@ def _warn_of_doubts(
                 f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
                 warning=True,
             )
+    path_of = {clip: path for clip, (path, _) in given.items()}
+    _warn_of_contradictions(doubtful, person_of, path_of, people)
+
+
+def _warn_of_contradictions(
+    doubtful: doubts.Doubts, person_of: Mapping[str, str], path_of: Mapping[str, Path], people: Path
+) -> None:
+    """Prints warnings of photos that contradict each other, if it is not clear which are wrong.
+
+    `person_of` is clip -> person, and `path_of` is clip -> photo, for the photos of this call.
+    """
 
     def locate(clip: str) -> str:
-        path = given[clip][0] if clip in given else Path(clip)
+        path = path_of.get(clip, Path(clip))
         return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
 
     for name, all_sides in doubtful.mixed.items():
-        sides = [side for side in all_sides if not given.keys().isdisjoint(side.photos)]
+        sides = [side for side in all_sides if not path_of.keys().isdisjoint(side.photos)]
         if len(sides) < 2:
-            continue  # a user has named a clip of a film
+            continue  # the other side has only clips of films, to which a user gave this name
         number = "two" if len(sides) == 2 else f"{len(sides):,}"
         texts = [
             messages.list_some([*map(locate, side.photos)], 3)
             + (f" (like {show(side.like)})" if side.like else "")
             for side in sides[:3]
-        ]
-        more = " / ..." * (len(sides) > 3)
+        ] + ["..."] * (len(sides) > 3)
         say(
-            f"the photos of {show(name)} show {number} people: {' / '.join(texts)}{more}\n"
+            f"the photos of {show(name)} show {number} people: {' / '.join(texts)}\n"
             f"move the photos that do not show {show(name)}",
             warning=True,
         )
@@ -892,9 +902,8 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
             say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
         if folder.name not in places and not pipeline.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
-    if (
-        people
-    ):  # pages and tables have their names, and this call may fail before it writes new ones
+    # Page and tables contain their names, and this call may fail before it writes new ones.
+    if people:
         _remove_results(out)
 
 

@@ -21,7 +21,7 @@ _SHAPELESS = re.compile(
 )
 
 ENDING = ".mp4"  # is left out of the names of clips
-IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no clear face
+IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no usable face
 MAX_STEM_BYTES = 200  # a file name has at most 255 bytes, including suffixes of temporary files
 
 
