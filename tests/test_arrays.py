@@ -305,9 +305,8 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
             texts = [str(warning.message) for warning in caught]
             assert any(wanted in text and effect in text for text in texts), texts
 
-    monkeypatch.setattr(
-        "vidjax.data.clip_files.MIN_READER_BYTES", 1
-    )  # several processes read the clips
+    # Several processes read the clips.
+    monkeypatch.setattr("vidjax.data.clip_files.MIN_READER_BYTES", 1)
     with pytest.warns(errors.VidjaxWarning) as caught:
         sources.load(tmp_path, cache_dir=tmp_path / "new")
     texts = " ".join(str(warning.message) for warning in caught)

@@ -8,7 +8,7 @@ escaped, too.
 import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,16 +130,9 @@ def read_submission(
         if not fields:
             note("empty line", f"{place}: the line is empty: delete it")
             continue
-        if line != " ".join(fields):
-            note("separators", f"{place}: fields are not separated by a single space: type one")
-        if not _is_text(line):
-            note("encoding", f"{place}: the line is not UTF-8 text: save the file as UTF-8")
-        identity, given = normal_form(unescape(fields[0])), fields[1:]
-        names = list(dict.fromkeys(given))
-        if len(names) < len(given):
-            repeated = next(name for name, count in Counter(given).items() if count > 1)
-            text = f"'{show(repeated)}' is repeated: name each clip only once"
-            note("repeated name", f"{place}: {text}")
+        for kind, problem in _find_faults(line, fields):
+            note(kind, f"{place}: {problem}")
+        identity, names = normal_form(unescape(fields[0])), list(dict.fromkeys(fields[1:]))
         if len(names) > MAX_NAMES:
             raise UserError(
                 f"{place}: the line has {len(names)} clips, so the organisers' script refuses the "
@@ -172,6 +165,17 @@ def read_submission(
         note("empty file", f"{path}: the file is empty: write a line for each identity")
     more = {kind: f" ({n:,} lines have this fault)" if n > 1 else "" for kind, n in counts.items()}
     return Submission(ranking, [sentence + more[kind] for kind, sentence in first.items()])
+
+
+def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields (kind, description) of faults that a line has in any submission."""
+    if line != " ".join(fields):
+        yield "separators", "fields are not separated by a single space: type one"
+    if not _is_text(line):
+        yield "encoding", "the line is not UTF-8 text: save the file as UTF-8"
+    if len({*fields[1:]}) < len(fields[1:]):
+        repeated = next(name for name, count in Counter(fields[1:]).items() if count > 1)
+        yield "repeated name", f"'{show(repeated)}' is repeated: name each clip only once"
 
 
 def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:

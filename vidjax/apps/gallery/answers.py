@@ -292,7 +292,7 @@ def share(value: float) -> str:
 
 
 def describe_probability(score: float) -> str:
-    """Formats the probability exp(`score`) in per cent, also if it is near 0 or 1."""
+    """Formats the probability exp(`score`) in per cent. Unlike `share`, it limits no value."""
     percent = 100 * math.exp(min(score, 0.0))
     return f"{percent:.3g} %" if percent < 99 else f"{percent:.10g} %"
 

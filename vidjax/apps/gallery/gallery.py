@@ -680,8 +680,9 @@ class Gallery:
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
-          absorb: True to join a group of at most 3 clips to a larger group of more clips, if the
-            probability that they show the same person is above 0.55, and one group is clear.
+          absorb: True to join a group of at most 3 clips to a group of more than 3 clips, if the
+            probability that they show the same person is above 0.55. One of the two groups must
+            have a mean clarity of 0.8 or more.
         """
         vectors = self.embed(vectors)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))

@@ -32,8 +32,8 @@ FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differi
 CLEAR_ERRORS = 3
 MOST_PHOTOS = 100  # of a person; with more photos, the photos are not divided into sides
 
-
 Groups = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray  # the rows of each group
+Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the person it resembles
 
 
 class Side(NamedTuple):
@@ -108,9 +108,6 @@ def _name(names: np.ndarray, person: int | None) -> str | None:
     return None if person is None else str(names[person])
 
 
-Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the person it resembles
-
-
 def divide_photos(
     distances: Distances, units: np.ndarray, owner: np.ndarray
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
@@ -165,10 +162,7 @@ def _find_sides(distances: Distances, units: np.ndarray, rows: np.ndarray) -> li
 
 
 def _compare_groups(
-    distances: Distances,
-    units: np.ndarray,
-    first: Groups,
-    second: Groups,
+    distances: Distances, units: np.ndarray, first: Groups, second: Groups
 ) -> np.ndarray:
     """Compares G groups of photos with H groups; returns log(p(one person) / p(two)) [G, H]."""
     means, squares, shares = [], [], []

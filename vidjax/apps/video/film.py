@@ -304,12 +304,11 @@ class ClipBuilder:
         written.box = msgspec.convert(top.box.clip(0, 1).round(4).tolist(), features_folder.Box)
         written.box_at_s = round(top.time_s, 3)
         if "face" in top.parts:
-            crop, template = top.parts["face"][1], np.array(self._nets.embed["face"].card.template)
+            crop, card = top.parts["face"][1], self._nets.embed["face"].card
+            clear_quality = card.back_end.clear_quality if card.back_end else None
             written.quality = top.quality
-            back_end = self._nets.embed["face"].card.back_end
-            clear_quality = back_end.clear_quality if back_end else None
             written.clarity = align.measure_clarity(top.quality, clear_quality)
-            written.dark_eyes = bool(align.has_dark_eyes(crop[None], template)[0])
+            written.dark_eyes = bool(align.has_dark_eyes(crop[None], np.array(card.template))[0])
             if self._thumbnails.is_dir():
                 picture = self._thumbnails / f"{name}.png"
                 files.write_bytes(picture, align.encode_thumbnail(crop), sync=False)

@@ -375,7 +375,7 @@ class _Pages:
         """Applies the change in a form. If `back` is True, undoes the last change instead."""
         review = self._review
         of, typed = form.get("of", ""), form.get("person") or form.get("new", "")
-        name, names = " ".join(typed.split()), form.get("do") == "name"
+        name, is_naming = " ".join(typed.split()), form.get("do") == "name"
         view = dict(urllib.parse.parse_qsl(form.get("view", "")))
         view = {word: view[word] for word in ("film", "person") if word in view}
         problem, status = Forms(at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
@@ -387,12 +387,12 @@ class _Pages:
                 status = HTTPStatus.UNPROCESSABLE_ENTITY
                 if back:
                     review.undo()
-                elif names and "person" in form and (other := review.similar(name, of)):
+                elif is_naming and "person" in form and (other := review.similar(name, of)):
                     problem = problem._replace(similar=other)
                     raise UserError(f"there is already {other}: is it the same person?")
                 else:
                     review.change(form.get("do", ""), of, name, form.get("next", ""))
-                    if names and view.get("person") == of:
+                    if is_naming and view.get("person") == of:
                         view["person"] = name
             except (Expected, OSError) as error:
                 about = f"Nothing was changed: {describe_system_error(error) or error}"
