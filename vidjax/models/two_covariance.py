@@ -29,8 +29,8 @@ from vidjax.core.batch import Array
 # 0.60 for faces, heads and voices of the small real dataset.
 WITHIN = 0.5
 PRIOR = 10.0  # weight of these typical covariances, in clips and in people
-# The clips of a person count as dependent if a log-likelihood ratio exceeds EVIDENCE. The vectors of
-# embeddings vary as in about DIRECTIONS dimensions, see `plda_fit`.
+# The clips of a person count as dependent if a log-likelihood ratio exceeds EVIDENCE. Embeddings
+# vary as in about DIRECTIONS dimensions, see `plda_fit`.
 EVIDENCE, DIRECTIONS = 3.0, 32
 SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit vectors
 
