@@ -55,7 +55,6 @@ SHARES: Mapping[str, tuple[float, ...]] = {
 DIRECTIONS = two_covariance.DIRECTIONS
 PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
 DEVIATIONS = np.array([2.0, 1.0, 1.0])
-FEW_DEVIATIONS = np.array([2.0, 1.0, 0.5])  # if covariances are from other people
 FEWEST_PEOPLE = 10  # with two clips or more; if there are fewer, only the prior decides
 FEW_PEOPLE = 80  # with two clips or more; if there are fewer, covariances are not exact
 FOLDS = 4
@@ -256,30 +255,26 @@ def fit_settings(
                 values = max(tries, key=quality)
         shares = values["within"], values["between"]
         fitted = _fit(compare(*shares), values, given)
-        if fitted.scale > 1 and "scale" not in given:  # held-out clips of few people are too easy
+        if least_within and fitted.scale > 1 and "scale" not in given:  # few people are too easy
             given = {**given, "scale": 1.0}
             fitted = _fit(compare(*shares), values | given, given)
         others = {name: x for name, x in fitted._asdict().items() if name != "stranger"}
         others |= given
-        if (least_within or _count_repeated(labels) < FEW_PEOPLE) and (
-            later := make_folds(later=True)
-        ):
-            values = {"stranger": _compute_typical_stranger(float(others["scale"]), width)}
-            ratios = pool.map(lambda fold: _add_strangers(_compute_ratios(fold, *shares)), later)
-            return _fit([*ratios], values | others, others, FEW_DEVIATIONS)
         few = (fold._replace(totals=fold.few) for fold in folds)
-        ratios = pool.map(lambda fold: _compute_ratios(fold, *shares), few)
-        return _fit([*ratios], values | others, others)
-
-
-def _compute_typical_stranger(scale: float, width: float) -> float:
-    """Returns the mean of the prior of `stranger`, for vectors [D] of the `width` D."""
-    # PRIOR is typical of the prior of `scale`. Ratios of the scale 1 need no offset if the model is
-    # exact. Between these scales, the offset is proportional to the logarithm of the scale.
-    if width <= DIRECTIONS:
-        return 0.0
-    share = np.log(scale) / np.log(DIRECTIONS / width)
-    return PRIOR["stranger"] * float(np.clip(share, 0.0, 1.0))
+        ratios = [*pool.map(lambda fold: _compute_ratios(fold, *shares), few)]
+        settings = _fit(ratios, values | others, others)
+        is_exact = _count_repeated(labels) >= FEW_PEOPLE and not least_within
+        later = [] if is_exact or "stranger" in given else make_folds(later=True)
+        if not later:
+            return settings
+        # In the first fit, the enrolled people also determine the covariances. It is right if ratios
+        # are scaled down as for typical embeddings. If the scale is 1, the second fit is right.
+        typical = np.log(min(DIRECTIONS / width, 1.0)) or -np.inf
+        share = float(np.clip(np.log(others["scale"]) / typical, 0, 1))
+        ratios = [*pool.map(lambda fold: _add_strangers(_compute_ratios(fold, *shares)), later)]
+        start = {"stranger": share * PRIOR["stranger"], **others}
+        second = _fit(ratios, start, others).stranger
+        return settings._replace(stranger=share * settings.stranger + (1 - share) * second)
 
 
 class _Fold(NamedTuple):
@@ -447,15 +442,11 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 
 
 def _fit(
-    parts: Sequence[_Ratios],
-    values: Mapping[str, float],
-    given: Mapping[str, float],
-    deviations: np.ndarray = DEVIATIONS,
+    parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
     """Fits `scale`, `unenrolled` and `stranger` by maximum a posteriori, unless in `given`.
 
-    `values` are the start of the fit and the mean of the prior, and `deviations` [3] its standard
-    deviations.
+    `values` are the start of the fit and the mean of the prior.
     """
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])
@@ -465,7 +456,7 @@ def _fit(
         at = jnp.asarray(np.where(free, point, start), jnp.float32)
         results = [_loss(at, part) for part in parts]
         slope = np.mean([np.asarray(slope, np.float64) for _, slope in results], axis=0)
-        gap = (point - start) / deviations**2 / num_clips
+        gap = (point - start) / DEVIATIONS**2 / num_clips
         value = np.mean([float(value) for value, _ in results]) + gap @ (point - start) / 2
         return float(value), np.where(free, slope + gap, 0.0)
 
