@@ -265,16 +265,22 @@ def fit_settings(
         settings = _fit(ratios, values | others, others)
         is_exact = _count_repeated(labels) >= FEW_PEOPLE and not least_within
         later = [] if is_exact or "stranger" in given else make_folds(later=True)
-        if not later:
-            return settings
-        # In the first fit, the enrolled people also determine the covariances. It is right if ratios
-        # are scaled down as for typical embeddings. If the scale is 1, the second fit is right.
-        typical = np.log(min(DIRECTIONS / width, 1.0)) or -np.inf
-        share = float(np.clip(np.log(others["scale"]) / typical, 0, 1))
         ratios = [*pool.map(lambda fold: _add_strangers(_compute_ratios(fold, *shares)), later)]
-        start = {"stranger": share * PRIOR["stranger"], **others}
-        second = _fit(ratios, start, others).stranger
-        return settings._replace(stranger=share * settings.stranger + (1 - share) * second)
+        return _refit_stranger(ratios, settings, width) if ratios else settings
+
+
+def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: float) -> Settings:
+    """Corrects `settings.stranger`, which was fitted on people who determine the covariances.
+
+    `ratios` are of people who do not determine the covariances. `width` is the D of vectors [D].
+    """
+    # The fitted value is right if ratios are scaled down as for typical embeddings. If the scale is
+    # 1, only a fit to `ratios` is right. Then exact ratios need no offset, so the prior is 0.
+    typical = np.log(min(DIRECTIONS / width, 1.0)) or -np.inf
+    share = float(np.clip(np.log(settings.scale) / typical, 0, 1))
+    others = {name: x for name, x in settings._asdict().items() if name != "stranger"}
+    second = _fit(ratios, {"stranger": share * PRIOR["stranger"], **others}, others).stranger
+    return settings._replace(stranger=share * settings.stranger + (1 - share) * second)
 
 
 class _Fold(NamedTuple):

@@ -1030,7 +1030,7 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _advise_other_films(state: State, people: Iterable[str]) -> None:
-    """Prints those of `people` whose clips are from a single film, or count as a single clip."""
+    """Prints which `people` have only clips of a single film, or clips that count as one clip."""
     counts = dict(zip(state.index.names, state.index.counts.max(axis=0).tolist(), strict=True))
     clips_of = {name: state.groups.get(name, ()) for name in people}
     few = [
