@@ -20,7 +20,7 @@ from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import init_identifier
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import backend as backend_lib, grouping
 from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo
 from vidjax.models import plda_fit, two_covariance
@@ -197,6 +197,99 @@ def test_plda_probabilities_are_calibrated(num_people):
     result = calibration.measure(num_people, clips=4, width=64, within=0.5, seed=0)
     assert abs(result.new - 0.5) < 0.03  # the mean probability of a stranger
     assert result.error <= 0.03  # the expected calibration error
+
+
+def name_later_people(fitted, photos, queries):
+    """Fits PLDA, and enrols `photos` [P, K, D]. Returns P(new), and the shares of named clips.
+
+    `fitted` [P', K', D] are of the people of the fit, by default also of enrolled people.
+    `queries` [P, D] are more photos of the enrolled people. The shares are of these photos with the
+    right name, and of photos of other people with a name.
+    """
+    people, clips, width = photos.shape
+    labels = np.repeat(np.arange(1, 1 + len(fitted)), fitted.shape[1])
+    backend = backend_lib.fit({"face": fitted.reshape(-1, width)}, labels, centred=False)
+    owner = np.repeat(np.arange(people), clips)
+    names = [*map(str, range(people))]
+    enrolled = backend.enrol(names, photos.reshape(-1, width), owner)
+    answers = [*backend_lib.Index(backend, [enrolled]).nearest([queries], 1)]
+    named = np.array([answer.best[0][1] > np.log(0.5) for answer in answers])
+    best = np.array([int(answer.best[0][0]) for answer in answers])
+    known = named[:people] & (best[:people] == np.arange(people))
+    new = np.mean([np.exp(answer.new) for answer in answers])
+    return new, known.mean(), named[people:].mean(), enrolled.num_clips.mean()
+
+
+def draw_photos(rng, people, clips, *, shared=0.0):
+    """Draws photos, of which the last is from another day than all others, [people, clips + 1, D].
+
+    Photos of one day have the share `shared` of their noise in common.
+    """
+    noise = rng.normal(size=(people, clips + 1, 64))
+    noise[:, :-1] *= np.sqrt(1 - shared)
+    noise[:, :-1] += np.sqrt(shared) * rng.normal(size=(people, 1, 64))
+    return unit(rng.normal(size=(people, 1, 64)) + noise).astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [0.0, 0.5, 0.7])
+def test_photos_of_one_day_name_more_clips_than_one_photo(shared):
+    """The people of the fit are enrolled, all with four photos of one day. Names show no day."""
+    rng = np.random.default_rng(0)
+    photos, strangers = draw_photos(rng, 100, 4, shared=shared), draw_photos(rng, 400, 0)[:, 0]
+    queries = np.concatenate([photos[:, -1], strangers])
+
+    def measure(clips):
+        return name_later_people(photos[:, :clips], photos[:, :clips], queries)
+
+    new, known, named_strangers, count = measure(4)
+    assert known > measure(1)[1] and named_strangers < 0.05
+    assert abs(new - 0.8) < 0.05  # 400 of 500 clips show strangers
+    assert count > 3.95 if not shared else count < 2.1
+
+
+@pytest.mark.slow
+def test_few_people_of_a_fit_do_not_name_strangers_as_people_who_are_enrolled_later():
+    """PLDA is fitted to 30 people. 100 people are enrolled later, with one photo each."""
+    results = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        photos = draw_photos(rng, 100, 1)
+        queries = np.concatenate([photos[:, -1], draw_photos(rng, 100, 0)[:, 0]])
+        results.append(name_later_people(draw_photos(rng, 30, 2), photos[:, :1], queries)[:3])
+    new, known, named_strangers = np.mean(results, axis=0)
+    assert 0.4 < new < 0.6 and known > 0.75 and named_strangers < 0.15
+
+
+@pytest.mark.slow
+def test_clips_of_several_days_form_few_groups_of_a_person():
+    """Clips of a day share 70 % of the noise. 20 people have 4 clips on each of 3 days."""
+    rng = np.random.default_rng(0)
+    fitted = draw_photos(rng, 100, 3)
+    backend = backend_lib.fit(
+        {"face": fitted.reshape(-1, 64)}, np.repeat(np.arange(1, 101), 4), centred=False
+    )
+    noise = np.sqrt(0.7) * rng.normal(size=(20, 3, 1, 64))
+    noise = noise + np.sqrt(0.3) * rng.normal(size=(20, 3, 4, 64))
+    x = unit(rng.normal(size=(20, 1, 1, 64)) + noise).reshape(-1, 64).astype(np.float32)
+    labels = grouping.group(backend, [f"clip {n}" for n in range(len(x))], [x])
+    assert len(np.unique(labels)) <= 25
+    people = np.arange(len(x)) // 12
+    assert all(len(np.unique(people[labels == label])) == 1 for label in np.unique(labels))
+
+
+@pytest.mark.parametrize(("shared", "most", "low", "high"), [
+    (0.0, 10, 9, 10), (0.5, 10, 1.6, 2.2), (0.9, 10, 1, 1.1), (0.0, 3, 3, 3), (0.5, 1, 1, 1),
+])  # fmt: skip
+def test_similar_clips_count_as_few_clips(shared, most, low, high):
+    """Ten clips with a share r in common are worth 1 / (r + (1 - r) / 10) clips; `most` is a limit.
+
+    A person without a clip has no clips.
+    """
+    x = draw_photos(np.random.default_rng(0), 200, 10, shared=shared)[:, :10]
+    count, total = np.append(np.full(200, 10.0), 0), np.append(x.sum(axis=1), np.zeros((1, 64)), 0)
+    found = two_covariance.count_independent(0.5, count, total, np.minimum(count, most))
+    assert low <= found[:-1].mean() <= high and found[-1] == 0
 
 
 def test_settings_of_three_people_with_one_clip_each_are_the_defaults():

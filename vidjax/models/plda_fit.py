@@ -6,11 +6,14 @@ modalities, some identities lack a modality, because enrolled people may lack on
 
 `within` and `between` (see `Settings`) are chosen by MAP, the mean average precision, and by AUROC
 of known clips against strangers. The other settings maximise the probability of the right answers,
-with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last, on
-people whose clips do not determine the covariances, with a single enrolled clip of half of the
-people, because people who are enrolled later often have few clips. The prior of the settings weighs
-as much as a clip. If too few people have two clips, only the prior decides, and the user is
-informed.
+with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last,
+with a single clip for half of the identities, because people who are enrolled later often have few
+clips. The covariances of few people describe these people better than people who are enrolled
+later. So for few people, and for galleries, `stranger` is fitted on people whose clips do not
+determine the covariances.
+
+The prior of the settings weighs as much as a clip. If too few people have two clips, only the prior
+decides, and the user is informed.
 
 The settings of a member are fitted only on its training clips. `TaskSpec` and every checkpoint
 store them.
@@ -51,8 +54,9 @@ SHARES: Mapping[str, tuple[float, ...]] = {
 # small real dataset. There `unenrolled` is about -0.7 and `stranger` -2.
 DIRECTIONS = two_covariance.DIRECTIONS
 PRIOR = {"scale": 1.0, "unenrolled": -1.0, "stranger": -2.0}
-DEVIATIONS = np.array([2.0, 1.0, 0.5])
+DEVIATIONS = np.array([2.0, 1.0, 1.0])
 FEWEST_PEOPLE = 10  # with two clips or more; if there are fewer, only the prior decides
+FEW_PEOPLE = 80  # with two clips or more; if there are fewer, covariances are not exact
 FOLDS = 4
 HIDDEN = 0.2  # share of identities that are not enrolled in a modality, if there are several
 STRANGERS = 0.2  # share of identities that are not enrolled at all
@@ -233,8 +237,8 @@ def fit_settings(
             made = pool.map(lambda k: _hold_out(*sides, k, *kind), range(FOLDS))
             return [fold for fold in made if fold is not None]
 
-        folds, later = make_folds(later=False), make_folds(later=True)
-        if not (folds and later):
+        folds = make_folds(later=False)
+        if not folds:
             return Settings(**values)
 
         @functools.cache
@@ -251,24 +255,32 @@ def fit_settings(
                 values = max(tries, key=quality)
         shares = values["within"], values["between"]
         fitted = _fit(compare(*shares), values, given)
-        if fitted.scale > 1 and "scale" not in given:  # held-out clips of few people are too easy
+        if least_within and fitted.scale > 1 and "scale" not in given:  # few people are too easy
             given = {**given, "scale": 1.0}
             fitted = _fit(compare(*shares), values | given, given)
         others = {name: x for name, x in fitted._asdict().items() if name != "stranger"}
         others |= given
-        start = {"stranger": _compute_typical_stranger(float(others["scale"]), width), **others}
-        ratios = pool.map(lambda fold: _add_strangers(_compute_ratios(fold, *shares)), later)
-        return _fit([*ratios], start, others)
+        few = (fold._replace(totals=fold.few) for fold in folds)
+        ratios = [*pool.map(lambda fold: _compute_ratios(fold, *shares), few)]
+        settings = _fit(ratios, values | others, others)
+        is_exact = _count_repeated(labels) >= FEW_PEOPLE and not least_within
+        later = [] if is_exact or "stranger" in given else make_folds(later=True)
+        ratios = [*pool.map(lambda fold: _add_strangers(_compute_ratios(fold, *shares)), later)]
+        return _refit_stranger(ratios, settings, width) if ratios else settings
 
 
-def _compute_typical_stranger(scale: float, width: float) -> float:
-    """Returns the mean of the prior of `stranger`, for vectors [D] of the `width` D."""
-    # PRIOR is typical of the prior of `scale`. Ratios of the scale 1 need no offset if the model is
-    # exact. Between these scales, the offset is proportional to the logarithm of the scale.
-    if width <= DIRECTIONS:
-        return 0.0
-    share = np.log(scale) / np.log(DIRECTIONS / width)
-    return PRIOR["stranger"] * float(np.clip(share, 0.0, 1.0))
+def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: float) -> Settings:
+    """Corrects `settings.stranger`, which was fitted on people who determine the covariances.
+
+    `ratios` are of people who do not determine the covariances. `width` is the D of vectors [D].
+    """
+    # The fitted value is right if ratios are scaled down as for typical embeddings. If the scale is
+    # 1, only a fit to `ratios` is right. Then exact ratios need no offset, so the prior is 0.
+    typical = np.log(min(DIRECTIONS / width, 1.0)) or -np.inf
+    share = float(np.clip(np.log(settings.scale) / typical, 0, 1))
+    others = {name: x for name, x in settings._asdict().items() if name != "stranger"}
+    second = _fit(ratios, {"stranger": share * PRIOR["stranger"], **others}, others).stranger
+    return settings._replace(stranger=share * settings.stranger + (1 - share) * second)
 
 
 class _Fold(NamedTuple):
@@ -276,6 +288,7 @@ class _Fold(NamedTuple):
 
     covariances: Sequence[two_covariance.Covariances]  # for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
+    few: Sequence[tuple[np.ndarray, np.ndarray]]  # the same, but half of the people have one clip
     queries: Sequence[np.ndarray]  # for M modalities [Q, D], centred vectors of held-out clips
     labels: np.ndarray  # [Q] int32, classes of the held-out clips; 0 for strangers
 
@@ -309,7 +322,7 @@ def _hold_out(
         outside = (rng.permutation(1 + num_identities) % FOLDS == number)[labels]
         enrolled = outside & _choose_first_clips(labels)
         held_out = outside & ~enrolled
-    parts: dict[str, list[Any]] = {n: [] for n in ("covariances", "totals", "queries")}
+    parts: dict[str, list[Any]] = {n: [] for n in ("covariances", "totals", "few", "queries")}
     for name, x in vectors.items():
         present = np.any(x != 0, axis=1)
         hidden = (rng.random(1 + num_identities) < HIDDEN) & (len(vectors) > 1)
@@ -323,16 +336,20 @@ def _hold_out(
         to_enrol = two_covariance.unit_vectors_from(centre, enrolled_vectors[name])
         sums = two_covariance.make_sums(centred[fitted], labels[fitted], 1 + num_identities)
         covariances = two_covariance.covariances(sums, least_within)
-        count, total = two_covariance.make_totals(
-            to_enrol[visible], labels[visible], 1 + num_identities
-        )
-        if least_within:
-            within = float(np.sum(covariances.within))
-            effective = two_covariance.count_independent(within, count, total)
-            total *= (effective / np.maximum(count, 1))[:, None]
-            count = effective.astype(float)
         parts["covariances"].append(covariances)
-        parts["totals"].append((count, total))
+        rows = np.flatnonzero(visible)
+        few = visible & ((labels + number) % 2 == 1)
+        few[rows[np.unique(labels[rows], return_index=True)[1]]] = True
+        for kind, chosen in (("totals", visible), ("few", few)):
+            count, total = two_covariance.make_totals(
+                to_enrol[chosen], labels[chosen], 1 + num_identities
+            )
+            if least_within:
+                within = float(np.sum(covariances.within))
+                effective = two_covariance.count_independent(within, count, total)
+                total *= (effective / np.maximum(count, 1))[:, None]
+                count = effective.astype(float)
+            parts[kind].append((count, total))
         parts["queries"].append(centred[held_out])
     if not parts["totals"]:
         return None

@@ -33,7 +33,7 @@ import numbers
 import os
 import shlex
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
@@ -558,7 +558,7 @@ class Gallery:
         with self.change() as draft:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
-        _advise_other_films({name: self._state.groups.get(name, ()) for name in people})
+        _advise_other_films(self._state, people)
         return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
@@ -1064,17 +1064,19 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
         )
 
 
-def _advise_other_films(clips_of: Mapping[str, Collection[str]]) -> None:
-    """Prints the people with several clips from a single film. `clips_of` is person -> clips."""
+def _advise_other_films(state: State, people: Iterable[str]) -> None:
+    """Prints which `people` have only clips of a single film, or clips that count as one clip."""
+    counts = dict(zip(state.index.names, state.index.counts.max(axis=0).tolist(), strict=True))
+    clips_of = {name: state.groups.get(name, ()) for name in people}
     few = [
         name for name, clips in clips_of.items()
-        if len(clips) > 1 == len({*map(cut_film_name, clips)})
+        if len(clips) > 1 and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
     ]  # fmt: skip
     if few:
         named = messages.list_some([*map(show, few)], 3)
         say(
-            f"for {named}: the clips of each person are from one film and look alike: "
-            "add clips from other films"
+            f"for {named}: the clips of each person are from one film or day and look alike: "
+            "add clips from other films or days"
         )
 
 

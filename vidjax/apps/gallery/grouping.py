@@ -74,19 +74,28 @@ class Groups:
         for clip, other in apart:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
         self._squares = [np.vecdot(mean, mean) for mean in self.means]
+        self._inverses = [
+            np.linalg.inv(part.space.transform) if part.space else np.zeros((0, 0))
+            for part in backend.parts
+        ]
         self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
 
     def _noise(self, number: int, rows: slice | int) -> np.ndarray:
         """Returns the variance of a group's mean, relative to the variance of one clip.
 
-        `number` is the index of the modality, and `rows` are the groups. For PLDA, the result is
-        1 / k if k clips have the modality. For distances, the result may be larger.
+        `number` is the index of the modality, and `rows` are the groups. The result is 1 / k for k
+        independent clips. For similar clips it is larger.
         """
         count = np.maximum(self.counts[number][rows], 1)
-        distances = self._backend.parts[number].distances
-        if distances is None:
-            return 1 / count
-        return 1 / distance.effective_count(distances, count, self._squares[number][rows])
+        part, inverse = self._backend.parts[number], self._inverses[number]
+        if part.space is None:
+            assert part.distances is not None
+            return 1 / distance.effective_count(part.distances, count, self._squares[number][rows])
+        mean = np.atleast_2d(self.means[number][rows] @ inverse) + part.space.mean  # unit vectors
+        num = np.atleast_1d(count)
+        within = float(np.vdot(inverse, inverse))
+        effective = two_covariance.count_independent(within, num, num[:, None] * mean)
+        return 1 / np.reshape(effective, np.shape(count))
 
     def join(self, target: int, source: int) -> None:
         """Moves all clips of the group `source` to the group `target`."""
