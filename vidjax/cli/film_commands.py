@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from vidjax.apps.gallery.answers import FACE
+from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.video import cards, features_folder, net_packages, pipeline, who
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.runs.terminal import say
@@ -232,9 +232,7 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
     """Returns the result of `vidjax who`. `out` is the folder of results."""
     appearances = done.decision.appearances
     named = [row.identity for row in appearances if row.probability is not None]
-    unknown = {*done.decision.unknown.values()}
-    num_faces = sum(name.startswith(FACE) for name in unknown)
-    num_unknown = len(unknown) - num_faces
+    num_unknown, num_faces, unknown = count_unknown(done.decision.unknown.values())
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": num_unknown,
         "unclear": num_faces, "failed": [*done.failed], "missed": [*done.missed],
@@ -251,10 +249,10 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
         rows |= list_remedies(done.failed.values())
-    if unknown:
-        faces = f" and {messages.count(num_faces, 'unclear face')}" if num_faces else ""
-        count = f"{messages.count(num_unknown, 'person')}{faces} without a name"
-        rows["unknown"] = f"{count}: to name them, add --review --thumbnails to the command"
+    if num_unknown or num_faces:
+        rows["unknown"] = (
+            f"{unknown} without a name: to name them, add --review --thumbnails to the command"
+        )
     lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
     text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
     return Result(content, rows, text, code=1 if done.failed else 0)

@@ -422,14 +422,15 @@ def _group(args: argparse.Namespace) -> Result:
         groups = appearances.group_unknown(gallery, vectors, films, votes)
         groups = appearances.mark_unclear(groups, films)
     answers_lib.write_groups(out, groups)
-    count = len({*groups.values()})
+    people, faces, text = answers_lib.count_unknown(groups.values())
     rows = {
         "clips": f"{num_clips:,}",
-        "unknown": f"{messages.count(count, 'person')} in {messages.count(len(groups), 'clip')}",
+        "unknown": f"{text} in {messages.count(len(groups), 'clip')}",
         "groups": f"{out}: write names into it, then enrol --labels={shlex.quote(str(out))}",
     }
     content = {"groups": str(out), "clips": num_clips}
-    return Result(content | {"people": count, "unknown": len(groups)}, rows)
+    content |= {"people": people, "unclear": faces, "unknown": len(groups)}
+    return Result(content, rows)
 
 
 def _read_films(args: argparse.Namespace) -> "list[Film]":

@@ -14,7 +14,7 @@ probability. If a clip has no usable frame, the score is -inf, or null in .jsonl
 import itertools
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -242,6 +242,15 @@ def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
 def parse_group_number(group: str) -> int:
     """Returns the number of a group, such as 3 for `unknown 3` or `unknown face 3`."""
     return int(group.rpartition(" ")[2])
+
+
+def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
+    """Returns the numbers of unknown people and of unclear faces in `groups`, and both as text."""
+    names = {*groups}
+    faces = sum(name.startswith(FACE) for name in names)
+    people = len(names) - faces
+    more = f" and {messages.count(faces, 'unclear face')}" if faces else ""
+    return people, faces, f"{messages.count(people, 'person')}{more}"
 
 
 def rank_group(group: str) -> tuple[bool, int]:
