@@ -113,6 +113,25 @@ def test_a_drive_that_is_not_connected_forgets_nobody(drawn, way):
     assert drawn.who(group).content["people"] == {"Ada": 1, "Bob": 1}
 
 
+def test_photos_stay_enrolled_if_a_folder_in_the_folder_of_their_person_is_missing(drawn):
+    """A photo that is missing from a folder with other photos was deleted."""
+    group, trip = write_group(drawn), drawn.friends / "Ada" / "trip"
+    drawn.befriend("Ada", "Bob")
+    for number in (2, 3):
+        write_photo(trip / f"{number}.png", ("Ada", 40 + number, 40))
+    drawn.who(group)
+    (trip / "3.png").unlink()
+    assert drawn.who(group).content["people"] == {"Ada": 2, "Bob": 1}
+    for change in (empty, shutil.rmtree):
+        change(trip)
+        content, output = drawn.who(group, code=1)
+        assert content["people"] == {"Ada": 2, "Bob": 1}
+        assert f"{trip / '2.png'} cannot be reached: is the drive connected?" in output
+        assert content["failed"] == [str(trip / "2.png")]
+    content, _ = drawn.who(group, flags=["--forget-missing"])
+    assert content["people"] == {"Ada": 1, "Bob": 1}
+
+
 @pytest.mark.parametrize("linked", ["Ada", "Ada/1.png", "Ada.png"])
 def test_links_to_a_drive_that_is_not_connected_forget_nobody(drawn, linked):
     group, drive = write_group(drawn), drawn.folder / "drive"

@@ -343,9 +343,10 @@ def _update_people(
     files.hide(out / PEOPLE)  # the names of its folders are names of people
     folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
     outcomes_of: dict[Path, list[FileOutcome]] = {}
+    drop: pipeline.Drop = "all others" if forget_missing else "others"
     for first in range(0, len(folders), MOST_LOCKED):
         group = dict(folders[first : first + MOST_LOCKED])
-        outcomes_of |= pipeline.extract_folders(group, drop="others", tagged=True, **options)
+        outcomes_of |= pipeline.extract_folders(group, drop=drop, tagged=True, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
     enrolled = _list_faces(gallery)
     failed, names, usable = _check_photos(enrolled, outcomes_of, people)
