@@ -15,11 +15,11 @@ The results are these files:
     OUT/cuts/          .edl files for each person, for programs that edit films
 
 Each call replaces the tables, the page, the subtitles and the cut lists. If a photo is removed from
-a folder that has other photos, the next call forgets it. If all photos of a person are missing, the
-person is kept unless the call has --forget-missing: a drive may not be connected. A call without a
-folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or `relabel`
-changed are kept. If nets are added to the models, the films and photos of the call are read again,
-the features of all other films are removed, and the names are kept.
+a folder that has other files, the next call forgets it. If a whole folder of photos is missing, the
+photos stay enrolled unless the call has --forget-missing: a drive may not be connected. A call
+without a folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or
+`relabel` changed are kept. If nets are added to the models, the films and photos of the call are
+read again, the features of all other films are removed, and the names are kept.
 """
 
 import functools
