@@ -615,8 +615,16 @@ def _take_results(
             raise answer
         film = schemas.parse(job.path, answer, Film, "leave it out")
         before = _find_film(job.out, job.stem)
-        if film.bad_tags and not film.tags and before and before.tags:
-            raise UserError(film.bad_tags)
+        if before and before.tags and not film.tags:
+            if film.bad_tags:
+                raise UserError(film.bad_tags)
+            if before.sha256 == film.sha256 and len(before.source.sidecars) > len(
+                film.source.sidecars
+            ):
+                raise UserError(
+                    f"{job.path}: the sidecar file with its face tags is missing: copy it back, or "
+                    "delete the photo"
+                )
         partial = Path(arguments["out"])
         _remove(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")

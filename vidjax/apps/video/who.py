@@ -433,6 +433,11 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     """Opens or creates the gallery in `out`; raises UserError if another program wrote `out`."""
     path = out / "gallery"
     if not files.exists(path) and (foreign := list_entries(out)):
+        if files.exists(out / FEATURES):
+            raise UserError(
+                f"'{path}' is missing, the gallery of earlier calls\n"
+                "copy it back, or name a new folder: --out=FOLDER"
+            )
         raise UserError(
             f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write\n"
             "name a new folder"
