@@ -26,11 +26,14 @@ TABLES = (
     ("2024-03-01\u00a000:00:00 2024-03-01", "looks like a date or a time (2 identities)"),
     ("TRUE", "a truth value"),
     ("#REF! #NAME? ####", "an error of a spreadsheet (3 identities)"),
+    ("#DIV/0! #BEZUG! #¡REF! #NOMBRE?", "an error of a spreadsheet (4 identities)"),
+    ("#NV #N/D", "missing value (2 identities)"),
     ("1,234 12", "separators of thousands"),
     ("123456789012346000 12", "rounded to 15 digits"),
     ("'007", "after an apostrophe"),
     ("007 7 Ada", "'007' looks like a number that lost zeros"),
     ("b'Ada'", "Python"),
+    ("['Ada'] ('Bob',)", "Python object (2 identities)"),
     # Ordinary names and codes.
     ("1 2 10 100", ""),
     ("007 008", ""),
@@ -44,6 +47,7 @@ TABLES = (
     ("1.2.10 3-1 12:30", ""),
     ("1234567890123450", ""),  # by chance, a long number ends in 0
     ("123456789012346000 123456789012346001", ""),
+    ("#12 #Ada [Ada] (Bob)", ""),
 )  # fmt: skip
 
 
@@ -59,6 +63,15 @@ def test_changed_identities_get_one_line_and_other_names_none(identities, words,
     (text,) = [str(warning.message) for warning in caught]
     assert words in text and text.startswith("labels.csv: line ") and "\n" not in text
     assert "write them as text" in text
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "  ", "\u2009", "\u202f"])
+def test_names_that_differ_in_their_blanks_get_one_line(blank):
+    other = f"Ada{blank}L"
+    warn_of_changed(dict.fromkeys((other, "Bob L"), "labels.csv: line 2"))  # in tests, an error
+    for name, count in (("Ada L", ""), ("Ada   L", r" \(2 identities\)")):
+        with pytest.warns(VidjaxWarning, match=f"with other blanks in other lines{count}: if a"):
+            warn_of_changed(dict.fromkeys((other, name), "labels.csv: line 2"))
 
 
 CHANGED = ["1.23E+11", "nan", "Ada", "Null"]

@@ -70,6 +70,23 @@ def test_a_photo_whose_tags_cannot_be_read_any_more_keeps_its_people(drawn):
     sidecar.write_bytes(b"")  # a placeholder for a file in a cloud
     content, output = drawn.who(write_group(drawn), code=1)
     assert content["people"] == {"Ada": 1, "Bob": 1} and "1.png.xmp" in output
+    sidecar.unlink()
+    content, output = drawn.who(write_group(drawn), code=1)
+    assert content["people"] == {"Ada": 1, "Bob": 1} and "the sidecar file with its face" in output
+    sidecar.write_bytes(tags(PAIR[0]))  # a user has removed a tag
+    assert drawn.who(write_group(drawn)).content["people"] == {"Ada": 1}
+
+
+def test_a_photo_whose_sidecar_is_missing_does_not_show_a_person_with_the_name_of_its_folder(drawn):
+    photo = drawn.friends / "Album" / "1.png"
+    write_photo(photo, PAIR[0])
+    sidecar = photo.with_name("1.png.xmp")
+    sidecar.write_bytes(tags(PAIR[0]))
+    drawn.befriend("Bob")
+    drawn.who(write_group(drawn))
+    sidecar.unlink()
+    assert drawn.who(write_group(drawn), code=1).content["people"] == {"Ada": 1, "Bob": 1}
+    assert {*drawn.names().values()} == {"Ada", "Bob"}
 
 
 def empty(folder):
@@ -113,6 +130,25 @@ def test_a_drive_that_is_not_connected_forgets_nobody(drawn, way):
     assert drawn.who(group).content["people"] == {"Ada": 1, "Bob": 1}
 
 
+def test_photos_stay_enrolled_if_a_folder_in_the_folder_of_their_person_is_missing(drawn):
+    """A photo that is missing from a folder with other photos was deleted."""
+    group, trip = write_group(drawn), drawn.friends / "Ada" / "trip"
+    drawn.befriend("Ada", "Bob")
+    for number in (2, 3):
+        write_photo(trip / f"{number}.png", ("Ada", 40 + number, 40))
+    drawn.who(group)
+    (trip / "3.png").unlink()
+    assert drawn.who(group).content["people"] == {"Ada": 2, "Bob": 1}
+    for change in (empty, shutil.rmtree):
+        change(trip)
+        content, output = drawn.who(group, code=1)
+        assert content["people"] == {"Ada": 2, "Bob": 1}
+        assert f"{trip / '2.png'} cannot be reached: is the drive connected?" in output
+        assert content["failed"] == [str(trip / "2.png")]
+    content, _ = drawn.who(group, flags=["--forget-missing"])
+    assert content["people"] == {"Ada": 1, "Bob": 1}
+
+
 @pytest.mark.parametrize("linked", ["Ada", "Ada/1.png", "Ada.png"])
 def test_links_to_a_drive_that_is_not_connected_forget_nobody(drawn, linked):
     group, drive = write_group(drawn), drawn.folder / "drive"
@@ -150,6 +186,18 @@ def test_results_stay_if_a_call_fails_while_the_people_are_missing(drawn):
     shutil.rmtree(drawn.friends)
     assert "is not a folder" in drawn.who(group, flags=["--forget-missing"], code=2).output
     assert read_people(drawn) == {"Ada": 1}
+
+
+def test_a_missing_gallery_is_not_made_again(drawn):
+    """The names that a user gave are only in the gallery."""
+    drawn.befriend("Ada")
+    group = write_group(drawn)
+    drawn.who(group)
+    (drawn.out / "gallery").rename(drawn.folder / "moved")
+    for _ in range(2):
+        assert "is missing, the gallery of earlier calls" in drawn.who(group, code=2).output
+    (drawn.folder / "moved").rename(drawn.out / "gallery")
+    drawn.who(group)
 
 
 def test_a_person_is_forgotten_only_by_an_act(drawn):

@@ -386,11 +386,16 @@ def test_run_that_failed_before_its_first_checkpoint_starts_again(
 def test_missing_best_or_latest_checkpoint_is_reported(command, words, finished, tmp_path):
     logged = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
     best = max((line["map"], line["step"]) for line in logged if "map" in line)[1]
-    for prefer, step, again in (
-        ("best", best, ("evaluate", "--config.eval.checkpoint=best")),
-        ("latest", 15, (*words, "--config.num_epochs=6")),
+    for number, (prefer, step, again) in enumerate(
+        (
+            ("best", best, ("evaluate", "--config.eval.checkpoint=best")),
+            ("best", best, ("check",)),
+            ("latest", 15, ("evaluate",)),
+            ("latest", 15, ("check",)),
+            ("latest", 15, (*words, "--config.num_epochs=6")),
+        )
     ):
-        folder = shutil.copytree(finished, tmp_path / prefer)
+        folder = shutil.copytree(finished, tmp_path / str(number))
         shutil.rmtree(folder / "checkpoints" / str(step))
         with pytest.warns(UserWarning, match=f"the {prefer} checkpoint, of step {step}, is missin"):
             assert command(*again, f"--workdir={folder}").code == 0

@@ -181,7 +181,7 @@ def add_who_flags(parser: Parser) -> None:
     about = "the folder of photos of the people: DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     parser.add_argument("--people", metavar="DIR", help=about)
     about = (
-        "forgets people whose photos are missing, even if their folder or all folders are missing. "
+        "forgets photos that are missing, even if their folder or all folders are missing. "
         "With --prune, it also deletes the results of films whose whole folder is missing or empty"
     )
     parser.add_argument("--forget-missing", action="store_true", help=about)

@@ -131,11 +131,14 @@ def _check_data(config: Config) -> str:
 
 def _check_run(config: Config, workdir: Path) -> str:
     from vidjax.evaluation import restore
+    from vidjax.runs import checkpoint
     from vidjax.runs.run_folder import RunFolder
 
     with warnings.catch_warnings(action="ignore"):  # other checks report damaged checkpoints
-        checkpoint = restore.find_run(config, RunFolder(workdir))
-    data, manifest = api.load_data(config), checkpoint.manifest
+        run = restore.find_run(config, RunFolder(workdir))
+    for prefer in ("latest", "best"):
+        checkpoint.warn_of_lost(workdir, prefer)
+    data, manifest = api.load_data(config), run.manifest
     restore.check_data(workdir, manifest["data"], config, data, trains=False)
     return f"step {manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
 

@@ -6,6 +6,7 @@ may really have such a name. So the identities are not changed, and a warning ap
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from vidjax.data.untrusted.names import show
@@ -19,7 +20,7 @@ _FORMS = {
     # Upper and lower case matter, because Nan, Na and Nat are names of people.
     "a word for a missing value": (
         r"(?-i:-?nan|-?NaN|NAN|null|NULL|Null|\(null\)|[Nn]one|NONE|nil|NIL|undefined|n/a|N/A|n\.a\."
-        r"|na|NA|<NA>|<na>|#N/A|#NA|NaT|\\N|--?|\.|\?|-?1\.#(QNAN|IND)|-nan\(ind\))"
+        r"|na|NA|<NA>|<na>|#N/A|#NA|#NV|#N/D|NaT|\\N|--?|\.|\?|-?1\.#(QNAN|IND)|-nan\(ind\))"
     ),
     "a number in scientific notation": r"[+-]?\d([.,]\d+)?e[+-]?\d{1,3}",
     "a date or a time": (
@@ -28,10 +29,12 @@ _FORMS = {
         rf"|\d{{1,2}}\.?[- ]{_MONTH}([- ]\d\d|[- ]\d{{4}})?|{_MONTH}-\d\d"
     ),
     "a truth value": "true|false",
-    "an error of a spreadsheet": r"#(ref!|num!|null!|value!|calc!|spill!|div/0!|name\?|#+)|err:\d+",
+    "an error of a spreadsheet": r"#¡?\w+(/0)?[!?]|##+|err:\d+",
     "a number with separators of thousands": r"[+-]?\d{1,3}([,'\u2019\xa0\u202f]\d{3})+([.,]\d+)?",
     "a number after an apostrophe": r"['\u2019]\d+",
-    "text of a Python object": r"b'.*'|b\".*\"|(np|numpy)\.\w+\(.*\)|(tensor|array)\(.*\)",
+    "text of a Python object": (
+        r"b'.*'|b\".*\"|(np|numpy)\.\w+\(.*\)|(tensor|array)\(.*\)|[\[({]['\"].*['\"],?[\])}]"
+    ),
 }
 _DIGITS = 15  # a spreadsheet replaces further digits of a number by zeros
 
@@ -95,10 +98,18 @@ def _find_lost_zeros(names: Names) -> list[str]:
     return [n for n in names if re.fullmatch("0+[0-9]+", n) and (n.lstrip("0") or "0") in names]
 
 
+def _find_blanks(names: Names) -> list[str]:
+    """Finds names with unusual blanks, such as a no-break space, next to a name with others."""
+    usual = {name: " ".join(name.split()) for name in names}
+    counts = Counter(usual.values())
+    return [name for name in names if usual[name] != name and counts[usual[name]] > 1]
+
+
 # What an identity looks like -> the function that finds such identities.
 _TESTS: Mapping[str, Callable[[Names], list[str]]] = {
     **{like: _find_form(pattern) for like, pattern in _FORMS.items()},
     "a whole number with decimals": _find_decimals,
     "a number that was rounded to 15 digits": _find_rounded,
     "a number that lost zeros in other lines": _find_lost_zeros,
+    "a name with other blanks in other lines": _find_blanks,
 }

@@ -112,7 +112,7 @@ def read_submission(
       UserError: a line has more than 100 different names.
     """
     spellings = find_spellings(positives or {})
-    clips = {clean_name(text): clip for text, clip in spellings.items()}
+    clips = {_try_clean(text): clip for text, clip in spellings.items()}
     clean = functools.cache(_try_clean)
     ranking: dict[str, list[str]] = {}
     first: dict[str, str] = {}  # kind of fault -> a sentence about the first line with this fault
@@ -155,10 +155,12 @@ def read_submission(
             )
         misspelt = (name for name in names if name not in spellings and clean(name) in clips)
         if name := next(misspelt, None):
+            clip = clips[clean(name)]
+            form = " in another Unicode form" * (normal_form(name) == normal_form(clip))
             note(
                 "spelling",
                 f"{place}: the organisers' script does not find '{show(name)}', because the ground "
-                f"truth has '{show(clips[clean(name)])}': write the same name",
+                f"truth has '{show(clip)}'{form}: write the same name",
             )
         ranking[identity] = names
     if not number:
@@ -193,7 +195,7 @@ def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 def _try_clean(name: str) -> str:
     try:
-        return clean_name(unescape(name))
+        return normal_form(clean_name(unescape(name)))
     except UserError:
         return ""
 
@@ -221,13 +223,22 @@ def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence
 def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     """Returns identity -> the clips that show the identity, as they are written in the file.
 
-    The file is read as for training, see `labels.load_ground_truth`. A warning appears if a line is
-    empty, because the scoring script of the challenge counts it as an identity.
+    The file is read as for training, see `labels.load_ground_truth`. Warnings appear if the scoring
+    script of the challenge would read the file in another way: if a line is empty, the script
+    counts it as an identity. If the file begins with a byte order mark, the script reads the mark
+    as a letter.
     """
     positives: dict[str, list[str]] = {}
     for line in labels.read_truth(path):
         positives.setdefault(line.identity, []).extend(line.clips)
-    lines = enumerate(_split(_read_text(Path(path)).removeprefix(BOM)), 1)
+    text = _read_text(Path(path))
+    if text.startswith(BOM):
+        warn(
+            f"{path}: line 1: a byte order mark precedes '{show(text[1:].split()[0])}', and is left "
+            "out, but the organisers' script does not find this name: save the file without the "
+            "mark"
+        )
+    lines = enumerate(_split(text.removeprefix(BOM)), 1)
     if empty := [number for number, line in lines if not line.strip()]:
         warn(
             f"{path}: line {empty[0]}: the line is empty, and is left out, but the organisers' "

@@ -150,7 +150,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     CheckpointError if all are damaged, or if `prefer` is `best` and no checkpoint has a MAP.
     """
     paths, known = list_folders(workdir), manifests(workdir)
-    if prefer == "best" and paths:
+    if paths:
         warn_of_lost(workdir, prefer)
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
         raise CheckpointError(

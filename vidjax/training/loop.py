@@ -294,8 +294,7 @@ class TrainingRun:
         restore.check_data(workdir, manifest["data"], config, data)
         restore.check_digests(workdir, manifest, self._description)
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
-        for prefer in ("latest", "best"):
-            checkpoint.warn_of_lost(workdir, prefer)
+        checkpoint.warn_of_lost(workdir, "best")
         self._report_changes(old, manifest)
         checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
         return train_step.convert_from_items(items), manifest

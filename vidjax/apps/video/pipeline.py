@@ -49,7 +49,8 @@ PHOTOS = {
 }  # fmt: skip
 WINDOWS_FILES = ("thumbs.db", "desktop.ini")  # Windows writes these files into folders
 ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures for media players
-Drop = Literal["nothing", "deleted", "missing", "others"]  # see `extract_folders`
+Drop = Literal["nothing", "deleted", "missing", "others", "all others"]  # see `extract_folders`
+FORGET_REMEDY = "to delete the results of such files, too, add --forget-missing"
 # After these errors, no other file is read, because every other file would fail, too.
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -122,8 +123,9 @@ def extract_folders(
       drop: which features of earlier calls are removed. "deleted": features of files that are
         missing from a folder that has other files. If the whole folder is missing or empty, an
         outcome reports it. "missing": features of all files that no longer exist. "others":
-        features of all files that are not in `paths`. If a file cannot be reached, its features
-        are kept, and with "others", an outcome reports it.
+        features of all files that are not in `paths`, except files in a folder that is missing or
+        empty. "all others": features of all files that are not in `paths`. If a file cannot be
+        reached, its features are kept. With "others", an outcome reports each file that is kept.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has more nets than before. True removes all features of the
         folder, and computes the features of the files in `paths` again. False raises an error.
@@ -251,16 +253,18 @@ def _prepare_folder(
             _remove(out, path.stem)
     stems = _choose_stems(listed, known)
     kept, unsure, lost = {*stems.values()}, list[Film](), list[FileOutcome]()
+    others = drop in ("others", "all others")
     for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
         path, missing = known[stem].source.path, is_missing(known[stem].source.path)
-        if drop == "others":
-            if not missing and not files.exists(path):
-                kept.add(stem)
-                error = f"{path} cannot be reached: is the drive connected?"
-                lost.append(FileOutcome(path, None, error, earlier=known[stem]))
-        elif missing and (drop == "missing" or _has_files(path.parent)):
+        deleted = missing and (drop in ("missing", "all others") or _has_files(path.parent))
+        if others and not deleted and not files.exists(path):
+            kept.add(stem)
+            error = f"{path} cannot be reached: is the drive connected?"
+            remedy = FORGET_REMEDY if missing else ""
+            lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=known[stem]))
+        elif deleted and not others:
             say(f"{path} no longer exists: its features are removed")
-        else:
+        elif not others:
             kept.add(stem)
             unsure += [known[stem]] * missing
     _remove_leftovers(out, None if drop == "nothing" else kept)
@@ -299,8 +303,7 @@ def _report_unsure(films: Sequence[Film]) -> FileOutcome:
     path = films[0].source.path
     more = f" (and of {messages.count(len(films) - 1, 'more file')})" if films[1:] else ""
     problem = f"the folder of {path}{more} is missing or empty: is the drive connected?"
-    remedy = "to delete the results of such files, too, add --forget-missing"
-    return FileOutcome(path, None, f"{problem} The results are kept", remedy=remedy)
+    return FileOutcome(path, None, f"{problem} The results are kept", remedy=FORGET_REMEDY)
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
@@ -339,6 +342,8 @@ def suggest_path(path: Path) -> str:
         names = os.listdir(path.parent)
     except OSError:
         return ""
+    # A link to a missing folder has the same name.
+    names = [name for name in names if name != path.name]
     similar = difflib.get_close_matches(path.name, names, n=1)
     return f"\ndid you mean '{show(str(path.with_name(similar[0])))}'?" if similar else ""
 
@@ -610,8 +615,16 @@ def _take_results(
             raise answer
         film = schemas.parse(job.path, answer, Film, "leave it out")
         before = _find_film(job.out, job.stem)
-        if film.bad_tags and not film.tags and before and before.tags:
-            raise UserError(film.bad_tags)
+        if before and before.tags and not film.tags:
+            if film.bad_tags:
+                raise UserError(film.bad_tags)
+            if before.sha256 == film.sha256 and len(before.source.sidecars) > len(
+                film.source.sidecars
+            ):
+                raise UserError(
+                    f"{job.path}: the sidecar file with its face tags is missing: copy it back, or "
+                    "delete the photo"
+                )
         partial = Path(arguments["out"])
         _remove(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")

@@ -15,11 +15,11 @@ The results are these files:
     OUT/cuts/          .edl files for each person, for programs that edit films
 
 Each call replaces the tables, the page, the subtitles and the cut lists. If a photo is removed from
-a folder that has other photos, the next call forgets it. If all photos of a person are missing, the
-person is kept unless the call has --forget-missing: a drive may not be connected. A call without a
-folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or `relabel`
-changed are kept. If nets are added to the models, the films and photos of the call are read again,
-the features of all other films are removed, and the names are kept.
+a folder that has other files, the next call forgets it. If a whole folder of photos is missing, the
+photos stay enrolled unless the call has --forget-missing: a drive may not be connected. A call
+without a folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or
+`relabel` changed are kept. If nets are added to the models, the films and photos of the call are
+read again, the features of all other films are removed, and the names are kept.
 """
 
 import functools
@@ -343,9 +343,10 @@ def _update_people(
     files.hide(out / PEOPLE)  # the names of its folders are names of people
     folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
     outcomes_of: dict[Path, list[FileOutcome]] = {}
+    drop: pipeline.Drop = "all others" if forget_missing else "others"
     for first in range(0, len(folders), MOST_LOCKED):
         group = dict(folders[first : first + MOST_LOCKED])
-        outcomes_of |= pipeline.extract_folders(group, drop="others", tagged=True, **options)
+        outcomes_of |= pipeline.extract_folders(group, drop=drop, tagged=True, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
     enrolled = _list_faces(gallery)
     failed, names, usable = _check_photos(enrolled, outcomes_of, people)
@@ -432,6 +433,11 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     """Opens or creates the gallery in `out`; raises UserError if another program wrote `out`."""
     path = out / "gallery"
     if not files.exists(path) and (foreign := list_entries(out)):
+        if files.exists(out / FEATURES):
+            raise UserError(
+                f"'{path}' is missing, the gallery of earlier calls\n"
+                "copy it back, or name a new folder: --out=FOLDER"
+            )
         raise UserError(
             f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write\n"
             "name a new folder"
