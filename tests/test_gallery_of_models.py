@@ -226,6 +226,8 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     gallery.enrol({"photo": {"face": ada[:2]}}, "Ada")
     clips = {**faces("ada", ada), **faces("bob", bob), "empty": {"face": ada[:0]}}
     write_npz(tmp_path, {"features": clips})
+    (tmp_path / "features" / "videos").mkdir()  # not from `vidjax extract`
+    (tmp_path / "features" / "videos" / "party.json").write_text('{"title": "party"}')
     words, groups = (gallery.folder, f"--input={tmp_path / 'features'}"), tmp_path / "groups.tsv"
     output = say("gallery", "group", *words, f"--out={groups}")
     assert "\n  unknown     1 person in 5 clips" in output
@@ -364,6 +366,9 @@ def test_clips_that_speak_against_the_name_leave_their_group(gallery):
         else:
             assert joined.identity == "Ada" and joined.probability <= own + 1e-6
             assert joined.best[0] == ("Ada", joined.probability)
+            # With a threshold, each clip needs this probability itself.
+            chosen = gallery.identify(vectors.only(group), groups=group, threshold=0.6)[clip]
+            assert chosen.identity == ("Ada" if own >= 0.6 else None) and chosen.best == joined.best
     assert 10 < len(left) < 90
 
 

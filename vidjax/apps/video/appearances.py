@@ -159,6 +159,23 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[Film]) -> dict[str, 
     }  # fmt: skip
 
 
+def remove_unclear_names(
+    answers: Mapping[str, Answer], gallery: "Gallery", films: Iterable[Film]
+) -> dict[str, Answer]:
+    """Returns answers in which unclear faces lack the names of people with only unclear faces.
+
+    A face keeps the name under which it is enrolled.
+    """
+    unclear, enrolled = list_unclear(films), gallery.clips
+    clear = {entry.identity for clip, entry in enrolled.items() if clip not in unclear}
+    settled = dict(answers)
+    for clip in unclear.intersection(answers):
+        name = answers[clip].identity
+        if name not in clear and not (clip in enrolled and enrolled[clip].identity == name):
+            settled[clip] = answers[clip]._replace(identity=None, evidence=())
+    return settled
+
+
 def list_unclear(films: Iterable[Film]) -> set[str]:
     """Returns the clips with unclear faces, see `FilmTrack.unclear`."""
     return {track.clip for film in films for track in film.tracks if track.unclear}

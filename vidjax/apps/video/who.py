@@ -949,11 +949,7 @@ def decide(
         answers = dict.fromkeys(vectors.names, NOBODY)
         if gallery.identities:
             answers = identify(vectors, groups=votes)
-        unclear = appearances.list_unclear(films)
-        seen = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
-        for clip in unclear.intersection(answers):
-            if answers[clip].identity not in seen:
-                answers[clip] = answers[clip]._replace(identity=None, evidence=())
+        answers = appearances.remove_unclear_names(answers, gallery, films)
         for clip, names in _select(before.denied, films).items():
             if (answer := answers.get(clip, NOBODY)).identity in names:
                 best = tuple(pair for pair in answer.best if pair[0] not in names)
