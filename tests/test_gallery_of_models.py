@@ -257,6 +257,19 @@ def test_tracks_of_one_person_are_joined_over_short_gaps():
     ]
 
 
+def test_only_the_clip_of_an_unclear_face_gets_the_name_of_the_face(gallery):
+    """Of Ada, only the unclear face `a0` is enrolled. Of Bob, the clear face `b0` is."""
+    ada, bob = draw(5, people=2, clips=1)
+    gallery.enrol(faces("a", ada) | faces("b", bob), {"a0": "Ada", "b0": "Bob"})
+    tracks = film(a0=(0, 1), a1=(1, 2), a2=(2, 3), b0=(3, 4), b1=(4, 5))
+    for track in tracks.tracks:
+        track.clarity = 0.1 if track.clip in ("a0", "a2", "b1") else 1.0
+    given = {x.clip: answer({"a": "Ada", "b": "Bob"}[x.clip[0]]) for x in tracks.tracks}
+    settled = appearances.remove_unclear_names(given, gallery, [tracks])
+    names = {clip: x.identity for clip, x in settled.items()}
+    assert names == {"a0": "Ada", "a1": None, "a2": None, "b0": "Bob", "b1": "Bob"}
+
+
 def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
     # In a .tsv file, the ' prevents a formula.
     texts = {".tsv": "\t0.333\t0.667\t'=cmd()\t", ".jsonl": '"start": 0.333, "end": 0.667'}

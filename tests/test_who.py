@@ -210,7 +210,7 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     assert drawn.names() == ada | faces and (content["groups"], content["unclear"]) == (0, 3)
     assert "Unclear faces (3)" in (drawn.out / "names.html").read_text()
 
-    # Eve gets a name in one clip. Other unclear faces do not get the name of this unclear face.
+    # Eve gets a name in one clip. Other clips do not get the name of this unclear face.
     table.write_text(table.read_text().replace("unknown face 1", "Eve"))
     content, _ = drawn.who(film)
     assert content["people"] == {"Ada": 1, "Eve": 1}

@@ -923,8 +923,8 @@ def decide(
     name under which it is enrolled. A group without a name is an unknown person, who keeps the
     number of the last call or gets a new number. The numbers are written to `unknown.json`.
 
-    An unclear face without a name is in no group. It never gets the name of a person of whom only
-    unclear faces are enrolled.
+    An unclear face without a name is in no group. If only unclear faces of a person are enrolled, no
+    other clip gets the name of this person.
 
     Args:
       out: the folder of results.
