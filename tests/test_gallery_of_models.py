@@ -226,6 +226,8 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     gallery.enrol({"photo": {"face": ada[:2]}}, "Ada")
     clips = {**faces("ada", ada), **faces("bob", bob), "empty": {"face": ada[:0]}}
     write_npz(tmp_path, {"features": clips})
+    (tmp_path / "features" / "videos").mkdir()  # not from `vidjax extract`
+    (tmp_path / "features" / "videos" / "party.json").write_text('{"title": "party"}')
     words, groups = (gallery.folder, f"--input={tmp_path / 'features'}"), tmp_path / "groups.tsv"
     output = say("gallery", "group", *words, f"--out={groups}")
     assert "\n  unknown     1 person in 5 clips" in output
@@ -253,6 +255,19 @@ def test_tracks_of_one_person_are_joined_over_short_gaps():
         ("unknown 1", 1, 2, None, ("nobody",)),
         ("Ada", 8.5, 9, 0.9, ("ada_3",)),
     ]
+
+
+def test_only_the_clip_of_an_unclear_face_gets_the_name_of_the_face(gallery):
+    """Of Ada, only the unclear face `a0` is enrolled. Of Bob, the clear face `b0` is."""
+    ada, bob = draw(5, people=2, clips=1)
+    gallery.enrol(faces("a", ada) | faces("b", bob), {"a0": "Ada", "b0": "Bob"})
+    tracks = film(a0=(0, 1), a1=(1, 2), a2=(2, 3), b0=(3, 4), b1=(4, 5))
+    for track in tracks.tracks:
+        track.clarity = 0.1 if track.clip in ("a0", "a2", "b1") else 1.0
+    given = {x.clip: answer({"a": "Ada", "b": "Bob"}[x.clip[0]]) for x in tracks.tracks}
+    settled = appearances.remove_unclear_names(given, gallery, [tracks])
+    names = {clip: x.identity for clip, x in settled.items()}
+    assert names == {"a0": "Ada", "a1": None, "a2": None, "b0": "Bob", "b1": "Bob"}
 
 
 def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
@@ -364,6 +379,9 @@ def test_clips_that_speak_against_the_name_leave_their_group(gallery):
         else:
             assert joined.identity == "Ada" and joined.probability <= own + 1e-6
             assert joined.best[0] == ("Ada", joined.probability)
+            # With a threshold, each clip needs this probability itself.
+            chosen = gallery.identify(vectors.only(group), groups=group, threshold=0.6)[clip]
+            assert chosen.identity == ("Ada" if own >= 0.6 else None) and chosen.best == joined.best
     assert 10 < len(left) < 90
 
 

@@ -24,6 +24,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_photo, write_voices
 from tests.helpers.seen import refused
+from vidjax.apps.gallery.answers import read_groups
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, pipeline, who
 from vidjax.data.clip_files import write_npz
@@ -209,11 +210,17 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     assert drawn.names() == ada | faces and (content["groups"], content["unclear"]) == (0, 3)
     assert "Unclear faces (3)" in (drawn.out / "names.html").read_text()
 
-    # Eve gets a name in one clip. Other unclear faces do not get the name of this unclear face.
+    # Eve gets a name in one clip. Other clips do not get the name of this unclear face.
     table.write_text(table.read_text().replace("unknown face 1", "Eve"))
     content, _ = drawn.who(film)
     assert content["people"] == {"Ada": 1, "Eve": 1}
     assert drawn.names() == ada | faces | {eve: "Eve"}
+    words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}", "--json")
+    answers = drawn.run("gallery", "identify", *words).content["answers"]
+    assert {x["clip"]: x["identity"] for x in answers if x["identity"]} == ada | {eve: "Eve"}
+    left = drawn.folder / "groups.tsv"
+    drawn.run("gallery", "group", *words, f"--out={left}")
+    assert {*read_groups(left, unknown=True)} == {again, bob}
 
     # A user joins two faces to one person. If a photo of Eve is added, unclear faces get her name.
     joined = who.read_numbers(drawn.out).join(["unknown face 2", "unknown face 3"])

@@ -378,7 +378,7 @@ def _drop_group_photos(
     people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
     folders = [path] if isinstance(identity, str) else sorted(path.iterdir())
     poor, hidden = set[str](), dict[str, str]()
-    for folder in (folder for folder in folders if (folder / features_folder.VIDEOS).is_dir()):
+    for folder in (folder for folder in folders if (folder / features_folder.NAME).exists()):
         prefix = "" if folder == path else f"{folder.name}/"
         for film in features_folder.read_films(folder):
             film.tracks = [track for track in film.tracks if f"{prefix}{track.clip}" in people]
@@ -413,7 +413,7 @@ def _group(args: argparse.Namespace) -> Result:
     _, vectors = _embed(args, gallery)
     votes, num_clips = _group_votes(gallery, vectors, films), len(vectors.names)
     if gallery.identities:
-        answers = appearances.settle_answers(gallery.identify(vectors, groups=votes), films)
+        answers = _settle(gallery.identify(vectors, groups=votes), gallery, films)
         named = {name for name, answer in answers.items() if answer.identity is not None}
         vectors = vectors.only({*vectors.names} - named)
     if votes is None:
@@ -440,7 +440,8 @@ def _read_films(args: argparse.Namespace) -> "list[Film]":
     folder = Path(args.input or "").expanduser()
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
-    return features_folder.read_films(folder) if args.input else []
+    is_extracted = args.input and (folder / features_folder.NAME).exists()
+    return features_folder.read_films(folder) if is_extracted else []
 
 
 def _group_votes(
@@ -453,6 +454,16 @@ def _group_votes(
     if not films or not gallery.origin.cards:
         return None
     return appearances.group_votes(gallery, vectors, films)
+
+
+def _settle(
+    answers: Mapping[str, answers_lib.Answer], gallery: "Gallery", films: "Sequence[Film]"
+) -> Mapping[str, answers_lib.Answer]:
+    """Returns answers for tracks of films as `vidjax who` gives them, and others unchanged."""
+    if not films:
+        return answers
+    answers = appearances.remove_unclear_names(answers, gallery, films)
+    return appearances.settle_answers(answers, films)
 
 
 def _identify(args: argparse.Namespace) -> Result:
@@ -474,7 +485,7 @@ def _identify(args: argparse.Namespace) -> Result:
     votes = _group_votes(gallery, vectors, films)
     with _show_progress("identify", len(vectors.names)) as bar:
         answers = gallery.identify(vectors, args.k, groups=votes, advance=bar.advance, **chosen)
-    answers = appearances.settle_answers(answers, films)
+    answers = _settle(answers, gallery, films)
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}

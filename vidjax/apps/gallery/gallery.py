@@ -783,7 +783,8 @@ class Gallery:
           groups: clip -> group, as `group` returns. All clips of a group are compared together and
             get the same name. The probability of a clip is the lower of two: the probability for
             the whole group, and the probability for only this clip. If the second probability is
-            below 0.1, the clip leaves the group. Only a gallery of models accepts groups.
+            below 0.1, the clip leaves the group. With `threshold`, or if the lowest probability of
+            a name is measured, both must reach it. Only a gallery of models accepts groups.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
@@ -820,6 +821,8 @@ class Gallery:
         for row, match in zip(shared.tolist(), singly, strict=True):
             own = rule.answer(match, cards=bool(state.run.cards))
             answer = answers_lib.join_answers(answers[vectors.names[row]], own)
+            if rule.by != "new" and not rule.names(answer.score):  # a promise for single clips
+                answer = answer._replace(identity=None, evidence=())
             answers[vectors.names[row]] = answer._replace(best=answer.best[:k])
         return answers
 

@@ -938,8 +938,8 @@ def decide(
     name under which it is enrolled. A group without a name is an unknown person, who keeps the
     number of the last call or gets a new number. The numbers are written to `unknown.json`.
 
-    An unclear face without a name is in no group. It never gets the name of a person of whom only
-    unclear faces are enrolled.
+    An unclear face without a name is in no group. If only unclear faces of a person are enrolled,
+    no other clip gets the name of this person.
 
     Args:
       out: the folder of results.
@@ -964,11 +964,7 @@ def decide(
         answers = dict.fromkeys(vectors.names, NOBODY)
         if gallery.identities:
             answers = identify(vectors, groups=votes)
-        unclear = appearances.list_unclear(films)
-        seen = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
-        for clip in unclear.intersection(answers):
-            if answers[clip].identity not in seen:
-                answers[clip] = answers[clip]._replace(identity=None, evidence=())
+        answers = appearances.remove_unclear_names(answers, gallery, films)
         for clip, names in _select(before.denied, films).items():
             if (answer := answers.get(clip, NOBODY)).identity in names:
                 best = tuple(pair for pair in answer.best if pair[0] not in names)
