@@ -42,6 +42,13 @@ TAGGED = {
     "upside down": (np.rot90(picture(PAIR), 2), tags(*PAIR), TURNED, ""),
     "turned": (np.rot90(picture(PAIR)), tags(*PAIR), "another shape, 128 x 96, not 96 x 128", ""),
     "cropped": (picture(PAIR)[:, 60:], tags(*PAIR), "another shape, 128 x 96, not 68 x 96", ""),
+    "two tags name a face": (
+        picture(PAIR),
+        tags(*PAIR, ("Eve", 21, 41)),
+        "two of its tags name the same face",
+        "",
+    ),
+    "a face has its tag twice": (picture(PAIR), tags(*PAIR, ("Bob", 77, 41)), LOST, "Ada Bob"),
     # Eve is now nearly where Ada was, and no face is at the place of Bob.
     "replaced": (picture([("Eve", 24, 44)]), tags(*PAIR), "its tags fit its faces poorly", ""),
 }

@@ -230,9 +230,9 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     text = _read_text(Path(path))
     if text.startswith(BOM):
         warn(
-            f"{path}: line 1: a byte order mark precedes '{show(text[1:].split()[0])}', and is left "
-            "out, but the organisers' script does not find this name: save the file without the "
-            "mark"
+            f"{path}: line 1: a byte order mark precedes '{show(text[1:].split()[0])}', and is "
+            "left out, but the organisers' script does not find this name: save the file without "
+            "the mark"
         )
     lines = enumerate(_split(text.removeprefix(BOM)), 1)
     if empty := [number for number, line in lines if not line.strip()]:
