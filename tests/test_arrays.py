@@ -14,7 +14,7 @@ from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
 from tests.helpers.batches import eval_batches
 from tests.helpers.datasets import load_dataset
-from vidjax.data import arrays, memory, sources
+from vidjax.data import arrays, labels, memory, sources
 from vidjax.data.clip_files import write_npz
 from vidjax.data.records.conversion import convert
 from vidjax.utils import errors
@@ -203,6 +203,16 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
 def test_clips_that_look_transposed_give_a_warning(load):
     with pytest.warns(UserWarning, match=r"f: every clip has 64 frames of 3 numbers.*\n.*\.T"):
         load({"train": TRANSPOSED})
+
+
+def test_error_of_labels_in_another_unicode_form_names_the_form():
+    """Macs write an accent as a letter of its own."""
+    for given, known in (
+        ({"\u00e9": 1}, ["a", "e\u0301"]),
+        ({"e\u0301": 1, "a": 2}, ["\u00e9", "a"]),
+    ):
+        with pytest.raises(errors.UserError, match="in another Unicode form"):
+            labels.load_label_table(given, {"train": known})
 
 
 def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):

@@ -42,6 +42,13 @@ TAGGED = {
     "upside down": (np.rot90(picture(PAIR), 2), tags(*PAIR), TURNED, ""),
     "turned": (np.rot90(picture(PAIR)), tags(*PAIR), "another shape, 128 x 96, not 96 x 128", ""),
     "cropped": (picture(PAIR)[:, 60:], tags(*PAIR), "another shape, 128 x 96, not 68 x 96", ""),
+    "two tags name a face": (
+        picture(PAIR),
+        tags(*PAIR, ("Eve", 21, 41)),
+        "two of its tags name the same face",
+        "",
+    ),
+    "a face has its tag twice": (picture(PAIR), tags(*PAIR, ("Bob", 77, 41)), LOST, "Ada Bob"),
     # Eve is now nearly where Ada was, and no face is at the place of Bob.
     "replaced": (picture([("Eve", 24, 44)]), tags(*PAIR), "its tags fit its faces poorly", ""),
 }
@@ -145,8 +152,14 @@ def test_photos_stay_enrolled_if_a_folder_in_the_folder_of_their_person_is_missi
         assert content["people"] == {"Ada": 2, "Bob": 1}
         assert f"{trip / '2.png'} cannot be reached: is the drive connected?" in output
         assert content["failed"] == [str(trip / "2.png")]
+    shutil.copytree(drawn.out, drawn.folder / "copy")
     content, _ = drawn.who(group, flags=["--forget-missing"])
     assert content["people"] == {"Ada": 1, "Bob": 1}
+    shutil.rmtree(drawn.out)
+    (drawn.folder / "copy").rename(drawn.out)
+    drawn.gallery("remove", "--clip=people/Ada/2")
+    for _ in range(2):
+        assert drawn.who(group, code=1).content["people"] == {"Ada": 1, "Bob": 1}
 
 
 @pytest.mark.parametrize("linked", ["Ada", "Ada/1.png", "Ada.png"])

@@ -15,7 +15,14 @@ from vidjax.data import parquet
 from vidjax.data.changed_identities import warn_of_changed
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.untrusted.names import clean_identity, clean_name_at, has_ending, show, unescape
+from vidjax.data.untrusted.names import (
+    clean_identity,
+    clean_name_at,
+    has_ending,
+    normal_form,
+    show,
+    unescape,
+)
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
 
@@ -436,15 +443,19 @@ def check_known(path: Path, named: Collection[str], clips: Collection[str]) -> N
     unknown = [name for name in named if name not in known]
     if not unknown:
         return
+    like = [name for name in known if normal_form(name) == normal_form(unknown[0])]
     if len(unknown) == len(named):
+        form = ", in another Unicode form" * bool(like)
         raise UserError(
             f"{path}: none of its {len(named)} clips has features\n"
-            f"the file names {show(unknown[0])}, but the features belong to {show(min(known))}\n"
-            "give the clips the same names in both"
+            f"the file names {show(unknown[0])}, but the features belong to "
+            f"{show(min(like or known))}{form}\ngive the clips the same names in both"
         )
     message = (
         f"{path}: {len(unknown)} of {len(named)} clips have no features, for example "
         f"{show(unknown[0])}"
+        + " (the features have this name in another Unicode form)"
+        * bool(like)
     )
     if len(unknown) > MAX_UNKNOWN_RATE * len(named):
         raise UserError(

@@ -204,6 +204,7 @@ class _Reading(NamedTuple):
     # [n], the side of each box divided by the side of its face; 0 without a face.
     scales: np.ndarray
     total: float  # the sum of `fits`; a tag counts less if its scale differs from the other tags
+    turn: int  # the EXIF orientation that turns the tagged picture to the displayed picture
 
     def list_names(self, tags: Tags) -> set[tuple[int, str]]:
         """Returns the pairs (face, name) of tags that fit."""
@@ -254,6 +255,11 @@ def judge_fit(
         clearly = other.total > max(best.total * CLEARLY, len(tags.tags) / 2)
         if turn not in possible and drawn and clearly:
             return np.zeros_like(good), "its tags fit only if the photo is turned or mirrored"
+    for number in np.flatnonzero(best.faces < 0):
+        tag = tags.tags[number]
+        lone = _read(Tags([tag]), faces, size, best.turn).list_names(Tags([tag]))
+        if any(face == taken and name != tag.name for face, _ in lone for taken, name in names):
+            return np.zeros_like(good), "two of its tags name the same face"
     if _seems_cropped(best, good, len(faces)):
         return np.zeros_like(good), "its tags fit its faces poorly, as if it was cropped later"
     return good, ""
@@ -296,7 +302,7 @@ def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _R
     hit = np.flatnonzero(found >= 0)
     fits, scales = np.zeros((2, len(found)))
     if not len(hit):
-        return _Reading(found, fits, scales, 0.0)
+        return _Reading(found, fits, scales, 0.0, turn)
     boxes, faces = boxes[hit], faces[found[hit]]
     sides = faces[:, 2:] - faces[:, :2]
     apart = np.abs(boxes[:, :2] + boxes[:, 2:] - faces[:, :2] - faces[:, 2:]) / 2 / sides
@@ -304,7 +310,7 @@ def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _R
     fits[hit] = shared / (2 - shared)
     scales[hit] = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1) / sides.prod(1))
     differs = np.exp(-np.abs(np.log(scales[hit]) - np.log(scales[hit]).mean()))
-    return _Reading(found, fits, scales, float(fits[hit] @ differs))
+    return _Reading(found, fits, scales, float(fits[hit] @ differs), turn)
 
 
 def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:

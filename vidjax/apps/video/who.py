@@ -643,6 +643,9 @@ def _check_photos(
         tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
         for outcome in outcomes:
             people_of, clips, bad = _check_photo(folder.name, outcome)
+            if not outcome.film:  # a user may have removed faces of a missing photo
+                faces = {clip: PhotoFace(folder.name, clip, name) for clip, name in clips.items()}
+                clips = {c: face.person for c, face in faces.items() if str(face) in enrolled}
             found |= people_of
             shown |= {*clips.values()}
             usable |= {(folder, clip): name for clip, name in clips.items()}
