@@ -55,6 +55,8 @@ def write(folder, truth, submission):
     return folder / "gt.txt", folder / "ranking.txt"
 
 
+# The warning is tested in test_ranking.py.
+@pytest.mark.filterwarnings("ignore:.*byte order mark")
 @pytest.mark.parametrize(("ground_truth", "submission", "score"), BY_HAND.values(), ids=BY_HAND)
 def test_map_of_files_matches_hand_computed_values(tmp_path, ground_truth, submission, score):
     paths = write(tmp_path, ground_truth, submission)
