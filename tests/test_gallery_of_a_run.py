@@ -103,3 +103,33 @@ def test_gallery_of_embeddings_ranks_nearly_as_well_as_its_run(nearest_run, tmp_
     assert not gallery.origin.centred  # only PLDA subtracts a centre
     of_run = map_of(gallery.run.rank(data, split="val"), data)
     assert map_of(gallery.rank(data, split="val"), data) > of_run - 0.05
+
+
+def test_people_with_photos_of_one_day_are_recognised_on_other_days(tmp_path, capsys):
+    """4 photos of a person share 60 % of their noise. The run expects that new photos share it."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.normal(size=(*shape, 64)).astype(np.float32)
+
+    people, noise = draw(40), 0.6**0.5 * draw(40, 1) + 0.4**0.5 * draw(40, 4)
+    photos = people[:, None] + 1.2 * noise
+    train = {f"{p}_{n}": {"face": photos[p, n : n + 1]} for p in range(40) for n in range(4)}
+    data = vidjax.load_data(
+        {"train": train, "val": {"v": train["0_0"]}},
+        labels={clip: f"person {clip.split('_')[0]}" for clip in train} | {"v": "person 0"},
+    )
+    config = vidjax.load_config("plda:face", "--config.data.name=arrays")
+    vidjax.train(config, tmp_path / "run", data)
+    gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
+    assert "as alike as photos of one day" in capsys.readouterr().err
+
+    new = {f"{p}": {"face": people[p] + 1.2 * draw(1)} for p in range(40)}
+    answers = gallery.identify(new | {f"s{n}": {"face": draw(1)} for n in range(100)})
+    named = [clip for clip, answer in answers.items() if answer.identity == f"person {clip}"]
+    assert len(named) > 12, "as with one photo of each person"
+    assert sum(answer.identity is not None for answer in answers.values()) <= len(named) + 5
+    with gallery.change() as draft:  # the counts of clips are stored
+        draft.rename("person 0", "Ada")
+    again = vidjax.Gallery(tmp_path / "g").identify(new)
+    assert again["1"].probability == pytest.approx(answers["1"].probability)

@@ -41,6 +41,8 @@ MIN_BLOCK_PEOPLE = 512  # a change of the gallery joins blocks with fewer people
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
 # a voice is at most 9 if the clip also has a face.
 MAX_VOICE_RATIO = np.log(9)
+# The largest `Covariances.shared` with which the gallery of a PLDA run has the settings of the run.
+MOST_SHARED = 0.25
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
 MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
@@ -242,6 +244,18 @@ def fit(
             part = part._replace(space=space)
         parts.append(part)
     return Backend(tuple(parts), settings)
+
+
+def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
+    """Returns the smallest `Covariances.shared` of all modalities."""
+    shared = []
+    for x in vectors.values():
+        present = np.any(x != 0, axis=1)
+        if present.any():
+            u = np.asarray(x[present], np.float64)
+            sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
+            shared.append(two_covariance.covariances(sums, two_covariance.WITHIN).shared)
+    return min(shared, default=0.0)
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:

@@ -241,7 +241,8 @@ class Draft:
         groups = {name: tuple(sorted(self.groups[name])) for name in changed}
         self.groups |= groups
         groups.pop(STRANGER, None)
-        people = enrol(old.index.backend, groups, self.clips, of_plda=old.run.centred)
+        of_plda = old.run.counts_every_clip
+        people = enrol(old.index.backend, groups, self.clips, of_plda=of_plda)
         state = old._replace(
             version=old.version + 1,
             index=old.index.replaced(old.groups.keys() & self._changed_people, people),

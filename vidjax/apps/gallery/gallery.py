@@ -37,6 +37,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
+import msgspec
 import numpy as np
 
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, grouping
@@ -189,7 +190,8 @@ class Gallery:
         """Makes a gallery that enrols the labelled training clips of a run.
 
         Clips are compared by PLDA. If the run is a PLDA run, the gallery uses the settings of the
-        run. Otherwise, the settings are fitted to the training clips.
+        run. Otherwise, the settings are fitted to the training clips. They are also fitted, with a
+        message, if the training clips of a person are as alike as photos of one day.
 
         Args:
           folder: a new or empty folder.
@@ -236,6 +238,12 @@ class Gallery:
             )
         origin = make_run_origin(run)
         settings = run.system.model.gallery_settings()
+        if settings and _measure_shared(clips, widths) > backend_lib.MOST_SHARED:
+            say(
+                "the clips of each person are as alike as photos of one day, so they count as "
+                "fewer clips\nto name more clips, train on clips of different days"
+            )
+            origin, settings = msgspec.structs.replace(origin, refitted=True), None
         backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
         chosen = strangers or run.config.eval.split
         kept = {} if empty else clips
@@ -1095,6 +1103,19 @@ def fit_backend(
     `clips` are name -> clip, in any order. `widths` are modality -> length of its vectors. For
     `centred` and `settings`, see `backend.fit`.
     """
+    labels, vectors, enrolled = _stack_people(clips, widths)
+    return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
+
+
+def _measure_shared(clips: Mapping[str, StoredClip], widths: Mapping[str, int]) -> float:
+    labels, vectors, _ = _stack_people(clips, widths)
+    return backend_lib.measure_shared(vectors, labels)
+
+
+def _stack_people(
+    clips: Mapping[str, StoredClip], widths: Mapping[str, int]
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns the arguments `labels`, `vectors` and `enrolled` of `backend.fit`."""
     # Clips of a person from the same film are alike. People are enrolled with their mean.
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     films = group_by_film(names, clips)
@@ -1105,7 +1126,7 @@ def fit_backend(
         dict(zip(widths, np.split(stack_films(some, clips, widths), ends, axis=1), strict=True))
         for some in ([names[:1] for names in films.values()], films.values())
     )
-    return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
+    return labels, vectors, enrolled
 
 
 def _refit(state: State) -> State:
@@ -1123,7 +1144,7 @@ def _make_state(
     names = sorted(groups.keys() - {STRANGER})
     starts = range(0, len(names), MAX_BLOCK_PEOPLE)
     blocks = (
-        enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.centred)
+        enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.counts_every_clip)
         for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
     )
     return State(version, run, Index(backend, blocks), clips, groups)

@@ -91,6 +91,13 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
     centred: bool  # True if the run subtracts a centre from its vectors
     # Modality -> the sha256 of the JSON file that describes its model. Empty for a run.
     cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}
+    # True for a PLDA run whose settings the gallery does not use, see `Gallery.create`.
+    refitted: bool = False
+
+    @property
+    def counts_every_clip(self) -> bool:
+        """Whether the clips of a person to which the gallery was fitted count as in the run."""
+        return self.centred and not self.refitted
 
 
 class _Part(Struct, omit_defaults=True):
