@@ -91,8 +91,8 @@ def normal_form(name: str) -> str:
 
 
 def is_unknown(name: str) -> bool:
-    """Returns True if a name is for strangers: `unknown`, `unknown 3` or `unknown face 3`."""
-    return re.fullmatch("unknown( (face )?[0-9]+)?", name.casefold()) is not None
+    """Returns True if a name is for strangers, such as `unknown 3` or `unknown face 3`."""
+    return re.fullmatch("unknown( face)?( [0-9]+)?", name.casefold()) is not None
 
 
 def is_reserved(name: str) -> bool:
