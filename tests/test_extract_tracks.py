@@ -297,6 +297,28 @@ def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head
     assert align.measure_size(none) == 0 and align.measure_frontality(none) <= 1  # not NaN
 
 
+@pytest.mark.parametrize(
+    ("move", "angle", "scale"),
+    [
+        ((60, 80), 0.5, 1),
+        ((0, -40), 0, 1),
+        ((-60, 0), 0, 1),
+        ((150, 120), 1.2, 2),
+        ((0, 0), 0, 0.3),
+    ],
+)
+def test_quality_falls_if_the_border_of_the_picture_cuts_off_a_face(move, angle, scale):
+    picture = np.full((200, 260, 3), 255, np.uint8)
+    faces = (TEMPLATE @ turn(angle, scale)[:, :2].T + move)[None]
+    crop = align.warp_faces(picture, align.fit_similarity(faces, TEMPLATE), 150)
+    inside = align.measure_inside(faces, TEMPLATE, 150, picture.shape)
+    assert inside == pytest.approx(np.mean(crop > 127), abs=0.05)
+    squares = 255 * (np.indices(crop.shape[1:3]) // 10).sum(0)[None, ..., None] % 510
+    sharp = np.broadcast_to(squares, crop.shape).astype(np.uint8)
+    whole, cut = (align.measure_quality(np.ones(1), faces, sharp, x) for x in (1.0, inside))
+    assert (cut < 0.1 * whole) == (inside < 0.7) and (cut > 0.9 * whole) == (inside > 0.9)
+
+
 def test_sharpness_separates_detail_from_film_grain():
     rng, fine = np.random.default_rng(0), np.full((128, 128), 128.0)
     for cells in (4, 8, 16, 32):  # adds squares of random grey levels, of 32 to 4 pixels a side

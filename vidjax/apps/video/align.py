@@ -157,19 +157,47 @@ def encode_thumbnail(crop: np.ndarray) -> bytes:
     )
 
 
-def measure_quality(scores: np.ndarray, points: np.ndarray, crops: np.ndarray) -> np.ndarray:
+def measure_quality(
+    scores: np.ndarray, points: np.ndarray, crops: np.ndarray, inside: np.ndarray | float = 1.0
+) -> np.ndarray:
     """Returns the quality of each face for recognition, float32 [N], 0 to 1.
 
-    The quality is the product of score, size, sharpness and frontality. We have not measured how
-    well this product predicts errors of recognition.
+    The quality is the product of score, size, sharpness and frontality, and is lower for faces that
+    the border of the picture cuts off. We have not measured how well this product predicts errors
+    of recognition.
 
     Args:
       scores: [N], the scores of the detector, 0 to 1.
       points: [N, 5, 2], the five points of each face in the picture.
       crops: [N, S, S, 3] uint8, the crops of `warp_faces`.
+      inside: [N], the share of each crop that is inside the picture, see `measure_inside`.
     """
     quality = np.clip(scores, 0, 1) * measure_size(points) * measure_sharpness(crops)
-    return (quality * measure_frontality(points)).astype(np.float32)
+    # If much of a crop is missing, two people look alike. The mean cosine of dlib's vectors is 0.88
+    # for 14 whole faces, the same without the upper 20 %, 0.90 without 30 %, and 0.94 without half.
+    whole = 1 / (1 + ((1 - inside) / 0.2) ** 6)
+    return (quality * measure_frontality(points) * whole).astype(np.float32)
+
+
+def measure_inside(
+    points: np.ndarray, template: np.ndarray, size: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Returns the share of each crop that is inside the picture, float64 [N].
+
+    Args:
+      points, template: the five points of N faces, and their places in a crop, see
+        `fit_similarity`.
+      size: the side of a crop in pixels.
+      shape: the height and the width of the picture in pixels, and further numbers.
+    """
+    matrices = fit_similarity(points, template)
+    across = np.linspace(0, size - 1, 16)
+    gap = np.stack(np.meshgrid(across, across), -1).reshape(-1, 2) - matrices[:, None, :, 2]
+    # A crop is turned and scaled. So its inverse is its transpose, divided by the squared scale.
+    scale = np.maximum(np.abs(np.linalg.det(matrices[:, :, :2])), 1e-12)
+    places = gap @ matrices[:, :, :2] / scale[:, None, None]
+    end = np.array([shape[1], shape[0]]) - 0.5  # the edges of the last pixels
+    return np.all((places >= -0.5) & (places <= end), 2).mean(1)
 
 
 def measure_clarity(quality: float, clear_quality: float | None) -> float:

@@ -241,8 +241,10 @@ class ClipBuilder:
         crops_of = {part: cut_crops(net.card, part, figures, rgb) for part, net in nets}
         quality = figures.scores - 2  # negative without a face
         if rows := [*crops_of["face"]]:
-            crops, scores = np.stack([*crops_of["face"].values()]), figures.scores[rows]
-            quality[rows] = align.measure_quality(scores, figures.points[rows], crops)
+            crops, points = np.stack([*crops_of["face"].values()]), figures.points[rows]
+            template = np.array(self._nets.embed["face"].card.template)
+            inside = align.measure_inside(points, template, crops.shape[1], rgb.shape)
+            quality[rows] = align.measure_quality(figures.scores[rows], points, crops, inside)
         for row, track in enumerate(owners[chosen].tolist()):
             parts = {
                 part: (figures.parts[part][row], crops[row]) for part, crops in crops_of.items()
