@@ -70,7 +70,9 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     for day, groups, name_of_eve in ((DAYS[0], {"unknown 1"}, ""), (DAYS[1], set(), "Eve")):
         run("day", day)
         unknown = tmp_path / "unknown" / f"{day}.tsv"
-        assert {*answers_lib.read_groups(unknown, unknown=True).values()} == groups
+        found = answers_lib.read_groups(unknown, unknown=True)
+        # A clip of the person with two names may be unknown: both names are equally probable.
+        assert {name for clip, name in found.items() if clip.split("_")[1] != "0"} == groups
         answers = (tmp_path / "answers" / f"{day}.tsv").read_text().splitlines()
         named = [line.split("\t")[1] for line in answers[1:]]
         assert named[3:] == ["Ada Lovelace"] * 3 + [name_of_eve] * 3  # after three clips of "3"
