@@ -32,7 +32,7 @@ from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, describe_chang
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
 
-RARE = 0.1  # a modality is rare if at most this share of the clips has it
+RARE = 0.1  # a modality is rare if at most this share of the clips has it; our choice
 FEWEST_GAPS = 3  # of clips times rare modalities; fewer may be chance
 T = TypeVar("T")
 DataDigests = Mapping[str, Any]  # see the module docstring

@@ -247,7 +247,11 @@ def fit(
 
 
 def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Returns the smallest `Covariances.shared` of all modalities."""
+    """Returns how much of the variance within a person is missing, as in photos of one day: 0 to 1.
+
+    The result is the smallest `Covariances.shared` of all modalities. `vectors` are modality ->
+    unit vectors [N, D], and `labels` [N] int the person of each clip, from 1.
+    """
     shared = []
     for x in vectors.values():
         present = np.any(x != 0, axis=1)
