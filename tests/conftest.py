@@ -159,7 +159,7 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Films are read in this process, because a new child process takes a second."""
     pytest.importorskip("onnxruntime", reason="needs the extra [video]")
     from vidjax.apps.video import film, pipeline
-    from vidjax.data import processes
+    from vidjax.utils import processes
 
     def read(_: str, given: Any, **limits: Any) -> Any:
         film._load_nets.cache_clear()

@@ -12,10 +12,10 @@ import pytest
 from tests.helpers import clip_files, limited_job
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.datasets import record_digests
-from vidjax.data import arrays, cache, processes
+from vidjax.data import arrays, cache
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.records.conversion import convert
-from vidjax.utils import files, machine
+from vidjax.utils import files, machine, processes
 from vidjax.utils.errors import DiskError, UserError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")

@@ -13,8 +13,8 @@ from vidjax.apps.gallery import answers as answers_lib, changes
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program
 from vidjax.data import labels, memory
-from vidjax.data.untrusted import names
 from vidjax.evaluation import ranking
+from vidjax.utils import names
 
 NFC, NFD = (unicodedata.normalize(form, "Zoë Müller O'Brien") for form in ("NFC", "NFD"))
 

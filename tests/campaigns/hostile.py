@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 
 from tests.helpers import python2
-from vidjax.data import processes
 from vidjax.data.frame_fields import PackedClips
 from vidjax.data.untrusted import sandbox
-from vidjax.data.untrusted.names import clean_name
+from vidjax.utils import processes
+from vidjax.utils.names import clean_name
 
 # Functions that return parts of pickles. Opcodes have the names in `pickletools`. `words` are
 # "module name", such as "os system".

@@ -1,4 +1,4 @@
-"""A job of `vidjax.data.processes` that does what a test asks for."""
+"""A job of `vidjax.utils.processes` that does what a test asks for."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data import processes
+from vidjax.utils import processes
 from vidjax.utils.errors import UserError
 
 

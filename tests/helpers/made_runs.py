@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from msgspec import inspect
 
-from vidjax.data.untrusted.names import unescape
 from vidjax.evaluation import ranking
 from vidjax.runs import config as config_lib, config_io, results as results_lib
+from vidjax.utils.names import unescape
 
 
 def write(

@@ -20,11 +20,11 @@ from vidjax.data import parquet
 from vidjax.data.checks import refuse_unread
 from vidjax.data.clips import SPLITS
 from vidjax.data.labels import sort_identities
-from vidjax.data.untrusted.names import clean_name, clean_name_at, show
 from vidjax.runs import terminal
 from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result
+from vidjax.utils.names import clean_name, clean_name_at, show
 
 if TYPE_CHECKING:
     import pyarrow

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax.data import cache
-from vidjax.data.untrusted.names import (
+from vidjax.utils import files, messages, tables
+from vidjax.utils.errors import UserError, closest
+from vidjax.utils.names import (
     ENDING,
     check_name,
     clean_name,
@@ -28,8 +30,6 @@ from vidjax.data.untrusted.names import (
     strip_ending,
     unescape,
 )
-from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import UserError, closest
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery

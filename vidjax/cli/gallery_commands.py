@@ -15,11 +15,11 @@ from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.changes import check_person, stack_vectors
 from vidjax.apps.video import appearances
-from vidjax.data.untrusted.names import normal_form, strip_ending
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import InUseError, UserError, closest, prefix_errors, warn
 from vidjax.utils.messages import Parser, Result
+from vidjax.utils.names import normal_form, strip_ending
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery, Vectors

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from vidjax.apps import bulk
 from vidjax.cli import shared_flags
-from vidjax.data.untrusted.names import show
 from vidjax.runs import terminal
 from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
+from vidjax.utils.names import show
 
 READ_FIELDS = ("eval.split", "eval.checkpoint")
 

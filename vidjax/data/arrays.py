@@ -24,9 +24,9 @@ from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packing import Clip, Clips, locate, pack, read_dict, read_frames
-from vidjax.data.untrusted.names import show
 from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, check_choice
+from vidjax.utils.names import show
 
 QUALITIES = typing.get_args(Quality)
 VERSION = 3  # increase it if new code reads other frames from the same file, to refill the cache

@@ -9,8 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from vidjax.data.untrusted.names import show
 from vidjax.utils.errors import warn
+from vidjax.utils.names import show
 
 Names = Collection[str]  # the identities of a table
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import WEIGHTS, BadValues
-from vidjax.data.untrusted.names import show
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
+from vidjax.utils.names import show
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data import parquet, processes
+from vidjax.data import parquet
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips, Quality
 from vidjax.data.packing import Clip, group_by_modality, pack
-from vidjax.data.processes import Children, map_children, run_limited
-from vidjax.data.untrusted.names import clean_name_at, show
-from vidjax.utils import files
+from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.machine import memory_bytes, num_cores
+from vidjax.utils.names import clean_name_at, show
+from vidjax.utils.processes import Children, map_children, run_limited
 
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
 FLOAT_BYTES = 4  # bytes of a float32

@@ -20,12 +20,12 @@ from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, PackedClips, Unpacked
 from vidjax.data.labels import find_ground_truth, load_official_truth
-from vidjax.data.processes import Children, map_children
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.unpickle import refuse_others
 from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
+from vidjax.utils.processes import Children, map_children
 
 VERSION = 2  # increase it if new code reads other frames from the same file, to refill the cache
 

@@ -15,7 +15,9 @@ from vidjax.data import parquet
 from vidjax.data.changed_identities import warn_of_changed
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.untrusted.names import (
+from vidjax.utils import files, messages, tables
+from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
+from vidjax.utils.names import (
     clean_identity,
     clean_name_at,
     has_ending,
@@ -23,8 +25,6 @@ from vidjax.data.untrusted.names import (
     show,
     unescape,
 )
-from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
 
 TABLE = "labels.csv"
 COLUMNS = ("clip", "identity")

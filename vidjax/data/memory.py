@@ -29,10 +29,10 @@ from vidjax.data.clips import (
 from vidjax.data.frame_fields import PackedClips, Quality, compute_feature_norms
 from vidjax.data.packing import Clip, Clips, pack, read_dict, stage
 from vidjax.data.untrusted import sandbox
-from vidjax.data.untrusted.names import clean_identity, show
 from vidjax.utils import messages
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
+from vidjax.utils.names import clean_identity, show
 from vidjax.utils.scratch import scratch_folder
 
 MAX_BLOCK_FRAMES = 1 << 12  # frames that are copied as float64 at once

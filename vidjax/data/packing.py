@@ -21,8 +21,8 @@ from vidjax.data.frame_fields import (
     compute_feature_norms,
     find_usable_rows,
 )
-from vidjax.data.untrusted.names import ENDING, clean_name_at, show
 from vidjax.utils.errors import UserError, closest
+from vidjax.utils.names import ENDING, clean_name_at, show
 
 # Clip -> modality -> features, or a dict of STORED fields. `face_quality` is a field of `face`.
 Clips = Mapping[str, Mapping[str, Any]]

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.data.untrusted.names import show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.machine import memory_bytes
+from vidjax.utils.names import show
 
 if TYPE_CHECKING:
     import pyarrow

@@ -16,7 +16,10 @@ import numpy as np
 
 from vidjax.core import metrics
 from vidjax.data import labels
-from vidjax.data.untrusted.names import (
+from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, warn
+from vidjax.utils.names import (
     ENDING,
     check_name,
     clean_name,
@@ -26,9 +29,6 @@ from vidjax.data.untrusted.names import (
     strip_ending,
     unescape,
 )
-from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
-from vidjax.utils import files
-from vidjax.utils.errors import UserError, warn
 
 BOM = "\ufeff"  # the byte order mark, with which some editors begin a file
 

@@ -23,9 +23,9 @@ import numpy as np
 from vidjax.apps import bulk
 from vidjax.core import metrics
 from vidjax.data import labels
-from vidjax.data.untrusted.names import is_unknown
 from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError, check_argument
+from vidjax.utils.names import is_unknown
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.backend import Nearest

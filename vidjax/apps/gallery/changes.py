@@ -8,7 +8,8 @@ import numpy as np
 from vidjax.apps.gallery.backend import Backend, People
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
 from vidjax.apps.video.features_folder import cut_film_name
-from vidjax.data.untrusted.names import (
+from vidjax.utils.errors import UserError, check_argument, closest
+from vidjax.utils.names import (
     ENDING,
     check_name,
     clean_identity,
@@ -18,7 +19,6 @@ from vidjax.data.untrusted.names import (
     show,
     strip_ending,
 )
-from vidjax.utils.errors import UserError, check_argument, closest
 
 T = TypeVar("T")
 

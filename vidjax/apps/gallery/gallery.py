@@ -74,12 +74,12 @@ from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips, warn_of_zeros
-from vidjax.data.untrusted.names import find_similar_names, normal_form, show, strip_ending
 from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import ArgumentError, InUseError, UserError, check_argument, warn
+from vidjax.utils.names import find_similar_names, normal_form, show, strip_ending
 
 if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd

@@ -50,11 +50,11 @@ from vidjax.apps.gallery.backend import (
     People,
     from_numbers,
 )
-from vidjax.data.untrusted.names import check_name, normal_form, show
 from vidjax.models.two_covariance import Settings
 from vidjax.runs import schemas
 from vidjax.utils import files
 from vidjax.utils.errors import InUseError, UserError
+from vidjax.utils.names import check_name, normal_form, show
 
 GALLERY_FILE = "gallery.sqlite"
 JOURNAL_FILE = f"{GALLERY_FILE}-journal"

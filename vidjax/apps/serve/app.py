@@ -55,9 +55,9 @@ from vidjax.apps.serve.limits import (
 from vidjax.apps.serve.served_models import Frames, GalleryModel, Model, Question, RunModel
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
-from vidjax.data.untrusted.names import clean_identity, normal_form, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.names import clean_identity, normal_form, show
 
 if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
     from vidjax.evaluation.predict import Predictor

@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from vidjax.apps.serve.limits import Limits, unprocessable
-from vidjax.data.untrusted.names import show
+from vidjax.utils.names import show
 
 HEADER = "inference-header-content-length"
 DTYPES = {"FP32": np.dtype("<f4"), "BOOL": np.dtype("?")}

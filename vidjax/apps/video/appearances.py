@@ -17,9 +17,9 @@ from urllib.parse import quote
 
 from vidjax.apps.gallery.answers import FACE, UNKNOWN, Answer, parse_group_number
 from vidjax.apps.video.features_folder import Box, Film, FilmTrack
-from vidjax.data.untrusted.names import IGNORED
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
+from vidjax.utils.names import IGNORED
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery, Vectors

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from vidjax.apps.video.appearances import Appearance, group_by_video
 from vidjax.apps.video.features_folder import Film, make_printable
-from vidjax.data.untrusted.names import make_file_stems
 from vidjax.utils import files
+from vidjax.utils.names import make_file_stems
 
 MOST_EVENTS = 999
 RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001, 60.0)

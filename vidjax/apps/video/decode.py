@@ -1,6 +1,6 @@
 """Decodes a video or photo, which may be malicious.
 
-Call this module only in a child process with limits, see `vidjax.data.processes`. FFmpeg reads the
+Call this module only in a child process with limits, see `vidjax.utils.processes`. FFmpeg reads the
 bytes of an open regular file, and cannot open playlists, other files, or network connections. Times
 are in seconds since the first picture or sound of the file, as in video players.
 """

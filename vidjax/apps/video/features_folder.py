@@ -27,11 +27,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.video.cards import EMBEDDER_ROLES
-from vidjax.data.untrusted.names import check_name, show
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.names import check_name, show
 
 T = TypeVar("T")
 NAME = "extract.json"

@@ -37,9 +37,8 @@ from vidjax.apps.video.tracks import (
     find_changes,
 )
 from vidjax.apps.video.voices import RATE, Listener, Voice, cut_spans, find_solo_spans
-from vidjax.data import processes
 from vidjax.data.clip_files import write_npz
-from vidjax.utils import files
+from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError
 
 # A clip has at most 32 faces, spread over its time, and at most 32 windows of sound with speech.

@@ -19,7 +19,7 @@ from vidjax.apps.video.appearances import (
     group_by_video,
 )
 from vidjax.apps.video.features_folder import Film
-from vidjax.data.untrusted.names import IGNORED
+from vidjax.utils.names import IGNORED
 
 if TYPE_CHECKING:
     import jinja2

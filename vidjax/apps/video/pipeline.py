@@ -22,12 +22,12 @@ import msgspec
 from vidjax.apps.video import cards as cards_lib, features_folder, film as film_lib, regions
 from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, Film
 from vidjax.data.checks import list_entries
-from vidjax.data.processes import Children, map_children, run_limited_each
-from vidjax.data.untrusted.names import show
 from vidjax.runs import schemas
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, describe_system_error
+from vidjax.utils.names import show
+from vidjax.utils.processes import Children, map_children, run_limited_each
 from vidjax.utils.scratch import scratch_folder
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")

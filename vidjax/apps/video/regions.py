@@ -20,9 +20,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from vidjax.apps.video.tracks import measure_overlaps, pair_greedily
-from vidjax.data.untrusted.names import clean_identity, is_reserved, show
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.names import clean_identity, is_reserved, show
 
 MOST_BYTES = 4 * files.MB  # the largest size of the XMP
 END_BYTES = 2 * files.MB  # XMP is searched only in the first and the last 2 MB of a photo

@@ -37,9 +37,9 @@ from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
 from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
-from vidjax.data.untrusted.names import IGNORED, fold, is_unknown, normal_form
 from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
+from vidjax.utils.names import IGNORED, fold, is_unknown, normal_form
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 1.0  # the results are written after this time without another change

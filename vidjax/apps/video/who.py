@@ -47,12 +47,12 @@ from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
-from vidjax.data.untrusted.names import IGNORED, make_file_stems, normal_form, show
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.names import IGNORED, make_file_stems, normal_form, show
 
 T = TypeVar("T")
 PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"

@@ -22,13 +22,13 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vidjax.data import processes
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
-from vidjax.data.untrusted.names import ENDING, clean_name, show
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
+from vidjax.utils import processes
 from vidjax.utils.errors import DiskError, UserError, prefix_errors
+from vidjax.utils.names import ENDING, clean_name, show
 
 MB = 1 << 20
 # Normal files load at tens of MB per CPU second, so the limit allows a much slower machine.

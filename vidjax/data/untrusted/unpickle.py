@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vidjax.data.untrusted.names import show
 from vidjax.utils.errors import UserError
+from vidjax.utils.names import show
 
 _DTYPES = ("b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 

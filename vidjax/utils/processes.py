@@ -25,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vidjax.data.untrusted.names import show
 from vidjax.utils.errors import DiskError, UserError, describe_system_error
 from vidjax.utils.machine import max_open_files
+from vidjax.utils.names import show
 
 MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes from the environment
 MB = 1 << 20
