@@ -18,7 +18,7 @@ import pytest
 import vidjax
 from tests.helpers import clip_files, made_galleries
 from tests.helpers.limits import file_limit
-from vidjax.data import cache
+from vidjax.data import cache_folders
 from vidjax.utils import files, tables
 
 GONE = "Ada Lovelace"
@@ -54,7 +54,7 @@ def lines(*texts):
 def converted(folder, *clips):
     """Writes a folder like the records of a cache, which contain the names of some clips."""
     arrays: Any = {"train/clips": lines(*clips)}
-    with cache.exclusive(folder), files.atomic_folder(folder) as partial:
+    with cache_folders.exclusive(folder), files.atomic_folder(folder) as partial:
         (partial / "manifest.json").write_text("{}")
         np.savez(partial / "index.npz", **arrays)
 

@@ -63,8 +63,8 @@ def test_folders_import_only_lower_folders_without_cycles():
             if name.startswith("vidjax."):
                 below = name.split(".")[1]
                 assert FOLDERS.index(below) <= FOLDERS.index(folder), f"{module} imports {name}"
-                # Models get plain arguments. Only `system` reads a configuration.
-                assert below != "runs" or folder != "models" or rest == ["system"], module
+                # Models get plain arguments. Only `build_system` reads a configuration.
+                assert below != "runs" or folder != "models" or rest == ["build_system"], module
 
     graph = {module: imports(path) & {*MODULES} - {module} for module, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules

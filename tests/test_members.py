@@ -11,7 +11,7 @@ from tests.helpers.batches import assert_equal
 from tests.helpers.small_runs import Spoilt, evaluate, run, shrunk, weights
 from vidjax.core import ensemble
 from vidjax.evaluation import eval_step
-from vidjax.models.system import TaskSpec, make_model
+from vidjax.models.build_system import TaskSpec, make_model
 from vidjax.runs import config as config_lib, config_io
 from vidjax.training import plan as plan_lib
 

@@ -18,10 +18,10 @@ from tests.helpers.embeddings import unit
 from tests.helpers.made_frames import make_frames
 from vidjax.core.batch import ClipInfo
 from vidjax.models import identifier, layers
+from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.models.dense import MLP, ResidualDenseNet
 from vidjax.models.layers import CosineClassifier, Dropout, NetVLAD, drop_modalities
 from vidjax.models.multimodal import MultimodalAttention, SigmoidGate
-from vidjax.models.system import TaskSpec, make_system
 from vidjax.runs import config_io
 
 FLOAT64 = jnp.dtype("float64")

@@ -21,9 +21,9 @@ from tests.helpers.made_frames import make_frames, one_hot_frames
 from tests.helpers.made_models import init, randomised
 from vidjax.core import augment, ensemble, fusion, losses
 from vidjax.core.batch import Frames, ModelOutput
+from vidjax.models.build_system import System, TaskSpec, make_system
 from vidjax.models.deepmef import ChannelAttention
 from vidjax.models.layers import ResidualBlock
-from vidjax.models.system import System, TaskSpec, make_system
 from vidjax.runs.config_io import load_file
 from vidjax.training import train_step
 

@@ -19,7 +19,7 @@ from vidjax.core import augment, ensemble, losses
 from vidjax.core.batch import Batch, ModelOutput
 from vidjax.evaluation import eval_step as eval_step_lib, scoring
 from vidjax.models.base import Identifier
-from vidjax.models.system import TaskSpec, make_system
+from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.runs import config as config_lib
 from vidjax.training import train_step
 

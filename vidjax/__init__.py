@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.training.api import compare, evaluate, load_config, load_data, restore, train
+    from vidjax.training.public import compare, evaluate, load_config, load_data, restore, train
 
 __version__ = "0.1.0"
 __all__ = ["Gallery", "compare", "evaluate", "load_config", "load_data", "restore", "train"]
@@ -46,9 +46,9 @@ def __getattr__(name: str) -> object:
         from vidjax.apps.gallery import gallery
 
         return gallery.Gallery
-    from vidjax.training import api
+    from vidjax.training import public
 
-    return getattr(api, name)
+    return getattr(public, name)
 
 
 def __dir__() -> list[str]:

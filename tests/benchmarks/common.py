@@ -26,7 +26,7 @@ from vidjax.core import devices, ensemble, fusion
 from vidjax.core.batch import Array, Frames, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.models.system import TaskSpec, make_system
+from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.runs import config_io
 from vidjax.training import train_step
 

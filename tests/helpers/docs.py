@@ -11,7 +11,7 @@ from typing import Any
 from vidjax.core import augment, fusion, losses, optim
 from vidjax.core.metrics import CLIP_METRICS
 from vidjax.data import sources
-from vidjax.models import identifier, system
+from vidjax.models import build_system, identifier
 from vidjax.runs import config_io
 from vidjax.runs.config import FIELDS, SCALE_WORDS, TABLE, Field, Group
 from vidjax.runs.config_io import value_text
@@ -35,7 +35,7 @@ NAMED: dict[str, Mapping[str, Any]] = {
     "loss.classification": losses.CLASSIFICATION, "loss.focal": losses.CLASSIFICATION,
     "loss.margin_type": losses.MARGINS, "optim.name": optim.OPTIMIZERS,
     "optim.decay": optim.DECAYS,
-    "eval.scores": {name: function for name, (function, _) in system.SCORES.items()},
+    "eval.scores": {name: function for name, (function, _) in build_system.SCORES.items()},
     "data.name": sources.DATASETS,
 }  # fmt: skip
 

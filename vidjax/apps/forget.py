@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from vidjax.data import cache
+from vidjax.data import cache_folders
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.names import (
@@ -221,7 +221,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> It
     if delete:
         from vidjax.data.records.manifest import remove
 
-        with cache.exclusive(folder):
+        with cache_folders.exclusive(folder):
             remedy = "deleted: the next run converts your files again"
             if not remove(folder):
                 remedy = "some files are left in this folder: run the command again to search them"
@@ -233,7 +233,7 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
     remedy = "--delete"
     if delete:
         whole = folder.with_name(folder.name[:20])
-        with cache.exclusive(whole):  # waits for a living conversion
+        with cache_folders.exclusive(whole):  # waits for a living conversion
             files.remove_partials(whole)
             remedy = "delete the files that are left" if folder.exists() else "deleted"
     about = "a killed conversion, which may contain features of the clips"

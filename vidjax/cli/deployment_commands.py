@@ -89,9 +89,9 @@ def _write_run(
     from vidjax.apps.export import function, weights
     from vidjax.core import devices
     from vidjax.evaluation import predict
-    from vidjax.training import api
+    from vidjax.training import public
 
-    api.open_run(source)  # if it is no run, the error gives a remedy
+    public.open_run(source)  # if it is no run, the error gives a remedy
     run = predict.restore(source, step=step, num_devices=1)
     size = sum(x.nbytes for x in jax.tree.leaves((run.params, run.model_state)))
     if target.bounded and size >= function.LARGEST:

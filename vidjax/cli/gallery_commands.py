@@ -263,7 +263,7 @@ def _create(args: argparse.Namespace) -> Result:
         return _summarise(Gallery.of_models(args.gallery, args.models))
     from vidjax.evaluation import predict  # loads JAX, which only galleries of runs need
     from vidjax.runs import config_io
-    from vidjax.training.api import load_data, open_run
+    from vidjax.training.public import load_data, open_run
 
     open_run(args.run)  # if it is no run, the error gives a remedy
     run = predict.restore(args.run)
@@ -300,7 +300,7 @@ def _load_clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | 
     if args.input:
         return gallery.load(args.input)
     from vidjax.runs import config_io
-    from vidjax.training.api import load_data
+    from vidjax.training.public import load_data
 
     return load_data(config_io.override(gallery.run.config, args.overrides))
 

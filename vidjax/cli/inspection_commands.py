@@ -13,7 +13,7 @@ from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import DEFAULTS, Config
 from vidjax.runs.config_io import override_names, value_text
 from vidjax.runs.run_folder import CONFIG
-from vidjax.training import api
+from vidjax.training import public
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, VidjaxWarning, warn
 from vidjax.utils.messages import Parser, Result
@@ -84,7 +84,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 
     checks: dict[str, Callable[[], str]] = {"environment": _check_environment}
     if args.config:
-        config = config_io.override(api.load_config(args.config), args.overrides)
+        config = config_io.override(public.load_config(args.config), args.overrides)
         return checks | {"data": partial(_check_data, config)}
     if not args.workdir:
         return checks
@@ -93,7 +93,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
         if args.overrides:
             raise UserError(f"{args.overrides[0]} has no effect on a gallery: leave it out")
         return checks | {"gallery": partial(_check_gallery, workdir)}
-    config = config_io.override(api.open_run(workdir).config, args.overrides)
+    config = config_io.override(public.open_run(workdir).config, args.overrides)
     if config.join.runs:
         raise UserError(
             f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
@@ -124,7 +124,7 @@ def _check_data(config: Config) -> str:
 
     config_lib.check(config)
     plan.dry_run(config)
-    data = api.load_data(config)
+    data = public.load_data(config)
     plan.make_plan(config, data)
     return _count_clips(data.report["splits"])
 
@@ -138,7 +138,7 @@ def _check_run(config: Config, workdir: Path) -> str:
         run = restore.find_run(config, RunFolder(workdir))
     for prefer in ("latest", "best"):
         checkpoint.warn_of_lost(workdir, prefer)
-    data, manifest = api.load_data(config), run.manifest
+    data, manifest = public.load_data(config), run.manifest
     restore.check_data(workdir, manifest["data"], config, data, trains=False)
     return f"step {manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
 
@@ -171,10 +171,10 @@ def show_config(args: argparse.Namespace) -> Result:
     if args.workdir and args.config:
         raise UserError("--config and --workdir cannot be used together: leave out one of them")
     if args.config:
-        config, file = api.load_config(args.config), args.config
+        config, file = public.load_config(args.config), args.config
     elif args.workdir:
         workdir = Path(args.workdir).expanduser()
-        config, file = api.open_run(workdir).config, messages.relative_path(workdir / CONFIG)
+        config, file = public.open_run(workdir).config, messages.relative_path(workdir / CONFIG)
     else:
         config, file = config_lib.default(), DEFAULT
     fields = describe_fields(config, args.overrides, file)

@@ -50,7 +50,7 @@ def _add_flags(parser: Parser, out: str) -> None:
 def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
     """Runs `vidjax rank` or `vidjax embed`, and writes the ranking or the vectors."""
     from vidjax.runs import config_io
-    from vidjax.training import api
+    from vidjax.training import public
 
     if not Path(args.input).expanduser().exists():
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
@@ -66,7 +66,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     else:
         tables.check_new(out, tables.ENDINGS if work is bulk.Rank else (".parquet",))
     workdir = Path(args.workdir).expanduser()
-    settings = config_io.override(api.open_run(workdir).config, args.overrides).eval
+    settings = config_io.override(public.open_run(workdir).config, args.overrides).eval
     shared_flags.load_definitions(args)
     from vidjax.evaluation import predict
 
@@ -175,14 +175,14 @@ def compare_runs(args: argparse.Namespace) -> Result:
     """Compares the MAP of each run with the MAP of the first. Writes the results to a folder."""
     from vidjax.runs import config as config_lib, config_io
     from vidjax.runs.run_folder import RunFolder
-    from vidjax.training import api
+    from vidjax.training import public
 
     folder = RunFolder(args.workdir)
     overridden = shared_flags.check_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
     split = config.eval.split if overridden else None
     groups = [_split_seeds(name) for name in shared_flags.split_runs(args.runs)]
-    result = api.compare(groups, out=folder.path, split=split)
+    result = public.compare(groups, out=folder.path, split=split)
     page = f"{messages.relative_path(folder.path)}/comparison.html"
     text = f"{result.text()}\ncomparison: {page}, .json, .tex"
     return Result({"comparison": page, "table": result.text(), **result.to_dict()}, text=text)

@@ -17,7 +17,7 @@ from vidjax.core import metrics
 from vidjax.runs import config as config_lib, config_io, results as results_lib, signals
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
-from vidjax.training import api
+from vidjax.training import public
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Parser, Result
@@ -41,7 +41,7 @@ def add_train_flags(parser: Parser) -> None:
 
 def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
     """Returns the configuration of the run to train, and its folder."""
-    config = config_io.override(api.load_config(args.config), args.overrides)
+    config = config_io.override(public.load_config(args.config), args.overrides)
     workdir = files.local(args.workdir or Path("runs", _make_default_name(args, config)))
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
         raise UserError(
@@ -72,7 +72,7 @@ def train(args: argparse.Namespace) -> Result:
     began = time.monotonic()
     config, path = read_train_settings(args)
     with lock_folder(path) as workdir:
-        results, was_finished = api.train_run(
+        results, was_finished = public.train_run(
             config, RunFolder(workdir), command=args.line, began=began
         )
     seconds = None if was_finished else results["seconds"]
@@ -114,7 +114,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
             "--coordinator has no effect with --runs: a single process evaluates a blend of runs\n"
             "leave out --coordinator, --num_processes and --process_id"
         )
-    folder = RunFolder(args.workdir) if args.runs else api.open_run(args.workdir)
+    folder = RunFolder(args.workdir) if args.runs else public.open_run(args.workdir)
     config = _join_configs(args, folder) if args.runs else folder.config
     config = config_io.override(config, args.overrides)
     if config.join.runs:
@@ -145,7 +145,7 @@ def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
             raise UserError(f"--workdir={args.workdir} contains {content}: use another folder")
     config = config_lib.default()
     config.join.runs = runs
-    splits = {api.open_run(name).config.eval.split for name in runs}
+    splits = {public.open_run(name).config.eval.split for name in runs}
     if len(splits) == 1:
         (config.eval.split,) = splits
     return config
@@ -163,16 +163,16 @@ def evaluate(args: argparse.Namespace) -> Result:
         if config.join.runs:
             from vidjax.evaluation import blend
 
-            api.set_up_devices(config)
-            results = blend.blend_runs(config, folder, api.load_data, command=args.line)
+            public.set_up_devices(config)
+            results = blend.blend_runs(config, folder, public.load_data, command=args.line)
         else:
-            results = api.evaluate_run(config, folder)
+            results = public.evaluate_run(config, folder)
     return summarise(config, folder, results, time.monotonic() - began)
 
 
 def write_report(args: argparse.Namespace) -> Result:
     """Writes `report.html` again, from the files of a run."""
-    folder = api.open_run(args.workdir)
+    folder = public.open_run(args.workdir)
     from vidjax.evaluation.report import run_page
 
     page = run_page.write(folder)

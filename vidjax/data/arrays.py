@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.data import clip_files
-from vidjax.data.cache import digest_files
+from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked

@@ -19,8 +19,8 @@ from jax.sharding import Mesh, PartitionSpec
 from vidjax.core import devices, fusion
 from vidjax.core.batch import Array, Batch, ClipInfo, Frames, ModelOutput
 from vidjax.models.base import ModelState, Params
+from vidjax.models.build_system import System
 from vidjax.models.layers import unit_vectors
-from vidjax.models.system import System
 
 # (params and model_state of a member, hidden_chunk [] int32, batch) -> [B, ...]
 EvalStep = Callable[[Params, ModelState, Array, Batch], Array]

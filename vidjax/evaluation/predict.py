@@ -37,7 +37,7 @@ from vidjax.evaluation.restore import (
     warn_of_missing_modalities,
 )
 from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, iterate_block_groups
-from vidjax.models.system import System, make_system
+from vidjax.models.build_system import System, make_system
 from vidjax.runs import config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder

@@ -24,7 +24,7 @@ from vidjax.core import devices, ensemble
 from vidjax.data.clips import ClipSource, Split, TrainingData, select_modalities
 from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
-from vidjax.models.system import System, TaskSpec, make_system
+from vidjax.models.build_system import System, TaskSpec, make_system
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config

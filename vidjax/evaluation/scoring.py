@@ -22,7 +22,7 @@ from vidjax.evaluation import eval_step as eval_step_lib, topk
 from vidjax.evaluation.device_topk import DeviceTopK, RunningTopK, start_top_k
 from vidjax.evaluation.eval_step import MeanScores, add_scores, make_no_scores, mean_scores
 from vidjax.models.base import ModelState, Params
-from vidjax.models.system import System
+from vidjax.models.build_system import System
 from vidjax.runs.terminal import Progress
 from vidjax.utils.errors import UserError, warn
 

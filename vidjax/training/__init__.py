@@ -1,4 +1,4 @@
 """Trains models. `plan` prepares a run, `loop` repeats training steps, and `feed` reads the clips.
 
-`api` contains the public functions of `import vidjax`.
+`public` contains the public functions of `import vidjax`.
 """

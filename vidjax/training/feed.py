@@ -18,7 +18,7 @@ from vidjax.core import devices, distributed
 from vidjax.core.batch import Batch, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.models.system import System
+from vidjax.models.build_system import System
 from vidjax.training import train_step
 from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
 

@@ -21,7 +21,7 @@ from vidjax.data.clips import ClipSource, TrainingData, count_cropped
 from vidjax.evaluation import analysis, eval_step, restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
-from vidjax.models.system import make_system
+from vidjax.models.build_system import make_system
 from vidjax.runs import checkpoint, config_io, results as results_lib, signals
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import ROUNDING, Config, affects, differences

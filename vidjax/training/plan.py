@@ -28,8 +28,8 @@ from vidjax.data.clips import (
 )
 from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import Identifier, TrainingClips
+from vidjax.models.build_system import TaskSpec, make_fusions, make_model, make_system
 from vidjax.models.identifier import MODELS
-from vidjax.models.system import TaskSpec, make_fusions, make_model, make_system
 from vidjax.runs import config as config_lib, results
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say

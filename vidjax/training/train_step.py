@@ -18,7 +18,7 @@ from vidjax.core.augment import MemberClips
 from vidjax.core.batch import Array, Batch, ClipInfo, Packed
 from vidjax.core.losses import is_argmax
 from vidjax.models.base import ModelState, Params
-from vidjax.models.system import System
+from vidjax.models.build_system import System
 
 MAX_BAD_STEPS = 3  # consecutive steps without a finite loss and gradient that stop training
 

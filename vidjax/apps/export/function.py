@@ -21,7 +21,7 @@ from vidjax.data.clips import MAX_EVAL_FRAMES
 from vidjax.evaluation import eval_step
 from vidjax.evaluation.predict import Predictor
 from vidjax.evaluation.scoring import keep_best
-from vidjax.models.system import System
+from vidjax.models.build_system import System
 from vidjax.utils.errors import UserError
 
 # Field of a modality's frames -> dtype. `mask` is True for real frames, False for padding.

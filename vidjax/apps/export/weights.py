@@ -20,7 +20,7 @@ import numpy as np
 from vidjax.core import devices
 from vidjax.core.ensemble import FILE as MEMBERS, MAX_FILE_BYTES as MEMBERS_BYTES
 from vidjax.evaluation import restore
-from vidjax.models.system import make_system
+from vidjax.models.build_system import make_system
 from vidjax.runs import checkpoint, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder

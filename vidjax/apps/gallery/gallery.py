@@ -207,7 +207,7 @@ class Gallery:
           ValueError: the folder is not empty, or no training clip has a label.
         """
         from vidjax.evaluation import restore
-        from vidjax.training.api import check_loaded, load_data
+        from vidjax.training.public import check_loaded, load_data
 
         check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
         check_new(Path(folder))

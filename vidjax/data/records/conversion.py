@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vidjax.data.cache import cache_folder, exclusive, mark_used
+from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, RecordSource
 from vidjax.data.packing import StagedSplit, stage
