@@ -77,14 +77,12 @@ def write_npz_of_each_split(folder, splits):
 
 
 def write_parquet_of_each_split(folder, splits):
-    """Writes tables. Removes from `splits` what tables lack: clips without frames, and boxes."""
+    """Writes tables. Removes from `splits` what tables lack: clips without frames."""
     pytest.importorskip("pyarrow")
     folder.mkdir()
     for split, clips in splits.items():
         for name in [name for name, clip in clips.items() if not len(clip["face"]["features"])]:
             del clips[name]
-        for clip in clips.values():
-            del clip["face"]["box"]
         options = {"fields": ("quality", "detection", "number"), "row_group_size": 7}
         clip_files.write_parquet(folder / f"{split}.parquet", clips, width=DIM, **options)
 
@@ -167,7 +165,7 @@ def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
         (np.zeros((2, DIM), np.float16), "features are float16, but float32 in other clips"),
         (np.zeros((1, 2, DIM)), "at most 2 axes"),
         (np.zeros((2, 0)), "shape [2, 0]"),
-        (two | {"box": [1.0, 2.0]}, "box has shape [2]: give [2, 4]"),
+        (two | {"quality": [1.0] * 3}, "quality has shape [3]: give [2]"),
         (two | {"number": [0.5, 1.0]}, "number 0.5"),
         ({"quality": [1.0]}, "no features"),
         ({"feature": np.zeros((1, DIM))}, "the key 'feature' is unknown"),

@@ -73,7 +73,7 @@ def test_cache_folder_depends_on_the_content_of_the_files(tmp_path):
 
     # The content changes, but not the name, size and time of the file.
     size = path.stat().st_size
-    write_pickle(small, "face", "train", {"s1": clip._replace(box=clip.box / 2)})
+    write_pickle(small, "face", "train", {"s1": clip._replace(features=clip.features / 2)})
     assert path.stat().st_size == size
     os.utime(path, ns=(1, 1))
     second = prepare(small, cache).folder
@@ -169,8 +169,7 @@ def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
             for field in STORED:
                 wanted, by_tfds = getattr(clip, field), examples[place]["frames"][name][field]
                 np.testing.assert_array_equal(by_tfds, wanted, strict=True)
-                if field != "box":  # training does not use boxes, so our reader omits them
-                    np.testing.assert_array_equal(by_reader[field][row], wanted, strict=True)
+                np.testing.assert_array_equal(by_reader[field][row], wanted, strict=True)
 
 
 @pytest.mark.nightly

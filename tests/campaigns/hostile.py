@@ -307,7 +307,7 @@ def check(packed: PackedClips, out_dir: Path) -> None:
     assert features.dtype.str[1:] in ("f2", "f4", "f8", "i1")
     assert features.shape[1] > 0 or not len(features)
     columns = {
-        "number": ("i4", ()), "quality": ("f4", ()), "detection": ("f4", ()), "box": ("f4", (4,)),
+        "number": ("i4", ()), "quality": ("f4", ()), "detection": ("f4", ()),
         "features": (features.dtype, features.shape[1:]),
     }  # fmt: skip
     assert packed.frames.keys() == columns.keys()

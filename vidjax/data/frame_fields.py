@@ -26,28 +26,22 @@ class FrameField(NamedTuple):
     """A value that is stored with each frame, in addition to its feature."""
 
     dtype: str
-    width: int  # the number of values per frame
     missing: float | None  # the default; None stands for the position of the frame in its clip
     official: str  # the name of the value in the pickles of the iQIYI-VID dataset
-
-    def shape(self, num_frames: int) -> tuple[int, ...]:
-        """Returns the shape of the values of F frames, [F, width], or [F] if the width is 1."""
-        return (num_frames,) if self.width == 1 else (num_frames, self.width)
 
     def default(self, num_frames: int) -> np.ndarray:
         """Returns the default values of `num_frames` frames."""
         if self.missing is None:
             return np.arange(num_frames, dtype=self.dtype)
-        return np.full(self.shape(num_frames), self.missing, self.dtype)
+        return np.full(num_frames, self.missing, self.dtype)
 
 
-# The order is part of the cache key of features in memory: append new fields at the end.
 FRAME_FIELDS = {
-    "number": FrameField("int32", 1, None, official="frame"),  # never decreases within a clip
-    "quality": FrameField("float32", 1, 0.0, official="quality_score"),
-    "detection": FrameField("float32", 1, 1.0, official="det_score"),  # detection score
-    "box": FrameField("float32", 4, 0.0, official="bbox"),  # x1, y1, x2, y2 in pixels
+    "number": FrameField("int32", None, official="frame"),  # never decreases within a clip
+    "quality": FrameField("float32", 0.0, official="quality_score"),
+    "detection": FrameField("float32", 1.0, official="det_score"),  # detection score
 }
+IGNORED = ("box",)  # may be given with each frame, but is not stored, because no model reads it
 DTYPES = ("float16", "float32", "float64", "int8")  # of features
 WEIGHTS = ("quality", "detection")  # frames may be weighted with these values
 STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on the modality
@@ -67,7 +61,7 @@ class FlatFiles(Mapping[str, np.ndarray]):
         dtype, shape = self.dtype, (self.num_frames, self.width)
         if name != "features":
             field = FRAME_FIELDS[name]
-            dtype, shape = np.dtype(field.dtype), field.shape(self.num_frames)
+            dtype, shape = np.dtype(field.dtype), (self.num_frames,)
         if not all(shape):
             return np.empty(shape, dtype)
         return np.asarray(np.memmap(self.folder / f"{name}.bin", dtype, "r", shape=shape))
@@ -105,7 +99,7 @@ class PackedClips:
       skipped_clips: number of clips without frames, by reason. The reason is `empty` if the file
         has no frames of the clip, and `non_finite` if all its frames were left out.
       warnings: {"non_finite_FIELD": number of frames in which a value of the field was not finite
-        and became 0}. FIELD is `quality`, `detection` or `box`.
+        and became 0}. FIELD is `quality` or `detection`.
       examples: for each key of `warnings`, the first clip with such a frame.
     """
 

@@ -12,6 +12,7 @@ import numpy as np
 from vidjax.data.frame_fields import (
     DTYPES,
     FRAME_FIELDS,
+    IGNORED,
     STORED,
     FlatFiles,
     FrameField,
@@ -72,7 +73,7 @@ def group_by_modality(arrays: Mapping[str, Any], place: str) -> dict[str, dict[s
         problem, remedy = "", ""
         name, _, field = key.rpartition("_")
         fields = dict(value) if isinstance(value, Mapping) else {"features": value}
-        if name in arrays and field in FRAME_FIELDS:
+        if name in arrays and field in (*FRAME_FIELDS, *IGNORED):
             fields = {field: value}
         elif name in arrays and (similar := closest(field, FRAME_FIELDS, cutoff=0.75)):
             problem = f"'{show(key)}' is probably misspelt: rename it to '{name}_{similar}'"
@@ -105,11 +106,12 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     """Checks the frames of a clip in a modality. Returns field -> array, sorted by frame number.
 
     `value` is an array of features: [T, D], or [D] for a single frame. It may also be a dict with
-    `features` and, optionally, `number`, `quality`, `detection` and `box`. The result has all five
-    fields, or is {} if the clip has no frames. `features` [T, D] keep their dtype. Errors begin
-    with `place`. See `Quality` for `quality`.
+    `features` and, optionally, `number`, `quality` and `detection`. The result has all four fields,
+    or is {} if the clip has no frames. `features` [T, D] keep their dtype. Errors begin with
+    `place`. See `Quality` for `quality`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
+    given = {key: column for key, column in given.items() if key not in IGNORED}
     if unknown := [str(key) for key in given if key not in STORED]:
         raise UserError(
             f"{place}: the key '{show(unknown[0])}' is unknown: choose from {', '.join(STORED)}"
@@ -152,12 +154,12 @@ def _read_column(
     values: Any, name: str, field: FrameField, num_frames: int, place: str
 ) -> np.ndarray:
     """Returns the field `name` of `num_frames` frames as an array with the dtype of the field."""
-    column, shape = _to_real_array(values, place), field.shape(num_frames)
-    if column.size == 1 and shape == (1,):
+    column = _to_real_array(values, place)
+    if column.size == num_frames == 1:
         column = column.reshape(1)  # the value of a single frame may be a scalar
-    if column.shape != shape:
+    if column.shape != (num_frames,):
         raise UserError(
-            f"{place} has shape {list(column.shape)}: give {list(shape)}, a value for each frame"
+            f"{place} has shape {list(column.shape)}: give [{num_frames}], a value for each frame"
         )
     if name == "number":
         whole = (column >= 0) & (column < 2**31)  # also false for a NaN
@@ -254,7 +256,7 @@ class Packer(contextlib.ExitStack):
     """Checks the frames of many clips in one modality, and joins them in one array per field.
 
     Call `add` for each clip, and then `finish`. The arrays are files in `folder`, or stay in memory
-    if `folder` is None. Qualities, detections and boxes that are not finite become 0.
+    if `folder` is None. Qualities and detections that are not finite become 0.
     """
 
     def __init__(
@@ -350,9 +352,8 @@ class Packer(contextlib.ExitStack):
         if name in FRAME_FIELDS and column.dtype.kind == "f":
             finite = np.isfinite(column)
             if not finite.all():
-                wrong = ~finite.reshape(len(column), -1).all(axis=1)
-                self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
-                self._examples.setdefault(f"non_finite_{name}", clip_of(int(np.argmax(wrong))))
+                self._warnings[f"non_finite_{name}"] += int(np.sum(~finite))
+                self._examples.setdefault(f"non_finite_{name}", clip_of(int(np.argmin(finite))))
                 column = np.where(finite, column, np.float32(0))
         if self._folder:
             self._files[name].write(np.ascontiguousarray(column).data)

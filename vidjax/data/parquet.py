@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TEXT_COLUMNS = ("clip", "modality")
 COLUMNS = (*TEXT_COLUMNS, "features")
-OPTIONAL_COLUMNS = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
+OPTIONAL_COLUMNS = tuple(FRAME_FIELDS)
 MAX_PAGES = 300_000  # most writers make pages of 1 MB
 HEADER_BYTES = (1 << 10, 1 << 20)  # bytes to read for a page header, and for a longer header
 BATCH_VALUES = 1 << 20  # numbers of features that are decoded at once

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
 
 TABLE_CLIPS = 512  # see `RunModel.answer_batch`
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
-FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAME_FIELDS.values())
+FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.values())
 
 
 class Question(NamedTuple):

@@ -32,9 +32,7 @@ class PackedFrames(tfds.features.FeatureConnector):
             "features": tfds.features.TensorInfo(shape=(None, dim), dtype=np.dtype(dtype))
         }
         for name, field in FRAME_FIELDS.items():
-            shape = (None,) if field.width == 1 else (None, field.width)
-            info = tfds.features.TensorInfo(shape=shape, dtype=np.dtype(field.dtype))
-            self._info[name] = info
+            self._info[name] = tfds.features.TensorInfo(shape=(None,), dtype=np.dtype(field.dtype))
 
     def get_tensor_info(self) -> dict[str, Any]:
         """Returns the shape and dtype of each decoded field."""

@@ -22,7 +22,7 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file
 
 # If the meaning of a record or of the manifest changes, increase the version to refill the cache.
-VERSION = "1.3.0"
+VERSION = "1.4.0"
 NAME = "iqiyi_vid"  # the name of every dataset in TFDS
 MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
 
