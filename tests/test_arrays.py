@@ -14,7 +14,7 @@ from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
 from tests.helpers.batches import eval_batches
 from tests.helpers.datasets import load_dataset
-from vidjax.data import arrays, labels, memory, sources
+from vidjax.data import arrays, input_files, labels, memory, sources
 from vidjax.data.clip_files import write_npz
 from vidjax.data.records.conversion import convert
 from vidjax.utils import errors
@@ -272,7 +272,7 @@ def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refus
 
 def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     path, face = tmp_path / "all.npz", np.ones((3, 2), np.float32)
-    load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
+    load = functools.partial(input_files.load_clips, tmp_path, {"face": 2}, ())
 
     # The file has 3 frames of two clips. The sum of two lengths must be 3, as in [1, 2].
     half = 2**63  # the sum of [half, half + 3] overflows to 3
@@ -287,7 +287,7 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     np.savez(path, clips=["a"], face=face[:1], face_length=[1], face_quality=0.5)  # no axis
     seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=face)  # the only array of a file is a modality of one clip, named "all"
-    assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
+    assert input_files.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
 def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
     ):  # fmt: skip
         wanted = f"face: {count} of 12 frames have a {fields} that is {word}, such as in clip b: "
         for load in (
-            lambda: memory.load_clips(tmp_path / "val", {"face": 2}, ()),
+            lambda: input_files.load_clips(tmp_path / "val", {"face": 2}, ()),
             lambda: memory.MemoryClips.from_dict(clips, {"face": 2}, ()),
             lambda: sources.load(tmp_path, cache_dir=tmp_path / "cache"),
             lambda: sources.load({"val": clips}, cache_dir=tmp_path / "cache"),
@@ -324,7 +324,7 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
 def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path):
     rng = np.random.default_rng(0)
     clips = {name: clip_files.random_clip(rng, 3, DIM) for name in ("a", "b")}
-    load = functools.partial(memory.load_clips, tmp_path, {"face": DIM}, ())
+    load = functools.partial(input_files.load_clips, tmp_path, {"face": DIM}, ())
     clips["a"].quality[:] = -1, -30, 150
     clip_files.write_pickle(tmp_path, "face", "val", clips)
     load()  # a warning would be an error
@@ -383,7 +383,7 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
 def load_faces(path):
     """Returns clips as a run reads them; raises an error if the reading takes long."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        return memory.load_clips(path, {"face": 4}, ())
+        return input_files.load_clips(path, {"face": 4}, ())
 
 
 def faces_refused(path, *words):
@@ -482,7 +482,7 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf))
 
     with pytest.warns(errors.VidjaxWarning) as caught:  # the category that commands show
-        memory.load_clips(tmp_path, {"face": 4}, ())
+        input_files.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)
     assert "face: 3 of 5 frames are left out" in features and "1 clips lose all frames" in features
     assert "face: 1 of 5 frames have a quality that is not finite" in qualities

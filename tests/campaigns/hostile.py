@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from tests.helpers import python2
-from vidjax.data.frame_fields import PackedClips
+from vidjax.data.packed_clips import PackedClips
 from vidjax.data.untrusted import sandbox
 from vidjax.utils import processes
 from vidjax.utils.names import clean_name

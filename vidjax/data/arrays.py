@@ -20,8 +20,8 @@ import numpy as np
 from vidjax.data import clip_files
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
-from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked
+from vidjax.data.clips import SPLITS, Origin, Unpacked
+from vidjax.data.frame_fields import NonFinite, Quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packing import Clip, Clips, locate, pack, read_dict, read_frames
 from vidjax.utils import messages

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from vidjax.data import parquet
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips, Quality
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, Quality
+from vidjax.data.packed_clips import PackedClips
 from vidjax.data.packing import Clip, group_by_modality, pack
 from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, prefix_errors

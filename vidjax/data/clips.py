@@ -7,14 +7,17 @@ classes with these methods are `Dataset` (clips on disk), `Resident` (clips on t
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from vidjax.core.batch import BATCHED, Batch, Frames, Packed
-from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, Quality
+from vidjax.data.packed_clips import PackedClips
+from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest, suggest
 
 SPLITS = ("train", "val", "test")
@@ -164,6 +167,53 @@ class TrainingData(ClipSource, Protocol):
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
         """Yields the clips of a split, n at a time: `clip_index` [n] int32, modality -> frames."""
+        ...
+
+
+# split -> modality -> the frames of its clips
+Unpacked = Mapping[str, Mapping[str, PackedClips]]
+
+
+class Origin(NamedTuple):
+    """The values of `config.data.name`, `dir` and `quality` with which a dataset was loaded."""
+
+    name: str  # such as 'iqiyi_vid'
+    dir: str | None = None  # None if clips were generated or are arrays in memory
+    quality: Quality = "given"
+
+    @classmethod
+    def from_folder(cls, name: str, folder: str | Path, quality: Quality = "given") -> "Origin":
+        """Returns an Origin with the absolute path of `folder`, the folder of the dataset."""
+        return cls(name, str(files.absolute(folder)), quality)
+
+
+class RecordSource(Protocol):
+    """A dataset, with labels, whose frames can be converted to records (TFRecord files).
+
+    To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
+    """
+
+    kind: str  # the name of the cache folder for the records of all datasets of this class
+    place: str  # the folder or the name of the dataset, for messages
+    title: str  # a description of the files, for the log
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
+        ...
+
+    def path_of(self, modality: str, split: str) -> Path:
+        """Returns the file of a modality in a split, for messages and the report."""
+        ...
+
+    def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
+        """Reads all frames. A modality has the same width and dtype in all clips of a split.
+
+        The returned arrays may be memory maps of files in `scratch`.
+        """
+        ...
+
+    def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
+        """Returns split -> clip -> identity. `clips` is split -> names of clips with features."""
         ...
 
 

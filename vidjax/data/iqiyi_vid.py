@@ -17,9 +17,10 @@ from typing import Any
 
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
-from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import NonFinite, Origin, PackedClips, Unpacked
+from vidjax.data.clips import SPLITS, Origin, Unpacked
+from vidjax.data.frame_fields import NonFinite
 from vidjax.data.labels import find_ground_truth, load_official_truth
+from vidjax.data.packed_clips import PackedClips
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.unpickle import refuse_others
 from vidjax.utils import messages

@@ -13,15 +13,13 @@ from vidjax.data.frame_fields import (
     DTYPES,
     FRAME_FIELDS,
     IGNORED,
+    LARGEST,
     STORED,
-    FlatFiles,
     FrameField,
     NonFinite,
-    PackedClips,
     Quality,
-    compute_feature_norms,
-    find_usable_rows,
 )
+from vidjax.data.packed_clips import FlatFiles, PackedClips
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.names import ENDING, clean_name_at, show
 
@@ -386,6 +384,28 @@ class Packer(contextlib.ExitStack):
             warnings=dict(self._warnings),
             examples=self._examples,
         )
+
+
+def find_usable_rows(features: np.ndarray) -> np.ndarray:
+    """Returns [F] bool, True for the frames whose features [F, D] are finite in float32."""
+    if features.dtype != np.float64:
+        return np.asarray(np.isfinite(features).all(axis=1))
+    return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
+
+
+def compute_feature_norms(features: np.ndarray) -> np.ndarray:
+    """Returns [F] float32, the L2 norms of features [F, D].
+
+    The norm measures the quality of a frame: it is small for blurred faces and for side views.
+
+    Source: iQIYI-VID paper, section 5.1, after Ranjan et al.
+    """
+    norms, rows = np.empty(len(features), np.float32), 512  # rows of a block, which saves memory
+    for start in range(0, len(features), rows):
+        block = features[start : start + rows].astype(np.float64, order="C")  # squares stay finite
+        length = np.sqrt(np.einsum("fd,fd->f", block, block))
+        norms[start : start + rows] = np.minimum(length, LARGEST)
+    return norms
 
 
 class StagedSplit(NamedTuple):

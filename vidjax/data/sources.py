@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
-from vidjax.data.frame_fields import NonFinite, Origin, Quality, RecordSource
+from vidjax.data.clips import Origin, RecordSource
+from vidjax.data.frame_fields import NonFinite, Quality
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packing import Clips

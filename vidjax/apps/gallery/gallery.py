@@ -72,8 +72,9 @@ from vidjax.apps.gallery.store import (
 )
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
+from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
-from vidjax.data.memory import FrameClips, MemoryClips, load_clips, warn_of_zeros
+from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
 from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say

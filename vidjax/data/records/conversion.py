@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
-from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, RecordSource
+from vidjax.data.clips import Modality, RecordSource
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite
 from vidjax.data.packing import StagedSplit, stage
 from vidjax.data.records import shard_files
 from vidjax.data.records.data_report import format_report, label_records, report_split

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from vidjax.data.clips import Split
-from vidjax.data.frame_fields import compute_feature_norms
 from vidjax.data.labels import Truth, sort_identities
-from vidjax.data.packing import StagedSplit
+from vidjax.data.packing import StagedSplit, compute_feature_norms
 from vidjax.data.records.manifest import Records
 from vidjax.utils import messages
 from vidjax.utils.errors import warn

@@ -15,9 +15,9 @@ from vidjax.data.checks import (
     find_transposed,
     warn_of_bad_values,
 )
-from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
-from vidjax.data.frame_fields import BadValues, Origin
+from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Origin, Split, check_modalities
 from vidjax.data.labels import Truth
+from vidjax.data.packed_clips import BadValues
 from vidjax.data.records.data_report import label_records
 from vidjax.data.records.manifest import Records, SplitRecords
 from vidjax.data.records.record_reader import Reader, eval_batches

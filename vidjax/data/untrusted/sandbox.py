@@ -21,7 +21,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite
+from vidjax.data.packed_clips import PackedClips
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
