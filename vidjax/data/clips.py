@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from vidjax.core.batch import BATCHED, Batch, Frames, Packed
-from vidjax.data.frame_fields import FRAME_FIELDS, NonFinite, Quality
+from vidjax.data.frame_fields import FRAME_FIELDS, Quality
 from vidjax.data.packed_clips import PackedClips
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest, suggest
@@ -205,7 +205,7 @@ class RecordSource(Protocol):
         """Returns the file of a modality in a split, for messages and the report."""
         ...
 
-    def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
+    def read(self, scratch: Path) -> Unpacked:
         """Reads all frames. A modality has the same width and dtype in all clips of a split.
 
         The returned arrays may be memory maps of files in `scratch`.

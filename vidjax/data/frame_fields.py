@@ -8,9 +8,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-# If a feature has a NaN, an Inf or a value beyond float32, `drop` leaves its frame out, and `error`
-# raises UserError.
-NonFinite = Literal["drop", "error"]
 # The source of the quality of frames. `given` is the quality in the file, or the L2 norm of the
 # feature if the file has no quality. `norm` is always the norm.
 Quality = Literal["given", "norm"]

@@ -11,7 +11,7 @@ from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Origin, RecordSource
-from vidjax.data.frame_fields import NonFinite, Quality
+from vidjax.data.frame_fields import Quality
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packing import Clips
@@ -126,7 +126,6 @@ def load(
     labels: LabelSource = None,
     *,
     cache_dir: str | Path | None = None,
-    non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> "Dataset":
     """Loads a dataset, which the first call converts to TFRecords. See `vidjax.load_data`."""
@@ -134,10 +133,9 @@ def load(
     from vidjax.data.records.dataset import Dataset
 
     if isinstance(given, ConfigDict):
-        data = cast(Section, given)
-        cache_dir, non_finite = data["cache_dir"], data["non_finite"]
+        cache_dir = cast(Section, given)["cache_dir"]
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
-    records = convert(source, cache_dir, non_finite=non_finite)
+    records = convert(source, cache_dir)
     origin = getattr(source, "origin", Origin(source.kind))
     return Dataset(records, source.read_labels(records.clips), origin=origin)
 
