@@ -12,11 +12,10 @@ import pytest
 
 from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
-from tests.helpers.batches import eval_batches
+from tests.helpers.batches import eval_batches, real_frames
 from tests.helpers.datasets import load_dataset
-from vidjax.data import arrays, input_files, labels, memory, sources
+from vidjax.data import input_files, labels, memory, sources
 from vidjax.data.clip_files import write_npz
-from vidjax.data.records.conversion import convert
 from vidjax.utils import errors
 
 DIM = 6
@@ -148,12 +147,16 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(load):
     assert (face.detection == face.mask).all()  # 1, because the clips have no detection scores
 
 
-def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path):
+def test_arrays_in_memory_are_copied_and_their_digest_depends_on_their_content(tmp_path, load):
     splits = make_splits()
-    first = convert(arrays.FeatureDict(splits), tmp_path).folder
-    assert convert(arrays.FeatureDict(make_splits()), tmp_path).folder == first
-    splits["val"]["val_03"]["face"]["quality"][0] += 1
-    assert convert(arrays.FeatureDict(splits), tmp_path).folder != first
+    data, quality = load(splits), splits["val"]["val_03"]["face"]["quality"]
+    before = quality[0]
+    assert digest(load(make_splits())) == digest(data)
+    quality[0] += 1
+    assert digest(load(splits)) != digest(data)
+    frames = dict(real_frames(data, "val"))[data.split("val").clips.index("val_03")]
+    assert frames.quality[0] == before
+    assert not (tmp_path / "cache").exists()  # nothing is written
 
 
 def test_error_names_the_split_clip_and_modality_of_bad_features(refused):

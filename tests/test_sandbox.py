@@ -38,6 +38,7 @@ def convert(folder, value, modality="face"):
     arguments = {"path": str(path), "modality": modality, "out_dir": str(folder)}
     try:
         summary = sandbox.work(arguments)
+        summary |= summary["counts"]
     finally:
         gc.enable()
     dtypes = {name: field.dtype for name, field in FRAME_FIELDS.items()}
@@ -60,7 +61,7 @@ def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_pat
         read = convert(tmp_path, value, name)
         assert read["names"] == ["none", "one", "two"]
         assert read["lengths"] == [0, 1, 2]
-        assert read["seen"] == 3  # frames
+        assert read["frames"] == 3  # frames
         assert read["skipped_clips"] == {"empty": 1}
         assert read["skipped"] == read["warnings"] == {}
 
@@ -156,7 +157,7 @@ def test_non_finite_scores_become_zero_and_are_counted(tmp_path):
     wrong = face(quality=float("nan"), det=float("inf"))
     frames = [wrong, face(quality=-1e300, det=np.float32(-np.inf)), face(quality=-30.0)]
     read = convert(tmp_path, {b"a": frames})
-    assert read["seen"] == 3 and read["skipped"] == {}
+    assert read["frames"] == 3 and read["skipped"] == {}
     assert read["quality"].tolist() == [0, 0, -30]
     assert read["detection"].tolist() == [0, 0, 0.5]
     assert read["warnings"] == {"non_finite_quality": 2, "non_finite_detection": 2}

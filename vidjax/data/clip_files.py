@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from vidjax.core.batch import BATCHED
 from vidjax.data import parquet
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, Quality
-from vidjax.data.packed_clips import PackedClips
-from vidjax.data.packing import Clip, group_by_modality, pack
+from vidjax.data.frame_fields import FRAME_FIELDS, Quality
+from vidjax.data.packed_clips import PackedClips, join, open_packed, summarise
+from vidjax.data.packing import Clip, group_by_modality, pack_each
 from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.machine import memory_bytes, num_cores
@@ -216,8 +217,8 @@ def read_at_once(
     scratch: Path,
     workers: int,
     quality: Quality,
-) -> dict[str, dict[str, PackedClips]]:
-    """Reads clips with several processes. Returns split -> modality -> the frames of all clips.
+) -> dict[str, PackedClips]:
+    """Reads clips with several processes. Returns split -> its clips.
 
     `files` is split -> the files of its clips. `scratch` is a folder for the frames, which must
     exist as long as the returned arrays. `workers` is the number of processes. Raises RetrySerially
@@ -256,11 +257,11 @@ class RetrySerially(Exception):
     """Reading with several processes failed. Reading with one process reports the exact error."""
 
 
-_Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder and `PackedClips.summary`
+_Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder, and result of `summarise`
 
 
-def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
-    """Joins the clips of a split that several processes have read. Returns modality -> frames.
+def _join(parts: Sequence[_Part]) -> PackedClips:
+    """Joins the clips of a split that several processes have read.
 
     Raises RetrySerially if two processes read the same clip, or features of different width or
     dtype, or if the names of two modalities differ only in the case of letters.
@@ -272,7 +273,7 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
         or len(set(map(str.casefold, modalities))) < len(modalities)
     ):  # fmt: skip
         raise RetrySerially
-    joined = {}
+    joined = []
     for modality in modalities:
         (folder, whole), *others = (part[modality] for part in parts if modality in part)
         for other, more in others:
@@ -281,22 +282,25 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
                 if any(whole["lengths"]) and kinds[0] != kinds[1]:
                     raise RetrySerially
                 whole["width"], whole["dtype"] = kinds[1]
-            for field in ("names", "lengths", "seen"):
+            for field in ("names", "lengths"):
                 whole[field] += more[field]
+            counts, added = whole["counts"], more["counts"]
+            for field in ("clips", "frames"):
+                counts[field] += added[field]
             for field in ("skipped", "skipped_clips", "warnings"):
-                whole[field] = dict(Counter(whole[field]) + Counter(more[field]))
-            whole["examples"] = more["examples"] | whole["examples"]
-            for field in STORED:
+                counts[field] = dict(Counter(counts[field]) + Counter(added[field]))
+            counts["examples"] = added["examples"] | counts["examples"]
+            for field in BATCHED:
                 name = f"{field}.bin"
                 with (other / name).open("rb") as part, (folder / name).open("ab") as file:
                     shutil.copyfileobj(part, file, COPY_BYTES)
                 (other / name).unlink()
-        joined[modality] = PackedClips.from_flat_files(folder, whole)
-    return joined
+        joined.append(open_packed(modality, folder, whole))
+    return join(joined)
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads clips in a child process, and returns modality -> `PackedClips.summary`."""
+    """Reads clips in a child process, and returns modality -> result of `summarise`."""
 
     def clips() -> Iterator[Clip]:
         for clip in read_clips(list(map(Path, arguments["paths"]))):
@@ -306,8 +310,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
                 raise UserError("a clip without modalities")
             yield clip
 
-    packed = pack(clips(), Path(arguments["out_dir"]), arguments["quality"])
-    return {name: flat.summary() for name, flat in packed.items()}
+    packed = pack_each(clips(), Path(arguments["out_dir"]), arguments["quality"])
+    return {name: summarise(name, part) for name, part in packed.items()}
 
 
 if __name__ == "__main__":

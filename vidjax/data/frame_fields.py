@@ -36,4 +36,3 @@ FRAME_FIELDS = {
 IGNORED = ("box",)  # may be given with each frame, but is not stored, because no model reads it
 DTYPES = ("float16", "float32", "float64", "int8")  # of features
 WEIGHTS = ("quality", "detection")  # frames may be weighted with these values
-STORED = ("features", *FRAME_FIELDS)  # dtype and width of features depend on the modality

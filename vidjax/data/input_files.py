@@ -6,8 +6,9 @@ Clips are read from a `.npz` file, from a parquet table, or from a folder. The f
 
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import group_files_by_split
@@ -16,6 +17,7 @@ from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
+from vidjax.data.packed_clips import join, map_again
 from vidjax.data.packing import Clip, compute_feature_norms
 from vidjax.data.untrusted import sandbox
 from vidjax.utils.errors import NoFileError, UserError
@@ -55,16 +57,17 @@ def load_clips(
             f"'{path}' contains the modalities {', '.join(sorted(paths))}, but the run reads "
             f"{', '.join(modalities)}\nadd a pickle of one of these modalities"
         )
-    packed = {}
+    parts = []
     with scratch_folder() as scratch:  # memory maps keep the deleted files open
         for name in [name for name in paths if name in modalities]:
-            flat = sandbox.unpack(paths[name], name, scratch / name)
-            frames = dict(flat.frames)
+            part = sandbox.unpack(paths[name], name, scratch / name)
+            frames = map_again(part.frames[name])
             if quality == "norm":
-                frames["quality"] = compute_feature_norms(flat.features)
-            packed[name] = replace(flat, frames=frames)
-    names = {name: name for flat in packed.values() for name in flat.names}
-    return MemoryClips(packed, names, modalities, identities, official=True)
+                norms = compute_feature_norms(np.asarray(frames.features))
+                frames = frames._replace(quality=norms)
+            parts.append(part._replace(frames={name: frames}))
+    names = {name: name for part in parts for name in part.names}
+    return MemoryClips(join(parts), names, modalities, identities, official=True)
 
 
 def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:

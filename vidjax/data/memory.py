@@ -4,20 +4,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vidjax.core.batch import BATCHED, Batch, Frames
+from vidjax.core.batch import Batch
 from vidjax.data.checks import warn_of_bad_values
 from vidjax.data.clips import (
     EvalPlan,
     Modality,
     Split,
     TrainingData,
-    make_batch,
-    pad,
-    split_blocks,
+    eval_batches,
 )
 from vidjax.data.frame_fields import Quality
-from vidjax.data.packed_clips import PackedClips
-from vidjax.data.packing import Clip, Clips, pack, read_dict, stage
+from vidjax.data.packed_clips import PackedClips, PackedReader, complete
+from vidjax.data.packing import Clip, Clips, pack, read_dict
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
@@ -38,17 +36,17 @@ class MemoryClips:
 
     def __init__(
         self,
-        packed: Mapping[str, PackedClips],
+        packed: PackedClips,
         names: Mapping[str, str],
         modalities: Mapping[str, int],
         identities: Sequence[str],
         *,
         official: bool = False,
     ):
-        """Makes an object from the checked frames of clips.
+        """Makes an object from checked clips.
 
         Args:
-          packed: modality -> the frames of all clips, from `packing.pack`.
+          packed: the clips, from `packing.pack`.
           names: clip name -> the name in the input, which may end in `.mp4`.
           modalities: modality -> feature width. The model reads these modalities.
           official: whether the clips are from pickles, in which some qualities are negative.
@@ -56,29 +54,33 @@ class MemoryClips:
         if not names:
             raise UserError("the input contains no clips: give one or more clips")
         self.identities, self.names = tuple(identities), tuple(names.values())
-        self._packed, self._widths = packed, dict(modalities)
-        for name, flat in packed.items():
-            width = flat.features.shape[1]
-            if len(flat.features) and width != modalities[name]:
-                clip = flat.names[int(np.argmax(flat.lengths > 0))]
+        self._modalities = dict[str, Modality]()
+        for name, wanted in modalities.items():
+            self._modalities[name] = Modality(wanted, "float32")
+            features = packed.frames[name].features if name in packed.frames else np.empty((0, 0))
+            if not len(features):
+                continue
+            if features.shape[1] != wanted:
+                clip = packed.names[int(np.argmax(packed.lengths[name] > 0))]
                 raise UserError(
-                    f"clip {show(clip)}, {name}: features have width {width}, but the run needs "
-                    f"width {modalities[name]}\n"
+                    f"clip {show(clip)}, {name}: features have width {features.shape[1]}, but the "
+                    f"run needs width {wanted}\n"
                     "compute them with the same program as the training features"
                 )
-            _warn_of_unused(name, flat, official=official)
-        staged = stage("clips", packed)
-        index = {name: place for place, name in enumerate(staged.clips)}
-        self.places, self._starts = np.array([index[name] for name in names]), staged.starts
-        zeros = np.zeros(len(names), np.int32)
+            self._modalities[name] = Modality(wanted, np.dtype(features.dtype).name)
+        for name in packed.frames:
+            _warn_of_unused(name, packed, official=official)
+        self._packed = complete(packed, self._modalities)
+        index = {name: place for place, name in enumerate(packed.names)}
+        self.places = np.array([index[name] for name in names])
         self._split = Split(
             name="clips",
-            clips=staged.clips,
-            labels=zeros,
+            clips=packed.names,
+            labels=np.zeros(len(names), np.int32),
             labelled=False,
             positives=np.zeros(len(self.identities), np.int64),
             num_others=0,
-            lengths={name: staged.lengths.get(name, zeros) for name in modalities},
+            lengths=self._packed.lengths,
         )
 
     @classmethod
@@ -143,13 +145,7 @@ class MemoryClips:
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips. See `ClipSource`."""
-        for bucket, places in split_blocks(plan.bucket, rows):
-            chosen = places.astype(np.int32)
-            frames = {
-                name: self._padded(name, chosen, (rows, plan.padded_lengths[name][bucket]))
-                for name in plan.modalities
-            }
-            yield make_batch(frames, chosen, rows)
+        return eval_batches(PackedReader([self._packed]), self._modalities, plan, rows)
 
     def mean_vectors(self, modality: str, least: float = 0.0) -> np.ndarray:
         """Returns [N, D] float32, the mean feature of each clip of `names`.
@@ -158,18 +154,15 @@ class MemoryClips:
         have equal weights. The mean of a clip without frames is 0. A mean is also 0, with a
         warning, if it consists of rounding errors of its frames, or of numbers below `least`.
         """
-        vectors = np.zeros((len(self.names), self._widths[modality]), np.float32)
-        flat = self._packed.get(modality)
-        if flat is None or not len(flat.features):
-            return vectors
-        lengths, starts = self._split.lengths[modality][self.places], self._starts[modality]
-        quality, features = flat.frames["quality"], flat.features
+        vectors = np.zeros((len(self.names), self._modalities[modality].dim), np.float32)
+        features, quality, *_, starts, lengths = self._packed.frames[modality]
+        starts, lengths = starts[self.places], lengths[self.places]
         # A few clips at a time, because all frames as float64 would take up to 8 times the memory.
         ends, empty = np.cumsum(lengths, dtype=np.int64), list[int]()
         blocks = np.flatnonzero(np.diff(ends // MAX_BLOCK_FRAMES)) + 1
         for clips in np.split(np.arange(len(lengths)), blocks):
             length = lengths[clips]
-            first = starts[self.places[clips]] - (np.cumsum(length) - length)
+            first = starts[clips] - (np.cumsum(length) - length)
             owner = np.repeat(np.arange(len(clips)), length)
             index = np.repeat(first, length) + np.arange(len(owner))
             weight = np.maximum(quality[index].astype(np.float64), 0.0)
@@ -191,19 +184,6 @@ class MemoryClips:
             empty += clips[filled][~vectors[clips[filled]].any(axis=1)].tolist()
         warn_of_zeros(modality, [self.names[clip] for clip in empty])
         return vectors
-
-    def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
-        """Returns the frames of n clips in a modality, padded with zeros to `shape` (B, T)."""
-        frames: dict[str, list[np.ndarray]] = {name: [] for name in BATCHED}
-        flat, dtype = self._packed.get(modality), "float32"
-        if flat is not None and len(flat.features):  # without frames, features have no width
-            dtype = flat.features.dtype.name
-            fields = {name: flat.frames[name] for name in BATCHED}
-            start, length = self._starts[modality][clips], self._split.lengths[modality][clips]
-            for first, count in zip(start.tolist(), length.tolist(), strict=True):
-                for name, values in fields.items():
-                    frames[name].append(values[first : first + count])
-        return pad(frames, shape, Modality(self._widths[modality], dtype))
 
 
 def _select(
@@ -249,19 +229,21 @@ def warn_of_zeros(modality: str, clips: Sequence[str]) -> None:
         )
 
 
-def _warn_of_unused(modality: str, flat: PackedClips, *, official: bool) -> None:
+def _warn_of_unused(modality: str, packed: PackedClips, *, official: bool) -> None:
     """Warns if frames were left out, or if values of frames are not finite or negative.
 
     For `official`, see `warn_of_bad_values`.
     """
-    if frames := flat.skipped.get("non_finite"):
-        clips = flat.skipped_clips.get("non_finite", 0)
+    counts = packed.counts[modality]
+    if frames := counts.skipped.get("non_finite"):
+        clips = counts.skipped_clips.get("non_finite", 0)
         lost = f"\n{clips:,} clips lose all frames" if clips else ""
         warn(
-            f"{modality}: {frames:,} of {flat.seen:,} frames are left out, because their features "
-            f"are not finite{lost}\nto use these frames, compute their features again"
+            f"{modality}: {frames:,} of {counts.frames:,} frames are left out, because their "
+            f"features are not finite{lost}\nto use these frames, compute their features again"
         )
-    warn_of_bad_values(modality, flat.find_bad_values(), flat.seen, official=official)
+    bad = packed.find_bad_values(modality)
+    warn_of_bad_values(modality, bad, counts.frames, official=official)
 
 
 # The forms of clips that `Predictor` and `Gallery` accept. A dataset also needs a split.

@@ -21,8 +21,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED
-from vidjax.data.packed_clips import PackedClips
+from vidjax.core.batch import BATCHED
+from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.packed_clips import PackedClips, open_packed, summarise
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
@@ -38,7 +39,7 @@ READ_BYTES = MB // 16
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads a pickle in the child process, and returns `PackedClips.summary`. See `unpack`."""
+    """Reads a pickle in the child process, and returns the result of `summarise`. See `unpack`."""
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
     # Garbage collection would take a third of the time, but there are no reference cycles.
@@ -51,7 +52,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
                 with Packer(modality, out_dir) as packer:
                     for clip in read_clips(pieces, modality, str(path), size):
                         packer.add(clip, clip.modalities[modality])
-                    return packer.finish().summary()
+                    return summarise(modality, packer.finish())
 
             with contextlib.suppress(Exception):
                 return pack(load_pieces(file, size))
@@ -92,9 +93,9 @@ def unpack(
             cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
             children=children,
         )
-        return PackedClips.from_flat_files(out_dir, summary)
+        return open_packed(modality, out_dir, summary)
     except BaseException:
-        for field in STORED:
+        for field in BATCHED:
             with contextlib.suppress(OSError):
                 (out_dir / f"{field}.bin").unlink()
         raise
