@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from vidjax.utils.processes import Children, map_children, run_limited
 
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
 FLOAT_BYTES = 4  # bytes of a float32
+Text = tuple[list[str], np.ndarray]  # see `parquet.Rows.text`
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
@@ -144,18 +145,15 @@ def read_json(value: object, place: str) -> Clip:
     return Clip(name, place, group_by_modality(arrays, place), given)
 
 
-def read_parquet(path: Path) -> Iterator[Clip]:
+def read_parquet(
+    path: Path, read_rows: Callable[[Path], parquet.Rows] = parquet.read
+) -> Iterator[Clip]:
     """Yields the clips of a parquet table that fits into memory. Rows may have any order."""
-    columns, values, width = parquet.read(path)
+    text, scalars, values, width = read_rows(path)
     start = np.cumsum(width, dtype=np.int64) - width
-    scalars = {
-        name: columns[name].to_numpy(zero_copy_only=False)
-        for name in parquet.OPTIONAL_COLUMNS
-        if name in columns
-    }
     clips: dict[str, dict[str, Any]] = {}
     given: dict[str, str] = {}
-    for clip, modality, rows in _group_rows(columns["clip"], columns["modality"]):
+    for clip, modality, rows in _group_rows(text["clip"], text["modality"]):
         name = clean_name_at(f"{path}:", clip)
         place = f"{path}: clip {show(name)}, {modality}"
         odd = width[rows] != width[rows[0]]
@@ -183,10 +181,10 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
     return np.lib.stride_tricks.sliding_window_view(values, width)[starts]
 
 
-def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields (clip, modality, their rows in ascending order). The arguments are pyarrow columns."""
-    names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
-    code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
+def _group_rows(clips: Text, modalities: Text) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yields (clip, modality, their rows in ascending order). See `parquet.Rows.text`."""
+    (names, clip), (kinds, modality) = clips, modalities
+    code = clip.astype(np.int64) * len(kinds) + modality
     order = np.argsort(code, kind="stable")
     values, starts = np.unique(code[order], return_index=True)
     for value, rows in zip(values.tolist(), np.split(order, starts[1:]), strict=False):
@@ -200,9 +198,11 @@ NO_MEMORY_LIMIT, MAX_CPU_SECONDS = 1 << 60, 100_000
 OPEN_BYTES = 32 << 10  # opening a file takes as long as reading this many bytes
 
 
-def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
+def read_clips(
+    paths: Sequence[Path], read_rows: Callable[[Path], parquet.Rows] = parquet.read
+) -> Iterator[Clip]:
     """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files."""
-    return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
+    return read_parquet(paths[0], read_rows) if paths[0].suffix == ".parquet" else read_npz(paths)
 
 
 def choose_num_readers(files: Mapping[str, Sequence[Path]]) -> int:
@@ -236,6 +236,8 @@ def read_at_once(
         folder, paths = scratch / str(number), [*map(os.fspath, parts[number][1])]
         arguments = {"paths": paths, "out_dir": str(folder), "quality": quality}
         limits = {"memory_bytes": NO_MEMORY_LIMIT, "cpu_seconds": MAX_CPU_SECONDS}
+        if parts[number][1][0].suffix == ".parquet":
+            limits = parquet.get_limits(parts[number][1][0])
         try:
             summaries = run_limited(__name__, folder, arguments, **limits, children=children)
         except UserError:
@@ -303,7 +305,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Reads clips in a child process, and returns modality -> result of `summarise`."""
 
     def clips() -> Iterator[Clip]:
-        for clip in read_clips(list(map(Path, arguments["paths"]))):
+        # The table is decoded in this process, which has the limits of `parquet.get_limits`.
+        for clip in read_clips(list(map(Path, arguments["paths"])), parquet.decode):
             if not clip.modalities:
                 # `pack` would add the clip to the first modality of this process, which may not be
                 # the first modality of another process. `read_at_once` then raises RetrySerially.
