@@ -1,7 +1,8 @@
 """Loads clips without labels from files, for a trained model or a gallery.
 
 Clips are read from a `.npz` file, from a parquet table, or from a folder. The folder contains
-`.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the iQIYI-VID dataset.
+`.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the iQIYI-VID dataset. The readers
+of pickles are imported only for a folder of pickles.
 """
 
 import shlex
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjax.data import iqiyi_vid
 from vidjax.data.arrays import group_files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
@@ -19,7 +19,6 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.packed_clips import join, map_again
 from vidjax.data.packing import Clip, compute_feature_norms
-from vidjax.data.untrusted import sandbox
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.names import clean_identity
 from vidjax.utils.scratch import scratch_folder
@@ -57,6 +56,8 @@ def load_clips(
             f"'{path}' contains the modalities {', '.join(sorted(paths))}, but the run reads "
             f"{', '.join(modalities)}\nadd a pickle of one of these modalities"
         )
+    from vidjax.data.untrusted import sandbox
+
     parts = []
     with scratch_folder() as scratch:  # memory maps keep the deleted files open
         for name in [name for name in paths if name in modalities]:
@@ -82,10 +83,10 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
     """
     check_path(path)
     if path.is_dir():
-        if pickles := iqiyi_vid.find_pickles(path):
+        entries = list_entries(path)
+        if pickles := _find_pickles(path, entries):
             split = _choose_split(path, {split for _, split in pickles}, split)
             return {name: file for (name, of), file in pickles.items() if of == split}
-        entries = list_entries(path)
         paths = [entry for entry in entries if entry.suffix == ".npz"]
         if not paths:
             splits = group_files_by_split(path)
@@ -99,6 +100,15 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
             "leave out the argument split, or --config.eval.split of vidjax rank and embed"
         )
     return paths
+
+
+def _find_pickles(path: Path, entries: Sequence[Path]) -> dict[tuple[str, str], Path]:
+    """Returns (modality, split) -> path of the pickles among the `entries` of a folder."""
+    if not any(entry.suffix == ".pickle" for entry in entries):
+        return {}
+    from vidjax.data import iqiyi_vid
+
+    return iqiyi_vid.find_pickles(path)
 
 
 def load_people(
