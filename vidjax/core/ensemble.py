@@ -28,8 +28,7 @@ Number = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]  # `load` checks this r
 
 FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
-MAX_TRAINING_CLIPS = 10_000_000  # of all training splits
-MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
+MAX_FILE_BYTES = 1 << 31  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
@@ -175,19 +174,6 @@ def save(folder: Path, training_sets: TrainingSets) -> None:
     files.write_bytes(folder / FILE, content.getvalue())
 
 
-def check_size(training_sets: TrainingSets) -> None:
-    """Raises UserError if the training sets are too large for `load`."""
-    clips = training_sets.clips
-    count, members = len(clips), len(training_sets.members)
-    size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)
-    if count > MAX_TRAINING_CLIPS or size > MAX_FILE_BYTES - files.MB:
-        raise UserError(
-            f"the list of the {count:,} training clips of {members} members has {size:,} bytes\n"
-            f"the limits are {MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES - files.MB:,} bytes\n"
-            "leave some clips out, or train with fewer members"
-        )
-
-
 def load(folder: Path) -> TrainingSets:
     """Reads `members.npz` of a run's folder."""
     path = folder / FILE
@@ -204,10 +190,6 @@ def load(folder: Path) -> TrainingSets:
     shape = (len(members), names.count("\n") + 1)
     if not members or trained.dtype != bool or trained.shape != shape:
         raise UserError(f"'{path}' is damaged: its arrays do not fit each other")
-    if shape[1] > MAX_TRAINING_CLIPS:
-        raise UserError(
-            f"'{path}' names {shape[1]:,} clips, more than the limit of {MAX_TRAINING_CLIPS:,}"
-        )
     return TrainingSets(members, tuple(names.split("\n")), trained)
 
 

@@ -101,20 +101,7 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
         manifest["identities_sha256"],
     )  # fmt: skip
     identities = tuple(names)
-    if task.num_identities != len(identities):
-        raise CheckpointError(
-            f"'{workdir}': the manifest of the checkpoint has {task.num_identities:,} people, but "
-            f"identities.json has {len(identities):,}\n"
-            "the run was changed: use another copy of it"
-        )
     training_sets = load_training_sets(workdir, manifest)
-    columns, clips = task.num_columns, len(training_sets.clips)
-    if columns > 1 + 2 * len(identities) + clips:  # building a model takes memory per column
-        raise CheckpointError(
-            f"'{workdir}': the manifest of the checkpoint has {columns:,} classes, which are too "
-            f"many for {len(identities):,} people and {clips:,} clips\n"
-            "the run was changed: use another copy of it"
-        )
     return FoundRun(folder, saved, task, identities, training_sets)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -95,19 +95,7 @@ class Results(schemas.Metrics, kw_only=True):
 
 def load_identities(path: Path) -> list[str]:
     """Returns the names in `identities.json`. The first name belongs to class column 1."""
-    kind = cast(type[list[str]], schemas.Identities)
-    return schemas.read(path, kind, REMEDY, MAX_IDENTITIES_BYTES)
-
-
-def check_identities(identities: Sequence[str]) -> None:
-    """Raises UserError if there are too many names, or their text is too long for a run."""
-    size = len(files.to_json(list(identities)))
-    if len(identities) > files.MAX_ITEMS or size > MAX_IDENTITIES_BYTES:
-        raise UserError(
-            f"the data have {len(identities):,} identities with names of {size:,} bytes, but the "
-            f"limits are {files.MAX_ITEMS:,} identities and {MAX_IDENTITIES_BYTES:,} bytes\n"
-            "leave some identities out of the ground truth"
-        )
+    return schemas.read(path, list[str], REMEDY, MAX_IDENTITIES_BYTES)
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
@@ -203,8 +191,6 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:
-        if len(text) > files.JSON_BYTES:
-            raise UserError(f"it has more than {files.JSON_BYTES:,} bytes of text")
         values = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
