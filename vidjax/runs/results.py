@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from vidjax.runs import config as config_lib, config_io, schemas
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
-
-if TYPE_CHECKING:
-    from vidjax.runs.run_folder import ResultPaths
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,6 +42,15 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+class ResultPaths(NamedTuple):
+    """The paths of the result files of a split of the data."""
+
+    metrics: Path
+    ranking: Path
+    analysis: Path
+    report: Path
+
+
 class Results(schemas.Metrics, kw_only=True):
     """The results of a run on a split. Entries of `metrics.json`, such as `map`, are attributes.
 
@@ -55,11 +61,11 @@ class Results(schemas.Metrics, kw_only=True):
     """
 
     split: str
-    paths: "ResultPaths"
+    paths: ResultPaths
     values: dict[str, Any]
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any], split: str, paths: "ResultPaths") -> Self:
+    def from_values(cls, values: Mapping[str, Any], split: str, paths: ResultPaths) -> Self:
         """Makes Results from `values`, the content of `paths.metrics`."""
         plain = files.parse_json(files.to_json(values).encode())
         metrics = schemas.parse(paths.metrics, plain, schemas.Metrics, REMEDY)
