@@ -25,7 +25,7 @@ from vidjax.data.clips import ClipSource, Split, TrainingData, select_modalities
 from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.models.build_system import System, TaskSpec, make_system
-from vidjax.runs import checkpoint, config_io
+from vidjax.runs import checkpoint, config_io, members_file
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, describe_changes
@@ -185,7 +185,7 @@ def hash_companions(
     """Returns two entries of a manifest: the sha256 of the identities and of the training sets."""
     return {
         "identities_sha256": files.sha256_json(list(identities)),
-        "members_sha256": ensemble.digest(training_sets),
+        "members_sha256": members_file.digest(training_sets),
     }
 
 
@@ -207,8 +207,8 @@ def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[s
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
     """Reads the clips that each member was trained on."""
-    path, wanted = workdir / ensemble.FILE, manifest.get("members_sha256")
-    return _read_companion(path, lambda: ensemble.load(workdir), ensemble.digest, wanted)
+    path, wanted = workdir / members_file.FILE, manifest.get("members_sha256")
+    return _read_companion(path, lambda: members_file.load(workdir), members_file.digest, wanted)
 
 
 def _read_companion(

@@ -22,7 +22,7 @@ from vidjax.evaluation import analysis, eval_step, restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import make_system
-from vidjax.runs import checkpoint, config_io, results as results_lib, signals
+from vidjax.runs import checkpoint, config_io, members_file, results as results_lib, signals
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import ROUNDING, Config, affects, differences
 from vidjax.runs.results import Logs
@@ -193,7 +193,7 @@ def write_description(
         folder.write_metrics({**metrics, "finished": False})
     folder.write_config(config)
     files.write_json(workdir / "identities.json", list(data.identities))
-    ensemble.save(workdir, training_sets)
+    members_file.save(workdir, training_sets)
     splits = [data.split(name) for name in config.data.train_splits]
     cropped = count_cropped(splits, config.modalities, config.data.max_frames)
     report = {**data.report, "cropped_in_an_epoch": cropped}

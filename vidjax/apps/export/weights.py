@@ -18,17 +18,16 @@ import jax
 import numpy as np
 
 from vidjax.core import devices
-from vidjax.core.ensemble import FILE as MEMBERS, MAX_FILE_BYTES as MEMBERS_BYTES
 from vidjax.evaluation import restore
 from vidjax.models.build_system import make_system
-from vidjax.runs import checkpoint, schemas
+from vidjax.runs import checkpoint, members_file, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
-NEEDED_FILES = (CONFIG, IDENTITIES, MEMBERS)
+NEEDED_FILES = (CONFIG, IDENTITIES, members_file.FILE)
 COPIED_FILES = (*NEEDED_FILES, "metrics.json")
 ITEMS = ("params", "model_state")
 
@@ -78,7 +77,7 @@ def _copy(source: Path, target: Path) -> None:
     RunFolder(source).metrics()
     for name in COPIED_FILES:
         if files.exists(source / name):
-            (target / name).write_bytes(files.read_bytes(source / name, MEMBERS_BYTES))
+            (target / name).write_bytes(files.read_bytes(source / name, members_file.MAX_BYTES))
 
 
 def save(arrays: dict[str, np.ndarray], path: Path) -> None:
