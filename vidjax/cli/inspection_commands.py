@@ -114,9 +114,10 @@ def _check_checkpoint(folder: Path) -> str:
 
 def _check_environment() -> str:
     from vidjax.core import devices
+    from vidjax.runs.versions import collect_versions
 
     devices.make_mesh()  # if an accelerator cannot be used, the error gives the reason
-    return ", ".join(f"{name} {version}" for name, version in devices.collect_versions().items())
+    return ", ".join(f"{name} {version}" for name, version in collect_versions().items())
 
 
 def _check_data(config: Config) -> str:

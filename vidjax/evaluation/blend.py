@@ -12,6 +12,7 @@ from vidjax.evaluation.scoring import score
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
+from vidjax.runs.versions import collect_versions
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
@@ -57,7 +58,7 @@ def blend_runs(
         "data": models[0].data.report["data"],
         "eval_seconds": time.monotonic() - began,
         "date": results_lib.now(),
-        "versions": devices.collect_versions(),
+        "versions": collect_versions(),
         **({"command": command} if command else {}),
     }
     files.write_json(folder.path / IDENTITIES, list(models[0].data.identities))

@@ -34,6 +34,7 @@ from vidjax.runs.run_folder import (
     make_paths_absolute,
 )
 from vidjax.runs.terminal import Progress, say
+from vidjax.runs.versions import collect_versions
 from vidjax.training import feed as feed_lib, train_step
 from vidjax.training.plan import (
     RunPlan,
@@ -516,5 +517,5 @@ class TrainingRun:
             "finished": True,
             **self._extended,
             "trained_on": self._description["data"],
-            "versions": devices.collect_versions(),
+            "versions": collect_versions(),
         }
