@@ -28,15 +28,15 @@ from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib, topk
-from vidjax.evaluation.restore import (
+from vidjax.evaluation.running_topk import RunningTopK
+from vidjax.evaluation.scoring import ModelScorer, TrainedModel, iterate_block_groups
+from vidjax.evaluation.trained_runs import (
     check_widths,
     find_run,
     load_weights,
     select_sets,
     warn_of_missing_modalities,
 )
-from vidjax.evaluation.running_topk import RunningTopK
-from vidjax.evaluation.scoring import ModelScorer, TrainedModel, iterate_block_groups
 from vidjax.models.build_system import System, make_system
 from vidjax.runs import config_io
 from vidjax.runs.config import Config

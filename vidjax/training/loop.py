@@ -18,7 +18,7 @@ from vidjax.core import devices, distributed, ensemble, metrics
 from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
-from vidjax.evaluation import analysis, eval_step, restore
+from vidjax.evaluation import analysis, eval_step, trained_runs
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import make_system
@@ -237,8 +237,8 @@ class TrainingRun:
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
-            **restore.hash_companions(data.identities, plan.training_sets),
-            "data": restore.hash_data(config, data),
+            **trained_runs.hash_companions(data.identities, plan.training_sets),
+            "data": trained_runs.hash_data(config, data),
             "config": config.to_dict(),
         }
         state, manifest = self._restore_or_init(data)
@@ -289,11 +289,11 @@ class TrainingRun:
                 raise CheckpointError(lost)
             return train_step.make_state(init, system.tx, sharding), {}
         manifest = newest.manifest
-        restore.check_entries(workdir, manifest)
+        trained_runs.check_entries(workdir, manifest)
         old = config_io.from_json(json.dumps(manifest["config"]))
         check_resumes(workdir, old, config)
-        restore.check_data(workdir, manifest["data"], config, data)
-        restore.check_digests(workdir, manifest, self._description)
+        trained_runs.check_data(workdir, manifest["data"], config, data)
+        trained_runs.check_digests(workdir, manifest, self._description)
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
         checkpoint.warn_of_lost(workdir, "best")
         self._report_changes(old, manifest)
