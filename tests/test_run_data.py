@@ -14,8 +14,7 @@ from tests.helpers import clip_files, made_runs
 from tests.helpers.pages import check_numbers, section
 from tests.helpers.seen import refused
 from vidjax.cli import program
-from vidjax.evaluation import trained_runs
-from vidjax.runs import checkpoint, members_file, results as results_lib
+from vidjax.runs import checkpoint, digests, members_file, results as results_lib
 from vidjax.utils import files
 
 pytestmark = pytest.mark.slow
@@ -156,7 +155,7 @@ def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
     other_labels = added_head | {"labels": "y"}
     for after, wanted in ((added_head, ""), (other_labels, "val has other labels")):
         with pytest.warns(UserWarning, match="other modalities"):
-            assert trained_runs.describe_difference("val", before, after) == wanted
+            assert digests.describe_difference("val", before, after) == wanted
 
 
 KNN = "--config=knn:iqiyi_vid"

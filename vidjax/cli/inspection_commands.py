@@ -132,7 +132,7 @@ def _check_data(config: Config) -> str:
 
 def _check_run(config: Config, workdir: Path) -> str:
     from vidjax.evaluation import trained_runs
-    from vidjax.runs import checkpoint
+    from vidjax.runs import checkpoint, digests
     from vidjax.runs.run_folder import RunFolder
 
     with warnings.catch_warnings(action="ignore"):  # other checks report damaged checkpoints
@@ -140,7 +140,7 @@ def _check_run(config: Config, workdir: Path) -> str:
     for prefer in ("latest", "best"):
         checkpoint.warn_of_lost(workdir, prefer)
     data, manifest = public.load_data(config), run.manifest
-    trained_runs.check_data(workdir, manifest["data"], config, data, trains=False)
+    digests.check_data(workdir, manifest["data"], config, data, trains=False)
     return f"step {manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
 
 

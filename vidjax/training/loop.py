@@ -22,7 +22,14 @@ from vidjax.evaluation import analysis, eval_step, trained_runs
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import make_system
-from vidjax.runs import checkpoint, config_io, members_file, results as results_lib, signals
+from vidjax.runs import (
+    checkpoint,
+    config_io,
+    digests,
+    members_file,
+    results as results_lib,
+    signals,
+)
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import ROUNDING, Config, affects, differences
 from vidjax.runs.results import Logs
@@ -237,8 +244,8 @@ class TrainingRun:
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
-            **trained_runs.hash_companions(data.identities, plan.training_sets),
-            "data": trained_runs.hash_data(config, data),
+            **digests.hash_companions(data.identities, plan.training_sets),
+            "data": digests.hash_data(config, data),
             "config": config.to_dict(),
         }
         state, manifest = self._restore_or_init(data)
@@ -292,8 +299,8 @@ class TrainingRun:
         trained_runs.check_entries(workdir, manifest)
         old = config_io.from_json(json.dumps(manifest["config"]))
         check_resumes(workdir, old, config)
-        trained_runs.check_data(workdir, manifest["data"], config, data)
-        trained_runs.check_digests(workdir, manifest, self._description)
+        digests.check_data(workdir, manifest["data"], config, data)
+        digests.check_digests(workdir, manifest, self._description)
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
         checkpoint.warn_of_lost(workdir, "best")
         self._report_changes(old, manifest)

@@ -233,7 +233,8 @@ def train_run(
     is None, the data that `config` describes are loaded. For the other arguments, see
     `training.loop.train`.
     """
-    from vidjax.evaluation import analysis, trained_runs
+    from vidjax.evaluation import analysis
+    from vidjax.runs import digests
     from vidjax.training import loop as training, plan
 
     config_lib.check(config)
@@ -250,7 +251,7 @@ def train_run(
             num_devices=num_devices, analyse=report, command=command, began=began,
         )  # fmt: skip
         return metrics, False
-    trained_runs.check_data(folder.path, results["trained_on"], config, data)
+    digests.check_data(folder.path, results["trained_on"], config, data)
     if report and not files.exists(folder.paths().report) and distributed.is_first():
         analysis.write_report(folder, config.eval.split)  # the report was deleted
     return results, True
