@@ -87,8 +87,8 @@ def _write_run(
     import jax
 
     from vidjax.apps.export import function, weights
-    from vidjax.core import devices
     from vidjax.evaluation import predict
+    from vidjax.runs.versions import collect_versions
     from vidjax.training import public
 
     public.open_run(source)  # if it is no run, the error gives a remedy
@@ -113,14 +113,14 @@ def _write_run(
         "num_identities": len(run.identities),
         "scores": run.config.eval.scores,
         "difference": function.check(name, run, outputs),
-        "versions": devices.collect_versions(),
+        "versions": collect_versions(),
     }  # fmt: skip
 
 
 def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> dict[str, Any]:
     from vidjax.apps.export import formats
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.core import devices
+    from vidjax.runs.versions import collect_versions
 
     if not target.gallery_file:
         raise UserError(
@@ -136,7 +136,7 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
         "parts": gallery.backend.widths,
         "num_identities": len(gallery.index.names),
         "difference": difference,
-        "versions": devices.collect_versions(),
+        "versions": collect_versions(),
     }
 
 
