@@ -17,7 +17,7 @@ from vidjax.apps.gallery.changes import check_person, stack_vectors
 from vidjax.apps.video import appearances
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import InUseError, UserError, closest, prefix_errors, warn
+from vidjax.utils.errors import InUseError, UserError, prefix_errors, warn
 from vidjax.utils.messages import Parser, Result
 from vidjax.utils.names import normal_form, strip_ending
 
@@ -44,6 +44,7 @@ The guide is vidjax/apps/gallery/README.md.
 def add_gallery_flags(parser: Parser) -> None:
     """Adds the commands of `vidjax gallery` and their flags."""
     parser.description = HELP
+    parser.example = "vidjax gallery identify G --input=PATH"
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True
     )
@@ -217,25 +218,6 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     ),
     "export": ("writes a parquet table of the enrolled clips: names, people, vectors", _add_export),
 }
-
-
-# Words that users try as a command -> the command that they may mean.
-SLIPS = {"add": "enrol", "delete": "remove", "forget": "remove", "show": "list", "new": "create"}
-
-
-def check_command(words: Sequence[str]) -> None:
-    """Raises UserError if the first word after `vidjax gallery` is not a command."""
-    if not words or words[0].startswith("-") or words[0] in COMMANDS:
-        return
-    word, *rest = words
-    match = SLIPS.get(word) or closest(word, COMMANDS, cutoff=0.7)
-    if rest and rest[0] in COMMANDS:
-        hint = f"the command comes first: vidjax gallery {shlex.join([rest[0], word, *rest[1:]])}"
-    elif match:
-        hint = f"did you mean vidjax gallery {shlex.join([match, *rest])}?"
-    else:
-        hint = f"choose from {', '.join(COMMANDS)}"
-    raise UserError(f"vidjax gallery has no command '{word}': {hint}")
 
 
 def _summarise(

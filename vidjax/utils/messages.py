@@ -41,22 +41,28 @@ class Result(NamedTuple):
     code: int = 0  # the exit code
 
 
+class _StoreOnce(argparse.Action):
+    """Stores the value of a flag. If the flag is given twice, raises UserError."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string and getattr(namespace, self.dest) is not self.default:
+            raise UserError(f"{option_string} is given twice: give one value")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that accepts no abbreviated flags and raises UserError for a mistake."""
 
-    def __init__(
-        self,
-        prog: str,
-        *,
-        usage: str | None = None,
-        description: str | None = None,
-        epilog: str | None = None,
-    ):
+    def __init__(self, prog: str, **options: Any):  # noqa: ANN401 (the options of argparse)
         layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            prog, usage=usage, description=description, epilog=epilog,
-            formatter_class=layout, allow_abbrev=False,
-        )  # fmt: skip
+        super().__init__(prog, formatter_class=layout, allow_abbrev=False, **options)
+        self.register("action", None, _StoreOnce)
         self.example = ""
         # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
