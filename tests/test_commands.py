@@ -30,7 +30,7 @@ from vidjax.runs import config as config_lib, config_io, results as results_lib,
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
-from vidjax.utils import messages
+from vidjax.utils import exit_codes, printing
 from vidjax.utils.errors import DiskError
 
 TRAIN = "--config=knn --workdir=new"
@@ -288,19 +288,19 @@ def test_exit_codes_separate_user_errors_from_faults_of_vidjax(capsys, error, co
     def command():
         raise error
 
-    assert messages.run_to_exit_code(command, ["--json"]) == code
+    assert exit_codes.run_to_exit_code(command, ["--json"]) == code
 
     captured = capsys.readouterr()
     assert ("Traceback" in captured.err) == (code == 1)
     if code != 1:
         assert 1 <= len(captured.err.splitlines()) <= 3
-    if messages.is_out_of_memory(error):  # a remedy for training, and another for evaluation
+    if exit_codes.is_out_of_memory(error):  # a remedy for training, and another for evaluation
         of_training, of_evaluation = captured.err.splitlines()[1:]
         assert of_training.startswith("to train") and "--config.data.mode" in of_training
         assert "--config.eval.block_size" in of_evaluation and "batch" not in of_evaluation
     assert json.loads(captured.out)["error"].strip()
 
-    messages.run_to_exit_code(command, ["--debug"])
+    exit_codes.run_to_exit_code(command, ["--debug"])
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -308,16 +308,16 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
     escaped = r"x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
     hostile = escaped.encode().decode("unicode_escape")
 
-    messages.print_text(f"{hostile}\n\tAda علي")
-    messages.print_problem(hostile)
-    messages.run_to_exit_code(lambda: {}[hostile], [])  # a KeyError with this text
+    printing.print_text(f"{hostile}\n\tAda علي")
+    printing.print_problem(hostile)
+    exit_codes.run_to_exit_code(lambda: {}[hostile], [])  # a KeyError with this text
 
     out, err = capsys.readouterr()
     assert out == f"{escaped}\n\tAda علي\n"
     assert err.startswith(f"vidjax: {escaped}\n")
     assert not set("\x1b\x07\x9b\u202e\r") & set(err)
     # Another property: the error about a missing file names the path before the reason.
-    messages.run_to_exit_code((tmp_path / "gone").read_text, [])
+    exit_codes.run_to_exit_code((tmp_path / "gone").read_text, [])
     assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err
 
 
@@ -335,7 +335,7 @@ def test_commands_survive_closed_standard_streams(mode, code):
 def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.delenv(messages.QUIET, raising=False)
+    monkeypatch.delenv(terminal.QUIET, raising=False)
     for lost in (writer, "/dev/full"):
         with open(lost, "w") as stream:
             monkeypatch.setattr(sys, "stderr", stream)

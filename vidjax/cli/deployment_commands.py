@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vidjax.cli import shared_flags
-from vidjax.utils import files, messages
+from vidjax.cli.result import Result
+from vidjax.runs import terminal
+from vidjax.utils import files, messages, printing
 from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
-from vidjax.utils.messages import Parser, Result
+from vidjax.utils.parser import Parser, whole_number
 
 if TYPE_CHECKING:
     from vidjax.apps.export.formats import Format
@@ -163,7 +165,7 @@ def add_serve_flags(parser: Parser) -> None:
     about = "the address of the server (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
     about = "the port, or 0 for any free port (default: %(default)s)"
-    port = messages.whole_number(0, 65535)
+    port = whole_number(0, 65535)
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
     about = "a file with a secret that clients must send; needed if ADDRESS is not local"
     parser.add_argument("--token-file", metavar="F", help=about)
@@ -201,9 +203,9 @@ def serve(args: argparse.Namespace) -> Result:
     with listener:
         address, number = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
-        messages.print_text(f"http://{host}:{number}")
+        printing.print_text(f"http://{host}:{number}")
         # Messages for the terminal contain names of people. The log of a server must not.
-        os.environ[messages.QUIET] = "1"
+        os.environ[terminal.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)
         complete = app_lib.serve(app, listener, limits)
     text = "ended" if complete else "ended; unfinished requests were cut off"

@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from vidjax import __version__
+from vidjax.cli.result import print_result
 from vidjax.core import distributed
-from vidjax.utils import machine, messages
+from vidjax.runs import terminal
+from vidjax.utils import exit_codes, machine, printing
 from vidjax.utils.errors import UserError, closest, suggest
-from vidjax.utils.messages import Parser
+from vidjax.utils.parser import Parser, split_overrides
 
 # Command -> description.
 COMMANDS = {
@@ -62,7 +64,7 @@ Configurations, their arguments and all fields: configs/README.md.
 def run() -> NoReturn:
     """Runs the command line of this process, and ends the process with its exit code."""
     machine.keep_freed_memory()
-    messages.run_main(main)
+    exit_codes.run_main(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = parse(words)
-        with messages.hide_progress() if args.quiet else contextlib.nullcontext():
+        with terminal.hide_progress() if args.quiet else contextlib.nullcontext():
             distributed.join_processes(args)
             result = args.execute(args)
             if distributed.is_first():
-                messages.print_result(result, args.command, as_json=args.json)
+                print_result(result, args.command, as_json=args.json)
             return result.code
 
-    code = messages.run_to_exit_code(command, words)
+    code = exit_codes.run_to_exit_code(command, words)
     if code not in (0, 130, 143) and distributed.count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -96,10 +98,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
       overrides: the words `--config.FIELD=VALUE`.
       line: the command line as text.
     """
-    flags, overrides = messages.split_overrides(_put_command_first(words))
+    flags, overrides = split_overrides(_put_command_first(words))
     name = flags[0]
     if name == "--version" and "--json" in flags:
-        messages.print_text(json.dumps({"mode": "version", "version": __version__}))
+        printing.print_text(json.dumps({"mode": "version", "version": __version__}))
         raise SystemExit(0)
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"vidjax {__version__}")
