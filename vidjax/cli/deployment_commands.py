@@ -5,8 +5,12 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
+
+from vidjax import __version__
+from vidjax.apps.export.formats import FORMATS, Format
 from vidjax.cli import shared_flags
 from vidjax.cli.result import Result
 from vidjax.runs import terminal
@@ -14,10 +18,6 @@ from vidjax.utils import files, messages, printing
 from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
 from vidjax.utils.parser import Parser, whole_number
 
-if TYPE_CHECKING:
-    from vidjax.apps.export.formats import Format
-
-FORMAT_NAMES = ("stablehlo", "saved_model", "onnx", "safetensors", "numpy")
 MANIFEST = "export.json"
 
 
@@ -37,7 +37,7 @@ def add_export_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="RUN", help=about)
     parser.add_argument("--to", metavar="DIR", required=True, help="the new folder")
     about = "the format; for a gallery only safetensors or numpy"
-    parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help=about)
+    parser.add_argument("--format", choices=FORMATS, required=True, help=about)
     about = "the checkpoint of the run: the latest (default), or the one with the best MAP"
     parser.add_argument("--checkpoint", choices=("latest", "best"), help=about)
     shared_flags.add_definitions(parser)
@@ -57,7 +57,6 @@ def add_import_flags(parser: Parser) -> None:
 def _export(args: argparse.Namespace) -> Result:
     """Exports a run or a gallery, and checks that the exported files give the same results."""
     (source, to), began = _read_paths(args), time.monotonic()
-    from vidjax.apps.export.formats import FORMATS
     from vidjax.apps.gallery.store import GALLERY_FILE
 
     shared_flags.load_definitions(args)
@@ -84,7 +83,7 @@ def _export(args: argparse.Namespace) -> Result:
 
 
 def _write_run(
-    source: Path, folder: Path, target: "Format", name: str, step: Literal["latest", "best"]
+    source: Path, folder: Path, target: Format, name: str, step: Literal["latest", "best"]
 ) -> dict[str, Any]:
     import jax
 
@@ -119,10 +118,9 @@ def _write_run(
     }  # fmt: skip
 
 
-def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> dict[str, Any]:
-    from vidjax.apps.export import formats
+def _write_gallery(source: Path, folder: Path, target: Format, name: str) -> dict[str, Any]:
+    from vidjax.apps.gallery import array_export
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.core import devices
 
     if not target.gallery_file:
         raise UserError(
@@ -131,14 +129,14 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
             "from which the gallery was made"
         )
     gallery = Gallery(source)
-    difference = formats.write_gallery(name, gallery, folder)
+    difference = array_export.write_arrays(name, gallery, folder / target.gallery_file)
     files.write_json(folder / "identities.json", list(gallery.index.names))
     return {
         "version": gallery.version,
         "parts": gallery.backend.widths,
         "num_identities": len(gallery.index.names),
         "difference": difference,
-        "versions": devices.collect_versions(),
+        "versions": {"vidjax": __version__, "numpy": np.__version__},
     }
 
 

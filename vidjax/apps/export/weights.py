@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vidjax.apps.export.array_files import save_tensors
 from vidjax.core import devices
 from vidjax.core.ensemble import FILE as MEMBERS, MAX_FILE_BYTES as MEMBERS_BYTES
 from vidjax.evaluation import restore
@@ -41,7 +42,7 @@ def write(workdir: Path, folder: Path, step: str) -> None:
     run = restore.find_run(config, source)
     shapes = _make_shapes(config, run.manifest, len(run.training_sets.members))
     items = checkpoint.load(run.checkpoint, shapes, devices.replicated_layout(devices.make_mesh(1)))
-    save(flatten(items), folder / WEIGHTS)
+    save_tensors(flatten(items), folder / WEIGHTS)
     files.write_manifest(folder / CHECKPOINT, {**run.manifest, "files": {}})
     _copy(workdir, folder)
 
@@ -79,15 +80,6 @@ def _copy(source: Path, target: Path) -> None:
     for name in COPIED_FILES:
         if files.exists(source / name):
             (target / name).write_bytes(files.read_bytes(source / name, MEMBERS_BYTES))
-
-
-def save(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Writes arrays to a .safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    with files.disk_errors(path, SafetensorError):
-        save_file(arrays, path)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
