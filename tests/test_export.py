@@ -18,13 +18,13 @@ from tests.helpers import made_galleries, servers, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import file_limit
 from tests.helpers.seen import refused
-from vidjax.apps.export import formats, function, reader, run_arrays, tolerance, weights
-from vidjax.apps.export.formats import FORMATS
 from vidjax.apps.gallery.backend import make_card_backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video.cards import BackEnd
 from vidjax.core import devices, fusion
 from vidjax.evaluation import predict
+from vidjax.evaluation.export import formats, function, reader, run_arrays, tolerance, weights
+from vidjax.evaluation.export.formats import FORMATS
 
 # Configurations and their overrides. Of the eleven nets of `views`, two are enough.
 SYSTEMS = {
@@ -302,7 +302,7 @@ OPERATIONS = {
 def as_onnx(*names):
     """Returns a file of ONNX that computes some OPERATIONS, and name of operation -> its input."""
     pytest.importorskip("onnxruntime")
-    from vidjax.apps.export import onnx_graph
+    from vidjax.evaluation.export import onnx_graph
 
     batch, inputs, shapes = jax.export.symbolic_shape("B"), {}, {}
     for name in names:
@@ -363,7 +363,7 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
         pytest.importorskip(package, reason="the extra is not installed")
     export(made("plda"), name, to="exported")
 
-    page = (ROOT / "vidjax/apps/export/README.md").read_text()
+    page = (ROOT / "vidjax/evaluation/export/README.md").read_text()
     blocks = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", page, re.DOTALL))
     (tmp_path / "snippet.py").write_text(blocks["inputs"] + "\n" + blocks[name])
     monkeypatch.chdir(tmp_path)

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from vidjax import __version__
-from vidjax.apps.export.formats import FORMATS, Format
 from vidjax.cli import shared_flags
 from vidjax.cli.result import Result
+from vidjax.evaluation.export.formats import FORMATS, Format
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, printing
 from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
@@ -87,9 +87,9 @@ def _write_run(
 ) -> dict[str, Any]:
     import jax
 
-    from vidjax.apps.export import function, weights
     from vidjax.core import devices
     from vidjax.evaluation import predict
+    from vidjax.evaluation.export import function, weights
     from vidjax.training import public
 
     public.open_run(source)  # if it is no run, the error gives a remedy
@@ -142,8 +142,8 @@ def _write_gallery(source: Path, folder: Path, target: Format, name: str) -> dic
 
 def _import(args: argparse.Namespace) -> Result:
     """Makes a run from a folder to which `vidjax export` wrote a run, in any format."""
-    from vidjax.apps.export import weights
     from vidjax.evaluation import predict
+    from vidjax.evaluation.export import weights
 
     source, to = _read_paths(args)
     shared_flags.load_definitions(args)

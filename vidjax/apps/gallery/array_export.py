@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.apps.export import array_files, tolerance
 from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Ratios
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.evaluation.export import array_files, tolerance
 from vidjax.utils.errors import UserError
 
 

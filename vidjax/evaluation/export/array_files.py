@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.apps.export import reader
+from vidjax.evaluation.export import reader
 from vidjax.utils import files
 
 

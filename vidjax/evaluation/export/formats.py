@@ -17,7 +17,7 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from vidjax.apps.export.function import Shapes
+    from vidjax.evaluation.export.function import Shapes
     from vidjax.evaluation.predict import Predictor
 
 OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
@@ -44,8 +44,8 @@ def stablehlo(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     import jax
     import jax.export
 
-    from vidjax.apps.export import function
     from vidjax.core import devices
+    from vidjax.evaluation.export import function
 
     path = folder / "model.stablehlo"
     export = jax.export.export(jax.jit(function.make_function(run)), platforms=PLATFORMS)
@@ -75,8 +75,8 @@ def tensorflow(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     import jax
     from jax.experimental import jax2tf
 
-    from vidjax.apps.export import function
     from vidjax.data.records.streaming import tf
+    from vidjax.evaluation.export import function
 
     path = folder / "saved_model"
     shapes: Any = {name: f"({', '.join(map(str, spec.shape))})" for name, spec in inputs.items()}
@@ -122,7 +122,7 @@ def onnx(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     """Writes a run as an ONNX model; returns a function that runs the model in ONNX Runtime."""
     import onnxruntime
 
-    from vidjax.apps.export import function, onnx_graph
+    from vidjax.evaluation.export import function, onnx_graph
 
     path = folder / "model.onnx"
     model = onnx_graph.to_model(function.make_function(run), inputs, OUTPUTS)
@@ -146,8 +146,8 @@ def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     del run, inputs
     import jax
 
-    from vidjax.apps.export import function, weights
     from vidjax.evaluation import predict
+    from vidjax.evaluation.export import function, weights
 
     imported = folder / "imported"
     weights.read(folder, imported)
@@ -161,7 +161,7 @@ def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     """Writes the arrays of a PLDA run and `reader.py`; returns a function that scores with them."""
     del inputs
-    from vidjax.apps.export import array_files, run_arrays
+    from vidjax.evaluation.export import array_files, run_arrays
 
     read = array_files.write_arrays(folder / "arrays.npz", run_arrays.make_run_arrays(run))
 

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from vidjax.apps.export.array_files import save_tensors
 from vidjax.core import devices
 from vidjax.core.ensemble import FILE as MEMBERS, MAX_FILE_BYTES as MEMBERS_BYTES
 from vidjax.evaluation import restore
+from vidjax.evaluation.export.array_files import save_tensors
 from vidjax.models.build_system import make_system
 from vidjax.runs import checkpoint, schemas
 from vidjax.runs.config import Config

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from vidjax.apps.export import function
 from vidjax.core.batch import Array, Frames
+from vidjax.evaluation.export import function
 from vidjax.evaluation.predict import Predictor
 from vidjax.models.plda import PLDAIdentifier
 from vidjax.models.plda_fit import unit_mean
