@@ -165,7 +165,7 @@ MAY_CHANGE = {
     "data.dir", "data.weights", "data.cache_dir",  # paths
     "deterministic", "eval.block_size", "eval.members", "eval.report", "eval.checkpoint",
     "log_every_steps", "checkpoint_every_seconds", "eval.every_epochs",  # logs
-    "data.mode", "ensemble.mapping",  # rounding
+    "data.mode",  # rounding
 }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def test_evaluation_refuses_exactly_the_fields_that_it_does_not_read(tmp_path, c
     (tmp_path / "config.json").write_text(config_io.to_json(load("mma")))
     for word, is_refused in {
         "optim.learning_rate=1": True, "seed=1": True, "data.mode=streaming": True,
-        "log_every_steps=1": True, "data.weights=x": True, "ensemble.mapping=map": True,
+        "log_every_steps=1": True, "data.weights=x": True,
         "fusion.face.train.max_frames=2": True, "num_epochs=2": True,
         "eval.temperature=2": False, "eval.checkpoint=best": False, "eval.block_size=8": False,
         "deterministic=true": False, "data.dir=x": False, "model.embed_dim=3": False,

@@ -35,7 +35,7 @@ def eval_step(
 
     def scores_of(frames: Mapping[str, Frames], mask: Array) -> Array:
         output = forward(frames, mask)
-        logits = output.logits / system.config["eval"]["temperature"]
+        logits = output.logits / system.temperature
         if output.eval_weight is None and logits.shape[1] == 1:
             return system.score_fn(logits[:, 0], system.class_mask)
         scores = system.score_fn(logits, system.class_mask)  # [B, G, K]
@@ -47,8 +47,10 @@ def eval_step(
             total = add_scores(total, scores[:, branch], weight[:, branch])
         return sum_scores(total)
 
-    logs, reduce = system.scores_are_logs, system.config["eval"]["reduce"]
-    scores = _reduce_examples(system, hidden_chunk, batch, scores_of, logs=logs, reduce=reduce)
+    logs = system.scores_are_logs
+    scores = _reduce_examples(
+        system, hidden_chunk, batch, scores_of, logs=logs, reduce=system.reduce
+    )
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
 
 
@@ -83,7 +85,7 @@ def attention_step(
     has no attention. The model must take a clip as a single example.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
-    with jax.default_matmul_precision(system.config["matmul_precision"]):
+    with jax.default_matmul_precision(system.precision):
         mask = batch.batch_mask[:, None]
         return _make_forward(system, params, model_state, batch)(fused, mask).attention
 
@@ -132,7 +134,7 @@ def _reduce_examples(
     mean is the logarithm of the mean exponential.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
-    with jax.default_matmul_precision(system.config["matmul_precision"]):
+    with jax.default_matmul_precision(system.precision):
         if not system.frame_is_example:
             return values_of(fused, batch.batch_mask[:, None])
         _, exists = system.to_examples(fused)

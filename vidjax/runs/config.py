@@ -264,9 +264,6 @@ TABLE: tuple[Field | Group, ...] = (
           high=MAX_MEMBERS, affects=STEPS),
     Field("ensemble.only", (), "numbers of the members to train here, from 0, e.g. `0,2`; empty: "
           "all"),
-    Field("ensemble.mapping", "auto", "`map`: members are trained in turn; `vmap`: "
-          "together in a single program; `auto`: `map` on CPU, `vmap` elsewhere",
-          choices=("auto", "map", "vmap"), affects=ROUNDING),
 
     Group("noise", "noise classes: clusters of distractors, and a mirror class of every identity "
           "for distractors in no cluster. With `data.distractors=noise`"),

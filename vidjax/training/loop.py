@@ -103,7 +103,7 @@ def train(
     if command:
         results["command"] = command
     analysis.write_results(
-        RunFolder(workdir), [run.trained_model()], evaluation, results, mesh,
+        RunFolder(workdir), config, [run.trained_model()], evaluation, results, mesh,
         report=analyse, ends_training=True,
     )  # fmt: skip
     return results
