@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed, ensemble, metrics
+from vidjax.core import devices, distributed, ensemble, metrics, optim
 from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
 from vidjax.evaluation import analysis, eval_step, restore
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
-from vidjax.models.build_system import make_system
 from vidjax.runs import checkpoint, config_io, results as results_lib, signals
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import ROUNDING, Config, affects, differences
@@ -227,7 +226,7 @@ class TrainingRun:
         """Restores the newest checkpoint, if any. `analyse` prepares the analysis of attention."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
-        self._system = make_system(config.to_dict(), plan.task)
+        self._system = plan.system
         self._eval_step = eval_step.make_eval_step(self._system, self._mesh)
         has_vectors = self._system.model.vector_names and not self._system.frame_is_example
         self._attention_step = (
@@ -278,9 +277,6 @@ class TrainingRun:
             rngs = ensemble.make_rngs(members, config.seed)
             return train_step.init_state(system, rngs, labels)
 
-        folder = RunFolder(workdir)
-        if folder.has(CONFIG) and checkpoint.list_folders(workdir):
-            check_resumes(workdir, folder.config, config)
         newest = checkpoint.find(workdir)
         if not newest:
             # A model in closed form is trained in seconds, so nothing is lost.
@@ -307,9 +303,13 @@ class TrainingRun:
                 say(f"config.{name} changes from {before} to {now}: later steps round otherwise")
         if config.num_epochs == old.num_epochs or self._system.model.is_closed_form:
             return
-        task = self._plan.task._replace(total_steps=manifest.get("total_steps", step))
-        systems = (make_system(config.to_dict(), task), self._system)
-        first, second = (np.asarray(x.lr_schedule(np.arange(step))) for x in systems)
+        earlier = optim.make_schedule(
+            config.optim.to_dict(),
+            total_steps=manifest.get("total_steps", step),
+            steps_per_epoch=self._plan.batches.num_places / config.batch_size,
+        )
+        schedules = (jax.jit(earlier), self._system.lr_schedule)
+        first, second = (np.asarray(schedule(np.arange(step))) for schedule in schedules)
         if config.optim.total_decay or not np.array_equal(first, second):
             before, now = f"{old.num_epochs:g}", f"{config.num_epochs:g}"
             say(

@@ -28,7 +28,7 @@ from vidjax.data.clips import (
 )
 from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import Identifier, TrainingClips
-from vidjax.models.build_system import TaskSpec, make_fusions, make_model, make_system
+from vidjax.models.build_system import System, TaskSpec, make_fusions, make_system
 from vidjax.models.identifier import MODELS
 from vidjax.runs import config as config_lib, results
 from vidjax.runs.config import Config
@@ -50,11 +50,16 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 class RunPlan(NamedTuple):
     """The decisions before the first step of a run, such as the clips of each batch."""
 
-    task: TaskSpec  # sizes of the training data
+    system: System  # for training data of the sizes `task`
     training_sets: ensemble.TrainingSets  # clips that each member (net) is trained on
     labels: np.ndarray  # [N] int32, the class of each training clip at step 0
     constants: train_step.MemberConstants  # weights of clips and other constants of members
     batches: BatchPlan  # decides which clips are in the batch of a step
+
+    @property
+    def task(self) -> TaskSpec:
+        """The sizes of the training data."""
+        return self.system.task
 
 
 def explain_no_identity(config: Config) -> str:
@@ -114,12 +119,13 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         train_other=bool(np.any(weight[:, labels == 0])),
         num_places=batches.num_places,
     )
+    system = make_system(config.to_dict(), task)
     # Compiled programs contain the settings of the model, so they are computed before step 0.
     clips = make_training_clips(config, data, labels, weight > 0)
-    settings = dict(make_model(config.to_dict(), task).prepare(clips)) or None
-    task = task._replace(settings=settings)
+    if settings := dict(system.model.prepare(clips)):
+        system = make_system(config.to_dict(), task._replace(settings=settings))
     constants = train_step.make_member_constants(members, weight)
-    return RunPlan(task, training_sets, labels, constants, batches)
+    return RunPlan(system, training_sets, labels, constants, batches)
 
 
 def _check_plan(
