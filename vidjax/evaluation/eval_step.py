@@ -2,7 +2,7 @@
 
 Every evaluation step maps (params, model_state, hidden_chunk, batch) to an array with a row for
 each of B clips. `hidden_chunk`, [] int32, is the number of the part of every feature vector that is
-hidden from a member, or -1 if no part is hidden.
+hidden from a member. If `System.num_chunks` is None, no part is hidden, and the number is not used.
 """
 
 import functools

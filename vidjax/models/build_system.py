@@ -61,7 +61,7 @@ class System(NamedTuple):
         """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
 
         `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, the chunk of features
-        with the number `hidden_chunk` [] int32 is removed.
+        with the number `hidden_chunk` [] int32 is removed. Otherwise, `hidden_chunk` is not used.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train

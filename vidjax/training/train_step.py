@@ -41,7 +41,7 @@ class MemberConstants(NamedTuple):
 
     weight: Array  # [E, N] float32, weight of every training clip; 0 if a member does not use it
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
-    hidden_chunk: Array  # [E] int32, number of the part of the features that is hidden, or -1
+    hidden_chunk: Array  # [E] int32, see `System.fuse`
 
 
 def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
