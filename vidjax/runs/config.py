@@ -215,9 +215,6 @@ TABLE: tuple[Field | Group, ...] = (
           "another person in all frames", low=0, high=LARGEST.false_modality, read_when=SYNTHETIC,
           affects=TRAINING | SCORES),
     Field("data.train_splits", ("train",), "splits to train on, e.g. `train,val`"),
-    Field("data.non_finite", "drop", "frames whose feature contains a NaN or an infinity: `drop` "
-          "leaves them out and counts them, `error` stops", choices=("drop", "error"),
-          affects=TRAINING | SCORES),
     Field("data.quality", "given", "quality of a frame of your own features: `given`: the value in "
           "the file or, without a value, the L2 norm of the feature; `norm`: always the L2 norm",
           choices=("given", "norm"), read_when=OWN_FEATURES, affects=TRAINING | SCORES),
