@@ -78,7 +78,6 @@ def get_config(args: str = "") -> config_lib.Config:
         "width": 8192 if full else 1024,  # ours: 0.44 GFLOP per frame; paper: about 0.5
         "num_layers": 3,  # ours; paper: shortcuts among the first three of a deep net
         "shortcut": "none" if "plain" in words else "add",  # paper; ours
-        "gate": False,  # paper: proposed, not used
         "activation": "relu",  # ours
         "dropout_rate": 0.5,  # ours
         "head": "linear",  # ours
