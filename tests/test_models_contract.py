@@ -55,8 +55,8 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
         else:
             wanted.append((1, 0))
     assert set(wanted) == {(1, 0), (0, 0.95), (0.2, 0.8)}, "all cases occur"
-    np.testing.assert_array_equal(out.train_weight, np.stack([has_face, has_head], axis=1))
-    np.testing.assert_allclose(out.eval_weight, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(out.loss_weight, np.stack([has_face, has_head], axis=1))
+    np.testing.assert_allclose(out.score_weight, wanted, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -313,7 +313,7 @@ def test_embedding_is_the_input_of_the_classifier(name):
 
     wanted = inputs
     if name == "fallback":  # the unit vectors of both branches, or 0 if a branch has the weight 0
-        weights = np.asarray(output.eval_weight).T[..., None]  # [branches, clips, 1]
+        weights = np.asarray(output.score_weight).T[..., None]  # [branches, clips, 1]
         counted = [x * (weight > 0) for x, weight in zip(inputs, weights, strict=True)]
         wanted = [x / np.maximum(np.linalg.norm(x, axis=1)[:, None], 1e-12) for x in counted]
     if name == "knn":  # it has no classifier, and compares mean faces

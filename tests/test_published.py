@@ -368,7 +368,7 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
 
     @jax.jit
     def total(cosines):
-        output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), train_weight=jnp.asarray(sees))
+        output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), loss_weight=jnp.asarray(sees))
         per_clip = jnp.where(mask, objective(output, labels, mask, jnp.int32(0)), 0)
         return jnp.sum(per_clip) / mask.sum()
 

@@ -36,10 +36,10 @@ def eval_step(
     def scores_of(frames: Mapping[str, Frames], mask: Array) -> Array:
         output = forward(frames, mask)
         logits = output.logits / system.temperature
-        if output.eval_weight is None and logits.shape[1] == 1:
+        if output.score_weight is None and logits.shape[1] == 1:
             return system.score_fn(logits[:, 0], system.class_mask)
         scores = system.score_fn(logits, system.class_mask)  # [B, G, K]
-        weight = output.eval_weight  # [B, G]
+        weight = output.score_weight  # [B, G]
         if weight is None:
             weight = jnp.ones(logits.shape[:2], logits.dtype)
         total = make_no_scores(scores[:, 0], logs=system.scores_are_logs)

@@ -167,8 +167,8 @@ def check_output(model: Identifier, output: object, num_clips: int) -> None:
     wanted = {
         "logits": ((num_clips, *branches, model.num_classes), "[B, G, K]"),
         "embedding": ((num_clips, *(shapes["embedding"] or ())[-1:]), "[B, D]"),
-        "train_weight": ((num_clips, *branches), "[B, G]"),
-        "eval_weight": ((num_clips, *branches), "[B, G]"),
+        "loss_weight": ((num_clips, *branches), "[B, G]"),
+        "score_weight": ((num_clips, *branches), "[B, G]"),
         "logit_scale": (branches, "[G]"),
     }
     for field, (shape, letters) in wanted.items():
