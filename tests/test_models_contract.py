@@ -278,6 +278,7 @@ def test_dropout_is_used_only_in_training(name):
     (DENSE, {"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from"),
     (DENSE, {"layers": ((0, "relu", False, 0.0),)}, r"Expected `int` >= 1 - at `\$\[0\]\[0\]`"),
     (RESIDUAL, {"width": 0}, "width=0: Expected `int` >= 1"),
+    (RESIDUAL, {"dropout_rate": 1.5}, "dropout_rate=1.5: Expected `float` <= 1.0"),
     (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),
     (DEEPMEF, {"channel_attention": "channels"}, "needs 40 frames, not 4"),
     (PLDA, {"within": 1.5}, "within=1.5: Expected `float` <= 1.0"),

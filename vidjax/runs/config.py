@@ -508,8 +508,6 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
             yield f"config.{name}='{value}' is unknown: choose from {', '.join(field.choices)}"
         elif (field is None or field.high is None) and not all(map(math.isfinite, numbers)):
             yield f"{text}: must be finite"
-        elif name.endswith("dropout_rate") and not (numbers and 0 <= numbers[0] <= 1):
-            yield f"{text}: must lie between 0 and 1"
 
 
 def _has_names(value: Any) -> bool:
