@@ -14,7 +14,7 @@ from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import describe_changes
-from vidjax.training import plan
+from vidjax.training.dry_run import dry_run
 
 load = config_io.load_file
 
@@ -29,7 +29,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         config = load(f"{name}:{'iqiyi_vid,few' if word == 'few' else word}")
         config_lib.check(config)
         if not word:
-            plan.dry_run(config)
+            dry_run(config)
         as_json[word] = config_io.to_json(config)
         again = config_io.from_json(as_json[word])
         values, expected = (dict(config_lib.fields(each)) for each in (again, config))

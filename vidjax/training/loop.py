@@ -1,5 +1,6 @@
 """Trains a system: takes optimiser steps, evaluates, writes logs and saves checkpoints."""
 
+import bisect
 import contextlib
 import json
 import statistics
@@ -7,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,20 +34,44 @@ from vidjax.runs.run_folder import (
     make_paths_absolute,
 )
 from vidjax.runs.terminal import Progress, say
-from vidjax.training import feed as feed_lib, train_step
-from vidjax.training.plan import (
-    RunPlan,
-    Schedule,
-    compute_values,
-    describe_repeated_clips,
-    make_plan,
-    make_schedule,
-    relabel,
-)
+from vidjax.training import feed as feed_lib, noise_classes, train_step
+from vidjax.training.plan import RunPlan, compute_values, describe_repeated_clips, make_plan
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
 Tree = TypeVar("Tree")  # a tree of arrays
+# These steps are always logged, because the loss falls fastest at first, and a run may be short.
+FIRST_STEPS = (1, 2, 5, 10)
+
+
+class Schedule(NamedTuple):
+    """The numbers of the steps after which the training pauses for another task."""
+
+    log: frozenset[int]  # a line of `metrics.jsonl` is written
+    evaluate: frozenset[int]  # the run is evaluated; this includes the last step
+    relabel: frozenset[int]  # distractors in no cluster get new labels
+    stops: tuple[int, ...]  # all these steps, in ascending order
+
+    def next_stop(self, step: int) -> int:
+        """Returns the first of `stops` after `step`."""
+        return self.stops[bisect.bisect(self.stops, step)]
+
+
+def make_schedule(config: Config, plan: RunPlan) -> Schedule:
+    """Returns the schedule of a run. Without noise classes, `Schedule.relabel` is empty."""
+    total = plan.task.total_steps
+
+    def every(epochs: float) -> frozenset[int]:
+        if not epochs:
+            return frozenset()
+        steps = max(1, round(epochs * plan.batches.num_places / config.batch_size))
+        return frozenset(range(steps, total, steps))
+
+    first = [step for step in FIRST_STEPS if step < total]
+    log = frozenset((*first, *range(0, total, config.log_every_steps), total))
+    evaluate = every(config.eval.every_epochs) | {total}
+    relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
+    return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
@@ -422,7 +447,7 @@ class TrainingRun:
         return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
 
     def relabel(self) -> None:
-        """Changes each member's labels of distractors in no cluster, see `plan.relabel`."""
+        """Changes each member's labels of distractors in no cluster: `noise_classes.relabel`."""
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
@@ -446,7 +471,8 @@ class TrainingRun:
             predicted[:, wanted] = compute_values(
                 config, self._clips, modalities, best_columns, wanted, self._mesh
             ).T
-        labels = np.where(movable, relabel(old, predicted, classes, keep=config.noise.keep), old)
+        new = noise_classes.relabel(old, predicted, classes, keep=config.noise.keep)
+        labels = np.where(movable, new, old)
         parts = ensemble.split(labels.astype(np.int32), self._group_size)
         self._states = [
             state.replace(labels=self._replicate(part))

@@ -229,12 +229,13 @@ def train_run(
     `training.loop.train`.
     """
     from vidjax.evaluation import analysis, restore
-    from vidjax.training import loop as training, plan
+    from vidjax.training import loop as training
+    from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
     results = training.read_finished_metrics(folder, config)
     if results is None:
-        plan.dry_run(config, data)
+        dry_run(config, data)
         set_up_devices(config)
     data = load_data(config) if data is None else data
     _check_same(config, data)
