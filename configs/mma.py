@@ -23,10 +23,10 @@ paper's value on validation clips, or if the paper gives no value. If the paper 
 
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "published": "the paper's net: the 32 best frames, no LayerNorm, no dropout",
     "unit": "features of unit length; the paper does not specify the length",
     "average": "average pooling of the face instead of NetVLAD",
@@ -39,11 +39,11 @@ WORDS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=mma:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
+    full = config_words.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")  # paper
-    without_attention = config_lib.choose_name(words, ("concat", "pooled"), "")
+    without_attention = config_words.choose_name(words, ("concat", "pooled"), "")
     config.batch_size = 128  # ours
     config.num_epochs = 40.0 if "iqiyi_vid" in words else 30.0  # ours
     if full or "standard" in words:

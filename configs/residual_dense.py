@@ -22,10 +22,10 @@ published.
 import numpy as np
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "published": "the article's frames, subsets, epochs, learning rate and test; a clip is "
     "ranked for 100 identities",
     "trainval": "trains on nine tenths of train and val, and ranks the remaining clips",
@@ -39,9 +39,9 @@ WORDS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=residual_dense:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
+    full = config_words.choose_data(config, words)
     published = "published" in words
     config.modalities = modalities or ("face", "body")  # paper
     main, *others = config.modalities
