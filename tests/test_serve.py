@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sqlite3
 import sys
@@ -25,7 +26,6 @@ import numpy as np
 import pytest
 import tritonclient.http as http
 import uvicorn
-from tritonclient.utils import InferenceServerException
 
 from tests.helpers import limits as child, made_galleries, servers
 from tests.helpers.seen import refused
@@ -34,7 +34,6 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import app as app_lib, limits as limits_lib, served_models
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
-from vidjax.evaluation import predict
 from vidjax.utils import errors, messages
 
 SMALL = Limits(
@@ -46,8 +45,8 @@ SMALL = Limits(
 class Inside(servers.Served):
     """A server that runs in a thread of this process while the context is open."""
 
-    def __init__(self, gallery, run=None, limits=SMALL, token=None):
-        self.app = app = app_lib.make_app(gallery, run, limits, token)
+    def __init__(self, gallery, limits=SMALL, token=None):
+        self.app = app = app_lib.make_app(gallery, limits, token)
         self.listener = app_lib.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server = uvicorn.Server(app_lib.make_config(app, limits))
@@ -78,12 +77,6 @@ def folder(tmp_path):
 def inside(people):
     with Inside(people) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def net(trained):
-    run = predict.restore(trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), num_devices=1)
-    return served_models.RunModel(run)
 
 
 CLIPS = {f"query {n}": servers.make_frames(7000 + 10 * n, f"person {n}", 3) for n in range(6)}
@@ -186,43 +179,21 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
 
 
 @pytest.mark.slow
-def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monkeypatch):
+def test_questions_after_warm_up_do_not_compile(trained, data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
-    clips = made_galleries.random_clips(net.run, 1, 8, 15)
+    run = trained("configs/quality_fusion.py:iqiyi_vid,face,audio")
+    gallery = Gallery.create(tmp_path / "g", run, data)
+    model = served_models.GalleryModel(gallery)
+    model.warm()
 
-    asked, other = question(clips), question({"clip 0": clips["clip 0"]})
-    (answer, _) = served_models.answer(net, [asked, other])
-    outputs = net.tensors(asked, answer)
-    np.testing.assert_array_equal(outputs["scores"], net.run.scores(clips))
-    np.testing.assert_array_equal(outputs["embedding"], net.run.embed(clips))
-    best = [names[0][0] for names in net.run.identify(clips, threshold=-np.inf).values()]
-    assert outputs["identities"][:, 0].tolist() == best
-
-    face = clips["clip 0"]["face"]
-    with (
-        Inside(people, net.run) as server,
-        http.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
-    ):
-        served: Any = infer(client, "run", {"face": face[None]}, k=2)
-        with pytest.raises(InferenceServerException, match="no fpir and no threshold"):
-            infer(client, "run", {"face": face[None]}, fpir=0.1)
-    np.testing.assert_array_equal(served.as_numpy("scores"), net.run.scores({"c": {"face": face}}))
-    assert served.as_numpy("identities").shape == (1, 2)
-
-
-@pytest.mark.slow
-def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
-    monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
-    net.warm()
-
-    # Clips of these lengths, with both modalities or one. Six clips need a larger block than two.
-    names, lengths_of_clips = list(net.widths), ([1], [7, 1], [8] * 6)
-    kinds = itertools.product((names, names[:1], names[1:]), lengths_of_clips)
+    # Clips of these lengths, with both modalities or one.
+    names = list(model.widths)
+    kinds = itertools.product((names, names[:1], names[1:]), ([1], [7, 1], [8] * 6))
     with jax.log_compiles():
         for modalities, lengths in kinds:
-            clips = made_galleries.random_clips(net.run, *lengths)
+            clips = made_galleries.random_clips(gallery.run, *lengths)
             partial = {name: {k: clip[k] for k in modalities} for name, clip in clips.items()}
-            net.answer_batch([question(partial)])
+            model.answer_batch([question(partial)])
 
     assert not [line for line in caplog.messages if "ompiling" in line]  # C or c
 
@@ -420,7 +391,7 @@ def test_wrong_tensors_get_an_error(inside):
         status, content = ask(**fields)
         assert (status, type(content["error"])) == (422, str), fields
 
-    assert inside.ask("POST", "/v2/models/nobody/infer", body)[0] == 404
+    assert inside.ask("POST", "/v2/models/run/infer", body)[0] == 404
 
     tensor = face | {"parameters": {"binary_data_size": 32}}  # 8 float32
     head = json.dumps({"inputs": [tensor]}).encode()
@@ -732,18 +703,18 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
 
 
-def test_serve_command_serves_another_run(nearest_run, data, trained, tmp_path, say, monkeypatch):
-    gallery = Gallery.create(tmp_path / "g", nearest_run, data)
+def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
+    nearest_run, data, trained, tmp_path, say, monkeypatch
+):
+    shutil.copytree(nearest_run, old := tmp_path / "old")
+    gallery = Gallery.create(tmp_path / "g", old, data)
+    moved = old.rename(tmp_path / "new")
     served = []
     monkeypatch.setattr(app_lib, "make_app", lambda *given: served.append(given))
     monkeypatch.setattr(app_lib, "serve", lambda *_: True)
     monkeypatch.setenv(messages.QUIET, "1")
-    for run in (trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), nearest_run):
-        say("serve", f"--gallery={gallery.folder}", f"--run={run}", "--port=0")
-
-        served_gallery, served_run, *_ = served.pop()
-        assert served_gallery.run.workdir == nearest_run
-        assert served_run.workdir == run
+    say("serve", f"--gallery={gallery.folder}", f"--run={moved}", "--port=0")
+    assert served[0][0].run.workdir == moved
 
 
 @pytest.mark.slow
