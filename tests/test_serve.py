@@ -31,7 +31,7 @@ from tests.helpers import limits as child, made_galleries, servers
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import app as app_lib, limits as limits_lib, served_models
+from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.utils import errors, messages
@@ -83,7 +83,7 @@ CLIPS = {f"query {n}": servers.make_frames(7000 + 10 * n, f"person {n}", 3) for 
 
 
 def question(clips):
-    return served_models.Question({
+    return gallery_model.Question({
         name: {key: {"features": x} for key, x in clip.items()} for name, clip in clips.items()
     })  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
     too_narrow = question({"b": {"face": np.ones((1, 3), np.float32)}})
     batch: Any = [*(question({clip: frames}) for clip, frames in CLIPS.items()), too_narrow]
 
-    *answers, error = served_models.answer(served_models.GalleryModel(people), batch)
+    *answers, error = gallery_model.answer(gallery_model.GalleryModel(people), batch)
 
     assert isinstance(error, errors.UserError) and "clip b" in str(error)
     for answer, (clip, wanted) in zip(answers, people.identify(CLIPS).items(), strict=True):
@@ -180,10 +180,10 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
 
 @pytest.mark.slow
 def test_questions_after_warm_up_do_not_compile(trained, data, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
+    monkeypatch.setattr(gallery_model, "PAD_LENGTHS", (1, 8))  # compiles less
     run = trained("configs/quality_fusion.py:iqiyi_vid,face,audio")
     gallery = Gallery.create(tmp_path / "g", run, data)
-    model = served_models.GalleryModel(gallery)
+    model = gallery_model.GalleryModel(gallery)
     model.warm()
 
     # Clips of these lengths, with both modalities or one.
@@ -224,7 +224,7 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
             method = given.get("-X", "POST" if body else "GET")
             assert server.ask(method, path, body, headers)[0] == 200, line
 
-    outputs = {spec.name for spec in served_models.GalleryModel(people).outputs}
+    outputs = {spec.name for spec in gallery_model.GalleryModel(people).outputs}
     assert outputs >= {*re.findall(r'as_numpy\("(\w+)"\)', page)}
 
 
@@ -532,7 +532,7 @@ def test_full_queue_refuses_with_retry_after():
 
 def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
     compiled = threading.Event()
-    monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: compiled.wait(30))
+    monkeypatch.setattr(gallery_model.GalleryModel, "warm", lambda self: compiled.wait(30))
     monkeypatch.setattr(Inside, "wait", lambda server: None)  # does not wait until it is ready
     with Inside(people) as server:
         assert server.ask("GET", "/v2/health/live")[0] == 200

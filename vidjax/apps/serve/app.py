@@ -38,8 +38,9 @@ from starlette.types import ASGIApp
 from vidjax import __version__
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import protocol, served_models
+from vidjax.apps.serve import gallery_model, protocol
 from vidjax.apps.serve.batcher import Batcher, Changes
+from vidjax.apps.serve.gallery_model import Frames, GalleryModel, Question
 from vidjax.apps.serve.limits import (
     CHANGED,
     LOG,
@@ -52,7 +53,6 @@ from vidjax.apps.serve.limits import (
     set_clock,
     unprocessable,
 )
-from vidjax.apps.serve.served_models import Frames, GalleryModel, Question
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.utils import files
@@ -131,7 +131,7 @@ class Application:
     def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
         self.model, self.gallery = GalleryModel(gallery), gallery
-        answer = functools.partial(served_models.answer, self.model)
+        answer = functools.partial(gallery_model.answer, self.model)
         self.batcher = Batcher[Question, Any](answer, limits, metrics)
         self.changes = Changes(limits)
         # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
@@ -231,7 +231,7 @@ class Application:
         """Describes the input and output tensors of the model."""
         model = self.model
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        content["inputs"] = [spec._asdict() for spec in served_models.list_inputs(model)]
+        content["inputs"] = [spec._asdict() for spec in gallery_model.list_inputs(model)]
         content["outputs"] = [spec._asdict() for spec in model.outputs]
         return _encode_json(content)
 
@@ -242,14 +242,14 @@ class Application:
         length = request.headers.get(protocol.HEADER)
 
         def read() -> tuple[protocol.InferRequest, Question]:
-            inputs = served_models.list_inputs(model)
+            inputs = gallery_model.list_inputs(model)
             parsed, tensors = protocol.parse(body, length, inputs, self.limits)
             protocol.check_outputs(parsed, model.outputs)
             parameters = parsed.parameters
-            return parsed, served_models.make_question(model, tensors, parameters, self.limits)
+            return parsed, gallery_model.make_question(model, tensors, parameters, self.limits)
 
         parsed, question = await self._parse(read, large=len(body) > LARGE_BYTES)
-        self.bodies.hold(request.scope, len(body) + served_models.count_bytes(question.clips))
+        self.bodies.hold(request.scope, len(body) + gallery_model.count_bytes(question.clips))
         self._check_ready()
         if timeout := parsed.parameters.timeout:
             set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
@@ -392,7 +392,7 @@ class Application:
             return _check_clips(clips, self.model.widths, self.limits), fields
 
         clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
-        self.bodies.hold(request.scope, 2 * served_models.count_bytes(clips))
+        self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
@@ -427,7 +427,7 @@ def _check_clips(
         checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
-            served_models.check_finite(frames, f"{place}, {modality}")
+            gallery_model.check_finite(frames, f"{place}, {modality}")
             features = np.atleast_1d(frames["features"]).astype(np.float32, copy=False)
             frames["features"] = features
             problem = ""
