@@ -42,7 +42,7 @@ class Reviewed:
         decision = who.decide(gallery, drawn.out, films, numbers, gallery.identify)
         self.review = review.Review(drawn.out, decision, padding=0.25)
         self.client = testclient.TestClient(
-            review.make_app(self.review, TOKEN, PORT), base_url=f"{SITE}/{TOKEN}/",
+            review.make_app(self.review, TOKEN), base_url=f"{SITE}/{TOKEN}/",
             headers={"origin": SITE, "sec-fetch-site": "same-origin"},
         )  # fmt: skip
 
@@ -63,6 +63,17 @@ class Reviewed:
 def reviewed(drawn, monkeypatch):
     monkeypatch.setattr(review, "IDLE_SECONDS", 0)  # results are written after this time
     return Reviewed(drawn)
+
+
+def test_review_needs_neither_prometheus_nor_httptools(python):
+    python(
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('prometheus_client', 'httptools'))\n"  # an import then fails
+        "from vidjax.apps import web\n"
+        "from vidjax.apps.video import review\n"
+        "app = review.make_app(None, 'token')\n"
+        "web.Server(app, web.ServerLimits()).config.load()\n"
+    )
 
 
 @pytest.mark.slow

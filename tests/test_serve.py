@@ -29,6 +29,7 @@ import uvicorn
 
 from tests.helpers import limits as child, made_galleries, servers
 from tests.helpers.seen import refused
+from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
@@ -38,8 +39,9 @@ from vidjax.utils import errors, messages
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
-    connections=12, request_seconds=1, idle_seconds=1, drain_seconds=1,
+    request_seconds=1,
 )  # fmt: skip
+FEW = web.ServerLimits(connections=12, idle_seconds=1, drain_seconds=1)
 
 
 class Inside(servers.Served):
@@ -47,9 +49,9 @@ class Inside(servers.Served):
 
     def __init__(self, gallery, limits=SMALL, token=None):
         self.app = app = app_lib.make_app(gallery, limits, token)
-        self.listener = app_lib.listen("127.0.0.1", 0)
+        self.listener = web.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
-        self.server = uvicorn.Server(app_lib.make_config(app, limits))
+        self.server = uvicorn.Server(web.make_config(app, FEW))
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 
     def __enter__(self):
@@ -446,8 +448,8 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
 
 
 def test_address_that_cannot_be_used_gets_a_remedy(inside):
-    refused(lambda: app_lib.listen("127.0.0.1", inside.port), "in use", "--port")
-    refused(lambda: app_lib.listen(64 * "a", 0), "--host")  # longer than a part of a name may be
+    refused(lambda: web.listen("127.0.0.1", inside.port), "in use", "--port")
+    refused(lambda: web.listen(64 * "a", 0), "--host")  # longer than a part of a name may be
 
 
 def talk(port, content):
@@ -489,7 +491,7 @@ def test_slow_malformed_or_ambiguous_requests_are_cut_off(inside):
 def test_number_of_connections_is_limited(inside):
     time.sleep(0.1)  # the server closes connections of earlier tests
     with contextlib.ExitStack() as stack:
-        for _ in range(SMALL.connections):
+        for _ in range(FEW.connections):
             stack.enter_context(socket.create_connection(("127.0.0.1", inside.port)))
         time.sleep(0.05)  # the server accepts the connections
         assert inside.ask("GET", "/v2/health/live")[0] == 503
@@ -649,7 +651,7 @@ def test_unread_answers_count_as_memory_until_they_time_out(
     people, monkeypatch, caplog, answer_s, network_s, logged
 ):
     """The server ends and logs an answer after `answer_s`. Linux closes it after `network_s`."""
-    monkeypatch.setattr(app_lib, "UNREAD_SECONDS", network_s)
+    monkeypatch.setattr(web, "UNREAD_SECONDS", network_s)
     monkeypatch.setattr(app_lib, "describe", lambda *_: "a long answer " * (1 << 20))  # 14 MiB
     limits = SMALL._replace(held_bytes=20 << 20, request_seconds=answer_s)
     with Inside(people, limits=limits) as server:
@@ -670,18 +672,18 @@ def test_unread_answers_count_as_memory_until_they_time_out(
 STUCK = """\
 import sys, threading
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import app, limits
-end_soon = limits.Limits(drain_seconds=1, end_seconds=2)
-made = app.make_app(Gallery(sys.argv[1]), limits=end_soon)
+from vidjax.apps import web
+from vidjax.apps.serve import app
+made = app.make_app(Gallery(sys.argv[1]))
 def stuck(*args, **more):
     print("stuck", flush=True)
     while True:
         threading.Event().wait(1)
 Gallery.identities = property(stuck)
 Gallery.remove = stuck
-listener = app.listen("127.0.0.1", 0)
+listener = web.listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
-app.serve(made, listener, end_soon)
+web.serve(made, listener, web.ServerLimits(drain_seconds=1, end_seconds=2))
 """
 
 
@@ -710,11 +712,11 @@ def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
     gallery = Gallery.create(tmp_path / "g", old, data)
     moved = old.rename(tmp_path / "new")
     served = []
-    monkeypatch.setattr(app_lib, "make_app", lambda *given: served.append(given))
-    monkeypatch.setattr(app_lib, "serve", lambda *_: True)
+    monkeypatch.setattr(app_lib, "make_app", lambda gallery, **_: served.append(gallery))
+    monkeypatch.setattr(web, "serve", lambda *_: True)
     monkeypatch.setenv(messages.QUIET, "1")
     say("serve", f"--gallery={gallery.folder}", f"--run={moved}", "--port=0")
-    assert served[0][0].run.workdir == moved
+    assert served[0].run.workdir == moved
 
 
 @pytest.mark.slow

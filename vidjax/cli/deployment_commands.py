@@ -175,10 +175,11 @@ def serve(args: argparse.Namespace) -> Result:
     require_packages(
         "serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve"
     )
+    from vidjax.apps import web
     from vidjax.apps.serve import limits as limits_lib
 
     token = limits_lib.read_token(Path(args.token_file).expanduser()) if args.token_file else None
-    if token is None and not limits_lib.is_loopback(args.host):
+    if token is None and not web.is_loopback(args.host):
         raise UserError(
             f"--host={args.host} can be reached from other machines, so clients need a token: add "
             "--token-file=F\nto make a token: (umask 077; openssl rand -hex 32 > F)"
@@ -188,9 +189,8 @@ def serve(args: argparse.Namespace) -> Result:
 
     gallery = Gallery(args.gallery, run=args.run)
     gallery.remove_leftovers()
-    limits = limits_lib.Limits()
-    app = app_lib.make_app(gallery, limits, token)
-    listener = app_lib.listen(args.host, args.port)
+    app = app_lib.make_app(gallery, token=token)
+    listener = web.listen(args.host, args.port)
     with listener:
         address, number = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
@@ -198,6 +198,6 @@ def serve(args: argparse.Namespace) -> Result:
         # Messages for the terminal contain names of people. The log of a server must not.
         os.environ[messages.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)
-        complete = app_lib.serve(app, listener, limits)
+        complete = web.serve(app, listener)
     text = "ended" if complete else "ended; unfinished requests were cut off"
     return Result({"ended": True, "complete": complete}, text=text)

@@ -1,4 +1,4 @@
-"""Makes the web application with its endpoints, and runs it until a signal.
+"""Makes the web application with its endpoints.
 
     app = make_app(Gallery("people"))  # for any ASGI server
 
@@ -11,29 +11,19 @@ finished.
 import asyncio
 import contextlib
 import functools
-import gc
-import logging
-import os
 import re
-import signal
-import socket
-import sys
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from types import FrameType
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
-import uvicorn
 from msgspec import Meta, Struct
 from prometheus_client import Gauge, exposition
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp
 
 from vidjax import __version__
 from vidjax.apps.gallery import answers as answers_lib
@@ -60,8 +50,6 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.names import clean_identity, normal_form, show
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-UNREAD_SECONDS = 60  # a connection is closed if its client reads nothing for this time
 MAX_LISTED_PEOPLE = 10_000  # per answer
 LARGE_BYTES = 1 << 16  # larger bodies are parsed in a thread
 NPZ_TYPES = ("application/x-npz", "application/zip", "application/octet-stream")
@@ -284,7 +272,7 @@ class Application:
             text = f"identities has the clip '{show(min(stray))}', but clips lacks it: send it, too"
             raise unprocessable(text)
         self._check_ready()
-        waiting = self.batcher.size + self.embedding
+        waiting = self._count_waiting()
         if waiting and waiting + len(clips) > self.limits.waiting_clips:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
         self.embedding += len(clips)
@@ -517,83 +505,3 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
         },
         "security": [{}, {"token": []}],
     }
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
-    listener = None
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sys.platform == "linux":  # closes connections whose clients read nothing
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
-        listener.bind(address)
-        listener.listen()
-    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the host is too long
-        if listener:
-            listener.close()
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"cannot listen at {host}:{port}: {reason}\nname another --host or --port"
-        ) from None
-    return listener
-
-
-def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns the settings of uvicorn, the web server."""
-    return uvicorn.Config(
-        app,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        headers=[("x-content-type-options", "nosniff")],
-        limit_concurrency=limits.connections,
-        backlog=min(2 * limits.connections, 1024),
-        timeout_keep_alive=int(limits.idle_seconds),
-        timeout_graceful_shutdown=int(limits.drain_seconds),
-    )
-
-
-class Server(uvicorn.Server):
-    """A uvicorn server that ends within `limits.end_seconds` of a signal, even if it hangs."""
-
-    def __init__(self, app: ASGIApp, limits: Limits):
-        super().__init__(make_config(app, limits))
-        self._end = threading.Timer(limits.end_seconds, self._give_up)
-        self._end.daemon = True
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stops accepting requests. Requests that have arrived are still answered."""
-        if not self.should_exit:
-            self._end.start()
-        super().handle_exit(sig, frame)
-
-    def _give_up(self) -> None:
-        LOG.error("ended before its work was finished")
-        os._exit(1)  # the next process undoes an unfinished change
-
-
-def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
-    """Answers requests until SIGINT or SIGTERM.
-
-    Returns True if all requests were answered. Returns False if the server could not start or has
-    cut off requests. If a thread hangs after the signal, the process ends with exit code 1.
-    """
-    for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log
-        logging.getLogger(name).setLevel(logging.ERROR)
-    gc.freeze()  # modules and people stay in memory, so the garbage collector may skip them
-    server = Server(app, limits)
-    # uvicorn raises a signal again after the last answer. The second signal must do nothing.
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-    try:
-        server.run(sockets=[listener])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return server.started and not server.force_exit

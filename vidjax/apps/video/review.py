@@ -30,6 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
+from vidjax.apps import web
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
 from vidjax.apps.gallery.store import StoredClip
@@ -308,21 +309,17 @@ def _fold_letters(name: str) -> str:
 class _Pages:
     """Answers the requests of a browser. All paths begin with `/TOKEN/`. TOKEN is a secret."""
 
-    def __init__(self, review: Review, token: str, port: int):
+    def __init__(self, review: Review, token: str):
         self._review, self._token = review, token
-        self._hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
         self._lock = threading.Lock()
 
     def _check(self, request: Request) -> None:
         """Raises HTTPException if the secret word, the host, or the origin of a change is wrong."""
-        headers, given = request.headers, request.path_params["token"]
-        if not hmac.compare_digest(given.encode(), self._token.encode()) or (
-            headers.get("host") not in self._hosts
-        ):
+        given = request.path_params["token"]
+        is_right = hmac.compare_digest(given.encode(), self._token.encode())
+        if not (is_right and web.is_local(request.headers)):
             raise HTTPException(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
-        same_origin = headers.get("origin") in (None, *(f"http://{host}" for host in self._hosts))
-        same_site = headers.get("sec-fetch-site") in (None, "none", "same-origin")
-        if request.method == "POST" and not (same_origin and same_site):
+        if request.method == "POST" and not web.is_same_site(request.headers):
             raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:
@@ -403,9 +400,9 @@ class _Pages:
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
 
 
-def make_app(review: Review, token: str, port: int) -> Starlette:
+def make_app(review: Review, token: str) -> Starlette:
     """Returns the web application that serves the page of names at `/TOKEN/` of this machine."""
-    pages = _Pages(review, token, port)
+    pages = _Pages(review, token)
 
     def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -467,18 +464,14 @@ def serve_review(
     `out` is the folder of results. `decision` contains the names before corrections. For the other
     arguments, see `who.name_people`.
     """
-    from vidjax.apps.serve import app as app_lib
-    from vidjax.apps.serve.limits import Limits
-
     token = secrets.token_urlsafe(16)
-    with files.lock(out, "out"), app_lib.listen(HOST, 0) as listener:
+    with files.lock(out, "out"), web.listen(HOST, 0) as listener:
         files.refuse_links(out)
         review = Review(out, decision, fpir=fpir, threshold=threshold, padding=padding)
-        port = listener.getsockname()[1]
-        messages.print_text(f"http://{HOST}:{port}/{token}/")
+        messages.print_text(f"http://{HOST}:{listener.getsockname()[1]}/{token}/")
         messages.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:
-            app_lib.serve(make_app(review, token, port), listener, Limits())
+            web.serve(make_app(review, token), listener)
         finally:
             review.refresh()
             review.save()
