@@ -200,6 +200,32 @@ def pieces(vectors):
     return [four.tobytes() for four in fours if four.all()]
 
 
+def test_denied_names_follow_people_and_are_removed_with_them(tmp_path):
+    gallery, film = make(tmp_path / "g", FITTED), "0" * 64
+    with gallery.change() as draft:
+        assert draft.deny({film: {"x": ["person 3", "person 5"], "y": ["nobody"]}}) == {
+            film: {"x": (), "y": ()}
+        }
+
+    def check(*names):
+        for opened in (gallery, Gallery(gallery.folder)):
+            assert opened.denied == ({film: {"x": [*names]}} if names else {})
+
+    check("person 3", "person 5")
+    gallery.rename("person 3", "Ada")
+    check("Ada", "person 5")
+    for clip in gallery.people["person 5"]:  # the last one leaves nobody with this name
+        gallery.relabel(clip, "Eva")
+    check("Ada", "Eva")
+    gallery.rename("Eva", "Ada", merge=True)
+    check("Ada")
+    gallery.remove(clip="clip 70")  # fits the back end again
+    check("Ada")
+    gallery.remove(identity="Ada")
+    check()
+    assert not holds(gallery, b"Ada")
+
+
 def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery):
     clips = group(CLIPS)["person 7"]
     vectors = [CLIPS[name].vector for name in clips]

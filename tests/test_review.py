@@ -216,7 +216,7 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
 
 @pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos", "older"])
 def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
-    """`who` reads the names of an older version, whose `unknown.json` lacks clips of people."""
+    """Older versions stored denied names, and clips of these people, in `unknown.json`."""
     reviewed.post(do="deny", of="clip: party.s000.t00")
     reviewed.review.save()
     wanted = drawn.names()
@@ -231,8 +231,10 @@ def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
         gallery.rename("Ada", "Eva", merge=True)
     elif how == "older":
         numbers = json.loads((drawn.out / "unknown.json").read_text())
-        del numbers["clips"]
+        numbers |= {"denied": gallery.denied, "clips": {"Ada": gallery.people["Ada"]}}
         (drawn.out / "unknown.json").write_text(json.dumps(numbers))
+        with gallery.change() as draft:
+            draft.denied = {}
         drawn.gallery("rename", "--identity=Ada", "--to=Eva")
     else:
         gallery.rename("Ada", "Eva")

@@ -1,12 +1,13 @@
 """Edits the content of a gallery in a draft. `Gallery.change` writes the draft."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from vidjax.apps.gallery.backend import Backend, People
-from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
+from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, Denials, State, StoredClip
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.utils.errors import UserError, check_argument, closest
 from vidjax.utils.names import (
@@ -33,12 +34,13 @@ class Draft:
         self.clips = dict(state.clips)  # name -> clip, including strangers
         # Identity or STRANGER -> names of its clips; a tuple, or a set if the draft has changed it.
         self.groups: dict[str, Collection[str]] = dict(state.groups)
+        self.denied = state.denied
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()
 
     def __bool__(self) -> bool:
         """Returns whether the draft has changes."""
-        return bool(self._changed_clips)
+        return bool(self._changed_clips) or self.denied != self._state.denied
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips; returns the number of new or changed clips, see `Gallery.add`."""
@@ -132,6 +134,19 @@ class Draft:
             )
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
+
+    def deny(self, names: Denials) -> Denials:
+        """Replaces the names that clips of films must not get; returns the old names.
+
+        If a denied person is renamed, the new name is denied. If the person is removed, the name is
+        removed here, too.
+        """
+        old: dict[str, Mapping[str, Sequence[str]]] = {}
+        for film, clips in names.items():
+            there = self.denied.get(film, {})
+            old[film] = {clip: there.get(clip, ()) for clip in clips}
+            self.denied = {**self.denied, film: {**there, **clips}}
+        return old
 
     def _find_names(self, clip: str) -> list[str]:
         """Returns the names under which a clip is enrolled. `a` and `a.mp4` are the same clip.
@@ -248,8 +263,37 @@ class Draft:
             index=old.index.replaced(old.groups.keys() & self._changed_people, people),
             clips=self.clips,
             groups=self.groups,
+            denied=follow_renames(self.denied, old.groups, self.clips, self.groups),
         )
         return state, people
+
+
+def follow_renames(
+    denied: Denials,
+    before: Mapping[str, Collection[str]],
+    clips: Mapping[str, StoredClip],
+    people: Collection[str],
+) -> Denials:
+    """Returns `denied` with the present names of people, without the names of removed people.
+
+    `before` is person -> clips when the names were denied. `clips` are the present clips, and
+    `people` the present people. If all clips of a person now belong to other people, the person has
+    the name of the owner of most clips.
+    """
+    new: dict[str, str] = {}
+    for name in {x for of in denied.values() for names in of.values() for x in names}:
+        owned = [clips[clip].identity for clip in before.get(name, ()) if clip in clips]
+        owners = Counter(filter(None, owned))
+        if owners and name not in owners:
+            new[name] = min(owners, key=lambda person: (-owners[person], person))
+        elif name in people:
+            new[name] = name
+    kept: dict[str, dict[str, list[str]]] = {}
+    for film, of in denied.items():
+        for clip, names in of.items():
+            if present := sorted({new[name] for name in names if name in new}):
+                kept.setdefault(film, {})[clip] = present
+    return kept
 
 
 def _describe_person(identity: str | None) -> str:

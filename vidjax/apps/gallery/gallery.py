@@ -35,6 +35,7 @@ import shlex
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import msgspec
@@ -61,6 +62,7 @@ from vidjax.apps.gallery.changes import (
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
     STRANGER,
+    Denials,
     NoGalleryError,
     State,
     Store,
@@ -373,6 +375,11 @@ class Gallery:
         """The enrolled people, sorted: name -> sorted names of their clips."""
         return self._read_current().people
 
+    @property
+    def denied(self) -> Denials:
+        """The names that a user denied: digest of a film -> clip of the film -> wrong names."""
+        return self._read_current().denied
+
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""
         with self._lock:
@@ -483,9 +490,9 @@ class Gallery:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. It also has
-        `complete`, but with the argument {clip: vector of all modalities}. All changes are written
-        at the end of the block. If the block raises an error, nothing is written. During the block,
-        no other process can change the gallery.
+        `complete`, but with the argument {clip: vector of all modalities}, and `deny`. All changes
+        are written at the end of the block. If the block raises an error, nothing is written.
+        During the block, no other process can change the gallery.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._read_current())
@@ -566,7 +573,7 @@ class Gallery:
         with self.change() as draft:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
-        _advise_other_films(self._state, people)
+        advise_other_films(self, people)
         return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
@@ -649,7 +656,7 @@ class Gallery:
                 name: clip._replace(vector=_widen(clip.vector, backend, wide))
                 for name, clip in state.clips.items()
             }
-            state = _make_state(state.version + 1, origin, wide, clips)
+            state = _make_state(state.version + 1, origin, wide, clips, state.denied)
             with self._lock:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
@@ -1075,10 +1082,11 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
         )
 
 
-def _advise_other_films(state: State, people: Iterable[str]) -> None:
+def advise_other_films(gallery: Gallery, people: Iterable[str]) -> None:
     """Prints which `people` have only clips of a single film, or clips that count as one clip."""
-    counts = dict(zip(state.index.names, state.index.counts.max(axis=0).tolist(), strict=True))
-    clips_of = {name: state.groups.get(name, ()) for name in people}
+    enrolled, index = gallery.people, gallery.index
+    counts = dict(zip(index.names, index.counts.max(axis=0).tolist(), strict=True))
+    clips_of = {name: enrolled.get(name, ()) for name in people}
     few = [
         name for name, clips in clips_of.items()
         if len(clips) > 1 and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
@@ -1134,11 +1142,15 @@ def _refit(state: State) -> State:
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
-    return _make_state(state.version, state.run, backend, clips)
+    return _make_state(state.version, state.run, backend, clips, state.denied)
 
 
 def _make_state(
-    version: int, run: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
+    version: int,
+    run: VectorOrigin,
+    backend: Backend,
+    clips: Mapping[str, StoredClip],
+    denied: Denials = MappingProxyType({}),
 ) -> State:
     groups = group(clips)
     names = sorted(groups.keys() - {STRANGER})
@@ -1147,4 +1159,4 @@ def _make_state(
         enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.counts_every_clip)
         for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
     )
-    return State(version, run, Index(backend, blocks), clips, groups)
+    return State(version, run, Index(backend, blocks), clips, groups, denied)

@@ -2,7 +2,7 @@
 
 The server runs on the user's machine. The address of the page contains a secret word. Requests
 without this word, and changes that other pages send, are refused. Each change is saved immediately,
-in the gallery and in `unknown.json`, so that the next call of `vidjax who` keeps it. The other
+in the gallery or in `unknown.json`, so that the next call of `vidjax who` keeps it. The other
 result files are written a second after the last change, and when the server ends.
 """
 
@@ -33,7 +33,7 @@ from starlette.routing import Route
 from vidjax.apps import web
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
-from vidjax.apps.gallery.store import StoredClip
+from vidjax.apps.gallery.store import Denials, StoredClip
 from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
 from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film
@@ -60,6 +60,7 @@ class Step(NamedTuple):
     at: str  # the changed person, or the key of the changed appearance, see `PageEntry`
     # The entry of each changed clip in the gallery before the change; None for a new clip.
     clips: dict[str, StoredClip | None]
+    denied: Denials  # the denied names of each changed clip before the change
     numbers: who.UnknownNumbers  # the contents of `unknown.json` before the change
 
 
@@ -92,7 +93,7 @@ class Review:
     def refresh(self) -> None:
         """If another program has changed the gallery, decides all names again."""
         if self._gallery.digest != self._decision.digest:
-            self._apply({}, who.read_numbers(self._out))
+            self._apply({}, {}, who.read_numbers(self._out))
 
     @property
     def done(self) -> who.WhoResults:
@@ -154,8 +155,7 @@ class Review:
             raise UserError(f"'{of}' is a person: choose an appearance that does not show {of}")
         if action == "deny":
             entries = dict.fromkeys(self._find_enrolled(clips))
-            numbers = self._numbers.deny(self._films, clips, old)
-            self._finish(f"{subject} is not {old}", of, "", entries, numbers)
+            self._finish(f"{subject} is not {old}", of, "", entries, self._deny(clips, old))
             found = (x.identity for x in self._decision.appearances if clips[0] in x.clips)
             new = next(found, None)
             message = f"Saved: {subject} is not {old}, but {new or IGNORED}."
@@ -167,7 +167,7 @@ class Review:
         elif is_unknown(name):
             group = self._find_group(name)
             numbers = self._numbers.join([self._find_group(old), group])
-            self._finish(f"{subject} is {group}", of, after, {}, numbers)
+            self._finish(f"{subject} is {group}", of, after, {}, numbers=numbers)
         else:
             name = check_person(name)
             self._finish(f"{subject} is {name}", of, after, self._label_clips(of, clips, name))
@@ -187,7 +187,7 @@ class Review:
         if not self._steps:
             raise UserError("there is no change to undo")
         step = self._steps[-1]
-        self._apply(step.clips, step.numbers)
+        self._apply(step.clips, step.denied, step.numbers)
         self._steps.pop()
         self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
 
@@ -255,28 +255,46 @@ class Review:
             raise UserError("no face in this appearance is clear enough: name another appearance")
         return dict(entries)
 
-    def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery; returns the old entries. None means "no entry"."""
+    def _deny(self, clips: Collection[str], name: str) -> Denials:
+        """Returns the denied names of `clips`, with the additional name `name`."""
+        denied: dict[str, dict[str, list[str]]] = {}
+        for film in self._films:
+            digest = who.hash_film(film)
+            of_film = self._gallery.denied.get(digest, {})
+            for clip in {track.clip for track in film.tracks}.intersection(clips):
+                denied.setdefault(digest, {})[clip] = [*of_film.get(clip, ()), name]
+        return denied
+
+    def _put(
+        self, clips: Mapping[str, StoredClip | None], denied: Denials
+    ) -> tuple[dict[str, StoredClip | None], Denials]:
+        """Replaces entries and denied names of the gallery; returns the old values.
+
+        The entry None means "no entry".
+        """
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
             draft.remove(clip=[clip for clip, entry in before.items() if entry])
             draft.add({clip: entry for clip, entry in clips.items() if entry})
-        return before
+            return before, draft.deny(denied)
 
     def _apply(
-        self, clips: Mapping[str, StoredClip | None], numbers: who.UnknownNumbers
-    ) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery, and decides all names again; returns the old entries.
+        self,
+        clips: Mapping[str, StoredClip | None],
+        denied: Denials,
+        numbers: who.UnknownNumbers,
+    ) -> tuple[dict[str, StoredClip | None], Denials]:
+        """Changes the gallery, and decides all names again; returns the old values, see `_put`.
 
         If the names cannot be decided, the gallery is not changed.
         """
-        before = self._put(clips)
+        before = self._put(clips, denied)
         try:
             self._decision = who.decide(
                 self._gallery, self._out, self._films, numbers, self._identify, self._decision
             )
         except BaseException:  # a full disk, or too few strangers for `fpir`
-            self._put(before)
+            self._put(*before)
             self._decision = self._decision._replace(digest=self._gallery.digest)
             raise
         self._numbers = who.read_numbers(self._out)
@@ -289,15 +307,20 @@ class Review:
         of: str,
         after: str,
         clips: Mapping[str, StoredClip | None],
+        denied: Denials | None = None,
+        *,
         numbers: who.UnknownNumbers | None = None,
     ) -> None:
         """Applies a change that can be undone, and shows its description `words` on the page.
 
-        `clips` is clip -> new entry of the gallery, or None to remove the clip. For `of` and
+        `clips` is clip -> new entry of the gallery, or None to remove the clip. `denied` are the
+        new denied names of clips. For `of` and
         `after`, see `change`.
         """
         before = self._numbers
-        self._steps.append(Step(words, of, self._apply(clips, numbers or before), before))
+        self._steps.append(
+            Step(words, of, *self._apply(clips, denied or {}, numbers or before), before)
+        )
         self._forms = Forms(message=f"Saved: {words}.", at=after)
 
 
