@@ -25,7 +25,8 @@ from tests.helpers.made_galleries import SETTINGS, answers, contents, make, make
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import backend as backend_lib, store as store_lib
 from vidjax.apps.gallery.changes import Draft
-from vidjax.apps.gallery.gallery import Gallery, fit_backend
+from vidjax.apps.gallery.enrolment import fit_backend
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin, group
 from vidjax.models import two_covariance
 from vidjax.utils import errors

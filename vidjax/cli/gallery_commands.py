@@ -13,7 +13,8 @@ import numpy as np
 
 from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.changes import check_person, stack_vectors
+from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.video import appearances
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables

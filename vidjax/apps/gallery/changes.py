@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import Backend, People
+from vidjax.apps.gallery.backend import People
+from vidjax.apps.gallery.enrolment import enrol
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, Denials, State, StoredClip
-from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.utils.errors import UserError, check_argument, closest
 from vidjax.utils.names import (
     ENDING,
@@ -298,72 +298,6 @@ def follow_renames(
 
 def _describe_person(identity: str | None) -> str:
     return "a stranger" if identity is None else f"'{show(identity)}'"
-
-
-def enrol(
-    backend: Backend,
-    groups: Mapping[str, Sequence[str]],
-    clips: Mapping[str, StoredClip],
-    *,
-    of_plda: bool = False,
-) -> People:
-    """Computes the coefficients of people from their clips.
-
-    `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
-    PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
-    `two_covariance.count_independent` and `distance.effective_count`. But in the gallery of a PLDA
-    run (`of_plda`), the clips of a person of the fit count as in the run.
-    """
-    names = (name for clip_names in groups.values() for name in clip_names)
-    films = group_by_film(names, clips)
-    place = {identity: number for number, identity in enumerate(groups)}
-    owner = np.array([place[identity] for identity, _ in films], int)
-    film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
-    ordered = [name for clip_names in films.values() for name in clip_names]
-    vectors = stack_vectors(ordered, clips, sum(backend.widths.values()))
-    return backend.enrol(
-        tuple(groups),
-        vectors,
-        owner[film],
-        film if len(films) < len(ordered) else None,
-        np.array([of_plda and all(clips[x].fitted for x in names) for names in groups.values()]),
-    )
-
-
-def group_by_film(
-    names: Iterable[str], clips: Mapping[str, StoredClip]
-) -> dict[tuple[str, str], list[str]]:
-    """Groups the clips `names` by person and film; returns (identity, film) -> names of clips."""
-    films: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        key = clips[name].identity or STRANGER, cut_film_name(name)
-        films.setdefault(key, []).append(name)
-    return films
-
-
-def stack_films(
-    films: Collection[Sequence[str]], clips: Mapping[str, StoredClip], widths: Mapping[str, int]
-) -> np.ndarray:
-    """Returns the mean vector of each of N films, [N, sum of D] float32.
-
-    `films` lists the names of each film's clips. `widths` are modality -> D. The mean of a modality
-    is the mean over the clips that have the modality.
-    """
-    width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
-    vectors = stack_vectors([names[0] for names in films], clips, width)
-    for row, names in enumerate(films):
-        if len(names) > 1:
-            parts = np.split(stack_vectors(names, clips, width), ends, axis=1)
-            counts = [max(np.any(x != 0, axis=1).sum(), 1) for x in parts]
-            means = [x.sum(axis=0, dtype=float) / n for x, n in zip(parts, counts, strict=True)]
-            vectors[row] = np.concatenate(means)
-    return vectors
-
-
-def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
-    """Returns the vectors of clips, [N, width] float32."""
-    vectors = [clips[name].vector for name in names]
-    return np.array(vectors, np.float32).reshape(len(names), width)
 
 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
