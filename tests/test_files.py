@@ -76,14 +76,14 @@ def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp
 
 
 @pytest.mark.parametrize("handler", [
-    "signal.signal(signal.SIGTERM, messages.stop_at_once)",
+    "signal.signal(signal.SIGTERM, exit_codes.stop_at_once)",
     "signals.end_on_signals()",  # a thread removes the folders while the program writes
 ])  # fmt: skip
 def test_signal_removes_unfinished_folders(tmp_path, handler):
     code = f"""
 import os, pathlib, signal
 from vidjax.runs import signals
-from vidjax.utils import files, messages, scratch
+from vidjax.utils import exit_codes, files, scratch
 {handler}
 with files.atomic_folder(pathlib.Path("new")) as new, scratch.scratch_folder():
     for number in range(2000):

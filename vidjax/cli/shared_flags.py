@@ -3,7 +3,7 @@
 import argparse
 
 from vidjax.utils.errors import UserError
-from vidjax.utils.messages import Parser
+from vidjax.utils.parser import Parser
 
 PROCESSES = ("coordinator", "num_processes", "process_id")
 

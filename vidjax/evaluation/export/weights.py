@@ -19,6 +19,7 @@ import numpy as np
 
 from vidjax.core import devices
 from vidjax.evaluation import trained_runs
+from vidjax.evaluation.export.array_files import save_tensors
 from vidjax.models.build_system import make_system
 from vidjax.runs import checkpoint, members_file, schemas
 from vidjax.runs.config import Config
@@ -40,7 +41,7 @@ def write(workdir: Path, folder: Path, step: str) -> None:
     run = trained_runs.find_run(config, source)
     shapes = _make_shapes(config, run.manifest, len(run.training_sets.members))
     items = checkpoint.load(run.checkpoint, shapes, devices.replicated_layout(devices.make_mesh(1)))
-    save(flatten(items), folder / WEIGHTS)
+    save_tensors(flatten(items), folder / WEIGHTS)
     files.write_manifest(folder / CHECKPOINT, {**run.manifest, "files": {}})
     _copy(workdir, folder)
 
@@ -78,15 +79,6 @@ def _copy(source: Path, target: Path) -> None:
     for name in COPIED_FILES:
         if files.exists(source / name):
             (target / name).write_bytes(files.read_bytes(source / name, members_file.MAX_BYTES))
-
-
-def save(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Writes arrays to a .safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    with files.disk_errors(path, SafetensorError):
-        save_file(arrays, path)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
