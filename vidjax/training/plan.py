@@ -25,7 +25,6 @@ from vidjax.data.clips import (
 from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import TrainingClips
 from vidjax.models.build_system import MODELS, System, TaskSpec, make_fusions, make_system
-from vidjax.runs import results
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say
 from vidjax.training import noise_classes, train_step
@@ -120,15 +119,13 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _check_plan(
     config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if the run cannot be trained, or would write files too large to be read."""
+    """Raises UserError if the run cannot be trained."""
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
                 f"member {member.number} of the ensemble has no training clip of positive weight\n"
                 "change config.ensemble, config.data.distractors or config.data.weights"
             )
-    ensemble.check_size(sets)
-    results.check_identities(data.identities)
     for problem in find_unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
     for problem in find_unusable(data.report, [config.eval.split], config.modalities):
