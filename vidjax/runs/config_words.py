@@ -78,5 +78,7 @@ def follow_publication(file: str, config: Any, words: Collection[str]) -> None:
 
     `file` is the path of the configuration file NAME.py, and `words` are its arguments.
     """
-    path = Path(file)
-    config_io.execute(path.parent / "published" / path.name).follow(config, words)
+    path = Path(file).parent / "published" / Path(file).name
+    if not path.exists():
+        raise UserError(f"--config: 'published' needs the file '{path}': copy this file, too")
+    config_io.execute(path).follow(config, words)
