@@ -17,16 +17,16 @@ paper's table 3. For the paper's net, put `published` before them:
 
 A comment after each value names its source: `paper` (iQIYI-VID: A Large Dataset for Multi-modal
 Person Identification, sections 5 and 6) or `ours`. A value is ours if it scored better than the
-paper's value on validation clips, or if the paper gives no value. If the paper gives no value,
-`published` uses our value. No code was published.
+paper's value on validation clips, or if the paper gives no value. No code was published. With
+`published`, values are ours only if the paper gives no value, see `configs/published/mma.py`.
 """
 
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "published": "the paper's net: the 32 best frames, no LayerNorm, no dropout",
     "unit": "features of unit length; the paper does not specify the length",
     "average": "average pooling of the face instead of NetVLAD",
@@ -39,11 +39,11 @@ WORDS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=mma:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
+    full = config_words.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")  # paper
-    without_attention = config_lib.choose_name(words, ("concat", "pooled"), "")
+    without_attention = config_words.choose_name(words, ("concat", "pooled"), "")
     config.batch_size = 128  # ours
     config.num_epochs = 40.0 if "iqiyi_vid" in words else 30.0  # ours
     if full or "standard" in words:
@@ -57,7 +57,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "netvlad": () if "average" in words else ("face",),  # paper
             "num_clusters": 3,  # ours: 8 is no better
             "netvlad_reduce": "mean",  # ours: does not depend on the number of frames
-            "netvlad_norms": ("batch",),  # paper; the original NetVLAD has ("l2",)
+            "netvlad_batch_norm": True,  # paper
             "embed_dim": 512,  # paper
             "num_face_vectors": 3,  # paper
             # ours: with `map_norm`, features of unit length have the same MAP on real clips, and a
@@ -72,13 +72,9 @@ def get_config(args: str = "") -> config_lib.Config:
             # vector would attend only to itself (weight 0.999). MAP is the same.
             "gram_scale": 1 / 64,
             "gamma": 0.05,  # paper
-            "train_gamma": False,  # ours
-            # paper: `two` projections, as in SAGAN, have a lower score
-            "attention_form": "gram",
             # ours: True raises MAP by 0.002 if 30 % of the clips lack each modality, but lowers MAP
             # by 0.003 on real clips (ten nets)
             "fill_missing": False,
-            "gate": False,  # ours
             "feature_scale": 1.0,  # ours
             "modality_dropout_rate": 0.5,  # ours: weak modalities overfit next to a strong one
             # ours: MAP with a cosine head of scale 16 is 0.006 higher on real clips and 0.003 lower
@@ -109,38 +105,8 @@ def get_config(args: str = "") -> config_lib.Config:
     if "ensemble" in words:  # paper: different partitions, like a cross-validation
         # Ours: an identity has about six clips. With 3 folds instead of 10, a member is trained on
         # four of them, and every member scored lower.
-        config.ensemble.folds = 3 if "published" in words else 10
+        config.ensemble.folds = 10
         config.ensemble.only = (0, 1, 2)  # paper: three models
-
     if "published" in words:
-        _follow_the_paper(config)
+        config_words.follow_publication(__file__, config, words)
     return config
-
-
-def _follow_the_paper(config: config_lib.Config) -> None:
-    """Changes the configuration to the values of the paper, and removes our additions.
-
-    The paper does not specify the following values, so they are ours:
-
-    - Optimiser, learning rate, batch, epochs and loss: as in the shipped net (Adam with warm-up,
-      a cosine schedule, weight decay, softmax cross-entropy), so that a comparison with the
-      shipped net compares only the nets. Without weight decay, MAP on the small synthetic dataset
-      is 0.71 instead of 0.83 (mean of three seeds).
-    - NetVLAD's K, initial centres and BatchNorm momentum: as in the shipped net.
-    - The length of the features: unchanged, or 1 with `unit`.
-    - The three face vectors: three linear maps of the same descriptor. Maps and classifier have a
-      bias and no activation.
-    - A missing modality: its vector is 0, and has no weight in the softmax of the attention.
-    - Average pooling: the 32 best faces. Heads and bodies have no quality, so the first 64 are used
-      in training, and 512 in the test.
-    - Face quality: the quality in the official files. They do not contain the norm in SphereFace.
-    """
-    config.data.crop = "quality"  # paper: the best of the whole clip, not of a window
-    top = {"name": "top", "num_frames": 32}  # paper
-    config.fusion.face = ConfigDict({"train": top, "evaluate": {**top, "repeats": "random"}})
-    config.model.netvlad_reduce = "sum"  # paper
-    config.model.gram_scale = 1.0  # paper
-    config.model.fill_missing = True  # paper: attention replaces missing modalities
-    config.model.map_norm = False  # paper
-    config.model.modality_dropout_rate = 0.0  # not in the paper
-    config.model.dropout_rate = 0.0  # not in the paper

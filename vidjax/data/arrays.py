@@ -22,7 +22,7 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packed_clips import PackedClips
 from vidjax.data.packing import Clip, Clips, pack, read_dict
-from vidjax.utils import messages
+from vidjax.utils import exit_codes
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 from vidjax.utils.names import show
 
@@ -214,4 +214,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    messages.run_main(main)
+    exit_codes.run_main(main)

@@ -49,18 +49,13 @@ from vidjax.apps.gallery.answers import (
     NamingRule,
     Threshold,
 )
-from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
-from vidjax.apps.gallery.changes import (
-    Draft,
-    check_clip,
-    check_person,
-    enrol,
-    group_by_film,
-    stack_films,
-)
+from vidjax.apps.gallery.backend import Backend, Index
+from vidjax.apps.gallery.changes import Draft, check_clip, check_person
+from vidjax.apps.gallery.enrolment import fit_backend, make_state, measure_shared, refit
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
     STRANGER,
+    Denials,
     NoGalleryError,
     State,
     Store,
@@ -68,7 +63,6 @@ from vidjax.apps.gallery.store import (
     UnreadableError,
     UnwritableError,
     VectorOrigin,
-    group,
 )
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
@@ -76,10 +70,9 @@ from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
 from vidjax.evaluation import topk
-from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
-from vidjax.utils.errors import ArgumentError, InUseError, UserError, check_argument, warn
+from vidjax.utils.errors import InUseError, UserError, check_argument, warn
 from vidjax.utils.names import find_similar_names, normal_form, show, strip_ending
 
 if TYPE_CHECKING:
@@ -207,7 +200,7 @@ class Gallery:
         Raises:
           ValueError: the folder is not empty, or no training clip has a label.
         """
-        from vidjax.evaluation import restore
+        from vidjax.runs import digests
         from vidjax.training.public import check_loaded, load_data
 
         check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
@@ -217,7 +210,7 @@ class Gallery:
             check_loaded("Gallery.create", data)
         else:
             data = load_data(run.config)
-            restore.check_data(run.workdir, run.manifest["data"], run.config, data)
+            digests.check_data(run.workdir, run.manifest["data"], run.config, data)
         clips: dict[str, StoredClip] = {}
         labelled, widths = 0, {}
         for split in run.config.data.train_splits:
@@ -239,7 +232,7 @@ class Gallery:
             )
         origin = make_run_origin(run)
         settings = run.system.model.gallery_settings()
-        if settings and _measure_shared(clips, widths) > backend_lib.MOST_SHARED:
+        if settings and measure_shared(clips, widths) > backend_lib.MOST_SHARED:
             say(
                 "the clips of each person are as alike as photos of one day, so they count as "
                 "fewer clips\nto name more clips, train on clips of different days"
@@ -295,7 +288,7 @@ class Gallery:
         files.make_folder(path, "gallery:")
         check_new(path)
         store = Store(path)
-        state = _make_state(1, origin, backend, clips)
+        state = make_state(1, origin, backend, clips)
         store.create(state)
         _warn_of_similar(path, find_similar_names(state.people, ()))
         return cls(path, run=run)
@@ -373,6 +366,11 @@ class Gallery:
     def people(self) -> dict[str, tuple[str, ...]]:
         """The enrolled people, sorted: name -> sorted names of their clips."""
         return self._read_current().people
+
+    @property
+    def denied(self) -> Denials:
+        """The names that a user denied: digest of a film -> clip of the film -> wrong names."""
+        return self._read_current().denied
 
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""
@@ -484,9 +482,9 @@ class Gallery:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. It also has
-        `complete`, but with the argument {clip: vector of all modalities}. All changes are written
-        at the end of the block. If the block raises an error, nothing is written. During the block,
-        no other process can change the gallery.
+        `complete`, but with the argument {clip: vector of all modalities}, and `deny`. All changes
+        are written at the end of the block. If the block raises an error, nothing is written.
+        During the block, no other process can change the gallery.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._read_current())
@@ -498,7 +496,7 @@ class Gallery:
                 return
             state, people = draft.state()
             if draft.refits:
-                state = _refit(state)
+                state = refit(state)
             with self._lock:
                 self._state = self._store.write(transaction, state, draft.inserted, people)
         _warn_of_similar(self.folder, draft.similar)
@@ -567,7 +565,7 @@ class Gallery:
         with self.change() as draft:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
-        _advise_other_films(self._state, people)
+        advise_other_films(self, people)
         return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
@@ -650,7 +648,7 @@ class Gallery:
                 name: clip._replace(vector=_widen(clip.vector, backend, wide))
                 for name, clip in state.clips.items()
             }
-            state = _make_state(state.version + 1, origin, wide, clips)
+            state = make_state(state.version + 1, origin, wide, clips, state.denied)
             with self._lock:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
@@ -672,9 +670,8 @@ class Gallery:
         vectors: AnyClips,
         apart: Collection[tuple[str, str]] = (),
         *,
-        begin: Mapping[str, str] | None = None,
         clarity: Mapping[str, float] | None = None,
-        absorb: bool = True,
+        for_votes: bool = False,
     ) -> dict[str, str]:
         """Groups clips that show the same person; returns clip -> name of its group.
 
@@ -684,28 +681,19 @@ class Gallery:
         Args:
           vectors: clips in memory, or the vectors that `embed` returns.
           apart: pairs of clips that show different people, for example two faces in a picture.
-          begin: clip -> first group, for all clips with a usable frame. These groups may be joined,
-            but are not split. By default, each clip is a group at first.
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
-          absorb: True to join a group of at most 3 clips to a group of more than 3 clips, if the
-            probability that they show the same person is above 0.55. One of the two groups must
-            have a mean clarity of 0.8 or more.
+          for_votes: True for the groups of `identify`, whose clips vote on one name. These groups
+            are larger, and a few contain clips of two people.
         """
         vectors = self.embed(vectors)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
         names = [vectors.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in vectors.parts.values()]
-        if begin is not None and (missing := [name for name in names if name not in begin]):
-            raise ArgumentError(
-                f"group: `begin` lacks {messages.count(len(missing), 'clip')}: "
-                f"{messages.list_some(missing)}\ngive the first group of every clip"
-            )
-        first = None if begin is None else [begin[name] for name in names]
         clear = [(clarity or {}).get(name, 1.0) for name in names]
         labels = grouping.group(
-            self.backend, names, parts, apart, begin=first, clarity=clear, absorb=absorb
+            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes
         )
         return answers_lib.name_groups(names, labels)
 
@@ -1076,10 +1064,11 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
         )
 
 
-def _advise_other_films(state: State, people: Iterable[str]) -> None:
+def advise_other_films(gallery: Gallery, people: Iterable[str]) -> None:
     """Prints which `people` have only clips of a single film, or clips that count as one clip."""
-    counts = dict(zip(state.index.names, state.index.counts.max(axis=0).tolist(), strict=True))
-    clips_of = {name: state.groups.get(name, ()) for name in people}
+    enrolled, index = gallery.people, gallery.index
+    counts = dict(zip(index.names, index.counts.max(axis=0).tolist(), strict=True))
+    clips_of = {name: enrolled.get(name, ()) for name in people}
     few = [
         name for name, clips in clips_of.items()
         if len(clips) > 1 and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
@@ -1090,62 +1079,3 @@ def _advise_other_films(state: State, people: Iterable[str]) -> None:
             f"for {named}: the clips of each person are from one film or day and look alike: "
             "add clips from other films or days"
         )
-
-
-def fit_backend(
-    clips: Mapping[str, StoredClip],
-    widths: Mapping[str, int],
-    *,
-    centred: bool,
-    settings: Settings | None = None,
-) -> Backend:
-    """Fits PLDA to one clip of each person in each film. Clips of strangers are ignored.
-
-    `clips` are name -> clip, in any order. `widths` are modality -> length of its vectors. For
-    `centred` and `settings`, see `backend.fit`.
-    """
-    labels, vectors, enrolled = _stack_people(clips, widths)
-    return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
-
-
-def _measure_shared(clips: Mapping[str, StoredClip], widths: Mapping[str, int]) -> float:
-    labels, vectors, _ = _stack_people(clips, widths)
-    return backend_lib.measure_shared(vectors, labels)
-
-
-def _stack_people(
-    clips: Mapping[str, StoredClip], widths: Mapping[str, int]
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns the arguments `labels`, `vectors` and `enrolled` of `backend.fit`."""
-    # Clips of a person from the same film are alike. People are enrolled with their mean.
-    names = sorted(name for name, clip in clips.items() if clip.identity is not None)
-    films = group_by_film(names, clips)
-    people = np.array([identity for identity, _ in films], object)
-    labels = 1 + np.unique(people, return_inverse=True)[1]
-    ends = np.cumsum(list(widths.values()))[:-1].tolist()
-    vectors, enrolled = (
-        dict(zip(widths, np.split(stack_films(some, clips, widths), ends, axis=1), strict=True))
-        for some in ([names[:1] for names in films.values()], films.values())
-    )
-    return labels, vectors, enrolled
-
-
-def _refit(state: State) -> State:
-    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
-    clips = {
-        name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
-    }
-    return _make_state(state.version, state.run, backend, clips)
-
-
-def _make_state(
-    version: int, run: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
-) -> State:
-    groups = group(clips)
-    names = sorted(groups.keys() - {STRANGER})
-    starts = range(0, len(names), MAX_BLOCK_PEOPLE)
-    blocks = (
-        enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.counts_every_clip)
-        for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
-    )
-    return State(version, run, Index(backend, blocks), clips, groups)
