@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from vidjax.core.batch import BATCHED, Batch, Frames, Packed
+from vidjax.core.batch import Batch, Frames, Packed
 from vidjax.data.frame_fields import FRAME_FIELDS, Quality
 from vidjax.data.packed_clips import ClipArrays, PackedClips
 from vidjax.utils import files
@@ -371,7 +371,7 @@ def pad(
     size = shape[1]
     mask = np.zeros(shape, bool)
     padded = {"features": np.zeros((*shape, modality.dim), modality.dtype)}
-    padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}
+    padded |= {name: np.zeros(shape, field.dtype) for name, field in FRAME_FIELDS.items()}
     for row, chosen in enumerate(choose_frames(frames["quality"], size, first)):
         count = min(len(frames["quality"][row]), size)
         mask[row, :count] = True

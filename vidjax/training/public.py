@@ -105,7 +105,8 @@ def load_data(
         iQIYI-VID format. A clip without a label, or with the label None, is a distractor. A split
         without a labelled clip is ranked but not scored. None means the ground truth in the folder
         of the features.
-      cache_dir: the cache folder for clips in files. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      cache_dir: the cache folder for clips in files. None means `$VIDJAX_CACHE` or
+        `~/.cache/vidjax`.
       quality: how the quality of a frame of your own features is measured. `given` uses `quality`
         or, if a clip has no `quality`, the L2 norm of the feature. `norm` always uses the L2 norm.
         Use the same value as `config.data.quality` in training.
