@@ -22,7 +22,7 @@ from tests.helpers import drawn_people
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, ROOT
 from vidjax.cli import program, run_commands
-from vidjax.data import arrays, iqiyi_vid, synthetic
+from vidjax.data import iqiyi_vid, synthetic
 from vidjax.models import identifier
 
 FOLDERS = (
@@ -32,8 +32,8 @@ FOLDERS = (
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 
 MAINS = {
-    "vidjax.main": program.main, "vidjax.data.arrays": arrays.main,
-    "vidjax.data.iqiyi_vid": iqiyi_vid.main, "vidjax.data.synthetic": synthetic.main,
+    "vidjax.main": program.main, "vidjax.data.iqiyi_vid": iqiyi_vid.main,
+    "vidjax.data.synthetic": synthetic.main,
 }  # fmt: skip
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
