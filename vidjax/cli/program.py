@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from vidjax import __version__
-from vidjax.cli.result import print_result
 from vidjax.core import distributed
 from vidjax.runs import terminal
 from vidjax.utils import exit_codes, machine, printing
 from vidjax.utils.errors import UserError, closest, suggest
 from vidjax.utils.parser import Parser, split_overrides
+from vidjax.utils.printing import print_result
 
 # Command -> description.
 COMMANDS = {
