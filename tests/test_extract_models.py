@@ -449,6 +449,15 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     np.testing.assert_allclose(vector[:4], RECORDED, atol=2e-6)
 
 
+def test_convert_reports_that_it_replaced_a_card_with_other_content(tmp_path):
+    convert = partial(net_packages.convert, "centerface", package(PACKAGES["centerface"]))
+    card = convert(tmp_path)
+    assert convert(tmp_path) == card  # without a warning
+    card.write_text(card.read_text() + "\n")
+    with pytest.warns(VidjaxWarning, match="replaced"):
+        convert(tmp_path)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", PACKAGES)
 def test_converting_a_net_again_gives_the_same_bytes(converted, tmp_path, kind):
