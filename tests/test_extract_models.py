@@ -27,6 +27,7 @@ from vidjax.apps.video.features_folder import FilmTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.cli.program import main
+from vidjax.utils.errors import VidjaxWarning
 
 made_nets = pytest.importorskip("tests.helpers.made_nets")
 runtime = pytest.importorskip("onnxruntime")
