@@ -129,15 +129,16 @@ def _explain_stray(word: str, parser: Parser) -> str:
     flag = word.partition("=")[0]
     if not flag.startswith("-"):
         return f"'{word}' has no flag"
+    text = f"there is no flag {flag}"
     if flag.startswith("--config.") and parser.group:
-        return f"there is no flag {flag}: choose from --config.{parser.group}FIELD"
+        return f"{text}: this command takes only --config.{parser.group}FIELD=VALUE"
     known = re.findall(r"--([\w-]+)", parser.format_usage())
     if parser.group == "":
         from vidjax.runs import config
 
         known += [f"config.{field}" for field in config.DEFAULTS]
     match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
-    return f"there is no flag {flag}" + (f": did you mean --{match}?" if match else "")
+    return f"{text}: did you mean --{match}?" if match else text
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:
