@@ -87,9 +87,9 @@ def _write_run(
 ) -> dict[str, Any]:
     import jax
 
-    from vidjax.core import devices
     from vidjax.evaluation import predict
     from vidjax.evaluation.export import function, weights
+    from vidjax.runs.versions import collect_versions
     from vidjax.training import public
 
     public.open_run(source)  # if it is no run, the error gives a remedy
@@ -114,7 +114,7 @@ def _write_run(
         "num_identities": len(run.identities),
         "scores": run.config.eval.scores,
         "difference": function.check(name, run, outputs),
-        "versions": devices.collect_versions(),
+        "versions": collect_versions(),
     }  # fmt: skip
 
 

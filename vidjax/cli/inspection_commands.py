@@ -115,32 +115,34 @@ def _check_checkpoint(folder: Path) -> str:
 
 def _check_environment() -> str:
     from vidjax.core import devices
+    from vidjax.runs.versions import collect_versions
 
     devices.make_mesh()  # if an accelerator cannot be used, the error gives the reason
-    return ", ".join(f"{name} {version}" for name, version in devices.collect_versions().items())
+    return ", ".join(f"{name} {version}" for name, version in collect_versions().items())
 
 
 def _check_data(config: Config) -> str:
     from vidjax.training import plan
+    from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
-    plan.dry_run(config)
+    dry_run(config)
     data = public.load_data(config)
     plan.make_plan(config, data)
     return _count_clips(data.report["splits"])
 
 
 def _check_run(config: Config, workdir: Path) -> str:
-    from vidjax.evaluation import restore
-    from vidjax.runs import checkpoint
+    from vidjax.evaluation import trained_runs
+    from vidjax.runs import checkpoint, digests
     from vidjax.runs.run_folder import RunFolder
 
     with warnings.catch_warnings(action="ignore"):  # other checks report damaged checkpoints
-        run = restore.find_run(config, RunFolder(workdir))
+        run = trained_runs.find_run(config, RunFolder(workdir))
     for prefer in ("latest", "best"):
         checkpoint.warn_of_lost(workdir, prefer)
     data, manifest = public.load_data(config), run.manifest
-    restore.check_data(workdir, manifest["data"], config, data, trains=False)
+    digests.check_data(workdir, manifest["data"], config, data, trains=False)
     return f"step {manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from vidjax import __version__
+from vidjax.cli import shared_flags
 from vidjax.core import distributed
 from vidjax.runs import terminal
 from vidjax.utils import exit_codes, machine, printing
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         args = parse(words)
         with terminal.hide_progress() if args.quiet else contextlib.nullcontext():
-            distributed.join_processes(args)
+            shared_flags.join_processes(args)
             result = args.execute(args)
             if distributed.is_first():
                 print_result(result, args.command, as_json=args.json)
