@@ -43,7 +43,7 @@ MAX_LISTED_CLIPS = 100  # per identity
 class TableTask:
     """Computes a table of results from a parquet table of clips. Subclasses: `Embed` and `Rank`."""
 
-    joined = False  # True if `best` joins the results of all tables
+    joined = False  # True if `join_rankings` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens a run or a gallery with `open_trained(*args)`, such as `vidjax.restore(folder)`.
@@ -94,7 +94,7 @@ class Rank(TableTask):
         return tables.ranking_columns(self.trained.rank(clips, **self.options))
 
 
-def best(lists: "pyarrow.Table") -> "pyarrow.Table":
+def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
     """Joins the rankings of several tables; returns the best 100 clips of each identity.
 
     `lists` contains the rankings one after the other, with the columns `identity`, `rank`, `clip`
@@ -277,8 +277,8 @@ def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
 
     joined = read_lists(inputs[0])  # one by one, because together they may not fit in memory
     for table in inputs[1:]:
-        joined = best(pyarrow.concat_tables([joined, read_lists(table)]))
-    joined = best(joined)
+        joined = join_rankings(pyarrow.concat_tables([joined, read_lists(table)]))
+    joined = join_rankings(joined)
     names = joined["identity"].to_pylist()
     place = {name: number for number, name in enumerate(sort_identities(names))}
     return joined.take(np.argsort([place[name] for name in names], stable=True))
