@@ -84,7 +84,7 @@ class Embed(TableTask):
 class Rank(TableTask):
     """Lists the best 100 clips of each identity, with the scores of a run or a gallery.
 
-    The function `best` joins the rankings of several tables.
+    The function `join_rankings` joins the rankings of several tables.
     """
 
     joined = True
@@ -99,7 +99,7 @@ def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
 
     `lists` contains the rankings one after the other, with the columns `identity`, `rank`, `clip`
     and `score`. Identities keep their order. The result equals a ranking of all clips at once. Ray
-    Data can call this function for each identity: `dataset.groupby("identity").map_groups(best)`.
+    Data can call this function for each identity: `dataset.groupby("identity").map_groups(join_rankings)`.
 
     Raises:
       ValueError: a clip occurs twice in the rankings of an identity.

@@ -45,9 +45,7 @@ def check(args: argparse.Namespace) -> Result:
                 text = run_check()
             except Exception as error:  # a library can raise any exception for a damaged file
                 state, error_code = "FAULT", exit_codes.get_exit_code(error)
-                text = f"{type(error).__name__}: {error}"
-                if error_code:
-                    text = exit_codes.describe_error(error)
+                text = exit_codes.describe_error(error)
                 code = max(code, error_code or 2)
         for doubt in (str(x.message) for x in caught if x.category is VidjaxWarning):
             findings.append({"state": "warning", "subject": subject, "text": doubt})
