@@ -99,7 +99,7 @@ def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
 
     `lists` contains the rankings one after the other, with the columns `identity`, `rank`, `clip`
     and `score`. Identities keep their order. The result equals a ranking of all clips at once. Ray
-    Data can call this function for each identity: `dataset.groupby("identity").map_groups(join_rankings)`.
+    Data can call this function for each identity, with `dataset.groupby("identity").map_groups`.
 
     Raises:
       ValueError: a clip occurs twice in the rankings of an identity.
