@@ -42,7 +42,7 @@ class Reviewed:
         decision = who.decide(gallery, drawn.out, films, numbers, gallery.identify)
         self.review = review.Review(drawn.out, decision, padding=0.25)
         self.client = testclient.TestClient(
-            review.make_app(self.review, TOKEN, PORT), base_url=f"{SITE}/{TOKEN}/",
+            review.make_app(self.review, TOKEN), base_url=f"{SITE}/{TOKEN}/",
             headers={"origin": SITE, "sec-fetch-site": "same-origin"},
         )  # fmt: skip
 
@@ -63,6 +63,17 @@ class Reviewed:
 def reviewed(drawn, monkeypatch):
     monkeypatch.setattr(review, "IDLE_SECONDS", 0)  # results are written after this time
     return Reviewed(drawn)
+
+
+def test_review_needs_neither_prometheus_nor_httptools(python):
+    python(
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('prometheus_client', 'httptools'))\n"  # an import then fails
+        "from vidjax.apps import web\n"
+        "from vidjax.apps.video import review\n"
+        "app = review.make_app(None, 'token')\n"
+        "web.Server(app, web.ServerLimits()).config.load()\n"
+    )
 
 
 @pytest.mark.slow
@@ -205,7 +216,7 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
 
 @pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos", "older"])
 def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
-    """`who` reads the names of an older version, whose `unknown.json` lacks clips of people."""
+    """Older versions stored denied names, and clips of these people, in `unknown.json`."""
     reviewed.post(do="deny", of="clip: party.s000.t00")
     reviewed.review.save()
     wanted = drawn.names()
@@ -220,8 +231,10 @@ def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
         gallery.rename("Ada", "Eva", merge=True)
     elif how == "older":
         numbers = json.loads((drawn.out / "unknown.json").read_text())
-        del numbers["clips"]
+        numbers |= {"denied": gallery.denied, "clips": {"Ada": gallery.people["Ada"]}}
         (drawn.out / "unknown.json").write_text(json.dumps(numbers))
+        with gallery.change() as draft:
+            draft.denied = {}
         drawn.gallery("rename", "--identity=Ada", "--to=Eva")
     else:
         gallery.rename("Ada", "Eva")
