@@ -8,8 +8,9 @@ import numpy as np
 
 from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend as backend_lib, store
-from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models.two_covariance import Settings
 
 WIDTHS = {"face": 8, "audio": 5}

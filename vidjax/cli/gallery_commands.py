@@ -23,7 +23,8 @@ from vidjax.utils.messages import Parser, Result
 from vidjax.utils.names import normal_form, strip_ending
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery, Vectors
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.vectors import Vectors
     from vidjax.apps.video.features_folder import Film
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips

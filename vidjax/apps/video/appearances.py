@@ -22,7 +22,8 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.names import IGNORED
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery, Vectors
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.vectors import Vectors
 
 TOLD = "told"  # the evidence for a name that a user gave to the clip
 GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance

@@ -32,8 +32,9 @@ from starlette.routing import Route
 
 from vidjax.apps import web
 from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Denials, StoredClip
+from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
 from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film

@@ -39,12 +39,8 @@ from msgspec import Meta, Struct
 from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import NOBODY, Answer
 from vidjax.apps.gallery.changes import check_person, follow_renames
-from vidjax.apps.gallery.gallery import (
-    Gallery,
-    Vectors,
-    advise_other_films,
-    select_usable_clips,
-)
+from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
