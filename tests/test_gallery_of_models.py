@@ -14,12 +14,12 @@ from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
-from vidjax.apps.export import formats as formats_lib, reader
-from vidjax.apps.gallery import answers as answers_lib, backend, grouping
+from vidjax.apps.gallery import answers as answers_lib, array_export, backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import appearances, cards, doubts
 from vidjax.data.memory import MemoryClips
+from vidjax.evaluation.export import reader
 from vidjax.models import distance
 from vidjax.utils.errors import VidjaxWarning
 
@@ -165,7 +165,7 @@ def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor
     plain = (small.astype(np.float64) / factor).astype(np.float32)
     wanted, answers = (gallery.identify(faces("x", x)) for x in (plain, small))
     assert {answer.identity for answer in wanted.values()} == {None, *gallery.identities}
-    read = formats_lib.make_gallery_arrays(gallery)
+    read = array_export.make_arrays(gallery)
     logs = reader.log_probabilities(read, {"face": small})
     for row, (name, answer) in enumerate(wanted.items()):
         best = [(person, pytest.approx(p, abs=1e-5)) for person, p in answer.best]

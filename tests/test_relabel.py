@@ -5,8 +5,8 @@ import pytest
 
 from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
-from vidjax.core import ensemble
-from vidjax.training import plan
+from vidjax.runs import members_file
+from vidjax.training import noise_classes, plan
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -40,7 +40,7 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
     is_distractor, (start, layout) = training_labels(data) == 0, initial_labels(data)
     unclustered = layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < is_distractor.sum()
-    for end, trained in zip(labels_of(whole), ensemble.load(whole).trained, strict=True):
+    for end, trained in zip(labels_of(whole), members_file.load(whole).trained, strict=True):
         moved, may_move = end != start, is_distractor & unclustered & trained
         assert moved.any() and not moved[~may_move].any()
         assert layout.is_mirror(end[unclustered]).all()
@@ -79,7 +79,9 @@ def test_distractors_are_clustered_by_their_quality_weighted_mean_faces(data):
             if len(weights):
                 vectors[offset + clip] = np.average(frames.features, axis=0, weights=weights)
 
-    wanted = plan.cluster(vectors[labels == 0], eps=noise.eps, min_samples=noise.min_samples)
+    wanted = noise_classes.cluster(
+        vectors[labels == 0], eps=noise.eps, min_samples=noise.min_samples
+    )
     # Of C identities and K clusters, classes C + 1 to C + K are clusters 0 to K - 1. A distractor
     # in a higher class, a mirror class, is in no cluster (-1).
     cluster = start[labels == 0] - 1 - layout.num_identities

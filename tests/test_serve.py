@@ -35,7 +35,8 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
-from vidjax.utils import errors, messages
+from vidjax.runs import terminal
+from vidjax.utils import errors
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
@@ -714,7 +715,7 @@ def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
     served = []
     monkeypatch.setattr(app_lib, "make_app", lambda gallery, **_: served.append(gallery))
     monkeypatch.setattr(web, "serve", lambda *_: True)
-    monkeypatch.setenv(messages.QUIET, "1")
+    monkeypatch.setenv(terminal.QUIET, "1")
     say("serve", f"--gallery={gallery.folder}", f"--run={moved}", "--port=0")
     assert served[0].run.workdir == moved
 

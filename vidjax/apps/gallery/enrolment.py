@@ -1,4 +1,4 @@
-"""Computes people from their clips, and fits the parameters that compare vectors."""
+"""Computes the people of a gallery from their clips, and fits the back end of the gallery."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType

@@ -178,7 +178,7 @@ class Gallery:
         Raises:
           ValueError: the folder is not empty, or no training clip has a label.
         """
-        from vidjax.evaluation import restore
+        from vidjax.runs import digests
         from vidjax.training.public import check_loaded, load_data
 
         check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
@@ -188,7 +188,7 @@ class Gallery:
             check_loaded("Gallery.create", data)
         else:
             data = load_data(run.config)
-            restore.check_data(run.workdir, run.manifest["data"], run.config, data)
+            digests.check_data(run.workdir, run.manifest["data"], run.config, data)
         origin, backend, clips = run_vectors.fit(run, data, strangers=strangers, empty=empty)
         return cls.of_clips(folder, origin, backend, clips, run=run)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, RecordSource
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, RecordSource
 from vidjax.data.packing import StagedSplit, stage
 from vidjax.data.records import shard_files
 from vidjax.data.records.data_report import format_report, label_records, report_split
@@ -29,10 +29,10 @@ from vidjax.data.records.manifest import (
     remove,
     write_manifest,
 )
-from vidjax.utils import files, messages
-from vidjax.utils.errors import UserError, check_choice
+from vidjax.utils import exit_codes, files, printing
+from vidjax.utils.errors import UserError
 from vidjax.utils.machine import max_open_files, num_cores
-from vidjax.utils.scratch import scratch_folder
+from vidjax.utils.parser import Parser
 
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
@@ -43,7 +43,6 @@ def convert(
     source: RecordSource,
     cache_dir: str | Path | None = None,
     *,
-    non_finite: NonFinite = "drop",
     workers: int | None = None,
 ) -> Records:
     """Returns the converted clips of a dataset, from TFRecord files in the cache.
@@ -52,14 +51,12 @@ def convert(
 
     Args:
       cache_dir: the cache, by default `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: see `NonFinite`.
       workers: number of threads that write files, by default one per core.
 
     Raises:
-      UserError: a feature is refused, a clip is in two splits, files of the dataset change during
+      UserError: a clip is malformed, a clip is in two splits, files of the dataset change during
         the conversion, or files of the cache are damaged.
     """
-    check_choice("config.data.non_finite", non_finite, ("drop", "error"))
     if workers is not None and workers < 1:
         raise UserError(f"--workers={workers} is less than 1: choose 1 or more")
     fingerprint = source.fingerprint()
@@ -69,7 +66,7 @@ def convert(
             if not (folder / "manifest.json").exists():
                 remove(folder)  # a folder without a manifest is incomplete
                 with files.atomic_folder(folder) as partial:
-                    write_records(source, fingerprint, partial, non_finite, workers)
+                    write_records(source, fingerprint, partial, workers)
                     if source.fingerprint() != fingerprint:
                         raise UserError(
                             f"{source.place}: files were changed while they were converted\n"
@@ -77,15 +74,6 @@ def convert(
                         )
     records = load_records(folder)
     mark_used(folder)
-    skipped = any(
-        counts["frames_skipped"].get("non_finite")
-        for split in records.report["splits"].values()
-        for counts in split["modalities"].values()
-    )
-    if non_finite == "error" and skipped:
-        # An earlier call with 'drop' made these records. Reading again raises the right error.
-        with scratch_folder() as scratch:
-            source.read(scratch, "error")
     return records
 
 
@@ -96,7 +84,6 @@ def write_records(
     source: RecordSource,
     fingerprint: list[dict[str, Any]],
     folder: Path,
-    non_finite: NonFinite,
     workers: int | None,
 ) -> None:
     """Writes the TFRecord files of a dataset, and their manifest, to an empty folder."""
@@ -105,7 +92,7 @@ def write_records(
 
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
-    unpacked = source.read(staging, non_finite)
+    unpacked = source.read(staging)
     staged = {split: stage(split, parts) for split, parts in unpacked.items()}
     modalities = _join_modalities(staged, source)
     _refuse_empty_splits(staged, source)
@@ -270,7 +257,7 @@ def run_command(
     The command converts the folder DIR, which `open_source` opens.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = messages.Parser(prog=f"python -m {module}", description=description)
+    parser = Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument(
         "--cache_dir",
@@ -290,7 +277,7 @@ def run_command(
         source = open_source(args.directory, workers=args.workers, cache_dir=args.cache_dir)
         records = convert(source, args.cache_dir, workers=args.workers)
         _, _, report = label_records(records, source.read_labels(records.clips))
-        messages.print_text(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
+        printing.print_text(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
         return 0
 
-    return messages.run_to_exit_code(command, words)
+    return exit_codes.run_to_exit_code(command, words)
