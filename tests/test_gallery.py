@@ -16,7 +16,7 @@ from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib
 from vidjax.apps.gallery.enrolment import enrol, fit_backend
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip, group
+from vidjax.apps.gallery.store import StoredClip, list_clips_of
 from vidjax.core import metrics
 from vidjax.models import distance
 
@@ -262,7 +262,7 @@ def make_index(*, cards=False, **settings):
         parts = tuple(part._replace(space=None, distances=distances) for part in backend.parts)
         backend = backend_lib.Backend(parts, backend.settings)
     clips = make_clips(PEOPLE, strangers=0)
-    everybody = enrol(backend, group(clips), clips)
+    everybody = enrol(backend, list_clips_of(clips), clips)
     blocks = np.split(np.arange(PEOPLE), [300, 301])  # 300, 1 and 399 people
     return backend_lib.Index(backend, map(everybody.take, blocks))
 

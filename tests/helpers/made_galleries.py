@@ -84,7 +84,7 @@ def contents(folder) -> dict[str, Any]:
     clips = {n: (x.identity, x.vector.tobytes(), x.fitted) for n, x in state.clips.items()}
     numbers, settings = state.index.backend.numbers().tobytes(), state.index.backend.settings
     people = {*state.index.names}
-    return {"run": state.run, "backend": (numbers, settings), "person": people, "clip": clips}
+    return {"run": state.origin, "backend": (numbers, settings), "person": people, "clip": clips}
 
 
 def random_clips(run: Any, *lengths: int) -> dict[str, dict[str, np.ndarray]]:

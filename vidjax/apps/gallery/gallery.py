@@ -246,8 +246,8 @@ class Gallery:
         )
 
     def __len__(self) -> int:
-        groups = self._read_current().groups
-        return len(groups) - (STRANGER in groups)
+        clips_of = self._read_current().clips_of
+        return len(clips_of) - (STRANGER in clips_of)
 
     def __bool__(self) -> bool:
         return True  # even if nobody is enrolled
@@ -255,7 +255,7 @@ class Gallery:
     def __contains__(self, identity: object) -> bool:
         if not isinstance(identity, str) or identity == STRANGER:
             return False
-        return normal_form(identity) in self._read_current().groups
+        return normal_form(identity) in self._read_current().clips_of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.identities)
@@ -280,7 +280,7 @@ class Gallery:
     @property
     def origin(self) -> VectorOrigin:
         """The run or the models that compute the vectors."""
-        return self._state.run
+        return self._state.origin
 
     @property
     def index(self) -> Index:
@@ -300,7 +300,7 @@ class Gallery:
     @property
     def strangers(self) -> list[str]:
         """The sorted names of the clips of strangers."""
-        return list(self._state.groups.get(STRANGER, ()))
+        return list(self._state.clips_of.get(STRANGER, ()))
 
     @property
     def identities(self) -> dict[str, int]:
@@ -562,7 +562,7 @@ class Gallery:
         origin, back_ends = make_models_origin(models)
         with self._store.open(write=True) as transaction:
             state = self._read_current()
-            was, now = state.run.cards, origin.cards
+            was, now = state.origin.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             if changed or not was:
                 made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
@@ -649,7 +649,7 @@ class Gallery:
         return self._threshold(self._require_people(), fpir)
 
     def _threshold(self, state: State, fpir: float) -> Threshold:
-        strangers = state.groups.get(STRANGER, ())
+        strangers = state.clips_of.get(STRANGER, ())
         answers_lib.check_strangers(len(strangers), fpir)
         calibrated, best = self._calibration or (None, np.zeros(0))
         if calibrated is not state:
@@ -670,10 +670,10 @@ class Gallery:
             about = f"the probability is {100 * threshold:.10g} % or more"
             return NamingRule("threshold", math.log(threshold), False, None, about)
         wanted = answers_lib.count_needed_strangers(DEFAULT_FPIR)
-        strangers = len(state.groups.get(STRANGER, ()))
+        strangers = len(state.clips_of.get(STRANGER, ()))
         if fpir is None and strangers < wanted:
             about = ABOVE_HALF
-            about += f", which {OF_STRANGERS} of strangers reach" if state.run.cards else ""
+            about += f", which {OF_STRANGERS} of strangers reach" if state.origin.cards else ""
             about += f"; with {wanted} clips of strangers instead of {strangers}, at most "
             about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
             return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
@@ -740,14 +740,14 @@ class Gallery:
         nearest = state.index.nearest(parts, k, owner if groups is not None else None)
         by_owner, counts = list[Answer](), np.bincount(owner)
         for match, num_clips in zip(nearest, counts.tolist(), strict=True):
-            by_owner.append(rule.answer(match, cards=bool(state.run.cards)))
+            by_owner.append(rule.answer(match, cards=bool(state.origin.cards)))
             advance(num_clips)
         answers = {clip: by_owner[row] for clip, row in zip(vectors.names, owner, strict=True)}
         # At most 10 people have a probability of at least 0.1.
         shared = np.flatnonzero(counts[owner] > 1)
         singly = state.index.nearest([x[shared] for x in parts], max(k, 10))
         for row, match in zip(shared.tolist(), singly, strict=True):
-            own = rule.answer(match, cards=bool(state.run.cards))
+            own = rule.answer(match, cards=bool(state.origin.cards))
             answer = answers_lib.join_answers(answers[vectors.names[row]], own)
             if rule.by != "new" and not rule.names(answer.score):  # a promise for single clips
                 answer = answer._replace(identity=None, evidence=())
@@ -797,7 +797,7 @@ class Gallery:
                 if not rule.default:
                     # float64 is needed: a threshold is hardly higher than a stranger's score.
                     passes = rule.names(scores, _sum_others(scores))
-                    if state.run.cards:  # as in `NamingRule.answer`
+                    if state.origin.cards:  # as in `NamingRule.answer`
                         passes &= clip_has[:, index].T @ person_has
                     scores[~passes] = -np.inf
                 yield scores, index, np.ones(len(index), bool)

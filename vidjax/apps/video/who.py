@@ -209,7 +209,7 @@ def _move_denials(out: Path, gallery: Gallery) -> None:
     old = _read_numbers(out, OldDenials)
     if old and old.denied:
         with gallery.change() as draft:
-            draft.deny(follow_renames(old.denied, old.clips, draft.clips, draft.groups))
+            draft.deny(follow_renames(old.denied, old.clips, draft.clips, draft.clips_of))
         _write_numbers(out, read_numbers(out))
 
 
