@@ -51,6 +51,12 @@ class Reviewed:
         self.drawn.who(*self.films, flags=["--thumbnails"])
         return self.names()
 
+    def identify(self):
+        """Returns clip -> name, as `vidjax gallery identify` names the clips of the films."""
+        words = (self.drawn.out / "gallery", f"--input={self.drawn.out / 'features'}", "--json")
+        answers = self.drawn.run("gallery", "identify", *words).content["answers"]
+        return {x["clip"]: x["identity"] for x in answers if x["identity"]}
+
     def post(self, action="change", status=200, **fields):
         """Sends a form of the page; returns the text of the answer."""
         (version, *_) = re.findall('name="version" value="([0-9]+)"', self.client.get("").text)
@@ -98,6 +104,8 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     unknown = denied["party.s000.t00"]
     assert f"Saved: party.mkv, 0:00\u20130:02, is not Ada, but {unknown}." in text
     assert unknown.startswith("unknown ") and reviewed.names_after_restart() == denied
+    named = {clip: name for clip, name in denied.items() if not name.startswith("unknown ")}
+    assert reviewed.identify() == named
     reviewed.post(do="name", of=ada, person="Ada")
     assert reviewed.names() == reviewed.names_after_restart()
     assert reviewed.names()["party.s000.t00"] == "Ada"

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -394,16 +395,19 @@ def _group(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     films = _read_films(args)
     _, vectors = _embed(args, gallery)
-    votes, num_clips = _group_votes(gallery, vectors, films), len(vectors.names)
-    if gallery.identities:
-        answers = _settle(gallery.identify(vectors, groups=votes), gallery, films)
-        named = {name for name, answer in answers.items() if answer.identity is not None}
-        vectors = vectors.only({*vectors.names} - named)
-    if votes is None:
-        groups = gallery.group(vectors)
-    else:
-        groups = appearances.group_unknown(gallery, vectors, films, votes)
+    num_clips, answers, enrolled = len(vectors.names), {}, set[str]()
+    if films:
+        answers, known, _ = appearances.name_tracks(gallery, vectors, films, gallery.identify)
+        enrolled = {*known}
+    elif gallery.identities:
+        answers = gallery.identify(vectors)
+    named = {name for name, answer in answers.items() if answer.identity is not None}
+    vectors = vectors.only({*vectors.names} - named - enrolled)
+    if films and gallery.origin.cards:
+        groups = appearances.group_unknown(gallery, vectors, films)
         groups = appearances.mark_unclear(groups, films)
+    else:
+        groups = gallery.group(vectors)
     answers_lib.write_groups(out, groups)
     people, faces, text = answers_lib.count_unknown(groups.values())
     rows = {
@@ -427,28 +431,6 @@ def _read_films(args: argparse.Namespace) -> "list[Film]":
     return features_folder.read_films(folder) if is_extracted else []
 
 
-def _group_votes(
-    gallery: "Gallery", vectors: "Vectors", films: "Sequence[Film]"
-) -> dict[str, str] | None:
-    """Returns clip -> group of tracks that get one name, as in `vidjax who`; None for other clips.
-
-    A gallery of a run cannot compare groups.
-    """
-    if not films or not gallery.origin.cards:
-        return None
-    return appearances.group_votes(gallery, vectors, films)
-
-
-def _settle(
-    answers: Mapping[str, answers_lib.Answer], gallery: "Gallery", films: "Sequence[Film]"
-) -> Mapping[str, answers_lib.Answer]:
-    """Returns answers for tracks of films as `vidjax who` gives them, and others unchanged."""
-    if not films:
-        return answers
-    answers = appearances.remove_unclear_names(answers, gallery, films)
-    return appearances.settle_answers(answers, films)
-
-
 def _identify(args: argparse.Namespace) -> Result:
     if args.input and (inputs := bulk.list_tables(args.input)):
         return _process_tables(args, inputs, answers_lib.Identify, k=args.k)
@@ -465,10 +447,12 @@ def _identify(args: argparse.Namespace) -> Result:
     chosen = {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
-    votes = _group_votes(gallery, vectors, films)
     with _show_progress("identify", len(vectors.names)) as bar:
-        answers = gallery.identify(vectors, args.k, groups=votes, advance=bar.advance, **chosen)
-    answers = _settle(answers, gallery, films)
+        identify = functools.partial(gallery.identify, k=args.k, advance=bar.advance, **chosen)
+        if films:  # as `vidjax who` names them
+            answers = appearances.name_tracks(gallery, vectors, films, identify).answers
+        else:
+            answers = identify(vectors)
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import People
+from vidjax.apps.gallery.backend import Backend, People
 from vidjax.apps.gallery.enrolment import enrol
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, Denials, State, StoredClip
 from vidjax.utils.errors import UserError, check_argument, closest
@@ -67,16 +67,11 @@ class Draft:
 
         `vectors` are clip -> vector of all modalities. Returns the clips that have this vector now.
         """
-        split, equal = self._state.index.backend.split, {}
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
-        for name in vectors.keys() & self.clips.keys():
-            old, vector = self.clips[name].vector, vectors[name]
-            parts = zip(split(old[None]), split(vector[None]), strict=True)
-            if all(np.array_equal(x, y) for x, y in parts if x.any()):
-                equal[name] = np.array_equal(old, vector)
-        new = [name for name, complete in equal.items() if not complete]
+        equal = find_equal(vectors, self.clips, self._state.index.backend)
+        new = [name for name in equal if not np.array_equal(self.clips[name].vector, vectors[name])]
         self._edit({name: self.clips[name]._replace(vector=vectors[name]) for name in new})
-        return {*equal}
+        return equal
 
     def remove(
         self,
@@ -268,6 +263,23 @@ class Draft:
             denied=follow_renames(self.denied, old.clips_of, self.clips, self.clips_of),
         )
         return state, people
+
+
+def find_equal(
+    vectors: Mapping[str, np.ndarray], clips: Mapping[str, StoredClip], backend: Backend
+) -> set[str]:
+    """Returns the names in `vectors` that are enrolled with an equal vector of each modality.
+
+    `vectors` are clip -> vector of all modalities. An enrolled clip may lack a modality.
+    """
+    equal = set[str]()
+    for name in vectors.keys() & clips.keys():
+        parts = zip(
+            *map(backend.split, (clips[name].vector[None], vectors[name][None])), strict=True
+        )
+        if all(np.array_equal(x, y) for x, y in parts if x.any()):
+            equal.add(name)
+    return equal
 
 
 def follow_renames(

@@ -54,7 +54,7 @@ from vidjax.apps.gallery.answers import (
     Threshold,
 )
 from vidjax.apps.gallery.backend import Backend, Index
-from vidjax.apps.gallery.changes import Draft, check_clip, check_person
+from vidjax.apps.gallery.changes import Draft, check_clip, check_person, find_equal
 from vidjax.apps.gallery.enrolment import make_state, refit
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import (
@@ -583,6 +583,15 @@ class Gallery:
             with self._lock:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
+
+    def find_enrolled(self, vectors: Vectors) -> dict[str, str | None]:
+        """Finds the clips that are enrolled with these vectors; returns clip -> person or None.
+
+        None stands for a stranger. An enrolled clip may lack a modality.
+        """
+        given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
+        clips = self._read_current().clips
+        return {name: clips[name].identity for name in find_equal(given, clips, self.backend)}
 
     def complete(self, vectors: AnyClips) -> set[str]:
         """Adds missing modalities to enrolled clips.

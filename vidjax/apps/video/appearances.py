@@ -9,21 +9,21 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from vidjax.apps.gallery.answers import FACE, UNKNOWN, Answer, parse_group_number
-from vidjax.apps.video.features_folder import Box, Film, FilmTrack
+from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.video.features_folder import Box, Film, FilmTrack, select_films
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import IGNORED
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.gallery.vectors import Vectors
 
 TOLD = "told"  # the evidence for a name that a user gave to the clip
 GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance
@@ -127,23 +127,67 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
     return pairs
 
 
-def group_votes(gallery: "Gallery", vectors: "Vectors", films: Sequence[Film]) -> dict[str, str]:
-    """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`."""
+class NamedTracks(NamedTuple):
+    """The people in tracks of films."""
+
+    answers: dict[str, Answer]  # clip -> answer
+    enrolled: dict[str, str | None]  # enrolled clip -> its person, or None for a stranger
+    votes: dict[str, str] | None  # clip -> group that votes on one name, see `group_votes`
+
+
+def name_tracks(
+    gallery: "Gallery",
+    vectors: Vectors,
+    films: Sequence[Film],
+    identify: Callable[..., dict[str, Answer]],
+    votes: dict[str, str] | None = None,
+) -> NamedTracks:
+    """Names the people in tracks of films.
+
+    Similar tracks are grouped, and the tracks of a group vote on one name. An enrolled track gets
+    the name under which it is enrolled. A track does not get a name that a user denied. If only
+    unclear faces of a person are enrolled, no other track gets the name of this person.
+
+    `identify` is the method `gallery.identify`, with fixed arguments. If `votes` are given, the
+    tracks are not grouped again.
+    """
+    enrolled, denied = gallery.find_enrolled(vectors), select_films(gallery.denied, films)
+    answers = dict.fromkeys(vectors.names, NOBODY)
+    if gallery.identities:
+        votes = votes or group_votes(gallery, vectors, films)
+        answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
+    for clip in denied.keys() & answers.keys():
+        if answers[clip].identity in denied[clip]:
+            best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
+            answers[clip] = answers[clip]._replace(identity=None, best=best, evidence=())
+    for clip, name in enrolled.items():
+        known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (TOLD,))
+        answers[clip] = NOBODY if name is None else known
+    return NamedTracks(settle_answers(answers, films), enrolled, votes)
+
+
+def group_votes(
+    gallery: "Gallery", vectors: Vectors, films: Sequence[Film]
+) -> dict[str, str] | None:
+    """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`.
+
+    A gallery of a run cannot compare groups. For such a gallery, the result is None.
+    """
+    if not gallery.origin.cards:
+        return None
     # A face that is only a little unclear votes as a clear face does: the vote corrects an error.
     clarity = dict.fromkeys(list_unclear(films), 0.0)
     return gallery.group(vectors, pair_seen_together(films), clarity=clarity, for_votes=True)
 
 
-def group_unknown(
-    gallery: "Gallery", vectors: "Vectors", films: Sequence[Film], votes: Mapping[str, str]
-) -> dict[str, str]:
+def group_unknown(gallery: "Gallery", vectors: Vectors, films: Sequence[Film]) -> dict[str, str]:
     """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
 
-    `votes` are the groups of `group_votes`. Two people with unclear faces look alike. So an unclear
-    face is in no group, and has a number that no other track has.
+    Two people with unclear faces look alike. So an unclear face is in no group, and has a number
+    that no other track has.
     """
     unclear = list_unclear(films)
-    faces = sorted(unclear & votes.keys() & {*vectors.names})  # `votes` has clips with usable faces
+    faces = sorted(unclear & select_usable_clips(vectors).keys())
     clear = vectors.only({*vectors.names} - unclear)
     clarity = {track.clip: track.clarity for film in films for track in film.tracks}
     groups = gallery.group(clear, pair_seen_together(films), clarity=clarity)
@@ -166,17 +210,15 @@ def remove_unclear_names(
 ) -> dict[str, Answer]:
     """Removes names of people of whom only unclear faces are enrolled.
 
-    A face keeps the name under which it is enrolled. We enrolled each of 47 unclear faces of women:
-    of all clear faces that then got the same name, only 27 % showed the same woman.
+    We enrolled each of 47 unclear faces of women: of all clear faces that then got the same name,
+    only 27 % showed the same woman.
     """
-    unclear, enrolled = list_unclear(films), gallery.clips
-    clear = {entry.identity for clip, entry in enrolled.items() if clip not in unclear}
-    settled = dict(answers)
-    for clip, answer in answers.items():
-        own = enrolled[clip].identity if clip in enrolled else None
-        if answer.identity not in clear and answer.identity != own:
-            settled[clip] = answer._replace(identity=None, evidence=())
-    return settled
+    unclear = list_unclear(films)
+    clear = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
+    return {
+        clip: x if x.identity in clear else x._replace(identity=None, evidence=())
+        for clip, x in answers.items()
+    }
 
 
 def list_unclear(films: Iterable[Film]) -> set[str]:

@@ -19,7 +19,7 @@ import operator
 import os
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -232,6 +232,20 @@ def _distinguish(twins: Sequence[Film]) -> None:
     depth = 1 + max(sum(itertools.takewhile(bool, pair)) for pair in equal)
     for film, part in zip(twins, parts, strict=True):
         film.video = "/".join(part[-depth:])
+
+
+def hash_film(film: Film) -> str:
+    """Returns a digest of the file and the clips of a film."""
+    tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
+    return files.sha256_json([film.sha256, tracks])
+
+
+def select_films(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
+    """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
+    selected: dict[str, T] = {}
+    for film in films:
+        selected |= table.get(hash_film(film), {})
+    return selected
 
 
 def check_photo(film: Film) -> tuple[str | None, str]:

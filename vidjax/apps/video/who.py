@@ -37,13 +37,19 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.gallery import answers as answers_lib, store
-from vidjax.apps.gallery.answers import NOBODY, Answer
+from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import check_person, follow_renames
 from vidjax.apps.gallery.gallery import Gallery, advise_other_films
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
 from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
+from vidjax.apps.video.features_folder import (
+    THUMBNAILS,
+    ExtractionSettings,
+    Film,
+    hash_film,
+    select_films,
+)
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
@@ -157,7 +163,7 @@ class Decision(NamedTuple):
     people: Mapping[str, Collection[str]]  # name of each enrolled or named person -> enrolled clips
     films: Sequence[Film]
     vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
-    vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on one name
+    votes: dict[str, str] | None  # clip -> group. The clips of a group vote on one name
     answers: dict[str, Answer]  # clip -> answer of the gallery
     # Clip without a name -> unknown person, such as `unknown 3`, or an unclear face, such as
     # `unknown face 4`. Ignored people are left out.
@@ -167,20 +173,6 @@ class Decision(NamedTuple):
     def count_clips(self) -> dict[str, int]:
         """Returns the number of enrolled clips of each person."""
         return {name: len(clips) for name, clips in self.people.items()}
-
-
-def hash_film(film: Film) -> str:
-    """Returns a digest of the file and the clips of a film."""
-    tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
-    return files.sha256_json([film.sha256, tracks])
-
-
-def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
-    selected: dict[str, T] = {}
-    for film in films:
-        selected |= table.get(hash_film(film), {})
-    return selected
 
 
 def read_films(out: Path) -> list[Film]:
@@ -922,14 +914,11 @@ def decide(
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
 ) -> Decision:
-    """Names the people in the clips of all films, and numbers unknown people.
+    """Names the people in the clips of all films, see `name_tracks`, and numbers unknown people.
 
-    Similar clips are grouped, and the clips of a group vote on one name. An enrolled clip gets the
-    name under which it is enrolled. A group without a name is an unknown person, who keeps the
-    number of the last call or gets a new number. The numbers are written to `unknown.json`.
-
-    An unclear face without a name is in no group. If only unclear faces of a person are enrolled,
-    no other clip gets the name of this person.
+    A group of clips without a name is an unknown person, who keeps the number of the last call or
+    gets a new number. An unclear face without a name is in no group. The numbers are written to
+    `unknown.json`.
 
     Args:
       out: the folder of results.
@@ -937,35 +926,19 @@ def decide(
       identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
       last: an earlier decision on the same films. Its embeddings and groups are used to save time.
     """
-    vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
+    vectors, votes = (last.vectors, last.votes) if last else (None, None)
     answers, groups = dict[str, Answer](), dict[str, str]()
-    clips = {track.clip for film in films for track in film.tracks}
-    complete = set[str]()
-    if clips:
+    if clips := {track.clip for film in films for track in film.tracks}:
         vectors = vectors or _embed(gallery, out / FEATURES, clips)
-        complete = gallery.complete(vectors)
+        gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
     digest, people = gallery.digest, gallery.people
     if vectors is not None:
-        owner = {clip: name for name, of_person in people.items() for clip in of_person}
-        enrolled = {clip: owner.get(clip) for clip in complete & gallery.clips.keys()}
-        votes = votes or appearances.group_votes(gallery, vectors, films)
-        answers = dict.fromkeys(vectors.names, NOBODY)
-        if gallery.identities:
-            answers = identify(vectors, groups=votes)
-        answers = appearances.remove_unclear_names(answers, gallery, films)
-        for clip, names in _select(gallery.denied, films).items():
-            if (answer := answers.get(clip, NOBODY)).identity in names:
-                best = tuple(pair for pair in answer.best if pair[0] not in names)
-                answers[clip] = answer._replace(identity=None, best=best, evidence=())
-        for clip, name in enrolled.items():
-            known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (appearances.TOLD,))
-            answers[clip] = NOBODY if name is None else known
-        answers = appearances.settle_answers(answers, films)
+        answers, enrolled, votes = appearances.name_tracks(gallery, vectors, films, identify, votes)
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
         nameless -= enrolled.keys()
-        groups = appearances.group_unknown(gallery, vectors.only(nameless), films, votes)
-        groups = _keep_numbers(groups, _select(before.films, films), before.highest)
+        groups = appearances.group_unknown(gallery, vectors.only(nameless), films)
+        groups = _keep_numbers(groups, select_films(before.films, films), before.highest)
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
     _write_numbers(out, before.update(films, groups))
     resolved = {group: before.resolve(group) for group in {*groups.values()}}
