@@ -655,9 +655,9 @@ class Gallery:
           ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        return self._threshold(self._require_people(), fpir)
+        return self._measure_threshold(self._require_people(), fpir)
 
-    def _threshold(self, state: State, fpir: float) -> Threshold:
+    def _measure_threshold(self, state: State, fpir: float) -> Threshold:
         strangers = state.clips_of.get(STRANGER, ())
         answers_lib.check_strangers(len(strangers), fpir)
         calibrated, best = self._calibration or (None, np.zeros(0))
@@ -667,7 +667,7 @@ class Gallery:
             # A stranger who equals the centre of all vectors resembles nobody.
             best = np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
             self._calibration = state, best
-        return answers_lib.threshold(best, fpir, len(state.index.names))
+        return answers_lib.measure_threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
         """Returns the rule that decides if a clip gets a name. See `identify` for the arguments."""
@@ -686,7 +686,7 @@ class Gallery:
             about += f"; with {wanted} clips of strangers instead of {strangers}, at most "
             about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
             return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
-        limit = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
+        limit = self._measure_threshold(state, DEFAULT_FPIR if fpir is None else fpir)
         about = f"the probability is {answers_lib.describe_probability(limit.score)} or more, "
         about += f"which at most {100 * limit.fpir:.10g} % of new strangers reach, and is higher "
         about += "than the probability of all other enrolled people together"
