@@ -23,7 +23,7 @@ from vidjax.apps.video.features_folder import LEAST_CLARITY
 from vidjax.apps.video.tracks import find_changes
 
 CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
-RULE = answers.NamingRule("new", -np.inf, True, None, "")  # a name needs a probability above 0.5
+RULE = answers.NamingRule("new", np.log(0.5), True, None, "")  # a probability above 0.5
 
 
 def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
