@@ -15,8 +15,8 @@ from vidjax.apps.gallery.store import (
     VectorOrigin,
     list_clips_of,
 )
-from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.models.two_covariance import Settings
+from vidjax.utils.names import cut_film_name
 
 
 def enrol(

@@ -70,7 +70,6 @@ from vidjax.apps.gallery.store import (
     VectorOrigin,
 )
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, VectorSource, select_usable_clips
-from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import TrainingData
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import FrameClips, MemoryClips
@@ -78,7 +77,7 @@ from vidjax.evaluation import topk
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import InUseError, UserError, check_argument, warn
-from vidjax.utils.names import find_similar_names, normal_form, show, strip_ending
+from vidjax.utils.names import cut_film_name, find_similar_names, normal_form, show, strip_ending
 
 if TYPE_CHECKING:
     from vidjax.apps.video.cards import BackEnd

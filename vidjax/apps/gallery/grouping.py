@@ -26,8 +26,9 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend, sum_by_owner
-from vidjax.apps.video.features_folder import LEAST_CLARITY, cut_film_name
 from vidjax.models import distance, two_covariance
+from vidjax.models.distance import LEAST_CLARITY
+from vidjax.utils.names import cut_film_name
 
 MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are all compared
 MAX_SMALL_CLIPS = 3  # largest number of clips in a small group

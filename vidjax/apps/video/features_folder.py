@@ -27,6 +27,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.video.cards import EMBEDDER_ROLES
+from vidjax.models.distance import LEAST_CLARITY
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
@@ -41,7 +42,6 @@ THUMBNAILS = "thumbnails"
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
-LEAST_CLARITY = 0.35  # faces of lower clarity are unclear: even two people look alike
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "delete the folder, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -180,11 +180,6 @@ def make_stem(path: Path) -> str:
 def locate_features(folder: Path, clip: str) -> Path:
     """Returns the path of the .npz file that contains a clip."""
     return folder / f"{clip.partition('.')[0]}.npz"
-
-
-def cut_film_name(clip: str) -> str:
-    """Removes the shot and the track from the name of a clip: `film.s003.t01` becomes `film`."""
-    return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
 
 
 def make_printable(name: str) -> str:
