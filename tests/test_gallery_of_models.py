@@ -20,7 +20,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import appearances, cards, doubts
 from vidjax.data.memory import MemoryClips
 from vidjax.evaluation.export import reader
-from vidjax.models import distance
+from vidjax.models import card_backend
 from vidjax.utils.errors import VidjaxWarning
 
 VOICE, OTHER_VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:2, None]
@@ -456,7 +456,7 @@ def test_photos_that_are_alike_count_less():
         (1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1),
         (10, 1 - 0.9 * DLIB.within, 10),  # independent vectors count in full; 0.9 is 1 - 1 / 10
     ):  # fmt: skip
-        counted = distance.effective_count(DLIB, np.array(count), np.array(square))
+        counted = card_backend.effective_count(DLIB, np.array(count), np.array(square))
         assert counted == pytest.approx(wanted, abs=0.02)
 
 
@@ -471,22 +471,24 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people, ha
     rng, width = np.random.default_rng(people), 6
     mean = rng.normal(size=width) if has_mean else np.zeros(width)
     # The variance of each dimension of the population's mean. Without a card, the mean is unknown.
-    wide = (0.3 + 0.9) / distance.CARD_PEOPLE / width if has_mean else 1e6
-    card = distance.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
+    wide = (0.3 + 0.9) / card_backend.CARD_PEOPLE / width if has_mean else 1e6
+    card = card_backend.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
     photos, clip = rng.normal(size=(len(owner), width)), rng.normal(size=width)
 
     means = np.stack([photos[owner == n].mean(axis=0) for n in range(people)])
     effective = counts.astype(float)  # independent photos: all count
-    known = distance.population(card, mean if has_mean else None, [means], [effective], [counts])
-    share, variance = distance.posterior(card, known, effective)
+    known = card_backend.population(
+        card, mean if has_mean else None, [means], [effective], [counts]
+    )
+    share, variance = card_backend.posterior(card, known, effective)
     centres = known.mean + share[:, None] * (means - known.mean)
     square, square_to_mean = (np.sum((clip - x) ** 2, axis=-1) for x in (centres, known.mean))
-    of_stranger = distance.stranger_log_density(
+    of_stranger = card_backend.stranger_log_density(
         card, np.array(square_to_mean), np.array(card.within + card.between + known.variance)
     )
-    ratios = distance.person_log_density(card, square, variance + card.within) - of_stranger
+    ratios = card_backend.person_log_density(card, square, variance + card.within) - of_stranger
 
     def density(of):
         """Returns the log density of all photos and the clip if the clip shows the person `of`."""
@@ -542,7 +544,7 @@ def test_shape_of_distances_is_half_the_number_of_dimensions(dimensions, varianc
     product = np.sum(noise[0] * noise[1], axis=1) + 1 - variance
     lengths = np.sqrt(np.sum(noise**2, axis=2) + 1 - variance)
     cosines = product / lengths[0] / lengths[1]
-    shape = distance.count_shape(1 - cosines.mean(), cosines.std())
+    shape = card_backend.count_shape(1 - cosines.mean(), cosines.std())
     assert shape == pytest.approx(dimensions / 2, rel=0.05)
 
 

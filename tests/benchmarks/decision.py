@@ -20,7 +20,7 @@ from vidjax.apps.gallery import answers, backend, grouping
 from vidjax.apps.video import align
 from vidjax.apps.video.cards import PUBLISHED, BackEnd
 from vidjax.apps.video.tracks import find_changes
-from vidjax.models.distance import LEAST_CLARITY
+from vidjax.models.card_backend import LEAST_CLARITY
 
 CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
 RULE = answers.NamingRule("new", np.log(0.5), True, None, "")  # a probability above 0.5

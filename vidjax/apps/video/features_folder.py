@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.video.cards import EMBEDDER_ROLES
-from vidjax.models.distance import LEAST_CLARITY
+from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
