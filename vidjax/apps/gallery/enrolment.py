@@ -30,8 +30,8 @@ def enrol(
 
     `clips_of` are identity -> names of the clips of the person, and `clips` are name -> clip. With
     PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
-    `two_covariance.count_independent` and `card_backend.effective_count`. But in the gallery of a PLDA
-    run (`of_plda`), the clips of a person of the fit count as in the run.
+    `two_covariance.count_independent` and `card_backend.effective_count`. But in the gallery of a
+    PLDA run (`of_plda`), the clips of a person of the fit count as in the run.
     """
     names = (name for clip_names in clips_of.values() for name in clip_names)
     films = group_by_film(names, clips)
