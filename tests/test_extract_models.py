@@ -260,7 +260,8 @@ def test_error_names_the_wrong_field_of_a_card(tmp_path):
     # A word of the error, and changes of the card that each cause the error.
     for word, *changes in (
         ("colour", {"colour": "rgb"}, {"input": {"layout": "mels"}}, {"input": {"colour": None}}),
-        ("format", {"format": 2}), ("role", {"role": "face"}), ("sha256", {"sha256": "0"}),
+        ("format", {"format": 2}), ("sha256", {"sha256": "0"}),
+        ("role", {"role": "face"}, {"role": "body_embedder"}),
         ("file", {"file": "../face.onnx"}), ("yunet", {"decoder": "yunet"}),
         ("NCHW", {"role": "voice_embedder", "input": {"layout": "NCHW", "colour": "rgb"}}),
         ("mels", {"input": {"layout": "mels", "colour": None}}),

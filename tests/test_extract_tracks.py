@@ -1,4 +1,4 @@
-"""Tracks of heads, crops of faces, detection of shots, and cut lists."""
+"""Tracks of people, crops of faces, detection of shots, and cut lists."""
 
 import functools
 import itertools

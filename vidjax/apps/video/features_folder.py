@@ -77,11 +77,11 @@ class FilmTrack(Struct, kw_only=True):
     end_s: Seconds
     seen: Size  # number of frames in which the person was detected
     quality: Share = 0.0  # of the best face, see `align.measure_quality`
-    # Of the best face, see `align.measure_clarity`. It is 1 without a face, or if the card of the
-    # net contains no `clear_quality`.
+    # Of the best face, see `align.measure_clarity`. It is 1 if the card of the net contains no
+    # `clear_quality`.
     clarity: Share = 1.0
     dark_eyes: bool = False  # whether the best face seems to wear sunglasses
-    box: Box | None = None  # of the best face, or of the head if there is no face
+    box: Box | None = None  # of the best face
     box_at_s: Seconds | None = None  # the time of the picture with the box
     name: Text | None = None  # the name that a photo program stored for this face, see `regions`
 

@@ -32,7 +32,7 @@ STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
-    """The faces, heads or bodies that were detected in an image."""
+    """The faces that were detected in an image."""
 
     boxes: np.ndarray  # [F, 4] float32, left, top, right and bottom in pixels
     scores: np.ndarray  # [F] float32, 0 to 1
@@ -61,7 +61,7 @@ class Region(NamedTuple):
 
 
 class Detector:
-    """Detects faces, heads or bodies in images with the net that a card, a JSON file, describes.
+    """Detects faces in images with the net that a card, a JSON file, describes.
 
     Large images are shrunk until their longer side has `size` pixels. If the net has an input of
     fixed size, images are shrunk until they fit into this input.
