@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from vidjax.apps.video import align, cards, decode, features_folder, regions
+from vidjax.apps.video import align, cards, decode, features_folder, photos, regions
 from vidjax.apps.video.features_folder import ExtractionSettings, FileStamp, Film, FilmTrack
 from vidjax.apps.video.nets import Detector, Embedder, Faces
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
@@ -248,35 +248,37 @@ def extract(
       UserError: the file cannot be decoded.
     """
     clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
-    tags, lost, misfit = regions.Tags([]), list[str](), ""
-    with decode.open_video(path) as video:
-        if video.info.photo:
-            shots, seen = [(0.0, 0.0)], clips.tracks
-            tags = regions.read_tags(path) if tagged else tags
-            lost, misfit = _find_in_photo(path, video, clips, nets, stem, tags)
-        else:
-            shots, seen = _make_clips(video, clips, nets, stem, out, settings)
-    film = Film(
+    photo = photos.read_photo(path)
+    if photo:
+        tags = regions.read_tags(path) if tagged else regions.Tags([])
+        facts = _read_photo(photo, tags, clips, nets, stem)
+    else:
+        facts = _read_film(path, clips, nets, stem, out, settings)
+    write_npz(out / f"{stem}.npz", clips.arrays)
+    return Film(
         video=features_folder.make_printable(path.name),
         source=source,
         sha256=sha256,
-        photo=video.info.photo,
-        shots=shots,
+        photo=photo is not None,
         tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
-        **dataclasses.asdict(video.counts),
-        others=video.info.others,
-        rate=None if video.info.photo else video.info.rate,
-        lost_tags=lost,
-        bad_tags=tags.problem,
-        misfit=misfit,
+        **facts,
     )
-    if nets.listen and video.info.sound and not film.photo:
+
+
+def _read_film(
+    path: Path, clips: ClipBuilder, nets: Nets, stem: str, out: Path, settings: ExtractionSettings
+) -> dict[str, Any]:
+    """Makes the clips of a video; returns other fields of its description, `Film`."""
+    with decode.open_video(path) as video:
+        shots, seen = _make_clips(video, clips, nets, stem, out, settings)
+    facts = {"shots": shots, "others": video.info.others, "rate": video.info.rate}
+    facts |= dataclasses.asdict(video.counts)
+    if nets.listen and video.info.sound:
         with decode.open_video(path) as video:
-            film.voices = clips.hear(video.sound(), seen)
+            facts["voices"] = clips.hear(video.sound(), seen)
             sound = video.counts
-            film.lost_sound = sound.corrupt + sound.refused + sound.damaged
-    write_npz(out / f"{stem}.npz", clips.arrays)
-    return film
+        facts["lost_sound"] = sound.corrupt + sound.refused + sound.damaged
+    return facts
 
 
 def _make_clips(
@@ -335,33 +337,28 @@ def _make_clips(
     return cuts.shots(video.counts.seconds), seen if main else clips.tracks
 
 
-def _find_in_photo(
-    path: Path, video: decode.Video, clips: ClipBuilder, nets: Nets, stem: str, tags: regions.Tags
-) -> tuple[list[str], str]:
-    """Makes a clip of each face in a photo.
-
-    Returns the names of tags where no face is detected, and why no tag can be believed, or "".
-    """
-    frame = next(video.frames(1.0))
-    assert frame.rgb is not None
-    faces = nets.detect(frame.rgb)
-    count = len(faces.boxes)
-    clips.add(0.0, 0, np.arange(count), faces, frame.rgb)
+def _read_photo(
+    photo: photos.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
+) -> dict[str, Any]:
+    """Makes a clip of each face in a photo; returns other fields of its description, `Film`."""
+    faces = nets.detect(photo.rgb)
+    count, lost, misfit = len(faces.boxes), list[str](), ""
+    clips.add(0.0, 0, np.arange(count), faces, photo.rgb)
     for number in range(count):
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"
         clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
-    if not tags.tags:
-        return [], ""
-    with files.open_input(path) as file:
-        orientation = decode.read_orientation(file)
-    height, width = frame.rgb.shape[:2]
-    given = tags, faces.boxes, (width, height), orientation
-    fits, problem = regions.judge_fit(*given)
-    owners = np.where(fits, regions.match_faces(*given), -1)
-    for tag, face in zip(tags.tags, owners.tolist(), strict=True):
-        if face >= 0:
-            clips.tracks[face].name = tag.name
-    return [tag.name for tag, face in zip(tags.tags, owners, strict=True) if face < 0], problem
+    if tags.tags:
+        height, width = photo.rgb.shape[:2]
+        given = tags, faces.boxes, (width, height), photo.orientation
+        fits, misfit = regions.judge_fit(*given)
+        owners = np.where(fits, regions.match_faces(*given), -1)
+        for tag, face in zip(tags.tags, owners.tolist(), strict=True):
+            if face >= 0:
+                clips.tracks[face].name = tag.name
+            else:
+                lost.append(tag.name)
+    facts = {"seconds": 0.0, "shots": [(0.0, 0.0)], "frames": 1, "lost_tags": lost}
+    return facts | {"bad_tags": tags.problem, "misfit": misfit}
 
 
 def _to_film_track(track: Track, clip: str) -> FilmTrack:
