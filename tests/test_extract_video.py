@@ -515,8 +515,8 @@ def judge(faces, drawn_in, orientation, *, known=True, size=(400, 300), scale=1.
     boxes, shape = draw_tags(large, xmp.STORED[drawn_in], size)
     tags = [regions.Tag(str(number), box) for number, box in enumerate(boxes)]
     made = regions.Tags(tags, shape if known else None), np.delete(faces, hidden, 0), size
-    fits, problem = regions.judge_fit(*made, orientation)
-    return np.where(fits, regions.match_faces(*made, orientation), -1).tolist(), problem
+    found, problem = regions.match_faces(*made, orientation)
+    return found.tolist(), problem
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -568,8 +568,8 @@ def test_tags_that_fit_in_two_ways_or_in_none_are_not_believed(
 def test_tags_of_a_picture_of_another_shape_are_not_believed(shape, size, orientation, fits):
     tags = regions.Tags([regions.Tag("Ada", (0.45, 0.45, 0.55, 0.55))], shape)
     face = np.array([[0.45, 0.45, 0.55, 0.55]]) * np.array(size * 2)
-    found, problem = regions.judge_fit(tags, face, size, orientation)
-    assert found.tolist() == [fits] and (SHAPE in problem) == (not fits)
+    found, problem = regions.match_faces(tags, face, size, orientation)
+    assert found.tolist() == [0 if fits else -1] and (SHAPE in problem) == (not fits)
 
 
 @pytest.mark.parametrize("tagged", ["stored", "shown"])
@@ -581,26 +581,28 @@ def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
         tags = [regions.Tag(str(number), box) for number, box in enumerate(boxes)]
         made = regions.Tags(tags, shape if shape_is_known else None)
         # Tag 0 gets face 0, and tag 1 gets face 1.
-        assert regions.match_faces(made, FACES, (400, 300), orientation).tolist() == [0, 1]
+        found, problem = regions.match_faces(made, FACES, (400, 300), orientation)
+        assert found.tolist() == [0, 1] and not problem
         # Without faces, both tags get -1.
-        assert regions.match_faces(made, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
-    assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6).tolist() == []
+        found, _ = regions.match_faces(made, FACES[:0], (400, 300), orientation)
+        assert found.tolist() == [-1, -1]
+    assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6)[0].tolist() == []
 
 
 def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
     # The tag is at the top left. In the stored picture of 300 x 400 pixels, the face is at the top
     # left, too. In the displayed picture of 400 x 300 pixels, the face is at the top right. If the
-    # shape is not known or is a square, the picture with more matches counts: the stored picture.
+    # shape is not known, the picture with more matches counts: the stored picture. If it is a
+    # square, neither picture was tagged.
     face = np.array([[280, 30, 360, 90]])
-    for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
+    for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [-1])):
         tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
-        found = regions.match_faces(tags, face, size=(400, 300), orientation=6)
+        found, _ = regions.match_faces(tags, face, size=(400, 300), orientation=6)
         assert found.tolist() == matches, shape
 
 
 def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
     """Tags 0, 1 and 2 cover face 0, and tag 2 fits it best. Only tag 0 covers face 1."""
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
-    tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
-    face_of_each_tag = regions.match_faces(tags, FACES, size=(400, 300), orientation=1)
+    face_of_each_tag = regions._pair_boxes(np.array(boxes) * (400, 300, 400, 300), FACES)
     assert face_of_each_tag.tolist() == [1, -1, 0, -1]

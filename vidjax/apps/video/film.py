@@ -349,9 +349,8 @@ def _read_photo(
         clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
     if tags.tags:
         height, width = photo.rgb.shape[:2]
-        given = tags, faces.boxes, (width, height), photo.orientation
-        fits, misfit = regions.judge_fit(*given)
-        owners = np.where(fits, regions.match_faces(*given), -1)
+        size = width, height
+        owners, misfit = regions.match_faces(tags, faces.boxes, size, photo.orientation)
         for tag, face in zip(tags.tags, owners.tolist(), strict=True):
             if face >= 0:
                 clips.tracks[face].name = tag.name
