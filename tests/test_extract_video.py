@@ -331,6 +331,16 @@ def test_sound_follows_its_time_stamps(tmp_path):
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
 
 
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
+def test_sound_is_read_to_its_end(tmp_path, rate):
+    samples = np.sin(np.arange(2 * rate) / rate * 2 * np.pi * 440) * 0.5
+    films.write(tmp_path / "film.mkv", [films.scene(0)] * 50, sound=samples, rate=rate)
+    with decode.open_video(tmp_path / "film.mkv") as video:
+        blocks = [block for _, block in video.sound()]
+    assert len(np.concatenate(blocks)) == pytest.approx(32_000, abs=1)  # 2 s at 16 kHz
+    assert not video.counts.refused
+
+
 @pytest.mark.parametrize(("limit", "lost"), [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
 def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch, limit, lost):
     """Two MPEG streams of different sizes, one after the other, are one film."""

@@ -9,9 +9,10 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -192,33 +193,39 @@ class Video:
         previous block, the rest of the sound is dropped.
         """
         from av.audio.frame import AudioFrame
-        from av.audio.resampler import AudioResampler
-        from av.error import FFmpegError
 
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
-            resampler, source = AudioResampler("flt", "mono", SOUND_RATE), None
             time_s = 0.0
-            for decoded in self._decode(stream, AudioFrame):
-                form = (decoded.format.name, decoded.layout.name, decoded.sample_rate)
-                if form != source:  # broadcasts change the format between programmes
-                    resampler, source = AudioResampler("flt", "mono", SOUND_RATE), form
+            for block in self._resample(self._decode(stream, AudioFrame)):
+                # Small differences are ignored, because some formats round time stamps.
+                if block.time is not None:
+                    stamp_s = block.time - self.info.start_s
+                    if stamp_s < time_s - BACK_SECONDS:  # later times are unknown
+                        self.counts.damaged = True
+                        return
+                    time_s = stamp_s if abs(stamp_s - time_s) > ROUNDING_SECONDS else time_s
+                samples = np.clip(np.nan_to_num(block.to_ndarray()[0]), -1, 1)
+                yield time_s, samples
+                time_s += len(samples) / SOUND_RATE
+
+    def _resample(self, frames: "Iterable[AudioFrame]") -> "Iterator[AudioFrame]":
+        """Converts sound to one channel of float32 samples at 16 kHz."""
+        from av.audio.resampler import AudioResampler
+        from av.error import FFmpegError
+
+        # Broadcasts change the format between programmes.
+        formats = itertools.groupby(
+            frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate)
+        )
+        for _, group in formats:
+            resampler = AudioResampler("flt", "mono", SOUND_RATE)
+            for frame in itertools.chain(group, (None,)):
                 try:
-                    resampled = resampler.resample(decoded)
+                    # For None, the resampler returns the last samples, and None if it keeps none.
+                    yield from filter(None, resampler.resample(frame))
                 except (FFmpegError, ValueError):  # a sound format that cannot be converted
                     self.counts.refused += 1
-                    continue
-                for block in resampled:
-                    # Small differences are ignored, because some formats round time stamps.
-                    if block.time is not None:
-                        stamp_s = block.time - self.info.start_s
-                        if stamp_s < time_s - BACK_SECONDS:  # later times are unknown
-                            self.counts.damaged = True
-                            return
-                        time_s = stamp_s if abs(stamp_s - time_s) > ROUNDING_SECONDS else time_s
-                    samples = np.clip(np.nan_to_num(block.to_ndarray()[0]), -1, 1)
-                    yield time_s, samples
-                    time_s += len(samples) / SOUND_RATE
 
     def _decode(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
         """Yields the frames of a stream, without frames that the decoder marks as corrupt."""
