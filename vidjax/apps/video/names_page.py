@@ -30,7 +30,7 @@ SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
 MOST_TIMES = 6  # times of a person below a timeline; further times are folded
 MOST_DOUBTFUL = 100  # doubtful names that are listed
-CLIP = "clip: "  # the key of an appearance begins with this word, unlike the name of a person
+CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names with a tab
 
 Picture = tuple[str, str]  # the address of a picture, and its description
 
