@@ -8,10 +8,8 @@ import functools
 import os
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,6 @@ from vidjax.runs import checkpoint, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
 from vidjax.utils.errors import describe_system_error
-from vidjax.utils.files import reading
 
 
 def test_failed_write_leaves_no_file(tmp_path):
@@ -67,14 +64,6 @@ def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch)
     assert (tmp_path / "x" / "a.txt").read_text() == "a"
 
 
-def test_large_file_is_read_if_the_disk_reports_no_blocks(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(b"content")
-    monkeypatch.setattr(reading, "LARGE_BYTES", 1)
-    status = SimpleNamespace(st_mode=stat.S_IFREG, st_size=7, st_blocks=0)  # as in an HSM archive
-    monkeypatch.setattr(os, "fstat", lambda descriptor: status)
-    assert files.read_bytes(tmp_path / "x", 7) == b"content"
-
-
 def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre without `-o flock`
@@ -87,14 +76,14 @@ def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp
 
 
 @pytest.mark.parametrize("handler", [
-    "signal.signal(signal.SIGTERM, messages.stop_at_once)",
+    "signal.signal(signal.SIGTERM, exit_codes.stop_at_once)",
     "signals.end_on_signals()",  # a thread removes the folders while the program writes
 ])  # fmt: skip
 def test_signal_removes_unfinished_folders(tmp_path, handler):
     code = f"""
 import os, pathlib, signal
 from vidjax.runs import signals
-from vidjax.utils import files, messages, scratch
+from vidjax.utils import exit_codes, files, scratch
 {handler}
 with files.atomic_folder(pathlib.Path("new")) as new, scratch.scratch_folder():
     for number in range(2000):
@@ -147,14 +136,6 @@ def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(6) as threads:
         for words in threads.map(write_and_read, range(6)):
             assert len(words) == 4000 and len(set(words)) == 1
-
-
-def test_identities_too_large_to_read_back_are_refused_before_training(tmp_path, monkeypatch):
-    names = ["x" * 2000]
-    files.write_json(tmp_path / "names.json", names)
-    monkeypatch.setattr(results, "MAX_IDENTITIES_BYTES", 1000)
-    refused(lambda: results.check_identities(names), "1,000")
-    refused(lambda: results.load_identities(tmp_path / "names.json"), "1,000")
 
 
 @pytest.mark.slow

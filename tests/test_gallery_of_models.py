@@ -14,12 +14,12 @@ from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
-from vidjax.apps.export import formats as formats_lib, reader
-from vidjax.apps.gallery import answers as answers_lib, backend, grouping
+from vidjax.apps.gallery import answers as answers_lib, array_export, backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import appearances, cards, doubts
 from vidjax.data.memory import MemoryClips
+from vidjax.evaluation.export import reader
 from vidjax.models import distance
 from vidjax.utils.errors import VidjaxWarning
 
@@ -165,7 +165,7 @@ def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor
     plain = (small.astype(np.float64) / factor).astype(np.float32)
     wanted, answers = (gallery.identify(faces("x", x)) for x in (plain, small))
     assert {answer.identity for answer in wanted.values()} == {None, *gallery.identities}
-    read = formats_lib.make_gallery_arrays(gallery)
+    read = array_export.make_arrays(gallery)
     logs = reader.log_probabilities(read, {"face": small})
     for row, (name, answer) in enumerate(wanted.items()):
         best = [(person, pytest.approx(p, abs=1e-5)) for person, p in answer.best]
@@ -385,28 +385,6 @@ def test_clips_that_speak_against_the_name_leave_their_group(gallery):
     assert 10 < len(left) < 90
 
 
-def test_clips_that_a_user_grouped_stay_together(gallery):
-    """The user has grouped the clips of Ada and of Eve in pairs: a0 and a1, a2 and a3, ..."""
-    ada, eve = draw(6, people=2, clips=6)
-    vectors = gallery.embed(faces("a", ada) | faces("e", eve))
-    pairs = {clip: f"pair {clip[0]}{int(clip[1]) // 2}" for clip in vectors.names}
-    wanted = {clip: "unknown 1" if clip[0] == "a" else "unknown 2" for clip in vectors.names}
-    assert gallery.group(vectors, begin=pairs) == wanted
-
-    # The user has put clips of two people into one group.
-    pairs["e0"] = pairs["a0"]
-    groups = gallery.group(vectors, begin=pairs)
-    assert groups["e0"] == groups["a0"] == groups["a1"]
-
-    # a2 and a4 are visible at the same time, so they show two people.
-    groups = gallery.group(vectors, apart=[("a2", "a4")], begin=pairs)
-    assert groups["a2"] == groups["a3"] != groups["a4"] == groups["a5"]
-
-    del pairs["a0"]
-    error = "`begin` lacks 1 clip: a0\ngive the first group"
-    refused(lambda: gallery.group(vectors, begin=pairs), error)
-
-
 def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
     """Many players show only one subtitle at a time. Markup in names is escaped."""
     found = [
@@ -598,9 +576,10 @@ def test_a_pair_is_joined_if_its_odds_exceed_the_number_of_groups(gallery):
     pair = {"a": {"face": first[None]}, "b": {"face": turn(angle)}}
     for count in (0, 2, 4, 20):  # clips of other people, who resemble nobody
         others = faces("x", np.eye(WIDTH, dtype=np.float32)[2 : 2 + count])
-        groups = gallery.group(pair | others, absorb=False)
-        assert len({*groups.values()}) == count + (1 if count + 2 < 5 else 2)
-        assert (groups["a"] == groups["b"]) == (count + 2 < 5)
+        for votes, odds in ((False, 1), (True, grouping.VOTE_ODDS)):
+            groups = gallery.group(pair | others, for_votes=votes)
+            assert (groups["a"] == groups["b"]) == (count + 2 < 5 * odds)
+            assert len({*groups.values()}) == count + (1 if count + 2 < 5 * odds else 2)
 
 
 def test_a_stranger_who_sets_the_threshold_does_not_reach_it_in_another_batch():

@@ -1,4 +1,4 @@
-"""The layout of the package, what is installed, and the words of its pages."""
+"""The layout of the package, and what is installed."""
 
 import ast
 import functools
@@ -27,13 +27,6 @@ WITHOUT = {
     "vidjax.models": {*TENSORFLOW, "matplotlib", "orbax"},
     "vidjax.evaluation.report": {*JAX, *TENSORFLOW},
 }
-# Words of sentences that leave out a noun, or that are translated word by word.
-AVOIDED = re.compile(
-    r"\b(alone|beside|once more|told|anew|somebody|whoever|hearsay|(that|those) of)\b|[;,] else\b",
-    re.IGNORECASE,
-)
-QUOTATION = re.compile(r"`[^`]*`|\"[^\"]*\"")
-CODE = re.compile(r"`[^`]*`|\"\w*\"|\bbeside\(|\bTOLD\b")  # also two names of the program
 
 
 @functools.cache
@@ -105,18 +98,3 @@ def test_no_module_executes_data_as_code():
         text = path.read_text()
         assert not any(map(is_unsafe, ast.walk(ast.parse(text)))), path
         assert not re.search(r"/work/|/root/|/tmp/", text), path  # folders of developers
-
-
-def test_prose_avoids_vague_and_translated_words():
-    pages = [ROOT / name for name in ("README.md", "tests/README.md", "tests/benchmarks/README.md")]
-    for folder in ("vidjax", "configs", "colab", ".github"):
-        for kind in ("*.py", "*.md", "*.j2"):
-            pages += (ROOT / folder).rglob(kind)
-
-    for page in pages:
-        # Rows of CONTRIBUTING quote these words. Scripts write the rows of benchmarks.
-        skips_rows = page.match(".github/*") or page.match("benchmarks/*")
-        quoted = CODE if page.suffix in (".py", ".j2") else QUOTATION
-        for line in page.read_text().splitlines():
-            if not (skips_rows and line.startswith("| ")):
-                assert not AVOIDED.search(quoted.sub("", line)), f"{page}: {line}"

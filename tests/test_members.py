@@ -12,7 +12,7 @@ from tests.helpers.small_runs import Spoilt, evaluate, run, shrunk, weights
 from vidjax.core import ensemble
 from vidjax.evaluation import eval_step
 from vidjax.models.build_system import TaskSpec, make_model
-from vidjax.runs import config as config_lib, config_io
+from vidjax.runs import config as config_lib, config_io, members_file
 from vidjax.training import plan as plan_lib
 
 add_scores = jax.jit(eval_step.add_scores)  # operation by operation it takes seconds
@@ -64,12 +64,12 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     assert not in_sample  # True needs members that were all trained on all three clips
     np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])  # [members, clips]
 
-    ensemble.save(tmp_path, training_sets)
-    loaded = ensemble.load(tmp_path)
+    members_file.save(tmp_path, training_sets)
+    loaded = members_file.load(tmp_path)
     assert (loaded.members, loaded.clips) == (members, training_sets.clips)
     np.testing.assert_array_equal(loaded.trained, trained)
-    assert ensemble.digest(loaded) == ensemble.digest(training_sets)
-    assert ensemble.digest(loaded._replace(trained=~trained)) != ensemble.digest(loaded)
+    assert members_file.digest(loaded) == members_file.digest(training_sets)
+    assert members_file.digest(loaded._replace(trained=~trained)) != members_file.digest(loaded)
 
 
 def add_up(members, weights, *, logs):
@@ -166,7 +166,7 @@ def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_pa
 def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_path, monkeypatch):
     """The features and labels of the clips that member 1 leaves out are spoilt."""
     plain, _ = ensemble_run
-    left_out = ~ensemble.load(plain).trained[1]
+    left_out = ~members_file.load(plain).trained[1]
     rows = {"train": slice(0, 96), "val": slice(96, 156)}  # the clips of each split
 
     class Relabelled(Spoilt):

@@ -15,7 +15,7 @@ from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.data import sources
 from vidjax.data.clips import Split
-from vidjax.evaluation import predict, restore
+from vidjax.evaluation import predict, trained_runs
 from vidjax.runs import checkpoint, config as config_lib, config_io
 from vidjax.utils import files
 
@@ -166,7 +166,7 @@ def test_a_modality_is_missing_if_hardly_any_clip_has_it(counts, wanted):
     split = Split("val", (), np.zeros(0), False, np.zeros(0), 0, lengths)
     expected = pytest.warns(UserWarning, match=wanted) if wanted else contextlib.nullcontext()
     with expected:
-        restore.warn_of_missing_modalities(split, counts)
+        trained_runs.warn_of_missing_modalities(split, counts)
 
 
 def test_arrays_are_scored_without_tensorflow(train, python):

@@ -26,8 +26,8 @@ from vidjax.data import arrays, iqiyi_vid, synthetic
 from vidjax.models import identifier
 
 FOLDERS = (
-    "configs", "vidjax/data", "vidjax/apps/export", "vidjax/apps/video", "vidjax/apps/gallery",
-    "vidjax/runs", "vidjax/apps/serve", "tests/benchmarks", "tests",
+    "configs", "vidjax/data", "vidjax/evaluation/export", "vidjax/apps/video",
+    "vidjax/apps/gallery", "vidjax/runs", "vidjax/apps/serve", "tests/benchmarks", "tests",
 )  # fmt: skip
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 

@@ -14,9 +14,7 @@ from tests.helpers import clip_files, made_runs
 from tests.helpers.pages import check_numbers, section
 from tests.helpers.seen import refused
 from vidjax.cli import program
-from vidjax.core import ensemble
-from vidjax.evaluation import restore
-from vidjax.runs import checkpoint, results as results_lib
+from vidjax.runs import checkpoint, digests, members_file, results as results_lib
 from vidjax.utils import files
 
 pytestmark = pytest.mark.slow
@@ -157,7 +155,7 @@ def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
     other_labels = added_head | {"labels": "y"}
     for after, wanted in ((added_head, ""), (other_labels, "val has other labels")):
         with pytest.warns(UserWarning, match="other modalities"):
-            assert restore.describe_difference("val", before, after) == wanted
+            assert digests.describe_difference("val", before, after) == wanted
 
 
 KNN = "--config=knn:iqiyi_vid"
@@ -181,7 +179,7 @@ def everything(official_dir, tmp_path_factory):
 
 def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_dir, say):
     folder, out = everything
-    trained, results = ensemble.load(folder).trained, read_metrics(folder)
+    trained, results = members_file.load(folder).trained, read_metrics(folder)
     assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
     assert trained.all()
     assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12

@@ -35,7 +35,8 @@ from vidjax.apps.serve import app as app_lib, limits as limits_lib, served_model
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
 from vidjax.evaluation import predict
-from vidjax.utils import errors, messages
+from vidjax.runs import terminal
+from vidjax.utils import errors
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
@@ -737,7 +738,7 @@ def test_serve_command_serves_another_run(nearest_run, data, trained, tmp_path, 
     served = []
     monkeypatch.setattr(app_lib, "make_app", lambda *given: served.append(given))
     monkeypatch.setattr(app_lib, "serve", lambda *_: True)
-    monkeypatch.setenv(messages.QUIET, "1")
+    monkeypatch.setenv(terminal.QUIET, "1")
     for run in (trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), nearest_run):
         say("serve", f"--gallery={gallery.folder}", f"--run={run}", "--port=0")
 

@@ -1,6 +1,5 @@
 """The streaming top k equals a full sort for every order of blocks, ties and special values."""
 
-import functools
 from unittest import mock
 
 import jax
@@ -8,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.cases import quick_first
 from vidjax.core import devices
-from vidjax.evaluation import device_topk, topk
+from vidjax.evaluation import topk
+from vidjax.evaluation.running_topk import RunningTopK
 
 C, K = 7, 20  # identities, and places in the list of an identity
 
@@ -41,13 +40,6 @@ def blocks_of(scores, clip_index, rows, rng):
         yield block, index, real
 
 
-def rank_on_device(blocks, num_identities, k, rows, mesh=None):
-    top = device_topk.DeviceTopK(num_identities, k, rows, mesh or devices.make_mesh(1))
-    for block in blocks:
-        top.add(block)
-    return top.finish()
-
-
 STREAMS = {
     "random": lambda s: s, "descending": lambda s: -np.sort(-s, axis=0), "all equal": np.zeros_like,
     "few values": lambda s: np.round(2 * s),
@@ -73,34 +65,6 @@ def test_top_k_equals_a_full_sort(monkeypatch, name):
             monkeypatch.setattr(topk, "CHUNK", chunk)
             monkeypatch.setattr(topk, "MAX_CANDIDATES", candidates)
             np.testing.assert_equal(topk.rank(blocks, C, K), expected)
-        for rows in (16, 48):  # of one block, or of three blocks
-            np.testing.assert_equal(rank_on_device(blocks, C, K, rows=rows), expected)
-
-
-@pytest.mark.parametrize("name", ["random", "descending", "all equal"])
-def test_top_k_on_a_device_equals_a_full_sort_if_it_skips_rows(monkeypatch, name):
-    """A block has 15 groups of 4 rows. If at most 3 can change a top list, the rest is skipped."""
-    monkeypatch.setattr(device_topk, "GROUP", 4)
-    monkeypatch.setattr(device_topk, "MOST_GROUPS", (1, 3))  # 1, 3 or all groups are sorted
-    update = jax.jit(lambda top, block: device_topk.update_top(top, [block]))
-    rng = np.random.default_rng(1)
-    scores = STREAMS[name](rng.standard_normal((1500, C), np.float32)).astype(np.float32)
-    clip_index = rng.permutation(1500).astype(np.int32)
-    top = topk.TopK(jnp.full((C, K), jnp.float32(-jnp.inf)), jnp.full((C, K), topk.NO_CLIP))
-
-    needed_groups = []  # for each block, how many groups can change the list of an identity
-    for block in blocks_of(scores, clip_index, rows=60, rng=rng):
-        block_scores, _, real = block
-        best = np.where(real[:, None], block_scores, -np.inf).reshape(15, 4, C).max(axis=1)
-        can_change = best >= np.min(top.scores, axis=1)  # [groups, identities]
-        needed_groups.append(can_change.sum(axis=0).max())
-        top = update(top, block)
-
-    joined = topk.join_tops(topk.TopK(*(np.asarray(x)[None] for x in top)))
-    np.testing.assert_equal(joined, full_sort(scores, clip_index, K))
-    assert needed_groups[0] > 3  # all rows of the first block were sorted
-    if name != "all equal":  # with equal scores, every group can change a top list
-        assert min(needed_groups) <= 1  # most rows of a block were skipped
 
 
 def test_equal_scores_of_later_clips_are_dropped_immediately(monkeypatch):
@@ -114,56 +78,43 @@ def test_equal_scores_of_later_clips_are_dropped_immediately(monkeypatch):
     assert sum(len(call.args[0]) for call in make_keys.call_args_list) < 200  # of 2000 scores
 
 
-# With chunks of 3 of the 7 identities, the last chunk overlaps.
-@pytest.mark.parametrize("chunk", quick_first([3, device_topk.CHUNK]))
-def test_top_k_over_devices_and_chunks_equals_a_full_sort(monkeypatch, chunk):
-    monkeypatch.setattr(device_topk, "CHUNK", chunk)
-    device_topk._make_update.cache_clear()  # the compiled function contains CHUNK
+def test_top_k_of_blocks_on_devices_or_in_parts_equals_a_full_sort():
     mesh = devices.make_mesh(8)
     rng = np.random.default_rng(0)
     scores = np.round(4 * rng.standard_normal((256, C), np.float32))
     clip_index = rng.permutation(256).astype(np.int32)
     blocks = list(blocks_of(scores, clip_index, rows=32, rng=rng))
+    expected = full_sort(scores, clip_index, K)
 
-    # On the host and on the devices, with blocks on the host or split over devices.
-    split = [jax.device_put(block, devices.row_layout(mesh)) for block in blocks]
-    host = device_topk.start_top_k(C, K, mesh=mesh)
-    for block in split:
-        host.add(block)
-    tops = [host.finish()]
-    tops += [rank_on_device(given, C, K, rows=64, mesh=mesh) for given in (blocks, split)]
+    running = RunningTopK(C, mesh, K)
+    for block in blocks:
+        running.add(jax.device_put(block, devices.row_layout(mesh)))
+    np.testing.assert_equal(running.finish(), expected)
 
     # In three parts, each of every third block, which are joined.
     parts = [topk.rank(blocks[start::3], C, K) for start in range(3)]
     scores_of_parts, clips_of_parts = map(np.stack, zip(*parts, strict=True))
-    tops.append(topk.join_tops(topk.TopK(scores_of_parts, clips_of_parts)))
-
-    for top in tops:
-        np.testing.assert_equal(top, full_sort(scores, clip_index, K))
-    device_topk._make_update.cache_clear()
+    joined = topk.join_tops(topk.TopK(scores_of_parts, clips_of_parts))
+    np.testing.assert_equal(joined, expected)
 
 
-RANKERS = [topk.rank, functools.partial(rank_on_device, rows=7)]
-
-
-@pytest.mark.parametrize("rank", RANKERS, ids=["host", "device"])
-def test_top_k_orders_nan_zeros_infinities_and_bfloat16_scores(rank):
+def test_top_k_orders_nan_zeros_infinities_and_bfloat16_scores():
     """NaN ranks like -inf. 0, -0 and denormal numbers tie. Ties are in the order of the clips."""
     tiny = np.float32(1e-40)  # some backends round it to 0
     score_of = {0: np.nan, 6: 0.0, 5: -0.0, 4: tiny, 3: -tiny, 2: -np.inf, 1: -1.0}
     clips = np.array([*score_of], np.int32)
     scores = np.array([*score_of.values()], np.float32)[:, None]
-    top = rank([(scores, clips, np.ones(7, bool))], num_identities=1, k=7)
+    top = topk.rank([(scores, clips, np.ones(7, bool))], num_identities=1, k=7)
     assert top.index.tolist() == [[3, 4, 5, 6, 1, 0, 2]]
     assert top.scores.tolist() == [[0.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
 
-    # On the host, ties have the same order if each clip is a block.
+    # Ties have the same order if each clip is a block.
     one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
     assert topk.rank(one_by_one, num_identities=1, k=3).index.tolist() == [[3, 4, 5]]
 
     halves = jnp.arange(7, dtype=jnp.bfloat16)[:, None]
-    top = rank([(halves, np.arange(7, dtype=np.int32), np.ones(7, bool))], num_identities=1, k=3)
-    assert top.index.tolist() == [[6, 5, 4]]
+    block = halves, np.arange(7, dtype=np.int32), np.ones(7, bool)
+    assert topk.rank([block], num_identities=1, k=3).index.tolist() == [[6, 5, 4]]
 
 
 def test_count_ties_counts_tied_pairs_of_neighbouring_places():

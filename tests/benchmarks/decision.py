@@ -64,8 +64,9 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
     """
     model = backend.make_card_backend({"face": CARD})
     rng, figures, probabilities, rights = np.random.default_rng(0), [], [], []
+    clear = films.clarity >= LEAST_CLARITY
     groups = grouping.group(
-        model, films.clips, [films.vectors], films.apart, clarity=films.clarity, absorb=False
+        model, films.clips, [films.vectors], films.apart, clarity=clear, for_votes=True
     )
     owner = groups if votes else np.arange(len(groups))
     for _ in range(draws):
@@ -84,7 +85,7 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
         is_known = np.isin(films.people, people)
         named = np.array([answer.identity is not None for answer in decided])
         right = is_known & (best == films.people)
-        unknown = np.flatnonzero(~named & (films.clarity >= LEAST_CLARITY))
+        unknown = np.flatnonzero(~named & clear)
         names, truth = [films.clips[row] for row in unknown], films.people[unknown]
         labels = grouping.group(
             model, names, [films.vectors[unknown]], films.apart, clarity=films.clarity[unknown]

@@ -22,7 +22,7 @@ from vidjax.core import devices
 from vidjax.evaluation import predict
 from vidjax.runs import checkpoint, config as config_lib, config_io, signals
 from vidjax.training import loop
-from vidjax.utils import files, messages
+from vidjax.utils import exit_codes, files
 
 # After a failed save, threads of Orbax call an event loop that is already closed.
 ignored = "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -254,7 +254,7 @@ def test_extension_without_a_decay_gives_the_same_weights_and_no_warning(
 
 
 def test_fields_that_a_memory_error_names_may_change_in_a_resumed_run(command, words, parts, whole):
-    remedies = messages.describe_error(MemoryError()).replace(";", "").split()
+    remedies = exit_codes.describe_error(MemoryError()).replace(";", "").split()
     flags = [word for word in remedies if word.startswith("--config.")]
     assert {"--config.data.mode=streaming", "--config.eval.block_size=64"} <= {*flags}
     # The run streams, so that `resident` is the other mode.
@@ -272,7 +272,7 @@ def test_fields_that_a_memory_error_names_may_change_in_a_resumed_run(command, w
     named = {word.partition("=")[0].removeprefix("--config.") for word in flags}
     new_run = {"batch_size", "data.max_frames"}  # the text says that these need a new run
     assert named - {*config_lib.MAY_CHANGE} == new_run
-    assert "new run" in messages.describe_error(MemoryError())
+    assert "new run" in exit_codes.describe_error(MemoryError())
 
 
 def test_scores_of_another_checkpoint_do_not_replace_the_results_of_training(say, finished):
@@ -439,7 +439,7 @@ def failing_run(config, folder, data):
     """Trains a run, which must fail because a file cannot be written; returns the error."""
     with pytest.raises(OSError) as caught:
         run(config, folder, data)
-    assert messages.get_exit_code(caught.value) == 2
+    assert exit_codes.get_exit_code(caught.value) == 2
     assert len(str(caught.value).splitlines()) <= 3
     return str(caught.value)
 

@@ -27,6 +27,7 @@ from vidjax.apps.gallery.gallery import Gallery  # noqa: E402
 from vidjax.cli import program  # noqa: E402
 from vidjax.cli.gallery_commands import COMMANDS as OF_GALLERIES  # noqa: E402
 from vidjax.data import arrays, iqiyi_vid, synthetic  # noqa: E402
+from vidjax.utils import exit_codes  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -90,7 +91,7 @@ def call(text, **places):
     words, began = shlex.split(text.format(**places)), time.process_time()
     execute = PROGRAMS[words.pop(0)] if words[0] in PROGRAMS else program.main
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        code = program.messages.run_to_exit_code(lambda: execute(words), words)
+        code = exit_codes.run_to_exit_code(lambda: execute(words), words)
     assert time.process_time() - began < 20
     return code
 

@@ -116,13 +116,15 @@ def test_every_mode_refuses_a_pipe_link_or_folder_in_place_of_a_file(stranger, c
 @pytest.mark.parametrize(
     "name", [*RESULTS, "config.json", "data_report.json", "checkpoints/1/manifest.json"]
 )
-def test_deeply_nested_json_and_files_of_30_gb_end_in_short_errors(stranger, complaint, name):
+def test_deeply_nested_json_and_json_of_30_gb_end_in_short_errors(stranger, complaint, name):
     """`complaint` checks the errors. A mode may succeed if it does not read the file."""
     path = stranger / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"[" * 200_000 + b"]" * 200_000)
     for mode in READ:
         complaint(mode, stranger)
+    if path.suffix == ".jsonl":
+        return
     mutations.put(path, "sparse", path)  # 30 GB of holes
     for mode in READ:
         complaint(mode, stranger)
@@ -158,8 +160,8 @@ WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []
 @pytest.mark.parametrize(("values", "arrays"), [
     ({"worst": [WORST]}, dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2))),
     ({"worst": 5}, {}),
-    ({}, {"attention": np.zeros((20_000, 2), np.float32)}), ({}, {"ap": np.array([0.5])}),
-], ids=["number of an identity", "type", "number of clips", "one of two identities"])  # fmt: skip
+    ({}, {"attention": np.zeros(2, np.float32)}), ({}, {"ap": np.array([0.5])}),
+], ids=["number of an identity", "type", "shape", "one of two identities"])  # fmt: skip
 def test_report_refuses_an_analysis_with_wrong_types_or_sizes(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)
     code, output = complaint("report", stranger)
@@ -261,14 +263,10 @@ def test_checkpoint_with_a_pipe_link_or_device_is_damaged(tmp_path, name, kind, 
             read()
 
 
-def test_checkpoint_with_holes_or_a_file_outside_is_damaged(tmp_path):
+def test_checkpoint_with_a_file_outside_is_damaged(tmp_path):
+    """The manifest lists an existing file outside the checkpoint. It counts as missing."""
     folder = save(tmp_path, 1)
     manifest = checkpoint.read_manifest(folder)
-    os.truncate(folder / "state" / max(manifest["files"]), 500 << 30)  # 500 GB of holes
-    with mutations.alarm(), pytest.raises(checkpoint.DamagedError, match="holes"):
-        checkpoint.verify(folder)
-
-    # The manifest lists an existing file outside the checkpoint. It counts as missing.
     (tmp_path / "mine.txt").write_text("mine")
     manifest["files"]["../../../mine.txt"] = "0" * 64
     files.write_manifest(folder / "manifest.json", manifest)
@@ -301,7 +299,7 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, cac
     kept = path.read_bytes()
     (tmp_path / "kept").write_bytes(kept)
 
-    for kind in ("pipe", "zero", "link", "folder", "sparse"):
+    for kind in ("pipe", "zero", "link", "folder"):
         mutations.put(path, kind, tmp_path / "kept")
         refused(lambda: read_train_clips(cache), "delete")
         path.rmdir() if kind == "folder" else path.unlink()

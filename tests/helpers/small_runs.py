@@ -9,7 +9,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vidjax.core import devices
-from vidjax.evaluation import analysis, restore, scoring
+from vidjax.evaluation import analysis, scoring, trained_runs
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
@@ -53,7 +53,9 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
 
 def evaluate(config, folder, data, **options):
     """Ranks a split with a trained run; `options` go to `analysis.evaluate`."""
-    return analysis.evaluate(config, restore.find_run(config, RunFolder(folder)), data, **options)
+    return analysis.evaluate(
+        config, trained_runs.find_run(config, RunFolder(folder)), data, **options
+    )
 
 
 def run(config, folder, data, num_devices=1):
@@ -157,8 +159,8 @@ class Interrupting:
 def restored(folder, data, config=None, mesh=None):
     """Returns the model that an evaluation of a run would load."""
     config = config or config_io.load_workdir(folder)
-    found = restore.find_run(config, RunFolder(folder))
-    return restore.make_model(config, found, data, mesh or devices.make_mesh(1))
+    found = trained_runs.find_run(config, RunFolder(folder))
+    return trained_runs.make_model(config, found, data, mesh or devices.make_mesh(1))
 
 
 def scores(models, split="val", mesh=None, block_size=16):

@@ -23,7 +23,6 @@ from vidjax.data.labels import sort_identities
 from vidjax.runs import terminal
 from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
-from vidjax.utils.messages import Result
 from vidjax.utils.names import clean_name, clean_name_at, show
 
 if TYPE_CHECKING:
@@ -160,8 +159,12 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) ->
         )
 
 
-def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
-    """Writes the results of each table that has no results yet; returns a summary.
+def process_tables(
+    inputs: Sequence[Path], out: str, work: TableTask
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Writes the results of each table that has no results yet.
+
+    Returns a summary, for JSON and as text.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
     `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet the joint ranking.
@@ -206,7 +209,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
     count = f"{len(inputs):,}" + (f", {skipped:,} of them finished before" if skipped else "")
     results = str(out_folder / RANKING if work.joined else out_folder)
     content = {"tables": len(inputs), "skipped": skipped, "results": results}
-    return Result(content, {"tables": count, "results": results})
+    return content, {"tables": count, "results": results}
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:

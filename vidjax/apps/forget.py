@@ -257,8 +257,6 @@ def _read_names_of_run(folder: Path) -> Iterator[str]:
         yield from _lines(arrays["clips"].tobytes() if "clips" in arrays else b"")
     for path in folder.glob("analysis*.npz"):
         if (facts := files.read_npz(path, INDEX_BYTES).get("facts")) is not None:
-            if facts.nbytes > files.JSON_BYTES:
-                raise UserError(f"'{path}' contains more than {files.JSON_BYTES:,} bytes of text")
             yield from _walk_texts(files.parse_json(facts.tobytes()))
     for path in folder.glob("ranking*.txt"):
         for word in re.finditer(rb"\S+", files.read_bytes(path, INDEX_BYTES)):
@@ -266,11 +264,13 @@ def _read_names_of_run(folder: Path) -> Iterator[str]:
 
 
 def _walk_texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for child in value.values() if isinstance(value, Mapping) else value:
-            yield from _walk_texts(child)
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping | list):
+            values += value.values() if isinstance(value, Mapping) else value
 
 
 def _read_names_of_who(folder: Path) -> Iterator[str]:

@@ -5,17 +5,19 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
+
+from vidjax import __version__
 from vidjax.cli import shared_flags
-from vidjax.utils import files, messages
+from vidjax.cli.result import Result
+from vidjax.evaluation.export.formats import FORMATS, Format
+from vidjax.runs import terminal
+from vidjax.utils import files, messages, printing
 from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
-from vidjax.utils.messages import Parser, Result
+from vidjax.utils.parser import Parser, whole_number
 
-if TYPE_CHECKING:
-    from vidjax.apps.export.formats import Format
-
-FORMAT_NAMES = ("stablehlo", "saved_model", "onnx", "safetensors", "numpy")
 MANIFEST = "export.json"
 
 
@@ -35,7 +37,7 @@ def add_export_flags(parser: Parser) -> None:
     parser.add_argument("folder", metavar="RUN", help=about)
     parser.add_argument("--to", metavar="DIR", required=True, help="the new folder")
     about = "the format; for a gallery only safetensors or numpy"
-    parser.add_argument("--format", choices=FORMAT_NAMES, required=True, help=about)
+    parser.add_argument("--format", choices=FORMATS, required=True, help=about)
     about = "the checkpoint of the run: the latest (default), or the one with the best MAP"
     parser.add_argument("--checkpoint", choices=("latest", "best"), help=about)
     shared_flags.add_definitions(parser)
@@ -55,7 +57,6 @@ def add_import_flags(parser: Parser) -> None:
 def _export(args: argparse.Namespace) -> Result:
     """Exports a run or a gallery, and checks that the exported files give the same results."""
     (source, to), began = _read_paths(args), time.monotonic()
-    from vidjax.apps.export.formats import FORMATS
     from vidjax.apps.gallery.store import GALLERY_FILE
 
     shared_flags.load_definitions(args)
@@ -82,13 +83,13 @@ def _export(args: argparse.Namespace) -> Result:
 
 
 def _write_run(
-    source: Path, folder: Path, target: "Format", name: str, step: Literal["latest", "best"]
+    source: Path, folder: Path, target: Format, name: str, step: Literal["latest", "best"]
 ) -> dict[str, Any]:
     import jax
 
-    from vidjax.apps.export import function, weights
-    from vidjax.core import devices
     from vidjax.evaluation import predict
+    from vidjax.evaluation.export import function, weights
+    from vidjax.runs.versions import collect_versions
     from vidjax.training import public
 
     public.open_run(source)  # if it is no run, the error gives a remedy
@@ -113,14 +114,13 @@ def _write_run(
         "num_identities": len(run.identities),
         "scores": run.config.eval.scores,
         "difference": function.check(name, run, outputs),
-        "versions": devices.collect_versions(),
+        "versions": collect_versions(),
     }  # fmt: skip
 
 
-def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> dict[str, Any]:
-    from vidjax.apps.export import formats
+def _write_gallery(source: Path, folder: Path, target: Format, name: str) -> dict[str, Any]:
+    from vidjax.apps.gallery import array_export
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.core import devices
 
     if not target.gallery_file:
         raise UserError(
@@ -129,21 +129,21 @@ def _write_gallery(source: Path, folder: Path, target: "Format", name: str) -> d
             "from which the gallery was made"
         )
     gallery = Gallery(source)
-    difference = formats.write_gallery(name, gallery, folder)
+    difference = array_export.write_arrays(name, gallery, folder / target.gallery_file)
     files.write_json(folder / "identities.json", list(gallery.index.names))
     return {
         "version": gallery.version,
         "parts": gallery.backend.widths,
         "num_identities": len(gallery.index.names),
         "difference": difference,
-        "versions": devices.collect_versions(),
+        "versions": {"vidjax": __version__, "numpy": np.__version__},
     }
 
 
 def _import(args: argparse.Namespace) -> Result:
     """Makes a run from a folder to which `vidjax export` wrote a run, in any format."""
-    from vidjax.apps.export import weights
     from vidjax.evaluation import predict
+    from vidjax.evaluation.export import weights
 
     source, to = _read_paths(args)
     shared_flags.load_definitions(args)
@@ -163,7 +163,7 @@ def add_serve_flags(parser: Parser) -> None:
     about = "the address of the server (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
     about = "the port, or 0 for any free port (default: %(default)s)"
-    port = messages.whole_number(0, 65535)
+    port = whole_number(0, 65535)
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
     about = "a file with a secret that clients must send; needed if ADDRESS is not local"
     parser.add_argument("--token-file", metavar="F", help=about)
@@ -201,9 +201,9 @@ def serve(args: argparse.Namespace) -> Result:
     with listener:
         address, number = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
-        messages.print_text(f"http://{host}:{number}")
+        printing.print_text(f"http://{host}:{number}")
         # Messages for the terminal contain names of people. The log of a server must not.
-        os.environ[messages.QUIET] = "1"
+        os.environ[terminal.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)
         complete = app_lib.serve(app, listener, limits)
     text = "ended" if complete else "ended; unfinished requests were cut off"

@@ -12,11 +12,12 @@ import msgspec
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.video import cards, features_folder, net_packages, pipeline, who
 from vidjax.cli.gallery_commands import add_rule
+from vidjax.cli.result import Result
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import require_packages
 from vidjax.utils.machine import num_cores
-from vidjax.utils.messages import Parser, Result
+from vidjax.utils.parser import Parser, whole_number
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
@@ -139,11 +140,9 @@ def add_shared_flags(parser: Parser) -> None:
         "longer side of frames after shrinking, in pixels (default: as in the last call, at first "
         "640)"
     )
-    parser.add_argument("--size", metavar="N", type=messages.whole_number(*SIZE_RANGE), help=about)
+    parser.add_argument("--size", metavar="N", type=whole_number(*SIZE_RANGE), help=about)
     about = "number of processes, at most 4 per core (default: the number of cores)"
-    parser.add_argument(
-        "--workers", metavar="N", type=messages.whole_number(1, MAX_WORKERS), help=about
-    )
+    parser.add_argument("--workers", metavar="N", type=whole_number(1, MAX_WORKERS), help=about)
     about = "compares the contents of all files with the last call, not only their size and time"
     parser.add_argument("--check", action="store_true", help=about)
     about = (

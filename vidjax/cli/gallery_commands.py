@@ -15,11 +15,12 @@ from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.changes import check_person, stack_vectors
 from vidjax.apps.video import appearances
+from vidjax.cli.result import Result
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import InUseError, UserError, closest, prefix_errors, warn
-from vidjax.utils.messages import Parser, Result
+from vidjax.utils.errors import InUseError, UserError, prefix_errors, warn
 from vidjax.utils.names import normal_form, strip_ending
+from vidjax.utils.parser import Parser, whole_number
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery, Vectors
@@ -44,6 +45,7 @@ The guide is vidjax/apps/gallery/README.md.
 def add_gallery_flags(parser: Parser) -> None:
     """Adds the commands of `vidjax gallery` and their flags."""
     parser.description = HELP
+    parser.example = "vidjax gallery identify G --input=PATH"
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True
     )
@@ -122,9 +124,7 @@ def _add_identify(parser: Parser) -> None:
     add_rule(parser)
     most = answers_lib.NUM_TABLE_PEOPLE
     about = f"possible people per clip (default: %(default)s); the printed table has up to {most}"
-    parser.add_argument(
-        "--k", metavar="K", type=messages.whole_number(1, 1_000_000), default=5, help=about
-    )
+    parser.add_argument("--k", metavar="K", type=whole_number(1, 1_000_000), default=5, help=about)
     about = (
         "the new file: .jsonl, .csv, .tsv or .parquet; for features of vidjax extract also .vtt, "
         ".srt or .rttm; if the input is a folder of tables: a folder"
@@ -217,25 +217,6 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     ),
     "export": ("writes a parquet table of the enrolled clips: names, people, vectors", _add_export),
 }
-
-
-# Words that users try as a command -> the command that they may mean.
-SLIPS = {"add": "enrol", "delete": "remove", "forget": "remove", "show": "list", "new": "create"}
-
-
-def check_command(words: Sequence[str]) -> None:
-    """Raises UserError if the first word after `vidjax gallery` is not a command."""
-    if not words or words[0].startswith("-") or words[0] in COMMANDS:
-        return
-    word, *rest = words
-    match = SLIPS.get(word) or closest(word, COMMANDS, cutoff=0.7)
-    if rest and rest[0] in COMMANDS:
-        hint = f"the command comes first: vidjax gallery {shlex.join([rest[0], word, *rest[1:]])}"
-    elif match:
-        hint = f"did you mean vidjax gallery {shlex.join([match, *rest])}?"
-    else:
-        hint = f"choose from {', '.join(COMMANDS)}"
-    raise UserError(f"vidjax gallery has no command '{word}': {hint}")
 
 
 def _summarise(
@@ -516,7 +497,7 @@ def _process_tables(
     gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
     task = work(lambda: gallery, **options, **chosen)
-    done = bulk.process_tables(inputs, args.out, task)
+    done = Result(*bulk.process_tables(inputs, args.out, task))
     if rule.default and work is bulk.Rank:
         return done
     doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.cli import shared_flags
+from vidjax.cli.result import Result
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import DEFAULTS, Config
 from vidjax.runs.config_io import override_names, value_text
 from vidjax.runs.run_folder import CONFIG
 from vidjax.training import public
-from vidjax.utils import files, messages
+from vidjax.utils import exit_codes, files, messages, printing
 from vidjax.utils.errors import UserError, VidjaxWarning, warn
-from vidjax.utils.messages import Parser, Result
+from vidjax.utils.parser import Parser
 
 DEFAULT, COMMAND_LINE = "default", "command line"  # origins of the value of a field
 
@@ -43,10 +44,10 @@ def check(args: argparse.Namespace) -> Result:
             try:
                 text = run_check()
             except Exception as error:  # a library can raise any exception for a damaged file
-                state, error_code = "FAULT", messages.get_exit_code(error)
+                state, error_code = "FAULT", exit_codes.get_exit_code(error)
                 text = f"{type(error).__name__}: {error}"
                 if error_code:
-                    text = messages.describe_error(error)
+                    text = exit_codes.describe_error(error)
                 code = max(code, error_code or 2)
         for doubt in (str(x.message) for x in caught if x.category is VidjaxWarning):
             findings.append({"state": "warning", "subject": subject, "text": doubt})
@@ -54,7 +55,7 @@ def check(args: argparse.Namespace) -> Result:
         text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
         findings.append({"state": state, "subject": subject, "text": text})
         if not args.json and (state != "ok" or not args.quiet):
-            messages.print_text(f"  {state:5}  {subject}: {text}")
+            printing.print_text(f"  {state:5}  {subject}: {text}")
     states = [finding["state"] for finding in findings]
     faults = [finding["subject"] for finding in findings if finding["state"] == "FAULT"]
     verdict = "all good"
@@ -114,9 +115,10 @@ def _check_checkpoint(folder: Path) -> str:
 
 def _check_environment() -> str:
     from vidjax.core import devices
+    from vidjax.runs.versions import collect_versions
 
     devices.make_mesh()  # if an accelerator cannot be used, the error gives the reason
-    return ", ".join(f"{name} {version}" for name, version in devices.collect_versions().items())
+    return ", ".join(f"{name} {version}" for name, version in collect_versions().items())
 
 
 def _check_data(config: Config) -> str:
@@ -130,16 +132,16 @@ def _check_data(config: Config) -> str:
 
 
 def _check_run(config: Config, workdir: Path) -> str:
-    from vidjax.evaluation import restore
-    from vidjax.runs import checkpoint
+    from vidjax.evaluation import trained_runs
+    from vidjax.runs import checkpoint, digests
     from vidjax.runs.run_folder import RunFolder
 
     with warnings.catch_warnings(action="ignore"):  # other checks report damaged checkpoints
-        run = restore.find_run(config, RunFolder(workdir))
+        run = trained_runs.find_run(config, RunFolder(workdir))
     for prefer in ("latest", "best"):
         checkpoint.warn_of_lost(workdir, prefer)
     data, manifest = public.load_data(config), run.manifest
-    restore.check_data(workdir, manifest["data"], config, data, trains=False)
+    digests.check_data(workdir, manifest["data"], config, data, trains=False)
     return f"step {manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
 
 

@@ -15,10 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from vidjax import __version__
+from vidjax.cli import shared_flags
+from vidjax.cli.result import print_result
 from vidjax.core import distributed
-from vidjax.utils import machine, messages
-from vidjax.utils.errors import UserError, closest
-from vidjax.utils.messages import Parser
+from vidjax.runs import terminal
+from vidjax.utils import exit_codes, machine, printing
+from vidjax.utils.errors import UserError, closest, suggest
+from vidjax.utils.parser import Parser, split_overrides
 
 # Command -> description.
 COMMANDS = {
@@ -39,21 +42,6 @@ COMMANDS = {
     "export": "writes a run or a gallery in the format of another runtime",
     "import": "makes a run from the weights of an exported folder",
     "forget": "lists all places that contain a name, and deletes it from some of them",
-}
-# Words that users try as a command -> the command that they may mean.
-SLIPS = {
-    "predict": "vidjax rank, which ranks clips, or vidjax embed, which computes embeddings",
-    "test": "vidjax evaluate --config.eval.split=test",
-    "infer": "vidjax rank, which ranks clips, or vidjax embed, which computes embeddings",
-    "help": "vidjax --help",
-    "version": "vidjax --version",
-}
-# Flags that users try and that do not exist -> the remedy.
-NO_FLAGS = {
-    "resume": "a run always continues: leave the flag out",
-    "gpus": "all GPUs are used; to use the first, put CUDA_VISIBLE_DEVICES=0 before the command",
-    "device": "put JAX_PLATFORMS=cpu or JAX_PLATFORMS=cuda before the command",
-    "verbose": "leave it out: all messages are printed; --debug prints tracebacks, too",
 }
 SWITCHES = ("--quiet", "--json", "--debug")  # flags that may stand before the command
 DESCRIPTION = """\
@@ -77,7 +65,7 @@ Configurations, their arguments and all fields: configs/README.md.
 def run() -> NoReturn:
     """Runs the command line of this process, and ends the process with its exit code."""
     machine.keep_freed_memory()
-    messages.run_main(main)
+    exit_codes.run_main(main)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = parse(words)
-        with messages.hide_progress() if args.quiet else contextlib.nullcontext():
-            distributed.join_processes(args)
+        with terminal.hide_progress() if args.quiet else contextlib.nullcontext():
+            shared_flags.join_processes(args)
             result = args.execute(args)
             if distributed.is_first():
-                messages.print_result(result, args.command, as_json=args.json)
+                print_result(result, args.command, as_json=args.json)
             return result.code
 
-    code = messages.run_to_exit_code(command, words)
+    code = exit_codes.run_to_exit_code(command, words)
     if code not in (0, 130, 143) and distributed.count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -111,15 +99,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
       overrides: the words `--config.FIELD=VALUE`.
       line: the command line as text.
     """
-    flags, overrides = messages.split_overrides(_put_command_first(words))
+    flags, overrides = split_overrides(_put_command_first(words))
     name = flags[0]
     if name == "--version" and "--json" in flags:
-        messages.print_text(json.dumps({"mode": "version", "version": __version__}))
+        printing.print_text(json.dumps({"mode": "version", "version": __version__}))
         raise SystemExit(0)
-    if name == "gallery":
-        from vidjax.cli.gallery_commands import check_command
-
-        check_command(flags[1:])
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"vidjax {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
@@ -128,50 +112,33 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         subparser = subparsers.add_parser(command, help=about, description=description)
         if command == name:
             load(command)(subparser)
-    args, strays = _parse_known(parser, subparsers.choices.get(name), flags)
+    for word in flags:
+        if re.fullmatch(r"(--[\w-]+=)?", word):
+            raise UserError(f"{word or 'an argument'} has no value: give a value, or leave it out")
+    args, strays = parser.parse_known_args(flags)
     group = args.parser.group
     strays += [word for word in overrides if group is None or not word[9:].startswith(group)]
-    for word in strays:
-        flag = word.partition("=")[0]
-        text = f"there is no flag {flag}" if word.startswith("-") else f"'{word}' has no flag"
-        hint = _suggest_flag(flag, args) if word.startswith("-") else _explain(word, strays, args)
-        args.parser.error(f"{text}: {hint}" if hint else text)
-    names = [word.partition("=")[0] for word in flags]
-    for action in args.parser._actions:
-        is_single = type(action) is argparse._StoreAction  # the last value would win
-        if is_single and sum(map(names.count, action.option_strings)) > 1:
-            raise UserError(f"{action.option_strings[0]} is given twice: give one value")
-        value = getattr(args, action.dest, None)
-        if value == "" or (isinstance(value, list) and "" in value):
-            if not action.option_strings:
-                args.parser.error(f"{action.metavar} is empty")
-            flag = action.option_strings[0]
-            raise UserError(f"{flag}= has no value: give a value, or leave out the flag")
+    if strays:
+        args.parser.error(_explain_stray(strays[0], args.parser))
     args.overrides = tuple(overrides)
     args.line = shlex.join(["vidjax", *words])
     return args
 
 
-def _parse_known(
-    parser: Parser, subparser: Parser | None, words: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """Parses a command line. Returns the values of the flags, and the unknown words.
+def _explain_stray(word: str, parser: Parser) -> str:
+    """Returns the error about a word that no flag of `parser` reads."""
+    flag = word.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"'{word}' has no flag"
+    if flag.startswith("--config.") and parser.group:
+        return f"there is no flag {flag}: choose from --config.{parser.group}FIELD"
+    known = re.findall(r"--([\w-]+)", parser.format_usage())
+    if parser.group == "":
+        from vidjax.runs import config
 
-    If a required flag is missing, raises UserError. If there are unknown words, returns them
-    instead, because one of them may be the required flag, misspelt.
-    """
-    try:
-        return parser.parse_known_args(words)
-    except UserError:
-        if subparser is None:
-            raise
-        for action in (*subparser._actions, *subparser._mutually_exclusive_groups):
-            if not isinstance(action, argparse._SubParsersAction):
-                action.required = False
-        args, strays = parser.parse_known_args(words)
-        if strays:
-            return args, strays
-        raise
+        known += [f"config.{field}" for field in config.DEFAULTS]
+    match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
+    return f"there is no flag {flag}" + (f": did you mean --{match}?" if match else "")
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:
@@ -188,16 +155,9 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
     if len({*names}) > 1:
         raise UserError(f"{' and '.join(names)} are two commands: name only one")
     if names and names[0] not in COMMANDS:
-        match = closest(names[0].lower(), COMMANDS, cutoff=0.7)
-        # The hint contains the description, because some commands delete data.
-        hint = SLIPS.get(names[0]) or (f"{match}, which {COMMANDS[match]}" if match else None)
-        from vidjax.cli import gallery_commands
-
-        if names[0] in gallery_commands.COMMANDS:
-            hint = f"vidjax gallery {names[0]}"
-        hint = f"did you mean {hint}?" if hint else f"choose from {', '.join(COMMANDS)}"
         raise UserError(
-            f"vidjax has no command '{names[0]}': {hint}\nto name a configuration: --config=FILE"
+            f"vidjax has no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
+            "to name a configuration: --config=FILE"
         )
     if not names and rest and rest[0] in ("-h", "--help", "--version"):
         return rest
@@ -225,43 +185,3 @@ def load(name: str) -> Callable[[Parser], None]:
         case _:
             raise AssertionError(f"no module for the command {name}")
     return getattr(commands, f"add_{name}_flags")
-
-
-def _suggest_flag(flag: str, args: argparse.Namespace) -> str | None:
-    """Returns a hint for an unknown flag, or None if no flag or field has a similar name."""
-    word = flag.lstrip("-").replace("-", "_")
-    if word.startswith("config.") and args.parser.group:
-        return f"this command takes only --config.{args.parser.group}FIELD=VALUE"
-    if word in NO_FLAGS:
-        return NO_FLAGS[word]
-    usage = args.parser.format_usage()
-    known = re.findall(r"--([\w-]+)[] ]", usage)
-    if word in ("workdir", "run") and re.search(r"\bRUN\b", usage):
-        return "give the folder of the run without a flag"
-    if match := closest(word, known, cutoff=0.7):
-        return f"did you mean --{match}?"
-    if args.parser.group != "":
-        return None
-    from vidjax.runs import config
-
-    # Fields of models have no defaults, so they are not listed. These two are common.
-    fields = [*config.DEFAULTS, "model.name", "model.dropout_rate"]
-    field = config.find_closest_field(word.removeprefix("config."), fields)
-    return f"did you mean --config.{field}?" if field else None
-
-
-def _explain(word: str, strays: Sequence[str], args: argparse.Namespace) -> str | None:
-    """Returns a hint about the unknown `word`, or None. `strays` are all unknown words."""
-    if word in COMMANDS:
-        return f"write the command first: vidjax {word} --FLAG=VALUE"
-    if getattr(args, "runs", None):
-        return f"write no spaces between runs: --runs={args.runs.rstrip(',')},{word}"
-    if args.command == "compare":
-        return f"did you mean --runs={','.join(strays)}?"
-    flags = ("workdir", "gallery", "input", "to", "config")
-    if args.command in ("train", "config"):
-        flags = ("config", "workdir")
-    known = args.parser._option_string_actions  # the gallery of some commands has no flag
-    free = (name for name in flags if f"--{name}" in known and not getattr(args, name, None))
-    flag = next(free, None)
-    return f"did you mean --{flag}={shlex.quote(word)}?" if flag else None

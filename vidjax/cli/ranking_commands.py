@@ -8,11 +8,12 @@ from pathlib import Path
 
 from vidjax.apps import bulk
 from vidjax.cli import shared_flags
+from vidjax.cli.result import Result
 from vidjax.runs import terminal
-from vidjax.utils import messages, tables
+from vidjax.utils import messages, printing, tables
 from vidjax.utils.errors import UserError
-from vidjax.utils.messages import Parser, Result
 from vidjax.utils.names import show
+from vidjax.utils.parser import Parser
 
 READ_FIELDS = ("eval.split", "eval.checkpoint")
 
@@ -72,7 +73,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
 
     trained = predict.restore(workdir, step=settings.checkpoint)
     if inputs:
-        return bulk.process_tables(inputs, args.out, work(lambda: trained))
+        return Result(*bulk.process_tables(inputs, args.out, work(lambda: trained)))
     clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
@@ -114,7 +115,7 @@ def score_files(args: argparse.Namespace) -> Result:
     positives = ranking.read_ground_truth(args.gt)
     submission = ranking.read_submission(args.ranking, positives=positives)
     for complaint in submission.complaints:
-        messages.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
+        printing.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
     if args.strict and submission.complaints:
         return Result({"faults": submission.complaints}, code=2)
     _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
@@ -142,13 +143,13 @@ def _warn_if_nothing_matches(
     from vidjax.evaluation.ranking import find_spellings
 
     if positives.keys().isdisjoint(ranking):
-        messages.print_problem(
+        printing.print_problem(
             f"warning: {path} lists no identity of the ground truth: compare the identities of both"
         )
     true_clips = find_spellings(positives).keys()
     ranked_clips = {clip for clips in ranking.values() for clip in clips}
     if true_clips.isdisjoint(ranked_clips):
-        messages.print_problem(
+        printing.print_problem(
             f"warning: {path} lists no clip of the ground truth: compare the names of clips. The "
             f"ground truth has '{show(min(true_clips))}', the submission "
             f"'{show(min(ranked_clips, default='no clip'))}'"

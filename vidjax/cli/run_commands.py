@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.cli import shared_flags
+from vidjax.cli.result import Result
 from vidjax.core import metrics
 from vidjax.runs import config as config_lib, config_io, results as results_lib, signals
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.training import public
-from vidjax.utils import files, messages
+from vidjax.utils import exit_codes, files, messages
 from vidjax.utils.errors import UserError
-from vidjax.utils.messages import Parser, Result
+from vidjax.utils.parser import Parser
 
 # Fields that a blend of runs reads. For all other fields, each run keeps its values.
 JOINED_FIELDS = (
@@ -181,7 +182,7 @@ def write_report(args: argparse.Namespace) -> Result:
 
 def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
     """Returns a context manager that makes the folder of a run and locks it."""
-    if signal.getsignal(signal.SIGTERM) is messages.stop_at_once:
+    if signal.getsignal(signal.SIGTERM) is exit_codes.stop_at_once:
         signals.end_on_signals()  # then Ctrl-C also stops a long compilation
     return make_and_lock(path)
 

@@ -3,7 +3,9 @@
 import argparse
 
 from vidjax.utils.errors import UserError
-from vidjax.utils.messages import Parser
+from vidjax.utils.parser import Parser
+
+PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
 def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> None:
@@ -42,6 +44,36 @@ def add_processes(parser: Parser) -> None:
     parser.add_argument("--num_processes", type=int, metavar="N", help=about)
     about = "the index of this process; the first has 0"
     parser.add_argument("--process_id", type=int, metavar="I", help=about)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Joins the other processes of a run, if --coordinator is set. Call this before using JAX."""
+    given = {name: getattr(args, name, None) for name in PROCESSES}
+    if all(value is None for value in given.values()):
+        return
+    if missing := [f"--{name}" for name, value in given.items() if value is None]:
+        raise UserError(
+            f"a run of several processes also needs {', '.join(missing)}\n"
+            "give each process --coordinator=HOST:PORT --num_processes=N --process_id=I"
+        )
+    host, _, port = args.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UserError(
+            f"--coordinator={args.coordinator} is not an address: write HOST:PORT, such as "
+            "--coordinator=a:9876"
+        )
+    import jax
+
+    # The service would replace our handler of SIGTERM.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--coordinator={args.coordinator}: cannot join the other processes: {reason}\n"
+            "name the machine of process 0 and a free port; use each --process_id once"
+        ) from error
 
 
 def split_runs(runs: str) -> list[str]:

@@ -2,11 +2,9 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import math
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +15,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vidjax import __version__
 from vidjax.core import distributed
 from vidjax.core.batch import Array, Batch, LazyFeatures
 from vidjax.utils.errors import UserError, check_argument, warn
@@ -96,38 +93,6 @@ def make_deterministic() -> None:
             "config.deterministic=True has no effect: jax already uses the GPU\n"
             f"set it before Python starts: XLA_FLAGS={flag}"
         )
-
-
-def collect_versions() -> dict[str, str]:
-    """Returns name -> version of vidjax, Python and packages, and the device and git commit.
-
-    The entry `device` is a text such as `1 x cpu`. Outside a git checkout, `commit` is missing.
-    """
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {"vidjax": __version__}
-    versions |= {name: importlib.metadata.version(name) for name in packages}
-    devices = jax.devices()
-    device = f"{len(devices)} x {devices[0].device_kind}"
-    versions |= {"python": platform.python_version(), "device": device}
-    commit = _read_commit(Path(__file__).parents[2])
-    return versions | ({"commit": commit} if commit else {})
-
-
-def _read_commit(checkout: Path) -> str | None:
-    """Returns the git commit of a checkout, or None. If files are changed, it ends in `-dirty`."""
-    if not (checkout / ".git").exists():
-        return None
-    # `git describe --dirty` would lock the index, and the user may commit at this moment.
-    words = ("git", "--no-optional-locks", "-C", str(checkout), "status", "--untracked-files=no")
-    words += ("--porcelain=v2", "--branch")
-    try:
-        status = subprocess.run(words, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    head, *lines = status.stdout.splitlines() or [""]
-    commit = head.removeprefix("# branch.oid ")[:9]
-    changed = any(not line.startswith("#") for line in lines)
-    return f"{commit}-dirty" if changed and commit else commit or None
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

@@ -6,39 +6,29 @@ all members in a single pass over the data.
 """
 
 import functools
-import hashlib
-import io
 import itertools
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 from vidjax.core.batch import Array
-from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 Tree = TypeVar("Tree")  # a tree of arrays
-Number = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]  # `load` checks this range
 
-FILE = "members.npz"
 _NO_QUALITY = float(np.finfo(np.float32).min)
-MAX_TRAINING_CLIPS = 10_000_000  # of all training splits
-MAX_FILE_BYTES = 1 << 29  # of `members.npz`, unpacked
 
 
 class Member(NamedTuple):
     """The options of a member (net) of an ensemble."""
 
-    number: Number = 0  # position in the whole ensemble, from which random keys are made
-    fold: Number = -1  # fold that the member is not trained on, or -1
-    bootstrap: Number = -1  # number of the member's bootstrap sample, or -1
-    view: Number = -1  # number of the chunk of features that is hidden from the member, or -1
+    number: int = 0  # position in the whole ensemble, from which random keys are made
+    fold: int = -1  # fold that the member is not trained on, or -1
+    bootstrap: int = -1  # number of the member's bootstrap sample, or -1
+    view: int = -1  # number of the chunk of features that is hidden from the member, or -1
     min_quality: float = _NO_QUALITY  # lowest quality of the training frames; default: no limit
 
 
@@ -154,61 +144,6 @@ def make_rngs(members: Sequence[Member], seed: int) -> Array:
     """Returns a PRNG key for each member, [E], from the seed and `Member.number`."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
-
-
-def digest(training_sets: TrainingSets) -> str:
-    """Returns the sha256 of all values in `training_sets`, in hexadecimal."""
-    sha256 = hashlib.sha256(training_sets.trained.tobytes())
-    sha256.update((json.dumps(training_sets.members) + "\n".join(training_sets.clips)).encode())
-    return sha256.hexdigest()
-
-
-def save(folder: Path, training_sets: TrainingSets) -> None:
-    """Writes `training_sets` to `members.npz` in the folder of a run."""
-    content = io.BytesIO()
-    np.savez_compressed(
-        content,
-        members=np.frombuffer(json.dumps(training_sets.members).encode(), np.uint8),
-        clips=np.frombuffer("\n".join(training_sets.clips).encode(), np.uint8),
-        trained=training_sets.trained,
-    )
-    files.write_bytes(folder / FILE, content.getvalue())
-
-
-def check_size(training_sets: TrainingSets) -> None:
-    """Raises UserError if the training sets are too large for `load`."""
-    clips = training_sets.clips
-    count, members = len(clips), len(training_sets.members)
-    size = training_sets.trained.nbytes + sum(len(clip.encode()) + 1 for clip in clips)
-    if count > MAX_TRAINING_CLIPS or size > MAX_FILE_BYTES - files.MB:
-        raise UserError(
-            f"the list of the {count:,} training clips of {members} members has {size:,} bytes\n"
-            f"the limits are {MAX_TRAINING_CLIPS:,} clips and {MAX_FILE_BYTES - files.MB:,} bytes\n"
-            "leave some clips out, or train with fewer members"
-        )
-
-
-def load(folder: Path) -> TrainingSets:
-    """Reads `members.npz` of a run's folder."""
-    path = folder / FILE
-    try:
-        arrays = files.read_npz(path, MAX_FILE_BYTES)
-    except FileNotFoundError:
-        raise UserError(f"'{path}' is missing") from None
-    try:
-        rows = files.parse_json(arrays["members"].tobytes())
-        members = msgspec.convert(rows, tuple[Member, ...])
-        names, trained = arrays["clips"].tobytes().decode(), arrays["trained"]
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"'{path}' is damaged: it does not list members and clips") from error
-    shape = (len(members), names.count("\n") + 1)
-    if not members or trained.dtype != bool or trained.shape != shape:
-        raise UserError(f"'{path}' is damaged: its arrays do not fit each other")
-    if shape[1] > MAX_TRAINING_CLIPS:
-        raise UserError(
-            f"'{path}' names {shape[1]:,} clips, more than the limit of {MAX_TRAINING_CLIPS:,}"
-        )
-    return TrainingSets(members, tuple(names.split("\n")), trained)
 
 
 def choose_scoring_members(

@@ -24,7 +24,7 @@ from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packing import Clip, Clips, locate, pack, read_dict, read_frames
-from vidjax.utils import messages
+from vidjax.utils import exit_codes
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 from vidjax.utils.names import show
 
@@ -240,4 +240,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    messages.run_main(main)
+    exit_codes.run_main(main)

@@ -22,7 +22,7 @@ from vidjax.data.frame_fields import NonFinite, Origin, PackedClips, Unpacked
 from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.unpickle import refuse_others
-from vidjax.utils import messages
+from vidjax.utils import exit_codes
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
 from vidjax.utils.processes import Children, map_children
@@ -155,4 +155,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    messages.run_main(main)
+    exit_codes.run_main(main)

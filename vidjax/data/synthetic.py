@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax.utils import messages
+from vidjax.utils import exit_codes
 from vidjax.utils.errors import UserError, check_choice
+from vidjax.utils.parser import Parser
 from vidjax.utils.scratch import scratch_folder
 
 RANK = 64  # dimensions in which people differ
@@ -460,7 +461,7 @@ def _place_boxes(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that writes the synthetic dataset, and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = messages.Parser(
+    parser = Parser(
         prog="python -m vidjax.data.synthetic",
         usage="%(prog)s OUT_DIR [--size=small|standard] [--seed=0] [--OPTION=VALUE]",
         description="Write the synthetic dataset in the layout of iQIYI-VID. configs/README.md "
@@ -478,8 +479,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write(out_dir, size=size, seed=seed, options=SyntheticOptions(**args))
         return 0
 
-    return messages.run_to_exit_code(command, words)
+    return exit_codes.run_to_exit_code(command, words)
 
 
 if __name__ == "__main__":
-    messages.run_main(main)
+    exit_codes.run_main(main)

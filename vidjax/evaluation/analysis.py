@@ -16,7 +16,6 @@ from vidjax.core import devices, distributed, ensemble
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation import eval_step as eval_step_lib, measures, ranking
 from vidjax.evaluation.measures import Arrays, ScoredSplit, Values
-from vidjax.evaluation.restore import FoundRun, make_model
 from vidjax.evaluation.scoring import (
     Evaluation,
     TrainedModel,
@@ -25,6 +24,7 @@ from vidjax.evaluation.scoring import (
     score,
 )
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
+from vidjax.evaluation.trained_runs import FoundRun, make_model
 from vidjax.runs import config as config_lib, results
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder

@@ -7,11 +7,12 @@ from typing import Any
 
 from vidjax.core import devices
 from vidjax.data.clips import TrainingData
-from vidjax.evaluation import analysis, restore
+from vidjax.evaluation import analysis, trained_runs
 from vidjax.evaluation.scoring import score
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
+from vidjax.runs.versions import collect_versions
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
@@ -39,10 +40,10 @@ def blend_runs(
     datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share a dataset
     models = []
     for own, name, weight in zip(configs, config.join.runs, weights, strict=True):
-        run = restore.find_run(own, RunFolder(name))
+        run = trained_runs.find_run(own, RunFolder(name))
         if (key := repr(own.data)) not in datasets:
             datasets[key] = load(own)
-        model = restore.make_model(own, run, datasets[key], mesh)
+        model = trained_runs.make_model(own, run, datasets[key], mesh)
         models.append(model._replace(weight=weight))
     spec = config.eval
     evaluation = score(
@@ -57,7 +58,7 @@ def blend_runs(
         "data": models[0].data.report["data"],
         "eval_seconds": time.monotonic() - began,
         "date": results_lib.now(),
-        "versions": devices.collect_versions(),
+        "versions": collect_versions(),
         **({"command": command} if command else {}),
     }
     files.write_json(folder.path / IDENTITIES, list(models[0].data.identities))

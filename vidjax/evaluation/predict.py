@@ -28,15 +28,15 @@ from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib, topk
-from vidjax.evaluation.device_topk import start_top_k
-from vidjax.evaluation.restore import (
+from vidjax.evaluation.running_topk import RunningTopK
+from vidjax.evaluation.scoring import ModelScorer, TrainedModel, iterate_block_groups
+from vidjax.evaluation.trained_runs import (
     check_widths,
     find_run,
     load_weights,
     select_sets,
     warn_of_missing_modalities,
 )
-from vidjax.evaluation.scoring import WINDOW_ROWS, ModelScorer, TrainedModel, iterate_block_groups
 from vidjax.models.build_system import System, make_system
 from vidjax.runs import config_io
 from vidjax.runs.config import Config
@@ -222,8 +222,7 @@ class Predictor(NamedTuple):
         """
         request = self.request(clips, split)
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
-        rows = min(WINDOW_ROWS, len(request.clip_index))
-        running = start_top_k(len(self.identities), k, rows=rows, mesh=self.mesh)
+        running = RunningTopK(len(self.identities), self.mesh, k)
         for block in self._score_blocks(request):
             running.add(block)
             advance(len(block[1]))  # counting the mask would wait for the device

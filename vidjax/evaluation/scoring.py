@@ -19,8 +19,8 @@ from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, make_eval_plan
 from vidjax.data.resident import find_least_free_bytes
 from vidjax.evaluation import eval_step as eval_step_lib, topk
-from vidjax.evaluation.device_topk import DeviceTopK, RunningTopK, start_top_k
 from vidjax.evaluation.eval_step import MeanScores, add_scores, make_no_scores, mean_scores
+from vidjax.evaluation.running_topk import RunningTopK
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
 from vidjax.runs.terminal import Progress
@@ -32,7 +32,6 @@ WINDOW_ROWS = 4096
 WINDOW_BYTES = 512 << 20  # a window ends early at this size of its features
 JOINED_FRAMES = 1 << 17  # most frames of a modality, with padding, in joined blocks
 WAITING_BYTES = 1 << 30  # a window is smaller if the scores of its clips would take more memory
-Ranking = DeviceTopK | RunningTopK
 
 
 class TrainedModel(NamedTuple):
@@ -86,7 +85,7 @@ class ModelScorer:
     def _weights(self, member: int) -> tuple[Params, ModelState]:
         return ensemble.take((self.model.params, self.model.model_state), member)
 
-    def score(self, blocks: Sequence[Batch], rankings: Sequence[Ranking] = ()) -> list[Array]:
+    def score(self, blocks: Sequence[Batch], rankings: Sequence[RunningTopK] = ()) -> list[Array]:
         """Returns the scores of every block, [B, C] for B clips and C identities.
 
         The score of a clip is the mean over the members that score the clip. `rankings` is empty or
@@ -108,7 +107,7 @@ class ModelScorer:
         hidden_chunk = np.array(self.model.training_sets.members[0].view, np.int32)
         return step(*self._single, hidden_chunk, block)
 
-    def _mean_scores(self, blocks: Sequence[Batch], rankings: Sequence[Ranking]) -> list[Array]:
+    def _mean_scores(self, blocks: Sequence[Batch], rankings: Sequence[RunningTopK]) -> list[Array]:
         model, totals = self.model, list[Any]([None] * len(blocks))
         may_score = np.stack([self._find_members(block) for block in blocks], axis=1)
         for number, member in enumerate(model.training_sets.members):
@@ -412,8 +411,7 @@ class _Ranker:
         self.scorers = [ModelScorer(model, split.clips, mesh) for model in models]
         self.pool = np.all([scorer.use.any(axis=0) for scorer in self.scorers], axis=0)
         num_identities, num_clips = models[0].system.task.num_identities, len(split.clips)
-        rows = min(choose_window_rows(num_identities), num_clips)
-        new_ranking = functools.partial(start_top_k, num_identities, rows=rows, mesh=mesh)
+        new_ranking = functools.partial(RunningTopK, num_identities, mesh)
         self.ranking = new_ranking()
         self._by_model = [new_ranking() for _ in models if len(models) > 1]
         self._by_member = [

@@ -20,12 +20,11 @@ EMPTY = np.uint64(0x007FFFFF << 32)  # sort key of an empty entry: -inf and NO_C
 class TopK(NamedTuple):
     """The k best clips of C identities: scores [C, k] float32 and clip indices [C, k] int32.
 
-    A shorter list is filled with the score -inf and the index NO_CLIP. The arrays are numpy or jax
-    arrays.
+    A shorter list is filled with the score -inf and the index NO_CLIP.
     """
 
-    scores: Any
-    index: Any  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
+    scores: np.ndarray
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
 
 
 ScoreBlock = tuple[Any, Any, Any]  # scores, clip_index and batch_mask, see `HostTopK.add`
@@ -154,7 +153,7 @@ def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) 
 
 def count_ties(top: TopK) -> int:
     """Counts ranked clips with the same finite score as the clip before them in the list."""
-    scores = np.asarray(top.scores)
+    scores = top.scores
     return int(np.sum((scores[:, 1:] == scores[:, :-1]) & np.isfinite(scores[:, 1:])))
 
 
@@ -162,7 +161,7 @@ def convert_to_lists(
     identities: Sequence[str], names: Mapping[int, str], top: TopK
 ) -> dict[str, list[tuple[str, float]]]:
     """Returns identity -> its clips as (name, score), best first. `names` is clip index -> name."""
-    rows = zip(np.asarray(top.index).tolist(), np.asarray(top.scores).tolist(), strict=True)
+    rows = zip(top.index.tolist(), top.scores.tolist(), strict=True)
     return {
         identity: [(names[i], score) for i, score in zip(*row, strict=True) if i != NO_CLIP]
         for identity, row in zip(identities, rows, strict=True)

@@ -12,9 +12,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from vidjax.runs import config as config_lib, config_io, schemas
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
-
-if TYPE_CHECKING:
-    from vidjax.runs.run_folder import ResultPaths
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,6 +42,15 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+class ResultPaths(NamedTuple):
+    """The paths of the result files of a split of the data."""
+
+    metrics: Path
+    ranking: Path
+    analysis: Path
+    report: Path
+
+
 class Results(schemas.Metrics, kw_only=True):
     """The results of a run on a split. Entries of `metrics.json`, such as `map`, are attributes.
 
@@ -55,11 +61,11 @@ class Results(schemas.Metrics, kw_only=True):
     """
 
     split: str
-    paths: "ResultPaths"
+    paths: ResultPaths
     values: dict[str, Any]
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any], split: str, paths: "ResultPaths") -> Self:
+    def from_values(cls, values: Mapping[str, Any], split: str, paths: ResultPaths) -> Self:
         """Makes Results from `values`, the content of `paths.metrics`."""
         plain = files.parse_json(files.to_json(values).encode())
         metrics = schemas.parse(paths.metrics, plain, schemas.Metrics, REMEDY)
@@ -95,19 +101,7 @@ class Results(schemas.Metrics, kw_only=True):
 
 def load_identities(path: Path) -> list[str]:
     """Returns the names in `identities.json`. The first name belongs to class column 1."""
-    kind = cast(type[list[str]], schemas.Identities)
-    return schemas.read(path, kind, REMEDY, MAX_IDENTITIES_BYTES)
-
-
-def check_identities(identities: Sequence[str]) -> None:
-    """Raises UserError if there are too many names, or their text is too long for a run."""
-    size = len(files.to_json(list(identities)))
-    if len(identities) > files.MAX_ITEMS or size > MAX_IDENTITIES_BYTES:
-        raise UserError(
-            f"the data have {len(identities):,} identities with names of {size:,} bytes, but the "
-            f"limits are {files.MAX_ITEMS:,} identities and {MAX_IDENTITIES_BYTES:,} bytes\n"
-            "leave some identities out of the ground truth"
-        )
+    return schemas.read(path, list[str], REMEDY, MAX_IDENTITIES_BYTES)
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
@@ -203,8 +197,6 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:
-        if len(text) > files.JSON_BYTES:
-            raise UserError(f"it has more than {files.JSON_BYTES:,} bytes of text")
         values = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error

@@ -11,11 +11,12 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io, results, schemas
 from vidjax.runs.config import Config
+from vidjax.runs.results import ResultPaths
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
@@ -24,15 +25,6 @@ CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 # Files of a folder of features.
 DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "*.npz", "train/*.npz", "val/*.npz",
                  "test/*.npz", "*.parquet")  # fmt: skip
-
-
-class ResultPaths(NamedTuple):
-    """The paths of the result files of a split of the data."""
-
-    metrics: Path
-    ranking: Path
-    analysis: Path
-    report: Path
 
 
 class RunFolder:

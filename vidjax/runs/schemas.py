@@ -22,8 +22,6 @@ from vidjax.utils.errors import UserError
 T = TypeVar("T")
 
 _LOWEST_FLOAT = -sys.float_info.max  # NaN is not `>= _LOWEST_FLOAT`
-# The largest accepted number of entries of a list or dict.
-MANY, TABLE, FEW = (Meta(max_length=length) for length in (10_000, 1000, 100))
 Text = Annotated[str, Meta(max_length=10_000)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Scalar = Text | bool | int | float | None
@@ -35,8 +33,7 @@ Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NotNaN = Annotated[float, Meta(ge=_LOWEST_FLOAT)]
 # The pairs (step, num_epochs) of an extended run: from this step on, it had this `num_epochs`.
-Epochs = Annotated[list[tuple[Whole, float]], TABLE]
-Identities = Annotated[list[Text], Meta(max_length=files.MAX_ITEMS)]
+Epochs = list[tuple[Whole, float]]
 
 
 class Data(Struct, kw_only=True):
@@ -65,13 +62,13 @@ class SplitDigests(Struct, kw_only=True):
     names: Text
     features: Text
     labels: Text | None = None
-    modalities: Annotated[list[Text], TABLE] | None = None
+    modalities: list[Text] | None = None
 
 
 class DataDigests(Struct, kw_only=True):
     """The digests of the data of a run. They show whether the data have changed since."""
 
-    splits: Annotated[dict[str, SplitDigests], TABLE]
+    splits: dict[str, SplitDigests]
     weights: Text | None = None  # sha256 of the file `data.weights`
 
 
@@ -96,7 +93,7 @@ class Metrics(Struct, kw_only=True):
     threshold_1: NotNaN | None = field(default=None, name="threshold_at_fpir_0.01")
     threshold_10: NotNaN | None = field(default=None, name="threshold_at_fpir_0.1")
     # Fields that affect scores and that differ from `config.json`: field -> value.
-    overrides: Annotated[dict[str, Any], TABLE] | None = None
+    overrides: dict[str, Any] | None = None
     date: Text | None = None  # UTC: end of the training
     eval_date: Text | None = None  # UTC: a later evaluation
     eval_clips_per_second: float | None = None
@@ -116,21 +113,21 @@ class Metrics(Struct, kw_only=True):
     extended: Epochs | None = None  # None if `num_epochs` has not grown
     command: Text | None = None
     trained_on: DataDigests | None = None
-    versions: Annotated[dict[str, Text], FEW] | None = None  # package -> version
-    members: Annotated[list[dict[str, Scalar]], MANY] | None = None  # number, options, MAP
-    runs: Annotated[list[JoinedRun], TABLE] | None = None  # the runs of a blend
+    versions: dict[str, Text] | None = None  # package -> version
+    members: list[dict[str, Scalar]] | None = None  # number, options, MAP
+    runs: list[JoinedRun] | None = None  # the runs of a blend
 
 
 class Manifest(Struct, kw_only=True):
     """The content of `manifest.json` in the folder of a checkpoint."""
 
     step: Whole
-    files: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> sha256
-    arrays: Annotated[dict[str, Text], Meta(max_length=100_000)]  # name -> dtype[shape]
+    files: dict[str, Text]  # name -> sha256
+    arrays: dict[str, Text]  # name -> dtype[shape]
     data: DataDigests = field(default_factory=lambda: DataDigests(splits={}))
     map: Share = 0.0
-    config: Annotated[dict[str, Any], TABLE] = {}  # the configuration of the run
-    modalities: Annotated[dict[str, Size], TABLE] = {}  # name -> width
+    config: dict[str, Any] = {}  # the configuration of the run
+    modalities: dict[str, Size] = {}  # name -> width
     num_identities: Size = 1
     num_clips: Size = 1
     total_steps: Size = 1  # of the whole training
@@ -143,7 +140,7 @@ class Manifest(Struct, kw_only=True):
     seconds: float = 0.0  # since the start of the training, without pauses
     extended: Epochs | None = None  # None if `num_epochs` has not grown
     # Settings of the model that are fitted before the training.
-    settings: Annotated[dict[str, NotNaN | Annotated[list[NotNaN], MANY]], TABLE] | None = None
+    settings: dict[str, NotNaN | list[NotNaN]] | None = None
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 
@@ -162,7 +159,7 @@ class Line(Struct, kw_only=True):
 class DataReport(Struct, kw_only=True):
     """The content of `data_report.json`. For each split: counts, and `labelled` (True or False)."""
 
-    splits: Annotated[dict[str, dict[str, Any]], TABLE] = {}  # split -> key -> value
+    splits: dict[str, dict[str, Any]] = {}  # split -> key -> value
 
 
 class Mistake(Struct, kw_only=True):
@@ -174,7 +171,7 @@ class Mistake(Struct, kw_only=True):
     identity: Column = -1  # the person with the highest score
 
 
-Mistakes = Annotated[list[Mistake], TABLE]
+Mistakes = list[Mistake]
 Pair = tuple[Column, Column]  # the index of an identity or -1, and a number of clips
 
 
@@ -185,8 +182,8 @@ class WorstIdentity(Struct, kw_only=True):
     ap: Share  # average precision
     clips: Whole  # number of clips of the identity
     # The pairs of the following lists are (another identity, number of clips).
-    lost_to: Annotated[list[Pair], FEW]  # clips that score highest for the other identity
-    mixed_with: Annotated[list[Pair], FEW]  # clips of the other identity in the first places
+    lost_to: list[Pair]  # clips that score highest for the other identity
+    mixed_with: list[Pair]  # clips of the other identity in the first places
 
 
 class Stratum(Struct, kw_only=True):
@@ -204,7 +201,7 @@ class Strata(Struct, kw_only=True):
     """Groups of identities or clips, for example by the quality of the clips."""
 
     by: Text  # what distinguishes the groups
-    rows: Annotated[list[Stratum], TABLE]
+    rows: list[Stratum]
 
 
 class WrongClips(Struct, kw_only=True):
@@ -236,22 +233,22 @@ class OpenSet(Struct, kw_only=True):
     num_people: Whole  # known people with a clip
     num_strange: Whole  # distractors
     resamples: Whole  # bootstrap samples behind the intervals
-    rates: Annotated[list[Rate], FEW]
+    rates: list[Rate]
 
 
 class Analysis(Struct, kw_only=True):
     """The values in `analysis.npz`. They are stored as JSON text in the entry `facts`."""
 
     split: Text | None = None
-    modalities: Annotated[list[Text], TABLE] | None = None
+    modalities: list[Text] | None = None
     lead: Text | None = None  # the modality whose quality and length divide the clips into strata
     logs: bool | None = None  # True if scores are logarithms of probabilities
     # `top1` and `auroc` -> the ends of the 95 % interval.
-    intervals: Annotated[dict[str, tuple[Share, Share]], FEW] = {}
-    vectors: Annotated[list[Text], Meta(max_length=64)] | None = None  # rows of `attention`
+    intervals: dict[str, tuple[Share, Share]] = {}
+    vectors: list[Text] | None = None  # rows of `attention`
     num_others: Whole | None = None  # identities of the ground truth that are unknown to the run
-    worst: Annotated[list[WorstIdentity], TABLE] | None = None
-    strata: Annotated[list[Strata], FEW] | None = None
+    worst: list[WorstIdentity] | None = None
+    strata: list[Strata] | None = None
     fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
     wrong_clips: WrongClips | None = None
     open_set: OpenSet | None = None  # None without distractors
@@ -266,7 +263,6 @@ ERRORS = ("fpir", "fnir")  # errors of identification at each threshold
 # attention[i, j]: the attention of vector j to vector i. calibration [bins, 3]: the number of
 # clips, the mean confidence, and the share of correct answers.
 MATRICES = ("attention", "calibration")
-MAX_ARRAY_ROWS = 10_000  # of arrays other than BY_IDENTITY
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
@@ -303,10 +299,9 @@ def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> N
     for names in (BY_IDENTITY, HISTOGRAMS, ERRORS, *((name,) for name in MATRICES)):
         group = {name: arrays[name] for name in names if name in arrays}
         lengths = {array.size - (name == "score_edges") for name, array in group.items()}
-        limit = files.MAX_ITEMS if names is BY_IDENTITY else MAX_ARRAY_ROWS
         for name, array in group.items():
             is_valid = array.dtype.kind in "iuf" and array.ndim == 1 + (name in MATRICES)
-            if not is_valid or max(array.shape) > limit or len(lengths) > 1:
+            if not is_valid or len(lengths) > 1:
                 shape = f"{array.dtype}{list(array.shape)}"
                 raise UserError(
                     f"'{path}' is damaged: array '{name}' has a wrong type or shape, "

@@ -13,7 +13,7 @@ from types import FrameType
 
 from vidjax.core import distributed
 from vidjax.utils.errors import Expected
-from vidjax.utils.messages import stop_at_once
+from vidjax.utils.exit_codes import stop_at_once
 
 
 class Interruption:

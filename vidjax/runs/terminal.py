@@ -1,21 +1,40 @@
 """Prints messages and the progress of a run to standard error."""
 
+import contextlib
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 
 from vidjax.core import distributed
-from vidjax.utils import messages
+from vidjax.utils import printing
 from vidjax.utils.errors import escape_controls
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
+QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars of tqdm
 LINE_SECONDS = 10  # time between two lines of progress if standard error is not a terminal
 
 
 def is_quiet() -> bool:
     """Returns True if TQDM_DISABLE is set, or this is not the first process of the run."""
-    return os.environ.get("TQDM_DISABLE", "") not in ("", "0") or not distributed.is_first()
+    return os.environ.get(QUIET, "") not in ("", "0") or not distributed.is_first()
+
+
+@contextlib.contextmanager
+def hide_progress() -> Iterator[None]:
+    """Hides progress bars and log messages while the context is open. Warnings still appear."""
+    log = logging.getLogger("vidjax")
+    before, level = os.environ.get(QUIET), log.level
+    os.environ[QUIET] = "1"
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        os.environ.pop(QUIET)
+        if before is not None:
+            os.environ[QUIET] = before
 
 
 def say(text: str, *, warning: bool = False) -> None:
@@ -30,7 +49,7 @@ def say(text: str, *, warning: bool = False) -> None:
             tqdm.write(escape_controls(text), file=sys.stderr)
             sys.stderr.flush()
         except OSError:  # a closed pipe or a full disk; the command must not stop
-            messages.drop_output(sys.stderr)
+            printing.drop_output(sys.stderr)
 
 
 def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:

@@ -18,11 +18,18 @@ from vidjax.core import devices, distributed, ensemble, metrics
 from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
-from vidjax.evaluation import analysis, eval_step, restore
+from vidjax.evaluation import analysis, eval_step, trained_runs
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import make_system
-from vidjax.runs import checkpoint, config_io, results as results_lib, signals
+from vidjax.runs import (
+    checkpoint,
+    config_io,
+    digests,
+    members_file,
+    results as results_lib,
+    signals,
+)
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import ROUNDING, Config, affects, differences
 from vidjax.runs.results import Logs
@@ -34,6 +41,7 @@ from vidjax.runs.run_folder import (
     make_paths_absolute,
 )
 from vidjax.runs.terminal import Progress, say
+from vidjax.runs.versions import collect_versions
 from vidjax.training import feed as feed_lib, train_step
 from vidjax.training.plan import (
     RunPlan,
@@ -193,7 +201,7 @@ def write_description(
         folder.write_metrics({**metrics, "finished": False})
     folder.write_config(config)
     files.write_json(workdir / "identities.json", list(data.identities))
-    ensemble.save(workdir, training_sets)
+    members_file.save(workdir, training_sets)
     splits = [data.split(name) for name in config.data.train_splits]
     cropped = count_cropped(splits, config.modalities, config.data.max_frames)
     report = {**data.report, "cropped_in_an_epoch": cropped}
@@ -236,8 +244,8 @@ class TrainingRun:
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
-            **restore.hash_companions(data.identities, plan.training_sets),
-            "data": restore.hash_data(config, data),
+            **digests.hash_companions(data.identities, plan.training_sets),
+            "data": digests.hash_data(config, data),
             "config": config.to_dict(),
         }
         state, manifest = self._restore_or_init(data)
@@ -288,11 +296,11 @@ class TrainingRun:
                 raise CheckpointError(lost)
             return train_step.make_state(init, system.tx, sharding), {}
         manifest = newest.manifest
-        restore.check_entries(workdir, manifest)
+        trained_runs.check_entries(workdir, manifest)
         old = config_io.from_json(json.dumps(manifest["config"]))
         check_resumes(workdir, old, config)
-        restore.check_data(workdir, manifest["data"], config, data)
-        restore.check_digests(workdir, manifest, self._description)
+        digests.check_data(workdir, manifest["data"], config, data)
+        digests.check_digests(workdir, manifest, self._description)
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
         checkpoint.warn_of_lost(workdir, "best")
         self._report_changes(old, manifest)
@@ -516,5 +524,5 @@ class TrainingRun:
             "finished": True,
             **self._extended,
             "trained_on": self._description["data"],
-            "versions": devices.collect_versions(),
+            "versions": collect_versions(),
         }

@@ -30,7 +30,7 @@ from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import Identifier, TrainingClips
 from vidjax.models.build_system import TaskSpec, make_fusions, make_model, make_system
 from vidjax.models.identifier import MODELS
-from vidjax.runs import config as config_lib, results
+from vidjax.runs import config as config_lib
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say
 from vidjax.training import train_step
@@ -125,15 +125,13 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
 def _check_plan(
     config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if the run cannot be trained, or would write files too large to be read."""
+    """Raises UserError if the run cannot be trained."""
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
                 f"member {member.number} of the ensemble has no training clip of positive weight\n"
                 "change config.ensemble, config.data.distractors or config.data.weights"
             )
-    ensemble.check_size(sets)
-    results.check_identities(data.identities)
     for problem in find_unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
     for problem in find_unusable(data.report, [config.eval.split], config.modalities):

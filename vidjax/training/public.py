@@ -233,7 +233,8 @@ def train_run(
     is None, the data that `config` describes are loaded. For the other arguments, see
     `training.loop.train`.
     """
-    from vidjax.evaluation import analysis, restore
+    from vidjax.evaluation import analysis
+    from vidjax.runs import digests
     from vidjax.training import loop as training, plan
 
     config_lib.check(config)
@@ -250,7 +251,7 @@ def train_run(
             num_devices=num_devices, analyse=report, command=command, began=began,
         )  # fmt: skip
         return metrics, False
-    restore.check_data(folder.path, results["trained_on"], config, data)
+    digests.check_data(folder.path, results["trained_on"], config, data)
     if report and not files.exists(folder.paths().report) and distributed.is_first():
         analysis.write_report(folder, config.eval.split)  # the report was deleted
     return results, True
@@ -317,10 +318,10 @@ def evaluate_run(
     num_devices: int | None = None,
 ) -> dict[str, Any]:
     """Ranks `config.eval.split` with a run. The caller has locked `folder`. Returns the metrics."""
-    from vidjax.evaluation import analysis, restore
+    from vidjax.evaluation import analysis, trained_runs
 
     set_up_devices(config)
-    run = restore.find_run(config, folder)
+    run = trained_runs.find_run(config, folder)
     # The files are read now, so that damaged files are reported before the evaluation.
     _ = folder.metrics(), folder.other_metrics() if config.eval.report else None
     data = load_data(config) if data is None else data

@@ -78,7 +78,7 @@ from vidjax.evaluation import topk
 from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
-from vidjax.utils.errors import ArgumentError, InUseError, UserError, check_argument, warn
+from vidjax.utils.errors import InUseError, UserError, check_argument, warn
 from vidjax.utils.names import find_similar_names, normal_form, show, strip_ending
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class Gallery:
         Raises:
           ValueError: the folder is not empty, or no training clip has a label.
         """
-        from vidjax.evaluation import restore
+        from vidjax.runs import digests
         from vidjax.training.public import check_loaded, load_data
 
         check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
@@ -216,7 +216,7 @@ class Gallery:
             check_loaded("Gallery.create", data)
         else:
             data = load_data(run.config)
-            restore.check_data(run.workdir, run.manifest["data"], run.config, data)
+            digests.check_data(run.workdir, run.manifest["data"], run.config, data)
         clips: dict[str, StoredClip] = {}
         labelled, widths = 0, {}
         for split in run.config.data.train_splits:
@@ -671,9 +671,8 @@ class Gallery:
         vectors: AnyClips,
         apart: Collection[tuple[str, str]] = (),
         *,
-        begin: Mapping[str, str] | None = None,
         clarity: Mapping[str, float] | None = None,
-        absorb: bool = True,
+        for_votes: bool = False,
     ) -> dict[str, str]:
         """Groups clips that show the same person; returns clip -> name of its group.
 
@@ -683,28 +682,19 @@ class Gallery:
         Args:
           vectors: clips in memory, or the vectors that `embed` returns.
           apart: pairs of clips that show different people, for example two faces in a picture.
-          begin: clip -> first group, for all clips with a usable frame. These groups may be joined,
-            but are not split. By default, each clip is a group at first.
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
-          absorb: True to join a group of at most 3 clips to a group of more than 3 clips, if the
-            probability that they show the same person is above 0.55. One of the two groups must
-            have a mean clarity of 0.8 or more.
+          for_votes: True for the groups of `identify`, whose clips vote on one name. These groups
+            are larger, and a few contain clips of two people.
         """
         vectors = self.embed(vectors)
         usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
         names = [vectors.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in vectors.parts.values()]
-        if begin is not None and (missing := [name for name in names if name not in begin]):
-            raise ArgumentError(
-                f"group: `begin` lacks {messages.count(len(missing), 'clip')}: "
-                f"{messages.list_some(missing)}\ngive the first group of every clip"
-            )
-        first = None if begin is None else [begin[name] for name in names]
         clear = [(clarity or {}).get(name, 1.0) for name in names]
         labels = grouping.group(
-            self.backend, names, parts, apart, begin=first, clarity=clear, absorb=absorb
+            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes
         )
         return answers_lib.name_groups(names, labels)
 

@@ -2,11 +2,12 @@
 
 1. Each clip starts as a group. The two groups that most probably show the same person are joined,
    again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
-   shows the same person are 1 / G, where G is the present number of groups.
+   shows the same person are 1 / G, where G is the present number of groups. For groups that vote on
+   a name, the prior odds are 4 / G.
 2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups is clear.
    The prior probability that a small group belongs to a group of n clips is proportional to n. The
    prior probability that it shows a new person is proportional to the number of groups with a
-   single clip.
+   single clip. Groups that vote skip this step.
 
 Vectors of unclear faces, which are small or blurred, are alike even if they show two people. So two
 groups with only unclear faces are never joined. The clearer of two groups determines how much two
@@ -32,6 +33,10 @@ MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are al
 MAX_SMALL_CLIPS = 3  # largest number of clips in a small group
 MIN_PROBABILITY = 0.55  # a small group is joined to a larger group above this probability
 MIN_CLARITY = 0.8  # of a small group or a larger group, if the two are joined
+# Times 1 / G: the prior odds of a pair, in groups that vote. The other clips of a group correct few
+# errors if groups are small, and the clips of a wrong person leave the group. In films, odds of 4
+# instead of 1 gave more right names (.874 instead of .848) and named fewer strangers.
+VOTE_ODDS = 4.0
 MAX_TURNS = 4  # passes over the clips, if they are grouped in blocks
 # Arrays of groups are shortened if at most this share of the groups still has clips.
 MAX_KEPT_SHARE = 0.75
@@ -161,9 +166,8 @@ def group(
     parts: Sequence[np.ndarray],
     apart: Collection[tuple[str, str]] = (),
     *,
-    begin: Sequence[str] | None = None,
     clarity: Sequence[float] | None = None,
-    absorb: bool = True,
+    for_votes: bool = False,
 ) -> np.ndarray:
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
 
@@ -171,10 +175,9 @@ def group(
       names: [N], the names of the clips. A name starts with the name of the film.
       parts: the vectors of the clips, M arrays [N, D] float32; 0 if a modality is missing.
       apart: pairs of names of clips that show different people.
-      begin: [N], the first group of each clip. By default, each clip is a group at first.
       clarity: [N], 0 to 1, the clarity of each clip's best face, see `align.measure_clarity`. By
         default, it is 1.
-      absorb: True to join small groups to larger groups at the end.
+      for_votes: True for groups whose clips vote on one name.
     """
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
@@ -183,8 +186,6 @@ def group(
     order = np.argsort([cut_film_name(name) for name in names], kind="stable")
     labels = np.argsort(order)  # each clip is a group; groups of a film have adjacent numbers
     clear = np.ones(len(names)) if clarity is None else np.array(clarity, float)
-    if begin is not None:
-        labels = np.unique(begin, return_inverse=True)[1]
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
         """Joins the groups of the clips `rows` (indices); returns the new groups of these clips."""
@@ -194,7 +195,7 @@ def group(
         inside = here[pairs]
         inside = inside[(inside >= 0).all(axis=1)].tolist()
         groups = Groups(backend, [z[rows] for z in coordinates], local, clear[rows], inside)
-        joined = _agglomerate(groups)
+        joined = _agglomerate(groups, VOTE_ODDS if for_votes else 1.0)
         if absorb:
             joined = _absorb(groups, joined)
         return np.unique(joined[local], return_inverse=True)[1]
@@ -202,7 +203,7 @@ def group(
     for turn in range(MAX_TURNS):
         count = int(labels.max(initial=-1)) + 1
         if count <= MAX_GROUPED_CLIPS:
-            return join(np.arange(len(names)), absorb=absorb) if len(names) else labels
+            return join(np.arange(len(names)), absorb=not for_votes) if len(names) else labels
         block = np.arange(count) // MAX_GROUPED_CLIPS  # in the first turn, by film
         if turn:
             totals = sum_by_owner(np.concatenate(coordinates, axis=1), labels, count)[1]
@@ -210,7 +211,7 @@ def group(
         joined, first = np.empty_like(labels), 0
         for number in np.unique(block):
             rows = np.flatnonzero(block[labels] == number)
-            joined[rows] = first + join(rows, absorb=absorb and turn == MAX_TURNS - 1)
+            joined[rows] = first + join(rows, absorb=not for_votes and turn == MAX_TURNS - 1)
             first = int(joined[rows].max()) + 1
         labels = joined
     return labels
@@ -235,10 +236,11 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
     return block
 
 
-def _agglomerate(groups: Groups) -> np.ndarray:
+def _agglomerate(groups: Groups, odds: float) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
-    Returns [G] int, the group to which each group was joined.
+    The prior odds of a pair are `odds` / G. Returns [G] int, the group to which each group was
+    joined.
     """
     # For each group, the highest ratio of its pairs is stored, and an upper bound of its other
     # ratios. When two groups are joined, the ratios of their pairs no longer exist. If such a ratio
@@ -249,7 +251,7 @@ def _agglomerate(groups: Groups) -> np.ndarray:
     highest, others = np.full((2, num), np.inf)
     while left > 1:
         row = int(highest.argmax())
-        if highest[row] <= np.log(left):
+        if highest[row] <= np.log(left / odds):
             break
         if not stale[row]:
             other = int(best[row])

@@ -128,8 +128,9 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
 
 def group_votes(gallery: "Gallery", vectors: "Vectors", films: Sequence[Film]) -> dict[str, str]:
     """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`."""
-    apart = pair_seen_together(films)
-    return gallery.group(vectors, apart, clarity=_list_clarity(films), absorb=False)
+    # A face that is only a little unclear votes as a clear face does: the vote corrects an error.
+    clarity = dict.fromkeys(list_unclear(films), 0.0)
+    return gallery.group(vectors, pair_seen_together(films), clarity=clarity, for_votes=True)
 
 
 def group_unknown(
@@ -143,8 +144,8 @@ def group_unknown(
     unclear = list_unclear(films)
     faces = sorted(unclear & votes.keys() & {*vectors.names})  # `votes` has clips with usable faces
     clear = vectors.only({*vectors.names} - unclear)
-    apart = pair_seen_together(films)
-    groups = gallery.group(clear, apart, begin=votes, clarity=_list_clarity(films))
+    clarity = {track.clip: track.clarity for film in films for track in film.tracks}
+    groups = gallery.group(clear, pair_seen_together(films), clarity=clarity)
     first = 1 + len(groups)
     return groups | {clip: f"{UNKNOWN}{first + number}" for number, clip in enumerate(faces)}
 
@@ -180,10 +181,6 @@ def remove_unclear_names(
 def list_unclear(films: Iterable[Film]) -> set[str]:
     """Returns the clips with unclear faces, see `FilmTrack.unclear`."""
     return {track.clip for film in films for track in film.tracks if track.unclear}
-
-
-def _list_clarity(films: Iterable[Film]) -> dict[str, float]:
-    return {track.clip: track.clarity for film in films for track in film.tracks}
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:

@@ -37,7 +37,7 @@ from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
 from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
-from vidjax.utils import files, messages
+from vidjax.utils import files, printing
 from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
 from vidjax.utils.names import IGNORED, fold, is_unknown, normal_form
 
@@ -475,8 +475,8 @@ def serve_review(
         files.refuse_links(out)
         review = Review(out, decision, fpir=fpir, threshold=threshold, padding=padding)
         port = listener.getsockname()[1]
-        messages.print_text(f"http://{HOST}:{port}/{token}/")
-        messages.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
+        printing.print_text(f"http://{HOST}:{port}/{token}/")
+        printing.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:
             app_lib.serve(make_app(review, token, port), listener, Limits())
         finally:

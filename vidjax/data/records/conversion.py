@@ -29,9 +29,10 @@ from vidjax.data.records.manifest import (
     remove,
     write_manifest,
 )
-from vidjax.utils import files, messages
+from vidjax.utils import exit_codes, files, printing
 from vidjax.utils.errors import UserError, check_choice
 from vidjax.utils.machine import max_open_files, num_cores
+from vidjax.utils.parser import Parser
 from vidjax.utils.scratch import scratch_folder
 
 MIN_SHARDS = 8
@@ -270,7 +271,7 @@ def run_command(
     The command converts the folder DIR, which `open_source` opens.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = messages.Parser(prog=f"python -m {module}", description=description)
+    parser = Parser(prog=f"python -m {module}", description=description)
     parser.add_argument("directory", metavar="DIR", type=Path)
     parser.add_argument(
         "--cache_dir",
@@ -290,7 +291,7 @@ def run_command(
         source = open_source(args.directory, workers=args.workers, cache_dir=args.cache_dir)
         records = convert(source, args.cache_dir, workers=args.workers)
         _, _, report = label_records(records, source.read_labels(records.clips))
-        messages.print_text(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
+        printing.print_text(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
         return 0
 
-    return messages.run_to_exit_code(command, words)
+    return exit_codes.run_to_exit_code(command, words)

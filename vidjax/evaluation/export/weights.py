@@ -18,17 +18,17 @@ import jax
 import numpy as np
 
 from vidjax.core import devices
-from vidjax.core.ensemble import FILE as MEMBERS, MAX_FILE_BYTES as MEMBERS_BYTES
-from vidjax.evaluation import restore
+from vidjax.evaluation import trained_runs
+from vidjax.evaluation.export.array_files import save_tensors
 from vidjax.models.build_system import make_system
-from vidjax.runs import checkpoint, schemas
+from vidjax.runs import checkpoint, members_file, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
-NEEDED_FILES = (CONFIG, IDENTITIES, MEMBERS)
+NEEDED_FILES = (CONFIG, IDENTITIES, members_file.FILE)
 COPIED_FILES = (*NEEDED_FILES, "metrics.json")
 ITEMS = ("params", "model_state")
 
@@ -38,10 +38,10 @@ def write(workdir: Path, folder: Path, step: str) -> None:
     source = RunFolder(workdir)
     config = source.config
     config.eval.checkpoint = step
-    run = restore.find_run(config, source)
+    run = trained_runs.find_run(config, source)
     shapes = _make_shapes(config, run.manifest, len(run.training_sets.members))
     items = checkpoint.load(run.checkpoint, shapes, devices.replicated_layout(devices.make_mesh(1)))
-    save(flatten(items), folder / WEIGHTS)
+    save_tensors(flatten(items), folder / WEIGHTS)
     files.write_manifest(folder / CHECKPOINT, {**run.manifest, "files": {}})
     _copy(workdir, folder)
 
@@ -60,17 +60,17 @@ def read(folder: Path, workdir: Path) -> None:
     path = folder / CHECKPOINT
     manifest = files.read_manifest(path)
     schemas.parse(path, manifest, schemas.Manifest, "export the run again")
-    restore.check_entries(folder, manifest)
+    trained_runs.check_entries(folder, manifest)
     with files.atomic_folder(workdir) as partial:
         _copy(folder, partial)
         run = RunFolder(partial)
         config = run.config
-        sets = restore.load_training_sets(partial, manifest)
+        sets = trained_runs.load_training_sets(partial, manifest)
         items = _read_items(folder / WEIGHTS, _make_shapes(config, manifest, len(sets.members)))
         info = {name: x for name, x in manifest.items() if name not in ("step", "files", "arrays")}
         checkpoint.save(partial, manifest["step"], items, info)
         config.eval.checkpoint = "latest"  # the only checkpoint may have no MAP
-        restore.find_run(config, run)  # checks that the files belong together
+        trained_runs.find_run(config, run)  # checks that the files belong together
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -78,16 +78,7 @@ def _copy(source: Path, target: Path) -> None:
     RunFolder(source).metrics()
     for name in COPIED_FILES:
         if files.exists(source / name):
-            (target / name).write_bytes(files.read_bytes(source / name, MEMBERS_BYTES))
-
-
-def save(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Writes arrays to a .safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    with files.disk_errors(path, SafetensorError):
-        save_file(arrays, path)
+            (target / name).write_bytes(files.read_bytes(source / name, members_file.MAX_BYTES))
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -102,7 +93,7 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
     """Returns the shapes and dtypes of the weights of `members` ensemble members, as dicts."""
-    system = make_system(config.to_dict(), restore.read_task(manifest))
+    system = make_system(config.to_dict(), trained_runs.read_task(manifest))
     return dict(zip(ITEMS, system.compute_shapes(members), strict=True))
 
 

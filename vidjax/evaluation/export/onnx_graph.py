@@ -25,7 +25,7 @@ import onnx
 from jax.extend import core
 from onnx import helper, numpy_helper
 
-from vidjax.apps.export.function import LARGEST
+from vidjax.evaluation.export.function import LARGEST
 from vidjax.utils.errors import UserError
 
 OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.14 and later versions can read them

@@ -1,19 +1,10 @@
-"""Restores a trained run: checks the files in its folder and loads the weights.
-
-A checkpoint has a manifest, a JSON file. The manifest contains the configuration and the sha256 of
-`identities.json` and `members.npz`, so that files of another run are detected. Its entry `data`
-contains digests of the data that the run has read. A command that reads the data again compares the
-digests. The entry `trained_on` in the `metrics.json` of a finished run contains the same digests:
-
-    splits    split -> {clips: int, modalities: list, names, features, labels: sha256} for every
-              split that the run reads; labels are null if the split has no ground truth
-    weights   sha256 of the file `config.data.weights`; null if no file is configured
+"""Finds the checkpoint of a trained run, checks the files in its folder, and loads the weights.
 
 Functions raise CheckpointError if a file is missing, damaged or of another run.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,9 +16,10 @@ from vidjax.data.clips import ClipSource, Split, TrainingData, select_modalities
 from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.models.build_system import System, TaskSpec, make_system
-from vidjax.runs import checkpoint, config_io
+from vidjax.runs import checkpoint, config_io, members_file
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
+from vidjax.runs.digests import DataDigests, check_data, find_changes
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, describe_changes
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
@@ -35,7 +27,6 @@ from vidjax.utils.errors import UserError, warn
 RARE = 0.1  # a modality is rare if at most this share of the clips has it; our choice
 FEWEST_GAPS = 3  # of clips times rare modalities; fewer may be chance
 T = TypeVar("T")
-DataDigests = Mapping[str, Any]  # see the module docstring
 REWRITE = "delete metrics.json and repeat the training command: it writes both files"
 REMEDY = REWRITE.replace("delete", "delete it and", 1)
 
@@ -101,20 +92,7 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
         manifest["identities_sha256"],
     )  # fmt: skip
     identities = tuple(names)
-    if task.num_identities != len(identities):
-        raise CheckpointError(
-            f"'{workdir}': the manifest of the checkpoint has {task.num_identities:,} people, but "
-            f"identities.json has {len(identities):,}\n"
-            "the run was changed: use another copy of it"
-        )
     training_sets = load_training_sets(workdir, manifest)
-    columns, clips = task.num_columns, len(training_sets.clips)
-    if columns > 1 + 2 * len(identities) + clips:  # building a model takes memory per column
-        raise CheckpointError(
-            f"'{workdir}': the manifest of the checkpoint has {columns:,} classes, which are too "
-            f"many for {len(identities):,} people and {clips:,} clips\n"
-            "the run was changed: use another copy of it"
-        )
     return FoundRun(folder, saved, task, identities, training_sets)
 
 
@@ -192,36 +170,10 @@ def load_weights(
     return items["params"], devices.replicate(mesh, model_state)
 
 
-def hash_companions(
-    identities: Sequence[str], training_sets: ensemble.TrainingSets
-) -> dict[str, str]:
-    """Returns two entries of a manifest: the sha256 of the identities and of the training sets."""
-    return {
-        "identities_sha256": files.sha256_json(list(identities)),
-        "members_sha256": ensemble.digest(training_sets),
-    }
-
-
-def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a run was trained on other identities, clips or members.
-
-    `digests` is the result of `hash_companions` for the training to resume.
-    """
-    for name, noun in {
-        "identities_sha256": "another list of identities",
-        "members_sha256": "other clips or members",
-    }.items():
-        if manifest[name] != digests[name]:
-            raise CheckpointError(
-                f"'{workdir}' was trained on {noun}\n"
-                "use another folder, --workdir=FOLDER, or the data of that run"
-            )
-
-
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
     """Reads the clips that each member was trained on."""
-    path, wanted = workdir / ensemble.FILE, manifest.get("members_sha256")
-    return _read_companion(path, lambda: ensemble.load(workdir), ensemble.digest, wanted)
+    path, wanted = workdir / members_file.FILE, manifest.get("members_sha256")
+    return _read_companion(path, lambda: members_file.load(workdir), members_file.digest, wanted)
 
 
 def _read_companion(
@@ -239,53 +191,6 @@ def _read_companion(
     return data
 
 
-# The data of a run.
-
-
-def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
-    """Returns the digests of a run's data: `splits` (split -> digests), `weights` (sha256)."""
-    of_splits = data.report["splits"]
-    weights = config.data.weights
-    return {
-        "splits": {
-            name: of_splits[name]["sha256"]
-            for name in dict.fromkeys((*config.data.train_splits, config.eval.split))
-            if "sha256" in of_splits.get(name, {})
-        },
-        "weights": files.sha256_file(Path(weights).expanduser()) if weights else None,
-    }
-
-
-def _find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns which of `names`, `features` and `labels` of a split differ.
-
-    Features are compared only if the modalities are equal, because one digest covers all of them.
-    """
-    same = now.get("modalities") == before.get("modalities")
-    kinds = ("names", "features", "labels") if same else ("names", "labels")
-    return [kind for kind in kinds if now[kind] != before[kind]]
-
-
-def describe_difference(
-    split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
-) -> str:
-    """Returns a phrase that says how a split has changed, or "" if it has not.
-
-    `before` and `now` are its digests. If the split is missing now, `now` is None.
-    """
-    if now is None:
-        return f"{split} is missing"
-    changes = _find_changes(before, now)
-    if "names" in changes:
-        return f"{split} has other clips ({now['clips']:,}, before {before['clips']:,})"
-    if now.get("modalities") != before.get("modalities"):
-        warn(
-            f"{split}: the data have other modalities than before\n"
-            "so vidjax cannot check whether the features of the run are unchanged"
-        )
-    return f"{split} has other {' and '.join(changes)}" if changes else ""
-
-
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
@@ -300,7 +205,7 @@ def select_sets(
     before, now = own["splits"], getattr(data, "report", {"splits": {}})["splits"]
     names = [split] if split in before else before
     pairs = [(before[name], now.get(name, {}).get("sha256")) for name in names]
-    if now and all(x and {*_find_changes(old, x)} <= {"labels"} for old, x in pairs):
+    if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
         "some clips have names of training clips, but may be other clips: they are scored as new "
@@ -308,39 +213,3 @@ def select_sets(
         "ensemble scores a clip that it was trained on"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))
-
-
-def check_data(
-    workdir: Path,
-    own: DataDigests,
-    config: Config,
-    data: TrainingData,
-    *,
-    trains: bool = True,
-    named: bool = True,
-) -> None:
-    """Raises UserError if `data` differ from the data of a run, which have the digests `own`.
-
-    If the training continues (`trains` is True), all splits of the run must be unchanged. If the
-    run is evaluated, `eval.split` must be unchanged, or be a split that the run has not read.
-
-    `named` is True if the user has named the folder of the data. If `named` is False, the folder is
-    from `config.json`, which a stranger may have written. Then a split that the run has not read
-    needs proof: another split of the run must be unchanged.
-    """
-    split = config.eval.split
-    names = [split] if not trains and split in own["splits"] else list(own["splits"])
-    here = {name: counts.get("sha256") for name, counts in data.report["splits"].items()}
-    different = [describe_difference(name, own["splits"][name], here.get(name)) for name in names]
-    if trains and own.get("weights") != hash_data(config, data)["weights"]:
-        different.append("config.data.weights is another file")
-    if not trains and split not in names and (named or not all(different)):
-        return
-    if any(different):
-        other = "train on these in another folder: --workdir=FOLDER"
-        if not trains:
-            other = "rank these clips: vidjax rank --input=FOLDER --out=FILE"
-        raise UserError(
-            f"'{workdir}' was trained on other data: {', '.join(filter(None, different))}\n"
-            f"name the data of the run: --config.data.dir=FOLDER\nor {other}"
-        )

@@ -1,1 +1,0 @@
-"""Exports runs and galleries to the formats of other runtimes, and imports runs again."""

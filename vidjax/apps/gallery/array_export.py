@@ -1,0 +1,81 @@
+"""Writes a gallery as arrays, with which numpy scores clips without vidjax."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Ratios
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.evaluation.export import array_files, tolerance
+from vidjax.utils.errors import UserError
+
+
+def write_arrays(format_name: str, gallery: Gallery, path: Path) -> float:
+    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores.
+
+    The scores of random clips are compared with the scores of the gallery. Raises UserError if the
+    error is above `tolerance.TOLERANCE`.
+    """
+    read = array_files.write_arrays(path, make_arrays(gallery))
+    rng, parts = np.random.default_rng(0), {}
+    for number, (name, width) in enumerate(gallery.backend.widths.items()):
+        x = rng.normal(size=(6, width)).astype(np.float32)
+        parts[name] = x / np.linalg.norm(x, axis=1, keepdims=True)
+        parts[name][1 + number % 5] = 0  # a clip that lacks the modality
+    if len(parts) > 1:
+        for x in parts.values():
+            x[0] = 0  # a clip that lacks all modalities
+    expected = np.stack(list(gallery.index.search(list(parts.values()))))
+    worst = tolerance.difference({"scores": read(parts)}, {"scores": expected})
+    tolerance.check_tolerance(format_name, worst)
+    return worst
+
+
+def make_arrays(gallery: Gallery) -> dict[str, np.ndarray]:
+    """Returns the arrays of a gallery, name -> array. `export.array_files` lists them.
+
+    People are in the order of `gallery.index.names`. If a modality is compared by distances, the
+    arrays `share`, `radius`, `variance` and `card` of `backend.DistanceRatios` replace `transform`,
+    `constant`, `curve`, `kind` and `scale`. Here, `variance` is the sum of the variance of
+    `DistanceRatios` and of `Distances.within`.
+    """
+    index, backend = gallery.index, gallery.backend
+    if not index.names:
+        raise UserError(
+            f"nobody is enrolled in gallery '{gallery.folder}'\n"
+            "enrol people first: vidjax gallery enrol"
+        )
+    arrays: dict[str, Any] = {
+        name: np.asarray(getattr(backend.settings, name), np.float64)
+        for name in ("scale", "unenrolled", "stranger")
+    }
+    arrays["temperature"] = np.ones(())
+    for number, part in enumerate(backend.parts):
+        scorer = index.scorers[number]
+        part_arrays: dict[str, Any] = {
+            "centre": part.centre,
+            "linear": np.concatenate([block.linear[number] for block in index.blocks]),
+            "known": (index.counts[number] > 0).astype(np.int32),
+            "limit": np.asarray(MAX_VOICE_RATIO if part.may_be_offscreen else np.inf),
+        }
+        if isinstance(scorer, Ratios):
+            assert part.space is not None
+            part_arrays |= {
+                "mean": part.space.mean,
+                "transform": part.space.transform,
+                "constant": np.concatenate([block.constant[number] for block in index.blocks]),
+                "curve": scorer.curve,
+                "kind": scorer.kind.astype(np.int32),
+                "scale": np.ones(()),
+            }
+        elif part.distances is not None:
+            part_arrays |= {
+                "mean": scorer.population.mean,
+                "share": scorer.share,
+                "radius": scorer.radius,
+                "variance": scorer.variance + part.distances.within,
+                "card": scorer.card,
+            }
+        arrays |= {f"{part.name}/{name}": value for name, value in part_arrays.items()}
+    return {name: np.ascontiguousarray(value)[None] for name, value in arrays.items()}

@@ -1,0 +1,61 @@
+"""Writes the arrays of a PLDA run or a gallery, next to a program that reads them.
+
+The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
+scores clips. PART is a modality, and D is the length of its vectors. N is the number of people, in
+the order of identities.json. E is the number of ensemble members. PLDA compares the vectors:
+
+    scale                        [E], a factor of the log-likelihood ratios
+    unenrolled                   [E], the scaled ratio for people without a clip of PART
+    stranger                     [E], the logarithm of the prior odds of a stranger
+    temperature                  [E], divides the logits, see `config.eval.temperature`
+    PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
+    PART/mean, PART/transform    [E, D] and [E, D, D], z = (unit vector - mean) @ transform
+    PART/linear, PART/constant   [E, N, D] and [E, N], the coefficients of z and of 1
+    PART/curve                   [E, U, D], the coefficients of z^2
+    PART/kind                    [E, N] int32, the row of each person in `curve`
+    PART/known                   [E, N] int32, 1 for people with a clip of PART
+    PART/scale                   [E], an additional factor of the ratios of PART
+    PART/limit                   [E], a bound of the ratios of clips with several modalities
+
+The log-likelihood ratio of PART is a polynomial of z with the coefficients `linear`, `constant`
+and `curve`. People with the same number of clips share one of the U rows of `curve`. Arrays without
+a dtype are float32 or float64. If distances are compared instead, see
+`gallery.array_export`.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidjax.evaluation.export import reader
+from vidjax.utils import files
+
+
+def write_arrays(
+    path: Path, arrays: dict[str, Any]
+) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+    """Writes arrays to a file, and copies `reader.py` next to the file.
+
+    Returns a function that scores the vectors of clips with `reader.py` and the written arrays.
+    """
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+        written = files.read_npz(path, path.stat().st_size)
+    else:
+        from safetensors.numpy import load_file
+
+        save_tensors(arrays, path)
+        written = load_file(path)
+    path.with_name("reader.py").write_bytes(Path(reader.__file__).read_bytes())
+    return lambda vectors: reader.log_probabilities(written, vectors)
+
+
+def save_tensors(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Writes arrays to a .safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    with files.disk_errors(path, SafetensorError):
+        save_file(arrays, path)

@@ -1,0 +1,186 @@
+"""Writes runs in the formats of `vidjax export`.
+
+Each format is a function that writes a file, and also loads the file with the runtime of the
+format, so that the results can be compared with vidjax. JAX and other runtimes are imported only in
+these functions. So a command finds a mistake in its flags immediately.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from vidjax.evaluation.export.function import Shapes
+    from vidjax.evaluation.predict import Predictor
+
+OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
+PLATFORMS = ("cpu", "cuda", "tpu")
+Predict = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+class Format(NamedTuple):
+    """A format of `vidjax export`."""
+
+    file: str  # the name of the file or folder with the model of a run
+    # Writes the model of a run into a folder, which already contains the weights. Returns a
+    # function that computes the outputs with the runtime of the format.
+    write: Callable[["Predictor", "Shapes", Path], Predict]
+    packages: tuple[str, ...]  # the packages that the format needs in addition to vidjax
+    extra: str  # the extra that installs the packages, as in `pip install vidjax[onnx]`
+    outputs: tuple[str, ...] = OUTPUTS
+    gallery_file: str = ""  # the file with the arrays of a gallery; "" if only runs are supported
+    bounded: bool = False  # True if weights in the file are limited to `function.LARGEST` bytes
+
+
+def stablehlo(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
+    """Writes a run as a serialised StableHLO program; returns a function that runs the program."""
+    import jax
+    import jax.export
+
+    from vidjax.core import devices
+    from vidjax.evaluation.export import function
+
+    path = folder / "model.stablehlo"
+    export = jax.export.export(jax.jit(function.make_function(run)), platforms=PLATFORMS)
+    path.write_bytes(export(dict(inputs)).serialize())
+    loaded = jax.export.deserialize(bytearray(path.read_bytes()))
+
+    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        # A program is compiled for each input size and contains all weights, so it is not cached.
+        with devices.disable_program_cache():
+            return jax.device_get(jax.jit(loaded.call).lower(inputs).compile()(inputs))
+
+    return predict_outputs
+
+
+def tensorflow(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
+    """Writes a run as a SavedModel of TensorFlow; returns a function that runs the model.
+
+    The model is a single operation, which TensorFlow runs with XLA. So runtimes without XLA, such
+    as TensorFlow Lite, cannot load the model. Raises UserError if the name of a modality contains
+    `-`. The returned function raises UserError if JAX is too new for TensorFlow.
+    """
+    if refused := [name for name in run.modalities if "-" in name]:
+        raise UserError(
+            f"--format=saved_model: TensorFlow allows no '-' in names, as in '{refused[0]}'\n"
+            "choose --format=stablehlo or --format=onnx"
+        )
+    import jax
+    from jax.experimental import jax2tf
+
+    from vidjax.data.records.streaming import tf
+    from vidjax.evaluation.export import function
+
+    path = folder / "saved_model"
+    shapes: Any = {name: f"({', '.join(map(str, spec.shape))})" for name, spec in inputs.items()}
+    converted = jax2tf.convert(
+        partial(function.compute_outputs, run),
+        polymorphic_shapes=[None, shapes],
+        with_gradient=False,
+        native_serialization_platforms=("cpu", "cuda"),
+    )
+    specs = {
+        name: tf.TensorSpec(
+            [x if isinstance(x, int) else None for x in spec.shape], spec.dtype.name, name
+        )
+        for name, spec in inputs.items()
+    }
+    # Constants of a graph are limited to 2 GB and are copied dozens of times. Variables are not.
+    variables = jax.tree.map(tf.Variable, function.get_members(run))
+    serving: Any = tf.function(lambda **arrays: converted(variables, arrays), autograph=False)
+    signature = serving.get_concrete_function(**specs)
+    module: Any = tf.Module()
+    module.weights = jax.tree.leaves(variables)
+    with files.disk_errors(path, tf.errors.OpError):
+        tf.saved_model.save(module, str(path), signatures={"serving_default": signature})
+    loaded = tf.saved_model.load(str(path)).signatures["serving_default"]
+
+    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        tensors = {name: tf.constant(value) for name, value in inputs.items()}
+        try:
+            return {name: value.numpy() for name, value in loaded(**tensors).items()}
+        except tf.errors.InvalidArgumentError as error:
+            if "deserialize" not in str(error):
+                raise
+            raise UserError(
+                f"--format=saved_model: TensorFlow {tf.__version__} cannot run programs of jax "
+                f"{jax.__version__}\ninstall an older jax or a newer TensorFlow, or choose "
+                "--format=stablehlo or --format=onnx"
+            ) from error
+
+    return predict_outputs
+
+
+def onnx(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
+    """Writes a run as an ONNX model; returns a function that runs the model in ONNX Runtime."""
+    import onnxruntime
+
+    from vidjax.evaluation.export import function, onnx_graph
+
+    path = folder / "model.onnx"
+    model = onnx_graph.to_model(function.make_function(run), inputs, OUTPUTS)
+    path.write_bytes(model.SerializeToString())
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    input_names = [value.name for value in session.get_inputs()]
+
+    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        feeds = {name: inputs[name] for name in input_names}
+        arrays = session.run(list(OUTPUTS), feeds)
+        return {n: np.asarray(x) for n, x in zip(OUTPUTS, arrays, strict=True)}
+
+    return predict_outputs
+
+
+def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
+    """Returns a function that computes outputs with the weights in `folder`, for the comparison.
+
+    `vidjax export` has already written the weights, in the format safetensors.
+    """
+    del run, inputs
+    import jax
+
+    from vidjax.evaluation import predict
+    from vidjax.evaluation.export import function, weights
+
+    imported = folder / "imported"
+    weights.read(folder, imported)
+    copy = predict.restore(imported)
+    shutil.rmtree(imported)
+    compiled = jax.jit(partial(function.compute_outputs, copy))
+    members = function.get_members(copy)
+    return lambda arrays: jax.device_get(compiled(members, dict(arrays)))
+
+
+def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
+    """Writes the arrays of a PLDA run and `reader.py`; returns a function that scores with them."""
+    del inputs
+    from vidjax.evaluation.export import array_files, run_arrays
+
+    read = array_files.write_arrays(folder / "arrays.npz", run_arrays.make_run_arrays(run))
+
+    def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        vectors = run_arrays.compute_unit_means(run, inputs)
+        logs = read(vectors)[:, 1:]
+        logs[~np.any([x.any(axis=1) for x in vectors.values()], axis=0)] = -np.inf
+        return {"scores": logs}
+
+    return predict_outputs
+
+
+# Name -> format. To add a format, write a function above, and add a line here.
+FORMATS = {
+    "stablehlo": Format("model.stablehlo", stablehlo, (), "", bounded=True),
+    "saved_model": Format("saved_model", tensorflow, ("tensorflow",), "tensorflow"),
+    "onnx": Format("model.onnx", onnx, ("onnx", "onnxruntime"), "onnx", bounded=True),
+    "safetensors": Format(
+        "weights.safetensors", safetensors, (), "", gallery_file="arrays.safetensors"
+    ),
+    "numpy": Format("arrays.npz", numpy, (), "", ("scores",), gallery_file="arrays.npz"),
+}

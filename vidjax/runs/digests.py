@@ -1,0 +1,131 @@
+"""Computes and compares the digests of the data that a run was trained on.
+
+The manifest of a checkpoint contains the sha256 of `identities.json` and `members.npz`, so that
+files of another run are detected. Its entry `data` contains digests of the data that the run has
+read. A command that reads the data again compares the digests. The entry `trained_on` in the
+`metrics.json` of a finished run contains the same digests:
+
+    splits    split -> {clips: int, modalities: list, names, features, labels: sha256} for every
+              split that the run reads; labels are null if the split has no ground truth
+    weights   sha256 of the file `config.data.weights`; null if no file is configured
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vidjax.core import ensemble
+from vidjax.data.clips import TrainingData
+from vidjax.runs import members_file
+from vidjax.runs.checkpoint import CheckpointError
+from vidjax.runs.config import Config
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, warn
+
+DataDigests = Mapping[str, Any]  # see the module docstring
+
+
+def hash_companions(
+    identities: Sequence[str], training_sets: ensemble.TrainingSets
+) -> dict[str, str]:
+    """Returns two entries of a manifest: the sha256 of the identities and of the training sets."""
+    return {
+        "identities_sha256": files.sha256_json(list(identities)),
+        "members_sha256": members_file.digest(training_sets),
+    }
+
+
+def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Raises CheckpointError if a run was trained on other identities, clips or members.
+
+    `digests` is the result of `hash_companions` for the training to resume.
+    """
+    for name, noun in {
+        "identities_sha256": "another list of identities",
+        "members_sha256": "other clips or members",
+    }.items():
+        if manifest[name] != digests[name]:
+            raise CheckpointError(
+                f"'{workdir}' was trained on {noun}\n"
+                "use another folder, --workdir=FOLDER, or the data of that run"
+            )
+
+
+def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
+    """Returns the digests of a run's data: `splits` (split -> digests), `weights` (sha256)."""
+    of_splits = data.report["splits"]
+    weights = config.data.weights
+    return {
+        "splits": {
+            name: of_splits[name]["sha256"]
+            for name in dict.fromkeys((*config.data.train_splits, config.eval.split))
+            if "sha256" in of_splits.get(name, {})
+        },
+        "weights": files.sha256_file(Path(weights).expanduser()) if weights else None,
+    }
+
+
+def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns which of `names`, `features` and `labels` of a split differ.
+
+    Features are compared only if the modalities are equal, because one digest covers all of them.
+    """
+    same = now.get("modalities") == before.get("modalities")
+    kinds = ("names", "features", "labels") if same else ("names", "labels")
+    return [kind for kind in kinds if now[kind] != before[kind]]
+
+
+def describe_difference(
+    split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
+) -> str:
+    """Returns a phrase that says how a split has changed, or "" if it has not.
+
+    `before` and `now` are its digests. If the split is missing now, `now` is None.
+    """
+    if now is None:
+        return f"{split} is missing"
+    changes = find_changes(before, now)
+    if "names" in changes:
+        return f"{split} has other clips ({now['clips']:,}, before {before['clips']:,})"
+    if now.get("modalities") != before.get("modalities"):
+        warn(
+            f"{split}: the data have other modalities than before\n"
+            "so vidjax cannot check whether the features of the run are unchanged"
+        )
+    return f"{split} has other {' and '.join(changes)}" if changes else ""
+
+
+def check_data(
+    workdir: Path,
+    own: DataDigests,
+    config: Config,
+    data: TrainingData,
+    *,
+    trains: bool = True,
+    named: bool = True,
+) -> None:
+    """Raises UserError if `data` differ from the data of a run, which have the digests `own`.
+
+    If the training continues (`trains` is True), all splits of the run must be unchanged. If the
+    run is evaluated, `eval.split` must be unchanged, or be a split that the run has not read.
+
+    `named` is True if the user has named the folder of the data. If `named` is False, the folder is
+    from `config.json`, which a stranger may have written. Then a split that the run has not read
+    needs proof: another split of the run must be unchanged.
+    """
+    split = config.eval.split
+    names = [split] if not trains and split in own["splits"] else list(own["splits"])
+    here = {name: counts.get("sha256") for name, counts in data.report["splits"].items()}
+    different = [describe_difference(name, own["splits"][name], here.get(name)) for name in names]
+    if trains and own.get("weights") != hash_data(config, data)["weights"]:
+        different.append("config.data.weights is another file")
+    if not trains and split not in names and (named or not all(different)):
+        return
+    if any(different):
+        other = "train on these in another folder: --workdir=FOLDER"
+        if not trains:
+            other = "rank these clips: vidjax rank --input=FOLDER --out=FILE"
+        raise UserError(
+            f"'{workdir}' was trained on other data: {', '.join(filter(None, different))}\n"
+            f"name the data of the run: --config.data.dir=FOLDER\nor {other}"
+        )

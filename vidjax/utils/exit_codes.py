@@ -1,0 +1,128 @@
+"""Runs a command, and ends its process. Errors and signals become messages and exit codes.
+
+The module imports no slow library, so that a mistake in the flags is reported immediately.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from vidjax.utils.errors import Expected, VidjaxWarning, describe_system_error, escape_controls
+from vidjax.utils.printing import print_escaped, print_problem, print_text
+from vidjax.utils.scratch import remove_scratch_folders
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """Runs `main`, and ends the process with the exit code that `main` returns."""
+    _open_closed_streams()
+    # Set before the slow imports. Training installs its own handlers.
+    signal.signal(signal.SIGINT, stop_at_once)
+    signal.signal(signal.SIGTERM, stop_at_once)
+    warnings.simplefilter("ignore")  # the warnings of libraries are meant for programmers
+    warnings.filterwarnings("default", category=VidjaxWarning)
+    warnings.showwarning = show_warning
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger().handlers[0].setFormatter(_Printable("%(message)s"))
+    logging.getLogger("vidjax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors also arrive as exceptions
+    # By default, Python would search for garbage 800 times in a short training, and find little.
+    gc.set_threshold(100_000, 20, 50)
+    code = main()
+    gc.freeze()  # skips the last garbage collection, which would take over a second
+    sys.exit(code)
+
+
+def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
+    """Runs a command and returns its exit code. If the command fails, prints the error.
+
+    `words` is the command line. With `--debug`, the traceback is printed. With `--json`, the error
+    is printed to standard output as `{"error": TEXT}`. `utils.errors` lists the exit codes.
+    """
+    try:
+        return command()
+    except KeyboardInterrupt:
+        code, text = 130, "stopped"
+        print_problem(text)
+    except Exception as error:
+        code, text = get_exit_code(error), describe_error(error)
+        if "--debug" in words or code is None:
+            text = f"{type(error).__name__}: {text}" if code is None else text
+            print_escaped(traceback.format_exc(), sys.stderr)
+        else:
+            print_problem(text)
+    if "--json" in words:
+        with contextlib.suppress(OSError):  # the disk of standard output may be full
+            print_text(json.dumps({"error": text}))
+    return code or 1
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+
+def _open_closed_streams() -> None:
+    """Opens /dev/null for each closed standard stream, so that no other file takes its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def describe_error(error: Exception) -> str:
+    """Returns the message of an error, with a remedy if a user can correct the error."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package '{error.name}' is missing or broken\n"
+            "install the packages of training, evaluation and reports: pip install 'vidjax[train]'"
+        )
+    if is_out_of_memory(error):
+        reason = (str(error) or "a request failed").splitlines()[0][:200]
+        return (
+            f"no memory is left: {reason}\n"
+            "to train, or to resume a run: --config.data.mode=streaming; in a new run (another "
+            "--workdir) also --config.batch_size=32 --config.data.max_frames=32\n"
+            "to evaluate: --config.eval.block_size=64; for other commands, use fewer clips"
+        )
+    return describe_system_error(error) or str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns True if an error means that the host or a device has no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
+def get_exit_code(error: Exception) -> int | None:
+    """Returns the exit code of an error, as `utils.errors` lists it, or None for a bug."""
+    if isinstance(error, ModuleNotFoundError):
+        return None if (error.name or "").startswith("vidjax") else 2
+    if isinstance(error, Expected):
+        return error.exit_code
+    return 2 if is_out_of_memory(error) or describe_system_error(error) else None
+
+
+def show_warning(message: object, *args: object, **kwargs: object) -> None:
+    """Prints a warning without the line of code. It replaces `warnings.showwarning`."""
+    del args, kwargs
+    print_problem(f"warning: {message}")
+
+
+def stop_at_once(signum: int, frame: object = None) -> NoReturn:
+    """Ends the process immediately with exit code 128 + `signum`. It is a signal handler."""
+    del frame
+    # An exception would be lost during an import or in the callback of a library.
+    os.write(2, b"vidjax: stopped\n")
+    remove_scratch_folders()
+    os._exit(128 + signum)

@@ -1,0 +1,101 @@
+"""Parses the words of a command line."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from vidjax.utils.errors import UserError
+
+
+class _StoreOnce(argparse.Action):
+    """Stores the value of a flag. If the flag is given twice, raises UserError."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string and getattr(namespace, self.dest) is not self.default:
+            raise UserError(f"{option_string} is given twice: give one value")
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that accepts no abbreviated flags and raises UserError for a mistake."""
+
+    def __init__(self, prog: str, **options: Any):  # noqa: ANN401 (the options of argparse)
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, formatter_class=layout, allow_abbrev=False, **options)
+        self.register("action", None, _StoreOnce)
+        self.example = ""
+        # The command may override fields that begin with this text, or no field if it is None.
+        self.group: str | None = None
+
+    def fields(self, group: str = "", *, example: str) -> None:
+        """Lets the command override fields that begin with `group`, e.g. `data.`, or all fields.
+
+        `example` is shown by `--help`, such as `seed=1` for `--config.seed=1`.
+        """
+        name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
+        about = f"overrides a field, e.g. --config.{example}"
+        self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
+        self.group = group
+
+    def command(self, run: Callable[[argparse.Namespace], object], *examples: str) -> None:
+        """Sets the function and the `examples` of the command. Adds --quiet, --json and --debug."""
+        self.example = f"{self.prog} {examples[0]}"
+        lines = []
+        for flags in examples:
+            line = f"  {self.prog} {flags}"
+            if len(line) > 80:
+                first, _, others = flags.partition(" --")
+                line = f"  {self.prog} {first} \\\n      --{others}"
+            lines.append(line)
+        self.epilog = "\n".join([f"example{'s' * (len(examples) > 1)}:", *lines])
+        self.add_argument("--quiet", action="store_true", help="prints only the result")
+        self.add_argument("--json", action="store_true", help="prints the result as JSON")
+        self.add_argument("--debug", action="store_true", help="shows tracebacks")
+        self.set_defaults(execute=run, parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with the message, and an example of the command."""
+        needs = f"{self.prog.removeprefix('vidjax ')} needs"
+        message = message.replace("the following arguments are required:", needs)
+        message = message.replace("one of the arguments", f"{needs} one of")
+        message = message.removeprefix("argument ").removesuffix(" is required")
+        example = f"example: {self.example}" if self.example else ""
+        remedy = example or f"to see all arguments: {self.prog} --help"
+        raise UserError(f"{message}\n{remedy}")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Returns a `type` for `add_argument` that reads a whole number from `low` to `high`."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and low <= int(text[:20]) <= high):
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {low} to {high:,}, not '{text[:20]}'"
+            )
+        return int(text)
+
+    return read
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words that override no field, and the words that override a field.
+
+    The two words `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
+    """
+    flags, overrides = [], []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--config."):
+            flags.append(word)
+        elif "=" not in word and rest and not rest[0].startswith("--"):
+            overrides.append(f"{word}={rest.pop(0)}")
+        else:
+            overrides.append(word)
+    return flags, overrides
