@@ -7,19 +7,17 @@ all videos. Each line has the video, the start and the duration in seconds, and 
 
 import itertools
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
 
 from vidjax.apps.gallery.answers import FACE, UNKNOWN, Answer, parse_group_number
 from vidjax.apps.video.features_folder import Box, Film, FilmTrack
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
-from vidjax.utils.names import IGNORED
+from vidjax.utils.names import IGNORED, escape
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery, Vectors
@@ -308,7 +306,7 @@ def to_rttm(appearances: Iterable[Appearance]) -> str:
     """Returns the text of a .rttm file with a line for each appearance of a person.
 
     Ignored people and photos are left out. Blanks in names become `_`. If this makes two names
-    equal, their blanks become `%20` instead.
+    equal, their blanks become `%20` instead. In all names, `%20` becomes `%2520`.
     """
     appearances = [x for x in appearances if x.identity is not None and x.end_s > x.start_s]
     words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
@@ -321,12 +319,9 @@ def to_rttm(appearances: Iterable[Appearance]) -> str:
 
 def _make_words(texts: Collection[str]) -> dict[str, str]:
     """Returns text -> word without blanks. Different texts get different words."""
-    words = {text: "_".join(text.split()) or "_" for text in texts}
+    words = {text: "_".join(map(escape, text.split())) for text in texts}
     count = Counter(words.values())
-    return {
-        text: word if count[word] == 1 else re.sub(r"\s", lambda x: quote(x[0]), text)
-        for text, word in words.items()
-    }
+    return {text: word if count[word] == 1 else escape(text) for text, word in words.items()}
 
 
 def format_span(begin: float, end: float) -> str:
