@@ -38,6 +38,8 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
+# The names of temporary files and folders, which remain if a call is killed.
+PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
@@ -232,6 +234,72 @@ def _distinguish(twins: Sequence[Film]) -> None:
     depth = 1 + max(sum(itertools.takewhile(bool, pair)) for pair in equal)
     for film, part in zip(twins, parts, strict=True):
         film.video = "/".join(part[-depth:])
+
+
+def find_films(out: Path) -> dict[str, Film]:
+    """Returns stem -> film for the films in a folder of features, except damaged films."""
+    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
+    return {stem: film for stem in names if (film := find_film(out, stem))}
+
+
+def find_film(out: Path, stem: str) -> Film | None:
+    """Returns the film `stem` of an earlier call, or None if its files are damaged or missing."""
+    try:
+        film = read_film(out / VIDEOS / f"{stem}.json")
+    except (UserError, FileNotFoundError):
+        return None
+    return film if files.exists(out / f"{stem}.npz") else None
+
+
+def lacks_pictures(out: Path, stem: str) -> bool:
+    """Returns whether a film has no thumbnails in a folder that keeps thumbnails."""
+    thumbnails = out / THUMBNAILS
+    return thumbnails.exists() and not (thumbnails / stem).exists()
+
+
+def remove_film(out: Path, stem: str) -> None:
+    """Removes the features and thumbnails of the video or photo `stem`."""
+    # The JSON file is removed first, because it marks the other files as complete.
+    (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
+    _remove_pictures(out / THUMBNAILS / stem)
+    (out / f"{stem}.npz").unlink(missing_ok=True)
+
+
+def remove_thumbnails(out: Path) -> bool:
+    """Removes all thumbnails from a folder of features. Returns False if other files remain."""
+    remove_leftovers(out, None)  # temporary files may contain thumbnails
+    if not files.exists(out / THUMBNAILS):
+        return True
+    for folder in (out / THUMBNAILS).iterdir():
+        _remove_pictures(folder)
+    return files.remove_ours(out / THUMBNAILS, "")
+
+
+def _remove_pictures(folder: Path) -> None:
+    # The name of the folder is the stem of the video.
+    files.remove_ours(folder, rf"{re.escape(folder.name)}(\..+)?\.png")
+
+
+def remove_features(out: Path) -> bool:
+    """Removes a folder of features. Returns False if files of other programs remain."""
+    if files.exists(out / NAME):
+        remove_thumbnails(out)
+        remove_leftovers(out, set())
+        files.remove_ours(out / VIDEOS, "")
+    return files.remove_ours(out, rf"\.lock|{re.escape(NAME)}")
+
+
+def remove_leftovers(out: Path, stems: set[str] | None) -> None:
+    """Removes temporary files, and if `stems` is given, the features of all other stems."""
+    videos = out / VIDEOS
+    for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
+        if PARTIAL.fullmatch(entry.name):
+            files.remove_tree(entry) if entry.is_dir() else entry.unlink()
+    if stems is not None:
+        present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
+        for stem in present - stems:
+            if "." not in stem:
+                remove_film(out, stem)
 
 
 def check_photo(film: Film) -> tuple[str | None, str]:

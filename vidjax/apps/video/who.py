@@ -40,7 +40,15 @@ from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import NOBODY, Answer
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, Vectors
-from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
+from vidjax.apps.video import (
+    appearances,
+    cuts,
+    doubts,
+    features_folder,
+    input_files,
+    names_page,
+    pipeline,
+)
 from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
 from vidjax.apps.video.pipeline import FileOutcome
@@ -281,7 +289,7 @@ def name_people(
     answers_lib.check_choice(fpir, threshold)
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
-    pipeline.check_apart(pipeline.list_files(films), out)
+    input_files.check_apart(input_files.list_files(films), out)
     photos = {} if people is None else _list_photos(people, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
@@ -297,7 +305,7 @@ def name_people(
         failed, names = dict[str, str](), set[str]()
         if people is not None:
             failed, names = _update_people(gallery, people, photos, out, forget_missing, options)
-        earlier = pipeline.find_films(out / FEATURES).values()
+        earlier = features_folder.find_films(out / FEATURES).values()
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
             raise UserError(
@@ -309,7 +317,7 @@ def name_people(
             gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*/"):
-                pipeline.remove_thumbnails(folder)
+                features_folder.remove_thumbnails(folder)
         outcomes = pipeline.extract(
             films, out / FEATURES, settings=settings, done=done,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
@@ -357,7 +365,7 @@ def _update_people(
         kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
         names |= kept
         failed |= {str(people / folder): "" for folder in sorted(missing)}
-        hint = "" if os.path.isdir(people) else pipeline.suggest_path(people)
+        hint = "" if os.path.isdir(people) else input_files.suggest_path(people)
         say(
             f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
             f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
@@ -405,9 +413,9 @@ def _find_missing(
     }  # fmt: skip
     place, missing = Path(os.path.realpath(people)), set[str]()
     for folder in absent:
-        films = pipeline.find_films(out / PEOPLE / folder).values()
+        films = features_folder.find_films(out / PEOPLE / folder).values()
         paths = [film.source.path for film in films]
-        deleted = has_others and all(x.parent == place and pipeline.is_missing(x) for x in paths)
+        deleted = has_others and all(x.parent == place and input_files.is_missing(x) for x in paths)
         if not films or not (deleted or new & {film.sha256 for film in films}):
             missing.add(folder)
     return missing
@@ -423,7 +431,7 @@ def _report_missing(films: Sequence[Film], out: Path, pruned: bool) -> None:
         )
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
-        lacks = stem and pipeline.lacks_pictures(out / FEATURES, stem)
+        lacks = stem and features_folder.lacks_pictures(out / FEATURES, stem)
         if lacks and os.path.exists(film.source.path):
             say(f"there are no thumbnails of {film.video}: add this film to the command")
             return
@@ -506,14 +514,16 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
             f"--out={out} is inside '{people}', where each folder is a person\nname another folder"
         )
     photos_of: dict[str, list[Path]] = {}
-    pipeline.say_left_out([people])
-    single = pipeline.split_files(people)[0]
+    input_files.say_left_out([people])
+    single = input_files.split_files(people)[0]
     for path in list_entries(people):
         if path.is_file() and path not in single:
             continue
         photos = [path] if path.is_file() or _is_lost_photo(path) else []
         if path.is_dir():
-            photos = [photo for folder in pipeline.walk(path) for photo in _list_stills(folder)]
+            photos = [
+                photo for folder in input_files.list_folders(path) for photo in _list_stills(folder)
+            ]
         if not photos and not files.exists(out / PEOPLE / normal_form(path.name)):
             say(
                 f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
@@ -530,7 +540,7 @@ def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_people(people: Path) -> UserError:
-    hint = "" if os.path.exists(people) else pipeline.suggest_path(people)
+    hint = "" if os.path.exists(people) else input_files.suggest_path(people)
     return UserError(
         f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
     )
@@ -565,7 +575,7 @@ def _check_people(
 def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
     """Returns whether one of the photos has the same content as a photo of an earlier call."""
     folders = [folder for folder in (out / PEOPLE).glob("[!.]*") if folder.is_dir()]
-    films = [film for folder in folders for film in pipeline.find_films(folder).values()]
+    films = [film for folder in folders for film in features_folder.find_films(folder).values()]
     sizes, digests = {film.source.size for film in films}, {film.sha256 for film in films}
     paths = (path for paths in photos.values() for path in paths if os.path.exists(path))
     return any(
@@ -607,8 +617,8 @@ def _list_stills(folder: Path) -> list[Path]:
 
     Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`.
     """
-    paths = pipeline.split_files(folder)[0]
-    photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
+    paths = input_files.split_files(folder)[0]
+    photos = {path for path in paths if path.suffix.lower() in input_files.PHOTOS}
     stems = {path.stem for path in photos}
     lost = [path for path in list_entries(folder) if _is_lost_photo(path)]
     return [path for path in paths if path in photos or path.stem not in stems] + lost
@@ -616,7 +626,7 @@ def _list_stills(folder: Path) -> list[Path]:
 
 def _is_lost_photo(path: Path) -> bool:
     """Returns whether a path is a link to a photo that is missing, for example on another drive."""
-    return path.suffix.lower() in pipeline.PHOTOS and not os.path.exists(path)
+    return path.suffix.lower() in input_files.PHOTOS and not os.path.exists(path)
 
 
 def _check_photos(
@@ -909,7 +919,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     for folder in (out / PEOPLE).glob("[!.]*"):  # the folder may be missing
         if folder.name not in places and normal_form(folder.name) in names:
             say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
-        if folder.name not in places and not pipeline.remove_features(folder):
+        if folder.name not in places and not features_folder.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     # Page and tables contain their names, and this call may fail before it writes new ones.
     if people:
