@@ -19,10 +19,10 @@ place of 2019; its draws of faces are used here) or `ours`.
 
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "trainval": "trains on train and val, in five folds of all their clips",
     "ensemble": "three members that differ only in their random draws",
 }
@@ -30,9 +30,9 @@ WORDS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=cosine:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
+    full = config_words.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")  # ours
     config.batch_size = 512 if full else 256  # ours
     config.num_epochs = 40.0  # ours

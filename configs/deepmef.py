@@ -31,10 +31,10 @@ import math
 
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "published": "net, training and test of the code; one frame of the scene, as in the article",
     "danet": "channel attention as in DANet's code",
     "average": "mean weighted by quality and detection, instead of learned aggregation",
@@ -51,9 +51,9 @@ SCENE_VIEWS = (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=deepmef:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
+    full = config_words.choose_data(config, words)
     published = "published" in words
     # Paper: face and scene. The official files have no scene.
     config.modalities = modalities or (("face",) if "iqiyi_vid" in words else ("face", "scene"))
@@ -64,7 +64,7 @@ def get_config(args: str = "") -> config_lib.Config:
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # code
         config.eval.split = "test"  # ours: the only split that is left
-    ensemble = config_lib.choose_name(words, ("views", "bagging"), "")
+    ensemble = config_words.choose_name(words, ("views", "bagging"), "")
     if ensemble == "views":
         config.ensemble.views = 11  # code
         config.ensemble.chunks = 16  # code

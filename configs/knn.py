@@ -16,17 +16,17 @@ Arguments: the words of WORDS below (`few` has no effect), and a modality to use
 
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
-WORDS = {**config_lib.SCALE_WORDS}
+WORDS = {**config_words.SCALE_WORDS}
 
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=knn:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    config_lib.choose_data(config, words)
-    config.modalities = config_lib.choose_modality(modalities, default="face")
+    config_words.choose_data(config, words)
+    config.modalities = config_words.choose_modality(modalities, default="face")
     config.batch_size = 256
     config.data.max_frames = 512
     config.data.crop = "quality"

@@ -23,10 +23,10 @@ paper's value on validation clips, or if the paper gives no value. If the paper 
 
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "published": "the paper's net: the 32 best frames, no LayerNorm, no dropout",
     "unit": "features of unit length; the paper does not specify the length",
     "average": "average pooling of the face instead of NetVLAD",
@@ -39,11 +39,11 @@ WORDS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=mma:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
+    full = config_words.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")  # paper
-    without_attention = config_lib.choose_name(words, ("concat", "pooled"), "")
+    without_attention = config_words.choose_name(words, ("concat", "pooled"), "")
     config.batch_size = 128  # ours
     config.num_epochs = 40.0 if "iqiyi_vid" in words else 30.0  # ours
     if full or "standard" in words:
@@ -57,7 +57,7 @@ def get_config(args: str = "") -> config_lib.Config:
             "netvlad": () if "average" in words else ("face",),  # paper
             "num_clusters": 3,  # ours: 8 is no better
             "netvlad_reduce": "mean",  # ours: does not depend on the number of frames
-            "netvlad_norms": ("batch",),  # paper; the original NetVLAD has ("l2",)
+            "netvlad_batch_norm": True,  # paper
             "embed_dim": 512,  # paper
             "num_face_vectors": 3,  # paper
             # ours: with `map_norm`, features of unit length have the same MAP on real clips, and a
@@ -72,13 +72,9 @@ def get_config(args: str = "") -> config_lib.Config:
             # vector would attend only to itself (weight 0.999). MAP is the same.
             "gram_scale": 1 / 64,
             "gamma": 0.05,  # paper
-            "train_gamma": False,  # ours
-            # paper: `two` projections, as in SAGAN, have a lower score
-            "attention_form": "gram",
             # ours: True raises MAP by 0.002 if 30 % of the clips lack each modality, but lowers MAP
             # by 0.003 on real clips (ten nets)
             "fill_missing": False,
-            "gate": False,  # ours
             "feature_scale": 1.0,  # ours
             "modality_dropout_rate": 0.5,  # ours: weak modalities overfit next to a strong one
             # ours: MAP with a cosine head of scale 16 is 0.006 higher on real clips and 0.003 lower

@@ -27,12 +27,12 @@ code, github.com/luckycallor/IQIYI_VID_5th at 72a2368) or `ours`.
 
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 # Code: loss weights of the distractors in mirror classes, each for a tenth of the training.
 STAIRS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "published": "the code's folds, epochs, learning rate, loss, frame weights, pieces and crops",
     "prediction": "a distractor for which no identity is predicted takes the predicted class",
     "other": "distractors are one class, for comparison",
@@ -42,10 +42,10 @@ WORDS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=noise_classes:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
-    config.modalities = config_lib.choose_modality(modalities, default="face")  # paper
+    full = config_words.choose_data(config, words)
+    config.modalities = config_words.choose_modality(modalities, default="face")  # paper
     modality = config.modalities[0]
     published = "published" in words
     config.batch_size = 10240 if full else 256  # code; ours on few clips
@@ -58,7 +58,7 @@ def get_config(args: str = "") -> config_lib.Config:
         config.ensemble.folds = 8  # README of the code; the default of the code is 10
     if "everything" in words:
         config.ensemble.folds = 0  # ours: no clip of val is scored
-    word = config_lib.choose_name(words, ("other", "leave_out", "prediction"), "label")
+    word = config_words.choose_name(words, ("other", "leave_out", "prediction"), "label")
     config.data.distractors = word if word in ("other", "leave_out") else "noise"  # paper: noise
 
     if config.data.distractors == "noise":

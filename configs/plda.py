@@ -24,19 +24,19 @@ Arguments: the words of WORDS below (`few` has no effect), and names of modaliti
 
 from ml_collections import ConfigDict, config_dict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "trainval": "adds up the clips of train and val, in five folds",
 }
 
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=plda:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    config_lib.choose_data(config, words)
+    config_words.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")
     config.batch_size = 256
     config.num_epochs = 2.0  # the first for the centre, the second for the sums

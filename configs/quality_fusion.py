@@ -19,7 +19,7 @@ team's code) or `ours`.
 
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 # Hidden layers of each net, as (width, activation, batch norm after it, dropout rate): code.
 MLPS = {
@@ -30,7 +30,7 @@ MLPS = {
     "mlp5": ((1024, "swish", False, 0.5), (1024, "swish", False, 0.5)),
 }
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "mlp1": "the 1st published net: 1024 sigmoid units, batch norm",
     "mlp2": "the 2nd published net: 512 and 1024 sigmoid units, batch norm",
     "mlp3": "the 3rd published net: 1024 swish units, batch norm",
@@ -46,9 +46,9 @@ WORDS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=quality_fusion:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
+    full = config_words.choose_data(config, words)
     to_the_letter = "published" in words
     published = full or to_the_letter
     config.modalities = modalities or ("face",)  # paper
@@ -60,7 +60,7 @@ def get_config(args: str = "") -> config_lib.Config:
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # code
 
-    net = config_lib.choose_name(words, MLPS, "mlp5")
+    net = config_words.choose_name(words, MLPS, "mlp5")
     config.model = ConfigDict(
         {
             "name": "dense",

@@ -22,10 +22,10 @@ published.
 import numpy as np
 from ml_collections import ConfigDict
 
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
-    **config_lib.SCALE_WORDS,
+    **config_words.SCALE_WORDS,
     "published": "the article's frames, subsets, epochs, learning rate and test; a clip is "
     "ranked for 100 identities",
     "trainval": "trains on nine tenths of train and val, and ranks the remaining clips",
@@ -39,9 +39,9 @@ WORDS = {
 
 def get_config(args: str = "") -> config_lib.Config:
     """Returns the configuration for `args`, as in `--config=residual_dense:ARG,ARG`."""
-    words, modalities = config_lib.split_args(args, WORDS)
+    words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
-    full = config_lib.choose_data(config, words)
+    full = config_words.choose_data(config, words)
     published = "published" in words
     config.modalities = modalities or ("face", "body")  # paper
     main, *others = config.modalities
@@ -78,7 +78,6 @@ def get_config(args: str = "") -> config_lib.Config:
         "width": 8192 if full else 1024,  # ours: 0.44 GFLOP per frame; paper: about 0.5
         "num_layers": 3,  # ours; paper: shortcuts among the first three of a deep net
         "shortcut": "none" if "plain" in words else "add",  # paper; ours
-        "gate": False,  # paper: proposed, not used
         "activation": "relu",  # ours
         "dropout_rate": 0.5,  # ours
         "head": "linear",  # ours

@@ -14,7 +14,7 @@ from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import describe_changes
-from vidjax.training import plan
+from vidjax.training.dry_run import dry_run
 
 load = config_io.load_file
 
@@ -29,7 +29,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         config = load(f"{name}:{'iqiyi_vid,few' if word == 'few' else word}")
         config_lib.check(config)
         if not word:
-            plan.dry_run(config)
+            dry_run(config)
         as_json[word] = config_io.to_json(config)
         again = config_io.from_json(as_json[word])
         values, expected = (dict(config_lib.fields(each)) for each in (again, config))
@@ -165,7 +165,7 @@ MAY_CHANGE = {
     "data.dir", "data.weights", "data.cache_dir",  # paths
     "deterministic", "eval.block_size", "eval.members", "eval.report", "eval.checkpoint",
     "log_every_steps", "checkpoint_every_seconds", "eval.every_epochs",  # logs
-    "data.mode", "ensemble.mapping",  # rounding
+    "data.mode",  # rounding
 }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def test_evaluation_refuses_exactly_the_fields_that_it_does_not_read(tmp_path, c
     (tmp_path / "config.json").write_text(config_io.to_json(load("mma")))
     for word, is_refused in {
         "optim.learning_rate=1": True, "seed=1": True, "data.mode=streaming": True,
-        "log_every_steps=1": True, "data.weights=x": True, "ensemble.mapping=map": True,
+        "log_every_steps=1": True, "data.weights=x": True,
         "fusion.face.train.max_frames=2": True, "num_epochs=2": True,
         "eval.temperature=2": False, "eval.checkpoint=best": False, "eval.block_size=8": False,
         "deterministic=true": False, "data.dir=x": False, "model.embed_dim=3": False,

@@ -14,8 +14,8 @@ from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import SETTINGS, make, make_clip, make_clips, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib
-from vidjax.apps.gallery.changes import enrol
-from vidjax.apps.gallery.gallery import Gallery, fit_backend
+from vidjax.apps.gallery.enrolment import enrol, fit_backend
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, group
 from vidjax.core import metrics
 from vidjax.models import distance

@@ -25,7 +25,8 @@ from tests.helpers.made_galleries import SETTINGS, answers, contents, make, make
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import backend as backend_lib, store as store_lib
 from vidjax.apps.gallery.changes import Draft
-from vidjax.apps.gallery.gallery import Gallery, fit_backend
+from vidjax.apps.gallery.enrolment import fit_backend
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin, group
 from vidjax.models import two_covariance
 from vidjax.utils import errors
@@ -198,6 +199,32 @@ def pieces(vectors):
     """Returns the bytes of each four neighbouring numbers of some vectors, if none is 0."""
     fours = [x[at : at + 4] for x in vectors for at in range(0, len(x) - 3, 4)]
     return [four.tobytes() for four in fours if four.all()]
+
+
+def test_denied_names_follow_people_and_are_removed_with_them(tmp_path):
+    gallery, film = make(tmp_path / "g", FITTED), "0" * 64
+    with gallery.change() as draft:
+        assert draft.deny({film: {"x": ["person 3", "person 5"], "y": ["nobody"]}}) == {
+            film: {"x": (), "y": ()}
+        }
+
+    def check(*names):
+        for opened in (gallery, Gallery(gallery.folder)):
+            assert opened.denied == ({film: {"x": [*names]}} if names else {})
+
+    check("person 3", "person 5")
+    gallery.rename("person 3", "Ada")
+    check("Ada", "person 5")
+    for clip in gallery.people["person 5"]:  # the last one leaves nobody with this name
+        gallery.relabel(clip, "Eva")
+    check("Ada", "Eva")
+    gallery.rename("Eva", "Ada", merge=True)
+    check("Ada")
+    gallery.remove(clip="clip 70")  # fits the back end again
+    check("Ada")
+    gallery.remove(identity="Ada")
+    check()
+    assert not holds(gallery, b"Ada")
 
 
 def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery):

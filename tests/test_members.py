@@ -11,7 +11,7 @@ from tests.helpers.batches import assert_equal
 from tests.helpers.small_runs import Spoilt, evaluate, run, shrunk, weights
 from vidjax.core import ensemble
 from vidjax.evaluation import eval_step
-from vidjax.models.build_system import TaskSpec, make_model
+from vidjax.models.build_system import System, TaskSpec, make_model
 from vidjax.runs import config as config_lib, config_io, members_file
 from vidjax.training import plan as plan_lib
 
@@ -154,8 +154,9 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
 
 
 @pytest.mark.slow
-def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path):
-    train(tmp_path, data, "--config.ensemble.mapping=vmap")  # the default on a CPU is `map`
+def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(System, "vmap_members", True)  # as on a GPU
+    train(tmp_path, data)
     separate, mapped = weights(ensemble_run[0]), weights(tmp_path)
     for name in separate:
         if "params" in name:  # not the running statistics

@@ -55,8 +55,8 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
         else:
             wanted.append((1, 0))
     assert set(wanted) == {(1, 0), (0, 0.95), (0.2, 0.8)}, "all cases occur"
-    np.testing.assert_array_equal(out.train_weight, np.stack([has_face, has_head], axis=1))
-    np.testing.assert_allclose(out.eval_weight, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(out.loss_weight, np.stack([has_face, has_head], axis=1))
+    np.testing.assert_allclose(out.score_weight, wanted, rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -269,7 +269,7 @@ def test_dropout_is_used_only_in_training(name):
 @pytest.mark.parametrize(("spec", "options", "message"), [
     ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
     ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
-    (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, attention_form"),
+    (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, dropout_rate"),
     (tiny.SMALL, {"attention": "off"}, "attention='off': must be True or False"),
     (DENSE, {"layers": ((8, "relu", "no", 0.0),)}, "Expected `bool`, got `str`"),
     (tiny.SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
@@ -278,6 +278,7 @@ def test_dropout_is_used_only_in_training(name):
     (DENSE, {"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from"),
     (DENSE, {"layers": ((0, "relu", False, 0.0),)}, r"Expected `int` >= 1 - at `\$\[0\]\[0\]`"),
     (RESIDUAL, {"width": 0}, "width=0: Expected `int` >= 1"),
+    (RESIDUAL, {"dropout_rate": 1.5}, "dropout_rate=1.5: Expected `float` <= 1.0"),
     (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),
     (DEEPMEF, {"channel_attention": "channels"}, "needs 40 frames, not 4"),
     (PLDA, {"within": 1.5}, "within=1.5: Expected `float` <= 1.0"),
@@ -313,7 +314,7 @@ def test_embedding_is_the_input_of_the_classifier(name):
 
     wanted = inputs
     if name == "fallback":  # the unit vectors of both branches, or 0 if a branch has the weight 0
-        weights = np.asarray(output.eval_weight).T[..., None]  # [branches, clips, 1]
+        weights = np.asarray(output.score_weight).T[..., None]  # [branches, clips, 1]
         counted = [x * (weight > 0) for x, weight in zip(inputs, weights, strict=True)]
         wanted = [x / np.maximum(np.linalg.norm(x, axis=1)[:, None], 1e-12) for x in counted]
     if name == "knn":  # it has no classifier, and compares mean faces

@@ -5,7 +5,7 @@ import pytest
 
 from tests.helpers.seen import refused
 from vidjax.core.batch import NoiseClassLayout
-from vidjax.training import plan
+from vidjax.training import noise_classes
 
 # Classes: 0 is other, 1 to 3 are identities, 4 and 5 clusters, and 6 to 8 mirror classes.
 LAYOUT = NoiseClassLayout(num_identities=3, num_clusters=2)
@@ -22,11 +22,13 @@ def test_clusters_are_chains_of_neighbouring_finite_directions(min_samples, want
     vectors = (lengths * [np.cos(angles), np.sin(angles)]).T
     distance_of_12_degrees = 2 * np.sin(np.deg2rad(12) / 2)
 
-    clusters = plan.cluster(vectors, eps=distance_of_12_degrees, min_samples=min_samples)
+    clusters = noise_classes.cluster(vectors, eps=distance_of_12_degrees, min_samples=min_samples)
 
     assert clusters.tolist() == wanted
-    assert plan.cluster(np.zeros((0, 4)), eps=0.5, min_samples=5).shape == (0,)  # no vectors
-    refused(lambda: plan.cluster(vectors * np.nan, eps=0.5, min_samples=2), "not finite")
+    assert noise_classes.cluster(np.zeros((0, 4)), eps=0.5, min_samples=5).shape == (
+        0,
+    )  # no vectors
+    refused(lambda: noise_classes.cluster(vectors * np.nan, eps=0.5, min_samples=2), "not finite")
 
 
 @pytest.mark.parametrize("keep", ["label", "prediction"])
@@ -37,7 +39,7 @@ def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
     predicted = np.arange(layout.num_columns - 1)  # every class, with its published number
     label = np.full(len(predicted), layout.num_columns - 2)  # the last class, a mirror class
 
-    new = plan.relabel(label + 1, predicted + 1, layout, keep=keep) - 1
+    new = noise_classes.relabel(label + 1, predicted + 1, layout, keep=keep) - 1
 
     # A predicted identity (below 4934) becomes its mirror class. Otherwise, `keep` says what stays.
     kept = predicted if keep == "prediction" else label
@@ -46,19 +48,21 @@ def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
 
 def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> None:
     clusters = np.array([0, -1, 1, -1, 0] * 200, np.int32)
-    labels = plan.initial_labels(clusters, LAYOUT, seed=3)
+    labels = noise_classes.initial_labels(clusters, LAYOUT, seed=3)
     assert (labels[clusters == 0] == 4).all()
     assert (labels[clusters == 1] == 5).all()
 
     drawn = labels[clusters == -1]
     assert set(drawn.tolist()) == {6, 7, 8}
     assert np.bincount(drawn).max() < 0.45 * len(drawn)  # about a third for each mirror class
-    assert (drawn != plan.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
+    assert (drawn != noise_classes.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
 
 
 def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
     labels, predicted = np.indices((9, 9))  # every label with every prediction
     moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
-    new = plan.relabel(labels, predicted, LAYOUT)
+    new = noise_classes.relabel(labels, predicted, LAYOUT)
     np.testing.assert_array_equal(new, np.where(moves, predicted + 3 + 2, labels))  # see LAYOUT
-    np.testing.assert_array_equal(plan.relabel(new, predicted, LAYOUT), new)  # nothing moves twice
+    np.testing.assert_array_equal(
+        noise_classes.relabel(new, predicted, LAYOUT), new
+    )  # nothing moves twice

@@ -97,9 +97,9 @@ def test_learning_rates_equal_the_published_rates(spec, epochs, published):
         "fusion.face.train.name": "top", "fusion.face.evaluate.name": "top",  # line 142
         "fusion.face.train.num_frames": 32, "fusion.face.evaluate.num_frames": 32,
         "fusion.face.evaluate.repeats": "random",
-        "model.gamma": 0.05, "model.train_gamma": False,  # line 215
-        "model.netvlad_norms": ("batch",),  # "better to remove the L2 norm" (line 159)
-        "model.attention_form": "gram", "model.gram_scale": 1,  # equation 2 (line 176)
+        "model.gamma": 0.05,  # line 215
+        "model.netvlad_batch_norm": True,  # line 159
+        "model.gram_scale": 1,  # equation 2 (line 176)
         "model.netvlad_reduce": "sum",  # "a weighted sum" (line 153)
         # Three models "trained on different partition of the training set" (line 252).
         "ensemble.folds": 3, "ensemble.only": (0, 1, 2),
@@ -368,7 +368,7 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
 
     @jax.jit
     def total(cosines):
-        output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), train_weight=jnp.asarray(sees))
+        output = ModelOutput(30 * cosines, jnp.zeros((6, 1)), loss_weight=jnp.asarray(sees))
         per_clip = jnp.where(mask, objective(output, labels, mask, jnp.int32(0)), 0)
         return jnp.sum(per_clip) / mask.sum()
 

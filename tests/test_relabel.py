@@ -6,7 +6,7 @@ import pytest
 from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
 from vidjax.runs import members_file
-from vidjax.training import plan
+from vidjax.training import noise_classes, plan
 
 pytestmark = pytest.mark.slow  # several trainings
 
@@ -79,7 +79,9 @@ def test_distractors_are_clustered_by_their_quality_weighted_mean_faces(data):
             if len(weights):
                 vectors[offset + clip] = np.average(frames.features, axis=0, weights=weights)
 
-    wanted = plan.cluster(vectors[labels == 0], eps=noise.eps, min_samples=noise.min_samples)
+    wanted = noise_classes.cluster(
+        vectors[labels == 0], eps=noise.eps, min_samples=noise.min_samples
+    )
     # Of C identities and K clusters, classes C + 1 to C + K are clusters 0 to K - 1. A distractor
     # in a higher class, a mirror class, is in no cluster (-1).
     cluster = start[labels == 0] - 1 - layout.num_identities

@@ -42,7 +42,7 @@ class Reviewed:
         decision = who.decide(gallery, drawn.out, films, numbers, gallery.identify)
         self.review = review.Review(drawn.out, decision, padding=0.25)
         self.client = testclient.TestClient(
-            review.make_app(self.review, TOKEN, PORT), base_url=f"{SITE}/{TOKEN}/",
+            review.make_app(self.review, TOKEN), base_url=f"{SITE}/{TOKEN}/",
             headers={"origin": SITE, "sec-fetch-site": "same-origin"},
         )  # fmt: skip
 
@@ -73,6 +73,17 @@ def test_person_with_the_name_of_a_clip_is_not_the_appearance_in_this_clip(revie
     reviewed.post(do="name", of=odd, person="Bob")
     renamed = {clip: "Bob" if name == bob else name for clip, name in reviewed.before.items()}
     assert reviewed.names() == renamed and renamed["party.s000.t00"] == "Ada"
+
+
+def test_review_needs_neither_prometheus_nor_httptools(python):
+    python(
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('prometheus_client', 'httptools'))\n"  # an import then fails
+        "from vidjax.apps import web\n"
+        "from vidjax.apps.video import review\n"
+        "app = review.make_app(None, 'token')\n"
+        "web.Server(app, web.ServerLimits()).config.load()\n"
+    )
 
 
 @pytest.mark.slow
@@ -215,7 +226,7 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
 
 @pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos", "older"])
 def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
-    """`who` reads the names of an older version, whose `unknown.json` lacks clips of people."""
+    """Older versions stored denied names, and clips of these people, in `unknown.json`."""
     reviewed.post(do="deny", of="clip:\tparty.s000.t00")
     reviewed.review.save()
     wanted = drawn.names()
@@ -230,8 +241,10 @@ def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
         gallery.rename("Ada", "Eva", merge=True)
     elif how == "older":
         numbers = json.loads((drawn.out / "unknown.json").read_text())
-        del numbers["clips"]
+        numbers |= {"denied": gallery.denied, "clips": {"Ada": gallery.people["Ada"]}}
         (drawn.out / "unknown.json").write_text(json.dumps(numbers))
+        with gallery.change() as draft:
+            draft.denied = {}
         drawn.gallery("rename", "--identity=Ada", "--to=Eva")
     else:
         gallery.rename("Ada", "Eva")

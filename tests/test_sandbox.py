@@ -37,7 +37,7 @@ def convert(folder, value, modality="face"):
     path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
     arguments = {"path": str(path), "modality": modality, "out_dir": str(folder)}
     try:
-        summary = sandbox.work(arguments | {"non_finite": "drop"})
+        summary = sandbox.work(arguments)
     finally:
         gc.enable()
     dtypes = {name: field.dtype for name, field in FRAME_FIELDS.items()}

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sqlite3
 import sys
@@ -25,33 +26,33 @@ import numpy as np
 import pytest
 import tritonclient.http as http
 import uvicorn
-from tritonclient.utils import InferenceServerException
 
 from tests.helpers import limits as child, made_galleries, servers
 from tests.helpers.seen import refused
+from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import app as app_lib, limits as limits_lib, served_models
+from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
-from vidjax.evaluation import predict
 from vidjax.runs import terminal
 from vidjax.utils import errors
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
-    connections=12, request_seconds=1, idle_seconds=1, drain_seconds=1,
+    request_seconds=1,
 )  # fmt: skip
+FEW = web.ServerLimits(connections=12, idle_seconds=1, drain_seconds=1)
 
 
 class Inside(servers.Served):
     """A server that runs in a thread of this process while the context is open."""
 
-    def __init__(self, gallery, run=None, limits=SMALL, token=None):
-        self.app = app = app_lib.make_app(gallery, run, limits, token)
-        self.listener = app_lib.listen("127.0.0.1", 0)
+    def __init__(self, gallery, limits=SMALL, token=None):
+        self.app = app = app_lib.make_app(gallery, limits, token)
+        self.listener = web.listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
-        self.server = uvicorn.Server(app_lib.make_config(app, limits))
+        self.server = uvicorn.Server(web.make_config(app, FEW))
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 
     def __enter__(self):
@@ -81,17 +82,11 @@ def inside(people):
         yield server
 
 
-@pytest.fixture(scope="module")
-def net(trained):
-    run = predict.restore(trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), num_devices=1)
-    return served_models.RunModel(run)
-
-
 CLIPS = {f"query {n}": servers.make_frames(7000 + 10 * n, f"person {n}", 3) for n in range(6)}
 
 
 def question(clips):
-    return served_models.Question({
+    return gallery_model.Question({
         name: {key: {"features": x} for key, x in clip.items()} for name, clip in clips.items()
     })  # fmt: skip
 
@@ -179,7 +174,7 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
     too_narrow = question({"b": {"face": np.ones((1, 3), np.float32)}})
     batch: Any = [*(question({clip: frames}) for clip, frames in CLIPS.items()), too_narrow]
 
-    *answers, error = served_models.answer(served_models.GalleryModel(people), batch)
+    *answers, error = gallery_model.answer(gallery_model.GalleryModel(people), batch)
 
     assert isinstance(error, errors.UserError) and "clip b" in str(error)
     for answer, (clip, wanted) in zip(answers, people.identify(CLIPS).items(), strict=True):
@@ -187,43 +182,21 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
 
 
 @pytest.mark.slow
-def test_run_served_with_a_gallery_gives_the_scores_of_python(people, net, monkeypatch):
-    monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
-    clips = made_galleries.random_clips(net.run, 1, 8, 15)
+def test_questions_after_warm_up_do_not_compile(trained, data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(gallery_model, "PAD_LENGTHS", (1, 8))  # compiles less
+    run = trained("configs/quality_fusion.py:iqiyi_vid,face,audio")
+    gallery = Gallery.create(tmp_path / "g", run, data)
+    model = gallery_model.GalleryModel(gallery)
+    model.warm()
 
-    asked, other = question(clips), question({"clip 0": clips["clip 0"]})
-    (answer, _) = served_models.answer(net, [asked, other])
-    outputs = net.tensors(asked, answer)
-    np.testing.assert_array_equal(outputs["scores"], net.run.scores(clips))
-    np.testing.assert_array_equal(outputs["embedding"], net.run.embed(clips))
-    best = [names[0][0] for names in net.run.identify(clips, threshold=-np.inf).values()]
-    assert outputs["identities"][:, 0].tolist() == best
-
-    face = clips["clip 0"]["face"]
-    with (
-        Inside(people, net.run) as server,
-        http.InferenceServerClient(f"127.0.0.1:{server.port}") as client,
-    ):
-        served: Any = infer(client, "run", {"face": face[None]}, k=2)
-        with pytest.raises(InferenceServerException, match="no fpir and no threshold"):
-            infer(client, "run", {"face": face[None]}, fpir=0.1)
-    np.testing.assert_array_equal(served.as_numpy("scores"), net.run.scores({"c": {"face": face}}))
-    assert served.as_numpy("identities").shape == (1, 2)
-
-
-@pytest.mark.slow
-def test_questions_after_warm_up_do_not_compile(net, monkeypatch, caplog):
-    monkeypatch.setattr(served_models, "PAD_LENGTHS", (1, 8))  # compiles less
-    net.warm()
-
-    # Clips of these lengths, with both modalities or one. Six clips need a larger block than two.
-    names, lengths_of_clips = list(net.widths), ([1], [7, 1], [8] * 6)
-    kinds = itertools.product((names, names[:1], names[1:]), lengths_of_clips)
+    # Clips of these lengths, with both modalities or one.
+    names = list(model.widths)
+    kinds = itertools.product((names, names[:1], names[1:]), ([1], [7, 1], [8] * 6))
     with jax.log_compiles():
         for modalities, lengths in kinds:
-            clips = made_galleries.random_clips(net.run, *lengths)
+            clips = made_galleries.random_clips(gallery.run, *lengths)
             partial = {name: {k: clip[k] for k in modalities} for name, clip in clips.items()}
-            net.answer_batch([question(partial)])
+            model.answer_batch([question(partial)])
 
     assert not [line for line in caplog.messages if "ompiling" in line]  # C or c
 
@@ -254,7 +227,7 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
             method = given.get("-X", "POST" if body else "GET")
             assert server.ask(method, path, body, headers)[0] == 200, line
 
-    outputs = {spec.name for spec in served_models.GalleryModel(people).outputs}
+    outputs = {spec.name for spec in gallery_model.GalleryModel(people).outputs}
     assert outputs >= {*re.findall(r'as_numpy\("(\w+)"\)', page)}
 
 
@@ -421,7 +394,7 @@ def test_wrong_tensors_get_an_error(inside):
         status, content = ask(**fields)
         assert (status, type(content["error"])) == (422, str), fields
 
-    assert inside.ask("POST", "/v2/models/nobody/infer", body)[0] == 404
+    assert inside.ask("POST", "/v2/models/run/infer", body)[0] == 404
 
     tensor = face | {"parameters": {"binary_data_size": 32}}  # 8 float32
     head = json.dumps({"inputs": [tensor]}).encode()
@@ -476,8 +449,8 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
 
 
 def test_address_that_cannot_be_used_gets_a_remedy(inside):
-    refused(lambda: app_lib.listen("127.0.0.1", inside.port), "in use", "--port")
-    refused(lambda: app_lib.listen(64 * "a", 0), "--host")  # longer than a part of a name may be
+    refused(lambda: web.listen("127.0.0.1", inside.port), "in use", "--port")
+    refused(lambda: web.listen(64 * "a", 0), "--host")  # longer than a part of a name may be
 
 
 def talk(port, content):
@@ -519,7 +492,7 @@ def test_slow_malformed_or_ambiguous_requests_are_cut_off(inside):
 def test_number_of_connections_is_limited(inside):
     time.sleep(0.1)  # the server closes connections of earlier tests
     with contextlib.ExitStack() as stack:
-        for _ in range(SMALL.connections):
+        for _ in range(FEW.connections):
             stack.enter_context(socket.create_connection(("127.0.0.1", inside.port)))
         time.sleep(0.05)  # the server accepts the connections
         assert inside.ask("GET", "/v2/health/live")[0] == 503
@@ -562,7 +535,7 @@ def test_full_queue_refuses_with_retry_after():
 
 def test_server_is_live_but_not_ready_while_programs_compile(people, monkeypatch):
     compiled = threading.Event()
-    monkeypatch.setattr(served_models.GalleryModel, "warm", lambda self: compiled.wait(30))
+    monkeypatch.setattr(gallery_model.GalleryModel, "warm", lambda self: compiled.wait(30))
     monkeypatch.setattr(Inside, "wait", lambda server: None)  # does not wait until it is ready
     with Inside(people) as server:
         assert server.ask("GET", "/v2/health/live")[0] == 200
@@ -679,7 +652,7 @@ def test_unread_answers_count_as_memory_until_they_time_out(
     people, monkeypatch, caplog, answer_s, network_s, logged
 ):
     """The server ends and logs an answer after `answer_s`. Linux closes it after `network_s`."""
-    monkeypatch.setattr(app_lib, "UNREAD_SECONDS", network_s)
+    monkeypatch.setattr(web, "UNREAD_SECONDS", network_s)
     monkeypatch.setattr(app_lib, "describe", lambda *_: "a long answer " * (1 << 20))  # 14 MiB
     limits = SMALL._replace(held_bytes=20 << 20, request_seconds=answer_s)
     with Inside(people, limits=limits) as server:
@@ -700,18 +673,18 @@ def test_unread_answers_count_as_memory_until_they_time_out(
 STUCK = """\
 import sys, threading
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import app, limits
-end_soon = limits.Limits(drain_seconds=1, end_seconds=2)
-made = app.make_app(Gallery(sys.argv[1]), limits=end_soon)
+from vidjax.apps import web
+from vidjax.apps.serve import app
+made = app.make_app(Gallery(sys.argv[1]))
 def stuck(*args, **more):
     print("stuck", flush=True)
     while True:
         threading.Event().wait(1)
 Gallery.identities = property(stuck)
 Gallery.remove = stuck
-listener = app.listen("127.0.0.1", 0)
+listener = web.listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
-app.serve(made, listener, end_soon)
+web.serve(made, listener, web.ServerLimits(drain_seconds=1, end_seconds=2))
 """
 
 
@@ -733,18 +706,18 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
 
 
-def test_serve_command_serves_another_run(nearest_run, data, trained, tmp_path, say, monkeypatch):
-    gallery = Gallery.create(tmp_path / "g", nearest_run, data)
+def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
+    nearest_run, data, trained, tmp_path, say, monkeypatch
+):
+    shutil.copytree(nearest_run, old := tmp_path / "old")
+    gallery = Gallery.create(tmp_path / "g", old, data)
+    moved = old.rename(tmp_path / "new")
     served = []
-    monkeypatch.setattr(app_lib, "make_app", lambda *given: served.append(given))
-    monkeypatch.setattr(app_lib, "serve", lambda *_: True)
+    monkeypatch.setattr(app_lib, "make_app", lambda gallery, **_: served.append(gallery))
+    monkeypatch.setattr(web, "serve", lambda *_: True)
     monkeypatch.setenv(terminal.QUIET, "1")
-    for run in (trained("configs/quality_fusion.py:iqiyi_vid,face,audio"), nearest_run):
-        say("serve", f"--gallery={gallery.folder}", f"--run={run}", "--port=0")
-
-        served_gallery, served_run, *_ = served.pop()
-        assert served_gallery.run.workdir == nearest_run
-        assert served_run.workdir == run
+    say("serve", f"--gallery={gallery.folder}", f"--run={moved}", "--port=0")
+    assert served[0].run.workdir == moved
 
 
 @pytest.mark.slow

@@ -234,7 +234,7 @@ def test_output_of_a_users_model_with_a_wrong_shape_is_refused_at_the_beginning(
         (lambda right: right._replace(logits=right.logits.transpose(1, 0, 2)), "logits"),
         (lambda right: right._replace(logits=right.logits[..., 1:]), "logits"),
         (lambda right: right._replace(embedding=right.embedding[0]), "embedding"),
-        (lambda right: right._replace(train_weight=right.logits[:, 0, 0]), "train_weight"),
+        (lambda right: right._replace(loss_weight=right.logits[:, 0, 0]), "loss_weight"),
     ):
         system = make()._replace(model=model(change))
         refused(lambda system=system: init(system, np.arange(5)), "model Changing", word)

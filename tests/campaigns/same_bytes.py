@@ -39,7 +39,6 @@ RUNS = {  # name -> configuration and overrides
              " --config.ensemble.seeds=2",
     "views": f"deepmef.py:views {PLAIN} --config.ensemble.only=0,2"
              " --config.model.main.hidden_dim=16",
-    "vmap": f"mma.py:ensemble,face {SHORT} --config.ensemble.mapping=vmap",
     "streaming": f"mma.py:face,audio {PLAIN} --config.data.mode=streaming --config.mixup=0.4",
     "published": f"mma.py:published,face {PLAIN} --config.dtype=bfloat16",
     "smoothed": f"quality_fusion.py:mlp3 {PLAIN} --config.loss.label_smoothing=0.1"
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 spec, *overrides = RUNS[name].split()
                 words = [f"--config=configs/{spec}", workdir, *overrides]
             run(words, env)
-            if name in ("mma", "vmap"):
+            if name == "mma":
                 run(("--mode=evaluate", workdir, "--config.eval.split=test"), env)
             results[name] = digests(folder / name)
             sys.stdout.write(f"{name}\n")

@@ -151,7 +151,7 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     folder = arrays.FeatureFolder(tmp_path)
     assert not folder.read_labels({"train": ["a"]})
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
-    refused(lambda: folder.read(tmp_path / "scratch", "drop"), "rename it to 'face_quality'")
+    refused(lambda: folder.read(tmp_path / "scratch"), "rename it to 'face_quality'")
     refused(lambda: folder.read_labels({"train": ["a"]}), "rename it to labels.csv")
 
     known = {"head": Modality(DIM, "float16")}
@@ -172,7 +172,7 @@ def test_pickle_of_300000_empty_clips_is_refused_quickly(tmp_path):
     clips = b"".join(b"U" + bytes([len(b"%x" % i)]) + b"%x]" % i for i in range(300_000))
     (tmp_path / "face_train.pickle").write_bytes(b"\x80\x02}(" + clips + b"u.")
     files, began = iqiyi_vid.OfficialFiles(tmp_path), time.process_time()
-    refused(lambda: files.read(tmp_path / "out", "drop"), "300000 of 300000 clips are empty")
+    refused(lambda: files.read(tmp_path / "out"), "300000 of 300000 clips are empty")
     assert time.process_time() - began < 5 * slowness()
 
 

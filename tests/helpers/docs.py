@@ -13,8 +13,9 @@ from vidjax.core.metrics import CLIP_METRICS
 from vidjax.data import sources
 from vidjax.models import build_system, identifier
 from vidjax.runs import config_io
-from vidjax.runs.config import FIELDS, SCALE_WORDS, TABLE, Field, Group
+from vidjax.runs.config import FIELDS, TABLE, Field, Group
 from vidjax.runs.config_io import value_text
+from vidjax.runs.config_words import SCALE_WORDS
 
 
 def update(page: str) -> str:

@@ -158,7 +158,7 @@ def add_serve_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax serve`."""
     about = "the folder of the gallery"
     parser.add_argument("--gallery", metavar="G", required=True, help=about)
-    about = "the folder of a run; its net is served, too"
+    about = "the folder of the gallery's run, if the run was moved"
     parser.add_argument("--run", metavar="W", help=about)
     about = "the address of the server (default: %(default)s)"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
@@ -167,7 +167,7 @@ def add_serve_flags(parser: Parser) -> None:
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
     about = "a file with a secret that clients must send; needed if ADDRESS is not local"
     parser.add_argument("--token-file", metavar="F", help=about)
-    parser.command(serve, "--gallery=people", "--gallery=people --run=runs/mma --port=9000")
+    parser.command(serve, "--gallery=people", "--gallery=people --port=9000")
 
 
 def serve(args: argparse.Namespace) -> Result:
@@ -175,29 +175,22 @@ def serve(args: argparse.Namespace) -> Result:
     require_packages(
         "serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve"
     )
+    from vidjax.apps import web
     from vidjax.apps.serve import limits as limits_lib
 
     token = limits_lib.read_token(Path(args.token_file).expanduser()) if args.token_file else None
-    if token is None and not limits_lib.is_loopback(args.host):
+    if token is None and not web.is_loopback(args.host):
         raise UserError(
             f"--host={args.host} can be reached from other machines, so clients need a token: add "
             "--token-file=F\nto make a token: (umask 077; openssl rand -hex 32 > F)"
         )
-    from vidjax.apps.gallery.gallery import Gallery, make_run_origin
+    from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.serve import app as app_lib
 
-    restored = None
-    if args.run:
-        from vidjax.evaluation import predict
-
-        restored = predict.restore(args.run)
-    gallery = Gallery(args.gallery, run=restored)  # a gallery of models ignores the run
-    if restored and make_run_origin(restored).digest != gallery.origin.digest:
-        gallery = Gallery(args.gallery)  # it finds the run that it was made with
+    gallery = Gallery(args.gallery, run=args.run)
     gallery.remove_leftovers()
-    limits = limits_lib.Limits()
-    app = app_lib.make_app(gallery, restored, limits, token)
-    listener = app_lib.listen(args.host, args.port)
+    app = app_lib.make_app(gallery, token=token)
+    listener = web.listen(args.host, args.port)
     with listener:
         address, number = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
@@ -205,6 +198,6 @@ def serve(args: argparse.Namespace) -> Result:
         # Messages for the terminal contain names of people. The log of a server must not.
         os.environ[terminal.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)
-        complete = app_lib.serve(app, listener, limits)
+        complete = web.serve(app, listener)
     text = "ended" if complete else "ended; unfinished requests were cut off"
     return Result({"ended": True, "complete": complete}, text=text)

@@ -206,7 +206,7 @@ def name_people(args: argparse.Namespace) -> Result:
     If a file cannot be read, or all photos of a person are missing, the exit code is 1.
     """
     if args.review:
-        require_packages("--review", "starlette", "uvicorn", "prometheus_client", extra="serve")
+        require_packages("--review", "starlette", "uvicorn", extra="serve")
     films = [Path(name).expanduser() for name in args.files]
     out = Path(args.out).expanduser()
     workers = count_workers(args)

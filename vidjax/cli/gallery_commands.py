@@ -13,12 +13,13 @@ import numpy as np
 
 from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.changes import check_person, stack_vectors
+from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.video import appearances
 from vidjax.cli.result import Result
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import InUseError, UserError, prefix_errors, warn
+from vidjax.utils.errors import UserError, prefix_errors, warn
 from vidjax.utils.names import normal_form, strip_ending
 from vidjax.utils.parser import Parser, whole_number
 
@@ -550,14 +551,6 @@ def _remove(args: argparse.Namespace) -> Result:
 
 def _rename(args: argparse.Namespace) -> Result:
     gallery = _open(args)
-    results = gallery.folder.parent
-    if files.exists(results / "unknown.json"):  # a folder of `vidjax who`
-        from vidjax.apps.video import who
-
-        # An older version of vidjax stored denied names without the clips of the people. If
-        # `vidjax who` uses the folder at present, it stores the clips.
-        with contextlib.suppress(InUseError), files.lock(results, "out"):
-            who.follow_renames(results, gallery)
     count = gallery.rename(args.identity, args.to, merge=args.merge)
     clips = messages.count(gallery.identities[normal_form(args.to)], "clip")
     text = f"{args.identity} is {args.to}, with {clips}"

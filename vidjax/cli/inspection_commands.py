@@ -123,9 +123,10 @@ def _check_environment() -> str:
 
 def _check_data(config: Config) -> str:
     from vidjax.training import plan
+    from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
-    plan.dry_run(config)
+    dry_run(config)
     data = public.load_data(config)
     plan.make_plan(config, data)
     return _count_clips(data.report["splits"])

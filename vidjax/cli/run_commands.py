@@ -156,10 +156,10 @@ def evaluate(args: argparse.Namespace) -> Result:
     """Ranks the clips of a split with a run, or with the averaged scores of several runs."""
     began = time.monotonic()
     config, folder = read_evaluate_settings(args)
-    from vidjax.training import plan
+    from vidjax.training.dry_run import dry_run
 
     if args.overrides and not config.join.runs:
-        plan.dry_run(config)
+        dry_run(config)
     with lock_folder(folder.path):
         if config.join.runs:
             from vidjax.evaluation import blend

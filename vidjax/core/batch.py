@@ -136,9 +136,9 @@ class ModelOutput(NamedTuple):
     Attributes:
       logits: [B, G, 1 + C] float32.
       embedding: [B, D] float32, input of the classifier.
-      train_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
+      loss_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
         learn from the clip.
-      eval_weight: [B, G] float32, weight of each branch in evaluation. It is a factor of the
+      score_weight: [B, G] float32, weight of each branch in evaluation. It is a factor of the
         branch's probabilities, not of its logits. Smaller weights rank the clip lower.
       attention: [B, M, M] weights between M vectors, such as one per modality. Entry [b, i, j] is
         the weight of vector i in the new vector j. None without attention.
@@ -147,8 +147,8 @@ class ModelOutput(NamedTuple):
 
     logits: Array
     embedding: Array
-    train_weight: Array | None = None
-    eval_weight: Array | None = None
+    loss_weight: Array | None = None
+    score_weight: Array | None = None
     attention: Array | None = None
     logit_scale: Array | None = None
 

@@ -28,7 +28,7 @@ class Member(NamedTuple):
     number: int = 0  # position in the whole ensemble, from which random keys are made
     fold: int = -1  # fold that the member is not trained on, or -1
     bootstrap: int = -1  # number of the member's bootstrap sample, or -1
-    view: int = -1  # number of the chunk of features that is hidden from the member, or -1
+    view: int = 0  # with `ensemble.views`: number of the chunk of features that is hidden
     min_quality: float = _NO_QUALITY  # lowest quality of the training frames; default: no limit
 
 
@@ -66,7 +66,7 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     axes = itertools.product(
         range(spec["folds"]) or (-1,),
         range(spec["bootstraps"]) or (-1,),
-        range(spec["views"]) or (-1,),
+        range(spec["views"] or 1),
         tuple(float(q) for q in spec["min_quality"]) or (_NO_QUALITY,),
         range(spec["seeds"]),
     )

@@ -211,7 +211,7 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective, a function that computes the loss of each example.
 
-    The loss of an example is the sum of `ModelOutput.train_weight` x loss over the branches (sets
+    The loss of an example is the sum of `ModelOutput.loss_weight` x loss over the branches (sets
     of logits) of the model. The training step averages this loss over all examples. If `mean_over`
     is `branches`, the loss of a branch is first divided by the share of examples that train the
     branch. Other values concern only the training step. For the arguments, see `make_loss`.
@@ -219,22 +219,22 @@ def make_objective(
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
     def objective(output: ModelOutput, labels: Array, weight: Array, step: Array) -> Array:
-        logits, train_weight = output.logits, output.train_weight  # [B, G, K], [B, G]
-        if train_weight is None:
-            train_weight = jnp.ones(logits.shape[:2], logits.dtype)
+        logits, loss_weight = output.logits, output.loss_weight  # [B, G, K], [B, G]
+        if loss_weight is None:
+            loss_weight = jnp.ones(logits.shape[:2], logits.dtype)
         # A single axis for examples and branches is faster, and so are logits that are stored once.
         rows = jax.lax.optimization_barrier(logits.reshape(-1, logits.shape[-1]))
         repeated = jnp.repeat(labels, logits.shape[1])
         scale = output.logit_scale
         if scale is not None:
             scale = jnp.tile(scale, len(logits))
-        counted = train_weight * weight[:, None]
+        counted = loss_weight * weight[:, None]
         per_branch = loss_fn(rows, repeated, step, scale, counted).reshape(logits.shape[:2])
         if spec["mean_over"] == "branches":
             # The training step averages over all examples. Dividing by the share corrects that.
             share = jnp.sum(counted, axis=0) / jnp.maximum(jnp.sum(weight), 1e-6)  # [G]
-            train_weight = train_weight / jnp.maximum(share, 1e-6)
-        return jnp.sum(per_branch * train_weight, axis=1)
+            loss_weight = loss_weight / jnp.maximum(share, 1e-6)
+        return jnp.sum(per_branch * loss_weight, axis=1)
 
     return objective
 

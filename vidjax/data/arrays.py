@@ -21,7 +21,7 @@ from vidjax.data import clip_files
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import NonFinite, Origin, Quality, Unpacked
+from vidjax.data.frame_fields import Origin, Quality, Unpacked
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packing import Clip, Clips, locate, pack, read_dict, read_frames
 from vidjax.utils import exit_codes
@@ -65,10 +65,10 @@ class FeatureDict:
         """Returns the name of the split, because arrays in memory have no file."""
         return Path(split)
 
-    def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
+    def read(self, scratch: Path) -> Unpacked:
         """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
         return {
-            split: pack(self._clips(split), scratch / split, non_finite, self._quality)
+            split: pack(self._clips(split), scratch / split, self._quality)
             for split in self._splits
         }
 
@@ -117,15 +117,16 @@ class FeatureFolder:
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else path.parent
 
-    def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
+    def read(self, scratch: Path) -> Unpacked:
         """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
-        options = non_finite, self._quality
         workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:
             with contextlib.suppress(clip_files.RetrySerially):
-                return clip_files.read_at_once(self._files, scratch / "parts", workers, *options)
+                return clip_files.read_at_once(
+                    self._files, scratch / "parts", workers, self._quality
+                )
         return {
-            split: pack(clip_files.read_clips(paths), scratch / split, *options)
+            split: pack(clip_files.read_clips(paths), scratch / split, self._quality)
             for split, paths in self._files.items()
         }
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.data import parquet
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips, Quality
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips, Quality
 from vidjax.data.packing import Clip, group_by_modality, pack
 from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, prefix_errors
@@ -214,7 +214,6 @@ def read_at_once(
     files: Mapping[str, Sequence[Path]],
     scratch: Path,
     workers: int,
-    non_finite: NonFinite,
     quality: Quality,
 ) -> dict[str, dict[str, PackedClips]]:
     """Reads clips with several processes. Returns split -> modality -> the frames of all clips.
@@ -233,7 +232,7 @@ def read_at_once(
 
     def read(children: Children, number: int) -> _Part:
         folder, paths = scratch / str(number), [*map(os.fspath, parts[number][1])]
-        arguments = {"paths": paths, "out_dir": str(folder), "options": (non_finite, quality)}
+        arguments = {"paths": paths, "out_dir": str(folder), "quality": quality}
         limits = {"memory_bytes": NO_MEMORY_LIMIT, "cpu_seconds": MAX_CPU_SECONDS}
         try:
             summaries = run_limited(__name__, folder, arguments, **limits, children=children)
@@ -306,7 +305,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
                 raise UserError("a clip without modalities")
             yield clip
 
-    packed = pack(clips(), Path(arguments["out_dir"]), *arguments["options"])
+    packed = pack(clips(), Path(arguments["out_dir"]), arguments["quality"])
     return {name: flat.summary() for name, flat in packed.items()}
 
 

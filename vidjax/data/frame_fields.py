@@ -13,9 +13,6 @@ import numpy as np
 
 from vidjax.utils import files
 
-# If a feature has a NaN, an Inf or a value beyond float32, `drop` leaves its frame out, and `error`
-# raises UserError.
-NonFinite = Literal["drop", "error"]
 # The source of the quality of frames. `given` is the quality in the file, or the L2 norm of the
 # feature if the file has no quality. `norm` is always the norm.
 Quality = Literal["given", "norm"]
@@ -218,7 +215,7 @@ class RecordSource(Protocol):
         """Returns the file of a modality in a split, for messages and the report."""
         ...
 
-    def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
+    def read(self, scratch: Path) -> Unpacked:
         """Reads all frames. A modality has the same width and dtype in all clips of a split.
 
         The returned arrays may be memory maps of files in `scratch`.

@@ -18,7 +18,7 @@ from typing import Any
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import NonFinite, Origin, PackedClips, Unpacked
+from vidjax.data.frame_fields import Origin, PackedClips, Unpacked
 from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.unpickle import refuse_others
@@ -80,14 +80,14 @@ class OfficialFiles:
         """Returns the pickle of a modality in a split."""
         return self._files[modality, split]
 
-    def read(self, scratch: Path, non_finite: NonFinite) -> Unpacked:
+    def read(self, scratch: Path) -> Unpacked:
         """Reads all pickles in child processes, the largest first. See `RecordSource`."""
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
         def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
             folder = scratch / "_".join(key)
             path, modality = self._files[key], key[0]
-            return sandbox.unpack(path, modality, folder, non_finite=non_finite, children=children)
+            return sandbox.unpack(path, modality, folder, children=children)
 
         keys = sorted(sizes, key=sizes.__getitem__, reverse=True)
         # A pickle that cannot be read in pieces needs about twice its size. The pickles that are

@@ -15,7 +15,6 @@ from vidjax.data.frame_fields import (
     STORED,
     FlatFiles,
     FrameField,
-    NonFinite,
     PackedClips,
     Quality,
     compute_feature_norms,
@@ -207,7 +206,6 @@ def _refuse_repeated(clip: Clip, place: str, given: str) -> NoReturn:
 def pack(
     clips: Iterable[Clip],
     out_dir: Path | None = None,
-    non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> dict[str, PackedClips]:
     """Checks the clips of a split, and joins their frames in one array per modality and field.
@@ -230,7 +228,7 @@ def pack(
                 if name not in packers:
                     _check_modality(clip, name, packers)
                     folder = out_dir and out_dir / name
-                    packers[name] = stack.enter_context(Packer(name, folder, non_finite, quality))
+                    packers[name] = stack.enter_context(Packer(name, folder, quality))
                 packers[name].add(clip, value)
         for packer in list(packers.values())[:1]:
             for clip in empty:
@@ -261,12 +259,10 @@ class Packer(contextlib.ExitStack):
         self,
         modality: str,
         folder: Path | None,
-        non_finite: NonFinite = "drop",
         quality: Quality = "given",
     ) -> None:
         super().__init__()
         self._modality, self._folder = modality, folder
-        self._non_finite: NonFinite = non_finite
         self._quality: Quality = quality
         self._waiting: list[tuple[Clip, dict[str, np.ndarray]]] = []
         self._bytes = 0
@@ -321,7 +317,7 @@ class Packer(contextlib.ExitStack):
             self._write_field(name, kept, lambda row: names[owner[row]])
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
-        """Raises UserError for an unusual width or dtype, or for a refused value (`non_finite`)."""
+        """Raises UserError for an unusual width or dtype."""
         width, dtype = self._kind or (0, None)
         place, problem = locate(clip, self._modality), ""
         if features.shape[1] != width:
@@ -336,11 +332,6 @@ class Packer(contextlib.ExitStack):
             )
         if problem:
             raise UserError(f"{place}: features are {problem}")
-        if self._non_finite == "error" and not (keep := find_usable_rows(features)).all():
-            raise UserError(
-                f"{place}: the feature of frame {np.argmin(keep)} is not finite: compute it again, "
-                "or leave the frame out with --config.data.non_finite=drop"
-            )
 
     def _write_field(self, name: str, column: np.ndarray, clip_of: Callable[[int], str]) -> None:
         """Writes the values of a field. Values that are not finite become 0.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
-from vidjax.data.frame_fields import NonFinite, Origin, Quality, RecordSource
+from vidjax.data.frame_fields import Origin, Quality, RecordSource
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packing import Clips
@@ -125,7 +125,6 @@ def load(
     labels: LabelSource = None,
     *,
     cache_dir: str | Path | None = None,
-    non_finite: NonFinite = "drop",
     quality: Quality = "given",
 ) -> "Dataset":
     """Loads a dataset, which the first call converts to TFRecords. See `vidjax.load_data`."""
@@ -133,10 +132,9 @@ def load(
     from vidjax.data.records.dataset import Dataset
 
     if isinstance(given, ConfigDict):
-        data = cast(Section, given)
-        cache_dir, non_finite = data["cache_dir"], data["non_finite"]
+        cache_dir = cast(Section, given)["cache_dir"]
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
-    records = convert(source, cache_dir, non_finite=non_finite)
+    records = convert(source, cache_dir)
     origin = getattr(source, "origin", Origin(source.kind))
     return Dataset(records, source.read_labels(records.clips), origin=origin)
 

@@ -33,19 +33,19 @@ from vidjax.utils.errors import warn
 
 
 def analyse(
-    models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh
+    config: Config, models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh
 ) -> tuple[Values, Arrays]:
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
-    Reads the frames of the split again, to compute their quality and the attention of the model. If
-    there are several `models`, the analysis has the modalities of the first model, and no
-    attention. The training clips of each identity are counted if they are in the data.
+    `config` is the configuration of the first model. Reads the frames of the split again, to
+    compute their quality and the attention of the model. If there are several `models`, the
+    analysis has the modalities of the first model, and no attention. The training clips of each
+    identity are counted if they are in the data.
     """
     model, split = models[0], evaluation.split
-    config = model.system.config
     names = model.system.model.vector_names if len(models) == 1 else ()
     quality, matrix = measure_quality_and_attention(
-        model, split.name, mesh, config["eval"]["block_size"], attention=bool(names)
+        model, split.name, mesh, config.eval.block_size, attention=bool(names)
     )
     logs = model.system.scores_are_logs
     values: Values = {
@@ -63,7 +63,7 @@ def analyse(
     positives = count_positives(split, pool)
     best = evaluation.clips.best
     scored = ScoredSplit(evaluation.top, best, split.labels, split.clips, pool, positives)
-    train_clips = measures.count_train_clips(model, config["data"]["train_splits"])
+    train_clips = measures.count_train_clips(model, config.data.train_splits)
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
@@ -134,6 +134,7 @@ def import_slow_libraries(*, report: bool) -> None:
 
 def write_results(
     folder: RunFolder,
+    config: Config,
     models: Sequence[TrainedModel],
     evaluation: Evaluation,
     values: Mapping[str, Any],
@@ -149,6 +150,7 @@ def write_results(
     process writes the files.
 
     Args:
+      config: the configuration of the first model.
       values: the metrics. If they have an entry `overrides`, the names of the files contain the
         name of the split, so that no result of the training is replaced.
       ends_training: marks the metrics as `finished` after the report is written, not before. If the
@@ -164,7 +166,7 @@ def write_results(
         folder.write_metrics({**values, **pending}, paths)
     if report:
         with describe_faults(folder.path, split.name):
-            analysis = analyse(models, evaluation, mesh)
+            analysis = analyse(config, models, evaluation, mesh)
             if distributed.is_first():
                 results.save_analysis(paths.analysis, *analysis)
     if not distributed.is_first():
@@ -239,7 +241,7 @@ def evaluate(
         "eval_date": results.now(),
         **({"overrides": changed} if changed else {}),
     }
-    write_results(folder, models, evaluation, values, mesh, report=report)
+    write_results(folder, config, models, evaluation, values, mesh, report=report)
     return values
 
 

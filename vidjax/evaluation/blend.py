@@ -62,7 +62,9 @@ def blend_runs(
         **({"command": command} if command else {}),
     }
     files.write_json(folder.path / IDENTITIES, list(models[0].data.identities))
-    analysis.write_results(folder, models, evaluation, results, mesh, report=spec.report)
+    analysis.write_results(
+        folder, configs[0], models, evaluation, results, mesh, report=spec.report
+    )
     return results
 
 

@@ -2,7 +2,7 @@
 
 Every evaluation step maps (params, model_state, hidden_chunk, batch) to an array with a row for
 each of B clips. `hidden_chunk`, [] int32, is the number of the part of every feature vector that is
-hidden from a member, or -1 if no part is hidden.
+hidden from a member. If `System.num_chunks` is None, no part is hidden, and the number is not used.
 """
 
 import functools
@@ -35,11 +35,11 @@ def eval_step(
 
     def scores_of(frames: Mapping[str, Frames], mask: Array) -> Array:
         output = forward(frames, mask)
-        logits = output.logits / system.config["eval"]["temperature"]
-        if output.eval_weight is None and logits.shape[1] == 1:
+        logits = output.logits / system.temperature
+        if output.score_weight is None and logits.shape[1] == 1:
             return system.score_fn(logits[:, 0], system.class_mask)
         scores = system.score_fn(logits, system.class_mask)  # [B, G, K]
-        weight = output.eval_weight  # [B, G]
+        weight = output.score_weight  # [B, G]
         if weight is None:
             weight = jnp.ones(logits.shape[:2], logits.dtype)
         total = make_no_scores(scores[:, 0], logs=system.scores_are_logs)
@@ -47,8 +47,10 @@ def eval_step(
             total = add_scores(total, scores[:, branch], weight[:, branch])
         return sum_scores(total)
 
-    logs, reduce = system.scores_are_logs, system.config["eval"]["reduce"]
-    scores = _reduce_examples(system, hidden_chunk, batch, scores_of, logs=logs, reduce=reduce)
+    logs = system.scores_are_logs
+    scores = _reduce_examples(
+        system, hidden_chunk, batch, scores_of, logs=logs, reduce=system.reduce
+    )
     return jnp.where(_is_usable(system, batch)[:, None], scores, -jnp.inf)
 
 
@@ -83,7 +85,7 @@ def attention_step(
     has no attention. The model must take a clip as a single example.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
-    with jax.default_matmul_precision(system.config["matmul_precision"]):
+    with jax.default_matmul_precision(system.precision):
         mask = batch.batch_mask[:, None]
         return _make_forward(system, params, model_state, batch)(fused, mask).attention
 
@@ -132,7 +134,7 @@ def _reduce_examples(
     mean is the logarithm of the mean exponential.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
-    with jax.default_matmul_precision(system.config["matmul_precision"]):
+    with jax.default_matmul_precision(system.precision):
         if not system.frame_is_example:
             return values_of(fused, batch.batch_mask[:, None])
         _, exists = system.to_examples(fused)

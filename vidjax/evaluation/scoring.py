@@ -98,7 +98,7 @@ class ModelScorer:
         return [self._keep_best(x) for x in scores]
 
     def _keep_best(self, scores: Array) -> Array:
-        count = self.model.system.config["eval"]["top_classes"]
+        count = self.model.system.top_classes
         return keep_best(scores, count) if 0 < count < scores.shape[1] else scores
 
     def compute(self, step: eval_step_lib.EvalStep, block: Batch) -> Array:

@@ -1,24 +1,14 @@
 """The interface between a model and the steps that train and evaluate it."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    get_args,
-    get_origin,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import numpy as np
 from msgspec import Meta
 
 from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
-from vidjax.utils.errors import UserError, check_choice
+from vidjax.utils.errors import UserError
 
 # Types of options of models. `identifier.make_identifier` checks their ranges.
 Size = Annotated[int, Meta(ge=1)]  # of a layer, or a number of layers or frames
@@ -97,9 +87,6 @@ class Identifier(nn.Module):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in dataclasses.fields(self):
-            if get_origin(field.type) is Literal:
-                check_choice(field.name, getattr(self, field.name), get_args(field.type))
         modality = getattr(self, "modality", None)
         if modality is not None and modality not in self.modalities:
             raise UserError(
@@ -167,8 +154,8 @@ def check_output(model: Identifier, output: object, num_clips: int) -> None:
     wanted = {
         "logits": ((num_clips, *branches, model.num_classes), "[B, G, K]"),
         "embedding": ((num_clips, *(shapes["embedding"] or ())[-1:]), "[B, D]"),
-        "train_weight": ((num_clips, *branches), "[B, G]"),
-        "eval_weight": ((num_clips, *branches), "[B, G]"),
+        "loss_weight": ((num_clips, *branches), "[B, G]"),
+        "score_weight": ((num_clips, *branches), "[B, G]"),
         "logit_scale": (branches, "[G]"),
     }
     for field, (shape, letters) in wanted.items():

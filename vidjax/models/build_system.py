@@ -25,22 +25,27 @@ FuseFn = Callable[[Array | None, Frames], Frames]
 class System(NamedTuple):
     """Everything that a training step or an evaluation step needs, except state and data."""
 
-    config: Mapping[str, Any]  # as nested dicts, from which the steps read plain values
     task: "TaskSpec"  # sizes of the training data
     model: Identifier
     fuse_train: Mapping[str, FuseFn]  # modality -> (PRNG key, Frames [B, T]) -> Frames [B, T']
     fuse_eval: Mapping[str, FuseFn]  # the same for evaluation, where the key is None
+    num_chunks: int | None  # each member lacks one of these parts of every feature; None: no part
     frame_is_example: bool  # True if each fused frame of a clip is a separate example
     clip_transforms: tuple[BatchTransform, ...]  # augmentations before the fusion of frames
     transforms: tuple[BatchTransform, ...]  # augmentations after the fusion of frames
     objective: losses.Objective  # (output, labels [B], weight [B], step) -> loss [B]
+    divides_by_clips: bool  # the sum of losses is divided by the number of clips, not their weights
     # (labels [B], step) -> weight [B] of each clip, by its class column
     column_weight: Callable[[Array, Array], Array]
     tx: optax.GradientTransformation  # the optimiser
     lr_schedule: optax.Schedule  # step -> learning rate
+    temperature: float  # divisor of the logits in evaluation
+    precision: str  # precision of matrix products in evaluation
     # (logits [..., K], class_mask) -> scores [..., K]. Clips are ranked by their scores.
     score_fn: Callable[[Array, Array], Array]
     scores_are_logs: bool  # True if scores are logarithms; then their exponentials are averaged
+    reduce: str  # `mean` or `max` of the scores of a clip's examples
+    top_classes: int  # number of highest scores that a clip keeps; 0: all
     # [K] bool, True for class columns that take part. Only column 0, "other", may be False: if no
     # training clip has this class, and the model does not have `scores_unknown`.
     class_mask: Array
@@ -48,24 +53,23 @@ class System(NamedTuple):
     @property
     def vmap_members(self) -> bool:
         """True to train all members with `jax.vmap`, False to train them in turn."""
-        mapping = self.config["ensemble"]["mapping"]
-        return mapping == "vmap" or (mapping == "auto" and jax.default_backend() != "cpu")
+        return jax.default_backend() != "cpu"
 
     def fuse(
         self, rng: Array | None, frames: Mapping[str, Frames], hidden_chunk: Array
     ) -> dict[str, Frames]:
         """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
 
-        `rng` is a PRNG key, or None in evaluation. If `config.ensemble.views` is not 0, the chunk
-        of features with the number `hidden_chunk` [] int32 is removed.
+        `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, the chunk of features
+        with the number `hidden_chunk` [] int32 is removed. Otherwise, `hidden_chunk` is not used.
         """
-        fused, spec = {}, self.config["ensemble"]
+        fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
         for i, (name, fuse) in enumerate(fusions.items()):
             result = fuse(None if rng is None else jax.random.fold_in(rng, i), frames[name])
             features = fusion.read(result.features)
-            if spec["views"]:
-                features = ensemble.drop_chunk(features, hidden_chunk, spec["chunks"])
+            if self.num_chunks:
+                features = ensemble.drop_chunk(features, hidden_chunk, self.num_chunks)
             fused[name] = result._replace(features=features)
         return fused
 
@@ -173,11 +177,11 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
     score_fn, scores_are_logs = SCORES[config["eval"]["scores"]]
     clip_transforms, transforms = augment.make_transforms(config, task.num_identities)
     system = System(
-        config=config,
         task=task,
         model=model,
         fuse_train=make_fusions(config["fusion"], task.modalities, "train"),
         fuse_eval=make_fusions(config["fusion"], task.modalities, "evaluate"),
+        num_chunks=config["ensemble"]["chunks"] if config["ensemble"]["views"] else None,
         frame_is_example=config["after_fusion"] == "examples",
         clip_transforms=clip_transforms,
         transforms=transforms,
@@ -187,11 +191,16 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
             steps_per_epoch,
             logit_scale=model.logit_scale,
         ),
+        divides_by_clips=config["loss"]["mean_over"] == "clips",
         column_weight=_make_column_weight(config["noise"], task.layout, steps_per_epoch),
         tx=tx,
         lr_schedule=jax.jit(schedule),  # without jit, every operation is a program
+        temperature=config["eval"]["temperature"],
+        precision=config["matmul_precision"],
         score_fn=score_fn,
         scores_are_logs=scores_are_logs,
+        reduce=config["eval"]["reduce"],
+        top_classes=config["eval"]["top_classes"],
         class_mask=class_mask,
     )
     # Only the fusion of a training step gets a random key. A fusion that needs a key raises here.

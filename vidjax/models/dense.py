@@ -18,7 +18,6 @@ from vidjax.models.layers import (
     Classifier,
     CosineClassifier,
     DenseLayer,
-    Linear,
     ResidualBlock,
     check_head,
     choose_kept_modalities,
@@ -32,7 +31,7 @@ Layer = tuple[Size, str, bool, Share]
 # Backbone -> the attributes that only this backbone reads.
 _OPTIONS = {
     "mlp": ("layers",),
-    "residual": ("width", "num_layers", "activation", "dropout_rate", "shortcut", "gate"),
+    "residual": ("width", "num_layers", "activation", "dropout_rate", "shortcut"),
     "block": ("dropout_rate",),
 }
 
@@ -46,8 +45,7 @@ class DenseIdentifier(Identifier):
         layers.
       width, num_layers: for `residual`, width and number of the layers.
       activation: for `residual`, linear | relu | sigmoid | swish | prelu.
-      shortcut: for `residual`, add | concat | none.
-      gate: for `residual`, True for a sigmoid gate after every layer.
+      shortcut: for `residual`, add | none.
       dropout_rate: for `residual`, dropout rate of every layer; for `block`, of its first layer.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
@@ -66,8 +64,7 @@ class DenseIdentifier(Identifier):
     num_layers: Size = 3
     activation: str = "relu"
     dropout_rate: Share = 0.5
-    shortcut: Literal["add", "concat", "none"] = "add"
-    gate: bool = False
+    shortcut: Literal["add", "none"] = "add"
     head: Literal["cosine", "linear"] = "linear"
     logit_scale: float = 1.0
     feature_scale: float = 1.0
@@ -112,7 +109,6 @@ class DenseIdentifier(Identifier):
                 self.activation,
                 self.dropout_rate,
                 self.shortcut,
-                self.gate,
                 self.dtype,
                 name="backbone",
             )
@@ -150,40 +146,31 @@ _NUM_CONNECTED = 3  # the first layers, which have shortcuts
 class ResidualDenseNet(nn.Module):
     """Dense layers of equal width, with shortcuts between the first three.
 
-    For the input x and the layers f_1, f_2, ... (including their dropout), the outputs h_i are:
-
-    - `add`: h_1 = f_1(x), and h_i = h_{i-1} + f_i(h_{i-1}) for i = 2, 3;
-    - `concat`: h_1 = f_1(x), h_2 = f_2([x, h_1]), h_3 = f_3([x, h_1, h_2]);
-    - `none`, and for i > 3 with any shortcut: h_i = f_i(h_{i-1}).
+    For the input x and the layers f_1, f_2, ... (including their dropout), the outputs are
+    h_1 = f_1(x) and h_i = f_i(h_{i-1}). With `shortcut=add`, h_1 is added to h_2, and h_2 to h_3.
 
     Attributes:
       num_layers: number of layers, without the classifier.
       activation: activation of every layer, as in DenseLayer.
-      shortcut: add | concat | none (a plain network of the same size).
-      gate: True to multiply the output y of each layer elementwise by sigmoid(W y + b).
+      shortcut: add | none (a plain network of the same size).
 
     Source: Residual Dense Net (2nd place 2019): shortcuts between the first three layers of a deep
-    fully connected network, BatchNorm, dropout; attention with sigmoid branches as future work. The
-    article leaves everything else open. No shortcut bypasses the first layer, because input and
-    output widths differ. The weights of a gate start at 0.
+    fully connected network, BatchNorm, dropout. The article leaves everything else open. No
+    shortcut bypasses the first layer, because input and output widths differ.
     """
 
     width: Size = 4096
     num_layers: Size = 3
     activation: str = "relu"
     dropout_rate: Share = 0.5
-    shortcut: Literal["add", "concat", "none"] = "add"
-    gate: bool = False
+    shortcut: Literal["add", "none"] = "add"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Computes the output of the last layer, [B, width] float32. Arguments: see DenseLayer."""
-        inputs = [x]
         for i in range(self.num_layers):
-            connected = 0 < i < _NUM_CONNECTED
-            if connected and self.shortcut == "concat":
-                x = jnp.concatenate(inputs, axis=-1)  # [B, D + i width]
+            connected = 0 < i < _NUM_CONNECTED and self.shortcut == "add"
             new = DenseLayer(
                 self.width,
                 self.activation,
@@ -192,12 +179,7 @@ class ResidualDenseNet(nn.Module):
                 dtype=self.dtype,
                 name=f"layer_{i}",
             )(x, mask, train=train)
-            if self.gate:
-                zeros = nn.initializers.zeros
-                branch = Linear(self.width, self.dtype, kernel_init=zeros, name=f"gate_{i}")
-                new = new * jax.nn.sigmoid(branch(new))
-            x = x + new if connected and self.shortcut == "add" else new
-            inputs.append(new)
+            x = x + new if connected else new
         return x
 
 

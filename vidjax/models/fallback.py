@@ -168,16 +168,16 @@ class FallbackIdentifier(Identifier):
         main_only, other_only = (1.0, 0.0), (0.0, self.missing_scale)
         pairs = main_only, other_only, (self.main_share, self.other_share), main_only
         *weights, default = [jnp.array(pair, jnp.float32) for pair in pairs]
-        eval_weight = jnp.select(cases, weights, default)  # [B, 2]
+        score_weight = jnp.select(cases, weights, default)  # [B, 2]
         vectors = [
-            unit_vectors(output.embedding) * (eval_weight[:, i, None] > 0)
+            unit_vectors(output.embedding) * (score_weight[:, i, None] > 0)
             for i, output in enumerate(outputs)
         ]
         return ModelOutput(
             logits=jnp.concatenate([output.logits for output in outputs], axis=1),  # [B, 2, 1 + C]
             embedding=jnp.concatenate(vectors, axis=1),
-            train_weight=jnp.stack([main_sees, other_sees], axis=1).astype(jnp.float32),
-            eval_weight=eval_weight,
+            loss_weight=jnp.stack([main_sees, other_sees], axis=1).astype(jnp.float32),
+            score_weight=score_weight,
             attention=outputs[0 if self.main.vector_names else 1].attention,
             logit_scale=self._learned_scales(outputs),
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import jax.numpy as jnp
 import msgspec
@@ -15,7 +15,7 @@ from vidjax.models.dense import CosineIdentifier, DenseIdentifier, NeighbourIden
 from vidjax.models.fallback import FallbackIdentifier
 from vidjax.models.multimodal import MultimodalIdentifier
 from vidjax.models.plda import PLDAIdentifier
-from vidjax.utils.errors import UserError, check_entry
+from vidjax.utils.errors import UserError, check_choice, check_entry
 
 # name -> model. To add a model, write a file in this folder and add a line here.
 MODELS: dict[str, type[Identifier]] = {
@@ -93,7 +93,8 @@ def make_identifier(
 
 def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # noqa: ANN401
     """Raises UserError if the value of an option is not of the type `kind`, or is out of range."""
-    if get_origin(kind) is Literal:  # the model lists the possible values in its error
+    if get_origin(kind) is Literal:  # the error of msgspec would not list the possible values
+        check_choice(option, value, get_args(kind))
         return
     given = dict(value) if isinstance(value, Mapping) else value
 

@@ -327,19 +327,17 @@ class NetVLAD(nn.Module):
       num_clusters: number of clusters, K.
       reduce: `sum`, as published, adds the frames. `mean` (not in the paper) divides the sum by the
         number of real frames.
-      norms: a tuple of `batch` (used in the paper), `l2` (used in the original NetVLAD), both or
-        none. `batch` applies BatchNorm after the linear map of the frames. Without `batch`, this
-        map has a bias. `l2` scales each descriptor to length 1, then all descriptors of a clip
-        together.
+      batch_norm: True, as published, for BatchNorm after the linear map of the frames. Without it,
+        this map has a bias.
 
     Source: iQIYI-VID paper, section 5.2 and figure 4: a fully connected layer, BatchNorm, softmax
-    over the clusters, and the VLAD core. `l2`: Arandjelovic et al., NetVLAD, section 3.1. The masks
+    over the clusters, and the VLAD core, without the L2 norms of the original NetVLAD. The masks
     and a BatchNorm momentum of 0.9 are not in the paper.
     """
 
     num_clusters: int
     reduce: Literal["mean", "sum"] = "sum"
-    norms: tuple[str, ...] = ("batch",)
+    batch_norm: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -350,13 +348,11 @@ class NetVLAD(nn.Module):
         centre and a is the softmax of a linear map of the frame. If a clip has no frames, its
         descriptors are 0. For `mask` [B, T] bool and `train`, see `batch_norm`.
         """
-        for norm in self.norms:
-            check_choice("NetVLAD norm", norm, ("batch", "l2"))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         features = features.astype(self.dtype)
-        has_bias = "batch" not in self.norms  # BatchNorm has a bias
+        has_bias = not self.batch_norm  # BatchNorm has a bias
         scores = Linear(self.num_clusters, self.dtype, has_bias, name="assignment")(features)
-        if "batch" in self.norms:
+        if self.batch_norm:
             scores = batch_norm(scores, mask, train=train)
         assignment = jax.nn.softmax(scores, axis=-1) * mask[..., None]  # [B, T, K]
 
@@ -369,7 +365,4 @@ class NetVLAD(nn.Module):
         if self.reduce == "mean":
             count = jnp.maximum(jnp.sum(mask, axis=1), 1)
             descriptors = descriptors / count[:, None, None]
-        if "l2" in self.norms:
-            flat = unit_vectors(descriptors).reshape(descriptors.shape[0], -1)
-            descriptors = unit_vectors(flat).reshape(descriptors.shape)
         return descriptors

@@ -34,20 +34,17 @@ class MultimodalIdentifier(Identifier):
       netvlad: modalities that NetVLAD pools; other modalities use the mean frame. Names that are
         not in `modalities` are ignored.
       num_clusters: number of clusters of NetVLAD, K.
-      netvlad_reduce, netvlad_norms: the attributes `reduce` and `norms` of `NetVLAD`.
+      netvlad_reduce, netvlad_batch_norm: the attributes `reduce` and `batch_norm` of `NetVLAD`.
       embed_dim: width of the vectors of the feature map, D.
       num_face_vectors: number of vectors of `face`, each computed by a separate linear map.
       attention: False to leave out the attention (table 3 of the paper).
       gram_dim: width in which the attention computes correlations, D~ in the paper.
       gram_scale: factor on the Gram matrix of the attention (1 in the paper).
       gamma: strength of the attention.
-      train_gamma: True to learn gamma (not in the paper).
-      attention_form: `gram` (as published) or `two` projections, see `MultimodalAttention`.
       fill_missing: if True, as published, attention fills the vectors of a missing modality with
         gamma times a mean of the other vectors. If False (not in the paper), they stay 0.
       joined: `concat`, as published, to classify all vectors of the feature map side by side;
         `mean` to classify the mean of the vectors that a clip has.
-      gate: True to multiply every vector of the feature map by a learned sigmoid gate.
       unit_length: True to scale frames before NetVLAD, and the vector of each modality before its
         map, to length 1 (not in the paper). Then only the direction of features counts.
       map_norm: True for LayerNorm after the maps, so that the norm of features does not count.
@@ -58,8 +55,8 @@ class MultimodalIdentifier(Identifier):
 
     Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves some choices open. Our choices
     are: three maps for the three face vectors, K, the linear classifier, no activation after the
-    maps, the feature scale. We added masks, LayerNorm after the maps, modality dropout, the cosine
-    head, and the gate, which the second-place article of 2019 names as future work.
+    maps, the feature scale. We added masks, LayerNorm after the maps, modality dropout, and the
+    cosine head.
     """
 
     modalities: Mapping[str, int]
@@ -67,18 +64,15 @@ class MultimodalIdentifier(Identifier):
     netvlad: tuple[str, ...] = ("face",)
     num_clusters: Size = 8
     netvlad_reduce: Literal["mean", "sum"] = "sum"
-    netvlad_norms: tuple[str, ...] = ("batch",)
+    netvlad_batch_norm: bool = True
     embed_dim: Size = 512
     num_face_vectors: Size = 3
     attention: bool = True
     gram_dim: Size = 64
     gram_scale: float = 1.0
     gamma: float = 0.05
-    train_gamma: bool = False
-    attention_form: Literal["gram", "two"] = "gram"
     fill_missing: bool = False
     joined: Literal["concat", "mean"] = "concat"
-    gate: bool = False
     feature_scale: float = 0.1
     unit_length: bool = False
     map_norm: bool = False
@@ -126,15 +120,11 @@ class MultimodalIdentifier(Identifier):
             vector_mask.append(jnp.repeat(exists, count, axis=1))
         x = jnp.concatenate(vectors, axis=1)  # [B, M, embed_dim]
         exists = jnp.concatenate(vector_mask, axis=1)
-        if self.gate:
-            x = SigmoidGate(self.dtype, name="gate_map")(x)
         if self.attention:
             x, attention = MultimodalAttention(
                 self.gram_dim,
                 self.gram_scale,
                 self.gamma,
-                self.train_gamma,
-                self.attention_form,
                 self.fill_missing,
                 self.dtype,
                 name="attention_map",
@@ -161,7 +151,7 @@ class MultimodalIdentifier(Identifier):
             video = NetVLAD(
                 self.num_clusters,
                 self.netvlad_reduce,
-                self.netvlad_norms,
+                self.netvlad_batch_norm,
                 self.dtype,
                 name=f"{name}_netvlad",
             )(features * self.feature_scale, real.mask, train=train)
@@ -183,22 +173,16 @@ class MultimodalAttention(nn.Module):
         LayerNorm, correlate most with themselves. Then Y is nearly the identity, unless `scale` is
         small.
       gamma: strength of the attention.
-      train_gamma: True to learn gamma, starting from `gamma` (not in the paper).
-      form: `gram`, the paper's Z = F^T F with F = W_F X; or `two`, Z = F^T G with another
-        projection G = W_G X, as in SAGAN, which the paper compares.
       fill_missing: if True, as in the paper, the output of a missing vector is gamma times a mean
         of the vectors that exist. If False (not in the paper), it is 0.
 
     Source: iQIYI-VID paper, equations 1-3. Here a missing vector is 0 and has no weight in the
     softmax. The equations would give it exp(0). Without missing vectors, the results are equal.
-    SAGAN also projects the vectors that are summed; the form `two` does not.
     """
 
     dim: int = 64
     scale: float = 1.0
     gamma: float = 0.05
-    train_gamma: bool = False
-    form: Literal["gram", "two"] = "gram"
     fill_missing: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -217,43 +201,13 @@ class MultimodalAttention(nn.Module):
         """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)
-        project = functools.partial(Linear, self.dim, dtype=self.dtype, use_bias=False)
-        f = project(name="w_f")(x)  # [B, M, D~]
-        g = project(name="w_g")(x) if self.form == "two" else f
+        f = Linear(self.dim, self.dtype, use_bias=False, name="w_f")(x)  # [B, M, D~]
         product = functools.partial(jnp.einsum, preferred_element_type=param_dtype)
-        z = product("bid,bjd->bij", f, g) * self.scale  # [B, M, M]
+        z = product("bid,bjd->bij", f, f) * self.scale  # [B, M, M]
         pairs = mask[:, :, None] & (True if self.fill_missing else mask[:, None, :])
         # A softmax over an empty set has NaN gradients. A very low score for masked pairs gives
         # the same zeros without NaN.
         z = jnp.where(pairs, z, jnp.finfo(z.dtype).min)
         y = jnp.where(pairs, jax.nn.softmax(z, axis=1), 0.0)
-        gamma = self.gamma
-        if self.train_gamma:
-            gamma = self.param("gamma", nn.initializers.constant(gamma), (), param_dtype)
         mixed = product("bij,bid->bjd", y.astype(self.dtype), x)
-        return (x + gamma * mixed).astype(self.dtype), y
-
-
-class SigmoidGate(nn.Module):
-    """Multiplies each vector of the feature map by a gate from 0 to 1, computed from the vector.
-
-    The weights start at 0, so all gates start at 0.5.
-
-    Source: the second-place article of 2019 names gates by a sigmoid as future work. The formula is
-    our choice.
-    """
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Multiplies each vector x_m of x [B, M, D] by sigmoid(w_m . x_m + b_m)."""
-        param_dtype = jnp.promote_types(self.dtype, jnp.float32)
-        kernel = self.param("kernel", nn.initializers.zeros, x.shape[1:], param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[1:2], param_dtype)
-        x = x.astype(self.dtype)
-        scores = jnp.einsum(
-            "bmd,md->bm", x, kernel.astype(self.dtype), preferred_element_type=param_dtype
-        )
-        gate = jax.nn.sigmoid(scores + bias)  # [B, M]
-        return (x * gate[..., None]).astype(self.dtype)
+        return (x + self.gamma * mixed).astype(self.dtype), y

@@ -1,4 +1,5 @@
-"""Trains models. `plan` prepares a run, `loop` repeats training steps, and `feed` reads the clips.
+"""Trains models. `loop` repeats training steps, and `feed` reads the clips.
 
-`public` contains the public functions of `import vidjax`.
+`dry_run` checks a configuration before the data are read, and `plan` prepares a run. `public`
+contains the public functions of `import vidjax`.
 """

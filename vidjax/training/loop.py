@@ -1,5 +1,6 @@
 """Trains a system: takes optimiser steps, evaluates, writes logs and saves checkpoints."""
 
+import bisect
 import contextlib
 import json
 import statistics
@@ -7,21 +8,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed, ensemble, metrics
+from vidjax.core import devices, distributed, ensemble, metrics, optim
 from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
 from vidjax.evaluation import analysis, eval_step, trained_runs
 from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
 from vidjax.models.base import ModelState, Params
-from vidjax.models.build_system import make_system
 from vidjax.runs import (
     checkpoint,
     config_io,
@@ -42,20 +42,44 @@ from vidjax.runs.run_folder import (
 )
 from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
-from vidjax.training import feed as feed_lib, train_step
-from vidjax.training.plan import (
-    RunPlan,
-    Schedule,
-    compute_values,
-    describe_repeated_clips,
-    make_plan,
-    make_schedule,
-    relabel,
-)
+from vidjax.training import feed as feed_lib, noise_classes, train_step
+from vidjax.training.plan import RunPlan, compute_values, describe_repeated_clips, make_plan
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
 Tree = TypeVar("Tree")  # a tree of arrays
+# These steps are always logged, because the loss falls fastest at first, and a run may be short.
+FIRST_STEPS = (1, 2, 5, 10)
+
+
+class Schedule(NamedTuple):
+    """The numbers of the steps after which the training pauses for another task."""
+
+    log: frozenset[int]  # a line of `metrics.jsonl` is written
+    evaluate: frozenset[int]  # the run is evaluated; this includes the last step
+    relabel: frozenset[int]  # distractors in no cluster get new labels
+    stops: tuple[int, ...]  # all these steps, in ascending order
+
+    def next_stop(self, step: int) -> int:
+        """Returns the first of `stops` after `step`."""
+        return self.stops[bisect.bisect(self.stops, step)]
+
+
+def make_schedule(config: Config, plan: RunPlan) -> Schedule:
+    """Returns the schedule of a run. Without noise classes, `Schedule.relabel` is empty."""
+    total = plan.task.total_steps
+
+    def every(epochs: float) -> frozenset[int]:
+        if not epochs:
+            return frozenset()
+        steps = max(1, round(epochs * plan.batches.num_places / config.batch_size))
+        return frozenset(range(steps, total, steps))
+
+    first = [step for step in FIRST_STEPS if step < total]
+    log = frozenset((*first, *range(0, total, config.log_every_steps), total))
+    evaluate = every(config.eval.every_epochs) | {total}
+    relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
+    return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
@@ -111,7 +135,7 @@ def train(
     if command:
         results["command"] = command
     analysis.write_results(
-        RunFolder(workdir), [run.trained_model()], evaluation, results, mesh,
+        RunFolder(workdir), config, [run.trained_model()], evaluation, results, mesh,
         report=analyse, ends_training=True,
     )  # fmt: skip
     return results
@@ -235,7 +259,7 @@ class TrainingRun:
         """Restores the newest checkpoint, if any. `analyse` prepares the analysis of attention."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
-        self._system = make_system(config.to_dict(), plan.task)
+        self._system = plan.system
         self._eval_step = eval_step.make_eval_step(self._system, self._mesh)
         has_vectors = self._system.model.vector_names and not self._system.frame_is_example
         self._attention_step = (
@@ -286,9 +310,6 @@ class TrainingRun:
             rngs = ensemble.make_rngs(members, config.seed)
             return train_step.init_state(system, rngs, labels)
 
-        folder = RunFolder(workdir)
-        if folder.has(CONFIG) and checkpoint.list_folders(workdir):
-            check_resumes(workdir, folder.config, config)
         newest = checkpoint.find(workdir)
         if not newest:
             # A model in closed form is trained in seconds, so nothing is lost.
@@ -315,9 +336,13 @@ class TrainingRun:
                 say(f"config.{name} changes from {before} to {now}: later steps round otherwise")
         if config.num_epochs == old.num_epochs or self._system.model.is_closed_form:
             return
-        task = self._plan.task._replace(total_steps=manifest.get("total_steps", step))
-        systems = (make_system(config.to_dict(), task), self._system)
-        first, second = (np.asarray(x.lr_schedule(np.arange(step))) for x in systems)
+        earlier = optim.make_schedule(
+            config.optim.to_dict(),
+            total_steps=manifest.get("total_steps", step),
+            steps_per_epoch=self._plan.batches.num_places / config.batch_size,
+        )
+        schedules = (jax.jit(earlier), self._system.lr_schedule)
+        first, second = (np.asarray(schedule(np.arange(step))) for schedule in schedules)
         if config.optim.total_decay or not np.array_equal(first, second):
             before, now = f"{old.num_epochs:g}", f"{config.num_epochs:g}"
             say(
@@ -430,7 +455,7 @@ class TrainingRun:
         return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
 
     def relabel(self) -> None:
-        """Changes each member's labels of distractors in no cluster, see `plan.relabel`."""
+        """Changes each member's labels of distractors in no cluster: `noise_classes.relabel`."""
         config, classes = self._config, self._plan.task.layout
         assert classes
         state, (members, _, trained) = self.state, self._plan.training_sets
@@ -454,7 +479,8 @@ class TrainingRun:
             predicted[:, wanted] = compute_values(
                 config, self._clips, modalities, best_columns, wanted, self._mesh
             ).T
-        labels = np.where(movable, relabel(old, predicted, classes, keep=config.noise.keep), old)
+        new = noise_classes.relabel(old, predicted, classes, keep=config.noise.keep)
+        labels = np.where(movable, new, old)
         parts = ensemble.split(labels.astype(np.int32), self._group_size)
         self._states = [
             state.replace(labels=self._replicate(part))

@@ -1,8 +1,6 @@
-"""Prepares a run: checks the configuration and the data, and chooses clips, labels and steps."""
+"""Plans a run: checks the data, and chooses the clips, labels and weights of each member."""
 
-import bisect
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,46 +13,42 @@ from jax.sharding import Mesh
 from vidjax.core import devices, ensemble, fusion
 from vidjax.core.augment import MemberClips, drop_poor_frames
 from vidjax.core.batch import Array, Batch, Frames, NoiseClassLayout
-from vidjax.data import sources
 from vidjax.data.checks import find_unusable
 from vidjax.data.clips import (
     BatchPlan,
     ClipSource,
-    Modality,
     TrainingData,
     make_batch_plan,
     make_eval_plan,
     select_modalities,
 )
 from vidjax.data.labels import load_clip_weights
-from vidjax.models.base import Identifier, TrainingClips
-from vidjax.models.build_system import TaskSpec, make_fusions, make_model, make_system
+from vidjax.models.base import TrainingClips
+from vidjax.models.build_system import System, TaskSpec, make_fusions, make_system
 from vidjax.models.identifier import MODELS
-from vidjax.runs import config as config_lib
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say
-from vidjax.training import train_step
+from vidjax.training import noise_classes, train_step
+from vidjax.training.dry_run import check_model
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, warn
 
-# These steps are always logged, because the loss falls fastest at first, and a run may be short.
-FIRST_STEPS = (1, 2, 5, 10)
 MAX_BATCH_ROWS = 65_536  # a larger batch is probably a typing error, unless there are as many clips
-
-# The assumptions of a dry run, which reads no data:
-WIDTH = 512  # feature width of a modality
-CLIPS, STEPS = 64, 10  # training clips and steps
-MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 class RunPlan(NamedTuple):
     """The decisions before the first step of a run, such as the clips of each batch."""
 
-    task: TaskSpec  # sizes of the training data
+    system: System  # for training data of the sizes `task`
     training_sets: ensemble.TrainingSets  # clips that each member (net) is trained on
     labels: np.ndarray  # [N] int32, the class of each training clip at step 0
     constants: train_step.MemberConstants  # weights of clips and other constants of members
     batches: BatchPlan  # decides which clips are in the batch of a step
+
+    @property
+    def task(self) -> TaskSpec:
+        """The sizes of the training data."""
+        return self.system.task
 
 
 def explain_no_identity(config: Config) -> str:
@@ -114,12 +108,13 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         train_other=bool(np.any(weight[:, labels == 0])),
         num_places=batches.num_places,
     )
+    system = make_system(config.to_dict(), task)
     # Compiled programs contain the settings of the model, so they are computed before step 0.
     clips = make_training_clips(config, data, labels, weight > 0)
-    settings = dict(make_model(config.to_dict(), task).prepare(clips)) or None
-    task = task._replace(settings=settings)
+    if settings := dict(system.model.prepare(clips)):
+        system = make_system(config.to_dict(), task._replace(settings=settings))
     constants = train_step.make_member_constants(members, weight)
-    return RunPlan(task, training_sets, labels, constants, batches)
+    return RunPlan(system, training_sets, labels, constants, batches)
 
 
 def _check_plan(
@@ -196,10 +191,12 @@ def label_distractors(
     vectors = compute_values(
         config, data, (modality,), lambda batch: _mean_face(batch.frames[modality]), is_noise
     )
-    clusters = cluster(vectors, eps=config.noise.eps, min_samples=config.noise.min_samples)
+    clusters = noise_classes.cluster(
+        vectors, eps=config.noise.eps, min_samples=config.noise.min_samples
+    )
     layout = NoiseClassLayout(len(data.identities), int(clusters.max(initial=-1)) + 1)
     labels = labels.copy()
-    labels[is_noise] = initial_labels(clusters, layout, config.seed)
+    labels[is_noise] = noise_classes.initial_labels(clusters, layout, config.seed)
     say(
         f"{len(clusters)} distractors: {np.sum(clusters >= 0)} in {layout.num_clusters} clusters, "
         f"{np.sum(clusters < 0)} unclustered"
@@ -269,76 +266,6 @@ def make_training_clips(
     )
 
 
-def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or ignores a field not at its default."""
-    name = config.model.get("name")
-    model = MODELS.get(name, Identifier)
-    if not issubclass(model, Identifier):
-        return  # `make_identifier` will raise an error
-    if config.num_epochs < model.min_epochs:
-        raise UserError(
-            f"config.num_epochs={config.num_epochs:g} is too small: model '{name}' needs "
-            f"{model.min_epochs:g} passes over the clips\n"
-            f"use --config.num_epochs={model.min_epochs:g}"
-        )
-    if not model.is_closed_form:
-        return
-    defaults = config_lib.DEFAULTS
-    for field, value in config_lib.fields(config):
-        changed = field in defaults and value != defaults[field]
-        if changed and config_lib.affects(field) & config_lib.STEPS:
-            remedy = shlex.quote(f"--config.{field}={defaults[field]}")
-            raise UserError(
-                f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
-                f"each clip unchanged\nuse the default: {remedy}"
-            )
-
-
-def dry_run(config: Config, data: TrainingData | None = None) -> None:
-    """Raises UserError if a system cannot be built from a configuration.
-
-    If `data` is None, the names of the files in `config.data` give the modalities. No features are
-    read, and no device is used. This takes a tenth of a second. A fault in the code of a user's
-    loss is not found, because no training step is traced.
-    """
-    check_model(config)
-    known = data.modalities if data else {}
-    if not data:
-        widths = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
-        known = {name: Modality(width or WIDTH, "float32") for name, width in widths.items()}
-    widths = select_modalities(config.modalities, known)
-    spec = config.to_dict()
-    members = ensemble.make_members(spec["ensemble"])[:1]
-    spec["optim"]["total_decay"] = 0.0  # it would compute the sum of the schedule on a device
-    clusters = 1 if config.data.distractors == "noise" else None
-    task = TaskSpec(widths, 2, clusters, CLIPS, STEPS, train_other=True)
-
-    def init() -> train_step.TrainState:
-        system = make_system(spec, task)
-        rngs = ensemble.make_rngs(members, config.seed)
-        return train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
-
-    try:
-        params = jax.eval_shape(init).params
-    except ValueError as error:
-        place = "" if "config." in str(error) else "config.model: "
-        raise UserError(f"{place}{error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # the code of the model may come from the user
-        reason = (str(error) or "no reason given").splitlines()[0]
-        raise UserError(
-            f"the model '{spec['model'].get('name')}' cannot be built: "
-            f"{type(error).__name__}: {reason}\nto see the line of code, add --debug"
-        ) from error
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    if count > MAX_PARAMS:
-        raise UserError(
-            f"the model '{spec['model'].get('name')}' has {count:,} parameters, more "
-            f"than {MAX_PARAMS:,}\nreduce its sizes in config.model"
-        )
-
-
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     """Returns a note if a batch is larger than the number of training clips, otherwise None.
 
@@ -369,119 +296,3 @@ def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[st
             )
         weight = weight * given
     return weight
-
-
-class Schedule(NamedTuple):
-    """The numbers of the steps after which the training pauses for another task."""
-
-    log: frozenset[int]  # a line of `metrics.jsonl` is written
-    evaluate: frozenset[int]  # the run is evaluated; this includes the last step
-    relabel: frozenset[int]  # distractors in no cluster get new labels
-    stops: tuple[int, ...]  # all these steps, in ascending order
-
-    def next_stop(self, step: int) -> int:
-        """Returns the first of `stops` after `step`."""
-        return self.stops[bisect.bisect(self.stops, step)]
-
-
-def make_schedule(config: Config, plan: RunPlan) -> Schedule:
-    """Returns the schedule of a run. Without noise classes, `Schedule.relabel` is empty."""
-    total = plan.task.total_steps
-
-    def every(epochs: float) -> frozenset[int]:
-        if not epochs:
-            return frozenset()
-        steps = max(1, round(epochs * plan.batches.num_places / config.batch_size))
-        return frozenset(range(steps, total, steps))
-
-    first = [step for step in FIRST_STEPS if step < total]
-    log = frozenset((*first, *range(0, total, config.log_every_steps), total))
-    evaluate = every(config.eval.every_epochs) | {total}
-    relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
-    return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
-
-
-# Noise classes: each cluster of distractors is a class. Each identity also has a mirror class, for
-# strangers who resemble the identity. A distractor in no cluster starts in a random mirror class.
-# Every `noise.relabel_every_epochs` epochs, the clip moves to the mirror class of the identity
-# that the model predicts.
-#
-# Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
-# its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
-# clusters.
-
-
-def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
-    """Clusters `vectors` [n, D] with DBSCAN. Returns the cluster of each vector, [n] int32.
-
-    The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
-    1 - d^2 / 2. Clusters are numbered in the order of their first vectors. A vector in no cluster
-    has the number -1. The zero vector of a clip without frames is in no cluster.
-
-    Args:
-      eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
-        a cluster. With more vectors, use a smaller value, because accidental neighbours join
-        different people in a long chain.
-      min_samples: a vector extends a chain if it has at least this number of neighbours, counting
-        the vector itself.
-
-    Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
-    """
-    vectors = np.asarray(vectors, np.float64)  # [n, D]
-    if not np.isfinite(vectors).all():
-        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise UserError(
-            f"the mean feature of distractor number {row} is not finite, so the distractors cannot "
-            "be clustered: leave out this clip"
-        )
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    real = np.flatnonzero(lengths[:, 0] > 0)
-    clusters = np.full(len(vectors), -1, np.int32)
-    if not len(real):
-        return clusters
-
-    # The import takes almost a second, and few runs need it.
-    from sklearn.cluster import DBSCAN
-
-    model = DBSCAN(eps=eps, min_samples=min_samples)
-    labels = model.fit_predict(vectors[real] / lengths[real])
-    clustered = labels >= 0
-    _, first, number = np.unique(labels[clustered], return_index=True, return_inverse=True)
-    by_first_member = np.argsort(np.argsort(first))
-    clusters[real[clustered]] = by_first_member[number]
-    return clusters
-
-
-def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
-    """Returns the class of each distractor at step 0, [n] int32.
-
-    `clusters` [n] int has the cluster of each distractor, or -1. A distractor in a cluster gets the
-    class of the cluster. Any other distractor gets the mirror class of a random identity: a class
-    of strangers who resemble the identity. The draw depends only on `seed` and the index.
-    """
-    identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
-    mirrors = identities + layout.mirror_shift
-    columns = np.where(clusters >= 0, 1 + layout.num_identities + clusters, mirrors)
-    return columns.astype(np.int32)
-
-
-def relabel(
-    labels: np.ndarray, predicted: np.ndarray, layout: NoiseClassLayout, *, keep: str = "label"
-) -> np.ndarray:
-    """Returns new labels of distractors in no cluster, given the classes that the model predicts.
-
-    `labels` and `predicted` [...] int are classes. The predicted class decides:
-    - An identity: the new label is the mirror class of the identity.
-    - Class 0: the label stays.
-    - A cluster or a mirror class: with `keep="label"` the label stays. With `keep="prediction"` the
-      prediction is the new label.
-    With `keep="label"`, only labels of mirror classes change.
-
-    Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
-    """
-    mirrors = (predicted + layout.mirror_shift).astype(labels.dtype)
-    if keep == "prediction":
-        moved = np.where(predicted > 0, predicted.astype(labels.dtype), labels)
-        return np.where(layout.is_identity(predicted), mirrors, moved)
-    moves = layout.is_mirror(labels) & layout.is_identity(predicted)
-    return np.where(moves, mirrors, labels)

@@ -22,7 +22,7 @@ from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argum
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.clips import TrainingData
-    from vidjax.data.frame_fields import NonFinite, Quality
+    from vidjax.data.frame_fields import Quality
     from vidjax.data.labels import LabelSource
     from vidjax.data.packing import Clips
     from vidjax.evaluation.comparison import Comparison
@@ -82,13 +82,13 @@ def load_data(
     labels: "LabelSource" = None,
     *,
     cache_dir: str | Path | None = None,
-    non_finite: "NonFinite" = "drop",
     quality: "Quality" = "given",
 ) -> "TrainingData":
     """Loads a dataset for training and evaluation.
 
     The first call checks the clips, and stores them in the cache folder. Later calls read the cache
-    until a byte of the source changes.
+    until a byte of the source changes. A frame whose feature contains a NaN or an infinity is left
+    out and counted.
 
     Args:
       source: the clips, in one of three forms:
@@ -105,8 +105,6 @@ def load_data(
         without a labelled clip is ranked but not scored. None means the ground truth in the folder
         of the features.
       cache_dir: the cache folder. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: what happens to a frame whose feature contains a NaN or an infinity. `drop` leaves
-        it out and counts it. `error` raises UserError.
       quality: how the quality of a frame of your own features is measured. `given` uses `quality`
         or, if a clip has no `quality`, the L2 norm of the feature. `norm` always uses the L2 norm.
         Use the same value as `config.data.quality` in training.
@@ -122,13 +120,10 @@ def load_data(
 
     if not isinstance(source, ConfigDict):
         given = cast("Mapping[str, Clips] | str | Path", source)
-        return sources.load(
-            given, labels, cache_dir=cache_dir, non_finite=non_finite, quality=quality
-        )
+        return sources.load(given, labels, cache_dir=cache_dir, quality=quality)
     for name, value, default, remedy in (
         ("labels", labels, None, "leave it out: labels are read from the folder config.data.dir"),
         ("cache_dir", cache_dir, None, "set config.data.cache_dir"),
-        ("non_finite", non_finite, "drop", "set config.data.non_finite"),
         ("quality", quality, "given", "set config.data.quality"),
     ):
         if value != default:
@@ -235,12 +230,13 @@ def train_run(
     """
     from vidjax.evaluation import analysis
     from vidjax.runs import digests
-    from vidjax.training import loop as training, plan
+    from vidjax.training import loop as training
+    from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
     results = training.read_finished_metrics(folder, config)
     if results is None:
-        plan.dry_run(config, data)
+        dry_run(config, data)
         set_up_devices(config)
     data = load_data(config) if data is None else data
     _check_same(config, data)

@@ -41,7 +41,7 @@ class MemberConstants(NamedTuple):
 
     weight: Array  # [E, N] float32, weight of every training clip; 0 if a member does not use it
     min_quality: Array  # [E] float32, lowest quality of the frames that a member is trained on
-    hidden_chunk: Array  # [E] int32, number of the part of the features that is hidden, or -1
+    hidden_chunk: Array  # [E] int32, see `System.fuse`
 
 
 def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
@@ -190,7 +190,6 @@ def take_member_step(
     info = ClipInfo(index=repeat(batch.clip_index), mask=mask, labels=labels)
     share_of_clip = exists / jnp.maximum(jnp.sum(exists, axis=1, keepdims=True), 1)  # [B, T']
     weight = (clips.weight[:, None] * share_of_clip).reshape(-1)  # of each example
-    by_clips = system.config["loss"]["mean_over"] == "clips"
 
     def mean_loss(params: Params) -> tuple[Array, tuple[Array, ModelState]]:
         output, model_state = system.model.apply(
@@ -206,7 +205,7 @@ def take_member_step(
             share * average_over_examples(loss, exists)
             for loss, (_, share) in zip(losses, clips.targets, strict=True)
         )
-        counted = clips.weight > 0 if by_clips else clips.weight
+        counted = clips.weight > 0 if system.divides_by_clips else clips.weight
         loss = jnp.sum(per_clip * clips.weight) / jnp.maximum(jnp.sum(counted), 1e-6)
         return loss, (output.logits[:, 0], model_state)
 

@@ -1,13 +1,14 @@
 """Edits the content of a gallery in a draft. `Gallery.change` writes the draft."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import Backend, People
-from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
-from vidjax.apps.video.features_folder import cut_film_name
+from vidjax.apps.gallery.backend import People
+from vidjax.apps.gallery.enrolment import enrol
+from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, Denials, State, StoredClip
 from vidjax.utils.errors import UserError, check_argument, closest
 from vidjax.utils.names import (
     ENDING,
@@ -33,12 +34,13 @@ class Draft:
         self.clips = dict(state.clips)  # name -> clip, including strangers
         # Identity or STRANGER -> names of its clips; a tuple, or a set if the draft has changed it.
         self.groups: dict[str, Collection[str]] = dict(state.groups)
+        self.denied = state.denied
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()
 
     def __bool__(self) -> bool:
         """Returns whether the draft has changes."""
-        return bool(self._changed_clips)
+        return bool(self._changed_clips) or self.denied != self._state.denied
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips; returns the number of new or changed clips, see `Gallery.add`."""
@@ -132,6 +134,19 @@ class Draft:
             )
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
+
+    def deny(self, names: Denials) -> Denials:
+        """Replaces the names that clips of films must not get; returns the old names.
+
+        If a denied person is renamed, the new name is denied. If the person is removed, the name is
+        removed here, too.
+        """
+        old: dict[str, Mapping[str, Sequence[str]]] = {}
+        for film, clips in names.items():
+            there = self.denied.get(film, {})
+            old[film] = {clip: there.get(clip, ()) for clip in clips}
+            self.denied = {**self.denied, film: {**there, **clips}}
+        return old
 
     def _find_names(self, clip: str) -> list[str]:
         """Returns the names under which a clip is enrolled. `a` and `a.mp4` are the same clip.
@@ -248,78 +263,41 @@ class Draft:
             index=old.index.replaced(old.groups.keys() & self._changed_people, people),
             clips=self.clips,
             groups=self.groups,
+            denied=follow_renames(self.denied, old.groups, self.clips, self.groups),
         )
         return state, people
 
 
+def follow_renames(
+    denied: Denials,
+    before: Mapping[str, Collection[str]],
+    clips: Mapping[str, StoredClip],
+    people: Collection[str],
+) -> Denials:
+    """Returns `denied` with the present names of people, without the names of removed people.
+
+    `before` is person -> clips when the names were denied. `clips` are the present clips, and
+    `people` the present people. If all clips of a person now belong to other people, the person has
+    the name of the owner of most clips.
+    """
+    new: dict[str, str] = {}
+    for name in {x for of in denied.values() for names in of.values() for x in names}:
+        owned = [clips[clip].identity for clip in before.get(name, ()) if clip in clips]
+        owners = Counter(filter(None, owned))
+        if owners and name not in owners:
+            new[name] = min(owners, key=lambda person: (-owners[person], person))
+        elif name in people:
+            new[name] = name
+    kept: dict[str, dict[str, list[str]]] = {}
+    for film, of in denied.items():
+        for clip, names in of.items():
+            if present := sorted({new[name] for name in names if name in new}):
+                kept.setdefault(film, {})[clip] = present
+    return kept
+
+
 def _describe_person(identity: str | None) -> str:
     return "a stranger" if identity is None else f"'{show(identity)}'"
-
-
-def enrol(
-    backend: Backend,
-    groups: Mapping[str, Sequence[str]],
-    clips: Mapping[str, StoredClip],
-    *,
-    of_plda: bool = False,
-) -> People:
-    """Computes the coefficients of people from their clips.
-
-    `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
-    PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
-    `two_covariance.count_independent` and `distance.effective_count`. But in the gallery of a PLDA
-    run (`of_plda`), the clips of a person of the fit count as in the run.
-    """
-    names = (name for clip_names in groups.values() for name in clip_names)
-    films = group_by_film(names, clips)
-    place = {identity: number for number, identity in enumerate(groups)}
-    owner = np.array([place[identity] for identity, _ in films], int)
-    film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
-    ordered = [name for clip_names in films.values() for name in clip_names]
-    vectors = stack_vectors(ordered, clips, sum(backend.widths.values()))
-    return backend.enrol(
-        tuple(groups),
-        vectors,
-        owner[film],
-        film if len(films) < len(ordered) else None,
-        np.array([of_plda and all(clips[x].fitted for x in names) for names in groups.values()]),
-    )
-
-
-def group_by_film(
-    names: Iterable[str], clips: Mapping[str, StoredClip]
-) -> dict[tuple[str, str], list[str]]:
-    """Groups the clips `names` by person and film; returns (identity, film) -> names of clips."""
-    films: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        key = clips[name].identity or STRANGER, cut_film_name(name)
-        films.setdefault(key, []).append(name)
-    return films
-
-
-def stack_films(
-    films: Collection[Sequence[str]], clips: Mapping[str, StoredClip], widths: Mapping[str, int]
-) -> np.ndarray:
-    """Returns the mean vector of each of N films, [N, sum of D] float32.
-
-    `films` lists the names of each film's clips. `widths` are modality -> D. The mean of a modality
-    is the mean over the clips that have the modality.
-    """
-    width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
-    vectors = stack_vectors([names[0] for names in films], clips, width)
-    for row, names in enumerate(films):
-        if len(names) > 1:
-            parts = np.split(stack_vectors(names, clips, width), ends, axis=1)
-            counts = [max(np.any(x != 0, axis=1).sum(), 1) for x in parts]
-            means = [x.sum(axis=0, dtype=float) / n for x, n in zip(parts, counts, strict=True)]
-            vectors[row] = np.concatenate(means)
-    return vectors
-
-
-def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
-    """Returns the vectors of clips, [N, width] float32."""
-    vectors = [clips[name].vector for name in names]
-    return np.array(vectors, np.float32).reshape(len(names), width)
 
 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:

@@ -49,18 +49,13 @@ from vidjax.apps.gallery.answers import (
     NamingRule,
     Threshold,
 )
-from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index
-from vidjax.apps.gallery.changes import (
-    Draft,
-    check_clip,
-    check_person,
-    enrol,
-    group_by_film,
-    stack_films,
-)
+from vidjax.apps.gallery.backend import Backend, Index
+from vidjax.apps.gallery.changes import Draft, check_clip, check_person
+from vidjax.apps.gallery.enrolment import fit_backend, make_state, measure_shared, refit
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
     STRANGER,
+    Denials,
     NoGalleryError,
     State,
     Store,
@@ -68,14 +63,12 @@ from vidjax.apps.gallery.store import (
     UnreadableError,
     UnwritableError,
     VectorOrigin,
-    group,
 )
 from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips, warn_of_zeros
 from vidjax.evaluation import topk
-from vidjax.models.two_covariance import Settings
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import InUseError, UserError, check_argument, warn
@@ -238,7 +231,7 @@ class Gallery:
             )
         origin = make_run_origin(run)
         settings = run.system.model.gallery_settings()
-        if settings and _measure_shared(clips, widths) > backend_lib.MOST_SHARED:
+        if settings and measure_shared(clips, widths) > backend_lib.MOST_SHARED:
             say(
                 "the clips of each person are as alike as photos of one day, so they count as "
                 "fewer clips\nto name more clips, train on clips of different days"
@@ -294,7 +287,7 @@ class Gallery:
         files.make_folder(path, "gallery:")
         check_new(path)
         store = Store(path)
-        state = _make_state(1, origin, backend, clips)
+        state = make_state(1, origin, backend, clips)
         store.create(state)
         _warn_of_similar(path, find_similar_names(state.people, ()))
         return cls(path, run=run)
@@ -372,6 +365,11 @@ class Gallery:
     def people(self) -> dict[str, tuple[str, ...]]:
         """The enrolled people, sorted: name -> sorted names of their clips."""
         return self._read_current().people
+
+    @property
+    def denied(self) -> Denials:
+        """The names that a user denied: digest of a film -> clip of the film -> wrong names."""
+        return self._read_current().denied
 
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""
@@ -483,9 +481,9 @@ class Gallery:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. It also has
-        `complete`, but with the argument {clip: vector of all modalities}. All changes are written
-        at the end of the block. If the block raises an error, nothing is written. During the block,
-        no other process can change the gallery.
+        `complete`, but with the argument {clip: vector of all modalities}, and `deny`. All changes
+        are written at the end of the block. If the block raises an error, nothing is written.
+        During the block, no other process can change the gallery.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._read_current())
@@ -497,7 +495,7 @@ class Gallery:
                 return
             state, people = draft.state()
             if draft.refits:
-                state = _refit(state)
+                state = refit(state)
             with self._lock:
                 self._state = self._store.write(transaction, state, draft.inserted, people)
         _warn_of_similar(self.folder, draft.similar)
@@ -566,7 +564,7 @@ class Gallery:
         with self.change() as draft:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
-        _advise_other_films(self._state, people)
+        advise_other_films(self, people)
         return Enrolment(new, len(chosen) - new, refused, draft.similar)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
@@ -649,7 +647,7 @@ class Gallery:
                 name: clip._replace(vector=_widen(clip.vector, backend, wide))
                 for name, clip in state.clips.items()
             }
-            state = _make_state(state.version + 1, origin, wide, clips)
+            state = make_state(state.version + 1, origin, wide, clips, state.denied)
             with self._lock:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
@@ -1061,10 +1059,11 @@ def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
         )
 
 
-def _advise_other_films(state: State, people: Iterable[str]) -> None:
+def advise_other_films(gallery: Gallery, people: Iterable[str]) -> None:
     """Prints which `people` have only clips of a single film, or clips that count as one clip."""
-    counts = dict(zip(state.index.names, state.index.counts.max(axis=0).tolist(), strict=True))
-    clips_of = {name: state.groups.get(name, ()) for name in people}
+    enrolled, index = gallery.people, gallery.index
+    counts = dict(zip(index.names, index.counts.max(axis=0).tolist(), strict=True))
+    clips_of = {name: enrolled.get(name, ()) for name in people}
     few = [
         name for name, clips in clips_of.items()
         if len(clips) > 1 and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
@@ -1075,62 +1074,3 @@ def _advise_other_films(state: State, people: Iterable[str]) -> None:
             f"for {named}: the clips of each person are from one film or day and look alike: "
             "add clips from other films or days"
         )
-
-
-def fit_backend(
-    clips: Mapping[str, StoredClip],
-    widths: Mapping[str, int],
-    *,
-    centred: bool,
-    settings: Settings | None = None,
-) -> Backend:
-    """Fits PLDA to one clip of each person in each film. Clips of strangers are ignored.
-
-    `clips` are name -> clip, in any order. `widths` are modality -> length of its vectors. For
-    `centred` and `settings`, see `backend.fit`.
-    """
-    labels, vectors, enrolled = _stack_people(clips, widths)
-    return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
-
-
-def _measure_shared(clips: Mapping[str, StoredClip], widths: Mapping[str, int]) -> float:
-    labels, vectors, _ = _stack_people(clips, widths)
-    return backend_lib.measure_shared(vectors, labels)
-
-
-def _stack_people(
-    clips: Mapping[str, StoredClip], widths: Mapping[str, int]
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns the arguments `labels`, `vectors` and `enrolled` of `backend.fit`."""
-    # Clips of a person from the same film are alike. People are enrolled with their mean.
-    names = sorted(name for name, clip in clips.items() if clip.identity is not None)
-    films = group_by_film(names, clips)
-    people = np.array([identity for identity, _ in films], object)
-    labels = 1 + np.unique(people, return_inverse=True)[1]
-    ends = np.cumsum(list(widths.values()))[:-1].tolist()
-    vectors, enrolled = (
-        dict(zip(widths, np.split(stack_films(some, clips, widths), ends, axis=1), strict=True))
-        for some in ([names[:1] for names in films.values()], films.values())
-    )
-    return labels, vectors, enrolled
-
-
-def _refit(state: State) -> State:
-    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
-    clips = {
-        name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
-    }
-    return _make_state(state.version, state.run, backend, clips)
-
-
-def _make_state(
-    version: int, run: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
-) -> State:
-    groups = group(clips)
-    names = sorted(groups.keys() - {STRANGER})
-    starts = range(0, len(names), MAX_BLOCK_PEOPLE)
-    blocks = (
-        enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.counts_every_clip)
-        for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
-    )
-    return State(version, run, Index(backend, blocks), clips, groups)

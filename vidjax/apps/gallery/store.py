@@ -36,7 +36,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from types import MappingProxyType
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -107,7 +108,14 @@ class _Part(Struct, omit_defaults=True):
     has_mean: bool = False
 
 
-class _Facts(Struct):
+# Digest of a film -> clip of the film -> people whom the clip does not show, as a user said.
+Denials: TypeAlias = Annotated[
+    Mapping[schemas.Sha256, Mapping[schemas.Text, Sequence[schemas.Text]]],
+    Meta(max_length=files.MAX_ITEMS),
+]
+
+
+class _Facts(Struct, omit_defaults=True):
     version: schemas.Size
     run: VectorOrigin
     parts: Annotated[list[_Part], Meta(min_length=1, max_length=MAX_PARTS)]
@@ -115,6 +123,7 @@ class _Facts(Struct):
     clips: schemas.Count
     people: schemas.Count
     rows: schemas.Sha256  # the sum of the digests of all other rows
+    denied: Denials = {}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -141,6 +150,7 @@ class State(NamedTuple):
     clips: Mapping[str, StoredClip]  # name -> clip, including clips of strangers
     # Identity -> sorted names of its clips. STRANGER is the key of the clips of strangers.
     groups: Mapping[str, tuple[str, ...]]
+    denied: Denials = MappingProxyType({})
     rows: int = 0  # the sum of the sha256 of all rows of the tables, which shows damaged rows
     entries: int = 0  # the number of people and clips in the file, including outdated entries
     sha256: bytes = b""  # of the whole content
@@ -503,6 +513,7 @@ def _facts(state: State) -> str:
     facts = _Facts(
         state.version, state.run, parts, settings,
         clips=len(state.clips), people=len(state.index.names), rows=f"{state.rows:064x}",
+        denied=dict(state.denied),
     )  # fmt: skip
     return json.dumps(msgspec.to_builtins(facts))
 
@@ -543,7 +554,9 @@ def _read(connection: sqlite3.Connection) -> State:
     known = (len(groups) - (STRANGER in groups) == len(sizes)) and sizes.all()
     if not known or (index.counts > sizes).any():
         raise UserError("its tables 'clip' and 'person' contradict each other")
-    return State(facts.version, facts.run, index, clips, groups, rows, entries, sha256)
+    return State(
+        facts.version, facts.run, index, clips, groups, facts.denied, rows, entries, sha256
+    )
 
 
 def _read_table(

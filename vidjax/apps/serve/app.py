@@ -1,6 +1,6 @@
-"""Makes the web application with its endpoints, and runs it until a signal.
+"""Makes the web application with its endpoints.
 
-    app = make_app(Gallery("people"), run=None)  # for any ASGI server
+    app = make_app(Gallery("people"))  # for any ASGI server
 
 The paths `/v2/...` are the Open Inference Protocol. All other paths take and return JSON with names
 of people. Every answer uses the current content of the gallery's folder. The server confirms a
@@ -11,35 +11,26 @@ finished.
 import asyncio
 import contextlib
 import functools
-import gc
-import logging
-import os
 import re
-import signal
-import socket
-import sys
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
-import uvicorn
 from msgspec import Meta, Struct
 from prometheus_client import Gauge, exposition
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp
 
 from vidjax import __version__
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve import protocol, served_models
+from vidjax.apps.serve import gallery_model, protocol
 from vidjax.apps.serve.batcher import Batcher, Changes
+from vidjax.apps.serve.gallery_model import Frames, GalleryModel, Question
 from vidjax.apps.serve.limits import (
     CHANGED,
     LOG,
@@ -52,19 +43,13 @@ from vidjax.apps.serve.limits import (
     set_clock,
     unprocessable,
 )
-from vidjax.apps.serve.served_models import Frames, GalleryModel, Model, Question, RunModel
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import clean_identity, normal_form, show
 
-if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
-    from vidjax.evaluation.predict import Predictor
-
 T = TypeVar("T")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-UNREAD_SECONDS = 60  # a connection is closed if its client reads nothing for this time
 MAX_LISTED_PEOPLE = 10_000  # per answer
 LARGE_BYTES = 1 << 16  # larger bodies are parsed in a thread
 NPZ_TYPES = ("application/x-npz", "application/zip", "application/octet-stream")
@@ -81,7 +66,7 @@ ClipJson = Annotated[
     ),
 ]
 ClipList = Annotated[list[ClipJson], Meta(min_length=1)]
-MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+MODEL_PATHS = ("/v2/models/gallery", "/v2/models/gallery/versions/1")
 COMMON_ERRORS = (400, 401, 403, 500, 503)  # HTTP statuses of errors of every endpoint
 ERROR_REF = "#/components/responses/Error"
 BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that read a body
@@ -131,22 +116,11 @@ class Endpoint(NamedTuple):
 class Application:
     """The state of a server, and the functions that answer its requests."""
 
-    def __init__(
-        self,
-        gallery: Gallery,
-        run: "Predictor | None",
-        bodies: Bodies,
-        limits: Limits,
-        metrics: ServerMetrics,
-    ):
+    def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
-        self.people = GalleryModel(gallery)
-        nets: list[Model] = [self.people, *([RunModel(run)] if run else [])]
-        self.served: dict[str, tuple[Model, Batcher[Question, Any]]] = {
-            net.name: (net, Batcher(functools.partial(served_models.answer, net), limits, metrics))
-            for net in nets
-        }
-        _, self.people_batcher = self.served[self.people.name]
+        self.model, self.gallery = GalleryModel(gallery), gallery
+        answer = functools.partial(gallery_model.answer, self.model)
+        self.batcher = Batcher[Question, Any](answer, limits, metrics)
         self.changes = Changes(limits)
         # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
         # after parsing.
@@ -163,11 +137,11 @@ class Application:
             Gauge(name, about, namespace="vidjax", registry=metrics.registry).set_function(value)
 
     def _count_waiting(self) -> int:
-        return self.embedding + sum(batcher.size for _, batcher in self.served.values())
+        return self.embedding + self.batcher.size
 
     def list_endpoints(self) -> list[Endpoint]:
         """Returns all endpoints. The first endpoint that matches a request answers it."""
-        infer_errors = (404, 409, *BODY_ERRORS)
+        infer_errors = (409, *BODY_ERRORS)
         return [
             *(
                 Endpoint("POST", f"{x}/infer", self.infer, infer_errors, protocol.InferRequest)
@@ -176,8 +150,8 @@ class Application:
             Endpoint("GET", "/v2", self.server),
             Endpoint("GET", "/v2/health/live", self.live),
             Endpoint("GET", "/v2/health/ready", self.is_ready),
-            *(Endpoint("GET", path, self.metadata, (404,)) for path in MODEL_PATHS),
-            *(Endpoint("GET", f"{path}/ready", self.is_ready, (404,)) for path in MODEL_PATHS),
+            *(Endpoint("GET", path, self.metadata) for path in MODEL_PATHS),
+            *(Endpoint("GET", f"{path}/ready", self.is_ready) for path in MODEL_PATHS),
             Endpoint("POST", "/identify", self.identify, (409, *BODY_ERRORS), IdentifyRequest),
             Endpoint("POST", "/enrol", self.enrol, (*BODY_ERRORS, 507), EnrolRequest),
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
@@ -198,14 +172,13 @@ class Application:
         yield
         with contextlib.suppress(asyncio.CancelledError):
             await warm
-        for thread in (*(batcher for _, batcher in self.served.values()), self.changes):
+        for thread in (self.batcher, self.changes):
             await asyncio.to_thread(thread.stop)
         self.reader.shutdown()
 
     async def _warm(self) -> None:
         try:
-            for model, batcher in self.served.values():
-                await batcher.run(model.warm)
+            await self.batcher.run(self.model.warm)
         except Exception as error:  # then `live` fails, so Kubernetes can restart the server
             self.broken = True
             LOG.error("cannot answer: %s", one_line(str(error)))
@@ -227,13 +200,11 @@ class Application:
             raise Refused(status, "the start of the server has failed: see the log")
         return _encode_json({"live": True})
 
-    async def is_ready(self, request: Request) -> Response:
+    async def is_ready(self, _: Request) -> Response:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
-        if "model" in request.path_params:
-            self._find_model(request)
         self._check_ready()
         try:
-            await asyncio.to_thread(self.people.gallery.refresh)
+            await asyncio.to_thread(self.gallery.refresh)
         except (UserError, OSError):  # is not logged, because any client may send this request
             status = HTTPStatus.SERVICE_UNAVAILABLE
             raise Refused(status, "the gallery cannot be read", 1) from None
@@ -244,41 +215,33 @@ class Application:
             text = "the server still compiles its programs: try again"
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, 1)
 
-    def _find_model(self, request: Request) -> tuple[Model, Batcher[Question, Any]]:
-        name, version = request.path_params["model"], request.path_params.get("version", "1")
-        if name not in self.served or version != "1":
-            known = ", ".join(self.served)
-            text = f"the path contains no known model: choose from {known}, version 1"
-            raise Refused(HTTPStatus.NOT_FOUND, text)
-        return self.served[name]
-
-    async def metadata(self, request: Request) -> Response:
-        """Describes the input and output tensors of a model."""
-        model, _ = self._find_model(request)
+    async def metadata(self, _: Request) -> Response:
+        """Describes the input and output tensors of the model."""
+        model = self.model
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        content["inputs"] = [spec._asdict() for spec in served_models.list_inputs(model)]
+        content["inputs"] = [spec._asdict() for spec in gallery_model.list_inputs(model)]
         content["outputs"] = [spec._asdict() for spec in model.outputs]
         return _encode_json(content)
 
     async def infer(self, request: Request) -> Response:
-        """Computes the output tensors of a model from its input tensors."""
-        model, batcher = self._find_model(request)
+        """Computes the output tensors of the model from its input tensors."""
+        model = self.model
         body = await self.bodies.read(request, self.limits.body_bytes)
         length = request.headers.get(protocol.HEADER)
 
         def read() -> tuple[protocol.InferRequest, Question]:
-            inputs = served_models.list_inputs(model)
+            inputs = gallery_model.list_inputs(model)
             parsed, tensors = protocol.parse(body, length, inputs, self.limits)
             protocol.check_outputs(parsed, model.outputs)
             parameters = parsed.parameters
-            return parsed, served_models.make_question(model, tensors, parameters, self.limits)
+            return parsed, gallery_model.make_question(model, tensors, parameters, self.limits)
 
         parsed, question = await self._parse(read, large=len(body) > LARGE_BYTES)
-        self.bodies.hold(request.scope, len(body) + served_models.count_bytes(question.clips))
+        self.bodies.hold(request.scope, len(body) + gallery_model.count_bytes(question.clips))
         self._check_ready()
         if timeout := parsed.parameters.timeout:
             set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
-        answer = await batcher.ask(question, len(question.clips))
+        answer = await self.batcher.ask(question, len(question.clips))
         content, size = protocol.encode_answer(parsed, model.name, model.tensors(question, answer))
         if size is None:
             return Response(content, media_type="application/json")
@@ -292,7 +255,7 @@ class Application:
         clips, body = await self._read(request, IdentifyRequest)
         question = Question(clips, body.k, body.fpir, body.threshold)
         self._check_ready()
-        identified = await self.people_batcher.ask(question, len(clips))
+        identified = await self.batcher.ask(question, len(clips))
         return _encode_json({"clips": [*map(answers_lib.as_json, clips, identified.answers)]})
 
     async def enrol(self, request: Request) -> Response:
@@ -309,23 +272,24 @@ class Application:
             text = f"identities has the clip '{show(min(stray))}', but clips lacks it: send it, too"
             raise unprocessable(text)
         self._check_ready()
-        gallery = self.people.gallery
-        waiting = self.people_batcher.size + self.embedding
+        waiting = self._count_waiting()
         if waiting and waiting + len(clips) > self.limits.waiting_clips:
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
         self.embedding += len(clips)
         try:
-            vectors = await self.people_batcher.run(functools.partial(gallery.embed, clips))
+            vectors = await self.batcher.run(functools.partial(self.gallery.embed, clips))
         finally:
             self.embedding -= len(clips)
-        make = functools.partial(gallery.enrol, vectors, people_of_clips, strangers=body.strangers)
+        make = functools.partial(
+            self.gallery.enrol, vectors, people_of_clips, strangers=body.strangers
+        )
         return _encode_json((await self._change(request, make))._asdict())
 
     async def identities(self, request: Request) -> Response:
         """Lists the next 10,000 people, sorted by name, with their numbers of clips."""
         after = normal_form(_read_query(request.query_params, PageQuery).after)
         self._check_ready()
-        people = await self.people_batcher.run(lambda: self.people.gallery.identities)
+        people = await self.batcher.run(lambda: self.gallery.identities)
         names = [name for name in people if name > after]
         listed = {name: people[name] for name in names[:MAX_LISTED_PEOPLE]}
         return _encode_json({"identities": listed, "more": len(names) > MAX_LISTED_PEOPLE})
@@ -341,23 +305,23 @@ class Application:
     async def _remove(self, request: Request, kind: str) -> Response:
         self._check_ready()
         removed = {kind: request.path_params["name"]}
-        count = await self._change(request, lambda: self.people.gallery.remove(**removed))
-        await self.people_batcher.settle()  # waits for answers that may contain the name
+        count = await self._change(request, lambda: self.gallery.remove(**removed))
+        await self.batcher.settle()  # waits for answers that may contain the name
         return _encode_json({"removed": count})
 
     async def _change(self, request: Request, change: Callable[[], T]) -> T:
         set_clock(request.scope, self.limits.change_seconds + self.limits.answer_seconds)
         result = await self.changes.make(change)
         request.scope[CHANGED] = True  # 429 would say that the request can be sent again
-        LOG.info("changed: version %d", self.people.gallery.version)
+        LOG.info("changed: version %d", self.gallery.version)
         return result
 
     async def threshold(self, request: Request) -> Response:
         """Returns the rule and the threshold by which a clip gets a name."""
         query = _read_query(request.query_params, protocol.RuleParameters)
         self._check_ready()
-        rule = await self.people_batcher.run(
-            lambda: self.people.gallery.rule(fpir=query.fpir, threshold=query.threshold)
+        rule = await self.batcher.run(
+            lambda: self.gallery.rule(fpir=query.fpir, threshold=query.threshold)
         )
         strangers = None if rule.threshold is None else rule.threshold.to_dict()
         return _encode_json({**answers_lib.convert_rule_to_json(rule), "strangers": strangers})
@@ -371,7 +335,7 @@ class Application:
 
     async def describe(self, _: Request) -> Response:
         """Returns this OpenAPI description."""
-        return _encode_json(describe(self.list_endpoints(), [*self.served], self.people.widths))
+        return _encode_json(describe(self.list_endpoints(), self.model.widths))
 
     # ---- reading
 
@@ -413,10 +377,10 @@ class Application:
                 rows = enumerate(fields.clips)
                 clips = [clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows]
             fields.clips = []  # frees lists of numbers, which take more memory than arrays
-            return _check_clips(clips, self.people.widths, self.limits), fields
+            return _check_clips(clips, self.model.widths, self.limits), fields
 
         clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
-        self.bodies.hold(request.scope, 2 * served_models.count_bytes(clips))
+        self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
@@ -451,7 +415,7 @@ def _check_clips(
         checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
-            served_models.check_finite(frames, f"{place}, {modality}")
+            gallery_model.check_finite(frames, f"{place}, {modality}")
             features = np.atleast_1d(frames["features"]).astype(np.float32, copy=False)
             frames["features"] = features
             problem = ""
@@ -475,29 +439,22 @@ def _encode_json(content: object) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
-def make_app(
-    gallery: Gallery,
-    run: "Predictor | None" = None,
-    limits: Limits | None = None,
-    token: bytes | None = None,
-) -> Guard:
-    """Makes an ASGI application that serves a gallery. If `run` is given, its net is served, too.
+def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None = None) -> Guard:
+    """Makes an ASGI application that serves a gallery.
 
     `token` is the secret that clients must send. If it is None, the server answers only programs
     on this machine.
     """
     limits, metrics = limits or Limits(), ServerMetrics()
     bodies = Bodies(limits)
-    application = Application(gallery, run, bodies, limits, metrics)
+    application = Application(gallery, bodies, limits, metrics)
     endpoints = application.list_endpoints()
     routes = [Route(point.path, point.answer, methods=[point.method]) for point in endpoints]
     router = Router(routes, redirect_slashes=False, lifespan=application.run_lifespan)
     return Guard(router, bodies, limits, metrics, token)
 
 
-def describe(
-    endpoints: Sequence[Endpoint], models: Sequence[str], widths: Mapping[str, int]
-) -> dict[str, Any]:
+def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[str, Any]:
     """Returns the OpenAPI description. `widths` are modality -> width of its features."""
     kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
@@ -507,7 +464,6 @@ def describe(
             row = {"type": "array", "items": {"type": "number"}}
             clip[name] = {"type": "array", "items": {**row, "minItems": width, "maxItems": width}}
     text: dict[str, object] = {"type": "string"}
-    within = {"model": {**text, "enum": models}, "version": {**text, "enum": ["1"]}}
     paths: dict[str, dict[str, object]] = {}
     for point in endpoints:
         path = point.path.replace(":path", "")
@@ -519,7 +475,7 @@ def describe(
             words = {"clip": {**text, "description": about}}
         parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [
-            {"name": name, "in": "path", "required": True, "schema": within.get(name, text)}
+            {"name": name, "in": "path", "required": True, "schema": text}
             for name in re.findall(r"{(\w+)}", path)
         ]
         errors = {str(status): {"$ref": ERROR_REF} for status in (*COMMON_ERRORS, *point.errors)}
@@ -549,83 +505,3 @@ def describe(
         },
         "security": [{}, {"token": []}],
     }
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
-    listener = None
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sys.platform == "linux":  # closes connections whose clients read nothing
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
-        listener.bind(address)
-        listener.listen()
-    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the host is too long
-        if listener:
-            listener.close()
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"cannot listen at {host}:{port}: {reason}\nname another --host or --port"
-        ) from None
-    return listener
-
-
-def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns the settings of uvicorn, the web server."""
-    return uvicorn.Config(
-        app,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        headers=[("x-content-type-options", "nosniff")],
-        limit_concurrency=limits.connections,
-        backlog=min(2 * limits.connections, 1024),
-        timeout_keep_alive=int(limits.idle_seconds),
-        timeout_graceful_shutdown=int(limits.drain_seconds),
-    )
-
-
-class Server(uvicorn.Server):
-    """A uvicorn server that ends within `limits.end_seconds` of a signal, even if it hangs."""
-
-    def __init__(self, app: ASGIApp, limits: Limits):
-        super().__init__(make_config(app, limits))
-        self._end = threading.Timer(limits.end_seconds, self._give_up)
-        self._end.daemon = True
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stops accepting requests. Requests that have arrived are still answered."""
-        if not self.should_exit:
-            self._end.start()
-        super().handle_exit(sig, frame)
-
-    def _give_up(self) -> None:
-        LOG.error("ended before its work was finished")
-        os._exit(1)  # the next process undoes an unfinished change
-
-
-def serve(app: ASGIApp, listener: socket.socket, limits: Limits) -> bool:
-    """Answers requests until SIGINT or SIGTERM.
-
-    Returns True if all requests were answered. Returns False if the server could not start or has
-    cut off requests. If a thread hangs after the signal, the process ends with exit code 1.
-    """
-    for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log
-        logging.getLogger(name).setLevel(logging.ERROR)
-    gc.freeze()  # modules and people stay in memory, so the garbage collector may skip them
-    server = Server(app, limits)
-    # uvicorn raises a signal again after the last answer. The second signal must do nothing.
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-    try:
-        server.run(sockets=[listener])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return server.started and not server.force_exit

@@ -6,7 +6,6 @@ network the server needs a proxy for TLS, and the proxy must limit slow clients 
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import os
 import shlex
@@ -15,7 +14,6 @@ import traceback
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -26,6 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
+from vidjax.apps import web
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import NobodyError
 from vidjax.apps.gallery.store import UncertainWriteError, UnreadableError, UnwritableError
@@ -61,7 +60,7 @@ OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
 class Limits(NamedTuple):
-    """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
+    """The limits of requests. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
 
     body_bytes: int = 32 << 20  # a binary body, and the arrays of an `.npz` file as float32
     json_bytes: int = 4 << 20  # a JSON body, or the JSON before binary tensors
@@ -72,15 +71,11 @@ class Limits(NamedTuple):
     batch_clips: int = 64  # clips that the server scores together
     waiting_clips: int = 1024  # clips that wait to be scored or embedded
     waiting_changes: int = 16  # enrolments and removals that wait
-    connections: int = 512  # open connections
     answer_seconds: float = 10.0  # from the end of the body to the answer
     # Additional time for a change of the gallery. After a removal, the parameters of the gallery
     # may be fitted to the remaining clips, which can take minutes.
     change_seconds: float = 120.0
     request_seconds: float = 130.0  # to receive a body, and the same time again to send the answer
-    idle_seconds: float = 30.0  # until an idle connection is closed
-    drain_seconds: float = 15.0  # for unfinished requests after a signal
-    end_seconds: float = 20.0  # from a signal to the forced end of the process
 
 
 class ServerMetrics:
@@ -142,16 +137,6 @@ def read_token(path: Path) -> bytes:
             f"make one: (umask 077; openssl rand -hex 32 > {shlex.quote(str(path))})"
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Returns True if only programs on this machine can reach a server at the address `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Bodies:
@@ -300,12 +285,10 @@ class Guard:
                     HTTPStatus.UNAUTHORIZED, "send the header Authorization: Bearer TOKEN"
                 )
             return
-        if not is_loopback(_split(f"//{''.join(hosts)}").hostname or ""):
+        if not web.is_local(headers):
             text = "the header Host is the address of another machine: use localhost"
             raise Refused(HTTPStatus.FORBIDDEN, text)
-        origin = headers.get("origin")
-        other_site = origin is not None and _split(origin).netloc != hosts[0]
-        if other_site or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        if not web.is_same_site(headers):
             text = "a web page of another site sent this request: open the address of the server"
             raise Refused(HTTPStatus.FORBIDDEN, text)
 
@@ -338,13 +321,6 @@ def to_refusal(error: Exception) -> Refused:
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
     LOG.error("internal error: %s at %s", type(error).__name__, places)
     return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal error{SEE_LOG}")
-
-
-def _split(address: str) -> SplitResult:
-    try:
-        return urlsplit(address)
-    except ValueError:
-        return urlsplit("")
 
 
 def unprocessable(text: str) -> Refused:

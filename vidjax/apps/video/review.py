@@ -2,7 +2,7 @@
 
 The server runs on the user's machine. The address of the page contains a secret word. Requests
 without this word, and changes that other pages send, are refused. Each change is saved immediately,
-in the gallery and in `unknown.json`, so that the next call of `vidjax who` keeps it. The other
+in the gallery or in `unknown.json`, so that the next call of `vidjax who` keeps it. The other
 result files are written a second after the last change, and when the server ends.
 """
 
@@ -30,9 +30,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
+from vidjax.apps import web
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
-from vidjax.apps.gallery.store import StoredClip
+from vidjax.apps.gallery.store import Denials, StoredClip
 from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
 from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film
@@ -59,6 +60,7 @@ class Step(NamedTuple):
     at: str  # the changed person, or the key of the changed appearance, see `PageEntry`
     # The entry of each changed clip in the gallery before the change; None for a new clip.
     clips: dict[str, StoredClip | None]
+    denied: Denials  # the denied names of each changed clip before the change
     numbers: who.UnknownNumbers  # the contents of `unknown.json` before the change
 
 
@@ -91,7 +93,7 @@ class Review:
     def refresh(self) -> None:
         """If another program has changed the gallery, decides all names again."""
         if self._gallery.digest != self._decision.digest:
-            self._apply({}, who.read_numbers(self._out))
+            self._apply({}, {}, who.read_numbers(self._out))
 
     @property
     def done(self) -> who.WhoResults:
@@ -153,8 +155,7 @@ class Review:
             raise UserError(f"'{of}' is a person: choose an appearance that does not show {of}")
         if action == "deny":
             entries = dict.fromkeys(self._find_enrolled(clips))
-            numbers = self._numbers.deny(self._films, clips, old)
-            self._finish(f"{subject} is not {old}", of, "", entries, numbers)
+            self._finish(f"{subject} is not {old}", of, "", entries, self._deny(clips, old))
             found = (x.identity for x in self._decision.appearances if clips[0] in x.clips)
             new = next(found, None)
             message = f"Saved: {subject} is not {old}, but {new or IGNORED}."
@@ -166,7 +167,7 @@ class Review:
         elif is_unknown(name):
             group = self._find_group(name)
             numbers = self._numbers.join([self._find_group(old), group])
-            self._finish(f"{subject} is {group}", of, after, {}, numbers)
+            self._finish(f"{subject} is {group}", of, after, {}, numbers=numbers)
         else:
             name = check_person(name)
             self._finish(f"{subject} is {name}", of, after, self._label_clips(of, clips, name))
@@ -186,7 +187,7 @@ class Review:
         if not self._steps:
             raise UserError("there is no change to undo")
         step = self._steps[-1]
-        self._apply(step.clips, step.numbers)
+        self._apply(step.clips, step.denied, step.numbers)
         self._steps.pop()
         self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
 
@@ -254,28 +255,46 @@ class Review:
             raise UserError("no face in this appearance is clear enough: name another appearance")
         return dict(entries)
 
-    def _put(self, clips: Mapping[str, StoredClip | None]) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery; returns the old entries. None means "no entry"."""
+    def _deny(self, clips: Collection[str], name: str) -> Denials:
+        """Returns the denied names of `clips`, with the additional name `name`."""
+        denied: dict[str, dict[str, list[str]]] = {}
+        for film in self._films:
+            digest = who.hash_film(film)
+            of_film = self._gallery.denied.get(digest, {})
+            for clip in {track.clip for track in film.tracks}.intersection(clips):
+                denied.setdefault(digest, {})[clip] = [*of_film.get(clip, ()), name]
+        return denied
+
+    def _put(
+        self, clips: Mapping[str, StoredClip | None], denied: Denials
+    ) -> tuple[dict[str, StoredClip | None], Denials]:
+        """Replaces entries and denied names of the gallery; returns the old values.
+
+        The entry None means "no entry".
+        """
         before = {clip: self._gallery.clips.get(clip) for clip in clips}
         with self._gallery.change() as draft:
             draft.remove(clip=[clip for clip, entry in before.items() if entry])
             draft.add({clip: entry for clip, entry in clips.items() if entry})
-        return before
+            return before, draft.deny(denied)
 
     def _apply(
-        self, clips: Mapping[str, StoredClip | None], numbers: who.UnknownNumbers
-    ) -> dict[str, StoredClip | None]:
-        """Replaces entries of the gallery, and decides all names again; returns the old entries.
+        self,
+        clips: Mapping[str, StoredClip | None],
+        denied: Denials,
+        numbers: who.UnknownNumbers,
+    ) -> tuple[dict[str, StoredClip | None], Denials]:
+        """Changes the gallery, and decides all names again; returns the old values, see `_put`.
 
         If the names cannot be decided, the gallery is not changed.
         """
-        before = self._put(clips)
+        before = self._put(clips, denied)
         try:
             self._decision = who.decide(
                 self._gallery, self._out, self._films, numbers, self._identify, self._decision
             )
         except BaseException:  # a full disk, or too few strangers for `fpir`
-            self._put(before)
+            self._put(*before)
             self._decision = self._decision._replace(digest=self._gallery.digest)
             raise
         self._numbers = who.read_numbers(self._out)
@@ -288,15 +307,20 @@ class Review:
         of: str,
         after: str,
         clips: Mapping[str, StoredClip | None],
+        denied: Denials | None = None,
+        *,
         numbers: who.UnknownNumbers | None = None,
     ) -> None:
         """Applies a change that can be undone, and shows its description `words` on the page.
 
-        `clips` is clip -> new entry of the gallery, or None to remove the clip. For `of` and
+        `clips` is clip -> new entry of the gallery, or None to remove the clip. `denied` are the
+        new denied names of clips. For `of` and
         `after`, see `change`.
         """
         before = self._numbers
-        self._steps.append(Step(words, of, self._apply(clips, numbers or before), before))
+        self._steps.append(
+            Step(words, of, *self._apply(clips, denied or {}, numbers or before), before)
+        )
         self._forms = Forms(message=f"Saved: {words}.", at=after)
 
 
@@ -308,21 +332,17 @@ def _fold_letters(name: str) -> str:
 class _Pages:
     """Answers the requests of a browser. All paths begin with `/TOKEN/`. TOKEN is a secret."""
 
-    def __init__(self, review: Review, token: str, port: int):
+    def __init__(self, review: Review, token: str):
         self._review, self._token = review, token
-        self._hosts = [f"{name}:{port}" for name in (HOST, "localhost")]
         self._lock = threading.Lock()
 
     def _check(self, request: Request) -> None:
         """Raises HTTPException if the secret word, the host, or the origin of a change is wrong."""
-        headers, given = request.headers, request.path_params["token"]
-        if not hmac.compare_digest(given.encode(), self._token.encode()) or (
-            headers.get("host") not in self._hosts
-        ):
+        given = request.path_params["token"]
+        is_right = hmac.compare_digest(given.encode(), self._token.encode())
+        if not (is_right and web.is_local(request.headers)):
             raise HTTPException(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
-        same_origin = headers.get("origin") in (None, *(f"http://{host}" for host in self._hosts))
-        same_site = headers.get("sec-fetch-site") in (None, "none", "same-origin")
-        if request.method == "POST" and not (same_origin and same_site):
+        if request.method == "POST" and not web.is_same_site(request.headers):
             raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:
@@ -403,9 +423,9 @@ class _Pages:
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
 
 
-def make_app(review: Review, token: str, port: int) -> Starlette:
+def make_app(review: Review, token: str) -> Starlette:
     """Returns the web application that serves the page of names at `/TOKEN/` of this machine."""
-    pages = _Pages(review, token, port)
+    pages = _Pages(review, token)
 
     def refuse(_: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -467,18 +487,14 @@ def serve_review(
     `out` is the folder of results. `decision` contains the names before corrections. For the other
     arguments, see `who.name_people`.
     """
-    from vidjax.apps.serve import app as app_lib
-    from vidjax.apps.serve.limits import Limits
-
     token = secrets.token_urlsafe(16)
-    with files.lock(out, "out"), app_lib.listen(HOST, 0) as listener:
+    with files.lock(out, "out"), web.listen(HOST, 0) as listener:
         files.refuse_links(out)
         review = Review(out, decision, fpir=fpir, threshold=threshold, padding=padding)
-        port = listener.getsockname()[1]
-        printing.print_text(f"http://{HOST}:{port}/{token}/")
+        printing.print_text(f"http://{HOST}:{listener.getsockname()[1]}/{token}/")
         printing.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:
-            app_lib.serve(make_app(review, token, port), listener, Limits())
+            web.serve(make_app(review, token), listener)
         finally:
             review.refresh()
             review.save()

@@ -10,7 +10,7 @@ The results are these files:
     OUT/names.jsonl    the same table for programs
     OUT/names.html     the same table as a page with timelines
     OUT/unknown.tsv    clips of unknown people: write names into it and call the command again
-    OUT/unknown.json   the numbers of unknown people, and corrections by a user, for later calls
+    OUT/unknown.json   the numbers of unknown people, for later calls
     OUT/subtitles/     a .vtt and a .srt file for each video
     OUT/cuts/          .edl files for each person, for programs that edit films
 
@@ -38,8 +38,13 @@ from msgspec import Meta, Struct
 
 from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import NOBODY, Answer
-from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.changes import check_person, follow_renames
+from vidjax.apps.gallery.gallery import (
+    Gallery,
+    Vectors,
+    advise_other_films,
+    select_usable_clips,
+)
 from vidjax.apps.video import (
     appearances,
     cuts,
@@ -96,20 +101,16 @@ class WhoResults(NamedTuple):
 
 
 class UnknownNumbers(Struct, kw_only=True):
-    """The contents of `unknown.json`: the numbers of unknown people, and corrections by a user.
+    """The contents of `unknown.json`: the numbers of unknown people.
 
     The person with number 3 has the name `unknown 3`. A film is identified by a digest of its file
-    and its clips. `join`, `deny` and other methods return a changed copy.
+    and its clips. `join` and other methods return a changed copy.
     """
 
     format: Literal[1] = 1
     # Digest of the film -> clip -> number of the unknown person. Films without unknown people are
     # included.
     films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
-    # Digest of the film -> clip -> names that a user removed from the clip.
-    denied: Annotated[dict[Sha256, dict[Text, list[Text]]], Meta(max_length=files.MAX_ITEMS)] = {}
-    # Name in `denied` -> the person's enrolled clips. They show who this person is after a rename.
-    clips: Annotated[dict[Text, list[Text]], Meta(max_length=files.MAX_ITEMS)] = {}
     # Pairs (number, lower number) of unknown people whom a user joined to one person.
     same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
     removed: Count = 0  # the numbers up to this one are not given to new people
@@ -137,46 +138,11 @@ class UnknownNumbers(Struct, kw_only=True):
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
-    def deny(self, films: Iterable[Film], clips: Collection[str], name: str) -> "UnknownNumbers":
-        """Records that `clips`, which are parts of `films`, do not show the person `name`."""
-        denied = {**self.denied}
-        for film in films:
-            denied_in_film = {**denied.get(_hash_film(film), {})}
-            for clip in {track.clip for track in film.tracks}.intersection(clips):
-                denied_in_film[clip] = sorted({*denied_in_film.get(clip, ()), name})
-            if denied_in_film:
-                denied[_hash_film(film)] = denied_in_film
-        return msgspec.structs.replace(self, denied=denied)
-
-    def follow(self, people: Mapping[str, Collection[str]]) -> "UnknownNumbers":
-        """Renames people in `denied` as they were renamed in the gallery, by any program.
-
-        `people` are name -> enrolled clips. If all clips of a person now belong to other people,
-        the person has the name of the owner of most clips.
-        """
-        owner, new = {clip: name for name, clips in people.items() for clip in clips}, {}
-        for name, clips in self.clips.items():
-            owners = Counter(owner[clip] for clip in clips if clip in owner)
-            if owners and name not in owners:
-                new[name] = min(owners, key=lambda person: (-owners[person], person))
-        denied = {
-            digest: {clip: sorted({new.get(x, x) for x in names}) for clip, names in clips.items()}
-            for digest, clips in self.denied.items()
-        }
-        names = {x for clips in denied.values() for names in clips.values() for x in names}
-        known = {name: list(people[name]) for name in sorted(names & people.keys())}
-        return msgspec.structs.replace(self, denied=denied, clips=known)
-
-    def keep(self, films: Iterable[Film], people: Collection[str]) -> "UnknownNumbers":
-        """Forgets films that are not in `films`, and denied names that are not in `people`."""
-        kept = sorted({_hash_film(film) for film in films} & self.films.keys())
-        denied: dict[str, dict[str, list[str]]] = {}
-        for digest in kept:
-            for clip, names in self.denied.get(digest, {}).items():
-                if remaining := [name for name in names if name in people]:
-                    denied.setdefault(digest, {})[clip] = remaining
-        films_kept = {digest: self.films[digest] for digest in kept}
-        return msgspec.structs.replace(self, films=films_kept, denied=denied, removed=self.highest)
+    def keep(self, films: Iterable[Film]) -> "UnknownNumbers":
+        """Forgets films that are not in `films`."""
+        digests = {*map(hash_film, films)}
+        kept = {digest: self.films[digest] for digest in sorted(digests & self.films.keys())}
+        return msgspec.structs.replace(self, films=kept, removed=self.highest)
 
     def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
         """Stores the number of each unknown clip of `films`. `groups` is clip -> `unknown 3`."""
@@ -184,8 +150,16 @@ class UnknownNumbers(Struct, kw_only=True):
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & groups.keys())
             new = {clip: answers_lib.parse_group_number(groups[clip]) for clip in clips}
-            numbers[_hash_film(film)] = numbers.get(_hash_film(film), {}) | new
+            numbers[hash_film(film)] = numbers.get(hash_film(film), {}) | new
         return msgspec.structs.replace(self, films=numbers)
+
+
+class OldDenials(Struct):
+    """The denied names in an `unknown.json` of an older version; now they are in the gallery."""
+
+    denied: store.Denials = {}
+    # Name in `denied` -> the person's enrolled clips. They show who this person is after a rename.
+    clips: Annotated[dict[Text, list[Text]], Meta(max_length=files.MAX_ITEMS)] = {}
 
 
 class Decision(NamedTuple):
@@ -207,7 +181,8 @@ class Decision(NamedTuple):
         return {name: len(clips) for name, clips in self.people.items()}
 
 
-def _hash_film(film: Film) -> str:
+def hash_film(film: Film) -> str:
+    """Returns a digest of the file and the clips of a film."""
     tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
     return files.sha256_json([film.sha256, tracks])
 
@@ -216,7 +191,7 @@ def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict
     """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
     selected: dict[str, T] = {}
     for film in films:
-        selected |= table.get(_hash_film(film), {})
+        selected |= table.get(hash_film(film), {})
     return selected
 
 
@@ -227,22 +202,35 @@ def read_films(out: Path) -> list[Film]:
 
 def read_numbers(out: Path) -> UnknownNumbers:
     """Reads `unknown.json` in a folder of results. A missing file counts as empty."""
-    path = out / NUMBERS
-    if not files.exists(path):
-        return UnknownNumbers(films={})
-    return schemas.read(path, UnknownNumbers, NUMBERS_REMEDY, NUMBERS_BYTES)
+    return _read_numbers(out, UnknownNumbers) or UnknownNumbers(films={})
 
 
-def follow_renames(out: Path, gallery: Gallery) -> None:
-    """Stores in `unknown.json` the present names of people whom a user removed from clips."""
-    before = read_numbers(out)
-    if (after := before.follow(gallery.people)) != before:
-        _write_numbers(out, after)
+def _read_numbers(out: Path, kind: type[T]) -> T | None:
+    if files.exists(path := out / NUMBERS):
+        return schemas.read(path, kind, NUMBERS_REMEDY, NUMBERS_BYTES)
+    return None
 
 
 def _write_numbers(out: Path, numbers: UnknownNumbers) -> None:
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
     files.hide(out / NUMBERS)
+
+
+def _move_denials(out: Path, gallery: Gallery) -> None:
+    """Moves denied names from an `unknown.json` of an older version to the gallery."""
+    old = _read_numbers(out, OldDenials)
+    if old and old.denied:
+        with gallery.change() as draft:
+            draft.deny(follow_renames(old.denied, old.clips, draft.clips, draft.groups))
+        _write_numbers(out, read_numbers(out))
+
+
+def _forget_denials(gallery: Gallery, films: Iterable[Film]) -> None:
+    """Forgets denied names of films that are not in `films`."""
+    kept = {*map(hash_film, films)}
+    with gallery.change() as draft:
+        gone = draft.denied.keys() - kept
+        draft.deny({film: dict.fromkeys(draft.denied[film], ()) for film in gone})
 
 
 def name_people(
@@ -295,7 +283,7 @@ def name_people(
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _open_gallery(out, models)
-        follow_renames(out, gallery)  # before photos are replaced
+        _move_denials(out, gallery)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         options = {
@@ -325,7 +313,8 @@ def name_people(
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
         all_films = read_films(out)
         _report_missing(all_films, out, prune)
-        before = read_numbers(out).follow(gallery.people).keep(all_films, gallery.identities)
+        _forget_denials(gallery, all_films)
+        before = read_numbers(out).keep(all_films)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
         write(out, decision, padding)
@@ -468,7 +457,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
     names = answers_lib.read_groups(path) if files.exists(path) else {}
     # If the last call was interrupted, a replaced film may have other clips with the same names.
     numbered = read_numbers(out).films
-    present = {x.clip for film in films if _hash_film(film) in numbered for x in film.tracks}
+    present = {x.clip for film in films if hash_film(film) in numbered for x in film.tracks}
     known = {clip: name for clip, name in names.items() if clip in present}
     if len(known) < len(names):
         example = show(min(names.keys() - present))
@@ -793,11 +782,13 @@ def _enrol(
     vectors = vectors._replace(
         names=tuple(map(str, faces)), labels=tuple(labels[face.person] for face in faces)
     )
-    unchanged = gallery.complete(vectors)
-    gallery.remove(clip=old - unchanged)
-    new = vectors.only({*vectors.names} - unchanged)
-    if new.names:
-        gallery.enrol(new)
+    clips = select_usable_clips(vectors)
+    with gallery.change() as draft:  # a single change: denied names of the person are kept
+        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
+        draft.remove(clip=old - unchanged)
+        draft.add({clip: entry for clip, entry in clips.items() if clip not in unchanged})
+    new = {str(entry.identity) for clip, entry in clips.items() if clip not in unchanged}
+    advise_other_films(gallery, sorted(new))
 
 
 def _warn_of_doubts(
@@ -956,7 +947,7 @@ def decide(
 
     Args:
       out: the folder of results.
-      before: the numbers of the last call, and the corrections of a user.
+      before: the numbers of the last call.
       identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
       last: an earlier decision on the same films. Its embeddings and groups are used to save time.
     """
@@ -969,7 +960,6 @@ def decide(
         complete = gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
     digest, people = gallery.digest, gallery.people
-    before = before.follow(people)
     if vectors is not None:
         owner = {clip: name for name, of_person in people.items() for clip in of_person}
         enrolled = {clip: owner.get(clip) for clip in complete & gallery.clips.keys()}
@@ -978,7 +968,7 @@ def decide(
         if gallery.identities:
             answers = identify(vectors, groups=votes)
         answers = appearances.remove_unclear_names(answers, gallery, films)
-        for clip, names in _select(before.denied, films).items():
+        for clip, names in _select(gallery.denied, films).items():
             if (answer := answers.get(clip, NOBODY)).identity in names:
                 best = tuple(pair for pair in answer.best if pair[0] not in names)
                 answers[clip] = answer._replace(identity=None, best=best, evidence=())

@@ -16,7 +16,7 @@ import numpy as np
 
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, RecordSource
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, RecordSource
 from vidjax.data.packing import StagedSplit, stage
 from vidjax.data.records import shard_files
 from vidjax.data.records.data_report import format_report, label_records, report_split
@@ -30,10 +30,9 @@ from vidjax.data.records.manifest import (
     write_manifest,
 )
 from vidjax.utils import exit_codes, files, printing
-from vidjax.utils.errors import UserError, check_choice
+from vidjax.utils.errors import UserError
 from vidjax.utils.machine import max_open_files, num_cores
 from vidjax.utils.parser import Parser
-from vidjax.utils.scratch import scratch_folder
 
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
@@ -44,7 +43,6 @@ def convert(
     source: RecordSource,
     cache_dir: str | Path | None = None,
     *,
-    non_finite: NonFinite = "drop",
     workers: int | None = None,
 ) -> Records:
     """Returns the converted clips of a dataset, from TFRecord files in the cache.
@@ -53,14 +51,12 @@ def convert(
 
     Args:
       cache_dir: the cache, by default `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      non_finite: see `NonFinite`.
       workers: number of threads that write files, by default one per core.
 
     Raises:
-      UserError: a feature is refused, a clip is in two splits, files of the dataset change during
+      UserError: a clip is malformed, a clip is in two splits, files of the dataset change during
         the conversion, or files of the cache are damaged.
     """
-    check_choice("config.data.non_finite", non_finite, ("drop", "error"))
     if workers is not None and workers < 1:
         raise UserError(f"--workers={workers} is less than 1: choose 1 or more")
     fingerprint = source.fingerprint()
@@ -70,7 +66,7 @@ def convert(
             if not (folder / "manifest.json").exists():
                 remove(folder)  # a folder without a manifest is incomplete
                 with files.atomic_folder(folder) as partial:
-                    write_records(source, fingerprint, partial, non_finite, workers)
+                    write_records(source, fingerprint, partial, workers)
                     if source.fingerprint() != fingerprint:
                         raise UserError(
                             f"{source.place}: files were changed while they were converted\n"
@@ -78,15 +74,6 @@ def convert(
                         )
     records = load_records(folder)
     mark_used(folder)
-    skipped = any(
-        counts["frames_skipped"].get("non_finite")
-        for split in records.report["splits"].values()
-        for counts in split["modalities"].values()
-    )
-    if non_finite == "error" and skipped:
-        # An earlier call with 'drop' made these records. Reading again raises the right error.
-        with scratch_folder() as scratch:
-            source.read(scratch, "error")
     return records
 
 
@@ -97,7 +84,6 @@ def write_records(
     source: RecordSource,
     fingerprint: list[dict[str, Any]],
     folder: Path,
-    non_finite: NonFinite,
     workers: int | None,
 ) -> None:
     """Writes the TFRecord files of a dataset, and their manifest, to an empty folder."""
@@ -106,7 +92,7 @@ def write_records(
 
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
-    unpacked = source.read(staging, non_finite)
+    unpacked = source.read(staging)
     staged = {split: stage(split, parts) for split, parts in unpacked.items()}
     modalities = _join_modalities(staged, source)
     _refuse_empty_splits(staged, source)

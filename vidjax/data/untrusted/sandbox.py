@@ -22,7 +22,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, NonFinite, PackedClips
+from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
@@ -48,7 +48,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             size = os.fstat(file.fileno()).st_size
 
             def pack(pieces: Iterator[object]) -> dict[str, Any]:
-                with Packer(modality, out_dir, arguments["non_finite"]) as packer:
+                with Packer(modality, out_dir) as packer:
                     for clip in read_clips(pieces, modality, str(path), size):
                         packer.add(clip, clip.modalities[modality])
                     return packer.finish().summary()
@@ -67,7 +67,6 @@ def unpack(
     modality: str,
     out_dir: Path,
     *,
-    non_finite: NonFinite = "drop",
     children: processes.Children | None = None,
 ) -> PackedClips:
     """Reads a pickle of features in a child process with limits.
@@ -83,12 +82,7 @@ def unpack(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
-    arguments = {
-        "path": str(path),
-        "modality": modality,
-        "out_dir": str(out_dir),
-        "non_finite": non_finite,
-    }
+    arguments = {"path": str(path), "modality": modality, "out_dir": str(out_dir)}
     try:
         summary = processes.run_limited(
             __name__,

@@ -64,7 +64,7 @@ def compute_unit_means(run: Predictor, inputs: Mapping[str, np.ndarray]) -> dict
 
     @jax.jit
     def compute(frames: Mapping[str, Frames]) -> dict[str, Array]:
-        fused = run.system.fuse(None, frames, jax.numpy.int32(-1))
+        fused = run.system.fuse(None, frames, jax.numpy.int32(0))
         return {part: unit_mean(fused[part]) for part in run.modalities}
 
     means = compute(function.make_batch(run, inputs).frames)

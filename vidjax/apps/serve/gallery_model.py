@@ -1,33 +1,29 @@
-"""The two models of the Open Inference Protocol: a gallery, and the net of a run.
+"""A gallery as a model of the Open Inference Protocol.
 
-A model answers a batch of questions at once. The answer to a question does not depend on the other
-questions.
+The model answers a batch of questions at once. The answer to a question does not depend on the
+other questions.
 """
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vidjax.apps.gallery.answers import Answer
-from vidjax.apps.gallery.gallery import Gallery, pad_batches
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve.limits import Limits, unprocessable
 from vidjax.apps.serve.protocol import DEFAULT_K, Parameters, Spec
 from vidjax.data.clips import PAD_LENGTHS
 from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
 
-if TYPE_CHECKING:  # imports JAX, and a gallery of models needs no JAX
-    from vidjax.evaluation.predict import Predictor
-
-TABLE_CLIPS = 512  # see `RunModel.answer_batch`
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
 FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAME_FIELDS.values())
 
 
 class Question(NamedTuple):
-    """Clips to identify or to score."""
+    """Clips to identify."""
 
     clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
     k: int = DEFAULT_K  # the largest number of identities per clip
@@ -37,21 +33,14 @@ class Question(NamedTuple):
 
 
 class Identified(NamedTuple):
-    """The answer of a gallery to a question about N clips."""
+    """The answer to a question about N clips."""
 
     answers: list[Answer]
     vectors: np.ndarray  # [N, D] float32, the vectors of all modalities, one after the other
 
 
-class Scored(NamedTuple):
-    """The answer of the net of a run to a question about N clips."""
-
-    scores: np.ndarray  # [N, C] float32, for C identities
-    vectors: np.ndarray  # [N, D] float32 of unit length
-
-
-def list_inputs(model: "Model") -> list[Spec]:
-    """Lists the input tensors of a model."""
+def list_inputs(model: "GalleryModel") -> list[Spec]:
+    """Lists the input tensors."""
     specs = []
     for name, width in model.widths.items():
         specs.append(Spec(name, "FP32", (-1, -1, width)))
@@ -61,15 +50,13 @@ def list_inputs(model: "Model") -> list[Spec]:
 
 
 def make_question(
-    model: "Model", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
+    model: "GalleryModel", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
 ) -> Question:
     """Makes a question from the input tensors of a request, name -> array [clips, frames, ...].
 
     Frames whose mask is False are left out. Raises Refused for too many clips or frames, for a
-    missing tensor, a wrong shape, a value that is not finite, or a parameter that the model lacks.
+    missing tensor, a wrong shape, or a value that is not finite.
     """
-    if isinstance(model, RunModel) and (parameters.fpir or parameters.threshold):
-        raise unprocessable("the model 'run' has no fpir and no threshold: leave them out")
     present = [name for name in model.widths if name in tensors]
     if not present:
         raise unprocessable(f"the request has no features: send any of {', '.join(model.widths)}")
@@ -103,7 +90,7 @@ def make_question(
     return Question(clips, parameters.k, parameters.fpir, parameters.threshold)
 
 
-def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
+def answer(model: "GalleryModel", questions: Sequence[Question]) -> list[Any]:
     """Answers a batch of questions; returns an answer or an exception for each question.
 
     If the batch fails, each question is answered separately. So only wrong questions get an error.
@@ -116,10 +103,9 @@ def answer(model: "Model", questions: Sequence[Question]) -> list[Any]:
         return [result for question in questions for result in answer(model, [question])]
 
 
-def _make_test_question(model: "Model", length: int, count: int = 1) -> Question:
+def _make_test_question(model: "GalleryModel", length: int) -> Question:
     frames = {name: np.ones((length, width), np.float32) for name, width in model.widths.items()}
-    clip = {name: {"features": features} for name, features in frames.items()}
-    return Question({str(number): clip for number in range(count)})
+    return Question({"0": {name: {"features": features} for name, features in frames.items()}})
 
 
 def check_finite(frames: Frames, place: str) -> None:
@@ -226,86 +212,3 @@ class GalleryModel:
                 self.gallery.embed(_make_test_question(self, length).clips)
         if self.gallery.index.names:
             self.answer_batch([_make_test_question(self, 1)])
-
-
-class RunModel:
-    """The model that scores and embeds clips with the net of a run.
-
-    JAX compiles a program for each shape of a batch. So clips are padded to the next of
-    PAD_LENGTHS, and batches have one of two numbers of rows. `warm` compiles all programs.
-    """
-
-    name = "run"
-
-    def __init__(self, run: "Predictor"):
-        self.run = run
-        self._width = self.answer_batch([_make_test_question(self, 1)])[0].vectors.shape[1]
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Modality -> width of the features."""
-        return dict(self.run.modalities)
-
-    @property
-    def outputs(self) -> tuple[Spec, ...]:
-        """The name, datatype and shape of each output tensor."""
-        return (
-            Spec("scores", "FP32", (-1, len(self.run.identities))),
-            Spec("identities", "BYTES", (-1, -1)),
-            Spec("embedding", "FP32", (-1, self._width)),
-        )
-
-    def answer_batch(self, questions: Sequence[Question]) -> list[Scored]:
-        """Scores and embeds the clips of all questions; returns the answer to each question."""
-        from vidjax.core import devices
-        from vidjax.evaluation.scoring import ModelScorer
-
-        run, request = self.run, self.run.request(_join_clips(questions), None)
-        data = request.data
-        split = data.split(request.split)
-        # `ModelScorer` makes an array with a row for each name. JAX compiles a program for each
-        # size of the array, so the number of names is always a multiple of TABLE_CLIPS.
-        rest = -len(split.clips) % TABLE_CLIPS
-        names = [*split.clips, *(f"none/{number}" for number in range(rest))]
-        scorer = ModelScorer(run.model_for(request), names, run.mesh)
-        scores = np.full((len(request.names), len(run.identities)), -np.inf, np.float32)
-        vectors: np.ndarray | None = None
-        rows = request.block_size * run.mesh.size
-        for host in pad_batches(data, request.split, tuple(run.modalities), rows):
-            block = devices.shard_batch(run.mesh, host)
-            (block_scores,), (embedded,) = scorer.score([block]), run.embed_blocks([block])
-            real = np.asarray(host.batch_mask)
-            places = np.asarray(host.clip_index)[real]
-            scores[places] = np.asarray(block_scores)[real][:, : scores.shape[1]]
-            norms = np.linalg.norm(embedded[real], axis=1, keepdims=True)
-            if vectors is None:
-                vectors = np.zeros((len(scores), embedded.shape[1]), np.float32)
-            vectors[places] = embedded[real] / np.where(norms > 0, norms, 1.0)
-        assert vectors is not None  # there are clips
-        scores, vectors = scores[request.clip_index], vectors[request.clip_index]
-        return [Scored(scores[rows], vectors[rows]) for rows in _slice_rows(questions)]
-
-    def tensors(self, question: Question, answer: Scored) -> dict[str, np.ndarray]:
-        """Converts an answer about N clips to the output tensors, name -> array.
-
-        Returns:
-          scores [N, C]: the scores of all identities.
-          identities [N, K]: the names of the best K identities, or "" if a score is -inf.
-          embedding [N, D]: the vectors.
-        """
-        k = min(question.k, answer.scores.shape[1])
-        best = np.argsort(-answer.scores, axis=1, kind="stable")[:, :k]
-        names = np.array(self.run.identities, object)[best]
-        names[np.take_along_axis(answer.scores, best, axis=1) == -np.inf] = ""
-        return {"scores": answer.scores, "identities": names, "embedding": answer.vectors}
-
-    def warm(self) -> None:
-        """Compiles all programs of the run, so that the first requests do not wait."""
-        from vidjax.evaluation.predict import SMALL_REQUEST
-
-        for length in PAD_LENGTHS:
-            self.answer_batch([_make_test_question(self, length)])
-            self.answer_batch([_make_test_question(self, length, SMALL_REQUEST + 1)])
-
-
-Model = GalleryModel | RunModel

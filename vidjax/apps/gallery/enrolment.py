@@ -1,0 +1,151 @@
+"""Computes the people of a gallery from their clips, and fits the back end of the gallery."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index, People
+from vidjax.apps.gallery.store import (
+    STRANGER,
+    Denials,
+    State,
+    StoredClip,
+    VectorOrigin,
+    group,
+)
+from vidjax.apps.video.features_folder import cut_film_name
+from vidjax.models.two_covariance import Settings
+
+
+def enrol(
+    backend: Backend,
+    groups: Mapping[str, Sequence[str]],
+    clips: Mapping[str, StoredClip],
+    *,
+    of_plda: bool = False,
+) -> People:
+    """Computes the coefficients of people from their clips.
+
+    `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
+    PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
+    `two_covariance.count_independent` and `distance.effective_count`. But in the gallery of a PLDA
+    run (`of_plda`), the clips of a person of the fit count as in the run.
+    """
+    names = (name for clip_names in groups.values() for name in clip_names)
+    films = group_by_film(names, clips)
+    place = {identity: number for number, identity in enumerate(groups)}
+    owner = np.array([place[identity] for identity, _ in films], int)
+    film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
+    ordered = [name for clip_names in films.values() for name in clip_names]
+    vectors = stack_vectors(ordered, clips, sum(backend.widths.values()))
+    return backend.enrol(
+        tuple(groups),
+        vectors,
+        owner[film],
+        film if len(films) < len(ordered) else None,
+        np.array([of_plda and all(clips[x].fitted for x in names) for names in groups.values()]),
+    )
+
+
+def group_by_film(
+    names: Iterable[str], clips: Mapping[str, StoredClip]
+) -> dict[tuple[str, str], list[str]]:
+    """Groups the clips `names` by person and film; returns (identity, film) -> names of clips."""
+    films: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        key = clips[name].identity or STRANGER, cut_film_name(name)
+        films.setdefault(key, []).append(name)
+    return films
+
+
+def stack_films(
+    films: Collection[Sequence[str]], clips: Mapping[str, StoredClip], widths: Mapping[str, int]
+) -> np.ndarray:
+    """Returns the mean vector of each of N films, [N, sum of D] float32.
+
+    `films` lists the names of each film's clips. `widths` are modality -> D. The mean of a modality
+    is the mean over the clips that have the modality.
+    """
+    width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
+    vectors = stack_vectors([names[0] for names in films], clips, width)
+    for row, names in enumerate(films):
+        if len(names) > 1:
+            parts = np.split(stack_vectors(names, clips, width), ends, axis=1)
+            counts = [max(np.any(x != 0, axis=1).sum(), 1) for x in parts]
+            means = [x.sum(axis=0, dtype=float) / n for x, n in zip(parts, counts, strict=True)]
+            vectors[row] = np.concatenate(means)
+    return vectors
+
+
+def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
+    """Returns the vectors of clips, [N, width] float32."""
+    vectors = [clips[name].vector for name in names]
+    return np.array(vectors, np.float32).reshape(len(names), width)
+
+
+def fit_backend(
+    clips: Mapping[str, StoredClip],
+    widths: Mapping[str, int],
+    *,
+    centred: bool,
+    settings: Settings | None = None,
+) -> Backend:
+    """Fits PLDA to one clip of each person in each film. Clips of strangers are ignored.
+
+    `clips` are name -> clip, in any order. `widths` are modality -> length of its vectors. For
+    `centred` and `settings`, see `backend.fit`.
+    """
+    labels, vectors, enrolled = _stack_people(clips, widths)
+    return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
+
+
+def measure_shared(clips: Mapping[str, StoredClip], widths: Mapping[str, int]) -> float:
+    """Measures how alike the clips of a person are, see `backend.measure_shared`."""
+    labels, vectors, _ = _stack_people(clips, widths)
+    return backend_lib.measure_shared(vectors, labels)
+
+
+def _stack_people(
+    clips: Mapping[str, StoredClip], widths: Mapping[str, int]
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Returns the arguments `labels`, `vectors` and `enrolled` of `backend.fit`."""
+    # Clips of a person from the same film are alike. People are enrolled with their mean.
+    names = sorted(name for name, clip in clips.items() if clip.identity is not None)
+    films = group_by_film(names, clips)
+    people = np.array([identity for identity, _ in films], object)
+    labels = 1 + np.unique(people, return_inverse=True)[1]
+    ends = np.cumsum(list(widths.values()))[:-1].tolist()
+    vectors, enrolled = (
+        dict(zip(widths, np.split(stack_films(some, clips, widths), ends, axis=1), strict=True))
+        for some in ([names[:1] for names in films.values()], films.values())
+    )
+    return labels, vectors, enrolled
+
+
+def refit(state: State) -> State:
+    """Returns a state whose back end is fitted to its present clips."""
+    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
+    clips = {
+        name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
+    }
+    return make_state(state.version, state.run, backend, clips, state.denied)
+
+
+def make_state(
+    version: int,
+    run: VectorOrigin,
+    backend: Backend,
+    clips: Mapping[str, StoredClip],
+    denied: Denials = MappingProxyType({}),
+) -> State:
+    """Returns a state, with the coefficients of all people in `clips`."""
+    groups = group(clips)
+    names = sorted(groups.keys() - {STRANGER})
+    starts = range(0, len(names), MAX_BLOCK_PEOPLE)
+    blocks = (
+        enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.counts_every_clip)
+        for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
+    )
+    return State(version, run, Index(backend, blocks), clips, groups, denied)

@@ -1,0 +1,145 @@
+"""Runs a web application until a signal, and recognises requests from this machine.
+
+The server of galleries and the page on which a user corrects names use these functions.
+"""
+
+import gc
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from types import FrameType
+from typing import NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp
+
+from vidjax.utils.errors import UserError
+
+LOG = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+UNREAD_SECONDS = 60  # a connection is closed if its client reads nothing for this time
+
+
+class ServerLimits(NamedTuple):
+    """The limits of the connections of a server. `_seconds` are times in seconds."""
+
+    connections: int = 512  # open connections
+    idle_seconds: float = 30.0  # until an idle connection is closed
+    drain_seconds: float = 15.0  # for unfinished requests after a signal
+    end_seconds: float = 20.0  # from a signal to the forced end of the process
+
+
+def is_loopback(host: str) -> bool:
+    """Returns True if only programs on this machine can reach a server at the address `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def is_local(headers: Headers) -> bool:
+    """Returns whether the only header Host of a request names this machine."""
+    hosts = headers.getlist("host")
+    return len(hosts) == 1 and is_loopback(_split(f"//{hosts[0]}").hostname or "")
+
+
+def is_same_site(headers: Headers) -> bool:
+    """Returns whether no page of another site has sent a request."""
+    origin = headers.get("origin")
+    same_origin = origin is None or _split(origin).netloc == headers.get("host")
+    return same_origin and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+
+
+def _split(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
+    listener = None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # closes connections whose clients read nothing
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
+        listener.bind(address)
+        listener.listen()
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the host is too long
+        if listener:
+            listener.close()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"cannot listen at {host}:{port}: {reason}\nname another --host or --port"
+        ) from None
+    return listener
+
+
+def make_config(app: ASGIApp, limits: ServerLimits) -> uvicorn.Config:
+    """Returns the settings of uvicorn, the web server."""
+    return uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        headers=[("x-content-type-options", "nosniff")],
+        limit_concurrency=limits.connections,
+        backlog=min(2 * limits.connections, 1024),
+        timeout_keep_alive=int(limits.idle_seconds),
+        timeout_graceful_shutdown=int(limits.drain_seconds),
+    )
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that ends within `limits.end_seconds` of a signal, even if it hangs."""
+
+    def __init__(self, app: ASGIApp, limits: ServerLimits):
+        super().__init__(make_config(app, limits))
+        self._end = threading.Timer(limits.end_seconds, self._give_up)
+        self._end.daemon = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stops accepting requests. Requests that have arrived are still answered."""
+        if not self.should_exit:
+            self._end.start()
+        super().handle_exit(sig, frame)
+
+    def _give_up(self) -> None:
+        LOG.error("ended before its work was finished")
+        os._exit(1)  # the next process undoes an unfinished change
+
+
+def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits | None = None) -> bool:
+    """Answers requests until SIGINT or SIGTERM.
+
+    Returns True if all requests were answered. Returns False if the server could not start or has
+    cut off requests. If a thread hangs after the signal, the process ends with exit code 1.
+    """
+    for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log
+        logging.getLogger(name).setLevel(logging.ERROR)
+    gc.freeze()  # modules and people stay in memory, so the garbage collector may skip them
+    server = Server(app, limits or ServerLimits())
+    # uvicorn raises a signal again after the last answer. The second signal must do nothing.
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return server.started and not server.force_exit

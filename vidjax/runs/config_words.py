@@ -1,0 +1,71 @@
+"""Reads ARGS of `--config=FILE:ARGS`: the words and modalities that configuration files take."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vidjax.utils.errors import UserError, closest
+
+# The arguments that every configuration file takes: word -> meaning.
+SCALE_WORDS: Mapping[str, str] = {
+    "iqiyi_vid": "the files of iQIYI-VID, and values for their full size",
+    "few": "with `iqiyi_vid`: values for a few thousand clips",
+    "standard": "the synthetic dataset with 1,000 identities instead of 100",
+    "everything": "trains on all clips of train and val, and ranks test; there is no MAP if test "
+    "has no ground truth",
+}
+
+
+def choose_data(config: Any, words: Collection[str]) -> bool:
+    """Sets the dataset and the splits of `config` by the arguments `words`, such as `iqiyi_vid`.
+
+    Words that are not keys of SCALE_WORDS are ignored. Returns True if the words ask for iQIYI-VID
+    in its full size.
+    """
+    if {"iqiyi_vid", "standard"} <= set(words):
+        raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
+    if "few" in words and "iqiyi_vid" not in words:
+        raise UserError("--config: the argument 'few' needs 'iqiyi_vid': write iqiyi_vid,few")
+    if {"everything", "trainval"} <= set(words):
+        raise UserError(
+            "--config: 'everything' and 'trainval' both train on val: name only one of them"
+        )
+    if "everything" in words:
+        config.data.train_splits = ("train", "val")
+        config.eval.split = "test"
+    if "iqiyi_vid" in words:
+        config.data.name = "iqiyi_vid"
+    if "standard" in words:
+        config.data.size = "standard"
+    return "iqiyi_vid" in words and "few" not in words
+
+
+def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
+    """Splits ARGS of `--config=FILE:ARGS` into the words in `known`, and names of modalities."""
+    words = [word.strip() for word in args.split(",") if word.strip()]
+    options = {word for word in words if word in known}
+    modalities = tuple(word for word in words if word not in known)
+    for word in modalities:
+        if words.count(word) > 1:
+            raise UserError(f"--config: the argument '{word}' comes twice: name it once")
+        if match := closest(word, known, cutoff=0.7):
+            raise UserError(f"--config: the argument '{word}' is unknown: write '{match}'")
+    return options, modalities
+
+
+def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
+    """Returns the word that is in `names`, or `default`. Two words in `names` raise UserError."""
+    chosen = sorted({*names}.intersection(words))
+    if len(chosen) > 1:
+        quoted = " and ".join(f"'{name}'" for name in chosen)
+        raise UserError(f"--config: {quoted} exclude each other: name only one")
+    return chosen[0] if chosen else default
+
+
+def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str, ...]:
+    """Returns `modalities`, or (default,) if it is empty. Raises UserError if it has several."""
+    if len(modalities) > 1:
+        raise UserError(
+            f"--config: this system uses only one of the modalities {', '.join(modalities)}\n"
+            f"name one, or use a system for several: --config=plda:{','.join(modalities)}"
+        )
+    return modalities or (default,)

@@ -1,0 +1,93 @@
+"""Checks that a system can be built from a configuration, before any data are read."""
+
+import math
+import shlex
+
+import jax
+import jax.numpy as jnp
+
+from vidjax.core import ensemble
+from vidjax.data import sources
+from vidjax.data.clips import Modality, TrainingData, select_modalities
+from vidjax.models.base import Identifier
+from vidjax.models.build_system import TaskSpec, make_system
+from vidjax.models.identifier import MODELS
+from vidjax.runs import config as config_lib
+from vidjax.runs.config import Config
+from vidjax.training import train_step
+from vidjax.utils.errors import UserError
+
+# The assumptions of a dry run, which reads no data:
+WIDTH = 512  # feature width of a modality
+CLIPS, STEPS = 64, 10  # training clips and steps
+MAX_PARAMS = 10**10  # of a member; no device can store more
+
+
+def check_model(config: Config) -> None:
+    """Raises UserError if the model needs more epochs, or ignores a field not at its default."""
+    name = config.model.get("name")
+    model = MODELS.get(name, Identifier)
+    if not issubclass(model, Identifier):
+        return  # `make_identifier` will raise an error
+    if config.num_epochs < model.min_epochs:
+        raise UserError(
+            f"config.num_epochs={config.num_epochs:g} is too small: model '{name}' needs "
+            f"{model.min_epochs:g} passes over the clips\n"
+            f"use --config.num_epochs={model.min_epochs:g}"
+        )
+    if not model.is_closed_form:
+        return
+    defaults = config_lib.DEFAULTS
+    for field, value in config_lib.fields(config):
+        changed = field in defaults and value != defaults[field]
+        if changed and config_lib.affects(field) & config_lib.STEPS:
+            remedy = shlex.quote(f"--config.{field}={defaults[field]}")
+            raise UserError(
+                f"config.{field}={value} has no effect: model '{name}' has no optimiser, and uses "
+                f"each clip unchanged\nuse the default: {remedy}"
+            )
+
+
+def dry_run(config: Config, data: TrainingData | None = None) -> None:
+    """Raises UserError if a system cannot be built from a configuration.
+
+    If `data` is None, the names of the files in `config.data` give the modalities. No features are
+    read, and no device is used. This takes a tenth of a second. A fault in the code of a user's
+    loss is not found, because no training step is traced.
+    """
+    check_model(config)
+    known = data.modalities if data else {}
+    if not data:
+        widths = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
+        known = {name: Modality(width or WIDTH, "float32") for name, width in widths.items()}
+    widths = select_modalities(config.modalities, known)
+    spec = config.to_dict()
+    members = ensemble.make_members(spec["ensemble"])[:1]
+    spec["optim"]["total_decay"] = 0.0  # it would compute the sum of the schedule on a device
+    clusters = 1 if config.data.distractors == "noise" else None
+    task = TaskSpec(widths, 2, clusters, CLIPS, STEPS, train_other=True)
+
+    def init() -> train_step.TrainState:
+        system = make_system(spec, task)
+        rngs = ensemble.make_rngs(members, config.seed)
+        return train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
+
+    try:
+        params = jax.eval_shape(init).params
+    except ValueError as error:
+        place = "" if "config." in str(error) else "config.model: "
+        raise UserError(f"{place}{error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the code of the model may come from the user
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise UserError(
+            f"the model '{spec['model'].get('name')}' cannot be built: "
+            f"{type(error).__name__}: {reason}\nto see the line of code, add --debug"
+        ) from error
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    if count > MAX_PARAMS:
+        raise UserError(
+            f"the model '{spec['model'].get('name')}' has {count:,} parameters, more "
+            f"than {MAX_PARAMS:,}\nreduce its sizes in config.model"
+        )

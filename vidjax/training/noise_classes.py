@@ -1,0 +1,92 @@
+"""Noise classes: classes of distractors, which are clips of unknown people.
+
+Each cluster of distractors is a class. Each identity also has a mirror class, for strangers who
+resemble the identity. A distractor in no cluster starts in a random mirror class. Every
+`noise.relabel_every_epochs` epochs, the clip moves to the mirror class of the identity that the
+model predicts.
+
+Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
+its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
+clusters.
+"""
+
+import numpy as np
+
+from vidjax.core.batch import NoiseClassLayout
+from vidjax.utils.errors import UserError
+
+
+def cluster(vectors: np.ndarray, *, eps: float, min_samples: int) -> np.ndarray:
+    """Clusters `vectors` [n, D] with DBSCAN. Returns the cluster of each vector, [n] int32.
+
+    The vectors are scaled to length 1, and distances are Euclidean: a distance of d is a cosine of
+    1 - d^2 / 2. Clusters are numbered in the order of their first vectors. A vector in no cluster
+    has the number -1. The zero vector of a clip without frames is in no cluster.
+
+    Args:
+      eps: the largest distance between neighbours, above 0 and at most 2. A chain of neighbours is
+        a cluster. With more vectors, use a smaller value, because accidental neighbours join
+        different people in a long chain.
+      min_samples: a vector extends a chain if it has at least this number of neighbours, counting
+        the vector itself.
+
+    Source: Ester et al. 1996 (DBSCAN), in scikit-learn.
+    """
+    vectors = np.asarray(vectors, np.float64)  # [n, D]
+    if not np.isfinite(vectors).all():
+        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+        raise UserError(
+            f"the mean feature of distractor number {row} is not finite, so the distractors cannot "
+            "be clustered: leave out this clip"
+        )
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    real = np.flatnonzero(lengths[:, 0] > 0)
+    clusters = np.full(len(vectors), -1, np.int32)
+    if not len(real):
+        return clusters
+
+    # The import takes almost a second, and few runs need it.
+    from sklearn.cluster import DBSCAN
+
+    model = DBSCAN(eps=eps, min_samples=min_samples)
+    labels = model.fit_predict(vectors[real] / lengths[real])
+    clustered = labels >= 0
+    _, first, number = np.unique(labels[clustered], return_index=True, return_inverse=True)
+    by_first_member = np.argsort(np.argsort(first))
+    clusters[real[clustered]] = by_first_member[number]
+    return clusters
+
+
+def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) -> np.ndarray:
+    """Returns the class of each distractor at step 0, [n] int32.
+
+    `clusters` [n] int has the cluster of each distractor, or -1. A distractor in a cluster gets the
+    class of the cluster. Any other distractor gets the mirror class of a random identity: a class
+    of strangers who resemble the identity. The draw depends only on `seed` and the index.
+    """
+    identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
+    mirrors = identities + layout.mirror_shift
+    columns = np.where(clusters >= 0, 1 + layout.num_identities + clusters, mirrors)
+    return columns.astype(np.int32)
+
+
+def relabel(
+    labels: np.ndarray, predicted: np.ndarray, layout: NoiseClassLayout, *, keep: str = "label"
+) -> np.ndarray:
+    """Returns new labels of distractors in no cluster, given the classes that the model predicts.
+
+    `labels` and `predicted` [...] int are classes. The predicted class decides:
+    - An identity: the new label is the mirror class of the identity.
+    - Class 0: the label stays.
+    - A cluster or a mirror class: with `keep="label"` the label stays. With `keep="prediction"` the
+      prediction is the new label.
+    With `keep="label"`, only labels of mirror classes change.
+
+    Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
+    """
+    mirrors = (predicted + layout.mirror_shift).astype(labels.dtype)
+    if keep == "prediction":
+        moved = np.where(predicted > 0, predicted.astype(labels.dtype), labels)
+        return np.where(layout.is_identity(predicted), mirrors, moved)
+    moves = layout.is_mirror(labels) & layout.is_identity(predicted)
+    return np.where(moves, mirrors, labels)
