@@ -22,7 +22,7 @@ pytest.importorskip("onnx")
 
 from tests.helpers.seen import refused
 from vidjax.apps.video import cards, net_packages, nets, voices
-from vidjax.apps.video.features_folder import FilmTrack
+from vidjax.apps.video.features_folder import FaceTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.cli.program import main
@@ -339,7 +339,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 
 def test_part_of_a_film_as_long_as_a_window_is_heard_despite_rounding_errors():
-    track = FilmTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6, a window
+    track = FaceTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6, a window
     assert len([*voices.find_solo_spans([track])]) == 1
 
 

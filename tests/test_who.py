@@ -290,7 +290,7 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     assert done.code == 1 and done.err.count("unknown format") == 2
     assert done.out.count("use MP4, MKV") == 1
     assert f"{copy} is a copy of {film} and is left out" in done.err
-    assert [film.video for film in features_folder.read_films(drawn.out)] == ["party.mkv"]
+    assert [film.video for film in features_folder.read_media_files(drawn.out)] == ["party.mkv"]
 
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 30))
     done = command("extract", drawn.folder / "photo.png", worse, *words)

@@ -25,7 +25,7 @@ from vidjax.utils.parser import Parser, whole_number
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery, Vectors
-    from vidjax.apps.video.features_folder import Film
+    from vidjax.apps.video.features_folder import MediaFile
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
 
@@ -362,7 +362,7 @@ def _drop_group_photos(
     poor, hidden = set[str](), dict[str, str]()
     for folder in (folder for folder in folders if (folder / features_folder.NAME).exists()):
         prefix = "" if folder == path else f"{folder.name}/"
-        for film in features_folder.read_films(folder):
+        for film in features_folder.read_media_files(folder):
             film.tracks = [track for track in film.tracks if f"{prefix}{track.clip}" in people]
             single, problem = features_folder.check_photo(film) if film.photo else ("", "")
             for track in film.tracks if single is None else ():
@@ -415,7 +415,7 @@ def _group(args: argparse.Namespace) -> Result:
     return Result(content, rows)
 
 
-def _read_films(args: argparse.Namespace) -> "list[Film]":
+def _read_films(args: argparse.Namespace) -> "list[MediaFile]":
     """Reads the descriptions of films in `--input`; returns [] for other clips."""
     from vidjax.apps.video import features_folder
 
@@ -423,11 +423,11 @@ def _read_films(args: argparse.Namespace) -> "list[Film]":
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
     is_extracted = args.input and (folder / features_folder.NAME).exists()
-    return features_folder.read_films(folder) if is_extracted else []
+    return features_folder.read_media_files(folder) if is_extracted else []
 
 
 def _group_votes(
-    gallery: "Gallery", vectors: "Vectors", films: "Sequence[Film]"
+    gallery: "Gallery", vectors: "Vectors", films: "Sequence[MediaFile]"
 ) -> dict[str, str] | None:
     """Returns clip -> group of tracks that get one name, as in `vidjax who`; None for other clips.
 
@@ -439,7 +439,7 @@ def _group_votes(
 
 
 def _settle(
-    answers: Mapping[str, answers_lib.Answer], gallery: "Gallery", films: "Sequence[Film]"
+    answers: Mapping[str, answers_lib.Answer], gallery: "Gallery", films: "Sequence[MediaFile]"
 ) -> Mapping[str, answers_lib.Answer]:
     """Returns answers for tracks of films as `vidjax who` gives them, and others unchanged."""
     if not films:

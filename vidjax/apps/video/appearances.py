@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax.apps.gallery.answers import FACE, UNKNOWN, Answer, parse_group_number
-from vidjax.apps.video.features_folder import Box, Film, FilmTrack
+from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import IGNORED, escape
@@ -64,7 +64,9 @@ def format_certainty(appearance: Appearance) -> str:
 
 
 def find_appearances(
-    answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
+    answers: Mapping[str, Answer],
+    films: Iterable[MediaFile],
+    groups: Mapping[str, str] | None = None,
 ) -> list[Appearance]:
     """Returns the appearances of people in films, by video and in order of time.
 
@@ -77,7 +79,7 @@ def find_appearances(
     """
     appearances = []
     for film in films:
-        by_name: dict[tuple[bool, str], list[FilmTrack]] = {}
+        by_name: dict[tuple[bool, str], list[FaceTrack]] = {}
         for track in sorted(film.tracks, key=lambda track: track.start_s):
             if (answer := answers.get(track.clip)) is None:
                 continue
@@ -102,7 +104,7 @@ def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearan
     return videos
 
 
-def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
+def list_places(films: Iterable[MediaFile]) -> dict[str, tuple[str, str, str]]:
     """Returns clip -> (video, start, end), as texts. For photos, start and end are empty."""
     place_of = {}
     for film in films:
@@ -112,11 +114,11 @@ def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
     return place_of
 
 
-def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
+def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
     """Returns all pairs of clips that overlap in time, and so must show two different people."""
     pairs = []
     for film in films:
-        live: list[FilmTrack] = []
+        live: list[FaceTrack] = []
         for track in sorted(film.tracks, key=lambda track: (track.start_s, track.clip)):
             live = [other for other in live if film.photo or other.end_s > track.start_s]
             pairs += [(other.clip, track.clip) for other in live]
@@ -124,7 +126,9 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
     return pairs
 
 
-def group_votes(gallery: "Gallery", vectors: "Vectors", films: Sequence[Film]) -> dict[str, str]:
+def group_votes(
+    gallery: "Gallery", vectors: "Vectors", films: Sequence[MediaFile]
+) -> dict[str, str]:
     """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`."""
     # A face that is only a little unclear votes as a clear face does: the vote corrects an error.
     clarity = dict.fromkeys(list_unclear(films), 0.0)
@@ -132,7 +136,7 @@ def group_votes(gallery: "Gallery", vectors: "Vectors", films: Sequence[Film]) -
 
 
 def group_unknown(
-    gallery: "Gallery", vectors: "Vectors", films: Sequence[Film], votes: Mapping[str, str]
+    gallery: "Gallery", vectors: "Vectors", films: Sequence[MediaFile], votes: Mapping[str, str]
 ) -> dict[str, str]:
     """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
 
@@ -148,7 +152,7 @@ def group_unknown(
     return groups | {clip: f"{UNKNOWN}{first + number}" for number, clip in enumerate(faces)}
 
 
-def mark_unclear(groups: Mapping[str, str], films: Iterable[Film]) -> dict[str, str]:
+def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[str, str]:
     """Renames the unknown people who are single unclear faces, such as `unknown face 4`."""
     unclear, sizes = list_unclear(films), Counter(groups.values())
     return {
@@ -159,7 +163,7 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[Film]) -> dict[str, 
 
 
 def remove_unclear_names(
-    answers: Mapping[str, Answer], gallery: "Gallery", films: Iterable[Film]
+    answers: Mapping[str, Answer], gallery: "Gallery", films: Iterable[MediaFile]
 ) -> dict[str, Answer]:
     """Removes names of people of whom only unclear faces are enrolled.
 
@@ -176,12 +180,12 @@ def remove_unclear_names(
     return settled
 
 
-def list_unclear(films: Iterable[Film]) -> set[str]:
-    """Returns the clips with unclear faces, see `FilmTrack.unclear`."""
+def list_unclear(films: Iterable[MediaFile]) -> set[str]:
+    """Returns the clips with unclear faces, see `FaceTrack.unclear`."""
     return {track.clip for film in films for track in film.tracks if track.unclear}
 
 
-def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
+def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) -> dict[str, Answer]:
     """Returns answers in which tracks that overlap in time have different names.
 
     If two such tracks have the same name, the less probable name is removed. A name that a user
@@ -202,7 +206,7 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict
 
 
 def _make_appearance(
-    film: Film, name: str | None, probability: float | None, tracks: Sequence[FilmTrack]
+    film: MediaFile, name: str | None, probability: float | None, tracks: Sequence[FaceTrack]
 ) -> Appearance:
     end = max(track.end_s for track in tracks)
     clips = tuple(track.clip for track in tracks)
@@ -212,9 +216,9 @@ def _make_appearance(
     )
 
 
-def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
+def _join_tracks(tracks: Iterable[FaceTrack]) -> Iterator[list[FaceTrack]]:
     """Yields groups of tracks with gaps below two seconds. `tracks` are in order of time."""
-    group: list[FilmTrack] = []
+    group: list[FaceTrack] = []
     end = 0.0
     for track in tracks:
         if group and track.start_s - end >= GAP_SECONDS:
@@ -226,7 +230,7 @@ def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
         yield group
 
 
-def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) -> None:
+def write(path: Path, appearances: Sequence[Appearance], films: Iterable[MediaFile]) -> None:
     """Writes appearances to a new file in the format of its ending, such as .tsv, .vtt or .rttm."""
     if path.suffix in SUBTITLES:
         tables.write_new(path, to_subtitles(appearances, path.suffix).encode())
@@ -248,7 +252,7 @@ def format_percent(probability: float) -> str:
     return "over 99 %" if probability >= 0.995 else f"{round(100 * probability)} %"
 
 
-def _describe_file(film: Film) -> dict[str, str]:
+def _describe_file(film: MediaFile) -> dict[str, str]:
     """Returns the path of a film and the date of its last change (UTC), as columns of the table."""
     source = film.source
     date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)

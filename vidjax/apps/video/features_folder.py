@@ -70,8 +70,8 @@ class Extraction(Struct, kw_only=True):
     settings: ExtractionSettings
 
 
-class FilmTrack(Struct, kw_only=True):
-    """A person in a shot."""
+class FaceTrack(Struct, kw_only=True):
+    """The face of a person in a shot or a photo."""
 
     clip: Text
     shot: Count  # the number of the shot in the film
@@ -128,18 +128,20 @@ class FileStamp(Struct, kw_only=True, frozen=True):
         return Path(os.fsdecode(urllib.parse.unquote_to_bytes(self.address)))
 
 
-class Film(Struct, kw_only=True):
+class MediaFile(Struct, kw_only=True):
     """The contents of `videos/STEM.json`, which describes a video or a photo."""
 
     format: Literal[3] = 3
-    video: Text  # the name of the file. If two names are equal, `read_films` adds their folders
+    video: (
+        Text  # the name of the file. If two names are equal, `read_media_files` adds their folders
+    )
     source: FileStamp
     sha256: Sha256
     photo: bool
     seconds: Seconds  # the length of the video
     # The start and end of each shot.
     shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
-    tracks: Annotated[list[FilmTrack], Meta(max_length=files.MAX_ITEMS)]
+    tracks: Annotated[list[FaceTrack], Meta(max_length=files.MAX_ITEMS)]
     # The next five fields are explained in `decode.DecodeCounts`.
     frames: Count
     corrupt: Count = 0
@@ -205,18 +207,18 @@ def read_extraction(folder: Path) -> Extraction | None:
     return schemas.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
 
 
-def read_film(path: Path) -> Film:
+def read_media_file(path: Path) -> MediaFile:
     """Reads a file `videos/STEM.json`, which describes a video or a photo."""
-    return schemas.read(path, Film, REMEDY, FILE_BYTES)
+    return schemas.read(path, MediaFile, REMEDY, FILE_BYTES)
 
 
-def read_films(folder: Path) -> list[Film]:
+def read_media_files(folder: Path) -> list[MediaFile]:
     """Reads the descriptions of all films and photos in a folder of features.
 
     If several films have the same file name, folders of their paths are added to their names.
     """
-    films = [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
-    by_name: dict[str, list[Film]] = {}
+    films = [read_media_file(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
+    by_name: dict[str, list[MediaFile]] = {}
     for film in films:
         by_name.setdefault(film.video, []).append(film)
     for twins in by_name.values():
@@ -225,7 +227,7 @@ def read_films(folder: Path) -> list[Film]:
     return films
 
 
-def _distinguish(twins: Sequence[Film]) -> None:
+def _distinguish(twins: Sequence[MediaFile]) -> None:
     """Adds folders of their paths to the equal names of several films, until the names differ."""
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
     # In this order, the paths with the longest common end are neighbours.
@@ -236,16 +238,16 @@ def _distinguish(twins: Sequence[Film]) -> None:
         film.video = "/".join(part[-depth:])
 
 
-def find_films(out: Path) -> dict[str, Film]:
+def find_media_files(out: Path) -> dict[str, MediaFile]:
     """Returns stem -> film for the films in a folder of features, except damaged films."""
     names = [path.stem for path in (out / VIDEOS).glob("*.json")]
-    return {stem: film for stem in names if (film := find_film(out, stem))}
+    return {stem: film for stem in names if (film := find_media_file(out, stem))}
 
 
-def find_film(out: Path, stem: str) -> Film | None:
+def find_media_file(out: Path, stem: str) -> MediaFile | None:
     """Returns the film `stem` of an earlier call, or None if its files are damaged or missing."""
     try:
-        film = read_film(out / VIDEOS / f"{stem}.json")
+        film = read_media_file(out / VIDEOS / f"{stem}.json")
     except (UserError, FileNotFoundError):
         return None
     return film if files.exists(out / f"{stem}.npz") else None
@@ -257,7 +259,7 @@ def lacks_pictures(out: Path, stem: str) -> bool:
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
 
-def remove_film(out: Path, stem: str) -> None:
+def remove_media_file(out: Path, stem: str) -> None:
     """Removes the features and thumbnails of the video or photo `stem`."""
     # The JSON file is removed first, because it marks the other files as complete.
     (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
@@ -299,23 +301,23 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
         present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
         for stem in present - stems:
             if "." not in stem:
-                remove_film(out, stem)
+                remove_media_file(out, stem)
 
 
-def check_photo(film: Film) -> tuple[str | None, str]:
+def check_photo(file: MediaFile) -> tuple[str | None, str]:
     """Returns the clip of the only face in a photo, and the problem of the photo.
 
     If the photo does not show exactly one face, the clip is None. If there is one good face, the
     problem is "".
     """
-    if len(film.tracks) != 1:
-        count = f"{len(film.tracks)} faces" if film.tracks else "no face"
-        kind = "photo" if film.photo else "film"
+    if len(file.tracks) != 1:
+        count = f"{len(file.tracks)} faces" if file.tracks else "no face"
+        kind = "photo" if file.photo else "film"
         return None, f"the {kind} shows {count}: give a photo of only one person"
-    return film.tracks[0].clip, check_face(film.tracks[0])
+    return file.tracks[0].clip, check_face(file.tracks[0])
 
 
-def check_face(track: FilmTrack) -> str:
+def check_face(track: FaceTrack) -> str:
     """Returns why a face is poor, with a remedy, or "" for a good face."""
     if track.quality < POOR_QUALITY:
         remedy = "add a larger, sharper photo from the front"

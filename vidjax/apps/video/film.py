@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from vidjax.apps.video import align, cards, decode, features_folder, photos, regions
-from vidjax.apps.video.features_folder import ExtractionSettings, FileStamp, Film, FilmTrack
+from vidjax.apps.video.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
 from vidjax.apps.video.nets import Detector, Embedder, Faces
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
@@ -112,7 +112,7 @@ class ClipBuilder:
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
         self._kept: dict[int, BestPictures] = {}
         self._numbers = itertools.count()
-        self.tracks: list[FilmTrack] = []  # of finished clips, in the order in which they ended
+        self.tracks: list[FaceTrack] = []  # of finished clips, in the order in which they ended
         self.arrays: dict[str, dict[str, np.ndarray]] = {}  # name of a clip -> arrays of the `.npz`
 
     def add(
@@ -180,7 +180,7 @@ class ClipBuilder:
         }
         top, card = max(best, key=lambda x: (x.quality, x.number)), self._nets.embed.card
         clear_quality = card.back_end.clear_quality if card.back_end else None
-        written = _to_film_track(track, name)
+        written = _to_face_track(track, name)
         written.box = msgspec.convert(top.place.clip(0, 1).round(4).tolist(), features_folder.Box)
         written.box_at_s = round(top.time_s, 3)
         written.quality = top.quality
@@ -195,7 +195,7 @@ class ClipBuilder:
         """Deletes the pictures of all tracks whose numbers are not in `live`."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
-    def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
+    def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FaceTrack]) -> int:
         """Adds embeddings of voices to clips; returns the number of clips with a voice.
 
         Speech belongs to a clip while no other person is visible. A clip keeps the 32 windows of
@@ -232,7 +232,7 @@ def extract(
     source: FileStamp,
     sha256: str,
     tagged: bool = False,
-) -> Film:
+) -> MediaFile:
     """Writes the features of a video or photo to `out/STEM.npz`; returns its description.
 
     Each face of a photo is a clip. If `out` contains a folder for thumbnails, a picture of the best
@@ -255,7 +255,7 @@ def extract(
     else:
         facts = _read_film(path, clips, nets, stem, out, settings)
     write_npz(out / f"{stem}.npz", clips.arrays)
-    return Film(
+    return MediaFile(
         video=features_folder.make_printable(path.name),
         source=source,
         sha256=sha256,
@@ -268,7 +268,7 @@ def extract(
 def _read_film(
     path: Path, clips: ClipBuilder, nets: Nets, stem: str, out: Path, settings: ExtractionSettings
 ) -> dict[str, Any]:
-    """Makes the clips of a video; returns other fields of its description, `Film`."""
+    """Makes the clips of a video; returns the other fields of its `MediaFile`."""
     with decode.open_video(path) as video:
         shots, seen = _make_clips(video, clips, nets, stem, out, settings)
     facts = {"shots": shots, "others": video.info.others, "rate": video.info.rate}
@@ -288,7 +288,7 @@ def _make_clips(
     stem: str,
     out: Path,
     settings: ExtractionSettings,
-) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
+) -> tuple[list[tuple[float, float]], list[FaceTrack]]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
     Returns the start and end of each shot in seconds, and the tracks of all people.
@@ -304,7 +304,7 @@ def _make_clips(
             if main is None:
                 clips.end(track, (f"{shot}.t{number:02}" for number in numbers[track.shot]))
             else:
-                seen.append(_to_film_track(track, shot))
+                seen.append(_to_face_track(track, shot))
         for track in main.take_ended() if main else ():
             clips.end(track, iter([f"{stem}.s{track.shot:03}"]), split=False)
         clips.keep((main or tracker).live)
@@ -340,7 +340,7 @@ def _make_clips(
 def _read_photo(
     photo: photos.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
 ) -> dict[str, Any]:
-    """Makes a clip of each face in a photo; returns other fields of its description, `Film`."""
+    """Makes a clip of each face in a photo; returns the other fields of its `MediaFile`."""
     faces = nets.detect(photo.rgb)
     count, lost, misfit = len(faces.boxes), list[str](), ""
     clips.add(0.0, 0, np.arange(count), faces, photo.rgb)
@@ -360,9 +360,9 @@ def _read_photo(
     return facts | {"bad_tags": tags.problem, "misfit": misfit}
 
 
-def _to_film_track(track: Track, clip: str) -> FilmTrack:
+def _to_face_track(track: Track, clip: str) -> FaceTrack:
     start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
-    return FilmTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
+    return FaceTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -79,10 +79,10 @@ def find_missing(
     }  # fmt: skip
     place, missing = Path(os.path.realpath(people)), set[str]()
     for folder in absent:
-        films = features_folder.find_films(out / PEOPLE / folder).values()
-        paths = [film.source.path for film in films]
+        known = features_folder.find_media_files(out / PEOPLE / folder).values()
+        paths = [photo.source.path for photo in known]
         deleted = has_others and all(x.parent == place and input_files.is_missing(x) for x in paths)
-        if not films or not (deleted or new & {film.sha256 for film in films}):
+        if not known or not (deleted or new & {photo.sha256 for photo in known}):
             missing.add(folder)
     return missing
 
@@ -162,8 +162,9 @@ def check_people(
 def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
     """Returns whether one of the photos has the same content as a photo of an earlier call."""
     folders = [folder for folder in (out / PEOPLE).glob("[!.]*") if folder.is_dir()]
-    films = [film for folder in folders for film in features_folder.find_films(folder).values()]
-    sizes, digests = {film.source.size for film in films}, {film.sha256 for film in films}
+    known_in = map(features_folder.find_media_files, folders)
+    known = [photo for in_folder in known_in for photo in in_folder.values()]
+    sizes, digests = {photo.source.size for photo in known}, {photo.sha256 for photo in known}
     paths = (path for paths in photos.values() for path in paths if os.path.exists(path))
     return any(
         path.stat().st_size in sizes and files.sha256_file(path) in digests for path in paths
@@ -240,7 +241,7 @@ def check_photos(
         tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
         for outcome in outcomes:
             people_of, clips, bad = _check_photo(folder.name, outcome)
-            if not outcome.film:  # a user may have removed faces of a missing photo
+            if not outcome.media:  # a user may have removed faces of a missing photo
                 faces = {clip: PhotoFace(folder.name, clip, name) for clip, name in clips.items()}
                 clips = {c: face.person for c, face in faces.items() if str(face) in enrolled}
             found |= people_of
@@ -248,13 +249,13 @@ def check_photos(
             usable |= {(folder, clip): name for clip, name in clips.items()}
             poor |= {(folder, clip) for clip in bad}
             hidden |= {(folder, clip): problem for clip, problem in bad.items() if problem}
-            failed |= {} if clips and outcome.film else {str(outcome.path): outcome.remedy}
+            failed |= {} if clips and outcome.media else {str(outcome.path): outcome.remedy}
         # A folder of photos in which other people are tagged is not a person.
         if tags and folder.name not in {*tags, *shown, *known}:
             found.discard(folder.name)
         names |= found
         # If a photo cannot be read, the people of its tags are not forgotten.
-        if not all(outcome.film for outcome in outcomes):
+        if not all(outcome.media for outcome in outcomes):
             names |= {photo.person for photo in enrolled.values() if photo.folder == folder.name}
         if outcomes[0].path.parent == people:
             single.append(folder.name)
@@ -303,19 +304,19 @@ def _check_photo(
     with a problem, or "" if the problem was printed. If the photo has no face tags, the only person
     is `folder_name`.
     """
-    film, bad = outcome.known, dict[str, str]()
+    photo, bad = outcome.known, dict[str, str]()
     names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
-    if film and film.tags:
-        names = film.tags
-        clips = {track.clip: track.name for track in film.tracks if track.name}
-        problems += [film.bad_tags, film.misfit and f"{film.misfit}: {MISFIT_REMEDY}"]
-        if not film.misfit:
-            problems += [f"there is no face at the tag of {show(tag)}" for tag in film.lost_tags]
-    elif film:
-        clip, problem = features_folder.check_photo(film)
+    if photo and photo.tags:
+        names = photo.tags
+        clips = {track.clip: track.name for track in photo.tracks if track.name}
+        problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
+        if not photo.misfit:
+            problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
+    elif photo:
+        clip, problem = features_folder.check_photo(photo)
         clips = {clip: folder_name} if clip else {}
-        problems += [film.bad_tags, "" if clip else problem]
-    for track in film.tracks if film else ():
+        problems += [photo.bad_tags, "" if clip else problem]
+    for track in photo.tracks if photo else ():
         if track.clip in clips and (problem := features_folder.check_face(track)):
             problem = f"{show(clips[track.clip])}: {problem}" if track.name else problem
             bad[track.clip] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
@@ -328,8 +329,8 @@ def _check_photo(
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
     """Prints one warning if new photos in the folder of the person `name` tag only other people."""
     new = [
-        (outcome.path, outcome.film.tags) for outcome in outcomes
-        if outcome.film and not outcome.kept and outcome.path.parent != people
+        (outcome.path, outcome.media.tags) for outcome in outcomes
+        if outcome.media and not outcome.kept and outcome.path.parent != people
     ]  # fmt: skip
     if foreign := [(path, names) for path, names in new if names and name not in names]:
         path, names = foreign[0]
@@ -400,21 +401,21 @@ def warn_of_doubts(
     }  # fmt: skip
     person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
     owners: dict[str, set[str]] = {}  # the people of a file, by its sha256
-    whole = {clip: film.sha256 for clip, (_, film) in given.items() if not film.tags}
+    whole = {clip: photo.sha256 for clip, (_, photo) in given.items() if not photo.tags}
     for clip in whole.keys() & person_of.keys():
         owners.setdefault(whole[clip], set()).add(person_of[clip])
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     single = {clip: person_of[clip] for clip in person_of.keys() - twins}
     doubtful = doubts.find_doubtful_photos(gallery, single)
     for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
-        (path, film), name = given[clip], show(person_of[clip])
+        (path, photo), name = given[clip], show(person_of[clip])
         if clip in twins:
-            others = ", ".join(map(show, sorted(owners[film.sha256] - {person_of[clip]})))
+            others = ", ".join(map(show, sorted(owners[photo.sha256] - {person_of[clip]})))
             say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
         else:
             like = doubtful.photos[clip]
             seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
-            wrong = "correct its tag" if film.tags else "move it"
+            wrong = "correct its tag" if photo.tags else "move it"
             say(
                 f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
                 warning=True,

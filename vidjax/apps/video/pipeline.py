@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from vidjax.apps.video import cards as cards_lib, features_folder, film as film_lib, regions
-from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, Film
+from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, MediaFile
 from vidjax.apps.video.input_files import (
     PHOTOS,
     check_apart,
@@ -52,18 +52,18 @@ class FileOutcome(NamedTuple):
     """The result of reading a file: either a film, or an error and its remedy."""
 
     path: Path
-    film: Film | None
+    media: MediaFile | None
     error: str = ""
     kept: bool = False  # whether the features of an earlier call were kept
     replaced: bool = False  # whether features of another file with the same name were replaced
     remedy: str = ""  # what a user can do about the error
     label: str = ""  # the name of the file, or the path if several files have this name
-    earlier: Film | None = None  # of an error: the results of an earlier call, which are kept
+    earlier: MediaFile | None = None  # of an error: the results of an earlier call, which are kept
 
     @property
-    def known(self) -> Film | None:
+    def known(self) -> MediaFile | None:
         """The film, or if it could not be read, the results of an earlier call."""
-        return self.film or self.earlier
+        return self.media or self.earlier
 
 
 class _Job(NamedTuple):
@@ -236,16 +236,16 @@ def _prepare_folder(
             f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
             "move these files, or name another folder"
         )
-    known = features_folder.find_films(out)
+    known = features_folder.find_media_files(out)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in known:
             say(
                 f"{path} is damaged or has no features: it is removed, and the film is read again "
                 "if you name it"
             )
-            features_folder.remove_film(out, path.stem)
+            features_folder.remove_media_file(out, path.stem)
     stems = _choose_stems(listed, known)
-    kept, unsure, lost = {*stems.values()}, list[Film](), list[FileOutcome]()
+    kept, unsure, lost = {*stems.values()}, list[MediaFile](), list[FileOutcome]()
     others = drop in ("others", "all others")
     for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
         path, missing = known[stem].source.path, is_missing(known[stem].source.path)
@@ -269,7 +269,7 @@ def choose_drop(prune: bool, forget_missing: bool) -> Drop:
     return ("missing" if forget_missing else "deleted") if prune else "nothing"
 
 
-def _report_unsure(films: Sequence[Film]) -> FileOutcome:
+def _report_unsure(films: Sequence[MediaFile]) -> FileOutcome:
     """Returns an error for films whose whole folder is missing or empty."""
     path = films[0].source.path
     more = f" (and of {messages.count(len(films) - 1, 'more file')})" if films[1:] else ""
@@ -308,7 +308,7 @@ def _check_extraction(
         return settings
     if upgrade and before.models.items() < digests.items():
         for path in (out / VIDEOS).glob("*.json"):
-            features_folder.remove_film(out, path.stem)
+            features_folder.remove_media_file(out, path.stem)
         before.models = digests
         features_folder.write(out / features_folder.NAME, before)
     for role in sorted(before.models.keys() | digests.keys()):
@@ -330,7 +330,7 @@ def _check_extraction(
     return before.settings
 
 
-def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
+def _choose_stems(paths: Sequence[Path], known: Mapping[str, MediaFile]) -> dict[Path, str]:
     """Returns file -> stem, with which the names of the file's clips begin.
 
     `known` is stem -> film of an earlier call. These films keep their stems, even if they were
@@ -406,7 +406,7 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
     With these arguments, `film.work` extracts the features into a temporary folder. When `folders`
     is closed, it deletes this folder.
     """
-    before = features_folder.find_film(job.out, job.stem)
+    before = features_folder.find_media_file(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
     source = features_folder.FileStamp.of(job.path, sidecars)
     complete = before and not features_folder.lacks_pictures(job.out, job.stem)
@@ -467,8 +467,8 @@ def _take_results(
     try:
         if isinstance(answer, UserError):
             raise answer
-        film = schemas.parse(job.path, answer, Film, "leave it out")
-        before = features_folder.find_film(job.out, job.stem)
+        film = schemas.parse(job.path, answer, MediaFile, "leave it out")
+        before = features_folder.find_media_file(job.out, job.stem)
         if before and before.tags and not film.tags:
             if film.bad_tags:
                 raise UserError(film.bad_tags)
@@ -480,7 +480,7 @@ def _take_results(
                     "delete the photo"
                 )
         partial = Path(arguments["out"])
-        features_folder.remove_film(job.out, job.stem)
+        features_folder.remove_media_file(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
         thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
         if thumbnails[0].exists():
@@ -496,8 +496,8 @@ def _take_results(
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
-    if not (earlier := features_folder.find_film(job.out, job.stem)):
-        features_folder.remove_film(job.out, job.stem)  # incomplete files
+    if not (earlier := features_folder.find_media_file(job.out, job.stem)):
+        features_folder.remove_media_file(job.out, job.stem)  # incomplete files
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
     text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")

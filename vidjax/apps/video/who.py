@@ -50,7 +50,7 @@ from vidjax.apps.video import (
     pipeline,
 )
 from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
+from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, MediaFile
 from vidjax.apps.video.people_photos import (
     PEOPLE,
     PhotoFace,
@@ -142,13 +142,13 @@ class UnknownNumbers(Struct, kw_only=True):
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
-    def keep(self, films: Iterable[Film]) -> "UnknownNumbers":
+    def keep(self, films: Iterable[MediaFile]) -> "UnknownNumbers":
         """Forgets films that are not in `films`."""
         digests = {*map(hash_film, films)}
         kept = {digest: self.films[digest] for digest in sorted(digests & self.films.keys())}
         return msgspec.structs.replace(self, films=kept, removed=self.highest)
 
-    def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
+    def update(self, films: Iterable[MediaFile], groups: Mapping[str, str]) -> "UnknownNumbers":
         """Stores the number of each unknown clip of `films`. `groups` is clip -> `unknown 3`."""
         numbers = {**self.films}
         for film in films:
@@ -171,7 +171,7 @@ class Decision(NamedTuple):
 
     digest: str  # of the gallery
     people: Mapping[str, Collection[str]]  # name of each enrolled or named person -> enrolled clips
-    films: Sequence[Film]
+    films: Sequence[MediaFile]  # also photos
     vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
     vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on one name
     answers: dict[str, Answer]  # clip -> answer of the gallery
@@ -185,13 +185,13 @@ class Decision(NamedTuple):
         return {name: len(clips) for name, clips in self.people.items()}
 
 
-def hash_film(film: Film) -> str:
+def hash_film(film: MediaFile) -> str:
     """Returns a digest of the file and the clips of a film."""
     tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
     return files.sha256_json([film.sha256, tracks])
 
 
-def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
+def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[MediaFile]) -> dict[str, T]:
     """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
     selected: dict[str, T] = {}
     for film in films:
@@ -199,9 +199,9 @@ def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict
     return selected
 
 
-def read_films(out: Path) -> list[Film]:
+def read_films(out: Path) -> list[MediaFile]:
     """Reads the descriptions of all films in a folder of results."""
-    return features_folder.read_films(out / FEATURES)
+    return features_folder.read_media_files(out / FEATURES)
 
 
 def read_numbers(out: Path) -> UnknownNumbers:
@@ -229,7 +229,7 @@ def _move_denials(out: Path, gallery: Gallery) -> None:
         _write_numbers(out, read_numbers(out))
 
 
-def _forget_denials(gallery: Gallery, films: Iterable[Film]) -> None:
+def _forget_denials(gallery: Gallery, films: Iterable[MediaFile]) -> None:
     """Forgets denied names of films that are not in `films`."""
     kept = {*map(hash_film, films)}
     with gallery.change() as draft:
@@ -297,7 +297,7 @@ def name_people(
         failed, names = dict[str, str](), set[str]()
         if people is not None:
             failed, names = _update_people(gallery, people, photos, out, forget_missing, options)
-        earlier = features_folder.find_films(out / FEATURES).values()
+        earlier = features_folder.find_media_files(out / FEATURES).values()
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
             raise UserError(
@@ -314,7 +314,7 @@ def name_people(
             films, out / FEATURES, settings=settings, done=done,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
-        failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
+        failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
         all_films = read_films(out)
         _report_missing(all_films, out, prune)
         _forget_denials(gallery, all_films)
@@ -380,7 +380,7 @@ def _update_people(
     return failed, names
 
 
-def _report_missing(films: Sequence[Film], out: Path, pruned: bool) -> None:
+def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None:
     """Prints how many films no longer exist, and the name of a film that lacks thumbnails."""
     missing = [film.video for film in films if not os.path.exists(film.source.path)]
     if missing and not pruned:
@@ -421,7 +421,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     return gallery
 
 
-def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
+def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> None:
     """Enrols the clips of `films` to which a user gave names in `unknown.tsv`."""
     path, features = out / UNKNOWN, out / FEATURES
     names = answers_lib.read_groups(path) if files.exists(path) else {}
@@ -488,7 +488,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
 def decide(
     gallery: Gallery,
     out: Path,
-    films: Sequence[Film],
+    films: Sequence[MediaFile],
     before: UnknownNumbers,
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
@@ -572,7 +572,7 @@ def _keep_numbers(
 def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> None:
     """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
 
-    def address(film: Film, seconds: float) -> str:
+    def address(film: MediaFile, seconds: float) -> str:
         place = quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
         return place if film.photo else f"{place}#t={seconds:.1f}"
 
@@ -606,7 +606,7 @@ def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> No
 def render_page(
     out: Path,
     decision: Decision,
-    address: Callable[[Film, float], str],
+    address: Callable[[MediaFile, float], str],
     forms: names_page.Forms | None = None,
 ) -> str:
     """Returns an HTML page that shows who appears when in each film.
