@@ -132,9 +132,8 @@ class MediaFile(Struct, kw_only=True):
     """The contents of `videos/STEM.json`, which describes a video or a photo."""
 
     format: Literal[3] = 3
-    video: (
-        Text  # the name of the file. If two names are equal, `read_media_files` adds their folders
-    )
+    # The name of the file. If two names are equal, `read_media_files` adds their folders.
+    video: Text
     source: FileStamp
     sha256: Sha256
     photo: bool
@@ -239,13 +238,13 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
 
 
 def find_media_files(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film for the films in a folder of features, except damaged films."""
+    """Returns stem -> film or photo in a folder of features. Damaged ones are left out."""
     names = [path.stem for path in (out / VIDEOS).glob("*.json")]
     return {stem: film for stem in names if (film := find_media_file(out, stem))}
 
 
 def find_media_file(out: Path, stem: str) -> MediaFile | None:
-    """Returns the film `stem` of an earlier call, or None if its files are damaged or missing."""
+    """Returns the film or photo `stem`, or None if its features are damaged or missing."""
     try:
         film = read_media_file(out / VIDEOS / f"{stem}.json")
     except (UserError, FileNotFoundError):
