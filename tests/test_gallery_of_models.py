@@ -279,10 +279,11 @@ def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
         assert text in (tmp_path / f"a{ending}").read_text()
 
     # Blanks separate columns. They become `_`, or %20 if the name with `_` is another name.
-    found = [appearance(1, 2, "unknown 1"), appearance(3, 4, "Ada O"), appearance(5, 6, "Ada_O")]
-    rows = appearances.to_rttm(found).splitlines()
+    names = {"unknown 1": "unknown_1", "Ada O": "Ada%20O", "Ada_O": "Ada_O", "99 %": "99_%"}
+    names |= {"Ada%20O": "Ada%2520O", "Ada%2520O": "Ada%252520O"}
+    rows = appearances.to_rttm([appearance(1, 2, name) for name in names]).splitlines()
     assert rows[0] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
-    assert [row.split()[7] for row in rows[1:]] == ["Ada%20O", "Ada_O"]
+    assert [row.split()[7] for row in rows] == [*names.values()]
 
 
 def test_simultaneous_tracks_get_the_same_name_only_from_a_user():

@@ -27,7 +27,7 @@ from vidjax.utils.parser import Parser, whole_number
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.gallery.vectors import Vectors
-    from vidjax.apps.video.features_folder import Film
+    from vidjax.apps.video.features_folder import MediaFile
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
 
@@ -364,7 +364,7 @@ def _drop_group_photos(
     poor, hidden = set[str](), dict[str, str]()
     for folder in (folder for folder in folders if (folder / features_folder.NAME).exists()):
         prefix = "" if folder == path else f"{folder.name}/"
-        for film in features_folder.read_films(folder):
+        for film in features_folder.read_media_files(folder):
             film.tracks = [track for track in film.tracks if f"{prefix}{track.clip}" in people]
             single, problem = features_folder.check_photo(film) if film.photo else ("", "")
             for track in film.tracks if single is None else ():
@@ -420,7 +420,7 @@ def _group(args: argparse.Namespace) -> Result:
     return Result(content, rows)
 
 
-def _read_films(args: argparse.Namespace) -> "list[Film]":
+def _read_films(args: argparse.Namespace) -> "list[MediaFile]":
     """Reads the descriptions of films in `--input`; returns [] for other clips."""
     from vidjax.apps.video import features_folder
 
@@ -428,7 +428,7 @@ def _read_films(args: argparse.Namespace) -> "list[Film]":
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
     is_extracted = args.input and (folder / features_folder.NAME).exists()
-    return features_folder.read_films(folder) if is_extracted else []
+    return features_folder.read_media_files(folder) if is_extracted else []
 
 
 def _identify(args: argparse.Namespace) -> Result:

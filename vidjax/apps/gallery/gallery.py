@@ -203,7 +203,7 @@ class Gallery:
           models: the folder of the models and their cards, see `vidjax.apps.video.cards`.
 
         Raises:
-          ValueError: no card of a face, head or voice model contains a distribution of distances.
+          ValueError: no card of a face or voice model contains a distribution of distances.
         """
         origin, back_ends = make_models_origin(models)
         return cls.of_clips(folder, origin, backend_lib.make_card_backend(back_ends), {})
@@ -872,22 +872,18 @@ def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     """Reads the cards of models, the JSON files that describe them.
 
-    Returns a description of the models, and modality -> distribution of cosines, for faces, heads
-    and voices. Raises UserError if no card contains such a distribution.
+    Returns a description of the models, and modality -> distribution of cosines. Raises UserError
+    if no card contains such a distribution.
     """
     from vidjax.apps.video import cards
 
     check_argument("Gallery: models", models, (str, os.PathLike), "the path of a folder")
     path = Path(models).expanduser().absolute()
     usable = cards.list_embedders(cards.load(path))
-    # Clothes and places do not identify a person: they change, and people share them.
-    back_ends = {
-        part: card.back_end for part, card in usable.items()
-        if card.back_end and part not in ("body", "scene")
-    }  # fmt: skip
+    back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:
         raise UserError(
-            f"'{path}' needs a net of faces, heads or voices whose JSON file has a back_end\n"
+            f"'{path}' needs a net of faces or voices whose JSON file has a back_end\n"
             f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}

@@ -7,20 +7,18 @@ all videos. Each line has the video, the start and the duration in seconds, and 
 
 import itertools
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
 
 from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
-from vidjax.apps.video.features_folder import Box, Film, FilmTrack, select_films
+from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile, select_films
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
-from vidjax.utils.names import IGNORED
+from vidjax.utils.names import IGNORED, escape
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
@@ -67,7 +65,9 @@ def format_certainty(appearance: Appearance) -> str:
 
 
 def find_appearances(
-    answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
+    answers: Mapping[str, Answer],
+    films: Iterable[MediaFile],
+    groups: Mapping[str, str] | None = None,
 ) -> list[Appearance]:
     """Returns the appearances of people in films, by video and in order of time.
 
@@ -80,7 +80,7 @@ def find_appearances(
     """
     appearances = []
     for film in films:
-        by_name: dict[tuple[bool, str], list[FilmTrack]] = {}
+        by_name: dict[tuple[bool, str], list[FaceTrack]] = {}
         for track in sorted(film.tracks, key=lambda track: track.start_s):
             if (answer := answers.get(track.clip)) is None:
                 continue
@@ -105,7 +105,7 @@ def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearan
     return videos
 
 
-def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
+def list_places(films: Iterable[MediaFile]) -> dict[str, tuple[str, str, str]]:
     """Returns clip -> (video, start, end), as texts. For photos, start and end are empty."""
     place_of = {}
     for film in films:
@@ -115,11 +115,11 @@ def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
     return place_of
 
 
-def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
+def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
     """Returns all pairs of clips that overlap in time, and so must show two different people."""
     pairs = []
     for film in films:
-        live: list[FilmTrack] = []
+        live: list[FaceTrack] = []
         for track in sorted(film.tracks, key=lambda track: (track.start_s, track.clip)):
             live = [other for other in live if film.photo or other.end_s > track.start_s]
             pairs += [(other.clip, track.clip) for other in live]
@@ -138,7 +138,7 @@ class NamedTracks(NamedTuple):
 def name_tracks(
     gallery: "Gallery",
     vectors: Vectors,
-    films: Sequence[Film],
+    films: Sequence[MediaFile],
     identify: Callable[..., dict[str, Answer]],
     votes: dict[str, str] | None = None,
 ) -> NamedTracks:
@@ -167,7 +167,7 @@ def name_tracks(
 
 
 def group_votes(
-    gallery: "Gallery", vectors: Vectors, films: Sequence[Film]
+    gallery: "Gallery", vectors: Vectors, films: Sequence[MediaFile]
 ) -> dict[str, str] | None:
     """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`.
 
@@ -180,7 +180,9 @@ def group_votes(
     return gallery.group(vectors, pair_seen_together(films), clarity=clarity, for_votes=True)
 
 
-def group_unknown(gallery: "Gallery", vectors: Vectors, films: Sequence[Film]) -> dict[str, str]:
+def group_unknown(
+    gallery: "Gallery", vectors: Vectors, films: Sequence[MediaFile]
+) -> dict[str, str]:
     """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
 
     Two people with unclear faces look alike. So an unclear face is in no group, and has a number
@@ -195,7 +197,7 @@ def group_unknown(gallery: "Gallery", vectors: Vectors, films: Sequence[Film]) -
     return groups | {clip: f"{UNKNOWN}{first + number}" for number, clip in enumerate(faces)}
 
 
-def mark_unclear(groups: Mapping[str, str], films: Iterable[Film]) -> dict[str, str]:
+def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[str, str]:
     """Renames the unknown people who are single unclear faces, such as `unknown face 4`."""
     unclear, sizes = list_unclear(films), Counter(groups.values())
     return {
@@ -206,7 +208,7 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[Film]) -> dict[str, 
 
 
 def remove_unclear_names(
-    answers: Mapping[str, Answer], gallery: "Gallery", films: Iterable[Film]
+    answers: Mapping[str, Answer], gallery: "Gallery", films: Iterable[MediaFile]
 ) -> dict[str, Answer]:
     """Removes names of people of whom only unclear faces are enrolled.
 
@@ -221,12 +223,12 @@ def remove_unclear_names(
     }
 
 
-def list_unclear(films: Iterable[Film]) -> set[str]:
-    """Returns the clips with unclear faces, see `FilmTrack.unclear`."""
+def list_unclear(films: Iterable[MediaFile]) -> set[str]:
+    """Returns the clips with unclear faces, see `FaceTrack.unclear`."""
     return {track.clip for film in films for track in film.tracks if track.unclear}
 
 
-def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
+def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) -> dict[str, Answer]:
     """Returns answers in which tracks that overlap in time have different names.
 
     If two such tracks have the same name, the less probable name is removed. A name that a user
@@ -247,7 +249,7 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict
 
 
 def _make_appearance(
-    film: Film, name: str | None, probability: float | None, tracks: Sequence[FilmTrack]
+    film: MediaFile, name: str | None, probability: float | None, tracks: Sequence[FaceTrack]
 ) -> Appearance:
     end = max(track.end_s for track in tracks)
     clips = tuple(track.clip for track in tracks)
@@ -257,9 +259,9 @@ def _make_appearance(
     )
 
 
-def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
+def _join_tracks(tracks: Iterable[FaceTrack]) -> Iterator[list[FaceTrack]]:
     """Yields groups of tracks with gaps below two seconds. `tracks` are in order of time."""
-    group: list[FilmTrack] = []
+    group: list[FaceTrack] = []
     end = 0.0
     for track in tracks:
         if group and track.start_s - end >= GAP_SECONDS:
@@ -271,7 +273,7 @@ def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
         yield group
 
 
-def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) -> None:
+def write(path: Path, appearances: Sequence[Appearance], films: Iterable[MediaFile]) -> None:
     """Writes appearances to a new file in the format of its ending, such as .tsv, .vtt or .rttm."""
     if path.suffix in SUBTITLES:
         tables.write_new(path, to_subtitles(appearances, path.suffix).encode())
@@ -293,7 +295,7 @@ def format_percent(probability: float) -> str:
     return "over 99 %" if probability >= 0.995 else f"{round(100 * probability)} %"
 
 
-def _describe_file(film: Film) -> dict[str, str]:
+def _describe_file(film: MediaFile) -> dict[str, str]:
     """Returns the path of a film and the date of its last change (UTC), as columns of the table."""
     source = film.source
     date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
@@ -351,7 +353,7 @@ def to_rttm(appearances: Iterable[Appearance]) -> str:
     """Returns the text of a .rttm file with a line for each appearance of a person.
 
     Ignored people and photos are left out. Blanks in names become `_`. If this makes two names
-    equal, their blanks become `%20` instead.
+    equal, their blanks become `%20` instead. In all names, `%20` becomes `%2520`.
     """
     appearances = [x for x in appearances if x.identity is not None and x.end_s > x.start_s]
     words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
@@ -364,12 +366,9 @@ def to_rttm(appearances: Iterable[Appearance]) -> str:
 
 def _make_words(texts: Collection[str]) -> dict[str, str]:
     """Returns text -> word without blanks. Different texts get different words."""
-    words = {text: "_".join(text.split()) or "_" for text in texts}
+    words = {text: "_".join(map(escape, text.split())) for text in texts}
     count = Counter(words.values())
-    return {
-        text: word if count[word] == 1 else re.sub(r"\s", lambda x: quote(x[0]), text)
-        for text, word in words.items()
-    }
+    return {text: word if count[word] == 1 else escape(text) for text, word in words.items()}
 
 
 def format_span(begin: float, end: float) -> str:

@@ -37,7 +37,7 @@ from vidjax.apps.gallery.store import Denials, StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
-from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film, hash_film
+from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, MediaFile, hash_film
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.utils import files, printing
 from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
@@ -131,7 +131,7 @@ class Review:
         self._forms = Forms()
         number_of = {film.video: number for number, film in enumerate(self._films)}
 
-        def address(film: Film, seconds: float) -> str:
+        def address(film: MediaFile, seconds: float) -> str:
             number = number_of[film.video]
             return f"film/{number}" if film.photo else f"play/{number}?t={seconds:.1f}"
 
