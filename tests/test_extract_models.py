@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
 pytest.importorskip("onnx")
 
 from tests.helpers.seen import refused
 from vidjax.apps.video import cards, net_packages, nets, voices
-from vidjax.apps.video.features_folder import FilmTrack
+from vidjax.apps.video.features_folder import FaceTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.cli.program import main
@@ -129,21 +128,20 @@ def test_suppression_drops_each_face_that_overlaps_a_better_kept_face():
 
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40)])
-def test_resize_is_bilinear_after_block_averages(size):
-    """If the picture is reduced by 2 or more, blocks are averaged before the interpolation."""
+def test_resize_has_a_linear_filter_that_skips_no_pixel(size):
+    """The filter is a triangle. Its half width is a pixel of the larger of the two images."""
     image = rng(0).integers(0, 256, (12, 20, 3), np.uint8)
-    block = max(1, min(12 // size[0], 20 // size[1]))  # the side of the blocks in pixels
-    height, width = 12 // block, 20 // block
-    means = image[: height * block, : width * block].astype(float)
-    means = means.reshape(height, block, width, block, 3).mean((1, 3))
-    row, column = np.indices(size)
-    places = (row + 0.5) * height / size[0] - 0.5, (column + 0.5) * width / size[1] - 0.5
-    channels = np.moveaxis(means, -1, 0)
-    expected = [ndimage.map_coordinates(x, places, order=1, mode="nearest") for x in channels]
+    expected = image.astype(float)
+    for axis, (old, new) in enumerate(zip(image.shape, size, strict=False)):
+        middles = (np.arange(new) + 0.5) * old / new - 0.5
+        apart = np.abs(middles[:, None] - np.arange(old)) / max(old / new, 1)
+        weights = np.maximum(1 - apart, 0)
+        weights /= weights.sum(1, keepdims=True)
+        expected = np.moveaxis(np.tensordot(weights, expected, (1, axis)), 0, axis)
 
     resized = nets.resize(image, *size)
     assert resized.dtype == np.uint8
-    np.testing.assert_allclose(resized, np.stack(expected, -1), atol=0.501)  # rounded
+    np.testing.assert_allclose(resized, expected, atol=1.01)  # rounded twice
     # In a picture of one row, there is no second row for the interpolation.
     assert nets.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
 
@@ -261,7 +259,8 @@ def test_error_names_the_wrong_field_of_a_card(tmp_path):
     # A word of the error, and changes of the card that each cause the error.
     for word, *changes in (
         ("colour", {"colour": "rgb"}, {"input": {"layout": "mels"}}, {"input": {"colour": None}}),
-        ("format", {"format": 2}), ("role", {"role": "face"}), ("sha256", {"sha256": "0"}),
+        ("format", {"format": 2}), ("sha256", {"sha256": "0"}),
+        ("role", {"role": "face"}, {"role": "body_embedder"}),
         ("file", {"file": "../face.onnx"}), ("yunet", {"decoder": "yunet"}),
         ("NCHW", {"role": "voice_embedder", "input": {"layout": "NCHW", "colour": "rgb"}}),
         ("mels", {"input": {"layout": "mels", "colour": None}}),
@@ -341,7 +340,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 
 def test_part_of_a_film_as_long_as_a_window_is_heard_despite_rounding_errors():
-    track = FilmTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6, a window
+    track = FaceTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6, a window
     assert len([*voices.find_solo_spans([track])]) == 1
 
 

@@ -24,7 +24,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, ROOT
 from vidjax.cli import program, run_commands
 from vidjax.data import iqiyi_vid, synthetic
-from vidjax.models import identifier
+from vidjax.models import build_system
 
 FOLDERS = (
     "configs", "vidjax/data", "vidjax/evaluation/export", "vidjax/apps/video",
@@ -148,11 +148,11 @@ def test_pages_and_notebooks_use_only_public_names_of_python():
 @pytest.mark.slow
 def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypatch):
     path = write("configs/mine.py", kind="example", page="configs/README.md")
-    own, known = f"--config={path}", dict(identifier.MODELS)
+    own, known = f"--config={path}", dict(build_system.MODELS)
 
     def command(*words, workdir="--workdir=run", code=0):
         """Runs a command without the models of earlier commands; returns results or the error."""
-        monkeypatch.setattr(identifier, "MODELS", dict(known))
+        monkeypatch.setattr(build_system, "MODELS", dict(known))
         error = say(*words, workdir, code=code)
         return error if code else json.loads(Path("run/metrics.json").read_text())
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.helpers.embeddings import unit
-from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.video import cards, voices
 from vidjax.core import metrics
 
