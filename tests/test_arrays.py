@@ -12,11 +12,10 @@ import pytest
 
 from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
-from tests.helpers.batches import eval_batches
+from tests.helpers.batches import eval_batches, real_frames
 from tests.helpers.datasets import load_dataset
-from vidjax.data import arrays, labels, memory, sources
+from vidjax.data import input_files, labels, memory, sources
 from vidjax.data.clip_files import write_npz
-from vidjax.data.records.conversion import convert
 from vidjax.utils import errors
 
 DIM = 6
@@ -77,14 +76,12 @@ def write_npz_of_each_split(folder, splits):
 
 
 def write_parquet_of_each_split(folder, splits):
-    """Writes tables. Removes from `splits` what tables lack: clips without frames, and boxes."""
+    """Writes tables. Removes from `splits` what tables lack: clips without frames."""
     pytest.importorskip("pyarrow")
     folder.mkdir()
     for split, clips in splits.items():
         for name in [name for name, clip in clips.items() if not len(clip["face"]["features"])]:
             del clips[name]
-        for clip in clips.values():
-            del clip["face"]["box"]
         options = {"fields": ("quality", "detection", "number"), "row_group_size": 7}
         clip_files.write_parquet(folder / f"{split}.parquet", clips, width=DIM, **options)
 
@@ -150,12 +147,16 @@ def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(load):
     assert (face.detection == face.mask).all()  # 1, because the clips have no detection scores
 
 
-def test_changed_arrays_are_converted_again_but_equal_arrays_are_not(tmp_path):
+def test_arrays_in_memory_are_copied_and_their_digest_depends_on_their_content(tmp_path, load):
     splits = make_splits()
-    first = convert(arrays.FeatureDict(splits), tmp_path).folder
-    assert convert(arrays.FeatureDict(make_splits()), tmp_path).folder == first
-    splits["val"]["val_03"]["face"]["quality"][0] += 1
-    assert convert(arrays.FeatureDict(splits), tmp_path).folder != first
+    data, quality = load(splits), splits["val"]["val_03"]["face"]["quality"]
+    before = quality[0]
+    assert digest(load(make_splits())) == digest(data)
+    quality[0] += 1
+    assert digest(load(splits)) != digest(data)
+    frames = dict(real_frames(data, "val"))[data.split("val").clips.index("val_03")]
+    assert frames.quality[0] == before
+    assert not (tmp_path / "cache").exists()  # nothing is written
 
 
 def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
@@ -167,7 +168,7 @@ def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
         (np.zeros((2, DIM), np.float16), "features are float16, but float32 in other clips"),
         (np.zeros((1, 2, DIM)), "at most 2 axes"),
         (np.zeros((2, 0)), "shape [2, 0]"),
-        (two | {"box": [1.0, 2.0]}, "box has shape [2]: give [2, 4]"),
+        (two | {"quality": [1.0] * 3}, "quality has shape [3]: give [2]"),
         (two | {"number": [0.5, 1.0]}, "number 0.5"),
         ({"quality": [1.0]}, "no features"),
         ({"feature": np.zeros((1, DIM))}, "the key 'feature' is unknown"),
@@ -271,7 +272,7 @@ def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refus
 
 def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     path, face = tmp_path / "all.npz", np.ones((3, 2), np.float32)
-    load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
+    load = functools.partial(input_files.load_clips, tmp_path, {"face": 2}, ())
 
     # The file has 3 frames of two clips. The sum of two lengths must be 3, as in [1, 2].
     half = 2**63  # the sum of [half, half + 3] overflows to 3
@@ -286,7 +287,7 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     np.savez(path, clips=["a"], face=face[:1], face_length=[1], face_quality=0.5)  # no axis
     seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=face)  # the only array of a file is a modality of one clip, named "all"
-    assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
+    assert input_files.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
 def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_path, monkeypatch):
@@ -302,7 +303,7 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
     ):  # fmt: skip
         wanted = f"face: {count} of 12 frames have a {fields} that is {word}, such as in clip b: "
         for load in (
-            lambda: memory.load_clips(tmp_path / "val", {"face": 2}, ()),
+            lambda: input_files.load_clips(tmp_path / "val", {"face": 2}, ()),
             lambda: memory.MemoryClips.from_dict(clips, {"face": 2}, ()),
             lambda: sources.load(tmp_path, cache_dir=tmp_path / "cache"),
             lambda: sources.load({"val": clips}, cache_dir=tmp_path / "cache"),
@@ -323,7 +324,7 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
 def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path):
     rng = np.random.default_rng(0)
     clips = {name: clip_files.random_clip(rng, 3, DIM) for name in ("a", "b")}
-    load = functools.partial(memory.load_clips, tmp_path, {"face": DIM}, ())
+    load = functools.partial(input_files.load_clips, tmp_path, {"face": DIM}, ())
     clips["a"].quality[:] = -1, -30, 150
     clip_files.write_pickle(tmp_path, "face", "val", clips)
     load()  # a warning would be an error
@@ -382,7 +383,7 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
 def load_faces(path):
     """Returns clips as a run reads them; raises an error if the reading takes long."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        return memory.load_clips(path, {"face": 4}, ())
+        return input_files.load_clips(path, {"face": 4}, ())
 
 
 def faces_refused(path, *words):
@@ -467,8 +468,8 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     without_data = content.replace(b"face\x15\x00", b"face\x15\x02")
     for damaged, word in (
         (b"", ""), (b"no table", ""), (content[:-20] + content[-12:], ""),
-        (content[:30] + content[50:], ""), (early, "before the file"),
-        (without_data, "0 rows of features, but 1 clips"),
+        (content[:30] + content[50:], ""), (early, ""),
+        (without_data, "0 values of features, but its footer lists 4"),
     ):  # fmt: skip
         path.write_bytes(damaged)
         faces_refused(path, "clips.parquet' is not a parquet table", "write it again", word)
@@ -481,7 +482,7 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf))
 
     with pytest.warns(errors.VidjaxWarning) as caught:  # the category that commands show
-        memory.load_clips(tmp_path, {"face": 4}, ())
+        input_files.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)
     assert "face: 3 of 5 frames are left out" in features and "1 clips lose all frames" in features
     assert "face: 1 of 5 frames have a quality that is not finite" in qualities

@@ -10,9 +10,9 @@ import pytest
 
 from tests.helpers.clip_files import as_read, random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
+from vidjax.core.batch import BATCHED
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import STORED
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records import shard_files
 from vidjax.data.records.data_report import label_records
@@ -73,7 +73,7 @@ def test_cache_folder_depends_on_the_content_of_the_files(tmp_path):
 
     # The content changes, but not the name, size and time of the file.
     size = path.stat().st_size
-    write_pickle(small, "face", "train", {"s1": clip._replace(box=clip.box / 2)})
+    write_pickle(small, "face", "train", {"s1": clip._replace(features=clip.features / 2)})
     assert path.stat().st_size == size
     os.utime(path, ns=(1, 1))
     second = prepare(small, cache).folder
@@ -160,17 +160,15 @@ def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
     assert all(set(example) == {"clip", "clip_index", "frames"} for example in examples)
 
     reader, places = Reader(records, ["train"]), rng.permutation(20)
-    messages = reader.read(places)
+    by_reader = reader.read(places, MODALITIES)
     for name, modality in MODALITIES.items():
-        by_reader = reader.frames(name, places, messages)
         for row, place in enumerate(places):
             # If the modality lacks the clip, the clip is read with 0 frames.
             clip = as_read(name, clips[name].get(names[place], random_clip(rng, 0, *modality)))
-            for field in STORED:
+            for field in BATCHED:
                 wanted, by_tfds = getattr(clip, field), examples[place]["frames"][name][field]
                 np.testing.assert_array_equal(by_tfds, wanted, strict=True)
-                if field != "box":  # training does not use boxes, so our reader omits them
-                    np.testing.assert_array_equal(by_reader[field][row], wanted, strict=True)
+                np.testing.assert_array_equal(by_reader[name][field][row], wanted, strict=True)
 
 
 @pytest.mark.nightly

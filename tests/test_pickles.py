@@ -9,6 +9,7 @@ import pytest
 from tests.campaigns import hostile, mutations
 from tests.helpers.clip_files import random_clip, write_pickle
 from tests.helpers.seen import refused
+from vidjax.core.batch import BATCHED
 from vidjax.data import labels as labels_lib
 from vidjax.data.iqiyi_vid import OfficialFiles, find_pickles
 from vidjax.data.untrusted import sandbox
@@ -24,10 +25,12 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     faces = sandbox.unpack(write_pickle(tmp_path, "face", "train", {"c": clip}), "face", out)
 
     hostile.check(faces, out)
-    assert faces.names == ("c",) and faces.lengths.tolist() == [3]
-    for field, values in {"features": faces.features, **faces.frames}.items():
+    frames = faces.frames["face"]
+    assert faces.names == ("c",) and frames.length.tolist() == [3]
+    for field in BATCHED:
+        values = np.asarray(getattr(frames, field))
         np.testing.assert_array_equal(values, getattr(clip, field), strict=True)
-    assert isinstance(faces.features.base, np.memmap)
+    assert isinstance(frames.features, np.memmap)
 
 
 def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):

@@ -11,12 +11,12 @@ from scipy import stats
 from tests.helpers import small_runs as small
 from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
 from tests.helpers.cases import nightly_after_first, quick_first
-from tests.helpers.clip_files import RAGGED, random_clip, write_ragged
+from tests.helpers.clip_files import RAGGED, as_arrays, ragged_clips, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.core import devices as devices_lib, fusion
 from vidjax.core.batch import LazyFeatures, Packed
-from vidjax.data import order as order_lib, resident
+from vidjax.data import order as order_lib, resident, sources
 from vidjax.data.clips import longest, make_batch_plan
 from vidjax.runs.checkpoint import manifests
 
@@ -64,6 +64,16 @@ def ragged(tmp_path_factory):
     return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
+@pytest.fixture(scope="module")
+def in_memory(ragged):
+    """The same clips as `ragged`, from arrays in memory. Splits of any dataset have digests."""
+    data = sources.load({x: as_arrays(ragged_clips(x, count)) for x, count in COUNTS.items()})
+    for split in COUNTS:
+        first, second = (x.report["splits"][split]["sha256"] for x in (data, ragged))
+        assert first["features"] == second["features"] and first["names"] == second["names"]
+    return data
+
+
 def clips_of(data, modalities=MODALITIES, devices=1, splits=("train",), **changed):
     """Returns the train and val splits as Resident, their layout, and a plan of training."""
     options: Any = {"batch_size": 8, "max_frames": 7, "crop": "window", "seed": 3, **changed}
@@ -74,7 +84,7 @@ def clips_of(data, modalities=MODALITIES, devices=1, splits=("train",), **change
 
 @pytest.mark.slow
 @nightly_after_first("split, devices", [("val", 8), ("train", 1)])
-def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devices):
+def test_resident_evaluation_batches_equal_streaming_batches(ragged, in_memory, split, devices):
     (clips, *_), count = clips_of(ragged, devices=devices), COUNTS[split]
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
 
@@ -86,7 +96,8 @@ def test_resident_evaluation_batches_equal_streaming_batches(ragged, split, devi
     ):  # fmt: skip
         arguments = {"split": split, "rows": 2 * devices, "modalities": names, **chosen}
         wanted = rows_of(eval_batches(ragged, **arguments))
-        assert_equal(rows_of(eval_batches(clips, **arguments)), wanted)
+        for data in (clips, in_memory):
+            assert_equal(rows_of(eval_batches(data, **arguments)), wanted)
         assert len(wanted) == number
 
 
@@ -100,7 +111,7 @@ CHOSEN = np.sort(np.random.default_rng(1).permutation(33)[:29]).astype(np.int32)
     ("window", ("train",), MODALITIES, 0, None),
 ])  # fmt: skip
 def test_resident_training_batches_equal_streaming_batches(
-    ragged, crop, splits, modalities, first_step, epoch_clips
+    ragged, in_memory, crop, splits, modalities, first_step, epoch_clips
 ):
     """The steps cover three epochs of chosen clips or of all clips."""
     options = {"splits": splits, "crop": crop, "epoch_clips": epoch_clips}
@@ -112,10 +123,13 @@ def test_resident_training_batches_equal_streaming_batches(
         frames = {k: x._replace(features=fusion.read(x.features)) for k, x in batch.frames.items()}
         return batch._replace(frames=frames)
 
-    stream = ragged.train_batches(plan, step=first_step)
+    # TensorFlow makes the batches of clips on the disk, and numpy the batches of clips in memory.
+    streams = [data.train_batches(plan, step=first_step) for data in (ragged, in_memory)]
     num_steps = 3 * plan.num_places // plan.batch_size
     for step in range(first_step, first_step + num_steps):
-        jax.tree.map(np.testing.assert_array_equal, next(stream), draw(np.int32(step)))
+        resident_batch = draw(np.int32(step))
+        for stream in streams:
+            jax.tree.map(np.testing.assert_array_equal, next(stream), resident_batch)
 
 
 FILTERS = {"min_quality": 70.0, "min_detection": 0.85, "top_share": 0.7}

@@ -1,10 +1,13 @@
 """A run accepts only the data that it was trained on. A run on everything measures nothing."""
 
 import contextlib
+import copy
 import io
 import itertools
 import json
 import shutil
+import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -94,6 +97,38 @@ def test_run_refuses_other_data(own, tmp_path, evaluate, train_again, change, me
 
     path.unlink()  # as in a stopped run
     assert message in train_again(words, code=2)
+
+
+def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, monkeypatch):
+    """Compiled programs, which contain no clips, are cached. Streaming needs no TensorFlow."""
+    for name in ("HOME", "VIDJAX_CACHE", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # is read from TMPDIR again
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    rng, clips, labels = np.random.default_rng(0), {"train": {}, "val": {}}, {}
+    for split, i in itertools.product(clips, range(20)):
+        clips[split][f"{split}{i}"] = {"face": rng.normal(size=(1 + i % 3, 4)).astype("f2")}
+        labels[f"{split}{i}"] = f"person {i % 4}"
+
+    def train(mode, clips=clips, **more):
+        flags = [f"--config.{key}={x}" for key, x in {"data.mode": mode, **more}.items()]
+        config = vidjax.load_config("mma:face", "--config.batch_size=8", *flags)
+        return vidjax.train(config, tmp_path / mode, vidjax.load_data(clips, labels))
+
+    for mode in ("resident", "streaming"):
+        train(mode, num_epochs=1)
+        resumed = train(mode, num_epochs=2)
+        data = vidjax.load_data(clips, labels)
+        assert vidjax.evaluate(tmp_path / mode, data).map == resumed.map
+        assert vidjax.restore(tmp_path / mode).rank(clips["val"])
+
+    other = copy.deepcopy(clips)
+    other["train"]["train3"]["face"][0, 0] += 1
+    refused(lambda: train("resident", other, num_epochs=2), "train has other features")
+    written = [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()]
+    # matplotlib lists the fonts of the system.
+    allowed = ("resident/", "streaming/", "VIDJAX_CACHE/programs/", "HOME/.cache/matplotlib/")
+    assert not [path for path in written if not path.startswith(allowed)]
 
 
 def test_only_a_run_without_a_checkpoint_accepts_another_configuration(own, train_again):

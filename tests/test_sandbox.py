@@ -38,13 +38,13 @@ def convert(folder, value, modality="face"):
     arguments = {"path": str(path), "modality": modality, "out_dir": str(folder)}
     try:
         summary = sandbox.work(arguments)
+        summary |= summary["counts"]
     finally:
         gc.enable()
     dtypes = {name: field.dtype for name, field in FRAME_FIELDS.items()}
     for key, dtype in {"features": summary["dtype"], **dtypes}.items():
         summary[key] = np.fromfile(folder / f"{key}.bin", dtype)
     summary["features"] = summary["features"].reshape(-1, summary["width"] or 1)
-    summary["box"] = summary["box"].reshape(-1, 4)
     return summary
 
 
@@ -61,7 +61,7 @@ def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_pat
         read = convert(tmp_path, value, name)
         assert read["names"] == ["none", "one", "two"]
         assert read["lengths"] == [0, 1, 2]
-        assert read["seen"] == 3  # frames
+        assert read["frames"] == 3  # frames
         assert read["skipped_clips"] == {"empty": 1}
         assert read["skipped"] == read["warnings"] == {}
 
@@ -69,7 +69,7 @@ def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_pat
         assert read["number"].tolist() == [7] * 3
         assert read["quality"].tolist() == [80 if modality == "face" else 0] * 3
         assert read["detection"].tolist() == [0.5 if modality in ("face", "head") else 1] * 3
-        assert read["box"].tolist() == [[0] * 4 if modality == "scene" else BOX] * 3
+        assert "box" not in read and not (tmp_path / "box.bin").exists()  # no model reads boxes
 
 
 @pytest.mark.parametrize("modality", ["audio", "speech"])
@@ -95,7 +95,6 @@ def test_pickles_of_every_python_and_numpy_load_to_equal_arrays(tmp_path):
         assert read["number"].tolist() == rows
         assert read["quality"].tolist() == [80.5 - row for row in rows]
         assert read["detection"].tolist() == [0.5] * 3
-        assert read["box"].tolist() == [[1.0, 2.5, 30.5, 40.25 + row] for row in rows]
 
 
 WRITERS = [(python2.dumps, n) for n in range(3)] + [(pickle.dumps, n) for n in range(6)]
@@ -153,17 +152,15 @@ def test_pieces_and_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypat
         convert(tmp_path, with_reference)
 
 
-def test_non_finite_scores_and_boxes_become_zero_and_are_counted(tmp_path):
+def test_non_finite_scores_become_zero_and_are_counted(tmp_path):
     """The scores are stored as float32, where -1e300 is infinite."""
-    wrong = face(quality=float("nan"), det=float("inf"), box=[1.0, float("nan"), 3.0, 4.0])
+    wrong = face(quality=float("nan"), det=float("inf"))
     frames = [wrong, face(quality=-1e300, det=np.float32(-np.inf)), face(quality=-30.0)]
     read = convert(tmp_path, {b"a": frames})
-    assert read["seen"] == 3 and read["skipped"] == {}
+    assert read["frames"] == 3 and read["skipped"] == {}
     assert read["quality"].tolist() == [0, 0, -30]
     assert read["detection"].tolist() == [0, 0, 0.5]
-    assert read["box"][0].tolist() == [1, 0, 3, 4]
-    counts = {"non_finite_quality": 2, "non_finite_detection": 2, "non_finite_box": 1}
-    assert read["warnings"] == counts
+    assert read["warnings"] == {"non_finite_quality": 2, "non_finite_detection": 2}
 
 
 WIDE = feature(1, 2, 3, 4)
@@ -183,7 +180,6 @@ WIDE = feature(1, 2, 3, 4)
     ({b"a": [face(b"1_0")]}, "face", "frame must be digits"),
     ({b"a": [face(b"9" * 11)]}, "face", "number 99999999999 is not a whole number"),
     ({b"a": [face(b"9" * 9999)]}, "face", "frame Exceeds the limit"),
-    ({b"a": [face(box=BOX[:3])]}, "face", "bbox must be four numbers"),
     ({b"a": [face(det=b"0.5")]}, "face", "det_score must be real number"),
     ({b"a\n": []}, "face", r"clip name 'a\n' contains the control character '\n': rename it"),
     ({b" .mp4": []}, "face", "clip name ' .mp4' is empty"),

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from tests.helpers import python2
-from vidjax.data.frame_fields import PackedClips
+from vidjax.data.packed_clips import PackedClips
 from vidjax.data.untrusted import sandbox
 from vidjax.utils import processes
 from vidjax.utils.names import clean_name
@@ -299,7 +299,8 @@ def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> by
 
 def check(packed: PackedClips, out_dir: Path) -> None:
     """Asserts that names, shapes, dtypes and counts of unpacked clips are valid."""
-    names, features, lengths = packed.names, packed.features, packed.lengths
+    ((modality, frames),) = packed.frames.items()
+    names, features, lengths = packed.names, frames.features, frames.length
     assert len(set(names)) == len(names) and [clean_name(n) for n in names] == [*names]
     assert lengths.dtype == np.int32 and lengths.shape == (len(names),)
     assert (lengths >= 0).all() and lengths.sum() == len(features)
@@ -307,17 +308,17 @@ def check(packed: PackedClips, out_dir: Path) -> None:
     assert features.dtype.str[1:] in ("f2", "f4", "f8", "i1")
     assert features.shape[1] > 0 or not len(features)
     columns = {
-        "number": ("i4", ()), "quality": ("f4", ()), "detection": ("f4", ()), "box": ("f4", (4,)),
+        "number": ("i4", ()), "quality": ("f4", ()), "detection": ("f4", ()),
         "features": (features.dtype, features.shape[1:]),
     }  # fmt: skip
-    assert packed.frames.keys() == columns.keys()
     for key, (dtype, shape) in columns.items():
-        column = packed.frames[key]
+        column = getattr(frames, key)
         assert column.dtype == dtype and column.shape == (len(features), *shape)
         assert np.isfinite(column).all()
         assert (out_dir / f"{key}.bin").stat().st_size == column.nbytes
-    assert packed.seen == len(features) + sum(packed.skipped.values())
-    assert sum(packed.skipped_clips.values()) == (lengths == 0).sum()
+    counts = packed.counts[modality]
+    assert counts.frames == len(features) + sum(counts.skipped.values())
+    assert sum(counts.skipped_clips.values()) == (lengths == 0).sum()
 
 
 class _Fork(processes.Children):

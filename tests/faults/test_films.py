@@ -32,7 +32,7 @@ from tests.helpers.limits import ROOT, children_of, file_limit, held_by, running
 from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery import store
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import features_folder, input_files, pipeline
+from vidjax.apps.video import features_folder, media_files, pipeline
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -218,9 +218,9 @@ def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch, capsys
         os.seteuid(65534)  # "nobody", because root may read all folders
     try:
         with pytest.raises(PermissionError):
-            input_files.list_files([Path("films/closed")])
-        assert input_files.list_files([Path("films")]) == [Path("films/a.mp4")]
-        input_files.say_left_out([Path("films"), Path("films/a.mp4")])
+            media_files.list_files([Path("films/closed")])
+        assert media_files.list_files([Path("films")]) == [Path("films/a.mp4")]
+        media_files.say_left_out([Path("films"), Path("films/a.mp4")])
     finally:
         os.seteuid(user)
     assert capsys.readouterr().err.count("closed is left out, because you may not read") == 1

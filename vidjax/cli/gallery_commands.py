@@ -262,7 +262,7 @@ def _open(args: argparse.Namespace) -> "Gallery":
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
-    from vidjax.data.memory import check_path, find_files
+    from vidjax.data.input_files import check_path, find_files
 
     path = Path(args.input).expanduser() if getattr(args, "input", None) else None
     if path and args.overrides:
@@ -302,7 +302,8 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
 
 
 def _enrol(args: argparse.Namespace) -> Result:
-    from vidjax.data.memory import MemoryClips, load_people
+    from vidjax.data.input_files import load_people
+    from vidjax.data.memory import MemoryClips
 
     if args.identity:  # a mistake is reported before clips are read
         check_person(args.identity)

@@ -160,5 +160,5 @@ class Packed(NamedTuple):
     quality: Array  # [F] float32, see Frames
     detection: Array  # [F] float32, see Frames
     number: Array  # [F] int32, frame number within the clip
-    start: Array  # [N] int32, row of the first frame of each clip
+    start: Array  # [N] int32 (int64 in memory of the host), row of the first frame of each clip
     length: Array  # [N] int32, number of frames of each clip

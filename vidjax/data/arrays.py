@@ -4,22 +4,20 @@ README.md of this folder describes the files, in the section "Features of your o
 """
 
 import contextlib
-import hashlib
 import os
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from vidjax.data import clip_files
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
-from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import Origin, Quality, Unpacked
+from vidjax.data.clips import SPLITS, Origin
+from vidjax.data.frame_fields import Quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
-from vidjax.data.packing import Clip, Clips, locate, pack, read_dict, read_frames
+from vidjax.data.packed_clips import PackedClips
+from vidjax.data.packing import Clip, Clips, pack, read_dict
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 from vidjax.utils.names import show
 
@@ -28,7 +26,7 @@ VERSION = 3  # increase it if new code reads other frames from the same file, to
 
 
 class FeatureDict:
-    """Features in memory, which can be converted to TFRecords."""
+    """Features in memory, which are never written to the disk."""
 
     kind = place = title = "arrays"
 
@@ -50,22 +48,13 @@ class FeatureDict:
     def _clips(self, split: str) -> Iterator[Clip]:
         return read_dict(self._splits[split], split)
 
-    def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of the arrays of each split, and the settings that affect frames."""
-        shared = {"arrays": VERSION, "quality": self._quality}
-        digests = {split: _digest(self._clips(split)) for split in sorted(self._splits)}
-        return [shared | {"split": split, "sha256": digest} for split, digest in digests.items()]
-
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the name of the split, because arrays in memory have no file."""
         return Path(split)
 
-    def read(self, scratch: Path) -> Unpacked:
-        """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
-        return {
-            split: pack(self._clips(split), scratch / split, self._quality)
-            for split in self._splits
-        }
+    def read(self, scratch: Path | None = None) -> dict[str, PackedClips]:
+        """Checks all clips, and copies their frames to memory. See `RecordSource`."""
+        return {split: pack(self._clips(split), None, self._quality) for split in self._splits}
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Returns split -> clip -> identity. See `RecordSource`."""
@@ -112,7 +101,7 @@ class FeatureFolder:
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else path.parent
 
-    def read(self, scratch: Path) -> Unpacked:
+    def read(self, scratch: Path) -> dict[str, PackedClips]:
         """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
         workers = self._workers or clip_files.choose_num_readers(self._files)
         if workers > 1:
@@ -209,19 +198,3 @@ def _list_npz_files(folder: Path) -> list[Path]:
     if not entries:
         raise NoFileError(f"'{folder}' contains no CLIP.npz: add clips, or remove the folder")
     return [folder / entry.name for entry in entries]
-
-
-def _digest(clips: Iterable[Clip]) -> str:
-    """Returns the sha256 of clips, independently of their order."""
-    digests = []
-    for clip in clips:
-        sha256 = hashlib.sha256(clip.name.encode())
-        for modality, value in sorted(clip.modalities.items()):
-            frames = read_frames(value, locate(clip, modality))
-            if not frames:  # a modality without frames must change the digest, too
-                sha256.update(repr((modality, None)).encode())
-            for field, array in frames.items():
-                sha256.update(repr((modality, field, array.dtype.str, array.shape)).encode())
-                sha256.update(np.ascontiguousarray(array).data)
-        digests.append(sha256.hexdigest())
-    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()

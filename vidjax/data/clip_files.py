@@ -11,15 +11,17 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vidjax.core.batch import BATCHED
 from vidjax.data import parquet
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips, Quality
-from vidjax.data.packing import Clip, group_by_modality, pack
+from vidjax.data.frame_fields import FRAME_FIELDS, Quality
+from vidjax.data.packed_clips import PackedClips, join, open_packed, summarise
+from vidjax.data.packing import Clip, group_by_modality, pack_each
 from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.machine import memory_bytes, num_cores
@@ -28,6 +30,7 @@ from vidjax.utils.processes import Children, map_children, run_limited
 
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
 FLOAT_BYTES = 4  # bytes of a float32
+Text = tuple[list[str], np.ndarray]  # see `parquet.Rows.text`
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
@@ -142,18 +145,15 @@ def read_json(value: object, place: str) -> Clip:
     return Clip(name, place, group_by_modality(arrays, place), given)
 
 
-def read_parquet(path: Path) -> Iterator[Clip]:
+def read_parquet(
+    path: Path, read_rows: Callable[[Path], parquet.Rows] = parquet.read
+) -> Iterator[Clip]:
     """Yields the clips of a parquet table that fits into memory. Rows may have any order."""
-    columns, values, width = parquet.read(path)
+    text, scalars, values, width = read_rows(path)
     start = np.cumsum(width, dtype=np.int64) - width
-    scalars = {
-        name: columns[name].to_numpy(zero_copy_only=False)
-        for name in parquet.OPTIONAL_COLUMNS
-        if name in columns
-    }
     clips: dict[str, dict[str, Any]] = {}
     given: dict[str, str] = {}
-    for clip, modality, rows in _group_rows(columns["clip"], columns["modality"]):
+    for clip, modality, rows in _group_rows(text["clip"], text["modality"]):
         name = clean_name_at(f"{path}:", clip)
         place = f"{path}: clip {show(name)}, {modality}"
         odd = width[rows] != width[rows[0]]
@@ -181,10 +181,10 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
     return np.lib.stride_tricks.sliding_window_view(values, width)[starts]
 
 
-def _group_rows(clips: Any, modalities: Any) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields (clip, modality, their rows in ascending order). The arguments are pyarrow columns."""
-    names, kinds = clips.dictionary.to_pylist(), modalities.dictionary.to_pylist()
-    code = clips.indices.to_numpy().astype(np.int64) * len(kinds) + modalities.indices.to_numpy()
+def _group_rows(clips: Text, modalities: Text) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yields (clip, modality, their rows in ascending order). See `parquet.Rows.text`."""
+    (names, clip), (kinds, modality) = clips, modalities
+    code = clip.astype(np.int64) * len(kinds) + modality
     order = np.argsort(code, kind="stable")
     values, starts = np.unique(code[order], return_index=True)
     for value, rows in zip(values.tolist(), np.split(order, starts[1:]), strict=False):
@@ -198,9 +198,11 @@ NO_MEMORY_LIMIT, MAX_CPU_SECONDS = 1 << 60, 100_000
 OPEN_BYTES = 32 << 10  # opening a file takes as long as reading this many bytes
 
 
-def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
+def read_clips(
+    paths: Sequence[Path], read_rows: Callable[[Path], parquet.Rows] = parquet.read
+) -> Iterator[Clip]:
     """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files."""
-    return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
+    return read_parquet(paths[0], read_rows) if paths[0].suffix == ".parquet" else read_npz(paths)
 
 
 def choose_num_readers(files: Mapping[str, Sequence[Path]]) -> int:
@@ -215,8 +217,8 @@ def read_at_once(
     scratch: Path,
     workers: int,
     quality: Quality,
-) -> dict[str, dict[str, PackedClips]]:
-    """Reads clips with several processes. Returns split -> modality -> the frames of all clips.
+) -> dict[str, PackedClips]:
+    """Reads clips with several processes. Returns split -> its clips.
 
     `files` is split -> the files of its clips. `scratch` is a folder for the frames, which must
     exist as long as the returned arrays. `workers` is the number of processes. Raises RetrySerially
@@ -234,6 +236,8 @@ def read_at_once(
         folder, paths = scratch / str(number), [*map(os.fspath, parts[number][1])]
         arguments = {"paths": paths, "out_dir": str(folder), "quality": quality}
         limits = {"memory_bytes": NO_MEMORY_LIMIT, "cpu_seconds": MAX_CPU_SECONDS}
+        if parts[number][1][0].suffix == ".parquet":
+            limits = parquet.get_limits(parts[number][1][0])
         try:
             summaries = run_limited(__name__, folder, arguments, **limits, children=children)
         except UserError:
@@ -255,11 +259,11 @@ class RetrySerially(Exception):
     """Reading with several processes failed. Reading with one process reports the exact error."""
 
 
-_Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder and `PackedClips.summary`
+_Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder, and result of `summarise`
 
 
-def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
-    """Joins the clips of a split that several processes have read. Returns modality -> frames.
+def _join(parts: Sequence[_Part]) -> PackedClips:
+    """Joins the clips of a split that several processes have read.
 
     Raises RetrySerially if two processes read the same clip, or features of different width or
     dtype, or if the names of two modalities differ only in the case of letters.
@@ -271,7 +275,7 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
         or len(set(map(str.casefold, modalities))) < len(modalities)
     ):  # fmt: skip
         raise RetrySerially
-    joined = {}
+    joined = []
     for modality in modalities:
         (folder, whole), *others = (part[modality] for part in parts if modality in part)
         for other, more in others:
@@ -280,33 +284,37 @@ def _join(parts: Sequence[_Part]) -> dict[str, PackedClips]:
                 if any(whole["lengths"]) and kinds[0] != kinds[1]:
                     raise RetrySerially
                 whole["width"], whole["dtype"] = kinds[1]
-            for field in ("names", "lengths", "seen"):
+            for field in ("names", "lengths"):
                 whole[field] += more[field]
+            counts, added = whole["counts"], more["counts"]
+            for field in ("clips", "frames"):
+                counts[field] += added[field]
             for field in ("skipped", "skipped_clips", "warnings"):
-                whole[field] = dict(Counter(whole[field]) + Counter(more[field]))
-            whole["examples"] = more["examples"] | whole["examples"]
-            for field in STORED:
+                counts[field] = dict(Counter(counts[field]) + Counter(added[field]))
+            counts["examples"] = added["examples"] | counts["examples"]
+            for field in BATCHED:
                 name = f"{field}.bin"
                 with (other / name).open("rb") as part, (folder / name).open("ab") as file:
                     shutil.copyfileobj(part, file, COPY_BYTES)
                 (other / name).unlink()
-        joined[modality] = PackedClips.from_flat_files(folder, whole)
-    return joined
+        joined.append(open_packed(modality, folder, whole))
+    return join(joined)
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads clips in a child process, and returns modality -> `PackedClips.summary`."""
+    """Reads clips in a child process, and returns modality -> result of `summarise`."""
 
     def clips() -> Iterator[Clip]:
-        for clip in read_clips(list(map(Path, arguments["paths"]))):
+        # The table is decoded in this process, which has the limits of `parquet.get_limits`.
+        for clip in read_clips(list(map(Path, arguments["paths"])), parquet.decode):
             if not clip.modalities:
                 # `pack` would add the clip to the first modality of this process, which may not be
                 # the first modality of another process. `read_at_once` then raises RetrySerially.
                 raise UserError("a clip without modalities")
             yield clip
 
-    packed = pack(clips(), Path(arguments["out_dir"]), arguments["quality"])
-    return {name: flat.summary() for name, flat in packed.items()}
+    packed = pack_each(clips(), Path(arguments["out_dir"]), arguments["quality"])
+    return {name: summarise(name, part) for name, part in packed.items()}
 
 
 if __name__ == "__main__":

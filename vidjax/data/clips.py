@@ -5,16 +5,20 @@ classes with these methods are `Dataset` (clips on disk), `Resident` (clips on t
 `MemoryClips` (clips in memory). This module needs only numpy.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from vidjax.core.batch import BATCHED, Batch, Frames, Packed
-from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.frame_fields import FRAME_FIELDS, Quality
+from vidjax.data.packed_clips import ClipArrays, PackedClips
+from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest, suggest
 
 SPLITS = ("train", "val", "test")
@@ -48,6 +52,9 @@ class Split:
     positives: np.ndarray
     num_others: int  # number of identities in the ground truth that are not among the C classes
     lengths: Mapping[str, np.ndarray]  # modality -> [N] int32, the number of frames of each clip
+    # Modality -> [N] float64, the mean quality of the frames of each clip, 0 without frames. Clips
+    # without labels in memory have no such entry.
+    quality: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class EvalPlan(NamedTuple):
@@ -164,6 +171,49 @@ class TrainingData(ClipSource, Protocol):
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
         """Yields the clips of a split, n at a time: `clip_index` [n] int32, modality -> frames."""
+        ...
+
+
+class Origin(NamedTuple):
+    """The values of `config.data.name`, `dir` and `quality` with which a dataset was loaded."""
+
+    name: str  # such as 'iqiyi_vid'
+    dir: str | None = None  # None if clips were generated or are arrays in memory
+    quality: Quality = "given"
+
+    @classmethod
+    def from_folder(cls, name: str, folder: str | Path, quality: Quality = "given") -> "Origin":
+        """Returns an Origin with the absolute path of `folder`, the folder of the dataset."""
+        return cls(name, str(files.absolute(folder)), quality)
+
+
+class RecordSource(Protocol):
+    """A dataset, with labels, whose frames can be converted to records (TFRecord files).
+
+    To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
+    """
+
+    kind: str  # the name of the cache folder for the records of all datasets of this class
+    place: str  # the folder or the name of the dataset, for messages
+    title: str  # a description of the files, for the log
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
+        ...
+
+    def path_of(self, modality: str, split: str) -> Path:
+        """Returns the file of a modality in a split, for messages and the report."""
+        ...
+
+    def read(self, scratch: Path) -> Mapping[str, PackedClips]:
+        """Reads all splits. In a split, the features of a modality have one width and dtype.
+
+        The returned arrays may be memory maps of files in `scratch`.
+        """
+        ...
+
+    def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
+        """Returns split -> clip -> identity. `clips` is split -> names of clips with features."""
         ...
 
 
@@ -308,21 +358,70 @@ def make_batch(frames: Mapping[str, Frames], clip_index: np.ndarray, rows: int) 
 
 
 def pad(
-    frames: Mapping[str, Sequence[np.ndarray]], shape: tuple[int, int], modality: Modality
+    frames: Mapping[str, Sequence[np.ndarray]],
+    shape: tuple[int, int],
+    modality: Modality,
+    first: np.ndarray | None = None,
 ) -> Frames:
     """Joins the frames of up to B clips to arrays [B, T], padded with zeros. `shape` is (B, T).
 
-    `frames` is field -> a list of arrays, [t] or [t, D], one per clip. Of a clip with more than T
-    frames, the T frames of the highest quality are kept, in time order.
+    `frames` is field -> a list of arrays, [t] or [t, D], one per clip. `first` is as in
+    `choose_frames`.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)
     padded = {"features": np.zeros((*shape, modality.dim), modality.dtype)}
     padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}
-    for row, quality in enumerate(frames["quality"]):
-        count = len(quality)
-        chosen = choose_best_frames(quality, size) if count > size else slice(None)
+    for row, chosen in enumerate(choose_frames(frames["quality"], size, first)):
+        count = min(len(frames["quality"][row]), size)
         mask[row, :count] = True
         for field, values in frames.items():
             padded[field][row, :count] = values[row][chosen]
     return Frames(mask=mask, **padded)
+
+
+def choose_frames(
+    quality: Sequence[np.ndarray], size: int, first: np.ndarray | None = None
+) -> Iterator[slice | np.ndarray]:
+    """Yields for each of n clips which frames a batch contains, if it has room for `size` frames.
+
+    `quality` is a list of n arrays, [t]. From a clip with more than `size` frames, consecutive
+    frames from frame `first` [n] int on are taken. If `first` is None, the frames of the highest
+    quality are taken, in time order.
+    """
+    for row, values in enumerate(quality):
+        if len(values) <= size:
+            yield slice(None)
+        elif first is None:
+            yield choose_best_frames(values, size)
+        else:
+            yield slice(first[row], first[row] + size)
+
+
+class ClipReader(Protocol):
+    """Reads clips in memory or on the disk. The clips are numbered in the order of storage."""
+
+    clip_index: np.ndarray  # [N] int32, the `clip_index` of each clip
+
+    def read(self, places: np.ndarray, names: Iterable[str]) -> ClipArrays:
+        """Returns the frames of the clips with the numbers `places` [n] in the modalities `names`.
+
+        They are modality -> field -> a list of n arrays, [t] or [t, D].
+        """
+        ...
+
+
+def eval_batches(
+    reader: ClipReader, modalities: Mapping[str, Modality], plan: EvalPlan, rows: int
+) -> Iterator[Batch]:
+    """Yields each clip of `plan` once, in batches of `rows` clips. See `ClipSource`."""
+    # Batches are sorted by their last clip, so that files are read roughly in order.
+    blocks = sorted(
+        split_blocks(plan.bucket[reader.clip_index], rows), key=lambda block: block[1][-1]
+    )
+    for bucket, places in blocks:
+        frames = {
+            name: pad(arrays, (rows, plan.padded_lengths[name][bucket]), modalities[name])
+            for name, arrays in reader.read(places, plan.modalities).items()
+        }
+        yield make_batch(frames, reader.clip_index[places], rows)

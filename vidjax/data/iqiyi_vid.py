@@ -18,9 +18,9 @@ from typing import Any
 
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
-from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import Origin, PackedClips, Unpacked
+from vidjax.data.clips import SPLITS, Origin
 from vidjax.data.labels import find_ground_truth, load_official_truth
+from vidjax.data.packed_clips import PackedClips, join
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.unpickle import refuse_others
 from vidjax.utils import exit_codes, printing
@@ -82,7 +82,7 @@ class OfficialFiles:
         """Returns the pickle of a modality in a split."""
         return self._files[modality, split]
 
-    def read(self, scratch: Path) -> Unpacked:
+    def read(self, scratch: Path) -> dict[str, PackedClips]:
         """Reads all pickles in child processes, the largest first. See `RecordSource`."""
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
@@ -98,10 +98,10 @@ class OfficialFiles:
         fitting = sum(4 * total <= memory_bytes() for total in totals)
         workers = self._workers or max(1, min(num_cores(), fitting))
         packed = dict(zip(keys, map_children(unpack, keys, workers, progress="read"), strict=True))
-        unpacked: dict[str, dict[str, PackedClips]] = {}
+        splits: dict[str, list[PackedClips]] = {}
         for modality, split in sorted(packed):
-            unpacked.setdefault(split, {})[modality] = packed[modality, split]
-        return unpacked
+            splits.setdefault(split, []).append(packed[modality, split])
+        return {split: join(parts) for split, parts in splits.items()}
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Returns split -> clip -> identity, from the ground-truth files."""
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = OfficialFiles(args.directory, workers=args.workers, cache_dir=args.cache_dir)
         records = convert(source, args.cache_dir, workers=args.workers)
         _, _, report = label_records(records, source.read_labels(records.clips))
-        printing.print_text(f"{format_report(report)}\n{records.folder / 'data_report.json'}")
+        printing.print_text(f"{format_report(report)}\n{records.folder}/data_report.json")
         return 0
 
     return exit_codes.run_to_exit_code(command, words)

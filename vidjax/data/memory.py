@@ -1,39 +1,25 @@
-"""Loads clips without labels into memory, for a trained model or a gallery.
+"""Holds clips without labels in memory, for a trained model or a gallery."""
 
-Clips are read from a `.npz` file, from a parquet table, or from a folder. The folder contains
-`.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the iQIYI-VID dataset.
-"""
-
-import shlex
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vidjax.core.batch import BATCHED, Batch, Frames
-from vidjax.data import iqiyi_vid
-from vidjax.data.arrays import group_files_by_split
-from vidjax.data.checks import list_entries, refuse_unread, warn_of_bad_values
-from vidjax.data.clip_files import read_clips
+from vidjax.core.batch import Batch
+from vidjax.data.checks import warn_of_bad_values
 from vidjax.data.clips import (
-    SPLITS,
     EvalPlan,
     Modality,
     Split,
     TrainingData,
-    make_batch,
-    pad,
-    split_blocks,
+    eval_batches,
 )
-from vidjax.data.frame_fields import PackedClips, Quality, compute_feature_norms
-from vidjax.data.packing import Clip, Clips, pack, read_dict, stage
-from vidjax.data.untrusted import sandbox
+from vidjax.data.frame_fields import Quality
+from vidjax.data.packed_clips import PackedClips, PackedReader, complete
+from vidjax.data.packing import Clip, Clips, pack, read_dict
 from vidjax.utils import messages
-from vidjax.utils.errors import NoFileError, UserError, closest, warn
+from vidjax.utils.errors import UserError, closest, warn
 from vidjax.utils.machine import memory_bytes
-from vidjax.utils.names import clean_identity, show
-from vidjax.utils.scratch import scratch_folder
+from vidjax.utils.names import show
 
 MAX_BLOCK_FRAMES = 1 << 12  # frames that are copied as float64 at once
 MAX_ROUNDING = 1e-6  # largest rounding error of a mean of float32 numbers, relative to its frames
@@ -50,17 +36,17 @@ class MemoryClips:
 
     def __init__(
         self,
-        packed: Mapping[str, PackedClips],
+        packed: PackedClips,
         names: Mapping[str, str],
         modalities: Mapping[str, int],
         identities: Sequence[str],
         *,
         official: bool = False,
     ):
-        """Makes an object from the checked frames of clips.
+        """Makes an object from checked clips.
 
         Args:
-          packed: modality -> the frames of all clips, from `packing.pack`.
+          packed: the clips, from `packing.pack`.
           names: clip name -> the name in the input, which may end in `.mp4`.
           modalities: modality -> feature width. The model reads these modalities.
           official: whether the clips are from pickles, in which some qualities are negative.
@@ -68,29 +54,33 @@ class MemoryClips:
         if not names:
             raise UserError("the input contains no clips: give one or more clips")
         self.identities, self.names = tuple(identities), tuple(names.values())
-        self._packed, self._widths = packed, dict(modalities)
-        for name, flat in packed.items():
-            width = flat.features.shape[1]
-            if len(flat.features) and width != modalities[name]:
-                clip = flat.names[int(np.argmax(flat.lengths > 0))]
+        self._modalities = dict[str, Modality]()
+        for name, wanted in modalities.items():
+            self._modalities[name] = Modality(wanted, "float32")
+            features = packed.frames[name].features if name in packed.frames else np.empty((0, 0))
+            if not len(features):
+                continue
+            if features.shape[1] != wanted:
+                clip = packed.names[int(np.argmax(packed.lengths[name] > 0))]
                 raise UserError(
-                    f"clip {show(clip)}, {name}: features have width {width}, but the run needs "
-                    f"width {modalities[name]}\n"
+                    f"clip {show(clip)}, {name}: features have width {features.shape[1]}, but the "
+                    f"run needs width {wanted}\n"
                     "compute them with the same program as the training features"
                 )
-            _warn_of_unused(name, flat, official=official)
-        staged = stage("clips", packed)
-        index = {name: place for place, name in enumerate(staged.clips)}
-        self.places, self._starts = np.array([index[name] for name in names]), staged.starts
-        zeros = np.zeros(len(names), np.int32)
+            self._modalities[name] = Modality(wanted, np.dtype(features.dtype).name)
+        for name in packed.frames:
+            _warn_of_unused(name, packed, official=official)
+        self._packed = complete(packed, self._modalities)
+        index = {name: place for place, name in enumerate(packed.names)}
+        self.places = np.array([index[name] for name in names])
         self._split = Split(
             name="clips",
-            clips=staged.clips,
-            labels=zeros,
+            clips=packed.names,
+            labels=np.zeros(len(names), np.int32),
             labelled=False,
             positives=np.zeros(len(self.identities), np.int64),
             num_others=0,
-            lengths={name: staged.lengths.get(name, zeros) for name in modalities},
+            lengths=self._packed.lengths,
         )
 
     @classmethod
@@ -155,13 +145,7 @@ class MemoryClips:
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips. See `ClipSource`."""
-        for bucket, places in split_blocks(plan.bucket, rows):
-            chosen = places.astype(np.int32)
-            frames = {
-                name: self._padded(name, chosen, (rows, plan.padded_lengths[name][bucket]))
-                for name in plan.modalities
-            }
-            yield make_batch(frames, chosen, rows)
+        return eval_batches(PackedReader([self._packed]), self._modalities, plan, rows)
 
     def mean_vectors(self, modality: str, least: float = 0.0) -> np.ndarray:
         """Returns [N, D] float32, the mean feature of each clip of `names`.
@@ -170,18 +154,15 @@ class MemoryClips:
         have equal weights. The mean of a clip without frames is 0. A mean is also 0, with a
         warning, if it consists of rounding errors of its frames, or of numbers below `least`.
         """
-        vectors = np.zeros((len(self.names), self._widths[modality]), np.float32)
-        flat = self._packed.get(modality)
-        if flat is None or not len(flat.features):
-            return vectors
-        lengths, starts = self._split.lengths[modality][self.places], self._starts[modality]
-        quality, features = flat.frames["quality"], flat.features
+        vectors = np.zeros((len(self.names), self._modalities[modality].dim), np.float32)
+        features, quality, *_, starts, lengths = self._packed.frames[modality]
+        starts, lengths = starts[self.places], lengths[self.places]
         # A few clips at a time, because all frames as float64 would take up to 8 times the memory.
         ends, empty = np.cumsum(lengths, dtype=np.int64), list[int]()
         blocks = np.flatnonzero(np.diff(ends // MAX_BLOCK_FRAMES)) + 1
         for clips in np.split(np.arange(len(lengths)), blocks):
             length = lengths[clips]
-            first = starts[self.places[clips]] - (np.cumsum(length) - length)
+            first = starts[clips] - (np.cumsum(length) - length)
             owner = np.repeat(np.arange(len(clips)), length)
             index = np.repeat(first, length) + np.arange(len(owner))
             weight = np.maximum(quality[index].astype(np.float64), 0.0)
@@ -203,19 +184,6 @@ class MemoryClips:
             empty += clips[filled][~vectors[clips[filled]].any(axis=1)].tolist()
         warn_of_zeros(modality, [self.names[clip] for clip in empty])
         return vectors
-
-    def _padded(self, modality: str, clips: np.ndarray, shape: tuple[int, int]) -> Frames:
-        """Returns the frames of n clips in a modality, padded with zeros to `shape` (B, T)."""
-        frames: dict[str, list[np.ndarray]] = {name: [] for name in BATCHED}
-        flat, dtype = self._packed.get(modality), "float32"
-        if flat is not None and len(flat.features):  # without frames, features have no width
-            dtype = flat.features.dtype.name
-            fields = {name: flat.frames[name] for name in BATCHED}
-            start, length = self._starts[modality][clips], self._split.lengths[modality][clips]
-            for first, count in zip(start.tolist(), length.tolist(), strict=True):
-                for name, values in fields.items():
-                    frames[name].append(values[first : first + count])
-        return pad(frames, shape, Modality(self._widths[modality], dtype))
 
 
 def _select(
@@ -261,165 +229,22 @@ def warn_of_zeros(modality: str, clips: Sequence[str]) -> None:
         )
 
 
-def _warn_of_unused(modality: str, flat: PackedClips, *, official: bool) -> None:
+def _warn_of_unused(modality: str, packed: PackedClips, *, official: bool) -> None:
     """Warns if frames were left out, or if values of frames are not finite or negative.
 
     For `official`, see `warn_of_bad_values`.
     """
-    if frames := flat.skipped.get("non_finite"):
-        clips = flat.skipped_clips.get("non_finite", 0)
+    counts = packed.counts[modality]
+    if frames := counts.skipped.get("non_finite"):
+        clips = counts.skipped_clips.get("non_finite", 0)
         lost = f"\n{clips:,} clips lose all frames" if clips else ""
         warn(
-            f"{modality}: {frames:,} of {flat.seen:,} frames are left out, because their features "
-            f"are not finite{lost}\nto use these frames, compute their features again"
+            f"{modality}: {frames:,} of {counts.frames:,} frames are left out, because their "
+            f"features are not finite{lost}\nto use these frames, compute their features again"
         )
-    warn_of_bad_values(modality, flat.find_bad_values(), flat.seen, official=official)
+    bad = packed.find_bad_values(modality)
+    warn_of_bad_values(modality, bad, counts.frames, official=official)
 
 
 # The forms of clips that `Predictor` and `Gallery` accept. A dataset also needs a split.
 FrameClips = Clips | TrainingData | MemoryClips
-
-
-def load_clips(
-    path: str | Path,
-    modalities: Mapping[str, int],
-    identities: Sequence[str],
-    *,
-    split: str | None = None,
-    quality: Quality = "given",
-) -> MemoryClips:
-    """Loads the clips of a folder, a parquet table or a `.npz` file for a trained model.
-
-    Clip names lose the suffix `.mp4`. Frames that are not finite are left out, with a warning. If
-    the folder contains pickles of iQIYI-VID, only the pickles of `modalities` are loaded.
-
-    Args:
-      modalities: modality -> feature width. The model reads these modalities.
-      identities: the names of the classes of the model.
-      split: the split to load, or None if the folder has a single split.
-      quality: see `Quality`. With 'given', frames of a pickle without qualities have the quality 0.
-
-    Raises:
-      FileNotFoundError: the path does not exist, or has no clips.
-      UserError: the files are wrong in another way.
-    """
-    path = Path(path).expanduser()
-    paths = find_files(path, split)
-    if not isinstance(paths, Mapping):
-        return MemoryClips.pack(read_clips(paths), modalities, identities, quality)
-    if not paths.keys() & modalities.keys():
-        raise UserError(
-            f"'{path}' contains the modalities {', '.join(sorted(paths))}, but the run reads "
-            f"{', '.join(modalities)}\nadd a pickle of one of these modalities"
-        )
-    packed = {}
-    with scratch_folder() as scratch:  # memory maps keep the deleted files open
-        for name in [name for name in paths if name in modalities]:
-            flat = sandbox.unpack(paths[name], name, scratch / name)
-            frames = dict(flat.frames)
-            if quality == "norm":
-                frames["quality"] = compute_feature_norms(flat.features)
-            packed[name] = replace(flat, frames=frames)
-    names = {name: name for flat in packed.values() for name in flat.names}
-    return MemoryClips(packed, names, modalities, identities, official=True)
-
-
-def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
-    """Returns the files that contain the clips of a folder or file, without reading the files.
-
-    The result is a list of `.npz` files, or of one parquet table. For pickles of the iQIYI-VID
-    dataset, it is modality -> pickle. `split` is the split, or None if there is only one.
-
-    Raises:
-      FileNotFoundError: the path does not exist, or has no clips.
-      UserError: features would be ignored, or `split` does not fit the folder.
-    """
-    check_path(path)
-    if path.is_dir():
-        if pickles := iqiyi_vid.find_pickles(path):
-            split = _choose_split(path, {split for _, split in pickles}, split)
-            return {name: file for (name, of), file in pickles.items() if of == split}
-        entries = list_entries(path)
-        paths = [entry for entry in entries if entry.suffix == ".npz"]
-        if not paths:
-            splits = group_files_by_split(path)
-            return splits[_choose_split(path, splits, split)]
-        refuse_unread((entry for entry in entries if entry.suffix != ".npz"), "CLIP.npz")
-    else:
-        paths = [path]
-    if split is not None:
-        raise UserError(
-            f"'{path}' has no splits, so the split '{split}' cannot be chosen\n"
-            "leave out the argument split, or --config.eval.split of vidjax rank and embed"
-        )
-    return paths
-
-
-def load_people(
-    path: str | Path, modalities: Mapping[str, int], *, quality: Quality = "given"
-) -> tuple[MemoryClips, dict[str, str]]:
-    """Loads the files `path/PERSON/CLIP.npz`. Returns their clips, and clip -> person.
-
-    The name of a clip is `PERSON/CLIP`. `modalities` is modality to read -> feature width. Raises
-    NoFileError if there are no such files, or if there are clips directly in `path`.
-    """
-    path = Path(path).expanduser()
-    people, others, entries = dict[str, list[Path]](), list[Path](), list_entries(path)
-    for folder in filter(Path.is_dir, entries):
-        inside = list_entries(folder)
-        others += [entry for entry in inside if entry.suffix != ".npz"]
-        if paths := [entry for entry in inside if entry.suffix == ".npz"]:
-            people.setdefault(clean_identity(folder.name), []).extend(paths)
-    if not people or any(entry.suffix == ".npz" for entry in entries):
-        problem = "has clips outside the folders of people" if people else "has no clips of people"
-        raise NoFileError(f"'{path}' {problem}\nput each clip into {path}/PERSON/CLIP.npz")
-    if people.keys() <= set(SPLITS):
-        raise UserError(
-            f"{path}: {', '.join(people)} are splits of a dataset, not names of people\n"
-            "choose a split with --split, or name its folder: "
-            f"--input={shlex.quote(str(path / next(iter(people))))}"
-        )
-    refuse_unread(others, "PERSON/CLIP.npz")
-    identity: dict[str, str] = {}
-
-    def clips() -> Iterator[Clip]:
-        for person, files in people.items():
-            for clip in read_clips(files):
-                name = f"{person}/{clip.given or clip.name}"
-                identity[name] = person
-                yield clip._replace(name=f"{person}/{clip.name}", given=name)
-
-    return MemoryClips.pack(clips(), modalities, (), quality), identity
-
-
-def check_path(path: Path) -> None:
-    """Checks that a path is a folder, a `.parquet` file or a `.npz` file, or raises NoFileError."""
-    if path.is_dir() or (path.is_file() and path.suffix in (".parquet", ".npz")):
-        return
-    if path.suffix == ".npy" and path.exists():
-        raise NoFileError(
-            f"'{path}' is an array without the name of its modality\n"
-            f"name it: numpy.savez('{path.stem}.npz', face=numpy.load('{path.name}'))"
-        )
-    problem = "is not a folder, nor a .parquet or .npz file" if path.exists() else "does not exist"
-    raise NoFileError(f"'{path}' {problem}: name a folder or file of features")
-
-
-def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns `split` if it is one of `splits`. If `split` is None, returns the only split."""
-    if split is None and len(splits) == 1:
-        return next(iter(splits))
-    if split is None or split not in splits:
-        problem = f"has no split '{split}', only" if split else "has several splits,"
-        names = ", ".join(sorted(splits))
-        places = (path / f"{sorted(splits)[0]}{ending}" for ending in ("", ".parquet"))
-        place = next((place for place in places if place.exists()), None)
-        remedy = f"name one of them: --input={shlex.quote(str(place))}"
-        if place is None:  # official pickles: all splits are in the same folder
-            remedy = (
-                f"for vidjax rank and embed, add --config.eval.split={sorted(splits)[0]}\n"
-                f"for a gallery, replace --input by --split={sorted(splits)[0]} "
-                f"--config.data.name=iqiyi_vid --config.data.dir={shlex.quote(str(path))}"
-            )
-        raise UserError(f"'{path}' {problem} {names}\n{remedy}")
-    return split

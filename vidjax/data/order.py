@@ -4,9 +4,10 @@ The draw depends only on the seed and the number of the step, so a resumed run c
 same clips. Clips on the devices and clips on disk have the same order.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,45 @@ def draw_batch_clips(plan: BatchPlan, step: Array, epoch: Array, place: Array) -
     last = jnp.minimum(place, plan.num_clips - 1)
     clip_index = jnp.asarray(plan.epoch_clips)[shuffle(order_rng, epoch, last, plan.num_clips)]
     return DrawnClips(clip_index, place < plan.num_clips, windows)
+
+
+# `clip_index` [B] int32; `batch_mask` [B] bool; and modality whose clips are cut -> [B] int32, the
+# first frame of the window of each clip.
+HostClips = tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]
+
+
+def draw_on_host(
+    plan: BatchPlan, lengths: Mapping[str, np.ndarray], step: int
+) -> Iterator[HostClips]:
+    """Draws the clips of each training step, beginning with `step`, on the CPU.
+
+    `lengths` is modality -> [N] int32, the number of frames of each training clip, for the
+    modalities `plan.windowed`.
+    """
+
+    @jax.jit
+    def draw(step: Array, epoch: Array, place: Array) -> tuple[Array, Array, dict[str, Array]]:
+        clip_index, batch_mask, drawn = draw_batch_clips(plan, step, epoch, place)
+        first = {}
+        for name in plan.windowed:
+            length = jnp.asarray(lengths[name])[clip_index] * batch_mask
+            size = plan.padded_lengths[name]
+            first[name] = choose_first_frame(drawn[name], length, size)
+        return clip_index, batch_mask, first
+
+    for number in itertools.count(step):
+        position = number * plan.batch_size + np.arange(plan.batch_size)
+        epoch, place = (part.astype(np.int32) for part in np.divmod(position, plan.num_places))
+        with jax.default_device(_get_host_device()):
+            drawn = jax.device_get(draw(np.int32(number), epoch, place))
+        yield drawn
+
+
+def _get_host_device() -> Any:  # noqa: ANN401 (JAX exports no type)
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def choose_first_frame(uniform: Array, length: Array, size: int) -> Array:

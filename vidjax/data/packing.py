@@ -1,6 +1,7 @@
 """Checks clips, and joins the frames of all clips in one array per modality and field."""
 
 import contextlib
+import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,24 +10,29 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
+from vidjax.core.batch import BATCHED
 from vidjax.data.frame_fields import (
     DTYPES,
     FRAME_FIELDS,
-    STORED,
-    FlatFiles,
+    IGNORED,
+    LARGEST,
     FrameField,
-    PackedClips,
     Quality,
-    compute_feature_norms,
-    find_usable_rows,
+)
+from vidjax.data.packed_clips import (
+    Counts,
+    PackedClips,
+    get_dtype,
+    join,
+    map_files,
+    pack_arrays,
 )
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.names import ENDING, clean_name_at, show
 
-# Clip -> modality -> features, or a dict of STORED fields. `face_quality` is a field of `face`.
+# Clip -> modality -> features, or a dict of BATCHED fields. `face_quality` is a field of `face`.
 Clips = Mapping[str, Mapping[str, Any]]
 
-ORDER_SEED = 0
 BLOCK_BYTES = 8 << 20  # bytes of features that are written at once
 NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all clips
 
@@ -71,7 +77,7 @@ def group_by_modality(arrays: Mapping[str, Any], place: str) -> dict[str, dict[s
         problem, remedy = "", ""
         name, _, field = key.rpartition("_")
         fields = dict(value) if isinstance(value, Mapping) else {"features": value}
-        if name in arrays and field in FRAME_FIELDS:
+        if name in arrays and field in (*FRAME_FIELDS, *IGNORED):
             fields = {field: value}
         elif name in arrays and (similar := closest(field, FRAME_FIELDS, cutoff=0.75)):
             problem = f"'{show(key)}' is probably misspelt: rename it to '{name}_{similar}'"
@@ -104,14 +110,15 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     """Checks the frames of a clip in a modality. Returns field -> array, sorted by frame number.
 
     `value` is an array of features: [T, D], or [D] for a single frame. It may also be a dict with
-    `features` and, optionally, `number`, `quality`, `detection` and `box`. The result has all five
-    fields, or is {} if the clip has no frames. `features` [T, D] keep their dtype. Errors begin
-    with `place`. See `Quality` for `quality`.
+    `features` and, optionally, `number`, `quality` and `detection`. The result has all four fields,
+    or is {} if the clip has no frames. `features` [T, D] keep their dtype. Errors begin with
+    `place`. See `Quality` for `quality`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
-    if unknown := [str(key) for key in given if key not in STORED]:
+    given = {key: column for key, column in given.items() if key not in IGNORED}
+    if unknown := [str(key) for key in given if key not in BATCHED]:
         raise UserError(
-            f"{place}: the key '{show(unknown[0])}' is unknown: choose from {', '.join(STORED)}"
+            f"{place}: the key '{show(unknown[0])}' is unknown: choose from {', '.join(BATCHED)}"
         )
     features = _to_real_array(given.get("features", ()), f"{place}: features")
     if not len(features) or features.shape == (0,):
@@ -151,12 +158,12 @@ def _read_column(
     values: Any, name: str, field: FrameField, num_frames: int, place: str
 ) -> np.ndarray:
     """Returns the field `name` of `num_frames` frames as an array with the dtype of the field."""
-    column, shape = _to_real_array(values, place), field.shape(num_frames)
-    if column.size == 1 and shape == (1,):
+    column = _to_real_array(values, place)
+    if column.size == num_frames == 1:
         column = column.reshape(1)  # the value of a single frame may be a scalar
-    if column.shape != shape:
+    if column.shape != (num_frames,):
         raise UserError(
-            f"{place} has shape {list(column.shape)}: give {list(shape)}, a value for each frame"
+            f"{place} has shape {list(column.shape)}: give [{num_frames}], a value for each frame"
         )
     if name == "number":
         whole = (column >= 0) & (column < 2**31)  # also false for a NaN
@@ -204,16 +211,21 @@ def _refuse_repeated(clip: Clip, place: str, given: str) -> NoReturn:
 
 
 def pack(
-    clips: Iterable[Clip],
-    out_dir: Path | None = None,
-    quality: Quality = "given",
-) -> dict[str, PackedClips]:
+    clips: Iterable[Clip], out_dir: Path | None = None, quality: Quality = "given"
+) -> PackedClips:
     """Checks the clips of a split, and joins their frames in one array per modality and field.
 
-    Returns modality -> the frames of all clips. If `out_dir` is given, the arrays are memory maps
-    of files in this folder. The folder must exist as long as the arrays. Raises UserError if a clip
-    comes twice, is malformed, or differs from most clips in width or dtype.
+    If `out_dir` is given, the arrays are memory maps of files in this folder. The folder must exist
+    as long as the arrays. Raises UserError if a clip comes twice, is malformed, or differs from
+    most clips in width or dtype.
     """
+    return join(pack_each(clips, out_dir, quality).values())
+
+
+def pack_each(
+    clips: Iterable[Clip], out_dir: Path | None, quality: Quality
+) -> dict[str, PackedClips]:
+    """Does the same as `pack`. Returns modality -> its clips, in the order of the source."""
     packers: dict[str, Packer] = {}
     seen: dict[str, tuple[str, str]] = {}  # clip -> place, and the name in the source
     empty = []
@@ -252,7 +264,7 @@ class Packer(contextlib.ExitStack):
     """Checks the frames of many clips in one modality, and joins them in one array per field.
 
     Call `add` for each clip, and then `finish`. The arrays are files in `folder`, or stay in memory
-    if `folder` is None. Qualities, detections and boxes that are not finite become 0.
+    if `folder` is None. Qualities and detections that are not finite become 0.
     """
 
     def __init__(
@@ -272,11 +284,10 @@ class Packer(contextlib.ExitStack):
         self._kept: list[int] = []
         self._warnings: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
-        self._arrays: dict[str, list[np.ndarray]] = {name: [] for name in STORED}
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, BinaryIO] = {name: io.BytesIO() for name in BATCHED}
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in STORED:
+            for name in BATCHED:
                 self._files[name] = self.enter_context((folder / f"{name}.bin").open("wb"))
 
     def add(self, clip: Clip, value: Any) -> None:
@@ -341,34 +352,27 @@ class Packer(contextlib.ExitStack):
         if name in FRAME_FIELDS and column.dtype.kind == "f":
             finite = np.isfinite(column)
             if not finite.all():
-                wrong = ~finite.reshape(len(column), -1).all(axis=1)
-                self._warnings[f"non_finite_{name}"] += int(np.sum(wrong))
-                self._examples.setdefault(f"non_finite_{name}", clip_of(int(np.argmax(wrong))))
+                self._warnings[f"non_finite_{name}"] += int(np.sum(~finite))
+                self._examples.setdefault(f"non_finite_{name}", clip_of(int(np.argmin(finite))))
                 column = np.where(finite, column, np.float32(0))
-        if self._folder:
-            self._files[name].write(np.ascontiguousarray(column).data)
-        else:
-            self._arrays[name].append(column)
+        self._files[name].write(np.ascontiguousarray(column).data)
 
     def finish(self) -> PackedClips:
-        """Writes the last clips, closes the files, and returns the frames of all clips."""
+        """Writes the last clips, closes the files, and returns all clips in the given order."""
         self._write()
         self.close()
         width, dtype = self._kind or (0, np.dtype(np.float16))
-        lengths, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
+        kept, seen = np.array(self._kept, np.int32), np.array(self._seen, np.int64)
         if self._folder:
-            frames = FlatFiles(self._folder, dtype, width, int(lengths.sum()))
+            arrays = map_files(self._folder, width, dtype.name, int(kept.sum()))
         else:
-            empty = {name: field.default(0) for name, field in FRAME_FIELDS.items()}
-            empty["features"] = np.empty((0, width), dtype)
-            frames = {name: np.concatenate([empty[name], *self._arrays[name]]) for name in STORED}
-        dropped = int(seen.sum() - lengths.sum())
-        skipped_clips = {"empty": seen == 0, "non_finite": (seen > 0) & (lengths == 0)}
-        return PackedClips(
-            names=tuple(self._names),
-            lengths=lengths,
-            frames=frames,
-            seen=int(seen.sum()),
+            arrays = {name: self._get_array(name, dtype) for name in BATCHED}
+            arrays["features"] = arrays["features"].reshape(-1, width or 1)[:, :width]
+        dropped = int(seen.sum() - kept.sum())
+        skipped_clips = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
+        counts = Counts(
+            clips=len(self._names),
+            frames=int(seen.sum()),
             skipped={"non_finite": dropped} if dropped else {},
             skipped_clips={
                 reason: int(clips.sum()) for reason, clips in skipped_clips.items() if clips.any()
@@ -376,36 +380,33 @@ class Packer(contextlib.ExitStack):
             warnings=dict(self._warnings),
             examples=self._examples,
         )
+        frames = {self._modality: pack_arrays(arrays, self._kept)}
+        return PackedClips(tuple(self._names), frames, {self._modality: counts})
+
+    def _get_array(self, name: str, features: np.dtype) -> np.ndarray:
+        """Returns the values of a field of all frames, as a view of the memory in `_files`."""
+        file = self._files[name]
+        assert isinstance(file, io.BytesIO)
+        return np.frombuffer(file.getbuffer(), get_dtype(name, features))
 
 
-class StagedSplit(NamedTuple):
-    """The clips of a split, with the place of their frames in the arrays of each modality."""
-
-    clips: tuple[str, ...]  # N clip names in byte order
-    order: np.ndarray  # [N] int32, the order in which clips are stored, as positions in `clips`
-    packed: Mapping[str, PackedClips]  # modality -> the frames of all clips
-    starts: dict[str, np.ndarray]  # modality -> [N] int64, the first frame of each clip
-    lengths: dict[str, np.ndarray]  # modality -> [N] int32, number of frames of each clip
+def find_usable_rows(features: np.ndarray) -> np.ndarray:
+    """Returns [F] bool, True for the frames whose features [F, D] are finite in float32."""
+    if features.dtype != np.float64:
+        return np.asarray(np.isfinite(features).all(axis=1))
+    return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
 
 
-def stage(split: str, packed: Mapping[str, PackedClips]) -> StagedSplit:
-    """Returns the clips of a split, the place of their frames, and the order of clips on disk.
+def compute_feature_norms(features: np.ndarray) -> np.ndarray:
+    """Returns [F] float32, the L2 norms of features [F, D].
 
-    `packed` is modality -> the frames of all clips. The clips of 'train' are stored in random
-    order, and the clips of other splits by name.
+    The norm measures the quality of a frame: it is small for blurred faces and for side views.
+
+    Source: iQIYI-VID paper, section 5.1, after Ranjan et al.
     """
-    # Python orders str by code point, which is the byte order of UTF-8.
-    clips = tuple(sorted({name for flat in packed.values() for name in flat.names}))
-    index = {name: position for position, name in enumerate(clips)}
-    starts, lengths = {}, {}
-    for modality, flat in packed.items():
-        rows = np.fromiter((index[name] for name in flat.names), np.int64, len(flat.names))
-        starts[modality] = np.zeros(len(clips), np.int64)
-        lengths[modality] = np.zeros(len(clips), np.int32)
-        starts[modality][rows] = flat.starts()
-        lengths[modality][rows] = flat.lengths
-    # Sorted names often group the clips of an identity, and programs that read a few neighbouring
-    # records at a time would then see only a few identities.
-    shuffled = np.random.default_rng(ORDER_SEED).permutation(len(clips))
-    order = shuffled if split == "train" else np.arange(len(clips))
-    return StagedSplit(clips, order.astype(np.int32), packed, starts, lengths)
+    norms, rows = np.empty(len(features), np.float32), 512  # rows of a block, which saves memory
+    for start in range(0, len(features), rows):
+        block = features[start : start + rows].astype(np.float64, order="C")  # squares stay finite
+        length = np.sqrt(np.einsum("fd,fd->f", block, block))
+        norms[start : start + rows] = np.minimum(length, LARGEST)
+    return norms

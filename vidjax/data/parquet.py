@@ -1,26 +1,24 @@
 """Reads parquet tables of frames within a limit of memory, even if a stranger made the file.
 
 A parquet file consists of compressed pages. It may contain more values than its footer lists, and
-pyarrow would decode all of them. So the values are counted in the headers of all pages before a
-page is unpacked.
-
-Source: the format of Apache Parquet, `PageHeader` in `parquet.thrift`; Thrift's compact protocol.
+pyarrow would decode all of them. So a child process with limits decodes the pages.
 """
 
 import contextlib
-import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.utils import files
+from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.machine import memory_bytes
 from vidjax.utils.names import show
+from vidjax.utils.scratch import scratch_folder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,37 +26,109 @@ if TYPE_CHECKING:
 
 TEXT_COLUMNS = ("clip", "modality")
 COLUMNS = (*TEXT_COLUMNS, "features")
-OPTIONAL_COLUMNS = tuple(name for name, field in FRAME_FIELDS.items() if field.width == 1)
-MAX_PAGES = 300_000  # most writers make pages of 1 MB
-HEADER_BYTES = (1 << 10, 1 << 20)  # bytes to read for a page header, and for a longer header
+OPTIONAL_COLUMNS = tuple(FRAME_FIELDS)
 BATCH_VALUES = 1 << 20  # numbers of features that are decoded at once
-MAX_HEADER_DEPTH = 8  # nested structs
 # Physical type -> bytes of a value in memory. Text is dictionary-encoded: its values are indices.
 VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+# The limits of the child process. The libraries need 0.4 GB of address space. A page is in memory
+# three times: unpacked, decoded, and joined with other pages.
+LIBRARY_BYTES, COPIES = 1 << 29, 3
+CPU_SECONDS, CPU_BYTES_PER_SECOND = 30, 4 << 20
 
 
 class Rows(NamedTuple):
     """The F rows of a table, one for each frame."""
 
-    # Name -> pyarrow column without nulls. `features` is left out. Text is dictionary-encoded.
-    columns: dict[str, Any]
+    text: dict[str, tuple[list[str], np.ndarray]]  # name -> distinct values, and [F] their numbers
+    scalars: dict[str, np.ndarray]  # name of an optional column -> [F] numbers
     values: np.ndarray  # the features of all rows, joined in one array
     width: np.ndarray  # [F] int, the number of values of each feature
 
 
+def get_limits(path: Path) -> dict[str, int]:
+    """Returns the limits of memory and CPU time for a child process that calls `decode`."""
+    room = _get_room(path.stat().st_size)
+    return {
+        "memory_bytes": LIBRARY_BYTES + COPIES * room,
+        "cpu_seconds": CPU_SECONDS + room // CPU_BYTES_PER_SECOND,
+    }
+
+
+def _get_room(size: int) -> int:
+    """Returns how many bytes the columns of a table of `size` bytes may take."""
+    return min(memory_bytes() // 3, files.max_unpacked_bytes(size))
+
+
 def read(path: Path) -> Rows:
-    """Returns all rows of a table. Raises UserError if it is damaged or needs too much memory."""
-    with _open(path) as (opened, file):
+    """Reads all rows of a table in a child process. Features are a memory map.
+
+    Raises UserError if the table is damaged or needs too much memory.
+    """
+    with scratch_folder() as scratch:  # the memory map keeps the deleted file open
+        found = _run(path, {"out_dir": str(scratch)})
+        arrays = {name: np.load(scratch / f"{name}.npy") for name in found["arrays"]}
+        values = np.empty(0, np.float32)
+        if found["values"]:
+            values = np.asarray(np.load(scratch / "features.npy", mmap_mode="r"))
+    text = {name: (found["text"][name], arrays.pop(name)) for name in TEXT_COLUMNS}
+    return Rows(text, arrays, values, arrays.pop("width"))
+
+
+def _run(path: Path, arguments: Mapping[str, object]) -> dict[str, Any]:
+    """Calls `work` in a child process with limits."""
+    with files.open_input(path):
+        require_packages(str(path), "pyarrow", extra="parquet")
+    limits = get_limits(path)
+    return processes.run_limited(
+        __name__,
+        path,
+        {"path": str(path), **arguments},
+        memory_bytes=limits["memory_bytes"],
+        cpu_seconds=limits["cpu_seconds"],
+    )
+
+
+def work(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Decodes columns of a table in the child process.
+
+    If the folder `out_dir` is given, writes all columns to it, and returns their names. Otherwise,
+    decodes only the columns `names`, to find out whether they fit into the limits.
+    """
+    path = Path(arguments["path"])
+    if names := arguments.get("names"):
+        with _open(path) as file:
+            file.read(columns=names, use_threads=False)
+        return {}
+    folder = Path(arguments["out_dir"])
+
+    def map_file(count: int, dtype: np.dtype) -> np.ndarray:
+        path = folder / "features.npy"
+        return np.lib.format.open_memmap(path, "w+", dtype, (count,)) if count else np.empty(0)
+
+    rows = decode(path, map_file)
+    arrays = {name: codes for name, (_, codes) in rows.text.items()}
+    arrays |= {**rows.scalars, "width": rows.width}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    text = {name: values for name, (values, _) in rows.text.items()}
+    return {"text": text, "arrays": [*arrays], "values": len(rows.values)}
+
+
+def decode(path: Path, allocate: Callable[[int, np.dtype], np.ndarray] = np.empty) -> Rows:
+    """Decodes all rows of a table in this process, which must have the limits `get_limits`.
+
+    `allocate` is the function that makes the array of the features.
+    """
+    with _open(path) as file:
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
-        counted = _check_pages(path, opened, file, names)
-        return _read_rows(path, file, names, counted)
+        return _read_rows(path, file, names, _check_footer(path, file, names), allocate)
 
 
 def read_clip_names(path: Path) -> list[str]:
-    """Returns the distinct clip names of a parquet table, in any order."""
-    with _open(path) as (opened, file):
-        _check_pages(path, opened, file, ["clip"])
+    """Returns the distinct clip names of a table, which `read` has read before, in any order."""
+    with _open(path) as file:
+        _check_footer(path, file, ["clip"])
         column = file.read(columns=["clip"])["clip"].combine_chunks()
         _refuse_nulls(path, "clip", column, 0)
         return column.unique().cast("string").to_pylist()
@@ -69,13 +139,14 @@ def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
     from pyarrow import types
 
     names = ["clip", "identity"]
-    with _open(path) as (opened, file):
+    with _open(path) as file:
         if missing := [name for name in names if name not in file.schema_arrow.names]:
             raise UserError(
                 f"{path}: the table has no column {missing[0]}, only "
                 f"{show(', '.join(file.schema_arrow.names))}\nname the columns clip and identity"
             )
-        _check_pages(path, opened, file, names)
+        _check_footer(path, file, names)
+        _run(path, {"names": names})
         clips, identities = file.read(columns=names).select(names)
         people: Iterable[Any] = ("" if x is None else x for x in identities.to_pylist())
         if types.is_floating(identities.type):
@@ -85,8 +156,35 @@ def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def count_rows(path: Path) -> int:
     """Returns the number of rows of a parquet table."""
-    with _open(path) as (_, file):
+    with _open(path) as file:
         return file.metadata.num_rows
+
+
+def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str]) -> int:
+    """Checks the sizes of the columns `names` in the footer. Returns the number of feature values.
+
+    Raises UserError if the columns need too much memory.
+    """
+    size = count = 0
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for place in range(group.num_columns):
+            column = group.column(place)
+            name = column.path_in_schema.partition(".")[0]
+            if name in names:
+                width = VALUE_BYTES.get(column.physical_type, 4)
+                size += max(column.total_uncompressed_size, column.num_values * width)
+                count += column.num_values if name == "features" else 0
+    limit = memory_bytes() // 3
+    if size > limit:
+        raise UserError(
+            f"{path}: its columns take {size:,} bytes, but only {limit:,} are allowed, a third of "
+            "the memory\nfor rank, embed and gallery identify, split it into several tables\n"
+            "for training, write a file SPLIT/CLIP.npz for each clip"
+        )
+    if size > _get_room(path.stat().st_size):
+        raise _damaged(path, f"it would unpack to {size:,} bytes of almost equal values")
+    return count
 
 
 def _damaged(path: Path, reason: str) -> UserError:
@@ -94,8 +192,8 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
-    """Opens a table in a `with` block. Yields the file, and the table as an object of pyarrow.
+def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
+    """Opens a table in a `with` block.
 
     Text is dictionary-encoded. Errors of pyarrow in the block become UserError, but errors of the
     system do not.
@@ -114,7 +212,7 @@ def _open(path: Path) -> Iterator[tuple[io.FileIO, "parquet.ParquetFile"]]:
                 if file.schema_arrow.names.count(name) > 1:
                     raise UserError(f"{path}: two columns are named {name}: delete one of them")
             text = [column.name for column in columns]
-            yield opened, parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
+            yield parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
         except (UserError, MemoryError):
             raise
         except Exception as error:
@@ -163,145 +261,13 @@ def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
             )
 
 
-def _check_pages(
-    path: Path, opened: io.FileIO, file: "parquet.ParquetFile", names: Sequence[str]
-) -> int:
-    """Checks the headers of the pages of the columns `names`, without unpacking a page.
-
-    `opened` and `file` are the same file. Returns the number of values of the column `features`.
-    Raises UserError if the headers and the footer count different numbers of values, if there are
-    too many pages, or if the columns need too much memory.
-    """
-    size, count, pages = 0, 0, 0
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        for place in range(group.num_columns):
-            column = group.column(place)
-            name = column.path_in_schema.partition(".")[0]
-            if name not in names:
-                continue
-            values = unpacked = 0
-            for page_bytes, page_values in _walk_pages(opened, column):
-                values, unpacked, pages = values + page_values, unpacked + page_bytes, pages + 1
-                if pages > MAX_PAGES:
-                    raise _damaged(path, f"it has more than {MAX_PAGES:,} pages")
-            if values != column.num_values:
-                raise _damaged(
-                    path,
-                    f"it has {values:,} values of {name}, but its footer lists "
-                    f"{column.num_values:,}",
-                )
-            width = VALUE_BYTES.get(column.physical_type, 4)
-            if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
-                width = file.schema.column(place).length
-            size += max(unpacked, values * width)
-            count += values if name == "features" else 0
-    limit, room = memory_bytes() // 3, files.max_unpacked_bytes(os.fstat(opened.fileno()).st_size)
-    if size > limit:
-        raise UserError(
-            f"{path}: its columns take {size:,} bytes, but only {limit:,} are allowed, a third of "
-            "the memory\nfor rank, embed and gallery identify, split it into several tables\n"
-            "for training, write a file SPLIT/CLIP.npz for each clip"
-        )
-    if size > room:
-        raise _damaged(path, f"it would unpack to {size:,} bytes of almost equal values")
-    return count
-
-
-def _walk_pages(
-    opened: io.FileIO, column: "parquet.ColumnChunkMetaData"
-) -> Iterator[tuple[int, int]]:
-    """Yields (bytes after unpacking, number of values) of each page of a column."""
-    at, first = column.data_page_offset, column.dictionary_page_offset
-    if column.has_dictionary_page and first and first < at:
-        at = first
-    if at < 0:
-        raise ValueError("a column begins before the file")
-    end, left = at + column.total_compressed_size, column.num_values
-    while left > 0 and at < end:
-        length, fields = _read_header(opened, at)
-        data = fields.get(5) or fields.get(8) or {}  # data page of version 1 or 2; or a dictionary
-        packed, unpacked, values = fields.get(3, -1), fields.get(2, -1), data.get(1, 0)
-        if min(packed, unpacked, values) < 0:
-            raise ValueError("a page has a negative size")
-        yield unpacked, values
-        at += length + packed
-        left -= values
-
-
-def _read_header(opened: io.FileIO, at: int) -> tuple[int, dict[int, Any]]:
-    """Returns the length of the page header at byte `at`, and its fields, number -> value."""
-    for size in HEADER_BYTES:
-        header = _Compact(os.pread(opened.fileno(), size, at))
-        with contextlib.suppress(IndexError):
-            fields = header.struct()
-            return header.at, fields
-    raise ValueError("a page has no header")
-
-
-class _Compact:
-    """Parses bytes in Thrift's compact protocol. Incomplete bytes raise IndexError."""
-
-    def __init__(self, content: bytes):
-        self._content, self.at = content, 0
-
-    def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Returns field number -> an integer, a struct, or None for a value of another type."""
-        if depth > MAX_HEADER_DEPTH:
-            raise ValueError("a page header has too many nested structs")
-        fields: dict[int, Any] = {}
-        number = 0
-        while head := self._byte():
-            number = number + (head >> 4) if head >> 4 else self._int()
-            fields[number] = self._value(head & 15, depth)
-        return fields
-
-    def _value(self, kind: int, depth: int) -> Any:  # noqa: ANN401 (`kind` decides the type)
-        match kind:
-            case 1 | 2:  # True and False have no further bytes
-                return None
-            case 4 | 5 | 6:
-                return self._int()
-            case 3 | 7:
-                self._skip(1 if kind == 3 else 8)
-            case 8:
-                self._skip(self._varint())
-            case 9 | 10:
-                head = self._byte()
-                count = self._varint() if head >> 4 == 15 else head >> 4
-                for _ in range(count):
-                    self._value(3 if head & 15 in (1, 2) else head & 15, depth)
-            case 12:
-                return self.struct(depth + 1)
-            case _:
-                raise ValueError("a page has a damaged header")
-        return None
-
-    def _skip(self, count: int) -> None:
-        self.at += count
-        if self.at > len(self._content):  # ends a list that claims more items than there are bytes
-            raise IndexError
-
-    def _byte(self) -> int:
-        self.at += 1
-        return self._content[self.at - 1]
-
-    def _varint(self) -> int:
-        value = shift = 0
-        while shift < 64:
-            byte = self._byte()
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-        raise ValueError("a page has a damaged header")
-
-    def _int(self) -> int:
-        value = self._varint()
-        return value >> 1 ^ -(value & 1)
-
-
-def _read_rows(path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int) -> Rows:
+def _read_rows(
+    path: Path,
+    file: "parquet.ParquetFile",
+    names: Sequence[str],
+    counted: int,
+    allocate: Callable[[int, np.dtype], np.ndarray],
+) -> Rows:
     """Reads the columns `names`. `counted` is the number of values in the features of all rows."""
     import pyarrow
     from pyarrow import compute
@@ -310,10 +276,12 @@ def _read_rows(path: Path, file: "parquet.ParquetFile", names: Sequence[str], co
     scalars = [name for name in names if name != "features"]
     values = np.empty(0, np.float32)
     for number in range(file.metadata.num_row_groups):
-        groups.append(file.read_row_group(number, columns=scalars))
+        groups.append(file.read_row_group(number, columns=scalars, use_threads=False))
         # Reads in batches, because pyarrow needs several times the memory of the decoded values.
         rows = max(1, BATCH_VALUES * file.metadata.num_rows // max(counted, 1))
-        batches = file.iter_batches(rows, row_groups=[number], columns=["features"])
+        batches = file.iter_batches(
+            rows, row_groups=[number], columns=["features"], use_threads=False
+        )
         for batch in batches:
             chunk = batch.column(0)
             _refuse_nulls(path, "features", chunk, first)
@@ -325,19 +293,24 @@ def _read_rows(path: Path, file: "parquet.ParquetFile", names: Sequence[str], co
             width = compute.call_function("list_value_length", [chunk])
             widths.append(width.to_numpy(zero_copy_only=False))
             if len(flat):
-                values = values if at else np.empty(counted, flat.dtype)
-                values[at : at + len(flat)] = flat
+                values = values if at else allocate(counted, flat.dtype)
+                values[at : at + len(flat)] = flat[: counted - at]
             at += len(flat)
+    if at != counted:
+        raise _damaged(path, f"it has {at:,} values of features, but its footer lists {counted:,}")
     joined = pyarrow.concat_tables(groups) if groups else file.schema_arrow.empty_table()
-    columns = {}
+    text, numbers = {}, {}
     for name in scalars:
         column = joined[name].combine_chunks()
         _refuse_nulls(path, name, column, 0)
-        columns[name] = _encode_text(path, name, column) if name in TEXT_COLUMNS else column
+        if name in TEXT_COLUMNS:
+            text[name] = _encode_text(path, name, column)
+        else:
+            numbers[name] = column.to_numpy(zero_copy_only=False)
     width = np.concatenate(widths) if widths else np.empty(0, np.int32)
     if len(width) != len(joined):
         raise _damaged(path, f"it has {len(width):,} rows of features, but {len(joined):,} clips")
-    return Rows(columns, values[:at], width)
+    return Rows(text, numbers, values, width)
 
 
 def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # noqa: ANN401 (pyarrow)
@@ -346,8 +319,11 @@ def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # no
         raise UserError(f"{path}: row {row + 1}: {name} is missing: add it, or delete the row")
 
 
-def _encode_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (pyarrow)
-    """Dictionary-encodes a column of text. Raises UserError if it is not text in UTF-8."""
+def _encode_text(path: Path, name: str, column: Any) -> tuple[list[str], np.ndarray]:  # noqa: ANN401
+    """Returns the distinct values of a column of text, and the number of the value in each row.
+
+    Raises UserError if the column is not text in UTF-8.
+    """
     import pyarrow
 
     try:
@@ -358,4 +334,10 @@ def _encode_text(path: Path, name: str, column: Any) -> Any:  # noqa: ANN401 (py
         raise UserError(
             f"{path}: column {name} is of type {column.type}, or not UTF-8: write text in UTF-8"
         ) from None
-    return pyarrow.DictionaryArray.from_arrays(codes.indices, values)
+    return values.to_pylist(), codes.indices.to_numpy()
+
+
+if __name__ == "__main__":
+    # Other memory pools reserve more address space, and each thread reserves some.
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
+    sys.exit(processes.serve(work))

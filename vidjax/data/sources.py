@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
-from vidjax.data.frame_fields import Origin, Quality, RecordSource
+from vidjax.data.clips import Origin, RecordSource
+from vidjax.data.frame_fields import Quality
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packing import Clips
@@ -90,7 +91,7 @@ def open_source(
     *,
     cache_dir: CacheDir = None,
     quality: Quality = "given",
-) -> RecordSource:
+) -> RecordSource | FeatureDict:
     """Opens a dataset, without reading its features.
 
     `given` is a folder of iQIYI-VID pickles or of a user's own features, or a dict, split -> clip
@@ -127,14 +128,14 @@ def load(
     cache_dir: str | Path | None = None,
     quality: Quality = "given",
 ) -> "Dataset":
-    """Loads a dataset, which the first call converts to TFRecords. See `vidjax.load_data`."""
-    from vidjax.data.records.conversion import convert
+    """Loads a dataset. The first call converts files to TFRecords. See `vidjax.load_data`."""
+    from vidjax.data.records.conversion import convert, hold
     from vidjax.data.records.dataset import Dataset
 
     if isinstance(given, ConfigDict):
         cache_dir = cast(Section, given)["cache_dir"]
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
-    records = convert(source, cache_dir)
+    records = hold(source) if isinstance(source, FeatureDict) else convert(source, cache_dir)
     origin = getattr(source, "origin", Origin(source.kind))
     return Dataset(records, source.read_labels(records.clips), origin=origin)
 

@@ -37,16 +37,16 @@ def analyse(
 ) -> tuple[Values, Arrays]:
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
-    `config` is the configuration of the first model. Reads the frames of the split again, to
-    compute their quality and the attention of the model. If there are several `models`, the
-    analysis has the modalities of the first model, and no attention. The training clips of each
-    identity are counted if they are in the data.
+    `config` is the configuration of the first model. If the model has attention, reads the frames
+    of the split again. If there are several `models`, the analysis has the modalities of the first
+    model, and no attention. The training clips of each identity are counted if they are in the
+    data.
     """
     model, split = models[0], evaluation.split
     names = model.system.model.vector_names if len(models) == 1 else ()
-    quality, matrix = measure_quality_and_attention(
-        model, split.name, mesh, config.eval.block_size, attention=bool(names)
-    )
+    matrix = None
+    if names and not model.system.frame_is_example:
+        matrix = measure_attention(model, split.name, mesh, config.eval.block_size)
     logs = model.system.scores_are_logs
     values: Values = {
         "split": split.name,
@@ -73,48 +73,38 @@ def analyse(
         "wrong_clips": measures.find_wrong_clips(scored),
         "intervals": measures.compute_clip_intervals(evaluation.clips, split.labels),
         "fewest_identities": FEWEST_IDENTITIES,
-        "strata": measures.measure_strata(scored, split, model.modalities, quality, train_clips),
+        "strata": measures.measure_strata(scored, split, model.modalities, train_clips),
     }
     people = len(model.data.identities)
     more = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
     return values | more[0], arrays | more[1]
 
 
-def measure_quality_and_attention(
-    model: TrainedModel, split_name: str, mesh: Mesh, block_size: int, *, attention: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns the mean quality of each clip, [N], and the mean attention, [V, V], both float64.
-
-    The quality of a clip is the mean quality of its frames in the first modality. If a clip has no
-    such frame, the quality is 0.
+def measure_attention(
+    model: TrainedModel, split_name: str, mesh: Mesh, block_size: int
+) -> np.ndarray | None:
+    """Returns the mean attention of a model, [V, V] float64, or None if it has no attention.
 
     The attention is between the V input vectors of the first member. Element [i, j] is the
     attention of vector j to vector i, averaged over the clips that have vector j. So each column
-    sums to 1, or to 0 if no clip has the vector. The attention is None if `attention` is False, if
-    the model has no attention, or if each frame of a clip is a separate example.
+    sums to 1, or to 0 if no clip has the vector.
     """
-    quality = np.zeros(len(model.data.split(split_name).clips))
     params, model_state = ensemble.take((model.params, model.model_state), 0)
     hidden_chunk = np.array(model.training_sets.members[0].view, np.int32)
     step = model.attention_step or eval_step_lib.make_attention_step(model.system)
-    attention = attention and not model.system.frame_is_example
     total = None
     groups = iterate_block_groups([model], split_name, block_size, mesh)
     for block in (block for (blocks,) in groups for block in blocks):
-        frames = block.frames[model.modalities[0]]
-        attended = step(params, model_state, hidden_chunk, block) if attention else None
-        given, mask, clips, real, attended = devices.fetch(
-            (frames.quality, frames.mask, block.clip_index, block.batch_mask, attended)
-        )
-        usable = np.where(mask & np.isfinite(given), given, 0.0).sum(axis=1, dtype=np.float64)
-        quality[clips[real]] = (usable / np.maximum(mask.sum(axis=1), 1))[real]
-        if attended is not None:
-            finite = np.where(np.isfinite(attended), attended, 0.0)
-            total = (0.0 if total is None else total) + finite[real].sum(axis=0, dtype=np.float64)
+        attended = step(params, model_state, hidden_chunk, block)
+        real, attended = devices.fetch((block.batch_mask, attended))
+        if attended is None:
+            return None
+        finite = np.where(np.isfinite(attended), attended, 0.0)
+        total = (0.0 if total is None else total) + finite[real].sum(axis=0, dtype=np.float64)
     if total is None:
-        return quality, None
+        return None
     weight = total.sum(axis=0)  # the number of clips in which vector j has attention
-    return quality, total / np.where(weight > 0, weight, 1.0)
+    return total / np.where(weight > 0, weight, 1.0)
 
 
 @functools.cache

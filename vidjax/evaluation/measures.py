@@ -102,13 +102,11 @@ def measure_strata(
     scored: ScoredSplit,
     split: Split,
     modalities: Sequence[str],
-    quality: np.ndarray,
     train_clips: np.ndarray | None,
 ) -> list[Row]:
     """Returns tables of the MAP of groups of identities, and of groups of clips.
 
-    `quality` [N] is the mean quality of each clip's frames of the first modality. `train_clips` [C]
-    is the number of training clips of each identity, or None if it is unknown.
+    `train_clips` [C] is the number of training clips of each identity, or None if it is unknown.
     """
     primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
@@ -126,7 +124,7 @@ def measure_strata(
         ]
         tables.append({"by": "training clips of the identity", "rows": rows})
     lengths = split.lengths[primary]
-    groups = group_by_quantile(quality, lengths > 0)
+    groups = group_by_quantile(split.quality[primary], lengths > 0)
     if groups:
         absent = (f"no {primary}", lengths == 0)
         tables.append(table(f"mean quality of {primary}", [*groups, absent]))

@@ -25,7 +25,8 @@ from jax.sharding import Mesh
 from vidjax.core import devices, ensemble, metrics
 from vidjax.core.batch import Batch
 from vidjax.data.clips import ClipSource, TrainingData
-from vidjax.data.memory import FrameClips, MemoryClips, load_clips
+from vidjax.data.input_files import load_clips
+from vidjax.data.memory import FrameClips, MemoryClips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib, topk
 from vidjax.evaluation.running_topk import RunningTopK
@@ -271,7 +272,7 @@ class Predictor(NamedTuple):
         return files.sha256_json([digests, config_io.to_json(self.config)])
 
     def load(self, path: str | Path, split: str | None = None) -> MemoryClips:
-        """Reads the clips of a folder or a parquet table, see `memory.load_clips`."""
+        """Reads the clips of a folder or a parquet table, see `input_files.load_clips`."""
         quality = self.config.data.quality
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 

@@ -371,7 +371,7 @@ class TrainingRun:
         mode = mode or resident.choose_mode(config.data.mode, in_memory, mesh, num_drawn, taken)
         (is_streaming,) = distributed.max_over_processes(int(mode == "streaming"))
         if is_streaming:
-            say(f"each epoch reads the clips from the disk, {reason}")
+            say(f"each epoch reads the clips again, {reason}")
             stream = data.train_batches(batches, step=self.step)
             return feed_lib.StreamingFeed(system, mesh, stream), data
         began = time.monotonic()

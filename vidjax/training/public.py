@@ -94,9 +94,9 @@ def load_data(
       source: the clips, in one of three forms:
         - A dict: split (`train`, `val`, `test`) -> clip name -> modality -> features. Features are
           [T, D] or [D], float16, float32, float64 or int8. Other values of the frames of a modality
-          `face` are `face_quality` [T], `face_detection` [T], `face_number` [T] and `face_box`
-          [T, 4]. They may also be in a dict with `features`, `quality` and so on, which replaces
-          the features. A clip may lack modalities, or have no frame.
+          `face` are `face_quality` [T], `face_detection` [T] and `face_number` [T]. They may
+          also be in a dict with `features`, `quality` and so on, which replaces the features. A
+          clip may lack modalities, or have no frame.
         - The path of a folder of iQIYI-VID pickles, `.npz` files or parquet tables.
         - A configuration. Its fields `config.data` describe the dataset: give no other argument.
       labels: a dict, clip name -> identity, for all splits. It may also be the path of a table

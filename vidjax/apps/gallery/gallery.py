@@ -71,6 +71,7 @@ from vidjax.apps.gallery.store import (
 )
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, VectorSource, select_usable_clips
 from vidjax.data.clips import TrainingData
+from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import FrameClips, MemoryClips
 from vidjax.evaluation import topk
@@ -400,8 +401,6 @@ class Gallery:
 
     def load(self, path: str | Path) -> MemoryClips:
         """Loads the clips of a folder or parquet table with the modalities of the gallery."""
-        from vidjax.data.memory import load_clips  # the readers of pickles
-
         widths, quality = self.reads
         return load_clips(path, widths, (), quality=quality)
 

@@ -19,7 +19,7 @@ from vidjax.data.clips import PAD_LENGTHS
 from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
 
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
-FIELD_BYTES = sum(np.dtype(field.dtype).itemsize * field.width for field in FRAME_FIELDS.values())
+FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.values())
 
 
 class Question(NamedTuple):

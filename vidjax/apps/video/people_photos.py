@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, advise_other_films
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
-from vidjax.apps.video import doubts, features_folder, input_files
+from vidjax.apps.video import doubts, features_folder, media_files
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
@@ -82,7 +82,7 @@ def find_missing(
     for folder in absent:
         known = features_folder.find_media_files(out / PEOPLE / folder).values()
         paths = [photo.source.path for photo in known]
-        deleted = has_others and all(x.parent == place and input_files.is_missing(x) for x in paths)
+        deleted = has_others and all(x.parent == place and media_files.is_missing(x) for x in paths)
         if not known or not (deleted or new & {photo.sha256 for photo in known}):
             missing.add(folder)
     return missing
@@ -102,15 +102,15 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
             f"--out={out} is inside '{people}', where each folder is a person\nname another folder"
         )
     photos_of: dict[str, list[Path]] = {}
-    input_files.say_left_out([people])
-    single = input_files.split_files(people)[0]
+    media_files.say_left_out([people])
+    single = media_files.split_files(people)[0]
     for path in list_entries(people):
         if path.is_file() and path not in single:
             continue
         photos = [path] if path.is_file() or _is_lost_photo(path) else []
         if path.is_dir():
             photos = [
-                photo for folder in input_files.list_folders(path) for photo in _list_stills(folder)
+                photo for folder in media_files.list_folders(path) for photo in _list_stills(folder)
             ]
         if not photos and not files.exists(out / PEOPLE / normal_form(path.name)):
             say(
@@ -128,7 +128,7 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_people(people: Path) -> UserError:
-    hint = "" if os.path.exists(people) else input_files.suggest_path(people)
+    hint = "" if os.path.exists(people) else media_files.suggest_path(people)
     return UserError(
         f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
     )
@@ -206,8 +206,8 @@ def _list_stills(folder: Path) -> list[Path]:
 
     Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`.
     """
-    paths = input_files.split_files(folder)[0]
-    photos = {path for path in paths if path.suffix.lower() in input_files.PHOTOS}
+    paths = media_files.split_files(folder)[0]
+    photos = {path for path in paths if path.suffix.lower() in media_files.PHOTOS}
     stems = {path.stem for path in photos}
     lost = [path for path in list_entries(folder) if _is_lost_photo(path)]
     return [path for path in paths if path in photos or path.stem not in stems] + lost
@@ -215,7 +215,7 @@ def _list_stills(folder: Path) -> list[Path]:
 
 def _is_lost_photo(path: Path) -> bool:
     """Returns whether a path is a link to a photo that is missing, for example on another drive."""
-    return path.suffix.lower() in input_files.PHOTOS and not os.path.exists(path)
+    return path.suffix.lower() in media_files.PHOTOS and not os.path.exists(path)
 
 
 def check_photos(

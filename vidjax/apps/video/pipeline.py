@@ -19,7 +19,7 @@ import msgspec
 
 from vidjax.apps.video import cards as cards_lib, features_folder, film as film_lib, regions
 from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, MediaFile
-from vidjax.apps.video.input_files import (
+from vidjax.apps.video.media_files import (
     PHOTOS,
     check_apart,
     has_files,

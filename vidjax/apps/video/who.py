@@ -43,7 +43,7 @@ from vidjax.apps.video import (
     appearances,
     cuts,
     features_folder,
-    input_files,
+    media_files,
     names_page,
     pipeline,
 )
@@ -271,7 +271,7 @@ def name_people(
     answers_lib.check_choice(fpir, threshold)
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
-    input_files.check_apart(input_files.list_files(films), out)
+    media_files.check_apart(media_files.list_files(films), out)
     photos = {} if people is None else list_photos(people, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
@@ -348,7 +348,7 @@ def _update_people(
         kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
         names |= kept
         failed |= {str(people / folder): "" for folder in sorted(missing)}
-        hint = "" if os.path.isdir(people) else input_files.suggest_path(people)
+        hint = "" if os.path.isdir(people) else media_files.suggest_path(people)
         say(
             f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
             f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets
 
+from vidjax.core.batch import BATCHED
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED
+from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.records.manifest import NAME, VERSION
 from vidjax.data.records.shard_files import Shard
 
@@ -32,9 +33,7 @@ class PackedFrames(tfds.features.FeatureConnector):
             "features": tfds.features.TensorInfo(shape=(None, dim), dtype=np.dtype(dtype))
         }
         for name, field in FRAME_FIELDS.items():
-            shape = (None,) if field.width == 1 else (None, field.width)
-            info = tfds.features.TensorInfo(shape=shape, dtype=np.dtype(field.dtype))
-            self._info[name] = info
+            self._info[name] = tfds.features.TensorInfo(shape=(None,), dtype=np.dtype(field.dtype))
 
     def get_tensor_info(self) -> dict[str, Any]:
         """Returns the shape and dtype of each decoded field."""
@@ -42,7 +41,7 @@ class PackedFrames(tfds.features.FeatureConnector):
 
     def get_serialized_info(self) -> dict[str, Any]:
         """Returns the shape and dtype of each encoded field, which is a string."""
-        return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in STORED}
+        return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in BATCHED}
 
     def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
         """Encodes the frames of a clip, one after another. The values are little-endian."""

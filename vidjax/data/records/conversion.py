@@ -1,22 +1,31 @@
-"""Converts the features of a dataset to TFRecord files (shards) in the cache.
+"""Converts the features of files to TFRecord files (shards) in the cache.
 
 The clips are divided, in their order, into at least 8 shards of at most about 256 MB. Several
 threads write the shards. Equal datasets give equal files.
 """
 
+import contextlib
+import hashlib
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from vidjax.core.batch import BATCHED, Packed
+from vidjax.data.arrays import FeatureDict
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
-from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, RecordSource
-from vidjax.data.packing import StagedSplit, stage
+from vidjax.data.clips import Modality, RecordSource
+from vidjax.data.packed_clips import (
+    PackedClips,
+    complete,
+    get_dtype,
+    map_again,
+    measure_quality,
+)
 from vidjax.data.records import shard_files
 from vidjax.data.records.data_report import report_split
 from vidjax.data.records.manifest import (
@@ -32,6 +41,7 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.machine import max_open_files, num_cores
 
+ORDER_SEED = 0
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
 CLIPS_AT_ONCE = 256
@@ -79,10 +89,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def write_records(
-    source: RecordSource,
-    fingerprint: list[dict[str, Any]],
-    folder: Path,
-    workers: int | None,
+    source: RecordSource, fingerprint: list[dict[str, Any]], folder: Path, workers: int | None
 ) -> None:
     """Writes the TFRecord files of a dataset, and their manifest, to an empty folder."""
     # Imported before the threads start, because TFDS replaces the import function of all threads.
@@ -90,26 +97,56 @@ def write_records(
 
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
-    unpacked = source.read(staging)
-    staged = {split: stage(split, parts) for split, parts in unpacked.items()}
-    modalities = _join_modalities(staged, source)
-    _refuse_empty_splits(staged, source)
-    _refuse_shared_clips(staged, source.place)
-    records = folder / NAME / VERSION
-    records.mkdir(parents=True)
+    records = make_records(source, source.read(staging), folder, workers)
+    shards = {name: split.shards for name, split in records.splits.items()}
+    codec.write_info(folder / NAME / VERSION, records.modalities, shards)
+    files.remove_tree(staging)
+    write_manifest(records, fingerprint)
+
+
+def hold(source: FeatureDict) -> Records:
+    """Returns the clips of a dataset in memory. Nothing is written to the disk."""
+    packed = source.read()
+    records = make_records(source, packed, None, None)
+    splits = {
+        name: split._replace(packed=complete(packed[name], records.modalities))
+        for name, split in records.splits.items()
+    }
+    return records._replace(splits=splits)
+
+
+def make_records(
+    source: RecordSource | FeatureDict,
+    packed: Mapping[str, PackedClips],
+    folder: Path | None,
+    workers: int | None,
+) -> Records:
+    """Checks the splits of a dataset, and writes its TFRecord files to `folder`.
+
+    If `folder` is None, only the digests of these files are computed.
+    """
+    modalities = _join_modalities(packed, source)
+    _refuse_empty_splits(packed, source)
+    _refuse_shared_clips(packed, source.place)
+    place = (folder or Path()) / NAME / VERSION
+    if folder:
+        place.mkdir(parents=True)
+    orders = {name: choose_order(name, len(clips.names)) for name, clips in packed.items()}
     # A thread opens a file per field and modality. All threads may open half of the allowed files.
-    max_threads = max_open_files() / 2 / (len(STORED) * len(modalities))
+    max_threads = max_open_files() / 2 / (len(BATCHED) * len(modalities))
     with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
         reports = {}
-        for name, split in staged.items():
-            paths = {modality: source.path_of(modality, name) for modality in split.packed}
-            reports[name] = threads.submit(report_split, split, paths)
+        for name, clips in packed.items():
+            paths = {modality: source.path_of(modality, name) for modality in clips.frames}
+            reports[name] = threads.submit(report_split, clips, paths)
         cuts = {
-            name: cut(split, modalities, records / f"{NAME}-{name}")
-            for name, split in staged.items()
+            name: cut(clips, orders[name], modalities, place / f"{NAME}-{name}")
+            for name, clips in packed.items()
         }
         written = threads.map(
-            lambda name, path, order: write_shard(path, order, staged[name], modalities),
+            lambda name, path, order: make_shard(
+                path, order, packed[name], modalities, on_disk=folder is not None
+            ),
             *zip(*((name, *part) for name, parts in cuts.items() for part in parts), strict=True),
         )
         shards = {
@@ -119,19 +156,33 @@ def write_records(
             "version": VERSION,
             "splits": {name: future.result() for name, future in reports.items()},
         }
-    codec.write_info(records, modalities, shards)
-    files.remove_tree(staging)
     splits = {
-        name: SplitRecords(split.clips, split.order, split.lengths, shards[name])
-        for name, split in staged.items()
+        name: SplitRecords(
+            clips=clips.names,
+            order=orders[name],
+            lengths=clips.lengths,
+            quality={key: measure_quality(frames) for key, frames in clips.frames.items()},
+            shards=shards[name],
+        )
+        for name, clips in packed.items()
     }
-    write_manifest(Records(folder, modalities, splits, report), fingerprint)
+    return Records(folder, modalities, splits, report)
 
 
-def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource) -> None:
-    for name, split in staged.items():
-        if not split.clips:
-            paths = ", ".join(str(source.path_of(modality, name)) for modality in split.packed)
+def choose_order(split: str, num_clips: int) -> np.ndarray:
+    """Returns [N] int32, the order of the clips in files: random for train, else by name."""
+    # Sorted names often group the clips of an identity, and programs that read a few neighbouring
+    # records at a time would then see only a few identities.
+    shuffled = np.random.default_rng(ORDER_SEED).permutation(num_clips)
+    return (shuffled if split == "train" else np.arange(num_clips)).astype(np.int32)
+
+
+def _refuse_empty_splits(
+    packed: Mapping[str, PackedClips], source: RecordSource | FeatureDict
+) -> None:
+    for name, clips in packed.items():
+        if not clips.names:
+            paths = ", ".join(str(source.path_of(modality, name)) for modality in clips.frames)
             raise UserError(
                 f"{paths or source.place}: split {name!r} has no clips: "
                 "add clips, or remove the split"
@@ -139,19 +190,20 @@ def _refuse_empty_splits(staged: Mapping[str, StagedSplit], source: RecordSource
 
 
 def _join_modalities(
-    staged: Mapping[str, StagedSplit], source: RecordSource
+    packed: Mapping[str, PackedClips], source: RecordSource | FeatureDict
 ) -> dict[str, Modality]:
     """Returns modality -> the width and the common dtype of its features in all splits."""
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
     dropped = 0
-    for split, clips in staged.items():
-        for name, flat in clips.packed.items():
-            dropped += sum(flat.skipped.values())
-            if not len(flat.features):  # without frames, width and dtype are unknown
+    for split, clips in packed.items():
+        for name, frames in clips.frames.items():
+            dropped += sum(clips.counts[name].skipped.values())
+            if not len(frames.quality):  # without frames, width and dtype are unknown
                 continue
             first = first_split.setdefault(name, split)
-            modality = Modality(flat.features.shape[1], flat.features.dtype.name)
+            features = frames.features
+            modality = Modality(features.shape[1], np.dtype(features.dtype).name)
             known = modalities.get(name, modality)
             if known.dim != modality.dim:
                 raise UserError(
@@ -171,12 +223,12 @@ def _join_modalities(
     return dict(sorted(modalities.items()))
 
 
-def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
+def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
     """Raises UserError if a clip is in two splits, for example in train and val."""
     owners: dict[str, str] = {}
     shared = []
-    for name, split in sorted(staged.items()):
-        for clip in split.clips:
+    for name, split in sorted(packed.items()):
+        for clip in split.names:
             if owners.setdefault(clip, name) != name:
                 shared.append(f"{clip} ({owners[clip]} and {name})")
     if shared:
@@ -188,13 +240,12 @@ def _refuse_shared_clips(staged: Mapping[str, StagedSplit], place: str) -> None:
 
 
 def cut(
-    split: StagedSplit, modalities: Mapping[str, Modality], prefix: Path
+    split: PackedClips, order: np.ndarray, modalities: Mapping[str, Modality], prefix: Path
 ) -> list[tuple[Path, np.ndarray]]:
     """Divides the clips of a split into files (shards) of up to about 256 MB.
 
     There are 8 shards or more. If there are fewer than 8 clips, each shard has one clip. Returns a
-    pair for each shard: its path, which begins with `prefix`, and [n] int32, the positions of its
-    n clips in `split.clips`.
+    pair for each shard: its path, which begins with `prefix`, and [n] int32, its part of `order`.
     """
     size = sum(
         int(lengths.sum(dtype=np.int64))
@@ -202,43 +253,53 @@ def cut(
         for name, lengths in split.lengths.items()
         if name in modalities
     )
-    num_shards = min(len(split.clips), max(MIN_SHARDS, -(-size // SHARD_BYTES)))
-    bounds = [len(split.clips) * shard // num_shards for shard in range(num_shards + 1)]
+    num_shards = min(len(order), max(MIN_SHARDS, -(-size // SHARD_BYTES)))
+    bounds = [len(order) * shard // num_shards for shard in range(num_shards + 1)]
     name = f"{prefix.name}.tfrecord-{{:05}}-of-{num_shards:05}"
     return [
-        (prefix.with_name(name.format(number)), split.order[first:last])
+        (prefix.with_name(name.format(number)), order[first:last])
         for number, (first, last) in enumerate(itertools.pairwise(bounds))
     ]
 
 
-def write_shard(
-    path: Path, order: np.ndarray, split: StagedSplit, modalities: Mapping[str, Modality]
+def make_shard(
+    path: Path,
+    order: np.ndarray,
+    split: PackedClips,
+    modalities: Mapping[str, Modality],
+    *,
+    on_disk: bool,
 ) -> shard_files.Shard:
-    """Writes clips to a TFRecord file. `order` [n] are their positions in `split.clips`."""
-    with path.open("wb") as file:
-        for at in range(0, len(order), CLIPS_AT_ONCE):
-            _write_clips(file, order[at : at + CLIPS_AT_ONCE].tolist(), split, modalities)
-    stat, sha256 = path.stat(), files.sha256_file(path)
-    return shard_files.Shard(path, len(order), stat.st_size, stat.st_mtime_ns, sha256)
+    """Writes clips to a TFRecord file, or if `on_disk` is False, only computes its digest.
+
+    `order` [n] are the positions of the clips in `split.names`.
+    """
+    sha256, size = hashlib.sha256(), 0
+    with path.open("wb") if on_disk else contextlib.nullcontext() as file:
+        for record in _encode_clips(order, split, modalities):
+            sha256.update(record)
+            size += len(record)
+            if file:
+                file.write(record)
+    mtime_ns = path.stat().st_mtime_ns if on_disk else 0
+    return shard_files.Shard(path, len(order), size, mtime_ns, sha256.hexdigest())
 
 
-def _write_clips(
-    file: BinaryIO, order: Sequence[int], split: StagedSplit, modalities: Mapping[str, Modality]
-) -> None:
-    """Appends a record for each clip to a file. `order` are positions in `split.clips`."""
-    # Each call maps the files of frames again, so that the memory of their pages is freed.
-    mapped = {name: dict(flat.frames) for name, flat in split.packed.items()}
-    for clip in order:
-        values: dict[str, bytes | int] = {"clip": split.clips[clip].encode(), "clip_index": clip}
-        for name, modality in modalities.items():
-            length = split.lengths[name][clip] if name in mapped else 0
-            for field in STORED:
-                content = b""
-                if length:
-                    start = split.starts[name][clip]
-                    kind = FRAME_FIELDS.get(field, modality)
-                    dtype = np.dtype(kind.dtype).newbyteorder("<")
-                    frames = mapped[name][field][start : start + length]
-                    content = frames.astype(dtype, copy=False).tobytes()
-                values[f"frames/{name}/{field}"] = content
-        file.write(shard_files.make_record(shard_files.encode(values)))
+def _encode_clips(
+    order: np.ndarray, split: PackedClips, modalities: Mapping[str, Modality]
+) -> Iterator[bytes]:
+    """Yields the record of each clip."""
+    kinds = {(name, f): get_dtype(f, x.dtype) for name, x in modalities.items() for f in BATCHED}
+    mapped = dict[str, Packed]()
+    for number, clip in enumerate(order.tolist()):
+        if number % CLIPS_AT_ONCE == 0:  # maps files again, so that the memory of pages is freed
+            mapped = {name: map_again(frames) for name, frames in split.frames.items()}
+        values: dict[str, bytes | int] = {"clip": split.names[clip].encode(), "clip_index": clip}
+        for (name, field), dtype in kinds.items():
+            content = b""
+            if name in mapped and (length := mapped[name].length[clip]):
+                start = mapped[name].start[clip]
+                frames = getattr(mapped[name], field)[start : start + length]
+                content = frames.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+            values[f"frames/{name}/{field}"] = content
+        yield shard_files.make_record(shard_files.encode(values))

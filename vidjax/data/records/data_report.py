@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from vidjax.data.clips import Split
-from vidjax.data.frame_fields import compute_feature_norms
 from vidjax.data.labels import Truth, sort_identities
-from vidjax.data.packing import StagedSplit
+from vidjax.data.packed_clips import PackedClips, map_again
+from vidjax.data.packing import compute_feature_norms
 from vidjax.data.records.manifest import Records
 from vidjax.utils import messages
 from vidjax.utils.errors import warn
@@ -22,10 +22,10 @@ FRAMES_PER_MAP = 1 << 16  # frames that are read before the file is mapped again
 CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 
 
-def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any]:
+def report_split(split: PackedClips, paths: Mapping[str, Path]) -> dict[str, Any]:
     """Counts the clips and frames of a split. `paths` is modality -> the file of its features."""
     without_frames = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
-    modalities = {name: _report_modality(split, name, paths[name]) for name in split.packed}
+    modalities = {name: _report_modality(split, name, paths[name]) for name in split.frames}
     return {
         "clips": without_frames.size,
         "clips_without_frames": int(without_frames.sum()),
@@ -33,22 +33,27 @@ def report_split(split: StagedSplit, paths: Mapping[str, Path]) -> dict[str, Any
     }
 
 
-def _report_modality(split: StagedSplit, modality: str, path: Path) -> dict[str, Any]:
-    flat, lengths = split.packed[modality], split.lengths[modality]
+def _report_modality(split: PackedClips, modality: str, path: Path) -> dict[str, Any]:
+    frames, counts = split.frames[modality], split.counts[modality]
+    lengths = np.asarray(frames.length)
     # The report names clips by their places, so that the folder of a run does not contain names.
-    bad = [x._replace(clip=split.clips.index(x.clip)) for x in flat.find_bad_values()]
-    blocks = range(0, max(1, sum(lengths.tolist())), FRAMES_PER_MAP)
-    norms = (compute_feature_norms(flat.features[at : at + FRAMES_PER_MAP]) for at in blocks)
+    values = split.find_bad_values(modality)
+    bad = [{**x._asdict(), "clip": split.names.index(x.clip)} for x in values]
+    blocks = range(0, max(1, len(frames.quality)), FRAMES_PER_MAP)
+    norms = [
+        compute_feature_norms(np.asarray(map_again(frames).features[at : at + FRAMES_PER_MAP]))
+        for at in blocks
+    ]
     return {
         "file": path.name,
-        "clips_seen": len(flat.names),
+        "clips_seen": counts.clips,
         "clips": int((lengths > 0).sum()),
-        "frames_seen": flat.seen,
+        "frames_seen": counts.frames,
         "frames": int(lengths.sum()),
-        "frames_skipped": flat.skipped,
-        "clips_skipped": flat.skipped_clips,
-        "values_replaced": dict(sorted(flat.warnings.items())),
-        "bad_values": [x._asdict() for x in bad],
+        "frames_skipped": counts.skipped,
+        "clips_skipped": counts.skipped_clips,
+        "values_replaced": dict(sorted(counts.warnings.items())),
+        "bad_values": bad,
         "clips_without": int((lengths == 0).sum()),
         "missing_rate": float((lengths == 0).mean()),
         "frames_per_clip": {
@@ -56,8 +61,8 @@ def _report_modality(split: StagedSplit, modality: str, path: Path) -> dict[str,
             "median": float(np.median(lengths)),
             "max": int(lengths.max()),
         },
-        "quality": _make_histogram(flat.frames["quality"]),
-        "norm": _make_histogram(np.concatenate([*norms])),
+        "quality": _make_histogram(np.asarray(frames.quality)),
+        "norm": _make_histogram(np.concatenate(norms)),
     }
 
 
@@ -97,7 +102,7 @@ def label_records(
     report = copy.deepcopy(records.report)
     report["identities"] = len(identities)
     splits = {}
-    for name, (clips, _, lengths, _) in records.splits.items():
+    for name, (clips, _, lengths, quality, *_) in records.splits.items():
         pairs = truth.get(name)
         columns = {clip: column.get(identity, 0) for clip, identity in (pairs or {}).items()}
         positives = np.bincount(list(columns.values()), minlength=len(identities) + 1)
@@ -109,6 +114,7 @@ def label_records(
             positives=positives[1:].astype(np.int64),
             num_others=len(set((pairs or {}).values()) - column.keys()),
             lengths=lengths,
+            quality=quality,
         )
         if positives[0]:
             warn(

@@ -1,4 +1,4 @@
-"""Reads the converted clips of a dataset, with labels, for training and evaluation.
+"""Reads the clips of a dataset, with labels, for training and evaluation.
 
 TensorFlow is imported only if training batches are read from disk while the training runs.
 """
@@ -9,26 +9,37 @@ from typing import Any
 import numpy as np
 
 from vidjax.core.batch import Batch, Packed
+from vidjax.data import order
 from vidjax.data.checks import (
     find_equal_quality,
     find_misspelt,
     find_transposed,
     warn_of_bad_values,
 )
-from vidjax.data.clips import BatchPlan, EvalPlan, Modality, Split, check_modalities
-from vidjax.data.frame_fields import BadValues, Origin
+from vidjax.data.clips import (
+    BatchPlan,
+    ClipReader,
+    EvalPlan,
+    Modality,
+    Origin,
+    Split,
+    check_modalities,
+    eval_batches,
+    pad,
+)
 from vidjax.data.labels import Truth
+from vidjax.data.packed_clips import BadValues, PackedReader, pack_arrays
 from vidjax.data.records.data_report import label_records
 from vidjax.data.records.manifest import Records, SplitRecords
-from vidjax.data.records.record_reader import Reader, eval_batches
+from vidjax.data.records.record_reader import Reader
 from vidjax.utils.errors import UserError, require_packages, warn
 from vidjax.utils.files import sha256_json
 
-MAX_PACKED_CLIPS = 256  # clips in a chunk of `Dataset.packed`
+MAX_PACKED_CLIPS = 256  # clips that `Dataset.packed` reads from the disk at once
 
 
 class Dataset:
-    """The converted clips of a dataset with their labels.
+    """The clips of a dataset with their labels.
 
     Attributes:
       identities: the names of the classes. Label c of a clip means `identities[c - 1]`.
@@ -45,7 +56,7 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Adds labels to converted clips. See `label_records`. Result files show `origin`."""
+        """Adds labels to clips. See `label_records`. Result files show `origin`."""
         self._records = records
         self._truth = truth
         self._origin = origin or Origin("records")
@@ -90,34 +101,63 @@ class Dataset:
             return self
         return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
 
+    def _read(self, splits: Sequence[str]) -> ClipReader:
+        """Returns the reader of the clips of several splits, which are in memory or on the disk."""
+        packed = [split.packed for name in splits if (split := self._records.splits[name]).packed]
+        return PackedReader(packed) if packed else Reader(self._records, splits)
+
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the training batches of `plan`, with TensorFlow. See `TrainingData`."""
+        """Yields the training batches of `plan`. See `TrainingData`.
+
+        TensorFlow makes the batches of clips on the disk.
+        """
+        reader = self._read(plan.splits)
+        parts = [self.split(name).lengths for name in plan.splits]
+        lengths = {name: np.concatenate([x[name] for x in parts]) for name in plan.windowed}
+        drawn = order.draw_on_host(plan, lengths, step)
+        if not isinstance(reader, Reader):
+            return self._train_batches(reader, plan, drawn)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         require_packages(
             "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
         )
         from vidjax.data.records import streaming
 
-        return streaming.train_batches(self._records, plan, step)
+        return streaming.train_batches(reader, self.modalities, plan, drawn)
+
+    def _train_batches(
+        self, reader: ClipReader, plan: BatchPlan, drawn: Iterator[order.HostClips]
+    ) -> Iterator[Batch]:
+        """Yields the training batches of clips in memory. `drawn` are the clips of each step."""
+        for clips, batch_mask, first in drawn:
+            arrays = reader.read(clips[batch_mask], plan.modalities)
+            frames = {
+                name: pad(
+                    arrays[name], (plan.batch_size, size), self.modalities[name], first.get(name)
+                )
+                for name, size in plan.padded_lengths.items()
+            }
+            yield Batch(frames, clips, batch_mask)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once. See `ClipSource`."""
-        return eval_batches(self._records, plan, rows)
+        return eval_batches(self._read([plan.split]), self.modalities, plan, rows)
 
     def packed(
         self, split: str, modalities: Sequence[str]
-    ) -> Iterator[tuple[np.ndarray, dict[str, Packed]]]:
-        """Yields all clips, 256 at a time, in the order on disk. See `TrainingData`."""
+    ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
+        """Yields all clips, in the order of storage. See `TrainingData`."""
         check_modalities(self.split(split), modalities)
-        reader = Reader(self._records, [split])
+        reader, whole = self._read([split]), self._records.splits[split].packed
+        if whole:
+            yield reader.clip_index, {name: whole.frames[name] for name in modalities}
+            return
         for first in range(0, len(reader.clip_index), MAX_PACKED_CLIPS):
             places = np.arange(first, min(first + MAX_PACKED_CLIPS, len(reader.clip_index)))
-            messages, packed = reader.read(places), {}
-            for name in modalities:
-                frames, length = reader.frames(name, places, messages), reader.lengths[name][places]
-                fields = {field: np.concatenate(parts) for field, parts in frames.items()}
-                start = np.cumsum(length, dtype=np.int32) - length
-                packed[name] = Packed(**fields, start=start, length=length)
+            packed = {}
+            for name, arrays in reader.read(places, modalities).items():
+                fields = {field: np.concatenate(parts) for field, parts in arrays.items()}
+                packed[name] = pack_arrays(fields, [len(part) for part in arrays["quality"]])
             yield reader.clip_index[places], packed
 
 

@@ -1,6 +1,6 @@
 """Lists the TFRecord files (shards) of a dataset, with their sizes and digests.
 
-A folder of the cache contains the shards, `index.npz` (names, order and lengths of the clips),
+A folder of the cache contains the shards, `index.npz` (names, order, lengths and quality of clips),
 `data_report.json` and `manifest.json`. The manifest is written last, and contains the sha256 of
 all other files and of its other entries. Without the manifest, a shard that was cut between two
 records would be read without an error.
@@ -16,30 +16,35 @@ import numpy as np
 
 from vidjax.data.clips import Modality
 from vidjax.data.frame_fields import DTYPES
+from vidjax.data.packed_clips import PackedClips
 from vidjax.data.records.shard_files import DEPTH, Shard, check_changed
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file
 
 # If the meaning of a record or of the manifest changes, increase the version to refill the cache.
-VERSION = "1.3.0"
+VERSION = "1.4.0"
 NAME = "iqiyi_vid"  # the name of every dataset in TFDS
 MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
 
 
 class SplitRecords(NamedTuple):
-    """The converted clips of a split."""
+    """The clips of a split, in TFRecord files or in memory."""
 
     clips: tuple[str, ...]  # N clip names in byte order
     order: np.ndarray  # [N] int32, the order of the clips on disk, as positions in `clips`
     lengths: dict[str, np.ndarray]  # modality -> [N] int32, the number of frames of each clip
-    shards: tuple[Shard, ...]  # the TFRecord files
+    quality: dict[str, np.ndarray]  # modality -> [N] float64, the mean quality of their frames
+    # The TFRecord files. If the clips are in memory, these files do not exist. Their digests show
+    # that the clips in memory are equal to clips in files.
+    shards: tuple[Shard, ...]
+    packed: PackedClips | None = None  # the clips in memory, which have all modalities
 
 
 class Records(NamedTuple):
-    """The converted clips of a dataset."""
+    """The clips of a dataset, in TFRecord files or in memory."""
 
-    folder: Path
+    folder: Path | None  # the folder of the TFRecord files, or None for clips in memory
     modalities: dict[str, Modality]  # modality -> width and dtype of its features
     splits: dict[str, SplitRecords]  # split -> its clips and files
     report: dict[str, Any]  # the data report without labels, which counts frames and clips
@@ -53,6 +58,7 @@ class Records(NamedTuple):
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:
     """Writes `index.npz`, `data_report.json`, and then `manifest.json`, which lists all files."""
     folder = records.folder
+    assert folder
     _write_index(folder / "index.npz", records.splits)
     files.write_json(folder / "data_report.json", records.report)
     splits = {}
@@ -140,17 +146,23 @@ def _load_split(
 ) -> SplitRecords:
     """Returns the clips of a split from its entry in the manifest and the arrays of the index."""
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape")
-    prefix = f"{name}/lengths/"
+    lengths, quality = (
+        {key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)}
+        for prefix in (f"{name}/lengths/", f"{name}/quality/")
+    )
     split = SplitRecords(
         clips=tuple(names.split("\n")),
         order=index[f"{name}/order"],
-        lengths={key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)},
+        lengths=lengths,
+        quality=quality,
         shards=tuple(_parse_shard(folder, **shard) for shard in manifest["shards"]),
     )
-    count, lengths = len(split.clips), split.lengths.values()
+    count = len(split.clips)
     if not (
-        all(array.dtype.kind == "i" for array in (split.order, *lengths))
-        and all(array.shape == (count,) and array.min() >= 0 for array in lengths)
+        all(array.dtype.kind == "i" for array in (split.order, *lengths.values()))
+        and all(array.shape == (count,) and array.min() >= 0 for array in lengths.values())
+        and all(array.shape == (count,) and array.dtype.kind == "f" for array in quality.values())
+        and lengths.keys() == quality.keys()
         and np.array_equal(np.sort(split.order), np.arange(count))
         and manifest["records"] == count == sum(shard.records for shard in split.shards)
     ):
@@ -178,4 +190,5 @@ def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:
         arrays[f"{name}/order"] = split.order
         for modality, lengths in split.lengths.items():
             arrays[f"{name}/lengths/{modality}"] = lengths
+            arrays[f"{name}/quality/{modality}"] = split.quality[modality]
     np.savez(path, **arrays)

@@ -7,13 +7,12 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from vidjax.core.batch import BATCHED, Batch
-from vidjax.data.clips import EvalPlan, make_batch, pad, split_blocks
-from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.core.batch import BATCHED
+from vidjax.data.packed_clips import ClipArrays, get_dtype
 from vidjax.data.records.manifest import Records
 from vidjax.data.records.shard_files import (
     FRAMING,
@@ -87,12 +86,17 @@ class Reader:
                 sizes[f"frames/{name}/{field}"] = length * size
         return locate_values(sizes)
 
-    def read(self, places: np.ndarray, *, whole: bool = True) -> list[bytes]:
-        """Returns the records with the numbers `places` [n], serialised as `tf.train.Example`.
+    def read(self, places: np.ndarray, names: Iterable[str], *, whole: bool = True) -> ClipArrays:
+        """Returns the frames of the records with the numbers `places` [n], see `ClipReader`.
 
         If `whole` is True, the sha256 of each file is checked. If it is False, only the checksums
         of the records are checked. Raises UserError if a file is damaged.
         """
+        messages = self._read_messages(places, whole=whole)
+        return {name: self._decode(name, places, messages) for name in names}
+
+    def _read_messages(self, places: np.ndarray, *, whole: bool) -> list[bytes]:
+        """Returns the records with the numbers `places` [n], serialised as `tf.train.Example`."""
         messages = [b""] * len(places)
         numbers = self.shard[places]
         for number in np.unique(numbers).tolist():
@@ -136,22 +140,15 @@ class Reader:
             "run the command again when no program writes to it"
         )
 
-    def frames(
-        self, name: str, places: np.ndarray, messages: Sequence[bytes]
-    ) -> dict[str, list[np.ndarray]]:
-        """Decodes the frames of the records `places` [n] in the modality `name`.
-
-        `messages` is the result of `read(places)`. Returns field -> a list of n arrays. If a record
-        has t frames, its array of features is [t, D], and its arrays of the other fields are [t].
-        """
+    def _decode(self, name: str, places: np.ndarray, messages: Sequence[bytes]) -> dict[str, list]:
+        """Returns field -> a list of n arrays, the frames of n serialised records in a modality."""
         modality, length = self._modalities[name], self.lengths[name][places]
         starts, _ = self._layout(places)
         columns = {}
         for field in BATCHED:
-            shape, dtype = (modality.dim,), modality.dtype
-            if field != "features":
-                shape, dtype = (), FRAME_FIELDS[field].dtype
-            width, begin = math.prod(shape), starts[f"frames/{name}/{field}"]
+            shape = (modality.dim,) if field == "features" else ()
+            dtype, width = get_dtype(field, modality.dtype), math.prod(shape)
+            begin = starts[f"frames/{name}/{field}"]
             spans = zip(messages, begin.tolist(), length.tolist(), strict=True)
             columns[field] = [
                 np.frombuffer(message, dtype, width * count, start).reshape(count, *shape)
@@ -165,18 +162,3 @@ def _announce_reads(descriptor: int, spans: Iterable[tuple[int, int, int]]) -> N
     with contextlib.suppress(AttributeError, OSError):  # macOS has no `posix_fadvise`
         for _, start, size in spans:
             os.posix_fadvise(descriptor, start, size + FRAMING, os.POSIX_FADV_WILLNEED)
-
-
-def eval_batches(records: Records, plan: EvalPlan, rows: int) -> Iterator[Batch]:
-    """Yields each clip of `plan` once, in batches of `rows` clips. See `ClipSource`."""
-    reader = Reader(records, [plan.split])
-    # Batches are sorted by their last record, so that files are read roughly in order.
-    blocks = sorted(
-        split_blocks(plan.bucket[reader.clip_index], rows), key=lambda block: block[1][-1]
-    )
-    for bucket, places in blocks:
-        messages, frames = reader.read(places), {}
-        for name, sizes in plan.padded_lengths.items():
-            columns = reader.frames(name, places, messages)
-            frames[name] = pad(columns, (rows, sizes[bucket]), records.modalities[name])
-        yield make_batch(frames, reader.clip_index[places], rows)

@@ -140,7 +140,7 @@ def count_frame_bytes(modality: Modality) -> dict[str, int]:
     """Returns field -> number of bytes per frame in a modality."""
     sizes = {"features": np.dtype(modality.dtype).itemsize * modality.dim}
     for name, field in FRAME_FIELDS.items():
-        sizes[name] = np.dtype(field.dtype).itemsize * field.width
+        sizes[name] = np.dtype(field.dtype).itemsize
     return sizes
 
 

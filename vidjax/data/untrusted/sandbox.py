@@ -11,7 +11,6 @@
 
 import contextlib
 import gc
-import itertools
 import os
 import sys
 from array import array
@@ -22,7 +21,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS, STORED, PackedClips
+from vidjax.core.batch import BATCHED
+from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.packed_clips import PackedClips, open_packed, summarise
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
@@ -38,7 +39,7 @@ READ_BYTES = MB // 16
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads a pickle in the child process, and returns `PackedClips.summary`. See `unpack`."""
+    """Reads a pickle in the child process, and returns the result of `summarise`. See `unpack`."""
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
     # Garbage collection would take a third of the time, but there are no reference cycles.
@@ -51,7 +52,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
                 with Packer(modality, out_dir) as packer:
                     for clip in read_clips(pieces, modality, str(path), size):
                         packer.add(clip, clip.modalities[modality])
-                    return packer.finish().summary()
+                    return summarise(modality, packer.finish())
 
             with contextlib.suppress(Exception):
                 return pack(load_pieces(file, size))
@@ -92,9 +93,9 @@ def unpack(
             cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
             children=children,
         )
-        return PackedClips.from_flat_files(out_dir, summary)
+        return open_packed(modality, out_dir, summary)
     except BaseException:
-        for field in STORED:
+        for field in BATCHED:
             with contextlib.suppress(OSError):
                 (out_dir / f"{field}.bin").unlink()
         raise
@@ -256,9 +257,10 @@ def _read_frames(
         budget.take(count, 0)
         entries = [(feature,) for feature in value] if fields == _FEATURE_ONLY else value
         frames = {"features": _join_features(entries, fields, where, budget)}
-        for column, field in enumerate(fields[:-1]):
-            values = [entry[column] for entry in entries]
-            frames[_FIELD_NAMES[field]] = _read_column(values, field, where)
+        for column, field in enumerate(fields):
+            if field in _FIELD_NAMES:  # boxes are not read
+                values = [entry[column] for entry in entries]
+                frames[_FIELD_NAMES[field]] = _read_column(values, field, where)
     else:
         wanted = "an array" if fields == _FEATURE_ONLY else f"a list of [{', '.join(fields)}]"
         raise UserError(f"{where} is of type {_describe_type(value)}: write {wanted}")
@@ -299,7 +301,7 @@ def _join_features(
 
 
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
-    """Returns the values of a field in T frames: [T] or [T, 4], integers or float64."""
+    """Returns the values of a field in T frames, [T] integers or float64."""
     try:
         column = _convert(values, field)
     except (TypeError, OverflowError, ValueError):
@@ -309,14 +311,12 @@ def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
             except (TypeError, OverflowError, ValueError) as error:
                 raise UserError(f"{where} entry {number}, {field} {error}") from None
         raise
-    return np.array(column).reshape(FRAME_FIELDS[_FIELD_NAMES[field]].shape(len(values)))
+    return np.array(column)
 
 
 def _convert(values: Iterable[Any], field: str) -> array:
     if field == "frame":
         return array("q", map(_parse_number, values))
-    if field == "bbox":
-        values = itertools.chain.from_iterable(map(_parse_box, values))
     return array("d", values)
 
 
@@ -326,14 +326,6 @@ def _parse_number(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise TypeError("must be digits, or a whole number of 0 or more")
     return value
-
-
-def _parse_box(value: Any) -> Sequence[float]:
-    is_array = type(value) is Array and len(value.shape) == 1
-    numbers: Any = np.frombuffer(value.data, value.code).tolist() if is_array else value
-    if not _is_list(numbers) or len(numbers) != 4:
-        raise TypeError("must be four numbers")
-    return numbers
 
 
 if __name__ == "__main__":
