@@ -15,11 +15,12 @@ The team's score belongs to two joined nets, with and without shortcuts:
     python -m vidjax.main --config=configs/residual_dense.py:plain --workdir=runs/plain
     vidjax evaluate --workdir=runs/both --runs=runs/residual,runs/plain
 
+`published` is the system of the article, see `configs/published/residual_dense.py`.
+
 A comment after each value names its source: `paper` (the team's article) or `ours`. No code was
 published.
 """
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from vidjax.runs import config as config_lib, config_words
@@ -42,26 +43,14 @@ def get_config(args: str = "") -> config_lib.Config:
     words, modalities = config_words.split_args(args, WORDS)
     config = config_lib.default()
     full = config_words.choose_data(config, words)
-    published = "published" in words
     config.modalities = modalities or ("face", "body")  # paper
     main, *others = config.modalities
-    config.batch_size = 512 if full else 128  # ours
     # Paper: 8 epochs of about 60 merged and original frames per clip. Here an epoch draws 2.
-    config.num_epochs = 240.0 if full else 60.0  # ours
-    if published:
-        config.num_epochs = 8.0  # paper
-        config.batch_size = 64 if full else 16  # ours: a few thousand (or hundred) frames a batch
-        config.data.max_frames = 512  # paper: all frames
-        config.transforms = ("by_example",)  # paper: frames are drawn, so long clips count more
+    config.batch_size, config.num_epochs = (512, 240.0) if full else (128, 60.0)  # ours
     config.after_fusion = "examples"  # paper
     if "one" not in words:
-        above = [float(np.nextafter(np.float32(q), np.float32(np.inf))) for q in (20, 40)]
-        least = above if published else (20.0, 40.0)  # paper: > 20, > 40; ours: >= 20, >= 40
-        config.ensemble.min_quality = (-1000.0, *least)
-        # Paper: a clip without a frame of this quality is not in the subset. Ours: the subset has
-        # all frames of the clip. If the main modality is not the face, `published` also does
-        # so, because official heads, bodies and voices have no quality.
-        config.ensemble.poor_clips = "drop" if published and main == "face" else "keep"
+        config.ensemble.min_quality = (-1000.0, 20.0, 40.0)  # paper: > 20, > 40; ours: >= 20, >= 40
+        config.ensemble.poor_clips = "keep"  # ours; paper: the clip is not in the subset
     config.ensemble.folds = 5 if "folds" in words else 0  # ours
     if "trainval" in words:
         config.data.train_splits = ("train", "val")  # paper
@@ -70,7 +59,6 @@ def get_config(args: str = "") -> config_lib.Config:
             # The members that omit the first tenth, one per quality subset. With several seeds they
             # have other numbers.
             config.ensemble.only = (0,) if "one" in words else (0, 1, 2)  # paper
-    config.eval.top_classes = 100 if published else 0  # paper; ours
 
     model = {
         "name": "dense",
@@ -104,29 +92,26 @@ def get_config(args: str = "") -> config_lib.Config:
         "probs": (0.5, 0.125, 0.125, 0.125, 0.125),
         "replacement": False,
     }
-    if published:
-        merged = {"name": "windows", "max_frames": 5}  # paper: all original and merged frames
     # Paper: the best 70 % of all original and merged frames are used. Ours: the best 70 % of the
     # original frames are merged, which takes less time.
-    evaluate = {"name": "windows", "max_frames": 5}  # paper
-    evaluate["kept_share" if published else "top_share"] = 0.7  # paper
+    evaluate = {"name": "windows", "max_frames": 5, "top_share": 0.7}
     if "single" in words:
         merged = {"name": "random", "num_draws": 2, "max_frames": 1}
-        merged = {"name": "all"} if published else merged
         evaluate = {"name": "all", "top_share": 0.7}
+    mean = {"name": "mean", "weighting": "quality"}  # ours
     if "fused" in words:
-        evaluate = {"name": "mean", "weighting": "quality"}
+        evaluate = mean
     config.fusion[main] = ConfigDict({"train": merged, "evaluate": evaluate})
     for name in others:
-        mean = {"name": "mean", "weighting": "quality"}  # ours
         config.fusion[name] = ConfigDict({"train": mean, "evaluate": mean})
 
     config.optim.name = "adam"  # paper
-    # Paper: 0.01. Ours: less on few steps.
-    config.optim.learning_rate = 1e-2 if full or published else 1e-3
-    config.optim.total_decay = 0.0 if published else 2.0  # not in the paper; ours
+    config.optim.learning_rate = 1e-2 if full else 1e-3  # paper; ours on few steps
+    config.optim.total_decay = 2.0  # ours
     config.optim.warmup = 0.0  # not in the paper
     config.optim.decay = "steps"  # paper
     config.optim.decay_factor = 0.7  # paper
     config.optim.decay_every_epochs = config.num_epochs / 8  # paper: after each of 8 epochs
+    if "published" in words:
+        config_words.follow_publication(__file__, config, words)
     return config

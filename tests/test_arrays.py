@@ -205,20 +205,17 @@ def test_clips_that_look_transposed_give_a_warning(load):
         load({"train": TRANSPOSED})
 
 
-def test_error_of_labels_in_another_unicode_form_names_the_form():
+def test_error_or_warning_of_labels_in_another_unicode_form_names_the_form():
     """Macs write an accent as a letter of its own."""
-    for given, known in (
-        ({"\u00e9": 1}, ["a", "e\u0301"]),
-        ({"e\u0301": 1, "a": 2}, ["\u00e9", "a"]),
-    ):
-        with pytest.raises(errors.UserError, match="in another Unicode form"):
-            labels.load_label_table(given, {"train": known})
+    with pytest.raises(errors.UserError, match="in another Unicode form"):
+        labels.load_label_table({"\u00e9": 1}, {"train": ["a", "e\u0301"]})
+    with pytest.warns(errors.VidjaxWarning, match="in another Unicode form"):
+        labels.load_label_table({"e\u0301": 1, "a": 2}, {"train": ["\u00e9", "a"]})
 
 
 def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
     for given, *words in (
         ({"nobody": 1}, "none of its 1 clips", "nobody"),
-        ({**LABELS, "nobody": 1}, "1 of 5 clips", "nobody"),
         ({"train_01": 1.5}, "clip train_01", "float", "str()"),
         ({"train_01": np.array(["a", "b"])}, "clip train_01", "ndarray", "str()"),
         ({"train_01": -1}, "clip train_01", "identity -1"),

@@ -253,6 +253,10 @@ def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     assert config_io.load_file("mma").model.name == "knn"  # from the working directory
     assert config_io.load_file("~/configs/mma.py").model.name == "knn"
 
+    shutil.copy(ROOT / "configs" / "mma.py", tmp_path / "configs" / "mine.py")
+    assert config_io.load_file("mine").model.name == "mma"
+    refused(lambda: load("mine:published"), "published/mine.py", "copy this file, too")
+
 
 def test_file_that_changes_twice_in_a_second_is_read_again(tmp_path):
     """Python would use the bytecode of the first file, because both files have the same size."""

@@ -27,6 +27,7 @@ from vidjax.apps.video.features_folder import FaceTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.cli.program import main
+from vidjax.utils.errors import VidjaxWarning
 
 made_nets = pytest.importorskip("tests.helpers.made_nets")
 runtime = pytest.importorskip("onnxruntime")
@@ -447,6 +448,15 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]
     np.testing.assert_allclose(vector[:4], RECORDED, atol=2e-6)
+
+
+def test_convert_reports_that_it_replaced_a_card_with_other_content(tmp_path):
+    convert = partial(net_packages.convert, "centerface", package(PACKAGES["centerface"]))
+    card = convert(tmp_path)
+    assert convert(tmp_path) == card  # without a warning
+    card.write_text(card.read_text() + "\n")
+    with pytest.warns(VidjaxWarning, match="replaced"):
+        convert(tmp_path)
 
 
 @pytest.mark.nightly

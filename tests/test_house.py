@@ -92,7 +92,8 @@ def test_naming_films_loads_neither_jax_nor_readers_of_pickles(python):
 def test_every_package_is_installed():
     folders = (path.parent.relative_to(ROOT) for path in (ROOT / "vidjax").rglob("__init__.py"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert {*project["packages"]} == {*(".".join(x.parts) for x in folders), "vidjax.configs"}
+    configs = {"vidjax.configs", "vidjax.configs.published"}
+    assert {*project["packages"]} == {*(".".join(x.parts) for x in folders), *configs}
     assert project["package-dir"] == {"vidjax.configs": "configs"}
 
 
@@ -105,7 +106,7 @@ def is_unsafe(node):
 
 
 def test_no_module_executes_data_as_code():
-    for path in (*MODULES.values(), *(ROOT / "configs").glob("*.py")):
+    for path in (*MODULES.values(), *(ROOT / "configs").rglob("*.py")):
         text = path.read_text()
         assert not any(map(is_unsafe, ast.walk(ast.parse(text)))), path
         assert not re.search(r"/work/|/root/|/tmp/", text), path  # folders of developers

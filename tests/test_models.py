@@ -17,7 +17,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
 from tests.helpers.made_frames import make_frames
 from vidjax.core.batch import ClipInfo
-from vidjax.models import identifier, layers
+from vidjax.models import build_system, layers
 from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.models.dense import MLP, ResidualDenseNet
 from vidjax.models.layers import CosineClassifier, Dropout, NetVLAD, drop_modalities
@@ -111,7 +111,7 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
     clip_numbers = np.arange(10, dtype=np.int32)[::-1]  # rows are in the opposite order of clips
     clips = ClipInfo(index=clip_numbers, mask=np.arange(10) < 9, labels=labels)
     spec = {"name": "knn", "logit_scale": 16.0}
-    model = identifier.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
+    model = build_system.make_identifier(spec, modalities={"face": 6}, num_classes=5, num_clips=12)
     blank = made.init_identifier(model, {"face": frames}, clips)
     _, memory = made.train_logits(model, blank, {"face": frames}, clips)
     queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=asked[:, None])

@@ -18,7 +18,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import pad
 from tests.helpers.small_runs import shrunk
 from vidjax.core import fusion
-from vidjax.models import identifier
+from vidjax.models import build_system
 from vidjax.models.layers import Classifier, CosineClassifier
 from vidjax.training import plan as plan_lib
 
@@ -79,7 +79,7 @@ def test_each_branch_equals_a_separate_model_on_its_clips(names):
     )):  # fmt: skip
         sizes: Any = {"num_classes": 5, "num_clips": 6}
         sizes["modalities"] = {name: tiny.DIMS[name] for name in used}
-        net = identifier.make_identifier(spec, **sizes)
+        net = build_system.make_identifier(spec, **sizes)
         own = {collection: tree[part] for collection, tree in variables.items()}
         seen = clips.mask & frames[used[0]].mask.any(axis=1)  # the branch learns from these
         logits, net_after = tiny.train_logits(net, own, frames, clips._replace(mask=seen), seed=5)
@@ -173,7 +173,7 @@ def evaluated(model, variables, frames, clips):
 
 def test_every_model_is_tested_against_the_contract():
     """PLDA has no net: test_models_plda checks the same properties of its sums."""
-    assert {spec["name"] for spec, _ in MODELS.values()} == identifier.MODELS.keys() - {"plda"}
+    assert {spec["name"] for spec, _ in MODELS.values()} == build_system.MODELS.keys() - {"plda"}
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -267,7 +267,7 @@ def test_dropout_is_used_only_in_training(name):
 
 
 @pytest.mark.parametrize(("spec", "options", "message"), [
-    ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(identifier.MODELS))}"),
+    ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(build_system.MODELS))}"),
     ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
     (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, dropout_rate"),
     (tiny.SMALL, {"attention": "off"}, "attention='off': must be True or False"),

@@ -24,8 +24,7 @@ from vidjax.apps.gallery import backend as backend_lib, grouping
 from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo
 from vidjax.models import plda_fit, two_covariance
-from vidjax.models.build_system import TaskSpec, make_system
-from vidjax.models.identifier import make_identifier
+from vidjax.models.build_system import TaskSpec, make_identifier, make_system
 from vidjax.models.two_covariance import Settings
 from vidjax.runs import config_io
 from vidjax.training import plan

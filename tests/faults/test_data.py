@@ -106,7 +106,7 @@ def test_splits_with_equal_clips_or_other_widths_are_refused(official, refused):
     refused(official, "width 4 in", "face_train.pickle", "width 6 in", str(path))
 
 
-def test_unlabelled_clips_are_distractors_and_unknown_clips_are_counted_or_refused(tmp_path):
+def test_unlabelled_clips_are_distractors_and_unknown_clips_are_counted(tmp_path):
     clips = clips_of("val", 150)
     write_pickle(tmp_path, "face", "val", clips)
     labels = {name: "1" for i, name in enumerate(clips) if i % 3}
@@ -122,8 +122,10 @@ def test_unlabelled_clips_are_distractors_and_unknown_clips_are_counted_or_refus
     assert facts["distractors"] == 50 and facts["unknown_clips"] == 1
     assert_adds_up(data.report)
 
-    write_truth(tmp_path, "val", labels | {"stranger": "1", "another": "1"})
-    refused_by(lambda: load(tmp_path), "2 of 102 clips have no features", "at most 1%")
+    # Features of a few clips are enough for a quick try.
+    write_truth(tmp_path, "val", labels | dict.fromkeys(map(str, range(900)), "1"))
+    with pytest.warns(UserWarning, match="900 of 1000 clips .*\nin the MAP, .* not found: remove"):
+        load(tmp_path)
 
 
 def test_clips_without_frames_rank_last_in_spite_of_bad_qualities(tmp_path):

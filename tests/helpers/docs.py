@@ -11,7 +11,7 @@ from typing import Any
 from vidjax.core import augment, fusion, losses, optim
 from vidjax.core.metrics import CLIP_METRICS
 from vidjax.data import sources
-from vidjax.models import build_system, identifier
+from vidjax.models import build_system
 from vidjax.runs import config_io
 from vidjax.runs.config import FIELDS, TABLE, Field, Group
 from vidjax.runs.config_io import value_text
@@ -31,7 +31,7 @@ def update(page: str) -> str:
 
 # Field or group -> each allowed name -> a function or class.
 NAMED: dict[str, Mapping[str, Any]] = {
-    "model": identifier.MODELS, "fusion": fusion.FUSIONS,
+    "model": build_system.MODELS, "fusion": fusion.FUSIONS,
     "transforms": {name: one.function for name, one in augment.TRANSFORMS.items()},
     "loss.classification": losses.CLASSIFICATION, "loss.focal": losses.CLASSIFICATION,
     "loss.margin_type": losses.MARGINS, "optim.name": optim.OPTIMIZERS,

@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.helpers.made_frames import make_frames
 from vidjax.core.batch import ClipInfo
-from vidjax.models import identifier
+from vidjax.models import build_system
 
 DIMS = {"face": 6, "head": 5, "audio": 4}
 SMALL = {"name": "mma", "embed_dim": 8, "gram_dim": 4, "num_clusters": 3}
@@ -31,7 +31,7 @@ def make_batch(dtype="float16"):
 
 
 def make_model(spec=SMALL, dtype="float32", num_classes=5, **options):
-    return identifier.make_identifier(
+    return build_system.make_identifier(
         {**spec, **options}, modalities=DIMS, num_classes=num_classes, num_clips=6, dtype=dtype
     )
 

@@ -13,12 +13,12 @@ from vidjax.apps import cards
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.video import features_folder, net_packages, pipeline, who
 from vidjax.cli.gallery_commands import add_rule
-from vidjax.cli.result import Result
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.parser import Parser, whole_number
+from vidjax.utils.printing import Result
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000

@@ -17,12 +17,12 @@ from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.video import appearances
-from vidjax.cli.result import Result
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors, warn
 from vidjax.utils.names import normal_form, strip_ending
 from vidjax.utils.parser import Parser, whole_number
+from vidjax.utils.printing import Result
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
@@ -483,7 +483,7 @@ def _process_tables(
     gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
     task = work(lambda: gallery, **options, **chosen)
-    done = Result(*bulk.process_tables(inputs, args.out, task))
+    done = bulk.process_tables(inputs, args.out, task)
     if rule.default and work is bulk.Rank:
         return done
     doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0

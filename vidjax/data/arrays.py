@@ -1,10 +1,6 @@
 """Reads a user's own features: arrays in memory, `.npz` files or parquet tables.
 
 README.md of this folder describes the files, in the section "Features of your own".
-
-This command converts the features in DIR to TFRecords. The first training does the same:
-
-    python -m vidjax.data.arrays DIR [--cache_dir=C] [--workers=N]
 """
 
 import contextlib
@@ -24,7 +20,6 @@ from vidjax.data.clips import SPLITS
 from vidjax.data.frame_fields import Origin, Quality, Unpacked
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packing import Clip, Clips, locate, pack, read_dict, read_frames
-from vidjax.utils import exit_codes
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 from vidjax.utils.names import show
 
@@ -230,15 +225,3 @@ def _digest(clips: Iterable[Clip]) -> str:
                 sha256.update(np.ascontiguousarray(array).data)
         digests.append(sha256.hexdigest())
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a folder of features to TFRecords, and returns the exit code."""
-    from vidjax.data.records.conversion import run_command
-
-    description = "Convert a folder of your own features to TFRecords."
-    return run_command(argv, "vidjax.data.arrays", description, FeatureFolder)
-
-
-if __name__ == "__main__":
-    exit_codes.run_main(main)

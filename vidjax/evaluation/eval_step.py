@@ -59,10 +59,11 @@ def embed_step(
 ) -> Array:
     """Computes the embeddings of B clips with one net of an ensemble, [B, D] float32.
 
-    An embedding has length 1, with three exceptions. If the model has several classifiers, the
-    embedding joins a vector of length 1 for each classifier that scores the clip, and zeros for the
-    others. If the model takes each frame as an example, the embedding is the mean over the frames.
-    If a clip has no usable frame, the embedding is 0.
+    An embedding has length 1, except in three cases:
+    - If the model has several classifiers, the embedding joins a vector of length 1 for each
+      classifier that scores the clip, and zeros for the others.
+    - If the model takes each frame as an example, the embedding is the mean over the frames.
+    - If a clip has no usable frame, the embedding is 0.
     """
     forward = _make_forward(system, params, model_state, batch)
 

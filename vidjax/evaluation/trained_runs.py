@@ -87,13 +87,12 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
             f"{','.join(task.modalities)}, in this order\nleave out --config.modalities"
         )
-    names = _read_companion(
+    identities = _read_companion(
         workdir / IDENTITIES, lambda: folder.identities, files.sha256_json,
         manifest["identities_sha256"],
     )  # fmt: skip
-    identities = tuple(names)
     training_sets = load_training_sets(workdir, manifest)
-    return FoundRun(folder, saved, task, identities, training_sets)
+    return FoundRun(folder, saved, task, tuple(identities), training_sets)
 
 
 def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from msgspec import Meta
 from vidjax.core.batch import Array, ClipInfo, Frames, ModelOutput
 from vidjax.utils.errors import UserError
 
-# Types of options of models. `identifier.make_identifier` checks their ranges.
+# Types of options of models. `build_system.make_identifier` checks their ranges.
 Size = Annotated[int, Meta(ge=1)]  # of a layer, or a number of layers or frames
 Share = Annotated[float, Meta(ge=0, le=1)]
 

@@ -312,7 +312,7 @@ TABLE: tuple[Field | Group, ...] = (
           "`best` by MAP", choices=("latest", "best"), affects=CHECKPOINT),
 
     Group("model", "the network: `name` and the arguments of a model of "
-          "`vidjax/models/identifier.py`"),
+          "`vidjax/models/build_system.py`"),
 
     Group("fusion", "two entries per modality, `train` and `evaluate`: `name` and the arguments of "
           "a fusion of `vidjax/core/fusion.py`. A modality without an entry keeps all its frames"),

@@ -103,15 +103,21 @@ def load_module(path: Path) -> ModuleType:
     """Executes a configuration file. Raises UserError if it has no function `get_config`."""
     if path.suffix != ".py":
         raise UserError(f"--config: '{path}' is not a Python file: end the name in .py")
-    loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
-    module = ModuleType(loader.name)
-    module.__file__ = loader.path
-    loader.exec_module(module)
+    module = execute(path)
     if not hasattr(module, "get_config"):
         raise UserError(
             f"--config: '{path}' has no function get_config\n"
             "define a function get_config(args) that returns a configuration"
         )
+    return module
+
+
+def execute(path: Path) -> ModuleType:
+    """Executes a Python file, and returns it as a module."""
+    loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
+    module = ModuleType(loader.name)
+    module.__file__ = loader.path
+    loader.exec_module(module)
     return module
 
 

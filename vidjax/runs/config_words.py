@@ -1,8 +1,10 @@
 """Reads ARGS of `--config=FILE:ARGS`: the words and modalities that configuration files take."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+from vidjax.runs import config_io
 from vidjax.utils.errors import UserError, closest
 
 # The arguments that every configuration file takes: word -> meaning.
@@ -69,3 +71,14 @@ def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str, 
             f"name one, or use a system for several: --config=plda:{','.join(modalities)}"
         )
     return modalities or (default,)
+
+
+def follow_publication(file: str, config: Any, words: Collection[str]) -> None:
+    """Changes `config` to the published system: calls `follow` of `published/NAME.py`.
+
+    `file` is the path of the configuration file NAME.py, and `words` are its arguments.
+    """
+    path = Path(file).parent / "published" / Path(file).name
+    if not path.exists():
+        raise UserError(f"--config: 'published' needs the file '{path}': copy this file, too")
+    config_io.execute(path).follow(config, words)

@@ -10,8 +10,7 @@ from vidjax.core import ensemble
 from vidjax.data import sources
 from vidjax.data.clips import Modality, TrainingData, select_modalities
 from vidjax.models.base import Identifier
-from vidjax.models.build_system import TaskSpec, make_system
-from vidjax.models.identifier import MODELS
+from vidjax.models.build_system import MODELS, TaskSpec, make_system
 from vidjax.runs import config as config_lib
 from vidjax.runs.config import Config
 from vidjax.training import train_step

@@ -24,8 +24,7 @@ from vidjax.data.clips import (
 )
 from vidjax.data.labels import load_clip_weights
 from vidjax.models.base import TrainingClips
-from vidjax.models.build_system import System, TaskSpec, make_fusions, make_system
-from vidjax.models.identifier import MODELS
+from vidjax.models.build_system import MODELS, System, TaskSpec, make_fusions, make_system
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say
 from vidjax.training import noise_classes, train_step
