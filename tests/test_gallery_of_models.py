@@ -113,6 +113,7 @@ for words in (
     "threshold g --fpir=0.3", "enrol g --input=in/0.npz --identity=Ada",
 ):
     assert main(["gallery", *words.split()]) == 0, words
+assert main(["export", "g", "--to=arrays", "--format=numpy"]) == 0
 """
 
 

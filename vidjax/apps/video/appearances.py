@@ -49,7 +49,7 @@ class Appearance(NamedTuple):
     probability: float | None  # the lowest of all joined tracks; None for an unknown person
     clips: tuple[str, ...]  # the names of the joined tracks
     evidence: tuple[str, ...] = ()  # what identified the person, such as "face" and "audio"
-    box: Box | None = None  # of the face or the head, from the track with the most sightings
+    box: Box | None = None  # of the face, from the track with the most sightings
     box_at_s: float | None = None  # the time of the picture with the box
 
 

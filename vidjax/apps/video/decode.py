@@ -44,9 +44,8 @@ MISSING_SECONDS = 0.5
 MISSING_FRACTION = 0.05
 
 Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
-# (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y).
-Turn = tuple[int, int, int, int]
-# The turn for each rotation in degrees, counter-clockwise.
+# (a, b, c, d) for each rotation in degrees, counter-clockwise: the pixel at (x, y) moves to
+# (a x + c y, b x + d y).
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
 
 
@@ -255,14 +254,21 @@ class Video:
 
 
 def _turn_upright(rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
-    """Turns or mirrors a picture by the metadata of the film, so that it is upright."""
+    """Turns or mirrors a picture [H, W, 3] by the metadata of the film, so that it is upright.
+
+    Other angles are rounded to a multiple of 90 degrees.
+    """
     a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
     # PyAV raises ValueError if it does not know the type of any entry, such as EXIF.
     with contextlib.suppress(ValueError):
         if (entry := frame.side_data.get("DISPLAYMATRIX")) is None:
             return rgb
         a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
-    return turn_picture(rgb, (a, b, c, d))
+    across, down = a, d
+    if abs(b) > abs(a):
+        rgb = rgb.swapaxes(0, 1)
+        across, down = c, b
+    return np.ascontiguousarray(rgb[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
 @contextlib.contextmanager
@@ -277,20 +283,6 @@ def open_video(path: Path) -> Iterator[Video]:
     """
     with files.open_input(path) as file, _open_container(path, file) as container:
         yield Video(path, file, container)
-
-
-def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
-    """Turns a picture [H, W, 3] by a multiple of 90 degrees, or mirrors it, or does both.
-
-    The numbers (a, b, c, d) of `turn` move the pixel at (x, y) to (a x + c y, b x + d y). If
-    they describe another angle, it is rounded to a multiple of 90 degrees.
-    """
-    a, b, c, d = turn
-    across, down = a, d
-    if abs(b) > abs(a):
-        rgb = rgb.swapaxes(0, 1)
-        across, down = c, b
-    return np.ascontiguousarray(rgb[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
 def _open_container(path: Path, file: io.FileIO) -> "InputContainer":

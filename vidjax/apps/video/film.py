@@ -1,6 +1,7 @@
 """Finds the people in a video or photo, tracks them within shots, and computes their embeddings.
 
-`work` runs in a child process with limits, because a malicious file may exploit errors in FFmpeg.
+`work` runs in a child process with limits, because a malicious file may exploit errors in FFmpeg
+or Pillow.
 
 A clip is the track of a person in a shot. With `--unit=shot`, it is the track of the main person of
 a shot. Speech counts as the person's voice while no other person is in the picture. The speaker may

@@ -286,12 +286,12 @@ def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes an image [H, W, 3] with a linear filter; returns uint8 [height, width, 3].
 
-    If the image is shrunk, the filter is wider, so that no pixel is skipped.
+    If the image is shrunk by a factor of 2 or more, blocks of pixels are averaged first.
     """
     from PIL import Image
 
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    linear = Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(image).resize((width, height), linear, reducing_gap=1.0))
 
 
 def choose_regions(
