@@ -18,9 +18,9 @@ from tests.helpers import made_galleries, servers, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import file_limit
 from tests.helpers.seen import refused
+from vidjax.apps.cards import BackEnd
 from vidjax.apps.gallery.backend import make_card_backend
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video.cards import BackEnd
 from vidjax.core import devices, fusion
 from vidjax.evaluation import predict
 from vidjax.evaluation.export import array_files, formats, function, reader, weights

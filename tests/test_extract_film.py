@@ -12,7 +12,8 @@ from tests.helpers import drawn_people, films, made_nets
 from tests.helpers.batches import assert_equal
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
-from vidjax.apps.video import cards, film, nets, voices
+from vidjax.apps import cards
+from vidjax.apps.video import film, nets, voices
 from vidjax.apps.video.search import FilmSearch
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")

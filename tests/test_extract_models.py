@@ -21,7 +21,8 @@ import pytest
 pytest.importorskip("onnx")
 
 from tests.helpers.seen import refused
-from vidjax.apps.video import cards, net_packages, nets, voices
+from vidjax.apps import cards
+from vidjax.apps.video import net_packages, nets, voices
 from vidjax.apps.video.features_folder import FaceTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps

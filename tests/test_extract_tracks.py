@@ -14,8 +14,9 @@ from scipy import ndimage
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
-from vidjax.apps.video import align, cards, cuts, media_files, shots, tracks, who
-from vidjax.apps.video.cards import BackEnd
+from vidjax.apps import cards
+from vidjax.apps.cards import BackEnd
+from vidjax.apps.video import align, cuts, media_files, shots, tracks, who
 
 # Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"

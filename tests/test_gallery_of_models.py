@@ -14,10 +14,11 @@ from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
+from vidjax.apps import cards
 from vidjax.apps.gallery import answers as answers_lib, array_export, backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import appearances, cards, doubts
+from vidjax.apps.video import appearances, doubts
 from vidjax.data.memory import MemoryClips
 from vidjax.evaluation.export import reader
 from vidjax.models import card_backend

@@ -23,8 +23,8 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.helpers import embeddings
+from vidjax.apps.cards import PUBLISHED, BackEnd
 from vidjax.apps.gallery import backend
-from vidjax.apps.video.cards import PUBLISHED, BackEnd
 from vidjax.core import metrics
 from vidjax.models import card_backend
 

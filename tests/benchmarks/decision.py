@@ -16,9 +16,9 @@ import numpy as np
 from tests.benchmarks import common
 from tests.benchmarks.calibration import compute_calibration_error
 from tests.helpers.embeddings import unit
+from vidjax.apps.cards import PUBLISHED, BackEnd
 from vidjax.apps.gallery import answers, backend, grouping
 from vidjax.apps.video import align
-from vidjax.apps.video.cards import PUBLISHED, BackEnd
 from vidjax.apps.video.tracks import find_changes
 from vidjax.models.card_backend import LEAST_CLARITY
 

@@ -6,7 +6,8 @@ from collections import namedtuple
 import numpy as np
 
 from tests.helpers import clip_files, films, made_nets, xmp
-from vidjax.apps.video import cards, features_folder, film
+from vidjax.apps import cards
+from vidjax.apps.video import features_folder, film
 
 SIDE = made_nets.FACE
 # A net that distinguishes people by the colours of their faces.

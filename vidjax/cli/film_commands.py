@@ -9,8 +9,9 @@ from pathlib import Path
 
 import msgspec
 
+from vidjax.apps import cards
 from vidjax.apps.gallery.answers import count_unknown
-from vidjax.apps.video import cards, features_folder, net_packages, pipeline, who
+from vidjax.apps.video import features_folder, net_packages, pipeline, who
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages

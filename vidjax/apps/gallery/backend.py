@@ -31,7 +31,7 @@ from vidjax.runs.terminal import say
 from vidjax.utils.machine import num_cores
 
 if TYPE_CHECKING:
-    from vidjax.apps.video.cards import BackEnd
+    from vidjax.apps.cards import BackEnd
 
 MAX_QUERY_CLIPS = 64  # clips that are compared together
 MAX_PAIRED_NUMBERS = 1 << 20  # numbers in an array with a vector for each pair of clip and person

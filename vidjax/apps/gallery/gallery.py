@@ -81,7 +81,7 @@ from vidjax.utils.errors import InUseError, UserError, check_argument, warn
 from vidjax.utils.names import cut_film_name, find_similar_names, normal_form, show, strip_ending
 
 if TYPE_CHECKING:
-    from vidjax.apps.video.cards import BackEnd
+    from vidjax.apps.cards import BackEnd
     from vidjax.data.frame_fields import Quality
     from vidjax.evaluation.predict import Predictor
 
@@ -201,7 +201,7 @@ class Gallery:
 
         Args:
           folder: a new or empty folder.
-          models: the folder of the models and their cards, see `vidjax.apps.video.cards`.
+          models: the folder of the models and their cards, see `vidjax.apps.cards`.
 
         Raises:
           ValueError: no card of a face or voice model contains a distribution of distances.
@@ -874,7 +874,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     Returns a description of the models, and modality -> distribution of cosines. Raises UserError
     if no card contains such a distribution.
     """
-    from vidjax.apps.video import cards
+    from vidjax.apps import cards
 
     check_argument("Gallery: models", models, (str, os.PathLike), "the path of a folder")
     path = Path(models).expanduser().absolute()

@@ -1,7 +1,7 @@
 """Computes the vectors of a gallery with a training run. Functions that use the run import JAX."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +12,7 @@ from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.enrolment import fit_backend, measure_shared
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
-from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
@@ -56,10 +56,7 @@ class RunVectors(NamedTuple):
         return dict(self.run.modalities), self.run.config.data.quality
 
     def embed(
-        self,
-        clips: FrameClips,
-        split: str | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        self, clips: FrameClips, split: str | None = None, advance: Advance = ignore_count
     ) -> Vectors:
         """Computes the vectors of clips with the run, see `Gallery.embed`.
 

@@ -1,7 +1,7 @@
 """The vectors of clips, and how a gallery of nets computes them from features."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import FrameClips, MemoryClips
 from vidjax.utils.errors import UserError
 
+Advance: TypeAlias = Callable[[int], None]  # gets the number of clips of each finished batch
 MIN_SHARE = 1e-6  # smallest usable vector of a clip, relative to the centre of all vectors
 
 
@@ -44,9 +45,7 @@ class VectorSource(Protocol):
         """Modality -> width of the features, and the quality of frames: given or norm."""
         ...
 
-    def embed(
-        self, clips: FrameClips, split: str | None, advance: Callable[[int], None]
-    ) -> Vectors:
+    def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:
         """Computes the vectors of clips, see `Gallery.embed`."""
         ...
 
@@ -61,9 +60,7 @@ class NetVectors(NamedTuple):
         """See `VectorSource`."""
         return self.backend.widths, "given"
 
-    def embed(
-        self, clips: FrameClips, split: str | None, advance: Callable[[int], None]
-    ) -> Vectors:
+    def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:
         """Computes the mean of the frames of each clip, see `Gallery.embed`."""
         if isinstance(clips, Mapping):
             clips = MemoryClips.from_dict(clips, self.backend.widths, ())

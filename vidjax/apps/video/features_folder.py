@@ -26,7 +26,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax.apps.video.cards import EMBEDDER_ROLES
+from vidjax.apps.cards import EMBEDDER_ROLES
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from vidjax.apps.video import align, cards, decode, features_folder, photos, regions
+from vidjax.apps import cards
+from vidjax.apps.video import align, decode, features_folder, photos, regions
 from vidjax.apps.video.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
 from vidjax.apps.video.nets import Detector, Embedder, Faces
 from vidjax.apps.video.search import FilmSearch, SearchedFrame

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from vidjax.apps.video import cards, nets
-from vidjax.apps.video.cards import Source, Written
+from vidjax.apps import cards
+from vidjax.apps.cards import Source, Written
+from vidjax.apps.video import nets
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages, warn
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vidjax.apps.video.cards import REMEDY, STRIDE, Card, Input
+from vidjax.apps.cards import REMEDY, STRIDE, Card, Input
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils.errors import UserError, require_packages
 

@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from vidjax.apps.video import cards as cards_lib, features_folder, film as film_lib, regions
+from vidjax.apps import cards as cards_lib
+from vidjax.apps.video import features_folder, film as film_lib, regions
 from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, MediaFile
 from vidjax.apps.video.media_files import (
     PHOTOS,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from vidjax.apps.cards import Card, Role
 from vidjax.apps.video import decode, nets
-from vidjax.apps.video.cards import Card, Role
 
 if TYPE_CHECKING:
     from vidjax.apps.video.features_folder import FaceTrack
