@@ -32,6 +32,7 @@ from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
 from vidjax.utils import exit_codes, printing
 from vidjax.utils.errors import DiskError
+from vidjax.utils.parser import Parser
 
 TRAIN = "--config=knn --workdir=new"
 OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
@@ -151,6 +152,11 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(words, tmp_path, monkey
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     assert_refused(command, words, WORDS[words], seconds=2)
     assert not list(tmp_path.iterdir())  # nothing is written
+
+
+def test_parser_passes_options_of_newer_versions_of_python_to_argparse():
+    about = "such as `color` of Python 3.14"
+    assert Parser("vidjax", add_help=False, description=about).parse_args([]) is not None
 
 
 @pytest.fixture(scope="module")

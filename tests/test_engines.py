@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import clip_files, limited_job
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.datasets import record_digests
-from vidjax.data import arrays, cache_folders
+from vidjax.data import arrays, cache_folders, iqiyi_vid
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.records.conversion import convert
 from vidjax.utils import files, machine, processes
@@ -52,11 +52,10 @@ def test_two_processes_convert_to_the_same_bytes_as_one(kind, tmp_path):
     assert len(by_one) > 10  # each of three splits has 8 shards, and there are other files
 
 
-def test_conversion_command_prints_the_clips_of_each_split(tmp_path, say):
-    folder, cache_dir = clip_files.write_npz(tmp_path / "source", SOME), f"--cache_dir={tmp_path}"
-    assert "1 or more" in say(folder, cache_dir, "--workers=0", code=2, program=arrays.main)
-    out = say(folder, cache_dir, "--workers=1", program=arrays.main)
-    assert "train: 96 clips, no ground truth" in out
+def test_conversion_command_prints_the_clips_of_each_split(tmp_path, official_dir, say):
+    words = (official_dir, f"--cache_dir={tmp_path}")
+    assert "1 or more" in say(*words, "--workers=0", code=2, program=iqiyi_vid.main)
+    assert "train: " in say(*words, "--workers=1", program=iqiyi_vid.main)
 
 
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):

@@ -18,12 +18,12 @@ from tests.helpers import made_galleries, servers, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import file_limit
 from tests.helpers.seen import refused
+from vidjax.apps.cards import BackEnd
 from vidjax.apps.gallery.backend import make_card_backend
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video.cards import BackEnd
 from vidjax.core import devices, fusion
 from vidjax.evaluation import predict
-from vidjax.evaluation.export import formats, function, reader, run_arrays, tolerance, weights
+from vidjax.evaluation.export import array_files, formats, function, reader, weights
 from vidjax.evaluation.export.formats import FORMATS
 
 # Configurations and their overrides. Of the eleven nets of `views`, two are enough.
@@ -69,10 +69,10 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
         if not all(map(importlib.util.find_spec, FORMATS[chosen].packages)):
             continue  # the packages of the format are not installed
         if chosen == "numpy" and name != "plda":
-            assert f"--format=numpy {run_arrays.NUMPY_SCOPE}" in export(made(name), chosen, code=2)
+            assert f"--format=numpy {formats.NUMPY_SCOPE}" in export(made(name), chosen, code=2)
             continue
 
-        assert export(made(name), chosen, to=chosen)["difference"] <= tolerance.TOLERANCE
+        assert export(made(name), chosen, to=chosen)["difference"] <= array_files.TOLERANCE
         for file in (FORMATS[chosen].file, weights.WEIGHTS):
             assert (tmp_path / chosen / file).exists()
 
@@ -96,7 +96,7 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
         given = {argument.name: clips.inputs[argument.name] for argument in session.get_inputs()}
         outputs = session.run(list(formats.OUTPUTS), given)
         answers = dict(zip(formats.OUTPUTS, outputs, strict=True))
-        assert function.difference(answers, clips.expected) <= tolerance.TOLERANCE
+        assert function.difference(answers, clips.expected) <= array_files.TOLERANCE
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
-        assert function.difference({"scores": [other]}, expected) > tolerance.TOLERANCE  # 1e-5
+        assert function.difference({"scores": [other]}, expected) > array_files.TOLERANCE  # 1e-5
 
 
 def test_format_that_a_user_adds_is_offered_by_the_command(tmp_path, export, monkeypatch):
@@ -385,4 +385,4 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
         for n in range(3)
     }
     scores = {"scores": np.asarray(variables["outputs"]["scores"])}
-    assert function.difference(scores, {"scores": run.scores(clips)}) <= tolerance.TOLERANCE
+    assert function.difference(scores, {"scores": run.scores(clips)}) <= array_files.TOLERANCE

@@ -1,4 +1,4 @@
-"""Films of drawn people: search of faces, tracks, kept pictures, heads, bodies, and voices."""
+"""Films of drawn people: search of faces, tracks, kept pictures, and voices."""
 
 import shlex
 from unittest import mock
@@ -12,18 +12,15 @@ from tests.helpers import drawn_people, films, made_nets
 from tests.helpers.batches import assert_equal
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
-from tests.helpers.seen import refused
-from vidjax.apps.gallery.gallery import make_models_origin
-from vidjax.apps.video import cards, film, nets, voices
+from vidjax.apps import cards
+from vidjax.apps.video import film, nets, voices
 from vidjax.apps.video.search import FilmSearch
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 # Signs of (red, green, blue) of a face minus the mean that the net subtracts -> name.
 PEOPLE = {(1, 1, -1): "Ada", (1, -1, 1): "Bob", (-1, 1, 1): "Eve"}
-# A detector of red: it finds Ada, Bob and the back of a head (BACK), but not Eve.
-RED = {"content": made_nets.detector((0.8, 0, 0))}
 # Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
-ADA, BOB, EVE, BACK = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10), ("Back", 100, 60)
+ADA, BOB, EVE = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10)
 ROOM = 64  # a picture is divided into squares with this side, and a person moves in a square
 
 
@@ -122,95 +119,6 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
 @pytest.fixture
 def models(drawn):
     return write_voices(drawn.models)
-
-
-def add(models, role, **fields):
-    """Adds a net to a folder of nets. Embedders average the colours of their crops.
-
-    `fields` are fields of the net's card. `around` is the crop: left, top, right and bottom, in a
-    unit in which the face is from 0 to 1.
-    """
-    if not role.endswith("detector"):
-        fields = {"content": made_nets.embedder(weights=made_nets.colours()), **fields}
-    return made_nets.write(models, role, role, **fields)
-
-
-def test_head_and_body_boxes_are_placed_relative_to_the_face(tmp_path, drawn):
-    """The head is around the face, the body is below it, and the scene is the whole picture."""
-    add(drawn.models, "head_embedder", around=[-0.25, -0.25, 1.25, 1.25])
-    add(drawn.models, "body_embedder", around=[0, 1, 1, 3])
-    add(drawn.models, "scene_embedder")
-
-    (clip,) = shoot(tmp_path / "film.mkv", drawn.models, (2, 20, [ADA]))[1].values()
-
-    left, top, right, bottom = clip["face_box"].T
-    side = right - left
-    np.testing.assert_allclose(clip["head_box"][:, 0], left - side / 4, atol=1e-4)
-    np.testing.assert_allclose(clip["body_box"].T, [left, bottom, right, top + 3 * side], atol=1e-4)
-    # Only the face is bright, so a crop with more of the dark background is darker. Number 0 of a
-    # vector is the mean red of the crop. The net of the face subtracts a mean from the colours.
-    face_red = clip["face"][:, 0] + drawn_people.EMBED["input"]["mean"][0]
-    head_red, scene_red, body_red = (clip[part][:, 0] for part in ("head", "scene", "body"))
-    assert np.all(face_red > head_red + 20) and np.all(head_red > scene_red + 20)
-    assert np.all(body_red < 40)
-    for part in ("head", "body", "scene"):
-        np.testing.assert_array_equal(clip[f"{part}_number"], clip["face_number"])
-
-
-def test_head_detector_adds_tracks_without_faces_only_to_films_and_keeps_faces(tmp_path, drawn):
-    """A head without a face (BACK) gives a track. A face without a head (Eve's) stays a track."""
-    path = tmp_path / "film.mkv"
-    _, before = shoot(path, drawn.models, (2, 20, [ADA, BACK, EVE]))
-
-    add(drawn.models, "head_detector", **RED)  # finds Ada and BACK, but not Eve
-    add(drawn.models, "head_embedder")
-    extracted, clips = extract(path, tmp_path / "out", drawn.models)
-
-    has_face_and_head = sorted(("face" in clip, "head" in clip) for clip in clips.values())
-    assert has_face_and_head == [(False, True), (True, False), (True, True)]  # BACK, Eve, Ada
-    (back,) = (track for track in extracted.tracks if "face" not in clips[track.clip])
-    assert back.box and abs(back.box[0] - 100 / 128) < 0.1, "left side of BACK"
-    faces = [clip for clip in clips.values() if "face" in clip]
-    for old in before.values():
-        (new,) = (clip for clip in faces if np.array_equal(clip["face"], old["face"]))
-        assert_equal({field: new[field] for field in old}, old)
-
-    drawn_people.write_photo(tmp_path / "photo.png", ADA, BACK)
-    extracted, clips = extract(tmp_path / "photo.png", tmp_path / "photo", drawn.models)
-    assert [track.clip for track in extracted.tracks] == ["photo"] and "face" in clips["photo"]
-
-
-def test_body_net_needs_a_body_detector_or_a_place_around_the_face(tmp_path, drawn):
-    add(drawn.models, "body_embedder")
-    words = ("body_embedder.json", '"around"', "body_detector")
-    refused(lambda: film.load_nets(cards.load(drawn.models), 640), *words)
-
-    add(drawn.models, "body_detector", **RED)
-    _, clips = shoot(tmp_path / "film.mkv", drawn.models, (2, 20, [ADA, EVE]))
-    assert sorted("body" in clip for clip in clips.values()) == [False, True]  # Eve is not red
-
-    card = add(drawn.models, "body_embedder", around=[0, 1, 0, 2])  # a box without width
-    refused(lambda: cards.read(card), "body_embedder", "around")
-
-
-def test_galleries_do_not_use_body_and_scene_embeddings(drawn):
-    for part in ("head", "body", "scene"):
-        add(drawn.models, f"{part}_embedder", back_end=made_nets.back_end())
-    _, back_ends = make_models_origin(drawn.models)
-    assert {*back_ends} == {"face", "head"}
-
-
-@pytest.mark.usefixtures("read_here")
-def test_who_neither_names_nor_groups_tracks_without_a_face(drawn, models, recwarn):
-    """The film shows the faces of Ada, who has a photo, and of Eve, and the head BACK."""
-    add(models, "head_detector", **RED)
-    add(models, "head_embedder")
-    drawn.befriend("Ada")
-    write_film(drawn.folder / "film.mkv", (2, 20, [ADA, BACK, EVE]))
-    drawn.who(drawn.folder / "film.mkv")
-    assert sorted(row["identity"] or "" for row in drawn.rows()) == ["", "Ada", "unknown 1"]
-    # The gallery does not warn that no clip has a voice: the film has no sound.
-    assert not [warning for warning in recwarn if "no clip has" in str(warning.message)]
 
 
 @pytest.mark.usefixtures("read_here")
@@ -319,7 +227,7 @@ def test_people_who_are_visible_for_a_second_are_found_in_all_frames(
     detector = nets.Detector(cards.load(tmp_path)["face_detector"])
     searches = mock.Mock(wraps=detector.search)
     monkeypatch.setattr(detector, "search", searches)
-    search, rng = FilmSearch({"face": detector}), np.random.default_rng(0)
+    search, rng = FilmSearch(detector), np.random.default_rng(0)
     wanted = []  # the boxes of the faces of each picture
     searched = []  # the pictures that `search` returns
     for length in (1, 2, 4, 6, 30, 40):
@@ -330,7 +238,7 @@ def test_people_who_are_visible_for_a_second_are_found_in_all_frames(
         searched += search.end_shot()
 
     assert [x.number for x in searched] == [*range(len(wanted))]
-    assert [sorted(x.detections["face"].boxes.tolist()) for x in searched] == wanted
+    assert [sorted(x.faces.boxes.tolist()) for x in searched] == wanted
     assert sum(map(len, wanted)) > len(wanted)  # more than one face per picture, on average
     if slow:  # `FilmSearch` searches fewer than 60 % of the pictures as a whole
         num_whole = sum(len(call.args) == 1 for call in searches.call_args_list)  # only an image

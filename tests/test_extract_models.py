@@ -17,16 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
 pytest.importorskip("onnx")
 
 from tests.helpers.seen import refused
-from vidjax.apps.video import cards, net_packages, nets, voices
-from vidjax.apps.video.features_folder import FilmTrack
+from vidjax.apps import cards
+from vidjax.apps.video import net_packages, nets, voices
+from vidjax.apps.video.features_folder import FaceTrack
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.cli.program import main
+from vidjax.utils.errors import VidjaxWarning
 
 made_nets = pytest.importorskip("tests.helpers.made_nets")
 runtime = pytest.importorskip("onnxruntime")
@@ -127,22 +128,25 @@ def test_suppression_drops_each_face_that_overlaps_a_better_kept_face():
         np.testing.assert_array_equal(part, whole[kept])
 
 
-@pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40)])
-def test_resize_is_bilinear_after_block_averages(size):
-    """If the picture is reduced by 2 or more, blocks are averaged before the interpolation."""
+@pytest.mark.parametrize("size", [(9, 14), (1, 1), (12, 11), (1, 40), (5, 6)])
+def test_resize_averages_blocks_and_then_has_a_linear_filter(size):
+    """The filter is a triangle. Its half width is a pixel of the larger of the two images."""
     image = rng(0).integers(0, 256, (12, 20, 3), np.uint8)
-    block = max(1, min(12 // size[0], 20 // size[1]))  # the side of the blocks in pixels
-    height, width = 12 // block, 20 // block
-    means = image[: height * block, : width * block].astype(float)
-    means = means.reshape(height, block, width, block, 3).mean((1, 3))
-    row, column = np.indices(size)
-    places = (row + 0.5) * height / size[0] - 0.5, (column + 0.5) * width / size[1] - 0.5
-    channels = np.moveaxis(means, -1, 0)
-    expected = [ndimage.map_coordinates(x, places, order=1, mode="nearest") for x in channels]
+    expected = image.astype(float)
+    for axis, (old, new) in enumerate(zip(image.shape, size, strict=False)):
+        block = max(1, old // new)
+        starts = np.arange(0, old, block)
+        sums = np.add.reduceat(expected, starts, axis)
+        means = np.moveaxis(sums, axis, -1) / np.diff([*starts, old])  # the last may be smaller
+        length = old / block
+        middles = (np.arange(new) + 0.5) * length / new - 0.5
+        apart = np.abs(middles[:, None] - np.arange(len(starts))) / max(length / new, 1)
+        weights = np.maximum(1 - apart, 0)
+        expected = np.moveaxis(means @ (weights / weights.sum(1, keepdims=True)).T, -1, axis)
 
     resized = nets.resize(image, *size)
     assert resized.dtype == np.uint8
-    np.testing.assert_allclose(resized, np.stack(expected, -1), atol=0.501)  # rounded
+    np.testing.assert_allclose(resized, expected, atol=1.51)  # rounded three times
     # In a picture of one row, there is no second row for the interpolation.
     assert nets.resize(np.full((1, 7, 3), 9, np.uint8), 3, 3).tolist() == [[[9] * 3] * 3] * 3
 
@@ -260,7 +264,8 @@ def test_error_names_the_wrong_field_of_a_card(tmp_path):
     # A word of the error, and changes of the card that each cause the error.
     for word, *changes in (
         ("colour", {"colour": "rgb"}, {"input": {"layout": "mels"}}, {"input": {"colour": None}}),
-        ("format", {"format": 2}), ("role", {"role": "face"}), ("sha256", {"sha256": "0"}),
+        ("format", {"format": 2}), ("sha256", {"sha256": "0"}),
+        ("role", {"role": "face"}, {"role": "body_embedder"}),
         ("file", {"file": "../face.onnx"}), ("yunet", {"decoder": "yunet"}),
         ("NCHW", {"role": "voice_embedder", "input": {"layout": "NCHW", "colour": "rgb"}}),
         ("mels", {"input": {"layout": "mels", "colour": None}}),
@@ -340,7 +345,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
 
 
 def test_part_of_a_film_as_long_as_a_window_is_heard_despite_rounding_errors():
-    track = FilmTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6, a window
+    track = FaceTrack(clip="a", shot=0, start_s=3.2, end_s=4.8, seen=1)  # 4.8 - 3.2 < 1.6, a window
     assert len([*voices.find_solo_spans([track])]) == 1
 
 
@@ -447,6 +452,15 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]
     np.testing.assert_allclose(vector[:4], RECORDED, atol=2e-6)
+
+
+def test_convert_reports_that_it_replaced_a_card_with_other_content(tmp_path):
+    convert = partial(net_packages.convert, "centerface", package(PACKAGES["centerface"]))
+    card = convert(tmp_path)
+    assert convert(tmp_path) == card  # without a warning
+    card.write_text(card.read_text() + "\n")
+    with pytest.warns(VidjaxWarning, match="replaced"):
+        convert(tmp_path)
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""Tracks of heads, crops of faces, detection of shots, and cut lists."""
+"""Tracks of people, crops of faces, detection of shots, and cut lists."""
 
 import functools
 import itertools
@@ -14,8 +14,9 @@ from scipy import ndimage
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
-from vidjax.apps.video import align, cards, cuts, pipeline, shots, tracks, who
-from vidjax.apps.video.cards import BackEnd
+from vidjax.apps import cards
+from vidjax.apps.cards import BackEnd
+from vidjax.apps.video import align, cuts, media_files, shots, tracks, who
 
 # Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
@@ -543,5 +544,5 @@ def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
 def test_errors_of_wrong_paths_of_films_and_people_name_the_remedy(tmp_path):
     path, typo = tmp_path / "holiday.mp4", tmp_path / "holidy.mp4"
     path.touch()
-    refused(lambda: pipeline.list_files([typo]), f"'{typo}'\ndid you mean '{path}'")
+    refused(lambda: media_files.list_files([typo]), f"'{typo}'\ndid you mean '{path}'")
     refused(lambda: who.name_people([path], path, tmp_path / "out", tmp_path), "of each person")

@@ -14,7 +14,7 @@ pytest.importorskip("av", reason="needs the extra [video]")
 from tests.helpers import films, seen, xmp
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import slowness
-from vidjax.apps.video import decode, regions
+from vidjax.apps.video import decode, photos, regions
 
 Image = pytest.importorskip("PIL.Image")
 CODECS = {"mp4": "libx264", "mkv": "ffv1", "mov": "mpeg4", "webm": "libvpx-vp9", "avi": "mpeg4",
@@ -53,7 +53,7 @@ def read(path, fps=5):
 
 
 def refused(path, message):
-    seen.refused(lambda: read(path), message)
+    return seen.refused(lambda: photos.read_photo(path) or read(path), message)
 
 
 @pytest.fixture
@@ -113,37 +113,94 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo.save(path, exif=exif.tobytes(), icc_profile=profile, quality=95)
 
-    rgb = films.read_photo(path)
-    assert rgb.shape == shown.shape and np.abs(rgb.astype(int) - shown).mean() < 6
+    read = photos.read_photo(path)
+    assert read and read.orientation == orientation
+    assert read.rgb.shape == shown.shape and np.abs(read.rgb.astype(int) - shown).mean() < 6
 
 
 @pytest.mark.parametrize(("stored", "read"), [(0, 1), (6, 6), (9, 1)])
-def test_only_orientations_from_1_to_8_are_read(stored, read):
-    photo = films.photo(films.scene(0), "mjpeg", orientation=stored)
-    assert decode.read_orientation(io.BytesIO(photo)) == read
+def test_only_orientations_from_1_to_8_are_read(tmp_path, stored, read):
+    (tmp_path / "a.jpg").write_bytes(films.photo(films.scene(0), "mjpeg", orientation=stored))
+    photo = photos.read_photo(tmp_path / "a.jpg")
+    assert photo and photo.orientation == read
+    assert photo.rgb.shape == ((160, 120, 3) if read == 6 else (120, 160, 3))
 
 
 def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
     pictures = [Image.fromarray(np.ascontiguousarray(x)) for x in (corner(), corner()[::-1])]
-    for name in ("a.gif", "a.png"):
+    for name in ("a.gif", "a.png", "a.webp", "a.avif", "a.tiff"):
         pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:])
         assert red_corners(films.read_photo(tmp_path / name)) == [0]
-    # FFmpeg cannot decode an animated WebP. The remedy is another format.
-    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:])
-    refused(tmp_path / "a.webp", "convert it to JPEG")
+
+
+def colour_profile(gamma):
+    """Returns an ICC profile with the primaries of sRGB and this gamma."""
+    from PIL import ImageCms
+
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    number, tags = int.from_bytes(profile[128:132], "big"), {}
+    for at in range(132, 132 + 12 * number, 12):
+        tags[bytes(profile[at : at + 4])] = int.from_bytes(profile[at + 4 : at + 8], "big")
+    curve = b"curv" + bytes(4) + (1).to_bytes(4, "big") + round(gamma * 256).to_bytes(2, "big")
+    for channel in (b"rTRC", b"gTRC", b"bTRC"):
+        profile[tags[channel] : tags[channel] + len(curve)] = curve
+    return bytes(profile).replace("sRGB".encode("utf-16-be"), "Made".encode("utf-16-be"))
+
+
+def test_colours_of_each_kind_of_photo_are_shown_as_in_viewers(tmp_path):
+    red, grey = (250, 0, 0), (90, 90, 90)
+    rgb = Image.fromarray(corner())
+    clear = rgb.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(corner()[..., 0] == 90, 0, 255).astype(np.uint8)))
+    deep = Image.fromarray(corner()[..., 0].astype(np.uint16) * 257)
+    palette = rgb.quantize(4)
+    # Name -> photo, options, colours of its top left corner and of the rest.
+    for name, (photo, options, first, rest) in {
+        "cmyk.jpg": (rgb.convert("CMYK"), {"quality": 100}, red, grey),
+        "palette.png": (palette, {}, red, grey), "bit.png": (rgb.convert("1"), {}, None, None),
+        "alpha.png": (clear, {}, red, (255,) * 3), "alpha.webp": (clear, {}, red, (255,) * 3),
+        "palette_alpha.png": (palette, {"transparency": palette.getpixel((159, 119))}, red,
+                              (255,) * 3),
+        "16.png": (deep, {}, (250,) * 3, grey), "16.tiff": (deep, {}, (250,) * 3, grey),
+        "grey.png": (rgb.convert("L"), {}, (75,) * 3, grey),
+        "a.ppm": (rgb, {}, red, grey), "damaged.png": (rgb, {"icc_profile": b"x" * 200}, red, grey),
+        "gamma.png": (rgb, {"icc_profile": colour_profile(1.0)}, (253, 0, 0), (158,) * 3),
+    }.items():  # fmt: skip
+        photo.save(tmp_path / name, **options)
+        shown = films.read_photo(tmp_path / name).astype(int)
+        assert shown.shape == (120, 160, 3), name
+        for place, colour in (((5, 5), first), ((-5, -5), rest)):
+            if colour is not None:
+                assert np.abs(shown[place] - colour).max() <= 3, (name, place)
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "bmp"])
 def test_truncated_photo_is_refused(tmp_path, ending):
-    """By default, FFmpeg would fill the missing part of a JPEG photo with grey."""
     path = tmp_path / f"photo.{ending}"
     Image.fromarray(films.scene(3)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
     refused(path, "damaged")
 
 
+def test_large_jpeg_photos_are_reduced_and_other_large_photos_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "MOST_PIXELS", 60 * 80)
+    large = films.scene(3, 240, 320)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for name, shape in {"a.jpg": (60, 80), "turned.jpg": (80, 60)}.items():
+        options = {"exif": exif} if name == "turned.jpg" else {}
+        Image.fromarray(large).save(tmp_path / name, quality=95, **options)
+        rgb = films.read_photo(tmp_path / name)
+        assert rgb.shape == (*shape, 3)
+    means = large.reshape(60, 4, 80, 4, 3).mean((1, 3))
+    assert np.abs(films.read_photo(tmp_path / "a.jpg") - means).mean() < 4
+    Image.fromarray(films.scene(3, 250, 320)).save(tmp_path / "b.jpg")  # too large for a quarter
+    Image.fromarray(large).save(tmp_path / "a.png")
+    refused(tmp_path / "b.jpg", "320 x 250 pixels, more than 4,800")
+    refused(tmp_path / "a.png", "320 x 240 pixels, more than 4,800")
+
+
 def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypatch):
-    """FFmpeg does not read a file that begins like a HEIC photo, even if it is a film."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     films.write(tmp_path / "film.mp4", [corner()])
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
@@ -153,6 +210,8 @@ def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypat
     Image.fromarray(films.scene(1)).save(tmp_path / "large.heic")
     monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
     refused(tmp_path / "large.heic", "pixels, more than")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    refused(tmp_path / "large.heic", "vidjax[video]")
 
 
 def test_uneven_times_from_the_first_to_the_end_of_the_last_frame_are_kept(tmp_path):
@@ -182,7 +241,7 @@ def test_pipes_devices_folders_sound_and_huge_pictures_are_refused(tmp_path):
     data = bytearray(films.photo(np.zeros((10, 10, 3), np.uint8), "bmp"))
     data[18:26] = np.array([60_000, 60_000], "<i4").tobytes()  # width and height
     (tmp_path / "huge.bmp").write_bytes(data)
-    refused(tmp_path / "huge.bmp", "huge.bmp")
+    refused(tmp_path / "huge.bmp", "60000 x 60000 pixels")
 
 
 def test_bad_time_stamps_are_repaired():
@@ -235,7 +294,7 @@ def test_film_that_claims_two_billion_time_stamps_is_damaged(tmp_path):
 def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
     film.rename(tmp_path / "secret.mkv")  # some files of NO_FILMS refer to it
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
-    error = seen.refused(lambda: read(tmp_path / name), name)
+    error = refused(tmp_path / name, name)
     assert ("an empty file" if name == "empty.mp4" else "MP4") in error
 
 
@@ -243,8 +302,9 @@ def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1.png").write_bytes(films.photo(corner(), "png"))
     for name in ("%d.png", "concat:1.png", "-", "file:1.png"):
-        with pytest.raises(FileNotFoundError):
-            read(Path(name))
+        for function in (read, photos.read_photo):
+            with pytest.raises(FileNotFoundError):
+                function(Path(name))
     # The pattern %d.png would match 1.png, whose corner is red.
     (tmp_path / "%d.png").write_bytes(films.photo(films.scene(0), "png"))
     assert red_corners(films.read_photo(Path("%d.png"))) == []
@@ -269,6 +329,16 @@ def test_sound_follows_its_time_stamps(tmp_path):
     within = (times > 0.87) & (times < 1.25)
     tone = 0.5 * np.sin((times[within] - 0.85) * 2 * np.pi * 440)
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
+def test_sound_is_read_to_its_end(tmp_path, rate):
+    samples = np.sin(np.arange(2 * rate) / rate * 2 * np.pi * 440) * 0.5
+    films.write(tmp_path / "film.mkv", [films.scene(0)] * 50, sound=samples, rate=rate)
+    with decode.open_video(tmp_path / "film.mkv") as video:
+        blocks = [block for _, block in video.sound()]
+    assert len(np.concatenate(blocks)) == pytest.approx(32_000, abs=1)  # 2 s at 16 kHz
+    assert not video.counts.refused
 
 
 @pytest.mark.parametrize(("limit", "lost"), [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
@@ -455,8 +525,8 @@ def judge(faces, drawn_in, orientation, *, known=True, size=(400, 300), scale=1.
     boxes, shape = draw_tags(large, xmp.STORED[drawn_in], size)
     tags = [regions.Tag(str(number), box) for number, box in enumerate(boxes)]
     made = regions.Tags(tags, shape if known else None), np.delete(faces, hidden, 0), size
-    fits, problem = regions.judge_fit(*made, orientation)
-    return np.where(fits, regions.match_faces(*made, orientation), -1).tolist(), problem
+    found, problem = regions.match_faces(*made, orientation)
+    return found.tolist(), problem
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -508,8 +578,8 @@ def test_tags_that_fit_in_two_ways_or_in_none_are_not_believed(
 def test_tags_of_a_picture_of_another_shape_are_not_believed(shape, size, orientation, fits):
     tags = regions.Tags([regions.Tag("Ada", (0.45, 0.45, 0.55, 0.55))], shape)
     face = np.array([[0.45, 0.45, 0.55, 0.55]]) * np.array(size * 2)
-    found, problem = regions.judge_fit(tags, face, size, orientation)
-    assert found.tolist() == [fits] and (SHAPE in problem) == (not fits)
+    found, problem = regions.match_faces(tags, face, size, orientation)
+    assert found.tolist() == [0 if fits else -1] and (SHAPE in problem) == (not fits)
 
 
 @pytest.mark.parametrize("tagged", ["stored", "shown"])
@@ -521,26 +591,28 @@ def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
         tags = [regions.Tag(str(number), box) for number, box in enumerate(boxes)]
         made = regions.Tags(tags, shape if shape_is_known else None)
         # Tag 0 gets face 0, and tag 1 gets face 1.
-        assert regions.match_faces(made, FACES, (400, 300), orientation).tolist() == [0, 1]
+        found, problem = regions.match_faces(made, FACES, (400, 300), orientation)
+        assert found.tolist() == [0, 1] and not problem
         # Without faces, both tags get -1.
-        assert regions.match_faces(made, FACES[:0], (400, 300), orientation).tolist() == [-1, -1]
-    assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6).tolist() == []
+        found, _ = regions.match_faces(made, FACES[:0], (400, 300), orientation)
+        assert found.tolist() == [-1, -1]
+    assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6)[0].tolist() == []
 
 
 def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
     # The tag is at the top left. In the stored picture of 300 x 400 pixels, the face is at the top
     # left, too. In the displayed picture of 400 x 300 pixels, the face is at the top right. If the
-    # shape is not known or is a square, the picture with more matches counts: the stored picture.
+    # shape is not known, the picture with more matches counts: the stored picture. If it is a
+    # square, neither picture was tagged.
     face = np.array([[280, 30, 360, 90]])
-    for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [0])):
+    for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [-1])):
         tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
-        found = regions.match_faces(tags, face, size=(400, 300), orientation=6)
+        found, _ = regions.match_faces(tags, face, size=(400, 300), orientation=6)
         assert found.tolist() == matches, shape
 
 
 def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
     """Tags 0, 1 and 2 cover face 0, and tag 2 fits it best. Only tag 0 covers face 1."""
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
-    tags = regions.Tags([regions.Tag(str(number), box) for number, box in enumerate(boxes)])
-    face_of_each_tag = regions.match_faces(tags, FACES, size=(400, 300), orientation=1)
+    face_of_each_tag = regions._pair_boxes(np.array(boxes) * (400, 300, 400, 300), FACES)
     assert face_of_each_tag.tolist() == [1, -1, 0, -1]

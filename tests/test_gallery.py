@@ -16,9 +16,9 @@ from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib
 from vidjax.apps.gallery.enrolment import enrol, fit_backend
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip, group
+from vidjax.apps.gallery.store import StoredClip, list_clips_of
 from vidjax.core import metrics
-from vidjax.models import distance
+from vidjax.models import card_backend
 
 NOBODY_IS_NEW = SETTINGS._replace(stranger=-6.0)  # logarithm of the prior odds of a stranger
 PEOPLE = 700
@@ -258,11 +258,11 @@ def make_index(*, cards=False, **settings):
     """Returns PEOPLE people in three blocks. `cards`: by distances, as in galleries of models."""
     backend = made_galleries.make_front(SETTINGS._replace(**settings))
     if cards:
-        distances = distance.from_cosines((0.85, 0.1), (0.0, 0.3))
+        distances = card_backend.from_cosines((0.85, 0.1), (0.0, 0.3))
         parts = tuple(part._replace(space=None, distances=distances) for part in backend.parts)
         backend = backend_lib.Backend(parts, backend.settings)
     clips = make_clips(PEOPLE, strangers=0)
-    everybody = enrol(backend, group(clips), clips)
+    everybody = enrol(backend, list_clips_of(clips), clips)
     blocks = np.split(np.arange(PEOPLE), [300, 301])  # 300, 1 and 399 people
     return backend_lib.Index(backend, map(everybody.take, blocks))
 

@@ -528,9 +528,9 @@ def test_folder_of_tables_may_contain_neither_other_clips_nor_splits(day):
 KILLED = """
 import os, ray, signal
 from pathlib import Path
-from vidjax.apps import bulk
+import vidjax
 
-class KilledRank(bulk.Rank):
+class KilledRank(vidjax.Rank):
     def __call__(self, batch):
         if not Path("worker_killed").exists():
             Path("worker_killed").touch()
@@ -559,7 +559,7 @@ def test_ray_results_equal_one_machine(say, nearest_run, folder, day, tmp_path, 
     Path("runs").mkdir()
     Path("runs/own").symlink_to(nearest_run)
     folder.rename("people")
-    recipes = "\n".join(RECIPES[name] for name in names).replace("bulk.Rank", "KilledRank")
+    recipes = "\n".join(RECIPES[name] for name in names).replace("vidjax.Rank", "KilledRank")
     Path("recipes.py").write_text(KILLED + recipes)
     env = {
         **os.environ, "PYTHONPATH": str(PAGE.parents[2]), "RAY_USAGE_STATS_ENABLED": "0",

@@ -14,13 +14,14 @@ from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
+from vidjax.apps import cards
 from vidjax.apps.gallery import answers as answers_lib, array_export, backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import appearances, cards, doubts
+from vidjax.apps.video import appearances, doubts
 from vidjax.data.memory import MemoryClips
 from vidjax.evaluation.export import reader
-from vidjax.models import distance
+from vidjax.models import card_backend
 from vidjax.utils.errors import VidjaxWarning
 
 VOICE, OTHER_VOICE = np.eye(made_nets.WIDTH, dtype=np.float32)[:2, None]
@@ -112,6 +113,7 @@ for words in (
     "threshold g --fpir=0.3", "enrol g --input=in/0.npz --identity=Ada",
 ):
     assert main(["gallery", *words.split()]) == 0, words
+assert main(["export", "g", "--to=arrays", "--format=numpy"]) == 0
 """
 
 
@@ -265,8 +267,9 @@ def test_only_the_clip_of_an_unclear_face_gets_the_name_of_the_face(gallery):
     for track in tracks.tracks:
         track.clarity = 0.1 if track.clip in ("a0", "a2", "b1") else 1.0
     given = {x.clip: answer({"a": "Ada", "b": "Bob"}[x.clip[0]]) for x in tracks.tracks}
-    settled = appearances.remove_unclear_names(given, gallery, [tracks])
-    names = {clip: x.identity for clip, x in settled.items()}
+    vectors = gallery.embed(faces("a", ada[[0, 0, 0]]) | faces("b", bob[[0, 0]]))
+    named = appearances.name_tracks(gallery, vectors, [tracks], lambda *_, **more: given)
+    names = {clip: x.identity for clip, x in named.answers.items()}
     assert names == {"a0": "Ada", "a1": None, "a2": None, "b0": "Bob", "b1": "Bob"}
 
 
@@ -278,10 +281,11 @@ def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
         assert text in (tmp_path / f"a{ending}").read_text()
 
     # Blanks separate columns. They become `_`, or %20 if the name with `_` is another name.
-    found = [appearance(1, 2, "unknown 1"), appearance(3, 4, "Ada O"), appearance(5, 6, "Ada_O")]
-    rows = appearances.to_rttm(found).splitlines()
+    names = {"unknown 1": "unknown_1", "Ada O": "Ada%20O", "Ada_O": "Ada_O", "99 %": "99_%"}
+    names |= {"Ada%20O": "Ada%2520O", "Ada%2520O": "Ada%252520O"}
+    rows = appearances.to_rttm([appearance(1, 2, name) for name in names]).splitlines()
     assert rows[0] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
-    assert [row.split()[7] for row in rows[1:]] == ["Ada%20O", "Ada_O"]
+    assert [row.split()[7] for row in rows] == [*names.values()]
 
 
 def test_simultaneous_tracks_get_the_same_name_only_from_a_user():
@@ -456,7 +460,7 @@ def test_photos_that_are_alike_count_less():
         (1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1),
         (10, 1 - 0.9 * DLIB.within, 10),  # independent vectors count in full; 0.9 is 1 - 1 / 10
     ):  # fmt: skip
-        counted = distance.effective_count(DLIB, np.array(count), np.array(square))
+        counted = card_backend.effective_count(DLIB, np.array(count), np.array(square))
         assert counted == pytest.approx(wanted, abs=0.02)
 
 
@@ -471,22 +475,24 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people, ha
     rng, width = np.random.default_rng(people), 6
     mean = rng.normal(size=width) if has_mean else np.zeros(width)
     # The variance of each dimension of the population's mean. Without a card, the mean is unknown.
-    wide = (0.3 + 0.9) / distance.CARD_PEOPLE / width if has_mean else 1e6
-    card = distance.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
+    wide = (0.3 + 0.9) / card_backend.CARD_PEOPLE / width if has_mean else 1e6
+    card = card_backend.Distances(within=0.3, between=0.9, same=width / 2, different=width / 2)
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
     photos, clip = rng.normal(size=(len(owner), width)), rng.normal(size=width)
 
     means = np.stack([photos[owner == n].mean(axis=0) for n in range(people)])
     effective = counts.astype(float)  # independent photos: all count
-    known = distance.population(card, mean if has_mean else None, [means], [effective], [counts])
-    share, variance = distance.posterior(card, known, effective)
+    known = card_backend.population(
+        card, mean if has_mean else None, [means], [effective], [counts]
+    )
+    share, variance = card_backend.posterior(card, known, effective)
     centres = known.mean + share[:, None] * (means - known.mean)
     square, square_to_mean = (np.sum((clip - x) ** 2, axis=-1) for x in (centres, known.mean))
-    of_stranger = distance.stranger_log_density(
+    of_stranger = card_backend.stranger_log_density(
         card, np.array(square_to_mean), np.array(card.within + card.between + known.variance)
     )
-    ratios = distance.person_log_density(card, square, variance + card.within) - of_stranger
+    ratios = card_backend.person_log_density(card, square, variance + card.within) - of_stranger
 
     def density(of):
         """Returns the log density of all photos and the clip if the clip shows the person `of`."""
@@ -542,7 +548,7 @@ def test_shape_of_distances_is_half_the_number_of_dimensions(dimensions, varianc
     product = np.sum(noise[0] * noise[1], axis=1) + 1 - variance
     lengths = np.sqrt(np.sum(noise**2, axis=2) + 1 - variance)
     cosines = product / lengths[0] / lengths[1]
-    shape = distance.count_shape(1 - cosines.mean(), cosines.std())
+    shape = card_backend.count_shape(1 - cosines.mean(), cosines.std())
     assert shape == pytest.approx(dimensions / 2, rel=0.05)
 
 
@@ -588,7 +594,9 @@ def test_a_stranger_who_sets_the_threshold_does_not_reach_it_in_another_batch():
     people = BACKEND.enrol([f"{n:05}" for n in range(3000)], photos[:, 0], np.arange(3000))
     index = backend.Index(BACKEND, [people])
     best = np.array([match.best[0][1] for match in index.nearest([strangers], 1)])
-    limits = [answers_lib.threshold(best[[row]], 0.5, 3000).score for row in range(len(best))]
+    limits = [
+        answers_lib.measure_threshold(best[[row]], 0.5, 3000).score for row in range(len(best))
+    ]
     for size in (1, 2, 7, 64):
         for at in range(0, len(strangers), size):
             again = index.nearest([strangers[at : at + size]], 1)

@@ -27,7 +27,7 @@ from vidjax.apps.gallery import backend as backend_lib, store as store_lib
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import fit_backend
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip, VectorOrigin, group
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin, list_clips_of
 from vidjax.models import two_covariance
 from vidjax.utils import errors
 
@@ -83,7 +83,7 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "as one change"])
 def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, together):
-    clips_of = group(CLIPS)  # person -> names of clips
+    clips_of = list_clips_of(CLIPS)  # person -> names of clips
 
     with gallery.change() if together else contextlib.nullcontext(gallery) as people:
         assert people.rename("person 3", "Ada") == len(clips_of["person 3"])
@@ -228,7 +228,7 @@ def test_denied_names_follow_people_and_are_removed_with_them(tmp_path):
 
 
 def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery):
-    clips = group(CLIPS)["person 7"]
+    clips = list_clips_of(CLIPS)["person 7"]
     vectors = [CLIPS[name].vector for name in clips]
     for block in gallery.index.blocks:  # coefficients are computed from the vectors
         vectors += [x[block.names.index("person 7")] for x in block.linear]

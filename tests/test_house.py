@@ -17,6 +17,8 @@ MODULES = {
 
 # The folders of vidjax/, from low to high. Imports point down.
 FOLDERS = ("utils", "core", "data", "runs", "models", "evaluation", "training", "apps", "cli")
+# The same for vidjax/apps/.
+APPS = ("bulk", "cards", "web", "gallery", "video", "serve", "forget")
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}
 # Folder -> libraries that neither the folder nor a module that it imports may import.
@@ -58,6 +60,9 @@ def test_folders_import_only_lower_folders_without_cycles():
                 assert FOLDERS.index(below) <= FOLDERS.index(folder), f"{module} imports {name}"
                 # Models get plain arguments. Only `build_system` reads a configuration.
                 assert below != "runs" or folder != "models" or rest == ["build_system"], module
+            if folder == "apps" and name.startswith("vidjax.apps."):
+                below = name.split(".")[2]
+                assert APPS.index(below) <= APPS.index(rest[0]), f"{module} imports {name}"
 
     graph = {module: imports(path) & {*MODULES} - {module} for module, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
@@ -76,6 +81,12 @@ def test_folders_import_without_their_forbidden_libraries(python, package):
         f"for name in {forbidden}: sys.modules[name] = None\n"  # an import then raises ImportError
         f"for name in {modules}: importlib.import_module(name)\n"
     )
+
+
+def test_naming_films_loads_neither_jax_nor_readers_of_pickles(python):
+    loaded = {*python("import sys, vidjax.apps.video.who\nprint(*sys.modules)").split()}
+    pickles = {name for name in MODULES if name.startswith("vidjax.data.untrusted.")}
+    assert not loaded & {"vidjax.data.iqiyi_vid", *pickles, *JAX, *TENSORFLOW}
 
 
 def test_every_package_is_installed():

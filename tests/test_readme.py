@@ -1,5 +1,6 @@
 """The commands and examples of the READMEs run, links have targets, and named tests exist."""
 
+import ast
 import functools
 import json
 import os
@@ -22,7 +23,7 @@ from tests.helpers import drawn_people
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, ROOT
 from vidjax.cli import program, run_commands
-from vidjax.data import arrays, iqiyi_vid, synthetic
+from vidjax.data import iqiyi_vid, synthetic
 from vidjax.models import build_system
 
 FOLDERS = (
@@ -32,8 +33,8 @@ FOLDERS = (
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 
 MAINS = {
-    "vidjax.main": program.main, "vidjax.data.arrays": arrays.main,
-    "vidjax.data.iqiyi_vid": iqiyi_vid.main, "vidjax.data.synthetic": synthetic.main,
+    "vidjax.main": program.main, "vidjax.data.iqiyi_vid": iqiyi_vid.main,
+    "vidjax.data.synthetic": synthetic.main,
 }  # fmt: skip
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
@@ -111,6 +112,37 @@ def test_every_link_of_the_pages_has_a_target():
                 headings = re.findall(r"^#+ (.*)$", prose(to) if anchor else "", re.MULTILINE)
                 anchors = [re.sub(r"[^\w -]", "", x.lower()).replace(" ", "-") for x in headings]
                 assert not anchor or anchors.count(anchor) == 1, (page, target)
+
+
+def find_used_names(program):
+    """Yields the names of vidjax that a program uses, such as `vidjax.train`."""
+    for node in ast.walk(ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", program))):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name != "vidjax")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "vidjax":
+            yield ast.unparse(node)
+
+
+def test_pages_and_notebooks_use_only_public_names_of_python():
+    programs = [code for page in PAGES.values() for code in
+                re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]  # fmt: skip
+    for path in (ROOT / "colab").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        programs += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    used = {name for program in programs for name in find_used_names(program)}
+    used = {name for name in used if name.startswith("vidjax.")}
+
+    contributing = (ROOT / ".github/CONTRIBUTING.md").read_text()
+    section = contributing.partition("## Where things go")[2].partition("\n## ")[0]
+    modules = [path[:-3].replace("/", ".") for path in re.findall(r"`(vidjax/\S+\.py)`", section)]
+    public = {"vidjax.main.main", *(f"vidjax.{name}" for name in vidjax.__all__)}
+    inside = tuple(f"{module}." for module in modules)
+    assert not {x for x in used - public if x not in modules and not x.startswith(inside)}
+    assert {"vidjax.name_people", "vidjax.Gallery"} <= used
+    for name in vidjax.__all__:
+        assert getattr(vidjax, name).__module__.startswith("vidjax.")
 
 
 @pytest.mark.slow

@@ -51,6 +51,12 @@ class Reviewed:
         self.drawn.who(*self.films, flags=["--thumbnails"])
         return self.names()
 
+    def identify(self):
+        """Returns clip -> name, as `vidjax gallery identify` names the clips of the films."""
+        words = (self.drawn.out / "gallery", f"--input={self.drawn.out / 'features'}", "--json")
+        answers = self.drawn.run("gallery", "identify", *words).content["answers"]
+        return {x["clip"]: x["identity"] for x in answers if x["identity"]}
+
     def post(self, action="change", status=200, **fields):
         """Sends a form of the page; returns the text of the answer."""
         (version, *_) = re.findall('name="version" value="([0-9]+)"', self.client.get("").text)
@@ -63,6 +69,16 @@ class Reviewed:
 def reviewed(drawn, monkeypatch):
     monkeypatch.setattr(review, "IDLE_SECONDS", 0)  # results are written after this time
     return Reviewed(drawn)
+
+
+def test_person_with_the_name_of_a_clip_is_not_the_appearance_in_this_clip(reviewed):
+    odd, bob = "clip: party.s000.t00", reviewed.before["party.s002.t01"]
+    reviewed.post(do="name", of=bob, person=odd)
+    text = reviewed.client.get("", params={"person": odd}).text
+    assert f'name="of" value="{odd}"' in text
+    reviewed.post(do="name", of=odd, person="Bob")
+    renamed = {clip: "Bob" if name == bob else name for clip, name in reviewed.before.items()}
+    assert reviewed.names() == renamed and renamed["party.s000.t00"] == "Ada"
 
 
 def test_review_needs_neither_prometheus_nor_httptools(python):
@@ -93,11 +109,13 @@ def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn)
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
 
     # `deny`: the name of a clip is wrong, so the clip becomes unknown. It is denied twice.
-    ada = "clip: party.s000.t00"
+    ada = "clip:\tparty.s000.t00"
     text, denied = reviewed.post(do="deny", of=ada), reviewed.names()
     unknown = denied["party.s000.t00"]
     assert f"Saved: party.mkv, 0:00\u20130:02, is not Ada, but {unknown}." in text
     assert unknown.startswith("unknown ") and reviewed.names_after_restart() == denied
+    named = {clip: name for clip, name in denied.items() if not name.startswith("unknown ")}
+    assert reviewed.identify() == named
     reviewed.post(do="name", of=ada, person="Ada")
     assert reviewed.names() == reviewed.names_after_restart()
     assert reviewed.names()["party.s000.t00"] == "Ada"
@@ -151,7 +169,7 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     assert "<title>Ada: " in text and "Undone" in text
     assert "<title>Eva: " in reviewed.post(do="name", of="Ada", person="Eva", view="person=Ada")
     text = reviewed.client.get("?film=more.mkv").text
-    assert "<title>more.mkv: " in text and 'value="clip: more.s000.t00"' in text
+    assert "<title>more.mkv: " in text and 'value="clip:\tmore.s000.t00"' in text
     # For a film that does not exist, the page of all films is shown.
     assert "<title>Who appears" in reviewed.client.get("?film=less.mkv").text
 
@@ -186,11 +204,11 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
 def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed):
     """Eve in more.mkv is enrolled, so Eve in party.mkv gets her name. Then more.mkv is replaced."""
     bob = reviewed.names()["more.s001.t00"]  # such as "unknown 2"
-    reviewed.post(do="name", of="clip: more.s000.t00", person="Eve")
+    reviewed.post(do="name", of="clip:\tmore.s000.t00", person="Eve")
     write_film(reviewed.films[1], (2, 20, [("Bob", 30, 30)]))
     assert reviewed.names_after_restart()["more.s000.t00"] == bob
     reviewed.open()
-    reviewed.post(do="name", of="clip: more.s000.t00", person="Bob")
+    reviewed.post(do="name", of="clip:\tmore.s000.t00", person="Bob")
     names = reviewed.names()
     assert names["more.s000.t00"] == "Bob" == names["party.s002.t01"]
     assert names["party.s001.t00"] != "Bob", "the old clip of Eve is not called Bob"
@@ -202,11 +220,11 @@ def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed
 def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, drawn):
     page = reviewed.client.get("?person=Ada").text
     drawn.gallery("rename", "--identity=Ada", "--to=Eva")
-    assert 'value="clip: party.s000.t00"' in reviewed.client.get("?person=Eva").text
+    assert 'value="clip:\tparty.s000.t00"' in reviewed.client.get("?person=Eva").text
     (version, *_) = re.findall('name="version" value="([0-9]+)"', page)
     reviewed.post(status=409, version=version, do="name", of="Ada")  # the page was out of date
     # A name that was denied remains denied under the new name.
-    reviewed.post(do="deny", of="clip: party.s000.t00")
+    reviewed.post(do="deny", of="clip:\tparty.s000.t00")
     denied = reviewed.names()
     drawn.gallery("rename", "--identity=Eva", "--to=Ada Lovelace")
     reviewed.client.get("")  # the page reads the new name
@@ -217,7 +235,7 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
 @pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos", "older"])
 def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
     """Older versions stored denied names, and clips of these people, in `unknown.json`."""
-    reviewed.post(do="deny", of="clip: party.s000.t00")
+    reviewed.post(do="deny", of="clip:\tparty.s000.t00")
     reviewed.review.save()
     wanted = drawn.names()
     gallery = Gallery(drawn.out / "gallery")
@@ -225,7 +243,7 @@ def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
         for clip in gallery.people["Ada"]:
             gallery.relabel(clip, "Eva")
     elif how == "merge":
-        reviewed.post(do="name", of="clip: more.s000.t00", person="Eva")
+        reviewed.post(do="name", of="clip:\tmore.s000.t00", person="Eva")
         reviewed.review.save()
         wanted = drawn.names()
         gallery.rename("Ada", "Eva", merge=True)
@@ -277,7 +295,7 @@ def test_only_naming_asks_about_similar_names(reviewed):
     assert "Saved: unknown 1 is ignored." in reviewed.post(
         do="ignore", of="unknown 1", person="ada"
     )
-    text = reviewed.post(do="deny", of="clip: party.s000.t00", person="adaa", view="person=Ada")
+    text = reviewed.post(do="deny", of="clip:\tparty.s000.t00", person="adaa", view="person=Ada")
     assert "is not Ada" in text and "there is already" not in text
     assert reviewed.names()["party.s000.t00"] != "Ada"
     text = reviewed.post(status=422, do="deny", of="Ada")
@@ -302,7 +320,8 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     # 422: a wrong field. 409: a form of another version. 413: a form of more than 10,000 bytes.
     for fields, status in [
         *((naming | {"person": new}, 422) for new in (" ", "a\u202eb", "unknown 9", "unknown")),
-        *((naming | {"of": old, "person": "Bob"}, 422) for old in ("unknown 99", "clip: 9999", "")),
+        *((naming | {"of": old, "person": "Bob"}, 422)
+          for old in ("unknown 99", "clip:\t9999", "")),
         ({"do": "name", "of": "Ada", "person": "unknown 1"}, 422),
         ({"do": "burn", "of": "unknown 1"}, 422), ({}, 422),
         (naming | {"person": "Bob", "version": "9"}, 409),

@@ -26,7 +26,7 @@ from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_ph
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.answers import read_groups
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import features_folder, pipeline, who
+from vidjax.apps.video import features_folder, people_photos, pipeline, who
 from vidjax.data.clip_files import write_npz
 from vidjax.utils.errors import UserError
 
@@ -152,9 +152,10 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
 
 
 def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
-    list_faces = mock.Mock(wraps=who._list_faces)  # lists the faces of all people in photos
+    list_faces = mock.Mock(wraps=who.list_faces)  # lists the faces of all people in photos
     resolve = mock.Mock(side_effect=who.UnknownNumbers.resolve)  # once for each unknown person
-    monkeypatch.setattr(who, "_list_faces", list_faces)
+    for module in (who, people_photos):
+        monkeypatch.setattr(module, "list_faces", list_faces)
     monkeypatch.setattr(who.UnknownNumbers, "resolve", lambda *args: resolve(*args))
 
     drawn.meet("Eve")
@@ -289,7 +290,7 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     assert done.code == 1 and done.err.count("unknown format") == 2
     assert done.out.count("use MP4, MKV") == 1
     assert f"{copy} is a copy of {film} and is left out" in done.err
-    assert [film.video for film in features_folder.read_films(drawn.out)] == ["party.mkv"]
+    assert [film.video for film in features_folder.read_media_files(drawn.out)] == ["party.mkv"]
 
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 30))
     done = command("extract", drawn.folder / "photo.png", worse, *words)

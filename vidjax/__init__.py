@@ -31,24 +31,45 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vidjax.apps.bulk import Embed, Rank, join_rankings, list_tables
+    from vidjax.apps.gallery.answers import Identify
     from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.serve.app import make_app
+    from vidjax.apps.serve.limits import Limits
+    from vidjax.apps.video.who import name_people
+    from vidjax.runs.results import load_analysis
     from vidjax.training.public import compare, evaluate, load_config, load_data, restore, train
 
 __version__ = "0.1.0"
-__all__ = ["Gallery", "compare", "evaluate", "load_config", "load_data", "restore", "train"]
+__all__ = [
+    "Embed", "Gallery", "Identify", "Limits", "Rank", "compare", "evaluate", "join_rankings",
+    "list_tables", "load_analysis", "load_config", "load_data", "make_app", "name_people",
+    "restore", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     """Imports a public name at its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'vidjax' has no attribute '{name}'")
-    if name == "Gallery":
-        from vidjax.apps.gallery import gallery
-
-        return gallery.Gallery
-    from vidjax.training import public
-
-    return getattr(public, name)
+    match name:  # a module is imported only for its own names: each needs other packages
+        case "Embed" | "Rank" | "join_rankings" | "list_tables":
+            from vidjax.apps import bulk as module
+        case "Identify":
+            from vidjax.apps.gallery import answers as module
+        case "Gallery":
+            from vidjax.apps.gallery import gallery as module
+        case "make_app":
+            from vidjax.apps.serve import app as module
+        case "Limits":
+            from vidjax.apps.serve import limits as module
+        case "name_people":
+            from vidjax.apps.video import who as module
+        case "load_analysis":
+            from vidjax.runs import results as module
+        case _:
+            from vidjax.training import public as module
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

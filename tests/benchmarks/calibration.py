@@ -23,10 +23,10 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.helpers import embeddings
+from vidjax.apps.cards import PUBLISHED, BackEnd
 from vidjax.apps.gallery import backend
-from vidjax.apps.video.cards import PUBLISHED, BackEnd
 from vidjax.core import metrics
-from vidjax.models import distance
+from vidjax.models import card_backend
 
 CASES = [  # people, enrolled clips of each, width, share of the variance within a person
     (50, 4, 64, 0.5), (50, 4, 128, 0.6), (300, 4, 64, 0.5), (300, 4, 64, 0.7), (1000, 4, 128, 0.65),
@@ -81,7 +81,7 @@ def measure_net(num_people: int, *, clips: int, seed: int) -> dict[str, float]:
     """Enrols `clips` clips of each person in a gallery of a net, and identifies 1,000 clips."""
     fit = BackEnd(**{"centre": [0.0] * embeddings.WIDTH, **PUBLISHED["dlib"]["back_end"]})
     fit.mean = None
-    made = embeddings.Population(seed, distance.from_cosines(fit.same, fit.different))
+    made = embeddings.Population(seed, card_backend.from_cosines(fit.same, fit.different))
     known, strangers = made.people(num_people), made.people(500)
     person = made.rng.integers(0, num_people, 500)  # whom each of the first 500 clips shows
     shown = np.concatenate([known[person], strangers])

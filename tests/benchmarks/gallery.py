@@ -24,7 +24,7 @@ from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import vectors_of
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, group
+from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, list_clips_of
 from vidjax.models.two_covariance import Settings
 
 WIDTH = 512
@@ -85,7 +85,9 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
     }
     folder.mkdir(mode=0o700)
     origin = VectorOrigin("made-up", "0" * 64, centred=True)
-    Store(folder).create(State(1, origin, backend_lib.Index(front, blocks), clips, group(clips)))
+    Store(folder).create(
+        State(1, origin, backend_lib.Index(front, blocks), clips, list_clips_of(clips))
+    )
 
 
 def measure_median(action: Callable[[int], object], repeats: int) -> str:

@@ -21,8 +21,10 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.helpers.embeddings import unit
-from vidjax.apps.gallery.gallery import Gallery, Vectors
-from vidjax.apps.video import cards, voices
+from vidjax.apps import cards
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.vectors import Vectors
+from vidjax.apps.video import voices
 from vidjax.core import metrics
 
 ENROLLED = 3  # utterances of each speaker

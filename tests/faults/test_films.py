@@ -32,7 +32,7 @@ from tests.helpers.limits import ROOT, children_of, file_limit, held_by, running
 from tests.helpers.seen import contents, refused
 from vidjax.apps.gallery import store
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import features_folder, pipeline
+from vidjax.apps.video import features_folder, media_files, pipeline
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -70,8 +70,8 @@ def test_killed_extract_by_two_processes_gives_the_bytes_of_one(drawn, fault_see
 
         for path in (out / "videos").glob("[!.]*.json"):  # films that the command has finished
             clips = f"{path.stem}.npz"
-            film = features_folder.read_film(whole / "videos" / path.name)
-            assert features_folder.read_film(path) == film
+            film = features_folder.read_media_file(whole / "videos" / path.name)
+            assert features_folder.read_media_file(path) == film
             assert (out / clips).read_bytes() == (whole / clips).read_bytes()
         until = time.monotonic() + 5
         while any(map(held_by, children)):  # some children have memory, so they still run
@@ -143,7 +143,7 @@ def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
     assert sorted(map(os.path.basename, content["failed"])) == failing
     assert all(f"/{name}'" in stderr for name in failing) and "Traceback" not in stderr
     assert len(stderr.splitlines()) <= 3 * (len(failing) + 2)  # 3 lines for each file
-    read = {film.video: film for film in features_folder.read_films(drawn.out)}
+    read = {film.video: film for film in features_folder.read_media_files(drawn.out)}
     assert read["cut.mkv"].damaged and not read["whole.mkv"].damaged
     assert len(read["whole.mkv"].tracks) == 4
     server.settimeout(0)
@@ -165,7 +165,7 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     _, stderr = drawn.who(place, people=False, flags=["--workers=4"])
 
     assert "\x1b" not in stderr and "\u202e" not in stderr
-    films_read = features_folder.read_films(features)
+    films_read = features_folder.read_media_files(features)
     assert len(films_read) == len(odd_names) + 1
     clips = [track.clip for film in films_read for track in film.tracks]
     assert len({*clips}) == len(clips) == len(read_arrays(features))
@@ -189,7 +189,7 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
     wrong_fields += [{"seconds": 10**400}, {"shots": [[0, 1], [1]]}]
     no_films = ("", "[]", "{}", '{"\\ud800": 1}', "[" * 200_000, '{"video": "' + "x" * 1_000_000)
 
-    read = functools.partial(features_folder.read_films, drawn.out)
+    read = functools.partial(features_folder.read_media_files, drawn.out)
     for text in (*no_films, *(json.dumps(film | wrong) for wrong in wrong_fields)):
         path.write_text(text)
         assert len(refused(read)) < 1000
@@ -218,9 +218,9 @@ def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch, capsys
         os.seteuid(65534)  # "nobody", because root may read all folders
     try:
         with pytest.raises(PermissionError):
-            pipeline.list_files([Path("films/closed")])
-        assert pipeline.list_files([Path("films")]) == [Path("films/a.mp4")]
-        pipeline.say_left_out([Path("films"), Path("films/a.mp4")])
+            media_files.list_files([Path("films/closed")])
+        assert media_files.list_files([Path("films")]) == [Path("films/a.mp4")]
+        media_files.say_left_out([Path("films"), Path("films/a.mp4")])
     finally:
         os.seteuid(user)
     assert capsys.readouterr().err.count("closed is left out, because you may not read") == 1
@@ -311,7 +311,7 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
         out = drawn.folder / f"out{minutes}"
         film = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
         peaks.append(extract.peak(film, out, drawn.models))
-        (film,) = features_folder.read_films(out)
+        (film,) = features_folder.read_media_files(out)
         assert film.seconds == pytest.approx(60 * minutes, rel=0.01)
         assert len(film.tracks) >= 25 * minutes  # a minute has 15 shots of 2 faces
 

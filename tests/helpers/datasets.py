@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from vidjax.data import sources
 from vidjax.data.iqiyi_vid import OfficialFiles
@@ -18,7 +19,7 @@ def load_dataset(name, *, directory=None, cache_dir=None, **fields):
     return sources.load(data)
 
 
-def prepare(directory, cache_dir=None, **options):
+def prepare(directory, cache_dir=None, **options) -> Any:
     return convert(OfficialFiles(directory, cache_dir=cache_dir), cache_dir, **options)
 
 

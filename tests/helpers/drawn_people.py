@@ -6,13 +6,13 @@ from collections import namedtuple
 import numpy as np
 
 from tests.helpers import clip_files, films, made_nets, xmp
-from vidjax.apps.video import cards, features_folder, film
+from vidjax.apps import cards
+from vidjax.apps.video import features_folder, film
 
 SIDE = made_nets.FACE
 # A net that distinguishes people by the colours of their faces.
 EMBED = {"content": made_nets.embedder(weights=made_nets.colours()), "input": {"mean": [170.0] * 3}}
 COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
-COLOURS["Back"] = (255, 60, 0)  # the back of a head, in which the detector finds no face
 
 
 def picture(faces, brightness=20, size=(96, 128)):

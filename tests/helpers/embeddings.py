@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from vidjax.models import distance
+from vidjax.models import card_backend
 
 # Mean and deviation of the cosine of two vectors of dlib: of one person, and of two people.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
 WIDTH = 128
-DLIB = distance.from_cosines(SAME, DIFFERENT)
+DLIB = card_backend.from_cosines(SAME, DIFFERENT)
 
 
 def unit(x):

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from vidjax.apps.video import decode
+from vidjax.apps.video import photos
 
 RATE = 16_000
 FORMATS = {"ffv1": "bgr0", "png": "rgb24", "mjpeg": "yuvj420p"}  # of pixels; others are yuv420p
@@ -137,7 +137,6 @@ def photo(picture: np.ndarray, codec: str, orientation: int = 1) -> bytes:
 
 def read_photo(path: Path) -> np.ndarray:
     """Returns the picture of a photo, uint8 [H, W, 3], as `vidjax who` reads it."""
-    with decode.open_video(path) as video:
-        (frame,) = video.frames(1.0)
-    assert video.info.photo and frame.rgb is not None
-    return frame.rgb
+    photo = photos.read_photo(path)
+    assert photo
+    return photo.rgb

@@ -8,8 +8,9 @@ import numpy as np
 
 from tests.helpers.embeddings import unit
 from vidjax.apps.gallery import backend as backend_lib, store
-from vidjax.apps.gallery.gallery import Gallery, Vectors
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models.two_covariance import Settings
 
 WIDTHS = {"face": 8, "audio": 5}
@@ -83,7 +84,7 @@ def contents(folder) -> dict[str, Any]:
     clips = {n: (x.identity, x.vector.tobytes(), x.fitted) for n, x in state.clips.items()}
     numbers, settings = state.index.backend.numbers().tobytes(), state.index.backend.settings
     people = {*state.index.names}
-    return {"run": state.run, "backend": (numbers, settings), "person": people, "clip": clips}
+    return {"run": state.origin, "backend": (numbers, settings), "person": people, "clip": clips}
 
 
 def random_clips(run: Any, *lengths: int) -> dict[str, dict[str, np.ndarray]]:

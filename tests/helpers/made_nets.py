@@ -42,13 +42,9 @@ def embedder(layout="NCHW", weights: Any = WEIGHTS):
     return model(nodes, {"w": np.ascontiguousarray(weights)}, shape, ["vector"])
 
 
-def detector(channels=(1 / 3, 1 / 3, 1 / 3)):
-    """Returns a net that finds bright squares of FACE x FACE pixels, with CenterFace's outputs.
-
-    `channels` are the weights of red, green and blue in the score of a square.
-    """
-    weights = np.array(channels, np.float32).reshape(1, 3, 1, 1) / FACE**2
-    kernel = np.tile(weights, (FACE, FACE))
+def detector():
+    """Returns a net that finds bright squares of FACE x FACE pixels, with CenterFace's outputs."""
+    kernel = np.full((1, 3, FACE, FACE), 1 / (3 * FACE**2), np.float32)
     zero = np.zeros((1, 3, 1, 1), np.float32)
     # The offset is -0.5, because a window's centre is the corner of a cell.
     constants = {"scale": np.log([FACE / 4, FACE / 4]), "offset": np.full(2, -0.5)}

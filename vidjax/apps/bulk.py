@@ -24,6 +24,7 @@ from vidjax.runs import terminal
 from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import clean_name, clean_name_at, show
+from vidjax.utils.printing import Result
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,7 +43,7 @@ MAX_LISTED_CLIPS = 100  # per identity
 class TableTask:
     """Computes a table of results from a parquet table of clips. Subclasses: `Embed` and `Rank`."""
 
-    joined = False  # True if `best` joins the results of all tables
+    joined = False  # True if `join_rankings` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens a run or a gallery with `open_trained(*args)`, such as `vidjax.restore(folder)`.
@@ -83,7 +84,7 @@ class Embed(TableTask):
 class Rank(TableTask):
     """Lists the best 100 clips of each identity, with the scores of a run or a gallery.
 
-    The function `best` joins the rankings of several tables.
+    The function `join_rankings` joins the rankings of several tables.
     """
 
     joined = True
@@ -93,12 +94,12 @@ class Rank(TableTask):
         return tables.ranking_columns(self.trained.rank(clips, **self.options))
 
 
-def best(lists: "pyarrow.Table") -> "pyarrow.Table":
+def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
     """Joins the rankings of several tables; returns the best 100 clips of each identity.
 
     `lists` contains the rankings one after the other, with the columns `identity`, `rank`, `clip`
     and `score`. Identities keep their order. The result equals a ranking of all clips at once. Ray
-    Data can call this function for each identity: `dataset.groupby("identity").map_groups(best)`.
+    Data can call this function for each identity, with `dataset.groupby("identity").map_groups`.
 
     Raises:
       ValueError: a clip occurs twice in the rankings of an identity.
@@ -159,12 +160,8 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) ->
         )
 
 
-def process_tables(
-    inputs: Sequence[Path], out: str, work: TableTask
-) -> tuple[dict[str, object], dict[str, str]]:
-    """Writes the results of each table that has no results yet.
-
-    Returns a summary, for JSON and as text.
+def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
+    """Writes the results of each table that has no results yet; returns a summary.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
     `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet the joint ranking.
@@ -209,7 +206,7 @@ def process_tables(
     count = f"{len(inputs):,}" + (f", {skipped:,} of them finished before" if skipped else "")
     results = str(out_folder / RANKING if work.joined else out_folder)
     content = {"tables": len(inputs), "skipped": skipped, "results": results}
-    return content, {"tables": count, "results": results}
+    return Result(content, {"tables": count, "results": results})
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
@@ -280,8 +277,8 @@ def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
 
     joined = read_lists(inputs[0])  # one by one, because together they may not fit in memory
     for table in inputs[1:]:
-        joined = best(pyarrow.concat_tables([joined, read_lists(table)]))
-    joined = best(joined)
+        joined = join_rankings(pyarrow.concat_tables([joined, read_lists(table)]))
+    joined = join_rankings(joined)
     names = joined["identity"].to_pylist()
     place = {name: number for number, name in enumerate(sort_identities(names))}
     return joined.take(np.argsort([place[name] for name in names], stable=True))

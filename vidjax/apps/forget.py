@@ -278,7 +278,7 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
 
     Names are in tables, in corrections by a user, in names of folders, and in tags of photos.
     """
-    from vidjax.apps.video.features_folder import NUMBERS, read_films
+    from vidjax.apps.video.features_folder import NUMBERS, read_media_files
 
     for table in ("names.tsv", "unknown.tsv"):
         if files.exists(folder / table):
@@ -289,7 +289,7 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
     if not (people := folder / "people").is_symlink():
         for path in people.glob("*"):
             yield path.name
-            for film in read_films(path):
+            for film in read_media_files(path):
                 yield from film.tags
 
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from vidjax import __version__
 from vidjax.cli import shared_flags
-from vidjax.cli.result import Result
 from vidjax.evaluation.export.formats import FORMATS, Format
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, printing
 from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
 from vidjax.utils.parser import Parser, whole_number
+from vidjax.utils.printing import Result
 
 MANIFEST = "export.json"
 

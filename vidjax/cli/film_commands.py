@@ -9,15 +9,16 @@ from pathlib import Path
 
 import msgspec
 
+from vidjax.apps import cards
 from vidjax.apps.gallery.answers import count_unknown
-from vidjax.apps.video import cards, features_folder, net_packages, pipeline, who
+from vidjax.apps.video import features_folder, net_packages, pipeline, who
 from vidjax.cli.gallery_commands import add_rule
-from vidjax.cli.result import Result
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.parser import Parser, whole_number
+from vidjax.utils.printing import Result
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
@@ -48,7 +49,7 @@ def read_settings(
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
     """Prints a line about a film or photo, and a line for each problem with the file."""
-    film = outcome.film
+    film = outcome.media
     if film is None:
         say(outcome.error, warning=True)
         return
@@ -66,7 +67,7 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
         say(line, warning=bool(problems))
 
 
-def _list_problems(film: features_folder.Film, path: Path) -> list[str]:
+def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
     problems = []
     if not film.photo and film.frames < MIN_RATE * film.seconds:
         problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
@@ -106,9 +107,9 @@ def run_extract(args: argparse.Namespace) -> Result:
         done=print_outcome, check=args.check,
         drop=pipeline.choose_drop(args.prune, args.forget_missing),
     )  # fmt: skip
-    films = [outcome.film for outcome in outcomes if outcome.film]
-    failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
-    new = [outcome.film for outcome in outcomes if outcome.film and not outcome.kept]
+    films = [outcome.media for outcome in outcomes if outcome.media]
+    failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
+    new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]
     minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     clips = sum(len(film.tracks) for film in films)

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 
 from vidjax.apps.forget import forget, is_empty, list_commands
-from vidjax.cli.result import Result
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import clean_name, normal_form, show
 from vidjax.utils.parser import Parser
+from vidjax.utils.printing import Result
 
 HELP = """\
 Lists galleries, caches, runs and results of `vidjax who` that contain names of

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +17,17 @@ from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.video import appearances
-from vidjax.cli.result import Result
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors, warn
 from vidjax.utils.names import normal_form, strip_ending
 from vidjax.utils.parser import Parser, whole_number
+from vidjax.utils.printing import Result
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery, Vectors
-    from vidjax.apps.video.features_folder import Film
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.vectors import Vectors
+    from vidjax.apps.video.features_folder import MediaFile
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
 
@@ -363,7 +365,7 @@ def _drop_group_photos(
     poor, hidden = set[str](), dict[str, str]()
     for folder in (folder for folder in folders if (folder / features_folder.NAME).exists()):
         prefix = "" if folder == path else f"{folder.name}/"
-        for film in features_folder.read_films(folder):
+        for film in features_folder.read_media_files(folder):
             film.tracks = [track for track in film.tracks if f"{prefix}{track.clip}" in people]
             single, problem = features_folder.check_photo(film) if film.photo else ("", "")
             for track in film.tracks if single is None else ():
@@ -394,16 +396,19 @@ def _group(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     films = _read_films(args)
     _, vectors = _embed(args, gallery)
-    votes, num_clips = _group_votes(gallery, vectors, films), len(vectors.names)
-    if gallery.identities:
-        answers = _settle(gallery.identify(vectors, groups=votes), gallery, films)
-        named = {name for name, answer in answers.items() if answer.identity is not None}
-        vectors = vectors.only({*vectors.names} - named)
-    if votes is None:
-        groups = gallery.group(vectors)
-    else:
-        groups = appearances.group_unknown(gallery, vectors, films, votes)
+    num_clips, answers, enrolled = len(vectors.names), {}, set[str]()
+    if films:
+        answers, known, _ = appearances.name_tracks(gallery, vectors, films, gallery.identify)
+        enrolled = {*known}
+    elif gallery.identities:
+        answers = gallery.identify(vectors)
+    named = {name for name, answer in answers.items() if answer.identity is not None}
+    vectors = vectors.only({*vectors.names} - named - enrolled)
+    if films and gallery.origin.cards:
+        groups = appearances.group_unknown(gallery, vectors, films)
         groups = appearances.mark_unclear(groups, films)
+    else:
+        groups = gallery.group(vectors)
     answers_lib.write_groups(out, groups)
     people, faces, text = answers_lib.count_unknown(groups.values())
     rows = {
@@ -416,7 +421,7 @@ def _group(args: argparse.Namespace) -> Result:
     return Result(content, rows)
 
 
-def _read_films(args: argparse.Namespace) -> "list[Film]":
+def _read_films(args: argparse.Namespace) -> "list[MediaFile]":
     """Reads the descriptions of films in `--input`; returns [] for other clips."""
     from vidjax.apps.video import features_folder
 
@@ -424,29 +429,7 @@ def _read_films(args: argparse.Namespace) -> "list[Film]":
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
     is_extracted = args.input and (folder / features_folder.NAME).exists()
-    return features_folder.read_films(folder) if is_extracted else []
-
-
-def _group_votes(
-    gallery: "Gallery", vectors: "Vectors", films: "Sequence[Film]"
-) -> dict[str, str] | None:
-    """Returns clip -> group of tracks that get one name, as in `vidjax who`; None for other clips.
-
-    A gallery of a run cannot compare groups.
-    """
-    if not films or not gallery.origin.cards:
-        return None
-    return appearances.group_votes(gallery, vectors, films)
-
-
-def _settle(
-    answers: Mapping[str, answers_lib.Answer], gallery: "Gallery", films: "Sequence[Film]"
-) -> Mapping[str, answers_lib.Answer]:
-    """Returns answers for tracks of films as `vidjax who` gives them, and others unchanged."""
-    if not films:
-        return answers
-    answers = appearances.remove_unclear_names(answers, gallery, films)
-    return appearances.settle_answers(answers, films)
+    return features_folder.read_media_files(folder) if is_extracted else []
 
 
 def _identify(args: argparse.Namespace) -> Result:
@@ -465,10 +448,12 @@ def _identify(args: argparse.Namespace) -> Result:
     chosen = {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
-    votes = _group_votes(gallery, vectors, films)
     with _show_progress("identify", len(vectors.names)) as bar:
-        answers = gallery.identify(vectors, args.k, groups=votes, advance=bar.advance, **chosen)
-    answers = _settle(answers, gallery, films)
+        identify = functools.partial(gallery.identify, k=args.k, advance=bar.advance, **chosen)
+        if films:  # as `vidjax who` names them
+            answers = appearances.name_tracks(gallery, vectors, films, identify).answers
+        else:
+            answers = identify(vectors)
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
@@ -499,7 +484,7 @@ def _process_tables(
     gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
     task = work(lambda: gallery, **options, **chosen)
-    done = Result(*bulk.process_tables(inputs, args.out, task))
+    done = bulk.process_tables(inputs, args.out, task)
     if rule.default and work is bulk.Rank:
         return done
     doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.cli import shared_flags
-from vidjax.cli.result import Result
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import DEFAULTS, Config
 from vidjax.runs.config_io import override_names, value_text
@@ -18,6 +17,7 @@ from vidjax.training import public
 from vidjax.utils import exit_codes, files, messages, printing
 from vidjax.utils.errors import UserError, VidjaxWarning, warn
 from vidjax.utils.parser import Parser
+from vidjax.utils.printing import Result
 
 DEFAULT, COMMAND_LINE = "default", "command line"  # origins of the value of a field
 
@@ -45,9 +45,7 @@ def check(args: argparse.Namespace) -> Result:
                 text = run_check()
             except Exception as error:  # a library can raise any exception for a damaged file
                 state, error_code = "FAULT", exit_codes.get_exit_code(error)
-                text = f"{type(error).__name__}: {error}"
-                if error_code:
-                    text = exit_codes.describe_error(error)
+                text = exit_codes.describe_error(error)
                 code = max(code, error_code or 2)
         for doubt in (str(x.message) for x in caught if x.category is VidjaxWarning):
             findings.append({"state": "warning", "subject": subject, "text": doubt})

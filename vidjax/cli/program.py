@@ -16,12 +16,12 @@ from typing import NoReturn
 
 from vidjax import __version__
 from vidjax.cli import shared_flags
-from vidjax.cli.result import print_result
 from vidjax.core import distributed
 from vidjax.runs import terminal
 from vidjax.utils import exit_codes, machine, printing
 from vidjax.utils.errors import UserError, closest, suggest
 from vidjax.utils.parser import Parser, split_overrides
+from vidjax.utils.printing import print_result
 
 # Command -> description.
 COMMANDS = {
@@ -130,15 +130,16 @@ def _explain_stray(word: str, parser: Parser) -> str:
     flag = word.partition("=")[0]
     if not flag.startswith("-"):
         return f"'{word}' has no flag"
+    text = f"there is no flag {flag}"
     if flag.startswith("--config.") and parser.group:
-        return f"there is no flag {flag}: choose from --config.{parser.group}FIELD"
+        return f"{text}: this command takes only --config.{parser.group}FIELD=VALUE"
     known = re.findall(r"--([\w-]+)", parser.format_usage())
     if parser.group == "":
         from vidjax.runs import config
 
         known += [f"config.{field}" for field in config.DEFAULTS]
     match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
-    return f"there is no flag {flag}" + (f": did you mean --{match}?" if match else "")
+    return f"{text}: did you mean --{match}?" if match else text
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from vidjax.apps import bulk
 from vidjax.cli import shared_flags
-from vidjax.cli.result import Result
 from vidjax.runs import terminal
 from vidjax.utils import messages, printing, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import show
 from vidjax.utils.parser import Parser
+from vidjax.utils.printing import Result
 
 READ_FIELDS = ("eval.split", "eval.checkpoint")
 
@@ -41,7 +41,7 @@ def add_embed_flags(parser: Parser) -> None:
 def _add_flags(parser: Parser, out: str) -> None:
     shared_flags.add_workdir(parser)
     shared_flags.add_definitions(parser)
-    about = "the clips: a folder, a .parquet table, or a folder of such tables"
+    about = "the clips: a folder, a .parquet table, a .npz file, or a folder of such tables"
     parser.add_argument("--input", metavar="PATH", required=True, help=about)
     about = f"{out}; if the input is a folder of tables: a folder"
     parser.add_argument("--out", metavar="PATH", required=True, help=about)
@@ -73,7 +73,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
 
     trained = predict.restore(workdir, step=settings.checkpoint)
     if inputs:
-        return Result(*bulk.process_tables(inputs, args.out, work(lambda: trained)))
+        return bulk.process_tables(inputs, args.out, work(lambda: trained))
     clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.cli import shared_flags
-from vidjax.cli.result import Result
 from vidjax.core import metrics
 from vidjax.runs import config as config_lib, config_io, results as results_lib, signals
 from vidjax.runs.config import Config
@@ -22,6 +21,7 @@ from vidjax.training import public
 from vidjax.utils import exit_codes, files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.parser import Parser
+from vidjax.utils.printing import Result
 
 # Fields that a blend of runs reads. For all other fields, each run keeps its values.
 JOINED_FIELDS = (

@@ -1,10 +1,6 @@
 """Reads a user's own features: arrays in memory, `.npz` files or parquet tables.
 
 README.md of this folder describes the files, in the section "Features of your own".
-
-This command converts the features in DIR to TFRecords. The first training does the same:
-
-    python -m vidjax.data.arrays DIR [--cache_dir=C] [--workers=N]
 """
 
 import contextlib
@@ -22,7 +18,6 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packed_clips import PackedClips
 from vidjax.data.packing import Clip, Clips, pack, read_dict
-from vidjax.utils import exit_codes
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 from vidjax.utils.names import show
 
@@ -203,15 +198,3 @@ def _list_npz_files(folder: Path) -> list[Path]:
     if not entries:
         raise NoFileError(f"'{folder}' contains no CLIP.npz: add clips, or remove the folder")
     return [folder / entry.name for entry in entries]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a folder of features to TFRecords, and returns the exit code."""
-    from vidjax.data.records.conversion import run_command
-
-    description = "Convert a folder of your own features to TFRecords."
-    return run_command(argv, "vidjax.data.arrays", description, FeatureFolder)
-
-
-if __name__ == "__main__":
-    exit_codes.run_main(main)

@@ -11,6 +11,7 @@ label does not require a new conversion.
 import itertools
 import os
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.packed_clips import PackedClips, join
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.unpickle import refuse_others
-from vidjax.utils import exit_codes
+from vidjax.utils import exit_codes, printing
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
+from vidjax.utils.parser import Parser
 from vidjax.utils.processes import Children, map_children
 
 VERSION = 2  # increase it if new code reads other frames from the same file, to refill the cache
@@ -147,11 +149,28 @@ def _hint(directory: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a directory to TFRecords, and returns the exit code."""
-    from vidjax.data.records.conversion import run_command
+    """Converts a directory to TFRecords, prints its report, and returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    about = "Convert a directory of iQIYI-VID files to TFRecords."
+    parser = Parser("python -m vidjax.data.iqiyi_vid", description=about)
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    about = "folder for the TFRecords; by default $VIDJAX_CACHE or ~/.cache/vidjax"
+    parser.add_argument("--cache_dir", metavar="C", type=Path, help=about)
+    about = "files that are read or written at once; by default the number of cores"
+    parser.add_argument("--workers", metavar="N", type=int, help=about)
 
-    description = "Convert a directory of iQIYI-VID files to TFRecords."
-    return run_command(argv, "vidjax.data.iqiyi_vid", description, OfficialFiles)
+    def command() -> int:
+        from vidjax.data.records.conversion import convert
+        from vidjax.data.records.data_report import format_report, label_records
+
+        args = parser.parse_args(words)
+        source = OfficialFiles(args.directory, workers=args.workers, cache_dir=args.cache_dir)
+        records = convert(source, args.cache_dir, workers=args.workers)
+        _, _, report = label_records(records, source.read_labels(records.clips))
+        printing.print_text(f"{format_report(report)}\n{records.folder}/data_report.json")
+        return 0
+
+    return exit_codes.run_to_exit_code(command, words)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,14 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
         manifest["identities_sha256"],
     )  # fmt: skip
     training_sets = load_training_sets(workdir, manifest)
+    people, columns = len(identities), task.num_columns
+    most = 1 + 2 * people + len(training_sets.clips)  # building a model takes memory per column
+    if task.num_identities != people or columns > most:
+        raise CheckpointError(
+            f"'{workdir}': the manifest of the checkpoint has {task.num_identities:,} people and "
+            f"{columns:,} classes, which do not fit the {people:,} people in identities.json\n"
+            "the run was changed: use another copy of it"
+        )
     return FoundRun(folder, saved, task, tuple(identities), training_sets)
 
 

@@ -54,7 +54,6 @@ def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
     except Exception as error:
         code, text = get_exit_code(error), describe_error(error)
         if "--debug" in words or code is None:
-            text = f"{type(error).__name__}: {text}" if code is None else text
             print_escaped(traceback.format_exc(), sys.stderr)
         else:
             print_problem(text)
@@ -81,6 +80,8 @@ def _open_closed_streams() -> None:
 
 def describe_error(error: Exception) -> str:
     """Returns the message of an error, with a remedy if a user can correct the error."""
+    if get_exit_code(error) is None:
+        return f"{type(error).__name__}: {error}"
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package '{error.name}' is missing or broken\n"

@@ -168,6 +168,11 @@ def has_ending(name: str) -> bool:
     return name[-len(ENDING) :].lower() == ENDING
 
 
+def cut_film_name(clip: str) -> str:
+    """Removes the shot and the track from the name of a clip: `film.s003.t01` becomes `film`."""
+    return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
+
+
 def strip_ending(name: str) -> str:
     """Returns the name of a clip without `.mp4` or `.MP4` at its end, as often as it occurs."""
     end = len(name)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vidjax.utils.errors import UserError
+from vidjax.utils.printing import Result
 
 
 class _StoreOnce(argparse.Action):
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
         self.group = group
 
-    def command(self, run: Callable[[argparse.Namespace], object], *examples: str) -> None:
+    def command(self, run: Callable[[argparse.Namespace], Result], *examples: str) -> None:
         """Sets the function and the `examples` of the command. Adds --quiet, --json and --debug."""
         self.example = f"{self.prog} {examples[0]}"
         lines = []

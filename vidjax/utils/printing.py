@@ -1,10 +1,23 @@
-"""Prints texts and problems. Control characters are escaped."""
+"""Prints results, texts and problems. Control characters are escaped."""
 
+import json
+import math
 import os
 import sys
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TextIO
 
 from vidjax.utils.errors import escape_controls
+
+
+class Result(NamedTuple):
+    """The result of a command."""
+
+    content: Mapping[str, Any]  # the JSON object that `--json` prints instead of `text` and `rows`
+    rows: Mapping[str, str] = {}  # label -> value, printed as lines below a heading
+    text: str = ""  # text that is printed before the heading
+    note: str = ""  # the end of the heading. The heading begins with the name of the command.
+    code: int = 0  # the exit code
 
 
 def print_text(text: str) -> bool:
@@ -35,3 +48,24 @@ def print_escaped(text: str, stream: TextIO) -> bool:
 def drop_output(stream: TextIO) -> None:
     """Discards all later output of `stream`, which is a closed pipe or a file on a full disk."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def print_result(result: Result, name: str, *, as_json: bool) -> None:
+    """Prints the result of the command `name` as text or JSON."""
+    if as_json:
+        content = _plain({"mode": name, **result.content})
+        print_text(json.dumps(content, allow_nan=False, default=str))
+        return
+    rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
+    heading = [name + result.note] if rows else []
+    if lines := [*([result.text] if result.text else []), *heading, *rows]:
+        print_text("\n".join(lines))
+
+
+def _plain(value: object) -> object:
+    """Converts a value for JSON. Infinities and NaN become the strings `inf`, `-inf`, `nan`."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -161,12 +161,11 @@ class NamingRule(NamedTuple):
         all other enrolled people together.
         """
         best = np.asarray(best)
-        if self.by == "threshold":
-            return best >= self.score
+        if self.by != "fpir":
+            return best > self.score if self.by == "new" else best >= self.score
         # A measured threshold may be far below 0.5. It separates people from strangers, but does
         # not show which of two similar people a clip shows.
-        least = math.log(MIN_NAMED_PROBABILITY) if self.by == "new" else -math.inf
-        return (best >= self.score) & (best > least) & (best > others)
+        return (best >= self.score) & (best > others)
 
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
         """Returns the answer for a clip, from its most probable people.
@@ -217,7 +216,7 @@ def check_strangers(count: int, fpir: float) -> None:
         )
 
 
-def threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
+def measure_threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
 
     `best` [S] float64 is the log-probability of the most probable person for each of S strangers.

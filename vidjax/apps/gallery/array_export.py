@@ -7,7 +7,7 @@ import numpy as np
 
 from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Ratios
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.evaluation.export import array_files, tolerance
+from vidjax.evaluation.export import array_files
 from vidjax.utils.errors import UserError
 
 
@@ -15,7 +15,7 @@ def write_arrays(format_name: str, gallery: Gallery, path: Path) -> float:
     """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores.
 
     The scores of random clips are compared with the scores of the gallery. Raises UserError if the
-    error is above `tolerance.TOLERANCE`.
+    error is above `array_files.TOLERANCE`.
     """
     read = array_files.write_arrays(path, make_arrays(gallery))
     rng, parts = np.random.default_rng(0), {}
@@ -27,8 +27,8 @@ def write_arrays(format_name: str, gallery: Gallery, path: Path) -> float:
         for x in parts.values():
             x[0] = 0  # a clip that lacks all modalities
     expected = np.stack(list(gallery.index.search(list(parts.values()))))
-    worst = tolerance.difference({"scores": read(parts)}, {"scores": expected})
-    tolerance.check_tolerance(format_name, worst)
+    worst = array_files.difference({"scores": read(parts)}, {"scores": expected})
+    array_files.check_tolerance(format_name, worst)
     return worst
 
 

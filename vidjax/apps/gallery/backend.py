@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from vidjax.models import distance, two_covariance
-from vidjax.models.distance import Distances
+from vidjax.models import card_backend, two_covariance
+from vidjax.models.card_backend import Distances
 from vidjax.models.two_covariance import Settings, Space, make_blank_space
 from vidjax.runs.terminal import say
 from vidjax.utils.machine import num_cores
 
 if TYPE_CHECKING:
-    from vidjax.apps.video.cards import BackEnd
+    from vidjax.apps.cards import BackEnd
 
 MAX_QUERY_CLIPS = 64  # clips that are compared together
 MAX_PAIRED_NUMBERS = 1 << 20  # numbers in an array with a vector for each pair of clip and person
@@ -270,7 +270,7 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
     """
     parts = []
     for name, back_end in back_ends.items():
-        distances = distance.from_cosines(back_end.same, back_end.different)
+        distances = card_backend.from_cosines(back_end.same, back_end.different)
         mean = None if back_end.mean is None else np.array(back_end.mean, np.float64)
         parts.append(Part(name, np.array(back_end.centre, np.float64), None, distances, mean))
     settings = Settings(
@@ -437,11 +437,11 @@ class DistanceRatios:
         assert part.distances is not None
         distances = self._distances = part.distances
         counts, means, _ = zip(*people, strict=True)
-        effective = [distance.effective_count(distances, count, x) for count, _, x in people]
-        self.population = distance.population(distances, part.mean, means, effective, counts)
+        effective = [card_backend.effective_count(distances, count, x) for count, _, x in people]
+        self.population = card_backend.population(distances, part.mean, means, effective, counts)
         centre = self.population.mean
         radius = [x - 2 * mean @ centre + centre @ centre for _, mean, x in people]
-        posterior = distance.posterior(distances, self.population, np.concatenate(effective))
+        posterior = card_backend.posterior(distances, self.population, np.concatenate(effective))
         self.share, self.variance = posterior
         self.radius = posterior.share**2 * np.concatenate(radius)
 
@@ -454,24 +454,24 @@ class DistanceRatios:
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
-        constant = distance.stranger_log_density(distances, zero, variance)
+        constant = card_backend.stranger_log_density(distances, zero, variance)
         slope = distances.different / variance
-        least = distance.MIN_SQUARE * distances.within
+        least = card_backend.MIN_SQUARE * distances.within
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the coordinates [Q, D] and terms [Q, 4] of Q groups of clips, for `_Queries`.
 
         `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] are the effective
-        numbers of their clips, see `distance.effective_count`. The coordinates are x - m. The terms
-        are `(x - m) . m`, `|x - m|^2`, the variance of x for a known person, and the log density of
-        x for a stranger.
+        numbers of their clips, see `card_backend.effective_count`. The coordinates are x - m. The
+        terms are `(x - m) . m`, `|x - m|^2`, the variance of x for a known person, and the log
+        density of x for a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
         square = np.vecdot(x, x)
         variance = distances.between + noise + self.population.variance
-        new = distance.stranger_log_density(distances, square, variance)
+        new = card_backend.stranger_log_density(distances, square, variance)
         return x, np.stack([x @ self.population.mean, square, noise, new], axis=1)
 
     def finish(
@@ -489,7 +489,7 @@ class DistanceRatios:
         ratios += square
         if np.all(noise == noise[:1]):  # true for single clips: fewer logarithms are computed
             noise = noise[:1]
-        ratios[...] = distance.person_log_density(self._distances, ratios, variance + noise)
+        ratios[...] = card_backend.person_log_density(self._distances, ratios, variance + noise)
         ratios -= new
 
 
@@ -617,7 +617,8 @@ class Index:
         """Averages the unit vectors of each group, for M modalities.
 
         `units` are M arrays [Q, D], and `owner` [Q] is the group of each clip. Returns the means, M
-        arrays [G, D], and effective numbers of clips, M arrays [G], see `distance.effective_count`.
+        arrays [G, D], and effective numbers of clips, M arrays [G], see
+        `card_backend.effective_count`.
         """
         means, effective = [], []
         for part, x in zip(self.backend.parts, units, strict=True):
@@ -626,7 +627,7 @@ class Index:
             means.append(mean)
             assert part.distances is not None  # only galleries with cards group clips
             square = np.vecdot(mean, mean)
-            effective.append(distance.effective_count(part.distances, count, square))
+            effective.append(card_backend.effective_count(part.distances, count, square))
         return means, effective
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import People
+from vidjax.apps.gallery.backend import Backend, People
 from vidjax.apps.gallery.enrolment import enrol
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, Denials, State, StoredClip
 from vidjax.utils.errors import UserError, check_argument, closest
@@ -33,7 +33,7 @@ class Draft:
         self.is_open = True
         self.clips = dict(state.clips)  # name -> clip, including strangers
         # Identity or STRANGER -> names of its clips; a tuple, or a set if the draft has changed it.
-        self.groups: dict[str, Collection[str]] = dict(state.groups)
+        self.clips_of: dict[str, Collection[str]] = dict(state.clips_of)
         self.denied = state.denied
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()
@@ -67,16 +67,11 @@ class Draft:
 
         `vectors` are clip -> vector of all modalities. Returns the clips that have this vector now.
         """
-        split, equal = self._state.index.backend.split, {}
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
-        for name in vectors.keys() & self.clips.keys():
-            old, vector = self.clips[name].vector, vectors[name]
-            parts = zip(split(old[None]), split(vector[None]), strict=True)
-            if all(np.array_equal(x, y) for x, y in parts if x.any()):
-                equal[name] = np.array_equal(old, vector)
-        new = [name for name, complete in equal.items() if not complete]
+        equal = find_equal(vectors, self.clips, self._state.index.backend)
+        new = [name for name in equal if not np.array_equal(self.clips[name].vector, vectors[name])]
         self._edit({name: self.clips[name]._replace(vector=vectors[name]) for name in new})
-        return {*equal}
+        return equal
 
     def remove(
         self,
@@ -108,7 +103,7 @@ class Draft:
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
             raise UserError(f"the person '{show(to)}' already has this name: choose another name")
-        if to in self.groups and not merge:
+        if to in self.clips_of and not merge:
             raise UserError(
                 f"'{show(to)}' is already enrolled, so two people would become one\n"
                 "if they are the same person, use merge=True in Python, or --merge"
@@ -164,7 +159,7 @@ class Draft:
     def _find_clips(self, identity: str) -> tuple[str, ...]:
         if identity == STRANGER:
             raise NotEnrolledError("identity", identity, ())
-        return tuple(find_enrolled("identity", normal_form(identity), self.groups))
+        return tuple(find_enrolled("identity", normal_form(identity), self.clips_of))
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
         """Replaces or adds clips, name -> clip. If the value is None, the clip is removed."""
@@ -175,20 +170,20 @@ class Draft:
             )
         for name, clip in clips.items():
             if old := self.clips.pop(name, None):
-                names = self._open_group(old.identity)
+                names = self._open_clips(old.identity)
                 names.discard(name)
                 if not names:
-                    del self.groups[old.identity or STRANGER]
+                    del self.clips_of[old.identity or STRANGER]
             if clip is not None:
-                self._open_group(clip.identity).add(name)
+                self._open_clips(clip.identity).add(name)
                 self.clips[name] = clip
         self._changed_clips |= clips.keys()
 
-    def _open_group(self, identity: str | None) -> set[str]:
+    def _open_clips(self, identity: str | None) -> set[str]:
         key = identity or STRANGER
-        names = self.groups.get(key, ())
+        names = self.clips_of.get(key, ())
         if not isinstance(names, set):
-            names = self.groups[key] = {*names}
+            names = self.clips_of[key] = {*names}
             self._changed_people.add(key)
         return names
 
@@ -224,9 +219,11 @@ class Draft:
     @property
     def similar(self) -> dict[str, str]:
         """New people whose names resemble an enrolled name: new name -> enrolled name."""
-        new = self.groups.keys() & self._changed_people - self._state.groups.keys() - {STRANGER}
+        new = self.clips_of.keys() & self._changed_people - self._state.clips_of.keys() - {STRANGER}
         others = {*new, STRANGER}
-        return find_similar_names(sorted(new), (name for name in self.groups if name not in others))
+        return find_similar_names(
+            sorted(new), (name for name in self.clips_of if name not in others)
+        )
 
     def _list_old_and_new(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
         return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
@@ -252,20 +249,37 @@ class Draft:
         """Returns the new content, and the coefficients of all people whose clips changed."""
         old = self._state
         # `keys & set` iterates over the small set, but `set & keys` over all keys.
-        changed = sorted(self.groups.keys() & self._changed_people)
-        groups = {name: tuple(sorted(self.groups[name])) for name in changed}
-        self.groups |= groups
-        groups.pop(STRANGER, None)
-        of_plda = old.run.counts_every_clip
-        people = enrol(old.index.backend, groups, self.clips, of_plda=of_plda)
+        changed = sorted(self.clips_of.keys() & self._changed_people)
+        clips_of = {name: tuple(sorted(self.clips_of[name])) for name in changed}
+        self.clips_of |= clips_of
+        clips_of.pop(STRANGER, None)
+        of_plda = old.origin.counts_every_clip
+        people = enrol(old.index.backend, clips_of, self.clips, of_plda=of_plda)
         state = old._replace(
             version=old.version + 1,
-            index=old.index.replaced(old.groups.keys() & self._changed_people, people),
+            index=old.index.replaced(old.clips_of.keys() & self._changed_people, people),
             clips=self.clips,
-            groups=self.groups,
-            denied=follow_renames(self.denied, old.groups, self.clips, self.groups),
+            clips_of=self.clips_of,
+            denied=follow_renames(self.denied, old.clips_of, self.clips, self.clips_of),
         )
         return state, people
+
+
+def find_equal(
+    vectors: Mapping[str, np.ndarray], clips: Mapping[str, StoredClip], backend: Backend
+) -> set[str]:
+    """Returns the names in `vectors` that are enrolled with an equal vector of each modality.
+
+    `vectors` are clip -> vector of all modalities. An enrolled clip may lack a modality.
+    """
+    equal = set[str]()
+    for name in vectors.keys() & clips.keys():
+        parts = zip(
+            *map(backend.split, (clips[name].vector[None], vectors[name][None])), strict=True
+        )
+        if all(np.array_equal(x, y) for x, y in parts if x.any()):
+            equal.add(name)
+    return equal
 
 
 def follow_renames(

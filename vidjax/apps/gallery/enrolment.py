@@ -13,39 +13,39 @@ from vidjax.apps.gallery.store import (
     State,
     StoredClip,
     VectorOrigin,
-    group,
+    list_clips_of,
 )
-from vidjax.apps.video.features_folder import cut_film_name
 from vidjax.models.two_covariance import Settings
+from vidjax.utils.names import cut_film_name
 
 
 def enrol(
     backend: Backend,
-    groups: Mapping[str, Sequence[str]],
+    clips_of: Mapping[str, Sequence[str]],
     clips: Mapping[str, StoredClip],
     *,
     of_plda: bool = False,
 ) -> People:
     """Computes the coefficients of people from their clips.
 
-    `groups` are identity -> names of the clips of the person, and `clips` are name -> clip. With
+    `clips_of` are identity -> names of the clips of the person, and `clips` are name -> clip. With
     PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
-    `two_covariance.count_independent` and `distance.effective_count`. But in the gallery of a PLDA
-    run (`of_plda`), the clips of a person of the fit count as in the run.
+    `two_covariance.count_independent` and `card_backend.effective_count`. But in the gallery of a
+    PLDA run (`of_plda`), the clips of a person of the fit count as in the run.
     """
-    names = (name for clip_names in groups.values() for name in clip_names)
+    names = (name for clip_names in clips_of.values() for name in clip_names)
     films = group_by_film(names, clips)
-    place = {identity: number for number, identity in enumerate(groups)}
+    place = {identity: number for number, identity in enumerate(clips_of)}
     owner = np.array([place[identity] for identity, _ in films], int)
     film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
     ordered = [name for clip_names in films.values() for name in clip_names]
     vectors = stack_vectors(ordered, clips, sum(backend.widths.values()))
     return backend.enrol(
-        tuple(groups),
+        tuple(clips_of),
         vectors,
         owner[film],
         film if len(films) < len(ordered) else None,
-        np.array([of_plda and all(clips[x].fitted for x in names) for names in groups.values()]),
+        np.array([of_plda and all(clips[x].fitted for x in names) for names in clips_of.values()]),
     )
 
 
@@ -126,26 +126,26 @@ def _stack_people(
 
 def refit(state: State) -> State:
     """Returns a state whose back end is fitted to its present clips."""
-    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.run.centred)
+    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.origin.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
-    return make_state(state.version, state.run, backend, clips, state.denied)
+    return make_state(state.version, state.origin, backend, clips, state.denied)
 
 
 def make_state(
     version: int,
-    run: VectorOrigin,
+    origin: VectorOrigin,
     backend: Backend,
     clips: Mapping[str, StoredClip],
     denied: Denials = MappingProxyType({}),
 ) -> State:
     """Returns a state, with the coefficients of all people in `clips`."""
-    groups = group(clips)
-    names = sorted(groups.keys() - {STRANGER})
+    clips_of = list_clips_of(clips)
+    names = sorted(clips_of.keys() - {STRANGER})
     starts = range(0, len(names), MAX_BLOCK_PEOPLE)
     blocks = (
-        enrol(backend, {x: groups[x] for x in some}, clips, of_plda=run.counts_every_clip)
+        enrol(backend, {x: clips_of[x] for x in some}, clips, of_plda=origin.counts_every_clip)
         for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
     )
-    return State(version, run, Index(backend, blocks), clips, groups, denied)
+    return State(version, origin, Index(backend, blocks), clips, clips_of, denied)

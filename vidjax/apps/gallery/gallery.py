@@ -35,12 +35,16 @@ import shlex
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import msgspec
 import numpy as np
 
-from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, grouping
+from vidjax.apps.gallery import (
+    answers as answers_lib,
+    backend as backend_lib,
+    grouping,
+    run_vectors,
+)
 from vidjax.apps.gallery.answers import (
     ABOVE_HALF,
     DEFAULT_FPIR,
@@ -50,8 +54,9 @@ from vidjax.apps.gallery.answers import (
     Threshold,
 )
 from vidjax.apps.gallery.backend import Backend, Index
-from vidjax.apps.gallery.changes import Draft, check_clip, check_person
-from vidjax.apps.gallery.enrolment import fit_backend, make_state, measure_shared, refit
+from vidjax.apps.gallery.changes import Draft, check_clip, check_person, find_equal
+from vidjax.apps.gallery.enrolment import make_state, refit
+from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
     STRANGER,
@@ -64,32 +69,27 @@ from vidjax.apps.gallery.store import (
     UnwritableError,
     VectorOrigin,
 )
-from vidjax.apps.video.features_folder import cut_film_name
-from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
+from vidjax.apps.gallery.vectors import NetVectors, Vectors, VectorSource, select_usable_clips
+from vidjax.data.clips import TrainingData
 from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
-from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
+from vidjax.data.memory import FrameClips, MemoryClips
 from vidjax.evaluation import topk
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import InUseError, UserError, check_argument, warn
-from vidjax.utils.names import find_similar_names, normal_form, show, strip_ending
+from vidjax.utils.names import cut_film_name, find_similar_names, normal_form, show, strip_ending
 
 if TYPE_CHECKING:
-    from vidjax.apps.video.cards import BackEnd
-    from vidjax.core.batch import Batch
-    from vidjax.data.clips import ClipSource
+    from vidjax.apps.cards import BackEnd
     from vidjax.data.frame_fields import Quality
     from vidjax.evaluation.predict import Predictor
 
-AnyClips: TypeAlias = Union[FrameClips, "Vectors"]
+AnyClips: TypeAlias = FrameClips | Vectors
 RANK_ROWS = 64  # clips that are ranked together
-EMBED_ROWS = 32  # clips that are embedded together
-MIN_SHARE = 1e-6  # smallest usable vector of a clip, relative to the centre of all vectors
 # The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
 # `calibration` and `decision`.
 OF_STRANGERS = "2 to 7 %"
-EMBEDDING = "embedding"  # if the run is not PLDA, this word replaces the modality
 
 
 class Enrolment(NamedTuple):
@@ -106,28 +106,6 @@ class Enrolment(NamedTuple):
     unchanged: int
     refused: tuple[str, ...]
     similar: dict[str, str]
-
-
-class Vectors(NamedTuple):
-    """The unit vectors of N clips.
-
-    Attributes:
-      names: the names of the clips.
-      parts: modality -> vectors [N, D] float32. The vector of a missing modality is 0. For a run
-        that is not PLDA, the only key is `embedding`.
-      labels: the person of each clip. None if the person is not known.
-    """
-
-    names: tuple[str, ...]
-    parts: dict[str, np.ndarray]
-    labels: tuple[str | None, ...]
-
-    def only(self, names: Collection[str]) -> "Vectors":
-        """Selects the clips with the given names, in the order of `self.names`."""
-        rows = [row for row, name in enumerate(self.names) if name in names]
-        parts = {part: x[rows] for part, x in self.parts.items()}
-        labels = tuple(self.labels[row] for row in rows)
-        return Vectors(tuple(self.names[row] for row in rows), parts, labels)
 
 
 class NobodyError(UserError):
@@ -205,47 +183,14 @@ class Gallery:
 
         check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
         check_new(Path(folder))
-        run = _restored(run)
+        run = run_vectors.restore(run)
         if data is not None:
             check_loaded("Gallery.create", data)
         else:
             data = load_data(run.config)
             digests.check_data(run.workdir, run.manifest["data"], run.config, data)
-        clips: dict[str, StoredClip] = {}
-        labelled, widths = 0, {}
-        for split in run.config.data.train_splits:
-            vectors = embed(run, data, split)
-            widths = {name: x.shape[1] for name, x in vectors.parts.items()}
-            labelled += sum(label is not None for label in vectors.labels)
-            for name, clip in select_usable_clips(vectors).items():
-                if clip.identity is not None:
-                    clips[name] = clip._replace(fitted=True)
-        if not labelled:
-            raise UserError(
-                "no training clip has a label, so nobody can be enrolled\n"
-                "name a run that was trained on clips with labels: --run=FOLDER"
-            )
-        if not clips:
-            raise UserError(
-                f"the run cannot distinguish people: the vectors of all {labelled:,} labelled "
-                "training clips are 0\ntrain a run on more people, and on clips with usable frames"
-            )
-        origin = make_run_origin(run)
-        settings = run.system.model.gallery_settings()
-        if settings and measure_shared(clips, widths) > backend_lib.MOST_SHARED:
-            say(
-                "the clips of each person are as alike as photos of one day, so they count as "
-                "fewer clips\nto name more clips, train on clips of different days"
-            )
-            origin, settings = msgspec.structs.replace(origin, refitted=True), None
-        backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
-        chosen = strangers or run.config.eval.split
-        kept = {} if empty else clips
-        if strangers or data.split(chosen).labelled:
-            usable = select_usable_clips(embed(run, data, chosen))
-            new = {n: c for n, c in usable.items() if c.identity is None and n not in clips}
-            kept = new | kept
-        return cls.of_clips(folder, origin, backend, kept, run=run)
+        origin, backend, clips = run_vectors.fit(run, data, strangers=strangers, empty=empty)
+        return cls.of_clips(folder, origin, backend, clips, run=run)
 
     @classmethod
     def of_models(cls, folder: str | Path, models: str | Path) -> "Gallery":
@@ -256,10 +201,10 @@ class Gallery:
 
         Args:
           folder: a new or empty folder.
-          models: the folder of the models and their cards, see `vidjax.apps.video.cards`.
+          models: the folder of the models and their cards, see `vidjax.apps.cards`.
 
         Raises:
-          ValueError: no card of a face, head or voice model contains a distribution of distances.
+          ValueError: no card of a face or voice model contains a distribution of distances.
         """
         origin, back_ends = make_models_origin(models)
         return cls.of_clips(folder, origin, backend_lib.make_card_backend(back_ends), {})
@@ -301,8 +246,8 @@ class Gallery:
         )
 
     def __len__(self) -> int:
-        groups = self._read_current().groups
-        return len(groups) - (STRANGER in groups)
+        clips_of = self._read_current().clips_of
+        return len(clips_of) - (STRANGER in clips_of)
 
     def __bool__(self) -> bool:
         return True  # even if nobody is enrolled
@@ -310,7 +255,7 @@ class Gallery:
     def __contains__(self, identity: object) -> bool:
         if not isinstance(identity, str) or identity == STRANGER:
             return False
-        return normal_form(identity) in self._read_current().groups
+        return normal_form(identity) in self._read_current().clips_of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.identities)
@@ -335,7 +280,7 @@ class Gallery:
     @property
     def origin(self) -> VectorOrigin:
         """The run or the models that compute the vectors."""
-        return self._state.run
+        return self._state.origin
 
     @property
     def index(self) -> Index:
@@ -355,7 +300,7 @@ class Gallery:
     @property
     def strangers(self) -> list[str]:
         """The sorted names of the clips of strangers."""
-        return list(self._state.groups.get(STRANGER, ()))
+        return list(self._state.clips_of.get(STRANGER, ()))
 
     @property
     def identities(self) -> dict[str, int]:
@@ -411,8 +356,8 @@ class Gallery:
                 raise UnreadableError(
                     f"the run that made gallery '{self.folder}' is no longer at '{place}'\n{remedy}"
                 )
-            run = _restored(place if self._run is None else self._run)
-            if make_run_origin(run).digest != wanted:
+            run = run_vectors.restore(place if self._run is None else self._run)
+            if run_vectors.make_origin(run).digest != wanted:
                 raise UnreadableError(
                     f"gallery '{self.folder}' was made with the run at '{place}', but "
                     f"'{run.workdir}' has other weights\n{remedy}"
@@ -443,32 +388,16 @@ class Gallery:
         self.refresh()  # another process may have added a modality
         if isinstance(clips, Vectors):
             return _check_modalities(clips, self.backend)
-        if not self.origin.cards:
-            return embed(self.run, clips, split, advance)
-        widths = self.backend.widths
-        if isinstance(clips, Mapping):
-            clips = MemoryClips.from_dict(clips, widths, ())
-        if isinstance(clips, MemoryClips) and split is not None:
-            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
-        if not isinstance(clips, MemoryClips):
-            raise UserError(
-                "a gallery of models has no run, so it cannot embed a split of a dataset\n"
-                "give {clip: {modality: features}} in Python, or --input=FOLDER"
-            )
-        parts = {
-            # If the centre is subtracted from a far smaller vector, only the centre remains.
-            part.name: clips.mean_vectors(part.name, MIN_SHARE * np.abs(part.centre).max())
-            for part in self.backend.parts
-        }
-        advance(len(clips.names))
-        return Vectors(clips.names, parts, (None,) * len(clips.names))
+        return self._source.embed(clips, split, advance)
+
+    @property
+    def _source(self) -> VectorSource:
+        return NetVectors(self.backend) if self.origin.cards else RunVectors(self.run)
 
     @property
     def reads(self) -> "tuple[dict[str, int], Quality]":
         """How `load` reads clips: modality -> width of features, and the quality: given or norm."""
-        if self.origin.cards:
-            return self.backend.widths, "given"
-        return dict(self.run.modalities), self.run.config.data.quality
+        return self._source.reads
 
     def load(self, path: str | Path) -> MemoryClips:
         """Loads the clips of a folder or parquet table with the modalities of the gallery."""
@@ -631,7 +560,7 @@ class Gallery:
         origin, back_ends = make_models_origin(models)
         with self._store.open(write=True) as transaction:
             state = self._read_current()
-            was, now = state.run.cards, origin.cards
+            was, now = state.origin.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             if changed or not was:
                 made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
@@ -652,6 +581,15 @@ class Gallery:
             with self._lock:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
+
+    def find_enrolled(self, vectors: Vectors) -> dict[str, str | None]:
+        """Finds the clips that are enrolled with these vectors; returns clip -> person or None.
+
+        None stands for a stranger. An enrolled clip may lack a modality.
+        """
+        given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
+        clips = self._read_current().clips
+        return {name: clips[name].identity for name in find_equal(given, clips, self.backend)}
 
     def complete(self, vectors: AnyClips) -> set[str]:
         """Adds missing modalities to enrolled clips.
@@ -715,10 +653,10 @@ class Gallery:
           ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        return self._threshold(self._require_people(), fpir)
+        return self._measure_threshold(self._require_people(), fpir)
 
-    def _threshold(self, state: State, fpir: float) -> Threshold:
-        strangers = state.groups.get(STRANGER, ())
+    def _measure_threshold(self, state: State, fpir: float) -> Threshold:
+        strangers = state.clips_of.get(STRANGER, ())
         answers_lib.check_strangers(len(strangers), fpir)
         calibrated, best = self._calibration or (None, np.zeros(0))
         if calibrated is not state:
@@ -727,7 +665,7 @@ class Gallery:
             # A stranger who equals the centre of all vectors resembles nobody.
             best = np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
             self._calibration = state, best
-        return answers_lib.threshold(best, fpir, len(state.index.names))
+        return answers_lib.measure_threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
         """Returns the rule that decides if a clip gets a name. See `identify` for the arguments."""
@@ -739,14 +677,14 @@ class Gallery:
             about = f"the probability is {100 * threshold:.10g} % or more"
             return NamingRule("threshold", math.log(threshold), False, None, about)
         wanted = answers_lib.count_needed_strangers(DEFAULT_FPIR)
-        strangers = len(state.groups.get(STRANGER, ()))
+        strangers = len(state.clips_of.get(STRANGER, ()))
         if fpir is None and strangers < wanted:
             about = ABOVE_HALF
-            about += f", which {OF_STRANGERS} of strangers reach" if state.run.cards else ""
+            about += f", which {OF_STRANGERS} of strangers reach" if state.origin.cards else ""
             about += f"; with {wanted} clips of strangers instead of {strangers}, at most "
             about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
             return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
-        limit = self._threshold(state, DEFAULT_FPIR if fpir is None else fpir)
+        limit = self._measure_threshold(state, DEFAULT_FPIR if fpir is None else fpir)
         about = f"the probability is {answers_lib.describe_probability(limit.score)} or more, "
         about += f"which at most {100 * limit.fpir:.10g} % of new strangers reach, and is higher "
         about += "than the probability of all other enrolled people together"
@@ -809,14 +747,14 @@ class Gallery:
         nearest = state.index.nearest(parts, k, owner if groups is not None else None)
         by_owner, counts = list[Answer](), np.bincount(owner)
         for match, num_clips in zip(nearest, counts.tolist(), strict=True):
-            by_owner.append(rule.answer(match, cards=bool(state.run.cards)))
+            by_owner.append(rule.answer(match, cards=bool(state.origin.cards)))
             advance(num_clips)
         answers = {clip: by_owner[row] for clip, row in zip(vectors.names, owner, strict=True)}
         # At most 10 people have a probability of at least 0.1.
         shared = np.flatnonzero(counts[owner] > 1)
         singly = state.index.nearest([x[shared] for x in parts], max(k, 10))
         for row, match in zip(shared.tolist(), singly, strict=True):
-            own = rule.answer(match, cards=bool(state.run.cards))
+            own = rule.answer(match, cards=bool(state.origin.cards))
             answer = answers_lib.join_answers(answers[vectors.names[row]], own)
             if rule.by != "new" and not rule.names(answer.score):  # a promise for single clips
                 answer = answer._replace(identity=None, evidence=())
@@ -866,7 +804,7 @@ class Gallery:
                 if not rule.default:
                     # float64 is needed: a threshold is hardly higher than a stranger's score.
                     passes = rule.names(scores, _sum_others(scores))
-                    if state.run.cards:  # as in `NamingRule.answer`
+                    if state.origin.cards:  # as in `NamingRule.answer`
                         passes &= clip_has[:, index].T @ person_has
                     scores[~passes] = -np.inf
                 yield scores, index, np.ones(len(index), bool)
@@ -930,115 +868,25 @@ def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
     return np.concatenate(parts, axis=1, dtype=np.float32)[0]
 
 
-def _restored(run: "Predictor | str | Path") -> "Predictor":
-    from vidjax.evaluation import predict  # imports JAX
-
-    if isinstance(run, predict.Predictor):
-        return run
-    check_argument("Gallery: run", run, (str, os.PathLike), "a run, or the path of its folder")
-    return predict.restore(run)
-
-
-def make_run_origin(run: "Predictor") -> VectorOrigin:
-    """Describes a run by its folder and a digest of its weights."""
-    digest = files.sha256_json(sorted(run.manifest["files"].items()))
-    return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
-
-
 def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     """Reads the cards of models, the JSON files that describe them.
 
-    Returns a description of the models, and modality -> distribution of cosines, for faces, heads
-    and voices. Raises UserError if no card contains such a distribution.
+    Returns a description of the models, and modality -> distribution of cosines. Raises UserError
+    if no card contains such a distribution.
     """
-    from vidjax.apps.video import cards
+    from vidjax.apps import cards
 
     check_argument("Gallery: models", models, (str, os.PathLike), "the path of a folder")
     path = Path(models).expanduser().absolute()
     usable = cards.list_embedders(cards.load(path))
-    # Clothes and places do not identify a person: they change, and people share them.
-    back_ends = {
-        part: card.back_end for part, card in usable.items()
-        if card.back_end and part not in ("body", "scene")
-    }  # fmt: skip
+    back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:
         raise UserError(
-            f"'{path}' needs a net of faces, heads or voices whose JSON file has a back_end\n"
+            f"'{path}' needs a net of faces or voices whose JSON file has a back_end\n"
             f"{cards.describe_download('face_embedder')}"
         )
     digests = {part: usable[part].digest for part in back_ends}
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
-
-
-def embed(
-    run: "Predictor",
-    clips: FrameClips,
-    split: str | None = None,
-    advance: Callable[[int], None] = ignore_count,
-) -> Vectors:
-    """Computes the vectors of clips with a run. The arguments are as in `Gallery.embed`.
-
-    If the run is an ensemble of PLDA models, the first member computes the vectors.
-    """
-    if split is None and hasattr(clips, "train_batches"):
-        raise UserError(
-            "a dataset has several splits, and none is chosen\n"
-            "name one: --split=S, or split=S in Python"
-        )
-    source, split, places, names, _ = run.request(clips, split)
-    values: np.ndarray | None = None
-    chosen = source.split(split)
-    for batch in pad_batches(source, split, tuple(run.modalities), EMBED_ROWS):
-        (block,) = run.embed_blocks([batch])
-        if values is None:
-            values = np.zeros((len(chosen.clips), block.shape[1]), np.float32)
-        real = np.asarray(batch.batch_mask)
-        values[np.asarray(batch.clip_index)[real]] = block[real]
-        advance(int(real.sum()))
-    assert values is not None  # there are clips
-    people = (None, *source.identities) if chosen.labelled else (None,)
-    labels = tuple(people[label] for label in chosen.labels[places].tolist())
-    parts = _make_parts(run, values[places])
-    for part, x in parts.items() if isinstance(clips, Mapping | MemoryClips) else ():
-        lengths = chosen.lengths.get(part, np.sum([*chosen.lengths.values()], axis=0))[places]
-        zeros = np.flatnonzero((lengths > 0) & ~x.any(axis=1))
-        warn_of_zeros(part, [names[clip] for clip in zeros])
-    return Vectors(names, parts, labels)
-
-
-def pad_batches(
-    source: "ClipSource", split: str, modalities: tuple[str, ...], rows: int
-) -> "Iterator[Batch]":
-    """Yields the clips of a split in batches of `rows` clips.
-
-    All modalities of a clip are padded to the same length, the smallest possible length in
-    PAD_LENGTHS. So JAX compiles few programs.
-    """
-    lengths = longest(source.split(split), modalities)
-    pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
-    for number in np.unique(pad).tolist():
-        bucket = np.where(pad == number, 0, -1)
-        padded = dict.fromkeys(modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
-        yield from source.eval_batches(EvalPlan(split, modalities, bucket, padded), rows=rows)
-
-
-def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, sum of D] into unit vectors, modality -> [N, D] float32."""
-    parts, at, model = {}, 0, run.system.model
-    plda = model.gallery_settings()
-    for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
-        x = values[:, at : at + width].astype(np.float64)
-        norm = np.sqrt(np.vecdot(x, x))[:, None]
-        parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
-        at += width
-    return parts
-
-
-def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
-    """Returns name -> clip. Clips without a usable frame are left out: their vectors are 0."""
-    rows = np.concatenate(list(vectors.parts.values()), axis=1)
-    clips = zip(vectors.names, vectors.labels, rows, strict=True)
-    return {name: StoredClip(label, row) for name, label, row in clips if row.any()}
 
 
 def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:

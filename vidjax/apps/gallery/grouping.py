@@ -26,8 +26,9 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend, sum_by_owner
-from vidjax.apps.video.features_folder import LEAST_CLARITY, cut_film_name
-from vidjax.models import distance, two_covariance
+from vidjax.models import card_backend, two_covariance
+from vidjax.models.card_backend import LEAST_CLARITY
+from vidjax.utils.names import cut_film_name
 
 MAX_GROUPED_CLIPS = 3000  # largest number of clips or groups whose pairs are all compared
 MAX_SMALL_CLIPS = 3  # largest number of clips in a small group
@@ -95,7 +96,9 @@ class Groups:
         part, inverse = self._backend.parts[number], self._inverses[number]
         if part.space is None:
             assert part.distances is not None
-            return 1 / distance.effective_count(part.distances, count, self._squares[number][rows])
+            return 1 / card_backend.effective_count(
+                part.distances, count, self._squares[number][rows]
+            )
         mean = np.atleast_2d(self.means[number][rows] @ inverse) + part.space.mean  # unit vectors
         num = np.atleast_1d(count)
         within = float(np.vdot(inverse, inverse))
@@ -157,7 +160,7 @@ class Groups:
         square = self._squares[number]
         gap = square + square[row] - 2 * (mean @ mean[row])
         clarity = np.maximum(self.clarity, self.clarity[row]) if part.name == "face" else 1.0
-        return distance.pair_log_ratios(part.distances, gap, noise + noise[row], clarity)
+        return card_backend.pair_log_ratios(part.distances, gap, noise + noise[row], clarity)
 
 
 def group(

@@ -117,7 +117,7 @@ Denials: TypeAlias = Annotated[
 
 class _Facts(Struct, omit_defaults=True):
     version: schemas.Size
-    run: VectorOrigin
+    origin: VectorOrigin = msgspec.field(name="run")
     parts: Annotated[list[_Part], Meta(min_length=1, max_length=MAX_PARTS)]
     settings: dict[str, float]
     clips: schemas.Count
@@ -145,11 +145,11 @@ class State(NamedTuple):
     """
 
     version: int  # the number of changes, including the creation
-    run: VectorOrigin  # the run or the models that computed the vectors
+    origin: VectorOrigin  # the run or the models that computed the vectors
     index: Index  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
     clips: Mapping[str, StoredClip]  # name -> clip, including clips of strangers
     # Identity -> sorted names of its clips. STRANGER is the key of the clips of strangers.
-    groups: Mapping[str, tuple[str, ...]]
+    clips_of: Mapping[str, tuple[str, ...]]
     denied: Denials = MappingProxyType({})
     rows: int = 0  # the sum of the sha256 of all rows of the tables, which shows damaged rows
     entries: int = 0  # the number of people and clips in the file, including outdated entries
@@ -158,15 +158,15 @@ class State(NamedTuple):
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
         """Identity -> sorted names of its clips, sorted by identity, without strangers."""
-        return {name: clips for name, clips in sorted(self.groups.items()) if name != STRANGER}
+        return {name: clips for name, clips in sorted(self.clips_of.items()) if name != STRANGER}
 
 
-def group(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
+def list_clips_of(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
     """Returns identity -> sorted names of its clips. The key of strangers is STRANGER."""
-    groups: dict[str, list[str]] = {}
+    clips_of: dict[str, list[str]] = {}
     for name, clip in clips.items():
-        groups.setdefault(clip.identity or STRANGER, []).append(name)
-    return {identity: tuple(sorted(names)) for identity, names in groups.items()}
+        clips_of.setdefault(clip.identity or STRANGER, []).append(name)
+    return {identity: tuple(sorted(names)) for identity, names in clips_of.items()}
 
 
 class UnreadableError(UserError):
@@ -511,7 +511,7 @@ def _facts(state: State) -> str:
     ]
     settings = {name: float(x) for name, x in backend.settings._asdict().items()}
     facts = _Facts(
-        state.version, state.run, parts, settings,
+        state.version, state.origin, parts, settings,
         clips=len(state.clips), people=len(state.index.names), rows=f"{state.rows:064x}",
         denied=dict(state.denied),
     )  # fmt: skip
@@ -549,13 +549,13 @@ def _read(connection: sqlite3.Connection) -> State:
     rows, entries = (rows + more + others) % (1 << 256), entries + len(names)
     if (f"{rows:064x}", len(clips), len(index.names)) != (facts.rows, facts.clips, facts.people):
         raise UserError("its rows do not match the digest in its table 'gallery'")
-    groups = group(clips)
-    sizes = np.array([len(groups.get(name, ())) for name in index.names], np.int32)
-    known = (len(groups) - (STRANGER in groups) == len(sizes)) and sizes.all()
+    clips_of = list_clips_of(clips)
+    sizes = np.array([len(clips_of.get(name, ())) for name in index.names], np.int32)
+    known = (len(clips_of) - (STRANGER in clips_of) == len(sizes)) and sizes.all()
     if not known or (index.counts > sizes).any():
         raise UserError("its tables 'clip' and 'person' contradict each other")
     return State(
-        facts.version, facts.run, index, clips, groups, facts.denied, rows, entries, sha256
+        facts.version, facts.origin, index, clips, clips_of, facts.denied, rows, entries, sha256
     )
 
 

@@ -48,7 +48,7 @@ class Parameters(RuleParameters):
     k: K = DEFAULT_K
     binary_data_output: bool = False
     timeout: Annotated[
-        int, Meta(ge=0, description="microseconds until the answer; 0 sets no limit")
+        int, Meta(ge=0, description="microseconds until the answer; 0 is the limit of the server")
     ] = 0
 
 

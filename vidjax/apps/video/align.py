@@ -5,8 +5,7 @@ points: the right eye, which is on the left of the picture, the left eye, the no
 of the mouth, and the left corner.
 """
 
-import struct
-import zlib
+import io
 
 import numpy as np
 
@@ -86,29 +85,16 @@ def _cut_region(
 
     Returns the shrunk part, and the x and y of its top left corner in the picture.
     """
+    from PIL import Image
+
     height, width = rgb.shape[:2]
     # Squares are counted from the corner of the picture, so that all crops have the same squares.
     left, right = _find_squares(x, width, factor)
     top, bottom = _find_squares(y, height, factor)
     part = rgb[top * factor : bottom * factor, left * factor : right * factor]
-    if factor > 1:
-        padded = np.zeros(((bottom - top) * factor, (right - left) * factor, 3), np.uint8)
-        padded[: part.shape[0], : part.shape[1]] = part
-        part = average_squares(padded, factor)
+    if factor > 1 and part.size:
+        part = np.asarray(Image.fromarray(part).reduce(factor))
     return part, left * factor, top * factor
-
-
-def average_squares(picture: np.ndarray, side: int) -> np.ndarray:
-    """Averages squares of side x side pixels; returns float32 [H // side, W // side, 3]."""
-    rows, columns = picture.shape[0] // side, picture.shape[1] // side
-    # These two sums are faster than a `mean` of the reshaped picture.
-    strips = np.zeros((rows, columns * side, 3), np.float32)
-    for row in range(side):
-        strips += picture[row : rows * side : side, : columns * side]
-    total = np.zeros((rows, columns, 3), np.float32)
-    for column in range(side):
-        total += strips[:, column::side]
-    return total / side**2
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
@@ -145,16 +131,11 @@ def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 def encode_thumbnail(crop: np.ndarray) -> bytes:
     """Returns a PNG file of a crop [S, S, 3] uint8, shrunk to sides of at most 80 pixels."""
-    small = average_squares(crop, -(-len(crop) // THUMBNAIL_SIDE)).round().astype(np.uint8)
-    side = len(small)
-    # Each row begins with its filter type, 0 for none.
-    rows = np.pad(small.reshape(side, -1), ((0, 0), (1, 0))).tobytes()
-    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)  # 8 bits, RGB
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
+    from PIL import Image
+
+    png = io.BytesIO()
+    Image.fromarray(crop).reduce(-(-len(crop) // THUMBNAIL_SIDE)).save(png, "PNG", optimize=True)
+    return png.getvalue()
 
 
 def measure_quality(

@@ -7,22 +7,21 @@ all videos. Each line has the video, the start and the duration in seconds, and 
 
 import itertools
 import os
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
 
-from vidjax.apps.gallery.answers import FACE, UNKNOWN, Answer, parse_group_number
-from vidjax.apps.video.features_folder import Box, Film, FilmTrack
+from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile, select_films
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
-from vidjax.utils.names import IGNORED
+from vidjax.utils.names import IGNORED, escape
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery, Vectors
+    from vidjax.apps.gallery.gallery import Gallery
 
 TOLD = "told"  # the evidence for a name that a user gave to the clip
 GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance
@@ -50,7 +49,7 @@ class Appearance(NamedTuple):
     probability: float | None  # the lowest of all joined tracks; None for an unknown person
     clips: tuple[str, ...]  # the names of the joined tracks
     evidence: tuple[str, ...] = ()  # what identified the person, such as "face" and "audio"
-    box: Box | None = None  # of the face or the head, from the track with the most sightings
+    box: Box | None = None  # of the face, from the track with the most sightings
     box_at_s: float | None = None  # the time of the picture with the box
 
 
@@ -66,7 +65,9 @@ def format_certainty(appearance: Appearance) -> str:
 
 
 def find_appearances(
-    answers: Mapping[str, Answer], films: Iterable[Film], groups: Mapping[str, str] | None = None
+    answers: Mapping[str, Answer],
+    films: Iterable[MediaFile],
+    groups: Mapping[str, str] | None = None,
 ) -> list[Appearance]:
     """Returns the appearances of people in films, by video and in order of time.
 
@@ -79,7 +80,7 @@ def find_appearances(
     """
     appearances = []
     for film in films:
-        by_name: dict[tuple[bool, str], list[FilmTrack]] = {}
+        by_name: dict[tuple[bool, str], list[FaceTrack]] = {}
         for track in sorted(film.tracks, key=lambda track: track.start_s):
             if (answer := answers.get(track.clip)) is None:
                 continue
@@ -104,7 +105,7 @@ def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearan
     return videos
 
 
-def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
+def list_places(films: Iterable[MediaFile]) -> dict[str, tuple[str, str, str]]:
     """Returns clip -> (video, start, end), as texts. For photos, start and end are empty."""
     place_of = {}
     for film in films:
@@ -114,11 +115,11 @@ def list_places(films: Iterable[Film]) -> dict[str, tuple[str, str, str]]:
     return place_of
 
 
-def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
+def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
     """Returns all pairs of clips that overlap in time, and so must show two different people."""
     pairs = []
     for film in films:
-        live: list[FilmTrack] = []
+        live: list[FaceTrack] = []
         for track in sorted(film.tracks, key=lambda track: (track.start_s, track.clip)):
             live = [other for other in live if film.photo or other.end_s > track.start_s]
             pairs += [(other.clip, track.clip) for other in live]
@@ -126,23 +127,69 @@ def pair_seen_together(films: Iterable[Film]) -> list[tuple[str, str]]:
     return pairs
 
 
-def group_votes(gallery: "Gallery", vectors: "Vectors", films: Sequence[Film]) -> dict[str, str]:
-    """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`."""
+class NamedTracks(NamedTuple):
+    """The people in tracks of films."""
+
+    answers: dict[str, Answer]  # clip -> answer
+    enrolled: dict[str, str | None]  # enrolled clip -> its person, or None for a stranger
+    votes: dict[str, str] | None  # clip -> group that votes on one name, see `group_votes`
+
+
+def name_tracks(
+    gallery: "Gallery",
+    vectors: Vectors,
+    films: Sequence[MediaFile],
+    identify: Callable[..., dict[str, Answer]],
+    votes: dict[str, str] | None = None,
+) -> NamedTracks:
+    """Names the people in tracks of films.
+
+    Similar tracks are grouped, and the tracks of a group vote on one name. An enrolled track gets
+    the name under which it is enrolled. A track does not get a name that a user denied. If only
+    unclear faces of a person are enrolled, no other track gets the name of this person.
+
+    `identify` is the method `gallery.identify`, with fixed arguments. If `votes` are given, the
+    tracks are not grouped again.
+    """
+    enrolled, denied = gallery.find_enrolled(vectors), select_films(gallery.denied, films)
+    answers = dict.fromkeys(vectors.names, NOBODY)
+    if gallery.identities:
+        votes = votes or group_votes(gallery, vectors, films)
+        answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
+    for clip in denied.keys() & answers.keys():
+        if answers[clip].identity in denied[clip]:
+            best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
+            answers[clip] = answers[clip]._replace(identity=None, best=best, evidence=())
+    for clip, name in enrolled.items():
+        known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (TOLD,))
+        answers[clip] = NOBODY if name is None else known
+    return NamedTracks(settle_answers(answers, films), enrolled, votes)
+
+
+def group_votes(
+    gallery: "Gallery", vectors: Vectors, films: Sequence[MediaFile]
+) -> dict[str, str] | None:
+    """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`.
+
+    A gallery of a run cannot compare groups. For such a gallery, the result is None.
+    """
+    if not gallery.origin.cards:
+        return None
     # A face that is only a little unclear votes as a clear face does: the vote corrects an error.
     clarity = dict.fromkeys(list_unclear(films), 0.0)
     return gallery.group(vectors, pair_seen_together(films), clarity=clarity, for_votes=True)
 
 
 def group_unknown(
-    gallery: "Gallery", vectors: "Vectors", films: Sequence[Film], votes: Mapping[str, str]
+    gallery: "Gallery", vectors: Vectors, films: Sequence[MediaFile]
 ) -> dict[str, str]:
     """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
 
-    `votes` are the groups of `group_votes`. Two people with unclear faces look alike. So an unclear
-    face is in no group, and has a number that no other track has.
+    Two people with unclear faces look alike. So an unclear face is in no group, and has a number
+    that no other track has.
     """
     unclear = list_unclear(films)
-    faces = sorted(unclear & votes.keys() & {*vectors.names})  # `votes` has clips with usable faces
+    faces = sorted(unclear & select_usable_clips(vectors).keys())
     clear = vectors.only({*vectors.names} - unclear)
     clarity = {track.clip: track.clarity for film in films for track in film.tracks}
     groups = gallery.group(clear, pair_seen_together(films), clarity=clarity)
@@ -150,7 +197,7 @@ def group_unknown(
     return groups | {clip: f"{UNKNOWN}{first + number}" for number, clip in enumerate(faces)}
 
 
-def mark_unclear(groups: Mapping[str, str], films: Iterable[Film]) -> dict[str, str]:
+def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[str, str]:
     """Renames the unknown people who are single unclear faces, such as `unknown face 4`."""
     unclear, sizes = list_unclear(films), Counter(groups.values())
     return {
@@ -161,29 +208,27 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[Film]) -> dict[str, 
 
 
 def remove_unclear_names(
-    answers: Mapping[str, Answer], gallery: "Gallery", films: Iterable[Film]
+    answers: Mapping[str, Answer], gallery: "Gallery", films: Iterable[MediaFile]
 ) -> dict[str, Answer]:
     """Removes names of people of whom only unclear faces are enrolled.
 
-    A face keeps the name under which it is enrolled. We enrolled each of 47 unclear faces of women:
-    of all clear faces that then got the same name, only 27 % showed the same woman.
+    We enrolled each of 47 unclear faces of women: of all clear faces that then got the same name,
+    only 27 % showed the same woman.
     """
-    unclear, enrolled = list_unclear(films), gallery.clips
-    clear = {entry.identity for clip, entry in enrolled.items() if clip not in unclear}
-    settled = dict(answers)
-    for clip, answer in answers.items():
-        own = enrolled[clip].identity if clip in enrolled else None
-        if answer.identity not in clear and answer.identity != own:
-            settled[clip] = answer._replace(identity=None, evidence=())
-    return settled
+    unclear = list_unclear(films)
+    clear = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
+    return {
+        clip: x if x.identity in clear else x._replace(identity=None, evidence=())
+        for clip, x in answers.items()
+    }
 
 
-def list_unclear(films: Iterable[Film]) -> set[str]:
-    """Returns the clips with unclear faces, see `FilmTrack.unclear`."""
+def list_unclear(films: Iterable[MediaFile]) -> set[str]:
+    """Returns the clips with unclear faces, see `FaceTrack.unclear`."""
     return {track.clip for film in films for track in film.tracks if track.unclear}
 
 
-def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict[str, Answer]:
+def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) -> dict[str, Answer]:
     """Returns answers in which tracks that overlap in time have different names.
 
     If two such tracks have the same name, the less probable name is removed. A name that a user
@@ -204,7 +249,7 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[Film]) -> dict
 
 
 def _make_appearance(
-    film: Film, name: str | None, probability: float | None, tracks: Sequence[FilmTrack]
+    film: MediaFile, name: str | None, probability: float | None, tracks: Sequence[FaceTrack]
 ) -> Appearance:
     end = max(track.end_s for track in tracks)
     clips = tuple(track.clip for track in tracks)
@@ -214,9 +259,9 @@ def _make_appearance(
     )
 
 
-def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
+def _join_tracks(tracks: Iterable[FaceTrack]) -> Iterator[list[FaceTrack]]:
     """Yields groups of tracks with gaps below two seconds. `tracks` are in order of time."""
-    group: list[FilmTrack] = []
+    group: list[FaceTrack] = []
     end = 0.0
     for track in tracks:
         if group and track.start_s - end >= GAP_SECONDS:
@@ -228,7 +273,7 @@ def _join_tracks(tracks: Iterable[FilmTrack]) -> Iterator[list[FilmTrack]]:
         yield group
 
 
-def write(path: Path, appearances: Sequence[Appearance], films: Iterable[Film]) -> None:
+def write(path: Path, appearances: Sequence[Appearance], films: Iterable[MediaFile]) -> None:
     """Writes appearances to a new file in the format of its ending, such as .tsv, .vtt or .rttm."""
     if path.suffix in SUBTITLES:
         tables.write_new(path, to_subtitles(appearances, path.suffix).encode())
@@ -250,7 +295,7 @@ def format_percent(probability: float) -> str:
     return "over 99 %" if probability >= 0.995 else f"{round(100 * probability)} %"
 
 
-def _describe_file(film: Film) -> dict[str, str]:
+def _describe_file(film: MediaFile) -> dict[str, str]:
     """Returns the path of a film and the date of its last change (UTC), as columns of the table."""
     source = film.source
     date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
@@ -308,7 +353,7 @@ def to_rttm(appearances: Iterable[Appearance]) -> str:
     """Returns the text of a .rttm file with a line for each appearance of a person.
 
     Ignored people and photos are left out. Blanks in names become `_`. If this makes two names
-    equal, their blanks become `%20` instead.
+    equal, their blanks become `%20` instead. In all names, `%20` becomes `%2520`.
     """
     appearances = [x for x in appearances if x.identity is not None and x.end_s > x.start_s]
     words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
@@ -321,12 +366,9 @@ def to_rttm(appearances: Iterable[Appearance]) -> str:
 
 def _make_words(texts: Collection[str]) -> dict[str, str]:
     """Returns text -> word without blanks. Different texts get different words."""
-    words = {text: "_".join(text.split()) or "_" for text in texts}
+    words = {text: "_".join(map(escape, text.split())) for text in texts}
     count = Counter(words.values())
-    return {
-        text: word if count[word] == 1 else re.sub(r"\s", lambda x: quote(x[0]), text)
-        for text, word in words.items()
-    }
+    return {text: word if count[word] == 1 else escape(text) for text, word in words.items()}
 
 
 def format_span(begin: float, end: float) -> str:

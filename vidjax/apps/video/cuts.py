@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidjax.apps.video.appearances import Appearance, group_by_video
-from vidjax.apps.video.features_folder import Film, make_printable
+from vidjax.apps.video.features_folder import MediaFile, make_printable
 from vidjax.utils import files
 from vidjax.utils.names import make_file_stems
 
@@ -28,13 +28,13 @@ TITLE_LETTERS = 60  # the largest number of letters of a person's name in a titl
 class Cut(NamedTuple):
     """A stretch of a film from frame `begin` to frame `end` (exclusive)."""
 
-    film: Film
+    film: MediaFile
     begin: int
     end: int
 
 
 def find_cuts(
-    appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
+    appearances: Iterable[Appearance], films: Iterable[MediaFile], padding_s: float
 ) -> dict[tuple[str, float], list[Cut]]:
     """Returns (person, frame rate) -> the stretches of films that show the person.
 
@@ -61,7 +61,7 @@ def find_cuts(
 
 
 def write(
-    folder: Path, appearances: Iterable[Appearance], films: Iterable[Film], padding_s: float
+    folder: Path, appearances: Iterable[Appearance], films: Iterable[MediaFile], padding_s: float
 ) -> None:
     """Writes the cut lists of all people into a folder, as NAME.edl.
 

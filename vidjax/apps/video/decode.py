@@ -1,4 +1,4 @@
-"""Decodes a video or photo, which may be malicious.
+"""Decodes a video, which may be malicious, with FFmpeg.
 
 Call this module only in a child process with limits, see `vidjax.utils.processes`. FFmpeg reads the
 bytes of an open regular file, and cannot open playlists, other files, or network connections. Times
@@ -9,9 +9,10 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv")
-PHOTO_FORMATS = (
-    "png_pipe", "apng", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "j2k_pipe", "gif"
-)  # fmt: skip
-# The first bytes of HEIC and AVIF photos. FFmpeg would read each tile of such a photo as a video.
-HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", re.DOTALL)
 MOST_PIXELS = 50_000_000  # in a picture; 8K video has 33 million
 SMALL_SHAPE = (36, 64)  # rows and columns of the small pictures in which cuts are detected
 LEAST_ASPECT = 0.25  # a pixel aspect ratio below 0.25 or above 4 is ignored as a mistake
@@ -48,34 +44,23 @@ MISSING_SECONDS = 0.5
 MISSING_FRACTION = 0.05
 
 Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
-# (a, b, c, d): the pixel at (x, y) moves to (a x + c y, b x + d y).
-Turn = tuple[int, int, int, int]
-# The turn for each rotation in degrees, counter-clockwise.
+# (a, b, c, d) for each rotation in degrees, counter-clockwise: the pixel at (x, y) moves to
+# (a x + c y, b x + d y).
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
-MIRRORED = (2, 4, 5, 7)  # the EXIF orientations of mirrored photos
-TIFF = re.compile(rb"MM\0\*|II\*\0")  # the EXIF header in both byte orders
-# The EXIF tag 0x0112, a 16-bit number, in both byte orders.
-ORIENTATION = re.compile(
-    rb"\x01\x12\0\x03\0\0\0\x01\0([\1-\x08])|\x12\x01\x03\0\x01\0\0\0([\1-\x08])\0"
-)
-# A header is searched in the first PHOTO_BYTES of a photo, and the orientation in the EXIF_BYTES
-# after the header.
-EXIF_BYTES, PHOTO_BYTES = 1 << 16, 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """The properties that a video or photo declares. The file may be wrong about any of them."""
+    """The properties that a video declares. The file may be wrong about any of them."""
 
     # The size of the stored picture in pixels, before it is turned upright.
     width: int
     height: int
-    aspect: float  # the width of a pixel divided by the height of a pixel; 1 for photos
+    aspect: float  # the width of a pixel divided by the height of a pixel
     seconds: float | None  # the duration; None if the file declares none
     rate: float  # the average number of frames per second
     # The first time stamp of a picture or sound. It is subtracted from all time stamps.
     start_s: float
-    photo: bool
     sound: bool  # whether the file contains sound that can be decoded
     others: int  # number of further video streams, such as other programmes, which are not read
 
@@ -135,21 +120,17 @@ class Clock:
 
 
 class Video:
-    """An open video or photo, see `open_video`. Call either `frames` or `sound`, and only once.
+    """An open video, see `open_video`. Call either `frames` or `sound`, and only once.
 
     `counts` are complete when the iteration ends. `tell()` returns the position in the file.
     """
 
-    def __init__(self, path: Path, file: io.FileIO | io.BytesIO, container: "InputContainer"):
-        self._path, self._file, self._container = path, file, container
+    def __init__(self, path: Path, file: io.FileIO, container: "InputContainer"):
+        self._path, self._container = path, container
         self.tell = file.tell
         self._stream = _find_video_stream(path, container)
-        options = {"max_pixels": str(MOST_PIXELS)}
+        self._stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         self.info = _read_info(container, self._stream)
-        # By default, FFmpeg fills the missing part of a JPEG photo with grey.
-        if self.info.photo and self._stream.codec_context.name == "mjpeg":
-            options["err_detect"] = "explode"
-        self._stream.codec_context.options = options
         _check_size(path, self.info)
         self.counts = DecodeCounts()
 
@@ -182,17 +163,15 @@ class Video:
                 continue
             if rgb is not None:
                 sample = int(time_s * fps + 1e-3) + 1
-                rgb = self._turn_upright(rgb, decoded)
+                rgb = _turn_upright(rgb, decoded)
             self.counts.frames += 1
             self.counts.repaired = clock.repaired
             self.counts.seconds = self._find_end(time_s, decoded)
             yield Frame(time_s, small, rgb)
-            if self.info.photo:  # only the first picture of an animation counts
-                break
         if not self.counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
             raise UserError(f"{problem}\ncopy the file again, or leave it out")
-        declared = 0.0 if self.info.photo else self.info.seconds or 0.0
+        declared = self.info.seconds or 0.0
         # Some programs write the time stamp of the end into Matroska files, not the duration.
         from_zero = self.info.start_s if "matroska" in self._container.format.name else 0.0
         missing = declared - self.counts.seconds - from_zero
@@ -213,33 +192,39 @@ class Video:
         previous block, the rest of the sound is dropped.
         """
         from av.audio.frame import AudioFrame
-        from av.audio.resampler import AudioResampler
-        from av.error import FFmpegError
 
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
-            resampler, source = AudioResampler("flt", "mono", SOUND_RATE), None
             time_s = 0.0
-            for decoded in self._decode(stream, AudioFrame):
-                form = (decoded.format.name, decoded.layout.name, decoded.sample_rate)
-                if form != source:  # broadcasts change the format between programmes
-                    resampler, source = AudioResampler("flt", "mono", SOUND_RATE), form
+            for block in self._resample(self._decode(stream, AudioFrame)):
+                # Small differences are ignored, because some formats round time stamps.
+                if block.time is not None:
+                    stamp_s = block.time - self.info.start_s
+                    if stamp_s < time_s - BACK_SECONDS:  # later times are unknown
+                        self.counts.damaged = True
+                        return
+                    time_s = stamp_s if abs(stamp_s - time_s) > ROUNDING_SECONDS else time_s
+                samples = np.clip(np.nan_to_num(block.to_ndarray()[0]), -1, 1)
+                yield time_s, samples
+                time_s += len(samples) / SOUND_RATE
+
+    def _resample(self, frames: "Iterable[AudioFrame]") -> "Iterator[AudioFrame]":
+        """Converts sound to one channel of float32 samples at 16 kHz."""
+        from av.audio.resampler import AudioResampler
+        from av.error import FFmpegError
+
+        # Broadcasts change the format between programmes.
+        formats = itertools.groupby(
+            frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate)
+        )
+        for _, group in formats:
+            resampler = AudioResampler("flt", "mono", SOUND_RATE)
+            for frame in itertools.chain(group, (None,)):
                 try:
-                    resampled = resampler.resample(decoded)
+                    # For None, the resampler returns the last samples, and None if it keeps none.
+                    yield from filter(None, resampler.resample(frame))
                 except (FFmpegError, ValueError):  # a sound format that cannot be converted
                     self.counts.refused += 1
-                    continue
-                for block in resampled:
-                    # Small differences are ignored, because some formats round time stamps.
-                    if block.time is not None:
-                        stamp_s = block.time - self.info.start_s
-                        if stamp_s < time_s - BACK_SECONDS:  # later times are unknown
-                            self.counts.damaged = True
-                            return
-                        time_s = stamp_s if abs(stamp_s - time_s) > ROUNDING_SECONDS else time_s
-                    samples = np.clip(np.nan_to_num(block.to_ndarray()[0]), -1, 1)
-                    yield time_s, samples
-                    time_s += len(samples) / SOUND_RATE
 
     def _decode(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
         """Yields the frames of a stream, without frames that the decoder marks as corrupt."""
@@ -267,69 +252,18 @@ class Video:
                 if not frame.is_corrupt:
                     yield frame
 
-    def _turn_upright(self, rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
-        """Turns or mirrors a picture by the metadata of the file, so that it is upright."""
-        a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
-        if self.info.photo:  # PyAV crashes when it reads the colour profile of a PNG
-            if read_orientation(self._file) in MIRRORED:
-                c, d = -c, -d
-        else:
-            # PyAV raises ValueError if it does not know the type of any entry, such as EXIF.
-            with contextlib.suppress(ValueError):
-                if (entry := frame.side_data.get("DISPLAYMATRIX")) is None:
-                    return rgb
-                a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
-        return turn_picture(rgb, (a, b, c, d))
 
+def _turn_upright(rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
+    """Turns or mirrors a picture [H, W, 3] by the metadata of the film, so that it is upright.
 
-@contextlib.contextmanager
-def open_video(path: Path) -> Iterator[Video]:
-    """Opens a video or a photo in a `with` block. A photo is a video with a single frame.
-
-    Videos may be MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV or FLV. Photos may be PNG, JPEG,
-    WebP, BMP, TIFF, JPEG 2000, HEIC, AVIF or GIF. Only the first picture of an animation is read.
-
-    Raises:
-      UserError: `path` is not a regular file, has an unknown format, contains no picture, or
-        contains a picture that is too large; or a package is not installed.
+    Other angles are rounded to a multiple of 90 degrees.
     """
-    with files.open_input(path) as opened:
-        head = opened.read(12)
-        opened.seek(0)
-        file = _convert_heif(path, opened) if HEIF.match(head) else opened
-        with _open_container(path, file) as container:
-            yield Video(path, file, container)
-
-
-def _convert_heif(path: Path, file: io.FileIO) -> io.BytesIO:
-    """Converts a HEIC or AVIF photo to an upright BMP file in memory."""
-    require_packages(f"'{path}', a photo in HEIC or AVIF,", "pillow_heif", extra="heif")
-    import pillow_heif
-    from PIL import Image, ImageOps
-
-    pillow_heif.register_heif_opener()
-    bmp = io.BytesIO()
-    try:
-        with Image.open(file, formats=["HEIF", "AVIF"]) as photo:
-            _check_pixels(path, *photo.size)
-            ImageOps.exif_transpose(photo).convert("RGB").save(bmp, "BMP")
-    except (MemoryError, UserError):
-        raise
-    except Exception as error:  # the libraries raise many types of errors
-        raise UserError(
-            f"'{path}' is a damaged photo: {_describe_error(error)}\ncopy the photo again"
-        ) from error
-    bmp.seek(0)
-    return bmp
-
-
-def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
-    """Turns a picture [H, W, 3] by a multiple of 90 degrees, or mirrors it, or does both.
-
-    The numbers (a, b, c, d) of `turn` move the pixel at (x, y) to (a x + c y, b x + d y). If
-    they describe another angle, it is rounded to a multiple of 90 degrees.
-    """
-    a, b, c, d = turn
+    a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
+    # PyAV raises ValueError if it does not know the type of any entry, such as EXIF.
+    with contextlib.suppress(ValueError):
+        if (entry := frame.side_data.get("DISPLAYMATRIX")) is None:
+            return rgb
+        a, b, _, c, d = np.frombuffer(bytes(entry), np.int32)[:5].tolist()
     across, down = a, d
     if abs(b) > abs(a):
         rgb = rgb.swapaxes(0, 1)
@@ -337,28 +271,28 @@ def turn_picture(rgb: np.ndarray, turn: Turn) -> np.ndarray:
     return np.ascontiguousarray(rgb[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])
 
 
-def read_orientation(file: io.FileIO | io.BytesIO) -> int:
-    """Returns the EXIF orientation of a photo, 1 to 8, or 1 (upright) for a photo without EXIF."""
-    place = file.tell()
-    file.seek(0)
-    content = file.read(PHOTO_BYTES)
-    file.seek(place)
-    header = TIFF.search(content)
-    if header is None:
-        return 1
-    match = ORIENTATION.search(content, header.start(), header.start() + EXIF_BYTES)
-    return (match[1] or match[2])[0] if match else 1
+@contextlib.contextmanager
+def open_video(path: Path) -> Iterator[Video]:
+    """Opens a video in a `with` block.
+
+    Videos may be MP4, QuickTime, Matroska, WebM, AVI, MPEG, WMV or FLV.
+
+    Raises:
+      UserError: `path` is not a regular file, has an unknown format, contains no picture, or
+        contains a picture that is too large; or a package is not installed.
+    """
+    with files.open_input(path) as file, _open_container(path, file) as container:
+        yield Video(path, file, container)
 
 
-def _open_container(path: Path, file: io.FileIO | io.BytesIO) -> "InputContainer":
-    require_packages(f"'{path}', a video or photo,", "av", extra="video")
+def _open_container(path: Path, file: io.FileIO) -> "InputContainer":
+    require_packages(f"'{path}', a video,", "av", extra="video")
     import av
     from av.error import FFmpegError
 
     # FFmpeg decodes some pictures while it opens a file, so the limit of pixels is set here, too.
     options = {"max_pixels": str(MOST_PIXELS)}
-    formats = ",".join((*VIDEO_FORMATS, *PHOTO_FORMATS))
-    lists = {"format_whitelist": formats, "protocol_whitelist": "none"}
+    lists = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": "none"}
 
     def seek(offset: int, whence: int) -> int:
         try:
@@ -414,7 +348,7 @@ def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
 
     context = stream.codec_context
     rate = float(stream.average_rate or stream.guessed_rate or 0)
-    base, photo = stream.time_base or Fraction(0), container.format.name in PHOTO_FORMATS
+    base = stream.time_base or Fraction(0)
     aspect = float(stream.sample_aspect_ratio or 1)
     seconds = (
         (float(stream.duration * base) if stream.duration else None)
@@ -424,11 +358,10 @@ def _read_info(container: "InputContainer", stream: "VideoStream") -> Info:
     return Info(
         width=context.width,
         height=context.height,
-        aspect=aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT and not photo else 1.0,
+        aspect=aspect if LEAST_ASPECT <= aspect <= 1 / LEAST_ASPECT else 1.0,
         seconds=seconds if seconds > 0 else None,
         rate=rate if 0.01 < rate < 1000 else USUAL_RATE,
         start_s=(container.start_time or 0) / av.time_base,
-        photo=photo,
         sound=bool(_list_sound_streams(container)),
         others=len(_list_video_streams(container)) - 1,
     )
@@ -444,13 +377,14 @@ def _check_size(path: Path, info: Info) -> None:
     if info.width < 1 or info.height < 1:
         # FFmpeg reports no size above the limit, or if it cannot decode the first picture.
         raise UserError(
-            f"'{path}' is damaged, an animated WebP, or has more than {MOST_PIXELS:,} pixels\n"
-            "copy the file again, or convert it to JPEG or MP4, with fewer pixels"
+            f"'{path}' is damaged, or has more than {MOST_PIXELS:,} pixels\n"
+            "copy the file again, or convert it to MP4 with fewer pixels"
         )
-    _check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height)
+    check_pixels(path, round(info.width * max(1.0, info.aspect)), info.height)
 
 
-def _check_pixels(path: Path, width: int, height: int) -> None:
+def check_pixels(path: Path, width: int, height: int) -> None:
+    """Raises UserError if a picture has too many pixels."""
     if width * height > MOST_PIXELS:
         raise UserError(
             f"'{path}' has pictures of {width} x {height} pixels, more than {MOST_PIXELS:,}\n"

@@ -23,8 +23,8 @@ import numpy as np
 
 from vidjax.apps.gallery.backend import sum_by_owner
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.models import distance
-from vidjax.models.distance import Distances
+from vidjax.models import card_backend
+from vidjax.models.card_backend import Distances
 
 LEAST_ODDS = 200.0
 FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differing from them
@@ -171,9 +171,9 @@ def _compare_groups(
         count, square = np.array([len(rows) for rows in groups]), np.vecdot(mean, mean)
         means.append(mean)
         squares.append(square)
-        shares.append(1 / distance.effective_count(distances, count, square))
+        shares.append(1 / card_backend.effective_count(distances, count, square))
     apart = np.add.outer(*squares) - 2 * means[0] @ means[1].T
-    return distance.pair_log_ratios(distances, apart, np.add.outer(*shares))
+    return card_backend.pair_log_ratios(distances, apart, np.add.outer(*shares))
 
 
 def compare_photos(
@@ -230,6 +230,6 @@ def _compute_log_ratios(
         for N photos, or [K], if photo k is compared only with person k.
     """
     square = np.vecdot(mean, mean)
-    noise = 1 + 1 / distance.effective_count(distances, np.maximum(count, 1), square)
-    log_ratios = distance.pair_log_ratios(distances, 1 + square - 2 * product, noise)
+    noise = 1 + 1 / card_backend.effective_count(distances, np.maximum(count, 1), square)
+    log_ratios = card_backend.pair_log_ratios(distances, 1 + square - 2 * product, noise)
     return np.where(count > 0, log_ratios, 0.0)

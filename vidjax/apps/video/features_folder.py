@@ -19,14 +19,15 @@ import operator
 import os
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax.apps.video.cards import EMBEDDER_ROLES
+from vidjax.apps.cards import EMBEDDER_ROLES
+from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
@@ -38,10 +39,11 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
+# The names of temporary files and folders, which remain if a call is killed.
+PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
-LEAST_CLARITY = 0.35  # faces of lower clarity are unclear: even two people look alike
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "delete the folder, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -68,8 +70,8 @@ class Extraction(Struct, kw_only=True):
     settings: ExtractionSettings
 
 
-class FilmTrack(Struct, kw_only=True):
-    """A person in a shot."""
+class FaceTrack(Struct, kw_only=True):
+    """The face of a person in a shot or a photo."""
 
     clip: Text
     shot: Count  # the number of the shot in the film
@@ -77,11 +79,11 @@ class FilmTrack(Struct, kw_only=True):
     end_s: Seconds
     seen: Size  # number of frames in which the person was detected
     quality: Share = 0.0  # of the best face, see `align.measure_quality`
-    # Of the best face, see `align.measure_clarity`. It is 1 without a face, or if the card of the
-    # net contains no `clear_quality`.
+    # Of the best face, see `align.measure_clarity`. It is 1 if the card of the net contains no
+    # `clear_quality`.
     clarity: Share = 1.0
     dark_eyes: bool = False  # whether the best face seems to wear sunglasses
-    box: Box | None = None  # of the best face, or of the head if there is no face
+    box: Box | None = None  # of the best face
     box_at_s: Seconds | None = None  # the time of the picture with the box
     name: Text | None = None  # the name that a photo program stored for this face, see `regions`
 
@@ -126,18 +128,19 @@ class FileStamp(Struct, kw_only=True, frozen=True):
         return Path(os.fsdecode(urllib.parse.unquote_to_bytes(self.address)))
 
 
-class Film(Struct, kw_only=True):
+class MediaFile(Struct, kw_only=True):
     """The contents of `videos/STEM.json`, which describes a video or a photo."""
 
     format: Literal[3] = 3
-    video: Text  # the name of the file. If two names are equal, `read_films` adds their folders
+    # The name of the file. If two names are equal, `read_media_files` adds their folders.
+    video: Text
     source: FileStamp
     sha256: Sha256
     photo: bool
     seconds: Seconds  # the length of the video
     # The start and end of each shot.
     shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
-    tracks: Annotated[list[FilmTrack], Meta(max_length=files.MAX_ITEMS)]
+    tracks: Annotated[list[FaceTrack], Meta(max_length=files.MAX_ITEMS)]
     # The next five fields are explained in `decode.DecodeCounts`.
     frames: Count
     corrupt: Count = 0
@@ -182,11 +185,6 @@ def locate_features(folder: Path, clip: str) -> Path:
     return folder / f"{clip.partition('.')[0]}.npz"
 
 
-def cut_film_name(clip: str) -> str:
-    """Removes the shot and the track from the name of a clip: `film.s003.t01` becomes `film`."""
-    return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
-
-
 def make_printable(name: str) -> str:
     """Replaces the unprintable characters of a name by `_`."""
     return "".join(letter if letter.isprintable() else "_" for letter in name)
@@ -203,18 +201,18 @@ def read_extraction(folder: Path) -> Extraction | None:
     return schemas.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
 
 
-def read_film(path: Path) -> Film:
+def read_media_file(path: Path) -> MediaFile:
     """Reads a file `videos/STEM.json`, which describes a video or a photo."""
-    return schemas.read(path, Film, REMEDY, FILE_BYTES)
+    return schemas.read(path, MediaFile, REMEDY, FILE_BYTES)
 
 
-def read_films(folder: Path) -> list[Film]:
+def read_media_files(folder: Path) -> list[MediaFile]:
     """Reads the descriptions of all films and photos in a folder of features.
 
     If several films have the same file name, folders of their paths are added to their names.
     """
-    films = [read_film(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
-    by_name: dict[str, list[Film]] = {}
+    films = [read_media_file(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
+    by_name: dict[str, list[MediaFile]] = {}
     for film in films:
         by_name.setdefault(film.video, []).append(film)
     for twins in by_name.values():
@@ -223,7 +221,7 @@ def read_films(folder: Path) -> list[Film]:
     return films
 
 
-def _distinguish(twins: Sequence[Film]) -> None:
+def _distinguish(twins: Sequence[MediaFile]) -> None:
     """Adds folders of their paths to the equal names of several films, until the names differ."""
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
     # In this order, the paths with the longest common end are neighbours.
@@ -234,20 +232,100 @@ def _distinguish(twins: Sequence[Film]) -> None:
         film.video = "/".join(part[-depth:])
 
 
-def check_photo(film: Film) -> tuple[str | None, str]:
+def hash_film(film: MediaFile) -> str:
+    """Returns a digest of the file and the clips of a film."""
+    tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
+    return files.sha256_json([film.sha256, tracks])
+
+
+def select_films(table: Mapping[str, Mapping[str, T]], films: Iterable[MediaFile]) -> dict[str, T]:
+    """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
+    selected: dict[str, T] = {}
+    for film in films:
+        selected |= table.get(hash_film(film), {})
+    return selected
+
+
+def find_media_files(out: Path) -> dict[str, MediaFile]:
+    """Returns stem -> film or photo in a folder of features. Damaged ones are left out."""
+    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
+    return {stem: film for stem in names if (film := find_media_file(out, stem))}
+
+
+def find_media_file(out: Path, stem: str) -> MediaFile | None:
+    """Returns the film or photo `stem`, or None if its features are damaged or missing."""
+    try:
+        film = read_media_file(out / VIDEOS / f"{stem}.json")
+    except (UserError, FileNotFoundError):
+        return None
+    return film if files.exists(out / f"{stem}.npz") else None
+
+
+def lacks_pictures(out: Path, stem: str) -> bool:
+    """Returns whether a film has no thumbnails in a folder that keeps thumbnails."""
+    thumbnails = out / THUMBNAILS
+    return thumbnails.exists() and not (thumbnails / stem).exists()
+
+
+def remove_media_file(out: Path, stem: str) -> None:
+    """Removes the features and thumbnails of the video or photo `stem`."""
+    # The JSON file is removed first, because it marks the other files as complete.
+    (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
+    _remove_pictures(out / THUMBNAILS / stem)
+    (out / f"{stem}.npz").unlink(missing_ok=True)
+
+
+def remove_thumbnails(out: Path) -> bool:
+    """Removes all thumbnails from a folder of features. Returns False if other files remain."""
+    remove_leftovers(out, None)  # temporary files may contain thumbnails
+    if not files.exists(out / THUMBNAILS):
+        return True
+    for folder in (out / THUMBNAILS).iterdir():
+        _remove_pictures(folder)
+    return files.remove_ours(out / THUMBNAILS, "")
+
+
+def _remove_pictures(folder: Path) -> None:
+    # The name of the folder is the stem of the video.
+    files.remove_ours(folder, rf"{re.escape(folder.name)}(\..+)?\.png")
+
+
+def remove_features(out: Path) -> bool:
+    """Removes a folder of features. Returns False if files of other programs remain."""
+    if files.exists(out / NAME):
+        remove_thumbnails(out)
+        remove_leftovers(out, set())
+        files.remove_ours(out / VIDEOS, "")
+    return files.remove_ours(out, rf"\.lock|{re.escape(NAME)}")
+
+
+def remove_leftovers(out: Path, stems: set[str] | None) -> None:
+    """Removes temporary files, and if `stems` is given, the features of all other stems."""
+    videos = out / VIDEOS
+    for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
+        if PARTIAL.fullmatch(entry.name):
+            files.remove_tree(entry) if entry.is_dir() else entry.unlink()
+    if stems is not None:
+        present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
+        for stem in present - stems:
+            if "." not in stem:
+                remove_media_file(out, stem)
+
+
+def check_photo(file: MediaFile) -> tuple[str | None, str]:
     """Returns the clip of the only face in a photo, and the problem of the photo.
 
     If the photo does not show exactly one face, the clip is None. If there is one good face, the
     problem is "".
     """
-    if len(film.tracks) != 1:
-        count = f"{len(film.tracks)} faces" if film.tracks else "no face"
-        kind = "photo" if film.photo else "film"
+    if len(file.tracks) != 1:
+        count = f"{len(file.tracks)} faces" if file.tracks else "no face"
+        kind = "photo" if file.photo else "film"
         return None, f"the {kind} shows {count}: give a photo of only one person"
-    return film.tracks[0].clip, check_face(film.tracks[0])
+    return file.tracks[0].clip, check_face(file.tracks[0])
 
 
-def check_face(track: FilmTrack) -> str:
+def check_face(track: FaceTrack) -> str:
     """Returns why a face is poor, with a remedy, or "" for a good face."""
     if track.quality < POOR_QUALITY:
         remedy = "add a larger, sharper photo from the front"

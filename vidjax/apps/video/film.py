@@ -1,14 +1,13 @@
 """Finds the people in a video or photo, tracks them within shots, and computes their embeddings.
 
-`work` runs in a child process with limits, because a malicious file may exploit errors in FFmpeg.
+`work` runs in a child process with limits, because a malicious file may exploit errors in FFmpeg
+or Pillow.
 
 A clip is the track of a person in a shot. With `--unit=shot`, it is the track of the main person of
 a shot. Speech counts as the person's voice while no other person is in the picture. The speaker may
 still be off screen.
 
-Boxes are left, top, right and bottom in pixels of the picture. If there is no detector of heads or
-bodies, a head or body is located by the field `around` in the card of its net, a JSON file:
-`around` is the box of the head or body in units in which the box of the face is [0, 0, 1, 1].
+Boxes are left, top, right and bottom in pixels of the picture.
 """
 
 import dataclasses
@@ -23,9 +22,10 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from vidjax.apps.video import align, cards, decode, features_folder, regions
-from vidjax.apps.video.features_folder import ExtractionSettings, FileStamp, Film, FilmTrack
-from vidjax.apps.video.nets import Detector, Embedder, Faces, resize
+from vidjax.apps import cards
+from vidjax.apps.video import align, decode, features_folder, photos, regions
+from vidjax.apps.video.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
+from vidjax.apps.video.nets import Detector, Embedder, Faces
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
 from vidjax.apps.video.tracks import (
@@ -39,7 +39,6 @@ from vidjax.apps.video.tracks import (
 from vidjax.apps.video.voices import RATE, Listener, Voice, cut_spans, find_solo_spans
 from vidjax.data.clip_files import write_npz
 from vidjax.utils import files, processes
-from vidjax.utils.errors import UserError
 
 # A clip has at most 32 faces, spread over its time, and at most 32 windows of sound with speech.
 MOST_FRAMES = 32
@@ -49,139 +48,34 @@ MOST_KEPT, KEPT_SECONDS = 96, 0.2
 
 
 class Nets(NamedTuple):
-    """The nets with which a film is read. The keys are parts of a person, such as "face"."""
+    """The nets with which a film is read."""
 
-    detect: dict[str, Detector]  # "face", and if available, "head" and "body"
-    embed: dict[str, Embedder]  # also "scene", the whole picture, if available
+    detect: Detector  # finds faces
+    embed: Embedder  # computes embeddings of faces
     listen: Listener | None = None  # detects speech and embeds voices; None without these nets
-
-
-class Figures(NamedTuple):
-    """The N people in a picture. Boxes and points that were not detected are NaN."""
-
-    boxes: np.ndarray  # [N, 4], the box of the head, or of the face if no head was detected
-    scores: np.ndarray  # [N], the score of the face, or of the head if no face was detected
-    points: np.ndarray  # [N, 5, 2], five points of the face, such as the eyes
-    parts: dict[str, np.ndarray]  # part, such as "face" or "body" -> boxes [N, 4]
-
-    def take(self, index: np.ndarray) -> "Figures":
-        """Selects people by indices or a mask."""
-        parts = {part: boxes[index] for part, boxes in self.parts.items()}
-        return Figures(self.boxes[index], self.scores[index], self.points[index], parts)
 
 
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     """Loads the nets that cards, which are JSON files, describe.
 
-    Detectors shrink pictures until their longer side has `size` pixels. Raises UserError if a net
-    for heads or bodies lacks a detector, and its card lacks the field `around`.
+    The detector shrinks pictures until their longer side has `size` pixels.
     """
-    detect = {
-        role.removesuffix("_detector"): Detector(card, size)
-        for role, card in cards_of.items() if card.decoder in cards.DETECTORS
-    }  # fmt: skip
-    parts = cards.list_embedders(cards_of)
-    embed = {part: Embedder(card) for part, card in parts.items() if part != "audio"}
-    for part in ("head", "body"):
-        if part in embed and part not in detect and embed[part].card.around is None:
-            raise UserError(
-                f"the {part} cannot be located: '{embed[part].card.path}' has no field 'around', "
-                f"and there is no {part}_detector\nadd a {part}_detector, or add the box of the "
-                f"{part} to this file, in units in which the box of the face is [0, 0, 1, 1]:\n"
-                '"around": [LEFT, TOP, RIGHT, BOTTOM]'
-            )
     listen = Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
-    return Nets(detect, embed, listen)
-
-
-def find_people(nets: Nets, rgb: np.ndarray, detections: Mapping[str, Faces]) -> Figures:
-    """Joins detected faces, heads and bodies into people; returns the people in a picture.
-
-    People with a face come first, by falling score. Heads without a face follow. `rgb` is uint8
-    [H, W, 3]. `detections` is part, such as "face" or "head" -> detections.
-    """
-    faces = detections["face"]
-    boxes, scores, points = faces
-    parts = {"face": boxes}
-    if "head" in detections:
-        heads = detections["head"]
-        head = _pair_boxes(faces.boxes, heads.boxes)
-        more = np.setdiff1d(np.arange(len(heads.boxes)), head)  # heads without a face
-        face = np.append(np.arange(len(head)), np.full(len(more), -1))
-        head = np.append(head, more)
-        parts = {"face": _take(faces.boxes, face), "head": _take(heads.boxes, head)}
-        boxes = np.where(head[:, None] < 0, parts["face"], parts["head"])
-        scores, points = np.append(scores, heads.scores[more]), _take(points, face)
-    for part, net in nets.embed.items():
-        if part == "scene":
-            parts[part] = np.tile([0.0, 0.0, rgb.shape[1], rgb.shape[0]], (len(boxes), 1))
-        elif part == "body" and part in detections:
-            bodies = detections[part].boxes
-            parts[part] = _take(bodies, _pair_boxes(boxes, bodies))
-        elif part not in parts:
-            corner, sides = parts["face"][:, :2], parts["face"][:, 2:] - parts["face"][:, :2]
-            parts[part] = np.tile(corner, 2) + np.tile(sides, 2) * np.array(net.card.around)
-    return Figures(boxes, scores, points, parts)
-
-
-def cut_crops(
-    card: cards.Card, part: str, figures: Figures, rgb: np.ndarray
-) -> dict[int, np.ndarray]:
-    """Cuts a part, such as "face" or "body", of each person out of a picture.
-
-    Returns index of a person -> crop, uint8 [H, W, 3] in the size of the net that `card` describes.
-    People without this part are left out.
-    """
-    height, width = card.input.size or (0, 0)
-    has = np.flatnonzero(~np.isnan(figures.parts[part][:, 0]))
-    if part == "face":
-        turns = align.fit_similarity(figures.points[has], np.array(card.template))
-        return dict(zip(has.tolist(), align.warp_faces(rgb, turns, height), strict=True))
-    if part == "scene":
-        return dict.fromkeys(has.tolist(), resize(rgb, height, width))
-    boxes = figures.parts[part][has]
-    edges = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], 1).clip(0).astype(int)
-    crops = [rgb[top:bottom, left:right] for left, top, right, bottom in edges]
-    pairs = zip(has.tolist(), crops, strict=True)
-    return {figure: resize(crop, height, width) for figure, crop in pairs if crop.size}
-
-
-def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns `values[index]`, but NaN where the index is -1."""
-    return np.append(values, np.full_like(values, np.nan, shape=(1, *values.shape[1:])), 0)[index]
-
-
-def _pair_boxes(small: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """Pairs small boxes [M, 4], such as faces, with large boxes [N, 4], such as heads.
-
-    Returns the index of the large box of each small box, int [M], or -1. A large box contains the
-    centre of its small box. If it contains several centres, the centre nearest to the middle of
-    its top side is chosen. The smallest large box chooses first. No box is in two pairs.
-    """
-    owner = np.full(len(small), -1)
-    centres = (small[:, :2] + small[:, 2:]) / 2
-    for place in np.argsort((large[:, 2:] - large[:, :2]).prod(1), kind="stable"):
-        left, top, right, bottom = large[place]
-        inside = (centres >= (left, top)) & (centres <= (right, bottom))
-        free = np.flatnonzero((owner < 0) & inside.all(1))
-        if len(free):
-            distance = np.abs(centres[free] - ((left + right) / 2, top)).sum(1)
-            owner[free[distance.argmin()]] = place
-    return owner
+    detect = Detector(cards_of["face_detector"], size)
+    return Nets(detect, Embedder(cards_of["face_embedder"]), listen)
 
 
 class Sighting(NamedTuple):
-    """A person in a frame. Sightings are sorted by quality, and then by number."""
+    """A face in a frame. Sightings are sorted by quality, and then by number."""
 
-    quality: float  # the quality of the face; negative without a face
+    quality: float
     number: int  # a different number for each sighting
     time_s: float
     frame: int  # the number of the frame in the film
     detection: float  # the score of the detector
-    # [4], the box of the face, or of the head if there is no face, as fractions of the picture's
-    # width and height.
-    box: np.ndarray
-    parts: dict[str, tuple[np.ndarray, np.ndarray]]  # box and crop of each part, such as "face"
+    box: np.ndarray  # [4], the box of the face
+    place: np.ndarray  # [4], the box as fractions of the picture's width and height
+    crop: np.ndarray  # uint8 [H, W, 3], the aligned face
 
 
 class BestPictures:
@@ -220,37 +114,31 @@ class ClipBuilder:
         self._nets, self._thumbnails, self._held = nets, thumbnails, held_s
         self._kept: dict[int, BestPictures] = {}
         self._numbers = itertools.count()
-        self.tracks: list[FilmTrack] = []  # of finished clips, in the order in which they ended
+        self.tracks: list[FaceTrack] = []  # of finished clips, in the order in which they ended
         self.arrays: dict[str, dict[str, np.ndarray]] = {}  # name of a clip -> arrays of the `.npz`
 
     def add(
-        self, time_s: float, frame: int, owners: np.ndarray, figures: Figures, rgb: np.ndarray
+        self, time_s: float, frame: int, owners: np.ndarray, faces: Faces, rgb: np.ndarray
     ) -> None:
-        """Adds the pictures of the N people in a frame to their tracks.
+        """Adds the N faces in a frame to their tracks.
 
         `frame` is the number of the frame, and `rgb` its pixels, uint8 [H, W, 3]. `owners` [N] int
-        is the number of the track of each person, or -1 for a person whose picture is not added.
+        is the number of the track of each face, or -1 for a face that is not added.
         """
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
-        figures = figures.take(chosen)
-        nets, faces = self._nets.embed.items(), figures.parts["face"]
-        boxes = np.where(np.isnan(faces), figures.boxes, faces) / np.tile(rgb.shape[1::-1], 2)
-        crops_of = {part: cut_crops(net.card, part, figures, rgb) for part, net in nets}
-        quality = figures.scores - 2  # negative without a face
-        if rows := [*crops_of["face"]]:
-            crops, points = np.stack([*crops_of["face"].values()]), figures.points[rows]
-            template = np.array(self._nets.embed["face"].card.template)
-            inside = align.measure_inside(points, template, crops.shape[1], rgb.shape)
-            quality[rows] = align.measure_quality(figures.scores[rows], points, crops, inside)
+        faces, card = faces.take(chosen), self._nets.embed.card
+        template, (side, _) = np.array(card.template), card.input.size or (0, 0)
+        crops = align.warp_faces(rgb, align.fit_similarity(faces.points, template), side)
+        inside = align.measure_inside(faces.points, template, side, rgb.shape)
+        quality = align.measure_quality(faces.scores, faces.points, crops, inside).tolist()
+        places = faces.boxes / np.tile(rgb.shape[1::-1], 2)
         for row, track in enumerate(owners[chosen].tolist()):
-            parts = {
-                part: (figures.parts[part][row], crops[row]) for part, crops in crops_of.items()
-                if row in crops
-            }  # fmt: skip
-            order = float(quality[row]), next(self._numbers), time_s, frame
-            sighting = Sighting(*order, float(figures.scores[row]), boxes[row], parts)
+            sighting = Sighting(
+                quality[row], next(self._numbers), time_s, frame, float(faces.scores[row]),
+                faces.boxes[row], places[row], crops[row],
+            )  # fmt: skip
             self._kept.setdefault(track, BestPictures()).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
@@ -261,65 +149,55 @@ class ClipBuilder:
         kept = self._kept.pop(track.number).pictures()
         # Pictures after the end of the track are part of a dissolve.
         sightings = [x for x in kept if x.time_s < track.ends[-1]] or kept
-        embed, faces = self._nets.embed["face"], [x for x in sightings if "face" in x.parts]
-        vectors = embed(np.array([x.parts["face"][1] for x in faces]))
-        times = np.array([x.time_s for x in faces])
-        back_end = embed.card.back_end if split else None
+        vectors = self._nets.embed(np.array([x.crop for x in sightings]))
+        times = np.array([x.time_s for x in sightings])
+        back_end = self._nets.embed.card.back_end if split else None
         sighting_s = float(np.median(np.subtract(track.ends, track.times)))
         places = find_changes(vectors, times, sighting_s > self._held, back_end)
         middles = [float(times[place - 1 : place + 1].mean()) for place in places]
-        vector_of = {x.number: vector for x, vector in zip(faces, vectors, strict=True)}
-        parts = np.searchsorted(middles, [x.time_s for x in sightings])
+        vector_of = {x.number: vector for x, vector in zip(sightings, vectors, strict=True)}
+        parts = np.searchsorted(middles, times)
         for number, part in enumerate(track.split(middles)):
             pictures = [x for x, n in zip(sightings, parts, strict=True) if n == number]
             self._end(part, next(names), pictures, vector_of)
 
     def _end(
-        self, track: Track, name: str, pictures: list[Sighting], faces: Mapping[int, np.ndarray]
+        self, track: Track, name: str, pictures: list[Sighting], vectors: Mapping[int, np.ndarray]
     ) -> None:
         """Makes the clip `name` from pictures of a track.
 
-        `faces` is `Sighting.number` of a picture -> embedding of the face in this picture.
+        `vectors` is `Sighting.number` of a picture -> embedding of the face in this picture.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
             span = index * MOST_FRAMES // len(pictures)
             spans[span] = max(x, spans.get(span, x))
-        best, arrays = [*spans.values()], dict[str, np.ndarray]()
-        for part, embed in self._nets.embed.items():
-            sightings = [x for x in best if part in x.parts]
-            if part == "face" and sightings:
-                arrays[part] = np.stack([faces[x.number] for x in sightings])
-            else:  # without faces, `face` is empty: a gallery of faces refuses clips without `face`
-                arrays[part] = embed(np.array([x.parts[part][1] for x in sightings]))
-            arrays[f"{part}_number"] = np.array([x.frame for x in sightings], np.int32)
-            if part != "scene":
-                arrays[f"{part}_detection"] = np.array([x.detection for x in sightings], np.float32)
-                boxes = np.array([x.parts[part][0] for x in sightings], np.float32)
-                arrays[f"{part}_box"] = boxes.reshape(-1, 4)
-            if part == "face":
-                arrays["face_quality"] = np.array([x.quality for x in sightings], np.float32)
-        self.arrays[name] = arrays
-        top = max(best, key=lambda x: (x.quality, x.number))
-        written = _to_film_track(track, name)
-        written.box = msgspec.convert(top.box.clip(0, 1).round(4).tolist(), features_folder.Box)
+        best = [*spans.values()]
+        self.arrays[name] = {
+            "face": np.stack([vectors[x.number] for x in best]),
+            "face_number": np.array([x.frame for x in best], np.int32),
+            "face_detection": np.array([x.detection for x in best], np.float32),
+            "face_box": np.array([x.box for x in best], np.float32),
+            "face_quality": np.array([x.quality for x in best], np.float32),
+        }
+        top, card = max(best, key=lambda x: (x.quality, x.number)), self._nets.embed.card
+        clear_quality = card.back_end.clear_quality if card.back_end else None
+        written = _to_face_track(track, name)
+        written.box = msgspec.convert(top.place.clip(0, 1).round(4).tolist(), features_folder.Box)
         written.box_at_s = round(top.time_s, 3)
-        if "face" in top.parts:
-            crop, card = top.parts["face"][1], self._nets.embed["face"].card
-            clear_quality = card.back_end.clear_quality if card.back_end else None
-            written.quality = top.quality
-            written.clarity = align.measure_clarity(top.quality, clear_quality)
-            written.dark_eyes = bool(align.has_dark_eyes(crop[None], np.array(card.template))[0])
-            if self._thumbnails.is_dir():
-                picture = self._thumbnails / f"{name}.png"
-                files.write_bytes(picture, align.encode_thumbnail(crop), sync=False)
+        written.quality = top.quality
+        written.clarity = align.measure_clarity(top.quality, clear_quality)
+        written.dark_eyes = bool(align.has_dark_eyes(top.crop[None], np.array(card.template))[0])
+        if self._thumbnails.is_dir():
+            picture = self._thumbnails / f"{name}.png"
+            files.write_bytes(picture, align.encode_thumbnail(top.crop), sync=False)
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
         """Deletes the pictures of all tracks whose numbers are not in `live`."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
-    def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FilmTrack]) -> int:
+    def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FaceTrack]) -> int:
         """Adds embeddings of voices to clips; returns the number of clips with a voice.
 
         Speech belongs to a clip while no other person is visible. A clip keeps the 32 windows of
@@ -356,7 +234,7 @@ def extract(
     source: FileStamp,
     sha256: str,
     tagged: bool = False,
-) -> Film:
+) -> MediaFile:
     """Writes the features of a video or photo to `out/STEM.npz`; returns its description.
 
     Each face of a photo is a clip. If `out` contains a folder for thumbnails, a picture of the best
@@ -372,35 +250,37 @@ def extract(
       UserError: the file cannot be decoded.
     """
     clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
-    tags, lost, misfit = regions.Tags([]), list[str](), ""
-    with decode.open_video(path) as video:
-        if video.info.photo:
-            shots, seen = [(0.0, 0.0)], clips.tracks
-            tags = regions.read_tags(path) if tagged else tags
-            lost, misfit = _find_in_photo(path, video, clips, nets, stem, tags)
-        else:
-            shots, seen = _make_clips(video, clips, nets, stem, out, settings)
-    film = Film(
+    photo = photos.read_photo(path)
+    if photo:
+        tags = regions.read_tags(path) if tagged else regions.Tags([])
+        facts = _read_photo(photo, tags, clips, nets, stem)
+    else:
+        facts = _read_film(path, clips, nets, stem, out, settings)
+    write_npz(out / f"{stem}.npz", clips.arrays)
+    return MediaFile(
         video=features_folder.make_printable(path.name),
         source=source,
         sha256=sha256,
-        photo=video.info.photo,
-        shots=shots,
+        photo=photo is not None,
         tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
-        **dataclasses.asdict(video.counts),
-        others=video.info.others,
-        rate=None if video.info.photo else video.info.rate,
-        lost_tags=lost,
-        bad_tags=tags.problem,
-        misfit=misfit,
+        **facts,
     )
-    if nets.listen and video.info.sound and not film.photo:
+
+
+def _read_film(
+    path: Path, clips: ClipBuilder, nets: Nets, stem: str, out: Path, settings: ExtractionSettings
+) -> dict[str, Any]:
+    """Makes the clips of a video; returns the other fields of its `MediaFile`."""
+    with decode.open_video(path) as video:
+        shots, seen = _make_clips(video, clips, nets, stem, out, settings)
+    facts = {"shots": shots, "others": video.info.others, "rate": video.info.rate}
+    facts |= dataclasses.asdict(video.counts)
+    if nets.listen and video.info.sound:
         with decode.open_video(path) as video:
-            film.voices = clips.hear(video.sound(), seen)
+            facts["voices"] = clips.hear(video.sound(), seen)
             sound = video.counts
-            film.lost_sound = sound.corrupt + sound.refused + sound.damaged
-    write_npz(out / f"{stem}.npz", clips.arrays)
-    return film
+        facts["lost_sound"] = sound.corrupt + sound.refused + sound.damaged
+    return facts
 
 
 def _make_clips(
@@ -410,7 +290,7 @@ def _make_clips(
     stem: str,
     out: Path,
     settings: ExtractionSettings,
-) -> tuple[list[tuple[float, float]], list[FilmTrack]]:
+) -> tuple[list[tuple[float, float]], list[FaceTrack]]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
     Returns the start and end of each shot in seconds, and the tracks of all people.
@@ -426,7 +306,7 @@ def _make_clips(
             if main is None:
                 clips.end(track, (f"{shot}.t{number:02}" for number in numbers[track.shot]))
             else:
-                seen.append(_to_film_track(track, shot))
+                seen.append(_to_face_track(track, shot))
         for track in main.take_ended() if main else ():
             clips.end(track, iter([f"{stem}.s{track.shot:03}"]), split=False)
         clips.keep((main or tracker).live)
@@ -439,11 +319,10 @@ def _make_clips(
 
     def take(frames: Iterable[SearchedFrame]) -> None:
         for frame in frames:
-            people = find_people(nets, frame.rgb, frame.detections)
-            owners = tracker.update(frame.time_s, people.boxes)
+            owners = tracker.update(frame.time_s, frame.faces.boxes)
             if main:
-                owners = main.update(frame.time_s, people.boxes)
-            clips.add(frame.time_s, frame.number, owners, people, frame.rgb)
+                owners = main.update(frame.time_s, frame.faces.boxes)
+            clips.add(frame.time_s, frame.number, owners, frame.faces, frame.rgb)
             end_clips()
 
     with (out / features_folder.PROGRESS).open("wb", buffering=0) as progress:
@@ -460,41 +339,32 @@ def _make_clips(
     return cuts.shots(video.counts.seconds), seen if main else clips.tracks
 
 
-def _find_in_photo(
-    path: Path, video: decode.Video, clips: ClipBuilder, nets: Nets, stem: str, tags: regions.Tags
-) -> tuple[list[str], str]:
-    """Makes a clip of each face in a photo.
-
-    Returns the names of tags where no face is detected, and why no tag can be believed, or "".
-    """
-    frame = next(video.frames(1.0))
-    assert frame.rgb is not None
-    people = find_people(
-        nets, frame.rgb, {name: detect(frame.rgb) for name, detect in nets.detect.items()}
-    )
-    people = people.take(~np.isnan(people.parts["face"][:, 0]))
-    count = len(people.boxes)
-    clips.add(0.0, 0, np.arange(count), people, frame.rgb)
+def _read_photo(
+    photo: photos.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
+) -> dict[str, Any]:
+    """Makes a clip of each face in a photo; returns the other fields of its `MediaFile`."""
+    faces = nets.detect(photo.rgb)
+    count, lost, misfit = len(faces.boxes), list[str](), ""
+    clips.add(0.0, 0, np.arange(count), faces, photo.rgb)
     for number in range(count):
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"
         clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
-    if not tags.tags:
-        return [], ""
-    with files.open_input(path) as file:
-        orientation = decode.read_orientation(file)
-    height, width = frame.rgb.shape[:2]
-    given = tags, people.parts["face"], (width, height), orientation
-    fits, problem = regions.judge_fit(*given)
-    faces = np.where(fits, regions.match_faces(*given), -1)
-    for tag, face in zip(tags.tags, faces.tolist(), strict=True):
-        if face >= 0:
-            clips.tracks[face].name = tag.name
-    return [tag.name for tag, face in zip(tags.tags, faces, strict=True) if face < 0], problem
+    if tags.tags:
+        height, width = photo.rgb.shape[:2]
+        size = width, height
+        owners, misfit = regions.match_faces(tags, faces.boxes, size, photo.orientation)
+        for tag, face in zip(tags.tags, owners.tolist(), strict=True):
+            if face >= 0:
+                clips.tracks[face].name = tag.name
+            else:
+                lost.append(tag.name)
+    facts = {"seconds": 0.0, "shots": [(0.0, 0.0)], "frames": 1, "lost_tags": lost}
+    return facts | {"bad_tags": tags.problem, "misfit": misfit}
 
 
-def _to_film_track(track: Track, clip: str) -> FilmTrack:
+def _to_face_track(track: Track, clip: str) -> FaceTrack:
     start_s, end_s, seen = track.times[0], track.ends[-1], len(track.times)
-    return FilmTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
+    return FaceTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

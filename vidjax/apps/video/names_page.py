@@ -18,7 +18,7 @@ from vidjax.apps.video.appearances import (
     format_time,
     group_by_video,
 )
-from vidjax.apps.video.features_folder import Film
+from vidjax.apps.video.features_folder import MediaFile
 from vidjax.utils.names import IGNORED
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
 MOST_TIMES = 6  # times of a person below a timeline; further times are folded
 MOST_DOUBTFUL = 100  # doubtful names that are listed
-CLIP = "clip: "  # the key of an appearance begins with this word, unlike the name of a person
+CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names with a tab
 
 Picture = tuple[str, str]  # the address of a picture, and its description
 
@@ -108,11 +108,11 @@ class FilmSection(NamedTuple):
 
 def render(
     appearances: Sequence[Appearance],
-    films: Sequence[Film],
+    films: Sequence[MediaFile],
     people: Mapping[str, Sequence[Picture]],
     picture: Callable[[str], str],
     answers: Mapping[str, Answer],
-    address: Callable[[Film, float], str],
+    address: Callable[[MediaFile, float], str],
     forms: Forms | None = None,
 ) -> str:
     """Returns the page that shows who appears when in films, as HTML.
@@ -196,13 +196,16 @@ def _load_template() -> "jinja2.Template":
     return environment.get_template("names.html.j2")
 
 
-def format_appearance_time(appearance: Appearance, film: Film) -> str:
+def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
     """Returns the time of an appearance as text, such as 3:12–3:15 or "in the photo"."""
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 
 def _make_entry(
-    x: Appearance, film: Film, answers: Mapping[str, Answer], address: Callable[[Film, float], str]
+    x: Appearance,
+    film: MediaFile,
+    answers: Mapping[str, Answer],
+    address: Callable[[MediaFile, float], str],
 ) -> PageEntry:
     name = x.identity or IGNORED
     best = dict[str, float]()
@@ -224,7 +227,9 @@ def _make_entry(
     )  # fmt: skip
 
 
-def _make_section(film: Film, entries: list[PageEntry], people: Collection[str]) -> FilmSection:
+def _make_section(
+    film: MediaFile, entries: list[PageEntry], people: Collection[str]
+) -> FilmSection:
     """Returns a film with its appearances by person. `people` are the known people.
 
     Known people come first, then unknown people, unclear faces, and ignored people. Within each of

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from vidjax.apps.video import cards, nets
-from vidjax.apps.video.cards import Source, Written
+from vidjax.apps import cards
+from vidjax.apps.cards import Source, Written
+from vidjax.apps.video import nets
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, require_packages
+from vidjax.utils.errors import UserError, require_packages, warn
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -55,7 +56,10 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     folder = files.make_folder(folder, "--out")
     card_path = (folder / card["file"]).with_suffix(".json")
     files.write_bytes(folder / card["file"], net)
+    before = files.sha256_file(card_path) if card_path.exists() else None
     files.write_json(card_path, msgspec.to_builtins(msgspec.convert(card, Written)))
+    if before not in (None, files.sha256_file(card_path)):
+        warn(f"'{card_path}' differed, and was replaced")
     nets.open_session(cards.read(card_path))
     return card_path
 

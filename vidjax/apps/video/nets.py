@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vidjax.apps.video.align import average_squares
-from vidjax.apps.video.cards import REMEDY, STRIDE, Card, Input
+from vidjax.apps.cards import REMEDY, STRIDE, Card, Input
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils.errors import UserError, require_packages
 
@@ -32,7 +31,7 @@ STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 
 
 class Faces(NamedTuple):
-    """The faces, heads or bodies that were detected in an image."""
+    """The faces that were detected in an image."""
 
     boxes: np.ndarray  # [F, 4] float32, left, top, right and bottom in pixels
     scores: np.ndarray  # [F] float32, 0 to 1
@@ -61,7 +60,7 @@ class Region(NamedTuple):
 
 
 class Detector:
-    """Detects faces, heads or bodies in images with the net that a card, a JSON file, describes.
+    """Detects faces in images with the net that a card, a JSON file, describes.
 
     Large images are shrunk until their longer side has `size` pixels. If the net has an input of
     fixed size, images are shrunk until they fit into this input.
@@ -285,25 +284,14 @@ def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes an image [H, W, 3] by linear interpolation; returns uint8 [height, width, 3]."""
-    step = min(image.shape[0] // height, image.shape[1] // width)
-    if step > 1:  # interpolation would skip pixels
-        image = average_squares(image, step)
-    for axis, length in enumerate((height, width)):
-        if image.shape[axis] != length:
-            image = _interpolate(image, length, axis)
-    return image if image.dtype == np.uint8 else np.round(image).astype(np.uint8)
+    """Resizes an image [H, W, 3] with a linear filter; returns uint8 [height, width, 3].
 
+    If the image is shrunk by a factor of 2 or more, blocks of pixels are averaged first.
+    """
+    from PIL import Image
 
-def _interpolate(image: np.ndarray, length: int, axis: int) -> np.ndarray:
-    """Interpolates an image to `length` rows (axis 0) or columns (axis 1); returns float32."""
-    at = (np.arange(length) + 0.5) * (image.shape[axis] / length) - 0.5
-    at = np.clip(at, 0, image.shape[axis] - 1)
-    low = np.minimum(at.astype(int), max(image.shape[axis] - 2, 0))
-    share = (at - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
-    first = image.take(low, axis).astype(np.float32)
-    last = image.take(np.minimum(low + 1, image.shape[axis] - 1), axis)
-    return first + share * (last - first)
+    linear = Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(image).resize((width, height), linear, reducing_gap=1.0))
 
 
 def choose_regions(

@@ -4,23 +4,30 @@ A file is not read again if neither the file nor the nets nor the settings have 
 """
 
 import contextlib
-import difflib
 import errno
 import os
-import re
 import secrets
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from vidjax.apps.video import cards as cards_lib, features_folder, film as film_lib, regions
-from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, Film
+from vidjax.apps import cards as cards_lib
+from vidjax.apps.video import features_folder, film as film_lib, regions
+from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, MediaFile
+from vidjax.apps.video.media_files import (
+    PHOTOS,
+    check_apart,
+    has_files,
+    is_missing,
+    list_files,
+    say_left_out,
+)
 from vidjax.data.checks import list_entries
 from vidjax.runs import schemas
 from vidjax.runs.terminal import Progress, say
@@ -31,24 +38,11 @@ from vidjax.utils.processes import Children, map_children, run_limited_each
 from vidjax.utils.scratch import scratch_folder
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
-# The names of temporary files and folders, which remain if a call is killed.
-PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
 PROGRESS_SECONDS = 1.0  # between two updates of the progress bar
 BATCH_PHOTOS = 50  # the largest number of photos that a process reads
 # A process may use 600 seconds of CPU time, and one second more for each 20,000 bytes of its files.
 CPU_SECONDS, CPU_BYTES_PER_SECOND = 600, 20_000
-# The endings of films and photos in folders. A file that a user names may have any ending.
-FILMS = {
-    ".3gp", ".avi", ".divx", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
-    ".mts", ".mxf", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv",
-}  # fmt: skip
-PHOTOS = {
-    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png",
-    ".ppm", ".tif", ".tiff", ".webp",
-}  # fmt: skip
-WINDOWS_FILES = ("thumbs.db", "desktop.ini")  # Windows writes these files into folders
-ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures for media players
 Drop = Literal["nothing", "deleted", "missing", "others", "all others"]  # see `extract_folders`
 FORGET_REMEDY = "to delete the results of such files, too, add --forget-missing"
 # After these errors, no other file is read, because every other file would fail, too.
@@ -59,18 +53,18 @@ class FileOutcome(NamedTuple):
     """The result of reading a file: either a film, or an error and its remedy."""
 
     path: Path
-    film: Film | None
+    media: MediaFile | None
     error: str = ""
     kept: bool = False  # whether the features of an earlier call were kept
     replaced: bool = False  # whether features of another file with the same name were replaced
     remedy: str = ""  # what a user can do about the error
     label: str = ""  # the name of the file, or the path if several files have this name
-    earlier: Film | None = None  # of an error: the results of an earlier call, which are kept
+    earlier: MediaFile | None = None  # of an error: the results of an earlier call, which are kept
 
     @property
-    def known(self) -> Film | None:
+    def known(self) -> MediaFile | None:
         """The film, or if it could not be read, the results of an earlier call."""
-        return self.film or self.earlier
+        return self.media or self.earlier
 
 
 class _Job(NamedTuple):
@@ -238,25 +232,25 @@ def _prepare_folder(
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
         (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
-    elif not remove_thumbnails(out):
+    elif not features_folder.remove_thumbnails(out):
         raise UserError(
             f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
             "move these files, or name another folder"
         )
-    known = find_films(out)
+    known = features_folder.find_media_files(out)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in known:
             say(
                 f"{path} is damaged or has no features: it is removed, and the film is read again "
                 "if you name it"
             )
-            _remove(out, path.stem)
+            features_folder.remove_media_file(out, path.stem)
     stems = _choose_stems(listed, known)
-    kept, unsure, lost = {*stems.values()}, list[Film](), list[FileOutcome]()
+    kept, unsure, lost = {*stems.values()}, list[MediaFile](), list[FileOutcome]()
     others = drop in ("others", "all others")
     for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
         path, missing = known[stem].source.path, is_missing(known[stem].source.path)
-        deleted = missing and (drop in ("missing", "all others") or _has_files(path.parent))
+        deleted = missing and (drop in ("missing", "all others") or has_files(path.parent))
         if others and not deleted and not files.exists(path):
             kept.add(stem)
             error = f"{path} cannot be reached: is the drive connected?"
@@ -267,7 +261,7 @@ def _prepare_folder(
         elif not others:
             kept.add(stem)
             unsure += [known[stem]] * missing
-    _remove_leftovers(out, None if drop == "nothing" else kept)
+    features_folder.remove_leftovers(out, None if drop == "nothing" else kept)
     return stems, lost + ([_report_unsure(unsure)] if unsure else [])
 
 
@@ -276,29 +270,7 @@ def choose_drop(prune: bool, forget_missing: bool) -> Drop:
     return ("missing" if forget_missing else "deleted") if prune else "nothing"
 
 
-def is_missing(path: Path) -> bool:
-    """Returns whether a file does not exist.
-
-    Returns False if the system cannot find out, or if the file is in the cloud of macOS.
-    """
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return not files.exists(path.with_name(f".{path.name}.icloud"))
-    except OSError:
-        return False
-    return False
-
-
-def _has_files(folder: Path) -> bool:
-    """Returns whether a folder exists and contains files or folders that are not hidden."""
-    try:
-        return bool(list_entries(folder))
-    except (UserError, OSError):
-        return False
-
-
-def _report_unsure(films: Sequence[Film]) -> FileOutcome:
+def _report_unsure(films: Sequence[MediaFile]) -> FileOutcome:
     """Returns an error for films whose whole folder is missing or empty."""
     path = films[0].source.path
     more = f" (and of {messages.count(len(films) - 1, 'more file')})" if films[1:] else ""
@@ -312,102 +284,6 @@ def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
     films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
     size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
     return [*films, *(photos[n : n + size] for n in range(0, len(photos), size))]
-
-
-def list_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns all files in `paths`, and all films and photos in folders in `paths`.
-
-    Each file is returned once. Raises UserError if a path does not exist, or no file is found.
-    """
-    path_of: dict[Path, Path] = {}
-    for path in paths:
-        if not files.exists(path):
-            raise UserError(f"there is no file or folder '{path}'{suggest_path(path)}")
-        inside = [path]
-        if path.is_dir():
-            list_entries(path)  # raises OSError if the user may not read the folder
-            inside = [file for folder in walk(path) for file in split_files(folder)[0]]
-        for file in inside:
-            path_of.setdefault(Path(os.path.realpath(file)), file)
-    if not path_of:
-        raise UserError(
-            f"'{paths[0]}' contains no video and no photo\nname videos, photos, or folders of them"
-        )
-    return list(path_of.values())
-
-
-def suggest_path(path: Path) -> str:
-    """Returns a line that suggests a similar path, or "" if the folder has no similar name."""
-    try:
-        names = os.listdir(path.parent)
-    except OSError:
-        return ""
-    # A link to a missing folder has the same name.
-    names = [name for name in names if name != path.name]
-    similar = difflib.get_close_matches(path.name, names, n=1)
-    return f"\ndid you mean '{show(str(path.with_name(similar[0])))}'?" if similar else ""
-
-
-def walk(path: Path, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
-    """Returns a folder and all its subfolders, sorted by path.
-
-    Links, hidden folders, and folders that vidjax wrote are left out. If a folder cannot be read,
-    `unreadable` is called with the error.
-    """
-    folders = []
-    for folder, subfolders, names in os.walk(path, onerror=unreadable):
-        if {features_folder.NAME, features_folder.NUMBERS}.intersection(names):
-            subfolders.clear()
-            continue
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        folders.append(Path(folder))
-    return sorted(folders)
-
-
-def split_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the films and photos in a folder, and all other files, by the endings of their names.
-
-    Hidden files are left out. In a folder with films, pictures for media players, such as
-    `poster.jpg`, count as other files.
-    """
-    paths = [x for x in list_entries(path) if x.is_file()]
-    accepted = {x for x in paths if x.suffix.lower() in FILMS}
-    artwork = ARTWORK if accepted else ()
-    photos = (x for x in paths if x.suffix.lower() in PHOTOS)
-    accepted |= {x for x in photos if not x.stem.lower().endswith(artwork)}
-    return [x for x in paths if x in accepted], [x for x in paths if x not in accepted]
-
-
-def say_left_out(paths: Iterable[Path]) -> None:
-    """Prints which folders contain unused files, contain no film or photo, or may not be read."""
-
-    def say_unreadable(error: OSError) -> None:
-        if isinstance(error, PermissionError):
-            say(
-                f"{show(error.filename)} is left out, because you may not read this folder",
-                warning=True,
-            )
-
-    for named in paths:
-        count = 0
-        for path in walk(named, say_unreadable):
-            accepted, others = split_files(path)
-            count += len(accepted)
-            expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
-            expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
-            if others := [x for x in others if x not in expected]:
-                more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-                left_out = f"files in {show(str(path))} that are not films or photos are left out"
-                say(f"{left_out}: {show(others[0].name)}{more}")
-        if named.is_dir() and not count:
-            say(f"'{show(str(named))}' contains no film and no photo", warning=True)
-
-
-def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Raises UserError if an input file is in `out`, the folder in which results are written."""
-    inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
-    if inner:
-        raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")
 
 
 def _check_extraction(
@@ -433,7 +309,7 @@ def _check_extraction(
         return settings
     if upgrade and before.models.items() < digests.items():
         for path in (out / VIDEOS).glob("*.json"):
-            _remove(out, path.stem)
+            features_folder.remove_media_file(out, path.stem)
         before.models = digests
         features_folder.write(out / features_folder.NAME, before)
     for role in sorted(before.models.keys() | digests.keys()):
@@ -455,7 +331,7 @@ def _check_extraction(
     return before.settings
 
 
-def _choose_stems(paths: Sequence[Path], known: Mapping[str, Film]) -> dict[Path, str]:
+def _choose_stems(paths: Sequence[Path], known: Mapping[str, MediaFile]) -> dict[Path, str]:
     """Returns file -> stem, with which the names of the file's clips begin.
 
     `known` is stem -> film of an earlier call. These films keep their stems, even if they were
@@ -496,27 +372,6 @@ def _sha256_or_of_name(path: Path) -> str:
         return files.sha256_json(str(path.absolute()))
 
 
-def find_films(out: Path) -> dict[str, Film]:
-    """Returns stem -> film for the films in a folder of features, except damaged films."""
-    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
-    return {stem: film for stem in names if (film := _find_film(out, stem))}
-
-
-def _find_film(out: Path, stem: str) -> Film | None:
-    """Returns the film `stem` of an earlier call, or None if its files are damaged or missing."""
-    try:
-        film = features_folder.read_film(out / VIDEOS / f"{stem}.json")
-    except (UserError, FileNotFoundError):
-        return None
-    return film if files.exists(out / f"{stem}.npz") else None
-
-
-def lacks_pictures(out: Path, stem: str) -> bool:
-    """Returns whether a film has no thumbnails in a folder that keeps thumbnails."""
-    thumbnails = out / THUMBNAILS
-    return thumbnails.exists() and not (thumbnails / stem).exists()
-
-
 def _extract_batch(
     children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
 ) -> list[FileOutcome]:
@@ -552,10 +407,10 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
     With these arguments, `film.work` extracts the features into a temporary folder. When `folders`
     is closed, it deletes this folder.
     """
-    before = _find_film(job.out, job.stem)
+    before = features_folder.find_media_file(job.out, job.stem)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
     source = features_folder.FileStamp.of(job.path, sidecars)
-    complete = before and not lacks_pictures(job.out, job.stem)
+    complete = before and not features_folder.lacks_pictures(job.out, job.stem)
     if before and complete and before.source == source and not check:
         return FileOutcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
@@ -613,8 +468,8 @@ def _take_results(
     try:
         if isinstance(answer, UserError):
             raise answer
-        film = schemas.parse(job.path, answer, Film, "leave it out")
-        before = _find_film(job.out, job.stem)
+        film = schemas.parse(job.path, answer, MediaFile, "leave it out")
+        before = features_folder.find_media_file(job.out, job.stem)
         if before and before.tags and not film.tags:
             if film.bad_tags:
                 raise UserError(film.bad_tags)
@@ -626,7 +481,7 @@ def _take_results(
                     "delete the photo"
                 )
         partial = Path(arguments["out"])
-        _remove(job.out, job.stem)
+        features_folder.remove_media_file(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
         thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
         if thumbnails[0].exists():
@@ -642,8 +497,8 @@ def _take_results(
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
-    if not (earlier := _find_film(job.out, job.stem)):
-        _remove(job.out, job.stem)  # incomplete files
+    if not (earlier := features_folder.find_media_file(job.out, job.stem)):
+        features_folder.remove_media_file(job.out, job.stem)  # incomplete files
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error
     text, _, remedy = (describe_system_error(error) or str(error)).partition("\n")
@@ -651,48 +506,3 @@ def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     if earlier:
         text += ". The results of an earlier call are kept"
     return FileOutcome(job.path, None, text, remedy=remedy, earlier=earlier)
-
-
-def _remove(out: Path, stem: str) -> None:
-    """Removes the features and thumbnails of the video or photo `stem`."""
-    # The JSON file is removed first, because it marks the other files as complete.
-    (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
-    _remove_pictures(out / THUMBNAILS / stem)
-    (out / f"{stem}.npz").unlink(missing_ok=True)
-
-
-def remove_thumbnails(out: Path) -> bool:
-    """Removes all thumbnails from a folder of features. Returns False if other files remain."""
-    _remove_leftovers(out, None)  # temporary files may contain thumbnails
-    if not files.exists(out / THUMBNAILS):
-        return True
-    for folder in (out / THUMBNAILS).iterdir():
-        _remove_pictures(folder)
-    return files.remove_ours(out / THUMBNAILS, "")
-
-
-def _remove_pictures(folder: Path) -> None:
-    # The name of the folder is the stem of the video.
-    files.remove_ours(folder, rf"{re.escape(folder.name)}(\..+)?\.png")
-
-
-def remove_features(out: Path) -> bool:
-    """Removes a folder of features. Returns False if files of other programs remain."""
-    if files.exists(out / features_folder.NAME):
-        remove_thumbnails(out)
-        _remove_leftovers(out, set())
-        files.remove_ours(out / VIDEOS, "")
-    return files.remove_ours(out, rf"\.lock|{re.escape(features_folder.NAME)}")
-
-
-def _remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files, and if `stems` is given, the features of all other stems."""
-    videos = out / VIDEOS
-    for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
-        if PARTIAL.fullmatch(entry.name):
-            files.remove_tree(entry) if entry.is_dir() else entry.unlink()
-    if stems is not None:
-        present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
-        for stem in present - stems:
-            if "." not in stem:
-                _remove(out, stem)

@@ -214,8 +214,11 @@ class _Reading(NamedTuple):
 
 def match_faces(
     tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
-) -> np.ndarray:
-    """Returns the index of the detected face at each of n tags: int [n], or -1 if there is no face.
+) -> tuple[np.ndarray, str]:
+    """Returns the index of the detected face at each of n tags, int [n], or -1 if there is no face.
+
+    Also returns why no tag can be believed, or "". If a photo was turned, mirrored or cropped after
+    it was tagged, its tags name wrong faces.
 
     Some programs draw the boxes of tags in the stored picture, which may lie on its side. Others
     draw the boxes in the displayed, upright picture. `tags.shape` may show which picture was used.
@@ -224,22 +227,11 @@ def match_faces(
     `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.
     """
-    possible = _list_possible(tags.shape, size, orientation) or {1, orientation}
-    return _choose_reading(tags, faces, size, possible).faces
-
-
-def judge_fit(
-    tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
-) -> tuple[np.ndarray, str]:
-    """Returns which of n tags fit their faces, bool [n], and why no tag can be believed, or "".
-
-    If a photo was turned, mirrored or cropped after it was tagged, its tags name wrong faces. For
-    the arguments, see `match_faces`, which returns the faces.
-    """
+    nobody = np.full(len(tags.tags), -1)
     possible = _list_possible(tags.shape, size, orientation)
     if tags.shape and not possible:
         shapes = " x ".join(f"{side:g}" for side in tags.shape), " x ".join(map(str, size))
-        return np.zeros(len(tags.tags), bool), (
+        return nobody, (
             f"its tags were made for a picture of another shape, {shapes[0]}, not {shapes[1]}"
         )
     best = _choose_reading(tags, faces, size, possible)
@@ -250,19 +242,19 @@ def judge_fit(
         if seen <= names or (names and names <= seen):
             continue  # both agree
         if turn in possible and other.total * CLEARLY > best.total:
-            return np.zeros_like(good), TWO_WAYS
+            return nobody, TWO_WAYS
         drawn = turn == orientation or tags.shape is None or _has_shape(tags.shape, size, turn)
         clearly = other.total > max(best.total * CLEARLY, len(tags.tags) / 2)
         if turn not in possible and drawn and clearly:
-            return np.zeros_like(good), "its tags fit only if the photo is turned or mirrored"
+            return nobody, "its tags fit only if the photo is turned or mirrored"
     for number in np.flatnonzero(best.faces < 0):
         tag = tags.tags[number]
         lone = _read(Tags([tag]), faces, size, best.turn).list_names(Tags([tag]))
         if any(face == taken and name != tag.name for face, _ in lone for taken, name in names):
-            return np.zeros_like(good), "two of its tags name the same face"
+            return nobody, "two of its tags name the same face"
     if _seems_cropped(best, good, len(faces)):
-        return np.zeros_like(good), "its tags fit its faces poorly, as if it was cropped later"
-    return good, ""
+        return nobody, "its tags fit its faces poorly, as if it was cropped later"
+    return np.where(good, best.faces, -1), ""
 
 
 def _list_possible(

@@ -32,11 +32,12 @@ from starlette.routing import Route
 
 from vidjax.apps import web
 from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery, select_usable_clips
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Denials, StoredClip
+from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
-from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, Film
+from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, MediaFile, hash_film
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.utils import files, printing
 from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
@@ -130,7 +131,7 @@ class Review:
         self._forms = Forms()
         number_of = {film.video: number for number, film in enumerate(self._films)}
 
-        def address(film: Film, seconds: float) -> str:
+        def address(film: MediaFile, seconds: float) -> str:
             number = number_of[film.video]
             return f"film/{number}" if film.photo else f"play/{number}?t={seconds:.1f}"
 
@@ -236,7 +237,7 @@ class Review:
         The name of an enrolled clip is left out if a clip of a replaced film has it now.
         """
         vectors = self._decision.vectors
-        return self._gallery.complete(vectors.only({*clips})) if vectors else set()
+        return {*self._gallery.find_enrolled(vectors.only({*clips}))} if vectors else set()
 
     def _label_clips(
         self, of: str, clips: Collection[str], name: str | None
@@ -259,7 +260,7 @@ class Review:
         """Returns the denied names of `clips`, with the additional name `name`."""
         denied: dict[str, dict[str, list[str]]] = {}
         for film in self._films:
-            digest = who.hash_film(film)
+            digest = hash_film(film)
             of_film = self._gallery.denied.get(digest, {})
             for clip in {track.clip for track in film.tracks}.intersection(clips):
                 denied.setdefault(digest, {})[clip] = [*of_film.get(clip, ()), name]

@@ -7,7 +7,7 @@ fewer people are detected than in one of these two frames, the whole frame is se
 who is visible for a second is detected in all frames.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,66 +20,57 @@ LEAST_SECONDS = 1.0  # a frame this long after the first frame of a group begins
 
 
 class SearchedFrame(NamedTuple):
-    """A frame and the people who were detected in it."""
+    """A frame and the faces that were detected in it."""
 
     number: int  # the number of the frame in the film
     time_s: float
     rgb: np.ndarray  # uint8 [H, W, 3]
-    detections: Mapping[str, Faces]  # part, such as "face" -> detections
+    faces: Faces
 
 
 class FilmSearch:
-    """Detects people in the frames of a film. To save time, it searches most frames only in part.
+    """Detects faces in the frames of a film. To save time, it searches most frames only in part.
 
     Frames are added one by one, but are searched and yielded in groups of up to five.
     """
 
-    def __init__(self, detectors: Mapping[str, Detector]):
-        self._detectors = detectors
+    def __init__(self, detector: Detector):
+        self._detector = detector
         self._group: list[SearchedFrame] = []
-        # The detections in the last frame of the previous group, as in `SearchedFrame`.
-        self._before: Mapping[str, Faces] = {}
+        self._before: Faces | None = None  # the detections in the last frame of the previous group
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
         """Adds a frame. If it begins a new group, first searches and yields the previous group."""
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()
-        self._group.append(SearchedFrame(number, time_s, rgb, {}))
+        self._group.append(SearchedFrame(number, time_s, rgb, NO_FACES))
 
     def end_shot(self) -> Iterator[SearchedFrame]:
         """Searches and yields the remaining frames of a shot. The next frame begins a new shot."""
         # The last frame of a short shot may be part of a fade, so the first frame is also searched.
-        if self._group and not self._before:
+        if self._group and self._before is None:
             first, *self._group = self._group
-            self._before = self._search_whole(first.rgb)
+            self._before = self._detector.search(first.rgb)
             yield _keep_strong(first, self._before)
         if self._group:
             yield from self._search()
-        self._before = {}
+        self._before = None
 
     def _search(self) -> list[SearchedFrame]:
         """Searches the frames of the group; returns them with detections, and empties the group."""
-        last = detections = self._search_whole(self._group[-1].rgb)
+        last = detections = self._detector.search(self._group[-1].rgb)
         searched = [_keep_strong(self._group[-1], detections)]
         for frame in self._group[-2::-1]:
-            detections = {
-                name: _search_between(
-                    net, frame.rgb, self._before.get(name, NO_FACES), detections[name]
-                )
-                for name, net in self._detectors.items()
-            }
+            before = NO_FACES if self._before is None else self._before
+            detections = _search_between(self._detector, frame.rgb, before, detections)
             searched.append(_keep_strong(frame, detections))
         self._group, self._before = [], last
         return searched[::-1]
 
-    def _search_whole(self, rgb: np.ndarray) -> dict[str, Faces]:
-        return {name: net.search(rgb) for name, net in self._detectors.items()}
 
-
-def _keep_strong(frame: SearchedFrame, detections: Mapping[str, Faces]) -> SearchedFrame:
-    strong = {name: faces.take_above(LEAST_SCORE) for name, faces in detections.items()}
-    return frame._replace(detections=strong)
+def _keep_strong(frame: SearchedFrame, detections: Faces) -> SearchedFrame:
+    return frame._replace(faces=detections.take_above(LEAST_SCORE))
 
 
 def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vidjax.apps.video.cards import BackEnd
+from vidjax.apps.cards import BackEnd
 
 LEAST_OVERLAP = 0.3  # two boxes with a larger intersection over union may show the same person
 GAP_SECONDS = 1.0  # a track ends if the person is not detected for this time

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from vidjax.apps.cards import Card, Role
 from vidjax.apps.video import decode, nets
-from vidjax.apps.video.cards import Card, Role
 
 if TYPE_CHECKING:
-    from vidjax.apps.video.features_folder import FilmTrack
+    from vidjax.apps.video.features_folder import FaceTrack
 
 RATE = decode.SOUND_RATE
 STEP = 512  # samples (32 ms) for which the net computes a probability of speech
@@ -89,7 +89,7 @@ class Listener:
         return probabilities
 
 
-def find_solo_spans(tracks: "Iterable[FilmTrack]") -> Iterator[Span]:
+def find_solo_spans(tracks: "Iterable[FaceTrack]") -> Iterator[Span]:
     """Yields the parts of a film during which only one person is visible, in order of time.
 
     Parts shorter than 1.6 seconds are left out. Long parts are split into pieces of 60 seconds that

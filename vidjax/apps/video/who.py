@@ -25,8 +25,6 @@ read again, the features of all other films are removed, and the names are kept.
 import functools
 import math
 import os
-import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,21 +35,40 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.gallery import answers as answers_lib, store
-from vidjax.apps.gallery.answers import NOBODY, Answer
-from vidjax.apps.gallery.changes import check_person, follow_renames
-from vidjax.apps.gallery.gallery import (
-    Gallery,
-    Vectors,
-    advise_other_films,
-    select_usable_clips,
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.changes import follow_renames
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.vectors import Vectors
+from vidjax.apps.video import (
+    appearances,
+    cuts,
+    features_folder,
+    media_files,
+    names_page,
+    pipeline,
 )
-from vidjax.apps.video import appearances, cuts, doubts, features_folder, names_page, pipeline
 from vidjax.apps.video.appearances import Appearance
-from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, Film
+from vidjax.apps.video.features_folder import (
+    THUMBNAILS,
+    ExtractionSettings,
+    MediaFile,
+    hash_film,
+    select_films,
+)
+from vidjax.apps.video.people_photos import (
+    PEOPLE,
+    PhotoFace,
+    check_people,
+    check_photos,
+    embed_clips,
+    enrol_photos,
+    find_missing,
+    list_faces,
+    list_photos,
+    warn_of_doubts,
+)
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.checks import list_entries
-from vidjax.data.clip_files import read_clips
-from vidjax.data.memory import MemoryClips
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.runs.terminal import say
@@ -60,13 +77,12 @@ from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.names import IGNORED, make_file_stems, normal_form, show
 
 T = TypeVar("T")
-PAGE, SUBTITLES, CUTS, PEOPLE, FEATURES = "names.html", "subtitles", "cuts", "people", "features"
+PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
 NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
 NUMBERS_BYTES = 256 * files.MB  # the largest `unknown.json` that is read
-MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 
 
@@ -130,13 +146,13 @@ class UnknownNumbers(Struct, kw_only=True):
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
-    def keep(self, films: Iterable[Film]) -> "UnknownNumbers":
+    def keep(self, films: Iterable[MediaFile]) -> "UnknownNumbers":
         """Forgets films that are not in `films`."""
         digests = {*map(hash_film, films)}
         kept = {digest: self.films[digest] for digest in sorted(digests & self.films.keys())}
         return msgspec.structs.replace(self, films=kept, removed=self.highest)
 
-    def update(self, films: Iterable[Film], groups: Mapping[str, str]) -> "UnknownNumbers":
+    def update(self, films: Iterable[MediaFile], groups: Mapping[str, str]) -> "UnknownNumbers":
         """Stores the number of each unknown clip of `films`. `groups` is clip -> `unknown 3`."""
         numbers = {**self.films}
         for film in films:
@@ -159,9 +175,9 @@ class Decision(NamedTuple):
 
     digest: str  # of the gallery
     people: Mapping[str, Collection[str]]  # name of each enrolled or named person -> enrolled clips
-    films: Sequence[Film]
+    films: Sequence[MediaFile]  # also photos
     vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
-    vote_groups: dict[str, str]  # clip -> group. The clips of a group vote on one name
+    votes: dict[str, str] | None  # clip -> group. The clips of a group vote on one name
     answers: dict[str, Answer]  # clip -> answer of the gallery
     # Clip without a name -> unknown person, such as `unknown 3`, or an unclear face, such as
     # `unknown face 4`. Ignored people are left out.
@@ -173,23 +189,9 @@ class Decision(NamedTuple):
         return {name: len(clips) for name, clips in self.people.items()}
 
 
-def hash_film(film: Film) -> str:
-    """Returns a digest of the file and the clips of a film."""
-    tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
-    return files.sha256_json([film.sha256, tracks])
-
-
-def _select(table: Mapping[str, Mapping[str, T]], films: Iterable[Film]) -> dict[str, T]:
-    """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
-    selected: dict[str, T] = {}
-    for film in films:
-        selected |= table.get(hash_film(film), {})
-    return selected
-
-
-def read_films(out: Path) -> list[Film]:
+def read_films(out: Path) -> list[MediaFile]:
     """Reads the descriptions of all films in a folder of results."""
-    return features_folder.read_films(out / FEATURES)
+    return features_folder.read_media_files(out / FEATURES)
 
 
 def read_numbers(out: Path) -> UnknownNumbers:
@@ -213,11 +215,11 @@ def _move_denials(out: Path, gallery: Gallery) -> None:
     old = _read_numbers(out, OldDenials)
     if old and old.denied:
         with gallery.change() as draft:
-            draft.deny(follow_renames(old.denied, old.clips, draft.clips, draft.groups))
+            draft.deny(follow_renames(old.denied, old.clips, draft.clips, draft.clips_of))
         _write_numbers(out, read_numbers(out))
 
 
-def _forget_denials(gallery: Gallery, films: Iterable[Film]) -> None:
+def _forget_denials(gallery: Gallery, films: Iterable[MediaFile]) -> None:
     """Forgets denied names of films that are not in `films`."""
     kept = {*map(hash_film, films)}
     with gallery.change() as draft:
@@ -269,8 +271,8 @@ def name_people(
     answers_lib.check_choice(fpir, threshold)
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
-    pipeline.check_apart(pipeline.list_files(films), out)
-    photos = {} if people is None else _list_photos(people, out)
+    media_files.check_apart(media_files.list_files(films), out)
+    photos = {} if people is None else list_photos(people, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
@@ -285,7 +287,7 @@ def name_people(
         failed, names = dict[str, str](), set[str]()
         if people is not None:
             failed, names = _update_people(gallery, people, photos, out, forget_missing, options)
-        earlier = pipeline.find_films(out / FEATURES).values()
+        earlier = features_folder.find_media_files(out / FEATURES).values()
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
             raise UserError(
@@ -297,12 +299,12 @@ def name_people(
             gallery.rule(fpir=fpir, threshold=threshold)
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*/"):
-                pipeline.remove_thumbnails(folder)
+                features_folder.remove_thumbnails(folder)
         outcomes = pipeline.extract(
             films, out / FEATURES, settings=settings, done=done,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
-        failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.film}
+        failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
         all_films = read_films(out)
         _report_missing(all_films, out, prune)
         _forget_denials(gallery, all_films)
@@ -310,7 +312,7 @@ def name_people(
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
         write(out, decision, padding)
-        missed = sorted(names - {photo.person for photo in _list_faces(gallery).values()})
+        missed = sorted(names - {photo.person for photo in list_faces(gallery).values()})
         return WhoResults(decision.count_clips(), decision, failed, missed)
 
 
@@ -327,7 +329,7 @@ def _update_people(
     Returns path of each unusable photo -> remedy, and the names of all people with photos.
     `options` are arguments of `pipeline.extract_folders`.
     """
-    _check_people(gallery, photos, people, out, forget_missing)
+    check_people(gallery, photos, people, out, forget_missing)
     (out / PEOPLE).mkdir(exist_ok=True)
     files.hide(out / PEOPLE)  # the names of its folders are names of people
     folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
@@ -337,16 +339,16 @@ def _update_people(
         group = dict(folders[first : first + MOST_LOCKED])
         outcomes_of |= pipeline.extract_folders(group, drop=drop, tagged=True, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
-    enrolled = _list_faces(gallery)
-    failed, names, usable = _check_photos(enrolled, outcomes_of, people)
+    enrolled = list_faces(gallery)
+    failed, names, usable = check_photos(enrolled, outcomes_of, people)
     missing = set[str]()
     if not forget_missing:
-        missing = _find_missing(enrolled, outcomes_of, usable, people, out)
+        missing = find_missing(enrolled, outcomes_of, usable, people, out)
     if missing:
         kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
         names |= kept
         failed |= {str(people / folder): "" for folder in sorted(missing)}
-        hint = "" if os.path.isdir(people) else pipeline.suggest_path(people)
+        hint = "" if os.path.isdir(people) else media_files.suggest_path(people)
         say(
             f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
             f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
@@ -362,47 +364,13 @@ def _update_people(
         clip: photo for clip, photo in enrolled.items()
         if (photo.folder, photo.clip.partition(".")[0]) not in unread
     }  # fmt: skip
-    _enrol_photos(gallery, checked, usable, names)
+    enrol_photos(gallery, checked, usable, names)
     _forget(gallery, names, {*photos, *missing}, out)
-    _warn_of_doubts(gallery, outcomes_of, people)
+    warn_of_doubts(gallery, outcomes_of, people)
     return failed, names
 
 
-def _find_missing(
-    enrolled: Mapping[str, "PhotoFace"],
-    outcomes_of: Mapping[Path, Sequence[FileOutcome]],
-    usable: Mapping[Path, Mapping[str, str]],
-    people: Path,
-    out: Path,
-) -> set[str]:
-    """Returns the folders in `OUT/people` whose photos are missing, but were not deleted by a user.
-
-    A user has deleted a photo if it was in a folder that has other photos. If new photos have the
-    same content, a user has moved or renamed them. `enrolled` is clip -> face in the gallery.
-    """
-    absent = {photo.folder for photo in enrolled.values()} - {x.name for x in outcomes_of}
-    if not absent:
-        return absent
-    outcomes = [outcome for photos in outcomes_of.values() for outcome in photos]
-    has_others = any(outcome.path.parent == people for outcome in outcomes)
-    new = {
-        outcome.known.sha256
-        for folder, photos in outcomes_of.items()
-        for outcome in photos if outcome.known
-        for track in outcome.known.tracks if (name := usable[folder].get(track.clip))
-        if str(PhotoFace(folder.name, track.clip, name)) not in enrolled
-    }  # fmt: skip
-    place, missing = Path(os.path.realpath(people)), set[str]()
-    for folder in absent:
-        films = pipeline.find_films(out / PEOPLE / folder).values()
-        paths = [film.source.path for film in films]
-        deleted = has_others and all(x.parent == place and pipeline.is_missing(x) for x in paths)
-        if not films or not (deleted or new & {film.sha256 for film in films}):
-            missing.add(folder)
-    return missing
-
-
-def _report_missing(films: Sequence[Film], out: Path, pruned: bool) -> None:
+def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None:
     """Prints how many films no longer exist, and the name of a film that lacks thumbnails."""
     missing = [film.video for film in films if not os.path.exists(film.source.path)]
     if missing and not pruned:
@@ -412,7 +380,7 @@ def _report_missing(films: Sequence[Film], out: Path, pruned: bool) -> None:
         )
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
-        lacks = stem and pipeline.lacks_pictures(out / FEATURES, stem)
+        lacks = stem and features_folder.lacks_pictures(out / FEATURES, stem)
         if lacks and os.path.exists(film.source.path):
             say(f"there are no thumbnails of {film.video}: add this film to the command")
             return
@@ -443,7 +411,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     return gallery
 
 
-def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
+def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> None:
     """Enrols the clips of `films` to which a user gave names in `unknown.tsv`."""
     path, features = out / UNKNOWN, out / FEATURES
     names = answers_lib.read_groups(path) if files.exists(path) else {}
@@ -460,7 +428,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[Film]) -> None:
         )
     if not known:
         return
-    vectors = _embed(gallery, features, known)
+    vectors = embed_clips(gallery, features, known)
     # If a film was replaced, the new clips may have the same names as old clips that are enrolled.
     if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
         gallery.remove(clip=stale)
@@ -481,409 +449,9 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
         files.write_text(path, text)
 
 
-def _list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
-    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
-
-    Raises UserError if there are no photos, and there is no gallery of an earlier call.
-    """
-    if not os.path.isdir(people):
-        if not os.path.exists(people) and files.exists(out / "gallery"):
-            return {}
-        raise _refuse_people(people)
-    if out.resolve().parent == people.resolve():
-        raise UserError(
-            f"--out={out} is inside '{people}', where each folder is a person\nname another folder"
-        )
-    photos_of: dict[str, list[Path]] = {}
-    pipeline.say_left_out([people])
-    single = pipeline.split_files(people)[0]
-    for path in list_entries(people):
-        if path.is_file() and path not in single:
-            continue
-        photos = [path] if path.is_file() or _is_lost_photo(path) else []
-        if path.is_dir():
-            photos = [photo for folder in pipeline.walk(path) for photo in _list_stills(folder)]
-        if not photos and not files.exists(out / PEOPLE / normal_form(path.name)):
-            say(
-                f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
-                warning=True,
-            )
-        elif photos:
-            name = check_person(path.name if path.is_dir() else path.stem)
-            photos_of.setdefault(name, []).extend(photos)
-    if not photos_of and not files.exists(out / "gallery"):
-        raise UserError(
-            f"'{people}' contains no photos\nadd photos {people}/NAME/PHOTO.jpg of each person"
-        )
-    return photos_of
-
-
-def _refuse_people(people: Path) -> UserError:
-    hint = "" if os.path.exists(people) else pipeline.suggest_path(people)
-    return UserError(
-        f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
-    )
-
-
-def _check_people(
-    gallery: Gallery,
-    photos: Mapping[str, Sequence[Path]],
-    people: Path,
-    out: Path,
-    forget_missing: bool,
-) -> None:
-    """Raises UserError if the folder `people` seems wrong, because it has no enrolled person."""
-    enrolled = _list_faces(gallery).values()
-    before = {name for photo in enrolled for name in (photo.folder, photo.person)}
-    if not os.path.isdir(people) and (forget_missing or not before):
-        raise _refuse_people(people)
-    if not photos or before & {*photos}:
-        return
-    is_person = normal_form(people.resolve().name) in before
-    # If a single person is missing, the person is kept or replaced.
-    if not is_person and (forget_missing or len(before) < 2 or _were_renamed(photos, out)):
-        return
-    remedy = "to forget them, add --forget-missing; to keep them, name another --out"
-    if is_person:
-        above = shlex.quote(messages.relative_path(people.resolve().parent))
-        remedy = f"it is the folder of one person: name the folder above, --people={above}"
-    names = messages.list_some([*map(show, sorted(before))])
-    raise UserError(f"'{people}' contains none of the people of earlier calls ({names})\n{remedy}")
-
-
-def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
-    """Returns whether one of the photos has the same content as a photo of an earlier call."""
-    folders = [folder for folder in (out / PEOPLE).glob("[!.]*") if folder.is_dir()]
-    films = [film for folder in folders for film in pipeline.find_films(folder).values()]
-    sizes, digests = {film.source.size for film in films}, {film.sha256 for film in films}
-    paths = (path for paths in photos.values() for path in paths if os.path.exists(path))
-    return any(
-        path.stat().st_size in sizes and files.sha256_file(path) in digests for path in paths
-    )
-
-
-def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
-    """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
-
-    `names` are the people whose photo is a file directly in the folder `people`. `only_files` is
-    True if all people are such files, and nobody was enrolled before. Then two photos with any
-    names cause a warning, because `people` may be the folder of one person.
-    """
-    if only_files and len(names) > 1:
-        above = shlex.quote(messages.relative_path(people.resolve().parent))
-        say(
-            f"each photo in '{people}' counts as a different person, such as {show(names[0])} and "
-            f"{show(names[1])}. If all show the same person, name the folder above: "
-            f"--people={above}",
-            warning=True,
-        )
-        return
-    by_name: dict[str, list[str]] = {}
-    for name in names:
-        if number := re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name):
-            by_name.setdefault(number[1], []).append(name)
-    for name, twins in by_name.items():
-        if len(twins) > 1:
-            say(
-                f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
-                f"person, put the photos into '{people}/{show(name)}/'",
-                warning=True,
-            )
-
-
-def _list_stills(folder: Path) -> list[Path]:
-    """Returns the photos and films in a folder, without the films that phones add to photos.
-
-    Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`.
-    """
-    paths = pipeline.split_files(folder)[0]
-    photos = {path for path in paths if path.suffix.lower() in pipeline.PHOTOS}
-    stems = {path.stem for path in photos}
-    lost = [path for path in list_entries(folder) if _is_lost_photo(path)]
-    return [path for path in paths if path in photos or path.stem not in stems] + lost
-
-
-def _is_lost_photo(path: Path) -> bool:
-    """Returns whether a path is a link to a photo that is missing, for example on another drive."""
-    return path.suffix.lower() in pipeline.PHOTOS and not os.path.exists(path)
-
-
-def _check_photos(
-    enrolled: Mapping[str, "PhotoFace"],
-    outcomes_of: Mapping[Path, Sequence[FileOutcome]],
-    people: Path,
-) -> tuple[dict[str, str], set[str], dict[Path, dict[str, str]]]:
-    """Finds the usable faces in photos, and prints problems of photos.
-
-    If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
-    has no tags, its face gets the name of the folder. `outcomes_of` is folder of features -> the
-    outcomes of its photos. `enrolled` is clip -> face in the gallery.
-
-    Returns path of each unusable photo -> remedy, the names of all people, and folder of features
-    -> clip -> person for all usable clips.
-    """
-    failed, names = dict[str, str](), set[str]()
-    usable: dict[tuple[Path, str], str] = {}
-    poor, hidden = set[tuple[Path, str]](), dict[tuple[Path, str], str]()
-    single: list[str] = []  # people whose photo is a file in the folder of people
-    known = {photo.person for photo in enrolled.values()}
-    for folder, outcomes in outcomes_of.items():
-        found, shown = set[str](), set[str]()
-        tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
-        for outcome in outcomes:
-            people_of, clips, bad = _check_photo(folder.name, outcome)
-            if not outcome.film:  # a user may have removed faces of a missing photo
-                faces = {clip: PhotoFace(folder.name, clip, name) for clip, name in clips.items()}
-                clips = {c: face.person for c, face in faces.items() if str(face) in enrolled}
-            found |= people_of
-            shown |= {*clips.values()}
-            usable |= {(folder, clip): name for clip, name in clips.items()}
-            poor |= {(folder, clip) for clip in bad}
-            hidden |= {(folder, clip): problem for clip, problem in bad.items() if problem}
-            failed |= {} if clips and outcome.film else {str(outcome.path): outcome.remedy}
-        # A folder of photos in which other people are tagged is not a person.
-        if tags and folder.name not in {*tags, *shown, *known}:
-            found.discard(folder.name)
-        names |= found
-        # If a photo cannot be read, the people of its tags are not forgotten.
-        if not all(outcome.film for outcome in outcomes):
-            names |= {photo.person for photo in enrolled.values() if photo.folder == folder.name}
-        if outcomes[0].path.parent == people:
-            single.append(folder.name)
-        _warn_of_tags(folder.name, outcomes, people)
-    for problem in features_folder.leave_out_hidden(usable, poor, hidden):
-        say(problem, warning=True)
-    only_files = len(single) == len(outcomes_of) and not known
-    _warn_of_numbers([name for name in single if name in names], people, only_files)
-    faces_of: dict[Path, dict[str, str]] = {folder: {} for folder in outcomes_of}
-    for (folder, clip), name in usable.items():
-        faces_of[folder][clip] = name
-    return failed, names, faces_of
-
-
-def _enrol_photos(
-    gallery: Gallery,
-    enrolled: Mapping[str, "PhotoFace"],
-    usable: Mapping[Path, Mapping[str, str]],
-    names: Collection[str],
-) -> None:
-    """Enrols the usable faces, and removes the other faces in `enrolled` from the gallery.
-
-    `enrolled` is clip -> face in the gallery. `usable` is folder of features -> clip -> person.
-    `names` are all people. Only folders in `usable` are changed.
-    """
-    labels, old = _choose_labels(gallery, names), dict[str, set[str]]()
-    for clip, photo in enrolled.items():
-        if photo.person in labels:
-            old.setdefault(photo.folder, set()).add(clip)
-    for folder, named in usable.items():
-        _enrol(gallery, folder, named, labels, old.get(folder.name, set()))
-    found = {name for named in usable.values() for name in named.values()}
-    for name in sorted(
-        {*names} - found - {photo.person for photo in _list_faces(gallery).values()}
-    ):
-        say(
-            f"{show(name)} cannot be recognised: no photo of {show(name)} can be used",
-            warning=True,
-        )
-
-
-def _check_photo(
-    folder_name: str, outcome: FileOutcome
-) -> tuple[set[str], dict[str, str], dict[str, str]]:
-    """Prints problems of a photo, except sunglasses.
-
-    Returns the people in it, clip -> person for usable clips, and clip -> problem for usable clips
-    with a problem, or "" if the problem was printed. If the photo has no face tags, the only person
-    is `folder_name`.
-    """
-    film, bad = outcome.known, dict[str, str]()
-    names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
-    if film and film.tags:
-        names = film.tags
-        clips = {track.clip: track.name for track in film.tracks if track.name}
-        problems += [film.bad_tags, film.misfit and f"{film.misfit}: {MISFIT_REMEDY}"]
-        if not film.misfit:
-            problems += [f"there is no face at the tag of {show(tag)}" for tag in film.lost_tags]
-    elif film:
-        clip, problem = features_folder.check_photo(film)
-        clips = {clip: folder_name} if clip else {}
-        problems += [film.bad_tags, "" if clip else problem]
-    for track in film.tracks if film else ():
-        if track.clip in clips and (problem := features_folder.check_face(track)):
-            problem = f"{show(clips[track.clip])}: {problem}" if track.name else problem
-            bad[track.clip] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
-            problems += [] if track.dark_eyes else [problem]
-    for problem in filter(None, problems):
-        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
-    return names, clips, bad
-
-
-def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
-    """Prints one warning if new photos in the folder of the person `name` tag only other people."""
-    new = [
-        (outcome.path, outcome.film.tags) for outcome in outcomes
-        if outcome.film and not outcome.kept and outcome.path.parent != people
-    ]  # fmt: skip
-    if foreign := [(path, names) for path, names in new if names and name not in names]:
-        path, names = foreign[0]
-        tagged = messages.list_some([*map(show, sorted(names))], 3)
-        more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
-        say(
-            f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}",
-            warning=True,
-        )
-
-
-def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
-    """Returns name of a person -> label, the name in the gallery for the person's new photos.
-
-    The label differs from the name if a user has renamed the person in the gallery. The label is
-    the most frequent label of the person's photos. Labels of other people in `names` come last.
-    """
-    before = {name: Counter[str]() for name in names}
-    for clip, photo in _list_faces(gallery).items():
-        if (label := gallery.clips[clip].identity) and photo.person in before:
-            before[photo.person][label] += 1
-    chosen = {}
-    for name, labels in before.items():
-        order = [(label != name and label in names, -labels[label], label) for label in labels]
-        chosen[name] = min(order)[-1] if order else name
-    return chosen
-
-
-def _enrol(
-    gallery: Gallery,
-    folder: Path,
-    usable: Mapping[str, str],
-    labels: Mapping[str, str],
-    old: set[str],
-) -> None:
-    """Enrols the photos of a folder of features, and removes deleted photos from the gallery.
-
-    `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
-    `old` are the clips of the folder that earlier calls have enrolled.
-    """
-    if not usable:
-        gallery.remove(clip=old)
-        return
-    vectors = _embed(gallery, folder, usable)
-    faces = [PhotoFace(folder.name, clip, usable[clip]) for clip in vectors.names]
-    vectors = vectors._replace(
-        names=tuple(map(str, faces)), labels=tuple(labels[face.person] for face in faces)
-    )
-    clips = select_usable_clips(vectors)
-    with gallery.change() as draft:  # a single change: denied names of the person are kept
-        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
-        draft.remove(clip=old - unchanged)
-        draft.add({clip: entry for clip, entry in clips.items() if clip not in unchanged})
-    new = {str(entry.identity) for clip, entry in clips.items() if clip not in unchanged}
-    advise_other_films(gallery, sorted(new))
-
-
-def _warn_of_doubts(
-    gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]], people: Path
-) -> None:
-    """Prints warnings of photos that may show another person or are enrolled for two people."""
-    given = {
-        str(PhotoFace(folder.name, track.clip, track.name or folder.name)):
-            (outcome.path, outcome.known)
-        for folder, photos in outcomes.items()
-        for outcome in photos if outcome.known
-        for track in outcome.known.tracks
-    }  # fmt: skip
-    person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
-    owners: dict[str, set[str]] = {}  # the people of a file, by its sha256
-    whole = {clip: film.sha256 for clip, (_, film) in given.items() if not film.tags}
-    for clip in whole.keys() & person_of.keys():
-        owners.setdefault(whole[clip], set()).add(person_of[clip])
-    twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
-    single = {clip: person_of[clip] for clip in person_of.keys() - twins}
-    doubtful = doubts.find_doubtful_photos(gallery, single)
-    for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
-        (path, film), name = given[clip], show(person_of[clip])
-        if clip in twins:
-            others = ", ".join(map(show, sorted(owners[film.sha256] - {person_of[clip]})))
-            say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
-        else:
-            like = doubtful.photos[clip]
-            seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
-            wrong = "correct its tag" if film.tags else "move it"
-            say(
-                f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
-                warning=True,
-            )
-    path_of = {clip: path for clip, (path, _) in given.items()}
-    _warn_of_contradictions(doubtful, person_of, path_of, people)
-
-
-def _warn_of_contradictions(
-    doubtful: doubts.Doubts, person_of: Mapping[str, str], path_of: Mapping[str, Path], people: Path
-) -> None:
-    """Prints warnings of photos that contradict each other, if it is not clear which are wrong.
-
-    `person_of` is clip -> person, and `path_of` is clip -> photo, for the photos of this call.
-    """
-
-    def locate(clip: str) -> str:
-        path = path_of.get(clip, Path(clip))
-        return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
-
-    for name, all_sides in doubtful.mixed.items():
-        sides = [side for side in all_sides if not path_of.keys().isdisjoint(side.photos)]
-        if len(sides) < 2:
-            continue  # the other side has only clips of films, to which a user gave this name
-        number = "two" if len(sides) == 2 else f"{len(sides):,}"
-        texts = [
-            messages.list_some([*map(locate, side.photos)], 3)
-            + (f" (like {show(side.like)})" if side.like else "")
-            for side in sides[:3]
-        ] + ["..."] * (len(sides) > 3)
-        say(
-            f"the photos of {show(name)} show {number} people: {' / '.join(texts)}\n"
-            f"move the photos that do not show {show(name)}",
-            warning=True,
-        )
-    for first, second in doubtful.alike:
-        names = " and ".join(show(person_of[clip]) for clip in (first, second))
-        say(
-            f"{locate(first)} and {locate(second)} are enrolled as {names}, but seem to show one "
-            "person: move the wrong photo",
-            warning=True,
-        )
-
-
-class PhotoFace(NamedTuple):
-    """An enrolled face of a photo.
-
-    `str(face)` is the name of its clip in the gallery, such as `people/Ada/IMG_1.f02`. If a face
-    tag names another person than the folder, the name ends with this person: `.../IMG_1.f02/Bob`.
-    """
-
-    folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
-    clip: str  # the name of the clip in these features
-    person: str  # the name of the folder, or the name in the face tag
-
-    def __str__(self) -> str:
-        tag = "" if self.person == self.folder else f"/{self.person}"
-        return f"{PEOPLE}/{self.folder}/{self.clip}{tag}"
-
-    @classmethod
-    def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery; returns None for a clip of a film."""
-        parts = clip.split("/", 3)
-        if parts[0] != PEOPLE or len(parts) < 3:
-            return None
-        return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
-
-
-def _list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
-    return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
-
-
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
     """Forgets people who are not in `names`, and folders of features that are not in `places`."""
-    photos = _list_faces(gallery)
+    photos = list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
     forgotten = {clip for clip, photo in photos.items() if photo.person not in names}
     gone = {clip for clip, photo in photos.items() if photo.folder not in places} | forgotten
@@ -900,40 +468,26 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     for folder in (out / PEOPLE).glob("[!.]*"):  # the folder may be missing
         if folder.name not in places and normal_form(folder.name) in names:
             say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
-        if folder.name not in places and not pipeline.remove_features(folder):
+        if folder.name not in places and not features_folder.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     # Page and tables contain their names, and this call may fail before it writes new ones.
     if people:
         _remove_results(out)
 
 
-def _embed(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    """Computes the embeddings of clips from a folder of features."""
-    paths = sorted({features_folder.locate_features(features, clip) for clip in clips})
-    reads = gallery.backend.widths
-    known = (
-        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
-        for clip in read_clips(paths) if clip.name in clips
-    )  # fmt: skip
-    return gallery.embed(MemoryClips.pack(known, reads, ()))
-
-
 def decide(
     gallery: Gallery,
     out: Path,
-    films: Sequence[Film],
+    films: Sequence[MediaFile],
     before: UnknownNumbers,
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
 ) -> Decision:
-    """Names the people in the clips of all films, and numbers unknown people.
+    """Names the people in the clips of all films, see `name_tracks`, and numbers unknown people.
 
-    Similar clips are grouped, and the clips of a group vote on one name. An enrolled clip gets the
-    name under which it is enrolled. A group without a name is an unknown person, who keeps the
-    number of the last call or gets a new number. The numbers are written to `unknown.json`.
-
-    An unclear face without a name is in no group. If only unclear faces of a person are enrolled,
-    no other clip gets the name of this person.
+    A group of clips without a name is an unknown person, who keeps the number of the last call or
+    gets a new number. An unclear face without a name is in no group. The numbers are written to
+    `unknown.json`.
 
     Args:
       out: the folder of results.
@@ -941,35 +495,19 @@ def decide(
       identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
       last: an earlier decision on the same films. Its embeddings and groups are used to save time.
     """
-    vectors, votes = (last.vectors, last.vote_groups) if last else (None, dict[str, str]())
+    vectors, votes = (last.vectors, last.votes) if last else (None, None)
     answers, groups = dict[str, Answer](), dict[str, str]()
-    clips = {track.clip for film in films for track in film.tracks}
-    complete = set[str]()
-    if clips:
-        vectors = vectors or _embed(gallery, out / FEATURES, clips)
-        complete = gallery.complete(vectors)
+    if clips := {track.clip for film in films for track in film.tracks}:
+        vectors = vectors or embed_clips(gallery, out / FEATURES, clips)
+        gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
     digest, people = gallery.digest, gallery.people
     if vectors is not None:
-        owner = {clip: name for name, of_person in people.items() for clip in of_person}
-        enrolled = {clip: owner.get(clip) for clip in complete & gallery.clips.keys()}
-        votes = votes or appearances.group_votes(gallery, vectors, films)
-        answers = dict.fromkeys(vectors.names, NOBODY)
-        if gallery.identities:
-            answers = identify(vectors, groups=votes)
-        answers = appearances.remove_unclear_names(answers, gallery, films)
-        for clip, names in _select(gallery.denied, films).items():
-            if (answer := answers.get(clip, NOBODY)).identity in names:
-                best = tuple(pair for pair in answer.best if pair[0] not in names)
-                answers[clip] = answer._replace(identity=None, best=best, evidence=())
-        for clip, name in enrolled.items():
-            known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (appearances.TOLD,))
-            answers[clip] = NOBODY if name is None else known
-        answers = appearances.settle_answers(answers, films)
+        answers, enrolled, votes = appearances.name_tracks(gallery, vectors, films, identify, votes)
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
         nameless -= enrolled.keys()
-        groups = appearances.group_unknown(gallery, vectors.only(nameless), films, votes)
-        groups = _keep_numbers(groups, _select(before.films, films), before.highest)
+        groups = appearances.group_unknown(gallery, vectors.only(nameless), films)
+        groups = _keep_numbers(groups, select_films(before.films, films), before.highest)
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
     _write_numbers(out, before.update(films, groups))
     resolved = {group: before.resolve(group) for group in {*groups.values()}}
@@ -1005,7 +543,7 @@ def _keep_numbers(
 def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> None:
     """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
 
-    def address(film: Film, seconds: float) -> str:
+    def address(film: MediaFile, seconds: float) -> str:
         place = quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
         return place if film.photo else f"{place}#t={seconds:.1f}"
 
@@ -1039,7 +577,7 @@ def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> No
 def render_page(
     out: Path,
     decision: Decision,
-    address: Callable[[Film, float], str],
+    address: Callable[[MediaFile, float], str],
     forms: names_page.Forms | None = None,
 ) -> str:
     """Returns an HTML page that shows who appears when in each film.

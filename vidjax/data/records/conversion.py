@@ -8,8 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from vidjax.data.packed_clips import (
     measure_quality,
 )
 from vidjax.data.records import shard_files
-from vidjax.data.records.data_report import format_report, label_records, report_split
+from vidjax.data.records.data_report import report_split
 from vidjax.data.records.manifest import (
     NAME,
     VERSION,
@@ -37,10 +36,9 @@ from vidjax.data.records.manifest import (
     remove,
     write_manifest,
 )
-from vidjax.utils import exit_codes, files, printing
+from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.machine import max_open_files, num_cores
-from vidjax.utils.parser import Parser
 
 ORDER_SEED = 0
 MIN_SHARDS = 8
@@ -299,40 +297,3 @@ def _encode_clips(
                 content = frames.astype(dtype.newbyteorder("<"), copy=False).tobytes()
             values[f"frames/{name}/{field}"] = content
         yield shard_files.make_record(shard_files.encode(values))
-
-
-def run_command(
-    argv: Sequence[str] | None,
-    module: str,
-    description: str,
-    open_source: Callable[..., RecordSource],
-) -> int:
-    """Runs the command `python -m MODULE DIR`, and returns the exit code.
-
-    The command converts the folder DIR, which `open_source` opens.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog=f"python -m {module}", description=description)
-    parser.add_argument("directory", metavar="DIR", type=Path)
-    parser.add_argument(
-        "--cache_dir",
-        metavar="C",
-        type=Path,
-        help="folder for the TFRecords; by default $VIDJAX_CACHE or ~/.cache/vidjax",
-    )
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=int,
-        help="files that are read or written at once; by default the number of cores",
-    )
-
-    def command() -> int:
-        args = parser.parse_args(words)
-        source = open_source(args.directory, workers=args.workers, cache_dir=args.cache_dir)
-        records = convert(source, args.cache_dir, workers=args.workers)
-        _, _, report = label_records(records, source.read_labels(records.clips))
-        printing.print_text(f"{format_report(report)}\n{records.folder}/data_report.json")
-        return 0
-
-    return exit_codes.run_to_exit_code(command, words)

@@ -18,7 +18,7 @@ from vidjax.core import ensemble, fusion
 from vidjax.core.batch import Array, Batch, Frames
 from vidjax.data.clips import MAX_EVAL_FRAMES
 from vidjax.evaluation import eval_step
-from vidjax.evaluation.export.tolerance import check_tolerance, difference
+from vidjax.evaluation.export.array_files import check_tolerance, difference
 from vidjax.evaluation.predict import Predictor
 from vidjax.evaluation.scoring import keep_best
 from vidjax.models.build_system import System

@@ -40,6 +40,7 @@ MIN_SQUARE = 0.01  # lower limit of a squared distance, as a share of W
 # 2 to 8 of the women in group photos were enrolled, 20 to 30 % of the other women got a name with a
 # weight of 24, 9 to 15 % with a weight of 3, and 10 to 15 % without the mean.
 CARD_PEOPLE = 3
+LEAST_CLARITY = 0.35  # faces of lower clarity are unclear: even two people look alike
 
 
 class Distances(NamedTuple):

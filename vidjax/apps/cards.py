@@ -25,10 +25,7 @@ DETECTORS = ("centerface", "yunet", "scrfd")  # the values of `decoder` in cards
 SOUND_LAYOUTS = ("samples", "mels")
 STRIDE = 32  # the sides of a detector's input are multiples of 32 pixels
 
-Role = Literal[
-    "face_detector", "face_embedder", "voice_activity", "voice_embedder", "body_detector",
-    "body_embedder", "head_detector", "head_embedder", "scene_embedder",
-]  # fmt: skip
+Role = Literal["face_detector", "face_embedder", "voice_activity", "voice_embedder"]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Positive = Annotated[float, Meta(gt=0, le=1e30)]
 Side = Annotated[int, Meta(ge=1, le=8192)]
@@ -115,8 +112,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
     input: Input
     # The points (x, y), in pixels of the input, to which the five points of a face are moved.
     template: tuple[Point, Point, Point, Point, Point] | None = None
-    # The box of the head or body, in units in which the box of the face is [0, 0, 1, 1].
-    around: tuple[Finite, Finite, Finite, Finite] | None = None
+    around: None = None  # without this key, galleries would not know their cards any more
     width: Size | None = None  # the number of values of an embedding
     norm_is_quality: bool  # whether embeddings of better pictures are longer; for information
     back_end: BackEnd | None = None
@@ -140,9 +136,6 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError("a face_embedder needs `template`, the five points of a face")
         if embeds and not (self.input.size or sound):
             raise ValueError(f"a {self.role} needs `size`, the height and width of its input")
-        left, top, right, bottom = self.around or (0, 0, 1, 1)
-        if left >= right or top >= bottom:
-            raise ValueError("`around` must have left < right and top < bottom")
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
             raise ValueError(f"the `size` of a detector's input must be multiples of {STRIDE}")
         for name in ("centre", "mean") if self.back_end else ():
@@ -217,10 +210,7 @@ def describe_download(role: Role) -> str:
 
 
 # Modality of a clip -> the role of the net that computes its embeddings.
-EMBEDDER_ROLES: dict[str, Role] = {
-    "face": "face_embedder", "audio": "voice_embedder", "head": "head_embedder",
-    "body": "body_embedder", "scene": "scene_embedder",
-}  # fmt: skip
+EMBEDDER_ROLES: dict[str, Role] = {"face": "face_embedder", "audio": "voice_embedder"}
 VOICE_ROLES: tuple[Role, ...] = ("voice_activity", "voice_embedder")
 # Argument of `vidjax convert` -> the card of the net, without the fields that depend on its bytes.
 PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.json").read_bytes())

@@ -1,0 +1,161 @@
+"""Computes the vectors of a gallery with a training run. Functions that use the run import JAX."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery.backend import Backend
+from vidjax.apps.gallery.enrolment import fit_backend, measure_shared
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
+from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
+from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
+from vidjax.data.frame_fields import Quality
+from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
+from vidjax.runs.terminal import ignore_count, say
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, check_argument
+
+if TYPE_CHECKING:
+    from vidjax.core.batch import Batch
+    from vidjax.data.clips import ClipSource
+    from vidjax.evaluation.predict import Predictor
+
+EMBED_ROWS = 32  # clips that are embedded together
+EMBEDDING = "embedding"  # if the run is not PLDA, this word replaces the modality
+
+
+def restore(run: "Predictor | str | Path") -> "Predictor":
+    """Loads a run from its folder. A loaded run is returned unchanged."""
+    from vidjax.evaluation import predict
+
+    if isinstance(run, predict.Predictor):
+        return run
+    check_argument("Gallery: run", run, (str, os.PathLike), "a run, or the path of its folder")
+    return predict.restore(run)
+
+
+def make_origin(run: "Predictor") -> VectorOrigin:
+    """Describes a run by its folder and a digest of its weights."""
+    digest = files.sha256_json(sorted(run.manifest["files"].items()))
+    return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
+
+
+class RunVectors(NamedTuple):
+    """Computes vectors for a gallery of a run."""
+
+    run: "Predictor"
+
+    @property
+    def reads(self) -> tuple[dict[str, int], Quality]:
+        """See `VectorSource`."""
+        return dict(self.run.modalities), self.run.config.data.quality
+
+    def embed(
+        self, clips: FrameClips, split: str | None = None, advance: Advance = ignore_count
+    ) -> Vectors:
+        """Computes the vectors of clips with the run, see `Gallery.embed`.
+
+        If the run is an ensemble of PLDA models, the first member computes the vectors.
+        """
+        run = self.run
+        if split is None and hasattr(clips, "train_batches"):
+            raise UserError(
+                "a dataset has several splits, and none is chosen\n"
+                "name one: --split=S, or split=S in Python"
+            )
+        source, split, places, names, _ = run.request(clips, split)
+        values: np.ndarray | None = None
+        chosen = source.split(split)
+        for batch in pad_batches(source, split, tuple(run.modalities), EMBED_ROWS):
+            (block,) = run.embed_blocks([batch])
+            if values is None:
+                values = np.zeros((len(chosen.clips), block.shape[1]), np.float32)
+            real = np.asarray(batch.batch_mask)
+            values[np.asarray(batch.clip_index)[real]] = block[real]
+            advance(int(real.sum()))
+        assert values is not None  # there are clips
+        people = (None, *source.identities) if chosen.labelled else (None,)
+        labels = tuple(people[label] for label in chosen.labels[places].tolist())
+        parts = _make_parts(run, values[places])
+        for part, x in parts.items() if isinstance(clips, Mapping | MemoryClips) else ():
+            lengths = chosen.lengths.get(part, np.sum([*chosen.lengths.values()], axis=0))[places]
+            zeros = np.flatnonzero((lengths > 0) & ~x.any(axis=1))
+            warn_of_zeros(part, [names[clip] for clip in zeros])
+        return Vectors(names, parts, labels)
+
+
+def fit(
+    run: "Predictor", data: TrainingData, *, strangers: str | None = None, empty: bool = False
+) -> tuple[VectorOrigin, Backend, dict[str, StoredClip]]:
+    """Computes the content of a gallery of a run: its origin, its back end and its clips.
+
+    The arguments are as in `Gallery.create`.
+    """
+    clips: dict[str, StoredClip] = {}
+    labelled, widths = 0, {}
+    for split in run.config.data.train_splits:
+        vectors = RunVectors(run).embed(data, split)
+        widths = {name: x.shape[1] for name, x in vectors.parts.items()}
+        labelled += sum(label is not None for label in vectors.labels)
+        for name, clip in select_usable_clips(vectors).items():
+            if clip.identity is not None:
+                clips[name] = clip._replace(fitted=True)
+    if not labelled:
+        raise UserError(
+            "no training clip has a label, so nobody can be enrolled\n"
+            "name a run that was trained on clips with labels: --run=FOLDER"
+        )
+    if not clips:
+        raise UserError(
+            f"the run cannot distinguish people: the vectors of all {labelled:,} labelled "
+            "training clips are 0\ntrain a run on more people, and on clips with usable frames"
+        )
+    origin = make_origin(run)
+    settings = run.system.model.gallery_settings()
+    if settings and measure_shared(clips, widths) > backend_lib.MOST_SHARED:
+        say(
+            "the clips of each person are as alike as photos of one day, so they count as "
+            "fewer clips\nto name more clips, train on clips of different days"
+        )
+        origin, settings = msgspec.structs.replace(origin, refitted=True), None
+    backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
+    chosen = strangers or run.config.eval.split
+    kept = {} if empty else clips
+    if strangers or data.split(chosen).labelled:
+        usable = select_usable_clips(RunVectors(run).embed(data, chosen))
+        new = {n: c for n, c in usable.items() if c.identity is None and n not in clips}
+        kept = new | kept
+    return origin, backend, kept
+
+
+def pad_batches(
+    source: "ClipSource", split: str, modalities: tuple[str, ...], rows: int
+) -> "Iterator[Batch]":
+    """Yields the clips of a split in batches of `rows` clips.
+
+    All modalities of a clip are padded to the same length, the smallest possible length in
+    PAD_LENGTHS. So JAX compiles few programs.
+    """
+    lengths = longest(source.split(split), modalities)
+    pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
+    for number in np.unique(pad).tolist():
+        bucket = np.where(pad == number, 0, -1)
+        padded = dict.fromkeys(modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
+        yield from source.eval_batches(EvalPlan(split, modalities, bucket, padded), rows=rows)
+
+
+def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
+    """Splits embeddings [N, sum of D] into unit vectors, modality -> [N, D] float32."""
+    parts, at, model = {}, 0, run.system.model
+    plda = model.gallery_settings()
+    for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
+        x = values[:, at : at + width].astype(np.float64)
+        norm = np.sqrt(np.vecdot(x, x))[:, None]
+        parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
+        at += width
+    return parts

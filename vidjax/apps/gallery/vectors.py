@@ -1,0 +1,87 @@
+"""The vectors of clips, and how a gallery of nets computes them from features."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from vidjax.apps.gallery.backend import Backend
+from vidjax.apps.gallery.store import StoredClip
+from vidjax.data.frame_fields import Quality
+from vidjax.data.memory import FrameClips, MemoryClips
+from vidjax.utils.errors import UserError
+
+Advance: TypeAlias = Callable[[int], None]  # gets the number of clips of each finished batch
+MIN_SHARE = 1e-6  # smallest usable vector of a clip, relative to the centre of all vectors
+
+
+class Vectors(NamedTuple):
+    """The unit vectors of N clips.
+
+    Attributes:
+      names: the names of the clips.
+      parts: modality -> vectors [N, D] float32. The vector of a missing modality is 0. For a run
+        that is not PLDA, the only key is `embedding`.
+      labels: the person of each clip. None if the person is not known.
+    """
+
+    names: tuple[str, ...]
+    parts: dict[str, np.ndarray]
+    labels: tuple[str | None, ...]
+
+    def only(self, names: Collection[str]) -> "Vectors":
+        """Selects the clips with the given names, in the order of `self.names`."""
+        rows = [row for row, name in enumerate(self.names) if name in names]
+        parts = {part: x[rows] for part, x in self.parts.items()}
+        labels = tuple(self.labels[row] for row in rows)
+        return Vectors(tuple(self.names[row] for row in rows), parts, labels)
+
+
+class VectorSource(Protocol):
+    """Computes the vectors of clips for a gallery."""
+
+    @property
+    def reads(self) -> tuple[dict[str, int], Quality]:
+        """Modality -> width of the features, and the quality of frames: given or norm."""
+        ...
+
+    def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:
+        """Computes the vectors of clips, see `Gallery.embed`."""
+        ...
+
+
+class NetVectors(NamedTuple):
+    """Computes vectors for a gallery of nets, whose features are embeddings."""
+
+    backend: Backend
+
+    @property
+    def reads(self) -> tuple[dict[str, int], Quality]:
+        """See `VectorSource`."""
+        return self.backend.widths, "given"
+
+    def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:
+        """Computes the mean of the frames of each clip, see `Gallery.embed`."""
+        if isinstance(clips, Mapping):
+            clips = MemoryClips.from_dict(clips, self.backend.widths, ())
+        if isinstance(clips, MemoryClips) and split is not None:
+            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
+        if not isinstance(clips, MemoryClips):
+            raise UserError(
+                "a gallery of models has no run, so it cannot embed a split of a dataset\n"
+                "give {clip: {modality: features}} in Python, or --input=FOLDER"
+            )
+        parts = {
+            # If the centre is subtracted from a far smaller vector, only the centre remains.
+            part.name: clips.mean_vectors(part.name, MIN_SHARE * np.abs(part.centre).max())
+            for part in self.backend.parts
+        }
+        advance(len(clips.names))
+        return Vectors(clips.names, parts, (None,) * len(clips.names))
+
+
+def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
+    """Returns name -> clip. Clips without a usable frame are left out: their vectors are 0."""
+    rows = np.concatenate(list(vectors.parts.values()), axis=1)
+    clips = zip(vectors.names, vectors.labels, rows, strict=True)
+    return {name: StoredClip(label, row) for name, label, row in clips if row.any()}

@@ -1,0 +1,143 @@
+"""Finds the films and photos that a user names, and the files of earlier calls that are missing."""
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from vidjax.apps.video import features_folder, regions
+from vidjax.data.checks import list_entries
+from vidjax.runs.terminal import say
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.names import show
+
+# The endings of films and photos in folders. A file that a user names may have any ending.
+FILMS = {
+    ".3gp", ".avi", ".divx", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg",
+    ".mts", ".mxf", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv",
+}  # fmt: skip
+PHOTOS = {
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png",
+    ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+WINDOWS_FILES = ("thumbs.db", "desktop.ini")  # Windows writes these files into folders
+ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures for media players
+
+
+def is_missing(path: Path) -> bool:
+    """Returns whether a file does not exist.
+
+    Returns False if the system cannot find out, or if the file is in the cloud of macOS.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return not files.exists(path.with_name(f".{path.name}.icloud"))
+    except OSError:
+        return False
+    return False
+
+
+def has_files(folder: Path) -> bool:
+    """Returns whether a folder exists and contains files or folders that are not hidden."""
+    try:
+        return bool(list_entries(folder))
+    except (UserError, OSError):
+        return False
+
+
+def list_files(paths: Sequence[Path]) -> list[Path]:
+    """Returns all files in `paths`, and all films and photos in folders in `paths`.
+
+    Each file is returned once. Raises UserError if a path does not exist, or no file is found.
+    """
+    path_of: dict[Path, Path] = {}
+    for path in paths:
+        if not files.exists(path):
+            raise UserError(f"there is no file or folder '{path}'{suggest_path(path)}")
+        inside = [path]
+        if path.is_dir():
+            list_entries(path)  # raises OSError if the user may not read the folder
+            inside = [file for folder in list_folders(path) for file in split_files(folder)[0]]
+        for file in inside:
+            path_of.setdefault(Path(os.path.realpath(file)), file)
+    if not path_of:
+        raise UserError(
+            f"'{paths[0]}' contains no video and no photo\nname videos, photos, or folders of them"
+        )
+    return list(path_of.values())
+
+
+def suggest_path(path: Path) -> str:
+    """Returns a line that suggests a similar path, or "" if the folder has no similar name."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    # A link to a missing folder has the same name.
+    names = [name for name in names if name != path.name]
+    similar = difflib.get_close_matches(path.name, names, n=1)
+    return f"\ndid you mean '{show(str(path.with_name(similar[0])))}'?" if similar else ""
+
+
+def list_folders(path: Path, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
+    """Returns a folder and all its subfolders, sorted by path.
+
+    Links, hidden folders, and folders that vidjax wrote are left out. If a folder cannot be read,
+    `unreadable` is called with the error.
+    """
+    folders = []
+    for folder, subfolders, names in os.walk(path, onerror=unreadable):
+        if {features_folder.NAME, features_folder.NUMBERS}.intersection(names):
+            subfolders.clear()
+            continue
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        folders.append(Path(folder))
+    return sorted(folders)
+
+
+def split_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the films and photos in a folder, and all other files, by the endings of their names.
+
+    Hidden files are left out. In a folder with films, pictures for media players, such as
+    `poster.jpg`, count as other files.
+    """
+    paths = [x for x in list_entries(path) if x.is_file()]
+    accepted = {x for x in paths if x.suffix.lower() in FILMS}
+    artwork = ARTWORK if accepted else ()
+    photos = (x for x in paths if x.suffix.lower() in PHOTOS)
+    accepted |= {x for x in photos if not x.stem.lower().endswith(artwork)}
+    return [x for x in paths if x in accepted], [x for x in paths if x not in accepted]
+
+
+def say_left_out(paths: Iterable[Path]) -> None:
+    """Prints which folders contain unused files, contain no film or photo, or may not be read."""
+
+    def say_unreadable(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            say(
+                f"{show(error.filename)} is left out, because you may not read this folder",
+                warning=True,
+            )
+
+    for named in paths:
+        count = 0
+        for path in list_folders(named, say_unreadable):
+            accepted, others = split_files(path)
+            count += len(accepted)
+            expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}
+            expected |= {x for x in others if x.name.lower() in WINDOWS_FILES}
+            if others := [x for x in others if x not in expected]:
+                more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+                left_out = f"files in {show(str(path))} that are not films or photos are left out"
+                say(f"{left_out}: {show(others[0].name)}{more}")
+        if named.is_dir() and not count:
+            say(f"'{show(str(named))}' contains no film and no photo", warning=True)
+
+
+def check_apart(listed: Sequence[Path], out: Path) -> None:
+    """Raises UserError if an input file is in `out`, the folder in which results are written."""
+    inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
+    if inner:
+        raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")

@@ -1,0 +1,472 @@
+"""Finds the photos of people, checks them, and enrols their faces."""
+
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.video import doubts, features_folder, media_files
+from vidjax.apps.video.pipeline import FileOutcome
+from vidjax.data.checks import list_entries
+from vidjax.data.clip_files import read_clips
+from vidjax.data.memory import MemoryClips
+from vidjax.runs.terminal import say
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError
+from vidjax.utils.names import normal_form, show
+
+PEOPLE = "people"  # the folder in the results that contains the features of photos
+MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
+
+
+class PhotoFace(NamedTuple):
+    """An enrolled face of a photo.
+
+    `str(face)` is the name of its clip in the gallery, such as `people/Ada/IMG_1.f02`. If a face
+    tag names another person than the folder, the name ends with this person: `.../IMG_1.f02/Bob`.
+    """
+
+    folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
+    clip: str  # the name of the clip in these features
+    person: str  # the name of the folder, or the name in the face tag
+
+    def __str__(self) -> str:
+        tag = "" if self.person == self.folder else f"/{self.person}"
+        return f"{PEOPLE}/{self.folder}/{self.clip}{tag}"
+
+    @classmethod
+    def of(cls, clip: str) -> "PhotoFace | None":
+        """Parses the name of a clip in the gallery; returns None for a clip of a film."""
+        parts = clip.split("/", 3)
+        if parts[0] != PEOPLE or len(parts) < 3:
+            return None
+        return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
+
+
+def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
+    """Returns clip -> face for the enrolled faces of photos."""
+    return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
+
+
+def find_missing(
+    enrolled: Mapping[str, PhotoFace],
+    outcomes_of: Mapping[Path, Sequence[FileOutcome]],
+    usable: Mapping[Path, Mapping[str, str]],
+    people: Path,
+    out: Path,
+) -> set[str]:
+    """Returns the folders in `OUT/people` whose photos are missing, but were not deleted by a user.
+
+    A user has deleted a photo if it was in a folder that has other photos. If new photos have the
+    same content, a user has moved or renamed them. `enrolled` is clip -> face in the gallery.
+    """
+    absent = {photo.folder for photo in enrolled.values()} - {x.name for x in outcomes_of}
+    if not absent:
+        return absent
+    outcomes = [outcome for photos in outcomes_of.values() for outcome in photos]
+    has_others = any(outcome.path.parent == people for outcome in outcomes)
+    new = {
+        outcome.known.sha256
+        for folder, photos in outcomes_of.items()
+        for outcome in photos if outcome.known
+        for track in outcome.known.tracks if (name := usable[folder].get(track.clip))
+        if str(PhotoFace(folder.name, track.clip, name)) not in enrolled
+    }  # fmt: skip
+    place, missing = Path(os.path.realpath(people)), set[str]()
+    for folder in absent:
+        known = features_folder.find_media_files(out / PEOPLE / folder).values()
+        paths = [photo.source.path for photo in known]
+        deleted = has_others and all(x.parent == place and media_files.is_missing(x) for x in paths)
+        if not known or not (deleted or new & {photo.sha256 for photo in known}):
+            missing.add(folder)
+    return missing
+
+
+def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
+    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
+
+    Raises UserError if there are no photos, and there is no gallery of an earlier call.
+    """
+    if not os.path.isdir(people):
+        if not os.path.exists(people) and files.exists(out / "gallery"):
+            return {}
+        raise _refuse_people(people)
+    if out.resolve().parent == people.resolve():
+        raise UserError(
+            f"--out={out} is inside '{people}', where each folder is a person\nname another folder"
+        )
+    photos_of: dict[str, list[Path]] = {}
+    media_files.say_left_out([people])
+    single = media_files.split_files(people)[0]
+    for path in list_entries(people):
+        if path.is_file() and path not in single:
+            continue
+        photos = [path] if path.is_file() or _is_lost_photo(path) else []
+        if path.is_dir():
+            photos = [
+                photo for folder in media_files.list_folders(path) for photo in _list_stills(folder)
+            ]
+        if not photos and not files.exists(out / PEOPLE / normal_form(path.name)):
+            say(
+                f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
+                warning=True,
+            )
+        elif photos:
+            name = check_person(path.name if path.is_dir() else path.stem)
+            photos_of.setdefault(name, []).extend(photos)
+    if not photos_of and not files.exists(out / "gallery"):
+        raise UserError(
+            f"'{people}' contains no photos\nadd photos {people}/NAME/PHOTO.jpg of each person"
+        )
+    return photos_of
+
+
+def _refuse_people(people: Path) -> UserError:
+    hint = "" if os.path.exists(people) else media_files.suggest_path(people)
+    return UserError(
+        f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
+    )
+
+
+def check_people(
+    gallery: Gallery,
+    photos: Mapping[str, Sequence[Path]],
+    people: Path,
+    out: Path,
+    forget_missing: bool,
+) -> None:
+    """Raises UserError if the folder `people` seems wrong, because it has no enrolled person."""
+    enrolled = list_faces(gallery).values()
+    before = {name for photo in enrolled for name in (photo.folder, photo.person)}
+    if not os.path.isdir(people) and (forget_missing or not before):
+        raise _refuse_people(people)
+    if not photos or before & {*photos}:
+        return
+    is_person = normal_form(people.resolve().name) in before
+    # If a single person is missing, the person is kept or replaced.
+    if not is_person and (forget_missing or len(before) < 2 or _were_renamed(photos, out)):
+        return
+    remedy = "to forget them, add --forget-missing; to keep them, name another --out"
+    if is_person:
+        above = shlex.quote(messages.relative_path(people.resolve().parent))
+        remedy = f"it is the folder of one person: name the folder above, --people={above}"
+    names = messages.list_some([*map(show, sorted(before))])
+    raise UserError(f"'{people}' contains none of the people of earlier calls ({names})\n{remedy}")
+
+
+def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
+    """Returns whether one of the photos has the same content as a photo of an earlier call."""
+    folders = [folder for folder in (out / PEOPLE).glob("[!.]*") if folder.is_dir()]
+    known_in = map(features_folder.find_media_files, folders)
+    known = [photo for in_folder in known_in for photo in in_folder.values()]
+    sizes, digests = {photo.source.size for photo in known}, {photo.sha256 for photo in known}
+    paths = (path for paths in photos.values() for path in paths if os.path.exists(path))
+    return any(
+        path.stat().st_size in sizes and files.sha256_file(path) in digests for path in paths
+    )
+
+
+def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
+    """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
+
+    `names` are the people whose photo is a file directly in the folder `people`. `only_files` is
+    True if all people are such files, and nobody was enrolled before. Then two photos with any
+    names cause a warning, because `people` may be the folder of one person.
+    """
+    if only_files and len(names) > 1:
+        above = shlex.quote(messages.relative_path(people.resolve().parent))
+        say(
+            f"each photo in '{people}' counts as a different person, such as {show(names[0])} and "
+            f"{show(names[1])}. If all show the same person, name the folder above: "
+            f"--people={above}",
+            warning=True,
+        )
+        return
+    by_name: dict[str, list[str]] = {}
+    for name in names:
+        if number := re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name):
+            by_name.setdefault(number[1], []).append(name)
+    for name, twins in by_name.items():
+        if len(twins) > 1:
+            say(
+                f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
+                f"person, put the photos into '{people}/{show(name)}/'",
+                warning=True,
+            )
+
+
+def _list_stills(folder: Path) -> list[Path]:
+    """Returns the photos and films in a folder, without the films that phones add to photos.
+
+    Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`.
+    """
+    paths = media_files.split_files(folder)[0]
+    photos = {path for path in paths if path.suffix.lower() in media_files.PHOTOS}
+    stems = {path.stem for path in photos}
+    lost = [path for path in list_entries(folder) if _is_lost_photo(path)]
+    return [path for path in paths if path in photos or path.stem not in stems] + lost
+
+
+def _is_lost_photo(path: Path) -> bool:
+    """Returns whether a path is a link to a photo that is missing, for example on another drive."""
+    return path.suffix.lower() in media_files.PHOTOS and not os.path.exists(path)
+
+
+def check_photos(
+    enrolled: Mapping[str, PhotoFace],
+    outcomes_of: Mapping[Path, Sequence[FileOutcome]],
+    people: Path,
+) -> tuple[dict[str, str], set[str], dict[Path, dict[str, str]]]:
+    """Finds the usable faces in photos, and prints problems of photos.
+
+    If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
+    has no tags, its face gets the name of the folder. `outcomes_of` is folder of features -> the
+    outcomes of its photos. `enrolled` is clip -> face in the gallery.
+
+    Returns path of each unusable photo -> remedy, the names of all people, and folder of features
+    -> clip -> person for all usable clips.
+    """
+    failed, names = dict[str, str](), set[str]()
+    usable: dict[tuple[Path, str], str] = {}
+    poor, hidden = set[tuple[Path, str]](), dict[tuple[Path, str], str]()
+    single: list[str] = []  # people whose photo is a file in the folder of people
+    known = {photo.person for photo in enrolled.values()}
+    for folder, outcomes in outcomes_of.items():
+        found, shown = set[str](), set[str]()
+        tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
+        for outcome in outcomes:
+            people_of, clips, bad = _check_photo(folder.name, outcome)
+            if not outcome.media:  # a user may have removed faces of a missing photo
+                faces = {clip: PhotoFace(folder.name, clip, name) for clip, name in clips.items()}
+                clips = {c: face.person for c, face in faces.items() if str(face) in enrolled}
+            found |= people_of
+            shown |= {*clips.values()}
+            usable |= {(folder, clip): name for clip, name in clips.items()}
+            poor |= {(folder, clip) for clip in bad}
+            hidden |= {(folder, clip): problem for clip, problem in bad.items() if problem}
+            failed |= {} if clips and outcome.media else {str(outcome.path): outcome.remedy}
+        # A folder of photos in which other people are tagged is not a person.
+        if tags and folder.name not in {*tags, *shown, *known}:
+            found.discard(folder.name)
+        names |= found
+        # If a photo cannot be read, the people of its tags are not forgotten.
+        if not all(outcome.media for outcome in outcomes):
+            names |= {photo.person for photo in enrolled.values() if photo.folder == folder.name}
+        if outcomes[0].path.parent == people:
+            single.append(folder.name)
+        _warn_of_tags(folder.name, outcomes, people)
+    for problem in features_folder.leave_out_hidden(usable, poor, hidden):
+        say(problem, warning=True)
+    only_files = len(single) == len(outcomes_of) and not known
+    _warn_of_numbers([name for name in single if name in names], people, only_files)
+    faces_of: dict[Path, dict[str, str]] = {folder: {} for folder in outcomes_of}
+    for (folder, clip), name in usable.items():
+        faces_of[folder][clip] = name
+    return failed, names, faces_of
+
+
+def enrol_photos(
+    gallery: Gallery,
+    enrolled: Mapping[str, PhotoFace],
+    usable: Mapping[Path, Mapping[str, str]],
+    names: Collection[str],
+) -> None:
+    """Enrols the usable faces, and removes the other faces in `enrolled` from the gallery.
+
+    `enrolled` is clip -> face in the gallery. `usable` is folder of features -> clip -> person.
+    `names` are all people. Only folders in `usable` are changed.
+    """
+    labels, old = _choose_labels(gallery, names), dict[str, set[str]]()
+    for clip, photo in enrolled.items():
+        if photo.person in labels:
+            old.setdefault(photo.folder, set()).add(clip)
+    for folder, named in usable.items():
+        _enrol(gallery, folder, named, labels, old.get(folder.name, set()))
+    found = {name for named in usable.values() for name in named.values()}
+    for name in sorted({*names} - found - {photo.person for photo in list_faces(gallery).values()}):
+        say(
+            f"{show(name)} cannot be recognised: no photo of {show(name)} can be used",
+            warning=True,
+        )
+
+
+def _check_photo(
+    folder_name: str, outcome: FileOutcome
+) -> tuple[set[str], dict[str, str], dict[str, str]]:
+    """Prints problems of a photo, except sunglasses.
+
+    Returns the people in it, clip -> person for usable clips, and clip -> problem for usable clips
+    with a problem, or "" if the problem was printed. If the photo has no face tags, the only person
+    is `folder_name`.
+    """
+    photo, bad = outcome.known, dict[str, str]()
+    names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
+    if photo and photo.tags:
+        names = photo.tags
+        clips = {track.clip: track.name for track in photo.tracks if track.name}
+        problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
+        if not photo.misfit:
+            problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
+    elif photo:
+        clip, problem = features_folder.check_photo(photo)
+        clips = {clip: folder_name} if clip else {}
+        problems += [photo.bad_tags, "" if clip else problem]
+    for track in photo.tracks if photo else ():
+        if track.clip in clips and (problem := features_folder.check_face(track)):
+            problem = f"{show(clips[track.clip])}: {problem}" if track.name else problem
+            bad[track.clip] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
+            problems += [] if track.dark_eyes else [problem]
+    for problem in filter(None, problems):
+        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
+    return names, clips, bad
+
+
+def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
+    """Prints one warning if new photos in the folder of the person `name` tag only other people."""
+    new = [
+        (outcome.path, outcome.media.tags) for outcome in outcomes
+        if outcome.media and not outcome.kept and outcome.path.parent != people
+    ]  # fmt: skip
+    if foreign := [(path, names) for path, names in new if names and name not in names]:
+        path, names = foreign[0]
+        tagged = messages.list_some([*map(show, sorted(names))], 3)
+        more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
+        say(
+            f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}",
+            warning=True,
+        )
+
+
+def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
+    """Returns name of a person -> label, the name in the gallery for the person's new photos.
+
+    The label differs from the name if a user has renamed the person in the gallery. The label is
+    the most frequent label of the person's photos. Labels of other people in `names` come last.
+    """
+    before = {name: Counter[str]() for name in names}
+    for clip, photo in list_faces(gallery).items():
+        if (label := gallery.clips[clip].identity) and photo.person in before:
+            before[photo.person][label] += 1
+    chosen = {}
+    for name, labels in before.items():
+        order = [(label != name and label in names, -labels[label], label) for label in labels]
+        chosen[name] = min(order)[-1] if order else name
+    return chosen
+
+
+def _enrol(
+    gallery: Gallery,
+    folder: Path,
+    usable: Mapping[str, str],
+    labels: Mapping[str, str],
+    old: set[str],
+) -> None:
+    """Enrols the photos of a folder of features, and removes deleted photos from the gallery.
+
+    `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
+    `old` are the clips of the folder that earlier calls have enrolled.
+    """
+    if not usable:
+        gallery.remove(clip=old)
+        return
+    vectors = embed_clips(gallery, folder, usable)
+    faces = [PhotoFace(folder.name, clip, usable[clip]) for clip in vectors.names]
+    vectors = vectors._replace(
+        names=tuple(map(str, faces)), labels=tuple(labels[face.person] for face in faces)
+    )
+    clips = select_usable_clips(vectors)
+    with gallery.change() as draft:  # a single change: denied names of the person are kept
+        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
+        draft.remove(clip=old - unchanged)
+        draft.add({clip: entry for clip, entry in clips.items() if clip not in unchanged})
+    new = {str(entry.identity) for clip, entry in clips.items() if clip not in unchanged}
+    advise_other_films(gallery, sorted(new))
+
+
+def warn_of_doubts(
+    gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]], people: Path
+) -> None:
+    """Prints warnings of photos that may show another person or are enrolled for two people."""
+    given = {
+        str(PhotoFace(folder.name, track.clip, track.name or folder.name)):
+            (outcome.path, outcome.known)
+        for folder, photos in outcomes.items()
+        for outcome in photos if outcome.known
+        for track in outcome.known.tracks
+    }  # fmt: skip
+    person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
+    owners: dict[str, set[str]] = {}  # the people of a file, by its sha256
+    whole = {clip: photo.sha256 for clip, (_, photo) in given.items() if not photo.tags}
+    for clip in whole.keys() & person_of.keys():
+        owners.setdefault(whole[clip], set()).add(person_of[clip])
+    twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
+    single = {clip: person_of[clip] for clip in person_of.keys() - twins}
+    doubtful = doubts.find_doubtful_photos(gallery, single)
+    for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
+        (path, photo), name = given[clip], show(person_of[clip])
+        if clip in twins:
+            others = ", ".join(map(show, sorted(owners[photo.sha256] - {person_of[clip]})))
+            say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
+        else:
+            like = doubtful.photos[clip]
+            seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
+            wrong = "correct its tag" if photo.tags else "move it"
+            say(
+                f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
+                warning=True,
+            )
+    path_of = {clip: path for clip, (path, _) in given.items()}
+    _warn_of_contradictions(doubtful, person_of, path_of, people)
+
+
+def _warn_of_contradictions(
+    doubtful: doubts.Doubts, person_of: Mapping[str, str], path_of: Mapping[str, Path], people: Path
+) -> None:
+    """Prints warnings of photos that contradict each other, if it is not clear which are wrong.
+
+    `person_of` is clip -> person, and `path_of` is clip -> photo, for the photos of this call.
+    """
+
+    def locate(clip: str) -> str:
+        path = path_of.get(clip, Path(clip))
+        return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
+
+    for name, all_sides in doubtful.mixed.items():
+        sides = [side for side in all_sides if not path_of.keys().isdisjoint(side.photos)]
+        if len(sides) < 2:
+            continue  # the other side has only clips of films, to which a user gave this name
+        number = "two" if len(sides) == 2 else f"{len(sides):,}"
+        texts = [
+            messages.list_some([*map(locate, side.photos)], 3)
+            + (f" (like {show(side.like)})" if side.like else "")
+            for side in sides[:3]
+        ] + ["..."] * (len(sides) > 3)
+        say(
+            f"the photos of {show(name)} show {number} people: {' / '.join(texts)}\n"
+            f"move the photos that do not show {show(name)}",
+            warning=True,
+        )
+    for first, second in doubtful.alike:
+        names = " and ".join(show(person_of[clip]) for clip in (first, second))
+        say(
+            f"{locate(first)} and {locate(second)} are enrolled as {names}, but seem to show one "
+            "person: move the wrong photo",
+            warning=True,
+        )
+
+
+def embed_clips(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
+    """Computes the embeddings of clips from a folder of features."""
+    paths = sorted({features_folder.locate_features(features, clip) for clip in clips})
+    reads = gallery.backend.widths
+    known = (
+        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
+        for clip in read_clips(paths) if clip.name in clips
+    )  # fmt: skip
+    return gallery.embed(MemoryClips.pack(known, reads, ()))
