@@ -14,7 +14,7 @@ from tests.campaigns import hostile
 from tests.helpers import python2
 from tests.helpers.seen import refused
 from vidjax.data import packing
-from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.packed_clips import FRAME_FIELDS
 from vidjax.data.untrusted import pieces, sandbox, unpickle
 
 BOX = [1.0, 2.0, 30.5, 40.25]

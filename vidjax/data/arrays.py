@@ -14,9 +14,8 @@ from vidjax.data import clip_files
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
 from vidjax.data.clips import SPLITS, Origin
-from vidjax.data.frame_fields import Quality
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
-from vidjax.data.packed_clips import PackedClips
+from vidjax.data.packed_clips import PackedClips, Quality
 from vidjax.data.packing import Clip, Clips, pack, read_dict
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 from vidjax.utils.names import show

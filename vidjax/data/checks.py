@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import WEIGHTS
-from vidjax.data.packed_clips import BadValues
+from vidjax.data.packed_clips import WEIGHTS, BadValues
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.names import show
 

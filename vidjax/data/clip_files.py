@@ -19,8 +19,14 @@ import numpy as np
 
 from vidjax.core.batch import BATCHED
 from vidjax.data import parquet
-from vidjax.data.frame_fields import FRAME_FIELDS, Quality
-from vidjax.data.packed_clips import PackedClips, join, open_packed, summarise
+from vidjax.data.packed_clips import (
+    FRAME_FIELDS,
+    PackedClips,
+    Quality,
+    join,
+    open_packed,
+    summarise,
+)
 from vidjax.data.packing import Clip, group_by_modality, pack_each
 from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, prefix_errors

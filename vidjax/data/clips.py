@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from vidjax.core.batch import Batch, Frames, Packed
-from vidjax.data.frame_fields import FRAME_FIELDS, Quality
-from vidjax.data.packed_clips import ClipArrays, PackedClips
+from vidjax.data.packed_clips import FRAME_FIELDS, ClipArrays, PackedClips, Quality
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest, suggest
 

@@ -15,9 +15,8 @@ from vidjax.data.arrays import group_files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS
-from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
-from vidjax.data.packed_clips import join, map_again
+from vidjax.data.packed_clips import Quality, join, map_again
 from vidjax.data.packing import Clip, compute_feature_norms
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.names import clean_identity

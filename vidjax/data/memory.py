@@ -13,8 +13,7 @@ from vidjax.data.clips import (
     TrainingData,
     eval_batches,
 )
-from vidjax.data.frame_fields import Quality
-from vidjax.data.packed_clips import PackedClips, PackedReader, complete
+from vidjax.data.packed_clips import PackedClips, PackedReader, Quality, complete
 from vidjax.data.packing import Clip, Clips, pack, read_dict
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, closest, warn

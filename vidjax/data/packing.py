@@ -11,17 +11,15 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 
 from vidjax.core.batch import BATCHED
-from vidjax.data.frame_fields import (
+from vidjax.data.packed_clips import (
     DTYPES,
     FRAME_FIELDS,
     IGNORED,
     LARGEST,
-    FrameField,
-    Quality,
-)
-from vidjax.data.packed_clips import (
     Counts,
+    FrameField,
     PackedClips,
+    Quality,
     get_dtype,
     join,
     map_files,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.packed_clips import FRAME_FIELDS
 from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.machine import memory_bytes

@@ -27,9 +27,8 @@ from vidjax.data.clips import (
     make_eval_plan,
     split_blocks,
 )
-from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.order import choose_first_frame, draw_batch_clips
-from vidjax.data.packed_clips import get_dtype
+from vidjax.data.packed_clips import FRAME_FIELDS, get_dtype
 from vidjax.utils import machine
 from vidjax.utils.errors import UserError
 

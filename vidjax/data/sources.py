@@ -11,9 +11,9 @@ from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import Origin, RecordSource
-from vidjax.data.frame_fields import Quality
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
+from vidjax.data.packed_clips import Quality
 from vidjax.data.packing import Clips
 from vidjax.data.synthetic import SyntheticOptions
 from vidjax.utils import files

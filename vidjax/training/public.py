@@ -22,8 +22,8 @@ from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argum
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.clips import TrainingData
-    from vidjax.data.frame_fields import Quality
     from vidjax.data.labels import LabelSource
+    from vidjax.data.packed_clips import Quality
     from vidjax.data.packing import Clips
     from vidjax.evaluation.comparison import Comparison
     from vidjax.evaluation.predict import Predictor

@@ -82,7 +82,7 @@ from vidjax.utils.names import cut_film_name, find_similar_names, normal_form, s
 
 if TYPE_CHECKING:
     from vidjax.apps.cards import BackEnd
-    from vidjax.data.frame_fields import Quality
+    from vidjax.data.packed_clips import Quality
     from vidjax.evaluation.predict import Predictor
 
 AnyClips: TypeAlias = FrameClips | Vectors

@@ -14,8 +14,8 @@ from vidjax.apps.gallery.enrolment import fit_backend, measure_shared
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
-from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
+from vidjax.data.packed_clips import Quality
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument

@@ -7,8 +7,8 @@ import numpy as np
 
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.store import StoredClip
-from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import FrameClips, MemoryClips
+from vidjax.data.packed_clips import Quality
 from vidjax.utils.errors import UserError
 
 Advance: TypeAlias = Callable[[int], None]  # gets the number of clips of each finished batch

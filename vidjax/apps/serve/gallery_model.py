@@ -16,7 +16,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve.limits import Limits, unprocessable
 from vidjax.apps.serve.protocol import DEFAULT_K, Parameters, Spec
 from vidjax.data.clips import PAD_LENGTHS
-from vidjax.data.frame_fields import FRAME_FIELDS, LARGEST
+from vidjax.data.packed_clips import FRAME_FIELDS, LARGEST
 
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
 FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.values())

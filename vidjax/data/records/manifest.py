@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import DTYPES
-from vidjax.data.packed_clips import PackedClips
+from vidjax.data.packed_clips import DTYPES, PackedClips
 from vidjax.data.records.shard_files import DEPTH, Shard, check_changed
 from vidjax.utils import files
 from vidjax.utils.errors import UserError

@@ -22,8 +22,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from vidjax.core.batch import BATCHED
-from vidjax.data.frame_fields import FRAME_FIELDS
-from vidjax.data.packed_clips import PackedClips, open_packed, summarise
+from vidjax.data.packed_clips import FRAME_FIELDS, PackedClips, open_packed, summarise
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
