@@ -6,7 +6,7 @@ import pytest
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.data import labels
-from vidjax.data.changed_identities import warn_of_changed
+from vidjax.data.checks import warn_of_changed
 from vidjax.evaluation import ranking
 from vidjax.utils.errors import VidjaxWarning
 

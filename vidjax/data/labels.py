@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax.data import parquet
-from vidjax.data.changed_identities import warn_of_changed
-from vidjax.data.checks import check_file, list_entries, refuse_split
+from vidjax.data.checks import check_file, list_entries, refuse_split, warn_of_changed
 from vidjax.data.clips import SPLITS
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
