@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,6 +37,28 @@ def check_file(path: Path) -> None:
     if not path.exists():
         kind = f"is a link to '{path.readlink()}', which does not exist"
     raise UserError(f"'{path}' {kind}: put a file there, or rename it")
+
+
+# First bytes of a file that users mistake for a pickle -> its kind. No pickle begins with them.
+_OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
+    b"\x93NUMPY": "a .npy file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"version https://git-lfs": "a Git LFS pointer: its content was not downloaded (git lfs pull)",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+}
+
+
+def refuse_other_files(file: BinaryIO, place: str = "") -> None:
+    """Raises UserError if a file is of a kind that users mistake for pickles, such as `.npz`."""
+    start = file.read(64).lstrip()
+    for magic, kind in _OTHER_FILES.items():
+        if start[: len(magic)].lower() == magic.lower():
+            raise UserError(f"{place}the file is not a pickle, but {kind}; write a pickle")
 
 
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
@@ -219,9 +241,9 @@ def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) 
         )
 
 
-# A spreadsheet turns the number 123456789012 into 1.23E+11, and pandas turns a missing value into the
-# text nan. Then two people have one name, or clips of nobody have the name of a person. But a person
-# may really have such a name. So the identities are not changed, and a warning appears.
+# A spreadsheet turns the number 123456789012 into 1.23E+11, and pandas turns a missing value into
+# the text nan. Then two people have one name, or clips of nobody have the name of a person. But a
+# person may really have such a name. So the identities are not changed, and a warning appears.
 
 Names = Collection[str]  # the identities of a table
 

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.data.cache_folders import digest_files
-from vidjax.data.checks import check_file, list_entries, refuse_split
+from vidjax.data.checks import check_file, list_entries, refuse_other_files, refuse_split
 from vidjax.data.clips import SPLITS, Origin
 from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.packed_clips import PackedClips, join
 from vidjax.data.untrusted import sandbox
-from vidjax.data.untrusted.unpickle import refuse_others
 from vidjax.utils import exit_codes, printing
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
@@ -130,7 +129,7 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
                 "rename the file"
             )
         with path.open("rb", buffering=0) as file:
-            refuse_others(file, f"{path}: ")
+            refuse_other_files(file, f"{path}: ")
         files[match[1], match[2]] = path
     for path in entries:
         if match := re.fullmatch(r"(\w+)_([A-Za-z]+?)(_v2)?\.pickle", path.name):

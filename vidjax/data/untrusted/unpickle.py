@@ -11,23 +11,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from vidjax.data.checks import refuse_other_files
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import show
 
 _DTYPES = ("b1", "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 
-# First bytes of a file that users mistake for a pickle -> its kind. No pickle begins with them.
-_OTHER_FILES = {
-    b"PK\x03\x04": "a zip archive, as .npz and PyTorch files are",
-    b"\x93NUMPY": "a .npy file",
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "compressed by gzip",
-    b"BZh": "compressed by bzip2",
-    b"\xfd7zXZ": "compressed by xz",
-    b"version https://git-lfs": "a Git LFS pointer: its content was not downloaded (git lfs pull)",
-    b"<!doctype html": "a web page",
-    b"<html": "a web page",
-}
 REMEDY = "write it again with pickle.dump, as a dict {clip name: numpy array [T, D]}"
 
 
@@ -211,7 +200,7 @@ def load(file: BinaryIO, size: int) -> Any:
         raise UserError(f"{error}; {REMEDY}") from None
     except Exception as error:
         file.seek(0)
-        refuse_others(file)
+        refuse_other_files(file)
         if isinstance(error, EOFError) or "truncated" in str(error):
             raise UserError(
                 f"the pickle is truncated: the file ends at byte {size}: copy the file again"
@@ -226,11 +215,3 @@ def load(file: BinaryIO, size: int) -> Any:
             f"the pickle ends at byte {end}, but {size - end} bytes follow it; {REMEDY}"
         )
     return content
-
-
-def refuse_others(file: BinaryIO, place: str = "") -> None:
-    """Raises UserError if a file is of a kind that users mistake for pickles, such as `.npz`."""
-    start = file.read(64).lstrip()
-    for magic, kind in _OTHER_FILES.items():
-        if start[: len(magic)].lower() == magic.lower():
-            raise UserError(f"{place}the file is not a pickle, but {kind}; write a pickle")
