@@ -14,10 +14,10 @@ from vidjax.core.batch import BATCHED
 from vidjax.data import iqiyi_vid
 from vidjax.data.clips import Modality
 from vidjax.data.labels import load_official_truth
-from vidjax.data.records import shard_files
+from vidjax.data.records import shards
 from vidjax.data.records.data_report import label_records
 from vidjax.data.records.dataset import Dataset
-from vidjax.data.records.record_reader import Reader
+from vidjax.data.records.shards import Reader
 from vidjax.data.untrusted import sandbox
 
 RNG = np.random.default_rng(1)
@@ -51,7 +51,7 @@ def test_train_records_are_shuffled_and_val_records_are_sorted(converted):
 @pytest.mark.filterwarnings("ignore:test has 1 clip of identities")
 def test_converted_files_are_not_read_again(converted, source, monkeypatch, say):
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
-    monkeypatch.setattr(shard_files, "check_shard", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(shards, "check_shard", lambda *_: pytest.fail("read again"))
     cache = converted.folder.parent.parent
 
     again = prepare(source, cache)

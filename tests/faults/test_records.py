@@ -29,7 +29,7 @@ from tests.helpers.datasets import prepare, record_digests
 from tests.helpers.seen import refused
 from vidjax.data import iqiyi_vid
 from vidjax.data.records import manifest as manifest_lib
-from vidjax.data.records.shard_files import check_shard
+from vidjax.data.records.shards import check_shard
 
 pytestmark = pytest.mark.slow
 NUM_CLIPS = 240  # 30 in each of 8 shards

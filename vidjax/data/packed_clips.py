@@ -213,7 +213,7 @@ def measure_quality(frames: Packed) -> np.ndarray:
 
 
 class PackedReader:
-    """Reads clips in memory, as `record_reader.Reader` reads clips on the disk."""
+    """Reads clips in memory, as `records.shards.Reader` reads clips on the disk."""
 
     def __init__(self, splits: Sequence[PackedClips]):
         """Numbers the clips of `splits`, which have the same modalities, split after split."""

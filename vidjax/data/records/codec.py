@@ -15,8 +15,7 @@ import tensorflow_datasets
 from vidjax.core.batch import BATCHED
 from vidjax.data.clips import Modality
 from vidjax.data.packed_clips import get_dtype
-from vidjax.data.records.manifest import NAME, VERSION
-from vidjax.data.records.shard_files import Shard
+from vidjax.data.records.shards import NAME, VERSION, Shard
 
 # The type stubs of TFDS are incomplete.
 tfds: Any = tensorflow_datasets

@@ -4,37 +4,32 @@ The clips are divided, in their order, into at least 8 shards of at most about 2
 threads write the shards. Equal datasets give equal files.
 """
 
-import contextlib
-import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vidjax.core.batch import BATCHED, Packed
+from vidjax.core.batch import BATCHED
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import DataSource, Modality, RecordSource
 from vidjax.data.packed_clips import (
     PackedClips,
     complete,
-    get_dtype,
-    map_again,
     measure_quality,
 )
-from vidjax.data.records import shard_files
 from vidjax.data.records.data_report import report_split
-from vidjax.data.records.manifest import (
+from vidjax.data.records.manifest import load_records, remove, write_manifest
+from vidjax.data.records.shards import (
     NAME,
     VERSION,
     Records,
     SplitRecords,
-    load_records,
-    remove,
-    write_manifest,
+    count_frame_bytes,
+    make_shard,
 )
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -43,7 +38,6 @@ from vidjax.utils.machine import max_open_files, num_cores
 ORDER_SEED = 0
 MIN_SHARDS = 8
 SHARD_BYTES = 256 << 20
-CLIPS_AT_ONCE = 256
 
 
 def convert(
@@ -242,8 +236,7 @@ def cut(
     pair for each shard: its path, which begins with `prefix`, and [n] int32, its part of `order`.
     """
     size = sum(
-        int(lengths.sum(dtype=np.int64))
-        * shard_files.count_frame_bytes(modalities[name])["features"]
+        int(lengths.sum(dtype=np.int64)) * count_frame_bytes(modalities[name])["features"]
         for name, lengths in split.lengths.items()
         if name in modalities
     )
@@ -254,46 +247,3 @@ def cut(
         (prefix.with_name(name.format(number)), order[first:last])
         for number, (first, last) in enumerate(itertools.pairwise(bounds))
     ]
-
-
-def make_shard(
-    path: Path,
-    order: np.ndarray,
-    split: PackedClips,
-    modalities: Mapping[str, Modality],
-    *,
-    on_disk: bool,
-) -> shard_files.Shard:
-    """Writes clips to a TFRecord file, or if `on_disk` is False, only computes its digest.
-
-    `order` [n] are the positions of the clips in `split.names`.
-    """
-    sha256, size = hashlib.sha256(), 0
-    with path.open("wb") if on_disk else contextlib.nullcontext() as file:
-        for record in _encode_clips(order, split, modalities):
-            sha256.update(record)
-            size += len(record)
-            if file:
-                file.write(record)
-    mtime_ns = path.stat().st_mtime_ns if on_disk else 0
-    return shard_files.Shard(path, len(order), size, mtime_ns, sha256.hexdigest())
-
-
-def _encode_clips(
-    order: np.ndarray, split: PackedClips, modalities: Mapping[str, Modality]
-) -> Iterator[bytes]:
-    """Yields the record of each clip."""
-    kinds = {(name, f): get_dtype(f, x.dtype) for name, x in modalities.items() for f in BATCHED}
-    mapped = dict[str, Packed]()
-    for number, clip in enumerate(order.tolist()):
-        if number % CLIPS_AT_ONCE == 0:  # maps files again, so that the memory of pages is freed
-            mapped = {name: map_again(frames) for name, frames in split.frames.items()}
-        values: dict[str, bytes | int] = {"clip": split.names[clip].encode(), "clip_index": clip}
-        for (name, field), dtype in kinds.items():
-            content = b""
-            if name in mapped and (length := mapped[name].length[clip]):
-                start = mapped[name].start[clip]
-                frames = getattr(mapped[name], field)[start : start + length]
-                content = frames.astype(dtype.newbyteorder("<"), copy=False).tobytes()
-            values[f"frames/{name}/{field}"] = content
-        yield shard_files.make_record(shard_files.encode(values))

@@ -12,7 +12,7 @@ from vidjax.data.clips import Split
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packed_clips import PackedClips, map_again
 from vidjax.data.packing import compute_feature_norms
-from vidjax.data.records.manifest import Records
+from vidjax.data.records.shards import Records
 from vidjax.utils import messages
 from vidjax.utils.errors import warn
 from vidjax.utils.files import sha256_json

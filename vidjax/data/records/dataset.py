@@ -30,8 +30,7 @@ from vidjax.data.clips import (
 from vidjax.data.labels import Truth
 from vidjax.data.packed_clips import BadValues, PackedReader, pack_arrays
 from vidjax.data.records.data_report import label_records
-from vidjax.data.records.manifest import Records, SplitRecords
-from vidjax.data.records.record_reader import Reader
+from vidjax.data.records.shards import Reader, Records, SplitRecords
 from vidjax.utils.errors import UserError, require_packages, warn
 from vidjax.utils.files import sha256_json
 

@@ -10,48 +10,18 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from vidjax.data.clips import Modality
-from vidjax.data.packed_clips import DTYPES, PackedClips
-from vidjax.data.records.shard_files import DEPTH, Shard, check_changed
+from vidjax.data.packed_clips import DTYPES
+from vidjax.data.records.shards import DEPTH, NAME, Records, Shard, SplitRecords, check_changed
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file
 
-# If the meaning of a record or of the manifest changes, increase the version to refill the cache.
-VERSION = "1.4.0"
-NAME = "iqiyi_vid"  # the name of every dataset in TFDS
 MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
-
-
-class SplitRecords(NamedTuple):
-    """The clips of a split, in TFRecord files or in memory."""
-
-    clips: tuple[str, ...]  # N clip names in byte order
-    order: np.ndarray  # [N] int32, the order of the clips on disk, as positions in `clips`
-    lengths: dict[str, np.ndarray]  # modality -> [N] int32, the number of frames of each clip
-    quality: dict[str, np.ndarray]  # modality -> [N] float64, the mean quality of their frames
-    # The TFRecord files. If the clips are in memory, these files do not exist. Their digests show
-    # that the clips in memory are equal to clips in files.
-    shards: tuple[Shard, ...]
-    packed: PackedClips | None = None  # the clips in memory, which have all modalities
-
-
-class Records(NamedTuple):
-    """The clips of a dataset, in TFRecord files or in memory."""
-
-    folder: Path | None  # the folder of the TFRecord files, or None for clips in memory
-    modalities: dict[str, Modality]  # modality -> width and dtype of its features
-    splits: dict[str, SplitRecords]  # split -> its clips and files
-    report: dict[str, Any]  # the data report without labels, which counts frames and clips
-
-    @property
-    def clips(self) -> dict[str, tuple[str, ...]]:
-        """Split -> clip names in byte order."""
-        return {name: split.clips for name, split in self.splits.items()}
 
 
 def write_manifest(records: Records, fingerprint: list[dict[str, Any]]) -> None:

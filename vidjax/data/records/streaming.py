@@ -22,8 +22,7 @@ from vidjax.core.batch import BATCHED, Batch, Frames
 from vidjax.data import order
 from vidjax.data.clips import BatchPlan, Modality, choose_frames
 from vidjax.data.packed_clips import get_dtype
-from vidjax.data.records.record_reader import Reader
-from vidjax.data.records.shard_files import DEPTH, check_shard
+from vidjax.data.records.shards import DEPTH, Reader, check_shard
 from vidjax.utils.errors import UserError
 
 # Read by the import of TensorFlow. They hide its log and a message of oneDNN: errors are raised.
