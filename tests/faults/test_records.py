@@ -28,7 +28,7 @@ from tests.helpers.clip_files import random_clip, write_labels, write_npz, write
 from tests.helpers.datasets import prepare, record_digests
 from tests.helpers.seen import refused
 from vidjax.data import iqiyi_vid
-from vidjax.data.records import manifest as manifest_lib
+from vidjax.data.records import conversion
 from vidjax.data.records.shards import check_shard
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ READERS = (
 
 def verify(records):
     """Returns the error of each damaged shard. A damaged index raises its error."""
-    manifest_lib.load_index(records.folder)
+    conversion.load_index(records.folder)
     problems = []
     for shard in shards_of(records):
         try:
@@ -126,7 +126,7 @@ def test_every_reader_reports_the_damaged_file_and_record(records, source):
         shard.path.write_bytes(content)
 
         (problem,) = verify(records)
-        messages = [problem, refused(lambda: manifest_lib.load_records(records.folder))]
+        messages = [problem, refused(lambda: conversion.load_records(records.folder))]
         for opened, read in itertools.product((records, as_if_unchanged(records)), READERS):
             messages.append(refused(functools.partial(read, labelled(opened, source))))
 
@@ -135,7 +135,7 @@ def test_every_reader_reports_the_damaged_file_and_record(records, source):
 
     shard.path.unlink()
     data = labelled(records, source)
-    for read in (*READERS, lambda _: manifest_lib.load_records(records.folder)):
+    for read in (*READERS, lambda _: conversion.load_records(records.folder)):
         error = refused(functools.partial(read, data))
         assert f"{shard.path}' does not exist, but must have 30 records" in error
 
@@ -164,7 +164,7 @@ def test_damaged_or_swapped_shards_are_refused_when_they_are_read(
         path.unlink()
         shutil.copy2(other, path)
         (problem,) = verify(records)
-        for error in (problem, refused(lambda: manifest_lib.load_records(records.folder))):
+        for error in (problem, refused(lambda: conversion.load_records(records.folder))):
             assert str(path) in error
 
 

@@ -31,16 +31,15 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened
 
 FRAMING = 8 + 4 + 4  # bytes of a record around its content: length and two checksums
+HEADER = 8 + 4  # bytes before the content of a record: its length, and the checksum of the length
+SUM = 4  # bytes after the content: its checksum
 # The tag of a field of a message is (number of the field << 3) + 2, where 2 is the type of bytes.
 FIRST_TAG, SECOND_TAG, THIRD_TAG = b"\x0a", b"\x12", b"\x1a"
-
-CLIPS_AT_ONCE = 256
 DEPTH = 3  # a shard is FOLDER/NAME/VERSION/SHARD, where FOLDER contains the manifest
-
-
+NAME = "iqiyi_vid"  # the name of every dataset in TFDS
 # If the meaning of a record or of the manifest changes, increase the version to refill the cache.
 VERSION = "1.4.0"
-NAME = "iqiyi_vid"  # the name of every dataset in TFDS
+CLIPS_AT_ONCE = 256  # clips that are encoded before files are mapped again, to free memory
 
 
 class Shard(NamedTuple):
@@ -135,10 +134,6 @@ def _count_intact(path: Path) -> tuple[int, bool]:
                 return count, False
             count += 1
     return count, True
-
-
-HEADER = 8 + 4  # bytes before the content of a record: its length, and the checksum of the length
-SUM = 4  # bytes after the content: its checksum
 
 
 def make_record(content: bytes) -> bytes:
@@ -265,7 +260,7 @@ def _encode_clips(
     kinds = {(name, f): get_dtype(f, x.dtype) for name, x in modalities.items() for f in BATCHED}
     mapped = dict[str, Packed]()
     for number, clip in enumerate(order.tolist()):
-        if number % CLIPS_AT_ONCE == 0:  # maps files again, so that the memory of pages is freed
+        if number % CLIPS_AT_ONCE == 0:
             mapped = {name: map_again(frames) for name, frames in split.frames.items()}
         values: dict[str, bytes | int] = {"clip": split.names[clip].encode(), "clip_index": clip}
         for (name, field), dtype in kinds.items():
