@@ -15,8 +15,7 @@ from vidjax.data import iqiyi_vid
 from vidjax.data.clips import Modality
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records import shards
-from vidjax.data.records.data_report import label_records
-from vidjax.data.records.dataset import Dataset
+from vidjax.data.records.dataset import Dataset, label_records
 from vidjax.data.records.shards import Reader
 from vidjax.data.untrusted import sandbox
 

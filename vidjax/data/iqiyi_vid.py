@@ -160,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         from vidjax.data.records.conversion import convert
-        from vidjax.data.records.data_report import format_report, label_records
+        from vidjax.data.records.data_report import format_report
+        from vidjax.data.records.dataset import label_records
 
         args = parser.parse_args(words)
         source = OfficialFiles(args.directory, workers=args.workers, cache_dir=args.cache_dir)

@@ -1,25 +1,17 @@
-"""Makes the data report, which counts used and skipped frames, clips and labels of a dataset."""
+"""Counts the used and skipped frames and clips of a dataset, and formats the data report."""
 
-import copy
-import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vidjax.data.clips import Split
-from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packed_clips import PackedClips, map_again
 from vidjax.data.packing import compute_feature_norms
-from vidjax.data.records.shards import Records
 from vidjax.utils import messages
-from vidjax.utils.errors import warn
-from vidjax.utils.files import sha256_json
 
 HISTOGRAM_BINS = 20
 FRAMES_PER_MAP = 1 << 16  # frames that are read before the file is mapped again, to free memory
-CLIPS_PER_IDENTITY_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, np.inf)
 
 
 def report_split(split: PackedClips, paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -82,87 +74,6 @@ def _make_histogram(values: np.ndarray) -> dict[str, Any]:
         "edges": np.asarray(edges).tolist(),
         "mean": float(finite.mean()) if finite.size else None,
         "not_finite": int(values.size - finite.size),
-    }
-
-
-def label_records(
-    records: Records, truth: Truth, identities: Sequence[str] | None = None
-) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
-    """Adds labels to the converted clips of a dataset.
-
-    `truth` is split -> clip -> identity. `identities` are the names of the classes 1 to C, by
-    default all identities in the ground truth of train and val. Returns three results: the names of
-    the classes; split -> its clips and labels; and the data report.
-    """
-    if identities is None:
-        identities = sort_identities(
-            identity for split in ("train", "val") for identity in truth.get(split, {}).values()
-        )
-    column = {identity: position for position, identity in enumerate(identities, 1)}
-    report = copy.deepcopy(records.report)
-    report["identities"] = len(identities)
-    splits = {}
-    for name, (clips, _, lengths, quality, *_) in records.splits.items():
-        pairs = truth.get(name)
-        columns = {clip: column.get(identity, 0) for clip, identity in (pairs or {}).items()}
-        positives = np.bincount(list(columns.values()), minlength=len(identities) + 1)
-        splits[name] = Split(
-            name=name,
-            clips=clips,
-            labels=np.array([columns.get(clip, 0) for clip in clips], np.int32),
-            labelled=pairs is not None,
-            positives=positives[1:].astype(np.int64),
-            num_others=len(set((pairs or {}).values()) - column.keys()),
-            lengths=lengths,
-            quality=quality,
-        )
-        if positives[0]:
-            warn(
-                f"{name} has {messages.count(positives[0], 'clip')} of identities that are not in "
-                "the training data\n"
-                "these clips count as distractors, and the AP of these identities is 0\n"
-                "to rank these identities, add clips of them to train, and train again"
-            )
-        report["splits"][name] |= _report_labels(pairs, clips, identities)
-        report["splits"][name]["sha256"] = _digest_split(records, truth, name)
-    return tuple(identities), splits, report
-
-
-def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
-    """Returns the number of clips of a split, and digests of its names, features and labels."""
-    clips, shards = records.splits[split].clips, records.splits[split].shards
-    features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]
-    return {
-        "clips": len(clips),
-        "names": sha256_json(clips),
-        "modalities": sorted(records.modalities),
-        "features": sha256_json(features),
-        "labels": sha256_json(sorted(truth[split].items())) if split in truth else None,
-    }
-
-
-def _report_labels(
-    truth: Mapping[str, str] | None, clips: Collection[str], identities: Collection[str]
-) -> dict[str, Any]:
-    if truth is None:
-        return {"labelled": False}
-    known = len(truth.keys() & set(clips))
-    names, positives = np.unique(list(truth.values()), return_counts=True)
-    histogram = {
-        f"{low + 1}-{high}" if high != np.inf else f"over {low}": int(
-            ((positives > low) & (positives <= high)).sum()
-        )
-        for low, high in itertools.pairwise(CLIPS_PER_IDENTITY_EDGES)
-    }
-    return {
-        "labelled": True,
-        "ground_truth_clips": len(truth),
-        "identities": len(names),
-        "unlisted_identities": len(set(names.tolist()) - set(identities)),
-        "labelled_clips": known,
-        "distractors": len(clips) - known,
-        "unknown_clips": len(truth) - known,
-        "clips_per_identity": histogram,
     }
 
 
