@@ -6,17 +6,17 @@ README.md of this folder describes the files, in the section "Features of your o
 import contextlib
 import os
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax.data import clip_files
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
+from vidjax.data.clip_files import choose_num_readers, read_at_once, read_clips
 from vidjax.data.clips import SPLITS, Origin
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packed_clips import PackedClips, Quality
-from vidjax.data.packing import Clip, Clips, pack, read_dict
+from vidjax.data.packing import Clips, pack, read_dict
 from vidjax.utils.errors import NoFileError, UserError, check_choice
 from vidjax.utils.names import show
 
@@ -44,16 +44,16 @@ class FeatureDict:
         self._splits, self._labels = splits, labels
         self._quality: Quality = quality
 
-    def _clips(self, split: str) -> Iterator[Clip]:
-        return read_dict(self._splits[split], split)
-
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the name of the split, because arrays in memory have no file."""
         return Path(split)
 
     def read(self) -> dict[str, PackedClips]:
         """Checks all clips, and copies their frames. Returns split -> its clips."""
-        return {split: pack(self._clips(split), None, self._quality) for split in self._splits}
+        return {
+            split: pack(read_dict(clips, split), quality=self._quality)
+            for split, clips in self._splits.items()
+        }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
         """Returns split -> clip -> identity. See `RecordSource`."""
@@ -102,14 +102,12 @@ class FeatureFolder:
 
     def read(self, scratch: Path) -> dict[str, PackedClips]:
         """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
-        workers = self._workers or clip_files.choose_num_readers(self._files)
+        workers = self._workers or choose_num_readers(self._files)
         if workers > 1:
-            with contextlib.suppress(clip_files.RetrySerially):
-                return clip_files.read_at_once(
-                    self._files, scratch / "parts", workers, self._quality
-                )
+            with contextlib.suppress(UserError):  # reading with one process reports the exact error
+                return read_at_once(self._files, scratch / "parts", workers, self._quality)
         return {
-            split: pack(clip_files.read_clips(paths), scratch / split, self._quality)
+            split: pack(read_clips(paths), scratch / split, self._quality)
             for split, paths in self._files.items()
         }
 

@@ -227,8 +227,9 @@ def read_at_once(
     """Reads clips with several processes. Returns split -> its clips.
 
     `files` is split -> the files of its clips. `scratch` is a folder for the frames, which must
-    exist as long as the returned arrays. `workers` is the number of processes. Raises RetrySerially
-    if a process fails, or if the results of two processes contain the same clip or do not fit.
+    exist as long as the returned arrays. `workers` is the number of processes. Raises UserError if
+    a process fails, or if the results of two processes contain the same clip or do not fit. Then
+    reading with one process reports the exact error.
     """
     # There are twice as many parts as processes, because some parts take longer than others.
     length = -(-sum(map(len, files.values())) // (2 * workers))
@@ -244,10 +245,7 @@ def read_at_once(
         limits = {"memory_bytes": NO_MEMORY_LIMIT, "cpu_seconds": MAX_CPU_SECONDS}
         if parts[number][1][0].suffix == ".parquet":
             limits = parquet.get_limits(parts[number][1][0])
-        try:
-            summaries = run_limited(__name__, folder, arguments, **limits, children=children)
-        except UserError:
-            raise RetrySerially from None
+        summaries = run_limited(__name__, folder, arguments, **limits, children=children)
         return {name: (folder / name, summary) for name, summary in summaries.items()}
 
     try:
@@ -256,13 +254,9 @@ def read_at_once(
         for (split, _), part in zip(parts, packed, strict=True):
             by_split[split].append(part)
         return {split: _join(of_split) for split, of_split in by_split.items()}
-    except RetrySerially:
+    except UserError:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-
-
-class RetrySerially(Exception):
-    """Reading with several processes failed. Reading with one process reports the exact error."""
 
 
 _Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder, and result of `summarise`
@@ -271,7 +265,7 @@ _Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder, and result
 def _join(parts: Sequence[_Part]) -> PackedClips:
     """Joins the clips of a split that several processes have read.
 
-    Raises RetrySerially if two processes read the same clip, or features of different width or
+    Raises UserError if two processes read the same clip, or features of different width or
     dtype, or if the names of two modalities differ only in the case of letters.
     """
     names = [{name for _, packed in part.values() for name in packed["names"]} for part in parts]
@@ -280,7 +274,7 @@ def _join(parts: Sequence[_Part]) -> PackedClips:
         sum(map(len, names)) != len(set().union(*names))
         or len(set(map(str.casefold, modalities))) < len(modalities)
     ):  # fmt: skip
-        raise RetrySerially
+        raise UserError("two processes read the same clip or similar modalities")
     joined = []
     for modality in modalities:
         (folder, whole), *others = (part[modality] for part in parts if modality in part)
@@ -288,7 +282,7 @@ def _join(parts: Sequence[_Part]) -> PackedClips:
             if any(more["lengths"]):
                 kinds = [(summary["width"], summary["dtype"]) for summary in (whole, more)]
                 if any(whole["lengths"]) and kinds[0] != kinds[1]:
-                    raise RetrySerially
+                    raise UserError("two processes read features of another kind")
                 whole["width"], whole["dtype"] = kinds[1]
             for field in ("names", "lengths"):
                 whole[field] += more[field]
@@ -315,7 +309,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         for clip in read_clips(list(map(Path, arguments["paths"])), parquet.decode):
             if not clip.modalities:
                 # `pack` would add the clip to the first modality of this process, which may not be
-                # the first modality of another process. `read_at_once` then raises RetrySerially.
+                # the first modality of another process.
                 raise UserError("a clip without modalities")
             yield clip
 

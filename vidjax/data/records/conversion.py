@@ -143,19 +143,16 @@ def make_records(
         for name, clips in packed.items():
             paths = {modality: source.path_of(modality, name) for modality in clips.frames}
             reports[name] = threads.submit(report_split, clips, paths)
-        cuts = {
-            name: cut(clips, orders[name], modalities, place / f"{NAME}-{name}")
+        parts = [
+            (name, *part)
             for name, clips in packed.items()
-        }
-        written = threads.map(
-            lambda name, path, order: make_shard(
-                path, order, packed[name], modalities, on_disk=folder is not None
-            ),
-            *zip(*((name, *part) for name, parts in cuts.items() for part in parts), strict=True),
-        )
-        shards = {
-            name: tuple(itertools.islice(written, len(parts))) for name, parts in cuts.items()
-        }
+            for part in cut(clips, orders[name], modalities, place / f"{NAME}-{name}")
+        ]
+
+        def make(name: str, path: Path, order: np.ndarray) -> Shard:
+            return make_shard(path, order, packed[name], modalities, on_disk=folder is not None)
+
+        shards = [*threads.map(make, *zip(*parts, strict=True))]
         report = {
             "version": VERSION,
             "splits": {name: future.result() for name, future in reports.items()},
@@ -166,7 +163,9 @@ def make_records(
             order=orders[name],
             lengths=clips.lengths,
             quality={key: measure_quality(frames) for key, frames in clips.frames.items()},
-            shards=shards[name],
+            shards=tuple(
+                shard for (of, *_), shard in zip(parts, shards, strict=True) if of == name
+            ),
         )
         for name, clips in packed.items()
     }
