@@ -124,7 +124,8 @@ def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, mon
 
     other = copy.deepcopy(clips)
     other["train"]["train3"]["face"][0, 0] += 1
-    refused(lambda: train("resident", other, num_epochs=2), "train has other features")
+    error = refused(lambda: train("resident", other, num_epochs=2), "train has other features")
+    assert "vidjax.load_data" in error and "data.dir" not in error
     written = [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()]
     # matplotlib lists the fonts of the system.
     allowed = ("resident/", "streaming/", "VIDJAX_CACHE/programs/", "HOME/.cache/matplotlib/")
