@@ -129,14 +129,14 @@ def load(
     quality: Quality = "given",
 ) -> "Dataset":
     """Loads a dataset. The first call converts files to TFRecords. See `vidjax.load_data`."""
-    from vidjax.data.records.conversion import convert, hold
+    from vidjax.data.records.conversion import convert, make_records
     from vidjax.data.records.dataset import Dataset
 
     if isinstance(given, ConfigDict):
         cache_dir = cast(Section, given)["cache_dir"]
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
     if isinstance(source, FeatureDict):
-        records = hold(source, source.read())
+        records = make_records(source, source.read())
     else:
         records = convert(source, cache_dir)
     origin = getattr(source, "origin", Origin(source.kind))

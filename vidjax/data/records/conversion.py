@@ -109,25 +109,16 @@ def write_records(
     write_manifest(records, fingerprint)
 
 
-def hold(source: DataSource, packed: Mapping[str, PackedClips]) -> Records:
-    """Returns the clips of a dataset in memory. Nothing is written to the disk."""
-    records = make_records(source, packed, None, None)
-    splits = {
-        name: split._replace(packed=complete(packed[name], records.modalities))
-        for name, split in records.splits.items()
-    }
-    return records._replace(splits=splits)
-
-
 def make_records(
     source: DataSource,
     packed: Mapping[str, PackedClips],
-    folder: Path | None,
-    workers: int | None,
+    folder: Path | None = None,
+    workers: int | None = None,
 ) -> Records:
     """Checks the splits of a dataset, and writes its TFRecord files to `folder`.
 
-    If `folder` is None, only the digests of these files are computed.
+    If `folder` is None, nothing is written: only the digests of these files are computed, and the
+    clips stay in memory.
     """
     modalities = _join_modalities(packed, source)
     _refuse_empty_splits(packed, source)
@@ -163,9 +154,8 @@ def make_records(
             order=orders[name],
             lengths=clips.lengths,
             quality={key: measure_quality(frames) for key, frames in clips.frames.items()},
-            shards=tuple(
-                shard for (of, *_), shard in zip(parts, shards, strict=True) if of == name
-            ),
+            shards=tuple(x for (of, *_), x in zip(parts, shards, strict=True) if of == name),
+            packed=None if folder else complete(clips, modalities),
         )
         for name, clips in packed.items()
     }
