@@ -411,7 +411,11 @@ def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> l
 
 
 def describe_extended(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a sentence for each run that was extended to more epochs, or scored otherwise."""
+    """Returns sentences about runs with unusual results.
+
+    A run is unusual if its number of epochs was raised later, or if its evaluation changed
+    fields of the configuration.
+    """
     texts = []
     for run in runs:
         if epochs := results_lib.describe_epochs(run.metrics):

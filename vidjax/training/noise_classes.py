@@ -2,8 +2,8 @@
 
 Each cluster of distractors is a class. Each identity also has a mirror class, for strangers who
 resemble the identity. A distractor in no cluster starts in a random mirror class. Every
-`noise.relabel_every_epochs` epochs, the clip moves to the mirror class of the identity that the
-model predicts.
+`noise.relabel_every_epochs` epochs, each of these distractors moves to the mirror class of the
+identity that the model predicts.
 
 Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
 its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in

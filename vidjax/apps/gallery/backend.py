@@ -713,7 +713,12 @@ class Index:
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns sorted indices of the k highest logits, and of logits near the k-th highest."""
+        """Returns sorted indices of people who may have one of the k highest `logits` [N] float32.
+
+        Logits have rounding errors of up to MAX_LOGIT_ERROR, so the result may contain more than k
+        people. If it would contain more than MAX_FINE_PEOPLE, it contains exactly k people. If all
+        logits are -inf, it is empty.
+        """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)

@@ -12,8 +12,8 @@ A wrong photo also makes right photos of the same person doubtful. To find only 
 most doubtful photo of each person is set aside, and the remaining photos are compared again.
 
 First, the photos of each person are divided into sides: groups that show the same face, with odds
-above 200 to 1 between any two sides. If it is not clear which side shows the named person, no photo
-is doubtful, because it may be a right one. Then all sides are returned.
+above 200 to 1 between any two sides. If it is not clear which side shows the named person, any side
+may be right. Then no photo is doubtful, and all sides are returned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,9 +37,9 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """Photos of a person that show the same face."""
+    """A side: photos in the name of a person that show the same face."""
 
-    photos: Sequence[str]
+    photos: Sequence[str]  # names of clips in the gallery
     like: str | None = None  # another person whom this face resembles
 
 

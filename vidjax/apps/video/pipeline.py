@@ -53,17 +53,20 @@ class FileOutcome(NamedTuple):
     """The result of reading a file: either a film, or an error and its remedy."""
 
     path: Path
-    media: MediaFile | None
-    error: str = ""
+    media: MediaFile | None  # the description of the film; None after an error
+    error: str = ""  # "" if there was no error
     kept: bool = False  # whether the features of an earlier call were kept
     replaced: bool = False  # whether features of another file with the same name were replaced
     remedy: str = ""  # what a user can do about the error
     label: str = ""  # the name of the file, or the path if several files have this name
-    earlier: MediaFile | None = None  # of an error: the results of an earlier call, which are kept
+    earlier: MediaFile | None = None  # after an error: the description by an earlier call
 
     @property
     def known(self) -> MediaFile | None:
-        """The film, or if it could not be read, the results of an earlier call."""
+        """The description of the film.
+
+        If the film could not be read, it is the description by an earlier call.
+        """
         return self.media or self.earlier
 
 

@@ -195,7 +195,10 @@ def read_films(out: Path) -> list[MediaFile]:
 
 
 def read_numbers(out: Path) -> UnknownNumbers:
-    """Reads `unknown.json` in a folder of results. A missing file counts as empty."""
+    """Returns the numbers of unknown people in a folder of results.
+
+    If there is no `unknown.json`, no person has a number.
+    """
     return _read_numbers(out, UnknownNumbers) or UnknownNumbers(films={})
 
 
