@@ -149,7 +149,7 @@ def describe_epochs(metrics: Mapping[str, Any]) -> str:
 
 
 def find_last_saved(workdir: Path) -> int:
-    """Returns the last step that was saved as a checkpoint, by the logs. Without one, returns 0.
+    """Returns the last step that the logs list as saved in a checkpoint, or 0 if there is none.
 
     A step is saved before it is evaluated. `timing.jsonl` lists the other saved steps.
     """

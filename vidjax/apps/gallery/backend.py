@@ -285,10 +285,11 @@ def _add_independent(
     clips: tuple[np.ndarray, np.ndarray, np.ndarray | None],
     independent: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number of independent clips [P] of each person, and the sum [P, D] of as many.
+    """Returns the number n of independent clips of each person [P], and n x their mean [P, D].
 
-    `sums` are the number and the sum of all clips. `clips` and `independent` are the arguments of
-    `Backend.enrol`.
+    `sums` are the number [P] and the sum [P, D] of all clips of each person. `clips` are the
+    arguments `vectors`, `owner` and `film` of `Backend.enrol`, for this part. For `independent`,
+    see `Backend.enrol`.
     """
     assert part.space is not None
     (count, total), (x, owner, film) = sums, clips

@@ -270,7 +270,8 @@ def find_equal(
 ) -> set[str]:
     """Returns the names in `vectors` that are enrolled with an equal vector of each modality.
 
-    `vectors` are clip -> vector of all modalities. An enrolled clip may lack a modality.
+    `vectors` are clip -> vector of all modalities. A modality that the enrolled clip lacks is not
+    compared.
     """
     equal = set[str]()
     for name in vectors.keys() & clips.keys():

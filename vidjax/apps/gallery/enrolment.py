@@ -107,7 +107,7 @@ def fit_backend(
 
 
 def measure_shared(clips: Mapping[str, StoredClip], widths: Mapping[str, int]) -> float:
-    """Measures how alike the clips of a person are, see `backend.measure_shared`."""
+    """Returns how alike the clips of a person are, 0 to 1, see `backend.measure_shared`."""
     labels, vectors, _ = _stack_people(clips, widths)
     return backend_lib.measure_shared(vectors, labels)
 

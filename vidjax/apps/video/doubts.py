@@ -89,8 +89,8 @@ def _find_unclear(
 ) -> dict[int, tuple[int, int]]:
     """Finds doubtful photos that may be right, because the photos that they resemble are wrong.
 
-    Returns row of such a photo -> its row and the row of the most similar photo, the lower first.
-    `doubtful` is row of a photo -> the person whom it resembles, see `compare_photos`.
+    Returns row of such a photo -> two rows in ascending order: the row of this photo, and the row
+    of the most similar photo of the other person. `doubtful` is the result of `compare_photos`.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
     for row, like in doubtful.items():
@@ -118,8 +118,9 @@ def divide_photos(
     would make at least three times as many photos wrong. For the arguments, see `compare_photos`.
 
     Returns:
-      The wrong rows of people whose right side is clear -> number of the person whom the photo
-      resembles, or None. And number of a person -> sides, for people whose right side is not clear.
+      For people whose right side is clear: row of a wrong photo -> number of the person whom the
+        photo resembles, or None for nobody.
+      For people whose right side is not clear: number of the person -> sides.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     sides = [side for rows in rows_of for side in _find_sides(distances, units, rows)]

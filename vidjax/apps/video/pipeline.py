@@ -117,12 +117,15 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: which features of earlier calls are removed. "deleted": features of files that are
-        missing from a folder that has other files. If the whole folder is missing or empty, an
-        outcome reports it. "missing": features of all files that no longer exist. "others":
-        features of all files that are not in `paths`, except files in a folder that is missing or
-        empty. "all others": features of all files that are not in `paths`. If a file cannot be
-        reached, its features are kept. With "others", an outcome reports each file that is kept.
+      drop: which features of earlier calls are removed.
+        "nothing": no features.
+        "deleted": features of files that are missing in a folder that has other files. If a whole
+          folder is missing or empty, an outcome reports the folder.
+        "missing": features of all files that no longer exist.
+        "others": features of all files that are not in `paths`, except files in a folder that is
+          missing or empty. An outcome reports each file whose features are kept.
+        "all others": features of all files that are not in `paths`.
+        If a file cannot be reached, its features are always kept.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has more nets than before. True removes all features of the
         folder, and computes the features of the files in `paths` again. False raises an error.
