@@ -332,7 +332,7 @@ class Kind(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """The sizes of the arrays."""
+        """The number of elements of each array."""
         width = self.width
         if self.by_card:
             return [width, len(Distances._fields), *([width] if self.has_mean else [])]
