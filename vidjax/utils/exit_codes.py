@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from vidjax.utils.errors import Expected, VidjaxWarning, describe_system_error, escape_controls
-from vidjax.utils.printing import print_escaped, print_problem, print_text
+from vidjax.utils.messages import print_escaped, print_problem, print_text
 from vidjax.utils.scratch import remove_scratch_folders
 
 
