@@ -1,6 +1,7 @@
-"""The functions of `import vidjax`, which load configurations and data, and train and rank.
+"""The functions of `import vidjax` about runs: load data, train, evaluate, compare and restore.
 
-JAX and TensorFlow are imported when a function is called.
+The commands call `train_run`, `evaluate_run` and other functions of this module, too. JAX and
+TensorFlow are imported when a function is called.
 """
 
 import copy
@@ -86,8 +87,9 @@ def load_data(
 ) -> "TrainingData":
     """Loads a dataset for training and evaluation.
 
-    The first call checks the clips, and stores them in the cache folder. Later calls read the cache
-    until a byte of the source changes. A frame whose feature contains a NaN or an infinity is left
+    At the first call, the clips of a folder are checked, and converted to files in the cache. Later
+    calls read the cache until a byte of the source changes. Clips in a dict are checked at every
+    call, and never written to the disk. A frame whose feature contains a NaN or an infinity is left
     out and counted.
 
     Args:
