@@ -14,10 +14,11 @@ import pytest
 from tests.campaigns import mutations
 from tests.helpers import limits, made_runs
 from tests.helpers.cases import quick_first
+from tests.helpers.clip_files import write_labels, write_npz
+from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import contents, refused
 from vidjax.cli import inspection_commands, program, run_commands
 from vidjax.core import devices
-from vidjax.data import sources
 from vidjax.data.records import codec  # TFDS, whose import takes a while
 from vidjax.runs import checkpoint, config as config_lib, config_io, results
 from vidjax.runs.run_folder import RunFolder
@@ -275,12 +276,15 @@ def test_checkpoint_with_a_file_outside_is_damaged(tmp_path):
 
 
 def read_train_clips(cache):
-    """Converts made-up clips to records in a cache, or opens them there; reads the clips."""
+    """Converts a folder of made-up clips to records in a cache, or opens them; reads the clips."""
+    folder = cache.parent / "features"
     face = np.arange(8, dtype="f4").reshape(2, 4)
     clips = {x: {f"{x}_{i}": {"face": face} for i in range(3)} for x in ("train", "val")}
-    labels = dict.fromkeys([*clips["train"], *clips["val"]], "p")
+    if not folder.exists():
+        write_npz(folder, clips)
+        write_labels(folder / "labels.csv", dict.fromkeys([*clips["train"], *clips["val"]], "p"))
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        data = sources.load(clips, labels, cache_dir=cache)
+        data = load_dataset("arrays", directory=folder, cache_dir=cache)
         list(data.packed("train", ("face",)))
 
 

@@ -28,7 +28,7 @@ VERSION = 3  # increase it if new code reads other frames from the same file, to
 class FeatureDict:
     """Features in memory, which are never written to the disk."""
 
-    kind = place = title = "arrays"
+    kind = place = "arrays"
 
     def __init__(
         self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
@@ -52,8 +52,8 @@ class FeatureDict:
         """Returns the name of the split, because arrays in memory have no file."""
         return Path(split)
 
-    def read(self, scratch: Path | None = None) -> dict[str, PackedClips]:
-        """Checks all clips, and copies their frames to memory. See `RecordSource`."""
+    def read(self) -> dict[str, PackedClips]:
+        """Checks all clips, and copies their frames. Returns split -> its clips."""
         return {split: pack(self._clips(split), None, self._quality) for split in self._splits}
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:

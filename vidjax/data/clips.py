@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from vidjax.core.batch import BATCHED, Batch, Frames, Packed
+from vidjax.core.batch import Batch, Frames, Packed
 from vidjax.data.frame_fields import FRAME_FIELDS, Quality
 from vidjax.data.packed_clips import ClipArrays, PackedClips
 from vidjax.utils import files
@@ -187,22 +187,31 @@ class Origin(NamedTuple):
         return cls(name, str(files.absolute(folder)), quality)
 
 
-class RecordSource(Protocol):
-    """A dataset, with labels, whose frames can be converted to records (TFRecord files).
+class DataSource(Protocol):
+    """A dataset, with labels, in memory or in files."""
+
+    kind: str  # the name of the cache folder for the records of all datasets of this class
+    place: str  # the folder or the name of the dataset, for messages
+
+    def path_of(self, modality: str, split: str) -> Path:
+        """Returns the file of a modality in a split, for messages and the report."""
+        ...
+
+    def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
+        """Returns split -> clip -> identity. `clips` is split -> names of clips with features."""
+        ...
+
+
+class RecordSource(DataSource, Protocol):
+    """A dataset whose frames can be converted to records (TFRecord files).
 
     To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
     """
 
-    kind: str  # the name of the cache folder for the records of all datasets of this class
-    place: str  # the folder or the name of the dataset, for messages
     title: str  # a description of the files, for the log
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
-        ...
-
-    def path_of(self, modality: str, split: str) -> Path:
-        """Returns the file of a modality in a split, for messages and the report."""
         ...
 
     def read(self, scratch: Path) -> Mapping[str, PackedClips]:
@@ -210,10 +219,6 @@ class RecordSource(Protocol):
 
         The returned arrays may be memory maps of files in `scratch`.
         """
-        ...
-
-    def read_labels(self, clips: Mapping[str, Collection[str]]) -> Mapping[str, Mapping[str, str]]:
-        """Returns split -> clip -> identity. `clips` is split -> names of clips with features."""
         ...
 
 
@@ -371,7 +376,7 @@ def pad(
     size = shape[1]
     mask = np.zeros(shape, bool)
     padded = {"features": np.zeros((*shape, modality.dim), modality.dtype)}
-    padded |= {f: np.zeros(shape, FRAME_FIELDS[f].dtype) for f in BATCHED if f != "features"}
+    padded |= {name: np.zeros(shape, field.dtype) for name, field in FRAME_FIELDS.items()}
     for row, chosen in enumerate(choose_frames(frames["quality"], size, first)):
         count = min(len(frames["quality"][row]), size)
         mask[row, :count] = True

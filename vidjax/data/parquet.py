@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -65,10 +65,9 @@ def read(path: Path) -> Rows:
     """
     with files.scratch_folder() as scratch:  # the memory map keeps the deleted file open
         found = _run(path, {"out_dir": str(scratch)})
-        arrays = {name: np.load(scratch / f"{name}.npy") for name in found["arrays"]}
-        values = np.empty(0, np.float32)
-        if found["values"]:
-            values = np.asarray(np.load(scratch / "features.npy", mmap_mode="r"))
+        with files.open_regular(scratch / "columns.npz") as file:
+            arrays = files.load_npz(file, memory_bytes())
+        values = _map_features(scratch, found["values"], np.dtype(found["dtype"]), "r")
     text = {name: (found["text"][name], arrays.pop(name)) for name in TEXT_COLUMNS}
     return Rows(text, arrays, values, arrays.pop("width"))
 
@@ -99,18 +98,21 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             file.read(columns=names, use_threads=False)
         return {}
     folder = Path(arguments["out_dir"])
-
-    def map_file(count: int, dtype: np.dtype) -> np.ndarray:
-        path = folder / "features.npy"
-        return np.lib.format.open_memmap(path, "w+", dtype, (count,)) if count else np.empty(0)
-
-    rows = decode(path, map_file)
+    rows = decode(path, lambda count, dtype: _map_features(folder, count, dtype, "w+"))
     arrays = {name: codes for name, (_, codes) in rows.text.items()}
     arrays |= {**rows.scalars, "width": rows.width}
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
+    np.savez(folder / "columns.npz", **arrays)  # pyright: ignore[reportArgumentType]
     text = {name: values for name, (values, _) in rows.text.items()}
-    return {"text": text, "arrays": [*arrays], "values": len(rows.values)}
+    return {"text": text, "values": len(rows.values), "dtype": rows.values.dtype.name}
+
+
+def _map_features(
+    folder: Path, count: int, dtype: np.dtype, mode: Literal["r", "w+"]
+) -> np.ndarray:
+    """Maps the file of the features, an array of `count` numbers."""
+    if not count:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(folder / "features.bin", dtype, mode, shape=(count,)))
 
 
 def decode(path: Path, allocate: Callable[[int, np.dtype], np.ndarray] = np.empty) -> Rows:

@@ -29,13 +29,14 @@ from vidjax.data.clips import (
 )
 from vidjax.data.frame_fields import FRAME_FIELDS
 from vidjax.data.order import choose_first_frame, draw_batch_clips
+from vidjax.data.packed_clips import get_dtype
 from vidjax.utils import machine
 from vidjax.utils.errors import UserError
 
 PHASES = ("train", "eval")
 MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
-# Bytes of a frame without its feature, which is the first field of BATCHED.
-SCALAR_BYTES = sum(np.dtype(FRAME_FIELDS[name].dtype).itemsize for name in BATCHED[1:])
+# Bytes of a frame without its feature.
+SCALAR_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.values())
 CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
@@ -203,23 +204,25 @@ class Resident:
         for split in layout.splits:
             for clip_index, chunk in data.packed(split, list(layout.widths)):
                 for name, packed in chunk.items():
-                    begin = fillers[name].append(packed)
+                    fields = [np.asarray(getattr(packed, field)) for field in BATCHED]
+                    begin = fillers[name].append(fields)
                     for phase in PHASES:
                         key = (split, phase, name)
                         limit = layout.best.get(key, len(packed.quality))
                         tables[key][:, clip_index] = packed.start + begin, packed.length
                         for row in np.flatnonzero(packed.length > limit).tolist():
-                            best = fillers[name].append(_select_best_frames(packed, row, limit))
+                            clip = slice(packed.start[row], packed.start[row] + packed.length[row])
+                            best = choose_best_frames(np.asarray(packed.quality[clip]), limit)
+                            best = fillers[name].append([values[clip][best] for values in fields])
                             tables[key][:, clip_index[row]] = best, limit
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
             """Returns modality -> the frames of the clips of `splits` in a phase, train or eval."""
             located = {}
-            for name, packed in frames.items():
+            for name, fields in frames.items():
                 table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
-                start, length = devices.replicate(mesh, tuple(table))
-                located[name] = packed._replace(start=start, length=length)
+                located[name] = Packed(*fields, *devices.replicate(mesh, tuple(table)))
             return located
 
         self.train = locate(layout.train_splits, "train")
@@ -257,19 +260,6 @@ def gather_modalities(
     ]
 
 
-def _select_best_frames(packed: Packed, row: int, count: int) -> Packed:
-    """Returns the `count` frames of the highest quality of clip number `row`, in time order."""
-    clip = slice(packed.start[row], packed.start[row] + packed.length[row])
-    chosen = choose_best_frames(np.asarray(packed.quality[clip]), count)
-    return _make_flat_arrays([getattr(packed, name)[clip][chosen] for name in BATCHED])
-
-
-def _make_flat_arrays(fields: Sequence[Array]) -> Packed:
-    """Returns frames that are not yet divided into clips. `fields` are as in BATCHED."""
-    empty = np.empty(0, np.int32)
-    return Packed(**dict(zip(BATCHED, fields, strict=True)), start=empty, length=empty)
-
-
 class _Filler:
     """Copies frames to arrays on the devices, in chunks, so that the host needs little memory."""
 
@@ -277,8 +267,7 @@ class _Filler:
         """Allocates arrays for `num_frames` frames of a modality, and a last frame of zeros."""
         self._mesh = mesh
         dtype = np.dtype(modality.dtype)
-        scalars = [((), np.dtype(FRAME_FIELDS[name].dtype)) for name in BATCHED[1:]]
-        fields = [((modality.dim,), dtype), *scalars]
+        fields = [((modality.dim,), dtype), *(((), get_dtype(f, dtype)) for f in BATCHED[1:])]
         rows = max(1, CHUNK_BYTES // (modality.dim * dtype.itemsize))
         self._waiting = self._done = 0  # frames in the chunk, and frames on the devices
         self._arrays: list[Array] = []
@@ -295,11 +284,10 @@ class _Filler:
         )
         self._arrays = zeros()
 
-    def append(self, packed: Packed) -> int:
-        """Appends frames, and returns the index of the first frame."""
-        fields = [getattr(packed, name) for name in BATCHED]
+    def append(self, fields: Sequence[np.ndarray]) -> int:
+        """Appends frames, arrays as in BATCHED. Returns the index of the first frame."""
         begin = self._done + self._waiting
-        taken, count = 0, len(packed.quality)
+        taken, count = 0, len(fields[0])
         while taken < count:
             added = min(count - taken, len(self._chunk[0]) - self._waiting)
             for chunk, field in zip(self._chunk, fields, strict=True):
@@ -318,13 +306,13 @@ class _Filler:
         self._done += self._waiting
         self._waiting = 0
 
-    def finish(self) -> Packed:
-        """Copies the last chunk, and returns all frames. They are not divided into clips."""
+    def finish(self) -> Sequence[Array]:
+        """Copies the last chunk, and returns the arrays of all frames."""
         if not self._arrays:
-            return _make_flat_arrays(devices.replicate(self._mesh, self._chunk))
+            return devices.replicate(self._mesh, self._chunk)
         if self._waiting:
             self._flush()
-        return _make_flat_arrays(self._arrays)
+        return self._arrays
 
 
 @functools.partial(jax.jit, donate_argnums=0)

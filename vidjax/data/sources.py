@@ -135,7 +135,10 @@ def load(
     if isinstance(given, ConfigDict):
         cache_dir = cast(Section, given)["cache_dir"]
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
-    records = hold(source) if isinstance(source, FeatureDict) else convert(source, cache_dir)
+    if isinstance(source, FeatureDict):
+        records = hold(source, source.read())
+    else:
+        records = convert(source, cache_dir)
     origin = getattr(source, "origin", Origin(source.kind))
     return Dataset(records, source.read_labels(records.clips), origin=origin)
 

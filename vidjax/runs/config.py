@@ -218,8 +218,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("data.quality", "given", "quality of a frame of your own features: `given`: the value in "
           "the file or, without a value, the L2 norm of the feature; `norm`: always the L2 norm",
           choices=("given", "norm"), read_when=OWN_FEATURES, affects=TRAINING | SCORES),
-    Field("data.mode", "auto", "`resident`: all clips stay in device memory; `streaming`: clips "
-          "are read from the records, in the same order; `auto`: resident if the clips take at "
+    Field("data.mode", "auto", "`resident`: all clips stay in device memory; `streaming`: batches "
+          "are copied to the devices, in the same order; `auto`: resident if the clips take at "
           "most half of the free memory", choices=("auto", "resident", "streaming"),
           affects=ROUNDING),
     Field("data.max_frames", 64, "maximum number of frames of a clip in training", low=1,

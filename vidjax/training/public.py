@@ -87,9 +87,9 @@ def load_data(
 ) -> "TrainingData":
     """Loads a dataset for training and evaluation.
 
-    At the first call, the clips of a folder are checked, and converted to files in the cache. Later
-    calls read the cache until a byte of the source changes. Clips in a dict are checked at every
-    call, and never written to the disk. A frame whose feature contains a NaN or an infinity is left
+    Clips in memory are checked and copied, and are never written to the disk. Clips in files are
+    checked, and the first call stores them in the cache folder. Later calls read the cache
+    until a byte of the source changes. A frame whose feature contains a NaN or an infinity is left
     out and counted.
 
     Args:
@@ -106,7 +106,8 @@ def load_data(
         iQIYI-VID format. A clip without a label, or with the label None, is a distractor. A split
         without a labelled clip is ranked but not scored. None means the ground truth in the folder
         of the features.
-      cache_dir: the cache folder. None means `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+      cache_dir: the cache folder for clips in files. None means `$VIDJAX_CACHE` or
+        `~/.cache/vidjax`.
       quality: how the quality of a frame of your own features is measured. `given` uses `quality`
         or, if a clip has no `quality`, the L2 norm of the feature. `norm` always uses the L2 norm.
         Use the same value as `config.data.quality` in training.

@@ -14,7 +14,7 @@ import tensorflow_datasets
 
 from vidjax.core.batch import BATCHED
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.packed_clips import get_dtype
 from vidjax.data.records.manifest import NAME, VERSION
 from vidjax.data.records.shard_files import Shard
 
@@ -30,10 +30,12 @@ class PackedFrames(tfds.features.FeatureConnector):
         super().__init__(doc=doc)
         self._modality = Modality(dim, dtype)
         self._info = {
-            "features": tfds.features.TensorInfo(shape=(None, dim), dtype=np.dtype(dtype))
+            field: tfds.features.TensorInfo(
+                shape=(None, dim) if field == "features" else (None,),
+                dtype=get_dtype(field, dtype),
+            )
+            for field in BATCHED
         }
-        for name, field in FRAME_FIELDS.items():
-            self._info[name] = tfds.features.TensorInfo(shape=(None,), dtype=np.dtype(field.dtype))
 
     def get_tensor_info(self) -> dict[str, Any]:
         """Returns the shape and dtype of each decoded field."""

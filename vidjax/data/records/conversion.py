@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from vidjax.core.batch import BATCHED, Packed
-from vidjax.data.arrays import FeatureDict
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
-from vidjax.data.clips import Modality, RecordSource
+from vidjax.data.clips import DataSource, Modality, RecordSource
 from vidjax.data.packed_clips import (
     PackedClips,
     complete,
@@ -104,9 +103,8 @@ def write_records(
     write_manifest(records, fingerprint)
 
 
-def hold(source: FeatureDict) -> Records:
+def hold(source: DataSource, packed: Mapping[str, PackedClips]) -> Records:
     """Returns the clips of a dataset in memory. Nothing is written to the disk."""
-    packed = source.read()
     records = make_records(source, packed, None, None)
     splits = {
         name: split._replace(packed=complete(packed[name], records.modalities))
@@ -116,7 +114,7 @@ def hold(source: FeatureDict) -> Records:
 
 
 def make_records(
-    source: RecordSource | FeatureDict,
+    source: DataSource,
     packed: Mapping[str, PackedClips],
     folder: Path | None,
     workers: int | None,
@@ -177,9 +175,7 @@ def choose_order(split: str, num_clips: int) -> np.ndarray:
     return (shuffled if split == "train" else np.arange(num_clips)).astype(np.int32)
 
 
-def _refuse_empty_splits(
-    packed: Mapping[str, PackedClips], source: RecordSource | FeatureDict
-) -> None:
+def _refuse_empty_splits(packed: Mapping[str, PackedClips], source: DataSource) -> None:
     for name, clips in packed.items():
         if not clips.names:
             paths = ", ".join(str(source.path_of(modality, name)) for modality in clips.frames)
@@ -189,9 +185,7 @@ def _refuse_empty_splits(
             )
 
 
-def _join_modalities(
-    packed: Mapping[str, PackedClips], source: RecordSource | FeatureDict
-) -> dict[str, Modality]:
+def _join_modalities(packed: Mapping[str, PackedClips], source: DataSource) -> dict[str, Modality]:
     """Returns modality -> the width and the common dtype of its features in all splits."""
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 
+from vidjax.core.batch import BATCHED
 from vidjax.data.clips import Modality
-from vidjax.data.frame_fields import FRAME_FIELDS
+from vidjax.data.packed_clips import get_dtype
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened
@@ -138,10 +139,8 @@ def encode(values: Mapping[str, bytes | int]) -> bytes:
 
 def count_frame_bytes(modality: Modality) -> dict[str, int]:
     """Returns field -> number of bytes per frame in a modality."""
-    sizes = {"features": np.dtype(modality.dtype).itemsize * modality.dim}
-    for name, field in FRAME_FIELDS.items():
-        sizes[name] = np.dtype(field.dtype).itemsize
-    return sizes
+    sizes = {field: get_dtype(field, modality.dtype).itemsize for field in BATCHED}
+    return {**sizes, "features": sizes["features"] * modality.dim}
 
 
 def locate_values(sizes: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
