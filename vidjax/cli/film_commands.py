@@ -17,8 +17,8 @@ from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import require_packages
 from vidjax.utils.machine import num_cores
+from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number
-from vidjax.utils.printing import Result
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000

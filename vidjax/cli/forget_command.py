@@ -6,9 +6,9 @@ from pathlib import Path
 from vidjax.apps.forget import forget, is_empty, list_commands
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Result
 from vidjax.utils.names import clean_name, normal_form, show
 from vidjax.utils.parser import Parser
-from vidjax.utils.printing import Result
 
 HELP = """\
 Lists galleries, caches, runs and results of `vidjax who` that contain names of

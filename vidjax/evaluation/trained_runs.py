@@ -1,6 +1,7 @@
-"""Finds the checkpoint of a trained run, checks the files in its folder, and loads the weights.
+"""Restores trained runs: finds the checkpoint, checks the files and the data, loads the weights.
 
-Functions raise CheckpointError if a file is missing, damaged or of another run.
+Functions raise CheckpointError if a file of the run is missing, damaged or of another run, and
+UserError if the data do not fit the run.
 """
 
 import json

@@ -35,7 +35,6 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, describe_system_error
 from vidjax.utils.names import show
 from vidjax.utils.processes import Children, map_children, run_limited_each
-from vidjax.utils.scratch import scratch_folder
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
@@ -425,7 +424,9 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
         before.source, before.video = source, features_folder.make_printable(job.path.name)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
-    partial = folders.enter_context(scratch_folder(job.out / f".extract-{secrets.token_hex(4)}"))
+    partial = folders.enter_context(
+        files.scratch_folder(job.out / f".extract-{secrets.token_hex(4)}")
+    )
     if (job.out / THUMBNAILS).exists():
         (partial / THUMBNAILS).mkdir(mode=0o700)
     return {
