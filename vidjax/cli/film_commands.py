@@ -26,7 +26,7 @@ MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def count_workers(args: argparse.Namespace) -> int:
-    """Returns the number of processes: `--workers` or the number of cores, at most 4 per core."""
+    """Returns `--workers`, the number of processes: at most 4 per core, by default 1 per core."""
     return min(args.workers or num_cores(), 4 * num_cores())  # each process loads all nets
 
 

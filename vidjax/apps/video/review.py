@@ -315,7 +315,7 @@ class Review:
         """Applies a change that can be undone, and shows its description `words` on the page.
 
         `clips` is clip -> new entry of the gallery, or None to remove the clip. `denied` are the
-        new denied names of clips. For `of` and
+        new denied names of clips. `numbers` replace the contents of `unknown.json`. For `of` and
         `after`, see `change`.
         """
         before = self._numbers

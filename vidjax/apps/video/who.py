@@ -190,7 +190,10 @@ class Decision(NamedTuple):
 
 
 def read_numbers(out: Path) -> UnknownNumbers:
-    """Reads `unknown.json` in a folder of results. A missing file counts as empty."""
+    """Returns the numbers of unknown people in a folder of results.
+
+    If there is no `unknown.json`, no person has a number.
+    """
     return _read_numbers(out, UnknownNumbers) or UnknownNumbers(films={})
 
 
@@ -366,7 +369,10 @@ def _update_people(
 
 
 def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None:
-    """Prints how many films no longer exist, and the name of a film that lacks thumbnails."""
+    """Prints how many films no longer exist, and which film lacks thumbnails, with remedies.
+
+    If `pruned` is True, `--prune` is given, and missing films are not printed.
+    """
     missing = [film.video for film in films if not os.path.exists(film.source.path)]
     if missing and not pruned:
         say(
