@@ -210,7 +210,7 @@ def _write_numbers(out: Path, numbers: UnknownNumbers) -> None:
     files.hide(out / NUMBERS)
 
 
-def _move_denials(out: Path, gallery: Gallery) -> None:
+def move_denials(out: Path, gallery: Gallery) -> None:
     """Moves denied names from an `unknown.json` of an older version to the gallery."""
     old = _read_numbers(out, OldDenials)
     if old and old.denied:
@@ -277,7 +277,7 @@ def name_people(
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _open_gallery(out, models)
-        _move_denials(out, gallery)
+        move_denials(out, gallery)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         options = {
