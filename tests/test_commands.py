@@ -30,7 +30,7 @@ from vidjax.runs import config as config_lib, config_io, results as results_lib,
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
-from vidjax.utils import exit_codes, printing
+from vidjax.utils import exit_codes, messages
 from vidjax.utils.errors import DiskError
 from vidjax.utils.parser import Parser
 
@@ -314,8 +314,8 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
     escaped = r"x\x1b]0;title\x07\x9b2J\u202egnp.\r\u2028y"
     hostile = escaped.encode().decode("unicode_escape")
 
-    printing.print_text(f"{hostile}\n\tAda علي")
-    printing.print_problem(hostile)
+    messages.print_text(f"{hostile}\n\tAda علي")
+    messages.print_problem(hostile)
     exit_codes.run_to_exit_code(lambda: {}[hostile], [])  # a KeyError with this text
 
     out, err = capsys.readouterr()

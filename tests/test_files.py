@@ -83,9 +83,9 @@ def test_signal_removes_unfinished_folders(tmp_path, handler):
     code = f"""
 import os, pathlib, signal
 from vidjax.runs import signals
-from vidjax.utils import exit_codes, files, scratch
+from vidjax.utils import exit_codes, files
 {handler}
-with files.atomic_folder(pathlib.Path("new")) as new, scratch.scratch_folder():
+with files.atomic_folder(pathlib.Path("new")) as new, files.scratch_folder():
     for number in range(2000):
         (new / str(number)).touch()
     os.kill(os.getpid(), signal.SIGTERM)

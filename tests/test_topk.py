@@ -9,7 +9,7 @@ import pytest
 
 from vidjax.core import devices
 from vidjax.evaluation import topk
-from vidjax.evaluation.running_topk import RunningTopK
+from vidjax.evaluation.scoring import RunningTopK
 
 C, K = 7, 20  # identities, and places in the list of an identity
 

@@ -23,8 +23,8 @@ from vidjax.data.labels import sort_identities
 from vidjax.runs import terminal
 from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Result
 from vidjax.utils.names import clean_name, clean_name_at, show
-from vidjax.utils.printing import Result
 
 if TYPE_CHECKING:
     import pyarrow

@@ -1,4 +1,4 @@
-"""Runs a web application until a signal, and recognises requests from this machine.
+"""Runs a web application until a signal arrives, and recognises requests from this machine.
 
 The server of galleries and the page on which a user corrects names use these functions.
 """

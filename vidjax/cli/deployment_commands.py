@@ -13,10 +13,10 @@ from vidjax import __version__
 from vidjax.cli import shared_flags
 from vidjax.evaluation.export.formats import FORMATS, Format
 from vidjax.runs import terminal
-from vidjax.utils import files, messages, printing
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
+from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number
-from vidjax.utils.printing import Result
 
 MANIFEST = "export.json"
 
@@ -194,7 +194,7 @@ def serve(args: argparse.Namespace) -> Result:
     with listener:
         address, number = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
-        printing.print_text(f"http://{host}:{number}")
+        messages.print_text(f"http://{host}:{number}")
         # Messages for the terminal contain names of people. The log of a server must not.
         os.environ[terminal.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)

@@ -17,8 +17,8 @@ from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import require_packages
 from vidjax.utils.machine import num_cores
+from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number
-from vidjax.utils.printing import Result
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
@@ -26,7 +26,7 @@ MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def count_workers(args: argparse.Namespace) -> int:
-    """Returns the number of processes: `--workers` or the number of cores, at most 4 per core."""
+    """Returns `--workers`, the number of processes: at most 4 per core, by default 1 per core."""
     return min(args.workers or num_cores(), 4 * num_cores())  # each process loads all nets
 
 

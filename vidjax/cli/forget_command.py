@@ -1,4 +1,4 @@
-"""`vidjax forget`: lists folders of vidjax that contain a name, and deletes it from some."""
+"""`vidjax forget`: lists folders of vidjax that contain a name, and deletes clips from some."""
 
 import argparse
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 from vidjax.apps.forget import forget, is_empty, list_commands
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Result
 from vidjax.utils.names import clean_name, normal_form, show
 from vidjax.utils.parser import Parser
-from vidjax.utils.printing import Result
 
 HELP = """\
 Lists galleries, caches, runs and results of `vidjax who` that contain names of
@@ -46,9 +46,10 @@ def add_forget_flags(parser: Parser) -> None:
 
 
 def forget_names(args: argparse.Namespace) -> Result:
-    """Lists folders of vidjax that contain a name. `--delete` cleans galleries and caches.
+    """Lists the folders of vidjax that contain a searched name of a person or clip.
 
-    If a place still contains the name, is empty, or could not be searched, the exit code is 1.
+    `--delete` deletes the clips from galleries, and converted datasets from the cache. The exit
+    code is 1 if a folder still contains a searched name, is empty, or could not be searched.
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")

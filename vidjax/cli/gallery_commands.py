@@ -20,9 +20,9 @@ from vidjax.apps.video import appearances
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors, warn
+from vidjax.utils.messages import Result
 from vidjax.utils.names import normal_form, strip_ending
 from vidjax.utils.parser import Parser, whole_number
-from vidjax.utils.printing import Result
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery

@@ -14,10 +14,10 @@ from vidjax.runs.config import DEFAULTS, Config
 from vidjax.runs.config_io import override_names, value_text
 from vidjax.runs.run_folder import CONFIG
 from vidjax.training import public
-from vidjax.utils import exit_codes, files, messages, printing
+from vidjax.utils import exit_codes, files, messages
 from vidjax.utils.errors import UserError, VidjaxWarning, warn
+from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
-from vidjax.utils.printing import Result
 
 DEFAULT, COMMAND_LINE = "default", "command line"  # origins of the value of a field
 
@@ -53,7 +53,7 @@ def check(args: argparse.Namespace) -> Result:
         text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
         findings.append({"state": state, "subject": subject, "text": text})
         if not args.json and (state != "ok" or not args.quiet):
-            printing.print_text(f"  {state:5}  {subject}: {text}")
+            messages.print_text(f"  {state:5}  {subject}: {text}")
     states = [finding["state"] for finding in findings]
     faults = [finding["subject"] for finding in findings if finding["state"] == "FAULT"]
     verdict = "all good"

@@ -18,10 +18,10 @@ from vidjax import __version__
 from vidjax.cli import shared_flags
 from vidjax.core import distributed
 from vidjax.runs import terminal
-from vidjax.utils import exit_codes, machine, printing
+from vidjax.utils import exit_codes, machine, messages
 from vidjax.utils.errors import UserError, closest, suggest
+from vidjax.utils.messages import print_result
 from vidjax.utils.parser import Parser, split_overrides
-from vidjax.utils.printing import print_result
 
 # Command -> description.
 COMMANDS = {
@@ -102,7 +102,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     flags, overrides = split_overrides(_put_command_first(words))
     name = flags[0]
     if name == "--version" and "--json" in flags:
-        printing.print_text(json.dumps({"mode": "version", "version": __version__}))
+        messages.print_text(json.dumps({"mode": "version", "version": __version__}))
         raise SystemExit(0)
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"vidjax {__version__}")

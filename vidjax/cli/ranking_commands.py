@@ -9,11 +9,11 @@ from pathlib import Path
 from vidjax.apps import bulk
 from vidjax.cli import shared_flags
 from vidjax.runs import terminal
-from vidjax.utils import messages, printing, tables
+from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Result
 from vidjax.utils.names import show
 from vidjax.utils.parser import Parser
-from vidjax.utils.printing import Result
 
 READ_FIELDS = ("eval.split", "eval.checkpoint")
 
@@ -115,7 +115,7 @@ def score_files(args: argparse.Namespace) -> Result:
     positives = ranking.read_ground_truth(args.gt)
     submission = ranking.read_submission(args.ranking, positives=positives)
     for complaint in submission.complaints:
-        printing.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
+        messages.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
     if args.strict and submission.complaints:
         return Result({"faults": submission.complaints}, code=2)
     _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
@@ -143,13 +143,13 @@ def _warn_if_nothing_matches(
     from vidjax.evaluation.ranking import find_spellings
 
     if positives.keys().isdisjoint(ranking):
-        printing.print_problem(
+        messages.print_problem(
             f"warning: {path} lists no identity of the ground truth: compare the identities of both"
         )
     true_clips = find_spellings(positives).keys()
     ranked_clips = {clip for clips in ranking.values() for clip in clips}
     if true_clips.isdisjoint(ranked_clips):
-        printing.print_problem(
+        messages.print_problem(
             f"warning: {path} lists no clip of the ground truth: compare the names of clips. The "
             f"ground truth has '{show(min(true_clips))}', the submission "
             f"'{show(min(ranked_clips, default='no clip'))}'"

@@ -20,8 +20,8 @@ from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.training import public
 from vidjax.utils import exit_codes, files, messages
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
-from vidjax.utils.printing import Result
 
 # Fields that a blend of runs reads. For all other fields, each run keeps its values.
 JOINED_FIELDS = (

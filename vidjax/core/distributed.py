@@ -1,4 +1,4 @@
-"""Connects processes that train or evaluate a run together, by `jax.distributed`.
+"""Coordinates processes that train or evaluate a run together, by `jax.distributed`.
 
 Each process runs the same program on the same clips, and computes on its devices. Process 0 writes
 the files of the run, except that Orbax writes the arrays of a checkpoint in every process. If a

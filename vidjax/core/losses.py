@@ -212,9 +212,9 @@ def make_objective(
     """Builds the training objective, a function that computes the loss of each example.
 
     The loss of an example is the sum of `ModelOutput.loss_weight` x loss over the branches (sets
-    of logits) of the model. The training step averages this loss over all examples. If `mean_over`
-    is `branches`, the loss of a branch is first divided by the share of examples that train the
-    branch. Other values concern only the training step. For the arguments, see `make_loss`.
+    of logits) of the model. The training step averages this loss over all examples. If
+    `config.loss.mean_over` is `branches`, the loss of a branch is first divided by the share of
+    examples that train the branch. For the arguments, see `make_loss`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 

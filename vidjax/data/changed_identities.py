@@ -79,7 +79,10 @@ def _simplify(name: str) -> str:
 
 
 def _find_decimals(names: Names) -> list[str]:
-    """Finds numbers such as 100.0, if the table has 100, or no number such as 100.5."""
+    """Finds decimals such as 100.0, which were probably written as 100.
+
+    A decimal is found if the table also has 100, or if all decimals in the table are like 100.0.
+    """
     parts = {n: re.split("[.,]", n) for n in names if re.fullmatch("-?[0-9]+[.,][0-9]+", n)}
     whole = [name for name, (_, decimals) in parts.items() if not decimals.strip("0")]
     return [n for n in whole if len(whole) == len(parts) or parts[n][0] in names]

@@ -19,9 +19,9 @@ from vidjax.data.frame_fields import Quality
 from vidjax.data.memory import MemoryClips
 from vidjax.data.packed_clips import join, map_again
 from vidjax.data.packing import Clip, compute_feature_norms
+from vidjax.utils import files
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.names import clean_identity
-from vidjax.utils.scratch import scratch_folder
 
 
 def load_clips(
@@ -59,7 +59,7 @@ def load_clips(
     from vidjax.data.untrusted import sandbox
 
     parts = []
-    with scratch_folder() as scratch:  # memory maps keep the deleted files open
+    with files.scratch_folder() as scratch:  # memory maps keep the deleted files open
         for name in [name for name in paths if name in modalities]:
             part = sandbox.unpack(paths[name], name, scratch / name)
             frames = map_again(part.frames[name])
@@ -139,8 +139,8 @@ def load_people(
     identity: dict[str, str] = {}
 
     def clips() -> Iterator[Clip]:
-        for person, files in people.items():
-            for clip in read_clips(files):
+        for person, paths in people.items():
+            for clip in read_clips(paths):
                 name = f"{person}/{clip.given or clip.name}"
                 identity[name] = person
                 yield clip._replace(name=f"{person}/{clip.name}", given=name)

@@ -23,7 +23,7 @@ from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.packed_clips import PackedClips, join
 from vidjax.data.untrusted import sandbox
 from vidjax.data.untrusted.unpickle import refuse_others
-from vidjax.utils import exit_codes, printing
+from vidjax.utils import exit_codes, messages
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
 from vidjax.utils.parser import Parser
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = OfficialFiles(args.directory, workers=args.workers, cache_dir=args.cache_dir)
         records = convert(source, args.cache_dir, workers=args.workers)
         _, _, report = label_records(records, source.read_labels(records.clips))
-        printing.print_text(f"{format_report(report)}\n{records.folder}/data_report.json")
+        messages.print_text(f"{format_report(report)}\n{records.folder}/data_report.json")
         return 0
 
     return exit_codes.run_to_exit_code(command, words)

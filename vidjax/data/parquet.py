@@ -18,7 +18,6 @@ from vidjax.utils import files, processes
 from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.machine import memory_bytes
 from vidjax.utils.names import show
-from vidjax.utils.scratch import scratch_folder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,7 +63,7 @@ def read(path: Path) -> Rows:
 
     Raises UserError if the table is damaged or needs too much memory.
     """
-    with scratch_folder() as scratch:  # the memory map keeps the deleted file open
+    with files.scratch_folder() as scratch:  # the memory map keeps the deleted file open
         found = _run(path, {"out_dir": str(scratch)})
         with files.open_regular(scratch / "columns.npz") as file:
             arrays = files.load_npz(file, memory_bytes())

@@ -27,10 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vidjax.utils import exit_codes
+from vidjax.utils import exit_codes, files
 from vidjax.utils.errors import UserError, check_choice
 from vidjax.utils.parser import Parser
-from vidjax.utils.scratch import scratch_folder
 
 RANK = 64  # dimensions in which people differ
 _SINGLETON_RATE = 0.4  # share of distractors whose stranger has only one clip
@@ -162,7 +161,7 @@ def write(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"'{out_dir}' exists and is not an empty folder: name a new folder")
     # Files are moved when all are complete, so that an interrupted call leaves no files.
-    with scratch_folder(out_dir / ".partial") as partial:
+    with files.scratch_folder(out_dir / ".partial") as partial:
         world = _World(SIZES[size], np.random.default_rng([seed, 0]))
         for index, split in enumerate(_CLIPS_PER_IDENTITY):
             _write_split(partial, _Clips(world, split, [seed, 1 + index], options), split)

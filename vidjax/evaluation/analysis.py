@@ -236,7 +236,7 @@ def evaluate(
 
 
 def find_overrides(config: Config, run: FoundRun) -> dict[str, Any]:
-    """Returns field -> value of the settings with which `config` scores otherwise than training.
+    """Returns field -> value of the fields of `config` that change scores since the training.
 
     Training evaluates the latest checkpoint. If a finished run has lost this checkpoint, an earlier
     checkpoint is scored, and the value of `eval.checkpoint` is the step.

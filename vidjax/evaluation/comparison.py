@@ -360,8 +360,8 @@ def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def list_fields(run: RankedRun) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    A blend has only the fields of `config.join`. Each of its runs has its own other fields. The
-    results are of the latest checkpoint, unless the evaluation has chosen another.
+    For a blend, only the fields of `config.join` are returned, because the blended runs may differ
+    in all other fields. `eval.checkpoint` is the checkpoint that was scored, by default the latest.
     """
     values = dict(config_lib.fields(run.config)) | {"eval.checkpoint": "latest"}
     values |= run.metrics.get("overrides") or {}
@@ -411,7 +411,11 @@ def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> l
 
 
 def describe_extended(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a sentence for each run that was extended to more epochs, or scored otherwise."""
+    """Returns sentences about runs with unusual results.
+
+    A run is unusual if its number of epochs was raised later, or if its evaluation changed
+    fields of the configuration.
+    """
     texts = []
     for run in runs:
         if epochs := results_lib.describe_epochs(run.metrics):

@@ -274,9 +274,11 @@ def measure_open_set(
 
 
 def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns histograms of the best scores of known clips and of distractors (`labels` 0).
+    """Returns two histograms of the clips' best scores, in SCORE_BINS bins.
 
-    The first bin starts at the 0.5 % quantile of the scores, and includes all lower scores.
+    `score_known` counts known clips, and `score_strange` counts distractors (`labels` 0).
+    `score_edges` [SCORE_BINS + 1] are the edges of the bins. The first bin starts at the 0.5 %
+    quantile of the scores, and includes all lower scores. If no clip has a score, returns {}.
     """
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
@@ -352,13 +354,15 @@ def resample_fnir(
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
     Each sample sets its own threshold for the FPIR `rate`. All clips of a person get the same
-    random weight. An unseen person is added, and a random share of this person's clips is missed.
-    So FNIR varies even if no known clip is missed.
+    random weight. Clips of an unseen person are added, with a random weight. A random share of
+    these clips counts as missed, so FNIR varies even if no known clip is missed.
 
     Args:
       strange: [S] scores of the distractors.
-      known, right, people: for each of the n known clips, its score, True if its best identity is
-        right, and its identity.
+      known: [n] scores of the clips of known people.
+      right: [n] bool, True if the identity with this score is the right identity.
+      people: [n] the identity that each of these clips shows.
+      rate: the largest share of new distractors that may reach the threshold.
     """
     rng = np.random.default_rng(0)
     num = len(strange)

@@ -29,8 +29,7 @@ from vidjax.data.input_files import load_clips
 from vidjax.data.memory import FrameClips, MemoryClips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import eval_step as eval_step_lib, topk
-from vidjax.evaluation.running_topk import RunningTopK
-from vidjax.evaluation.scoring import ModelScorer, TrainedModel, iterate_block_groups
+from vidjax.evaluation.scoring import ModelScorer, RunningTopK, TrainedModel, iterate_block_groups
 from vidjax.evaluation.trained_runs import (
     check_widths,
     find_run,

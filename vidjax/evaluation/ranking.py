@@ -92,18 +92,18 @@ def read_submission(
 
     | fault | how the script reads it |
     |---|---|
-    | more than 100 different names | the file is refused, here, too |
-    | empty file or line | the line is skipped |
+    | a line has more than 100 different clips | the file is refused, also by this function |
+    | the file or a line is empty | the line is skipped |
     | fields are not separated by a single space | the line is split at white space |
-    | lines end as on old Macs | these are line ends, too |
-    | a name is repeated in a line | only the first place counts |
-    | an identity has a second line | the last line counts |
-    | a byte order mark before the first identity | the mark is a letter of the identity |
-    | an identity is not in `positives` | it is not scored |
-    | a clip of `positives` is spelled in another way | the name equals no other name |
-    | bytes are not UTF-8 text | a name with these bytes equals no other name |
+    | lines end as on old Macs | the lines are split there, too |
+    | a clip is repeated in a line | only the first place counts |
+    | an identity has a second line | only the last line counts |
+    | a byte order mark is before the first identity | the mark is a letter of the identity |
+    | an identity is not in `positives` | the identity is not scored |
+    | a clip of `positives` is spelled in another way | the clip counts as a wrong answer |
+    | bytes are not UTF-8 text | a name with these bytes equals no name in `positives` |
 
-    `positives` are the result of `read_ground_truth`. If it is None, all names count as known.
+    `positives` is the result of `read_ground_truth`. If it is None, all names count as known.
 
     Source: the description of the script, for repeated names, the limit of 100 different names, and
     unknown identities. The other rows are our assumptions.

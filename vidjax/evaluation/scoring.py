@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble, metrics
@@ -20,7 +21,6 @@ from vidjax.data.clips import BUCKETS, ClipSource, EvalPlan, Split, longest, mak
 from vidjax.data.resident import find_least_free_bytes
 from vidjax.evaluation import eval_step as eval_step_lib, topk
 from vidjax.evaluation.eval_step import MeanScores, add_scores, make_no_scores, mean_scores
-from vidjax.evaluation.running_topk import RunningTopK
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
 from vidjax.runs.terminal import Progress
@@ -62,6 +62,40 @@ class TrainedModel(NamedTuple):
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities that the system reads."""
         return tuple(self.system.fuse_eval)
+
+
+class RunningTopK:
+    """Ranks clips on the host while the devices compute the scores of the next clips.
+
+    If there are several processes, each process ranks the clips that its devices scored.
+    """
+
+    def __init__(self, num_identities: int, mesh: Mesh, k: int = topk.MAX_NAMES):
+        self._top = topk.HostTopK(num_identities, k)
+        self._layout = devices.row_layout(mesh)
+        self._waiting: list[topk.ScoreBlock] = []
+
+    def add(self, block: topk.ScoreBlock) -> None:
+        """Adds a block, see `HostTopK.add`. The next call of `add` or `flush` ranks the block."""
+        self.flush()
+        self._waiting.append(block)
+
+    def flush(self) -> None:
+        """Ranks the last block, so that the memory of its scores can be freed."""
+        for block in self._waiting:
+            if jax.process_count() > 1:
+                parts = [part.addressable_shards for part in devices.put(block, self._layout)]
+                block = [np.concatenate([np.asarray(x.data) for x in part]) for part in parts]
+            self._top.add(*map(np.asarray, block))
+        self._waiting = []
+
+    def finish(self) -> topk.TopK:
+        """Returns the sorted top k of every identity as numpy arrays."""
+        self.flush()
+        top = self._top.finish()
+        if jax.process_count() == 1:
+            return top
+        return topk.join_tops(multihost_utils.process_allgather(top))
 
 
 class ModelScorer:

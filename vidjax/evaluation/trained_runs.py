@@ -1,6 +1,7 @@
-"""Finds the checkpoint of a trained run, checks the files in its folder, and loads the weights.
+"""Restores trained runs: finds the checkpoint, checks the files and the data, loads the weights.
 
-Functions raise CheckpointError if a file is missing, damaged or of another run.
+Functions raise CheckpointError if a file of the run is missing, damaged or of another run, and
+UserError if the data do not fit the run.
 """
 
 import json
@@ -204,8 +205,9 @@ def select_sets(
     """Returns the training clips of each member, which the member must not score.
 
     `own` are the digests of the data of the run. If `data` are the same data, or if `sets` let all
-    members score all clips of `split`, returns `sets`. Otherwise, the clips only have the names of
-    training clips. Then prints a warning, and returns empty sets: all members score all clips.
+    members score all clips of `split`, returns `sets`. Otherwise, some clips have the names of
+    training clips, but may be other clips. Then warns, and returns empty sets, with which all
+    members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets

@@ -121,7 +121,10 @@ class Identifier(nn.Module):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Returns `spec`, where values of `prepare` replace attributes that are missing or None."""
+        """Returns the attributes `spec` of a model, completed by the attributes in `prepared`.
+
+        `prepared` is the result of `prepare`. Attributes with a value other than None stay.
+        """
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:

@@ -160,6 +160,7 @@ class TaskSpec(NamedTuple):
     total_steps: int  # optimiser steps of the whole run
     train_other: bool  # True if training clips of column 0 have a weight above 0
     # The result of `Identifier.prepare`, or None.
+    # Attribute of the model -> the value that `Identifier.prepare` computed. None before that.
     settings: Mapping[str, float | tuple[float, ...]] | None = None
     num_places: int | None = None  # rows of all batches of an epoch. None means `num_clips`.
 
@@ -231,7 +232,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model. If `config.ensemble.views` is set, its inputs lack the hidden chunk."""
+    """Builds the model. If `config.ensemble.views` is set, its inputs lack a chunk of features."""
     spec = config["model"]
     if task.settings:
         check_entry("model.name", spec.get("name"), MODELS)

@@ -73,10 +73,10 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 
 
 def count_shape(variance: float, deviation: float) -> float:
-    """Returns n / 2, where n is the effective number of dimensions in which vectors differ.
+    """Returns the shape n / 2 of the gamma distribution of the squared distance of two vectors.
 
-    `variance` and `deviation` are 1 minus the mean, and the standard deviation, of the cosine of
-    two unit vectors.
+    n is the effective number of dimensions in which the vectors differ. `variance` is 1 - the mean
+    cosine of two unit vectors. `deviation` is the standard deviation of this cosine.
     """
     # Before scaling, let a vector be c + g, where |c|^2 = 1 - V, and g is Gaussian in n dimensions
     # across c, with the variance V. Then |c + g|^2 = 1 + d, where d has the variance 2 V^2 / n. To

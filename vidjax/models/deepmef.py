@@ -48,6 +48,8 @@ class DeepMEF(Identifier):
       hidden_dim: width of the first layer of f. The second layer has the width D.
       layer_form: published | ours, the layers of f and of the other modalities, see below.
       dropout_rate: dropout rate of the layers that have dropout, see below.
+      modality_dropout_rate: see `Identifier`.
+      logit_scale: factor on the cosines.
 
     With `published`, a layer is Linear, BatchNorm, PReLU, dropout, with normal weights of Kaiming.
     The last layer of f and of each other modality has no dropout. With `ours`, a layer is Linear,
@@ -56,12 +58,13 @@ class DeepMEF(Identifier):
 
     Source: DeepMEF (3rd place 2019), whose other modality is `scene`. In the code, quality / 100
     and detection are appended before aggregation. A scene of D features passes through layers of
-    D/4 and D/16, which are 480 and 120 if a sixteenth of 2048 features is hidden (article: 128 =
-    2048/16). The hidden layer has twice the width of the aggregated face. Logits are 30 times the
-    cosine in training. In the article, quality is joined to normalised features, because the margin
-    loss discards the magnitude of features. Not published are masks, modality dropout, the vector
-    of a missing modality (0 even after its layers), and the root mean square of 1, which brings
-    features to the magnitude of quality / 100.
+    the widths D/4 and D/16. Each member lacks a sixteenth of the 2048 features, so D is 1920, and
+    the widths are 480 and 120. (In the article, the last width is 128 = 2048/16.) The hidden layer
+    has twice the width of the aggregated face. Logits are 30 times the cosine in training. In the
+    article, quality is joined to normalised features, because the margin loss discards the
+    magnitude of features. Not published are masks, modality dropout, the vector of a missing
+    modality (0 even after its layers), and the root mean square of 1, which brings features to the
+    magnitude of quality / 100.
     """
 
     modalities: Mapping[str, int]
@@ -85,7 +88,10 @@ class DeepMEF(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes logits [B, 1, 1 + C]. The embedding is the input of the classifier."""
+        """Computes the logits of one branch, [B, 1, 1 + C].
+
+        The embedding is the input of the classifier.
+        """
         frames, present = real_frames(frames, self.modalities, clips.mask)
         has_frames = jnp.any(present, axis=1)
         present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)

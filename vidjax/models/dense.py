@@ -88,7 +88,10 @@ class DenseIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes logits [B, 1, 1 + C]. The embedding is the output of the backbone."""
+        """Computes the logits of one branch, [B, 1, 1 + C].
+
+        The embedding is the output of the backbone.
+        """
         frames, present = real_frames(frames, self.modalities, clips.mask)
         # Clips without frames must not change the batch statistics.
         has_frames = jnp.any(present, axis=1)

@@ -126,7 +126,10 @@ class FallbackIdentifier(Identifier):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Returns `spec`. If it has a `threshold_share` but no threshold, adds the computed one."""
+        """Returns the attributes `spec` of a model, completed by the threshold in `prepared`.
+
+        If `spec` has a threshold or no `threshold_share`, it is returned unchanged.
+        """
         if not spec.get("threshold_share") or spec.get("threshold"):
             return spec
         return {**spec, **prepared}

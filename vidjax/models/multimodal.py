@@ -99,7 +99,10 @@ class MultimodalIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes logits [B, 1, 1 + C] and the attention. The embedding is the feature map."""
+        """Computes the logits of one branch, [B, 1, 1 + C], and the attention.
+
+        The embedding is the feature map.
+        """
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)

@@ -8,9 +8,9 @@ modalities, some identities lack a modality, because enrolled people may lack on
 of known clips against strangers. The other settings maximise the probability of the right answers,
 with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last,
 with a single clip for half of the identities, because people who are enrolled later often have few
-clips. The covariances of few people describe these people better than people who are enrolled
-later. So for few people, and for galleries, `stranger` is fitted on people whose clips do not
-determine the covariances.
+clips. If the training clips show few people, the covariances describe these people better than
+people who are enrolled later. Then, and for galleries, `stranger` is fitted on people whose clips
+do not determine the covariances.
 
 The prior of the settings weighs as much as a clip. If too few people have two clips, only the prior
 decides, and the user is informed.

@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a checkpoint, and deletes older ones. The best and one other old checkpoint stay.
+    """Saves a checkpoint, and deletes all but three checkpoints (see above).
 
     If the step already has a checkpoint, only adds `info` to its manifest.
 
@@ -192,7 +192,7 @@ def explain_lost(workdir: Path) -> str:
 
 
 def warn_of_lost(workdir: Path, prefer: str) -> None:
-    """Warns if the `latest` or `best` checkpoint (`prefer`), by the logs, is missing."""
+    """Warns if the `latest` or `best` checkpoint (`prefer`) that the logs list is missing."""
     step = results.find_last_saved(workdir) if prefer == "latest" else 0
     if prefer == "best":
         lines = results.read_lines(workdir / results.METRICS_LOG)

@@ -1,4 +1,4 @@
-"""Reads ARGS of `--config=FILE:ARGS`: the words and modalities that configuration files take."""
+"""Reads ARGS of `--config=FILE:ARGS`: words, such as `iqiyi_vid`, and names of modalities."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path

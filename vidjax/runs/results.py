@@ -149,7 +149,7 @@ def describe_epochs(metrics: Mapping[str, Any]) -> str:
 
 
 def find_last_saved(workdir: Path) -> int:
-    """Returns the last step that was saved as a checkpoint, by the logs. Without one, returns 0.
+    """Returns the last step that the logs list as saved in a checkpoint, or 0 if there is none.
 
     A step is saved before it is evaluated. `timing.jsonl` lists the other saved steps.
     """
@@ -166,8 +166,9 @@ def find_last_saved(workdir: Path) -> int:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
-    Damaged lines are skipped, because a run may still write the last line. Of over 20,000 lines,
-    about 20,000 evenly spaced lines and the first 20,000 evaluations are returned.
+    Damaged lines are skipped, because a run may still write the last line. If the file has more
+    than 20,000 lines, only evenly spaced lines, at most 20,000, and the first 20,000 evaluations
+    are returned.
     """
     if not files.exists(path):
         return []

@@ -140,6 +140,7 @@ class Manifest(Struct, kw_only=True):
     seconds: float = 0.0  # since the start of the training, without pauses
     extended: Epochs | None = None  # None if `num_epochs` has not grown
     # Settings of the model that are fitted before the training.
+    # Attribute of the model -> the value that `Identifier.prepare` computed.
     settings: dict[str, NotNaN | list[NotNaN]] | None = None
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
@@ -266,7 +267,10 @@ MATRICES = ("attention", "calibration")
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Converts `value`, the JSON value in `path`, to an object of the class `kind`."""
+    """Converts `value`, the JSON value in the file `path`, to an object of the class `kind`.
+
+    If the value does not fit, raises UserError. `remedy` is the last line of the message.
+    """
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a key may be "\ud800"
@@ -275,7 +279,10 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes. Returns its value, and an object of `kind`."""
+    """Reads a JSON file of at most `limit` bytes. Returns the value as JSON, and as a `kind`.
+
+    For `remedy`, see `parse`.
+    """
     try:
         value = files.read_json(path, object, limit)
     except ValueError as error:
@@ -285,7 +292,7 @@ def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 
 
 def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
-    """Reads a JSON file of at most `limit` bytes, and returns its value as an object of `kind`."""
+    """Reads a JSON file of at most `limit` bytes as an object of the class `kind`. See `parse`."""
     return load(path, kind, remedy, limit)[1]
 
 

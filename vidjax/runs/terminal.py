@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from vidjax.core import distributed
-from vidjax.utils import printing
+from vidjax.utils import messages
 from vidjax.utils.errors import escape_controls
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
@@ -49,7 +49,7 @@ def say(text: str, *, warning: bool = False) -> None:
             tqdm.write(escape_controls(text), file=sys.stderr)
             sys.stderr.flush()
         except OSError:  # a closed pipe or a full disk; the command must not stop
-            printing.drop_output(sys.stderr)
+            messages.drop_output(sys.stderr)
 
 
 def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:

@@ -117,7 +117,7 @@ def train(
     The caller has locked the folder `workdir`. If `analyse` is True, `analysis.npz` and
     `report.html` are written at the end. `command` is the command line that repeats the training.
     `began` is the value of `time.monotonic()` when this process started. For errors, see
-    `api.train`.
+    `public.train`.
     """
     began = time.monotonic() if began is None else began
     config = make_paths_absolute(config)  # the run may resume from another working directory

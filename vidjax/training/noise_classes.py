@@ -2,8 +2,8 @@
 
 Each cluster of distractors is a class. Each identity also has a mirror class, for strangers who
 resemble the identity. A distractor in no cluster starts in a random mirror class. Every
-`noise.relabel_every_epochs` epochs, the clip moves to the mirror class of the identity that the
-model predicts.
+`noise.relabel_every_epochs` epochs, each of these distractors moves to the mirror class of the
+identity that the model predicts.
 
 Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
 its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
@@ -75,12 +75,12 @@ def relabel(
 ) -> np.ndarray:
     """Returns new labels of distractors in no cluster, given the classes that the model predicts.
 
-    `labels` and `predicted` [...] int are classes. The predicted class decides:
-    - An identity: the new label is the mirror class of the identity.
-    - Class 0: the label stays.
-    - A cluster or a mirror class: with `keep="label"` the label stays. With `keep="prediction"` the
-      prediction is the new label.
-    With `keep="label"`, only labels of mirror classes change.
+    `labels` and `predicted` [...] int are classes. `keep` selects one of two rules:
+    - `label`: if the label is a mirror class, and the prediction is an identity, the new label is
+      the mirror class of this identity. All other labels stay.
+    - `prediction`: if the prediction is an identity, the new label is the mirror class of this
+      identity. If the prediction is class 0, the label stays. Otherwise, the prediction is the new
+      label.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

@@ -1,6 +1,7 @@
-"""The functions of `import vidjax`, which load configurations and data, and train and rank.
+"""The functions of `import vidjax` about runs: load data, train, evaluate, compare and restore.
 
-JAX and TensorFlow are imported when a function is called.
+The commands call `train_run`, `evaluate_run` and other functions of this module, too. JAX and
+TensorFlow are imported when a function is called.
 """
 
 import copy

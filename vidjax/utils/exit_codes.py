@@ -15,9 +15,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from vidjax.utils import files
 from vidjax.utils.errors import Expected, VidjaxWarning, describe_system_error, escape_controls
-from vidjax.utils.printing import print_escaped, print_problem, print_text
-from vidjax.utils.scratch import remove_scratch_folders
+from vidjax.utils.messages import print_escaped, print_problem, print_text
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
@@ -125,5 +125,5 @@ def stop_at_once(signum: int, frame: object = None) -> NoReturn:
     del frame
     # An exception would be lost during an import or in the callback of a library.
     os.write(2, b"vidjax: stopped\n")
-    remove_scratch_folders()
+    files.remove_scratch_folders()
     os._exit(128 + signum)

@@ -1,9 +1,80 @@
-"""Words of messages: numbers with nouns, shortened names and paths, columns."""
+"""Writes texts for the user: numbers with nouns, lists of names, columns, results and problems.
 
-from collections.abc import Sequence
+When a text is printed, control characters are escaped.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from vidjax.utils.errors import escape_controls
 
 PLURALS = {"person": "people", "identity": "identities"}  # plurals without the usual s
+
+
+class Result(NamedTuple):
+    """The result of a command."""
+
+    content: Mapping[str, Any]  # the JSON object that `--json` prints instead of `text` and `rows`
+    rows: Mapping[str, str] = {}  # label -> value, printed as lines below a heading
+    text: str = ""  # text that is printed before the heading
+    note: str = ""  # the end of the heading. The heading begins with the name of the command.
+    code: int = 0  # the exit code
+
+
+def print_text(text: str) -> bool:
+    """Prints text to standard output. Returns False if standard output is a closed pipe."""
+    return print_escaped(text, sys.stdout)
+
+
+def print_problem(text: str) -> None:
+    """Prints the first three lines of an error or a warning to standard error."""
+    lines = [line for line in text.split("\n") if line.strip()] or ["unknown error"]
+    print_escaped("\n".join(["vidjax: " + lines[0], *lines[1:3]]), sys.stderr)
+
+
+def print_escaped(text: str, stream: TextIO) -> bool:
+    """Prints text with escaped control characters. Returns False if the text is lost."""
+    encoding = stream.encoding or "utf-8"
+    text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            raise  # a lost result is an error; a lost message is none
+        drop_output(stream)
+        return False
+    return True
+
+
+def drop_output(stream: TextIO) -> None:
+    """Discards all later output of `stream`, which is a closed pipe or a file on a full disk."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def print_result(result: Result, name: str, *, as_json: bool) -> None:
+    """Prints the result of the command `name` as text or JSON."""
+    if as_json:
+        content = _plain({"mode": name, **result.content})
+        print_text(json.dumps(content, allow_nan=False, default=str))
+        return
+    rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
+    heading = [name + result.note] if rows else []
+    if lines := [*([result.text] if result.text else []), *heading, *rows]:
+        print_text("\n".join(lines))
+
+
+def _plain(value: object) -> object:
+    """Converts a value for JSON. Infinities and NaN become the strings `inf`, `-inf`, `nan`."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def relative_path(path: Path) -> str:

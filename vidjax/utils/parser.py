@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vidjax.utils.errors import UserError
-from vidjax.utils.printing import Result
+from vidjax.utils.messages import Result
 
 
 class _StoreOnce(argparse.Action):

@@ -295,7 +295,7 @@ def table(answers: Answers) -> list[str]:
 
 
 def share(value: float) -> str:
-    """Formats a rate in per cent, with 2 significant digits. From 99 % on, it has 4 digits."""
+    """Formats a rate in per cent with 2 digits, from 99 % on with 4: `0.89 %`, `> 99.99 %`."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"
@@ -303,7 +303,10 @@ def share(value: float) -> str:
 
 
 def describe_probability(score: float) -> str:
-    """Formats the probability exp(`score`) in per cent. Unlike `share`, it limits no value."""
+    """Formats the probability exp(`score`) in per cent, with 3 digits, or 10 digits from 99 % on.
+
+    The function `share` writes `> 99.99 %` and `< 0.01 %`. This function always writes the number.
+    """
     percent = 100 * math.exp(min(score, 0.0))
     return f"{percent:.3g} %" if percent < 99 else f"{percent:.10g} %"
 
@@ -316,7 +319,11 @@ def count_doubtful(answers: Answers) -> int:
 
 
 def describe_doubtful(rule: NamingRule, count: int) -> dict[str, str]:
-    """Returns `count_doubtful` as a row for the terminal, if the kind of the rule is `new`."""
+    """Returns a row for the terminal, label -> text, about `count` doubtful clips.
+
+    `count` is the result of `count_doubtful`. If it is 0, or the kind of the rule is not `new`,
+    returns {}.
+    """
     if rule.by != "new" or not count:
         return {}
     low, high = (f"{100 * x:.0f}" for x in (MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY))

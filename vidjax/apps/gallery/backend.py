@@ -285,10 +285,11 @@ def _add_independent(
     clips: tuple[np.ndarray, np.ndarray, np.ndarray | None],
     independent: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number of independent clips [P] of each person, and the sum [P, D] of as many.
+    """Returns the number n of independent clips of each person [P], and n x their mean [P, D].
 
-    `sums` are the number and the sum of all clips. `clips` and `independent` are the arguments of
-    `Backend.enrol`.
+    `sums` are the number [P] and the sum [P, D] of all clips of each person. `clips` are the
+    arguments `vectors`, `owner` and `film` of `Backend.enrol`, for this part. For `independent`,
+    see `Backend.enrol`.
     """
     assert part.space is not None
     (count, total), (x, owner, film) = sums, clips
@@ -331,7 +332,7 @@ class Kind(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """The sizes of the arrays."""
+        """The number of elements of each array."""
         width = self.width
         if self.by_card:
             return [width, len(Distances._fields), *([width] if self.has_mean else [])]
@@ -713,7 +714,12 @@ class Index:
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns sorted indices of the k highest logits, and of logits near the k-th highest."""
+        """Returns sorted indices of people who may have one of the k highest `logits` [N] float32.
+
+        Logits have rounding errors of up to MAX_LOGIT_ERROR, so the result may contain more than k
+        people. If it would contain more than MAX_FINE_PEOPLE, it contains exactly k people. If all
+        logits are -inf, it is empty.
+        """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
             return np.zeros(0, int)

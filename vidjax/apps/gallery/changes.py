@@ -270,7 +270,8 @@ def find_equal(
 ) -> set[str]:
     """Returns the names in `vectors` that are enrolled with an equal vector of each modality.
 
-    `vectors` are clip -> vector of all modalities. An enrolled clip may lack a modality.
+    `vectors` are clip -> vector of all modalities. A modality that the enrolled clip lacks is not
+    compared.
     """
     equal = set[str]()
     for name in vectors.keys() & clips.keys():
@@ -288,11 +289,16 @@ def follow_renames(
     clips: Mapping[str, StoredClip],
     people: Collection[str],
 ) -> Denials:
-    """Returns `denied` with the present names of people, without the names of removed people.
+    """Returns `denied` with the new names of renamed people, and without removed people.
 
-    `before` is person -> clips when the names were denied. `clips` are the present clips, and
-    `people` the present people. If all clips of a person now belong to other people, the person has
-    the name of the owner of most clips.
+    A person was renamed if all clips of the person now belong to other people. The new name is the
+    person who now has most of these clips.
+
+    Args:
+      denied: the denied names, before renames and removals.
+      before: person -> names of the person's clips, before renames and removals.
+      clips: name -> clip, after them.
+      people: the names of all people, after them.
     """
     new: dict[str, str] = {}
     for name in {x for of in denied.values() for names in of.values() for x in names}:

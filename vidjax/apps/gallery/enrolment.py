@@ -28,10 +28,15 @@ def enrol(
 ) -> People:
     """Computes the coefficients of people from their clips.
 
-    `clips_of` are identity -> names of the clips of the person, and `clips` are name -> clip. With
-    PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
-    `two_covariance.count_independent` and `card_backend.effective_count`. But in the gallery of a
-    PLDA run (`of_plda`), the clips of a person of the fit count as in the run.
+    With PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
+    `two_covariance.count_independent` and `card_backend.effective_count`.
+
+    Args:
+      backend: the parameters that compare vectors.
+      clips_of: identity -> names of the person's clips.
+      clips: name -> clip.
+      of_plda: True for the gallery of a PLDA run. If PLDA was fitted to all clips of a person, each
+        clip of the person then counts fully, as in the run.
     """
     names = (name for clip_names in clips_of.values() for name in clip_names)
     films = group_by_film(names, clips)
@@ -102,7 +107,7 @@ def fit_backend(
 
 
 def measure_shared(clips: Mapping[str, StoredClip], widths: Mapping[str, int]) -> float:
-    """Measures how alike the clips of a person are, see `backend.measure_shared`."""
+    """Returns how alike the clips of a person are, 0 to 1, see `backend.measure_shared`."""
     labels, vectors, _ = _stack_people(clips, widths)
     return backend_lib.measure_shared(vectors, labels)
 

@@ -716,10 +716,10 @@ class Gallery:
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns. All clips of a group are compared together and
-            get the same name. The probability of a clip is the lower of two: the probability for
-            the whole group, and the probability for only this clip. If the second probability is
-            below 0.1, the clip leaves the group. With `threshold`, or if the lowest probability of
-            a name is measured, both must reach it. Only a gallery of models accepts groups.
+            get the same name. Each clip has two probabilities of this name: for the whole group,
+            and for only this clip. The answer has the lower one, which must reach `threshold` or
+            the measured threshold. If the second probability is below 0.1, the clip leaves the
+            group. Only a gallery of models accepts groups.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
@@ -818,7 +818,12 @@ class Gallery:
 
 
 def _sum_others(scores: np.ndarray) -> np.ndarray:
-    """Returns the `others` of `NamingRule.names` for the log-probabilities [Q, N] of N people."""
+    """Returns the argument `others` [Q, N] of `NamingRule.names` for Q clips and N people.
+
+    `scores` [Q, N] are log-probabilities. For the most probable person of a clip, the result is the
+    log-probability of all other people together. For other people, it is the highest score of the
+    clip, so that they get no name.
+    """
     # Only the most probable person can have a higher probability than all others together.
     others = np.repeat(scores.max(axis=1, keepdims=True), scores.shape[1], axis=1)
     for row, best in enumerate(scores.argmax(axis=1).tolist()):

@@ -10,8 +10,8 @@
    single clip. Groups that vote skip this step.
 
 Vectors of unclear faces, which are small or blurred, are alike even if they show two people. So two
-groups with only unclear faces are never joined. The clearer of two groups determines how much two
-people differ.
+groups with only unclear faces are never joined. The expected distance between two people is smaller
+if even the clearer of the two groups is unclear.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.

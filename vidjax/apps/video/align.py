@@ -169,7 +169,7 @@ def measure_inside(
       points, template: the five points of N faces, and their places in a crop, see
         `fit_similarity`.
       size: the side of a crop in pixels.
-      shape: the height and the width of the picture in pixels, and further numbers.
+      shape: the shape of the picture, [H, W, ...], in pixels.
     """
     matrices = fit_similarity(points, template)
     across = np.linspace(0, size - 1, 16)

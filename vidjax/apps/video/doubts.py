@@ -12,8 +12,8 @@ A wrong photo also makes right photos of the same person doubtful. To find only 
 most doubtful photo of each person is set aside, and the remaining photos are compared again.
 
 First, the photos of each person are divided into sides: groups that show the same face, with odds
-above 200 to 1 between any two sides. If it is not clear which side shows the named person, no photo
-is doubtful, because it may be a right one. Then all sides are returned.
+above 200 to 1 between any two sides. If it is not clear which side shows the named person, any side
+may be right. Then no photo is doubtful, and all sides are returned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,9 +37,9 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """Photos of a person that show the same face."""
+    """A side: photos in the name of a person that show the same face."""
 
-    photos: Sequence[str]
+    photos: Sequence[str]  # names of clips in the gallery
     like: str | None = None  # another person whom this face resembles
 
 
@@ -89,8 +89,8 @@ def _find_unclear(
 ) -> dict[int, tuple[int, int]]:
     """Finds doubtful photos that may be right, because the photos that they resemble are wrong.
 
-    Returns row of such a photo -> its row and the row of the most similar photo, the lower first.
-    `doubtful` is row of a photo -> the person whom it resembles, see `compare_photos`.
+    Returns row of such a photo -> two rows in ascending order: the row of this photo, and the row
+    of the most similar photo of the other person. `doubtful` is the result of `compare_photos`.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
     for row, like in doubtful.items():
@@ -118,8 +118,9 @@ def divide_photos(
     would make at least three times as many photos wrong. For the arguments, see `compare_photos`.
 
     Returns:
-      The wrong rows of people whose right side is clear -> number of the person whom the photo
-      resembles, or None. And number of a person -> sides, for people whose right side is not clear.
+      For people whose right side is clear: row of a wrong photo -> number of the person whom the
+        photo resembles, or None for nobody.
+      For people whose right side is not clear: number of the person -> sides.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     sides = [side for rows in rows_of for side in _find_sides(distances, units, rows)]

@@ -6,8 +6,6 @@ or Pillow.
 A clip is the track of a person in a shot. With `--unit=shot`, it is the track of the main person of
 a shot. Speech counts as the person's voice while no other person is in the picture. The speaker may
 still be off screen.
-
-Boxes are left, top, right and bottom in pixels of the picture.
 """
 
 import dataclasses
@@ -73,8 +71,7 @@ class Sighting(NamedTuple):
     time_s: float
     frame: int  # the number of the frame in the film
     detection: float  # the score of the detector
-    box: np.ndarray  # [4], the box of the face
-    place: np.ndarray  # [4], the box as fractions of the picture's width and height
+    place: np.ndarray  # [4], the box of the face, as fractions of the picture's width and height
     crop: np.ndarray  # uint8 [H, W, 3], the aligned face
 
 
@@ -137,7 +134,7 @@ class ClipBuilder:
         for row, track in enumerate(owners[chosen].tolist()):
             sighting = Sighting(
                 quality[row], next(self._numbers), time_s, frame, float(faces.scores[row]),
-                faces.boxes[row], places[row], crops[row],
+                places[row], crops[row],
             )  # fmt: skip
             self._kept.setdefault(track, BestPictures()).add(sighting)
 
@@ -177,7 +174,6 @@ class ClipBuilder:
             "face": np.stack([vectors[x.number] for x in best]),
             "face_number": np.array([x.frame for x in best], np.int32),
             "face_detection": np.array([x.detection for x in best], np.float32),
-            "face_box": np.array([x.box for x in best], np.float32),
             "face_quality": np.array([x.quality for x in best], np.float32),
         }
         top, card = max(best, key=lambda x: (x.quality, x.number)), self._nets.embed.card

@@ -64,7 +64,14 @@ def find_missing(
     """Returns the folders in `OUT/people` whose photos are missing, but were not deleted by a user.
 
     A user has deleted a photo if it was in a folder that has other photos. If new photos have the
-    same content, a user has moved or renamed them. `enrolled` is clip -> face in the gallery.
+    same content, a user has moved or renamed them. The folders of such photos are left out.
+
+    Args:
+      enrolled: clip -> face in the gallery.
+      outcomes_of: folder of features -> the outcomes of its photos in this call.
+      usable: folder of features -> clip -> person, for the usable clips of this call.
+      people: the folder of photos.
+      out: the folder of results.
     """
     absent = {photo.folder for photo in enrolled.values()} - {x.name for x in outcomes_of}
     if not absent:

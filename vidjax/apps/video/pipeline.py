@@ -35,7 +35,6 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, describe_system_error
 from vidjax.utils.names import show
 from vidjax.utils.processes import Children, map_children, run_limited_each
-from vidjax.utils.scratch import scratch_folder
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
@@ -53,17 +52,20 @@ class FileOutcome(NamedTuple):
     """The result of reading a file: either a film, or an error and its remedy."""
 
     path: Path
-    media: MediaFile | None
-    error: str = ""
+    media: MediaFile | None  # the description of the film; None after an error
+    error: str = ""  # "" if there was no error
     kept: bool = False  # whether the features of an earlier call were kept
     replaced: bool = False  # whether features of another file with the same name were replaced
     remedy: str = ""  # what a user can do about the error
     label: str = ""  # the name of the file, or the path if several files have this name
-    earlier: MediaFile | None = None  # of an error: the results of an earlier call, which are kept
+    earlier: MediaFile | None = None  # after an error: the description by an earlier call
 
     @property
     def known(self) -> MediaFile | None:
-        """The film, or if it could not be read, the results of an earlier call."""
+        """The description of the film.
+
+        If the film could not be read, it is the description by an earlier call.
+        """
         return self.media or self.earlier
 
 
@@ -114,12 +116,15 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: which features of earlier calls are removed. "deleted": features of files that are
-        missing from a folder that has other files. If the whole folder is missing or empty, an
-        outcome reports it. "missing": features of all files that no longer exist. "others":
-        features of all files that are not in `paths`, except files in a folder that is missing or
-        empty. "all others": features of all files that are not in `paths`. If a file cannot be
-        reached, its features are kept. With "others", an outcome reports each file that is kept.
+      drop: which features of earlier calls are removed.
+        "nothing": no features.
+        "deleted": features of files that are missing in a folder that has other files. If a whole
+          folder is missing or empty, an outcome reports the folder.
+        "missing": features of all files that no longer exist.
+        "others": features of all files that are not in `paths`, except files in a folder that is
+          missing or empty. An outcome reports each file whose features are kept.
+        "all others": features of all files that are not in `paths`.
+        If a file cannot be reached, its features are always kept.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: what happens if `models` has more nets than before. True removes all features of the
         folder, and computes the features of the files in `paths` again. False raises an error.
@@ -419,7 +424,9 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
         before.source, before.video = source, features_folder.make_printable(job.path.name)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
-    partial = folders.enter_context(scratch_folder(job.out / f".extract-{secrets.token_hex(4)}"))
+    partial = folders.enter_context(
+        files.scratch_folder(job.out / f".extract-{secrets.token_hex(4)}")
+    )
     if (job.out / THUMBNAILS).exists():
         (partial / THUMBNAILS).mkdir(mode=0o700)
     return {

@@ -39,7 +39,7 @@ from vidjax.apps.video import who
 from vidjax.apps.video.appearances import format_time
 from vidjax.apps.video.features_folder import THUMBNAILS, FileStamp, MediaFile, hash_film
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
-from vidjax.utils import files, printing
+from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, UserError, closest, describe_system_error
 from vidjax.utils.names import IGNORED, fold, is_unknown, normal_form
 
@@ -315,7 +315,7 @@ class Review:
         """Applies a change that can be undone, and shows its description `words` on the page.
 
         `clips` is clip -> new entry of the gallery, or None to remove the clip. `denied` are the
-        new denied names of clips. For `of` and
+        new denied names of clips. `numbers` replace the contents of `unknown.json`. For `of` and
         `after`, see `change`.
         """
         before = self._numbers
@@ -492,8 +492,8 @@ def serve_review(
     with files.lock(out, "out"), web.listen(HOST, 0) as listener:
         files.refuse_links(out)
         review = Review(out, decision, fpir=fpir, threshold=threshold, padding=padding)
-        printing.print_text(f"http://{HOST}:{listener.getsockname()[1]}/{token}/")
-        printing.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
+        messages.print_text(f"http://{HOST}:{listener.getsockname()[1]}/{token}/")
+        messages.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:
             web.serve(make_app(review, token), listener)
         finally:

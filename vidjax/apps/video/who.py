@@ -189,13 +189,11 @@ class Decision(NamedTuple):
         return {name: len(clips) for name, clips in self.people.items()}
 
 
-def read_films(out: Path) -> list[MediaFile]:
-    """Reads the descriptions of all films in a folder of results."""
-    return features_folder.read_media_files(out / FEATURES)
-
-
 def read_numbers(out: Path) -> UnknownNumbers:
-    """Reads `unknown.json` in a folder of results. A missing file counts as empty."""
+    """Returns the numbers of unknown people in a folder of results.
+
+    If there is no `unknown.json`, no person has a number.
+    """
     return _read_numbers(out, UnknownNumbers) or UnknownNumbers(films={})
 
 
@@ -305,7 +303,7 @@ def name_people(
             drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
-        all_films = read_films(out)
+        all_films = features_folder.read_media_files(out / FEATURES)
         _report_missing(all_films, out, prune)
         _forget_denials(gallery, all_films)
         before = read_numbers(out).keep(all_films)
@@ -371,7 +369,10 @@ def _update_people(
 
 
 def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None:
-    """Prints how many films no longer exist, and the name of a film that lacks thumbnails."""
+    """Prints how many films no longer exist, and which film lacks thumbnails, with remedies.
+
+    If `pruned` is True, `--prune` is given, and missing films are not printed.
+    """
     missing = [film.video for film in films if not os.path.exists(film.source.path)]
     if missing and not pruned:
         say(

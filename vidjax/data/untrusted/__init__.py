@@ -1,4 +1,4 @@
-"""Reads pickles from strangers in a limited child process, and checks names in their files.
+"""Reads pickles from strangers, in a child process with limits.
 
 This folder needs only numpy and the standard library.
 """

@@ -20,7 +20,7 @@ the order of identities.json. E is the number of ensemble members. PLDA compares
 The log-likelihood ratio of PART is a polynomial of z with the coefficients `linear`, `constant`
 and `curve`. People with the same number of clips share one of the U rows of `curve`. Arrays without
 a dtype are float32 or float64. If distances are compared instead, see
-`gallery.array_export`.
+`apps.gallery.array_export`.
 """
 
 from collections.abc import Callable, Mapping

@@ -135,8 +135,9 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 def get_members(run: Predictor) -> list[Member]:
     """Returns the weights of each ensemble member: (parameters, other Flax collections, view).
 
-    The arrays are in the memory of the host. `view` is the index of the chunk of the features that
-    the member does not see. It is -1 if the member sees all features.
+    The arrays are in the memory of the host. `view` is the number of the chunk of features that is
+    hidden from the member. If `System.num_chunks` is None, no chunk is hidden, and `view` is not
+    used.
     """
     weights = run.params, run.model_state
     return [

@@ -1,4 +1,7 @@
-"""Writes files and folders atomically. A failure raises an OSError that contains the path."""
+"""Writes files and folders atomically, and makes temporary folders.
+
+A failure raises an OSError that contains the path.
+"""
 
 import contextlib
 import errno
@@ -12,6 +15,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +24,9 @@ import numpy as np
 
 from vidjax.utils.errors import DiskError, UserError
 from vidjax.utils.files.reading import local, open_regular, read_json, sha256_json
-from vidjax.utils.scratch import scratch_folder
+
+_scratch_folders: set[Path] = set()
+_scratch_lock = threading.RLock()
 
 
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
@@ -182,6 +188,39 @@ def _plain(value: object) -> object:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise TypeError(f"no JSON form of {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
+    """Makes a folder that only this user can read, yields its path, and removes it at the end.
+
+    SIGINT and SIGTERM also remove the folder, because it may contain features of people. `folder`
+    is the path of the folder, which must not exist. By default, the system chooses a path.
+    """
+    if folder is None:
+        folder = Path(tempfile.mkdtemp())
+    else:
+        folder.mkdir(mode=0o700, parents=True)
+    _scratch_folders.add(folder)
+    try:
+        yield folder
+    finally:
+        with _scratch_lock:
+            shutil.rmtree(folder, ignore_errors=True)
+            _scratch_folders.remove(folder)
+
+
+def remove_scratch_folders() -> None:
+    """Removes all scratch folders of this process. The caller must then end the process."""
+    # The lock stays locked. Otherwise an error of another thread, whose files are gone, could end
+    # the process before all folders are removed.
+    _scratch_lock.acquire()
+    for folder in tuple(_scratch_folders):
+        # A child process may still write into the folder, but it cannot find a renamed folder.
+        with contextlib.suppress(OSError):
+            renamed = folder.rename(folder.with_name(f".{secrets.token_hex(8)}.partial"))
+            _scratch_folders.add(renamed)  # a second signal interrupts rmtree
+            shutil.rmtree(renamed, ignore_errors=True)
 
 
 @contextlib.contextmanager
