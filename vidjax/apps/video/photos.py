@@ -101,7 +101,9 @@ def _check_pixel_data(
 
     decoder = av.VideoCodecContext.create(codec, "r")
     assert isinstance(decoder, av.VideoCodecContext)
-    decoder.options = {"err_detect": "explode", "max_pixels": str(decode.MOST_PIXELS)}
+    decoder.options = {"max_pixels": str(decode.MOST_PIXELS)}
+    if codec == "mjpeg":  # by default, FFmpeg fills damaged parts of a JPEG photo with grey
+        decoder.options |= {"err_detect": "explode"}
     decoder.thread_count = 1
     problem, is_checked = "", True
     try:
