@@ -735,4 +735,5 @@ def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, s
 
 
 def test_a_folder_instead_of_an_open_gallery_is_refused():
-    refused(lambda: app_lib.make_app("people"), "vidjax.Gallery(FOLDER)")
+    folder: Any = "people"
+    refused(lambda: app_lib.make_app(folder), "vidjax.Gallery(FOLDER)")
