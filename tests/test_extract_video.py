@@ -182,6 +182,22 @@ def test_truncated_photo_is_refused(tmp_path, ending):
     refused(path, "damaged")
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_photo_with_damaged_pixels_is_refused_but_its_last_mark_may_be_missing(tmp_path, ending):
+    path = tmp_path / f"photo.{ending}"
+    Image.fromarray(films.scene(3, 480, 640)).save(path)
+    content, whole = path.read_bytes(), films.read_photo(path)
+    half, mark = len(content) // 2, {"jpg": 2, "png": 12}[ending]
+    path.write_bytes(content[:-mark])
+    assert (films.read_photo(path) == whole).all()
+    for damaged in (
+        content[:half] + bytes(200) + content[half + 200 :], content[:half] + bytes(half),
+        content[:-mark] + bytes(mark + 100),
+    )[: 3 if ending == "jpg" else 2]:  # fmt: skip
+        path.write_bytes(damaged)
+        refused(path, "damaged photo")
+
+
 def test_large_jpeg_photos_are_reduced_and_other_large_photos_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "MOST_PIXELS", 60 * 80)
     large = films.scene(3, 240, 320)

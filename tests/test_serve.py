@@ -732,3 +732,8 @@ def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, s
         assert "Secret" not in out + err
     # Another property: a server that other machines can reach needs a token.
     assert "--token-file" in say("serve", f"--gallery={folder}", "--host=0.0.0.0", code=2)
+
+
+def test_a_folder_instead_of_an_open_gallery_is_refused():
+    folder: Any = "people"
+    refused(lambda: app_lib.make_app(folder), "vidjax.Gallery(FOLDER)")

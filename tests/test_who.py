@@ -19,6 +19,7 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
+import vidjax
 from tests.helpers import films, made_nets
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import read_arrays
@@ -757,3 +758,10 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
     Gallery.of_models(gallery, drawn.models)
     words = ("gallery", "enrol", gallery, f"--input={drawn.out}", "--identity=Ada")
     assert "not from the model of the gallery" in drawn.run(*words, code=2).output
+
+
+def test_python_names_people_of_paths_that_are_texts(drawn):
+    drawn.befriend("Ada")
+    film = drawn.film()
+    done = vidjax.name_people(str(film), str(drawn.friends), str(drawn.out), str(drawn.models))
+    assert done.people == {"Ada": 1} and "Ada" in drawn.names().values()

@@ -57,16 +57,17 @@ TAGGED = {
 @pytest.mark.parametrize("change", TAGGED)
 def test_tags_that_do_not_fit_their_photo_enrol_nobody(drawn, change):
     rgb, packet, words, names = TAGGED[change]
-    path = drawn.friends / "holiday.png"
-    path.parent.mkdir()
+    path = drawn.friends / "Cy" / "holiday.png"
+    write_photo(drawn.friends / "Cy" / "1.png", ("Eve", 40, 40))
     path.write_bytes(films.photo(np.ascontiguousarray(rgb), "png") + packet)
-    write_photo(drawn.friends / "Cy.png", ("Eve", 40, 40))
 
     content, output = drawn.who(write_group(drawn), code=0 if names else 1)
 
     assert content["people"] == dict.fromkeys(["Cy", *names.split()], 1), output
     lines = [line for line in output.splitlines() if str(path) in line and "poor, with" not in line]
-    assert words in "".join(lines) and len(lines) == bool(words)
+    used = [line for line in lines if "the tags are used" in line]
+    assert words in "".join(lines) and len(lines) == len(used) + bool(words)
+    assert len(used) == bool(names)
 
 
 def test_a_photo_whose_tags_cannot_be_read_any_more_keeps_its_people(drawn):

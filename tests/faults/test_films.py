@@ -298,7 +298,9 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
                 assert len(str(error).splitlines()) <= 3, (path, number)
                 outcomes["refused"] += 1
             assert time.process_time() - began < 10, (path, number)
-        assert outcomes["refused"] and outcomes["whole"], (path, outcomes)
+        # Each part of a PNG has a checksum, so all of its mutations may be refused.
+        assert outcomes["refused"], (path, outcomes)
+        assert outcomes["whole"] or path.suffix == ".png", (path, outcomes)
 
 
 @pytest.mark.nightly

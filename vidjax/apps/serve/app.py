@@ -46,7 +46,7 @@ from vidjax.apps.serve.limits import (
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.utils import files
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import clean_identity, normal_form, show
 
 T = TypeVar("T")
@@ -442,6 +442,7 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
     `token` is the secret that clients must send. If it is None, the server answers only programs
     on this machine.
     """
+    check_argument("make_app: gallery", gallery, Gallery, "a gallery: vidjax.Gallery(FOLDER)")
     limits, metrics = limits or Limits(), ServerMetrics()
     bodies = Bodies(limits)
     application = Application(gallery, bodies, limits, metrics)

@@ -335,10 +335,14 @@ def _check_photo(
 
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
-    """Prints one warning if new photos in the folder of the person `name` tag only other people."""
+    """Prints one warning if new photos in the folder of the person `name` tag only other people.
+
+    Photos whose tags do not fit are left out, because their tags are not used.
+    """
     new = [
         (outcome.path, outcome.media.tags) for outcome in outcomes
-        if outcome.media and not outcome.kept and outcome.path.parent != people
+        if outcome.media and not (outcome.kept or outcome.media.misfit)
+        and outcome.path.parent != people
     ]  # fmt: skip
     if foreign := [(path, names) for path, names in new if names and name not in names]:
         path, names = foreign[0]

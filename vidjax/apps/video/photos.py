@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000", "GIF", "PPM", "AVIF"]
+# The first bytes of a photo -> FFmpeg's decoder, and the bytes before and after its pixels.
+PIXELS = {
+    b"\xff\xd8\xff": ("mjpeg", b"\xff\xda", b"\xff\xd9"), b"\x89PNG": ("png", b"IDAT", b"IEND"),
+}  # fmt: skip
 HEIC = re.compile(rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL)  # the first bytes
 ORIENTATION = 0x112  # the EXIF tag
 # How Pillow turns a picture upright, for each EXIF orientation.
@@ -45,13 +49,18 @@ def read_photo(path: Path) -> Photo | None:
       UserError: `path` is not a regular file, the photo is damaged or too large, or a package is
         not installed.
     """
-    require_packages(f"'{path}', a video or photo,", "PIL", extra="video")
+    require_packages(f"'{path}', a video or photo,", "PIL", "av", extra="video")
     from PIL import Image, UnidentifiedImageError
 
     Image.MAX_IMAGE_PIXELS = None  # `_reduce` checks the size
     formats = FORMATS
-    with files.open_input(path) as file:
-        if HEIC.match(file.read(12)):
+    with files.open_input(path) as stored_file:
+        file: io.RawIOBase | io.BytesIO = stored_file
+        first = stored_file.read(12)
+        for begin in PIXELS:
+            if first.startswith(begin):
+                file = _check_pixel_data(path, first + stored_file.read(), *PIXELS[begin])
+        if HEIC.match(first):
             require_packages(f"'{path}', a photo in HEIC,", "pillow_heif", extra="video")
             import pillow_heif
 
@@ -77,6 +86,40 @@ def read_photo(path: Path) -> Photo | None:
             raise UserError(
                 f"'{path}' is a damaged photo: {str(error)[:100]}\ncopy the photo again"
             ) from error
+
+
+def _check_pixel_data(
+    path: Path, content: bytes, codec: str, begin: bytes, end: bytes
+) -> io.BytesIO:
+    """Returns the content of a JPEG or PNG photo; raises UserError if its pixels are damaged.
+
+    Pillow would fill damaged parts with wrong colours. FFmpeg finds most damage. A photo with more
+    than `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not checked.
+    """
+    import av
+    from av.error import ExternalError, FFmpegError, InvalidDataError
+
+    decoder = av.VideoCodecContext.create(codec, "r")
+    assert isinstance(decoder, av.VideoCodecContext)
+    decoder.options = {"max_pixels": str(decode.MOST_PIXELS)}
+    if codec == "mjpeg":  # by default, FFmpeg fills damaged parts of a JPEG photo with grey
+        decoder.options |= {"err_detect": "explode"}
+    decoder.thread_count = 1
+    problem, is_checked = "", True
+    try:
+        decoder.decode(av.Packet(content))
+    except (ExternalError, InvalidDataError):
+        problem = "its pixels cannot be decoded"
+    except FFmpegError:
+        is_checked = False
+    if end not in content[content.rfind(begin) :]:
+        if content.endswith(bytes(16)):  # the end of the file was not copied
+            problem = problem or "its end is missing"
+        elif is_checked and codec == "mjpeg":  # some programs leave out only the last mark
+            content += end
+    if problem:
+        raise UserError(f"'{path}' is a damaged photo: {problem}\ncopy the photo again")
+    return io.BytesIO(content)
 
 
 def _reduce(path: Path, photo: "Image") -> None:

@@ -208,7 +208,7 @@ def _write_numbers(out: Path, numbers: UnknownNumbers) -> None:
     files.hide(out / NUMBERS)
 
 
-def _move_denials(out: Path, gallery: Gallery) -> None:
+def move_denials(out: Path, gallery: Gallery) -> None:
     """Moves denied names from an `unknown.json` of an older version to the gallery."""
     old = _read_numbers(out, OldDenials)
     if old and old.denied:
@@ -226,10 +226,10 @@ def _forget_denials(gallery: Gallery, films: Iterable[MediaFile]) -> None:
 
 
 def name_people(
-    films: Sequence[Path],
-    people: Path | None,
-    out: Path,
-    models: Path,
+    films: str | Path | Sequence[str | Path],
+    people: str | Path | None,
+    out: str | Path,
+    models: str | Path,
     settings: ExtractionSettings | None = None,
     *,
     workers: int = 1,
@@ -247,7 +247,7 @@ def name_people(
     The results contain these films and all films of earlier calls.
 
     Args:
-      films: videos, photos, or folders of videos and photos.
+      films: one or more videos, photos, or folders of videos and photos.
       people: a folder with photos of each person, as NAME/PHOTO.jpg or NAME.jpg. If a photo program
         stored names of faces in a photo, these names are used. If `people` is None, the gallery of
         an earlier call is used.
@@ -266,6 +266,9 @@ def name_people(
       UserError: there is no film, there is no usable photo, a net is missing, or the folder for
         results contains a link.
     """
+    films = [Path(film) for film in ([films] if isinstance(films, str | Path) else films)]
+    people = None if people is None else Path(people)
+    out, models = Path(out), Path(models)
     answers_lib.check_choice(fpir, threshold)
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
@@ -275,7 +278,7 @@ def name_people(
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _open_gallery(out, models)
-        _move_denials(out, gallery)
+        move_denials(out, gallery)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         options = {
