@@ -12,7 +12,7 @@ from vidjax.data.clips import Split
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packed_clips import PackedClips, map_again
 from vidjax.data.packing import compute_feature_norms
-from vidjax.data.records.manifest import Records
+from vidjax.data.records.manifest import VERSION, Records
 from vidjax.utils import messages
 from vidjax.utils.errors import warn
 from vidjax.utils.files import sha256_json
@@ -136,6 +136,7 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
         "clips": len(clips),
         "names": sha256_json(clips),
         "modalities": sorted(records.modalities),
+        "records": VERSION,
         "features": sha256_json(features),
         "labels": sha256_json(sorted(truth[split].items())) if split in truth else None,
     }

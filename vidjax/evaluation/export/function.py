@@ -135,7 +135,7 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 def get_members(run: Predictor) -> list[Member]:
     """Returns the weights of each ensemble member: (parameters, other Flax collections, view).
 
-        The arrays are in the memory of the host. `view` is the number of the chunk of features that is
+    The arrays are in the memory of the host. `view` is the number of the chunk of features that is
     hidden from the member. If `System.num_chunks` is None, no chunk is hidden, and `view` is not
     used.
     """
