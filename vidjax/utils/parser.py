@@ -62,7 +62,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="shows tracebacks")
         self.set_defaults(execute=run, parser=self)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  (it has overloads)
+        self,
+        args: Sequence[str] | None = None,
+        namespace: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
         """Parses words as argparse does, and keeps them for `error`."""
         self.words = args or ()
         return super().parse_known_args(args, namespace)
