@@ -16,7 +16,7 @@ from starlette import testclient
 
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import names_page, review, who
+from vidjax.apps.video import features_folder, names_page, review, who
 
 pytestmark = pytest.mark.usefixtures("read_here")
 TOKEN, PORT = "t" * 22, 8123
@@ -38,7 +38,7 @@ class Reviewed:
         """Opens the page of the results."""
         drawn = self.drawn
         gallery, numbers = Gallery(drawn.out / "gallery"), who.read_numbers(drawn.out)
-        films = who.read_films(drawn.out)
+        films = features_folder.read_media_files(drawn.out / who.FEATURES)
         decision = who.decide(gallery, drawn.out, films, numbers, gallery.identify)
         self.review = review.Review(drawn.out, decision, padding=0.25)
         self.client = testclient.TestClient(

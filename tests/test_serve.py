@@ -174,7 +174,7 @@ def test_questions_in_a_batch_get_their_own_answers_or_errors(people):
     too_narrow = question({"b": {"face": np.ones((1, 3), np.float32)}})
     batch: Any = [*(question({clip: frames}) for clip, frames in CLIPS.items()), too_narrow]
 
-    *answers, error = gallery_model.answer(gallery_model.GalleryModel(people), batch)
+    *answers, error = gallery_model.GalleryModel(people).answer(batch)
 
     assert isinstance(error, errors.UserError) and "clip b" in str(error)
     for answer, (clip, wanted) in zip(answers, people.identify(CLIPS).items(), strict=True):

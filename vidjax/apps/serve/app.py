@@ -30,7 +30,7 @@ from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import gallery_model, protocol
 from vidjax.apps.serve.batcher import Batcher, Changes
-from vidjax.apps.serve.gallery_model import Frames, GalleryModel, Question
+from vidjax.apps.serve.gallery_model import Frames, GalleryModel, Question, make_question
 from vidjax.apps.serve.limits import (
     CHANGED,
     LOG,
@@ -119,8 +119,7 @@ class Application:
     def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
         self.model, self.gallery = GalleryModel(gallery), gallery
-        answer = functools.partial(gallery_model.answer, self.model)
-        self.batcher = Batcher[Question, Any](answer, limits, metrics)
+        self.batcher = Batcher[Question, Any](self.model.answer, limits, metrics)
         self.changes = Changes(limits)
         # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
         # after parsing.
@@ -219,7 +218,7 @@ class Application:
         """Describes the input and output tensors of the model."""
         model = self.model
         content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        content["inputs"] = [spec._asdict() for spec in gallery_model.list_inputs(model)]
+        content["inputs"] = [spec._asdict() for spec in model.inputs]
         content["outputs"] = [spec._asdict() for spec in model.outputs]
         return _encode_json(content)
 
@@ -230,11 +229,9 @@ class Application:
         length = request.headers.get(protocol.HEADER)
 
         def read() -> tuple[protocol.InferRequest, Question]:
-            inputs = gallery_model.list_inputs(model)
-            parsed, tensors = protocol.parse(body, length, inputs, self.limits)
+            parsed, tensors = protocol.parse(body, length, model.inputs, self.limits)
             protocol.check_outputs(parsed, model.outputs)
-            parameters = parsed.parameters
-            return parsed, gallery_model.make_question(model, tensors, parameters, self.limits)
+            return parsed, make_question(model.widths, tensors, parsed.parameters, self.limits)
 
         parsed, question = await self._parse(read, large=len(body) > LARGE_BYTES)
         self.bodies.hold(request.scope, len(body) + gallery_model.count_bytes(question.clips))

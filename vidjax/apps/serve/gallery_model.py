@@ -39,32 +39,26 @@ class Identified(NamedTuple):
     vectors: np.ndarray  # [N, D] float32, the vectors of all modalities, one after the other
 
 
-def list_inputs(model: "GalleryModel") -> list[Spec]:
-    """Lists the input tensors."""
-    specs = []
-    for name, width in model.widths.items():
-        specs.append(Spec(name, "FP32", (-1, -1, width)))
-        specs.append(Spec(f"{name}_quality", "FP32", (-1, -1)))
-        specs.append(Spec(f"{name}_mask", "BOOL", (-1, -1)))
-    return specs
-
-
 def make_question(
-    model: "GalleryModel", tensors: Mapping[str, np.ndarray], parameters: Parameters, limits: Limits
+    widths: Mapping[str, int],
+    tensors: Mapping[str, np.ndarray],
+    parameters: Parameters,
+    limits: Limits,
 ) -> Question:
     """Makes a question from the input tensors of a request, name -> array [clips, frames, ...].
 
-    Frames whose mask is False are left out. Raises Refused for too many clips or frames, for a
-    missing tensor, a wrong shape, or a value that is not finite.
+    `widths` is modality -> width of the features. Frames whose mask is False are left out. Raises
+    Refused for too many clips or frames, for a missing tensor, a wrong shape, or a value that is
+    not finite.
     """
-    present = [name for name in model.widths if name in tensors]
+    present = [name for name in widths if name in tensors]
     if not present:
-        raise unprocessable(f"the request has no features: send any of {', '.join(model.widths)}")
+        raise unprocessable(f"the request has no features: send any of {', '.join(widths)}")
     count = len(tensors[present[0]])
     if not 0 < count <= limits.clips:
         raise unprocessable(f"the request has {count} clips: send 1 to {limits.clips}")
     clips: dict[str, dict[str, Frames]] = {str(number): {} for number in range(count)}
-    for name in model.widths:
+    for name in widths:
         fields = {"features": name, "quality": f"{name}_quality", "mask": f"{name}_mask"}
         arrays = {field: tensors[key] for field, key in fields.items() if key in tensors}
         if arrays and name not in tensors:
@@ -88,24 +82,6 @@ def make_question(
             if len(frames["features"]):
                 clip[name] = frames
     return Question(clips, parameters.k, parameters.fpir, parameters.threshold)
-
-
-def answer(model: "GalleryModel", questions: Sequence[Question]) -> list[Any]:
-    """Answers a batch of questions; returns an answer or an exception for each question.
-
-    If the batch fails, each question is answered separately. So only wrong questions get an error.
-    """
-    try:
-        return [*model.answer_batch(questions)]
-    except Exception as error:
-        if len(questions) == 1:
-            return [error]
-        return [result for question in questions for result in answer(model, [question])]
-
-
-def _make_test_question(model: "GalleryModel", length: int) -> Question:
-    frames = {name: np.ones((length, width), np.float32) for name, width in model.widths.items()}
-    return Question({"0": {name: {"features": features} for name, features in frames.items()}})
 
 
 def check_finite(frames: Frames, place: str) -> None:
@@ -158,6 +134,16 @@ class GalleryModel:
         return self.gallery.reads[0]
 
     @property
+    def inputs(self) -> list[Spec]:
+        """The name, datatype and shape of each input tensor."""
+        specs = []
+        for name, width in self.widths.items():
+            specs.append(Spec(name, "FP32", (-1, -1, width)))
+            specs.append(Spec(f"{name}_quality", "FP32", (-1, -1)))
+            specs.append(Spec(f"{name}_mask", "BOOL", (-1, -1)))
+        return specs
+
+    @property
     def outputs(self) -> tuple[Spec, ...]:
         """The name, datatype and shape of each output tensor."""
         width = sum(self.gallery.backend.widths.values())
@@ -167,6 +153,19 @@ class GalleryModel:
             Spec("scores", "FP32", (-1, -1)),
             Spec("embedding", "FP32", (-1, width)),
         )
+
+    def answer(self, questions: Sequence[Question]) -> list[Any]:
+        """Answers a batch of questions; returns an answer or an exception for each question.
+
+        If the batch fails, each question is answered separately. So only wrong questions get an
+        error.
+        """
+        try:
+            return [*self.answer_batch(questions)]
+        except Exception as error:
+            if len(questions) == 1:
+                return [error]
+            return [result for question in questions for result in self.answer([question])]
 
     def answer_batch(self, questions: Sequence[Question]) -> list[Identified]:
         """Identifies the clips of all questions; returns the answer to each question."""
@@ -209,6 +208,10 @@ class GalleryModel:
         """Compiles all programs of the gallery's run, so that the first requests do not wait."""
         if not self.gallery.origin.cards:
             for length in PAD_LENGTHS:
-                self.gallery.embed(_make_test_question(self, length).clips)
+                self.gallery.embed(self._make_test_question(length).clips)
         if self.gallery.index.names:
-            self.answer_batch([_make_test_question(self, 1)])
+            self.answer_batch([self._make_test_question(1)])
+
+    def _make_test_question(self, length: int) -> Question:
+        frames = {name: np.ones((length, width), np.float32) for name, width in self.widths.items()}
+        return Question({"0": {name: {"features": features} for name, features in frames.items()}})

@@ -189,11 +189,6 @@ class Decision(NamedTuple):
         return {name: len(clips) for name, clips in self.people.items()}
 
 
-def read_films(out: Path) -> list[MediaFile]:
-    """Reads the descriptions of all films in a folder of results."""
-    return features_folder.read_media_files(out / FEATURES)
-
-
 def read_numbers(out: Path) -> UnknownNumbers:
     """Returns the numbers of unknown people in a folder of results.
 
@@ -308,7 +303,7 @@ def name_people(
             drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
-        all_films = read_films(out)
+        all_films = features_folder.read_media_files(out / FEATURES)
         _report_missing(all_films, out, prune)
         _forget_denials(gallery, all_films)
         before = read_numbers(out).keep(all_films)

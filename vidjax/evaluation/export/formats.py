@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vidjax.evaluation.predict import Predictor
 
 OUTPUTS: tuple[str, ...] = ("scores", "embeddings")  # [B, C] and [B, D], float32
-NUMPY_SCOPE = "supports only runs of configs/plda.py and galleries"
 PLATFORMS = ("cpu", "cuda", "tpu")
 Predict = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -188,8 +187,8 @@ def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
     config = run.config
     if not isinstance(run.system.model, PLDAIdentifier):
         raise UserError(
-            f"--format=numpy {NUMPY_SCOPE}, not runs of the model '{config.model.name}'\n"
-            "choose --format=safetensors"
+            "--format=numpy supports only runs of configs/plda.py and galleries, not runs of the "
+            f"model '{config.model.name}'\nchoose --format=safetensors"
         )
     if config.eval.scores != "log_softmax" or config.eval.top_classes or config.ensemble.views:
         raise UserError(
