@@ -475,6 +475,23 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
         faces_refused(path, "clips.parquet' is not a parquet table", "write it again", word)
 
 
+def test_checksums_and_encodings_of_other_programs_are_read(tmp_path):
+    """Spark writes a checksum of each page, and text with the encodings DELTA_..."""
+    pytest.importorskip("pyarrow")
+    clips = {f"clip{i}": {"face": np.full((2, 4), 1.5 + i)} for i in range(3)}
+    for encoding in ("DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"):
+        options = {"use_dictionary": False, "column_encoding": {"clip": encoding}}
+        path = clip_files.write_parquet(tmp_path / "clips.parquet", clips, **options)
+        assert [*load_faces(path).names] == [*clips]
+
+    options = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
+    path = clip_files.write_parquet(path, clips, **options)
+    assert [*load_faces(path).names] == [*clips]
+    value = np.full(4, 2.5, np.float32).tobytes()
+    path.write_bytes(path.read_bytes().replace(value, value[:-1] + b"\x41"))  # another number
+    faces_refused(path, "clips.parquet' is not a parquet table, or is damaged", "checksum")
+
+
 def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     face, quality = np.ones((4, 4)), np.array([1, 1, 1, np.inf])
     face[1:3, 2] = np.nan, 1e39  # 1e39 is infinite in float32

@@ -270,6 +270,7 @@ def test_dropout_is_used_only_in_training(name):
     ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(build_system.MODELS))}"),
     ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
     (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, dropout_rate"),
+    (tiny.SMALL, {"gate": False}, "if another version of vidjax trained the run, use that version"),
     (tiny.SMALL, {"attention": "off"}, "attention='off': must be True or False"),
     (DENSE, {"layers": ((8, "relu", "no", 0.0),)}, "Expected `bool`, got `str`"),
     (tiny.SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),

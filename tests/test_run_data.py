@@ -192,6 +192,11 @@ def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
     for after, wanted in ((added_head, ""), (other_labels, "val has other labels")):
         with pytest.warns(UserWarning, match="other modalities"):
             assert digests.describe_difference("val", before, after) == wanted
+    # Records of another version have other digests, although the features are equal.
+    other_version = before | {"records": "1.3.0", "features": "x"}
+    with pytest.warns(UserWarning, match="another version of vidjax"):
+        assert digests.describe_difference("val", other_version, before) == ""
+    assert "features" in digests.describe_difference("val", before | {"features": "x"}, before)
 
 
 KNN = "--config=knn:iqiyi_vid"

@@ -19,7 +19,7 @@ from vidjax.cli import shared_flags
 from vidjax.core import distributed
 from vidjax.runs import terminal
 from vidjax.utils import exit_codes, machine, messages
-from vidjax.utils.errors import UserError, closest, suggest
+from vidjax.utils.errors import UserError, suggest
 from vidjax.utils.messages import print_result
 from vidjax.utils.parser import Parser, split_overrides
 
@@ -133,13 +133,13 @@ def _explain_stray(word: str, parser: Parser) -> str:
     text = f"there is no flag {flag}"
     if flag.startswith("--config.") and parser.group:
         return f"{text}: this command takes only --config.{parser.group}FIELD=VALUE"
-    known = re.findall(r"--([\w-]+)", parser.format_usage())
+    fields: Sequence[str] = ()
     if parser.group == "":
         from vidjax.runs import config
 
-        known += [f"config.{field}" for field in config.DEFAULTS]
-    match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
-    return f"{text}: did you mean --{match}?" if match else text
+        fields = [f"config.{field}" for field in config.DEFAULTS]
+    similar = parser.suggest_flag(flag, fields)
+    return f"{text}: did you mean {similar}?" if similar else text
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:

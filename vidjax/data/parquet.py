@@ -196,8 +196,8 @@ def _damaged(path: Path, reason: str) -> UserError:
 def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
     """Opens a table in a `with` block.
 
-    Text is dictionary-encoded. Errors of pyarrow in the block become UserError, but errors of the
-    system do not.
+    Text is dictionary-encoded if pyarrow can do so. Errors of pyarrow in the block become
+    UserError, but errors of the system do not.
     """
     with files.open_input(path) as opened:
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -212,8 +212,15 @@ def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
             for name in (*COLUMNS, *OPTIONAL_COLUMNS):
                 if file.schema_arrow.names.count(name) > 1:
                     raise UserError(f"{path}: two columns are named {name}: delete one of them")
-            text = [column.name for column in columns]
-            yield parquet.ParquetFile(opened, metadata=file.metadata, read_dictionary=text)
+            meta = file.metadata
+            groups = [meta.row_group(number) for number in range(meta.num_row_groups)]
+            chunks = [group.column(place) for group in groups for place in range(meta.num_columns)]
+            # pyarrow cannot decode text with the encodings DELTA_... into a dictionary.
+            delta = {x.path_in_schema for x in chunks if "DELTA" in str(x.encodings)}
+            text = [column.name for column in columns if column.name not in delta]
+            yield parquet.ParquetFile(
+                opened, metadata=meta, read_dictionary=text, page_checksum_verification=True
+            )
         except (UserError, MemoryError):
             raise
         except Exception as error:

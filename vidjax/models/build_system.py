@@ -292,7 +292,8 @@ def make_identifier(
         for key, field in fields.items()
         if key not in ("parent", "name", *fixed)
     }
-    fusion.check_options(f"model {name!r}", known, options)
+    remedy = "\nremove it; if another version of vidjax trained the run, use that version"
+    fusion.check_options(f"model {name!r}", known, options, remedy)
     for key, value in options.items():
         _check_type(f"model {name!r}", key, value, dict if key in model.parts else fields[key].type)
     if not modalities:

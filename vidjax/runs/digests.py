@@ -5,8 +5,9 @@ files of another run are detected. Its entry `data` contains digests of the data
 read. A command that reads the data again compares the digests. The entry `trained_on` in the
 `metrics.json` of a finished run contains the same digests:
 
-    splits    split -> {clips: int, modalities: list, names, features, labels: sha256} for every
-              split that the run reads; labels are null if the split has no ground truth
+    splits    split -> {clips: int, modalities: list, records: version, names, features, labels:
+              sha256} for every split that the run reads; labels are null if the split has no
+              ground truth
     weights   sha256 of the file `config.data.weights`; null if no file is configured
 """
 
@@ -68,9 +69,10 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns which of `names`, `features` and `labels` of a split differ.
 
-    Features are compared only if the modalities are equal, because one digest covers all of them.
+    Features are compared only if the modalities and the version of the records are equal, because
+    one digest covers the records of all modalities.
     """
-    same = now.get("modalities") == before.get("modalities")
+    same = all(now.get(key) == before.get(key) for key in ("modalities", "records"))
     kinds = ("names", "features", "labels") if same else ("names", "labels")
     return [kind for kind in kinds if now[kind] != before[kind]]
 
@@ -87,11 +89,11 @@ def describe_difference(
     changes = find_changes(before, now)
     if "names" in changes:
         return f"{split} has other clips ({now['clips']:,}, before {before['clips']:,})"
+    unknown = "so vidjax cannot check whether the features of the run are unchanged"
     if now.get("modalities") != before.get("modalities"):
-        warn(
-            f"{split}: the data have other modalities than before\n"
-            "so vidjax cannot check whether the features of the run are unchanged"
-        )
+        warn(f"{split}: the data have other modalities than before\n{unknown}")
+    elif now.get("records") != before.get("records"):
+        warn(f"{split}: another version of vidjax has trained the run\n{unknown}")
     return f"{split} has other {' and '.join(changes)}" if changes else ""
 
 

@@ -63,6 +63,7 @@ class SplitDigests(Struct, kw_only=True):
     features: Text
     labels: Text | None = None
     modalities: list[Text] | None = None
+    records: Text | None = None  # version of the records that `features` is the digest of
 
 
 class DataDigests(Struct, kw_only=True):

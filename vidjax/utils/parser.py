@@ -1,10 +1,11 @@
 """Parses the words of a command line."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, closest
 from vidjax.utils.messages import Result
 
 
@@ -31,6 +32,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, formatter_class=layout, allow_abbrev=False, **options)
         self.register("action", None, _StoreOnce)
         self.example = ""
+        self.words: Sequence[str] = ()  # of the command line, without the words before the command
         # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
 
@@ -60,8 +62,31 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="shows tracebacks")
         self.set_defaults(execute=run, parser=self)
 
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  (it has overloads)
+        self,
+        args: Sequence[str] | None = None,
+        namespace: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Parses words as argparse does, and keeps them for `error`."""
+        self.words = args or ()
+        return super().parse_known_args(args, namespace)
+
+    def suggest_flag(self, flag: str, more: Sequence[str] = ()) -> str:
+        """Returns a flag of this parser, or of `more`, that looks like `flag`, or ""."""
+        known = [*re.findall(r"--([\w-]+)", self.format_usage()), *more]
+        match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
+        return f"--{match}" if match else ""
+
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with the message, and an example of the command."""
+        """Raises UserError with the message, and an example of the command.
+
+        If a required flag is missing because it is misspelt, the message names the misspelt flag.
+        """
+        for word in self.words if "required" in message else ():
+            flag = word.partition("=")[0]
+            similar = self.suggest_flag(flag) if flag.startswith("--") else ""
+            if similar not in ("", flag):
+                message = f"there is no flag {flag}: did you mean {similar}?"
         needs = f"{self.prog.removeprefix('vidjax ')} needs"
         message = message.replace("the following arguments are required:", needs)
         message = message.replace("one of the arguments", f"{needs} one of")

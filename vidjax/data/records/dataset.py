@@ -31,7 +31,7 @@ from vidjax.data.clips import (
 )
 from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packed_clips import BadValues, PackedReader, pack_arrays
-from vidjax.data.records.shards import Reader, Records, SplitRecords
+from vidjax.data.records.shards import VERSION, Reader, Records, SplitRecords
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages, warn
 from vidjax.utils.files import sha256_json
@@ -247,6 +247,7 @@ def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
         "clips": len(clips),
         "names": sha256_json(clips),
         "modalities": sorted(records.modalities),
+        "records": VERSION,
         "features": sha256_json(features),
         "labels": sha256_json(sorted(truth[split].items())) if split in truth else None,
     }
