@@ -219,7 +219,7 @@ def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
 
 
 def warn_of_zeros(modality: str, clips: Sequence[str]) -> None:
-    """Warns if there are `clips`, which have frames, but whose vectors are 0."""
+    """Warns that the vectors of `clips` are 0, although the clips have frames."""
     if clips:
         warn(
             f"{modality}: {messages.count(len(clips), 'clip')}, such as {show(clips[0])}, have a "

@@ -131,7 +131,7 @@ def map_files(folder: Path, width: int, dtype: str, num_frames: int) -> dict[str
 
 
 def map_again(frames: Packed) -> Packed:
-    """Maps files again, as plain arrays. The pages that are read through them are freed with them.
+    """Maps files again, as plain arrays. If an array is freed, the pages that it has read are, too.
 
     Plain arrays are faster to slice than `np.memmap`. Arrays in memory are not changed.
     """
@@ -166,7 +166,11 @@ def open_packed(modality: str, folder: Path, summary: Mapping[str, Any]) -> Pack
 
 
 def join(parts: Iterable[PackedClips]) -> PackedClips:
-    """Joins the modalities of clips. The result has the clips of all `parts`, in byte order."""
+    """Joins clips of different modalities.
+
+    The result has every clip that is in any of `parts`, sorted by name (byte order). A clip has no
+    frames in a modality that it lacks.
+    """
     parts = list(parts)
     # Python orders str by code point, which is the byte order of UTF-8.
     names = tuple(sorted({name for part in parts for name in part.names}))

@@ -45,7 +45,7 @@ class PackedFrames(tfds.features.FeatureConnector):
         return {field: tfds.features.TensorInfo(shape=(), dtype=np.object_) for field in BATCHED}
 
     def encode_example(self, example_data: dict[str, np.ndarray]) -> dict[str, bytes]:
-        """Encodes the frames of a clip, one after another. The values are little-endian."""
+        """Returns field -> the little-endian values of all frames of a clip, frame after frame."""
         return {
             field: example_data[field].astype(np.dtype(info.np_dtype).newbyteorder("<")).tobytes()
             for field, info in self._info.items()

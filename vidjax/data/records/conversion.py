@@ -163,7 +163,7 @@ def make_records(
 
 
 def choose_order(split: str, num_clips: int) -> np.ndarray:
-    """Returns [N] int32, the order of the clips in files: random for train, else by name."""
+    """Returns [N] int32, the clips in the order of the files: random for train, else by name."""
     # Sorted names often group the clips of an identity, and programs that read a few neighbouring
     # records at a time would then see only a few identities.
     shuffled = np.random.default_rng(ORDER_SEED).permutation(num_clips)

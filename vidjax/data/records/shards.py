@@ -256,7 +256,10 @@ def make_shard(
 def _encode_clips(
     order: np.ndarray, split: PackedClips, modalities: Mapping[str, Modality]
 ) -> Iterator[bytes]:
-    """Yields the record of each clip."""
+    """Yields the record of each clip.
+
+    `order` [n] are the positions of the clips in `split.names`.
+    """
     kinds = {(name, f): get_dtype(f, x.dtype) for name, x in modalities.items() for f in BATCHED}
     mapped = dict[str, Packed]()
     for number, clip in enumerate(order.tolist()):
@@ -377,7 +380,10 @@ class Reader:
             raise self._damaged(number)
 
     def _damaged(self, number: int) -> UserError:
-        """Returns the error for a file that changed. If it is damaged, raises another error."""
+        """Returns the error for file `number`, which was changed while it was read.
+
+        If the sha256 of the file is wrong, raises UserError for a damaged file instead.
+        """
         check_shard(self.shards[number])
         return UserError(
             f"{self.shards[number].path}: the file was changed while it was read\n"
