@@ -165,6 +165,7 @@ def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
         (np.zeros((2, DIM + 1)), "features are 7 wide, but 6 wide in other clips: "),
         ([[1.0, 2.0], [3.0]], "rows have different lengths"),
         (np.array([None, "x"], object), "shape [2] and the dtype object\ngive floats"),
+        (np.ma.masked_less(np.arange(4.0), 1), "has masked values: leave these frames out"),
         (np.zeros((2, DIM), np.float16), "features are float16, but float32 in other clips"),
         (np.zeros((1, 2, DIM)), "at most 2 axes"),
         (np.zeros((2, 0)), "shape [2, 0]"),

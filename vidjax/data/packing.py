@@ -187,6 +187,8 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
         raise UserError(
             f"{place} must be an array of numbers, but numpy cannot make one: {reason[:200]}"
         ) from None
+    if np.ma.is_masked(values):
+        raise UserError(f"{place} has masked values: leave these frames out")
     if array.dtype.kind not in "fiu" or array.ndim > 2:
         raise UserError(
             f"{place} must be an array of numbers with at most 2 axes, "
