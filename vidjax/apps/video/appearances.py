@@ -175,8 +175,8 @@ def group_votes(
     """
     if not gallery.origin.cards:
         return None
-    # A face that is only a little unclear counts as clear, because other tracks of the group correct
-    # a wrong name.
+    # A face that is only a little unclear counts as clear, because other tracks of the group
+    # correct a wrong name.
     clarity = dict.fromkeys(list_unclear(films), 0.0)
     return gallery.group(vectors, pair_seen_together(films), clarity=clarity, for_votes=True)
 
