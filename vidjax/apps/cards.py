@@ -22,11 +22,12 @@ from vidjax.utils.errors import UserError
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
 REMEDY = "convert the net again, see vidjax convert --help"
-UNKNOWN = "unknown"  # `package` and `version` of a net that vidjax does not know
 NOT_MEASURED = "not measured"  # begins `data` of a back end whose numbers are defaults of a family
 DETECTORS = ("centerface", "yunet", "scrfd")  # the values of `decoder` in cards of detectors
 SOUND_LAYOUTS = ("samples", "mels")
 STRIDE = 32  # the sides of a detector's input are multiples of 32 pixels
+
+UNKNOWN = "unknown"  # `package` and `version` of a net that vidjax does not know
 
 Role = Literal["face_detector", "face_embedder", "voice_activity", "voice_embedder"]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
