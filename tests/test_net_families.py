@@ -306,6 +306,10 @@ def test_net_without_a_card_is_answered_with_the_command_that_writes_it(command,
     ):
         assert command(*words).refused(wanted)
     net = tmp_path / "my net.onnx"
+    (tmp_path / "more.onnx").write_bytes(VECTORS)
+    refused(lambda: cards.require({}, "face_detector", tmp_path), "convert insightface", "scrfd")
+    refused(lambda: cards.require({}, "voice_embedder", tmp_path), "convert resemblyzer")
+    (tmp_path / "more.onnx").unlink()
     done = command("convert", "own", net, "--like=arcface", f"--out={tmp_path}")
     assert done.code == 0, done.err
     assert net.exists() and cards.load(tmp_path)["face_embedder"].file == "my_net.onnx"
