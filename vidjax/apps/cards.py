@@ -218,9 +218,10 @@ def describe_remedy(role: Role, folder: Path) -> str:
     if not nets or not like:
         return describe_download(role)
     if len(nets) > 1:
+        package = shlex.quote(str(folder))
         return (
-            "if this is a package of InsightFace: vidjax convert insightface "
-            f"{shlex.quote(str(folder))} --out=MODELS\nelse: {describe_own(Path('MODELS/FILE'), like)}"
+            f"a package of InsightFace: vidjax convert insightface {package} --out=MODELS\n"
+            f"another net: {describe_own(Path('MODELS/FILE'), like)}"
         )
     return (
         f"'{nets[0].name}' has no .json that describes it. To write it:\n"
