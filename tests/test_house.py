@@ -118,6 +118,8 @@ def test_workflows_pin_their_actions_and_ask_for_few_rights():
         actions = re.findall(r"uses: (?!\./)(.*)", text)
         assert not [x for x in actions if not re.fullmatch(r"\S+@[0-9a-f]{40} # v[\d.]+", x)], path
         assert re.search(r"(?m)^permissions: { contents: read }$", text), path
-    before, _, publish = (ROOT / ".github/workflows/release.yml").read_text().partition("  publish:")
+    before, _, publish = (
+        (ROOT / ".github/workflows/release.yml").read_text().partition("  publish:")
+    )
     assert "write" not in before
     assert "run:" not in publish  # this job may publish, so it runs no code of the repository
