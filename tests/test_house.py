@@ -113,13 +113,12 @@ def test_no_module_executes_data_as_code():
 
 
 def test_workflows_pin_their_actions_and_ask_for_few_rights():
-    for path in (ROOT / ".github/workflows").glob("*.yml"):
+    folder = ROOT / ".github/workflows"
+    for path in folder.glob("*.yml"):
         text = path.read_text()
         actions = re.findall(r"uses: (?!\./)(.*)", text)
         assert not [x for x in actions if not re.fullmatch(r"\S+@[0-9a-f]{40} # v[\d.]+", x)], path
         assert re.search(r"(?m)^permissions: { contents: read }$", text), path
-    before, _, publish = (
-        (ROOT / ".github/workflows/release.yml").read_text().partition("  publish:")
-    )
+    before, _, publish = (folder / "release.yml").read_text().partition("  publish:")
     assert "write" not in before
     assert "run:" not in publish  # this job may publish, so it runs no code of the repository
