@@ -52,26 +52,18 @@ SHARD_BYTES = 256 << 20
 MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
 
 
-def convert(
-    source: RecordSource,
-    cache_dir: str | Path | None = None,
-    *,
-    workers: int | None = None,
-) -> Records:
+def convert(source: RecordSource, cache_dir: str | Path | None = None) -> Records:
     """Returns the converted clips of a dataset, from TFRecord files in the cache.
 
     If the cache does not contain the files, they are written.
 
     Args:
       cache_dir: the cache, by default `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      workers: number of threads that write files, by default one per core.
 
     Raises:
       UserError: a clip is malformed, a clip is in two splits, files of the dataset change during
         the conversion, or files of the cache are damaged.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers={workers} is less than 1: choose 1 or more")
     fingerprint = source.fingerprint()
     folder = cache_folder(cache_dir, source.kind, [VERSION, fingerprint])
     if not (folder / "manifest.json").exists():
@@ -79,7 +71,7 @@ def convert(
             if not (folder / "manifest.json").exists():
                 remove(folder)  # a folder without a manifest is incomplete
                 with files.atomic_folder(folder) as partial:
-                    write_records(source, fingerprint, partial, workers)
+                    write_records(source, fingerprint, partial)
                     if source.fingerprint() != fingerprint:
                         raise UserError(
                             f"{source.place}: files were changed while they were converted\n"
@@ -93,16 +85,14 @@ def convert(
 _LOG = logging.getLogger(__name__)
 
 
-def write_records(
-    source: RecordSource, fingerprint: list[dict[str, Any]], folder: Path, workers: int | None
-) -> None:
+def write_records(source: RecordSource, fingerprint: list[dict[str, Any]], folder: Path) -> None:
     """Writes the TFRecord files of a dataset, and their manifest, to an empty folder."""
     # Imported before the threads start, because TFDS replaces the import function of all threads.
     from vidjax.data.records import codec
 
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
-    records = make_records(source, source.read(staging), folder, workers)
+    records = make_records(source, source.read(staging), folder)
     shards = {name: split.shards for name, split in records.splits.items()}
     codec.write_info(folder / NAME / VERSION, records.modalities, shards)
     files.remove_tree(staging)
@@ -113,7 +103,6 @@ def make_records(
     source: DataSource,
     packed: Mapping[str, PackedClips],
     folder: Path | None = None,
-    workers: int | None = None,
 ) -> Records:
     """Checks the splits of a dataset, and writes its TFRecord files to `folder`.
 
@@ -129,7 +118,7 @@ def make_records(
     orders = {name: choose_order(name, len(clips.names)) for name, clips in packed.items()}
     # A thread opens a file per field and modality. All threads may open half of the allowed files.
     max_threads = max_open_files() / 2 / (len(BATCHED) * len(modalities))
-    with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
+    with ThreadPoolExecutor(max(1, int(min(num_cores(), max_threads)))) as threads:
         reports = {}
         for name, clips in packed.items():
             paths = {modality: source.path_of(modality, name) for modality in clips.frames}
