@@ -202,7 +202,6 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
     analysis = schemas.parse(path, values, schemas.Analysis, REMEDY)
-    schemas.check_arrays(path, arrays, REMEDY)
     return analysis, arrays
 
 
