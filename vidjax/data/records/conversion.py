@@ -273,16 +273,6 @@ def remove(folder: Path) -> bool:
 
 def load_records(folder: Path) -> Records:
     """Loads the list of converted clips. Checks TFRecord files whose size or time changed."""
-    records = load_index(folder)
-    splits = {
-        name: split._replace(shards=check_changed(split.shards))
-        for name, split in records.splits.items()
-    }
-    return records._replace(splits=splits)
-
-
-def load_index(folder: Path) -> Records:
-    """Loads the list of converted clips, without a check of the TFRecord files."""
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {
@@ -306,6 +296,9 @@ def load_index(folder: Path) -> Records:
             f"{folder}: the converted data are damaged: {reason}\n"
             "delete this folder to convert again"
         ) from error
+    splits = {
+        name: split._replace(shards=check_changed(split.shards)) for name, split in splits.items()
+    }
     return Records(folder, modalities, splits, report)
 
 
