@@ -99,7 +99,7 @@ def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
             except TimeoutError:
                 reason = f"process {missing[0]} of {count} has not connected to {address}"
                 for peer in peers.values():
-                    _send(peer, f"refused {reason}")
+                    _refuse(peer, reason)
                 raise UserError(
                     f"{reason}\nstart the same command with --process_id={missing[0]}; "
                     "to wait longer: --coordinator_timeout=SECONDS"
@@ -108,11 +108,13 @@ def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
             index, _, of = _receive(peer).partition(" of ")
             if not (index.isdecimal() and of.isdecimal()):
                 peer.close()  # another program, such as a scanner of ports
-            elif int(of) != count or int(index) not in range(1, count):
-                _send(peer, f"refused process 0 has --num_processes={count}")
+            elif int(of) != count or not 0 < int(index) < count:
+                _refuse(peer, f"process 0 has --num_processes={count}")
             elif int(index) in peers and _is_open(peers[int(index)]):
-                _send(peer, f"refused another process has --process_id={index}")
+                _refuse(peer, f"another process has --process_id={index}")
             else:
+                if dead := peers.get(int(index)):
+                    dead.close()
                 peers[int(index)] = peer
     return peers
 
@@ -177,6 +179,11 @@ def _watch(index: int, count: int) -> None:
 def _send(peer: socket.socket, line: str) -> None:
     with contextlib.suppress(OSError):  # the other process has ended, which its reader finds out
         peer.sendall(f"{line}\n".encode())
+
+
+def _refuse(peer: socket.socket, reason: str) -> None:
+    _send(peer, f"refused {reason}")
+    peer.close()
 
 
 def _receive(peer: socket.socket) -> str:
