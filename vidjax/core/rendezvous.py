@@ -199,8 +199,9 @@ def _receive(peer: socket.socket) -> str:
 
 
 def _is_open(peer: socket.socket) -> bool:
+    peer.setblocking(False)
     try:
-        return peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        return peer.recv(1, socket.MSG_PEEK) != b""
     except BlockingIOError:
         return True
     except OSError:
