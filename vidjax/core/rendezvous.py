@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NoReturn
 
 from vidjax.utils import exit_codes, files
@@ -42,7 +42,9 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
     Raises UserError if a process does not come within `timeout` seconds.
     """
     end = time.monotonic() + timeout
-    _peers.update(_gather(address, count, end) if index == 0 else _reach(address, count, index, end))
+    _peers.update(
+        _gather(address, count, end) if index == 0 else _reach(address, count, index, end)
+    )
     for peer in _peers.values():
         peer.settimeout(None)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -65,6 +65,7 @@ from vidjax.apps.video.people_photos import (
     find_missing,
     list_faces,
     list_photos,
+    locate_people,
     warn_of_doubts,
 )
 from vidjax.apps.video.pipeline import FileOutcome
@@ -74,7 +75,7 @@ from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
-from vidjax.utils.names import IGNORED, make_file_stems, normal_form, show
+from vidjax.utils.names import IGNORED, make_file_stems, read_folder_name, show
 
 T = TypeVar("T")
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
@@ -333,7 +334,8 @@ def _update_people(
     check_people(gallery, photos, people, out, forget_missing)
     (out / PEOPLE).mkdir(exist_ok=True)
     files.hide(out / PEOPLE)  # the names of its folders are names of people
-    folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
+    places = locate_people(out, photos)
+    folders = [(places[name], paths) for name, paths in photos.items()]
     outcomes_of: dict[Path, list[FileOutcome]] = {}
     drop: pipeline.Drop = "all others" if forget_missing else "others"
     for first in range(0, len(folders), MOST_LOCKED):
@@ -358,7 +360,7 @@ def _update_people(
         )
     # If new nets were added, a photo that cannot be read has no features any more.
     unread = {
-        (folder.name, features_folder.make_stem(outcome.path))
+        (read_folder_name(folder.name), features_folder.make_stem(outcome.path))
         for folder, outcomes in outcomes_of.items() for outcome in outcomes if not outcome.known
     }  # fmt: skip
     checked = {
@@ -469,10 +471,10 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     if labelled:
         _drop_rows(out / UNKNOWN, labelled)  # otherwise these rows would enrol them again
     gallery.remove(clip=gone | labelled.keys())
-    for folder in (out / PEOPLE).glob("[!.]*"):  # the folder may be missing
-        if folder.name not in places and normal_form(folder.name) in names:
-            say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
-        if folder.name not in places and not features_folder.remove_features(folder):
+    for name, folder in locate_people(out, ()).items():
+        if name not in places and name in names:
+            say(f"{show(name)} no longer has a folder, but is still named by face tags")
+        if name not in places and not features_folder.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     # Page and tables contain their names, and this call may fail before it writes new ones.
     if people:
@@ -590,9 +592,12 @@ def render_page(
     time. If `forms` is given, the page has forms with which a user corrects names.
     """
     people: dict[str, list[names_page.Picture]] = {}
+    places = locate_people(out, ())
     for name, clips in sorted(decision.people.items()):
         faces = filter(None, map(PhotoFace.of, sorted(clips)))
-        pictures = (_locate_picture(out, out / PEOPLE / x.folder, x.clip) for x in faces)
+        pictures = (
+            _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
+        )
         people[name] = [(picture, name) for picture in pictures if picture]
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
