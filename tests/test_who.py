@@ -401,6 +401,22 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
         table.write_text(re.sub(r"unknown \d", name, table.read_text()))
         assert drawn.who(film, people=False).content["people"] == {name: 1}
 
+    # If the only clip of a person is replaced, the denied names of the person are kept.
+    other = drawn.folder / "d.mkv"
+    write_film(other, shot("Bob"))
+    write_film(film, shot("Eve"))
+    drawn.who(film, other, people=False)
+    (digest,) = (
+        x for x, clips in who.read_numbers(drawn.out).films.items() if "d.s000.t00" in clips
+    )
+    denied = {digest: {"d.s000.t00": ["Ada"]}}
+    with Gallery(drawn.out / "gallery").change() as draft:
+        draft.deny(denied)
+    lines = [line for line in table.read_text().splitlines() if not line.startswith("d.")]
+    table.write_text(re.sub(r"unknown \d", "Ada", "\n".join(lines)))
+    assert drawn.who(film, people=False).content["people"] == {"Ada": 1}
+    assert Gallery(drawn.out / "gallery").denied == denied
+
 
 @pytest.mark.slow
 def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch):

@@ -36,9 +36,9 @@ from msgspec import Meta, Struct
 
 from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import Answer
-from vidjax.apps.gallery.changes import follow_renames
-from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.vectors import Vectors
+from vidjax.apps.gallery.changes import check_person, follow_renames
+from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import (
     appearances,
     cuts,
@@ -435,11 +435,15 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> Non
     if not known:
         return
     vectors = embed_clips(gallery, features, known)
-    # If a film was replaced, the new clips may have the same names as old clips that are enrolled.
-    if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
-        gallery.remove(clip=stale)
     with prefix_errors(str(path)):
-        gallery.enrol(vectors._replace(labels=tuple(known[clip] for clip in vectors.names)))
+        labels = tuple(check_person(known[clip]) for clip in vectors.names)
+        clips = select_usable_clips(vectors._replace(labels=labels))
+        with gallery.change() as draft:  # a single change: denied names of the person are kept
+            same = draft.complete({clip: entry.vector for clip, entry in clips.items()})
+            # If a film was replaced, its clips may have the names of old clips that are enrolled.
+            draft.remove(clip={*vectors.names} & draft.clips.keys() - same)
+            draft.add(clips)
+    advise_other_films(gallery, sorted({*labels}))
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
         clips = messages.count(count, "clip")
