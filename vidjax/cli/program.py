@@ -175,8 +175,10 @@ def load(name: str) -> Callable[[Parser], None]:
             from vidjax.cli import run_commands as commands
         case "rank" | "embed" | "compare" | "score":
             from vidjax.cli import ranking_commands as commands
-        case "check" | "config":
-            from vidjax.cli import inspection_commands as commands
+        case "check":
+            from vidjax.cli import check_command as commands
+        case "config":
+            from vidjax.cli import config_command as commands
         case "gallery":
             from vidjax.cli import gallery_commands as commands
         case "extract" | "convert" | "who":
