@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> Result:
             try:
                 text = run_check()
             except _Absent as absent:
-                state, text = "absent", str(absent)
+                state, text = "none", str(absent)
             except Exception as error:  # a library can raise any exception for a damaged file
                 state, error_code = "FAULT", exit_codes.get_exit_code(error)
                 text = exit_codes.describe_error(error)
@@ -83,7 +83,7 @@ def check(args: argparse.Namespace) -> Result:
         text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
         findings.append({"state": state, "subject": subject, "text": text})
         if not args.json and (state == "FAULT" or not args.quiet):
-            messages.print_text(f"  {state:6}  {subject}: {text}")
+            messages.print_text(f"  {state:5}  {subject}: {text}")
     states = [finding["state"] for finding in findings]
     faults = [finding["subject"] for finding in findings if finding["state"] == "FAULT"]
     verdict = "all good"
@@ -111,15 +111,15 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     from vidjax.apps.gallery import store
 
     checks: dict[str, Callable[[], str]] = {"environment": _check_environment}
-    checks |= {name: partial(_check_part, *PARTS[name]) for name in PARTS}
+    parts = {name: partial(_check_part, *PARTS[name]) for name in PARTS}
     if args.config:
         from vidjax.runs import config_io
         from vidjax.training import public
 
         config = config_io.override(public.load_config(args.config), args.overrides)
-        return checks | {"data": partial(_check_data, config)}
+        return checks | {"runs": parts["runs"], "data": partial(_check_data, config)}
     if not args.workdir:
-        return checks
+        return checks | parts
     workdir = Path(args.workdir).expanduser().absolute()
     if files.exists(workdir / store.GALLERY_FILE):
         if args.overrides:
@@ -134,6 +134,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
             f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
             f"check each of these runs: {', '.join(config.join.runs)}"
         )
+    checks["runs"] = parts["runs"]
     for step in checkpoint.list_folders(workdir):
         folder = workdir / "checkpoints" / str(step)
         checks[f"checkpoint {step}"] = partial(_check_checkpoint, folder)

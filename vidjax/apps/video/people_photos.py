@@ -152,7 +152,7 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_people(people: Path) -> UserError:
-    hint = "" if os.path.exists(people) else media_files.suggest_path(people)
+    hint = "" if os.path.exists(people) else messages.suggest_path(people)
     return UserError(
         f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
     )
