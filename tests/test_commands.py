@@ -466,10 +466,11 @@ def test_import_vidjax_needs_linux_and_imports_neither_jax_nor_numpy_nor_tensorf
         "vidjax.load_config  # may import NumPy\n"
         "assert not {'jax', 'tensorflow', 'flax'} & set(sys.modules)\n"
     )
-    python(
-        "import pytest, sys\nsys.platform = 'win32'\n"
-        "with pytest.raises(ImportError, match='needs Linux.*WSL'):\n    import vidjax\n"
-    )
+    for system, remedy in (("win32", "WSL"), ("darwin", "virtual machine")):
+        python(
+            f"import pytest, sys\nsys.platform = '{system}'\n"
+            f"with pytest.raises(ImportError, match='needs Linux.*{remedy}'):\n    import vidjax\n"
+        )
 
 
 def test_functions_describe_the_expected_arguments(official_dir, tmp_path):

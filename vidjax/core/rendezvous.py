@@ -28,7 +28,7 @@ RETRY_SECONDS = 0.5  # between two attempts to connect to process 0
 REPORT_SECONDS = 1.0  # a process that fails has this time to print its own error first
 # A machine without power or network closes no connection. Linux then reports its loss after
 # 30 s + 4 x 10 s, which is sooner than JAX aborts the process.
-KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
+KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 4}
 LINE_BYTES = 300
 
 _peers: dict[int, socket.socket] = {}  # index of a process -> connection
@@ -49,7 +49,7 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
         peer.settimeout(None)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE.items():
-            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            peer.setsockopt(socket.IPPROTO_TCP, option, value)
         _send(peer, "start")
     for other in _peers:
         threading.Thread(target=_watch, args=(other, count), daemon=True).start()
