@@ -80,7 +80,7 @@ def gallery(tmp_path, models):
 
 
 def test_a_run_is_refused_because_nets_compute_the_vectors(gallery, tmp_path):
-    with pytest.raises(ValueError, match="made from nets.*\n.*--run"):
+    with pytest.raises(ValueError, match=r"made from nets.*\n.*--run"):
         Gallery(gallery.folder, run=tmp_path)
 
 
