@@ -57,10 +57,22 @@ def cache_programs(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
 
 
-def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401
-    """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU."""
+def is_cpu(mesh: Mesh) -> bool:
+    """Returns True if the devices of a mesh are CPUs, or emulated on a CPU."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def jit(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    **options: Any,  # noqa: ANN401
+) -> Callable[..., Any]:
+    """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU.
+
+    The program runs on the devices of `mesh`.
+    """
     # LLVM optimises less. Matrix products are not slower, because libraries compute them.
-    level = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    level = {"xla_backend_optimization_level": 1} if is_cpu(mesh) else None
     return jax.jit(function, compiler_options=level, **options)
 
 

@@ -188,8 +188,9 @@ class Resident:
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
         self._data, self._mesh = data, mesh
         self.identities = data.identities
+        layout_of_rows = devices.row_layout(mesh)
         self._gathered = devices.jit(
-            gather_modalities, static_argnames="sizes", out_shardings=devices.row_layout(mesh)
+            gather_modalities, mesh, static_argnames="sizes", out_shardings=layout_of_rows
         )
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)

@@ -263,7 +263,7 @@ class TrainingRun:
         self._eval_step = eval_step.make_eval_step(self._system, self._mesh)
         has_vectors = self._system.model.vector_names and not self._system.frame_is_example
         self._attention_step = (
-            eval_step.make_attention_step(self._system) if analyse and has_vectors else None
+            eval_step.make_attention_step(self._system, mesh) if analyse and has_vectors else None
         )
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
@@ -315,7 +315,7 @@ class TrainingRun:
             # A model in closed form is trained in seconds, so nothing is lost.
             if not system.model.is_closed_form and (lost := checkpoint.explain_lost(workdir)):
                 raise CheckpointError(lost)
-            return train_step.make_state(init, system.tx, sharding), {}
+            return train_step.make_state(init, system.tx, self._mesh), {}
         manifest = newest.manifest
         trained_runs.check_entries(workdir, manifest)
         old = config_io.from_json(json.dumps(manifest["config"]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble, fusion
 from vidjax.core.augment import MemberClips
@@ -81,21 +81,29 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 
 
 def make_state(
-    init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
+    init: Callable[[], TrainState], tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Returns the state at step 0, on the devices in `layout`.
+    """Returns the state at step 0, on every device of `mesh`.
 
     `init` calls `init_state`. Its optimiser state is dropped, and computed again from the optimiser
     `tx`, because two programs need less memory than one.
     """
-    # Drawing the parameters takes 3 times their memory, the state of the optimiser 2 times.
-    draw = devices.jit(lambda: init().replace(opt_state=None), out_shardings=layout)
-    complete = devices.jit(
-        lambda state: state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels))),
-        out_shardings=layout,
-        donate_argnums=0,
-    )
+    draw, complete = make_init_programs(init, tx, mesh)
     return complete(draw())
+
+
+def make_init_programs(
+    init: Callable[[], TrainState], tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Callable[[], TrainState], Callable[[TrainState], TrainState]]:
+    """Returns the compiled programs of `make_state`: for the parameters, and for the rest."""
+
+    def complete(state: TrainState) -> TrainState:
+        return state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels)))
+
+    # Drawing the parameters takes 3 times their memory, the state of the optimiser 2 times.
+    layout = devices.replicated_layout(mesh)
+    draw = devices.jit(lambda: init().replace(opt_state=None), mesh, out_shardings=layout)
+    return draw, devices.jit(complete, mesh, out_shardings=layout, donate_argnums=0)
 
 
 def _init_optimizer(
@@ -331,4 +339,4 @@ def make_train_loop(
             return body(jnp.int32(0), (state, start))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
-    return devices.jit(loop, donate_argnums=0, out_shardings=devices.replicated_layout(mesh))
+    return devices.jit(loop, mesh, donate_argnums=0, out_shardings=devices.replicated_layout(mesh))
