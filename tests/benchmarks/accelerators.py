@@ -14,6 +14,7 @@ program. The figures are stored in `accelerators.json` and in the tables of `acc
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,12 +37,15 @@ from jax.experimental import topologies
 from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from tests.benchmarks import common
+import pytest
+
+from tests.benchmarks import common, training_step
 from vidjax.core import devices, ensemble
 from vidjax.core.batch import Batch, Frames
 from vidjax.data import resident
 from vidjax.evaluation import eval_step
-from vidjax.training import train_step
+from vidjax.training import placement, train_step
+from vidjax.training.placement import Placement
 
 RESULTS, PAGE = (Path(__file__).with_suffix(suffix) for suffix in (".json", ".md"))
 GB, MS = 1e9, 1e-3
@@ -86,7 +91,7 @@ DEVICES = {
     "L4": Device(1, 23.7e9, 0.75, 300e9, 60e12, 30e12, _gpu(58, 1536, 128, 101_376, 48, 2.04)),
     "A100": Device(1, 85e9, 0.75, 2e12, 156e12, 19e12, _gpu(108, 2048, 64, 166_912, 40, 1.41)),
     "H100": Device(1, 85e9, 0.75, 3.35e12, 494e12, 67e12, _gpu(132, 2048, 128, 232_448, 50, 1.98)),
-    "v5e": Device(1, *TPU, "v5e:1x1"),
+    "v5e": Device(1, *TPU, "v5e:2x4"),
     "8 x v5e": Device(8, *TPU, "v5e:2x4"),
 }  # fmt: skip
 CAPABILITIES = {"T4": (7, 5), "L4": (8, 9), "A100": (8, 0), "H100": (9, 0)}
@@ -104,19 +109,17 @@ runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "{name
 
 
 def make_mesh(name: str) -> Mesh:
-    """Returns a mesh of devices that are not there. Raises an error if their compiler is absent."""
+    """Returns a mesh of devices that this machine lacks."""
     device = DEVICES[name]
     if isinstance(device.target, str):
         topology = topologies.get_topology_desc(platform="tpu", topology_name=device.target)
     else:
-        from jax_plugins import xla_cuda13  # pyright: ignore[reportMissingImports]
-
-        xla_cuda13.initialize()
         major, minor = CAPABILITIES[name]
-        target = GPU.format(**device._asdict(), **device.target, name=name, major=major, minor=minor)
+        fields = {**device._asdict(), **device.target, "major": major, "minor": minor}
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=target
-        )
+            platform="cuda", topology_name="1x1x1", topology="1x1x1",
+            target_config=GPU.format(**fields, name=name),
+        )  # fmt: skip
     return jax.make_mesh(
         (device.count,), ("data",), axis_types=(AxisType.Auto,),
         devices=topology.devices[: device.count],
@@ -134,14 +137,19 @@ def make_plan(name: str, *overrides: str) -> Any:
     return common.make_plan(spec, *overrides, **options)
 
 
+def make_state(plan: Any, group: int) -> tuple[Callable[[], Any], Any]:
+    """Returns a function that makes the state of `group` members, and the shapes of the state."""
+    rngs = ensemble.make_rngs(plan.members[:group], plan.config.seed)
+    labels = jnp.zeros((group, plan.batches.num_clips), jnp.int32)
+    init = functools.partial(train_step.init_state, plan.system, rngs, labels)
+    return init, jax.eval_shape(init)
+
+
 def make_arguments(plan: Any, mesh: Mesh, group: int) -> dict[str, Any]:
     """Returns the shapes of the arguments of all programs, for `group` members together."""
     system, config = plan.system, plan.config
     members, num_clips = plan.members[:group], plan.batches.num_clips
-    rngs = ensemble.make_rngs(members, config.seed)
-    init = functools.partial(
-        train_step.init_state, system, rngs, jnp.zeros((group, num_clips), jnp.int32)
-    )
+    init, state = make_state(plan, group)
     whole, rows = devices.replicated_layout(mesh), devices.row_layout(mesh)
 
     def shape(tree: Any, layout: NamedSharding = whole) -> Any:
@@ -160,7 +168,6 @@ def make_arguments(plan: Any, mesh: Mesh, group: int) -> dict[str, Any]:
         }  # fmt: skip
         return Batch(frames, array(dtype=jnp.int32), array(dtype=bool))
 
-    state = jax.eval_shape(init)
     weight = np.ones((group, num_clips), np.float32)
     model_state = state.model_state
     if system.model.is_closed_form:  # of a single member
@@ -207,6 +214,90 @@ def make_resident_loop(plan: Any, mesh: Mesh) -> Callable[..., Any]:
     )
 
 
+def count_flops(jaxpr: Any, num_devices: int) -> Iterator[tuple[bool, float]]:
+    """Yields for each matrix product whether it needs float32, and its operations on a device.
+
+    Iterations of a loop count once.
+    """
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            highest = "HIGHEST" in str(equation.params["precision"])
+            yield highest, training_step.count_flops(equation) / num_devices
+        inside = 1 if equation.primitive.name == "shard_map" else num_devices
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from count_flops(inner, inside)
+
+
+COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|ragged-all-to-all"
+# Copies to the host and calls of Python. S(5) is the memory of the host.
+TRANSFERS = r" (?:infeed|outfeed|send|recv)\(|S\(5\)|callback"
+
+
+def count_traffic(text: str) -> dict[str, Any]:
+    """Counts the collectives, the arrays of float64 and the transfers to the host of a program."""
+    return {
+        "collectives": dict(Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))),
+        "float64": len(re.findall(r"\bf64\[", text)),
+        "transfers": len(re.findall(TRANSFERS, text)),
+    }
+
+
+def choose_placement(plan: Any, name: str) -> Placement:
+    """Returns the choices that training makes on a device whose memory contains only the state."""
+    device, (init, state) = DEVICES[name], make_state(plan, len(plan.members))
+    modalities = plan.config.modalities
+    num_clips = sum(NUM_CLIPS.values())  # of training, and of the evaluated split
+    frames = {x: common.MAX_FRAMES[x] // 2 + 1 for x in modalities}  # of a clip, on average
+    frames = {x: num_clips * count for x, count in frames.items()}
+    nbytes = sum(frames.values()) * (2 * common.DIM + resident.SCALAR_BYTES)
+    layout = resident.ResidentPlan((), (), frames, {}, nbytes, {})
+    taken = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state))
+    mesh = make_mesh(name)
+    with pytest.MonkeyPatch.context() as patch:
+        free = device.memory * device.usable - taken
+        patch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
+        return placement.choose_placement(
+            "auto", layout, plan.system, plan.batches, state, mesh, num_drawn=0
+        )
+
+
+def measure(system: str, device: str, program: str, rows: dict[str, Any]) -> None:
+    """Compiles a program, and replaces its row in `rows`. If the row is up to date, does nothing."""
+    plan, mesh = make_plan(system), make_mesh(device)
+    placed = choose_placement(plan, device)
+    function, arguments = make_programs(plan, mesh, placed.group_size)[program]
+    traced = function.trace(*arguments)
+    lowered = traced.lower()
+    target = DEVICES[device].target
+    key = f"{target} {jax.__version__} {lowered.as_text()}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    name = f"{system}, {device}, {program}"
+    if rows.get(name, {}).get("digest") == digest:
+        return
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory, flops = compiled.memory_analysis(), {True: 0.0, False: 0.0}
+    for highest, count in count_flops(traced.jaxpr.jaxpr, mesh.size):
+        flops[highest] += count
+    rows[name] = {
+        "digest": digest,
+        "jax": jax.__version__,
+        "members": len(plan.members),
+        "group": placed.group_size,
+        "auto": placed.mode,
+        "seconds": round(seconds, 1),
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "state": sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(arguments[:1])),
+        "flops": flops[False],
+        "flops_float32": flops[True],
+        "bytes": (compiled.cost_analysis() or {}).get("bytes accessed"),
+        **count_traffic(compiled.as_text()),
+    }
+
+
 def take_steps(name: str) -> None:
     """Takes resident steps on the first device, and prints measured and computed figures."""
     plan, mesh, seconds = make_plan(name), devices.make_mesh(1), []
@@ -246,18 +337,68 @@ def take_steps(name: str) -> None:
     common.print_text(f"{name}: {cells}")
 
 
+def bound_seconds(row: Mapping[str, Any], device: Device) -> float:
+    """Returns the least time of a step: of its products, or of reading and writing the state."""
+    products = row["flops"] / device.flops + row["flops_float32"] / device.flops_float32
+    return max(products, 2 * row["state"] / device.bandwidth)
+
+
+def format_row(name: str, row: Mapping[str, Any]) -> list[str]:
+    """Returns the cells of a row of the table."""
+    system, device_name, program = name.split(", ")
+    device = DEVICES[device_name]
+    total = row["arguments"] + row["temporary"] + row["outputs"]
+    trains = program in TRAINING
+    return [
+        system, device_name, program,
+        f"{row['group']} of {row['members']}" if trains else "",
+        {"resident": "resident", "streaming": "streamed"}[row["auto"]] if trains else "",
+        f"{row['arguments'] / GB:.2f}", f"{row['temporary'] / GB:.2f}",
+        f"{total / device.memory:.0%}",
+        f"{(row['flops'] + row['flops_float32']) / 1e12:.3f}",
+        f"{row['bytes'] / GB:.1f}" if row["bytes"] else "",
+        f"{1e3 * bound_seconds(row, device):.1f}" if trains else "",
+        ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives"].items())),
+        str(row["float64"]), str(row["transfers"]), f"{row['seconds']:.0f}",
+    ]  # fmt: skip
+
+
+HEADER = [
+    "system", "device", "program", "members together", "`auto` chooses", "arguments, GB",
+    "temporary, GB", "of the memory", "flops, 1e12", "bytes, GB", "lower bound, ms",
+    "collectives", "float64", "transfers", "compiled in, s",
+]  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parse(
         __doc__, "--collect", "--run", argv=argv, systems=",".join(SYSTEMS),
-        devices=",".join(REQUIRED),
+        devices=",".join(REQUIRED), programs=",".join(PROGRAMS), out=str(RESULTS),
     )  # fmt: skip
     names = args.systems.split(",")
     if args.run and len(names) > 1:  # a process each, because the peak of the memory never falls
         for name in names:
             words = ["-m", "tests.benchmarks.accelerators", "--run", f"--systems={name}"]
             subprocess.run([sys.executable, *words], cwd=common.ROOT, check=False)
-    elif args.run:
+        return
+    if args.run:
         take_steps(*names)
+        return
+    out = Path(args.out)
+    rows = json.loads(out.read_text()) if out.exists() else {}
+    chosen = itertools.product(args.programs.split(","), names, args.devices.split(","))
+    for program, system, device in [] if args.collect else chosen:
+        measure(system, device, program, rows)
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+        name = f"{system}, {device}, {program}"
+        common.print_text(" | ".join(format_row(name, rows[name])))
+    order = [", ".join(x) for x in itertools.product(SYSTEMS, DEVICES, PROGRAMS)]
+    table = [format_row(name, rows[name]) for name in order if name in rows]
+    if out == RESULTS:
+        page = common.replace_table(
+            PAGE.read_text(), "accelerators", common.format_table(HEADER, table)
+        )
+        PAGE.write_text(page)
 
 
 if __name__ == "__main__":

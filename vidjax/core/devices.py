@@ -191,8 +191,8 @@ def fetch(tree: Tree) -> Tree:
     return jax.tree.map(copy, tree)
 
 
-def batch_specs(batch: Batch) -> Batch:
-    """Returns the PartitionSpec of each array of a batch.
+def batch_specs(batch: Tree) -> Tree:
+    """Returns the PartitionSpec of each array of a batch, or of other arrays with a row per clip.
 
     Arrays are split by clips. Every device stores all of `LazyFeatures.values`.
     """
@@ -206,7 +206,7 @@ def batch_specs(batch: Batch) -> Batch:
     return jax.tree.map(spec, batch, is_leaf=lambda x: isinstance(x, LazyFeatures))
 
 
-def _batch_layouts(mesh: Mesh, batch: Batch) -> Batch:
+def _batch_layouts(mesh: Mesh, batch: Tree) -> Tree:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
 
 
@@ -221,7 +221,7 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     return put(batch, _batch_layouts(mesh, batch))
 
 
-def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
+def constrain_batch(mesh: Mesh, batch: Tree) -> Tree:
     """Distributes a batch as `shard_batch` does, but inside a compiled function."""
     return jax.lax.with_sharding_constraint(batch, _batch_layouts(mesh, batch))
 

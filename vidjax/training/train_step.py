@@ -3,6 +3,7 @@
 A member is one of the E nets of an ensemble. A single net is an ensemble with E = 1.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from vidjax.core import devices, ensemble, fusion
-from vidjax.core.augment import MemberClips
-from vidjax.core.batch import Array, Batch, ClipInfo, Packed
+from vidjax.core.augment import BatchTransform, MemberClips
+from vidjax.core.batch import Array, Batch, ClipInfo, Frames, LazyFeatures, Packed
 from vidjax.core.losses import is_argmax
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
@@ -284,6 +285,38 @@ def _transform_and_fuse(
     return clips._replace(frames=fused, weight=clips.weight * fusion.has_frames(fused))
 
 
+def _copy_everywhere(mesh: Mesh, batch: Batch) -> Batch:
+    """Copies a batch to every device, with features as LazyFeatures."""
+    batch = jax.lax.with_sharding_constraint(batch, devices.replicated_layout(mesh))
+
+    def make_lazy(frames: Frames) -> Frames:
+        values = frames.features
+        if not isinstance(values, LazyFeatures):
+            rows = jnp.arange(frames.mask.size, dtype=jnp.int32).reshape(frames.mask.shape)
+            values = LazyFeatures(values.reshape(-1, values.shape[-1]), rows)
+        return frames._replace(features=values)
+
+    return batch._replace(frames={name: make_lazy(x) for name, x in batch.frames.items()})
+
+
+def _transform_everywhere(mesh: Mesh, transform: BatchTransform) -> BatchTransform:
+    """Returns a transform of a whole batch on every device, after which a device keeps its rows.
+
+    XLA would distribute the sort of `concat_clips` over the devices, with many messages.
+    """
+    whole = PartitionSpec()
+    compute = jax.shard_map(
+        transform, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False
+    )
+
+    def apply(rng: Array, clips: MemberClips) -> MemberClips:
+        clips = compute(rng, clips)
+        rows = devices.constrain_batch(mesh, clips._replace(min_quality=None))
+        return rows._replace(min_quality=clips.min_quality)
+
+    return apply
+
+
 def average_over_examples(values: Array, exists: Array) -> Array:
     """Returns the mean of `values` [B * T'] over the T' examples of each of B clips, [B].
 
@@ -321,13 +354,18 @@ def make_train_loop(
     `draw` maps (clips, step) to the batch of a step, on the devices. If clips are streamed, `clips`
     already is this batch.
     """
+    place = functools.partial(devices.constrain_batch, mesh)
+    if system.joins_clips and mesh.size > 1:
+        transforms = tuple(_transform_everywhere(mesh, x) for x in system.clip_transforms)
+        system = system._replace(clip_transforms=transforms)
+        place = functools.partial(_copy_everywhere, mesh)
 
     def loop(
         state: TrainState, constants: MemberConstants, clips: StepClips, count: Array | None
     ) -> tuple[TrainState, LoopResult]:
         def body(_: Array, carry: tuple[TrainState, LoopResult]) -> tuple[TrainState, LoopResult]:
             state, outcome = carry
-            batch = devices.constrain_batch(mesh, draw(clips, state.step))
+            batch = place(draw(clips, state.step))
             new, losses = train_step(system, state, constants, batch)
             is_first = (outcome.bad_step < 0) & jnp.any(new.bad_steps >= MAX_BAD_STEPS)
             bad_step = jnp.where(is_first, state.step, outcome.bad_step)
