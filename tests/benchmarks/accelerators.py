@@ -343,18 +343,25 @@ def bound_seconds(row: Mapping[str, Any], device: Device) -> float:
     return max(products, 2 * row["state"] / device.bandwidth)
 
 
+def count_bytes(row: Mapping[str, Any]) -> float:
+    return row["arguments"] + row["temporary"] + row["outputs"]
+
+
+def fits(row: Mapping[str, Any], device: Device) -> bool:
+    return count_bytes(row) <= device.memory * device.usable
+
+
 def format_row(name: str, row: Mapping[str, Any]) -> list[str]:
     """Returns the cells of a row of the table."""
     system, device_name, program = name.split(", ")
     device = DEVICES[device_name]
-    total = row["arguments"] + row["temporary"] + row["outputs"]
     trains = program in TRAINING
     return [
         system, device_name, program,
         f"{row['group']} of {row['members']}" if trains else "",
         {"resident": "resident", "streaming": "streamed"}[row["auto"]] if trains else "",
         f"{row['arguments'] / GB:.2f}", f"{row['temporary'] / GB:.2f}",
-        f"{total / device.memory:.0%}",
+        f"{count_bytes(row) / device.memory:.0%}",
         f"{(row['flops'] + row['flops_float32']) / 1e12:.3f}",
         f"{row['bytes'] / GB:.1f}" if row["bytes"] else "",
         f"{1e3 * bound_seconds(row, device):.1f}" if trains else "",
