@@ -28,7 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if "--run" not in sys.argv:  # without this, jax would look for the devices of the plugins
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_WORKER_HOSTNAMES": "localhost",
+    }  # fmt: skip
 
 import jax
 import jax.numpy as jnp
