@@ -243,7 +243,9 @@ def test_members_train_together_as_far_as_the_memory_allows(data, monkeypatch):
     config = config_io.load_file("configs/noise_classes.py").to_dict()
     task = TaskSpec(dict(layout.widths), 12, 3, plan.num_clips, 10, True)
     system = make_system(config, task)
-    state = SimpleNamespace(labels=np.zeros((8, plan.num_clips)), params={"w": np.zeros((8, 5))})
+    state: Any = SimpleNamespace(
+        labels=np.zeros((8, plan.num_clips)), params={"w": np.zeros((8, 5))}
+    )
     plan = plan._replace(batch_size=1 << 16)
     step = functools.partial(placement.estimate_step_bytes, system, plan, 5.0 * 8, mesh)
 

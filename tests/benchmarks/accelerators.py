@@ -36,11 +36,10 @@ if "--run" not in sys.argv:  # without this, jax would look for the devices of t
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental import topologies
 from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding
-
-import pytest
 
 from tests.benchmarks import common, training_step
 from vidjax.core import devices, ensemble
@@ -74,7 +73,7 @@ TRAINING = PROGRAMS[:2]
 class Device(NamedTuple):
     """The figures of a kind of device, from the data sheet of its maker."""
 
-    count: int
+    number: int
     memory: float  # bytes
     usable: float  # share of the memory that JAX uses by default
     bandwidth: float  # bytes per second
@@ -124,8 +123,8 @@ def make_mesh(name: str) -> Mesh:
             target_config=GPU.format(**fields, name=name),
         )  # fmt: skip
     return jax.make_mesh(
-        (device.count,), ("data",), axis_types=(AxisType.Auto,),
-        devices=topology.devices[: device.count],
+        (device.number,), ("data",), axis_types=(AxisType.Auto,),
+        devices=topology.devices[: device.number],
     )  # fmt: skip
 
 
@@ -156,9 +155,7 @@ def make_arguments(plan: Any, mesh: Mesh, group: int) -> dict[str, Any]:
     whole, rows = devices.replicated_layout(mesh), devices.row_layout(mesh)
 
     def shape(tree: Any, layout: NamedSharding = whole) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree
-        )
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
 
     def batch(size: int) -> Batch:
         def array(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -193,8 +190,8 @@ def make_arguments(plan: Any, mesh: Mesh, group: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_programs(plan: Any, mesh: Mesh, group: int) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """Returns the name of each program -> its compiled function, and the shapes of its arguments."""
+def make_programs(plan: Any, mesh: Mesh, group: int) -> dict[str, tuple[Any, Any]]:
+    """Returns the name of each program -> its function, and the shapes of its arguments."""
     system, given = plan.system, make_arguments(plan, mesh, group)
     draw, complete = train_step.make_init_programs(given["init"], system.tx, mesh)
     stream = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
@@ -210,7 +207,7 @@ def make_programs(plan: Any, mesh: Mesh, group: int) -> dict[str, tuple[Callable
     }
 
 
-def make_resident_loop(plan: Any, mesh: Mesh) -> Callable[..., Any]:
+def make_resident_loop(plan: Any, mesh: Mesh) -> Any:
     """Returns the compiled loop of training steps on resident clips."""
     return train_step.make_train_loop(
         plan.system, mesh, lambda clips, step: resident.draw_batch(clips, plan.batches, step)
@@ -245,9 +242,14 @@ def count_traffic(text: str) -> dict[str, Any]:
     }
 
 
+def count_params(plan: Any) -> float:
+    """Returns the bytes of the parameters of a member."""
+    return sum(4 * x.size for x in jax.tree.leaves(make_state(plan, 1)[1].params))
+
+
 def choose_placement(plan: Any, name: str) -> Placement:
     """Returns the choices that training makes on a device whose memory contains only the state."""
-    device, (init, state) = DEVICES[name], make_state(plan, len(plan.members))
+    device, (_, state) = DEVICES[name], make_state(plan, len(plan.members))
     modalities = plan.config.modalities
     num_clips = sum(NUM_CLIPS.values())  # of training, and of the evaluated split
     frames = {x: common.MAX_FRAMES[x] // 2 + 1 for x in modalities}  # of a clip, on average
@@ -265,7 +267,7 @@ def choose_placement(plan: Any, name: str) -> Placement:
 
 
 def measure(system: str, device: str, program: str, rows: dict[str, Any]) -> None:
-    """Compiles a program, and replaces its row in `rows`. If the row is up to date, does nothing."""
+    """Compiles a program, and stores its row in `rows`. An up-to-date row is not replaced."""
     plan, mesh = make_plan(system), make_mesh(device)
     placed = choose_placement(plan, device)
     function, arguments = make_programs(plan, mesh, placed.group_size)[program]
@@ -277,10 +279,13 @@ def measure(system: str, device: str, program: str, rows: dict[str, Any]) -> Non
     name = f"{system}, {device}, {program}"
     if rows.get(name, {}).get("digest") == digest:
         return
-    start = time.perf_counter()
+    start = time.process_time()  # of all cores, because the machine may be busy
     compiled = lowered.compile()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     memory, flops = compiled.memory_analysis(), {True: 0.0, False: 0.0}
+    estimate = placement.estimate_step_bytes(
+        plan.system, plan.batches, count_params(plan), mesh, placed.group_size
+    )
     for highest, count in count_flops(traced.jaxpr.jaxpr, mesh.size):
         flops[highest] += count
     rows[name] = {
@@ -291,6 +296,7 @@ def measure(system: str, device: str, program: str, rows: dict[str, Any]) -> Non
         "auto": placed.mode,
         "seconds": round(seconds, 1),
         "arguments": memory.argument_size_in_bytes,
+        "estimate": estimate if program in TRAINING else None,  # of the temporary memory
         "temporary": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "state": sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(arguments[:1])),
@@ -316,7 +322,9 @@ def take_steps(name: str) -> None:
     state = state.replace(labels=devices.replicate(mesh, labels.astype(np.int32)))
     constants = train_step.make_member_constants(plan.members, np.ones(state.labels.shape))
     constants = devices.replicate(mesh, constants)
-    clips = devices.replicate(mesh, common.make_clips(plan.config.modalities, plan.batches.num_clips))
+    clips = devices.replicate(
+        mesh, common.make_clips(plan.config.modalities, plan.batches.num_clips)
+    )
     count = lambda n: devices.replicate(mesh, np.int32(n))  # noqa: E731
     before = mesh.devices.flat[0].memory_stats() or {}
     for steps in (1, 10, 10, 10):
@@ -364,6 +372,7 @@ def format_row(name: str, row: Mapping[str, Any]) -> list[str]:
         f"{row['group']} of {row['members']}" if trains else "",
         {"resident": "resident", "streaming": "streamed"}[row["auto"]] if trains else "",
         f"{row['arguments'] / GB:.2f}", f"{row['temporary'] / GB:.2f}",
+        f"{row['estimate'] / GB:.2f}" if trains else "",
         f"{count_bytes(row) / device.memory:.0%}",
         f"{(row['flops'] + row['flops_float32']) / 1e12:.3f}",
         f"{row['bytes'] / GB:.1f}" if row["bytes"] else "",
@@ -375,8 +384,8 @@ def format_row(name: str, row: Mapping[str, Any]) -> list[str]:
 
 HEADER = [
     "system", "device", "program", "members together", "`auto` chooses", "arguments, GB",
-    "temporary, GB", "of the memory", "flops, 1e12", "bytes, GB", "lower bound, ms",
-    "collectives", "float64", "transfers", "compiled in, s",
+    "temporary, GB", "our estimate, GB", "of the memory", "flops, 1e12", "bytes, GB", "lower bound, ms",
+    "collectives", "float64", "transfers", "compiled in, CPU s",
 ]  # fmt: skip
 
 

@@ -201,9 +201,7 @@ def make_plan(
     )
 
 
-def make_run(
-    spec: str, *overrides: str, batch_size: int, num_clips: int, **options: Any
-) -> Any:
+def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int, **options: Any) -> Any:
     """Returns a system, and random clips on the device to train it. Arguments: see `make_plan`."""
     words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
     plan = make_plan(spec, *words, num_clips=num_clips, **options)

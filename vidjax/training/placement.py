@@ -1,7 +1,7 @@
 """Chooses what stays in the memory of the devices: clips, and members that train together."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ def estimate_step_bytes(
         fused, exists = system.to_examples(system.fuse(rng, frames, jnp.int32(0)))
         rows = jnp.zeros(exists.size, jnp.int32)
         clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
-        output, _ = system.model.init_with_output(rng, fused, clips, train=False)
-        return [x.features for x in fused.values()], output.logits
+        made: tuple[Any, Any] = system.model.init_with_output(rng, fused, clips, train=False)
+        return [x.features for x in fused.values()], made[0].logits
 
     features, logits = jax.eval_shape(compute)
     sizes = COPIES_OF_LOGITS * logits.size + COPIES_OF_FRAMES * sum(x.size for x in features)

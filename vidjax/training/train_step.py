@@ -305,9 +305,7 @@ def _transform_everywhere(mesh: Mesh, transform: BatchTransform) -> BatchTransfo
     XLA would distribute the sort of `concat_clips` over the devices, with many messages.
     """
     whole = PartitionSpec()
-    compute = jax.shard_map(
-        transform, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False
-    )
+    compute = jax.shard_map(transform, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
 
     def apply(rng: Array, clips: MemberClips) -> MemberClips:
         clips = compute(rng, clips)
