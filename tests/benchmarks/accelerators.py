@@ -378,14 +378,15 @@ def format_row(name: str, row: Mapping[str, Any]) -> list[str]:
         f"{row['bytes'] / GB:.1f}" if row["bytes"] else "",
         f"{1e3 * bound_seconds(row, device):.1f}" if trains else "",
         ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives"].items())),
-        str(row["float64"]), str(row["transfers"]), f"{row['seconds']:.0f}",
+        str(row["float64"]), str(row["transfers"]),
+        f"{row['seconds']:.0f}" if row["seconds"] else "",
     ]  # fmt: skip
 
 
 HEADER = [
     "system", "device", "program", "members together", "`auto` chooses", "arguments, GB",
-    "temporary, GB", "our estimate, GB", "of the memory", "flops, 1e12", "bytes, GB", "lower bound, ms",
-    "collectives", "float64", "transfers", "compiled in, CPU s",
+    "temporary, GB", "our estimate, GB", "of the memory", "flops, 1e12", "bytes, GB",
+    "lower bound, ms", "collectives", "float64", "transfers", "compiled in, CPU s",
 ]  # fmt: skip
 
 
