@@ -17,7 +17,7 @@ from vidjax.training.train_step import TrainState
 
 # XLA keeps at most this number of copies, gradients included, of each array of logits, and of each
 # array of fused frames. `tests/benchmarks/accelerators.md` compares estimates with compilers.
-COPIES_OF_LOGITS, COPIES_OF_FRAMES = 2.5, 4.5
+COPIES_OF_LOGITS, COPIES_OF_FRAMES = 2.5, 5
 OTHER_BYTES = 64e6  # of smaller arrays
 
 
