@@ -186,6 +186,7 @@ def test_processes_with_different_configurations_are_refused(start, tmp_path):
 @nightly_after_first("spec, given", [
     ("quality_fusion", (*SGD, "--config.data.mode=streaming")),
     ("quality_fusion", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=resident")),
+    *(("noise_classes", (*SGD, f"--config.data.mode={x}")) for x in ("resident", "streaming")),
     ("plda", ()), *((name, SGD) for name in ("cosine", "mma", "deepmef")),
 ])  # fmt: skip
 def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec, given):
