@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
@@ -21,6 +21,7 @@ from vidjax.utils.errors import UserError
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
 REMEDY = "convert the net again, see vidjax convert --help"
+NOT_MEASURED = "not measured"  # begins `data` of a back end whose numbers are defaults of a family
 DETECTORS = ("centerface", "yunet", "scrfd")  # the values of `decoder` in cards of detectors
 SOUND_LAYOUTS = ("samples", "mels")
 STRIDE = 32  # the sides of a detector's input are multiples of 32 pixels
@@ -67,6 +68,9 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     clear_quality: Annotated[float, Meta(gt=0, le=1)] | None = None
     pairs: tuple[Count, Count]  # number of measured pairs of one person, and of two people
     data: Text  # a description of the measured data
+    # If `vidjax measure-card` measured these numbers, the sha256 of the card before. Galleries and
+    # features know the card by it, so that they can be used with the new numbers.
+    card: Sha256 | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
@@ -74,6 +78,11 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
         # A cosine is at most 1, so the mean of its square, deviation^2 + mean^2, is at most 1.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
             raise ValueError("a deviation in `same` or `different` is above sqrt(1 - mean^2)")
+
+    @property
+    def is_measured(self) -> bool:
+        """False for the default numbers of a family of nets."""
+        return not self.data.startswith(NOT_MEASURED)
 
 
 class Licence(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -145,7 +154,10 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
-    """A card that was read from the JSON file `path`. `digest` is the sha256 of this file."""
+    """A card that was read from the JSON file `path`.
+
+    `digest` is the sha256 of this file, before the numbers of its back end were measured again.
+    """
 
     path: Path
     digest: str
@@ -173,6 +185,14 @@ def load(folder: Path) -> dict[Role, Card]:
         raise UserError(
             f"there is no folder of nets '{folder}'\nto make the folder, see vidjax convert --help"
         )
+    cards = read_all(folder)
+    for card in cards.values():
+        card.read_net()
+    return cards
+
+
+def read_all(folder: Path) -> dict[Role, Card]:
+    """Reads the cards in a folder without their nets; returns role -> card."""
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)
@@ -181,7 +201,6 @@ def load(folder: Path) -> dict[Role, Card]:
                 f"'{folder}' has two nets for the role {card.role}: "
                 f"{cards[card.role].path.name} and {path.name}\nmove one of them to another folder"
             )
-        card.read_net()
         cards[card.role] = card
     return cards
 
@@ -190,7 +209,16 @@ def read(path: Path) -> Card:
     """Reads the card of a net; raises UserError if a key is missing, wrong or unknown."""
     remedy = f"{REMEDY}; if the file describes no net, name another folder, or move the file"
     written = schemas.read(path, Written, remedy, CARD_BYTES)
-    return Card(**msgspec.structs.asdict(written), path=path, digest=files.sha256_file(path))
+    digest = (written.back_end and written.back_end.card) or files.sha256_file(path)
+    return Card(**msgspec.structs.asdict(written), path=path, digest=digest)
+
+
+def replace_back_end(card: Card, back_end: BackEnd) -> None:
+    """Writes other numbers into the file of a card. The digest of the card stays."""
+    back_end.card = card.digest
+    names = (field.name for field in msgspec.structs.fields(Written))
+    values = {name: getattr(card, name) for name in names} | {"back_end": back_end}
+    files.write_json(card.path, msgspec.to_builtins(Written(**values)))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:

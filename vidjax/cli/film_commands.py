@@ -244,6 +244,8 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         "page": str(out / who.PAGE),
         "table": str(out / who.TABLES[0]),
     }
+    if note := done.decision.card:
+        rows["card"] = "; ".join(note.splitlines())
     if done.missed:
         rows["no usable photo"] = messages.list_some(done.missed)
     if done.failed:

@@ -183,6 +183,7 @@ class Decision(NamedTuple):
     # `unknown face 4`. Ignored people are left out.
     unknown: dict[str, str]
     appearances: list[Appearance]  # by video, and in order of time
+    card: str = ""  # see `Gallery.describe_card`
 
     def count_clips(self) -> dict[str, int]:
         """Returns the number of enrolled clips of each person."""
@@ -298,6 +299,7 @@ def name_people(
         if gallery.identities:
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
+            gallery.warn_of_card()
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*/"):
                 features_folder.remove_thumbnails(folder)
@@ -367,7 +369,8 @@ def _update_people(
     }  # fmt: skip
     enrol_photos(gallery, checked, usable, names)
     _forget(gallery, names, {*photos, *missing}, out)
-    warn_of_doubts(gallery, outcomes_of, people)
+    if gallery.compare_with_card().problem != "blind":
+        warn_of_doubts(gallery, outcomes_of, people)
     return failed, names
 
 
@@ -519,7 +522,8 @@ def decide(
     groups = appearances.mark_unclear(groups, films)
     in_films = appearances.find_appearances(answers, films, groups)
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
-    return Decision(digest, people, films, vectors, votes, answers, groups, in_films)
+    card = gallery.describe_card()
+    return Decision(digest, people, films, vectors, votes, answers, groups, in_films, card)
 
 
 def _keep_numbers(
@@ -597,7 +601,7 @@ def render_page(
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
-        decision.appearances, films, people, locate, decision.answers, address, forms
+        decision.appearances, films, people, locate, decision.answers, address, forms, decision.card
     )
 
 
