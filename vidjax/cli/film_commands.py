@@ -4,8 +4,9 @@ import argparse
 import contextlib
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,6 +23,9 @@ from vidjax.utils.parser import Parser, whole_number
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
+if TYPE_CHECKING:
+    from vidjax.apps.video.measured_cards import MeasuredCard
+
 MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
@@ -277,3 +281,58 @@ def convert_package(args: argparse.Namespace) -> Result:
     """Converts the net in a Python package. Writes the net, and a JSON file that describes it."""
     path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
     return Result({"card": str(path)}, {"card": messages.relative_path(path)})
+
+
+def add_measure_card_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax measure-card`."""
+    parser.add_argument("models", metavar="MODELS", help="the folder of the nets")
+    source = parser.add_mutually_exclusive_group(required=True)
+    about = (
+        "photos DIR/NAME/PHOTO.jpg of five people or more, with two photos or more of each: of "
+        "other days, and of people such as those whom you search for"
+    )
+    source.add_argument("--photos", metavar="DIR", help=about)
+    about = "instead of --photos: features DIR/NAME/CLIP.npz that vidjax extract made"
+    source.add_argument("--input", metavar="DIR", help=about)
+    about = "number of processes, at most 4 per core (default: the number of cores)"
+    parser.add_argument("--workers", metavar="N", type=whole_number(1, MAX_WORKERS), help=about)
+    parser.command(measure_card, "models --photos=friends", "models --input=features")
+
+
+def measure_card(args: argparse.Namespace) -> Result:
+    """Measures the cards of nets on photos or features, and writes the cards."""
+    from vidjax.apps.video import measured_cards
+
+    models = Path(args.models).expanduser()
+    if args.input:
+        return describe_cards(measured_cards.measure_features(models, files.local(args.input)))
+    return describe_cards(
+        measured_cards.measure_photos(
+            models, Path(args.photos).expanduser(), count_workers(args), print_outcome
+        )
+    )
+
+
+def describe_cards(done: "Sequence[MeasuredCard]") -> Result:
+    """Returns the result of measured cards."""
+    content, rows, texts = list[object](), dict[str, str](), list[str]()
+    for card, found, back_end, by_quality, unclear in done:
+        assert card.back_end
+        lines = [("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before")]
+        for name, key in (("of a person", "same"), ("of two people", "different")):
+            values, before = getattr(back_end, key), getattr(card.back_end, key)
+            ends = [f"{max(x, 0):.3f} to {y:.3f}" for x, y in getattr(found, key)[2:]]
+            cells = (f"{values[0]:.3f}", ends[0], f"{values[1]:.3f}", ends[1])
+            lines.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
+        if len(by_quality) > 1:
+            lines += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
+        texts += [f"  {line}" for line in messages.align_columns(lines)]
+        clips, people = messages.count(found.clips, "clip"), messages.count(found.people, "person")
+        rows[messages.relative_path(card.path)] = f"{clips} of {people}" + (
+            f"; {messages.count(unclear, 'unclear face')} left out" if unclear else ""
+        )
+        rows["pairs"] = f"{found.pairs[0]:,} of a person, {found.pairs[1]:,} of two people"
+        rows["error rate"] = f"{100 * found.equal_error_rate:.1f} % (equal error rate)"
+        content.append({"card": str(card.path), **found._replace(mean=back_end.mean)._asdict()})
+    rows["galleries"] = "the next vidjax who or vidjax gallery uses the new numbers"
+    return Result({"cards": content}, rows, "\n".join(texts))

@@ -62,6 +62,7 @@ from vidjax.apps.video.people_photos import (
     check_photos,
     embed_clips,
     enrol_photos,
+    extract_photos,
     find_missing,
     list_faces,
     list_photos,
@@ -83,7 +84,6 @@ TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
 NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
 NUMBERS_BYTES = 256 * files.MB  # the largest `unknown.json` that is read
-MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 
 
 class WhoResults(NamedTuple):
@@ -333,14 +333,8 @@ def _update_people(
     `options` are arguments of `pipeline.extract_folders`.
     """
     check_people(gallery, photos, people, out, forget_missing)
-    (out / PEOPLE).mkdir(exist_ok=True)
-    files.hide(out / PEOPLE)  # the names of its folders are names of people
-    folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
-    outcomes_of: dict[Path, list[FileOutcome]] = {}
     drop: pipeline.Drop = "all others" if forget_missing else "others"
-    for first in range(0, len(folders), MOST_LOCKED):
-        group = dict(folders[first : first + MOST_LOCKED])
-        outcomes_of |= pipeline.extract_folders(group, drop=drop, tagged=True, **options)
+    outcomes_of = extract_photos(photos, out, drop=drop, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
     enrolled = list_faces(gallery)
     failed, names, usable = check_photos(enrolled, outcomes_of, people)
