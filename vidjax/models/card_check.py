@@ -17,7 +17,7 @@ from vidjax.models.card_backend import Distances
 # real people vary more than a card says.
 LOW, HIGH = -3.0, 3.0
 CLOSE, VARIED, FAR = 0.75, 2.0, 2.5  # smaller deviations from the card do no harm
-FEWEST_PEOPLE = 5  # with two clips each, from whom B = 0 can be seen
+FEWEST_PEOPLE = 3  # with two clips each, from whom B = 0 can be seen
 
 # How people contradict a card:
 #   blind: the vectors do not separate the people.
@@ -72,10 +72,13 @@ def compare(
         problem = "farther"
     if varied > max(_quantile(free, HIGH), VARIED):
         problem = "varied"
-    if share < min(low, CLOSE):
+    # With one clip each, W + B shows a small B better than W + B - W.
+    full, n_same, n_different = 1 - cosine, 2 * distances.same, 2 * distances.different
+    is_near = full < _quantile((people - 1) * n_different, LOW) * (between + distances.within)
+    if share < CLOSE and (share < low or is_near):
         problem = "closer"
     # Two photos of twins differ by W. A net without any sense often gives equal vectors.
-    is_equal = 1 - cosine < distances.within / 2
+    is_equal = full < _quantile((people - 1) * n_same, -2) * distances.within
     if is_equal or (len(k) >= FEWEST_PEOPLE and estimate < 0.07 * within):
         problem = "blind"
     return Comparison(problem, share, varied)
