@@ -1,15 +1,20 @@
 """Cards of nets are measured on photos or vectors, and compared with the enrolled people."""
 
+import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+
 from tests.benchmarks import decision
-from tests.helpers import made_nets
+from tests.helpers import drawn_people, made_nets
 from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population, unit
 from tests.helpers.seen import refused
@@ -255,3 +260,38 @@ def test_cards_without_new_numbers_have_the_digest_of_their_file(tmp_path):
     cards.replace_back_end(card, card.back_end)
     assert cards.read(path).digest == card.digest
     refused(lambda: cards.read(path.with_name("face.onnx")), "face.onnx")
+
+
+def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypatch, read_here):
+    """The page and the summary of `vidjax who` mention default numbers until they are measured."""
+    path = drawn.models / "embed.json"
+    card = json.loads(path.read_text())
+    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
+    path.write_text(json.dumps(card))
+    drawn.meet("Ada", "Bob")
+    page, command = drawn.out / "names.html", f"vidjax measure-card {drawn.models}"
+    assert page.read_text().count(command) == 1
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    rng, digest = np.random.default_rng(0), cards.read(path).digest
+    for person, colour in enumerate(itertools.permutations((250, 200, 150))):
+        for photo, change in enumerate(rng.normal(size=(3, 3)) * 10):
+            shade = np.array(colour) + change - change.mean()  # as bright as all other faces
+            monkeypatch.setitem(drawn_people.COLOURS, "x", tuple(shade.clip(0, 255).astype(int)))
+            drawn_people.write_photo(tmp_path / f"folder/P{person}/{photo}.png", ("x", 40, 40))
+    few = shutil.copytree(tmp_path / "folder", tmp_path / "few")
+    shutil.rmtree(few / "P0")
+    (few / "P1" / "0.png").rename(few / "P1.png")
+    for photo in (few / "P1").iterdir():
+        photo.unlink()
+    assert "4 people" in drawn.run("measure-card", drawn.models, f"--photos={few}", code=2).output
+    done = drawn.run("measure-card", drawn.models, f"--photos={tmp_path / 'folder'}")
+    (measured,) = done.content["cards"]
+    assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
+    assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
+    assert cards.read(path).digest == digest and "P0" not in path.read_text()
+
+    _, output = drawn.who(drawn.folder / "party.mkv")
+    assert "uses the new numbers" in output and "as before" in output  # the film is not read again
+    assert command not in page.read_text()
