@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.benchmarks import decision
-from tests.helpers import drawn_people, made_nets
+from tests.helpers import drawn_people, films, made_nets
 from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population, unit
 from tests.helpers.seen import refused
@@ -34,7 +34,7 @@ def compare(photos, distances=SHIPPED):
 
 
 def share_of_problems(draw, draws=500):
-    """Returns problem -> share of the draws in which `draw()` contradicts the card of dlib's net."""
+    """Returns problem -> share of the draws in which `draw()` contradicts the card of dlib."""
     return {
         problem: n / draws
         for problem, n in Counter(compare(draw()).problem for _ in range(draws)).items()
@@ -53,7 +53,7 @@ def actors():
     return photos, [films.vectors[clear & (films.people == person)] for person in people]
 
 
-@pytest.mark.parametrize("people, count", [(5, 3), (12, 3), (5, 2)])
+@pytest.mark.parametrize(("people", "count"), [(5, 3), (12, 3), (5, 2)])
 def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(people, count):
     made = Population(0, SHIPPED)
 
@@ -295,3 +295,35 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     _, output = drawn.who(drawn.folder / "party.mkv")
     assert "uses the new numbers" in output and "as before" in output  # the film is not read again
     assert command not in page.read_text()
+
+
+@pytest.mark.parametrize("places", [1, 64])
+def test_a_net_of_random_weights_names_nobody_with_one_photo_each(drawn, places, read_here):
+    """Its vectors of two people differ as the card says, but so do vectors of mirrored photos.
+
+    A net that only uses the mean colour, `places` = 1, is right for drawn people.
+    """
+    rng, side = np.random.default_rng(0), drawn_people.SIDE
+    weights = rng.normal(size=(64, 3, made_nets.WIDTH)).astype(np.float32)
+    weights = weights - 0.9 * weights.mean(0) if places == 64 else 0 * weights + weights.mean(0)
+    content = made_nets.embedder(weights=weights.reshape(192, -1))
+    back_end = made_nets.back_end(different=(0.1, 0.4))
+    pixels = {"mean": [150.0] * 3}
+    made_nets.write(drawn.models, "embed", content=content, back_end=back_end, input=pixels)
+    for name in ("Ada", "Bob"):
+        rgb = drawn_people.picture([(name, 40, 40)])
+        shade = np.kron(rng.normal(size=(4, 4)), np.ones((side // 4, side // 4)))[..., None]
+        face = rgb[40 : 40 + side, 40 : 40 + side]
+        face[:] = np.clip(0.85 * face + 15 * (shade - shade[:, ::-1]), 0, 255)
+        (drawn.friends / name).mkdir(parents=True)
+        (drawn.friends / name / "1.png").write_bytes(films.photo(rgb, "png"))
+    film = drawn.film()
+    done = drawn.who(film)
+    named = {name for name in drawn.names().values() if name in ("Ada", "Bob")}
+    if places == 1:
+        assert named == {"Ada", "Bob"} and "nobody gets a name" not in done.output
+    else:
+        assert not named and done.output.count("nobody gets a name") == 1, done.output
+        assert (drawn.out / "names.html").read_text().count("nobody gets a name") == 1
+        again = drawn.who(film, people=False)
+        assert again.output.count("nobody gets a name") == 1 and done.content["named"] == 0

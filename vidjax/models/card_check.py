@@ -7,6 +7,7 @@ estimate is improbable, and if it also differs from the card by a large factor.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from vidjax.models.card_backend import Distances
 # real people vary more than a card says.
 LOW, HIGH = -3.0, 3.0
 CLOSE, VARIED, FAR = 0.75, 2.0, 2.5  # smaller deviations from the card do no harm
+MIRRORED = 0.35  # see `Comparison.is_blind`
 FEWEST_PEOPLE = 3  # with two clips each, from whom B = 0 can be seen
 
 # How people contradict a card:
@@ -33,9 +35,21 @@ class Comparison(NamedTuple):
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card
     within: float  # estimate of W / W of the card; 1 if nobody has two clips
+    cosine: float  # mean cosine of two clips of two people
+
+    def is_blind(self, mirrored: Sequence[float]) -> bool:
+        """Returns whether a mirrored face differs from the face almost like another person.
+
+        `mirrored` are the cosines of photos and their mirror images. Of 1 - cosine of two people,
+        1 - cosine of a mirrored photo is 5 % for dlib's net, and 40 to 70 % for nets with random
+        weights that do not only average over the picture.
+        """
+        if len(mirrored) < 2 or self is NO_PROBLEM:
+            return False
+        return 1 - float(np.mean(mirrored)) > MIRRORED * (1 - self.cosine)
 
 
-NO_PROBLEM = Comparison("", 1.0, 1.0)
+NO_PROBLEM = Comparison("", 1.0, 1.0, 0.0)
 
 
 def compare(
@@ -57,9 +71,9 @@ def compare(
     k, noise, spread = counts[repeated], float(np.mean(1 / counts)), 0.0
     if len(k):  # the mean over people of 1 - the mean cosine of two clips
         within = float(np.mean(k * (1 - squares[repeated]) / (k - 1)))
-        spread = 2 * distances.within**2 / (2 * distances.same) * np.mean(1 / (k - 1)) / len(k)
+        spread = float(distances.within**2 / distances.same * np.mean(1 / (k - 1)) / len(k))
     # The variance of the means of people is B + W x the mean of 1 / k.
-    cosine = (float(total @ total) - squares.sum()) / (people * (people - 1))
+    cosine = float(total @ total - squares.sum()) / (people * (people - 1))
     estimate = float(squares.mean()) - cosine - noise * within
     share, varied = estimate / between, within / distances.within
 
@@ -81,7 +95,7 @@ def compare(
     is_equal = full < _quantile((people - 1) * n_same, -2) * distances.within
     if is_equal or (len(k) >= FEWEST_PEOPLE and estimate < 0.07 * within):
         problem = "blind"
-    return Comparison(problem, share, varied)
+    return Comparison(problem, share, varied, cosine)
 
 
 def _quantile(free: float, z: float) -> float:

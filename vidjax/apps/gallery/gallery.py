@@ -33,10 +33,11 @@ import numbers
 import os
 import shlex
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 
 from vidjax.apps.gallery import (
@@ -561,8 +562,7 @@ class Gallery:
           ValueError: the gallery was made with a run, or a model of the gallery is missing in the
             folder, or has changed.
         """
-        origin, back_ends = make_models_origin(models)
-        return self._adopt(origin, back_ends)
+        return self._adopt(*make_models_origin(models))
 
     def follow_cards(self) -> None:
         """Uses the numbers that the cards of the gallery's nets contain now.
@@ -590,6 +590,7 @@ class Gallery:
     def _adopt(self, origin: VectorOrigin, back_ends: "Mapping[str, BackEnd]") -> tuple[str, ...]:
         with self._store.open(write=True) as transaction:
             state = self._read_current()
+            origin = msgspec.structs.replace(origin, blind=state.origin.blind)
             was, now = state.origin.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             if changed or not was:
@@ -618,6 +619,20 @@ class Gallery:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
 
+    def check_mirrored(self, cosines: Sequence[float]) -> None:
+        """Names nobody from now on if a mirrored photo differs like the photo of another person.
+
+        `cosines` are of the vectors of enrolled photos and their mirror images.
+        """
+        with self._store.open(write=True) as transaction:
+            state = self._read_current()
+            blind = state.index.compare_with_card().is_blind(cosines)
+            if blind != state.origin.blind:
+                origin = msgspec.structs.replace(state.origin, blind=blind)
+                state = state._replace(version=state.version + 1, origin=origin)
+                with self._lock:
+                    self._state = self._store.write(transaction, state)
+
     def compare_with_card(self) -> Comparison:
         """Compares the enrolled people with the card of the net of faces.
 
@@ -629,6 +644,8 @@ class Gallery:
         known, comparison = self._comparison or (None, NO_PROBLEM)
         if known is not state:
             comparison = state.index.compare_with_card()
+            if state.origin.blind:
+                comparison = comparison._replace(problem="blind")
             self._comparison = state, comparison
         return comparison
 

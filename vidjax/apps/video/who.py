@@ -363,6 +363,13 @@ def _update_people(
     }  # fmt: skip
     enrol_photos(gallery, checked, usable, names)
     _forget(gallery, names, {*photos, *missing}, out)
+    mirrored = [
+        track.mirrored for folder, outcomes in outcomes_of.items()
+        for outcome in outcomes if outcome.known
+        for track in outcome.known.tracks
+        if track.clip in usable[folder] and track.mirrored is not None
+    ]  # fmt: skip
+    gallery.check_mirrored(mirrored)
     if gallery.compare_with_card().problem != "blind":
         warn_of_doubts(gallery, outcomes_of, people)
     return failed, names
