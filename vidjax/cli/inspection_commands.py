@@ -26,9 +26,14 @@ def add_check_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax check`."""
     about = "the folder of the run or the gallery to check"
     parser.add_argument("--workdir", metavar="FOLDER", help=about)
+    about = "a folder of nets that vidjax convert made: prints what each net is, and its speed"
+    parser.add_argument("--models", metavar="DIR", help=about)
     shared_flags.add_config(parser)
     parser.fields(example="seed=1")
-    parser.command(check, "--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH")
+    parser.command(
+        check, "--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH",
+        "--models=models",
+    )  # fmt: skip
 
 
 def check(args: argparse.Namespace) -> Result:
@@ -69,9 +74,12 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 
     The function returns a summary of the subject. If the subject has a fault, it raises an error.
     """
-    if args.workdir and args.config:
-        raise UserError("--workdir and --config cannot be checked together: leave one of them out")
-    if args.overrides and not (args.workdir or args.config):
+    given = [flag for flag in ("workdir", "config", "models") if getattr(args, flag)]
+    if len(given) > 1:
+        raise UserError(
+            f"--{given[0]} and --{given[1]} cannot be checked together: leave one of them out"
+        )
+    if args.overrides and given in ([], ["models"]):
         raise UserError(
             f"{args.overrides[0]} has no effect without a configuration\n"
             "add --workdir=FOLDER or --config=FILE"
@@ -79,8 +87,11 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     # If a run is training now, little memory of the accelerator is free, so none is reserved.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vidjax.apps.gallery import store
+    from vidjax.apps.video import net_checks
     from vidjax.runs import checkpoint
 
+    if args.models:
+        return net_checks.list_checks(Path(args.models).expanduser())
     checks: dict[str, Callable[[], str]] = {"environment": _check_environment}
     if args.config:
         config = config_io.override(public.load_config(args.config), args.overrides)

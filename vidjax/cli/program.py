@@ -36,7 +36,7 @@ COMMANDS = {
     "score": "prints the MAP of a submission, like the organisers' script",
     "gallery": "enrols, identifies and deletes people without training",
     "extract": "extracts features of faces and voices from videos and photos",
-    "convert": "makes a net for extract and who from a downloaded package",
+    "convert": "makes a net for extract and who from a downloaded package or net",
     "measure-card": "measures on your photos how much people differ for a net",
     "who": "finds who appears when in videos, from a few photos of each person",
     "serve": "identifies the people of clips for other programs, over HTTP",

@@ -974,7 +974,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     if not back_ends:
         raise UserError(
             f"'{path}' needs a net of faces or voices whose JSON file has a back_end\n"
-            f"{cards.describe_download('face_embedder')}"
+            f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
