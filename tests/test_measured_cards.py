@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +12,17 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.benchmarks import decision
+from tests.benchmarks import contradictions, decision
 from tests.helpers import drawn_people, films, made_nets
 from tests.helpers.clip_files import write_npz
-from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population, unit
+from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.models import card_backend, card_check, card_measure
+from vidjax.models import card_backend, card_measure
 
 CARD = decision.CARD  # of dlib's net
-SHIPPED = card_backend.from_cosines(CARD.same, CARD.different)
-
-
-def compare(photos, distances=SHIPPED):
-    """Compares photos [people, count, D] with a card."""
-    means, counts = photos.mean(1), np.full(len(photos), photos.shape[1])
-    return card_check.compare(distances, means.sum(0), np.vecdot(means, means), counts)
-
-
-def share_of_problems(draw, draws=500):
-    """Returns problem -> share of the draws in which `draw()` contradicts the card of dlib."""
-    return {
-        problem: n / draws
-        for problem, n in Counter(compare(draw()).problem for _ in range(draws)).items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -47,42 +31,25 @@ def actors():
     folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
     if not folder.exists():
         pytest.skip("no folder tracks next to VIDJAX_REAL_DATA")
-    films, photos = decision.load(folder)
-    clear = films.clarity >= card_backend.LEAST_CLARITY
-    people = sorted({*films.people.tolist()})
-    return photos, [films.vectors[clear & (films.people == person)] for person in people]
+    return contradictions.load(folder)
 
 
 @pytest.mark.parametrize(("people", "count"), [(5, 3), (12, 3), (5, 2)])
 def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(people, count):
-    made = Population(0, SHIPPED)
-
-    def draw(scale):
-        found = made.mean + scale * (made.people(people) - made.mean)
-        return made.photos(found, count)
-
-    right, half = (share_of_problems(lambda scale=x: draw(scale)) for x in (1, 0.5))
+    right, half = (
+        contradictions.measure(contradictions.draw_model(scale), people, count, 500)
+        for scale in (1, 0.5)
+    )
     assert right[""] >= 0.98
     assert half["closer"] >= 0.95 and half.get("blind", 0) <= 0.02
 
 
 def test_real_people_contradict_the_card_only_if_they_are_half_as_far_apart(actors):
-    """Draws of 5 actors with 3 photos each, or with 3 tracks of films each."""
     photos, tracks = actors
-    rng = np.random.default_rng(0)
-
-    def draw_photos(scale=1.0):
-        means = photos.mean(1, keepdims=True)
-        moved = unit(photos - (1 - scale) * (means - means.mean(0)))
-        return moved[rng.permutation(12)[:5]][:, rng.permutation(10)[:3]]
-
-    def draw_tracks():
-        chosen = rng.permutation(len(tracks))[:5]
-        return np.array([rng.permutation(tracks[person])[:3] for person in chosen])
-
-    for draw in (draw_photos, draw_tracks):
-        assert share_of_problems(draw, 2000)[""] >= 0.98
-    assert share_of_problems(lambda: draw_photos(0.5), 2000)["closer"] >= 0.95
+    for draw in (contradictions.draw_photos(photos), contradictions.draw_tracks(tracks)):
+        assert contradictions.measure(draw, 5, 3)[""] >= 0.98
+    half = contradictions.draw_photos(photos, 0.5)
+    assert contradictions.measure(half, 5, 3)["closer"] >= 0.95
 
 
 def test_the_card_of_dlib_is_within_the_interval_of_its_photos(actors):
@@ -96,7 +63,7 @@ def test_the_card_of_dlib_is_within_the_interval_of_its_photos(actors):
 
 
 def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
-    made, covered = Population(3, SHIPPED), []
+    made, covered = Population(3, contradictions.SHIPPED), []
     for _ in range(60):
         x = made.photos(made.people(12), 4).reshape(-1, WIDTH).astype(np.float32)
         found = card_measure.measure(x, np.repeat(np.arange(12), 4))
@@ -121,7 +88,7 @@ def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
 
 
 def test_equal_error_rate_is_the_rate_at_which_both_errors_are_equal():
-    made = Population(3, SHIPPED)
+    made = Population(3, contradictions.SHIPPED)
     x = made.photos(made.people(40), 2).reshape(-1, WIDTH).astype(np.float32)
     owner = np.repeat(np.arange(40), 2)
     cosine, same = x @ x.T, owner[:, None] == owner
@@ -287,7 +254,7 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
         photo.unlink()
     assert "4 people" in drawn.run("measure-card", drawn.models, f"--photos={few}", code=2).output
     done = drawn.run("measure-card", drawn.models, f"--photos={tmp_path / 'folder'}")
-    (measured,) = done.content["cards"]
+    (measured,) = done.content["measured"]
     assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
     assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
     assert cards.read(path).digest == digest and "P0" not in path.read_text()

@@ -18,7 +18,7 @@ from vidjax.models.card_backend import Distances
 # real people vary more than a card says.
 LOW, HIGH = -3.0, 3.0
 CLOSE, VARIED, FAR = 0.75, 2.0, 2.5  # smaller deviations from the card do no harm
-MIRRORED = 0.35  # see `Comparison.is_blind`
+MIRRORED = 0.3  # see `Comparison.is_blind`
 FEWEST_PEOPLE = 3  # with two clips each, from whom B = 0 can be seen
 
 # How people contradict a card:
