@@ -226,8 +226,8 @@ def replace_back_end(card: Card, back_end: BackEnd) -> None:
     """Writes other numbers into the file of a card. The digest of the card stays."""
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))
-    values = {name: getattr(card, name) for name in names} | {"back_end": back_end}
-    files.write_json(card.path, msgspec.to_builtins(Written(**values)))
+    values: dict[str, Any] = {name: getattr(card, name) for name in names}
+    files.write_json(card.path, msgspec.to_builtins(values | {"back_end": back_end}))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
