@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.benchmarks import contradictions, decision
-from tests.helpers import drawn_people, films, made_nets
+from tests.helpers import drawn_people, family_nets, films, made_nets
 from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import measured_cards
 from vidjax.models import card_backend, card_measure
 
 CARD = decision.CARD  # of dlib's net
@@ -261,6 +262,21 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     _, output = drawn.who(drawn.folder / "party.mkv")
     assert "uses the new numbers" in output and "as before" in output  # the film is not read again
     assert command not in page.read_text()
+
+
+def test_convert_measures_the_card_of_a_net_on_photos(drawn, tmp_path, monkeypatch, read_here):
+    (tmp_path / "new").mkdir()
+    made_nets.write(tmp_path / "new", "find", "face_detector")
+    (tmp_path / "net.onnx").write_bytes(family_nets.embedder(width=16))
+    drawn_people.write_portraits(tmp_path / "portraits")
+    words = [f"--out={tmp_path / 'new'}", f"--photos={tmp_path / 'portraits'}", "--like=arcface"]
+    refused = drawn.run("convert", "own", tmp_path / "net.onnx", *words, code=2)
+    assert "unclear faces" in refused.output  # of 16 pixels
+    monkeypatch.setattr(measured_cards, "LEAST_CLARITY", 0)
+    done = drawn.run("convert", "own", tmp_path / "net.onnx", *words)
+    card = cards.read(Path(done.content["card"]))
+    assert card.back_end and card.back_end.is_measured and card.back_end.pairs == (18, 135)
+    assert done.content["measured"][0]["people"] == 6
 
 
 @pytest.mark.parametrize("places", [1, 64])
