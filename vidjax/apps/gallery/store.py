@@ -94,6 +94,8 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
     cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}
     # True for a PLDA run whose settings the gallery does not use, see `Gallery.create`.
     refitted: bool = False
+    # True if photos show that the model of faces does not separate people, see `card_check`.
+    blind: bool = False
 
     @property
     def counts_every_clip(self) -> bool:

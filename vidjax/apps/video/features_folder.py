@@ -82,6 +82,8 @@ class FaceTrack(Struct, kw_only=True):
     # Of the best face, see `align.measure_clarity`. It is 1 if the card of the net contains no
     # `clear_quality`.
     clarity: Share = 1.0
+    # In photos, the cosine of the embeddings of the face and of its mirror image.
+    mirrored: Annotated[float, Meta(ge=-1, le=1)] | None = None
     dark_eyes: bool = False  # whether the best face seems to wear sunglasses
     box: Box | None = None  # of the best face
     box_at_s: Seconds | None = None  # the time of the picture with the box

@@ -113,6 +113,7 @@ class ClipBuilder:
         self._numbers = itertools.count()
         self.tracks: list[FaceTrack] = []  # of finished clips, in the order in which they ended
         self.arrays: dict[str, dict[str, np.ndarray]] = {}  # name of a clip -> arrays of the `.npz`
+        self.mirrors = False  # whether `FaceTrack.mirrored` is computed
 
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, faces: Faces, rgb: np.ndarray
@@ -184,6 +185,12 @@ class ClipBuilder:
         written.quality = top.quality
         written.clarity = align.measure_clarity(top.quality, clear_quality)
         written.dark_eyes = bool(align.has_dark_eyes(top.crop[None], np.array(card.template))[0])
+        if self.mirrors:
+            pair = self._nets.embed(np.stack([top.crop, top.crop[:, ::-1]]))
+            pair = pair - np.array(card.back_end.centre if card.back_end else 0.0)
+            lengths = np.linalg.norm(pair, axis=1)
+            cosine = float(pair[0] @ pair[1] / max(lengths.prod(), 1e-30))
+            written.mirrored = round(min(max(cosine, -1.0), 1.0), 4)
         if self._thumbnails.is_dir():
             picture = self._thumbnails / f"{name}.png"
             files.write_bytes(picture, align.encode_thumbnail(top.crop), sync=False)
@@ -341,6 +348,7 @@ def _read_photo(
     """Makes a clip of each face in a photo; returns the other fields of its `MediaFile`."""
     faces = nets.detect(photo.rgb)
     count, lost, misfit = len(faces.boxes), list[str](), ""
+    clips.mirrors = True
     clips.add(0.0, 0, np.arange(count), faces, photo.rgb)
     for number in range(count):
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"

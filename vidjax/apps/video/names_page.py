@@ -114,6 +114,7 @@ def render(
     answers: Mapping[str, Answer],
     address: Callable[[MediaFile, float], str],
     forms: Forms | None = None,
+    note: str = "",
 ) -> str:
     """Returns the page that shows who appears when in films, as HTML.
 
@@ -125,6 +126,7 @@ def render(
       answers: the answer of the gallery for each clip, with the other likely people.
       address: a function that returns the URL of a film at a time in seconds.
       forms: the state of the forms with which a user corrects names. If None, there are no forms.
+      note: a text about all names, or "".
     """
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
@@ -160,6 +162,7 @@ def render(
 
     return _load_template().render(
         part=part,
+        note=note,
         doubtful=listed,
         num_doubtful=len(doubtful),
         videos=[*entries_of],

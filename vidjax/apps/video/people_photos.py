@@ -6,13 +6,13 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, advise_other_films
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import doubts, features_folder, media_files
-from vidjax.apps.video.pipeline import FileOutcome
+from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
@@ -22,6 +22,7 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
 
 PEOPLE = "people"  # the folder in the results that contains the features of photos
+MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
 
 
@@ -156,6 +157,26 @@ def _refuse_people(people: Path) -> UserError:
     return UserError(
         f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
     )
+
+
+def extract_photos(
+    photos: Mapping[str, Sequence[Path]],
+    out: Path,
+    **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
+) -> dict[Path, list[FileOutcome]]:
+    """Extracts features of photos into folders of `out/people`; returns folder -> outcomes.
+
+    `photos` are name of a person -> photos.
+    """
+    (out / PEOPLE).mkdir(exist_ok=True)
+    files.hide(out / PEOPLE)  # the names of its folders are names of people
+    places = locate_people(out, photos)
+    folders = [(places[name], paths) for name, paths in photos.items()]
+    outcomes_of: dict[Path, list[FileOutcome]] = {}
+    for first in range(0, len(folders), MOST_LOCKED):
+        group = dict(folders[first : first + MOST_LOCKED])
+        outcomes_of |= extract_folders(group, tagged=True, **options)
+    return outcomes_of
 
 
 def check_people(

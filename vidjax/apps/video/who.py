@@ -62,6 +62,7 @@ from vidjax.apps.video.people_photos import (
     check_photos,
     embed_clips,
     enrol_photos,
+    extract_photos,
     find_missing,
     list_faces,
     list_photos,
@@ -83,7 +84,6 @@ TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
 NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
 NUMBERS_BYTES = 256 * files.MB  # the largest `unknown.json` that is read
-MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 
 
 class WhoResults(NamedTuple):
@@ -175,6 +175,7 @@ class Decision(NamedTuple):
     # `unknown face 4`. Ignored people are left out.
     unknown: dict[str, str]
     appearances: list[Appearance]  # by video, and in order of time
+    card: str = ""  # see `Gallery.describe_card`
 
     def count_clips(self) -> dict[str, int]:
         """Returns the number of enrolled clips of each person."""
@@ -276,6 +277,7 @@ def name_people(
         if gallery.identities:
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
+            gallery.warn_of_card()
         if not thumbnails:
             for folder in (out / PEOPLE).glob("*/"):
                 features_folder.remove_thumbnails(folder)
@@ -309,15 +311,8 @@ def _update_people(
     `options` are arguments of `pipeline.extract_folders`.
     """
     check_people(gallery, photos, people, out, forget_missing)
-    (out / PEOPLE).mkdir(exist_ok=True)
-    files.hide(out / PEOPLE)  # the names of its folders are names of people
-    places = locate_people(out, photos)
-    folders = [(places[name], paths) for name, paths in photos.items()]
-    outcomes_of: dict[Path, list[FileOutcome]] = {}
     drop: pipeline.Drop = "all others" if forget_missing else "others"
-    for first in range(0, len(folders), MOST_LOCKED):
-        group = dict(folders[first : first + MOST_LOCKED])
-        outcomes_of |= pipeline.extract_folders(group, drop=drop, tagged=True, **options)
+    outcomes_of = extract_photos(photos, out, drop=drop, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
     enrolled = list_faces(gallery)
     failed, names, usable = check_photos(enrolled, outcomes_of, people)
@@ -346,7 +341,15 @@ def _update_people(
     }  # fmt: skip
     enrol_photos(gallery, checked, usable, names)
     _forget(gallery, names, {*photos, *missing}, out)
-    warn_of_doubts(gallery, outcomes_of, people)
+    mirrored = [
+        track.mirrored for folder, outcomes in outcomes_of.items()
+        for outcome in outcomes if outcome.known
+        for track in outcome.known.tracks
+        if track.clip in usable[folder] and track.mirrored is not None
+    ]  # fmt: skip
+    gallery.check_mirrored(mirrored)
+    if gallery.compare_with_card().problem != "blind":
+        warn_of_doubts(gallery, outcomes_of, people)
     return failed, names
 
 
@@ -502,7 +505,8 @@ def decide(
     groups = appearances.mark_unclear(groups, films)
     in_films = appearances.find_appearances(answers, films, groups)
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
-    return Decision(digest, people, films, vectors, votes, answers, groups, in_films)
+    card = gallery.describe_card()
+    return Decision(digest, people, films, vectors, votes, answers, groups, in_films, card)
 
 
 def _keep_numbers(
@@ -583,7 +587,7 @@ def render_page(
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
-        decision.appearances, films, people, locate, decision.answers, address, forms
+        decision.appearances, films, people, locate, decision.answers, address, forms, decision.card
     )
 
 

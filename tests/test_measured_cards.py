@@ -1,0 +1,311 @@
+"""Cards of nets are measured on photos or vectors, and compared with the enrolled people."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+
+from tests.benchmarks import contradictions, decision
+from tests.helpers import drawn_people, family_nets, films, made_nets
+from tests.helpers.clip_files import write_npz
+from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
+from tests.helpers.seen import refused
+from vidjax.apps import cards
+from vidjax.apps.gallery import card_notes
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import measured_cards
+from vidjax.models import card_backend, card_measure
+
+CARD = decision.CARD  # of dlib's net
+
+
+@pytest.fixture(scope="module")
+def actors():
+    """Returns unit vectors [12, 10, 128] of photos, and tracks of 23 people: person -> [N, 128]."""
+    folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
+    if not folder.exists():
+        pytest.skip("no folder tracks next to VIDJAX_REAL_DATA")
+    return contradictions.load(folder)
+
+
+@pytest.mark.parametrize(("people", "count"), [(5, 3), (12, 3), (5, 2)])
+def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(people, count):
+    right, half = (
+        contradictions.measure(contradictions.draw_model(scale), people, count, 500)
+        for scale in (1, 0.5)
+    )
+    assert right[""] >= 0.98
+    assert half["closer"] >= 0.95 and half.get("blind", 0) <= 0.02
+
+
+def test_real_people_contradict_the_card_only_if_they_are_half_as_far_apart(actors):
+    photos, tracks = actors
+    for draw in (contradictions.draw_photos(photos), contradictions.draw_tracks(tracks)):
+        assert contradictions.measure(draw, 5, 3)[""] >= 0.98
+    half = contradictions.draw_photos(photos, 0.5)
+    assert contradictions.measure(half, 5, 3)["closer"] >= 0.95
+
+
+def test_the_card_of_dlib_is_within_the_interval_of_its_photos(actors):
+    photos, _ = actors
+    found = card_measure.measure(photos.reshape(-1, WIDTH), np.repeat(np.arange(12), 10))
+    assert (found.people, found.clips, found.pairs) == (12, 120, (540, 6600))
+    for shipped, spread in ((CARD.same, found.same), (CARD.different, found.different)):
+        assert spread.mean_interval[0] < shipped[0] < spread.mean_interval[1]
+        assert spread.deviation_interval[0] < shipped[1] < spread.deviation_interval[1]
+        assert spread.mean == pytest.approx(shipped[0], abs=0.001)
+
+
+def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
+    made, covered = Population(3, contradictions.SHIPPED), []
+    x = np.zeros((0, WIDTH))
+    for _ in range(60):
+        x = made.photos(made.people(12), 4).reshape(-1, WIDTH).astype(np.float32)
+        found = card_measure.measure(x, np.repeat(np.arange(12), 4))
+        for spread, truth in ((found.same, CARD.same), (found.different, CARD.different)):
+            covered.append(spread.mean_interval[0] < truth[0] < spread.mean_interval[1])
+    assert 0.88 <= np.mean(covered) <= 1
+
+    # Copies of the photos of a person change nothing but the number of pairs, and people with one
+    # photo are left out.
+    rows = card_measure.choose_clips(np.array([7, 3, 7, 1, 3, 3]))
+    assert rows.tolist() == [1, 4, 5, 0, 2]
+    x, owner = x[:12], np.repeat(np.arange(3), 4)
+    again = np.concatenate([np.repeat(x[:4], 20, axis=0), x[4:]])
+    many = card_measure.measure(again, np.repeat(np.arange(3), (80, 4, 4)))
+    cosine = x @ x.T
+    inside = owner[:, None] == owner
+    assert many.different.mean == pytest.approx(cosine[~inside].mean(), abs=1e-6)
+    values = [cosine[i, j] for i in range(12) for j in range(12) if inside[i, j] and i != j]
+    once = card_measure.measure(x, owner)
+    assert once.same[:2] == pytest.approx((np.mean(values), np.std(values)), abs=1e-6)
+    assert once.mean == pytest.approx(x.mean(0), abs=1e-6)
+
+
+def test_equal_error_rate_is_the_rate_at_which_both_errors_are_equal():
+    made = Population(3, contradictions.SHIPPED)
+    x = made.photos(made.people(40), 2).reshape(-1, WIDTH).astype(np.float32)
+    owner = np.repeat(np.arange(40), 2)
+    cosine, same = x @ x.T, owner[:, None] == owner
+    np.fill_diagonal(same, False)
+    others = owner[:, None] != owner
+    limits = np.unique(cosine)
+    missed = np.searchsorted(np.sort(cosine[same]), limits) / same.sum()
+    alarms = 1 - np.searchsorted(np.sort(cosine[others]), limits) / others.sum()
+    wanted = np.maximum(missed, alarms).min()
+    found = card_measure.measure(x, owner).equal_error_rate
+    assert found == pytest.approx(wanted, abs=0.5 / same.sum() + 0.002)
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A folder with a net of faces, whose card has the cosines of dlib's net."""
+    (tmp_path / "models").mkdir()
+    back_end = made_nets.back_end(SAME, DIFFERENT, WIDTH)
+    made_nets.write(tmp_path / "models", "embed", width=WIDTH, back_end=back_end)
+    return tmp_path / "models"
+
+
+def write_features(folder, photos):
+    """Writes the features of people p00, p01 and so on; `photos` are [count, D] for each."""
+    for number, vectors in enumerate(photos):
+        clips = {f"c{n}": {"face": x[None]} for n, x in enumerate(vectors)}
+        write_npz(folder, {f"p{number:02}": clips})
+    return folder
+
+
+def read_card(models):
+    card = cards.load(models)["face_embedder"]
+    assert card.back_end
+    return card
+
+
+def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, models, command):
+    wide = card_backend.from_cosines((0.9, 0.03), (0.6, 0.06))
+    made = Population(1, wide)
+    photos = made.photos(made.people(24), 4).astype(np.float32)
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    gallery.enrol({f"{n}": {"face": x[:1]} for n, x in enumerate(photos[:2])}, {"0": "A", "1": "B"})
+    queries = write_features(tmp_path / "queries", photos[:4, 1:2])
+    before = read_card(models)
+    twice = [np.concatenate([x, x[:2]]) for x in photos]  # copies of photos are left out
+    features = write_features(tmp_path / "features", twice)
+    done = command("measure-card", models, f"--input={features}")
+    assert done.code == 0, done.err
+    assert "of a person" in done.out and "equal error rate" in done.out
+
+    card, text = read_card(models), (models / "embed.json").read_text()
+    assert card.digest == before.digest and "p00" not in text and card.sha256 == before.sha256
+    fit = card.back_end
+    assert fit
+    assert fit.same == pytest.approx((0.9, 0.03), abs=0.01)
+    assert fit.different == pytest.approx((0.6, 0.06), abs=0.02)
+    assert fit.pairs == (24 * 6, 276 * 16) and "96 clips of 24 people" in fit.data
+    assert fit.mean is not None and np.linalg.norm(fit.mean) ** 2 == pytest.approx(0.6, abs=0.05)
+
+    # The gallery says once that it has new numbers, and then answers as a new gallery.
+    words = ["gallery", "identify", tmp_path / "g", f"--input={queries / 'p00'}"]
+    assert command(*words).err.count("uses the new numbers") == 1
+    assert "new numbers" not in command(*words).err
+    other = Gallery.of_models(tmp_path / "other", models)
+    other.enrol({f"{n}": {"face": x[:1]} for n, x in enumerate(photos[:2])}, {"0": "A", "1": "B"})
+    query = gallery.load(queries / "p00")
+    assert gallery.identify(query) == other.identify(query)
+
+    # Fewer than 20 people leave the mean as it is.
+    few = write_features(tmp_path / "few", photos[:5])
+    assert command("measure-card", models, f"--input={few}").code == 0
+    again = read_card(models)
+    assert again.back_end and again.back_end.mean == fit.mean and again.digest == before.digest
+
+
+def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path, models, command):
+    before = (models / "embed.json").read_bytes()
+    made = Population(1)
+    photos = made.photos(made.people(6), 2).astype(np.float32)
+    few = write_features(tmp_path / "few", [*photos[:4], photos[4, :1], photos[5, [0, 0]]])
+    mixed = write_features(tmp_path / "mixed", photos.transpose(1, 0, 2).reshape(6, 2, -1))
+    for folder, words in ((few, "4 people"), (mixed, "does not separate")):
+        done = command("measure-card", models, f"--input={folder}")
+        assert done.code == 2 and words in done.err, done.err
+    assert (models / "embed.json").read_bytes() == before
+
+
+def test_a_card_of_wrong_people_causes_one_warning_with_a_remedy(tmp_path, models, command):
+    gallery = tmp_path / "g"
+    Gallery.of_models(gallery, models)
+    made = Population(2)
+    found = made.mean + 0.5 * (made.people(6) - made.mean)
+    family = write_features(tmp_path / "family", made.photos(found, 3).astype(np.float32))
+    done = command("gallery", "enrol", gallery, f"--input={family}")
+    assert done.code == 0 and done.err.count("vidjax measure-card") == 1, done.err
+    assert "as much as the card" in done.err
+    asked = command("gallery", "identify", gallery, f"--input={family / 'p00'}")
+    assert asked.out.count("measure-card") == 1 and "p00" in asked.out  # people are still named
+
+
+def test_a_net_that_does_not_separate_people_names_nobody(tmp_path, models, command):
+    """The vectors are of a net with random weights: almost equal, whoever is in the picture."""
+    rng = np.random.default_rng(0)
+    vectors = (1 + 0.05 * rng.normal(size=(6, 3, WIDTH))).astype(np.float32)
+    for name, people, count in (("two", 2, 1), ("six", 6, 3)):
+        gallery = Gallery.of_models(tmp_path / name, models)
+        path = write_features(tmp_path / f"of_{name}", vectors[:people, :count])
+        done = command("gallery", "enrol", tmp_path / name, f"--input={path}")
+        assert done.code == 0 and "nobody gets a name" in done.err
+        query = {"x": {"face": vectors[0, 2:]}}
+        for threshold in (None, 0.1):
+            assert gallery.identify(query, threshold=threshold)["x"].identity is None
+        assert gallery.rule().about == card_notes.NOBODY
+        asked = command("gallery", "identify", tmp_path / name, f"--input={path / 'p00'}")
+        assert "named       0" in asked.out and "nobody gets a name" in asked.out
+
+
+def test_default_numbers_are_mentioned_where_names_are(tmp_path, models, command):
+    path = models / "embed.json"
+    card = json.loads(path.read_text())
+    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
+    path.write_text(json.dumps(card))
+    made = Population(2)
+    features = write_features(
+        tmp_path / "features", made.photos(made.people(6), 3).astype(np.float32)
+    )
+    Gallery.of_models(tmp_path / "g", models)
+    assert command("gallery", "enrol", tmp_path / "g", f"--input={features}").code == 0
+    words = ["gallery", "identify", tmp_path / "g", f"--input={features / 'p00'}"]
+    assert f"vidjax measure-card {models}" in command(*words).out
+    assert command("measure-card", models, f"--input={features}").code == 0
+    assert "measure-card" not in command(*words).out
+
+
+def test_cards_without_new_numbers_have_the_digest_of_their_file(tmp_path):
+    path = made_nets.write(tmp_path, back_end=made_nets.back_end())
+    card = cards.read(path)
+    assert card.back_end and card.back_end.is_measured
+    cards.replace_back_end(card, card.back_end)
+    assert cards.read(path).digest == card.digest
+    refused(lambda: cards.read(path.with_name("face.onnx")), "face.onnx")
+
+
+def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypatch, read_here):
+    """The page and the summary of `vidjax who` mention default numbers until they are measured."""
+    path = drawn.models / "embed.json"
+    card = json.loads(path.read_text())
+    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
+    path.write_text(json.dumps(card))
+    drawn.meet("Ada", "Bob")
+    page, command = drawn.out / "names.html", f"vidjax measure-card {drawn.models}"
+    assert page.read_text().count(command) == 1
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    digest = cards.read(path).digest
+    drawn_people.write_portraits(tmp_path / "folder")
+    few = shutil.copytree(tmp_path / "folder", tmp_path / "few")
+    shutil.rmtree(few / "P0")
+    (few / "P1" / "0.png").rename(few / "P1.png")
+    for photo in (few / "P1").iterdir():
+        photo.unlink()
+    assert "4 people" in drawn.run("measure-card", drawn.models, f"--photos={few}", code=2).output
+    done = drawn.run("measure-card", drawn.models, f"--photos={tmp_path / 'folder'}")
+    (measured,) = done.content["measured"]
+    assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
+    assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
+    assert cards.read(path).digest == digest and "P0" not in path.read_text()
+
+    _, output = drawn.who(drawn.folder / "party.mkv")
+    assert "uses the new numbers" in output and "as before" in output  # the film is not read again
+    assert command not in page.read_text()
+
+
+def test_convert_measures_the_card_of_a_net_on_photos(drawn, tmp_path, monkeypatch, read_here):
+    (tmp_path / "new").mkdir()
+    made_nets.write(tmp_path / "new", "find", "face_detector")
+    (tmp_path / "net.onnx").write_bytes(family_nets.embedder(width=16))
+    drawn_people.write_portraits(tmp_path / "portraits")
+    words = [f"--out={tmp_path / 'new'}", f"--photos={tmp_path / 'portraits'}", "--like=arcface"]
+    refused = drawn.run("convert", "own", tmp_path / "net.onnx", *words, code=2)
+    assert "unclear faces" in refused.output  # of 16 pixels
+    monkeypatch.setattr(measured_cards, "LEAST_CLARITY", 0)
+    done = drawn.run("convert", "own", tmp_path / "net.onnx", *words)
+    card = cards.read(Path(done.content["card"]))
+    assert card.back_end and card.back_end.is_measured and card.back_end.pairs == (18, 135)
+    assert done.content["measured"][0]["people"] == 6
+
+
+@pytest.mark.parametrize("places", [1, 64])
+def test_a_net_of_random_weights_names_nobody_with_one_photo_each(drawn, places, read_here):
+    """Its vectors of two people differ as the card says, but so do vectors of mirrored photos.
+
+    A net that only uses the mean colour, `places` = 1, is right for drawn people.
+    """
+    rng, side = np.random.default_rng(0), drawn_people.SIDE
+    weights = rng.normal(size=(64, 3, made_nets.WIDTH)).astype(np.float32)
+    weights = weights - 0.9 * weights.mean(0) if places == 64 else 0 * weights + weights.mean(0)
+    content = made_nets.embedder(weights=weights.reshape(192, -1))
+    back_end = made_nets.back_end(different=(0.1, 0.4))
+    pixels = {"mean": [150.0] * 3}
+    made_nets.write(drawn.models, "embed", content=content, back_end=back_end, input=pixels)
+    for name in ("Ada", "Bob"):
+        rgb = drawn_people.picture([(name, 40, 40)])
+        shade = np.kron(rng.normal(size=(4, 4)), np.ones((side // 4, side // 4)))[..., None]
+        face = rgb[40 : 40 + side, 40 : 40 + side]
+        face[:] = np.clip(0.85 * face + 15 * (shade - shade[:, ::-1]), 0, 255)
+        (drawn.friends / name).mkdir(parents=True)
+        (drawn.friends / name / "1.png").write_bytes(films.photo(rgb, "png"))
+    film = drawn.film()
+    done = drawn.who(film)
+    named = {name for name in drawn.names().values() if name in ("Ada", "Bob")}
+    if places == 1:
+        assert named == {"Ada", "Bob"} and "nobody gets a name" not in done.output
+    else:
+        assert not named and done.output.count("nobody gets a name") == 1, done.output
+        assert (drawn.out / "names.html").read_text().count("nobody gets a name") == 1
+        again = drawn.who(film, people=False)
+        assert again.output.count("nobody gets a name") == 1 and done.content["named"] == 0

@@ -1,0 +1,202 @@
+"""Measures the card of a net on your own photos or features, and writes the numbers into the card.
+
+Features of the photos are deleted at the end. A card contains numbers of people, not their names.
+"""
+
+import datetime
+import itertools
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from vidjax.apps import cards
+from vidjax.apps.cards import BackEnd, Card
+from vidjax.apps.gallery.backend import unit
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import align, features_folder, people_photos
+from vidjax.data.input_files import load_people
+from vidjax.models import card_measure
+from vidjax.models.card_backend import LEAST_CLARITY
+from vidjax.models.card_measure import FEWEST_PEOPLE, Measured, Spread
+from vidjax.utils import messages
+from vidjax.utils.errors import UserError
+
+PEOPLE_FOR_MEAN = 20  # with fewer people, the mean vector in the card stays
+QUALITIES = (0.0, 0.05, 0.2, 0.4, 1.0)  # between these qualities, cosines are also listed
+DIGITS = 5  # of the numbers in a card
+
+
+class Samples(NamedTuple):
+    """The vectors of N clips of a modality."""
+
+    units: np.ndarray  # [N, D] float32, of length 1, or 0
+    people: np.ndarray  # [N], the names of the people
+    quality: np.ndarray  # [N], see `align.measure_quality`; 1 if it is unknown
+
+    def take(self, rows: np.ndarray) -> "Samples":
+        """Selects clips by their indices, or by a mask."""
+        return Samples(*(x[rows] for x in self))
+
+
+class MeasuredCard(NamedTuple):
+    """A card whose numbers were measured again."""
+
+    card: Card  # before
+    measured: Measured
+    back_end: BackEnd  # the new numbers
+    # Quality of the better face, mean cosine of a person and of two people, number of pairs.
+    by_quality: list[tuple[str, ...]]
+    unclear: int  # number of faces that were not measured, see `FaceTrack.unclear`
+
+
+def measure_photos(models: Path, people: Path, workers: int = 1) -> list[MeasuredCard]:
+    """Measures the card of the net of faces on photos `people/NAME/PHOTO.jpg`, and writes it.
+
+    `models` is the folder of nets. Raises UserError if fewer than 5 people have two usable photos,
+    or if the net does not separate them.
+    """
+    with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
+        out = Path(scratch)
+        gallery = Gallery.of_models(out / "gallery", models)
+        if "face" not in gallery.backend.widths:
+            raise UserError(
+                f"'{models}' needs a net of faces whose JSON file has a back_end\n"
+                f"{cards.describe_remedy('face_embedder', models)}"
+            )
+        photos = people_photos.list_photos(people, out)
+        outcomes = people_photos.extract_photos(photos, out, models=models, workers=workers)
+        _, _, usable = people_photos.check_photos({}, outcomes, people)
+        vectors, names, quality = [np.zeros((0, gallery.backend.widths["face"]))], [], []
+        for folder, person_of in usable.items():
+            tracks = [track for x in outcomes[folder] if x.known for track in x.known.tracks]
+            quality_of = {track.clip: track.quality for track in tracks}
+            embedded = people_photos.embed_clips(gallery, folder, person_of)
+            vectors.append(embedded.parts["face"])
+            names += [person_of[clip] for clip in embedded.names]
+            quality += [quality_of[clip] for clip in embedded.names]
+        samples = Samples(np.concatenate(vectors), np.array(names), np.array(quality))
+        return _measure_all(gallery, models, {"face": samples}, "photo")
+
+
+def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
+    """Measures the cards of embedders on features `path/NAME/CLIP.npz`, and writes the cards.
+
+    Raises UserError as `measure_photos`, or if the features are from other nets.
+    """
+    with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
+        gallery = Gallery.of_models(Path(scratch) / "gallery", models)
+        widths, quality = gallery.reads
+        clips, person_of = load_people(path, widths, quality=quality)
+        for folder in filter(Path.is_dir, path.iterdir()):
+            features_folder.check_models(folder, gallery.origin.cards)
+        vectors = gallery.embed(clips)
+        names = np.array([person_of[clip] for clip in vectors.names])
+        given = {part: Samples(x, names, np.ones(len(x))) for part, x in vectors.parts.items()}
+        return _measure_all(gallery, models, given, "clip")
+
+
+def _measure_all(
+    gallery: Gallery, models: Path, given: dict[str, Samples], kind: str
+) -> list[MeasuredCard]:
+    """Measures the card of each modality with enough people, and then writes the cards.
+
+    `given` are modality -> clips, whose vectors may have any length. `kind` is photo or clip.
+    """
+    embedders, done = cards.list_embedders(cards.read_all(models)), list[MeasuredCard]()
+    most = unclear = 0
+    for part in gallery.backend.parts:
+        if samples := given.get(part.name):
+            units = unit(part, samples.units).astype(np.float32)
+            samples = _drop_copies(samples._replace(units=units))
+            card = embedders[part.name]
+            clarity = [align.measure_clarity(q, _clear_quality(card)) for q in samples.quality]
+            clear = samples.take(np.array(clarity) >= LEAST_CLARITY)
+            rows = card_measure.choose_clips(np.unique(clear.people, return_inverse=True)[1])
+            most = max(most, count := len({*clear.people[rows]}))
+            unclear = len(samples.people) - len(clear.people)
+            if count >= FEWEST_PEOPLE:
+                done.append(_measure(card, samples, clear.take(rows), unclear, kind))
+    if not done:
+        note = f", without {messages.count(unclear, 'unclear face')}" if unclear else ""
+        raise UserError(
+            f"there are two usable {kind}s of {messages.count(most, 'person')}{note}: a card needs "
+            f"{FEWEST_PEOPLE} people\n"
+            f"add people, or {kind}s of other days, in a folder for each person"
+        )
+    for each in done:
+        cards.replace_back_end(each.card, each.back_end)
+    return done
+
+
+def _clear_quality(card: Card) -> float | None:
+    return card.back_end.clear_quality if card.back_end else None
+
+
+def _drop_copies(samples: Samples) -> Samples:
+    """Leaves out clips without a usable frame, and copies of other clips of the same person."""
+    keys = zip(samples.people.tolist(), map(np.ndarray.tobytes, samples.units), strict=True)
+    first = {key: row for row, key in reversed([*enumerate(keys)])}
+    rows = np.array(sorted(first.values()), int)
+    return samples.take(rows[samples.units[rows].any(axis=1)])
+
+
+def _measure(
+    card: Card, samples: Samples, chosen: Samples, unclear: int, kind: str
+) -> MeasuredCard:
+    """Measures a card on the clips `chosen`. `samples` also has unclear faces."""
+    owner = np.unique(chosen.people, return_inverse=True)[1]
+    found = card_measure.measure(chosen.units, owner)
+    same, different = (
+        (round(x.mean, DIGITS), max(round(x.deviation, DIGITS), 10**-DIGITS))
+        for x in (found.same, found.different)
+    )
+    if different[0] >= same[0] or same[0] >= 1:
+        raise UserError(
+            f"'{card.path}' stays as it is: the net does not separate these people. The mean "
+            f"cosine of two {kind}s is {same[0]:.3f} for a person, and {different[0]:.3f} for two "
+            "people\nconvert the net again: the order of colours or the scale may be wrong"
+        )
+    earlier, date = card.back_end, datetime.datetime.now(datetime.UTC).date()
+    has_mean = found.people >= PEOPLE_FOR_MEAN
+    assert earlier
+    back_end = msgspec.structs.replace(
+        earlier,
+        same=same,
+        different=different,
+        mean=found.mean.round(4).tolist() if has_mean else earlier.mean,
+        pairs=found.pairs,
+        data=(
+            f"vidjax measure-card on {date}: {messages.count(found.clips, kind)} of "
+            f"{found.people:,} people, each person with the same weight; 95 % intervals: same "
+            f"{format_interval(found.same)}, different {format_interval(found.different)}; equal "
+            f"error rate {100 * found.equal_error_rate:.1f} %"
+            + ("" if has_mean or not earlier.mean else "; the mean is from the card before")
+        ),
+    )
+    return MeasuredCard(card, found, back_end, _compare_by_quality(samples), unclear)
+
+
+def format_interval(spread: Spread) -> str:
+    """Returns the 95 % intervals of a mean and a standard deviation, as text."""
+    (low, high), (least, most) = spread.mean_interval, spread.deviation_interval
+    return f"{low:.3f} to {high:.3f} +- {max(least, 0):.3f} to {most:.3f}"
+
+
+def _compare_by_quality(samples: Samples) -> list[tuple[str, ...]]:
+    """Returns mean cosines for pairs whose better face has a quality between two limits."""
+    rows = card_measure.choose_clips(np.unique(samples.people, return_inverse=True)[1])
+    some, lines = samples.take(rows), list[tuple[str, ...]]()
+    cosine, is_same = some.units @ some.units.T, some.people[:, None] == some.people
+    better = np.maximum(some.quality[:, None], some.quality)
+    upper = np.triu(np.ones(cosine.shape, bool), 1)
+    for low, high in itertools.pairwise(QUALITIES):
+        inside = upper & (better >= low) & ((better < high) | (high == 1))
+        pairs = inside & is_same, inside & ~is_same
+        if any(x.any() for x in pairs):
+            means = [f"{cosine[x].mean():.3f}" if x.any() else "-" for x in pairs]
+            counts = " and ".join(f"{x.sum():,}" for x in pairs)
+            lines.append((f"{low:g} to {high:g}", *means, counts, "", ""))
+    return lines

@@ -1,0 +1,110 @@
+"""Compares enrolled people with the card of their net, see `card_backend`.
+
+The vectors of P people give estimates of W and B, in which each person has the same weight. If the
+card is right, the estimate of B is distributed approximately like a mean of squares: P - 1
+differences of people, each with the n dimensions of the card. A card is blamed only if such an
+estimate is improbable, and if it also differs from the card by a large factor.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from vidjax.models.card_backend import Distances
+
+# A card is blamed outside these quantiles of the Gaussian distribution. They are far out, because
+# real people vary more than a card says.
+LOW, HIGH = -3.0, 3.0
+CLOSE, VARIED, FAR = 0.75, 2.0, 2.5  # smaller deviations from the card do no harm
+MIRRORED = 0.3  # see `Comparison.is_blind`
+FEWEST_PEOPLE = 3  # with two clips each, from whom W and B = 0 can be seen
+
+# How people contradict a card:
+#   blind: the vectors do not separate the people.
+#   closer: people differ less than the card says.
+#   varied: the clips of a person differ more than the card says.
+#   farther: people differ more than the card says.
+Problem = Literal["", "blind", "closer", "varied", "farther"]
+
+
+class Comparison(NamedTuple):
+    """The vectors of people, compared with the card of their net."""
+
+    problem: Problem  # "" if the people do not contradict the card
+    between: float  # estimate of B / B of the card
+    within: float  # median over people of W / W of the card; 1 if nobody has two clips
+    cosine: float  # mean cosine of two clips of two people
+
+    def is_blind(self, mirrored: Sequence[float]) -> bool:
+        """Returns whether a mirrored face differs from the face almost like another person.
+
+        `mirrored` are the cosines of photos and their mirror images. Of 1 - cosine of two people,
+        1 - cosine of a mirrored photo is 5 % for dlib's net, and 40 to 70 % for nets with random
+        weights that do not only average over the picture.
+        """
+        if len(mirrored) < 2 or self is NO_PROBLEM:
+            return False
+        return 1 - float(np.mean(mirrored)) > MIRRORED * (1 - self.cosine)
+
+
+NO_PROBLEM = Comparison("", 1.0, 1.0, 0.0)
+
+
+def compare(
+    distances: Distances, total: np.ndarray, squares: np.ndarray, counts: np.ndarray
+) -> Comparison:
+    """Compares P people with a card.
+
+    Args:
+      distances: the distributions of the card.
+      total: [D], the sum of the means of the unit vectors of each person.
+      squares: [P], the squared length of each mean.
+      counts: [P], the number of clips of each person. People without clips are ignored.
+    """
+    squares, counts = np.asarray(squares)[counts > 0], np.asarray(counts, float)[counts > 0]
+    repeated, people = counts > 1, len(counts)
+    between, within = distances.between, distances.within
+    if people < 2:
+        return NO_PROBLEM
+    k, noise, spread = counts[repeated], float(np.mean(1 / counts)), 0.0
+    varied = 1.0
+    if len(k):
+        each = k * (1 - squares[repeated]) / (k - 1)  # 1 - the mean cosine of two clips of a person
+        within = float(each.mean())
+        # A wrong photo of a person does not change the median.
+        varied = float(np.median(each)) / distances.within
+        spread = float(distances.within**2 / distances.same * np.mean(1 / (k - 1)) / len(k))
+    # The variance of the means of people is B + W x the mean of 1 / k.
+    cosine = float(total @ total - squares.sum()) / (people * (people - 1))
+    estimate = float(squares.mean()) - cosine - noise * within
+    share = estimate / between
+
+    exact = between + noise * distances.within
+    variance = 2 * exact**2 / ((people - 1) * 2 * distances.different) + noise**2 * spread
+    low, high = (_quantile(2 * between**2 / variance, z) for z in (LOW, HIGH))
+    free = 2 * distances.within**2 / spread if spread else math.inf
+    problem: Problem = ""
+    if share > max(high, FAR):
+        problem = "farther"
+    if len(k) >= FEWEST_PEOPLE and varied > max(_quantile(free, HIGH), VARIED):
+        problem = "varied"
+    # With one clip each, W + B shows a small B better than W + B - W.
+    full, n_same, n_different = 1 - cosine, 2 * distances.same, 2 * distances.different
+    is_near = full < _quantile((people - 1) * n_different, LOW) * (between + distances.within)
+    if share < CLOSE and (share < low or is_near):
+        problem = "closer"
+    # Two photos of twins differ by W. A net without any sense often gives equal vectors.
+    is_equal = full < _quantile((people - 1) * n_same, -2) * distances.within
+    if is_equal or (len(k) >= FEWEST_PEOPLE and estimate < 0.07 * within):
+        problem = "blind"
+    return Comparison(problem, share, varied, cosine)
+
+
+def _quantile(free: float, z: float) -> float:
+    """Returns the quantile of a mean of `free` squares, for the Gaussian quantile `z`.
+
+    Source: Wilson and Hilferty 1931, The distribution of chi-square.
+    """
+    return max(1 - 2 / (9 * free) + z * math.sqrt(2 / (9 * free)), 0.0) ** 3
