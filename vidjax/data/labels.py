@@ -144,7 +144,7 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
 
 def _refuse_no_file(path: Path) -> None:
     if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
+        problem = "is not a file" if files.is_present(path) else "does not exist"
         raise NoFileError(f"'{path}' {problem}: correct the path")
 
 

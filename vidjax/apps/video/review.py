@@ -116,7 +116,7 @@ class Review:
         path = self._out / address
         inside = path.is_relative_to(self._out) and ".." not in path.parts
         inside = inside and path.parent.parent.name == THUMBNAILS
-        return path if inside and path.suffix == ".png" and path.is_file() else None
+        return path if inside and path.suffix == ".png" and files.is_file(path) else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
         """Returns the page of names as HTML, for all films, or for one `film` or `person`.
