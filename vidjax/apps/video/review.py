@@ -376,7 +376,9 @@ class _Pages:
 
     def send_film(self, request: Request) -> Response:
         path = self._find_film(request)
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        # Python 3.14 names another type for .mkv, and systems without /etc/mime.types have none.
+        known = "video/x-matroska" if path.suffix.lower() == ".mkv" else None
+        kind = known or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return FileResponse(path, media_type=kind, headers=HEADERS)
 
     def send_picture(self, request: Request) -> Response:
