@@ -291,7 +291,7 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     assert input_files.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
-def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_path, monkeypatch):
+def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_path):
     quality, detection = np.array([1, -1, -2, np.nan]), np.array([1, 1, -1, 1])
     clips: Any = {name: {"face": np.ones((4, 2), np.float32)} for name in ("a", "b", "c")}
     clips["b"] |= {"face_quality": quality, "face_detection": detection}
@@ -313,13 +313,6 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
                 load()
             texts = [str(warning.message) for warning in caught]
             assert any(wanted in text and effect in text for text in texts), texts
-
-    # Several processes read the clips.
-    monkeypatch.setattr("vidjax.data.clip_files.MIN_READER_BYTES", 1)
-    with pytest.warns(errors.VidjaxWarning) as caught:
-        sources.load(tmp_path, cache_dir=tmp_path / "new")
-    texts = " ".join(str(warning.message) for warning in caught)
-    assert "face: 2 of 12 frames have a quality that is negative, such as in clip b" in texts
 
 
 def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path):

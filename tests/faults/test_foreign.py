@@ -161,7 +161,7 @@ WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []
 @pytest.mark.parametrize(("values", "arrays"), [
     ({"worst": [WORST]}, dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2))),
     ({"worst": 5}, {}),
-    ({}, {"attention": np.zeros(2, np.float32)}), ({}, {"ap": np.array([0.5])}),
+    ({}, dict.fromkeys(("ap", "positives"), np.ones((2, 1)))), ({}, {"ap": np.array([0.5])}),
 ], ids=["number of an identity", "type", "shape", "one of two identities"])  # fmt: skip
 def test_report_refuses_an_analysis_with_wrong_types_or_sizes(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)

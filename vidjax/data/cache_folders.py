@@ -28,13 +28,11 @@ def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
-def digest_files(
-    paths: Sequence[Path], cache_dir: str | Path | None = None, workers: int | None = None
-) -> str:
+def digest_files(paths: Sequence[Path], cache_dir: str | Path | None = None) -> str:
     """Returns the sha256 of the names and contents of files, in hexadecimal.
 
     The digest depends on the order of `paths`. The cache stores the digest, so that unchanged files
-    are not read again. `workers` is the number of threads, by default one per core.
+    are not read again.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]
@@ -45,7 +43,7 @@ def digest_files(
             return text
     sha256 = hashlib.sha256()
     groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]  # for small files
-    with ThreadPoolExecutor(workers or num_cores()) as threads:
+    with ThreadPoolExecutor(num_cores()) as threads:
         digests = threads.map(lambda group: [*map(files.sha256_file, group)], groups)
         for path, digest in zip(paths, itertools.chain.from_iterable(digests), strict=True):
             sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))

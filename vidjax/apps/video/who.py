@@ -28,7 +28,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import msgspec
@@ -36,7 +36,6 @@ from msgspec import Meta, Struct
 
 from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import Answer
-from vidjax.apps.gallery.changes import follow_renames
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.video import (
@@ -76,7 +75,6 @@ from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.names import IGNORED, make_file_stems, normal_form, show
 
-T = TypeVar("T")
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
@@ -108,7 +106,7 @@ class WhoResults(NamedTuple):
         return rows
 
 
-class UnknownNumbers(Struct, kw_only=True):
+class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     """The contents of `unknown.json`: the numbers of unknown people.
 
     The person with number 3 has the name `unknown 3`. A film is identified by a digest of its file
@@ -162,14 +160,6 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, films=numbers)
 
 
-class OldDenials(Struct):
-    """The denied names in an `unknown.json` of an older version; now they are in the gallery."""
-
-    denied: store.Denials = {}
-    # Name in `denied` -> the person's enrolled clips. They show who this person is after a rename.
-    clips: Annotated[dict[Text, list[Text]], Meta(max_length=files.MAX_ITEMS)] = {}
-
-
 class Decision(NamedTuple):
     """The people in all films of a folder of results."""
 
@@ -194,27 +184,14 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
     If there is no `unknown.json`, no person has a number.
     """
-    return _read_numbers(out, UnknownNumbers) or UnknownNumbers(films={})
-
-
-def _read_numbers(out: Path, kind: type[T]) -> T | None:
-    if files.exists(path := out / NUMBERS):
-        return schemas.read(path, kind, NUMBERS_REMEDY, NUMBERS_BYTES)
-    return None
+    if not files.exists(path := out / NUMBERS):
+        return UnknownNumbers(films={})
+    return schemas.read(path, UnknownNumbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
 def _write_numbers(out: Path, numbers: UnknownNumbers) -> None:
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
     files.hide(out / NUMBERS)
-
-
-def move_denials(out: Path, gallery: Gallery) -> None:
-    """Moves denied names from an `unknown.json` of an older version to the gallery."""
-    old = _read_numbers(out, OldDenials)
-    if old and old.denied:
-        with gallery.change() as draft:
-            draft.deny(follow_renames(old.denied, old.clips, draft.clips, draft.clips_of))
-        _write_numbers(out, read_numbers(out))
 
 
 def _forget_denials(gallery: Gallery, films: Iterable[MediaFile]) -> None:
@@ -278,7 +255,6 @@ def name_people(
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _open_gallery(out, models)
-        move_denials(out, gallery)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         options = {
