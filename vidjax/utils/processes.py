@@ -1,6 +1,6 @@
 """Runs functions in child processes with limits, so that they can read files from strangers.
 
-A child process runs a module of this package that ends with `sys.exit(processes.serve(work))`.
+A child process runs a module of this package that ends with `processes.serve(work)`.
 `run_limited` starts the module, and returns the result of its function `work`. Arguments and result
 are JSON values; arrays are passed in files. The CPU time of the child is limited. On Linux, its
 address space is limited, too, and it can neither open connections nor start programs.
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from vidjax.utils.errors import DiskError, UserError, describe_system_error
 from vidjax.utils.machine import max_open_files
@@ -167,11 +167,11 @@ def forbid_connections() -> None:
     prctl(_SET_SECCOMP, ctypes.c_ulong(_FILTER), program, zero, zero)
 
 
-def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     """Calls `work` with each job that `run_limited_each` sends to this child process.
 
     Jobs come as JSON from standard input, and results go to standard output. Text that libraries
-    print goes to standard error. Returns 0, the exit code.
+    print goes to standard error. Ends the process with the exit code 0.
     """
     if sys.platform == "linux":  # kills this process when its parent process ends
         ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
@@ -184,7 +184,10 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     limit = f"{jobs['memory_bytes'] // MB:,} MB"
     with answers:
         json.dump([_answer(work, path, given, limit) for path, given in jobs["given"]], answers)
-    return 0
+    sys.stderr.flush()
+    # In Python 3.14, a thread of Arrow that frees an array late would wait for ever, and the end of
+    # the process for the thread.
+    os._exit(0)
 
 
 def _answer(
@@ -217,7 +220,7 @@ def run_limited(
     """Runs the function `work` of a module in a child process, and returns its result.
 
     Args:
-      module: the name of a module that ends with `sys.exit(processes.serve(work))`.
+      module: the name of a module that ends with `processes.serve(work)`.
       path: the file that `work` reads, for messages.
       arguments: the arguments of `work`, JSON values.
       memory_bytes: limit of the address space.
