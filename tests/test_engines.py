@@ -1,7 +1,6 @@
 """Conversion by several processes, and limits of processes and machines."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from vidjax.data.records.conversion import convert
 from vidjax.utils import files, machine, processes
 from vidjax.utils.errors import DiskError, UserError
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 MB = 1 << 20
 # Control groups (cgroups) of a process, versions 1 and 2.
 V1 = "9:name=systemd:/\n4:memory:/pod/one\n3:cpu,cpuacct:/pod/one\n0::/\n"
@@ -116,7 +114,6 @@ def run(wanted, cpu_seconds=20, **more):
     )
 
 
-@LINUX
 def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
     answer = run("echo", name="Zoë")
     assert answer["arguments"] == {"wanted": "echo", "name": "Zoë"}
@@ -124,7 +121,7 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
 
 
 @pytest.mark.parametrize(("wanted", "kind", "message"), [
-    pytest.param("memory", UserError, r"film\.mp4.* 2,048 MB", marks=LINUX),
+    pytest.param("memory", UserError, r"film\.mp4.* 2,048 MB"),
     ("time", UserError, r"film\.mp4' is refused.* 1 s of CPU time"),
     ("crash", UserError, r"film\.mp4' is damaged or hostile: .* SIGABRT"),
     ("bug", UserError, r"film\.mp4: .*KeyError(.|\n)*report it"),

@@ -30,9 +30,10 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
     """Returns N tracks. A track of `tracks.npz` is split where its face changes.
 
     `vectors` [N, D] have the length 1. `people` [N] are the true people, and `clips` are N names.
-    `clarity` [N] is of the best face. `apart` are pairs of clips that are visible at the same time.
+    `clarity` [N] is of the best face, and `heights` [N] in pixels are medians. `apart` are pairs of
+    clips that are visible at the same time.
     """
-    vectors, people, clips, times, clarity = [], [], [], [], []
+    vectors, people, clips, times, clarity, heights = [], [], [], [], [], []
     for track, (low, high) in enumerate(itertools.pairwise(data["track_begin"].tolist())):
         changes = find_changes(data["vector"][low:high], data["time_s"][low:high], False, CARD)
         for begin, end in itertools.pairwise([low, *(low + x for x in changes), high]):
@@ -46,14 +47,46 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
             times.append((data["film"][track], *data["time_s"][rows][[0, -1]]))
             best = float(data["quality"][rows].max())
             clarity.append(align.measure_clarity(best, CARD.clear_quality))
+            heights.append(np.median(data["box"][rows, 3] - data["box"][rows, 1]))
     film, begin, end = map(np.array, zip(*times, strict=True))
     overlap = np.minimum(end[:, None], end) > np.maximum(begin[:, None], begin)
     pairs = np.argwhere(np.triu((film[:, None] == film) & overlap, 1)).tolist()
     apart = [(clips[a], clips[b]) for a, b in pairs]
     return SimpleNamespace(
         vectors=np.array(vectors, np.float32), people=np.array(people), clips=clips, apart=apart,
-        clarity=np.array(clarity),
+        clarity=np.array(clarity), heights=np.array(heights),
     )  # fmt: skip
+
+
+def group_for_votes(model: backend.Backend, films: Any) -> np.ndarray:
+    """Returns the group of each track, [N] int. All tracks of a group vote on its name."""
+    clear = films.clarity >= LEAST_CLARITY
+    return grouping.group(
+        model, films.clips, [films.vectors], films.apart, clarity=clear, for_votes=True
+    )
+
+
+def decide(
+    model: backend.Backend, films: Any, people: np.ndarray, chosen: np.ndarray, owner: np.ndarray
+) -> SimpleNamespace:
+    """Enrols photos, and names tracks.
+
+    `people` [P] are the people, and `chosen` [P, K, D] the vectors of their photos. Tracks with the
+    same `owner` [N] vote on one name. Returns `named` [N] bool, `best` [N], the most likely person,
+    and `singly`, N answers without votes.
+    """
+    rows = np.repeat(np.arange(len(people)), chosen.shape[1])
+    enrolled = model.enrol([*map(str, people)], chosen.reshape(len(rows), -1), rows)
+    index, known = backend.Index(model, [enrolled]), len(people)
+    by_group = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known, owner)]
+    singly = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known)]
+    pairs = zip(owner.tolist(), singly, strict=True)
+    decided = [answers.join_answers(by_group[group], own) for group, own in pairs]
+    return SimpleNamespace(
+        named=np.array([answer.identity is not None for answer in decided]),
+        best=np.array([int(answer.best[0][0]) for answer in decided]),
+        singly=singly,
+    )
 
 
 def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, votes=True) -> Any:
@@ -65,26 +98,14 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
     model = backend.make_card_backend({"face": CARD})
     rng, figures, probabilities, rights = np.random.default_rng(0), [], [], []
     clear = films.clarity >= LEAST_CLARITY
-    groups = grouping.group(
-        model, films.clips, [films.vectors], films.apart, clarity=clear, for_votes=True
-    )
+    groups = group_for_votes(model, films)
     owner = groups if votes else np.arange(len(groups))
     for _ in range(draws):
         people = rng.permutation(len(photos))[:known]
         chosen = photos[people][:, rng.permutation(photos.shape[1])[:count]]
-        rows = np.repeat(np.arange(known), count)
-        enrolled = model.enrol([*map(str, people)], chosen.reshape(len(rows), -1), rows)
-        index = backend.Index(model, [enrolled])
-        by_group = [
-            RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known, owner)
-        ]
-        singly = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known)]
-        pairs = zip(owner.tolist(), singly, strict=True)
-        decided = [answers.join_answers(by_group[group], own) for group, own in pairs]
-        best = np.array([int(answer.best[0][0]) for answer in decided])
-        is_known = np.isin(films.people, people)
-        named = np.array([answer.identity is not None for answer in decided])
-        right = is_known & (best == films.people)
+        decided = decide(model, films, people, chosen, owner)
+        is_known, named, singly = np.isin(films.people, people), decided.named, decided.singly
+        right = is_known & (decided.best == films.people)
         unknown = np.flatnonzero(~named & clear)
         names, truth = [films.clips[row] for row in unknown], films.people[unknown]
         labels = grouping.group(

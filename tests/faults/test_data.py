@@ -101,6 +101,8 @@ def test_frames_with_nan_or_inf_are_left_out_and_counted(official, tmp_path):
 def test_splits_with_equal_clips_or_other_widths_are_refused(official, refused):
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
+    write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 1))
+    refused(official, "1 clip is in two splits", "(train and val)")
     path = write_pickle(official, "face", "val", clips_of("other", 10, dim=6))
     refused(official, "width 4 in", "face_train.pickle", "width 6 in", str(path))
 

@@ -17,14 +17,14 @@ from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_labels, write_npz
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import contents, refused
-from vidjax.cli import inspection_commands, program, run_commands
+from vidjax.cli import config_command, program, run_commands
 from vidjax.core import devices
 from vidjax.data.records import codec  # TFDS, whose import takes a while
 from vidjax.runs import checkpoint, config as config_lib, config_io, results
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import files
 
-IMPORTED = (codec, inspection_commands, run_commands)  # so that no test measures their import
+IMPORTED = (codec, config_command, run_commands)  # so that no test measures their import
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # Mode -> the files that it reads in a folder without checkpoints.
 READ = {

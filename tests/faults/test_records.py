@@ -193,7 +193,6 @@ def write_much(folder):
     return folder
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds a process by its words in /proc")
 def test_conversion_whose_reader_is_killed_ends_with_one_error_and_leaves_no_files(tmp_path):
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     whole = record_digests(prepare(source, tmp_path / "whole").folder)

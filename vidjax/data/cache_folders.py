@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vidjax.utils import files
+from vidjax.utils.errors import UserError
 from vidjax.utils.machine import num_cores
 
 _LOG = logging.getLogger(__name__)
@@ -76,8 +77,11 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:  # the file system has no locks
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        except OSError as error:
+            raise UserError(
+                f"the cache '{root}' is on a drive without locks, as some network and cloud drives "
+                f"({error.strerror})\nset the variable VIDJAX_CACHE to a folder on another disk"
+            ) from error
         yield
 
 

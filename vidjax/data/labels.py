@@ -447,7 +447,7 @@ def check_known(
         form = ", in another Unicode form" * bool(like)
         raise UserError(
             f"{path}: none of its {len(named)} clips has features\n"
-            f"the file names {show(unknown[0])}, but the features belong to "
+            f"the labels name {show(unknown[0])}, but the features belong to "
             f"{show(min(like or known))}{form}\ngive the clips the same names in both"
         )
     form = " (the features have this name in another Unicode form)" * bool(like)

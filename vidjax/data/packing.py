@@ -246,7 +246,7 @@ def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         problem = " may have only letters, digits, '-' and '_': rename it"
-    elif name.casefold() in map(str.casefold, known):  # would be the same folder on macOS
+    elif name.casefold() in map(str.casefold, known):  # is the same folder on some drives
         problem = " differs only in upper and lower case from another modality: rename one of them"
     if problem:
         place = f"{clip.place}: clip {show(clip.name)}"

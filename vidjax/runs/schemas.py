@@ -135,6 +135,7 @@ class Manifest(Struct, kw_only=True):
     identities_sha256: Text = ""  # of `identities.json`
     members_sha256: Text = ""  # of `members.npz`, the training clips of each member
     mode: Text = ""  # `resident` or `streaming`
+    group_size: Size | None = None  # members that trained together; None in old checkpoints
     evaluated: bool = False
     seconds: float = 0.0  # since the start of the training, without pauses
     extended: Epochs | None = None  # None if `num_epochs` has not grown

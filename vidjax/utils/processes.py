@@ -2,8 +2,8 @@
 
 A child process runs a module of this package that ends with `processes.serve(work)`.
 `run_limited` starts the module, and returns the result of its function `work`. Arguments and result
-are JSON values; arrays are passed in files. The CPU time of the child is limited. On Linux, its
-address space is limited, too, and it can neither open connections nor start programs.
+are JSON values; arrays are passed in files. The CPU time and the address space of the child are
+limited, and it can neither open connections nor start programs.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -127,14 +127,14 @@ def map_children(
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
-    """Limits the address space of this process (only on Linux), and its CPU time from now on."""
+    """Limits the address space of this process, and its CPU time from now on."""
     import resource
 
     cpu = int(time.process_time()) + cpu_seconds
-    limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, cpu)]
-    if sys.platform == "linux":
-        limits.append((resource.RLIMIT_AS, memory_bytes))
-    for kind, wanted in limits:
+    limits = {
+        resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: cpu, resource.RLIMIT_AS: memory_bytes,
+    }  # fmt: skip
+    for kind, wanted in limits.items():
         _, hard = resource.getrlimit(kind)
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(kind, (soft, hard))
@@ -145,7 +145,7 @@ def forbid_connections() -> None:
 
     Source: seccomp(2) of Linux, a filter of system calls that a process cannot remove.
     """
-    if sys.platform != "linux" or platform.machine() not in _CALLS:
+    if platform.machine() not in _CALLS:
         return
     machine, calls = _CALLS[platform.machine()]
     refuse = len(calls) + 1  # steps to skip from here to the last step, which refuses the call
@@ -173,8 +173,8 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     Jobs come as JSON from standard input, and results go to standard output. Text that libraries
     print goes to standard error. Ends the process with the exit code 0.
     """
-    if sys.platform == "linux":  # kills this process when its parent process ends
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
+    # Kills this process when its parent process ends.
+    ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
     with open(0, "rb", closefd=False) as given:
         jobs = json.load(given)
     answers = os.fdopen(os.dup(1), "w")

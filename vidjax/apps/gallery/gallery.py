@@ -144,6 +144,11 @@ class Gallery:
         self._store = Store(Path(folder).expanduser().absolute())
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
+        if run is not None and self.origin.cards:
+            raise UserError(
+                f"gallery '{self.folder}' was made from nets, so no run computes its vectors\n"
+                "leave out --run, in Python run="
+            )
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
         # A state, and for each of its strangers the score of the most probable person.
@@ -888,7 +893,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     if not back_ends:
         raise UserError(
             f"'{path}' needs a net of faces or voices whose JSON file has a back_end\n"
-            f"{cards.describe_download('face_embedder')}"
+            f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends

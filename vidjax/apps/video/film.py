@@ -22,7 +22,7 @@ import numpy as np
 from vidjax.apps import cards
 from vidjax.apps.video import align, decode, features_folder, photos, regions
 from vidjax.apps.video.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
-from vidjax.apps.video.nets import Detector, Embedder, Faces
+from vidjax.apps.video.nets import Detector, Embedder, Faces, NetError
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
 from vidjax.apps.video.tracks import (
@@ -363,11 +363,17 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Calls `extract` in a child process; arguments and result are JSON objects."""
+    """Calls `extract` in a child process; arguments and result are JSON objects.
+
+    If a net cannot be used, the result is only {"net_error": the message}.
+    """
     settings = msgspec.convert(arguments["settings"], ExtractionSettings)
+    try:
+        nets = _load_nets(arguments["models"], settings.size)
+    except NetError as error:
+        return {"net_error": str(error)}
     film = extract(
-        Path(arguments["path"]), Path(arguments["out"]), arguments["stem"],
-        _load_nets(arguments["models"], settings.size), settings,
+        Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
         msgspec.convert(arguments["source"], FileStamp), arguments["sha256"],
         arguments["tagged"],
     )  # fmt: skip

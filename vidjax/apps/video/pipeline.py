@@ -470,8 +470,11 @@ def _take_results(
     """Moves results of `film.work` from the temporary folder to `job.out`; returns the outcome.
 
     If the file could not be read, the results of an earlier call are kept: the file may be on a
-    drive that fails, or a placeholder for a file in a cloud.
+    drive that fails, or a placeholder for a file in a cloud. If a net cannot be used, raises
+    UserError, because no file can be read.
     """
+    if isinstance(answer, dict) and "net_error" in answer:
+        raise UserError(answer["net_error"])
     try:
         if isinstance(answer, UserError):
             raise answer

@@ -36,8 +36,9 @@ from msgspec import Meta, Struct
 
 from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import Answer
-from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.vectors import Vectors
+from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import (
     appearances,
     cuts,
@@ -64,6 +65,7 @@ from vidjax.apps.video.people_photos import (
     find_missing,
     list_faces,
     list_photos,
+    locate_people,
     warn_of_doubts,
 )
 from vidjax.apps.video.pipeline import FileOutcome
@@ -73,7 +75,7 @@ from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
-from vidjax.utils.names import IGNORED, make_file_stems, normal_form, show
+from vidjax.utils.names import IGNORED, make_file_stems, read_folder_name, show
 
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
@@ -309,7 +311,8 @@ def _update_people(
     check_people(gallery, photos, people, out, forget_missing)
     (out / PEOPLE).mkdir(exist_ok=True)
     files.hide(out / PEOPLE)  # the names of its folders are names of people
-    folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
+    places = locate_people(out, photos)
+    folders = [(places[name], paths) for name, paths in photos.items()]
     outcomes_of: dict[Path, list[FileOutcome]] = {}
     drop: pipeline.Drop = "all others" if forget_missing else "others"
     for first in range(0, len(folders), MOST_LOCKED):
@@ -325,7 +328,7 @@ def _update_people(
         kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
         names |= kept
         failed |= {str(people / folder): "" for folder in sorted(missing)}
-        hint = "" if os.path.isdir(people) else media_files.suggest_path(people)
+        hint = "" if os.path.isdir(people) else messages.suggest_path(people)
         say(
             f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
             f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
@@ -334,7 +337,7 @@ def _update_people(
         )
     # If new nets were added, a photo that cannot be read has no features any more.
     unread = {
-        (folder.name, features_folder.make_stem(outcome.path))
+        (read_folder_name(folder.name), features_folder.make_stem(outcome.path))
         for folder, outcomes in outcomes_of.items() for outcome in outcomes if not outcome.known
     }  # fmt: skip
     checked = {
@@ -409,11 +412,15 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> Non
     if not known:
         return
     vectors = embed_clips(gallery, features, known)
-    # If a film was replaced, the new clips may have the same names as old clips that are enrolled.
-    if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
-        gallery.remove(clip=stale)
     with prefix_errors(str(path)):
-        gallery.enrol(vectors._replace(labels=tuple(known[clip] for clip in vectors.names)))
+        labels = tuple(check_person(known[clip]) for clip in vectors.names)
+        clips = select_usable_clips(vectors._replace(labels=labels))
+        with gallery.change() as draft:  # a single change: denied names of the person are kept
+            same = draft.complete({clip: entry.vector for clip, entry in clips.items()})
+            # If a film was replaced, its clips may have the names of old clips that are enrolled.
+            draft.remove(clip={*vectors.names} & draft.clips.keys() - same)
+            draft.add(clips)
+    advise_other_films(gallery, sorted({*labels}))
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
         clips = messages.count(count, "clip")
@@ -445,10 +452,10 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     if labelled:
         _drop_rows(out / UNKNOWN, labelled)  # otherwise these rows would enrol them again
     gallery.remove(clip=gone | labelled.keys())
-    for folder in (out / PEOPLE).glob("[!.]*"):  # the folder may be missing
-        if folder.name not in places and normal_form(folder.name) in names:
-            say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
-        if folder.name not in places and not features_folder.remove_features(folder):
+    for name, folder in locate_people(out, ()).items():
+        if name not in places and name in names:
+            say(f"{show(name)} no longer has a folder, but is still named by face tags")
+        if name not in places and not features_folder.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     # Page and tables contain their names, and this call may fail before it writes new ones.
     if people:
@@ -566,9 +573,12 @@ def render_page(
     time. If `forms` is given, the page has forms with which a user corrects names.
     """
     people: dict[str, list[names_page.Picture]] = {}
+    places = locate_people(out, ())
     for name, clips in sorted(decision.people.items()):
         faces = filter(None, map(PhotoFace.of, sorted(clips)))
-        pictures = (_locate_picture(out, out / PEOPLE / x.folder, x.clip) for x in faces)
+        pictures = (
+            _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
+        )
         people[name] = [(picture, name) for picture in pictures if picture]
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())

@@ -39,7 +39,7 @@ from vidjax.data.records.shards import (
     count_frame_bytes,
     make_shard,
 )
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file
 from vidjax.utils.machine import max_open_files, num_cores
@@ -209,8 +209,9 @@ def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
                 shared.append(f"{clip} ({owners[clip]} and {name})")
     if shared:
         more = ", ..." if len(shared) > 5 else ""
+        clips = f"{messages.count(len(shared), 'clip')} {'are' if shared[1:] else 'is'}"
         raise UserError(
-            f"{place}: {len(shared)} clips are in two splits: remove each of them from one split\n"
+            f"{place}: {clips} in two splits: remove each of them from one split\n"
             f"{', '.join(shared[:5])}{more}"
         )
 

@@ -383,6 +383,6 @@ class Reader:
 
 def _announce_reads(descriptor: int, spans: Iterable[tuple[int, int, int]]) -> None:
     """Lets the system read many records at once. `spans` are (row, first byte, size)."""
-    with contextlib.suppress(AttributeError, OSError):  # macOS has no `posix_fadvise`
+    with contextlib.suppress(OSError):
         for _, start, size in spans:
             os.posix_fadvise(descriptor, start, size + FRAMING, os.POSIX_FADV_WILLNEED)

@@ -404,4 +404,12 @@ def sha256_folder(folder: Path) -> dict[str, str]:
 
 def cache_root(given: str | Path | None = None) -> Path:
     """Returns the cache folder: `given`, or `$VIDJAX_CACHE`, or `~/.cache/vidjax`."""
-    return Path(given or os.environ.get("VIDJAX_CACHE") or "~/.cache/vidjax").expanduser()
+    if path := given or os.environ.get("VIDJAX_CACHE"):
+        return Path(path).expanduser()
+    try:
+        return Path.home() / ".cache/vidjax"
+    except RuntimeError as error:  # for example in a container whose user has no account
+        raise UserError(
+            "there is no place for the cache, because the home folder of this user is not known\n"
+            "set the variable VIDJAX_CACHE to a folder that you can write to"
+        ) from error

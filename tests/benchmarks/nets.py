@@ -1,0 +1,160 @@
+"""Compares nets of faces: names on films and photos, by size of face, and CPU time.
+
+    python -m tests.benchmarks.nets MODELS [--photos=FOLDER] [--tracks=FOLDER]
+
+Prints rows for the table of README.md. MODELS is a folder of nets that `vidjax convert` made. The
+FOLDER of --photos contains NAME/PHOTO.jpg, with four photos or more of some people. The FOLDER of
+--tracks contains `tracks.npz`, see `decision`. It has vectors of CenterFace and dlib's net only.
+"""
+
+import itertools
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from tests.benchmarks import common, decision
+from tests.helpers.embeddings import unit
+from vidjax.apps import cards
+from vidjax.apps.gallery import backend
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import net_checks, nets, people_photos, pipeline
+
+HEIGHTS = (0, 100, 200, np.inf)  # limits of the groups of faces by their height in pixels
+COUNTS = (1, 3)  # photos of each person
+DRAWS = 20
+NEAREST = 0.2  # the share of strangers who look most like an enrolled person
+HEADER = (
+    "net", "data", "photos", "right", "wrong", "strangers", "lookalikes",
+    *(f"right, {low:g} to {high:g} px" for low, high in itertools.pairwise(HEIGHTS)),
+    "ms per face", "ms per frame",
+)  # fmt: skip
+
+
+def read_photos(models: Path, folder: Path) -> SimpleNamespace:
+    """Returns the faces in `folder/NAME/PHOTO.jpg` in the form of `decision.split_tracks`.
+
+    Photos that do not show exactly one usable face are left out, with a line.
+    """
+    faces: dict[str, list[Any]] = {x: [] for x in ("vectors", "people", "clarity", "heights")}
+    with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
+        out = Path(scratch)
+        gallery = Gallery.of_models(out / "gallery", models)
+        photos = people_photos.list_photos(folder, out)
+        paths = {out / name: files for name, files in photos.items()}
+        outcomes = pipeline.extract_folders(paths, models)
+        usable = people_photos.check_photos({}, outcomes, folder)[2]
+        for features, person_of in usable.items():
+            places = {
+                track.clip: (track, x.path)
+                for x in outcomes[features] if x.media for track in x.media.tracks
+            }  # fmt: skip
+            embedded = people_photos.embed_clips(gallery, features, person_of)
+            for clip, vector in zip(embedded.names, embedded.parts["face"], strict=True):
+                track, path = places[clip]
+                assert track.box
+                with Image.open(path) as image:
+                    height = ImageOps.exif_transpose(image).height
+                faces["vectors"].append(vector)
+                faces["people"].append(person_of[clip])
+                faces["clarity"].append(track.clarity)
+                faces["heights"].append(height * (track.box[3] - track.box[1]))
+    names, people = np.unique(faces.pop("people"), return_inverse=True)
+    common.print_text(f"{len(people)} photos of {len(names)} people are usable")
+    arrays = {name: np.array(values) for name, values in faces.items()}
+    clips = [f"{n}" for n in range(len(people))]
+    arrays["vectors"] = unit(arrays["vectors"]).astype(np.float32)
+    return SimpleNamespace(people=people, clips=clips, apart=[], **arrays)
+
+
+def measure_names(
+    model: backend.Backend, clips: Any, photos: np.ndarray | None, count: int
+) -> dict[str, float]:
+    """Returns name -> share, as means over DRAWS random draws, which README.md explains.
+
+    `clips` are tracks or photos. `photos` [P, K, D] are vectors of K photos of the people 0 to
+    P - 1. If it is None, people are enrolled with photos of `clips`, which are not named.
+    """
+    rng, draws = np.random.default_rng(0), []
+    if photos is None:
+        groups, pool = np.arange(len(clips.people)), list_frequent(clips)
+    else:
+        groups, pool = decision.group_for_votes(model, clips), np.arange(len(photos))
+    for _ in range(DRAWS):
+        people, left = rng.permutation(pool)[: -(-2 * len(pool) // 3)], np.ones(len(groups), bool)
+        if photos is not None:
+            enrolled = photos[people][:, rng.permutation(photos.shape[1])[:count]]
+        else:
+            rows = [rng.permutation(np.flatnonzero(clips.people == x))[:count] for x in people]
+            enrolled, left[np.concatenate(rows)] = clips.vectors[np.stack(rows)], False
+        draws.append(_judge(model, clips, people, enrolled, groups, left))
+    table = np.ma.masked_invalid([[*x.values()] for x in draws])
+    return dict(zip(draws[0], table.mean(0).filled(np.nan).tolist(), strict=True))
+
+
+def list_frequent(photos: Any) -> np.ndarray:
+    """Returns the people who have more photos than are enrolled."""
+    people, counts = np.unique(photos.people, return_counts=True)
+    if not any(counts > max(COUNTS)):
+        raise SystemExit(f"nobody has more than {max(COUNTS)} usable photos")
+    return people[counts > max(COUNTS)]
+
+
+def _judge(
+    model: backend.Backend, clips: Any, people: np.ndarray, enrolled: np.ndarray,
+    groups: np.ndarray, left: np.ndarray,
+) -> dict[str, float]:  # fmt: skip
+    """Names the clips in the mask `left`, and returns name -> share, or NaN without such clips."""
+    decided = decision.decide(model, clips, people, enrolled, groups)
+    known = left & np.isin(clips.people, people)
+    strangers = left & ~np.isin(clips.people, people)
+    right = decided.named & (decided.best == clips.people)
+    middles = {x: unit(clips.vectors[clips.people == x].mean(0)) for x in set(clips.people)}
+    likeness = np.array([max(middles[x] @ middles[y] for y in people) for x in clips.people])
+    nearest = strangers & (likeness >= np.quantile(likeness[strangers], 1 - NEAREST))
+
+    def share(of: np.ndarray, among: np.ndarray) -> float:
+        return float(of[among].mean()) if among.any() else float("nan")
+
+    shares = {
+        "right": share(right, known), "wrong": share(decided.named & ~right, known),
+        "strangers": share(decided.named, strangers), "lookalikes": share(decided.named, nearest),
+    }  # fmt: skip
+    for low, high in itertools.pairwise(HEIGHTS):
+        inside = (clips.heights >= low) & (clips.heights < high)
+        shares[f"{low:g}"] = share(right, known & inside)
+    return shares
+
+
+def measure_net(models: Path, photos: str, tracks: str) -> list[list[str]]:
+    """Returns the rows of a folder of nets: the cells of HEADER."""
+    roles = cards.load(models)
+    pair = [cards.require(roles, role, models) for role in pipeline.ROLES]
+    times = [net_checks.measure_milliseconds(x, nets.open_session(x)) for x in pair]
+    back_end = pair[1].back_end
+    if back_end is None:
+        raise SystemExit(f"{pair[1].path} has no back_end: vidjax convert writes it")
+    model, data = backend.make_card_backend({"face": back_end}), {}
+    if tracks and pair[1].source.sha256 == cards.PUBLISHED["dlib"]["source"]["sha256"]:
+        films, enrolled = decision.load(Path(tracks))
+        data["tracks"] = films, enrolled
+    if photos:
+        data["photos"] = read_photos(models, Path(photos)), None
+    name = " + ".join(x.path.stem for x in pair)
+    name += "" if back_end.pairs[0] else " (card not measured)"
+    rows = []
+    for kind, (clips, enrolled) in data.items():
+        for count in COUNTS:
+            shares = measure_names(model, clips, enrolled, count).values()
+            cells = ["" if np.isnan(x) else f"{x:.3f}" for x in shares]
+            rows.append([name, kind, str(count), *cells, *(f"{x:.1f}" for x in times[::-1])])
+    return rows
+
+
+if __name__ == "__main__":
+    args = common.parse(__doc__, models=Path, photos="", tracks="")
+    for row in (HEADER, ["---"] * len(HEADER), *measure_net(args.models, args.photos, args.tracks)):
+        common.print_text(f"| {' | '.join(row)} |")

@@ -1,0 +1,374 @@
+"""`vidjax convert` for nets in the form of published families, against slow decoders."""
+
+import json
+import zipfile
+from functools import partial
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+import onnx
+
+from tests.helpers import drawn_people, family_nets as made, made_nets
+from tests.helpers.seen import refused
+from vidjax.apps import cards
+from vidjax.apps.video import net_families, nets
+
+# Published: the five points of faces in crops of 112 x 112, rounded (face_align.py).
+POINTS = [[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37], [70.73, 92.20]]
+RGB_127, RAW = [127.5, 1 / 127.5], [0.0, 1.0]
+EMBEDDERS = {
+    "arcface": ("arcface", made.embedder(), RGB_127),
+    "arcface, static batch": ("arcface", made.embedder(batch=1), RGB_127),
+    "arcface, 0 to 255": ("arcface", made.embedder(normalises=True), RAW),
+    "arcface, 16 bits": ("arcface", made.embedder(256, half=True), RGB_127),
+    "arcface, weights of 16 bits": ("arcface", made.embedder(half="weights"), RGB_127),
+    "sface": ("sface", made.embedder(128, batch=1, normalises=True, listed=True), RAW),
+}
+DETECTORS = {
+    "scrfd": ("scrfd", made.scrfd(), None),
+    "scrfd, static": ("scrfd", made.scrfd(sides=(640, 640)), [640, 640]),
+    "scrfd, five strides": ("scrfd", made.scrfd((8, 16, 32, 64, 128), 1), [640, 640]),
+    "scrfd, not really free": ("scrfd", made.scrfd(only=640), [640, 640]),
+    "yunet": ("yunet", made.yunet(), [640, 640]),
+    "yunet, free": ("yunet", made.yunet(("H", "W")), None),
+}
+
+
+@pytest.fixture
+def convert(command, tmp_path):
+    """Returns a function: content of a net, flags -> answer of `vidjax convert`, and its card."""
+
+    def run(content, *flags, kind="own", name="net.onnx"):
+        path, out = tmp_path / name, tmp_path / "models"
+        path.write_bytes(content)
+        done = command("convert", kind, path, f"--out={out}", *flags)
+        return done, out / name.replace(".onnx", ".json")
+
+    return run
+
+
+@pytest.mark.parametrize("case", EMBEDDERS)
+def test_embedders_of_each_family_get_a_card_that_computes_their_vectors(convert, case):
+    family, content, (mean, scale) = EMBEDDERS[case]
+    done, path = convert(content, f"--like={family}")
+    assert done.code == 0, done.err
+    assert "not a known file" in done.out and "weights not stated" in done.out
+
+    card = cards.load(path.parent)["face_embedder"]
+    assert path.with_suffix(".onnx").read_bytes() == content
+    assert card.input.colour == "rgb" and card.input.size == (112, 112)
+    np.testing.assert_allclose(np.array(card.template), POINTS, atol=0.006)
+    assert card.back_end and card.back_end.data.startswith(cards.NOT_MEASURED)
+    embedder = nets.Embedder(card)  # passes its test
+    crops = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)
+    vectors = embedder(crops)
+
+    x = (crops.transpose(0, 3, 1, 2).astype(np.float64) - mean) * scale
+    (kind,) = {x.type for x in embedder.session.get_inputs()}
+    x = x.astype(np.float16 if kind == "tensor(float16)" else np.float32)
+    wanted = [np.array(embedder.session.run(None, {"data": face[None]})[0]) for face in x]
+    assert vectors.shape == (3, card.width)
+    near = 0.05 if "16" in case else 1e-4
+    np.testing.assert_allclose(vectors, np.concatenate(wanted), atol=near * np.abs(vectors).max())
+
+
+def decode_slowly(card, outputs, width):
+    """Returns rows [score, box, points] for each score above 0.2, cell by cell.
+
+    As in scrfd.py: (x, y) are the column and row of the cell times the stride. A box is (x - left,
+    y - top, x + right, y + bottom), and a point is (x, y) plus its distance. As in face_detect.cpp
+    for YuNet: the score is sqrt(cls obj), the centre is the cell plus its distance, and sides are
+    exp(distance). All distances are in strides.
+    """
+    strides = (8, 16, 32, 64, 128) if len(outputs) == 15 else (8, 16, 32)
+    anchors = 2 if len(outputs) == 9 else 1
+    arrays, rows = [[*x.reshape(-1, x.shape[-1])] for x in outputs.values()], []
+    for number, stride in enumerate(strides):
+        parts = arrays[number :: len(strides)]
+        for place, values in enumerate(zip(*parts, strict=True)):
+            row, column = divmod(place // anchors, width // stride)
+            cell, (*score, box, points) = np.array([column, row]), values
+            score = np.sqrt(np.prod([s[0] for s in score]) if len(score) == 2 else score[0][0] ** 2)
+            if score <= nets.WEAK_SCORE:
+                continue
+            if card.decoder == "yunet":
+                centre, half = cell + box[:2], np.exp(box[2:]) / 2
+                box = [*(centre - half), *(centre + half)]
+            else:
+                box = [*(cell - box[:2]), *(cell + box[2:])]
+            points = np.tile(cell, 5) + points
+            rows.append([score, *(stride * np.array([*box, *points]))])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("case", DETECTORS)
+def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(convert, case):
+    family, content, size = DETECTORS[case]
+    done, path = convert(content, f"--like={family}")
+    assert done.code == 0, done.err
+    card = cards.load(path.parent)["face_detector"]
+    assert card.input.size == (size and tuple(size))
+    assert card.input.colour == ("rgb" if family == "scrfd" else "bgr")
+    detector = nets.Detector(card)  # passes its test
+
+    height, width = size or (96, 160)
+    image = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    x = image.astype(np.float64)
+    x = (x - 127.5) / 128 if family == "scrfd" else x[..., ::-1]  # from the published programs
+    names = [output.name for output in detector.session.get_outputs()]
+    x = x.transpose(2, 0, 1)[None].astype(np.float32)
+    answers = map(np.array, detector.session.run(None, {"data": x}))
+    outputs = dict(zip(names, answers, strict=True))
+    faces = nets.DECODERS[card.decoder](outputs, width)
+    wanted = decode_slowly(card, outputs, width)
+    assert len(wanted) > 100
+    found = np.hstack([faces.scores[:, None], faces.boxes, faces.points.reshape(-1, 10)])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-2)
+    # The best face of the image is found with the colours and the scale of the card.
+    best = wanted[wanted[:, 0].argmax()]
+    searched = detector.search(image)
+    np.testing.assert_allclose(searched.scores[0], best[0], rtol=1e-4)
+
+
+def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path):
+    package, out = tmp_path / "buffalo_x.zip", tmp_path / "models"
+    members = {
+        "det.onnx": made.scrfd(), "vec.onnx": made.embedder(),
+        "genderage.onnx": made.embedder(3, side=96), "._det.onnx": b"of macOS",
+    }  # fmt: skip
+    with zipfile.ZipFile(package, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"buffalo_x/{name}", content)
+    done = command("convert", "insightface", package, f"--out={out}")
+    assert done.code == 0, done.err
+    assert done.out.count("non-commercial research only") == 2
+    assert {role: card.decoder for role, card in cards.load(out).items()} == {
+        "face_detector": "scrfd", "face_embedder": "vectors",
+    }  # fmt: skip
+    assert sorted(x.name for x in out.iterdir()) == [
+        "det.json", "det.onnx", "vec.json", "vec.onnx",
+    ]  # fmt: skip
+
+    folder = tmp_path / "unpacked"
+    folder.mkdir()
+    (folder / "det.onnx").write_bytes(members["det.onnx"])
+    convert = partial(command, "convert", "insightface", folder, f"--out={tmp_path / 'other'}")
+    assert convert().refused("face_embedder", "convert own")
+    (folder / "vec.onnx").write_bytes(members["vec.onnx"][:-9])
+    assert convert().refused("vec.onnx", "complete")
+    (folder / "vec.onnx").write_bytes(members["vec.onnx"])
+    (folder / "vec2.onnx").write_bytes(members["vec.onnx"])
+    assert convert().refused("vec.onnx", "vec2.onnx", "convert own")
+
+
+def test_nets_of_opencv_are_recognised_by_their_outputs(command, tmp_path):
+    (tmp_path / "a.onnx").write_bytes(made.yunet())
+    (tmp_path / "b.onnx").write_bytes(made.embedder(128, batch=1, normalises=True))
+    (tmp_path / "c.onnx").write_bytes(made.scrfd())
+    models = tmp_path / "models"
+    done = command("convert", "opencv", tmp_path / "a.onnx", tmp_path / "b.onnx", f"--out={models}")
+    assert done.code == 0, done.err
+    assert [card.decoder for card in cards.load(models).values()] == ["yunet", "vectors"]
+    done = command("convert", "opencv", tmp_path / "c.onnx", f"--out={tmp_path / 'other'}")
+    assert done.refused("c.onnx", "score_8", "yunet:", "sface:")
+
+
+def test_known_files_have_a_family_and_a_licence():
+    for entry in net_families.KNOWN.values():
+        assert entry["family"] in net_families.FAMILIES
+        is_research = "research only" in entry["licence"]["weights"]
+        assert is_research == entry["package"].startswith("InsightFace")
+
+
+def edit(content, change):
+    """Returns a net after `change`, a function that changes its onnx.ModelProto."""
+    model = onnx.load_model_from_string(content)
+    change(model)
+    return model.SerializeToString()
+
+
+def move_weights(model):
+    weights = model.graph.initializer[0]
+    weights.ClearField("raw_data")
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value="/etc/passwd")
+
+
+def make_grey(model):
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
+
+
+def rename_domain(model):
+    model.graph.node[0].domain = "com.example"
+
+
+def add_branch(model):
+    body = onnx.helper.make_graph([], "body", [], [])
+    node = onnx.helper.make_node("If", ["data"], ["y"], then_branch=body, else_branch=body)
+    model.graph.node.insert(0, node)
+
+
+def set_weights(value):
+    def change(model):
+        for weights in model.graph.initializer:
+            array = onnx.numpy_helper.to_array(weights)
+            weights.CopyFrom(onnx.numpy_helper.from_array(np.full_like(array, value), weights.name))
+
+    return change
+
+
+def grow(model):
+    """Makes a net that needs 64 GB from a short file."""
+    model.graph.initializer.append(
+        onnx.numpy_helper.from_array(np.array([1 << 34], np.int64), "huge")
+    )
+    make = onnx.helper.make_node
+    model.graph.node.insert(0, make("ConstantOfShape", ["huge"], ["zeros"]))
+    model.graph.node.insert(1, make("ReduceSum", ["zeros"], ["sum"], keepdims=0))
+    model.graph.node.insert(2, make("Add", ["data", "sum"], ["data2"]))
+    for node in model.graph.node[3:]:
+        node.input[:] = ["data2" if x == "data" else x for x in node.input]
+
+
+VECTORS = made.embedder()
+
+
+# Words of the error, the family, and the net.
+@pytest.mark.parametrize(("words", "family", "content"), [
+    ("complete download", "arcface", VECTORS[:-9]),
+    ("complete download", "arcface", b""),
+    ("complete download", "scrfd", made.scrfd()[:1000]),
+    ("other files", "arcface", edit(VECTORS, move_weights)),
+    ("com.example standard", "arcface", edit(VECTORS, rename_domain)),
+    ("control flow If", "arcface", edit(VECTORS, add_branch)),
+    ("same output", "arcface", edit(VECTORS, set_weights(0))),
+    ("same output", "arcface", edit(VECTORS, set_weights(np.nan))),
+    ("[2, 3, 112, 112] supported", "arcface", made.embedder(batch=2)),
+    ("free, 1, 112, 112] supported", "arcface", edit(VECTORS, make_grey)),
+    ("points kps", "scrfd", made.scrfd(points=False)),
+    ("points kps", "scrfd", made.scrfd((8, 16, 32, 64, 128), 1, points=False)),
+    ("scrfd [6400, 1] supported", "scrfd", made.scrfd(anchors=1)),
+    ("scrfd [free, 512] supported", "scrfd", VECTORS),
+    ("32", "scrfd", made.scrfd(sides=(600, 600))),
+    ("yunet [1, 6400, 1] supported", "yunet", made.yunet(("H", "W"), ("cls", "bbox", "kps"))),
+    ("yunet [12800, 1] supported", "yunet", made.scrfd()),
+])  # fmt: skip
+def test_damaged_unsafe_and_other_nets_are_refused(tmp_path, words, family, content):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(content)
+    given = {"path": str(path), "name": path.name, "kind": "own", "like": family, "side": None}
+    refused(partial(net_families.work, given), *words.split())
+
+
+def test_small_net_that_needs_much_memory_is_refused_in_a_child_process(convert):
+    done, path = convert(edit(VECTORS, grow), "--like=arcface")
+    assert done.refused("cannot be run", "supported")
+    assert not path.parent.exists()
+
+
+def test_changed_bytes_and_a_changed_card_are_refused(convert):
+    path = convert(VECTORS, "--like=arcface")[1]
+    load = partial(cards.load, path.parent)
+    net, card = path.with_suffix(".onnx"), path.read_text()
+    nets.open_session(load()["face_embedder"])
+    path.write_text(card.replace('"rgb"', '"bgr"'))
+    refused(lambda: nets.open_session(load()["face_embedder"]), "net.json", "convert")
+    path.write_text(card)
+    net.write_bytes(VECTORS[:5000] + bytes([VECTORS[5000] ^ 1]) + VECTORS[5001:])
+    refused(load, "sha256", "convert")
+
+
+def test_flags_of_convert_that_do_not_fit_are_refused(convert):
+    assert convert(VECTORS)[0].refused("--like", "example")
+    assert convert(VECTORS, "--like=arcface", "--size=160")[0].refused("160", "112")
+    assert convert(made.scrfd(), "--like=scrfd", "--size=640")[0].refused("--size")
+    assert convert(VECTORS, "--like=arcface", kind="insightface")[0].refused("--like")
+    done, path = convert(made.embedder(64, side="S", at_side=160), "--like=arcface", "--size=160")
+    assert done.code == 0, done.err
+    card = cards.read(path)
+    assert card.input.size == (160, 160)
+    np.testing.assert_allclose(np.array(card.template), np.array(POINTS) * 160 / 112, atol=0.01)
+    # A folder has one net for each role.
+    assert convert(VECTORS, "--like=sface", name="b.onnx")[0].refused("net.json", "--out")
+
+
+def test_net_without_a_card_is_answered_with_the_command_that_writes_it(command, tmp_path):
+    (tmp_path / "my net.onnx").write_bytes(VECTORS)
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"x")
+    wanted = f"vidjax convert own '{tmp_path}/my net.onnx' --like="
+    for words in (
+        ("gallery", "create", tmp_path / "g", f"--models={tmp_path}"),
+        ("extract", film, f"--out={tmp_path}/out", f"--models={tmp_path}"),
+    ):
+        assert command(*words).refused(wanted)
+    net = tmp_path / "my net.onnx"
+    (tmp_path / "more.onnx").write_bytes(VECTORS)
+    refused(lambda: cards.require({}, "face_detector", tmp_path), "convert insightface", "scrfd")
+    refused(lambda: cards.require({}, "voice_embedder", tmp_path), "convert resemblyzer")
+    (tmp_path / "more.onnx").unlink()
+    done = command("convert", "own", net, "--like=arcface", f"--out={tmp_path}")
+    assert done.code == 0, done.err
+    assert net.exists() and cards.load(tmp_path)["face_embedder"].file == "my_net.onnx"
+
+
+def test_check_describes_each_net_of_a_folder(convert, command, tmp_path):
+    path = convert(VECTORS, "--like=arcface")[1]
+    made_nets.write(path.parent, "speech", "voice_activity")
+    made_nets.write(path.parent, "voice", "voice_embedder", back_end=made_nets.back_end())
+    made_nets.write(path.parent, "find", "face_detector")
+    code, out, _ = command("check", f"--models={path.parent}")
+    assert code == 0
+    for words in (
+        "net.json: face_embedder", "test passed", "ms of CPU time per face", "not measured",
+        "per frame of 640 x 640", "per 32 ms of sound", "measured on 10 and 10 pairs: made",
+    ):  # fmt: skip
+        assert words in out
+    (path.parent / "extra.onnx").write_bytes(VECTORS)
+    with pytest.warns(UserWarning, match="vidjax convert own"):
+        assert command("check", f"--models={path.parent}").code == 0
+    (path.parent / "extra.onnx").unlink()
+    path.write_text(path.read_text().replace('"rgb"', '"bgr"'))
+    code, out, _ = command("check", f"--models={path.parent}")
+    assert code == 2 and "FAULT  net.json" in out and "ok     voice.json" in out
+
+
+def test_net_with_a_wrong_test_stops_who_with_its_own_message(convert, command, tmp_path):
+    path = convert(made.embedder(), "--like=arcface")[1]
+    made_nets.write(path.parent, "find", "face_detector")
+    card = json.loads(path.read_text())
+    card["input"]["mean"] = [0.0, 0.0, 0.0]
+    path.write_text(json.dumps(card))
+    from PIL import Image
+
+    people = tmp_path / "people"
+    people.mkdir()
+    for name in ("people/Ada.png", "film.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    done = command(
+        "who", tmp_path / "film.png", f"--people={people}", f"--models={path.parent}",
+        f"--out={tmp_path / 'out'}",
+    )  # fmt: skip
+    assert done.refused("net.json", "differs from the test", "convert")
+    assert "photo" not in done.err.replace("photo ...", "")
+
+
+def test_benchmark_of_nets_names_people_in_photos_of_a_folder(tmp_path):
+    from tests.benchmarks import nets as benchmark
+
+    models = drawn_people.write_models(tmp_path / "models")
+    for name in drawn_people.COLOURS:
+        for number in range(5 if name != "Eve" else 2):
+            face = (name, 20 + 5 * number, 30)
+            drawn_people.write_photo(tmp_path / "photos" / name / f"{name}{number}.png", face)
+    rows = benchmark.measure_net(models, str(tmp_path / "photos"), "")
+    cells = [dict(zip(benchmark.HEADER, row, strict=True)) for row in rows]
+    assert [x["photos"] for x in cells] == ["1", "3"]
+    assert {(x["right"], x["wrong"], x["strangers"]) for x in cells} == {
+        ("1.000", "0.000", "0.000")
+    }
+    assert all(float(x["ms per frame"]) > 0 for x in cells)

@@ -1,0 +1,83 @@
+"""Describes the nets in a folder for `vidjax check`: their test, their speed and their card."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vidjax.apps import cards
+from vidjax.apps.cards import BackEnd, Card
+from vidjax.apps.video import nets
+from vidjax.utils.errors import warn
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+REPEATS = 5  # the fastest of these calls is reported
+FRAME = 640  # pixels of the sides of the image in which a detector searches
+# Role -> the input of the call whose time is reported.
+INPUTS: dict[cards.Role, str] = {
+    "face_detector": f"frame of {FRAME} x {FRAME}", "face_embedder": "face",
+    "voice_activity": "32 ms of sound", "voice_embedder": "1.6 s of sound",
+}  # fmt: skip
+
+
+def list_checks(folder: Path) -> dict[str, Callable[[], str]]:
+    """Returns name of a card -> function that checks its net, and returns a description.
+
+    The entry `models` checks the whole folder. The functions raise UserError for a fault.
+    """
+    names = [path.name for path in sorted(folder.glob("*.json"))]
+    return {
+        "models": partial(_check_folder, folder),
+        **{name: partial(_describe_file, folder / name) for name in names},
+    }
+
+
+def _check_folder(folder: Path) -> str:
+    roles = cards.load(folder)
+    if orphans := cards.list_without_card(folder):
+        warn(
+            f"'{orphans[0].name}' has no .json that describes it, and is not used: "
+            f"{cards.describe_own(orphans[0], 'FAMILY')}"
+        )
+    return ", ".join(f"{role} {card.file}" for role, card in roles.items()) or "no nets"
+
+
+def _describe_file(path: Path) -> str:
+    card = cards.read(path)
+    session = nets.open_session(card)
+    parts = [
+        f"{card.role}, {card.decoder}, from {card.source.describe()}",
+        "test passed",
+        f"{measure_milliseconds(card, session):.3g} ms of CPU time per {INPUTS[card.role]}",
+        f"weights {card.licence.weights}",
+    ]
+    return "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
+
+
+def measure_milliseconds(card: Card, session: "InferenceSession") -> float:
+    """Returns the CPU time of a call of a net in milliseconds, for the input in `INPUTS`."""
+    inputs = nets.make_formula_inputs(card, card.test.seed)
+    if card.role == "face_detector":
+        image = nets.make_formula_image(card.input.size or (FRAME, FRAME), card.test.seed)
+        inputs = {card.input.name: nets.prepare_images(image[None], card.input)}
+    times = []
+    for _ in range(REPEATS):
+        start = time.thread_time()
+        nets.ask_net(session, card, inputs)
+        times.append(time.thread_time() - start)
+    return 1000 * min(times)
+
+
+def describe_back_end(back_end: BackEnd) -> str:
+    """Returns a sentence about the cosines of a net, and how they were measured."""
+    same, different = (
+        f"{mean:g} +- {spread:g}" for mean, spread in (back_end.same, back_end.different)
+    )
+    source = back_end.data
+    if not source.startswith(cards.NOT_MEASURED):
+        pairs = " and ".join(f"{count:,}" for count in back_end.pairs)
+        source = f"measured on {pairs} pairs: {source}"
+    return f"cosine of one person {same}, of two people {different}; {source}"
