@@ -458,8 +458,8 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     content = path.read_bytes()
     # In the footer, the first column begins at byte 4, stored as 2 * 4. It becomes byte -4.
     early = content.replace(b"\x26\x08", b"\x26\x07")
-    # After the last modality, there is the type of the next page. It becomes 1: without data.
-    without_data = content.replace(b"face\x15\x00", b"face\x15\x02")
+    # The page of the features begins with its type, its size twice, ... It becomes 1: without data.
+    without_data = content.replace(b"\x15\x00\x15X\x15X", b"\x15\x02\x15X\x15X")
     for damaged, word in (
         (b"", ""), (b"no table", ""), (content[:-20] + content[-12:], ""),
         (content[:30] + content[50:], ""), (early, ""),

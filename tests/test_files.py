@@ -132,6 +132,18 @@ def test_reading_refuses_links_and_paths_out_of_a_folder(tmp_path):
             refused(read, "by a copy of that folder")
 
 
+@pytest.mark.parametrize("exists", [files.is_file, files.is_present])
+def test_a_path_that_cannot_be_looked_at_is_not_missing(tmp_path, exists):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    assert not any(map(exists, (tmp_path / "link", tmp_path / "loop" / "a", tmp_path / "no\0")))
+    (tmp_path / "file").touch()
+    assert exists(tmp_path / "file") and not exists(tmp_path / "file" / "a")
+    assert exists(tmp_path) == (exists is files.is_present)
+    with pytest.raises(OSError, match="too long"):
+        exists(tmp_path / ("x" * 5000))
+
+
 def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
     for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path("s3://b") is s3:/b
         refused(functools.partial(files.local, text), "copy or mount the files")

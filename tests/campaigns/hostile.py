@@ -338,7 +338,7 @@ class _Fork(processes.Children):
             for number, stream in enumerate(streams):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
                 os.dup2(os.open(stream, flags), number)
-            sys.exit(processes.serve(sandbox.work))
+            processes.serve(sandbox.work)
 
         child = multiprocessing.get_context("fork").Process(target=serve)
         child.start()

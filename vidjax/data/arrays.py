@@ -17,6 +17,7 @@ from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packed_clips import PackedClips, Quality
 from vidjax.data.packing import Clips, pack, read_dict
 from vidjax.utils.errors import NoFileError, UserError, check_choice
+from vidjax.utils.files import is_present
 from vidjax.utils.names import show
 
 QUALITIES = typing.get_args(Quality)
@@ -123,7 +124,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
       NoFileError: the folder does not exist, or has no features.
     """
     if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
+        problem = "is not a folder" if is_present(folder) else "does not exist"
         raise NoFileError(f"'{folder}' {problem}: name the folder of the features")
     files: dict[str, list[Path]] = {}
     for split in SPLITS:

@@ -6,7 +6,6 @@ pyarrow would decode all of them. So a child process with limits decodes the pag
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -332,4 +331,4 @@ def _encode_text(path: Path, name: str, column: Any) -> tuple[list[str], np.ndar
 if __name__ == "__main__":
     # Other memory pools reserve more address space, and each thread reserves some.
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
-    sys.exit(processes.serve(work))
+    processes.serve(work)

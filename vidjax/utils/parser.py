@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that accepts no abbreviated flags and raises UserError for a mistake."""
 
     def __init__(self, prog: str, **options: Any):  # noqa: ANN401 (the options of argparse)
+        # Newer Pythons pass more options to the parsers of commands, such as `color` (3.14).
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, formatter_class=layout, allow_abbrev=False, **options)
         self.register("action", None, _StoreOnce)

@@ -1,6 +1,6 @@
 """Runs functions in child processes with limits, so that they can read files from strangers.
 
-A child process runs a module of this package that ends with `sys.exit(processes.serve(work))`.
+A child process runs a module of this package that ends with `processes.serve(work)`.
 `run_limited` starts the module, and returns the result of its function `work`. Arguments and result
 are JSON values; arrays are passed in files. The CPU time and the address space of the child are
 limited, and it can neither open connections nor start programs.
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from vidjax.utils.errors import DiskError, UserError, describe_system_error
 from vidjax.utils.machine import max_open_files
@@ -36,6 +36,7 @@ WALL_SECONDS, WALL_PER_CPU = 60, 20  # the limit of the elapsed time is 60 s + 2
 
 # Machine -> its number in the headers of Linux, and the numbers of the forbidden system calls:
 # socket, execve, execveat, ptrace and io_uring_setup (which can open sockets, too).
+# Linux 6.12 on an emulated aarch64 refused all of them. The rest of vidjax was never run there.
 _CALLS = {
     "x86_64": (0xC000003E, (41, 59, 322, 101, 425)),
     "aarch64": (0xC00000B7, (198, 221, 281, 117, 425)),
@@ -166,11 +167,11 @@ def forbid_connections() -> None:
     prctl(_SET_SECCOMP, ctypes.c_ulong(_FILTER), program, zero, zero)
 
 
-def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     """Calls `work` with each job that `run_limited_each` sends to this child process.
 
     Jobs come as JSON from standard input, and results go to standard output. Text that libraries
-    print goes to standard error. Returns 0, the exit code.
+    print goes to standard error. Ends the process with the exit code 0.
     """
     # Kills this process when its parent process ends.
     ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
@@ -183,7 +184,10 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     limit = f"{jobs['memory_bytes'] // MB:,} MB"
     with answers:
         json.dump([_answer(work, path, given, limit) for path, given in jobs["given"]], answers)
-    return 0
+    sys.stderr.flush()
+    # In Python 3.14, a thread of Arrow that frees an array late would wait for ever, and the end of
+    # the process for the thread.
+    os._exit(0)
 
 
 def _answer(
@@ -216,7 +220,7 @@ def run_limited(
     """Runs the function `work` of a module in a child process, and returns its result.
 
     Args:
-      module: the name of a module that ends with `sys.exit(processes.serve(work))`.
+      module: the name of a module that ends with `processes.serve(work)`.
       path: the file that `work` reads, for messages.
       arguments: the arguments of `work`, JSON values.
       memory_bytes: limit of the address space.

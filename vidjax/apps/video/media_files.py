@@ -95,7 +95,7 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
     Hidden files are left out. In a folder with films, pictures for media players, such as
     `poster.jpg`, count as other files.
     """
-    paths = [x for x in list_entries(path) if x.is_file()]
+    paths = [x for x in list_entries(path) if files.is_file(x)]
     accepted = {x for x in paths if x.suffix.lower() in FILMS}
     artwork = ARTWORK if accepted else ()
     photos = (x for x in paths if x.suffix.lower() in PHOTOS)

@@ -130,9 +130,9 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     media_files.say_left_out([people])
     single, known = media_files.split_files(people)[0], locate_people(out, ())
     for path in list_entries(people):
-        if path.is_file() and path not in single:
+        if (is_file := files.is_file(path)) and path not in single:
             continue
-        photos = [path] if path.is_file() or _is_lost_photo(path) else []
+        photos = [path] if is_file or _is_lost_photo(path) else []
         if path.is_dir():
             photos = [
                 photo for folder in media_files.list_folders(path) for photo in _list_stills(folder)

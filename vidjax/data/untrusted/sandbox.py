@@ -12,7 +12,6 @@
 import contextlib
 import gc
 import os
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -321,4 +320,4 @@ def _parse_number(value: Any) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(processes.serve(work))
+    processes.serve(work)
