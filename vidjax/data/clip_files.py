@@ -2,7 +2,8 @@
 
 An `.npz` file usually contains a single clip. If it contains several clips, the array `clips` [N]
 has their names, the arrays `face` [T, D], `face_quality` [T] and so on have the frames of all
-clips, and `face_length` [N] has the number of frames of each clip. A parquet table has a row per
+clips, and `face_length` [N] has the number of frames of each clip. If `vidjax extract` wrote the
+file, the array `nets` has the modalities and the digests of the nets. A parquet table has a row per
 frame.
 """
 
@@ -13,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,21 +38,43 @@ from vidjax.utils.processes import Children, map_children, run_limited
 
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
 FLOAT_BYTES = 4  # bytes of a float32
+NETS = "nets"  # the array with `face SHA256`, the digest of the net of each modality
 Text = tuple[list[str], np.ndarray]  # see `parquet.Rows.text`
 
 
 def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
     """Yields the clips of `.npz` files. Only one file is in memory at a time."""
-    limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
-        with files.open_input(path) as file, prefix_errors(str(path)):
-            size = os.fstat(file.fileno()).st_size
-            arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
+        arrays = _load_npz(path)
+        if _names_nets(arrays):
+            del arrays[NETS]
         if has_several_clips(arrays):
             yield from _split(arrays, str(path))
         else:
             yield Clip(name, str(path), group_by_modality(arrays, str(path)), path.stem)
+
+
+def _load_npz(path: Path, name: str | None = None) -> dict[str, np.ndarray]:
+    limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
+    with files.open_input(path) as file, prefix_errors(str(path)):
+        size = os.fstat(file.fileno()).st_size
+        return files.load_npz(file, min(limit, files.max_unpacked_bytes(size)), name=name)
+
+
+def read_nets(path: Path) -> dict[str, str]:
+    """Returns modality -> digest of the net that computed the vectors in an `.npz` file.
+
+    If the file names no nets, the result is {}. The vectors are not read.
+    """
+    arrays = _load_npz(path, NETS)
+    pairs = (str(line).partition(" ") for line in arrays[NETS].flat) if _names_nets(arrays) else ()
+    return {modality: digest for modality, _, digest in pairs}
+
+
+def _names_nets(arrays: Mapping[str, np.ndarray]) -> bool:
+    # If `nets` has numbers instead of texts, it is a modality.
+    return NETS in arrays and arrays[NETS].dtype.kind == "U"
 
 
 def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -94,10 +118,19 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
         yield Clip(clean_name_at(f"{path}:", given), path, modalities, str(given))
 
 
-def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes several clips to an `.npz` file. `clips` is clip -> name of an array -> array."""
+def write_npz(
+    path: Path,
+    clips: Mapping[str, Mapping[str, np.ndarray]],
+    nets: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Writes several clips to an `.npz` file.
+
+    `clips` is clip -> name of an array -> array. `nets` is modality -> digest of its net.
+    """
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
+    if nets:
+        joined[NETS] = np.array([f"{modality} {digest}" for modality, digest in nets.items()])
     for key in keys:
         parts = [arrays[key] for arrays in clips.values() if key in arrays]
         joined[key] = np.concatenate(parts)
