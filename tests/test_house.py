@@ -110,3 +110,15 @@ def test_no_module_executes_data_as_code():
         text = path.read_text()
         assert not any(map(is_unsafe, ast.walk(ast.parse(text)))), path
         assert not re.search(r"/work/|/root/|/tmp/", text), path  # folders of developers
+
+
+def test_workflows_pin_their_actions_and_ask_for_few_rights():
+    folder = ROOT / ".github/workflows"
+    for path in folder.glob("*.yml"):
+        text = path.read_text()
+        actions = re.findall(r"uses: (?!\./)(.*)", text)
+        assert not [x for x in actions if not re.fullmatch(r"\S+@[0-9a-f]{40} # v[\d.]+", x)], path
+        assert re.search(r"(?m)^permissions: { contents: read }$", text), path
+    before, _, publish = (folder / "release.yml").read_text().partition("  publish:")
+    assert "write" not in before
+    assert "run:" not in publish  # this job may publish, so it runs no code of the repository

@@ -1,6 +1,5 @@
 """Cards of nets are measured on photos or vectors, and compared with the enrolled people."""
 
-import itertools
 import json
 import os
 import shutil
@@ -13,13 +12,14 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.benchmarks import contradictions, decision
-from tests.helpers import drawn_people, films, made_nets
+from tests.helpers import drawn_people, family_nets, films, made_nets
 from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import measured_cards
 from vidjax.models import card_backend, card_measure
 
 CARD = decision.CARD  # of dlib's net
@@ -64,6 +64,7 @@ def test_the_card_of_dlib_is_within_the_interval_of_its_photos(actors):
 
 def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
     made, covered = Population(3, contradictions.SHIPPED), []
+    x = np.zeros((0, WIDTH))
     for _ in range(60):
         x = made.photos(made.people(12), 4).reshape(-1, WIDTH).astype(np.float32)
         found = card_measure.measure(x, np.repeat(np.arange(12), 4))
@@ -120,7 +121,9 @@ def write_features(folder, photos):
 
 
 def read_card(models):
-    return cards.load(models)["face_embedder"]
+    card = cards.load(models)["face_embedder"]
+    assert card.back_end
+    return card
 
 
 def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, models, command):
@@ -140,6 +143,7 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     card, text = read_card(models), (models / "embed.json").read_text()
     assert card.digest == before.digest and "p00" not in text and card.sha256 == before.sha256
     fit = card.back_end
+    assert fit
     assert fit.same == pytest.approx((0.9, 0.03), abs=0.01)
     assert fit.different == pytest.approx((0.6, 0.06), abs=0.02)
     assert fit.pairs == (24 * 6, 276 * 16) and "96 clips of 24 people" in fit.data
@@ -157,8 +161,8 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     # Fewer than 20 people leave the mean as it is.
     few = write_features(tmp_path / "few", photos[:5])
     assert command("measure-card", models, f"--input={few}").code == 0
-    assert read_card(models).back_end.mean == fit.mean
-    assert read_card(models).digest == before.digest
+    again = read_card(models)
+    assert again.back_end and again.back_end.mean == fit.mean and again.digest == before.digest
 
 
 def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path, models, command):
@@ -196,8 +200,8 @@ def test_a_net_that_does_not_separate_people_names_nobody(tmp_path, models, comm
         done = command("gallery", "enrol", tmp_path / name, f"--input={path}")
         assert done.code == 0 and "nobody gets a name" in done.err
         query = {"x": {"face": vectors[0, 2:]}}
-        for rule in ({}, {"threshold": 0.1}):
-            assert gallery.identify(query, **rule)["x"].identity is None
+        for threshold in (None, 0.1):
+            assert gallery.identify(query, threshold=threshold)["x"].identity is None
         assert gallery.rule().about == card_notes.NOBODY
         asked = command("gallery", "identify", tmp_path / name, f"--input={path / 'p00'}")
         assert "named       0" in asked.out and "nobody gets a name" in asked.out
@@ -241,12 +245,8 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
-    rng, digest = np.random.default_rng(0), cards.read(path).digest
-    for person, colour in enumerate(itertools.permutations((250, 200, 150))):
-        for photo, change in enumerate(rng.normal(size=(3, 3)) * 10):
-            shade = np.array(colour) + change - change.mean()  # as bright as all other faces
-            monkeypatch.setitem(drawn_people.COLOURS, "x", tuple(shade.clip(0, 255).astype(int)))
-            drawn_people.write_photo(tmp_path / f"folder/P{person}/{photo}.png", ("x", 40, 40))
+    digest = cards.read(path).digest
+    drawn_people.write_portraits(tmp_path / "folder")
     few = shutil.copytree(tmp_path / "folder", tmp_path / "few")
     shutil.rmtree(few / "P0")
     (few / "P1" / "0.png").rename(few / "P1.png")
@@ -262,6 +262,21 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     _, output = drawn.who(drawn.folder / "party.mkv")
     assert "uses the new numbers" in output and "as before" in output  # the film is not read again
     assert command not in page.read_text()
+
+
+def test_convert_measures_the_card_of_a_net_on_photos(drawn, tmp_path, monkeypatch, read_here):
+    (tmp_path / "new").mkdir()
+    made_nets.write(tmp_path / "new", "find", "face_detector")
+    (tmp_path / "net.onnx").write_bytes(family_nets.embedder(width=16))
+    drawn_people.write_portraits(tmp_path / "portraits")
+    words = [f"--out={tmp_path / 'new'}", f"--photos={tmp_path / 'portraits'}", "--like=arcface"]
+    refused = drawn.run("convert", "own", tmp_path / "net.onnx", *words, code=2)
+    assert "unclear faces" in refused.output  # of 16 pixels
+    monkeypatch.setattr(measured_cards, "LEAST_CLARITY", 0)
+    done = drawn.run("convert", "own", tmp_path / "net.onnx", *words)
+    card = cards.read(Path(done.content["card"]))
+    assert card.back_end and card.back_end.is_measured and card.back_end.pairs == (18, 135)
+    assert done.content["measured"][0]["people"] == 6
 
 
 @pytest.mark.parametrize("places", [1, 64])

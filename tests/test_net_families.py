@@ -26,12 +26,13 @@ EMBEDDERS = {
     "arcface, 0 to 255": ("arcface", made.embedder(normalises=True), RAW),
     "arcface, 16 bits": ("arcface", made.embedder(256, half=True), RGB_127),
     "arcface, weights of 16 bits": ("arcface", made.embedder(half="weights"), RGB_127),
-    "sface": ("sface", made.embedder(128, batch=1, normalises=True), RAW),
+    "sface": ("sface", made.embedder(128, batch=1, normalises=True, listed=True), RAW),
 }
 DETECTORS = {
     "scrfd": ("scrfd", made.scrfd(), None),
     "scrfd, static": ("scrfd", made.scrfd(sides=(640, 640)), [640, 640]),
     "scrfd, five strides": ("scrfd", made.scrfd((8, 16, 32, 64, 128), 1), [640, 640]),
+    "scrfd, not really free": ("scrfd", made.scrfd(only=640), [640, 640]),
     "yunet": ("yunet", made.yunet(), [640, 640]),
     "yunet, free": ("yunet", made.yunet(("H", "W")), None),
 }
@@ -249,11 +250,11 @@ VECTORS = made.embedder()
     ("free, 1, 112, 112] supported", "arcface", edit(VECTORS, make_grey)),
     ("points kps", "scrfd", made.scrfd(points=False)),
     ("points kps", "scrfd", made.scrfd((8, 16, 32, 64, 128), 1, points=False)),
-    ("scrfd [1024, 1] supported", "scrfd", made.scrfd(anchors=1)),
+    ("scrfd [6400, 1] supported", "scrfd", made.scrfd(anchors=1)),
     ("scrfd [free, 512] supported", "scrfd", VECTORS),
     ("32", "scrfd", made.scrfd(sides=(600, 600))),
-    ("yunet [1, 1024, 1] supported", "yunet", made.yunet(("H", "W"), ("cls", "bbox", "kps"))),
-    ("yunet [2048, 1] supported", "yunet", made.scrfd()),
+    ("yunet [1, 6400, 1] supported", "yunet", made.yunet(("H", "W"), ("cls", "bbox", "kps"))),
+    ("yunet [12800, 1] supported", "yunet", made.scrfd()),
 ])  # fmt: skip
 def test_damaged_unsafe_and_other_nets_are_refused(tmp_path, words, family, content):
     path = tmp_path / "net.onnx"
@@ -304,6 +305,14 @@ def test_net_without_a_card_is_answered_with_the_command_that_writes_it(command,
         ("extract", film, f"--out={tmp_path}/out", f"--models={tmp_path}"),
     ):
         assert command(*words).refused(wanted)
+    net = tmp_path / "my net.onnx"
+    (tmp_path / "more.onnx").write_bytes(VECTORS)
+    refused(lambda: cards.require({}, "face_detector", tmp_path), "convert insightface", "scrfd")
+    refused(lambda: cards.require({}, "voice_embedder", tmp_path), "convert resemblyzer")
+    (tmp_path / "more.onnx").unlink()
+    done = command("convert", "own", net, "--like=arcface", f"--out={tmp_path}")
+    assert done.code == 0, done.err
+    assert net.exists() and cards.load(tmp_path)["face_embedder"].file == "my_net.onnx"
 
 
 def test_check_describes_each_net_of_a_folder(convert, command, tmp_path):

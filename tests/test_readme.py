@@ -114,6 +114,18 @@ def test_every_link_of_the_pages_has_a_target():
                 assert not anchor or anchors.count(anchor) == 1, (page, target)
 
 
+def test_readme_is_short_and_each_page_of_the_site_is_in_its_menu(tmp_path):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 220 and max(map(len, lines)) <= 100
+    # The program fails if README lacks the section of a reader, or the reference a public name.
+    runpy.run_path(str(ROOT / ".ci/docs/pages.py"))["main"](tmp_path)
+    menu = re.findall(r": (\S+\.md)$", (ROOT / ".ci/docs/mkdocs.yml").read_text(), re.MULTILINE)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.md")} == {*menu}
+    assert "\n## Your own features\n" in (tmp_path / "researchers.md").read_text()
+    assert "](../researchers.md#systems)" in (tmp_path / "configs/README.md").read_text()
+    assert "blob/main/vidjax/data/README.md" not in (tmp_path / "researchers.md").read_text()
+
+
 def find_used_names(program):
     """Yields the names of vidjax that a program uses, such as `vidjax.train`."""
     for node in ast.walk(ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", program))):
@@ -197,6 +209,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
         drawn_people.write_film(Path(film), *shots)
     for path in ("friends/Ada/1.png", "photos_of_ada/1.png"):
         drawn_people.write_photo(Path(path), ("Ada", 40, 40))
+    drawn_people.write_portraits(Path("portraits"))
 
     ours = [words for words in commands() if words[0].startswith("vidjax.")]
     compared = " ".join(word for module, *words in ours if words[0] == "compare" for word in words)

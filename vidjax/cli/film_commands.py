@@ -368,7 +368,7 @@ def measure_card(args: argparse.Namespace) -> Result:
 
 def _measure_photos(models: Path, args: argparse.Namespace) -> Result:
     photos, workers = files.local(args.photos), count_workers(args)
-    return describe_cards(measured_cards.measure_photos(models, photos, workers, print_outcome))
+    return describe_cards(measured_cards.measure_photos(models, photos, workers))
 
 
 def describe_cards(done: Sequence[MeasuredCard]) -> Result:

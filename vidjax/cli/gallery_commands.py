@@ -500,7 +500,7 @@ def _process_tables(
         return done
     doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0
     rows = {**answers_lib.describe_rule(rule), **answers_lib.describe_doubtful(rule, doubtful)}
-    rows |= done.rows | _describe_card(gallery)
+    rows |= {**done.rows, **_describe_card(gallery)}
     return done._replace(content={**done.content, **_describe_rule(rule)}, rows=rows)
 
 

@@ -64,6 +64,7 @@ class Predictor(NamedTuple):
     """A trained run with its weights.
 
     The methods take `clips` in any of these forms:
+
     - a dict, clip -> modality -> features [T, D]. A clip may also have values of frames, such as
       `face_quality` [T], as in `vidjax.load_data`.
     - `MemoryClips`, which the method `load` returns.
@@ -116,6 +117,7 @@ class Predictor(NamedTuple):
         """The score that on average at most 1 % of new strangers reach, or None if it is unknown.
 
         The score is unknown in three cases:
+
         - The checkpoint was not evaluated.
         - Fewer than 99 clips of strangers were evaluated.
         - An ensemble was evaluated on its training clips, so that only a few members scored each

@@ -19,7 +19,7 @@ from vidjax.models.card_backend import Distances
 LOW, HIGH = -3.0, 3.0
 CLOSE, VARIED, FAR = 0.75, 2.0, 2.5  # smaller deviations from the card do no harm
 MIRRORED = 0.3  # see `Comparison.is_blind`
-FEWEST_PEOPLE = 3  # with two clips each, from whom B = 0 can be seen
+FEWEST_PEOPLE = 3  # with two clips each, from whom W and B = 0 can be seen
 
 # How people contradict a card:
 #   blind: the vectors do not separate the people.
@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
 
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card
-    within: float  # estimate of W / W of the card; 1 if nobody has two clips
+    within: float  # median over people of W / W of the card; 1 if nobody has two clips
     cosine: float  # mean cosine of two clips of two people
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
@@ -69,13 +69,17 @@ def compare(
     if people < 2:
         return NO_PROBLEM
     k, noise, spread = counts[repeated], float(np.mean(1 / counts)), 0.0
-    if len(k):  # the mean over people of 1 - the mean cosine of two clips
-        within = float(np.mean(k * (1 - squares[repeated]) / (k - 1)))
+    varied = 1.0
+    if len(k):
+        each = k * (1 - squares[repeated]) / (k - 1)  # 1 - the mean cosine of two clips of a person
+        within = float(each.mean())
+        # A wrong photo of a person does not change the median.
+        varied = float(np.median(each)) / distances.within
         spread = float(distances.within**2 / distances.same * np.mean(1 / (k - 1)) / len(k))
     # The variance of the means of people is B + W x the mean of 1 / k.
     cosine = float(total @ total - squares.sum()) / (people * (people - 1))
     estimate = float(squares.mean()) - cosine - noise * within
-    share, varied = estimate / between, within / distances.within
+    share = estimate / between
 
     exact = between + noise * distances.within
     variance = 2 * exact**2 / ((people - 1) * 2 * distances.different) + noise**2 * spread
@@ -84,7 +88,7 @@ def compare(
     problem: Problem = ""
     if share > max(high, FAR):
         problem = "farther"
-    if varied > max(_quantile(free, HIGH), VARIED):
+    if len(k) >= FEWEST_PEOPLE and varied > max(_quantile(free, HIGH), VARIED):
         problem = "varied"
     # With one clip each, W + B shows a small B better than W + B - W.
     full, n_same, n_different = 1 - cosine, 2 * distances.same, 2 * distances.different

@@ -94,6 +94,7 @@ def load_data(
 
     Args:
       source: the clips, in one of three forms:
+
         - A dict: split (`train`, `val`, `test`) -> clip name -> modality -> features. Features are
           [T, D] or [D], float16, float32, float64 or int8. Other values of the frames of a modality
           `face` are `face_quality` [T], `face_detection` [T] and `face_number` [T]. They may

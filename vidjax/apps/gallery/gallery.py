@@ -576,8 +576,8 @@ class Gallery:
         If the gallery or the cards cannot be read or written, the gallery keeps its numbers.
         """
         back_ends = self._read_back_ends()
-        wanted = back_ends and backend_lib.make_card_backend(back_ends)
-        if wanted and not backend_lib.compare_equal(self.backend, wanted):
+        wanted = backend_lib.make_card_backend(back_ends)
+        if back_ends and not backend_lib.compare_equal(self.backend, wanted):
             with contextlib.suppress(UnwritableError, InUseError, OSError):
                 self._adopt(self.origin, back_ends)
 

@@ -6,7 +6,6 @@ Features of the photos are deleted at the end. A card contains numbers of people
 import datetime
 import itertools
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ from vidjax.apps.cards import BackEnd, Card
 from vidjax.apps.gallery.backend import unit
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import align, features_folder, people_photos
-from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.data.input_files import load_people
 from vidjax.models import card_measure
 from vidjax.models.card_backend import LEAST_CLARITY
@@ -28,7 +26,7 @@ from vidjax.utils.errors import UserError
 
 PEOPLE_FOR_MEAN = 20  # with fewer people, the mean vector in the card stays
 QUALITIES = (0.0, 0.05, 0.2, 0.4, 1.0)  # between these qualities, cosines are also listed
-LEAST_DEVIATION = 1e-4  # of numbers that are written with four digits
+DIGITS = 5  # of the numbers in a card
 
 
 class Samples(NamedTuple):
@@ -54,24 +52,22 @@ class MeasuredCard(NamedTuple):
     unclear: int  # number of faces that were not measured, see `FaceTrack.unclear`
 
 
-def measure_photos(
-    models: Path,
-    people: Path,
-    workers: int = 1,
-    done: Callable[[FileOutcome], None] = lambda outcome: None,
-) -> list[MeasuredCard]:
+def measure_photos(models: Path, people: Path, workers: int = 1) -> list[MeasuredCard]:
     """Measures the card of the net of faces on photos `people/NAME/PHOTO.jpg`, and writes it.
 
-    `models` is the folder of nets. `done` is called with the outcome of each photo. Raises
-    UserError if fewer than 5 people have two usable photos, or if the net does not separate them.
+    `models` is the folder of nets. Raises UserError if fewer than 5 people have two usable photos,
+    or if the net does not separate them.
     """
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
         gallery = Gallery.of_models(out / "gallery", models)
+        if "face" not in gallery.backend.widths:
+            raise UserError(
+                f"'{models}' needs a net of faces whose JSON file has a back_end\n"
+                f"{cards.describe_remedy('face_embedder', models)}"
+            )
         photos = people_photos.list_photos(people, out)
-        outcomes = people_photos.extract_photos(
-            photos, out, models=models, workers=workers, done=done
-        )
+        outcomes = people_photos.extract_photos(photos, out, models=models, workers=workers)
         _, _, usable = people_photos.check_photos({}, outcomes, people)
         vectors, names, quality = [np.zeros((0, gallery.backend.widths["face"]))], [], []
         for folder, person_of in usable.items():
@@ -109,7 +105,8 @@ def _measure_all(
 
     `given` are modality -> clips, whose vectors may have any length. `kind` is photo or clip.
     """
-    embedders, done, most = cards.list_embedders(cards.read_all(models)), list[MeasuredCard](), 0
+    embedders, done = cards.list_embedders(cards.read_all(models)), list[MeasuredCard]()
+    most = unclear = 0
     for part in gallery.backend.parts:
         if samples := given.get(part.name):
             units = unit(part, samples.units).astype(np.float32)
@@ -119,13 +116,15 @@ def _measure_all(
             clear = samples.take(np.array(clarity) >= LEAST_CLARITY)
             rows = card_measure.choose_clips(np.unique(clear.people, return_inverse=True)[1])
             most = max(most, count := len({*clear.people[rows]}))
+            unclear = len(samples.people) - len(clear.people)
             if count >= FEWEST_PEOPLE:
-                unclear = len(samples.people) - len(clear.people)
                 done.append(_measure(card, samples, clear.take(rows), unclear, kind))
     if not done:
+        note = f", without {messages.count(unclear, 'unclear face')}" if unclear else ""
         raise UserError(
-            f"{messages.count(most, 'person')} with two usable {kind}s: a card needs "
-            f"{FEWEST_PEOPLE}\nadd people, or {kind}s of other days, in a folder for each person"
+            f"there are two usable {kind}s of {messages.count(most, 'person')}{note}: a card needs "
+            f"{FEWEST_PEOPLE} people\n"
+            f"add people, or {kind}s of other days, in a folder for each person"
         )
     for each in done:
         cards.replace_back_end(each.card, each.back_end)
@@ -151,10 +150,10 @@ def _measure(
     owner = np.unique(chosen.people, return_inverse=True)[1]
     found = card_measure.measure(chosen.units, owner)
     same, different = (
-        (round(x.mean, 4), max(round(x.deviation, 4), LEAST_DEVIATION))
+        (round(x.mean, DIGITS), max(round(x.deviation, DIGITS), 10**-DIGITS))
         for x in (found.same, found.different)
     )
-    if different[0] >= same[0]:
+    if different[0] >= same[0] or same[0] >= 1:
         raise UserError(
             f"'{card.path}' stays as it is: the net does not separate these people. The mean "
             f"cosine of two {kind}s is {same[0]:.3f} for a person, and {different[0]:.3f} for two "

@@ -51,7 +51,7 @@ def _describe_file(path: Path) -> str:
     parts = [
         f"{card.role}, {card.decoder}, from {card.source.describe()}",
         "test passed",
-        f"{measure_milliseconds(card, session):.1f} ms of CPU time per {INPUTS[card.role]}",
+        f"{measure_milliseconds(card, session):.3g} ms of CPU time per {INPUTS[card.role]}",
         f"weights {card.licence.weights}",
     ]
     return "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))

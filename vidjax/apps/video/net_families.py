@@ -28,13 +28,14 @@ from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.names import show
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, TensorProto, ValueInfoProto
+    from onnx import ModelProto, TensorProto
     from onnxruntime import InferenceSession
 
 MEMORY_BYTES, CPU_SECONDS = 4 << 30, 600  # limits of the child process
 TEMPLATE_SIDE = 112  # the side in pixels of the crops to which the templates of families belong
 POINTS_MISSING = (6, 10)  # the numbers of outputs of SCRFD without points
 PADDED_SIDE = 640  # SCRFD with strides up to 128 needs an input of this side
+FREE_SIZES = ((256, 256), (96, 160))  # images, height and width, to test a net of any size
 # Two numbers of a net's output for a test may differ by this share of the largest number. Other
 # processors round in other ways. The second share is for weights of 16 bits.
 TOLERANCE, HALF_TOLERANCE = 0.002, 0.02
@@ -46,19 +47,31 @@ KINDS: dict[str, Any] = DATA["kinds"]  # argument of `vidjax convert` -> familie
 KNOWN: dict[str, Any] = DATA["known"]  # sha256 of a published net -> its origin and licence
 
 
-class Interface(NamedTuple):
-    """The inputs and outputs that a net declares: name -> shape. A free side is None."""
+class ForeignNet(NamedTuple):
+    """A net from a user, and the shapes of inputs and outputs that it declares."""
 
-    inputs: dict[str, list[int | None]]
+    name: str  # of the file
+    content: bytes
+    model: "ModelProto"
+    inputs: dict[str, list[int | None]]  # name -> shape. A free side is None.
     outputs: dict[str, list[int | None]]
 
-    def __str__(self) -> str:
-        def join(shapes: Mapping[str, list[int | None]]) -> str:
-            texts = [f"{show(name)} {shape}" for name, shape in shapes.items()]
-            more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-            return (", ".join(texts[:3]) + more).replace("None", "free")
+    def describe(self) -> str:
+        """Returns the inputs and outputs as text."""
+        return f"input {_join(self.inputs)}, output {_join(self.outputs)}"
 
-        return f"input {join(self.inputs)}, output {join(self.outputs)}"
+    def refuse(self, family: str, more: str = "", found: str = "") -> UserError:
+        """Makes an error for a net that is not like its family. `found` are the wrong shapes."""
+        return UserError(
+            f"'{show(self.name)}' is not like {family}{more}: it has {found or self.describe()}\n"
+            f"supported is {FAMILIES[family]['supported']}"
+        )
+
+
+def _join(shapes: Mapping[str, list[int | None]]) -> str:
+    texts = [f"{show(name)} {shape}" for name, shape in shapes.items()]
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return (", ".join(texts[:3]) + more).replace("None", "free")
 
 
 def convert(
@@ -122,21 +135,20 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
-    model = parse_net(content, name)
-    interface = read_interface(model)
-    sha256 = hashlib.sha256(content).hexdigest()
+    net = parse_net(content, name)
+    sha256, families = hashlib.sha256(content).hexdigest(), KINDS[kind]["families"]
     known = KNOWN.get(sha256, {})
-    family = known.get("family") or like or guess_family(interface)
-    if family not in KINDS[kind]["families"]:
+    family = known.get("family") or like or guess_family(net, families)
+    if family not in families:
         if kind == "insightface":
             return {}
-        shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in KINDS[kind]["families"])
-        raise UserError(f"'{show(name)}' has {interface}\nsupported are {shapes}")
+        shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
+        raise UserError(f"'{show(name)}' has {net.describe()}\nsupported are {shapes}")
     if like not in ("", family):
         raise UserError(
             f"'{show(name)}' is {known['file']} of {known['package']}: use --like={family}"
         )
-    refuse_unsafe(model, name)
+    refuse_unsafe(net)
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family
     form, unknown = FAMILIES[family], {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
     source = {key: known.get(key, value) for key, value in unknown.items()}
@@ -148,12 +160,12 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         "source": {**source, "file": name, "sha256": sha256},
         "conversion": f"vidjax.apps.video.net_families {family}: none",
         "test": {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0},
-        **fit(family, model, interface, arguments["side"]),
+        **fit(family, net, arguments["side"]),
     }  # fmt: skip
-    return msgspec.to_builtins(_measure(fields, family, model, content, interface))
+    return msgspec.to_builtins(_measure(fields, family, net))
 
 
-def parse_net(content: bytes, name: str) -> "ModelProto":
+def parse_net(content: bytes, name: str) -> ForeignNet:
     """Parses a net. Raises UserError if it is damaged."""
     import onnx
 
@@ -166,25 +178,34 @@ def parse_net(content: bytes, name: str) -> "ModelProto":
         raise UserError(
             f"'{show(name)}' is not a complete ONNX file ({reason})\ncopy or download it again"
         ) from error
-    return model
+    weights = {weight.name for weight in model.graph.initializer}  # some nets list them as inputs
+    inputs, outputs = (
+        {
+            x.name: [max(side.dim_value, 0) or None for side in x.type.tensor_type.shape.dim]
+            for x in values if x.name not in weights
+        }
+        for values in (model.graph.input, model.graph.output)
+    )  # fmt: skip
+    return ForeignNet(name, content, model, inputs, outputs)
 
 
-def refuse_unsafe(model: "ModelProto", name: str) -> None:
+def refuse_unsafe(net: ForeignNet) -> None:
     """Raises UserError if a net needs other files, or other operators than standard ones."""
-    nodes = model.graph.node
+    graph = net.model.graph
+    nodes = graph.node
     constants = [attribute.t for node in nodes for attribute in node.attribute]
     operators = {node.op_type for node in nodes for x in node.attribute if x.HasField("g")}
     domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     problems = {
-        "weights in other files": any(map(_is_external, (*model.graph.initializer, *constants))),
-        "sparse weights": bool(model.graph.sparse_initializer),
-        "functions": bool(model.functions),
+        "weights in other files": any(map(_is_external, (*graph.initializer, *constants))),
+        "sparse weights": bool(graph.sparse_initializer),
+        "functions": bool(net.model.functions),
         f"the control flow {', '.join(sorted(operators))}": bool(operators),
         f"operators of {', '.join(sorted(domains))}": bool(domains),
     }
     if found := [problem for problem, is_found in problems.items() if is_found]:
         raise UserError(
-            f"'{show(name)}' uses {show(found[0])}, which is not supported\n"
+            f"'{show(net.name)}' uses {show(found[0])}, which is not supported\n"
             "export the net to a single file with the standard operators of ONNX"
         )
 
@@ -193,43 +214,29 @@ def _is_external(weights: "TensorProto") -> bool:
     return weights.data_location == 1 or bool(weights.external_data)  # 1 is TensorProto.EXTERNAL
 
 
-def read_interface(model: "ModelProto") -> Interface:
-    """Returns the declared inputs and outputs of a net, without the weights among its inputs."""
-    weights = {weight.name for weight in model.graph.initializer}
-
-    def list_shapes(values: "Sequence[ValueInfoProto]") -> dict[str, list[int | None]]:
-        return {
-            x.name: [max(side.dim_value, 0) or None for side in x.type.tensor_type.shape.dim]
-            for x in values if x.name not in weights
-        }  # fmt: skip
-
-    return Interface(list_shapes(model.graph.input), list_shapes(model.graph.output))
-
-
-def guess_family(interface: Interface) -> str:
+def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
     """Returns the family whose inputs and outputs look like those of a net, or ""."""
-    sides = [shape[1:] for shape in interface.inputs.values()]
-    widths = [shape[1:] for shape in interface.outputs.values()]
+    sides = [shape[1:] for shape in net.inputs.values()]
+    widths = [shape[1:] for shape in net.outputs.values()]
     if len(sides) != 1 or len(sides[0]) != 3:
         return ""
-    if "obj_8" in interface.outputs:
+    if "obj_8" in net.outputs:
         return "yunet"
     if len(widths) >= min(POINTS_MISSING):
         return "scrfd"
-    is_embedder = len(widths) == 1 and sides[0][1:] == [TEMPLATE_SIDE] * 2
-    return ("sface" if widths[0] == [128] else "arcface") if is_embedder else ""
+    if len(widths) == 1 and sides[0][1:] == [TEMPLATE_SIDE] * 2:
+        return "sface" if widths[0] == [128] and "sface" in families else "arcface"
+    return ""
 
 
-def _fit_embedder(
-    family: str, model: "ModelProto", interface: Interface, side: int | None
-) -> dict[str, Any]:
+def _fit_embedder(family: str, net: ForeignNet, side: int | None) -> dict[str, Any]:
     """Returns fields of the card of an embedder. `side` is in pixels, or None for the default."""
-    (name, (batch, channels, *sides)), form = _get_input(family, interface), FAMILIES[family]
+    (name, (batch, channels, *sides)), form = _get_input(family, net), FAMILIES[family]
     side = side or next(filter(None, sides), TEMPLATE_SIDE)
     if batch not in (None, 1) or channels != 3 or not {*sides} <= {None, side}:
-        raise _refuse(family, interface, f" for crops of {side} x {side} pixels")
+        raise net.refuse(family, f" for crops of {side} x {side} pixels")
     input_ = form["input"]
-    if family == "arcface" and _normalises(model):
+    if family == "arcface" and _normalises(net.model):
         input_ = input_ | {"mean": 0.0, "scale": 1.0}
     return {
         "input": {"name": name, "size": [side, side], **_spread(input_)},
@@ -244,33 +251,28 @@ def _normalises(model: "ModelProto") -> bool:
     return first in (["Sub", "Mul"], ["Sub", "Div"])
 
 
-def _fit_detector(
-    family: str, model: "ModelProto", interface: Interface, side: int | None
-) -> dict[str, Any]:
+def _fit_detector(family: str, net: ForeignNet, side: int | None) -> dict[str, Any]:
     """Returns fields of the card of a detector."""
-    del model
-    (name, (batch, channels, *sides)), count = _get_input(family, interface), len(interface.outputs)
+    (name, (batch, channels, *sides)), count = _get_input(family, net), len(net.outputs)
     if family == "scrfd" and count in POINTS_MISSING:
         raise UserError(
-            f"this SCRFD net finds boxes without points ({count} outputs), but the five points are "
-            "needed to align faces\nuse the net with points; its name often contains kps"
+            f"'{show(net.name)}' finds boxes without points ({count} outputs), but the five points "
+            "are needed to align faces\nuse the SCRFD net with points; its name often contains kps"
         )
     if side or batch not in (None, 1) or channels != 3 or len({None, *sides} - {None}) > 2:
-        raise _refuse(
-            family, interface, "; --size is for nets that compute vectors" if side else ""
-        )
+        raise net.refuse(family, "; --size is for nets that compute vectors" if side else "")
     if any(value and value % cards.STRIDE for value in sides):
-        raise _refuse(family, interface, f" with sides that are multiples of {cards.STRIDE}")
+        raise net.refuse(family, f" with sides that are multiples of {cards.STRIDE}")
     size = sides if all(sides) else [side or PADDED_SIDE for side in sides] if any(sides) else None
     if count == 3 * len(nets.MANY_STRIDES):
         size = size or [PADDED_SIDE] * 2
     return {"input": {"name": name, "size": size, **_spread(FAMILIES[family]["input"])}}
 
 
-def _get_input(family: str, interface: Interface) -> tuple[str, list[int | None]]:
-    inputs = [*interface.inputs.items()]
+def _get_input(family: str, net: ForeignNet) -> tuple[str, list[int | None]]:
+    inputs = [*net.inputs.items()]
     if len(inputs) != 1 or len(inputs[0][1]) != 4:
-        raise _refuse(family, interface)
+        raise net.refuse(family)
     return inputs[0]
 
 
@@ -278,37 +280,37 @@ def _spread(form: Mapping[str, Any]) -> dict[str, Any]:
     return {**form, "mean": [form["mean"]] * 3, "scale": [form["scale"]] * 3}
 
 
-def _refuse(family: str, found: object, more: str = "") -> UserError:
-    return UserError(
-        f"the net is not like {family}{more}: it has {found}\n"
-        f"supported is {FAMILIES[family]['supported']}"
-    )
+def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
+    """Runs a net, checks the shapes of its outputs, and returns its card with a test.
 
-
-def _measure(
-    fields: dict[str, Any], family: str, model: "ModelProto", content: bytes, interface: Interface
-) -> Written:
-    """Runs a net, checks the shapes of its outputs, and returns its card with a test."""
+    If a detector does not run with every size that it declares, its size is set to 640 x 640.
+    """
     card = Card(**msgspec.structs.asdict(_make_draft(fields)), path=Path(fields["file"]), digest="")
     try:
-        session = nets.start_session(card, content)
+        session = nets.start_session(card, net.content)
         if card.role == "face_detector":
-            for size in (card.input.size or (256, 256), card.input.size or (96, 160)):
-                _check_outputs(family, card, session, interface, size)
+            for size in (card.input.size,) if card.input.size else FREE_SIZES:
+                _check_outputs(family, card, session, net, size)
         else:
-            width = _find_width(family, card, session, interface)
+            width = _find_width(family, card, session, net)
             back_end = {"centre": [0.0] * width, **FAMILIES[family]["back_end"]}
             fields |= {"width": width, "back_end": back_end}
         output, other = (nets.answer_formula(card, session, seed) for seed in (SEED, OTHER_SEED))
-    except nets.NetError as error:
+    except UserError as error:
+        if card.role == "face_detector" and not card.input.size:
+            fixed = {**fields["input"], "size": [PADDED_SIDE] * 2}
+            return _measure({**fields, "input": fixed}, family, net)
+        if not isinstance(error, nets.NetError):
+            raise
         reason = str(error).partition("\n")[0].partition("describes ")[2]
-        raise _refuse(family, interface, f" and cannot be run {reason}") from None
+        raise net.refuse(family, f" and cannot be run {reason}") from None
     if not np.isfinite(output).all() or np.array_equal(output, other):
         raise UserError(
-            f"'{fields['source']['file']}' has the same output for different images, or an output "
+            f"'{show(net.name)}' has the same output for different images, or an output "
             "that is no number\nits weights are damaged or missing: copy or download it again"
         )
-    share = HALF_TOLERANCE if 10 in {x.data_type for x in model.graph.initializer} else TOLERANCE
+    has_half = 10 in {x.data_type for x in net.model.graph.initializer}  # TensorProto.FLOAT16
+    share = HALF_TOLERANCE if has_half else TOLERANCE
     tolerance = max(1e-6, share * float(np.abs(output).max()))
     fields["test"] = {"seed": SEED, "output": output.tolist(), "tolerance": tolerance}
     return msgspec.convert(fields, Written)
@@ -326,7 +328,7 @@ def _ask(card: Card, session: "InferenceSession", images: np.ndarray) -> list[np
 
 
 def _check_outputs(
-    family: str, card: Card, session: "InferenceSession", found: Interface, size: tuple[int, int]
+    family: str, card: Card, session: "InferenceSession", net: ForeignNet, size: tuple[int, int]
 ) -> None:
     """Raises UserError if the outputs of a detector have other shapes than its family."""
     height, width = size
@@ -337,17 +339,18 @@ def _check_outputs(
     cells = [anchors * (height // x) * (width // x) for x in strides]
     lengths = [1, 4, 10] if family == "scrfd" else [1, 1, 4, 10]
     wanted = [(count, length) for length in lengths for count in cells]
-    shapes = [x.reshape(-1, x.shape[-1]).shape if x.ndim in (2, 3) else x.shape for x in outputs]
+    # Outputs of SCRFD have a batch axis or not.
+    shapes = [x.shape[1:] if x.ndim == 3 and len(x) == 1 else x.shape for x in outputs]
     if family == "yunet":
         names = [f"{kind}_{x}" for kind in ("cls", "obj", "bbox", "kps") for x in strides]
-        of_name = dict(zip(found.outputs, shapes, strict=True))
-        shapes = [of_name.get(name, ()) for name in names]
+        of_name = dict(zip(net.outputs, outputs, strict=True))
+        shapes = [of_name[name].shape[1:] if name in of_name else () for name in names]
     if shapes != wanted:
         texts = ", ".join(str([*x.shape]) for x in outputs)
-        raise _refuse(family, f"{show(texts)} for an image of {width} x {height} pixels")
+        raise net.refuse(family, f" for an image of {width} x {height} pixels", show(texts))
 
 
-def _find_width(family: str, card: Card, session: "InferenceSession", found: Interface) -> int:
+def _find_width(family: str, card: Card, session: "InferenceSession", net: ForeignNet) -> int:
     """Returns the width of an embedder's vectors. Checks that it embeds faces one by one."""
     assert card.input.size
     images = np.stack(
@@ -355,12 +358,12 @@ def _find_width(family: str, card: Card, session: "InferenceSession", found: Int
     )
     single, *more = _ask(card, session, images[:1])
     if more or single.ndim != 2 or len(single) != 1:
-        raise _refuse(family, found)
+        raise net.refuse(family)
     if nets.takes_many(session):
         both = _ask(card, session, images)[0]
         most = HALF_TOLERANCE * np.abs(single).max()
         if both.shape != (2, single.shape[1]) or np.abs(both[0] - single[0]).max() > most:
-            raise _refuse(family, found, " and computes other vectors for two faces than for one")
+            raise net.refuse(family, " and computes other vectors for two faces than for one")
     return single.shape[1]
 
 
