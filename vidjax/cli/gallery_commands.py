@@ -326,7 +326,8 @@ def _enrol(args: argparse.Namespace) -> Result:
                 "identity"
             )
         widths, quality = gallery.reads
-        clips, identity = load_people(path, widths, quality=quality)
+        nets = gallery.origin.cards
+        clips, identity = load_people(path, widths, quality=quality, nets=nets)
     else:
         clips, identity = _load_clips(args, gallery), args.identity
     if args.clip:

@@ -39,42 +39,47 @@ from vidjax.utils.processes import Children, map_children, run_limited
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
 FLOAT_BYTES = 4  # bytes of a float32
 NETS = "nets"  # the array with `face SHA256`, the digest of the net of each modality
+Nets = Mapping[str, str]  # modality -> digest of the net that computed its vectors
+NO_NETS: Nets = MappingProxyType({})
 Text = tuple[list[str], np.ndarray]  # see `parquet.Rows.text`
 
 
-def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files. Only one file is in memory at a time."""
+def read_npz(paths: Sequence[Path], nets: Nets = NO_NETS) -> Iterator[Clip]:
+    """Yields the clips of `.npz` files. Only one file is in memory at a time. See `read_clips`."""
+    limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
-        arrays = _load_npz(path)
-        if _names_nets(arrays):
-            del arrays[NETS]
+        with files.open_input(path) as file, prefix_errors(str(path)):
+            size = os.fstat(file.fileno()).st_size
+            arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
+        check_nets(path, _take_nets(arrays), nets)
         if has_several_clips(arrays):
             yield from _split(arrays, str(path))
         else:
             yield Clip(name, str(path), group_by_modality(arrays, str(path)), path.stem)
 
 
-def _load_npz(path: Path, name: str | None = None) -> dict[str, np.ndarray]:
-    limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
-    with files.open_input(path) as file, prefix_errors(str(path)):
-        size = os.fstat(file.fileno()).st_size
-        return files.load_npz(file, min(limit, files.max_unpacked_bytes(size)), name=name)
-
-
-def read_nets(path: Path) -> dict[str, str]:
-    """Returns modality -> digest of the net that computed the vectors in an `.npz` file.
-
-    If the file names no nets, the result is {}. The vectors are not read.
-    """
-    arrays = _load_npz(path, NETS)
-    pairs = (str(line).partition(" ") for line in arrays[NETS].flat) if _names_nets(arrays) else ()
+def _take_nets(arrays: dict[str, np.ndarray]) -> dict[str, str]:
+    """Removes the array `nets`; returns modality -> digest of its net, or {} without this array."""
+    # If `nets` has numbers instead of texts, it is a modality.
+    if NETS not in arrays or arrays[NETS].dtype.kind != "U":
+        return {}
+    pairs = (str(line).partition(" ") for line in arrays.pop(NETS).flat)
     return {modality: digest for modality, _, digest in pairs}
 
 
-def _names_nets(arrays: Mapping[str, np.ndarray]) -> bool:
-    # If `nets` has numbers instead of texts, it is a modality.
-    return NETS in arrays and arrays[NETS].dtype.kind == "U"
+def check_nets(path: Path, made: Nets, wanted: Nets) -> None:
+    """Raises UserError if other nets made the vectors in `path` than the vectors of a gallery.
+
+    `made` and `wanted` are modality -> digest of a net. Modalities without a digest are accepted.
+    """
+    for modality, digest in wanted.items():
+        if made.get(modality, digest) != digest:
+            raise UserError(
+                f"the {modality} vectors in '{path}' are not from the model of the gallery\n"
+                "extract the clips with the models of the gallery (--models=DIR), or create "
+                "another gallery with the models of the clips"
+            )
 
 
 def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -121,7 +126,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
 def write_npz(
     path: Path,
     clips: Mapping[str, Mapping[str, np.ndarray]],
-    nets: Mapping[str, str] = MappingProxyType({}),
+    nets: Nets = NO_NETS,
 ) -> None:
     """Writes several clips to an `.npz` file.
 
@@ -238,10 +243,17 @@ OPEN_BYTES = 32 << 10  # opening a file takes as long as reading this many bytes
 
 
 def read_clips(
-    paths: Sequence[Path], read_rows: Callable[[Path], parquet.Rows] = parquet.read
+    paths: Sequence[Path],
+    read_rows: Callable[[Path], parquet.Rows] = parquet.read,
+    nets: Nets = NO_NETS,
 ) -> Iterator[Clip]:
-    """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files."""
-    return read_parquet(paths[0], read_rows) if paths[0].suffix == ".parquet" else read_npz(paths)
+    """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files.
+
+    If a file names other nets than `nets`, raises UserError, see `check_nets`.
+    """
+    if paths[0].suffix == ".parquet":
+        return read_parquet(paths[0], read_rows)
+    return read_npz(paths, nets)
 
 
 def choose_num_readers(files: Mapping[str, Sequence[Path]]) -> int:

@@ -406,7 +406,7 @@ class Gallery:
     def load(self, path: str | Path) -> MemoryClips:
         """Loads the clips of a folder or parquet table with the modalities of the gallery."""
         widths, quality = self.reads
-        return load_clips(path, widths, (), quality=quality)
+        return load_clips(path, widths, (), quality=quality, nets=self.origin.cards)
 
     # ---- changes
 

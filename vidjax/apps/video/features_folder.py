@@ -30,7 +30,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
-from vidjax.data.clip_files import read_nets
+from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
@@ -410,21 +410,11 @@ def write(path: Path, value: Struct) -> None:
 def check_models(path: Path, cards: Mapping[str, str]) -> None:
     """Raises UserError if the features in `path` were computed by other models than a gallery uses.
 
-    `path` is a file, or a folder of files, of people or of splits. `cards` is modality -> sha256 of
-    the card of the gallery's model. Features of other programs are accepted, because their models
-    are unknown.
+    `cards` is modality -> sha256 of the card of the gallery's model. Features of other programs are
+    accepted, because their models are unknown.
     """
     folder = path if path.is_dir() else path.parent
-    made = [(path, x.models) for x in map(read_extraction, (folder, folder.parent)) if x][:1]
-    clips = (*path.glob("[!.]*.npz"), *path.glob("[!.]*/[!.]*.npz"))
-    for npz in sorted(clips) if path.is_dir() else [path] * (path.suffix == ".npz"):
-        nets = read_nets(npz)
-        made.append((npz, {EMBEDDER_ROLES.get(part, part): x for part, x in nets.items()}))
-    for place, models in made:
-        for part, digest in cards.items():
-            if models.get(EMBEDDER_ROLES.get(part, part), digest) != digest:
-                raise UserError(
-                    f"the {part} vectors in '{place}' are not from the model of the gallery\n"
-                    "extract the clips with the models of the gallery (--models=DIR), or create "
-                    "another gallery with the models of the clips"
-                )
+    extraction = next(filter(None, map(read_extraction, (folder, folder.parent))), None)
+    if extraction:
+        made = {part: extraction.models.get(EMBEDDER_ROLES.get(part, part)) for part in cards}
+        check_nets(path, {part: digest for part, digest in made.items() if digest}, cards)

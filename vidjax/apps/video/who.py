@@ -435,7 +435,8 @@ def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
     films = features_folder.find_media_files(features).values()
     _enrol_named(gallery, out, films)
     (out / UNKNOWN).unlink(missing_ok=True)  # the names of the clips may change
-    waiting = other_nets.choose_waiting_names(gallery, films) if changed else {}
+    known = [*films, *features_folder.find_earlier(features).values()]
+    waiting = other_nets.choose_waiting_names(gallery, known) if changed else {}
     features_folder.set_aside(features)
     held = [
         film for stem, film in features_folder.find_earlier(features).items()

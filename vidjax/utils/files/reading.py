@@ -207,20 +207,17 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
         return load_npz(file, limit)
 
 
-def load_npz(
-    file: io.FileIO | io.BytesIO, limit: int, least: int = 1, name: str | None = None
-) -> dict[str, np.ndarray]:
-    """Returns name -> array of an open `.npz`. If `name` is given, reads only this array.
+def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[str, np.ndarray]:
+    """Returns name -> array of an open `.npz`.
 
     Raises UserError if the arrays need more than `limit` bytes. A number that takes fewer bytes
     than `least` counts as `least` bytes, because the caller will convert it to a larger type.
     """
     arrays = {}
     with _npz_errors():
-        for key, entry, _ in _open_arrays(file, limit, least):
-            if name in (None, key):
-                entry.seek(0)
-                arrays[key] = np.lib.format.read_array(entry, allow_pickle=False)
+        for name, entry, _ in _open_arrays(file, limit, least):
+            entry.seek(0)
+            arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
     return arrays
 
 
