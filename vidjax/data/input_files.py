@@ -123,7 +123,8 @@ def load_people(
     """Loads the files `path/PERSON/CLIP.npz`. Returns their clips, and clip -> person.
 
     The name of a clip is `PERSON/CLIP`. `modalities` is modality to read -> feature width. For
-    `quality` and `nets`, see `load_clips`. Raises NoFileError if there are no such files, or if there are clips directly in `path`.
+    `quality` and `nets`, see `load_clips`. Raises NoFileError if there are no such files, or if
+    there are clips directly in `path`.
     """
     path = Path(path).expanduser()
     people, others, entries = dict[str, list[Path]](), list[Path](), list_entries(path)
