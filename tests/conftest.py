@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ gc.set_threshold(100_000, 50, 50)  # rarely: JAX makes millions of objects that 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="hundreds of random faults")
     parser.addoption("--fault-seed", type=int, help="repeats the faults of a failed test")
+    parser.addoption("--tenth", action="store_true", help="a tenth of the tests, by their names")
 
 
 # Files with few, long tests. If such a file started last, the other processes would be idle.
@@ -52,10 +54,14 @@ LONG_FILES = {
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out tests with the mark `nightly` unless `-m` names it. Long files come first."""
-    if "nightly" not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("nightly")]
-        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
-        config.hook.pytest_deselected(items=left_out)
+
+    def is_wanted(item: pytest.Item) -> bool:
+        if item.get_closest_marker("nightly") and "nightly" not in config.option.markexpr:
+            return False
+        return not config.option.tenth or zlib.crc32(item.nodeid.encode()) % 10 == 0
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+    items[:] = filter(is_wanted, items)
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in LONG_FILES, -counts[item.path]))
 

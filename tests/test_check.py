@@ -56,6 +56,23 @@ def test_check_reports_negative_qualities(tmp_path, command):
         assert command("check", "--config=mma", *flags, *more)[0] == 0
 
 
+def test_parts_that_are_not_installed_or_need_another_processor_are_no_faults(tmp_path, python):
+    text = "This version of jaxlib was built using AVX instructions"
+    (tmp_path / "jax.py").write_text(f"raise RuntimeError('{text}')")
+    output = python(
+        f"import importlib.util, sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'onnx' else find(name)\n"
+        "from vidjax.cli import program\nassert program.main(['check']) == 0\n"
+    )  # fmt: skip
+    states = [line.split(":")[0].split() for line in output.splitlines()]
+    assert states == [
+        ["ok", "environment"], ["none", "runs"], ["ok", "training"], ["ok", "films"],
+        ["none", "nets"], ["ok", "server"], ["ok", "parquet"], ["all", "good"],
+    ]  # fmt: skip
+    assert "instructions AVX" in output and "(onnx): pip install 'vidjax[convert]'" in output
+
+
 def damage(folder, pattern):
     """Changes a byte of the largest file that matches a pattern."""
     path = max(filter(Path.is_file, folder.glob(pattern)), key=lambda path: path.stat().st_size)
@@ -66,7 +83,7 @@ def damage(folder, pattern):
 
 
 def test_check_of_a_good_run_or_without_a_folder_reports_all_good(folder, check, check_run):
-    code, (_, verdict) = check()  # one line about the machine
+    code, (*_, verdict) = check()
     assert (code, verdict) == (0, "all good")
     code, lines = check_run()
     assert (code, lines[-1]) == (0, "all good"), lines

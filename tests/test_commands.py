@@ -35,6 +35,7 @@ from vidjax.utils.errors import DiskError
 from vidjax.utils.parser import Parser
 
 TRAIN = "--config=knn --workdir=new"
+ARRAYS = ("--config.data.name=arrays",)
 OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
 # Commands with mistakes -> a part of the error, mostly the remedy.
 WORDS = {
@@ -54,7 +55,8 @@ WORDS = {
     )},
     "--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w":
         "is the folder of the data",
-    "gallery creat": "create", "gallery G list": "vidjax gallery identify G --input=PATH",
+    "gallery creat": "did you mean 'create'", "gallery enroll G --input=x": "'enrol'?",
+    "gallery G list": "vidjax gallery identify G --input=PATH",
     "gallery list G stray": "'stray' has no flag\nexample",
     "gallery enrol G --input=x --config.seed=1": "--config.data.FIELD",
     "--mode=compare --workdir=new --runs=run,run --config.seed=1": "--config.eval.split",
@@ -70,6 +72,9 @@ WORDS = {
     f"{TRAIN} --coordinator=a:9": "also needs --num_processes",
     **{f"{TRAIN} --num_processes=2 --process_id=0 --coordinator={address}": "HOST:PORT"
        for address in ("a", ":9", "a:", "a:nine", "a:0", "a:65536")},
+    f"{TRAIN} --num_processes=2 --process_id=2 --coordinator=a:9": "--process_id=0 to 1",
+    f"{TRAIN} --num_processes=2 --process_id=0 --coordinator=a:9 --coordinator_timeout=nan":
+        "give seconds",
     "gallery remove G --identity=Ada --identity Bob": "--identity is given twice",
     "report --workdir=~no-such-user/run": "write ~/",
     "--config=knn --workdir=s3://bucket/run": "is an address",
@@ -461,10 +466,11 @@ def test_import_vidjax_needs_linux_and_imports_neither_jax_nor_numpy_nor_tensorf
         "vidjax.load_config  # may import NumPy\n"
         "assert not {'jax', 'tensorflow', 'flax'} & set(sys.modules)\n"
     )
-    python(
-        "import pytest, sys\nsys.platform = 'win32'\n"
-        "with pytest.raises(ImportError, match='needs Linux.*WSL'):\n    import vidjax\n"
-    )
+    for system, remedy in (("win32", "WSL"), ("darwin", "virtual machine")):
+        python(
+            f"import pytest, sys\nsys.platform = '{system}'\n"
+            f"with pytest.raises(ImportError, match='needs Linux.*{remedy}'):\n    import vidjax\n"
+        )
 
 
 def test_functions_describe_the_expected_arguments(official_dir, tmp_path):
@@ -494,8 +500,11 @@ def test_functions_describe_the_expected_arguments(official_dir, tmp_path):
     refused(r"learn_rate .*optim\.learning_rate", train, misspelt, new, made)
     refused("restore: workdir must be the path", restore, config)
     refused(f"no run in '{new}'", restore, new)
-    measured = load_config("knn", "--config.data.name=arrays", "--config.data.quality=norm")
+    measured = load_config("knn", *ARRAYS, "--config.data.quality=norm")
     refused(r"load_data\(\.\.\., quality='norm'\)", train, measured, new, made)
+    unlabelled = load({"train": clips["val"], "val": {"b": clips["val"]["a"]}})
+    refused(r"load_data\(clips, labels=", train, load_config("knn:face", *ARRAYS), new, unlabelled)
+    refused("lists must be a table of pyarrow, not list", UNTYPED.join_rankings, [])
     assert not new.exists()
 
     for runs in ([new, None], [[new], [None]], [new, 5], [new, tmp_path.stat()]):  # a tuple

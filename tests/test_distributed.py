@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -15,9 +16,10 @@ import pytest
 
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, QUICK, ROOT, flat, run, saved, shrunk, weights
-from vidjax.core import devices
+from vidjax.cli import program
+from vidjax.core import devices, rendezvous
 from vidjax.runs import checkpoint, results
-from vidjax.utils.errors import VidjaxWarning
+from vidjax.utils.errors import UserError, VidjaxWarning
 
 SECONDS = 300
 SPEC = "configs/quality_fusion.py:iqiyi_vid"
@@ -113,7 +115,9 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
         if signum == signal.SIGTERM:
             assert first == second == 128 + signal.SIGTERM
         else:  # the second process is killed, so the first process ends with an error
-            assert first not in (0, 128 + signal.SIGTERM)
+            assert first == 2
+            lines = (tmp_path / "0.txt").read_text().splitlines()
+            assert "process 1 of 2 has ended" in lines[-2] and "same command" in lines[-1]
 
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
@@ -123,6 +127,50 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
         ranking = (two / "ranking.txt").read_bytes()
         assert wait(start("evaluate")) == [0, 0]
         assert (two / "ranking.txt").read_bytes() == ranking
+
+
+@pytest.fixture
+def address():
+    """A free port of this machine, as HOST:PORT."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("index", "remedy"), [(0, "--process_id=1"), (1, "--process_id=0")])
+def test_process_waits_for_missing_processes_and_names_them(capsys, address, index, remedy):
+    place = f"--coordinator={address} --num_processes=2 --process_id={index}"
+    code = program.main(f"train --config=mma {place} --coordinator_timeout=0.2".split())
+    waiting, *error = capsys.readouterr().err.splitlines()
+    wanted = ("waiting for 1 of 2 processes", "waiting for process 0 of 2")[index]
+    assert code == 2 and waiting == f"vidjax: {wanted} at {address}" and len(error) == 2
+    assert remedy in error[1] and "--coordinator_timeout=SECONDS" in error[1]
+
+
+def test_each_process_connects_once_and_wrong_indices_are_refused(address, capsys):
+    end, found = time.monotonic() + SECONDS, {}
+    gather = lambda: found.update(rendezvous._gather(address, 4, end))  # noqa: E731
+    thread = threading.Thread(target=gather, daemon=True)
+    thread.start()
+    while "waiting for 3 of 4" not in capsys.readouterr().err:
+        time.sleep(0.01)
+
+    def connect(line):
+        peer = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
+        peer.sendall(line)
+        return peer
+
+    connect(b"1 of 4\n").close()  # this process dies, and is started again
+    peers = [connect(line) for line in (b"1 of 4\n", b"GET / HTTP/1.1\r\n\r\n", b"3 of 4\n")]
+    for index, count, remedy in ((3, 4, "another process has --process_id=3"),
+                                 (2, 3, "process 0 has --num_processes=4")):  # fmt: skip
+        with pytest.raises(UserError, match=remedy):
+            rendezvous._reach(address, count, index, end)
+    peers.append(connect(b"2 of 4\n"))
+    thread.join(SECONDS)
+    assert sorted(found) == [1, 2, 3]
+    for peer in (*peers, *found.values()):
+        peer.close()
 
 
 @pytest.mark.slow
@@ -138,6 +186,7 @@ def test_processes_with_different_configurations_are_refused(start, tmp_path):
 @nightly_after_first("spec, given", [
     ("quality_fusion", (*SGD, "--config.data.mode=streaming")),
     ("quality_fusion", (*SGD, "--config.ensemble.seeds=2", "--config.data.mode=resident")),
+    *(("noise_classes", (*SGD, f"--config.data.mode={x}")) for x in ("resident", "streaming")),
     ("plda", ()), *((name, SGD) for name in ("cosine", "mma", "deepmef")),
 ])  # fmt: skip
 def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec, given):

@@ -545,4 +545,12 @@ def test_errors_of_wrong_paths_of_films_and_people_name_the_remedy(tmp_path):
     path, typo = tmp_path / "holiday.mp4", tmp_path / "holidy.mp4"
     path.touch()
     refused(lambda: media_files.list_files([typo]), f"'{typo}'\ndid you mean '{path}'")
+    # A path with blanks is typed in quotes. The nets may be in another folder than the films.
+    (tmp_path / "Summer 2019").mkdir()
+    quoted = f"did you mean '{tmp_path}/Summer 2019'? Type it with the quotes"
+    refused(lambda: media_files.list_files([tmp_path / "Summer"]), quoted)
+    refused(lambda: cards.load(tmp_path / "sumer 2019"), quoted, "convert --help")
+    refused(
+        lambda: media_files.list_files([Path("x.mp4")]), f"folder is '{Path.cwd()}'", "cd FOLDER"
+    )
     refused(lambda: who.name_people([path], path, tmp_path / "out", tmp_path), "of each person")

@@ -77,7 +77,6 @@ def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, co
     assert video.counts.seconds == pytest.approx(1.2, abs=0.002)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_pictures_are_decoded_in_the_thread_of_the_caller(film):
     """The system may refuse other threads (`ulimit -u`). Then pictures would be lost."""
     with decode.open_video(film) as video:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import functools
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from vidjax.data.cache_folders import exclusive
 from vidjax.runs import checkpoint, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
-from vidjax.utils.errors import describe_system_error
+from vidjax.utils.errors import UserError
 
 
 def test_failed_write_leaves_no_file(tmp_path):
@@ -64,15 +65,30 @@ def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch)
     assert (tmp_path / "x" / "a.txt").read_text() == "a"
 
 
-def test_cache_on_a_disk_without_locks_is_refused_with_its_path_and_a_remedy(tmp_path, monkeypatch):
+def test_error_of_a_drive_without_locks_names_the_folder_and_where_to_choose_another(
+    tmp_path, monkeypatch
+):
     def refuse(file, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre without `-o flock`
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError) as raised, exclusive(tmp_path / "cache" / "folder"):
-        pass
-    text = str(describe_system_error(raised.value))
-    assert str(tmp_path) in text and "another disk" in text
+    for remedy, lock in (
+        ("VIDJAX_CACHE", exclusive(tmp_path / "folder")), ("--workdir=", files.lock(tmp_path)),
+        ("--out=", files.lock(tmp_path, "out")), ("--out=", files.lock(tmp_path, "features")),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"'{tmp_path}.*without locks.*\n.*{remedy}"), lock:
+            pass
+
+
+def test_error_without_a_home_names_the_variable_of_the_cache(monkeypatch):
+    def refuse(uid):
+        raise KeyError(uid)
+
+    for variable in ("HOME", "VIDJAX_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", refuse)
+    with pytest.raises(UserError, match="VIDJAX_CACHE"):
+        files.cache_root()
 
 
 @pytest.mark.parametrize("handler", [
@@ -114,6 +130,18 @@ def test_reading_refuses_links_and_paths_out_of_a_folder(tmp_path):
         for path in ("out/x", "inner/../../outer/x"):
             read = functools.partial(files.read_bytes, run / path, limit=9, below=run)
             refused(read, "by a copy of that folder")
+
+
+@pytest.mark.parametrize("exists", [files.is_file, files.is_present])
+def test_a_path_that_cannot_be_looked_at_is_not_missing(tmp_path, exists):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    assert not any(map(exists, (tmp_path / "link", tmp_path / "loop" / "a", tmp_path / "no\0")))
+    (tmp_path / "file").touch()
+    assert exists(tmp_path / "file") and not exists(tmp_path / "file" / "a")
+    assert exists(tmp_path) == (exists is files.is_present)
+    with pytest.raises(OSError, match="too long"):
+        exists(tmp_path / ("x" * 5000))
 
 
 def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):

@@ -79,6 +79,11 @@ def gallery(tmp_path, models):
     return Gallery.of_models(tmp_path / "g", models)
 
 
+def test_a_run_is_refused_because_nets_compute_the_vectors(gallery, tmp_path):
+    with pytest.raises(ValueError, match=r"made from nets.*\n.*--run"):
+        Gallery(gallery.folder, run=tmp_path)
+
+
 def faces(name, vectors):
     """Returns clips of one face each: NAME0, NAME1 and so on."""
     return {f"{name}{n}": {"face": x[None]} for n, x in enumerate(vectors)}

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -330,6 +331,20 @@ def test_readers_see_the_old_state_during_a_change_and_other_changes_are_refused
     # After a removal, the file of another hard link would still contain the person.
     os.link(gallery.folder / store_lib.GALLERY_FILE, gallery.folder.parent / "other")
     refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
+
+
+@pytest.mark.parametrize("name", ["SQLITE_IOERR_LOCK", "SQLITE_IOERR_RDLOCK", "SQLITE_PERM"])
+def test_error_of_a_drive_without_locks_names_another_disk(gallery, monkeypatch, name):
+    def connect(path):
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorname = name
+        connection = mock.MagicMock()
+        connection.execute.side_effect = error
+        return connection
+
+    monkeypatch.setattr(store_lib, "_connect", connect)
+    for action in (gallery.refresh, lambda: gallery.remove(clip=["clip 30"])):
+        refused(action, str(gallery.folder), "without locks", "another disk", "--out=FOLDER")
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ import pytest
 
 from tests.helpers.batches import assert_equal
 from tests.helpers.small_runs import Spoilt, evaluate, run, shrunk, weights
-from vidjax.core import ensemble
+from vidjax.core import devices, ensemble
 from vidjax.evaluation import eval_step
-from vidjax.models.build_system import System, TaskSpec, make_model
-from vidjax.runs import config as config_lib, config_io, members_file
+from vidjax.models.build_system import TaskSpec, make_model
+from vidjax.runs import checkpoint, config as config_lib, config_io, members_file
 from vidjax.training import plan as plan_lib
 
 add_scores = jax.jit(eval_step.add_scores)  # operation by operation it takes seconds
@@ -155,8 +155,10 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
 
 @pytest.mark.slow
 def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(System, "vmap_members", True)  # as on a GPU
+    monkeypatch.setattr(devices, "is_cpu", lambda mesh: False)  # as on a GPU
     train(tmp_path, data)
+    (manifest,) = checkpoint.manifests(tmp_path).values()
+    assert manifest["group_size"] == 3
     separate, mapped = weights(ensemble_run[0]), weights(tmp_path)
     for name in separate:
         if "params" in name:  # not the running statistics

@@ -108,3 +108,24 @@ def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other,
     words = shlex.split(message.partition("the same: ")[2])
     assert words[0] == "vidjax" and program.main(words[1:]) == 0  # merges them
     assert Gallery(gallery.folder).identities == {name: 2}
+
+
+FOREIGN = ("Who?", 'A: "B"*', "CON", "com1.x", "Ada.", ".Eve", "a/b", "50%", "%41da", "Zo\u00eb")
+
+
+def test_names_of_files_and_folders_are_allowed_on_all_drives():
+    stems = names.make_file_stems([*FOREIGN, "ada", "ADA"])
+    assert stems == [
+        "Who_", "A_ _B__", "CON_", "com1_.x", "Ada_", "_Eve", "a_b", "50%", "%41da", "Zo\u00eb",
+        "ada", "ADA (2)",
+    ]  # fmt: skip
+    folders = dict[str, str]()
+    for name in (*FOREIGN, "ada", "ADA", "Ada", "x" * 255, "?" * 255):
+        folders[name] = names.make_folder_name(name, [x.casefold() for x in folders.values()])
+    assert {**folders, "?" * 255: ""} == {
+        "Who?": "Who%3F", 'A: "B"*': "A%3A %22B%22%2A", "CON": "%43%4F%4E",
+        "com1.x": "%63%6F%6D%31.x", "Ada.": "Ada%2E", ".Eve": "%2EEve", "a/b": "a%2Fb",
+        "50%": "50%", "%41da": "%2541da", "Zo\u00eb": "Zo\u00eb", "ada": "ada", "ADA": "%41%44%41",
+        "Ada": "%41%64%61", "x" * 255: "x" * 255, "?" * 255: "",
+    }  # fmt: skip
+    assert {names.read_folder_name(folder) for folder in folders.values()} == folders.keys()

@@ -61,7 +61,7 @@ def test_embedders_of_each_family_get_a_card_that_computes_their_vectors(convert
     card = cards.load(path.parent)["face_embedder"]
     assert path.with_suffix(".onnx").read_bytes() == content
     assert card.input.colour == "rgb" and card.input.size == (112, 112)
-    np.testing.assert_allclose(card.template, POINTS, atol=0.006)
+    np.testing.assert_allclose(np.array(card.template), POINTS, atol=0.006)
     assert card.back_end and card.back_end.data.startswith(cards.NOT_MEASURED)
     embedder = nets.Embedder(card)  # passes its test
     crops = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)
@@ -70,7 +70,7 @@ def test_embedders_of_each_family_get_a_card_that_computes_their_vectors(convert
     x = (crops.transpose(0, 3, 1, 2).astype(np.float64) - mean) * scale
     (kind,) = {x.type for x in embedder.session.get_inputs()}
     x = x.astype(np.float16 if kind == "tensor(float16)" else np.float32)
-    wanted = [embedder.session.run(None, {"data": face[None]})[0] for face in x]
+    wanted = [np.array(embedder.session.run(None, {"data": face[None]})[0]) for face in x]
     assert vectors.shape == (3, card.width)
     near = 0.05 if "16" in case else 1e-4
     np.testing.assert_allclose(vectors, np.concatenate(wanted), atol=near * np.abs(vectors).max())
@@ -121,7 +121,8 @@ def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(conver
     x = (x - 127.5) / 128 if family == "scrfd" else x[..., ::-1]  # from the published programs
     names = [output.name for output in detector.session.get_outputs()]
     x = x.transpose(2, 0, 1)[None].astype(np.float32)
-    outputs = dict(zip(names, detector.session.run(None, {"data": x}), strict=True))
+    answers = map(np.array, detector.session.run(None, {"data": x}))
+    outputs = dict(zip(names, answers, strict=True))
     faces = nets.DECODERS[card.decoder](outputs, width)
     wanted = decode_slowly(card, outputs, width)
     assert len(wanted) > 100
@@ -290,7 +291,7 @@ def test_flags_of_convert_that_do_not_fit_are_refused(convert):
     assert done.code == 0, done.err
     card = cards.read(path)
     assert card.input.size == (160, 160)
-    np.testing.assert_allclose(card.template, np.array(POINTS) * 160 / 112, atol=0.01)
+    np.testing.assert_allclose(np.array(card.template), np.array(POINTS) * 160 / 112, atol=0.01)
     # A folder has one net for each role.
     assert convert(VECTORS, "--like=sface", name="b.onnx")[0].refused("net.json", "--out")
 

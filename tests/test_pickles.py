@@ -133,7 +133,7 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     (weights, "a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a finite number of 0"),
     (weights, "a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is not a finite number of 0"),
     (weights, "a.mp4 1e39\n", "line 1: weight 1e39 is not a finite number of 0"),
-    (weights, "a.avi 1\nb.avi 1\n", "none of its 2 clips has features\nthe file names a.avi, "),
+    (weights, "a.avi 1\nb.avi 1\n", "none of its 2 clips has features\nthe labels name a.avi, "),
 ])  # fmt: skip
 def test_errors_in_label_and_weight_files_name_the_line(read, text, expected, tmp_path):
     message = refused(lambda: read(tmp_path, text), expected)

@@ -1,6 +1,8 @@
 """Resident clips, which stay in the memory of devices, give the same batches as streamed clips."""
 
+import functools
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,7 +20,10 @@ from vidjax.core import devices as devices_lib, fusion
 from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib, resident, sources
 from vidjax.data.clips import longest, make_batch_plan
+from vidjax.models.build_system import TaskSpec, make_system
+from vidjax.runs import config_io
 from vidjax.runs.checkpoint import manifests
+from vidjax.training import placement
 
 MODALITIES = ("face", "audio", "body")
 
@@ -230,6 +235,34 @@ def test_auto_mode_is_resident_if_clips_fit_in_memory_and_places_in_int32(data, 
         assert resident.choose_mode("auto", either, mesh, num_drawn) == "streaming"
         with pytest.raises(ValueError, match="too many for an int32"):
             resident.choose_mode("resident", either, mesh, num_drawn)
+
+
+def test_members_train_together_as_far_as_the_memory_allows(data, monkeypatch):
+    """Clips come first. A resumed run keeps its groups if they fit."""
+    (_, layout, plan), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
+    config = config_io.load_file("configs/noise_classes.py").to_dict()
+    task = TaskSpec(dict(layout.widths), 12, 3, plan.num_clips, 10, True)
+    system = make_system(config, task)
+    state: Any = SimpleNamespace(
+        labels=np.zeros((8, plan.num_clips)), params={"w": np.zeros((8, 5))}
+    )
+    plan = plan._replace(batch_size=1 << 16)
+    step = functools.partial(placement.estimate_step_bytes, system, plan, 5.0 * 8, mesh)
+
+    def choose(free, before=None, mode="auto"):
+        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
+        return placement.choose_placement(
+            mode, layout, system, plan, state, mesh, num_drawn=9, before=before
+        )
+
+    assert choose(step(8) + 2 * layout.nbytes) == ("resident", 1)  # members of a CPU train in turn
+    monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh: False)
+    for size in (1, 2, 4, 8):
+        assert choose(step(size) + 2 * layout.nbytes) == ("resident", size)
+    assert choose(step(4) + 2 * layout.nbytes, before=2).group_size == 2
+    assert choose(step(4) + 2 * layout.nbytes, before=8).group_size == 4
+    assert choose(step(1) + layout.nbytes) == ("streaming", 1)
+    assert choose(0.0) == ("streaming", 1)  # an error of the device would be clearer than ours
 
 
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -232,9 +231,8 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     assert reviewed.names_after_restart() == renamed and "Eva" in denied.values()
 
 
-@pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos", "older", "oldest"])
+@pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos"])
 def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
-    """Older versions stored denied names in `unknown.json`, the oldest without people's clips."""
     reviewed.post(do="deny", of="clip:\tparty.s000.t00")
     reviewed.review.save()
     wanted = drawn.names()
@@ -247,13 +245,6 @@ def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
         reviewed.review.save()
         wanted = drawn.names()
         gallery.rename("Ada", "Eva", merge=True)
-    elif how in ("older", "oldest"):
-        numbers = json.loads((drawn.out / "unknown.json").read_text()) | {"denied": gallery.denied}
-        numbers |= {"clips": {"Ada": gallery.people["Ada"]}} if how == "older" else {}
-        (drawn.out / "unknown.json").write_text(json.dumps(numbers))
-        with gallery.change() as draft:
-            draft.denied = {}
-        drawn.gallery("rename", "--identity=Ada", "--to=Eva")
     else:
         gallery.rename("Ada", "Eva")
     if how == "photos":  # another photo replaces the photo of the renamed person

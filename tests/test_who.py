@@ -194,6 +194,22 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
         assert table.read_text() == wrong
 
 
+def test_folders_of_people_have_names_that_all_drives_allow(drawn):
+    film, people = drawn.film(), drawn.out / "people"
+    write_photo(drawn.friends / "Ada?.png", ("Ada", 40, 40))
+    for earlier in (False, True):  # an earlier version wrote the name itself
+        content, _ = drawn.who(film)
+        assert content["people"] == {"Ada?": 1}
+        assert [path.name for path in people.iterdir()] == ["Ada?" if earlier else "Ada%3F"]
+        assert (drawn.out / "cuts" / "Ada_.edl").exists()
+        if not earlier:
+            (people / "Ada%3F").rename(people / "Ada?")
+    write_photo(drawn.friends / "Bob.png", ("Bob", 40, 40))
+    (drawn.friends / "Ada?.png").unlink()
+    drawn.who(film)
+    assert [path.name for path in people.iterdir()] == ["Bob"]
+
+
 def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     """The card of the net declares that all faces in the film are unclear."""
     card = drawn.models / "embed.json"
@@ -384,6 +400,22 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
         drawn.who(film, people=False)
         table.write_text(re.sub(r"unknown \d", name, table.read_text()))
         assert drawn.who(film, people=False).content["people"] == {name: 1}
+
+    # If the only clip of a person is replaced, the denied names of the person are kept.
+    other = drawn.folder / "d.mkv"
+    write_film(other, shot("Bob"))
+    write_film(film, shot("Eve"))
+    drawn.who(film, other, people=False)
+    (digest,) = (
+        x for x, clips in who.read_numbers(drawn.out).films.items() if "d.s000.t00" in clips
+    )
+    denied = {digest: {"d.s000.t00": ["Ada"]}}
+    with Gallery(drawn.out / "gallery").change() as draft:
+        draft.deny(denied)
+    lines = [line for line in table.read_text().splitlines() if not line.startswith("d.")]
+    table.write_text(re.sub(r"unknown \d", "Ada", "\n".join(lines)))
+    assert drawn.who(film, people=False).content["people"] == {"Ada": 1}
+    assert Gallery(drawn.out / "gallery").denied == denied
 
 
 @pytest.mark.slow

@@ -17,8 +17,11 @@
 import os
 import sys
 
-if sys.platform == "win32":
-    raise ImportError("vidjax needs Linux: on Windows, install vidjax in WSL (wsl --install)")
+if sys.platform != "linux":
+    raise ImportError(
+        "vidjax needs Linux: on Windows, install vidjax in WSL (wsl --install), "
+        "and on macOS in a virtual machine or a container with Linux"
+    )
 
 # By default, ONNX Runtime writes a number that identifies the machine to the home folder, and sends
 # the number to its makers. ONNX Runtime reads this variable when it is imported.

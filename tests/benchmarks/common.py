@@ -178,32 +178,46 @@ def _draw_frames(key: Array, count: int) -> list[Array]:
     return [features, quality, detection, number]
 
 
-def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int) -> Any:
-    """Returns a system, and random clips on the device to train it.
+def make_plan(
+    spec: str, *overrides: str, num_clips: int, num_clusters: int | None = None, **settings: Any
+) -> Any:
+    """Returns a system for clips of DIM features, its configuration, members and batch plan.
 
-    `spec` is FILE:ARGUMENTS, `overrides` are FIELD=VALUE.
+    `spec` is FILE:ARGUMENTS, `overrides` are FIELD=VALUE, and `settings` are the results of
+    `Identifier.prepare`.
     """
     config = config_io.load_file(f"{CONFIGS / spec}")
-    words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
-    config = config_io.override(config, [f"--config.{word}" for word in words])
+    config = config_io.override(config, [f"--config.{word}" for word in overrides])
     modalities = dict.fromkeys(config.modalities, DIM)
-    task = TaskSpec(modalities, IDENTITIES, None, num_clips, 10_000, True)
-    system = make_system(config.to_dict(), task)
-    members = ensemble.make_members(config.ensemble.to_dict())
-    labels = np.random.default_rng(1).integers(0, 1 + IDENTITIES, (len(members), num_clips))
-    labels, mesh = jnp.asarray(labels, jnp.int32), devices.make_mesh(1)
-    rngs = ensemble.make_rngs(members, config.seed)
-    init = partial(train_step.init_state, system, rngs, labels)
-    state = train_step.make_state(init, system.tx, devices.replicated_layout(mesh))
-    constants = train_step.make_member_constants(members, np.ones((len(members), num_clips)))
+    task = TaskSpec(modalities, IDENTITIES, num_clusters, num_clips, 10_000, True, settings or None)
+    padded = {name: min(PADDED_FRAMES[name], config.data.max_frames) for name in modalities}
+    return SimpleNamespace(
+        config=config,
+        system=make_system(config.to_dict(), task),
+        members=ensemble.make_members(config.ensemble.to_dict()),
+        batches=BatchPlan(
+            ("train",), config.batch_size, num_clips, padded, (), "window", config.seed
+        ),
+    )
+
+
+def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int, **options: Any) -> Any:
+    """Returns a system, and random clips on the device to train it. Arguments: see `make_plan`."""
+    words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
+    plan = make_plan(spec, *words, num_clips=num_clips, **options)
+    system, members, mesh = plan.system, plan.members, devices.make_mesh(1)
+    shape = len(members), num_clips
+    labels = np.random.default_rng(1).integers(0, 1 + IDENTITIES, shape).astype(np.int32)
+    rngs = ensemble.make_rngs(members, plan.config.seed)
+    init = partial(train_step.init_state, system, rngs, jnp.asarray(labels))
+    state = train_step.make_state(init, system.tx, mesh)
+    constants = train_step.make_member_constants(members, np.ones(shape))
     constants = devices.replicate(mesh, constants)
-    clips = devices.replicate(mesh, make_clips(config.modalities, num_clips))
-    padded = {name: PADDED_FRAMES[name] for name in modalities}
-    plan = BatchPlan(("train",), batch_size, num_clips, padded, (), "window", config.seed)
-    draw = lambda clips, step: resident.draw_batch(clips, plan, step)  # noqa: E731
+    clips = devices.replicate(mesh, make_clips(plan.config.modalities, num_clips))
+    draw = lambda clips, step: resident.draw_batch(clips, plan.batches, step)  # noqa: E731
     loop = train_step.make_train_loop(system, mesh, draw)  # compiled; takes several steps
     return SimpleNamespace(
-        system=system, state=state, constants=constants, clips=clips, plan=plan, loop=loop
+        system=system, state=state, constants=constants, clips=clips, plan=plan.batches, loop=loop
     )
 
 

@@ -6,12 +6,11 @@ import warnings
 import numpy as np
 import pytest
 
-from tests.helpers import made_runs, python2, small_runs
+from tests.helpers import datasets, made_runs, python2, small_runs
 from tests.helpers.batches import real_frames
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused as refused_by
-from vidjax.data import iqiyi_vid
 
 pytestmark = pytest.mark.slow
 DIM = 4
@@ -69,7 +68,7 @@ def refused(say, cache_dir):
     """Converts a folder, which must be refused with some words."""
 
     def convert(folder, *words):
-        error = say(folder, code=2, program=iqiyi_vid.main)
+        error = say(folder, code=2, program=datasets.main)
         assert all(word in error for word in words), error
         assert not list(cache_dir.rglob("*.partial"))
 
@@ -102,6 +101,8 @@ def test_frames_with_nan_or_inf_are_left_out_and_counted(official, tmp_path):
 def test_splits_with_equal_clips_or_other_widths_are_refused(official, refused):
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
+    write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 1))
+    refused(official, "1 clip is in two splits", "(train and val)")
     path = write_pickle(official, "face", "val", clips_of("other", 10, dim=6))
     refused(official, "width 4 in", "face_train.pickle", "width 6 in", str(path))
 

@@ -44,7 +44,6 @@ def start_extract(*words):
     return running([*command, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_extract_by_two_processes_gives_the_bytes_of_one(drawn, fault_seed, campaign):
     rng = random.Random(fault_seed)
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 20), ("Bob", 80, 60))
@@ -81,7 +80,6 @@ def test_killed_extract_by_two_processes_gives_the_bytes_of_one(drawn, fault_see
     assert contents(out) == contents(whole)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_extract_reports_a_killed_worker_and_refuses_a_second_call_meanwhile(drawn):
     film, out = drawn.film(), drawn.out
     with start_extract(film, f"--out={out}", f"--models={drawn.models}", "--workers=1") as process:

@@ -17,14 +17,14 @@ from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_labels, write_npz
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import contents, refused
-from vidjax.cli import inspection_commands, program, run_commands
+from vidjax.cli import config_command, program, run_commands
 from vidjax.core import devices
 from vidjax.data.records import codec  # TFDS, whose import takes a while
 from vidjax.runs import checkpoint, config as config_lib, config_io, results
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import files
 
-IMPORTED = (codec, inspection_commands, run_commands)  # so that no test measures their import
+IMPORTED = (codec, config_command, run_commands)  # so that no test measures their import
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # Mode -> the files that it reads in a folder without checkpoints.
 READ = {
@@ -161,7 +161,7 @@ WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []
 @pytest.mark.parametrize(("values", "arrays"), [
     ({"worst": [WORST]}, dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2))),
     ({"worst": 5}, {}),
-    ({}, {"attention": np.zeros(2, np.float32)}), ({}, {"ap": np.array([0.5])}),
+    ({}, dict.fromkeys(("ap", "positives"), np.ones((2, 1)))), ({}, {"ap": np.array([0.5])}),
 ], ids=["number of an identity", "type", "shape", "one of two identities"])  # fmt: skip
 def test_report_refuses_an_analysis_with_wrong_types_or_sizes(stranger, complaint, values, arrays):
     results.save_analysis(stranger / "analysis.npz", values, arrays)

@@ -9,7 +9,6 @@ import gzip
 import io
 import os
 import resource
-import sys
 import tarfile
 import time
 import tracemalloc
@@ -193,8 +192,7 @@ def forge_count(path, place, before, after):
 
 def peak_memory():
     """Returns the most memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def refuse_table(path, *words):

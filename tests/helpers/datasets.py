@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from vidjax.data import sources
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.records.conversion import convert
 from vidjax.runs.config import default
+from vidjax.utils import exit_codes
 
 
 def load_dataset(name, *, directory=None, cache_dir=None, **fields):
@@ -21,6 +23,17 @@ def load_dataset(name, *, directory=None, cache_dir=None, **fields):
 
 def prepare(directory, cache_dir=None, **options) -> Any:
     return convert(OfficialFiles(directory, cache_dir=cache_dir), cache_dir, **options)
+
+
+def main(words):
+    """Loads the official files in a folder as a program. A second word may name the cache."""
+    folder, *cache = words
+
+    def command():
+        load_dataset("iqiyi_vid", directory=folder, cache_dir=next(iter(cache), None))
+        return 0
+
+    return exit_codes.run_to_exit_code(command, words)
 
 
 def record_digests(folder):
@@ -37,3 +50,7 @@ def record_digests(folder):
             content = json.dumps(manifest).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found
+
+
+if __name__ == "__main__":
+    exit_codes.run_main(lambda: main(sys.argv[1:]))

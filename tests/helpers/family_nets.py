@@ -1,5 +1,7 @@
 """Small nets with random weights, with the inputs and outputs of published families of nets."""
 
+from typing import Any
+
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
@@ -47,7 +49,14 @@ class Builder:
 
 
 def embedder(
-    width=512, batch="N", side=112, *, half=False, normalises=False, at_side=112, **options
+    width=512,
+    batch: Any = "N",
+    side: Any = 112,
+    *,
+    half: Any = False,
+    normalises=False,
+    at_side=112,
+    **options,
 ):
     """Returns a net that multiplies 7 x 7 squares of a crop by random weights.
 

@@ -40,4 +40,4 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(processes.serve(work))
+    processes.serve(work)

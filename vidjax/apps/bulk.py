@@ -22,7 +22,7 @@ from vidjax.data.clips import SPLITS
 from vidjax.data.labels import sort_identities
 from vidjax.runs import terminal
 from vidjax.utils import files, tables
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.messages import Result
 from vidjax.utils.names import clean_name, clean_name_at, show
 
@@ -104,8 +104,10 @@ def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
     Raises:
       ValueError: a clip occurs twice in the rankings of an identity.
     """
+    import pyarrow
     from pyarrow import compute
 
+    check_argument("join_rankings: lists", lists, pyarrow.Table, "a table of pyarrow")
     lists = lists.select([*tables.RANKING])
     identity = lists["identity"].combine_chunks().dictionary_encode().indices
     names = [clean_name(name) for name in lists["clip"].to_pylist()]

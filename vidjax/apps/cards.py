@@ -18,6 +18,7 @@ from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import suggest_path
 
 CARD_BYTES = files.MB
 MODEL_BYTES = 1024 * files.MB
@@ -192,7 +193,8 @@ def load(folder: Path) -> dict[Role, Card]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"there is no folder of nets '{folder}'\nto make the folder, see vidjax convert --help"
+            f"there is no folder of nets '{folder}'{suggest_path(folder)}\n"
+            "to make the folder, see vidjax convert --help"
         )
     cards = read_all(folder)
     for card in cards.values():

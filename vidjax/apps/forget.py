@@ -27,6 +27,7 @@ from vidjax.utils.names import (
     escape,
     fold,
     normal_form,
+    read_folder_name,
     strip_ending,
     unescape,
 )
@@ -288,7 +289,7 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
         yield from _walk_texts(files.read_json(folder / NUMBERS, limit=INDEX_BYTES))
     if not (people := folder / "people").is_symlink():
         for path in people.glob("*"):
-            yield path.name
+            yield read_folder_name(path.name)
             for film in read_media_files(path):
                 yield from film.tags
 

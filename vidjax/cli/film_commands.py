@@ -355,7 +355,7 @@ def add_measure_card_flags(parser: Parser) -> None:
     about = "instead of --photos: features DIR/NAME/CLIP.npz that vidjax extract made"
     source.add_argument("--input", metavar="DIR", help=about)
     _add_workers(parser)
-    parser.command(measure_card, "models --photos=friends", "models --input=features")
+    parser.command(measure_card, "models --photos=portraits", "models --input=features")
 
 
 def measure_card(args: argparse.Namespace) -> Result:

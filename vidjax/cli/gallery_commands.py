@@ -289,10 +289,6 @@ def _open(args: argparse.Namespace) -> "Gallery":
     gallery.follow_cards()
     if path and gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)
-    if args.command in ("relabel", "rename"):
-        from vidjax.apps.video import who
-
-        who.move_denials(gallery.folder.parent, gallery)  # older versions do not follow new names
     return gallery
 
 

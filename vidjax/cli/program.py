@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from vidjax import __version__
 from vidjax.cli import shared_flags
-from vidjax.core import distributed
+from vidjax.core import distributed, rendezvous
 from vidjax.runs import terminal
 from vidjax.utils import exit_codes, machine, messages
 from vidjax.utils.errors import UserError, suggest
@@ -77,12 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(words)
         with terminal.hide_progress() if args.quiet else contextlib.nullcontext():
             shared_flags.join_processes(args)
-            result = args.execute(args)
+            with rendezvous.blame_lost_process():
+                result = args.execute(args)
             if distributed.is_first():
                 print_result(result, args.command, as_json=args.json)
             return result.code
 
     code = exit_codes.run_to_exit_code(command, words)
+    rendezvous.leave(code)
     if code not in (0, 130, 143) and distributed.count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -174,8 +176,10 @@ def load(name: str) -> Callable[[Parser], None]:
             from vidjax.cli import run_commands as commands
         case "rank" | "embed" | "compare" | "score":
             from vidjax.cli import ranking_commands as commands
-        case "check" | "config":
-            from vidjax.cli import inspection_commands as commands
+        case "check":
+            from vidjax.cli import check_command as commands
+        case "config":
+            from vidjax.cli import config_command as commands
         case "gallery":
             from vidjax.cli import gallery_commands as commands
         case "extract" | "convert" | "measure-card" | "who":

@@ -9,7 +9,7 @@ from pathlib import Path
 from vidjax.apps import bulk
 from vidjax.cli import shared_flags
 from vidjax.runs import terminal
-from vidjax.utils import messages, tables
+from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result
 from vidjax.utils.names import show
@@ -53,7 +53,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     from vidjax.runs import config_io
     from vidjax.training import public
 
-    if not Path(args.input).expanduser().exists():
+    if not files.is_present(Path(args.input).expanduser()):
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
     overridden = shared_flags.check_fields(args, READ_FIELDS)
     inputs, out = bulk.list_tables(args.input), Path(args.out).expanduser()

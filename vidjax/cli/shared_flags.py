@@ -2,10 +2,12 @@
 
 import argparse
 
+from vidjax.core import rendezvous
 from vidjax.utils.errors import UserError
 from vidjax.utils.parser import Parser
 
 PROCESSES = ("coordinator", "num_processes", "process_id")
+MAX_WAIT_SECONDS = 7 * 24 * 3600
 
 
 def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> None:
@@ -44,6 +46,11 @@ def add_processes(parser: Parser) -> None:
     parser.add_argument("--num_processes", type=int, metavar="N", help=about)
     about = "the index of this process; the first has 0"
     parser.add_argument("--process_id", type=int, metavar="I", help=about)
+    about = "how long to wait for the other processes (default: %(default)s)"
+    parser.add_argument(
+        "--coordinator_timeout", type=float, metavar="SECONDS", help=about,
+        default=rendezvous.TIMEOUT_SECONDS,
+    )  # fmt: skip
 
 
 def join_processes(args: argparse.Namespace) -> None:
@@ -62,17 +69,28 @@ def join_processes(args: argparse.Namespace) -> None:
             f"--coordinator={args.coordinator} is not an address: write HOST:PORT, such as "
             "--coordinator=a:9876"
         )
+    count, index, seconds = args.num_processes, args.process_id, args.coordinator_timeout
+    if not 0 <= index < count:
+        raise UserError(
+            f"--process_id={index} is not the index of one of {count} processes\n"
+            f"give --process_id=0 to {count - 1}, and each to one process"
+        )
+    if not 0 < seconds <= MAX_WAIT_SECONDS:
+        raise UserError(
+            f"--coordinator_timeout={seconds:g} is not a duration: give seconds, up to a week"
+        )
+    rendezvous.meet(args.coordinator, count, index, seconds)
     import jax
 
     # The service would replace our handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        jax.distributed.initialize(args.coordinator, count, index)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"--coordinator={args.coordinator}: cannot join the other processes: {reason}\n"
-            "name the machine of process 0 and a free port; use each --process_id once"
+            "name the machine of process 0 and a free port"
         ) from error
 
 

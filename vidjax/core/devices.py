@@ -57,10 +57,22 @@ def cache_programs(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
 
 
-def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: ANN401
-    """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU."""
+def is_cpu(mesh: Mesh) -> bool:
+    """Returns True if the devices of a mesh are CPUs, or emulated on a CPU."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def jit(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    **options: Any,  # noqa: ANN401
+) -> Callable[..., Any]:
+    """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU.
+
+    The program runs on the devices of `mesh`.
+    """
     # LLVM optimises less. Matrix products are not slower, because libraries compute them.
-    level = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    level = {"xla_backend_optimization_level": 1} if is_cpu(mesh) else None
     return jax.jit(function, compiler_options=level, **options)
 
 
@@ -179,8 +191,8 @@ def fetch(tree: Tree) -> Tree:
     return jax.tree.map(copy, tree)
 
 
-def batch_specs(batch: Batch) -> Batch:
-    """Returns the PartitionSpec of each array of a batch.
+def batch_specs(batch: Tree) -> Tree:
+    """Returns the PartitionSpec of each array of a batch, or of other arrays with a row per clip.
 
     Arrays are split by clips. Every device stores all of `LazyFeatures.values`.
     """
@@ -194,7 +206,7 @@ def batch_specs(batch: Batch) -> Batch:
     return jax.tree.map(spec, batch, is_leaf=lambda x: isinstance(x, LazyFeatures))
 
 
-def _batch_layouts(mesh: Mesh, batch: Batch) -> Batch:
+def _batch_layouts(mesh: Mesh, batch: Tree) -> Tree:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(batch))
 
 
@@ -209,7 +221,7 @@ def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     return put(batch, _batch_layouts(mesh, batch))
 
 
-def constrain_batch(mesh: Mesh, batch: Batch) -> Batch:
+def constrain_batch(mesh: Mesh, batch: Tree) -> Tree:
     """Distributes a batch as `shard_batch` does, but inside a compiled function."""
     return jax.lax.with_sharding_constraint(batch, _batch_layouts(mesh, batch))
 

@@ -2,7 +2,7 @@
 
 Each process runs the same program on the same clips, and computes on its devices. Process 0 writes
 the files of the run, except that Orbax writes the arrays of a checkpoint in every process. If a
-process ends with an error, JAX ends the other processes.
+process ends with an error, `rendezvous` ends the other processes.
 """
 
 import sys

@@ -3,7 +3,6 @@
 README.md of this folder describes the files, in the section "Features of your own".
 """
 
-import contextlib
 import os
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -12,12 +11,13 @@ from typing import Any
 
 from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_split
-from vidjax.data.clip_files import choose_num_readers, read_at_once, read_clips
+from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, Origin
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packed_clips import PackedClips, Quality
 from vidjax.data.packing import Clips, pack, read_dict
 from vidjax.utils.errors import NoFileError, UserError, check_choice
+from vidjax.utils.files import is_present
 from vidjax.utils.names import show
 
 QUALITIES = typing.get_args(Quality)
@@ -70,18 +70,16 @@ class FeatureFolder:
         folder: str | Path,
         labels: LabelSource = None,
         quality: Quality = "given",
-        workers: int | None = None,
         cache_dir: str | Path | None = None,
     ):
         """Finds the files of each split. For `labels` and `quality`, see `vidjax.load_data`.
 
-        `workers` is the number of reading processes, by default one per core, or fewer for little
-        data. `cache_dir` keeps the digests of unchanged files.
+        `cache_dir` keeps the digests of unchanged files.
         """
         self._folder, self._labels = Path(folder).expanduser(), labels
         check_choice("config.data.quality", quality, QUALITIES)
         self._quality: Quality = quality
-        self._workers, self._cache_dir = workers, cache_dir
+        self._cache_dir = cache_dir
         self._files = group_files_by_split(self._folder)
         self.origin = Origin.from_folder("arrays", folder, quality)
         self.place = str(self._folder)
@@ -91,7 +89,7 @@ class FeatureFolder:
         """Returns the sha256 of the files of each split. Unchanged files are not read again."""
         shared, entries = {"arrays": VERSION, "quality": self._quality}, []
         for split, paths in self._files.items():
-            digest = digest_files(paths, self._cache_dir, self._workers)
+            digest = digest_files(paths, self._cache_dir)
             entries.append(shared | {"split": split, "files": len(paths), "sha256": digest})
         return entries
 
@@ -102,10 +100,6 @@ class FeatureFolder:
 
     def read(self, scratch: Path) -> dict[str, PackedClips]:
         """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
-        workers = self._workers or choose_num_readers(self._files)
-        if workers > 1:
-            with contextlib.suppress(UserError):  # reading with one process reports the exact error
-                return read_at_once(self._files, scratch / "parts", workers, self._quality)
         return {
             split: pack(read_clips(paths), scratch / split, self._quality)
             for split, paths in self._files.items()
@@ -130,7 +124,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
       NoFileError: the folder does not exist, or has no features.
     """
     if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
+        problem = "is not a folder" if is_present(folder) else "does not exist"
         raise NoFileError(f"'{folder}' {problem}: name the folder of the features")
     files: dict[str, list[Path]] = {}
     for split in SPLITS:

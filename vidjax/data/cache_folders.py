@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vidjax.utils import files
+from vidjax.utils.errors import UserError
 from vidjax.utils.machine import num_cores
 
 _LOG = logging.getLogger(__name__)
@@ -28,13 +29,11 @@ def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
-def digest_files(
-    paths: Sequence[Path], cache_dir: str | Path | None = None, workers: int | None = None
-) -> str:
+def digest_files(paths: Sequence[Path], cache_dir: str | Path | None = None) -> str:
     """Returns the sha256 of the names and contents of files, in hexadecimal.
 
     The digest depends on the order of `paths`. The cache stores the digest, so that unchanged files
-    are not read again. `workers` is the number of threads, by default one per core.
+    are not read again.
     """
     began = time.time_ns()
     states = [_read_file_state(path) for path in paths]
@@ -45,7 +44,7 @@ def digest_files(
             return text
     sha256 = hashlib.sha256()
     groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]  # for small files
-    with ThreadPoolExecutor(workers or num_cores()) as threads:
+    with ThreadPoolExecutor(num_cores()) as threads:
         digests = threads.map(lambda group: [*map(files.sha256_file, group)], groups)
         for path, digest in zip(paths, itertools.chain.from_iterable(digests), strict=True):
             sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
@@ -78,8 +77,11 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             _LOG.info("waiting for another process to fill %s", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:  # the file system has no locks
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        except OSError as error:
+            raise UserError(
+                f"the cache '{root}' is on a drive without locks, as some network and cloud drives "
+                f"({error.strerror})\nset the variable VIDJAX_CACHE to a folder on another disk"
+            ) from error
         yield
 
 

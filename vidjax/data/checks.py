@@ -15,6 +15,7 @@ import numpy as np
 
 from vidjax.data.clips import SPLITS
 from vidjax.data.packed_clips import WEIGHTS, BadValues
+from vidjax.utils import files
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
 from vidjax.utils.names import show
 
@@ -22,7 +23,7 @@ from vidjax.utils.names import show
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
     """Returns the sorted paths in a directory, without hidden files. May raise NoFileError."""
     directory = Path(directory)
-    if not directory.exists():
+    if not files.is_present(directory):
         raise NoFileError(f"'{directory}' does not exist: correct the path")
     if not directory.is_dir():
         raise NoFileError(f"'{directory}' is not a directory: name the directory of the files")

@@ -9,32 +9,22 @@ frame.
 
 import io
 import os
-import shutil
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from vidjax.core.batch import BATCHED
 from vidjax.data import parquet
 from vidjax.data.packed_clips import (
     FRAME_FIELDS,
-    PackedClips,
-    Quality,
-    join,
-    open_packed,
-    summarise,
 )
-from vidjax.data.packing import Clip, group_by_modality, pack_each
-from vidjax.utils import files, processes
+from vidjax.data.packing import Clip, group_by_modality
+from vidjax.utils import files
 from vidjax.utils.errors import UserError, prefix_errors
-from vidjax.utils.machine import memory_bytes, num_cores
+from vidjax.utils.machine import memory_bytes
 from vidjax.utils.names import clean_name_at, show
-from vidjax.utils.processes import Children, map_children, run_limited
 
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
 FLOAT_BYTES = 4  # bytes of a float32
@@ -189,11 +179,9 @@ def read_json(value: object, place: str) -> Clip:
     return Clip(name, place, group_by_modality(arrays, place), given)
 
 
-def read_parquet(
-    path: Path, read_rows: Callable[[Path], parquet.Rows] = parquet.read
-) -> Iterator[Clip]:
+def read_parquet(path: Path) -> Iterator[Clip]:
     """Yields the clips of a parquet table that fits into memory. Rows may have any order."""
-    text, scalars, values, width = read_rows(path)
+    text, scalars, values, width = parquet.read(path)
     start = np.cumsum(width, dtype=np.int64) - width
     clips: dict[str, dict[str, Any]] = {}
     given: dict[str, str] = {}
@@ -235,132 +223,9 @@ def _group_rows(clips: Text, modalities: Text) -> Iterator[tuple[str, str, np.nd
         yield names[value // len(kinds)], kinds[value % len(kinds)], rows
 
 
-MIN_READER_BYTES = 64 << 20  # for less data, another process takes longer to start than it saves
-COPY_BYTES = 4 << 20
-# These limits are practically infinite, because the files come from the user, not from a stranger.
-NO_MEMORY_LIMIT, MAX_CPU_SECONDS = 1 << 60, 100_000
-OPEN_BYTES = 32 << 10  # opening a file takes as long as reading this many bytes
-
-
-def read_clips(
-    paths: Sequence[Path],
-    read_rows: Callable[[Path], parquet.Rows] = parquet.read,
-    nets: Nets = NO_NETS,
-) -> Iterator[Clip]:
+def read_clips(paths: Sequence[Path], nets: Nets = NO_NETS) -> Iterator[Clip]:
     """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files.
 
     If a file names other nets than `nets`, raises UserError, see `check_nets`.
     """
-    if paths[0].suffix == ".parquet":
-        return read_parquet(paths[0], read_rows)
-    return read_npz(paths, nets)
-
-
-def choose_num_readers(files: Mapping[str, Sequence[Path]]) -> int:
-    """Returns how many processes should read files: one for each 64 MB, at most one per core."""
-    paths = [path for split in files.values() for path in split]
-    size = sum(OPEN_BYTES + path.stat().st_size for path in paths)
-    return max(1, min(num_cores(), size // MIN_READER_BYTES))
-
-
-def read_at_once(
-    files: Mapping[str, Sequence[Path]],
-    scratch: Path,
-    workers: int,
-    quality: Quality,
-) -> dict[str, PackedClips]:
-    """Reads clips with several processes. Returns split -> its clips.
-
-    `files` is split -> the files of its clips. `scratch` is a folder for the frames, which must
-    exist as long as the returned arrays. `workers` is the number of processes. Raises UserError if
-    a process fails, or if the results of two processes contain the same clip or do not fit. Then
-    reading with one process reports the exact error.
-    """
-    # There are twice as many parts as processes, because some parts take longer than others.
-    length = -(-sum(map(len, files.values())) // (2 * workers))
-    parts = [
-        (split, paths[first : first + length])
-        for split, paths in files.items()
-        for first in range(0, len(paths), length)
-    ]
-
-    def read(children: Children, number: int) -> _Part:
-        folder, paths = scratch / str(number), [*map(os.fspath, parts[number][1])]
-        arguments = {"paths": paths, "out_dir": str(folder), "quality": quality}
-        limits = {"memory_bytes": NO_MEMORY_LIMIT, "cpu_seconds": MAX_CPU_SECONDS}
-        if parts[number][1][0].suffix == ".parquet":
-            limits = parquet.get_limits(parts[number][1][0])
-        summaries = run_limited(__name__, folder, arguments, **limits, children=children)
-        return {name: (folder / name, summary) for name, summary in summaries.items()}
-
-    try:
-        by_split: dict[str, list[_Part]] = {split: [] for split in files}
-        packed = map_children(read, range(len(parts)), workers)
-        for (split, _), part in zip(parts, packed, strict=True):
-            by_split[split].append(part)
-        return {split: _join(of_split) for split, of_split in by_split.items()}
-    except UserError:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-_Part = dict[str, tuple[Path, dict[str, Any]]]  # modality -> folder, and result of `summarise`
-
-
-def _join(parts: Sequence[_Part]) -> PackedClips:
-    """Joins the clips of a split that several processes have read.
-
-    Raises UserError if two processes read the same clip, or features of different width or
-    dtype, or if the names of two modalities differ only in the case of letters.
-    """
-    names = [{name for _, packed in part.values() for name in packed["names"]} for part in parts]
-    modalities = sorted({name for part in parts for name in part})
-    if (
-        sum(map(len, names)) != len(set().union(*names))
-        or len(set(map(str.casefold, modalities))) < len(modalities)
-    ):  # fmt: skip
-        raise UserError("two processes read the same clip or similar modalities")
-    joined = []
-    for modality in modalities:
-        (folder, whole), *others = (part[modality] for part in parts if modality in part)
-        for other, more in others:
-            if any(more["lengths"]):
-                kinds = [(summary["width"], summary["dtype"]) for summary in (whole, more)]
-                if any(whole["lengths"]) and kinds[0] != kinds[1]:
-                    raise UserError("two processes read features of another kind")
-                whole["width"], whole["dtype"] = kinds[1]
-            for field in ("names", "lengths"):
-                whole[field] += more[field]
-            counts, added = whole["counts"], more["counts"]
-            for field in ("clips", "frames"):
-                counts[field] += added[field]
-            for field in ("skipped", "skipped_clips", "warnings"):
-                counts[field] = dict(Counter(counts[field]) + Counter(added[field]))
-            counts["examples"] = added["examples"] | counts["examples"]
-            for field in BATCHED:
-                name = f"{field}.bin"
-                with (other / name).open("rb") as part, (folder / name).open("ab") as file:
-                    shutil.copyfileobj(part, file, COPY_BYTES)
-                (other / name).unlink()
-        joined.append(open_packed(modality, folder, whole))
-    return join(joined)
-
-
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Reads clips in a child process, and returns modality -> result of `summarise`."""
-
-    def clips() -> Iterator[Clip]:
-        # The table is decoded in this process, which has the limits of `parquet.get_limits`.
-        for clip in read_clips(list(map(Path, arguments["paths"])), parquet.decode):
-            if not clip.modalities:
-                # `pack` would add the clip to the first modality of this process, which may not be
-                # the first modality of another process.
-                raise UserError("a clip without modalities")
-            yield clip
-
-    packed = pack_each(clips(), Path(arguments["out_dir"]), arguments["quality"])
-    return {name: summarise(name, part) for name, part in packed.items()}
-
-
-if __name__ == "__main__":
-    sys.exit(processes.serve(work))
+    return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths, nets)

@@ -164,7 +164,8 @@ def check_path(path: Path) -> None:
             f"'{path}' is an array without the name of its modality\n"
             f"name it: numpy.savez('{path.stem}.npz', face=numpy.load('{path.name}'))"
         )
-    problem = "is not a folder, nor a .parquet or .npz file" if path.exists() else "does not exist"
+    present = files.is_present(path)
+    problem = "is not a folder, nor a .parquet or .npz file" if present else "does not exist"
     raise NoFileError(f"'{path}' {problem}: name a folder or file of features")
 
 

@@ -1,9 +1,5 @@
 """Reads the official files of the iQIYI-VID dataset: pickles of features, and ground truth.
 
-This command converts the pickles in DIR to TFRecords. The first training does the same:
-
-    python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C] [--workers=N]
-
 TFRecords contain no labels. Each run reads the labels from the ground-truth files, so a corrected
 label does not require a new conversion.
 """
@@ -11,8 +7,7 @@ label does not require a new conversion.
 import itertools
 import os
 import re
-import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +17,8 @@ from vidjax.data.clips import SPLITS, Origin
 from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.packed_clips import PackedClips, join
 from vidjax.data.untrusted import sandbox
-from vidjax.utils import exit_codes, messages
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
-from vidjax.utils.parser import Parser
 from vidjax.utils.processes import Children, map_children
 
 VERSION = 2  # increase it if new code reads other frames from the same file, to refill the cache
@@ -39,15 +32,12 @@ class OfficialFiles:
     def __init__(
         self,
         directory: str | Path,
-        workers: int | None = None,
         cache_dir: str | Path | None = None,
         origin: Origin | None = None,
     ):
         """Finds the feature pickles.
 
-        `workers` pickles are read at once, by default one per core, or fewer if the memory is
-        small. `cache_dir` keeps the digests of unchanged files. `origin` is written to result
-        files.
+        `cache_dir` keeps the digests of unchanged files. `origin` is written to result files.
         """
         self._directory = Path(directory).expanduser()
         self._files = find_pickles(self._directory)
@@ -58,7 +48,7 @@ class OfficialFiles:
                 + _hint(self._directory)
             )
         find_ground_truth(self._directory)  # so wrong names are reported before features are read
-        self._workers, self._cache_dir = workers, cache_dir
+        self._cache_dir = cache_dir
         self.origin = origin or Origin.from_folder("iqiyi_vid", directory)
         self.place = str(self._directory)
         self.title = f"{len(self._files)} files of {self._directory}"
@@ -73,7 +63,7 @@ class OfficialFiles:
         entries = []
         for (modality, split), path in sorted(self._files.items()):
             entry = {"official": VERSION, "modality": modality, "split": split}
-            digest = digest_files([path], self._cache_dir, self._workers)
+            digest = digest_files([path], self._cache_dir)
             entries.append(entry | {"sha256": digest})
         return entries
 
@@ -95,7 +85,7 @@ class OfficialFiles:
         # read at once may need half of the memory.
         totals = itertools.accumulate(sizes[key] for key in keys)
         fitting = sum(4 * total <= memory_bytes() for total in totals)
-        workers = self._workers or max(1, min(num_cores(), fitting))
+        workers = max(1, min(num_cores(), fitting))
         packed = dict(zip(keys, map_children(unpack, keys, workers, progress="read"), strict=True))
         splits: dict[str, list[PackedClips]] = {}
         for modality, split in sorted(packed):
@@ -145,33 +135,3 @@ def _hint(directory: Path) -> str:
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):
         return f"\nunpack {archive.name} first"
     return ""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a directory to TFRecords, prints its report, and returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    about = "Convert a directory of iQIYI-VID files to TFRecords."
-    parser = Parser("python -m vidjax.data.iqiyi_vid", description=about)
-    parser.add_argument("directory", metavar="DIR", type=Path)
-    about = "folder for the TFRecords; by default $VIDJAX_CACHE or ~/.cache/vidjax"
-    parser.add_argument("--cache_dir", metavar="C", type=Path, help=about)
-    about = "files that are read or written at once; by default the number of cores"
-    parser.add_argument("--workers", metavar="N", type=int, help=about)
-
-    def command() -> int:
-        from vidjax.data.records.conversion import convert
-        from vidjax.data.records.data_report import format_report
-        from vidjax.data.records.dataset import label_records
-
-        args = parser.parse_args(words)
-        source = OfficialFiles(args.directory, workers=args.workers, cache_dir=args.cache_dir)
-        records = convert(source, args.cache_dir, workers=args.workers)
-        _, _, report = label_records(records, source.read_labels(records.clips))
-        messages.print_text(f"{format_report(report)}\n{records.folder}/data_report.json")
-        return 0
-
-    return exit_codes.run_to_exit_code(command, words)
-
-
-if __name__ == "__main__":
-    exit_codes.run_main(main)

@@ -144,7 +144,7 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
 
 def _refuse_no_file(path: Path) -> None:
     if not path.is_file():
-        problem = "is not a file" if path.exists() else "does not exist"
+        problem = "is not a file" if files.is_present(path) else "does not exist"
         raise NoFileError(f"'{path}' {problem}: correct the path")
 
 
@@ -195,9 +195,9 @@ def clean_labels(
 def _clean_person(place: str, identity: object) -> str:
     """Returns an identity as text. Error messages begin with `place`. 100.0 becomes 100."""
     if isinstance(identity, (float, np.floating)) and float(identity).is_integer():
-        # Larger floats have lost digits. Their text is in scientific notation.
+        # Larger floats have lost digits. Their text is in scientific notation, with every numpy.
         exact = abs(identity) < 2 ** (np.finfo(type(identity)).nmant + 1)
-        identity = str(int(identity) if exact else identity)
+        identity = int(identity) if exact else np.format_float_scientific(identity, trim="-")
     if not isinstance(identity, (str, int, np.integer)) or isinstance(identity, bool):
         kind = type(identity).__name__
         raise UserError(
@@ -447,7 +447,7 @@ def check_known(
         form = ", in another Unicode form" * bool(like)
         raise UserError(
             f"{path}: none of its {len(named)} clips has features\n"
-            f"the file names {show(unknown[0])}, but the features belong to "
+            f"the labels name {show(unknown[0])}, but the features belong to "
             f"{show(min(like or known))}{form}\ngive the clips the same names in both"
         )
     form = " (the features have this name in another Unicode form)" * bool(like)

@@ -219,13 +219,6 @@ def pack(
     as long as the arrays. Raises UserError if a clip comes twice, is malformed, or differs from
     most clips in width or dtype.
     """
-    return join(pack_each(clips, out_dir, quality).values())
-
-
-def pack_each(
-    clips: Iterable[Clip], out_dir: Path | None, quality: Quality
-) -> dict[str, PackedClips]:
-    """Does the same as `pack`. Returns modality -> its clips, in the order of the source."""
     packers: dict[str, Packer] = {}
     seen: dict[str, tuple[str, str]] = {}  # clip -> place, and the name in the source
     empty = []
@@ -245,7 +238,7 @@ def pack_each(
         for packer in list(packers.values())[:1]:
             for clip in empty:
                 packer.add(clip, None)  # a clip without modalities becomes a clip without frames
-        return {name: packers[name].finish() for name in sorted(packers)}
+        return join(packers[name].finish() for name in sorted(packers))
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
@@ -253,7 +246,7 @@ def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         problem = " may have only letters, digits, '-' and '_': rename it"
-    elif name.casefold() in map(str.casefold, known):  # would be the same folder on macOS
+    elif name.casefold() in map(str.casefold, known):  # is the same folder on some drives
         problem = " differs only in upper and lower case from another modality: rename one of them"
     if problem:
         place = f"{clip.place}: clip {show(clip.name)}"

@@ -6,8 +6,7 @@ pyarrow would decode all of them. So a child process with limits decodes the pag
 
 import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -44,15 +43,6 @@ class Rows(NamedTuple):
     width: np.ndarray  # [F] int, the number of values of each feature
 
 
-def get_limits(path: Path) -> dict[str, int]:
-    """Returns the limits of memory and CPU time for a child process that calls `decode`."""
-    room = _get_room(path.stat().st_size)
-    return {
-        "memory_bytes": LIBRARY_BYTES + COPIES * room,
-        "cpu_seconds": CPU_SECONDS + room // CPU_BYTES_PER_SECOND,
-    }
-
-
 def _get_room(size: int) -> int:
     """Returns how many bytes the columns of a table of `size` bytes may take."""
     return min(memory_bytes() // 3, files.max_unpacked_bytes(size))
@@ -76,13 +66,13 @@ def _run(path: Path, arguments: Mapping[str, object]) -> dict[str, Any]:
     """Calls `work` in a child process with limits."""
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
-    limits = get_limits(path)
+    room = _get_room(path.stat().st_size)
     return processes.run_limited(
         __name__,
         path,
         {"path": str(path), **arguments},
-        memory_bytes=limits["memory_bytes"],
-        cpu_seconds=limits["cpu_seconds"],
+        memory_bytes=LIBRARY_BYTES + COPIES * room,
+        cpu_seconds=CPU_SECONDS + room // CPU_BYTES_PER_SECOND,
     )
 
 
@@ -98,7 +88,11 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             file.read(columns=names, use_threads=False)
         return {}
     folder = Path(arguments["out_dir"])
-    rows = decode(path, lambda count, dtype: _map_features(folder, count, dtype, "w+"))
+    with _open(path) as file:
+        names = _check_names(path, file.schema_arrow.names)
+        _check_types(path, file.schema_arrow)
+        counted = _check_footer(path, file, names)
+        rows = _read_rows(path, file, names, counted, folder)
     arrays = {name: codes for name, (_, codes) in rows.text.items()}
     arrays |= {**rows.scalars, "width": rows.width}
     np.savez(folder / "columns.npz", **arrays)  # pyright: ignore[reportArgumentType]
@@ -113,17 +107,6 @@ def _map_features(
     if not count:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(folder / "features.bin", dtype, mode, shape=(count,)))
-
-
-def decode(path: Path, allocate: Callable[[int, np.dtype], np.ndarray] = np.empty) -> Rows:
-    """Decodes all rows of a table in this process, which must have the limits `get_limits`.
-
-    `allocate` is the function that makes the array of the features.
-    """
-    with _open(path) as file:
-        names = _check_names(path, file.schema_arrow.names)
-        _check_types(path, file.schema_arrow)
-        return _read_rows(path, file, names, _check_footer(path, file, names), allocate)
 
 
 def read_clip_names(path: Path) -> list[str]:
@@ -274,9 +257,9 @@ def _read_rows(
     file: "parquet.ParquetFile",
     names: Sequence[str],
     counted: int,
-    allocate: Callable[[int, np.dtype], np.ndarray],
+    folder: Path,
 ) -> Rows:
-    """Reads the columns `names`. `counted` is the number of values in the features of all rows."""
+    """Reads the columns `names`. The `counted` values of features are a file in `folder`."""
     import pyarrow
     from pyarrow import compute
 
@@ -301,7 +284,7 @@ def _read_rows(
             width = compute.call_function("list_value_length", [chunk])
             widths.append(width.to_numpy(zero_copy_only=False))
             if len(flat):
-                values = values if at else allocate(counted, flat.dtype)
+                values = values if at else _map_features(folder, counted, flat.dtype, "w+")
                 values[at : at + len(flat)] = flat[: counted - at]
             at += len(flat)
     if at != counted:
@@ -348,4 +331,4 @@ def _encode_text(path: Path, name: str, column: Any) -> tuple[list[str], np.ndar
 if __name__ == "__main__":
     # Other memory pools reserve more address space, and each thread reserves some.
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
-    sys.exit(processes.serve(work))
+    processes.serve(work)

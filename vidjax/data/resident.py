@@ -129,27 +129,14 @@ def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> 
     return ResidentPlan(plan.splits, tuple(splits), num_frames, best, nbytes, widths)
 
 
-def step_bytes(
-    layout: ResidentPlan, plan: BatchPlan, params: int, columns: int, mesh: Mesh
-) -> float:
-    """Estimates the bytes that a training step needs on a device for intermediate results.
-
-    `params` is the number of bytes of the parameters. `columns` is the number of classes.
-    """
-    frames = sum(plan.padded_lengths[name] * (4 * width + SCALAR_BYTES)
-                 for name, width in layout.widths.items())  # fmt: skip
-    # The batch, fused frames, logits, losses and their gradients in float32, and the gradients and
-    # updates of the parameters. The parameters and the state of the optimiser are not counted.
-    return 3 * plan.batch_size * (frames + 4 * columns) / mesh.size + 2 * params
-
-
 def choose_mode(
     mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int, taken: float = 0
 ) -> str:
     """Returns 'resident' if clips stay on the devices, or 'streaming' to read them from disk.
 
     `mode` is the mode in the configuration. If it is 'auto', the free memory decides. `num_drawn`
-    is the number of clips in all batches of the run, and `taken` is the result of `step_bytes`.
+    is the number of clips in all batches of the run. `taken` is the memory that a training step
+    needs on a device, in bytes.
     Raises UserError if `mode` is 'resident', and an int32 cannot count the clips or frames.
     """
     too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
@@ -188,8 +175,9 @@ class Resident:
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
         self._data, self._mesh = data, mesh
         self.identities = data.identities
+        layout_of_rows = devices.row_layout(mesh)
         self._gathered = devices.jit(
-            gather_modalities, static_argnames="sizes", out_shardings=devices.row_layout(mesh)
+            gather_modalities, mesh, static_argnames="sizes", out_shardings=layout_of_rows
         )
         fillers = {
             name: _Filler(layout.num_frames[name], data.modalities[name], mesh)

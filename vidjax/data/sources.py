@@ -70,7 +70,7 @@ def _get_directory(data: Section, content: str) -> Path:
         )
     folder = files.local(data["dir"])
     if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
+        problem = "is not a folder" if files.is_present(folder) else "does not exist"
         raise NoFileError(
             f"'{folder}' {problem}: name the folder of the {content} with --config.data.dir=FOLDER"
         )

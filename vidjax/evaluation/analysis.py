@@ -91,7 +91,7 @@ def measure_attention(
     """
     params, model_state = ensemble.take((model.params, model.model_state), 0)
     hidden_chunk = np.array(model.training_sets.members[0].view, np.int32)
-    step = model.attention_step or eval_step_lib.make_attention_step(model.system)
+    step = model.attention_step or eval_step_lib.make_attention_step(model.system, mesh)
     total = None
     groups = iterate_block_groups([model], split_name, block_size, mesh)
     for block in (block for (blocks,) in groups for block in blocks):

@@ -214,9 +214,9 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
     return _shard_rows(step, mesh)
 
 
-def make_attention_step(system: System) -> EvalStep:
+def make_attention_step(system: System, mesh: Mesh) -> EvalStep:
     """Returns a compiled `attention_step`."""
-    return devices.jit(functools.partial(attention_step, system))
+    return devices.jit(functools.partial(attention_step, system), mesh)
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
@@ -232,7 +232,7 @@ def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
             check_vma=False,
         )(params, model_state, hidden_chunk, batch)
 
-    return devices.jit(apply, out_shardings=devices.row_layout(mesh))
+    return devices.jit(apply, mesh, out_shardings=devices.row_layout(mesh))
 
 
 # Running means of scores over a model's classifiers, a clip's examples, members, or runs.

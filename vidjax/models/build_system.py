@@ -49,6 +49,7 @@ class System(NamedTuple):
     num_chunks: int | None  # each member lacks one of these parts of every feature; None: no part
     frame_is_example: bool  # True if each fused frame of a clip is a separate example
     clip_transforms: tuple[BatchTransform, ...]  # augmentations before the fusion of frames
+    joins_clips: bool  # True if `clip_transforms` join clips of the batch
     transforms: tuple[BatchTransform, ...]  # augmentations after the fusion of frames
     objective: losses.Objective  # (output, labels [B], weight [B], step) -> loss [B]
     divides_by_clips: bool  # the sum of losses is divided by the number of clips, not their weights
@@ -66,11 +67,6 @@ class System(NamedTuple):
     # [K] bool, True for class columns that take part. Only column 0, "other", may be False: if no
     # training clip has this class, and the model does not have `scores_unknown`.
     class_mask: Array
-
-    @property
-    def vmap_members(self) -> bool:
-        """True to train all members with `jax.vmap`, False to train them in turn."""
-        return jax.default_backend() != "cpu"
 
     def fuse(
         self, rng: Array | None, frames: Mapping[str, Frames], hidden_chunk: Array
@@ -202,6 +198,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         num_chunks=config["ensemble"]["chunks"] if config["ensemble"]["views"] else None,
         frame_is_example=config["after_fusion"] == "examples",
         clip_transforms=clip_transforms,
+        joins_clips=config["noise"]["join"],
         transforms=transforms,
         objective=losses.make_objective(
             config["loss"],

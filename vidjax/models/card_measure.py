@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 FEWEST_PEOPLE = 5  # with two clips each
-MOST_CLIPS = 5000  # all pairs of them are compared
+MOST_CLIPS = 3000  # all pairs of them are compared
 DRAWS = 1000
 BINS = 20_000  # of the histogram of cosines from which the equal error rate is computed
 

@@ -137,10 +137,12 @@ def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
 
 def transpose_in_memory(x: Array) -> Array:
     """Returns the transpose of a matrix. On CPUs, the transpose is a copy in memory."""
-    if jax.default_backend() != "cpu":
-        return x.T
+
+    def copy(x: Array) -> Array:
+        return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
+
     # XLA for CPUs has no fast product that sums over the first axis of both operands.
-    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
+    return lax.platform_dependent(x, cpu=copy, default=jnp.transpose)
 
 
 class Dropout(nn.Module):

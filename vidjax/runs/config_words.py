@@ -47,6 +47,11 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
     options = {word for word in words if word in known}
     modalities = tuple(word for word in words if word not in known)
     for word in modalities:
+        if word == "published":  # looks like a modality, but is an argument of other files
+            raise UserError(
+                "--config: this file has no argument 'published': leave it out\n"
+                f"its arguments are {', '.join(known)}, and names of modalities"
+            )
         if words.count(word) > 1:
             raise UserError(f"--config: the argument '{word}' comes twice: name it once")
         if match := closest(word, known, cutoff=0.7):

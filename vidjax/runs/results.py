@@ -202,7 +202,12 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
     analysis = schemas.parse(path, values, schemas.Analysis, REMEDY)
-    schemas.check_arrays(path, arrays, REMEDY)
+    ap, positives = (arrays[name].shape if name in arrays else None for name in ("ap", "positives"))
+    if ap != positives or (ap and len(ap) > 1):
+        raise UserError(
+            f"'{path}' is damaged: its arrays ap and positives have the shapes {ap} and {positives}"
+            f"\n{REMEDY}"
+        )
     return analysis, arrays
 
 

@@ -8,12 +8,10 @@ UserError. Its message has the path of the file, the wrong key, such as `$.membe
 
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-import numpy as np
 from msgspec import Meta, Struct, field
 
 from vidjax.utils import files
@@ -137,6 +135,7 @@ class Manifest(Struct, kw_only=True):
     identities_sha256: Text = ""  # of `identities.json`
     members_sha256: Text = ""  # of `members.npz`, the training clips of each member
     mode: Text = ""  # `resident` or `streaming`
+    group_size: Size | None = None  # members that trained together; None in old checkpoints
     evaluated: bool = False
     seconds: float = 0.0  # since the start of the training, without pauses
     extended: Epochs | None = None  # None if `num_epochs` has not grown
@@ -239,7 +238,14 @@ class OpenSet(Struct, kw_only=True):
 
 
 class Analysis(Struct, kw_only=True):
-    """The values in `analysis.npz`. They are stored as JSON text in the entry `facts`."""
+    """The values in `analysis.npz`. They are stored as JSON text in the entry `facts`.
+
+    The other entries are arrays. `ap` and `positives` (clips) have a number for each identity, and
+    so has `train_clips`, if it exists. `score_known` and `score_strange` are histograms of the best
+    score of each clip, with the bins `score_edges`. `fpir` and `fnir` are errors of identification
+    at each threshold. `attention` [i, j] is the attention of vector j to vector i. `calibration`
+    [bins, 3] has the number of clips, the mean confidence, and the share of correct answers.
+    """
 
     split: Text | None = None
     modalities: list[Text] | None = None
@@ -255,16 +261,6 @@ class Analysis(Struct, kw_only=True):
     wrong_clips: WrongClips | None = None
     open_set: OpenSet | None = None  # None without distractors
     calibration_error: float = math.nan  # expected calibration error
-
-
-# Arrays of `analysis.npz`. The arrays of a line are all present or all absent, and have equal
-# lengths. Exceptions: `train_clips` is optional, and `score_edges` has an additional entry.
-BY_IDENTITY = ("ap", "positives", "train_clips")  # average precision; clips in eval and train
-HISTOGRAMS = ("score_known", "score_strange", "score_edges")  # of the best score of each clip
-ERRORS = ("fpir", "fnir")  # errors of identification at each threshold
-# attention[i, j]: the attention of vector j to vector i. calibration [bins, 3]: the number of
-# clips, the mean confidence, and the share of correct answers.
-MATRICES = ("attention", "calibration")
 
 
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
@@ -295,23 +291,3 @@ def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) 
 def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
     """Reads a JSON file of at most `limit` bytes as an object of the class `kind`. See `parse`."""
     return load(path, kind, remedy, limit)[1]
-
-
-def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], remedy: str) -> None:
-    """Raises UserError if arrays of an `analysis.npz` are missing or have a wrong type or shape."""
-    for names in (BY_IDENTITY[:2], HISTOGRAMS, ERRORS):
-        if 0 < sum(name in arrays for name in names) < len(names):
-            raise UserError(
-                f"'{path}' is damaged: it has only some of the arrays {', '.join(names)}\n{remedy}"
-            )
-    for names in (BY_IDENTITY, HISTOGRAMS, ERRORS, *((name,) for name in MATRICES)):
-        group = {name: arrays[name] for name in names if name in arrays}
-        lengths = {array.size - (name == "score_edges") for name, array in group.items()}
-        for name, array in group.items():
-            is_valid = array.dtype.kind in "iuf" and array.ndim == 1 + (name in MATRICES)
-            if not is_valid or len(lengths) > 1:
-                shape = f"{array.dtype}{list(array.shape)}"
-                raise UserError(
-                    f"'{path}' is damaged: array '{name}' has a wrong type or shape, "
-                    f"{shape[:60]}\n{remedy}"
-                )

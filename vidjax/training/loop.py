@@ -43,6 +43,7 @@ from vidjax.runs.run_folder import (
 from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
 from vidjax.training import feed as feed_lib, noise_classes, train_step
+from vidjax.training.placement import Placement, choose_placement
 from vidjax.training.plan import RunPlan, compute_values, describe_repeated_clips, make_plan
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
@@ -235,9 +236,8 @@ def write_description(
 class TrainingRun:
     """A run in training. Its methods train, evaluate, log and save.
 
-    A run has one or more members, the nets of an ensemble. If `System.vmap_members` is True, a
-    program trains all members together, with large matrix products. Otherwise members are trained
-    one after another. This needs less memory, and gives each member the bits of a separate run.
+    A run has one or more members, the nets of an ensemble. The groups of members that a program
+    trains together are chosen by `placement.choose_placement`.
 
     Attributes:
       step: the number of finished optimiser steps.
@@ -263,7 +263,7 @@ class TrainingRun:
         self._eval_step = eval_step.make_eval_step(self._system, self._mesh)
         has_vectors = self._system.model.vector_names and not self._system.frame_is_example
         self._attention_step = (
-            eval_step.make_attention_step(self._system) if analyse and has_vectors else None
+            eval_step.make_attention_step(self._system, mesh) if analyse and has_vectors else None
         )
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
@@ -283,12 +283,14 @@ class TrainingRun:
         if self.step:
             say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
-        self._group_size = size = self._num_members if self._system.vmap_members else 1
+        layout = resident.make_resident_plan(data, plan.batches, config.eval.split)
+        mode, size = self._choose_placement(layout, state, manifest)
+        self._group_size = size
         self._constants = [self._replicate(part) for part in ensemble.split(plan.constants, size)]
         self._states = [self._replicate(part) for part in train_step.split_state(state, size)]
         del state  # frees its memory; the parts are copies
-        self._feed, self._clips = self._make_feed(data, manifest.get("mode"))
-        self._description["mode"] = self._feed.mode
+        self._feed, self._clips = self._make_feed(data, layout, mode)
+        self._description |= {"mode": mode, "group_size": size}
         if plan.task.layout:
             system = self._system
             if config.noise.relabel_by == "train":
@@ -315,7 +317,7 @@ class TrainingRun:
             # A model in closed form is trained in seconds, so nothing is lost.
             if not system.model.is_closed_form and (lost := checkpoint.explain_lost(workdir)):
                 raise CheckpointError(lost)
-            return train_step.make_state(init, system.tx, sharding), {}
+            return train_step.make_state(init, system.tx, self._mesh), {}
         manifest = newest.manifest
         trained_runs.check_entries(workdir, manifest)
         old = config_io.from_json(json.dumps(manifest["config"]))
@@ -352,32 +354,43 @@ class TrainingRun:
                 warning=True,
             )
 
-    def _make_feed(self, data: TrainingData, mode: str | None) -> tuple[feed_lib.Feed, ClipSource]:
-        """Returns the reader of the training clips, and the source of clips for evaluation.
+    def _choose_placement(
+        self, layout: resident.ResidentPlan, state: train_step.TrainState, manifest: dict[str, Any]
+    ) -> Placement:
+        """Chooses where the clips are, and how many members train together.
 
-        `mode` is the mode of a resumed run, or None. With `config.data.mode=auto`, a run keeps its
-        mode, because the steps of `streaming` and `resident` round differently. In a new run, the
-        free memory decides.
+        With `config.data.mode=auto`, a resumed run keeps the mode in its `manifest`, because the
+        steps of `streaming` and `resident` round differently. In a new run, the free memory
+        decides.
         """
-        config, plan, system, mesh = self._config, self._plan, self._system, self._mesh
-        batches = plan.batches
-        in_memory = resident.make_resident_plan(data, batches, config.eval.split)
-        num_drawn = plan.task.total_steps * config.batch_size
-        params = sum(x.nbytes for state in self._states for x in jax.tree.leaves(state.params))
-        taken = resident.step_bytes(in_memory, batches, params, plan.task.num_columns, mesh)
-        reason = "as before" if mode else "because they do not fit into the memory"
-        if config.data.mode != "auto":
-            mode, reason = None, f"because config.data.mode is {config.data.mode}"
-        mode = mode or resident.choose_mode(config.data.mode, in_memory, mesh, num_drawn, taken)
-        (is_streaming,) = distributed.max_over_processes(int(mode == "streaming"))
+        given = self._config.data.mode
+        mode = (manifest.get("mode") if given == "auto" else None) or given
+        placement = choose_placement(
+            mode, layout, self._system, self._plan.batches, state, self._mesh,
+            num_drawn=self._plan.task.total_steps * self._config.batch_size,
+            before=manifest.get("group_size"),
+        )  # fmt: skip
+        numbers = int(placement.mode == "streaming"), -placement.group_size
+        is_streaming, size = distributed.max_over_processes(*numbers)
         if is_streaming:
+            reason = "because they do not fit into the memory"
+            if mode != "auto":
+                reason = "as before" if given == "auto" else f"because config.data.mode is {mode}"
             say(f"each epoch reads the clips again, {reason}")
+        return Placement("streaming" if is_streaming else "resident", -size)
+
+    def _make_feed(
+        self, data: TrainingData, layout: resident.ResidentPlan, mode: str
+    ) -> tuple[feed_lib.Feed, ClipSource]:
+        """Returns the reader of the training clips, and the source of clips for evaluation."""
+        system, mesh, batches = self._system, self._mesh, self._plan.batches
+        if mode == "streaming":
             stream = data.train_batches(batches, step=self.step)
             return feed_lib.StreamingFeed(system, mesh, stream), data
         began = time.monotonic()
-        clips = resident.Resident(data, in_memory, mesh)
+        clips = resident.Resident(data, layout, mesh)
         say(
-            f"clips stay on the device: {in_memory.nbytes / 1e6:,.0f} MB, "
+            f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
             f"read in {time.monotonic() - began:.1f} s"
         )
         return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips
@@ -515,13 +528,14 @@ class TrainingRun:
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the present weights."""
-        state = self.state
+        weights = [(state.params, state.model_state) for state in self._states]
+        params, model_state = ensemble.merge(weights)
         return TrainedModel(
             str(self._workdir),
             self._system,
             self._eval_step,
-            state.params,
-            self._replicate(self._system.model.finalise_state(state.params, state.model_state)),
+            params,
+            self._replicate(self._system.model.finalise_state(params, model_state)),
             self._plan.training_sets,
             self._clips,
             attention_step=self._attention_step,

@@ -55,8 +55,13 @@ def explain_no_identity(config: Config) -> str:
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
+        if not config.data.dir:
+            return (
+                "no training clip has an identity\n"
+                "pass the identities of training clips: vidjax.load_data(clips, labels=LABELS)"
+            )
         names = "labels.csv"
-        if config.data.dir and not (Path(config.data.dir).expanduser() / names).exists():
+        if not (Path(config.data.dir).expanduser() / names).exists():
             return (
                 f"no training clip has an identity: '{config.data.dir}/{names}' is missing\n"
                 "write this file with the columns clip and identity"
@@ -177,7 +182,7 @@ def label_distractors(
     if not is_noise.any():
         raise UserError(
             "config.data.distractors=noise needs clips without a label, but "
-            f"{', '.join(config.data.train_splits)} has none\n"
+            f"no clip of {' and '.join(config.data.train_splits)} lacks a label\n"
             "choose --config=configs/noise_classes.py:other,\n"
             "or a system without noise classes, such as --config=configs/mma.py"
         )

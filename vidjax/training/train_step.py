@@ -3,6 +3,7 @@
 A member is one of the E nets of an ensemble. A single net is an ensemble with E = 1.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, PartitionSpec
 
 from vidjax.core import devices, ensemble, fusion
-from vidjax.core.augment import MemberClips
-from vidjax.core.batch import Array, Batch, ClipInfo, Packed
+from vidjax.core.augment import BatchTransform, MemberClips
+from vidjax.core.batch import Array, Batch, ClipInfo, Frames, LazyFeatures, Packed
 from vidjax.core.losses import is_argmax
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
@@ -81,21 +82,29 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 
 
 def make_state(
-    init: Callable[[], TrainState], tx: optax.GradientTransformation, layout: NamedSharding
+    init: Callable[[], TrainState], tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """Returns the state at step 0, on the devices in `layout`.
+    """Returns the state at step 0, on every device of `mesh`.
 
     `init` calls `init_state`. Its optimiser state is dropped, and computed again from the optimiser
     `tx`, because two programs need less memory than one.
     """
-    # Drawing the parameters takes 3 times their memory, the state of the optimiser 2 times.
-    draw = devices.jit(lambda: init().replace(opt_state=None), out_shardings=layout)
-    complete = devices.jit(
-        lambda state: state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels))),
-        out_shardings=layout,
-        donate_argnums=0,
-    )
+    draw, complete = make_init_programs(init, tx, mesh)
     return complete(draw())
+
+
+def make_init_programs(
+    init: Callable[[], TrainState], tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[Callable[[], TrainState], Callable[[TrainState], TrainState]]:
+    """Returns the compiled programs of `make_state`: for the parameters, and for the rest."""
+
+    def complete(state: TrainState) -> TrainState:
+        return state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels)))
+
+    # Drawing the parameters takes 3 times their memory, the state of the optimiser 2 times.
+    layout = devices.replicated_layout(mesh)
+    draw = devices.jit(lambda: init().replace(opt_state=None), mesh, out_shardings=layout)
+    return draw, devices.jit(complete, mesh, out_shardings=layout, donate_argnums=0)
 
 
 def _init_optimizer(
@@ -276,6 +285,36 @@ def _transform_and_fuse(
     return clips._replace(frames=fused, weight=clips.weight * fusion.has_frames(fused))
 
 
+def _copy_everywhere(mesh: Mesh, batch: Batch) -> Batch:
+    """Copies a batch to every device, with features as LazyFeatures."""
+    batch = jax.lax.with_sharding_constraint(batch, devices.replicated_layout(mesh))
+
+    def make_lazy(frames: Frames) -> Frames:
+        values = frames.features
+        if not isinstance(values, LazyFeatures):
+            rows = jnp.arange(frames.mask.size, dtype=jnp.int32).reshape(frames.mask.shape)
+            values = LazyFeatures(values.reshape(-1, values.shape[-1]), rows)
+        return frames._replace(features=values)
+
+    return batch._replace(frames={name: make_lazy(x) for name, x in batch.frames.items()})
+
+
+def _transform_everywhere(mesh: Mesh, transform: BatchTransform) -> BatchTransform:
+    """Returns a transform of a whole batch on every device, after which a device keeps its rows.
+
+    XLA would distribute the sort of `concat_clips` over the devices, with many messages.
+    """
+    whole = PartitionSpec()
+    compute = jax.shard_map(transform, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+
+    def apply(rng: Array, clips: MemberClips) -> MemberClips:
+        clips = compute(rng, clips)
+        rows = devices.constrain_batch(mesh, clips._replace(min_quality=None))
+        return rows._replace(min_quality=clips.min_quality)
+
+    return apply
+
+
 def average_over_examples(values: Array, exists: Array) -> Array:
     """Returns the mean of `values` [B * T'] over the T' examples of each of B clips, [B].
 
@@ -313,13 +352,18 @@ def make_train_loop(
     `draw` maps (clips, step) to the batch of a step, on the devices. If clips are streamed, `clips`
     already is this batch.
     """
+    place = functools.partial(devices.constrain_batch, mesh)
+    if system.joins_clips and mesh.size > 1:
+        transforms = tuple(_transform_everywhere(mesh, x) for x in system.clip_transforms)
+        system = system._replace(clip_transforms=transforms)
+        place = functools.partial(_copy_everywhere, mesh)
 
     def loop(
         state: TrainState, constants: MemberConstants, clips: StepClips, count: Array | None
     ) -> tuple[TrainState, LoopResult]:
         def body(_: Array, carry: tuple[TrainState, LoopResult]) -> tuple[TrainState, LoopResult]:
             state, outcome = carry
-            batch = devices.constrain_batch(mesh, draw(clips, state.step))
+            batch = place(draw(clips, state.step))
             new, losses = train_step(system, state, constants, batch)
             is_first = (outcome.bad_step < 0) & jnp.any(new.bad_steps >= MAX_BAD_STEPS)
             bad_step = jnp.where(is_first, state.step, outcome.bad_step)
@@ -331,4 +375,4 @@ def make_train_loop(
             return body(jnp.int32(0), (state, start))
         return jax.lax.fori_loop(0, count, body, (state, start))
 
-    return devices.jit(loop, donate_argnums=0, out_shardings=devices.replicated_layout(mesh))
+    return devices.jit(loop, mesh, donate_argnums=0, out_shardings=devices.replicated_layout(mesh))

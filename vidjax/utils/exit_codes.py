@@ -40,12 +40,14 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
-def run_to_exit_code(command: Callable[[], int], words: Sequence[str]) -> int:
+def run_to_exit_code(command: Callable[[], int], words: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code. If the command fails, prints the error.
 
-    `words` is the command line. With `--debug`, the traceback is printed. With `--json`, the error
-    is printed to standard output as `{"error": TEXT}`. `utils.errors` lists the exit codes.
+    `words` is the command line, by default `sys.argv`. With `--debug`, the traceback is printed.
+    With `--json`, the error is printed to standard output as `{"error": TEXT}`. `utils.errors`
+    lists the exit codes.
     """
+    words = sys.argv if words is None else words
     try:
         return command()
     except KeyboardInterrupt:

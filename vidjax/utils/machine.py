@@ -19,9 +19,7 @@ ROOT = Path("/")
 
 def num_cores(root: Path = ROOT) -> int:
     """Returns how many cores this process may use. `root` is `/`, except in tests."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
     for group in _find_groups("cpu", root):
         quota, period = _read_numbers(group / "cpu.max") or (
             *_read_numbers(group / "cpu.cfs_quota_us"),

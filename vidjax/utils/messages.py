@@ -3,15 +3,18 @@
 When a text is printed, control characters are escaped.
 """
 
+import difflib
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from vidjax.utils.errors import escape_controls
+from vidjax.utils.names import show
 
 PLURALS = {"person": "people", "identity": "identities"}  # plurals without the usual s
 
@@ -81,6 +84,22 @@ def relative_path(path: Path) -> str:
     """Returns `path` relative to the working directory, or unchanged if it lies elsewhere."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def suggest_path(path: Path) -> str:
+    """Returns a line that suggests a similar path, or "" if the folder has no similar name."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    # A link to a missing folder has the same name.
+    names = [name for name in names if name != path.name]
+    if not (similar := difflib.get_close_matches(path.name, names, n=1)):
+        return ""
+    found = str(path.with_name(similar[0]))
+    if shlex.quote(found) == found:
+        return f"\ndid you mean '{found}'?"
+    return f"\ndid you mean {show(shlex.quote(found))}? Type it with the quotes"
 
 
 def shorten(text: str, most: int = 40) -> str:

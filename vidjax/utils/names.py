@@ -5,7 +5,7 @@ import sys
 import unicodedata
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from vidjax.utils.errors import UserError
 
@@ -20,8 +20,14 @@ _SHAPELESS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
 
+# The parts of names that Windows, or drives with the format exFAT or NTFS, do not allow for files:
+# some letters, a dot or a blank at the end, and names of devices. A leading dot hides a file.
+_DEVICE = r"^(?:con|prn|aux|nul|com\d|lpt\d)(?=\.|$)"
+_NOT_PORTABLE = re.compile(rf'[/\\:*?"<>|]|^\.|[. ]$|{_DEVICE}', re.IGNORECASE)
+
 ENDING = ".mp4"  # is left out of the names of clips
 IGNORED = "ignored"  # shown for a clip that the user ignores, or that has no usable face
+MAX_FOLDER_BYTES = 255
 MAX_STEM_BYTES = 200  # a file name has at most 255 bytes, including suffixes of temporary files
 
 
@@ -143,11 +149,12 @@ def _fold_all(names: list[str]) -> list[str]:
 def make_file_stems(labels: Iterable[str]) -> list[str]:
     """Returns a file name without suffix for each label, of at most 200 bytes.
 
-    The file names differ from each other, even if a file system ignores case. For the labels `ada`
-    and `Ada`, they are `ada` and `Ada (2)`.
+    All file systems allow the names. They differ from each other, even if a file system ignores
+    case. For the labels `ada`, `Ada` and `Who?`, they are `ada`, `Ada (2)` and `Who_`.
     """
     stems, taken = list[str](), Counter[str]()
     for label in labels:
+        label = _NOT_PORTABLE.sub(lambda x: x[0] + "_" if len(x[0]) > 1 else "_", label)
         stem = _cut(label, MAX_STEM_BYTES)
         word, number = fold(stem), 1
         while fold(stem) in taken:
@@ -157,6 +164,28 @@ def make_file_stems(labels: Iterable[str]) -> list[str]:
         taken[fold(stem)] = max(1, taken[fold(stem)])
         stems.append(stem)
     return stems
+
+
+def make_folder_name(name: str, taken: Collection[str]) -> str:
+    """Returns a name for the folder of a person: `Who?` becomes `Who%3F`.
+
+    `read_folder_name` reverses it. `taken` are names of folders in `str.casefold`. If the new name
+    is one of them, because `Ada` and `ADA` are two people, all letters are written as numbers. If
+    the new name is longer than file systems allow, `name` is returned.
+    """
+    code = re.sub(rf"{_NOT_PORTABLE.pattern}|%(?=[0-9a-f]{{2}})", _to_numbers, name, flags=re.I)
+    if code.casefold() in taken:
+        code = re.sub(".+", _to_numbers, name)
+    return code if len(code.encode()) <= MAX_FOLDER_BYTES else name
+
+
+def read_folder_name(text: str) -> str:
+    """Returns the name of the person to whom a folder of `make_folder_name` belongs."""
+    return normal_form(urllib.parse.unquote(text))
+
+
+def _to_numbers(found: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in found[0].encode())
 
 
 def _cut(text: str, max_bytes: int) -> str:

@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that accepts no abbreviated flags and raises UserError for a mistake."""
 
     def __init__(self, prog: str, **options: Any):  # noqa: ANN401 (the options of argparse)
+        # Newer Pythons pass more options to the parsers of commands, such as `color` (3.14).
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, formatter_class=layout, allow_abbrev=False, **options)
         self.register("action", None, _StoreOnce)
@@ -91,6 +92,12 @@ class Parser(argparse.ArgumentParser):
         message = message.replace("the following arguments are required:", needs)
         message = message.replace("one of the arguments", f"{needs} one of")
         message = message.removeprefix("argument ").removesuffix(" is required")
+        if choices := re.fullmatch(
+            r"(?s).*invalid choice: '?([^']*?)'? \(choose from (.*)\)", message
+        ):
+            word, known = choices[1], re.findall(r"[^', ]+", choices[2])
+            if similar := closest(word, known):
+                message = f"there is no '{word}': did you mean '{similar}'?"
         example = f"example: {self.example}" if self.example else ""
         remedy = example or f"to see all arguments: {self.prog} --help"
         raise UserError(f"{message}\n{remedy}")

@@ -1,9 +1,9 @@
 """Runs functions in child processes with limits, so that they can read files from strangers.
 
-A child process runs a module of this package that ends with `sys.exit(processes.serve(work))`.
+A child process runs a module of this package that ends with `processes.serve(work)`.
 `run_limited` starts the module, and returns the result of its function `work`. Arguments and result
-are JSON values; arrays are passed in files. The CPU time of the child is limited. On Linux, its
-address space is limited, too, and it can neither open connections nor start programs.
+are JSON values; arrays are passed in files. The CPU time and the address space of the child are
+limited, and it can neither open connections nor start programs.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from vidjax.utils.errors import DiskError, UserError, describe_system_error
 from vidjax.utils.machine import max_open_files
@@ -36,6 +36,7 @@ WALL_SECONDS, WALL_PER_CPU = 60, 20  # the limit of the elapsed time is 60 s + 2
 
 # Machine -> its number in the headers of Linux, and the numbers of the forbidden system calls:
 # socket, execve, execveat, ptrace and io_uring_setup (which can open sockets, too).
+# Linux 6.12 on an emulated aarch64 refused all of them. The rest of vidjax was never run there.
 _CALLS = {
     "x86_64": (0xC000003E, (41, 59, 322, 101, 425)),
     "aarch64": (0xC00000B7, (198, 221, 281, 117, 425)),
@@ -126,14 +127,14 @@ def map_children(
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
-    """Limits the address space of this process (only on Linux), and its CPU time from now on."""
+    """Limits the address space of this process, and its CPU time from now on."""
     import resource
 
     cpu = int(time.process_time()) + cpu_seconds
-    limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, cpu)]
-    if sys.platform == "linux":
-        limits.append((resource.RLIMIT_AS, memory_bytes))
-    for kind, wanted in limits:
+    limits = {
+        resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: cpu, resource.RLIMIT_AS: memory_bytes,
+    }  # fmt: skip
+    for kind, wanted in limits.items():
         _, hard = resource.getrlimit(kind)
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(kind, (soft, hard))
@@ -144,7 +145,7 @@ def forbid_connections() -> None:
 
     Source: seccomp(2) of Linux, a filter of system calls that a process cannot remove.
     """
-    if sys.platform != "linux" or platform.machine() not in _CALLS:
+    if platform.machine() not in _CALLS:
         return
     machine, calls = _CALLS[platform.machine()]
     refuse = len(calls) + 1  # steps to skip from here to the last step, which refuses the call
@@ -166,14 +167,14 @@ def forbid_connections() -> None:
     prctl(_SET_SECCOMP, ctypes.c_ulong(_FILTER), program, zero, zero)
 
 
-def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     """Calls `work` with each job that `run_limited_each` sends to this child process.
 
     Jobs come as JSON from standard input, and results go to standard output. Text that libraries
-    print goes to standard error. Returns 0, the exit code.
+    print goes to standard error. Ends the process with the exit code 0.
     """
-    if sys.platform == "linux":  # kills this process when its parent process ends
-        ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
+    # Kills this process when its parent process ends.
+    ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
     with open(0, "rb", closefd=False) as given:
         jobs = json.load(given)
     answers = os.fdopen(os.dup(1), "w")
@@ -183,7 +184,10 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     limit = f"{jobs['memory_bytes'] // MB:,} MB"
     with answers:
         json.dump([_answer(work, path, given, limit) for path, given in jobs["given"]], answers)
-    return 0
+    sys.stderr.flush()
+    # In Python 3.14, a thread of Arrow that frees an array late would wait for ever, and the end of
+    # the process for the thread.
+    os._exit(0)
 
 
 def _answer(
@@ -216,7 +220,7 @@ def run_limited(
     """Runs the function `work` of a module in a child process, and returns its result.
 
     Args:
-      module: the name of a module that ends with `sys.exit(processes.serve(work))`.
+      module: the name of a module that ends with `processes.serve(work)`.
       path: the file that `work` reads, for messages.
       arguments: the arguments of `work`, JSON values.
       memory_bytes: limit of the address space.

@@ -272,9 +272,31 @@ class Draft:
             index=old.index.replaced(old.clips_of.keys() & self._changed_people, people),
             clips=self.clips,
             clips_of=self.clips_of,
-            denied=follow_renames(self.denied, old.clips_of, self.clips, self.clips_of),
+            denied=self._follow_renames(),
         )
         return state, people
+
+    def _follow_renames(self) -> Denials:
+        """Returns the denied names with the new names of renamed people, without removed people.
+
+        A person was renamed if all clips of the person now belong to other people. The new name is
+        the person who now has most of these clips.
+        """
+        new: dict[str, str] = {}
+        for name in {x for of in self.denied.values() for names in of.values() for x in names}:
+            before = self._state.clips_of.get(name, ())
+            owned = [self.clips[clip].identity for clip in before if clip in self.clips]
+            owners = Counter(filter(None, owned))
+            if owners and name not in owners:
+                new[name] = min(owners, key=lambda person: (-owners[person], person))
+            elif name in self.clips_of:
+                new[name] = name
+        kept: dict[str, dict[str, list[str]]] = {}
+        for film, of in self.denied.items():
+            for clip, names in of.items():
+                if present := sorted({new[name] for name in names if name in new}):
+                    kept.setdefault(film, {})[clip] = present
+        return kept
 
 
 def find_equal(
@@ -293,39 +315,6 @@ def find_equal(
         if all(np.array_equal(x, y) for x, y in parts if x.any()):
             equal.add(name)
     return equal
-
-
-def follow_renames(
-    denied: Denials,
-    before: Mapping[str, Collection[str]],
-    clips: Mapping[str, StoredClip],
-    people: Collection[str],
-) -> Denials:
-    """Returns `denied` with the new names of renamed people, and without removed people.
-
-    A person was renamed if all clips of the person now belong to other people. The new name is the
-    person who now has most of these clips.
-
-    Args:
-      denied: the denied names, before renames and removals.
-      before: person -> names of the person's clips, before renames and removals.
-      clips: name -> clip, after them.
-      people: the names of all people, after them.
-    """
-    new: dict[str, str] = {}
-    for name in {x for of in denied.values() for names in of.values() for x in names}:
-        owned = [clips[clip].identity for clip in before.get(name, ()) if clip in clips]
-        owners = Counter(filter(None, owned))
-        if owners and name not in owners:
-            new[name] = min(owners, key=lambda person: (-owners[person], person))
-        elif name in people:
-            new[name] = name
-    kept: dict[str, dict[str, list[str]]] = {}
-    for film, of in denied.items():
-        for clip, names in of.items():
-            if present := sorted({new[name] for name in names if name in new}):
-                kept.setdefault(film, {})[clip] = present
-    return kept
 
 
 def _waits(clip: StoredClip | None) -> bool:

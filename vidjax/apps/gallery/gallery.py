@@ -147,6 +147,11 @@ class Gallery:
         self._store = Store(Path(folder).expanduser().absolute())
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
+        if run is not None and self.origin.cards:
+            raise UserError(
+                f"gallery '{self.folder}' was made from nets, so no run computes its vectors\n"
+                "leave out --run, in Python run="
+            )
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
         # A state, and for each of its strangers the score of the most probable person.

@@ -395,6 +395,12 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
                 "try again when the other change has ended\n"
                 "if no program uses it, its disk has no locks: copy it to a folder on another disk"
             ) from error
+        if name == "SQLITE_PERM" or (name.startswith("SQLITE_IOERR") and name.endswith("LOCK")):
+            kind = UnwritableError if write else UnreadableError
+            raise kind(
+                f"gallery '{path.parent}' is on a drive without locks, as some network and cloud "
+                "drives\nuse a folder on another disk; for `vidjax who`: --out=FOLDER"
+            ) from error
         if name.startswith("SQLITE_READONLY") and write:
             raise UnwritableError(
                 f"gallery '{path.parent}' cannot be changed: {error}\n"

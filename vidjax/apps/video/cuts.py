@@ -6,7 +6,6 @@ single frame rate and at most 999 events. Time codes count all frames from the s
 (non-drop-frame).
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,8 +19,6 @@ from vidjax.utils.names import make_file_stems
 MOST_EVENTS = 999
 RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001, 60.0)
 USUAL_RATE = 25.0  # if the frame rate of a film is unknown
-# Some systems do not allow these letters in names of files.
-FORBIDDEN_LETTERS = re.compile(r'[/\\:*?"<>|]|^\.|[. ]$')
 TITLE_LETTERS = 60  # the largest number of letters of a person's name in a title
 
 
@@ -77,7 +74,7 @@ def write(
         for part in range(0, len(cuts), MOST_EVENTS):
             label = f"{name} part {part // MOST_EVENTS + 1}" if part else name
             written.append((label, to_edl(title, rate, cuts[part : part + MOST_EVENTS])))
-    stems = make_file_stems(FORBIDDEN_LETTERS.sub("_", label) for label, _ in written)
+    stems = make_file_stems(label for label, _ in written)
     for stem, (_, text) in zip(stems, written, strict=True):
         files.write_text(folder / f"{stem}.edl", text)
 

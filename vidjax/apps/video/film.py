@@ -11,7 +11,6 @@ still be off screen.
 import dataclasses
 import functools
 import itertools
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -400,4 +399,4 @@ def _load_nets(models: str, size: int) -> Nets:
 
 
 if __name__ == "__main__":
-    sys.exit(processes.serve(work))
+    processes.serve(work)

@@ -1,6 +1,5 @@
 """Finds the films and photos that a user names, and the files of earlier calls that are missing."""
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from vidjax.data.checks import list_entries
 from vidjax.runs.terminal import say
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import suggest_path
 from vidjax.utils.names import show
 
 # The endings of films and photos in folders. A file that a user names may have any ending.
@@ -55,7 +55,11 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
     path_of: dict[Path, Path] = {}
     for path in paths:
         if not files.exists(path):
-            raise UserError(f"there is no file or folder '{path}'{suggest_path(path)}")
+            here = f"\nthe current folder is '{Path.cwd()}': to go to another one, cd FOLDER"
+            raise UserError(
+                f"there is no file or folder '{path}'{suggest_path(path)}"
+                + here * (not path.is_absolute())
+            )
         inside = [path]
         if path.is_dir():
             list_entries(path)  # raises OSError if the user may not read the folder
@@ -67,18 +71,6 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
             f"'{paths[0]}' contains no video and no photo\nname videos, photos, or folders of them"
         )
     return list(path_of.values())
-
-
-def suggest_path(path: Path) -> str:
-    """Returns a line that suggests a similar path, or "" if the folder has no similar name."""
-    try:
-        names = os.listdir(path.parent)
-    except OSError:
-        return ""
-    # A link to a missing folder has the same name.
-    names = [name for name in names if name != path.name]
-    similar = difflib.get_close_matches(path.name, names, n=1)
-    return f"\ndid you mean '{show(str(path.with_name(similar[0])))}'?" if similar else ""
 
 
 def list_folders(path: Path, unreadable: Callable[[OSError], object] | None = None) -> list[Path]:
@@ -103,7 +95,7 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
     Hidden files are left out. In a folder with films, pictures for media players, such as
     `poster.jpg`, count as other files.
     """
-    paths = [x for x in list_entries(path) if x.is_file()]
+    paths = [x for x in list_entries(path) if files.is_file(x)]
     accepted = {x for x in paths if x.suffix.lower() in FILMS}
     artwork = ARTWORK if accepted else ()
     photos = (x for x in paths if x.suffix.lower() in PHOTOS)

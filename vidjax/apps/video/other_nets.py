@@ -24,7 +24,7 @@ from vidjax.apps.video.features_folder import EARLIER, FaceTrack, MediaFile, has
 from vidjax.apps.video.people_photos import PhotoFace, embed_clips, list_faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils import files, tables
-from vidjax.utils.names import IGNORED
+from vidjax.utils.names import IGNORED, read_folder_name
 
 T = TypeVar("T")
 UNMATCHED = "unmatched.tsv"
@@ -141,12 +141,12 @@ def move_photos(gallery: Gallery, folders: Iterable[Path]) -> list[tuple[str, ..
     """
     rows, faces = list[tuple[str, ...]](), list_waiting_faces(gallery)
     for folder in folders:
-        moved = {photo.stem: photo for photo in find_moved(folder)}
+        owner, moved = read_folder_name(folder.name), {x.stem: x for x in find_moved(folder)}
         new_of = {old: new for photo in moved.values() for old, new in photo.clips.items()}
         usable = _embed_usable(gallery, folder, new_of.values())
         of_folder = {
             clip: face for clip, face in faces.items()
-            if face.folder == folder.name and face.clip.partition(".")[0] in moved
+            if face.folder == owner and face.clip.partition(".")[0] in moved
         }  # fmt: skip
         found, lost = dict[str, tuple[str, np.ndarray]](), list[str]()
         for clip, face in of_folder.items():

@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from vidjax.data.memory import MemoryClips
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
-from vidjax.utils.names import normal_form, show
+from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
 
 PEOPLE = "people"  # the folder in the results that contains the features of photos
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
@@ -50,6 +50,20 @@ class PhotoFace(NamedTuple):
         return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
 
 
+def locate_people(out: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Returns name of a person -> folder in `OUT/people`, for `names` and all existing folders.
+
+    A new folder gets a name that all file systems allow, see `make_folder_name`.
+    """
+    known = {read_folder_name(path.name): path for path in sorted((out / PEOPLE).glob("[!.]*"))}
+    taken = {path.name.casefold() for path in known.values()}
+    for name in names:
+        if name not in known:
+            known[name] = out / PEOPLE / make_folder_name(name, taken)
+            taken.add(known[name].name.casefold())
+    return known
+
+
 def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
     """Returns clip -> face for the enrolled faces of photos."""
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
@@ -74,7 +88,9 @@ def find_missing(
       people: the folder of photos.
       out: the folder of results.
     """
-    absent = {photo.folder for photo in enrolled.values()} - {x.name for x in outcomes_of}
+    absent = {photo.folder for photo in enrolled.values()} - {
+        read_folder_name(x.name) for x in outcomes_of
+    }
     if not absent:
         return absent
     outcomes = [outcome for photos in outcomes_of.values() for outcome in photos]
@@ -84,11 +100,12 @@ def find_missing(
         for folder, photos in outcomes_of.items()
         for outcome in photos if outcome.known
         for track in outcome.known.tracks if (name := usable[folder].get(track.clip))
-        if str(PhotoFace(folder.name, track.clip, name)) not in enrolled
+        if str(PhotoFace(read_folder_name(folder.name), track.clip, name)) not in enrolled
     }  # fmt: skip
     place, missing = Path(os.path.realpath(people)), set[str]()
+    places = locate_people(out, absent)
     for folder in absent:
-        known = features_folder.find_media_files(out / PEOPLE / folder).values()
+        known = features_folder.find_media_files(places[folder]).values()
         paths = [photo.source.path for photo in known]
         deleted = has_others and all(x.parent == place and media_files.is_missing(x) for x in paths)
         if not known or not (deleted or new & {photo.sha256 for photo in known}):
@@ -111,16 +128,16 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
         )
     photos_of: dict[str, list[Path]] = {}
     media_files.say_left_out([people])
-    single = media_files.split_files(people)[0]
+    single, known = media_files.split_files(people)[0], locate_people(out, ())
     for path in list_entries(people):
-        if path.is_file() and path not in single:
+        if (is_file := files.is_file(path)) and path not in single:
             continue
-        photos = [path] if path.is_file() or _is_lost_photo(path) else []
+        photos = [path] if is_file or _is_lost_photo(path) else []
         if path.is_dir():
             photos = [
                 photo for folder in media_files.list_folders(path) for photo in _list_stills(folder)
             ]
-        if not photos and not files.exists(out / PEOPLE / normal_form(path.name)):
+        if not photos and normal_form(path.name) not in known:
             say(
                 f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
                 warning=True,
@@ -136,7 +153,7 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_people(people: Path) -> UserError:
-    hint = "" if os.path.exists(people) else media_files.suggest_path(people)
+    hint = "" if os.path.exists(people) else messages.suggest_path(people)
     return UserError(
         f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
     )
@@ -147,13 +164,14 @@ def extract_photos(
     out: Path,
     **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts features of photos into `out/people/NAME`; returns the outcomes for each folder.
+    """Extracts features of photos into folders of `out/people`; returns folder -> outcomes.
 
     `photos` are name of a person -> photos.
     """
     (out / PEOPLE).mkdir(exist_ok=True)
     files.hide(out / PEOPLE)  # the names of its folders are names of people
-    folders = [(out / PEOPLE / name, paths) for name, paths in photos.items()]
+    places = locate_people(out, photos)
+    folders = [(places[name], paths) for name, paths in photos.items()]
     outcomes_of: dict[Path, list[FileOutcome]] = {}
     for first in range(0, len(folders), MOST_LOCKED):
         group = dict(folders[first : first + MOST_LOCKED])
@@ -265,12 +283,12 @@ def check_photos(
     single: list[str] = []  # people whose photo is a file in the folder of people
     known = {photo.person for photo in enrolled.values()}
     for folder, outcomes in outcomes_of.items():
-        found, shown = set[str](), set[str]()
+        owner, found, shown = read_folder_name(folder.name), set[str](), set[str]()
         tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
         for outcome in outcomes:
-            people_of, clips, bad = _check_photo(folder.name, outcome)
+            people_of, clips, bad = _check_photo(owner, outcome)
             if not outcome.media:  # a user may have removed faces of a missing photo
-                faces = {clip: PhotoFace(folder.name, clip, name) for clip, name in clips.items()}
+                faces = {clip: PhotoFace(owner, clip, name) for clip, name in clips.items()}
                 clips = {c: face.person for c, face in faces.items() if str(face) in enrolled}
             found |= people_of
             shown |= {*clips.values()}
@@ -279,15 +297,15 @@ def check_photos(
             hidden |= {(folder, clip): problem for clip, problem in bad.items() if problem}
             failed |= {} if clips and outcome.media else {str(outcome.path): outcome.remedy}
         # A folder of photos in which other people are tagged is not a person.
-        if tags and folder.name not in {*tags, *shown, *known}:
-            found.discard(folder.name)
+        if tags and owner not in {*tags, *shown, *known}:
+            found.discard(owner)
         names |= found
         # If a photo cannot be read, the people of its tags are not forgotten.
         if not all(outcome.media for outcome in outcomes):
-            names |= {photo.person for photo in enrolled.values() if photo.folder == folder.name}
+            names |= {photo.person for photo in enrolled.values() if photo.folder == owner}
         if outcomes[0].path.parent == people:
-            single.append(folder.name)
-        _warn_of_tags(folder.name, outcomes, people)
+            single.append(owner)
+        _warn_of_tags(owner, outcomes, people)
     for problem in features_folder.leave_out_hidden(usable, poor, hidden):
         say(problem, warning=True)
     only_files = len(single) == len(outcomes_of) and not known
@@ -314,7 +332,7 @@ def enrol_photos(
         if photo.person in labels:
             old.setdefault(photo.folder, set()).add(clip)
     for folder, named in usable.items():
-        _enrol(gallery, folder, named, labels, old.get(folder.name, set()))
+        _enrol(gallery, folder, named, labels, old.get(read_folder_name(folder.name), set()))
     found = {name for named in usable.values() for name in named.values()}
     for name in sorted({*names} - found - {photo.person for photo in list_faces(gallery).values()}):
         say(
@@ -407,7 +425,7 @@ def _enrol(
         gallery.remove(clip=old)
         return
     vectors = embed_clips(gallery, folder, usable)
-    faces = [PhotoFace(folder.name, clip, usable[clip]) for clip in vectors.names]
+    faces = [PhotoFace(read_folder_name(folder.name), clip, usable[clip]) for clip in vectors.names]
     vectors = vectors._replace(
         names=tuple(map(str, faces)), labels=tuple(labels[face.person] for face in faces)
     )
@@ -425,9 +443,8 @@ def warn_of_doubts(
 ) -> None:
     """Prints warnings of photos that may show another person or are enrolled for two people."""
     given = {
-        str(PhotoFace(folder.name, track.clip, track.name or folder.name)):
-            (outcome.path, outcome.known)
-        for folder, photos in outcomes.items()
+        str(PhotoFace(owner, track.clip, track.name or owner)): (outcome.path, outcome.known)
+        for folder, photos in outcomes.items() for owner in [read_folder_name(folder.name)]
         for outcome in photos if outcome.known
         for track in outcome.known.tracks
     }  # fmt: skip

@@ -116,7 +116,7 @@ class Review:
         path = self._out / address
         inside = path.is_relative_to(self._out) and ".." not in path.parts
         inside = inside and path.parent.parent.name == THUMBNAILS
-        return path if inside and path.suffix == ".png" and path.is_file() else None
+        return path if inside and path.suffix == ".png" and files.is_file(path) else None
 
     def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
         """Returns the page of names as HTML, for all films, or for one `film` or `person`.
@@ -376,7 +376,9 @@ class _Pages:
 
     def send_film(self, request: Request) -> Response:
         path = self._find_film(request)
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        # Python 3.14 names another type for .mkv, and systems without /etc/mime.types have none.
+        known = "video/x-matroska" if path.suffix.lower() == ".mkv" else None
+        kind = known or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return FileResponse(path, media_type=kind, headers=HEADERS)
 
     def send_picture(self, request: Request) -> Response:

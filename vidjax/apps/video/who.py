@@ -29,7 +29,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import msgspec
@@ -37,9 +37,9 @@ from msgspec import Meta, Struct
 
 from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import Answer
-from vidjax.apps.gallery.changes import follow_renames
-from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.vectors import Vectors
+from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import (
     appearances,
     cuts,
@@ -68,6 +68,7 @@ from vidjax.apps.video.people_photos import (
     find_missing,
     list_faces,
     list_photos,
+    locate_people,
     warn_of_doubts,
 )
 from vidjax.apps.video.pipeline import FileOutcome
@@ -77,9 +78,8 @@ from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
-from vidjax.utils.names import IGNORED, make_file_stems, normal_form, show
+from vidjax.utils.names import IGNORED, make_file_stems, read_folder_name, show
 
-T = TypeVar("T")
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
@@ -110,7 +110,7 @@ class WhoResults(NamedTuple):
         return rows
 
 
-class UnknownNumbers(Struct, kw_only=True):
+class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     """The contents of `unknown.json`: the numbers of unknown people.
 
     The person with number 3 has the name `unknown 3`. A film is identified by a digest of its file
@@ -163,14 +163,6 @@ class UnknownNumbers(Struct, kw_only=True):
         return msgspec.structs.replace(self, films=numbers)
 
 
-class OldDenials(Struct):
-    """The denied names in an `unknown.json` of an older version; now they are in the gallery."""
-
-    denied: store.Denials = {}
-    # Name in `denied` -> the person's enrolled clips. They show who this person is after a rename.
-    clips: Annotated[dict[Text, list[Text]], Meta(max_length=files.MAX_ITEMS)] = {}
-
-
 class Decision(NamedTuple):
     """The people in all films of a folder of results."""
 
@@ -196,27 +188,14 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
     If there is no `unknown.json`, no person has a number.
     """
-    return _read_numbers(out, UnknownNumbers) or UnknownNumbers(films={})
-
-
-def _read_numbers(out: Path, kind: type[T]) -> T | None:
-    if files.exists(path := out / NUMBERS):
-        return schemas.read(path, kind, NUMBERS_REMEDY, NUMBERS_BYTES)
-    return None
+    if not files.exists(path := out / NUMBERS):
+        return UnknownNumbers(films={})
+    return schemas.read(path, UnknownNumbers, NUMBERS_REMEDY, NUMBERS_BYTES)
 
 
 def _write_numbers(out: Path, numbers: UnknownNumbers) -> None:
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
     files.hide(out / NUMBERS)
-
-
-def move_denials(out: Path, gallery: Gallery) -> None:
-    """Moves denied names from an `unknown.json` of an older version to the gallery."""
-    old = _read_numbers(out, OldDenials)
-    if old and old.denied:
-        with gallery.change() as draft:
-            draft.deny(follow_renames(old.denied, old.clips, draft.clips, draft.clips_of))
-        _write_numbers(out, read_numbers(out))
 
 
 def _forget_denials(gallery: Gallery, kept: Collection[str]) -> None:
@@ -279,7 +258,6 @@ def name_people(
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _open_gallery(out, models)
-        move_denials(out, gallery)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         options = {
@@ -350,7 +328,7 @@ def _update_people(
         kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
         names |= kept
         failed |= {str(people / folder): "" for folder in sorted(missing)}
-        hint = "" if os.path.isdir(people) else media_files.suggest_path(people)
+        hint = "" if os.path.isdir(people) else messages.suggest_path(people)
         say(
             f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
             f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
@@ -359,7 +337,7 @@ def _update_people(
         )
     # After a change of nets, a photo that cannot be read has no features any more.
     unread = {
-        (folder.name, stem)
+        (read_folder_name(folder.name), stem)
         for folder in outcomes_of for stem in features_folder.find_earlier(folder)
     }  # fmt: skip
     checked = {
@@ -519,11 +497,15 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> Non
     if not known:
         return
     vectors = embed_clips(gallery, features, known)
-    # If a film was replaced, the new clips may have the same names as old clips that are enrolled.
-    if stale := {*vectors.names} & gallery.clips.keys() - gallery.complete(vectors):
-        gallery.remove(clip=stale)
     with prefix_errors(str(path)):
-        gallery.enrol(vectors._replace(labels=tuple(known[clip] for clip in vectors.names)))
+        labels = tuple(check_person(known[clip]) for clip in vectors.names)
+        clips = select_usable_clips(vectors._replace(labels=labels))
+        with gallery.change() as draft:  # a single change: denied names of the person are kept
+            same = draft.complete({clip: entry.vector for clip, entry in clips.items()})
+            # If a film was replaced, its clips may have the names of old clips that are enrolled.
+            draft.remove(clip={*vectors.names} & draft.clips.keys() - same)
+            draft.add(clips)
+    advise_other_films(gallery, sorted({*labels}))
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
         clips = messages.count(count, "clip")
@@ -555,10 +537,10 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     if labelled:
         _drop_rows(out / UNKNOWN, labelled)  # otherwise these rows would enrol them again
     gallery.remove(clip=gone | labelled.keys())
-    for folder in (out / PEOPLE).glob("[!.]*"):  # the folder may be missing
-        if folder.name not in places and normal_form(folder.name) in names:
-            say(f"{show(folder.name)} no longer has a folder, but is still named by face tags")
-        if folder.name not in places and not features_folder.remove_features(folder):
+    for name, folder in locate_people(out, ()).items():
+        if name not in places and name in names:
+            say(f"{show(name)} no longer has a folder, but is still named by face tags")
+        if name not in places and not features_folder.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     # Page and tables contain their names, and this call may fail before it writes new ones.
     if people:
@@ -677,9 +659,12 @@ def render_page(
     time. If `forms` is given, the page has forms with which a user corrects names.
     """
     people: dict[str, list[names_page.Picture]] = {}
+    places = locate_people(out, ())
     for name, clips in sorted(decision.people.items()):
         faces = filter(None, map(PhotoFace.of, sorted(clips)))
-        pictures = (_locate_picture(out, out / PEOPLE / x.folder, x.clip) for x in faces)
+        pictures = (
+            _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
+        )
         people[name] = [(picture, name) for picture in pictures if picture]
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())

@@ -24,14 +24,12 @@ from vidjax.core.batch import BATCHED
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import DataSource, Modality, RecordSource
 from vidjax.data.packed_clips import (
-    DTYPES,
     PackedClips,
     complete,
     measure_quality,
 )
 from vidjax.data.records.data_report import report_split
 from vidjax.data.records.shards import (
-    DEPTH,
     NAME,
     VERSION,
     Records,
@@ -41,7 +39,7 @@ from vidjax.data.records.shards import (
     count_frame_bytes,
     make_shard,
 )
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file
 from vidjax.utils.machine import max_open_files, num_cores
@@ -52,26 +50,18 @@ SHARD_BYTES = 256 << 20
 MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
 
 
-def convert(
-    source: RecordSource,
-    cache_dir: str | Path | None = None,
-    *,
-    workers: int | None = None,
-) -> Records:
+def convert(source: RecordSource, cache_dir: str | Path | None = None) -> Records:
     """Returns the converted clips of a dataset, from TFRecord files in the cache.
 
     If the cache does not contain the files, they are written.
 
     Args:
       cache_dir: the cache, by default `$VIDJAX_CACHE` or `~/.cache/vidjax`.
-      workers: number of threads that write files, by default one per core.
 
     Raises:
       UserError: a clip is malformed, a clip is in two splits, files of the dataset change during
         the conversion, or files of the cache are damaged.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers={workers} is less than 1: choose 1 or more")
     fingerprint = source.fingerprint()
     folder = cache_folder(cache_dir, source.kind, [VERSION, fingerprint])
     if not (folder / "manifest.json").exists():
@@ -79,7 +69,7 @@ def convert(
             if not (folder / "manifest.json").exists():
                 remove(folder)  # a folder without a manifest is incomplete
                 with files.atomic_folder(folder) as partial:
-                    write_records(source, fingerprint, partial, workers)
+                    write_records(source, fingerprint, partial)
                     if source.fingerprint() != fingerprint:
                         raise UserError(
                             f"{source.place}: files were changed while they were converted\n"
@@ -93,16 +83,14 @@ def convert(
 _LOG = logging.getLogger(__name__)
 
 
-def write_records(
-    source: RecordSource, fingerprint: list[dict[str, Any]], folder: Path, workers: int | None
-) -> None:
+def write_records(source: RecordSource, fingerprint: list[dict[str, Any]], folder: Path) -> None:
     """Writes the TFRecord files of a dataset, and their manifest, to an empty folder."""
     # Imported before the threads start, because TFDS replaces the import function of all threads.
     from vidjax.data.records import codec
 
     staging = folder / "staging"
     _LOG.info("converting %s", source.title)
-    records = make_records(source, source.read(staging), folder, workers)
+    records = make_records(source, source.read(staging), folder)
     shards = {name: split.shards for name, split in records.splits.items()}
     codec.write_info(folder / NAME / VERSION, records.modalities, shards)
     files.remove_tree(staging)
@@ -113,7 +101,6 @@ def make_records(
     source: DataSource,
     packed: Mapping[str, PackedClips],
     folder: Path | None = None,
-    workers: int | None = None,
 ) -> Records:
     """Checks the splits of a dataset, and writes its TFRecord files to `folder`.
 
@@ -129,7 +116,7 @@ def make_records(
     orders = {name: choose_order(name, len(clips.names)) for name, clips in packed.items()}
     # A thread opens a file per field and modality. All threads may open half of the allowed files.
     max_threads = max_open_files() / 2 / (len(BATCHED) * len(modalities))
-    with ThreadPoolExecutor(max(1, int(min(workers or num_cores(), max_threads)))) as threads:
+    with ThreadPoolExecutor(max(1, int(min(num_cores(), max_threads)))) as threads:
         reports = {}
         for name, clips in packed.items():
             paths = {modality: source.path_of(modality, name) for modality in clips.frames}
@@ -222,8 +209,9 @@ def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
                 shared.append(f"{clip} ({owners[clip]} and {name})")
     if shared:
         more = ", ..." if len(shared) > 5 else ""
+        clips = f"{messages.count(len(shared), 'clip')} {'are' if shared[1:] else 'is'}"
         raise UserError(
-            f"{place}: {len(shared)} clips are in two splits: remove each of them from one split\n"
+            f"{place}: {clips} in two splits: remove each of them from one split\n"
             f"{', '.join(shared[:5])}{more}"
         )
 
@@ -284,21 +272,9 @@ def remove(folder: Path) -> bool:
 
 def load_records(folder: Path) -> Records:
     """Loads the list of converted clips. Checks TFRecord files whose size or time changed."""
-    records = load_index(folder)
-    splits = {
-        name: split._replace(shards=check_changed(split.shards))
-        for name, split in records.splits.items()
-    }
-    return records._replace(splits=splits)
-
-
-def load_index(folder: Path) -> Records:
-    """Loads the list of converted clips, without a check of the TFRecord files."""
     try:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
-        modalities = {
-            name: _parse_modality(**kind) for name, kind in manifest["modalities"].items()
-        }
+        modalities = {name: Modality(**kind) for name, kind in manifest["modalities"].items()}
         clips = sum(split["records"] for split in manifest["splits"].values())
         with _open(folder / "data_report.json", manifest) as file:
             report: Any = files.parse_json(file.readall())
@@ -308,8 +284,6 @@ def load_index(folder: Path) -> Records:
             name: _load_split(folder, name, split, index)
             for name, split in manifest["splits"].items()
         }
-        if not all(isinstance(report["splits"][name]["modalities"], dict) for name in splits):
-            raise UserError("data_report.json belongs to other data")
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
         is_clear = isinstance(error, (FileNotFoundError, UserError))
         reason = str(error).splitlines()[0] if is_clear else "a file has an unknown layout"
@@ -317,6 +291,9 @@ def load_index(folder: Path) -> Records:
             f"{folder}: the converted data are damaged: {reason}\n"
             "delete this folder to convert again"
         ) from error
+    splits = {
+        name: split._replace(shards=check_changed(split.shards)) for name, split in splits.items()
+    }
     return Records(folder, modalities, splits, report)
 
 
@@ -330,12 +307,6 @@ def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
         yield file
 
 
-def _parse_modality(dim: int, dtype: str) -> Modality:
-    if not 1 <= dim <= 1 << 24 or dtype not in DTYPES:
-        raise UserError(f"features cannot have the width {dim!r} and the dtype {dtype!r}")
-    return Modality(dim, dtype)
-
-
 def _load_split(
     folder: Path, name: str, manifest: Mapping[str, Any], index: Mapping[str, np.ndarray]
 ) -> SplitRecords:
@@ -345,35 +316,15 @@ def _load_split(
         {key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)}
         for prefix in (f"{name}/lengths/", f"{name}/quality/")
     )
-    split = SplitRecords(
+    return SplitRecords(
         clips=tuple(names.split("\n")),
         order=index[f"{name}/order"],
         lengths=lengths,
         quality=quality,
-        shards=tuple(_parse_shard(folder, **shard) for shard in manifest["shards"]),
+        shards=tuple(
+            Shard(**{**shard, "path": folder / shard["path"]}) for shard in manifest["shards"]
+        ),
     )
-    count = len(split.clips)
-    if not (
-        all(array.dtype.kind == "i" for array in (split.order, *lengths.values()))
-        and all(array.shape == (count,) and array.min() >= 0 for array in lengths.values())
-        and all(array.shape == (count,) and array.dtype.kind == "f" for array in quality.values())
-        and lengths.keys() == quality.keys()
-        and np.array_equal(np.sort(split.order), np.arange(count))
-        and manifest["records"] == count == sum(shard.records for shard in split.shards)
-    ):
-        raise UserError(f"index.npz: the clips of split {name} do not match its shards")
-    return split
-
-
-def _parse_shard(
-    folder: Path, path: str, records: int, size: int, mtime_ns: int, sha256: str
-) -> Shard:
-    inside = Path(path)
-    if inside.is_absolute() or ".." in inside.parts or len(inside.parts) != DEPTH:
-        raise UserError("a shard is outside the folder")
-    if not all(isinstance(number, int) and number >= 0 for number in (records, size, mtime_ns)):
-        raise UserError(f"{path}: a number is negative or not whole")
-    return Shard(folder / inside, records, size, mtime_ns, sha256)
 
 
 def _write_index(path: Path, splits: Mapping[str, SplitRecords]) -> None:

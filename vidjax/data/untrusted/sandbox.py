@@ -12,7 +12,6 @@
 import contextlib
 import gc
 import os
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vidjax.core.batch import BATCHED
 from vidjax.data.packed_clips import FRAME_FIELDS, PackedClips, open_packed, summarise
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.pieces import load_pieces
@@ -83,21 +81,15 @@ def unpack(
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
     arguments = {"path": str(path), "modality": modality, "out_dir": str(out_dir)}
-    try:
-        summary = processes.run_limited(
-            __name__,
-            path,
-            arguments,
-            memory_bytes=512 * MB + 4 * size,
-            cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
-            children=children,
-        )
-        return open_packed(modality, out_dir, summary)
-    except BaseException:
-        for field in BATCHED:
-            with contextlib.suppress(OSError):
-                (out_dir / f"{field}.bin").unlink()
-        raise
+    summary = processes.run_limited(
+        __name__,
+        path,
+        arguments,
+        memory_bytes=512 * MB + 4 * size,
+        cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
+        children=children,
+    )
+    return open_packed(modality, out_dir, summary)
 
 
 # Every value of an unpickled file comes from a stranger. So the functions below check its type
@@ -328,4 +320,4 @@ def _parse_number(value: Any) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(processes.serve(work))
+    processes.serve(work)

@@ -14,6 +14,8 @@ from vidjax.utils.files.reading import (
     absolute,
     cache_root,
     hash_opened,
+    is_file,
+    is_present,
     iterate_lines,
     load_npz,
     local,

@@ -33,8 +33,10 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
                 f"{name} '{workdir}' is in use by {owner}\nwait for it, or use another folder"
             ) from None
         except OSError as error:
+            flag = "workdir" if name == "workdir" else "out"
             raise UserError(
-                f"cannot lock '{path}': {error.strerror}\nuse a folder on another disk"
+                f"'{workdir}' is on a drive without locks, as some network and cloud drives "
+                f"({error.strerror})\nname a folder on another disk: --{flag}=FOLDER"
             ) from error
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):

@@ -6,6 +6,7 @@ raise UserError or an OSError, such as FileNotFoundError.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -122,6 +123,32 @@ def open_text(path: Path) -> io.BufferedReader:
             "remove lines that are not needed, or use a machine with more memory"
         )
     return io.BufferedReader(file)
+
+
+def _find_mode(path: str | os.PathLike[str]) -> int:
+    """Returns the mode of a file or folder, or 0 if there is none, or a link leads nowhere.
+
+    Raises every other OSError. In Python 3.14, `Path.exists` is also False if the disk fails, or if
+    the user may not open the folder.
+    """
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # no path contains the character NUL
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP):
+            return 0
+        raise
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Returns whether there is a regular file. If the disk fails, raises OSError."""
+    return stat.S_ISREG(_find_mode(path))
+
+
+def is_present(path: str | os.PathLike[str]) -> bool:
+    """Returns whether there is a file or folder. If the disk fails, raises OSError."""
+    return _find_mode(path) != 0
 
 
 def walk(folder: Path) -> Iterator[str]:
@@ -377,4 +404,12 @@ def sha256_folder(folder: Path) -> dict[str, str]:
 
 def cache_root(given: str | Path | None = None) -> Path:
     """Returns the cache folder: `given`, or `$VIDJAX_CACHE`, or `~/.cache/vidjax`."""
-    return Path(given or os.environ.get("VIDJAX_CACHE") or "~/.cache/vidjax").expanduser()
+    if path := given or os.environ.get("VIDJAX_CACHE"):
+        return Path(path).expanduser()
+    try:
+        return Path.home() / ".cache/vidjax"
+    except RuntimeError as error:  # for example in a container whose user has no account
+        raise UserError(
+            "there is no place for the cache, because the home folder of this user is not known\n"
+            "set the variable VIDJAX_CACHE to a folder that you can write to"
+        ) from error

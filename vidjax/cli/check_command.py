@@ -1,25 +1,52 @@
-"""`vidjax check` and `config`: test what vidjax can read, and list the fields of configurations."""
+"""`vidjax check`: tests the installation, and what vidjax can read."""
 
 import argparse
+import importlib
+import importlib.metadata
+import importlib.util
 import os
+import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from vidjax import __version__
 from vidjax.cli import shared_flags
-from vidjax.runs import config as config_lib, config_io
-from vidjax.runs.config import DEFAULTS, Config
-from vidjax.runs.config_io import override_names, value_text
-from vidjax.runs.run_folder import CONFIG
-from vidjax.training import public
 from vidjax.utils import exit_codes, files, messages
-from vidjax.utils.errors import UserError, VidjaxWarning, warn
+from vidjax.utils.errors import UserError, VidjaxWarning, describe_system_error, warn
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
 
-DEFAULT, COMMAND_LINE = "default", "command line"  # origins of the value of a field
+if TYPE_CHECKING:
+    from vidjax.runs.config import Config
+
+# What `pip install 'vidjax[EXTRA]'` adds: subject of a check -> (EXTRA, module -> package).
+PARTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "runs": ("rank", {
+        "jax": "jax", "flax": "flax", "ml_collections": "ml-collections", "optax": "optax",
+        "orbax": "orbax-checkpoint", "safetensors": "safetensors", "scipy": "scipy",
+    }),
+    "training": ("train", {
+        "tensorflow_datasets": "tensorflow-datasets", "sklearn": "scikit-learn",
+        "matplotlib": "matplotlib", "tensorboard": "tensorboard",
+    }),
+    "films": ("video", {
+        "av": "av", "jinja2": "jinja2", "onnxruntime": "onnxruntime", "PIL": "pillow",
+        "pillow_heif": "pillow-heif",
+    }),
+    "nets": ("convert", {"onnx": "onnx"}),
+    "server": ("serve", {
+        "starlette": "starlette", "uvicorn": "uvicorn", "httptools": "httptools",
+        "prometheus_client": "prometheus-client",
+    }),
+    "parquet": ("parquet", {"pyarrow": "pyarrow"}),
+}  # fmt: skip
+
+
+class _Absent(Exception):
+    """A part of vidjax is not installed, or cannot be used on this processor."""
 
 
 def add_check_flags(parser: Parser) -> None:
@@ -40,7 +67,8 @@ def check(args: argparse.Namespace) -> Result:
     """Checks the installation, and the run, gallery or configuration that a flag names.
 
     Prints the result of a check when the check ends. The exit code is 0 if no check fails, 3 if a
-    checkpoint is damaged, and 2 for other faults. The verdict counts the warnings of the checks.
+    checkpoint is damaged, and 2 for other faults. Parts that are not installed are no faults. The
+    verdict counts the warnings of the checks.
     """
     findings, code = [], 0
     for subject, run_check in list_checks(args).items():
@@ -48,6 +76,8 @@ def check(args: argparse.Namespace) -> Result:
         with warnings.catch_warnings(record=True, action="always") as caught:
             try:
                 text = run_check()
+            except _Absent as absent:
+                state, text = "none", str(absent)
             except Exception as error:  # a library can raise any exception for a damaged file
                 state, error_code = "FAULT", exit_codes.get_exit_code(error)
                 text = exit_codes.describe_error(error)
@@ -57,7 +87,7 @@ def check(args: argparse.Namespace) -> Result:
             warn(doubt)
         text = "; ".join(line.strip() for line in text.splitlines() if line.strip())
         findings.append({"state": state, "subject": subject, "text": text})
-        if not args.json and (state != "ok" or not args.quiet):
+        if not args.json and (state == "FAULT" or not args.quiet):
             messages.print_text(f"  {state:5}  {subject}: {text}")
     states = [finding["state"] for finding in findings]
     faults = [finding["subject"] for finding in findings if finding["state"] == "FAULT"]
@@ -87,28 +117,36 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     # If a run is training now, little memory of the accelerator is free, so none is reserved.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vidjax.apps.gallery import store
-    from vidjax.apps.video import net_checks
-    from vidjax.runs import checkpoint
 
     if args.models:
+        from vidjax.apps.video import net_checks
+
         return net_checks.list_checks(Path(args.models).expanduser())
     checks: dict[str, Callable[[], str]] = {"environment": _check_environment}
+    parts = {name: partial(_check_part, *PARTS[name]) for name in PARTS}
     if args.config:
+        from vidjax.runs import config_io
+        from vidjax.training import public
+
         config = config_io.override(public.load_config(args.config), args.overrides)
-        return checks | {"data": partial(_check_data, config)}
+        return checks | {"runs": parts["runs"], "data": partial(_check_data, config)}
     if not args.workdir:
-        return checks
+        return checks | parts
     workdir = Path(args.workdir).expanduser().absolute()
     if files.exists(workdir / store.GALLERY_FILE):
         if args.overrides:
             raise UserError(f"{args.overrides[0]} has no effect on a gallery: leave it out")
         return checks | {"gallery": partial(_check_gallery, workdir)}
+    from vidjax.runs import checkpoint, config_io
+    from vidjax.training import public
+
     config = config_io.override(public.open_run(workdir).config, args.overrides)
     if config.join.runs:
         raise UserError(
             f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
             f"check each of these runs: {', '.join(config.join.runs)}"
         )
+    checks["runs"] = parts["runs"]
     for step in checkpoint.list_folders(workdir):
         folder = workdir / "checkpoints" / str(step)
         checks[f"checkpoint {step}"] = partial(_check_checkpoint, folder)
@@ -123,15 +161,45 @@ def _check_checkpoint(folder: Path) -> str:
 
 
 def _check_environment() -> str:
-    from vidjax.core import devices
-    from vidjax.runs.versions import collect_versions
+    versions = {"vidjax": __version__, "python": platform.python_version()}
+    versions["numpy"] = importlib.metadata.version("numpy")
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
+
+def _check_part(extra: str, packages: Mapping[str, str]) -> str:
+    """Returns the versions of the packages of a part of vidjax. Raises _Absent if one is missing.
+
+    Also imports the packages that may not work on this machine, because they contain machine code.
+    """
+    if lost := [
+        package for name, package in packages.items() if not importlib.util.find_spec(name)
+    ]:
+        raise _Absent(f"not installed ({', '.join(lost)}): pip install 'vidjax[{extra}]'")
+    versions = {package: importlib.metadata.version(package) for package in packages.values()}
+    if extra == "rank":
+        versions |= _check_jax()
+    elif extra == "video":
+        pass
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _check_jax() -> dict[str, str]:
+    """Returns the device of jax and the git commit. Raises _Absent if jax needs another CPU."""
+    try:
+        from vidjax.core import devices
+        from vidjax.runs.versions import collect_versions
+    except RuntimeError as error:
+        if not (text := describe_system_error(error)):
+            raise
+        raise _Absent(f"{text}\nfilms, galleries of nets and the server work without jax") from None
     devices.make_mesh()  # if an accelerator cannot be used, the error gives the reason
-    return ", ".join(f"{name} {version}" for name, version in collect_versions().items())
+    versions = collect_versions()
+    return {name: versions[name] for name in ("device", "commit") if name in versions}
 
 
-def _check_data(config: Config) -> str:
-    from vidjax.training import plan
+def _check_data(config: "Config") -> str:
+    from vidjax.runs import config as config_lib
+    from vidjax.training import plan, public
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
@@ -141,10 +209,11 @@ def _check_data(config: Config) -> str:
     return _count_clips(data.report["splits"])
 
 
-def _check_run(config: Config, workdir: Path) -> str:
+def _check_run(config: "Config", workdir: Path) -> str:
     from vidjax.evaluation import trained_runs
     from vidjax.runs import checkpoint, digests
     from vidjax.runs.run_folder import RunFolder
+    from vidjax.training import public
 
     with warnings.catch_warnings(action="ignore"):  # other checks report damaged checkpoints
         run = trained_runs.find_run(config, RunFolder(workdir))
@@ -167,53 +236,3 @@ def _check_gallery(folder: Path) -> str:
     clips = messages.count(sum(gallery.identities.values()), "clip")
     people = messages.count(len(gallery.identities), "person")
     return f"{people} with {clips}, {messages.count(len(gallery.strangers), 'stranger')}"
-
-
-def add_config_flags(parser: Parser) -> None:
-    """Adds the flags of `vidjax config`."""
-    shared_flags.add_config(parser)
-    about = "instead of --config: the folder of a run"
-    parser.add_argument("--workdir", metavar="FOLDER", help=about)
-    parser.fields(example="seed=1")
-    parser.command(show_config, "--config=mma --config.seed=1", "--workdir=runs/mma")
-
-
-def show_config(args: argparse.Namespace) -> Result:
-    """Lists the fields of a configuration file, of a run, or of the default configuration."""
-    if args.workdir and args.config:
-        raise UserError("--config and --workdir cannot be used together: leave out one of them")
-    if args.config:
-        config, file = public.load_config(args.config), args.config
-    elif args.workdir:
-        workdir = Path(args.workdir).expanduser()
-        config, file = public.open_run(workdir).config, messages.relative_path(workdir / CONFIG)
-    else:
-        config, file = config_lib.default(), DEFAULT
-    fields = describe_fields(config, args.overrides, file)
-    table = [("field", "value", "default", "from")]
-    for name, row in fields.items():
-        default = value_text(row["default"]) if name in DEFAULTS else ""
-        table.append((name, value_text(row["value"]), default, row["from"]))
-    return Result({"fields": fields}, text="\n".join(messages.align_columns(table)))
-
-
-def describe_fields(
-    config: Config, overrides: Sequence[str], file: str
-) -> dict[str, dict[str, Any]]:
-    """Returns field -> {"value": ..., "default": ..., "from": the origin of the value}.
-
-    The origin is `command line` if a word `--config.FIELD=VALUE` of `overrides` sets the field.
-    Otherwise the origin is `default` for a default value, and the argument `file` for other values.
-
-    Fields of models and fusions, such as `model.embed_dim`, come last and have the default None.
-    """
-    values = dict(config_lib.fields(config_io.override(config, overrides)))
-    typed, rows = set(override_names(overrides)), {}
-    for name in [*sorted(DEFAULTS), *sorted(values.keys() - DEFAULTS.keys())]:
-        origin = DEFAULT
-        if name in typed:
-            origin = COMMAND_LINE
-        elif name not in DEFAULTS or values[name] != DEFAULTS[name]:
-            origin = file
-        rows[name] = {"value": values[name], "default": DEFAULTS.get(name), "from": origin}
-    return rows

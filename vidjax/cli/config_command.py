@@ -1,0 +1,69 @@
+"""`vidjax config`: lists the fields of configurations."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vidjax.cli import shared_flags
+from vidjax.runs import config as config_lib, config_io
+from vidjax.runs.config import DEFAULTS, Config
+from vidjax.runs.config_io import override_names, value_text
+from vidjax.runs.run_folder import CONFIG
+from vidjax.training import public
+from vidjax.utils import messages
+from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Result
+from vidjax.utils.parser import Parser
+
+DEFAULT, COMMAND_LINE = "default", "command line"  # origins of the value of a field
+
+
+def add_config_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax config`."""
+    shared_flags.add_config(parser)
+    about = "instead of --config: the folder of a run"
+    parser.add_argument("--workdir", metavar="FOLDER", help=about)
+    parser.fields(example="seed=1")
+    parser.command(show_config, "--config=mma --config.seed=1", "--workdir=runs/mma")
+
+
+def show_config(args: argparse.Namespace) -> Result:
+    """Lists the fields of a configuration file, of a run, or of the default configuration."""
+    if args.workdir and args.config:
+        raise UserError("--config and --workdir cannot be used together: leave out one of them")
+    if args.config:
+        config, file = public.load_config(args.config), args.config
+    elif args.workdir:
+        workdir = Path(args.workdir).expanduser()
+        config, file = public.open_run(workdir).config, messages.relative_path(workdir / CONFIG)
+    else:
+        config, file = config_lib.default(), DEFAULT
+    fields = describe_fields(config, args.overrides, file)
+    table = [("field", "value", "default", "from")]
+    for name, row in fields.items():
+        default = value_text(row["default"]) if name in DEFAULTS else ""
+        table.append((name, value_text(row["value"]), default, row["from"]))
+    return Result({"fields": fields}, text="\n".join(messages.align_columns(table)))
+
+
+def describe_fields(
+    config: Config, overrides: Sequence[str], file: str
+) -> dict[str, dict[str, Any]]:
+    """Returns field -> {"value": ..., "default": ..., "from": the origin of the value}.
+
+    The origin is `command line` if a word `--config.FIELD=VALUE` of `overrides` sets the field.
+    Otherwise the origin is `default` for a default value, and the argument `file` for other values.
+
+    Fields of models and fusions, such as `model.embed_dim`, come last and have the default None.
+    """
+    values = dict(config_lib.fields(config_io.override(config, overrides)))
+    typed, rows = set(override_names(overrides)), {}
+    for name in [*sorted(DEFAULTS), *sorted(values.keys() - DEFAULTS.keys())]:
+        origin = DEFAULT
+        if name in typed:
+            origin = COMMAND_LINE
+        elif name not in DEFAULTS or values[name] != DEFAULTS[name]:
+            origin = file
+        rows[name] = {"value": values[name], "default": DEFAULTS.get(name), "from": origin}
+    return rows

@@ -1,0 +1,210 @@
+"""Waits for the processes of a run, and ends this process if another one dies.
+
+Process 0 listens at the address of `--coordinator`, and the other processes connect to it. When all
+have connected, process 0 stops listening, and `jax.distributed` uses the same address. The
+connections stay open while the processes work. If a process dies, the system closes its
+connections, and the other processes end with a message before JAX aborts them.
+
+A message is a line of text: `I of N` from process I to process 0, and the answer `start` or
+`refused REASON`. At its end, a process sends `done` or `failed`. Process 0 sends `lost I` if
+process I has died.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+from vidjax.utils import exit_codes, files
+from vidjax.utils.errors import Expected, UserError
+from vidjax.utils.messages import print_problem
+
+TIMEOUT_SECONDS = 300  # default of --coordinator_timeout
+HELLO_SECONDS = 5.0  # how long process 0 waits for the first line of a connection
+RETRY_SECONDS = 0.5  # between two attempts to connect to process 0
+REPORT_SECONDS = 1.0  # a process that fails has this time to print its own error first
+# A machine without power or network closes no connection. Linux then reports its loss after
+# 30 s + 4 x 10 s, which is sooner than JAX aborts the process.
+KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 4}
+LINE_BYTES = 300
+
+_peers: dict[int, socket.socket] = {}  # index of a process -> connection
+
+
+def meet(address: str, count: int, index: int, timeout: float) -> None:
+    """Connects this process with the others, and from then on ends it if another one dies.
+
+    Process 0 connects with all processes, and each other process with process 0. `address` is
+    HOST:PORT of process 0, `count` the number of processes, and `index` the index of this one.
+    Raises UserError if a process does not come within `timeout` seconds.
+    """
+    end = time.monotonic() + timeout
+    _peers.update(
+        _gather(address, count, end) if index == 0 else _reach(address, count, index, end)
+    )
+    for peer in _peers.values():
+        peer.settimeout(None)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            peer.setsockopt(socket.IPPROTO_TCP, option, value)
+        _send(peer, "start")
+    for other in _peers:
+        threading.Thread(target=_watch, args=(other, count), daemon=True).start()
+
+
+def leave(code: int) -> None:
+    """Reports to the other processes that this process ends with the exit code `code`.
+
+    If it fails, the other processes end, too, and this process waits for them: without process 0,
+    JAX would abort them.
+    """
+    failed = code not in (0, 130, 143)
+    for peer in _peers.values():
+        _send(peer, "failed" if failed else "done")
+    if _peers and failed:
+        time.sleep(3 * REPORT_SECONDS)
+
+
+@contextlib.contextmanager
+def blame_lost_process() -> Iterator[None]:
+    """If the block fails because another process has died, ends this process with that reason."""
+    try:
+        yield
+    except Exception as error:
+        if _peers and not isinstance(error, Expected):
+            time.sleep(3 * REPORT_SECONDS)  # in the meantime, `_watch` ends the process
+        raise
+
+
+def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
+    """Waits for all other processes. Returns index -> connection."""
+    peers: dict[int, socket.socket] = {}
+    port = int(address.rpartition(":")[2])
+    try:
+        listener = socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=count
+        )
+    except OSError as error:
+        raise UserError(
+            f"--coordinator={address}: process 0 cannot listen at this port: {error.strerror}\n"
+            "name the machine of process 0 and a free port"
+        ) from error
+    with listener:
+        print_problem(f"waiting for {count - 1} of {count} processes at {address}")
+        while missing := sorted(set(range(1, count)) - peers.keys()):
+            listener.settimeout(max(end - time.monotonic(), 0.001))
+            try:
+                peer, _ = listener.accept()
+            except TimeoutError:
+                reason = f"process {missing[0]} of {count} has not connected to {address}"
+                for peer in peers.values():
+                    _refuse(peer, reason)
+                raise UserError(
+                    f"{reason}\nstart the same command with --process_id={missing[0]}; "
+                    "to wait longer: --coordinator_timeout=SECONDS"
+                ) from None
+            peer.settimeout(HELLO_SECONDS)
+            index, _, of = _receive(peer).partition(" of ")
+            if not (index.isdecimal() and of.isdecimal()):
+                peer.close()  # another program, such as a scanner of ports
+            elif int(of) != count or not 0 < int(index) < count:
+                _refuse(peer, f"process 0 has --num_processes={count}")
+            elif int(index) in peers and _is_open(peers[int(index)]):
+                _refuse(peer, f"another process has --process_id={index}")
+            else:
+                if dead := peers.get(int(index)):
+                    dead.close()
+                peers[int(index)] = peer
+    return peers
+
+
+def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket.socket]:
+    """Connects to process 0, and waits for its answer. Returns {0: connection}."""
+    host, _, port = address.rpartition(":")
+    reason, waits = "", False
+    while (left := end - time.monotonic()) > 0:
+        try:
+            peer = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
+        except OSError as error:
+            reason = f": {error.strerror or 'no answer'}"
+        else:
+            _send(peer, f"{index} of {count}")
+            answer = _receive(peer)
+            if answer == "start":
+                return {0: peer}
+            peer.close()
+            reason = ": it does not answer"
+            if answer.startswith("refused "):
+                raise UserError(
+                    f"--coordinator={address}: {answer.removeprefix('refused ')}\n"
+                    "start the same command in all processes, with --process_id=0, 1, and so on"
+                )
+        if not waits:
+            print_problem(f"waiting for process 0 of {count} at {address}")
+            waits = True
+        time.sleep(min(RETRY_SECONDS, left))
+    raise UserError(
+        f"process 0 of {count} cannot be reached at {address}{reason}\n"
+        "name the machine of process 0, and start the same command there with --process_id=0; "
+        "to wait longer: --coordinator_timeout=SECONDS"
+    )
+
+
+def _watch(index: int, count: int) -> None:
+    """Waits until the process `index` is done. If it dies, ends this process with exit code 2."""
+    while (line := _receive(_peers[index])) == "start":
+        pass
+    if line == "done":
+        return
+    if line == "failed":
+        time.sleep(REPORT_SECONDS)  # this process may fail, too, and print the same error
+    lost = line.removeprefix("lost ") if line.startswith("lost ") else index
+    for peer in _peers.values():
+        _send(peer, f"lost {lost}")
+    if 0 not in _peers:  # this is process 0: without it, JAX would abort the other processes
+        time.sleep(REPORT_SECONDS)
+
+    def fail() -> NoReturn:
+        raise UserError(
+            f"process {lost} of {count} has ended, or its machine cannot be reached\n"
+            "to resume the run, start the same command in every process"
+        )
+
+    code = exit_codes.run_to_exit_code(fail)
+    files.remove_scratch_folders()
+    os._exit(code)
+
+
+def _send(peer: socket.socket, line: str) -> None:
+    with contextlib.suppress(OSError):  # the other process has ended, which its reader finds out
+        peer.sendall(f"{line}\n".encode())
+
+
+def _refuse(peer: socket.socket, reason: str) -> None:
+    _send(peer, f"refused {reason}")
+    peer.close()
+
+
+def _receive(peer: socket.socket) -> str:
+    """Returns the next line of a connection, or "" if the connection is closed."""
+    line = b""
+    with contextlib.suppress(OSError):
+        while not line.endswith(b"\n") and len(line) < LINE_BYTES:
+            if not (byte := peer.recv(1)):
+                return ""
+            line += byte
+        return line.decode(errors="replace").strip()
+    return ""
+
+
+def _is_open(peer: socket.socket) -> bool:
+    peer.setblocking(False)
+    try:
+        return peer.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
