@@ -32,10 +32,10 @@ def colours():
 
 
 def embedder(layout="NCHW", weights: Any = WEIGHTS):
-    """Returns a net that multiplies the pixels of a crop by `weights` [8 * 8 * 3, 5]."""
+    """Returns a net that multiplies the pixels of a crop by `weights` [8 * 8 * 3, width]."""
     shape = [SIDE, SIDE, 3]
     if layout == "NCHW":
-        weights = weights.reshape(*shape, WIDTH).transpose(2, 0, 1, 3).reshape(-1, WIDTH)
+        weights = weights.reshape(*shape, -1).transpose(2, 0, 1, 3).reshape(SIDE * SIDE * 3, -1)
         shape = [3, SIDE, SIDE]
     flat = helper.make_node("Flatten", ["x"], ["flat"])
     nodes = [flat, helper.make_node("MatMul", ["flat", "w"], ["vector"])]

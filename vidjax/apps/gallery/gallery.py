@@ -619,7 +619,7 @@ class Gallery:
                 )
             backend = state.index.backend
             wide = backend_lib.make_card_backend(back_ends)
-            is_equal = backend_lib.compare_equal(backend, wide)
+            is_equal = not changed and backend_lib.compare_equal(backend, wide)
             if was == now and is_equal and origin == state.origin and not waiting:
                 return ()
             if not is_equal and not changed:
