@@ -47,8 +47,8 @@ class Draft:
         width = sum(self._state.index.backend.widths.values())
         checked: dict[str, StoredClip] = {}
         for given, clip in clips.items():
+            clip = check_clip(given, clip, width, waits=_waits(self._state.clips.get(given)))
             name = self._find_name(given)
-            clip = check_clip(given, clip, width, waits=_waits(self._state.clips.get(name)))
             if name in checked:
                 raise UserError(
                     f"two clips are called '{show(name)}', because {ENDING} is left out of names\n"
