@@ -142,6 +142,8 @@ def move_photos(gallery: Gallery, folders: Iterable[Path]) -> list[tuple[str, ..
     rows, faces = list[tuple[str, ...]](), list_waiting_faces(gallery)
     for folder in folders:
         owner, moved = read_folder_name(folder.name), {x.stem: x for x in find_moved(folder)}
+        if not moved:
+            continue
         new_of = {old: new for photo in moved.values() for old, new in photo.clips.items()}
         usable = _embed_usable(gallery, folder, new_of.values())
         of_folder = {
