@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,12 +39,12 @@ def write_nets(folder, *, detect=True, embed=True):
     folder.mkdir()
     find = made_nets.detector(side=20, weights=(0.9, 0.9, 1.2)) if detect else None
     made_nets.write(folder, "find", "face_detector", find)
-    width, net = made_nets.WIDTH, EMBED
+    width, fields = made_nets.WIDTH, dict[str, Any](EMBED)
     if embed:
         weights = np.pad(np.roll(made_nets.colours(), 1, axis=1), ((0, 0), (0, 2)))
-        width, net = weights.shape[1], EMBED | {"content": made_nets.embedder(weights=weights)}
+        width, fields["content"] = NEW_WIDTH, made_nets.embedder(weights=weights)
     back_end = made_nets.back_end(different=(-0.4, 0.2), width=width)
-    made_nets.write(folder, "embed", back_end=back_end, width=width, **net)
+    made_nets.write(folder, "embed", back_end=back_end, width=width, **fields)
     return folder
 
 
@@ -109,7 +110,8 @@ class Archive:
     def list_corrections(self):
         """Returns (film, second, column of the face, correction), also of films that wait."""
         gallery, numbers = Gallery(self.out / "gallery"), who.read_numbers(self.out)
-        found, features = [("joined", numbers.same)], self.out / who.FEATURES
+        features = self.out / who.FEATURES
+        found: list[tuple[Any, ...]] = [("joined", numbers.same)]
         found += [(c, x.identity) for c, x in gallery.clips.items() if c.startswith("people/")]
         read = features_folder.find_media_files(features)
         waiting = features_folder.find_earlier(features)
@@ -117,6 +119,7 @@ class Archive:
             early = stem in waiting
             key = hash_film(film, earlier=early)
             for track in film.tracks:
+                assert track.box
                 clip = f"earlier/{track.clip}" if early else track.clip
                 place = stem, round(track.start_s), round(2 * sum(track.box[::2]))
                 if clip in gallery.clips:
