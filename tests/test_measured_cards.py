@@ -308,4 +308,7 @@ def test_a_net_of_random_weights_names_nobody_with_one_photo_each(drawn, places,
         assert not named and done.output.count("nobody gets a name") == 1, done.output
         assert (drawn.out / "names.html").read_text().count("nobody gets a name") == 1
         again = drawn.who(film, people=False)
-        assert again.output.count("nobody gets a name") == 1 and done.content["named"] == 0
+        assert again.output.count("nobody gets a name") == 1 and again.content["named"] == 0
+        drawn.friends.rename(drawn.folder / "away")  # as if a drive is not connected
+        again = drawn.who(film, code=1)
+        assert "nobody gets a name" in again.output and again.content["named"] == 0
