@@ -169,18 +169,25 @@ def _check_environment() -> str:
 def _check_part(extra: str, packages: Mapping[str, str]) -> str:
     """Returns the versions of the packages of a part of vidjax. Raises _Absent if one is missing.
 
-    Also imports the packages that may not work on this machine, because they contain machine code.
+    The extra `rank` also needs a device that jax can use.
     """
     if lost := [
         package for name, package in packages.items() if not importlib.util.find_spec(name)
     ]:
         raise _Absent(f"not installed ({', '.join(lost)}): pip install 'vidjax[{extra}]'")
-    versions = {package: importlib.metadata.version(package) for package in packages.values()}
+    versions = {package: _read_version(package) for package in packages.values()}
     if extra == "rank":
         versions |= _check_jax()
-    elif extra == "video":
-        pass
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _read_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # the module is of `onnxruntime-gpu`, for example
+        return "of another package"
 
 
 def _check_jax() -> dict[str, str]:
