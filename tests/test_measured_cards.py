@@ -165,6 +165,15 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     assert again.back_end and again.back_end.mean == fit.mean and again.digest == before.digest
 
 
+def test_cosines_of_two_people_may_be_negative(tmp_path, models, command):
+    corners = np.pad(np.eye(6) - 1 / 6, ((0, 0), (0, WIDTH - 6)))
+    noise = 1e-4 * np.random.default_rng(0).normal(size=(6, 3, WIDTH))
+    features = write_features(tmp_path / "x", (corners[:, None] + noise).astype(np.float32))
+    done = command("measure-card", models, f"--input={features}")
+    (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
+    assert line.split()[3:7] == ["-0.200", "-0.200", "to", "-0.200"]
+
+
 def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path, models, command):
     before = (models / "embed.json").read_bytes()
     made = Population(1)
@@ -256,6 +265,8 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     done = drawn.run("measure-card", drawn.models, f"--photos={tmp_path / 'folder'}")
     (measured,) = done.content["measured"]
     assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
+    low, high = measured["different"]["mean_interval"]
+    assert low < measured["different"]["mean"] < high
     assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
     assert cards.read(path).digest == digest and "P0" not in path.read_text()
 

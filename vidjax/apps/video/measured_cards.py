@@ -162,6 +162,7 @@ def _measure(
     earlier, date = card.back_end, datetime.datetime.now(datetime.UTC).date()
     has_mean = found.people >= PEOPLE_FOR_MEAN
     assert earlier
+    within, between = (" +- ".join(format_intervals(x)) for x in (found.same, found.different))
     back_end = msgspec.structs.replace(
         earlier,
         same=same,
@@ -171,18 +172,17 @@ def _measure(
         data=(
             f"vidjax measure-card on {date}: {messages.count(found.clips, kind)} of "
             f"{found.people:,} people, each person with the same weight; 95 % intervals: same "
-            f"{format_interval(found.same)}, different {format_interval(found.different)}; equal "
-            f"error rate {100 * found.equal_error_rate:.1f} %"
+            f"{within}, different {between}; equal error rate {100 * found.equal_error_rate:.1f} %"
             + ("" if has_mean or not earlier.mean else "; the mean is from the card before")
         ),
     )
     return MeasuredCard(card, found, back_end, _compare_by_quality(samples), unclear)
 
 
-def format_interval(spread: Spread) -> str:
-    """Returns the 95 % intervals of a mean and a standard deviation, as text."""
+def format_intervals(spread: Spread) -> tuple[str, str]:
+    """Returns the 95 % intervals of a mean and a standard deviation, as texts."""
     (low, high), (least, most) = spread.mean_interval, spread.deviation_interval
-    return f"{low:.3f} to {high:.3f} +- {max(least, 0):.3f} to {most:.3f}"
+    return f"{low:.3f} to {high:.3f}", f"{max(least, 0):.3f} to {most:.3f}"
 
 
 def _compare_by_quality(samples: Samples) -> list[tuple[str, ...]]:
