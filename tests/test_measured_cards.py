@@ -167,11 +167,12 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
 
 def test_cosines_of_two_people_may_be_negative(tmp_path, models, command):
     corners = np.pad(np.eye(6) - 1 / 6, ((0, 0), (0, WIDTH - 6)))
-    noise = 1e-4 * np.random.default_rng(0).normal(size=(6, 3, WIDTH))
+    noise = 0.001 * np.random.default_rng(0).normal(size=(6, 3, WIDTH))
     features = write_features(tmp_path / "x", (corners[:, None] + noise).astype(np.float32))
     done = command("measure-card", models, f"--input={features}")
     (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
-    assert line.split()[3:7] == ["-0.200", "-0.200", "to", "-0.200"]
+    _, _, _, mean, low, _, high, *_ = line.split()
+    assert -0.21 < float(low) <= float(mean) <= float(high) < -0.19
 
 
 def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path, models, command):

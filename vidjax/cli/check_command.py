@@ -184,9 +184,7 @@ def _check_part(extra: str, packages: Mapping[str, str]) -> str:
 def _read_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # the module is of `onnxruntime-gpu`, for example
+    except importlib.metadata.PackageNotFoundError:  # `onnxruntime-gpu` has the same module
         return "of another package"
 
 
