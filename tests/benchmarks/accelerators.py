@@ -349,7 +349,7 @@ def take_steps(name: str) -> None:
 
 
 def bound_seconds(row: Mapping[str, Any], device: Device) -> float:
-    """Returns the least time of a step: of its products, or of reading and writing the state."""
+    """Returns the larger time: of the products of a step, or of reading and writing the state."""
     products = row["flops"] / device.flops + row["flops_float32"] / device.flops_float32
     return max(products, 2 * row["state"] / device.bandwidth)
 

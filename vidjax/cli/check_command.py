@@ -169,7 +169,7 @@ def _check_environment() -> str:
 def _check_part(extra: str, packages: Mapping[str, str]) -> str:
     """Returns the versions of the packages of a part of vidjax. Raises _Absent if one is missing.
 
-    The extra `rank` also needs a device that jax can use.
+    For the extra `rank`, also checks that jax can use a device.
     """
     if lost := [
         package for name, package in packages.items() if not importlib.util.find_spec(name)

@@ -146,7 +146,7 @@ def _drop_copies(samples: Samples) -> Samples:
 def _measure(
     card: Card, samples: Samples, chosen: Samples, unclear: int, kind: str
 ) -> MeasuredCard:
-    """Measures a card on the clips `chosen`. `samples` also has unclear faces."""
+    """Measures a card on the clips `chosen`. `samples`, with unclear faces, are for the table."""
     owner = np.unique(chosen.people, return_inverse=True)[1]
     found = card_measure.measure(chosen.units, owner)
     same, different = (

@@ -60,7 +60,10 @@ class ForeignNet(NamedTuple):
         return f"input {_join(self.inputs)}, output {_join(self.outputs)}"
 
     def refuse(self, family: str, more: str = "", found: str = "") -> UserError:
-        """Makes an error for a net that is not like its family. `found` are the wrong shapes."""
+        """Returns an error for a net that is not like its family.
+
+        `more` continues the name of the family. `found` are the wrong shapes, by default all.
+        """
         return UserError(
             f"'{show(self.name)}' is not like {family}{more}: it has {found or self.describe()}\n"
             f"supported is {FAMILIES[family]['supported']}"

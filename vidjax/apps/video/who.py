@@ -440,7 +440,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Forgets people who are not in `names`, and folders of features that are not in `places`."""
+    """Forgets people who are not in `names`, and deletes features of photos outside of `places`."""
     photos = list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
     forgotten = {clip for clip, photo in photos.items() if photo.person not in names}
