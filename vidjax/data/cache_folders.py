@@ -80,7 +80,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(
                 f"the cache '{root}' is on a drive without locks, like some network and cloud "
-                f"drives ({error.strerror})\nset the variable VIDJAX_CACHE to a folder on another disk"
+                f"drives ({error.strerror})\n"
+                "set the variable VIDJAX_CACHE to a folder on another disk"
             ) from error
         yield
 

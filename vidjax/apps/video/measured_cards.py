@@ -66,19 +66,14 @@ def measure_photos(models: Path, people: Path, workers: int = 1) -> list[Measure
                 f"'{models}' needs a net of faces whose JSON file has a back_end\n"
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
-        photos = people_photos.list_photos(people, out)
-        outcomes = people_photos.extract_photos(photos, out, models=models, workers=workers)
-        _, _, usable = people_photos.check_photos({}, outcomes, people)
-        vectors, names, quality = [np.zeros((0, gallery.backend.widths["face"]))], [], []
-        for folder, person_of in usable.items():
-            tracks = [track for x in outcomes[folder] if x.known for track in x.known.tracks]
-            quality_of = {track.clip: track.quality for track in tracks}
-            embedded = people_photos.embed_clips(gallery, folder, person_of)
-            vectors.append(embedded.parts["face"])
-            names += [person_of[clip] for clip in embedded.names]
-            quality += [quality_of[clip] for clip in embedded.names]
-        samples = Samples(np.concatenate(vectors), np.array(names), np.array(quality))
-        return _measure_all(gallery, models, {"face": samples}, "photo")
+        faces = [
+            (vector, person, track.quality)
+            for person, vector, track, _ in people_photos.embed_photos(
+                gallery, people, out, models=models, workers=workers
+            )
+        ]
+        given = {"face": Samples(*map(np.array, zip(*faces, strict=True)))} if faces else {}
+        return _measure_all(gallery, models, given, "photo")
 
 
 def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
