@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,37 +116,42 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
         )
     # If a run is training now, little memory of the accelerator is free, so none is reserved.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from vidjax.apps.gallery import store
-
     if args.models:
         from vidjax.apps.video import net_checks
 
         return net_checks.list_checks(Path(args.models).expanduser())
-    checks: dict[str, Callable[[], str]] = {"environment": _check_environment}
+    checks = {"environment": _check_environment}
     parts = {name: partial(_check_part, *PARTS[name]) for name in PARTS}
+    if args.workdir:
+        workdir = Path(args.workdir).expanduser().absolute()
+        return checks | _list_folder_checks(workdir, args.overrides)
     if args.config:
         from vidjax.runs import config_io
         from vidjax.training import public
 
         config = config_io.override(public.load_config(args.config), args.overrides)
         return checks | {"runs": parts["runs"], "data": partial(_check_data, config)}
-    if not args.workdir:
-        return checks | parts
-    workdir = Path(args.workdir).expanduser().absolute()
+    return checks | parts
+
+
+def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> Mapping[str, Callable[[], str]]:
+    """Returns the checks of a gallery or a run."""
+    from vidjax.apps.gallery import store
+
     if files.exists(workdir / store.GALLERY_FILE):
-        if args.overrides:
-            raise UserError(f"{args.overrides[0]} has no effect on a gallery: leave it out")
-        return checks | {"gallery": partial(_check_gallery, workdir)}
+        if overrides:
+            raise UserError(f"{overrides[0]} has no effect on a gallery: leave it out")
+        return {"gallery": partial(_check_gallery, workdir)}
     from vidjax.runs import checkpoint, config_io
     from vidjax.training import public
 
-    config = config_io.override(public.open_run(workdir).config, args.overrides)
+    config = config_io.override(public.open_run(workdir).config, overrides)
     if config.join.runs:
         raise UserError(
             f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
             f"check each of these runs: {', '.join(config.join.runs)}"
         )
-    checks["runs"] = parts["runs"]
+    checks: dict[str, Callable[[], str]] = {"runs": partial(_check_part, *PARTS["runs"])}
     for step in checkpoint.list_folders(workdir):
         folder = workdir / "checkpoints" / str(step)
         checks[f"checkpoint {step}"] = partial(_check_checkpoint, folder)
