@@ -134,7 +134,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     return checks | parts
 
 
-def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> Mapping[str, Callable[[], str]]:
+def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Callable[[], str]]:
     """Returns the checks of a gallery or a run."""
     from vidjax.apps.gallery import store
 
