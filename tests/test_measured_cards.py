@@ -257,6 +257,8 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     (tmp_path / "scratch").mkdir()
     digest = cards.read(path).digest
     drawn_people.write_portraits(tmp_path / "folder")
+    words = "measure-card", drawn.models, f"--photos={tmp_path / 'foldr'}"
+    assert f"did you mean '{tmp_path / 'folder'}'" in drawn.run(*words, code=2).output
     few = shutil.copytree(tmp_path / "folder", tmp_path / "few")
     shutil.rmtree(few / "P0")
     (few / "P1" / "0.png").rename(few / "P1.png")

@@ -42,7 +42,7 @@ def read_photos(models: Path, folder: Path) -> SimpleNamespace:
     faces: dict[str, list[Any]] = {x: [] for x in ("vectors", "people", "clarity", "heights")}
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
-        gallery = Gallery.of_models(out / "gallery", models)
+        gallery = Gallery.of_models(out / "vectors", models)
         found = people_photos.embed_photos(gallery, folder, out, models=models)
         for person, vector, track, path in found:
             assert track.box

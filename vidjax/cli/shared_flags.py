@@ -73,7 +73,7 @@ def join_processes(args: argparse.Namespace) -> None:
     if not 0 <= index < count:
         raise UserError(
             f"--process_id={index} is not the index of one of {count} processes\n"
-            f"give --process_id=0 to {count - 1}, and each to one process"
+            "give each of N processes --num_processes=N and another --process_id, from 0 to N - 1"
         )
     if not 0 < seconds <= MAX_WAIT_SECONDS:
         raise UserError(

@@ -60,7 +60,8 @@ def measure_photos(models: Path, people: Path, workers: int = 1) -> list[Measure
     """
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
-        gallery = Gallery.of_models(out / "gallery", models)
+        # In a folder `gallery`, `embed_photos` would see people of earlier calls.
+        gallery = Gallery.of_models(out / "vectors", models)
         if "face" not in gallery.backend.widths:
             raise UserError(
                 f"'{models}' needs a net of faces whose JSON file has a back_end\n"
