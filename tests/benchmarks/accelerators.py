@@ -349,9 +349,13 @@ def take_steps(name: str) -> None:
 
 
 def bound_seconds(row: Mapping[str, Any], device: Device) -> float:
-    """Returns the larger time: of the products of a step, or of reading and writing the state."""
+    """Returns the least time of a step of all members.
+
+    It is the larger of two times: of the products, and of reading and writing the state.
+    """
     products = row["flops"] / device.flops + row["flops_float32"] / device.flops_float32
-    return max(products, 2 * row["state"] / device.bandwidth)
+    of_group = max(products, 2 * row["state"] / device.bandwidth)
+    return row["members"] / row["group"] * of_group
 
 
 def count_bytes(row: Mapping[str, Any]) -> float:

@@ -57,6 +57,7 @@ ROWS = {
     "report": Row("run", f"report {ON_RUN}"),
     **dict.fromkeys(("check", "config", "score"), READS),
     "convert": Row("models", "convert centerface {package} --out={at}"),
+    "measure-card": Row("models", "measure-card {at} --photos={world}/portraits"),
     "serve": Row("it changes galleries by the functions of the commands of galleries"),
     "export": Row("run", "export {at} --to={new} --format=safetensors", 1),
     "import": Row("exported", "import {at} --to={new}"),
@@ -112,6 +113,7 @@ def world(tmp_path_factory, nearest_run, official_dir):
 
     drawn_people.write_models(folder / "models")
     drawn_people.write_party(folder / "film.mkv")
+    drawn_people.write_portraits(folder / "portraits")
     for name in ("Ada", "Bob"):
         drawn_people.write_photo(folder / "friends" / name / "1.png", (name, 40, 40))
 
