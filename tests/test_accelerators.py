@@ -9,8 +9,8 @@ import pytest
 from tests.benchmarks import accelerators, common
 from vidjax.core import devices
 
-# In a streamed batch, a device has only its clips, so joined clips need the clips of all devices. The
-# state of `knn` is the training clips, and every device has the whole state.
+# In a streamed batch, a device has only its clips, so joined clips need the clips of all devices.
+# The state of `knn` is the training clips, and every device has the whole state.
 GATHERS = {("noise_classes", "streamed"), ("knn", "streamed"), ("knn", "resident")}
 COMPILERS = "libtpu", "jax_cuda13_plugin"
 
