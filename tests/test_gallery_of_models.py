@@ -228,6 +228,75 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
 
 
+def test_clips_of_another_net_wait_for_their_new_vectors(tmp_path, gallery):
+    """The labels of waiting clips are kept. Waiting strangers do not count for a threshold."""
+    ada, strangers = draw(6, people=2, clips=4)
+    gallery.enrol(faces("ada", ada), "Ada")
+    gallery.enrol(faces("stranger", strangers), strangers=True)
+    assert gallery.threshold(0.2)
+    new, width = tmp_path / "new", 7
+    new.mkdir()
+    made_nets.write(new, "embed", width=width, back_end=made_nets.back_end(width=width))
+    refused(lambda: gallery.widen(new), "other models of face", "--out=DIR")
+
+    assert gallery.widen(new, {"ada0": "earlier/ada0"}) == ("face",)
+    assert gallery.people == {"Ada": ("ada1", "ada2", "ada3", "earlier/ada0")}
+    assert not any(clip.vector.any() for clip in gallery.clips.values())
+    face = {"face": np.eye(1, width, dtype=np.float32)}
+    assert gallery.identify({"q": face})["q"].identity is None
+    refused(lambda: gallery.threshold(0.2), "but the gallery has 0")
+    gallery.rename("Ada", "Countess")
+    assert gallery.enrol({"ada1": face, "ada2": face}, "Countess").enrolled == 2
+    assert gallery.enrol({"ada1": face}, "Countess").unchanged == 1
+    assert Gallery(gallery.folder).identify({"q": face})["q"].identity == "Countess"
+    assert gallery.widen(new) == ()
+
+
+def test_gallery_migrates_to_another_net_by_the_names_of_clips(tmp_path, gallery, models, say):
+    """Labels, strangers and denied names are copied. Bob has no clip in the new features."""
+    ada, bob, eve, zoe = draw(5, people=4, clips=4)
+    for name, vectors in {"Ada": ada, "Bob": bob[:1], "Eve": eve}.items():
+        gallery.enrol(faces(name.lower(), vectors), name)
+    gallery.relabel("eve3", None)
+    film = "a" * 64
+    with gallery.change() as draft:
+        draft.deny({film: {"track": ["Ada"]}})
+
+    turned = np.roll(np.eye(WIDTH, dtype=np.float32), 1, axis=0)  # another net
+    new = tmp_path / "new models"
+    new.mkdir()
+    made_nets.write(new, "embed", width=WIDTH, back_end=CARD, notes="another net")
+    to, features = Gallery.of_models(tmp_path / "to", new), tmp_path / "turned"
+    for folder, clips in (("turned", faces("ada", ada[:3])), ("rest", faces("eve", eve))):
+        clips |= faces(f"zoe {folder}", zoe[:1])  # whom the gallery lacks
+        write_npz(tmp_path, {folder: {x: {"face": y["face"] @ turned} for x, y in clips.items()}})
+    words = ("gallery", "migrate", gallery.folder, to.folder)
+
+    done = say(*words, f"--input={features}", "--json", code=1)
+    assert (done["moved"], done["unchanged"], done["lost"]) == (3, 0, ["Bob", "Eve"])
+    assert done["missing"] == ["ada3", "bob0", "eve0", "eve1", "eve2", "eve3"]
+    gallery.relabel("ada2", "Eve")  # before the second call
+    output = say(*words, f"--input={tmp_path / 'rest'}", code=1)
+    assert "no clip left  1: Bob" in output and "2 clips: ada3, bob0" in output
+    done = say(*words, f"--input={features}", "--json", code=1)
+    assert (done["moved"], done["unchanged"]) == (1, 2), "only ada2 has another label"
+
+    to.refresh()
+    kept = {name: clip.identity for name, clip in gallery.clips.items()}
+    assert {name: clip.identity for name, clip in to.clips.items()} == {
+        name: kept[name] for name in kept if name not in ("ada3", "bob0")
+    }  # fmt: skip
+    assert to.strangers == ["eve3"] and to.denied == gallery.denied
+    assert to.identify({"q": {"face": ada[3:] @ turned}})["q"].identity == "Ada"
+
+    # All or nothing: nothing is changed if NEW contains other clips, or nothing fits.
+    before = to.digest
+    say("gallery", "migrate", to.folder, gallery.folder, f"--input={features}", code=2)
+    write_npz(tmp_path, {"others": faces("zoe", zoe)})
+    assert "clip names" in say(*words, f"--input={tmp_path / 'others'}", code=2)
+    assert to.digest == before
+
+
 def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery, say):
     ada, bob = draw(2, people=2, clips=5)
     gallery.enrol({"photo": {"face": ada[:2]}}, "Ada")

@@ -14,12 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import vidjax
 from tests.benchmarks import common, rehearsal, scores, speed
 from tests.campaigns import same_bytes
-from tests.helpers import drawn_people
+from tests.helpers import drawn_people, made_nets
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, ROOT
 from vidjax.cli import program, run_commands
@@ -201,6 +202,11 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
     Path("ada").mkdir()
     shutil.copy("features/val/val_7.npz", "ada/clip.npz")
     drawn_people.write_models(Path("models"))
+    new = shutil.copytree("models", "new_models")
+    made_nets.write(Path(new), "embed", back_end=made_nets.back_end(), **drawn_people.EMBED)
+    Path("new_features").mkdir()
+    for path in (*Path("features").rglob("*.npz"), Path("ada/clip.npz")):
+        np.savez(f"new_features/{path.name}", face=np.ones((1, made_nets.WIDTH), np.float32))
     for film in ("holiday.mp4", "party.mkv"):
         shots = (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)])
         drawn_people.write_film(Path(film), *shots)

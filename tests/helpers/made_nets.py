@@ -32,22 +32,26 @@ def colours():
 
 
 def embedder(layout="NCHW", weights: Any = WEIGHTS):
-    """Returns a net that multiplies the pixels of a crop by `weights` [8 * 8 * 3, 5]."""
+    """Returns a net that multiplies the pixels of a crop by `weights` [8 * 8 * 3, width]."""
     shape = [SIDE, SIDE, 3]
     if layout == "NCHW":
-        weights = weights.reshape(*shape, WIDTH).transpose(2, 0, 1, 3).reshape(-1, WIDTH)
+        weights = weights.reshape(*shape, -1).transpose(2, 0, 1, 3).reshape(SIDE * SIDE * 3, -1)
         shape = [3, SIDE, SIDE]
     flat = helper.make_node("Flatten", ["x"], ["flat"])
     nodes = [flat, helper.make_node("MatMul", ["flat", "w"], ["vector"])]
     return model(nodes, {"w": np.ascontiguousarray(weights)}, shape, ["vector"])
 
 
-def detector():
-    """Returns a net that finds bright squares of FACE x FACE pixels, with CenterFace's outputs."""
+def detector(side=FACE, weights=(1.0, 1.0, 1.0)):
+    """Returns a net that finds bright squares of FACE x FACE pixels, with CenterFace's outputs.
+
+    `side` is the side of its boxes in pixels. `weights` are of the colours red, green and blue.
+    """
     kernel = np.full((1, 3, FACE, FACE), 1 / (3 * FACE**2), np.float32)
+    kernel *= np.array(weights, np.float32)[:, None, None]
     zero = np.zeros((1, 3, 1, 1), np.float32)
     # The offset is -0.5, because a window's centre is the corner of a cell.
-    constants = {"scale": np.log([FACE / 4, FACE / 4]), "offset": np.full(2, -0.5)}
+    constants = {"scale": np.log([side / 4, side / 4]), "offset": np.full(2, -0.5)}
     constants["points"] = POINTS[:, ::-1].ravel()
     # With 1 / 255 in a separate node, faces of equal brightness have equal scores.
     arrays: dict[str, Any] = {"kernel": kernel, "gain": np.array([1 / 255], np.float32)}

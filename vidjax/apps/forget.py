@@ -279,9 +279,9 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
 
     Names are in tables, in corrections by a user, in names of folders, and in tags of photos.
     """
-    from vidjax.apps.video.features_folder import NUMBERS, read_media_files
+    from vidjax.apps.video.features_folder import NUMBERS, find_earlier, read_media_files
 
-    for table in ("names.tsv", "unknown.tsv"):
+    for table in ("names.tsv", "unknown.tsv", "unmatched.tsv"):
         if files.exists(folder / table):
             for _, cells in tables.read_text(folder / table):
                 yield from cells
@@ -290,7 +290,7 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
     if not (people := folder / "people").is_symlink():
         for path in people.glob("*"):
             yield read_folder_name(path.name)
-            for film in read_media_files(path):
+            for film in (*read_media_files(path), *find_earlier(path).values()):
                 yield from film.tags
 
 

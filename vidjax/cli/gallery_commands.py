@@ -196,6 +196,16 @@ def _add_export(parser: Parser) -> None:
     parser.command(_export, "G --out=people.parquet")
 
 
+def _add_migrate(parser: Parser) -> None:
+    about = (
+        "a gallery that was created with other nets, --models, or with another --run and --empty"
+    )
+    parser.add_argument("new", metavar="NEW", help=about)
+    about = "features of the clips of G for NEW: a folder, a .parquet table or a .npz file"
+    parser.add_argument("--input", metavar="PATH", required=True, help=about)
+    parser.command(_migrate, "G NEW --input=features")
+
+
 # Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "create": (
@@ -213,6 +223,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "list": ("lists the people, with their numbers of clips", _add_list),
     "rename": ("gives a person another name", _add_rename),
     "relabel": ("moves an enrolled clip to another person, or to the strangers", _add_relabel),
+    "migrate": ("enrols the people of a gallery in a gallery of other nets", _add_migrate),
     "remove": ("deletes a person or a clip; this cannot be undone", _add_remove),
     "threshold": (
         "prints the probability at which a given share of strangers would get a name",
@@ -322,7 +333,8 @@ def _enrol(args: argparse.Namespace) -> Result:
                 "identity"
             )
         widths, quality = gallery.reads
-        clips, identity = load_people(path, widths, quality=quality)
+        nets = gallery.origin.cards
+        clips, identity = load_people(path, widths, quality=quality, nets=nets)
     else:
         clips, identity = _load_clips(args, gallery), args.identity
     if args.clip:
@@ -558,6 +570,36 @@ def _relabel(args: argparse.Namespace) -> Result:
     text = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
     text += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
     return _summarise(gallery, {"relabelled": text}, {"clip": args.clip, "before": before})
+
+
+def _migrate(args: argparse.Namespace) -> Result:
+    """Copies the people of a gallery. If a person has no clip left, the exit code is 1."""
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.migration import migrate
+    from vidjax.apps.video import features_folder
+    from vidjax.data.clips import SPLITS
+    from vidjax.data.input_files import load_people
+
+    old, new = Gallery(args.gallery), Gallery(args.new)
+    path, (widths, quality) = Path(args.input).expanduser(), new.reads
+    features_folder.check_models(path, new.origin.cards)
+    inside = {x.parent.name for x in path.glob("[!.]*/*.npz")}
+    if inside - {*SPLITS} and not any(path.glob("[!.]*.npz")):
+        clips = load_people(path, widths, quality=quality, nets=new.origin.cards)[0]
+    else:
+        clips = new.load(path)
+    digests = {
+        track.clip: features_folder.hash_film(film)
+        for film in _read_films(args) for track in film.tracks
+    }  # fmt: skip
+    done = migrate(old, new, clips, digests)
+    rows = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}
+    if done.missing:
+        rows["no features"] = f"{messages.count(len(done.missing), 'clip')}: "
+        rows["no features"] += messages.list_some(done.missing, 3)
+    if done.lost:
+        rows["no clip left"] = f"{len(done.lost):,}: {messages.list_some(done.lost)}"
+    return _summarise(new, rows, done._asdict())._replace(code=1 if done.lost else 0)
 
 
 def _list(args: argparse.Namespace) -> Result:

@@ -2,7 +2,8 @@
 
 An `.npz` file usually contains a single clip. If it contains several clips, the array `clips` [N]
 has their names, the arrays `face` [T, D], `face_quality` [T] and so on have the frames of all
-clips, and `face_length` [N] has the number of frames of each clip. A parquet table has a row per
+clips, and `face_length` [N] has the number of frames of each clip. If `vidjax extract` wrote the
+file, the array `nets` has the modalities and the digests of the nets. A parquet table has a row per
 frame.
 """
 
@@ -10,6 +11,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,21 +28,48 @@ from vidjax.utils.names import clean_name_at, show
 
 MAX_CLIP_BYTES = 2 << 30  # limit for the arrays of a clip, enough for hours of video
 FLOAT_BYTES = 4  # bytes of a float32
+NETS = "nets"  # the array with `face SHA256`, the digest of the net of each modality
+Nets = Mapping[str, str]  # modality -> digest of the net that computed its vectors
+NO_NETS: Nets = MappingProxyType({})
 Text = tuple[list[str], np.ndarray]  # see `parquet.Rows.text`
 
 
-def read_npz(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files. Only one file is in memory at a time."""
+def read_npz(paths: Sequence[Path], nets: Nets = NO_NETS) -> Iterator[Clip]:
+    """Yields the clips of `.npz` files. Only one file is in memory at a time. See `read_clips`."""
     limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
         name = clean_name_at(f"{path}:", path.stem)
         with files.open_input(path) as file, prefix_errors(str(path)):
             size = os.fstat(file.fileno()).st_size
             arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
+        check_nets(path, _take_nets(arrays), nets)
         if has_several_clips(arrays):
             yield from _split(arrays, str(path))
         else:
             yield Clip(name, str(path), group_by_modality(arrays, str(path)), path.stem)
+
+
+def _take_nets(arrays: dict[str, np.ndarray]) -> dict[str, str]:
+    """Removes the array `nets`; returns modality -> digest of its net, or {} without this array."""
+    # If `nets` has numbers instead of texts, it is a modality.
+    if NETS not in arrays or arrays[NETS].dtype.kind != "U":
+        return {}
+    pairs = (str(line).partition(" ") for line in arrays.pop(NETS).flat)
+    return {modality: digest for modality, _, digest in pairs}
+
+
+def check_nets(path: Path, made: Nets, wanted: Nets) -> None:
+    """Raises UserError if other nets made the vectors in `path` than the vectors of a gallery.
+
+    `made` and `wanted` are modality -> digest of a net. Modalities without a digest are accepted.
+    """
+    for modality, digest in wanted.items():
+        if made.get(modality, digest) != digest:
+            raise UserError(
+                f"the {modality} vectors in '{path}' are not from the model of the gallery\n"
+                "extract the clips with the models of the gallery (--models=DIR), or create "
+                "another gallery with the models of the clips"
+            )
 
 
 def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -84,10 +113,19 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
         yield Clip(clean_name_at(f"{path}:", given), path, modalities, str(given))
 
 
-def write_npz(path: Path, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Writes several clips to an `.npz` file. `clips` is clip -> name of an array -> array."""
+def write_npz(
+    path: Path,
+    clips: Mapping[str, Mapping[str, np.ndarray]],
+    nets: Nets = NO_NETS,
+) -> None:
+    """Writes several clips to an `.npz` file.
+
+    `clips` is clip -> name of an array -> array. `nets` is modality -> digest of its net.
+    """
     keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
+    if nets:
+        joined[NETS] = np.array([f"{modality} {digest}" for modality, digest in nets.items()])
     for key in keys:
         parts = [arrays[key] for arrays in clips.values() if key in arrays]
         joined[key] = np.concatenate(parts)
@@ -185,6 +223,9 @@ def _group_rows(clips: Text, modalities: Text) -> Iterator[tuple[str, str, np.nd
         yield names[value // len(kinds)], kinds[value % len(kinds)], rows
 
 
-def read_clips(paths: Sequence[Path]) -> Iterator[Clip]:
-    """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files."""
-    return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths)
+def read_clips(paths: Sequence[Path], nets: Nets = NO_NETS) -> Iterator[Clip]:
+    """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files.
+
+    If a file names other nets than `nets`, raises UserError, see `check_nets`.
+    """
+    return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths, nets)

@@ -13,7 +13,7 @@ import numpy as np
 
 from vidjax.data.arrays import group_files_by_split
 from vidjax.data.checks import list_entries, refuse_unread
-from vidjax.data.clip_files import read_clips
+from vidjax.data.clip_files import NO_NETS, Nets, read_clips
 from vidjax.data.clips import SPLITS
 from vidjax.data.memory import MemoryClips
 from vidjax.data.packed_clips import Quality, join, map_again
@@ -30,6 +30,7 @@ def load_clips(
     *,
     split: str | None = None,
     quality: Quality = "given",
+    nets: Nets = NO_NETS,
 ) -> MemoryClips:
     """Loads the clips of a folder, a parquet table or a `.npz` file for a trained model.
 
@@ -41,6 +42,7 @@ def load_clips(
       identities: the names of the classes of the model.
       split: the split to load, or None if the folder has a single split.
       quality: see `Quality`. With 'given', frames of a pickle without qualities have the quality 0.
+      nets: the nets whose vectors the model reads. Files that name other nets are refused.
 
     Raises:
       FileNotFoundError: the path does not exist, or has no clips.
@@ -49,7 +51,8 @@ def load_clips(
     path = Path(path).expanduser()
     paths = find_files(path, split)
     if not isinstance(paths, Mapping):
-        return MemoryClips.pack(read_clips(paths), modalities, identities, quality)
+        clips = read_clips(paths, nets=nets)
+        return MemoryClips.pack(clips, modalities, identities, quality)
     if not paths.keys() & modalities.keys():
         raise UserError(
             f"'{path}' contains the modalities {', '.join(sorted(paths))}, but the run reads "
@@ -111,12 +114,17 @@ def _find_pickles(path: Path, entries: Sequence[Path]) -> dict[tuple[str, str], 
 
 
 def load_people(
-    path: str | Path, modalities: Mapping[str, int], *, quality: Quality = "given"
+    path: str | Path,
+    modalities: Mapping[str, int],
+    *,
+    quality: Quality = "given",
+    nets: Nets = NO_NETS,
 ) -> tuple[MemoryClips, dict[str, str]]:
     """Loads the files `path/PERSON/CLIP.npz`. Returns their clips, and clip -> person.
 
-    The name of a clip is `PERSON/CLIP`. `modalities` is modality to read -> feature width. Raises
-    NoFileError if there are no such files, or if there are clips directly in `path`.
+    The name of a clip is `PERSON/CLIP`. `modalities` is modality to read -> feature width. For
+    `quality` and `nets`, see `load_clips`. Raises NoFileError if there are no such files, or if
+    there are clips directly in `path`.
     """
     path = Path(path).expanduser()
     people, others, entries = dict[str, list[Path]](), list[Path](), list_entries(path)
@@ -139,7 +147,7 @@ def load_people(
 
     def clips() -> Iterator[Clip]:
         for person, paths in people.items():
-            for clip in read_clips(paths):
+            for clip in read_clips(paths, nets=nets):
                 name = f"{person}/{clip.given or clip.name}"
                 identity[name] = person
                 yield clip._replace(name=f"{person}/{clip.name}", given=name)

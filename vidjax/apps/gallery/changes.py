@@ -47,7 +47,8 @@ class Draft:
         width = sum(self._state.index.backend.widths.values())
         checked: dict[str, StoredClip] = {}
         for given, clip in clips.items():
-            clip, name = check_clip(given, clip, width), self._find_name(given)
+            clip = check_clip(given, clip, width, waits=_waits(self._state.clips.get(given)))
+            name = self._find_name(given)
             if name in checked:
                 raise UserError(
                     f"two clips are called '{show(name)}', because {ENDING} is left out of names\n"
@@ -55,7 +56,9 @@ class Draft:
                 )
             checked[name] = clip
         new = {
-            name: self.clips.get(name, clip)._replace(identity=clip.identity)
+            name: clip
+            if _waits(old := self.clips.get(name, clip))
+            else old._replace(identity=clip.identity)
             for name, clip in checked.items()
             if self._is_new(name, clip)
         }
@@ -130,6 +133,15 @@ class Draft:
         self._edit({clip: old._replace(identity=identity)})
         return old.identity
 
+    def move(self, clips: Mapping[str, tuple[str, np.ndarray]]) -> None:
+        """Gives clips new names and vectors. `clips` is clip -> (new name, vector).
+
+        If another clip already has the new name, the clip is removed.
+        """
+        moved = {to: self.clips[name]._replace(vector=x) for name, (to, x) in clips.items()}
+        self._edit(dict.fromkeys(clips))
+        self._edit({name: clip for name, clip in moved.items() if name not in self.clips})
+
     def deny(self, names: Denials) -> Denials:
         """Replaces the names that clips of films must not get; returns the old names.
 
@@ -202,7 +214,7 @@ class Draft:
         if old.identity not in (None, clip.identity):
             problem = f"as {_describe_person(old.identity)}, not {_describe_person(clip.identity)}"
             remedy = "relabel the enrolled clip"
-        elif old.vector.tobytes() != clip.vector.tobytes():
+        elif not _waits(old) and old.vector.tobytes() != clip.vector.tobytes():
             problem = (
                 "with another vector: its features have changed, or another clip has this name"
             )
@@ -212,7 +224,7 @@ class Draft:
                 f"clip '{show(name)}' is already enrolled {problem}\n"
                 f"if it is another clip, give it another name; if not, {remedy}"
             )
-        return old.identity != clip.identity
+        return old.identity != clip.identity or _waits(old)
 
     # ---- results
 
@@ -305,15 +317,20 @@ def find_equal(
     return equal
 
 
+def _waits(clip: StoredClip | None) -> bool:
+    """Returns whether a clip has no vector until its features are computed by the present nets."""
+    return clip is not None and not clip.vector.any()
+
+
 def _describe_person(identity: str | None) -> str:
     return "a stranger" if identity is None else f"'{show(identity)}'"
 
 
-def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
+def check_clip(name: str, clip: StoredClip, width: int, *, waits: bool = False) -> StoredClip:
     """Checks a clip; returns the clip with the cleaned name of its person.
 
     Raises UserError if a name is invalid, if the vector is not finite float32 [width], or if the
-    vector is 0, because no frame of the clip is usable.
+    vector is 0, because no frame of the clip is usable. If `waits` is True, the vector may be 0.
     """
     check_argument("clip name", name, str, "a name")
     _check_length("clip name", check_name(name))
@@ -326,7 +343,7 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
         )
     if not np.isfinite(clip.vector).all():
         raise UserError(f"the vector of clip '{show(name)}' is not finite: compute it again")
-    if not clip.vector.any():
+    if not clip.vector.any() and not waits:
         raise UserError(f"clip '{show(name)}' has no usable frame: leave out the clip")
     return clip
 

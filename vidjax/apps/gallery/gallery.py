@@ -411,7 +411,7 @@ class Gallery:
     def load(self, path: str | Path) -> MemoryClips:
         """Loads the clips of a folder or parquet table with the modalities of the gallery."""
         widths, quality = self.reads
-        return load_clips(path, widths, (), quality=quality)
+        return load_clips(path, widths, (), quality=quality, nets=self.origin.cards)
 
     # ---- changes
 
@@ -556,18 +556,24 @@ class Gallery:
         with self.change() as draft:
             return draft.relabel(clip, identity)
 
-    def widen(self, models: str | Path) -> tuple[str, ...]:
+    def widen(
+        self, models: str | Path, waiting: Mapping[str, str] | None = None
+    ) -> tuple[str, ...]:
         """Adds new modalities, such as voices, to a gallery of models; returns their names.
 
         The folder `models` contains the models of the gallery, and models of new modalities.
         Enrolled clips lack the new modalities until `complete` adds them. If the cards of the
         models contain new numbers, the gallery uses the new numbers, with a message.
 
+        If `waiting` is given, models of the gallery may have changed. Enrolled clips then lack the
+        modalities of these models, and the result contains them, too. `waiting` is clip -> new name
+        for clips that lose all modalities. A clip without any modality resembles nobody.
+
         Raises:
           ValueError: the gallery was made with a run, or a model of the gallery is missing in the
             folder, or has changed.
         """
-        return self._adopt(*make_models_origin(models))
+        return self._adopt(*make_models_origin(models), waiting)
 
     def follow_cards(self) -> None:
         """Uses the numbers that the cards of the gallery's nets contain now.
@@ -592,13 +598,20 @@ class Gallery:
         same = {part: x.back_end for part, x in found.items() if was.get(part) == x.digest}
         return {part: x for part, x in same.items() if x} if same.keys() == was.keys() else {}
 
-    def _adopt(self, origin: VectorOrigin, back_ends: "Mapping[str, BackEnd]") -> tuple[str, ...]:
+    def _adopt(
+        self,
+        origin: VectorOrigin,
+        back_ends: "Mapping[str, BackEnd]",
+        waiting: Mapping[str, str] | None = None,
+    ) -> tuple[str, ...]:
+        """Uses other numbers, more modalities, or other models, see `widen`."""
         with self._store.open(write=True) as transaction:
             state = self._read_current()
-            origin = msgspec.structs.replace(origin, blind=state.origin.blind)
             was, now = state.origin.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
-            if changed or not was:
+            blind = state.origin.blind and not changed
+            origin = msgspec.structs.replace(origin, blind=blind)
+            if not was or (changed and (waiting is None or was.keys() - now.keys())):
                 made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
                 raise UserError(
                     f"gallery '{self.folder}' was made with {made}\n"
@@ -606,23 +619,23 @@ class Gallery:
                 )
             backend = state.index.backend
             wide = backend_lib.make_card_backend(back_ends)
-            is_equal = backend_lib.compare_equal(backend, wide)
-            if was == now and is_equal and origin == state.origin:
+            is_equal = not changed and backend_lib.compare_equal(backend, wide)
+            if was == now and is_equal and origin == state.origin and not waiting:
                 return ()
-            if not is_equal:
+            if not is_equal and not changed:
                 say(
                     f"gallery '{self.folder}': the numbers in the card of the net have changed, "
                     "and the gallery uses the new numbers"
                 )
             _check_width(wide)
-            clips = {
-                name: clip._replace(vector=_widen(clip.vector, backend, wide))
-                for name, clip in state.clips.items()
-            }
+            waiting, clips = waiting or {}, dict[str, StoredClip]()
+            for name, clip in state.clips.items():
+                vector = _widen(clip.vector, backend, wide, was if name in waiting else changed)
+                clips[waiting.get(name, name)] = clip._replace(vector=vector)
             state = make_state(state.version + 1, origin, wide, clips, state.denied)
             with self._lock:
                 self._state = self._store.write(transaction, state)
-        return tuple(part for part in now if part not in was)
+        return tuple(part for part in now if now[part] != was.get(part))
 
     def check_mirrored(self, cosines: Sequence[float]) -> None:
         """Names nobody from now on if a mirrored photo differs like the photo of another person.
@@ -747,15 +760,16 @@ class Gallery:
         return self._measure_threshold(self._require_people(), fpir)
 
     def _measure_threshold(self, state: State, fpir: float) -> Threshold:
-        strangers = state.clips_of.get(STRANGER, ())
-        answers_lib.check_strangers(len(strangers), fpir)
         calibrated, best = self._calibration or (None, np.zeros(0))
         if calibrated is not state:
+            strangers = [*_list_usable_strangers(state)]
+            answers_lib.check_strangers(len(strangers), fpir)
             vectors = np.stack([state.clips[name].vector for name in strangers])
             nearest = state.index.nearest(state.index.backend.split(vectors), 1)
             # A stranger who equals the centre of all vectors resembles nobody.
             best = np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
             self._calibration = state, best
+        answers_lib.check_strangers(len(best), fpir)
         return answers_lib.measure_threshold(best, fpir, len(state.index.names))
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
@@ -771,7 +785,7 @@ class Gallery:
             about = f"the probability is {100 * threshold:.10g} % or more"
             return NamingRule("threshold", math.log(threshold), False, None, about)
         wanted = answers_lib.count_needed_strangers(DEFAULT_FPIR)
-        strangers = len(state.clips_of.get(STRANGER, ()))
+        strangers = len([*itertools.islice(_list_usable_strangers(state), wanted)])
         if fpir is None and strangers < wanted:
             about = ABOVE_HALF
             about += f", which {OF_STRANGERS} of strangers reach" if state.origin.cards else ""
@@ -911,6 +925,11 @@ class Gallery:
         return topk.convert_to_lists(identities, names, top)
 
 
+def _list_usable_strangers(state: State) -> Iterator[str]:
+    # A clip without a vector waits until `vidjax who` reads its film with the present models.
+    return (name for name in state.clips_of.get(STRANGER, ()) if state.clips[name].vector.any())
+
+
 def _sum_others(scores: np.ndarray) -> np.ndarray:
     """Returns the argument `others` [Q, N] of `NamingRule.names` for Q clips and N people.
 
@@ -960,9 +979,12 @@ def _check_modalities(vectors: Vectors, backend: Backend) -> Vectors:
     return vectors
 
 
-def _widen(vector: np.ndarray, backend: Backend, wide: Backend) -> np.ndarray:
-    """Extends a clip's vector to the modalities of the back end `wide`. New modalities are 0."""
+def _widen(
+    vector: np.ndarray, backend: Backend, wide: Backend, changed: Collection[str]
+) -> np.ndarray:
+    """Extends a clip's vector to the modalities of `wide`. New and `changed` modalities are 0."""
     present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
+    present = {part: x for part, x in present.items() if part not in changed}
     parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
     return np.concatenate(parts, axis=1, dtype=np.float32)[0]
 

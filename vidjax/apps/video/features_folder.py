@@ -4,6 +4,8 @@
     OUT/videos/STEM.json    the shots and tracks of the video or photo, with their times
     OUT/extract.json        the nets and settings, which are the same for all files
     OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
+    OUT/earlier/STEM.json   `videos/STEM.json` of other nets, until `vidjax who` has read the file
+                            again, see `other_nets`
 
 STEM is the name of the video without its ending and without dots. A clip is the track of a person
 in a shot: `STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main person of a
@@ -14,6 +16,7 @@ has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the c
 call extracts the video again.
 """
 
+import contextlib
 import itertools
 import operator
 import os
@@ -27,6 +30,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
+from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
@@ -39,6 +43,7 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
+EARLIER = "earlier"
 # The names of temporary files and folders, which remain if a call is killed.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
@@ -50,6 +55,7 @@ Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
+Place = tuple[Seconds, Box]  # the time of a picture, and the box of a face in it
 
 
 class ExtractionSettings(Struct, kw_only=True, frozen=True):
@@ -87,6 +93,8 @@ class FaceTrack(Struct, kw_only=True):
     dark_eyes: bool = False  # whether the best face seems to wear sunglasses
     box: Box | None = None  # of the best face
     box_at_s: Seconds | None = None  # the time of the picture with the box
+    # Of the faces of the clip, in order of time. Older versions did not store them.
+    places: Annotated[list[Place], Meta(max_length=1000)] = []
     name: Text | None = None  # the name that a photo program stored for this face, see `regions`
 
     def __post_init__(self) -> None:
@@ -234,10 +242,13 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
         film.video = "/".join(part[-depth:])
 
 
-def hash_film(film: MediaFile) -> str:
-    """Returns a digest of the file and the clips of a film."""
+def hash_film(film: MediaFile, *, earlier: bool = False) -> str:
+    """Returns a digest of the file and the clips of a film.
+
+    If `earlier` is True, other nets have found the clips, and the film is not read again yet.
+    """
     tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
-    return files.sha256_json([film.sha256, tracks])
+    return files.sha256_json([film.sha256, tracks, *[EARLIER] * earlier])
 
 
 def select_films(table: Mapping[str, Mapping[str, T]], films: Iterable[MediaFile]) -> dict[str, T]:
@@ -261,6 +272,42 @@ def find_media_file(out: Path, stem: str) -> MediaFile | None:
     except (UserError, FileNotFoundError):
         return None
     return film if files.exists(out / f"{stem}.npz") else None
+
+
+def find_earlier(out: Path) -> dict[str, MediaFile]:
+    """Returns stem -> film or photo that is not yet read again after nets have changed."""
+    names = [path.stem for path in sorted((out / EARLIER).glob("*.json"))]
+    return {stem: film for stem in names if (film := find_earlier_file(out, stem))}
+
+
+def find_earlier_file(out: Path, stem: str) -> MediaFile | None:
+    """Returns the film or photo `stem` if it is not yet read again after nets have changed."""
+    with contextlib.suppress(UserError, FileNotFoundError):
+        return read_media_file(out / EARLIER / f"{stem}.json")
+    return None
+
+
+def forget_earlier(out: Path, stems: Iterable[str]) -> None:
+    """Removes the descriptions of films and photos that were read again."""
+    for stem in stems:
+        (out / EARLIER / f"{stem}.json").unlink(missing_ok=True)
+    files.remove_ours(out / EARLIER, "")
+
+
+def set_aside(out: Path) -> None:
+    """Removes all features before other nets are used, and keeps the descriptions of the files.
+
+    If a description of still other nets is waiting, it is kept instead of the new description.
+    """
+    (out / EARLIER).mkdir(mode=0o700, exist_ok=True)
+    stems = {path.stem for path in (*(out / VIDEOS).glob("*.json"), *out.glob("*.npz"))}
+    for stem in sorted(stems):
+        path, kept = out / VIDEOS / f"{stem}.json", out / EARLIER / f"{stem}.json"
+        with contextlib.suppress(UserError, FileNotFoundError):  # damaged
+            read_media_file(path)
+            if not kept.exists():
+                os.replace(path, kept)
+        remove_media_file(out, stem)
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
@@ -308,6 +355,7 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
         if PARTIAL.fullmatch(entry.name):
             files.remove_tree(entry) if entry.is_dir() else entry.unlink()
     if stems is not None:
+        forget_earlier(out, {path.stem for path in (out / EARLIER).glob("*.json")} - stems)
         present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
         for stem in present - stems:
             if "." not in stem:
@@ -367,11 +415,6 @@ def check_models(path: Path, cards: Mapping[str, str]) -> None:
     """
     folder = path if path.is_dir() else path.parent
     extraction = next(filter(None, map(read_extraction, (folder, folder.parent))), None)
-    for part, digest in cards.items():
-        other = extraction and extraction.models.get(EMBEDDER_ROLES.get(part, part))
-        if other and other != digest:
-            raise UserError(
-                f"the {part} vectors in '{path}' are not from the model of the gallery\n"
-                "extract the clips with the models of the gallery (--models=DIR), or create "
-                "another gallery with the models of the clips"
-            )
+    if extraction:
+        made = {part: extraction.models.get(EMBEDDER_ROLES.get(part, part)) for part in cards}
+        check_nets(path, {part: digest for part, digest in made.items() if digest}, cards)

@@ -14,6 +14,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -50,6 +51,7 @@ class Nets(NamedTuple):
     detect: Detector  # finds faces
     embed: Embedder  # computes embeddings of faces
     listen: Listener | None = None  # detects speech and embeds voices; None without these nets
+    digests: Mapping[str, str] = MappingProxyType({})  # modality -> digest of the embedder's card
 
 
 def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
@@ -59,7 +61,8 @@ def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
     """
     listen = Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
     detect = Detector(cards_of["face_detector"], size)
-    return Nets(detect, Embedder(cards_of["face_embedder"]), listen)
+    digests = {part: card.digest for part, card in cards.list_embedders(cards_of).items()}
+    return Nets(detect, Embedder(cards_of["face_embedder"]), listen, digests)
 
 
 class Sighting(NamedTuple):
@@ -181,6 +184,8 @@ class ClipBuilder:
         written = _to_face_track(track, name)
         written.box = msgspec.convert(top.place.clip(0, 1).round(4).tolist(), features_folder.Box)
         written.box_at_s = round(top.time_s, 3)
+        places = [(round(x.time_s, 3), x.place.clip(0, 1).round(3).tolist()) for x in best]
+        written.places = msgspec.convert(places, list[features_folder.Place])
         written.quality = top.quality
         written.clarity = align.measure_clarity(top.quality, clear_quality)
         written.dark_eyes = bool(align.has_dark_eyes(top.crop[None], np.array(card.template))[0])
@@ -258,7 +263,7 @@ def extract(
         facts = _read_photo(photo, tags, clips, nets, stem)
     else:
         facts = _read_film(path, clips, nets, stem, out, settings)
-    write_npz(out / f"{stem}.npz", clips.arrays)
+    write_npz(out / f"{stem}.npz", clips.arrays, nets.digests)
     return MediaFile(
         video=features_folder.make_printable(path.name),
         source=source,

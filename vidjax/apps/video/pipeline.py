@@ -126,8 +126,9 @@ def extract_folders(
         "all others": features of all files that are not in `paths`.
         If a file cannot be reached, its features are always kept.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: what happens if `models` has more nets than before. True removes all features of the
-        folder, and computes the features of the files in `paths` again. False raises an error.
+      upgrade: what happens if `models` has other or more nets than before. True sets all features
+        aside, see `features_folder.set_aside`, and computes the features of the files in `paths`
+        again. False raises an error.
       check: how changes of files are detected. True compares the content of each file. False
         compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
@@ -142,7 +143,7 @@ def extract_folders(
     voices = cards_lib.VOICE_ROLES if known.keys() & {*cards_lib.VOICE_ROLES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
-    digests: dict[str, str] = {role: card.digest for role, card in known.items()}
+    digests = read_digests(models)
     with contextlib.ExitStack() as locked:
         jobs: list[_Job] = []
         unsure: dict[Path, list[FileOutcome]] = {}
@@ -163,6 +164,16 @@ def extract_folders(
                 done(outcome)
             outcomes_of[out] += outcomes
         return outcomes_of
+
+
+def read_digests(models: Path) -> dict[str, str]:
+    """Returns role -> digest of the card of each net in a folder."""
+    return {role: card.digest for role, card in cards_lib.read_all(models).items()}
+
+
+def check_nets(models: Path, settings: ExtractionSettings) -> None:
+    """Loads all nets in a folder and tests them. Raises UserError if a net cannot be used."""
+    film_lib.load_nets(cards_lib.load(models), settings.size)
 
 
 def _process_jobs(
@@ -242,9 +253,10 @@ def _prepare_folder(
             f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
             "move these files, or name another folder"
         )
-    known = features_folder.find_media_files(out)
+    read = features_folder.find_media_files(out)
+    known = features_folder.find_earlier(out) | read
     for path in (out / VIDEOS).glob("*.json"):
-        if path.stem not in known:
+        if path.stem not in read:
             say(
                 f"{path} is damaged or has no features: it is removed, and the film is read again "
                 "if you name it"
@@ -260,7 +272,7 @@ def _prepare_folder(
             kept.add(stem)
             error = f"{path} cannot be reached: is the drive connected?"
             remedy = FORGET_REMEDY if missing else ""
-            lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=known[stem]))
+            lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=read.get(stem)))
         elif deleted and not others:
             say(f"{path} no longer exists: its features are removed")
         elif not others:
@@ -298,8 +310,8 @@ def _check_extraction(
 
     If `settings` is None, the settings are the settings of earlier features, or the defaults.
     Raises UserError if the folder has features of other nets or settings, or files of another
-    program. If the only change are additional nets and `upgrade` is True, all features are deleted
-    instead. `digests` is role of a net -> sha256 of the net's card, a JSON file.
+    program. If `upgrade` is True and no net is missing, features of other nets are set aside.
+    `digests` is role of a net -> sha256 of the net's card, a JSON file.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -312,9 +324,8 @@ def _check_extraction(
         extraction = features_folder.Extraction(models=digests, settings=settings)
         features_folder.write(out / features_folder.NAME, extraction)
         return settings
-    if upgrade and before.models.items() < digests.items():
-        for path in (out / VIDEOS).glob("*.json"):
-            features_folder.remove_media_file(out, path.stem)
+    if upgrade and before.models != digests and before.models.keys() <= digests.keys():
+        features_folder.set_aside(out)
         before.models = digests
         features_folder.write(out / features_folder.NAME, before)
     for role in sorted(before.models.keys() | digests.keys()):
@@ -480,6 +491,7 @@ def _take_results(
             raise answer
         film = schemas.parse(job.path, answer, MediaFile, "leave it out")
         before = features_folder.find_media_file(job.out, job.stem)
+        before = before or features_folder.find_earlier_file(job.out, job.stem)
         if before and before.tags and not film.tags:
             if film.bad_tags:
                 raise UserError(film.bad_tags)

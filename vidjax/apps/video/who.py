@@ -11,6 +11,7 @@ The results are these files:
     OUT/names.html     the same table as a page with timelines
     OUT/unknown.tsv    clips of unknown people: write names into it and call the command again
     OUT/unknown.json   the numbers of unknown people, for later calls
+    OUT/unmatched.tsv  corrections of clips that other nets have not found again
     OUT/subtitles/     a .vtt and a .srt file for each video
     OUT/cuts/          .edl files for each person, for programs that edit films
 
@@ -18,8 +19,8 @@ Each call replaces the tables, the page, the subtitles and the cut lists. If a p
 a folder that has other files, the next call forgets it. If a whole folder of photos is missing, the
 photos stay enrolled unless the call has --forget-missing: a drive may not be connected. A call
 without a folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or
-`relabel` changed are kept. If nets are added to the models, the films and photos of the call are
-read again, the features of all other films are removed, and the names are kept.
+`relabel` changed are kept. If the models have other or more nets than before, the films and photos
+of the call are read again, and names and corrections are kept, see `other_nets`.
 """
 
 import functools
@@ -45,6 +46,7 @@ from vidjax.apps.video import (
     features_folder,
     media_files,
     names_page,
+    other_nets,
     pipeline,
 )
 from vidjax.apps.video.appearances import Appearance
@@ -146,10 +148,9 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
         new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
         return msgspec.structs.replace(self, same=[*self.same, *new])
 
-    def keep(self, films: Iterable[MediaFile]) -> "UnknownNumbers":
-        """Forgets films that are not in `films`."""
-        digests = {*map(hash_film, films)}
-        kept = {digest: self.films[digest] for digest in sorted(digests & self.films.keys())}
+    def keep(self, digests: Collection[str]) -> "UnknownNumbers":
+        """Forgets films whose digests are not in `digests`."""
+        kept = {digest: self.films[digest] for digest in sorted({*digests} & self.films.keys())}
         return msgspec.structs.replace(self, films=kept, removed=self.highest)
 
     def update(self, films: Iterable[MediaFile], groups: Mapping[str, str]) -> "UnknownNumbers":
@@ -197,11 +198,10 @@ def _write_numbers(out: Path, numbers: UnknownNumbers) -> None:
     files.hide(out / NUMBERS)
 
 
-def _forget_denials(gallery: Gallery, films: Iterable[MediaFile]) -> None:
-    """Forgets denied names of films that are not in `films`."""
-    kept = {*map(hash_film, films)}
+def _forget_denials(gallery: Gallery, kept: Collection[str]) -> None:
+    """Forgets denied names of films whose digests are not in `kept`."""
     with gallery.change() as draft:
-        gone = draft.denied.keys() - kept
+        gone = draft.denied.keys() - {*kept}
         draft.deny({film: dict.fromkeys(draft.denied[film], ()) for film in gone})
 
 
@@ -274,7 +274,7 @@ def name_people(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
                 "add photos that each show only one person"
             )
-        if gallery.identities:
+        if gallery.identities and not features_folder.find_earlier(out / FEATURES):
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
             gallery.warn_of_card()
@@ -286,10 +286,14 @@ def name_people(
             drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
+        _move_films(gallery, out)
         all_films = features_folder.read_media_files(out / FEATURES)
         _report_missing(all_films, out, prune)
-        _forget_denials(gallery, all_films)
-        before = read_numbers(out).keep(all_films)
+        waiting = features_folder.find_earlier(out / FEATURES).values()
+        _report_waiting(gallery, [*waiting])
+        kept = {*map(hash_film, all_films), *(hash_film(film, earlier=True) for film in waiting)}
+        _forget_denials(gallery, kept)
+        before = read_numbers(out).keep(kept)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
         write(out, decision, padding)
@@ -314,6 +318,7 @@ def _update_people(
     drop: pipeline.Drop = "all others" if forget_missing else "others"
     outcomes_of = extract_photos(photos, out, drop=drop, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
+    _write_unmatched(out, other_nets.move_photos(gallery, outcomes_of))
     enrolled = list_faces(gallery)
     failed, names, usable = check_photos(enrolled, outcomes_of, people)
     missing = set[str]()
@@ -330,10 +335,10 @@ def _update_people(
             f"to forget people whose photos are missing, add --forget-missing{hint}",
             warning=True,
         )
-    # If new nets were added, a photo that cannot be read has no features any more.
+    # After a change of nets, a photo that cannot be read has no features any more.
     unread = {
-        (read_folder_name(folder.name), features_folder.make_stem(outcome.path))
-        for folder, outcomes in outcomes_of.items() for outcome in outcomes if not outcome.known
+        (read_folder_name(folder.name), stem)
+        for folder in outcomes_of for stem in features_folder.find_earlier(folder)
     }  # fmt: skip
     checked = {
         clip: photo for clip, photo in enrolled.items()
@@ -383,12 +388,89 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
         gallery = Gallery(path)
     except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
         return Gallery.of_models(path, models)
-    if roles := gallery.widen(models):
-        say(
-            f"there are new nets ({', '.join(roles)}): the films and photos of this call are read "
-            "again, and names are kept\nto read other films again, repeat the command with them"
-        )
+    _change_nets(gallery, out, models)
     return gallery
+
+
+def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
+    """If `models` has other or more nets than before, prepares the results for these nets.
+
+    If this is interrupted, the next call repeats it, because `extract.json` is written last.
+    """
+    features = out / FEATURES
+    before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
+    if before is None or before.models == digests or before.models.keys() - digests.keys():
+        gallery.widen(models)
+        return
+    pipeline.check_nets(models, before.settings)  # before features are removed
+    changed = {role for role, digest in before.models.items() if digests[role] != digest}
+    films = features_folder.find_media_files(features).values()
+    _enrol_named(gallery, out, films)
+    (out / UNKNOWN).unlink(missing_ok=True)  # the names of the clips may change
+    known = [*films, *features_folder.find_earlier(features).values()]
+    waiting = other_nets.choose_waiting_names(gallery, known) if changed else {}
+    features_folder.set_aside(features)
+    held = [
+        film for stem, film in features_folder.find_earlier(features).items()
+        if not features_folder.find_media_file(features, stem)
+    ]  # fmt: skip
+    with gallery.change() as draft:
+        draft.denied = other_nets.hold_keys(draft.denied, held)
+    numbers = read_numbers(out)
+    _write_numbers(
+        out, msgspec.structs.replace(numbers, films=other_nets.hold_keys(numbers.films, held))
+    )
+    parts = gallery.widen(models, waiting)
+    before.models = digests
+    features_folder.write(features / features_folder.NAME, before)
+    say(
+        f"there are new nets ({', '.join(parts or sorted(changed))}): the films and photos of this "
+        "call are read again, and names are kept\n"
+        "to read other films again, repeat the command with them"
+    )
+
+
+def _move_films(gallery: Gallery, out: Path) -> None:
+    """Moves corrections to the clips of films that were read again with other nets."""
+    numbers = read_numbers(out)
+    joined = {number for pair in numbers.same for number in pair}
+    plan = other_nets.plan_films(gallery, out / FEATURES, numbers.films, joined)
+    _write_unmatched(out, plan.rows)  # first, so that a killed call loses nothing
+    other_nets.move_films(gallery, plan)
+    if plan.moved:
+        films = other_nets.move_keys(numbers.films, plan.moved)
+        highest = numbers.highest
+        _write_numbers(out, msgspec.structs.replace(numbers, films=films, removed=highest))
+        features_folder.forget_earlier(out / FEATURES, [film.stem for film in plan.moved])
+
+
+def _write_unmatched(out: Path, rows: Sequence[tuple[str, ...]]) -> None:
+    """Lists corrections that could not be moved in `unmatched.tsv`, and prints their number."""
+    if count := other_nets.write_unmatched(out, rows):
+        say(
+            f"corrections whose faces are not found again: {count:,}, see "
+            f"{out / other_nets.UNMATCHED}\nto repeat them: vidjax who ... --review",
+            warning=True,
+        )
+
+
+def _report_waiting(gallery: Gallery, films: Sequence[MediaFile]) -> None:
+    """Prints how many films and photos have not been read since the nets were changed."""
+    if films:
+        say(
+            f"films that were not read with the new nets: {len(films):,}, such as "
+            f"{films[0].video}. Names and corrections are kept, but the tables lack these films\n"
+            "to read them, add them to the command",
+            warning=True,
+        )
+    if faces := other_nets.list_waiting_faces(gallery):
+        example = min(faces.values())
+        say(
+            f"photos that were not read with the new nets: {len(faces):,}, such as "
+            f"{example.clip} of {show(example.person)}. They stay enrolled, but identify nobody "
+            "until --people contains them again",
+            warning=True,
+        )
 
 
 def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> None:

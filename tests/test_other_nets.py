@@ -1,0 +1,357 @@
+"""After a change of nets, `vidjax who` reads films and photos again, and keeps all corrections.
+
+The new detector draws larger boxes, and finds Bob and Eve before Ada. So clips of two faces in a
+shot change their names. The new embedder permutes the values of its vectors, and adds two values.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette.testclient")
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+
+from tests.helpers import made_nets
+from tests.helpers.drawn_people import EMBED, write_film, write_photo
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import Store
+from vidjax.apps.video import features_folder, other_nets, review, who
+from vidjax.apps.video.features_folder import FaceTrack, hash_film
+from vidjax.apps.video.names_page import CLIP
+from vidjax.data.clip_files import write_npz
+
+ROOT = Path(__file__).parent.parent
+NEW_WIDTH = made_nets.WIDTH + 2  # of the vectors of the new embedder
+PLACES = (20, 30), (90, 20), (10, 60)  # of faces: left, top
+
+
+def write_nets(folder, *, detect=True, embed=True):
+    """Writes other nets than `write_models`, or only one other net; returns the folder."""
+    folder.mkdir()
+    find = made_nets.detector(side=20, weights=(0.9, 0.9, 1.2)) if detect else None
+    made_nets.write(folder, "find", "face_detector", find)
+    width, fields = made_nets.WIDTH, dict[str, Any](EMBED)
+    if embed:
+        weights = np.pad(np.roll(made_nets.colours(), 1, axis=1), ((0, 0), (0, 2)))
+        width, fields["content"] = NEW_WIDTH, made_nets.embedder(weights=weights)
+    back_end = made_nets.back_end(different=(-0.4, 0.2), width=width)
+    made_nets.write(folder, "embed", back_end=back_end, width=width, **fields)
+    return folder
+
+
+class Archive:
+    """Films with corrections of each kind: names, wrong names, ignored and joined people."""
+
+    def __init__(self, drawn, num_films):
+        self.drawn, self.out = drawn, drawn.out
+        self.films = drawn.folder / "films"
+        self.films.mkdir()
+        for number in range(num_films):
+            places = [(left + number // 6, top + number % 6) for left, top in PLACES]
+            write_film(
+                self.films / f"{number:02}.mkv",
+                (2, 20, [("Ada", *places[0])]), (2, 60, [("Eve", *places[1])]),
+                (2, 35, [("Bob", *places[2]), ("Ada", *places[1])]),
+            )  # fmt: skip
+        for number in (1, 2, 3):
+            write_photo(drawn.friends / "Ada" / f"{number}.png", ("Ada", 30 + number, 40))
+        self.who()
+        self.correct()
+
+    def who(self, *films, code=0, **options):
+        return self.drawn.who(*(films or [self.films]), code=code, **options)
+
+    def open(self):
+        """Returns the page of corrections."""
+        gallery, numbers = Gallery(self.out / "gallery"), who.read_numbers(self.out)
+        films = features_folder.read_media_files(self.out / who.FEATURES)
+        decision = who.decide(gallery, self.out, films, numbers, gallery.identify)
+        return review.Review(self.out, decision)
+
+    def correct(self):
+        """Makes four corrections in each film, joins unknown people, and renames Ada."""
+        page = self.open()
+        for film in sorted(x.stem for x in self.films.iterdir()):
+            eve, both = f"{film}.s001.t00", sorted((f"{film}.s002.t00", f"{film}.s002.t01"))
+            ada, bob = sorted(both, key=lambda clip: self.drawn.names()[clip] != "Ada")
+            page.change("deny", f"{CLIP}{film}.s000.t00", "")
+            if int(film) % 3 == 0:
+                page.change("name", CLIP + eve, f"Eve {film}")
+                page.change("ignore", CLIP + bob, "")
+            elif int(film) % 3 == 1:
+                page.change("name", CLIP + bob, "Bob")
+                page.change("deny", CLIP + ada, "")
+            else:
+                page.change("ignore", CLIP + eve, "")
+                page.change("name", CLIP + ada, "Ada")
+        unknown = sorted({*page._decision.unknown.values()})
+        if len(unknown) > 1:
+            page.change("name", unknown[1], unknown[0])
+        page.change("name", "Ada", "Countess")
+        page.save()
+        self.drawn.gallery("relabel", "--clip=people/Ada/3", "--strangers")
+        self.who()
+
+    def list_names(self):
+        """Returns (film, second, column of the face, name) of each appearance."""
+        places = ((round(x["start"]), round(2 * sum(x["box"][::2]))) for x in self.drawn.rows())
+        names = ((x["video"], str(x["identity"])) for x in self.drawn.rows())
+        return sorted(zip(names, places, strict=True))
+
+    def list_corrections(self):
+        """Returns (film, second, column of the face, correction), also of films that wait."""
+        gallery, numbers = Gallery(self.out / "gallery"), who.read_numbers(self.out)
+        features = self.out / who.FEATURES
+        found: list[tuple[Any, ...]] = [("joined", numbers.same)]
+        found += [(c, x.identity) for c, x in gallery.clips.items() if c.startswith("people/")]
+        read = features_folder.find_media_files(features)
+        waiting = features_folder.find_earlier(features)
+        for stem, film in (waiting | read).items():
+            early = stem in waiting
+            key = hash_film(film, earlier=early)
+            for track in film.tracks:
+                assert track.box
+                clip = f"earlier/{track.clip}" if early else track.clip
+                place = stem, round(track.start_s), round(2 * sum(track.box[::2]))
+                if clip in gallery.clips:
+                    found.append((*place, gallery.clips[clip].identity))
+                denied = gallery.denied.get(key, {}).get(track.clip, ())
+                found += [(*place, f"not {name}") for name in denied]
+                if number := numbers.films[key].get(track.clip):
+                    found.append((*place, number))
+        return sorted(map(str, found))
+
+
+@pytest.fixture
+def archive(drawn, request, read_here):
+    return Archive(drawn, getattr(request, "param", 3))
+
+
+def test_corrections_are_kept_when_all_nets_change(archive, drawn):
+    before, names, clips = archive.list_corrections(), archive.list_names(), drawn.names()
+    assert sum("not Countess" in x for x in before) == 4 and len(before) > 15
+    drawn.models = write_nets(drawn.folder / "new")
+    _, output = archive.who()
+    assert output.count("there are new nets (face): the films and photos of this call are") == 1
+    assert archive.list_corrections() == before
+    assert not (archive.out / "unmatched.tsv").exists()
+    entries = Gallery(archive.out / "gallery").clips.values()
+    assert all(entry.vector.any() for entry in entries)
+    for _ in range(2):
+        assert archive.list_names() == names and drawn.names() != clips
+        archive.who()
+        assert archive.list_corrections() == before
+
+
+@pytest.mark.parametrize("which", ["detect", "embed"])
+def test_corrections_are_kept_when_one_net_changes(archive, drawn, which):
+    before = archive.list_corrections()
+    drawn.models = write_nets(
+        drawn.folder / "new", **{"detect": False, "embed": False, which: True}
+    )
+    archive.who()
+    assert archive.list_corrections() == before
+
+
+def test_films_and_photos_that_are_missing_keep_their_corrections(archive, drawn):
+    """The drive of film 00 and of Ada's photos is not connected. Meanwhile, Eve 00 is renamed."""
+    before, drive = archive.list_corrections(), drawn.folder / "drive"
+    drive.mkdir()
+    shutil.move(archive.films / "00.mkv", drive)
+    shutil.move(drawn.friends / "Ada", drive)
+    drawn.models = write_nets(drawn.folder / "new")
+    for _ in range(2):
+        _, output = archive.who(code=1)
+        assert "films that were not read with the new nets: 1, such as 00.mkv" in output
+        assert "photos that were not read with the new nets: 3, such as 1 of Ada" in output
+        assert archive.list_corrections() == before
+    # Another film with the same name does not get the clips of the missing film.
+    (archive.films / "other").mkdir()
+    write_film(archive.films / "other" / "00.mkv", (1, 70, [("Eve", *PLACES[0])]))
+    archive.who(code=1)
+    assert [x for x in archive.list_corrections() if "00~" not in x] == before
+    archive.open().change("name", "Eve 00", "Eva")  # on the page of `--review`
+
+    shutil.move(drive / "00.mkv", archive.films)
+    shutil.move(drive / "Ada", drawn.friends)
+    archive.who()
+    corrections = [x for x in archive.list_corrections() if "00~" not in x]
+    assert corrections == [x.replace("Eve 00", "Eva") for x in before]
+
+
+def test_corrections_without_a_face_are_listed(archive, drawn):
+    """Film 00 is replaced by another film while the nets change, and film 01 is deleted."""
+    other = drawn.folder / "other.npz"
+    write_npz(other, {"other": {"face": np.ones((1, made_nets.WIDTH), np.float32)}})
+    drawn.gallery("enrol", f"--input={other}", "--identity=Zoe")
+    (archive.films / "00.mkv").unlink()
+    write_film(archive.films / "00.mkv", (1, 20, [("Bob", 60, 10)]))
+    (archive.films / "01.mkv").unlink()
+    drawn.models = write_nets(drawn.folder / "new")
+    _, output = archive.who(flags=["--prune"])
+    lines = (archive.out / "unmatched.tsv").read_text().splitlines()
+    rows = {tuple(line.split("\t")) for line in lines[1:]}
+    assert lines[0].split("\t") == [*other_nets.COLUMNS]
+    assert ("00.mkv", "00:00:00.000", "00:00:02.000", "00.s000.t00", "not Countess") in rows
+    assert ("00.mkv", "00:00:02.000", "00:00:04.000", "00.s001.t00", "Eve 00") in rows
+    assert {row[4] for row in rows if row[3].startswith("01.")} == {"Bob"}
+    assert ("", "", "", "other", "Zoe") in rows
+    assert f"corrections whose faces are not found again: {len(rows):,}, see" in output
+    assert "not found again" not in archive.who().output  # they are listed once
+
+    # Zoe is enrolled again from features of the new nets.
+    write_npz(other, {"other": {"face": np.ones((1, NEW_WIDTH), np.float32)}})
+    drawn.gallery("enrol", f"--input={other}", "--identity=Zoe")
+    assert Gallery(archive.out / "gallery").clips["other"].vector.any()
+
+
+@pytest.mark.slow
+def test_interrupted_change_of_nets_continues(archive, drawn, monkeypatch, fault_seed, campaign):
+    """The call is interrupted at one of its writes. The next call has the old or the new nets."""
+    before, whole, old = archive.list_corrections(), drawn.folder / "whole", drawn.models
+    new = write_nets(drawn.folder / "new")
+    shutil.copytree(archive.out, whole)
+    left = [10**9]
+
+    def count(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "replace"), (Path, "unlink"), (Store, "write"), (os, "unlink")):
+        monkeypatch.setattr(owner, name, count(getattr(owner, name)))
+    drawn.models = new
+    archive.who()
+    writes, rng = 10**9 - left[0], random.Random(fault_seed)
+    points = range(1, writes) if campaign else sorted(rng.sample(range(1, writes), 12))
+    for point in points:
+        shutil.rmtree(archive.out)
+        shutil.copytree(whole, archive.out)
+        left[0], drawn.models = point, new
+        assert drawn._command("who", archive.films, f"--models={new}", f"--out={archive.out}",
+                              f"--people={drawn.friends}").code == 130  # fmt: skip
+        left[0] = 10**9
+        archive.who()
+        assert archive.list_corrections() == before, (point, writes)
+    drawn.models = old
+    archive.who()
+    assert archive.list_corrections() == before, "with the old nets again"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("archive", [34], indirect=True)
+def test_corrections_of_34_films_are_kept_although_the_command_is_killed(
+    archive, drawn, fault_seed
+):
+    before, rng = archive.list_corrections(), random.Random(fault_seed)
+    models = write_nets(drawn.folder / "new")
+    words = [
+        "-m", "vidjax", "who", archive.films, f"--people={drawn.friends}", f"--models={models}",
+        f"--out={archive.out}", "--workers=2",
+    ]  # fmt: skip
+    died = 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], cwd=ROOT, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(rng.uniform(1.5, 8))
+        os.killpg(process.pid, signal.SIGKILL)
+        died += process.wait() == -signal.SIGKILL
+    assert died
+    drawn.models = models
+    archive.who()
+    assert archive.list_corrections() == before
+    sys.stdout.write(f"{len(before)} corrections of 34 films are kept after {died} kills\n")
+
+
+def track(clip, begin, end, *places):
+    """Returns a track whose face is at (seconds, left) and moves linearly between these places."""
+    boxes = [(seconds, (left, 0.4, left + 0.1, 0.6)) for seconds, left in places]
+    return FaceTrack(clip=clip, shot=0, start_s=begin, end_s=end, seen=9, places=boxes)
+
+
+def film(*tracks, photo=False):
+    from tests.helpers.made_appearances import film as make
+
+    made = make(photo=photo)
+    made.tracks = [*tracks]
+    return made
+
+
+def test_tracks_are_matched_by_time_and_place():
+    left, right = ((0, 0.1), (9, 0.2)), ((0, 0.6), (9, 0.5))
+    old = film(track("a", 0, 9, *left), track("b", 0, 9, *right))
+    swapped = film(track("a", 0, 9, *right), track("b", 0, 9, *left))
+    assert other_nets.match_tracks(old, swapped) == {"a": "b", "b": "a"}
+    # Two people cross: only the place at each time distinguishes them.
+    crossing = film(track("a", 0, 9, (0, 0.1), (9, 0.8)), track("b", 0, 9, (0, 0.8), (9, 0.1)))
+    other = film(track("x", 0, 9, (0, 0.8), (9, 0.1)), track("y", 0, 9, (0, 0.1), (9, 0.8)))
+    assert other_nets.match_tracks(crossing, other) == {"a": "y", "b": "x"}
+    # A track that was divided goes to the longer part. A part at another place is another person.
+    parts = film(track("p", 0, 3, *left), track("q", 3.5, 9, *left), track("r", 0, 9, (0, 0.9)))
+    assert other_nets.match_tracks(old, parts) == {"a": "q"}
+    # The same place at another time, as in the next shot, is another person.
+    assert other_nets.match_tracks(old, film(track("z", 9, 12, (9, 0.2)))) == {}
+    # Descriptions of older versions contain one box. It must be seen at nearly this time.
+    box = (0.1, 0.4, 0.2, 0.6)
+    older = film(FaceTrack(clip="a", shot=0, start_s=0, end_s=9, seen=9, box=box, box_at_s=0.5))
+    assert other_nets.match_tracks(older, swapped) == {"a": "b"}
+    assert other_nets.match_tracks(older, film(track("z", 2, 9, (2, 0.1)))) == {}
+    replaced = film(track("a", 0, 9, *left))
+    replaced.sha256 = "1" * 64
+    assert other_nets.match_tracks(old, replaced) == {}
+    photo = film(track("f", 0, 0, (0, 0.1)), track("g", 0, 0, (0, 0.5)), photo=True)
+    assert other_nets.match_tracks(photo, photo) == {"f": "f", "g": "g"}
+
+
+def test_features_of_other_nets_are_refused_although_they_were_copied(archive, drawn):
+    copied, own = drawn.folder / "copied", drawn.folder / "own"
+    copied.mkdir()
+    own.mkdir()
+    shutil.copy(archive.out / "features" / "00.npz", copied)
+    gallery = drawn.folder / "g"
+    Gallery.of_models(gallery, write_nets(drawn.folder / "new"))
+    for path in (copied, copied / "00.npz"):
+        words = ("gallery", "enrol", gallery, f"--input={path}", "--identity=Ada")
+        output = drawn.run(*words, code=2).output
+        assert "face vectors" in output and "00.npz" in output and "--models" in output
+    with pytest.raises(ValueError, match="not from the model of the gallery"):
+        Gallery(gallery).load(copied)
+    # Files of a user's own program, and of older versions, name no net.
+    write_npz(own / "x.npz", {"x": {"face": np.ones((1, NEW_WIDTH), np.float32)}})
+    drawn.run("gallery", "enrol", gallery, f"--input={own}", "--identity=Ada")
+    drawn.run("gallery", "identify", archive.out / "gallery", f"--input={copied}")
+
+
+def test_gallery_migrates_to_features_of_other_nets_with_denied_names(archive, drawn):
+    """Denied names are kept by the digest of the film, which depends on the tracks."""
+    old, features = archive.out / "gallery", drawn.folder / "features"
+    models = write_nets(drawn.folder / "new")
+    new = Gallery.of_models(drawn.folder / "g", models)
+    words = [f"--models={models}", f"--out={features}", "--unit=shot"]
+    drawn.run("extract", archive.films, *words)
+    digests = {hash_film(film) for film in features_folder.read_media_files(features)}
+    with Gallery(old).change() as draft:
+        draft.deny({"a" * 64: {"00.s000": ["Countess"]}})
+        draft.add({"00.s000": draft.clips["people/Ada/1"]})
+    done = drawn.run("gallery", "migrate", old, new.folder, f"--input={features}", code=1)
+    assert done.content["moved"] == 1 and "Bob" in done.content["lost"]
+    new.refresh()
+    assert new.people == {"Countess": ("00.s000",)}
+    (digest,) = digests & new.denied.keys()
+    assert new.denied[digest] == {"00.s000": ["Countess"]}
