@@ -63,6 +63,8 @@ def test_parts_that_are_not_installed_or_need_another_processor_are_no_faults(tm
         f"import importlib.util, sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name: None if name == 'onnx' else find(name)\n"
+        "from importlib import metadata\nversion = metadata.version\n"  # as with onnxruntime-gpu
+        "metadata.version = lambda name: version(name.replace('onnxruntime', 'no package'))\n"
         "from vidjax.cli import program\nassert program.main(['check']) == 0\n"
     )  # fmt: skip
     states = [line.split(":")[0].split() for line in output.splitlines()]
@@ -70,6 +72,7 @@ def test_parts_that_are_not_installed_or_need_another_processor_are_no_faults(tm
         ["ok", "environment"], ["none", "runs"], ["ok", "training"], ["ok", "films"],
         ["none", "nets"], ["ok", "server"], ["ok", "parquet"], ["all", "good"],
     ]  # fmt: skip
+    assert "onnxruntime of another package" in output
     assert "instructions AVX" in output and "(onnx): pip install 'vidjax[convert]'" in output
 
 

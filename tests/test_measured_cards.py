@@ -165,6 +165,16 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     assert again.back_end and again.back_end.mean == fit.mean and again.digest == before.digest
 
 
+def test_cosines_of_two_people_may_be_negative(tmp_path, models, command):
+    corners = np.pad(np.eye(6) - 1 / 6, ((0, 0), (0, WIDTH - 6)))
+    noise = 0.001 * np.random.default_rng(0).normal(size=(6, 3, WIDTH))
+    features = write_features(tmp_path / "x", (corners[:, None] + noise).astype(np.float32))
+    done = command("measure-card", models, f"--input={features}")
+    (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
+    _, _, _, mean, low, _, high, *_ = line.split()
+    assert -0.21 < float(low) <= float(mean) <= float(high) < -0.19
+
+
 def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path, models, command):
     before = (models / "embed.json").read_bytes()
     made = Population(1)
@@ -247,6 +257,8 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     (tmp_path / "scratch").mkdir()
     digest = cards.read(path).digest
     drawn_people.write_portraits(tmp_path / "folder")
+    words = "measure-card", drawn.models, f"--photos={tmp_path / 'foldr'}"
+    assert f"did you mean '{tmp_path / 'folder'}'" in drawn.run(*words, code=2).output
     few = shutil.copytree(tmp_path / "folder", tmp_path / "few")
     shutil.rmtree(few / "P0")
     (few / "P1" / "0.png").rename(few / "P1.png")
@@ -256,6 +268,8 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     done = drawn.run("measure-card", drawn.models, f"--photos={tmp_path / 'folder'}")
     (measured,) = done.content["measured"]
     assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
+    low, high = measured["different"]["mean_interval"]
+    assert low < measured["different"]["mean"] < high
     assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
     assert cards.read(path).digest == digest and "P0" not in path.read_text()
 
@@ -308,4 +322,7 @@ def test_a_net_of_random_weights_names_nobody_with_one_photo_each(drawn, places,
         assert not named and done.output.count("nobody gets a name") == 1, done.output
         assert (drawn.out / "names.html").read_text().count("nobody gets a name") == 1
         again = drawn.who(film, people=False)
-        assert again.output.count("nobody gets a name") == 1 and done.content["named"] == 0
+        assert again.output.count("nobody gets a name") == 1 and again.content["named"] == 0
+        drawn.friends.rename(drawn.folder / "away")  # as if a drive is not connected
+        again = drawn.who(film, code=1)
+        assert "nobody gets a name" in again.output and again.content["named"] == 0

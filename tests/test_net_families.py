@@ -155,7 +155,8 @@ def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path):
 
     folder = tmp_path / "unpacked"
     folder.mkdir()
-    (folder / "det.onnx").write_bytes(members["det.onnx"])
+    for name in ("det.onnx", "._det.onnx"):
+        (folder / name).write_bytes(members[name])
     convert = partial(command, "convert", "insightface", folder, f"--out={tmp_path / 'other'}")
     assert convert().refused("face_embedder", "convert own")
     (folder / "vec.onnx").write_bytes(members["vec.onnx"][:-9])
@@ -202,6 +203,16 @@ def make_grey(model):
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
 
 
+def enlarge(model):
+    for side in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        side.dim_value = 8224
+
+
+def add_sparse(model):
+    node = onnx.helper.make_node("Constant", [], ["y"], sparse_value=onnx.SparseTensorProto())
+    model.graph.node.insert(0, node)
+
+
 def rename_domain(model):
     model.graph.node[0].domain = "com.example"
 
@@ -245,6 +256,9 @@ VECTORS = made.embedder()
     ("other files", "arcface", edit(VECTORS, move_weights)),
     ("com.example standard", "arcface", edit(VECTORS, rename_domain)),
     ("control flow If", "arcface", edit(VECTORS, add_branch)),
+    ("sparse weights standard", "arcface", edit(VECTORS, add_sparse)),
+    ("8192 8224 supported", "arcface", edit(VECTORS, enlarge)),
+    ("8192 8224 supported", "scrfd", edit(made.scrfd(), enlarge)),
     ("same output", "arcface", edit(VECTORS, set_weights(0))),
     ("same output", "arcface", edit(VECTORS, set_weights(np.nan))),
     ("[2, 3, 112, 112] supported", "arcface", made.embedder(batch=2)),

@@ -63,7 +63,7 @@ def page_path(page: str) -> str:
 
 
 def edit_prose(pattern: str, change: Callable[[re.Match[str]], str], text: str) -> str:
-    """Returns a text in which `change` has edited each place of `pattern`, except in code."""
+    """Replaces each match of `pattern` by the result of `change`, except in blocks of code."""
     parts = CODE.split(text)
     parts[::2] = [re.sub(pattern, change, part, flags=re.MULTILINE) for part in parts[::2]]
     return "".join(parts)

@@ -351,7 +351,7 @@ def take_steps(name: str) -> None:
 def bound_seconds(row: Mapping[str, Any], device: Device) -> float:
     """Returns the least time of a step of all members.
 
-    It is the time of the products, or the time to read and write the state.
+    It is the larger of two times: of the products, and of reading and writing the state.
     """
     products = row["flops"] / device.flops + row["flops_float32"] / device.flops_float32
     of_group = max(products, 2 * row["state"] / device.bandwidth)

@@ -37,7 +37,7 @@ def measure(draw: Draw, people: int, count: int, draws: int = DRAWS) -> dict[str
 
 
 def draw_model(scale: float = 1.0) -> Draw:
-    """Draws from the model of the card. `scale` multiplies distances of people."""
+    """Draws from the model of the card. `scale` multiplies distances of two people."""
     made = Population(0, SHIPPED)
 
     def draw(people: int, count: int) -> np.ndarray:
@@ -48,7 +48,7 @@ def draw_model(scale: float = 1.0) -> Draw:
 
 
 def draw_photos(photos: np.ndarray, scale: float = 1.0) -> Draw:
-    """Draws from `photos` [P, K, D] of real people. `scale` multiplies distances of people."""
+    """Draws from `photos` [P, K, D] of real people. `scale` multiplies distances of two people."""
     rng, means = np.random.default_rng(0), photos.mean(1, keepdims=True)
     moved = unit(photos - (1 - scale) * (means - means.mean(0)))
 

@@ -42,26 +42,16 @@ def read_photos(models: Path, folder: Path) -> SimpleNamespace:
     faces: dict[str, list[Any]] = {x: [] for x in ("vectors", "people", "clarity", "heights")}
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
-        gallery = Gallery.of_models(out / "gallery", models)
-        photos = people_photos.list_photos(folder, out)
-        paths = {out / name: files for name, files in photos.items()}
-        outcomes = pipeline.extract_folders(paths, models)
-        usable = people_photos.check_photos({}, outcomes, folder)[2]
-        for features, person_of in usable.items():
-            places = {
-                track.clip: (track, x.path)
-                for x in outcomes[features] if x.media for track in x.media.tracks
-            }  # fmt: skip
-            embedded = people_photos.embed_clips(gallery, features, person_of)
-            for clip, vector in zip(embedded.names, embedded.parts["face"], strict=True):
-                track, path = places[clip]
-                assert track.box
-                with Image.open(path) as image:
-                    height = ImageOps.exif_transpose(image).height
-                faces["vectors"].append(vector)
-                faces["people"].append(person_of[clip])
-                faces["clarity"].append(track.clarity)
-                faces["heights"].append(height * (track.box[3] - track.box[1]))
+        gallery = Gallery.of_models(out / "vectors", models)
+        found = people_photos.embed_photos(gallery, folder, out, models=models)
+        for person, vector, track, path in found:
+            assert track.box
+            with Image.open(path) as image:
+                height = ImageOps.exif_transpose(image).height
+            faces["vectors"].append(vector)
+            faces["people"].append(person)
+            faces["clarity"].append(track.clarity)
+            faces["heights"].append(height * (track.box[3] - track.box[1]))
     names, people = np.unique(faces.pop("people"), return_inverse=True)
     common.print_text(f"{len(people)} photos of {len(names)} people are usable")
     arrays = {name: np.array(values) for name, values in faces.items()}

@@ -241,7 +241,7 @@ def test_conversion_after_a_killed_conversion_gives_the_same_bytes(tmp_path, cam
 
 
 def test_conversion_on_a_full_disk_ends_with_one_error_and_leaves_no_files(tmp_path, campaign, say):
-    """A limit on the size of files imitates a full disk. It decides which file cannot grow."""
+    """A limit on the size of each file imitates a full disk."""
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     records = prepare(source, tmp_path / "whole")
     size = sum(path.stat().st_size for path in records.folder.rglob("*") if path.is_file())

@@ -26,7 +26,7 @@ def prepare(directory, cache_dir=None, **options) -> Any:
 
 
 def main(words):
-    """Loads the official files in a folder as a program. A second word may name the cache."""
+    """Converts the official files in the folder `words[0]`. `words[1]` may name the cache."""
     folder, *cache = words
 
     def command():

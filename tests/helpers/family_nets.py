@@ -60,7 +60,7 @@ def embedder(
 ):
     """Returns a net that multiplies 7 x 7 squares of a crop by random weights.
 
-    If `half` is True, input and weights have 16 bits. If it is "weights", only the weights have.
+    If `half` is True, input and weights have 16 bits. If it is "weights", the input has 32 bits.
     """
     net, at = Builder(half), "data"
     if half == "weights":
@@ -87,7 +87,7 @@ def _add_head(net, stride, channels, shape, score):
 def scrfd(strides=(8, 16, 32), anchors=2, *, points=True, sides=("H", "W"), only=0):
     """Returns a net with the outputs of SCRFD: scores, boxes and points for each stride.
 
-    If `only` is a number, the net computes with images of this side only, whatever it declares.
+    If `only` is a number, the net fails for images with another side, even if `sides` are free.
     """
     net, outputs = Builder(), {}
     for name, width in [*SCRFD.items()][: 3 if points else 2]:

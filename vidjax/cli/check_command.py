@@ -7,7 +7,7 @@ import importlib.util
 import os
 import platform
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,37 +116,42 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
         )
     # If a run is training now, little memory of the accelerator is free, so none is reserved.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from vidjax.apps.gallery import store
-
     if args.models:
         from vidjax.apps.video import net_checks
 
         return net_checks.list_checks(Path(args.models).expanduser())
-    checks: dict[str, Callable[[], str]] = {"environment": _check_environment}
+    checks = {"environment": _check_environment}
     parts = {name: partial(_check_part, *PARTS[name]) for name in PARTS}
+    if args.workdir:
+        workdir = Path(args.workdir).expanduser().absolute()
+        return checks | _list_folder_checks(workdir, args.overrides)
     if args.config:
         from vidjax.runs import config_io
         from vidjax.training import public
 
         config = config_io.override(public.load_config(args.config), args.overrides)
         return checks | {"runs": parts["runs"], "data": partial(_check_data, config)}
-    if not args.workdir:
-        return checks | parts
-    workdir = Path(args.workdir).expanduser().absolute()
+    return checks | parts
+
+
+def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Callable[[], str]]:
+    """Returns the checks of a gallery or a run."""
+    from vidjax.apps.gallery import store
+
     if files.exists(workdir / store.GALLERY_FILE):
-        if args.overrides:
-            raise UserError(f"{args.overrides[0]} has no effect on a gallery: leave it out")
-        return checks | {"gallery": partial(_check_gallery, workdir)}
+        if overrides:
+            raise UserError(f"{overrides[0]} has no effect on a gallery: leave it out")
+        return {"gallery": partial(_check_gallery, workdir)}
     from vidjax.runs import checkpoint, config_io
     from vidjax.training import public
 
-    config = config_io.override(public.open_run(workdir).config, args.overrides)
+    config = config_io.override(public.open_run(workdir).config, overrides)
     if config.join.runs:
         raise UserError(
             f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
             f"check each of these runs: {', '.join(config.join.runs)}"
         )
-    checks["runs"] = parts["runs"]
+    checks: dict[str, Callable[[], str]] = {"runs": partial(_check_part, *PARTS["runs"])}
     for step in checkpoint.list_folders(workdir):
         folder = workdir / "checkpoints" / str(step)
         checks[f"checkpoint {step}"] = partial(_check_checkpoint, folder)
@@ -169,18 +174,23 @@ def _check_environment() -> str:
 def _check_part(extra: str, packages: Mapping[str, str]) -> str:
     """Returns the versions of the packages of a part of vidjax. Raises _Absent if one is missing.
 
-    Also imports the packages that may not work on this machine, because they contain machine code.
+    For the extra `rank`, also checks that jax can use a device.
     """
     if lost := [
         package for name, package in packages.items() if not importlib.util.find_spec(name)
     ]:
         raise _Absent(f"not installed ({', '.join(lost)}): pip install 'vidjax[{extra}]'")
-    versions = {package: importlib.metadata.version(package) for package in packages.values()}
+    versions = {package: _read_version(package) for package in packages.values()}
     if extra == "rank":
         versions |= _check_jax()
-    elif extra == "video":
-        pass
     return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _read_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # `onnxruntime-gpu` has the same module
+        return "of another package"
 
 
 def _check_jax() -> dict[str, str]:

@@ -379,7 +379,7 @@ def describe_cards(done: Sequence[MeasuredCard]) -> Result:
         lines = [("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before")]
         for name, key in (("of a person", "same"), ("of two people", "different")):
             values, before = getattr(back_end, key), getattr(card.back_end, key)
-            ends = [f"{max(x, 0):.3f} to {y:.3f}" for x, y in getattr(found, key)[2:]]
+            ends = measured_cards.format_intervals(getattr(found, key))
             cells = (f"{values[0]:.3f}", ends[0], f"{values[1]:.3f}", ends[1])
             lines.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
         if len(by_quality) > 1:
@@ -391,6 +391,8 @@ def describe_cards(done: Sequence[MeasuredCard]) -> Result:
         )
         rows["pairs"] = f"{found.pairs[0]:,} of a person, {found.pairs[1]:,} of two people"
         rows["error rate"] = f"{100 * found.equal_error_rate:.1f} % (equal error rate)"
-        content.append({"card": str(card.path), **found._replace(mean=back_end.mean)._asdict()})
+        values = {**found._asdict(), "mean": back_end.mean}
+        values |= {key: getattr(found, key)._asdict() for key in ("same", "different")}
+        content.append({"card": str(card.path), **values})
     rows["galleries"] = "the next vidjax who or vidjax gallery uses the new numbers"
     return Result({"measured": content}, rows, "\n".join(texts))

@@ -70,6 +70,8 @@ def join_processes(args: argparse.Namespace) -> None:
             "--coordinator=a:9876"
         )
     count, index, seconds = args.num_processes, args.process_id, args.coordinator_timeout
+    if count < 1:
+        raise UserError(f"--num_processes={count}: give the number of all processes, 1 or more")
     if not 0 <= index < count:
         raise UserError(
             f"--process_id={index} is not the index of one of {count} processes\n"

@@ -32,6 +32,7 @@ KEEPALIVE = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPC
 LINE_BYTES = 300
 
 _peers: dict[int, socket.socket] = {}  # index of a process -> connection
+_has_failed = threading.Event()  # set when this process has printed an error of its own
 
 
 def meet(address: str, count: int, index: int, timeout: float) -> None:
@@ -50,7 +51,6 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE.items():
             peer.setsockopt(socket.IPPROTO_TCP, option, value)
-        _send(peer, "start")
     for other in _peers:
         threading.Thread(target=_watch, args=(other, count), daemon=True).start()
 
@@ -62,6 +62,8 @@ def leave(code: int) -> None:
     JAX would abort them.
     """
     failed = code not in (0, 130, 143)
+    if failed:
+        _has_failed.set()
     for peer in _peers.values():
         _send(peer, "failed" if failed else "done")
     if _peers and failed:
@@ -82,10 +84,11 @@ def blame_lost_process() -> Iterator[None]:
 def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
     """Waits for all other processes. Returns index -> connection."""
     peers: dict[int, socket.socket] = {}
-    port = int(address.rpartition(":")[2])
+    port, both = int(address.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET  # some systems have no IPv6
     try:
         listener = socket.create_server(
-            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=count
+            ("", port), family=family, dualstack_ipv6=both, backlog=count
         )
     except OSError as error:
         raise UserError(
@@ -118,6 +121,8 @@ def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
                 if dead := peers.get(int(index)):
                     dead.close()
                 peers[int(index)] = peer
+    for peer in peers.values():
+        _send(peer, "start")
     return peers
 
 
@@ -136,14 +141,14 @@ def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket
             if answer == "start":
                 return {0: peer}
             peer.close()
-            reason = ": it does not answer"
+            reason = ": it does not answer, or waits for another process"
             if answer.startswith("refused "):
                 raise UserError(
                     f"--coordinator={address}: {answer.removeprefix('refused ')}\n"
                     "start the same command in all processes, with --process_id=0, 1, and so on"
                 )
         if not waits:
-            print_problem(f"waiting for process 0 of {count} at {address}")
+            print_problem(f"waiting for process 0 of {count} at {address}{reason}")
             waits = True
         time.sleep(min(RETRY_SECONDS, left))
     raise UserError(
@@ -155,8 +160,7 @@ def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket
 
 def _watch(index: int, count: int) -> None:
     """Waits until the process `index` is done. If it dies, ends this process with exit code 2."""
-    while (line := _receive(_peers[index])) == "start":
-        pass
+    line = _receive(_peers[index])
     if line == "done":
         return
     if line == "failed":
@@ -166,6 +170,8 @@ def _watch(index: int, count: int) -> None:
         _send(peer, f"lost {lost}")
     if 0 not in _peers:  # this is process 0: without it, JAX would abort the other processes
         time.sleep(REPORT_SECONDS)
+    if _has_failed.is_set():
+        return
 
     def fail() -> NoReturn:
         raise UserError(

@@ -79,8 +79,9 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
-                f"the cache '{root}' is on a drive without locks, as some network and cloud drives "
-                f"({error.strerror})\nset the variable VIDJAX_CACHE to a folder on another disk"
+                f"the cache '{root}' is on a drive without locks, like some network and cloud "
+                f"drives ({error.strerror})\n"
+                "set the variable VIDJAX_CACHE to a folder on another disk"
             ) from error
         yield
 

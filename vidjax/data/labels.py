@@ -433,10 +433,10 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
 def check_known(
     path: Path, named: Collection[str], clips: Collection[str], effect: str = "they are ignored"
 ) -> None:
-    """Warns if a file names clips without features, which has an `effect`.
+    """Warns if a file names clips without features.
 
-    `named` are the clips in the file, and `clips` are the clips with features. Raises UserError if
-    no clip in the file has features.
+    `named` are the clips in the file, and `clips` are the clips with features. The warning ends
+    with `effect`. Raises UserError if no clip in the file has features.
     """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]

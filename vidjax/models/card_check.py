@@ -44,7 +44,7 @@ class Comparison(NamedTuple):
         1 - cosine of a mirrored photo is 5 % for dlib's net, and 40 to 70 % for nets with random
         weights that do not only average over the picture.
         """
-        if len(mirrored) < 2 or self is NO_PROBLEM:
+        if self is NO_PROBLEM:
             return False
         return 1 - float(np.mean(mirrored)) > MIRRORED * (1 - self.cosine)
 

@@ -220,8 +220,8 @@ TABLE: tuple[Field | Group, ...] = (
           choices=("given", "norm"), read_when=OWN_FEATURES, affects=TRAINING | SCORES),
     Field("data.mode", "auto", "`resident`: all clips stay in device memory; `streaming`: batches "
           "are copied to the devices, in the same order; `auto`: resident if the clips take at "
-          "most half of the memory that a training step leaves. On a GPU or TPU, as many members "
-          "of an ensemble train together as then fit",
+          "most half of the memory that a training step leaves. On a GPU or TPU, the rest of the "
+          "memory determines how many members of an ensemble train together",
           choices=("auto", "resident", "streaming"), affects=ROUNDING),
     Field("data.max_frames", 64, "maximum number of frames of a clip in training", low=1,
           high=2**20),

@@ -5,8 +5,8 @@ import shlex
 from vidjax.models.card_check import Comparison
 
 NOBODY = (
-    "nobody gets a name: the vectors of the enrolled people are as alike as vectors of one person, "
-    "so the net does not separate people"
+    "nobody gets a name: vectors of two people are as alike as vectors of one person, so the net "
+    "does not separate people"
 )
 
 

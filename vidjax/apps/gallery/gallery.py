@@ -640,8 +640,11 @@ class Gallery:
     def check_mirrored(self, cosines: Sequence[float]) -> None:
         """Names nobody from now on if a mirrored photo differs like the photo of another person.
 
-        `cosines` are of the vectors of enrolled photos and their mirror images.
+        `cosines` are of the vectors of enrolled photos and their mirror images. If there are fewer
+        than two, for example because photos are missing, the earlier result stays.
         """
+        if len(cosines) < 2:
+            return
         with self._store.open(write=True) as transaction:
             state = self._read_current()
             blind = state.index.compare_with_card().is_blind(cosines)

@@ -398,7 +398,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
         if name == "SQLITE_PERM" or (name.startswith("SQLITE_IOERR") and name.endswith("LOCK")):
             kind = UnwritableError if write else UnreadableError
             raise kind(
-                f"gallery '{path.parent}' is on a drive without locks, as some network and cloud "
+                f"gallery '{path.parent}' is on a drive without locks, like some network and cloud "
                 "drives\nuse a folder on another disk; for `vidjax who`: --out=FOLDER"
             ) from error
         if name.startswith("SQLITE_READONLY") and write:

@@ -60,25 +60,21 @@ def measure_photos(models: Path, people: Path, workers: int = 1) -> list[Measure
     """
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
-        gallery = Gallery.of_models(out / "gallery", models)
+        # In a folder `gallery`, `embed_photos` would see people of earlier calls.
+        gallery = Gallery.of_models(out / "vectors", models)
         if "face" not in gallery.backend.widths:
             raise UserError(
                 f"'{models}' needs a net of faces whose JSON file has a back_end\n"
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
-        photos = people_photos.list_photos(people, out)
-        outcomes = people_photos.extract_photos(photos, out, models=models, workers=workers)
-        _, _, usable = people_photos.check_photos({}, outcomes, people)
-        vectors, names, quality = [np.zeros((0, gallery.backend.widths["face"]))], [], []
-        for folder, person_of in usable.items():
-            tracks = [track for x in outcomes[folder] if x.known for track in x.known.tracks]
-            quality_of = {track.clip: track.quality for track in tracks}
-            embedded = people_photos.embed_clips(gallery, folder, person_of)
-            vectors.append(embedded.parts["face"])
-            names += [person_of[clip] for clip in embedded.names]
-            quality += [quality_of[clip] for clip in embedded.names]
-        samples = Samples(np.concatenate(vectors), np.array(names), np.array(quality))
-        return _measure_all(gallery, models, {"face": samples}, "photo")
+        faces = [
+            (vector, person, track.quality)
+            for person, vector, track, _ in people_photos.embed_photos(
+                gallery, people, out, models=models, workers=workers
+            )
+        ]
+        given = {"face": Samples(*map(np.array, zip(*faces, strict=True)))} if faces else {}
+        return _measure_all(gallery, models, given, "photo")
 
 
 def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
@@ -147,7 +143,7 @@ def _drop_copies(samples: Samples) -> Samples:
 def _measure(
     card: Card, samples: Samples, chosen: Samples, unclear: int, kind: str
 ) -> MeasuredCard:
-    """Measures a card on the clips `chosen`. `samples` also has unclear faces."""
+    """Measures a card on the clips `chosen`. `samples`, with unclear faces, are for the table."""
     owner = np.unique(chosen.people, return_inverse=True)[1]
     found = card_measure.measure(chosen.units, owner)
     same, different = (
@@ -163,6 +159,7 @@ def _measure(
     earlier, date = card.back_end, datetime.datetime.now(datetime.UTC).date()
     has_mean = found.people >= PEOPLE_FOR_MEAN
     assert earlier
+    within, between = (" +- ".join(format_intervals(x)) for x in (found.same, found.different))
     back_end = msgspec.structs.replace(
         earlier,
         same=same,
@@ -172,18 +169,17 @@ def _measure(
         data=(
             f"vidjax measure-card on {date}: {messages.count(found.clips, kind)} of "
             f"{found.people:,} people, each person with the same weight; 95 % intervals: same "
-            f"{format_interval(found.same)}, different {format_interval(found.different)}; equal "
-            f"error rate {100 * found.equal_error_rate:.1f} %"
+            f"{within}, different {between}; equal error rate {100 * found.equal_error_rate:.1f} %"
             + ("" if has_mean or not earlier.mean else "; the mean is from the card before")
         ),
     )
     return MeasuredCard(card, found, back_end, _compare_by_quality(samples), unclear)
 
 
-def format_interval(spread: Spread) -> str:
-    """Returns the 95 % intervals of a mean and a standard deviation, as text."""
+def format_intervals(spread: Spread) -> tuple[str, str]:
+    """Returns the 95 % intervals of a mean and a standard deviation, as texts."""
     (low, high), (least, most) = spread.mean_interval, spread.deviation_interval
-    return f"{low:.3f} to {high:.3f} +- {max(least, 0):.3f} to {most:.3f}"
+    return f"{low:.3f} to {high:.3f}", f"{max(least, 0):.3f} to {most:.3f}"
 
 
 def _compare_by_quality(samples: Samples) -> list[tuple[str, ...]]:

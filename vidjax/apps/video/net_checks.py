@@ -77,7 +77,7 @@ def describe_back_end(back_end: BackEnd) -> str:
         f"{mean:g} +- {spread:g}" for mean, spread in (back_end.same, back_end.different)
     )
     source = back_end.data
-    if not source.startswith(cards.NOT_MEASURED):
+    if back_end.is_measured:
         pairs = " and ".join(f"{count:,}" for count in back_end.pairs)
         source = f"measured on {pairs} pairs: {source}"
     return f"cosine of one person {same}, of two people {different}; {source}"

@@ -12,7 +12,6 @@ Source:
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,7 +60,10 @@ class ForeignNet(NamedTuple):
         return f"input {_join(self.inputs)}, output {_join(self.outputs)}"
 
     def refuse(self, family: str, more: str = "", found: str = "") -> UserError:
-        """Makes an error for a net that is not like its family. `found` are the wrong shapes."""
+        """Returns an error for a net that is not like its family.
+
+        `more` continues the name of the family. `found` are the wrong shapes, by default all.
+        """
         return UserError(
             f"'{show(self.name)}' is not like {family}{more}: it has {found or self.describe()}\n"
             f"supported is {FAMILIES[family]['supported']}"
@@ -121,7 +123,8 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     """Yields the name of each net, after its path or the path of the zip that contains it."""
     for path in paths:
         if path.is_dir():
-            yield from ((net, net.name) for net in sorted(path.glob("*.onnx")))
+            # macOS adds hidden files with the same endings.
+            yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
         elif path.name.endswith(".zip"):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))
         else:
@@ -162,7 +165,10 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         "test": {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0},
         **fit(family, net, arguments["side"]),
     }  # fmt: skip
-    return msgspec.to_builtins(_measure(fields, family, net))
+    try:
+        return msgspec.to_builtins(_measure(fields, family, net))
+    except msgspec.ValidationError as error:  # for example, a side is too large for a card
+        raise net.refuse(family, f" ({error})") from None
 
 
 def parse_net(content: bytes, name: str) -> ForeignNet:
@@ -193,12 +199,14 @@ def refuse_unsafe(net: ForeignNet) -> None:
     """Raises UserError if a net needs other files, or other operators than standard ones."""
     graph = net.model.graph
     nodes = graph.node
-    constants = [attribute.t for node in nodes for attribute in node.attribute]
-    operators = {node.op_type for node in nodes for x in node.attribute if x.HasField("g")}
+    attributes = [(node.op_type, x) for node in nodes for x in node.attribute]
+    constants = [x.t for _, x in attributes]
+    operators = {operator for operator, x in attributes if x.HasField("g")}
     domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     problems = {
         "weights in other files": any(map(_is_external, (*graph.initializer, *constants))),
-        "sparse weights": bool(graph.sparse_initializer),
+        "sparse weights": bool(graph.sparse_initializer)
+        or any(x.HasField("sparse_tensor") for _, x in attributes),
         "functions": bool(net.model.functions),
         f"the control flow {', '.join(sorted(operators))}": bool(operators),
         f"operators of {', '.join(sorted(domains))}": bool(domains),
@@ -259,13 +267,12 @@ def _fit_detector(family: str, net: ForeignNet, side: int | None) -> dict[str, A
             f"'{show(net.name)}' finds boxes without points ({count} outputs), but the five points "
             "are needed to align faces\nuse the SCRFD net with points; its name often contains kps"
         )
-    if side or batch not in (None, 1) or channels != 3 or len({None, *sides} - {None}) > 2:
+    if side or batch not in (None, 1) or channels != 3:
         raise net.refuse(family, "; --size is for nets that compute vectors" if side else "")
     if any(value and value % cards.STRIDE for value in sides):
         raise net.refuse(family, f" with sides that are multiples of {cards.STRIDE}")
-    size = sides if all(sides) else [side or PADDED_SIDE for side in sides] if any(sides) else None
-    if count == 3 * len(nets.MANY_STRIDES):
-        size = size or [PADDED_SIDE] * 2
+    is_fixed = any(sides) or count == 3 * len(nets.MANY_STRIDES)
+    size = [side or PADDED_SIDE for side in sides] if is_fixed else None
     return {"input": {"name": name, "size": size, **_spread(FAMILIES[family]["input"])}}
 
 
@@ -368,4 +375,4 @@ def _find_width(family: str, card: Card, session: "InferenceSession", net: Forei
 
 
 if __name__ == "__main__":
-    sys.exit(processes.serve(work))
+    processes.serve(work)

@@ -4,14 +4,17 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, advise_other_films
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import doubts, features_folder, media_files
+from vidjax.apps.video.features_folder import FaceTrack
 from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
@@ -177,6 +180,28 @@ def extract_photos(
         group = dict(folders[first : first + MOST_LOCKED])
         outcomes_of |= extract_folders(group, tagged=True, **options)
     return outcomes_of
+
+
+def embed_photos(
+    gallery: Gallery,
+    people: Path,
+    out: Path,
+    **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
+) -> Iterator[tuple[str, np.ndarray, FaceTrack, Path]]:
+    """Yields person, vector, track and photo of each usable face in `people/NAME/PHOTO.jpg`.
+
+    Features are written to `out`. `gallery` computes the vectors. Nobody is enrolled.
+    """
+    outcomes_of = extract_photos(list_photos(people, out), out, **options)
+    for folder, person_of in check_photos({}, outcomes_of, people)[2].items():
+        found = {
+            track.clip: (track, outcome.path)
+            for outcome in outcomes_of[folder] if outcome.known
+            for track in outcome.known.tracks
+        }  # fmt: skip
+        embedded = embed_clips(gallery, folder, person_of)
+        for clip, vector in zip(embedded.names, embedded.parts["face"], strict=True):
+            yield person_of[clip], vector, *found[clip]
 
 
 def check_people(

@@ -346,13 +346,7 @@ def _update_people(
     }  # fmt: skip
     enrol_photos(gallery, checked, usable, names)
     _forget(gallery, names, {*photos, *missing}, out)
-    mirrored = [
-        track.mirrored for folder, outcomes in outcomes_of.items()
-        for outcome in outcomes if outcome.known
-        for track in outcome.known.tracks
-        if track.clip in usable[folder] and track.mirrored is not None
-    ]  # fmt: skip
-    gallery.check_mirrored(mirrored)
+    gallery.check_mirrored(_list_mirrored(outcomes_of, usable))
     if gallery.compare_with_card().problem != "blind":
         warn_of_doubts(gallery, outcomes_of, people)
     return failed, names
@@ -521,8 +515,20 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
         files.write_text(path, text)
 
 
+def _list_mirrored(
+    outcomes_of: Mapping[Path, Sequence[FileOutcome]], usable: Mapping[Path, Mapping[str, str]]
+) -> list[float]:
+    """Returns `FaceTrack.mirrored` of each usable face in photos."""
+    return [
+        track.mirrored for folder, outcomes in outcomes_of.items()
+        for outcome in outcomes if outcome.known
+        for track in outcome.known.tracks
+        if track.clip in usable[folder] and track.mirrored is not None
+    ]  # fmt: skip
+
+
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Forgets people who are not in `names`, and folders of features that are not in `places`."""
+    """Forgets people who are not in `names`, and deletes features of photos outside of `places`."""
     photos = list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
     forgotten = {clip for clip, photo in photos.items() if photo.person not in names}

@@ -35,7 +35,7 @@ def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
         except OSError as error:
             flag = "workdir" if name == "workdir" else "out"
             raise UserError(
-                f"'{workdir}' is on a drive without locks, as some network and cloud drives "
+                f"'{workdir}' is on a drive without locks, like some network and cloud drives "
                 f"({error.strerror})\nname a folder on another disk: --{flag}=FOLDER"
             ) from error
         content = file.read(LOCK_BYTES)
