@@ -138,7 +138,7 @@ PLACES = {
     f"{TRAIN} --config.data.dir=own": "--config.data.name=arrays",
     f"{OWN}own --config.eval.split=test": "train, val",
     f"{OWN}own": "labels.csv",
-    f"{OWN}alone": "--config.ensemble.folds=5",
+    f"{OWN}alone": "vidjax train ... --config.eval.split=train --config.ensemble.folds=5",
     "--config=knn --workdir=own/train": "a folder of clips",
     f"{TRAIN} --config.data.weights=own": "correct the path",
 }  # fmt: skip
@@ -264,6 +264,8 @@ def test_run_folder_is_named_after_its_overrides():
     names = {suffix(f"eval.split={name}") for name in odd}
     assert len(names) == len(odd) and max(map(len, names)) <= config_io.MAX_SUFFIX_LENGTH
     assert all(re.fullmatch(r"[\w=.-]+", name) for name in names)
+    words = program.parse(["train", "--config=mma: face, head"])
+    assert str(run_commands.read_train_settings(words)[1]) == "runs/mma-face-head"
 
 
 def test_printed_configuration_lists_the_origin_of_each_value(command):
