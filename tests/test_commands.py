@@ -26,6 +26,7 @@ from tests.helpers import clip_files, made_runs, seen, servers
 from tests.helpers.limits import slowness
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.cli import program, run_commands
 from vidjax.runs import config as config_lib, config_io, results as results_lib, terminal
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import RunFolder

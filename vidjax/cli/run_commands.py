@@ -118,9 +118,10 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
     folder = RunFolder(args.workdir) if args.runs else public.open_run(args.workdir)
     config = _join_configs(args, folder) if args.runs else folder.config
     config = config_io.override(config, args.overrides)
-    if model not in (None, config.model.name) and not config.join.runs:
+    trained = config.model.get("name")
+    if model not in (None, trained) and not config.join.runs:
         warn(
-            f"--config={args.config}: the run keeps its model '{config.model.name}', because "
+            f"--config={args.config}: the run keeps its model '{trained}', because "
             "evaluate reads only definitions from this file\n"
             "leave out --config, or name a run of that system: --workdir=FOLDER"
         )

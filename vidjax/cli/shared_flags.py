@@ -30,13 +30,13 @@ def add_definitions(parser: Parser) -> None:
 def load_definitions(args: argparse.Namespace) -> str | None:
     """Runs the Python file of `--config`, which may define additional models and losses.
 
-    The configuration that the file returns is not used. Returns its model, or None without a file.
+    The configuration that the file returns is not used. Returns the name of its model.
     """
     if not args.config:  # a path in the folder of a run is never run: it may come from a stranger
         return None
     from vidjax.runs import config_io
 
-    return config_io.load_file(args.config).model.name
+    return config_io.load_file(args.config).model.get("name")
 
 
 def add_processes(parser: Parser) -> None:
