@@ -269,6 +269,14 @@ def test_identify_accepts_a_moved_run_but_no_other_run(folder, nearest_run, tmp_
     assert "--threshold=P" in done.out  # how to choose another rule than the default
 
 
+@pytest.mark.slow
+def test_gallery_finds_its_run_when_both_are_moved_together(nearest_run, tmp_path):
+    shutil.copytree(nearest_run, tmp_path / "old/runs/people")
+    vidjax.Gallery.create(tmp_path / "old/people", tmp_path / "old/runs/people")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert vidjax.Gallery(tmp_path / "new/people").run.workdir == tmp_path / "new/runs/people"
+
+
 # Words after `vidjax gallery` -> part of the error. G is a gallery, H is new, TABLES has tables.
 MISTAKES = {
     "": "gallery needs COMMAND",

@@ -138,7 +138,8 @@ class Gallery:
 
         Args:
           run: the training run that computed the vectors, or its folder. The default is the folder
-            that is stored in the gallery. The run is loaded when it is needed.
+            that is stored in the gallery. If the run is no longer there, the default is the folder
+            `runs/NAME` next to the gallery. The run is loaded when it is needed.
 
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
@@ -361,11 +362,14 @@ class Gallery:
         if self._checked is None or self._checked[0] != wanted:
             place = self.origin.workdir
             remedy = "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
-            if self._run is None and not Path(place, "config.json").exists():
+            copied = self.folder.parent / "runs" / Path(place).name  # with the gallery
+            places = [x for x in (Path(place), copied) if (x / "config.json").exists()]
+            if self._run is None and not places:
                 raise UnreadableError(
-                    f"the run that made gallery '{self.folder}' is no longer at '{place}'\n{remedy}"
+                    f"the run that made gallery '{self.folder}' is neither at '{place}' nor at "
+                    f"'{copied}'\n{remedy}"
                 )
-            run = run_vectors.restore(place if self._run is None else self._run)
+            run = run_vectors.restore(places[0] if self._run is None else self._run)
             if run_vectors.make_origin(run).digest != wanted:
                 raise UnreadableError(
                     f"gallery '{self.folder}' was made with the run at '{place}', but "
