@@ -207,6 +207,10 @@ def test_enrol_reads_people_from_tables_of_all_kinds(tell, folder, tmp_path):
     tell("enrol", *words, f"--labels={tmp_path / 'people.parquet'}")
     assert {**Gallery(folder).identities}.items() >= {"Ada": 2, "Eve": 2}.items()
 
+    stray = clip_files.write_labels(tmp_path / "stray.csv", {"Ada 1": "Ada", "zzz": "Eve"})
+    with pytest.warns(VidjaxWarning, match="stray.csv: no clip is called 'zzz'"):
+        tell("enrol", *words, f"--labels={stray}")
+
     table = write_parquet(tmp_path / "many.parquet", {"new": {"face": np.ones((1, WIDTH))}})
     assert "--labels=FILE" in tell("enrol", folder, f"--input={table}", code=2)
     labels = clip_files.write_labels(tmp_path / "wrong.csv", {"new": "1.23E+11"})

@@ -450,6 +450,7 @@ class Gallery:
         *,
         split: str | None = None,
         strangers: bool = False,
+        source: str = "identities",
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
@@ -461,6 +462,7 @@ class Gallery:
             of the dataset.
           strangers: False to leave out clips without a person. True to add only these clips, as
             clips of strangers.
+          source: where the identities are from, such as a file, for a warning.
 
         Raises:
           ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
@@ -481,7 +483,7 @@ class Gallery:
         if identities is not None:
             identities = {strip_ending(clip): name for clip, name in identities.items()}
             bare = [*map(strip_ending, vectors.names)]
-            _check_given(identities, bare)
+            _check_given(identities, bare, source)
             vectors = vectors._replace(labels=tuple(map(identities.get, bare)))
         labels = zip(vectors.names, vectors.labels, strict=True)
         vectors = vectors.only({name for name, label in labels if (label is None) == strangers})
@@ -1014,16 +1016,16 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
 
 
-def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
+def _check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
     """Warns about keys of `identities` that are not clips. Raises UserError if no key is a clip."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
     example = show(min(clips))
-    place = f"identities: no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
+    text = f"no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
     if len(stray) == len(identities):
-        raise UserError(f"{place}\nuse the clip names of the features")
-    warn(f"{place}\n{len(stray):,} of {len(identities):,} names are not used")
+        raise UserError(f"identities: {text}\nuse the clip names of the features")
+    warn(f"{source}: {text}\n{len(stray):,} of {len(identities):,} names are not used")
 
 
 def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
