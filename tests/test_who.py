@@ -355,6 +355,8 @@ def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
     drawn.gallery("remove", flag)
     assert name_of_clip() == ("Ada", ["face"])
     drawn.gallery("enrol", features, flag, "--strangers")
+    shown = drawn.run("gallery", "identify", drawn.out / "gallery", features).output
+    assert "enrolled as a stranger" in shown
     assert name_of_clip() == (None, [])
     drawn.gallery("relabel", flag, "--identity=Ada")
     assert name_of_clip() == ("Ada", ["told"])
