@@ -265,6 +265,10 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     for photo in (few / "P1").iterdir():
         photo.unlink()
     assert "4 people" in drawn.run("measure-card", drawn.models, f"--photos={few}", code=2).output
+    copy = shutil.copy(tmp_path / "folder" / "P0" / "0.png", tmp_path / "folder" / "P1" / "x.png")
+    words = "measure-card", drawn.models, f"--photos={tmp_path / 'folder'}"
+    assert "x.png', a photo of P1, is also a photo of P0" in drawn.run(*words, code=2).output
+    Path(copy).unlink()
     done = drawn.run("measure-card", drawn.models, f"--photos={tmp_path / 'folder'}")
     (measured,) = done.content["measured"]
     assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
