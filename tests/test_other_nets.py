@@ -355,3 +355,36 @@ def test_gallery_migrates_to_features_of_other_nets_with_denied_names(archive, d
     assert new.people == {"Countess": ("00.s000",)}
     (digest,) = digests & new.denied.keys()
     assert new.denied[digest] == {"00.s000": ["Countess"]}
+    assert "the number of a face" not in done.output
+
+
+def test_migration_warns_of_clips_that_another_detector_may_have_numbered(archive, drawn):
+    features, models = drawn.folder / "features", write_nets(drawn.folder / "new")
+    Gallery.of_models(drawn.folder / "g", models)
+    drawn.run("extract", archive.films, f"--models={models}", f"--out={features}")
+    words = ["gallery", "migrate", archive.out / "gallery", drawn.folder / "g"]
+    done = drawn.run(*words, f"--input={features}")
+    assert "clips with the number of a face: 5, such as 00.s001.t00" in done.output
+
+
+def test_photos_that_were_saved_again_keep_a_changed_name_when_nets_change(archive, drawn):
+    """A photo program has added bytes to the photos of Ada, whom the user calls Countess."""
+    for photo in (drawn.friends / "Ada").iterdir():
+        photo.write_bytes(photo.read_bytes() + b"more")
+    drawn.models = write_nets(drawn.folder / "new")
+    archive.who()
+    people = Gallery(archive.out / "gallery").identities
+    assert "Ada" not in people and people["Countess"] == 4
+
+
+def test_forget_finds_clips_that_wait_for_their_films(archive, drawn):
+    (archive.films / "00.mkv").rename(drawn.folder / "00.mkv")
+    drawn.models = write_nets(drawn.folder / "new")
+    archive.who()
+    done = drawn.run("forget", "--clip=00.s001.t00", "--delete", archive.out, code=1)
+    assert {x["kind"]: x["remedy"][:7] for x in done.content["places"]}["gallery"] == "deleted"
+    done = drawn.run("forget", "--clip=00.s000.t00", archive.out, code=1)  # is not enrolled
+    assert [x["kind"] for x in done.content["places"]] == ["who"]
+    (drawn.folder / "00.mkv").rename(archive.films / "00.mkv")
+    archive.who()
+    assert "Eve 00" not in Gallery(archive.out / "gallery").identities
