@@ -25,6 +25,7 @@ from vidjax.apps.cards import Source, Written
 from vidjax.apps.video import nets
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages, warn
+from vidjax.utils.names import show
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -136,7 +137,13 @@ def list_members(path: Path, ending: str) -> list[str]:
     ):
         names = [member.filename.split("/")[-1] for member in archive.infolist()]
     # macOS adds hidden files with the same endings.
-    return sorted({name for name in names if name.endswith(ending) and name[0] != "."})
+    found = sorted(name for name in names if name.endswith(ending) and name[0] != ".")
+    for name, other in itertools.pairwise(found):
+        if name == other:
+            raise UserError(
+                f"two files have the name {show(name)}\nunpack one of them, and convert it"
+            )
+    return found
 
 
 @contextlib.contextmanager
