@@ -604,6 +604,12 @@ def _migrate(args: argparse.Namespace) -> Result:
             warning=True,
         )
     rows = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}
+    if done.relabelled:
+        name, person = min(done.relabelled.items())
+        rows["another person"] = (
+            f"{messages.count(len(done.relabelled), 'clip')}, such as {show(name)}: G replaces "
+            f"{show(person)}"
+        )
     if done.missing:
         rows["no features"] = f"{messages.count(len(done.missing), 'clip')}: "
         rows["no features"] += messages.list_some(done.missing, 3)
