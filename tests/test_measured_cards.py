@@ -295,6 +295,9 @@ def test_convert_measures_the_card_of_a_net_on_photos(drawn, tmp_path, monkeypat
     card = cards.read(Path(done.content["card"]))
     assert card.back_end and card.back_end.is_measured and card.back_end.pairs == (18, 135)
     assert done.content["measured"][0]["people"] == 6
+    text = card.path.read_text()
+    again = drawn.run("convert", "own", tmp_path / "net.onnx", words[0], words[2])
+    assert card.path.read_text() == text and "replaced" not in again.output
 
 
 @pytest.mark.parametrize("places", [1, 64])
