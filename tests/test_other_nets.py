@@ -305,6 +305,14 @@ def test_tracks_are_matched_by_time_and_place():
     # A track that was divided goes to the longer part. A part at another place is another person.
     parts = film(track("p", 0, 3, *left), track("q", 3.5, 9, *left), track("r", 0, 9, (0, 0.9)))
     assert other_nets.match_tracks(old, parts) == {"a": "q"}
+    assert other_nets.match_parts(old, parts) == {"a": ["q", "p"]}
+    twins = film(track("a", 0, 9, *left), track("c", 0, 9, *left))
+    assert other_nets.match_parts(twins, old) == {"a": ["a"]}
+    beside = film(track("p", 0, 3, *left), track("q", 2.9, 9, *left))  # two faces at a time
+    assert other_nets.match_parts(old, beside) == {"a": ["q"]}
+    moved = other_nets.Moved("x", old, parts, {"a": "q"}, {"a": ["q", "p"]})
+    denied = other_nets.move_keys({hash_film(old, earlier=True): {"a": ["Ada"]}}, [moved])
+    assert denied == {hash_film(parts): {"q": ["Ada"], "p": ["Ada"]}}
     # The same place at another time, as in the next shot, is another person.
     assert other_nets.match_tracks(old, film(track("z", 9, 12, (9, 0.2)))) == {}
     # Descriptions of older versions contain one box. It must be seen at nearly this time.
