@@ -280,6 +280,7 @@ def test_gallery_migrates_to_another_net_by_the_names_of_clips(tmp_path, gallery
     assert "no clip left  1: Bob" in output and "2 clips: ada3, bob0" in output
     done = say(*words, f"--input={features}", "--json", code=1)
     assert (done["moved"], done["unchanged"]) == (1, 2), "only ada2 has another label"
+    assert done["relabelled"] == {"ada2": "Ada"}
 
     to.refresh()
     kept = {name: clip.identity for name, clip in gallery.clips.items()}

@@ -265,6 +265,10 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     for photo in (few / "P1").iterdir():
         photo.unlink()
     assert "4 people" in drawn.run("measure-card", drawn.models, f"--photos={few}", code=2).output
+    copy = shutil.copy(tmp_path / "folder" / "P0" / "0.png", tmp_path / "folder" / "P1" / "x.png")
+    words = "measure-card", drawn.models, f"--photos={tmp_path / 'folder'}"
+    assert "x.png', a photo of P1, is also a photo of P0" in drawn.run(*words, code=2).output
+    Path(copy).unlink()
     done = drawn.run("measure-card", drawn.models, f"--photos={tmp_path / 'folder'}")
     (measured,) = done.content["measured"]
     assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
@@ -291,6 +295,9 @@ def test_convert_measures_the_card_of_a_net_on_photos(drawn, tmp_path, monkeypat
     card = cards.read(Path(done.content["card"]))
     assert card.back_end and card.back_end.is_measured and card.back_end.pairs == (18, 135)
     assert done.content["measured"][0]["people"] == 6
+    text = card.path.read_text()
+    again = drawn.run("convert", "own", tmp_path / "net.onnx", words[0], words[2])
+    assert card.path.read_text() == text and "replaced" not in again.output
 
 
 @pytest.mark.parametrize("places", [1, 64])

@@ -153,6 +153,11 @@ def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path):
         "det.json", "det.onnx", "vec.json", "vec.onnx",
     ]  # fmt: skip
 
+    with zipfile.ZipFile(package, "a") as archive:
+        archive.writestr("older/vec.onnx", made.embedder(3))
+    words = "convert", "insightface", package, f"--out={tmp_path / 'twice'}"
+    assert command(*words).refused("two files have the name vec.onnx", "unpack")
+
     folder = tmp_path / "unpacked"
     folder.mkdir()
     for name in ("det.onnx", "._det.onnx"):

@@ -305,6 +305,14 @@ def test_tracks_are_matched_by_time_and_place():
     # A track that was divided goes to the longer part. A part at another place is another person.
     parts = film(track("p", 0, 3, *left), track("q", 3.5, 9, *left), track("r", 0, 9, (0, 0.9)))
     assert other_nets.match_tracks(old, parts) == {"a": "q"}
+    assert other_nets.match_parts(old, parts) == {"a": ["q", "p"]}
+    twins = film(track("a", 0, 9, *left), track("c", 0, 9, *left))
+    assert other_nets.match_parts(twins, old) == {"a": ["a"]}
+    beside = film(track("p", 0, 3, *left), track("q", 2.9, 9, *left))  # two faces at a time
+    assert other_nets.match_parts(old, beside) == {"a": ["q"]}
+    moved = other_nets.Moved("x", old, parts, {"a": "q"}, {"a": ["q", "p"]})
+    denied = other_nets.move_keys({hash_film(old, earlier=True): {"a": ["Ada"]}}, [moved])
+    assert denied == {hash_film(parts): {"q": ["Ada"], "p": ["Ada"]}}
     # The same place at another time, as in the next shot, is another person.
     assert other_nets.match_tracks(old, film(track("z", 9, 12, (9, 0.2)))) == {}
     # Descriptions of older versions contain one box. It must be seen at nearly this time.
@@ -355,3 +363,36 @@ def test_gallery_migrates_to_features_of_other_nets_with_denied_names(archive, d
     assert new.people == {"Countess": ("00.s000",)}
     (digest,) = digests & new.denied.keys()
     assert new.denied[digest] == {"00.s000": ["Countess"]}
+    assert "the number of a face" not in done.output
+
+
+def test_migration_warns_of_clips_that_another_detector_may_have_numbered(archive, drawn):
+    features, models = drawn.folder / "features", write_nets(drawn.folder / "new")
+    Gallery.of_models(drawn.folder / "g", models)
+    drawn.run("extract", archive.films, f"--models={models}", f"--out={features}")
+    words = ["gallery", "migrate", archive.out / "gallery", drawn.folder / "g"]
+    done = drawn.run(*words, f"--input={features}")
+    assert "clips with the number of a face: 5, such as 00.s001.t00" in done.output
+
+
+def test_photos_that_were_saved_again_keep_a_changed_name_when_nets_change(archive, drawn):
+    """A photo program has added bytes to the photos of Ada, whom the user calls Countess."""
+    for photo in (drawn.friends / "Ada").iterdir():
+        photo.write_bytes(photo.read_bytes() + b"more")
+    drawn.models = write_nets(drawn.folder / "new")
+    archive.who()
+    people = Gallery(archive.out / "gallery").identities
+    assert "Ada" not in people and people["Countess"] == 4
+
+
+def test_forget_finds_clips_that_wait_for_their_films(archive, drawn):
+    (archive.films / "00.mkv").rename(drawn.folder / "00.mkv")
+    drawn.models = write_nets(drawn.folder / "new")
+    archive.who()
+    done = drawn.run("forget", "--clip=00.s001.t00", "--delete", archive.out, code=1)
+    assert {x["kind"]: x["remedy"][:7] for x in done.content["places"]}["gallery"] == "deleted"
+    done = drawn.run("forget", "--clip=00.s000.t00", archive.out, code=1)  # is not enrolled
+    assert [x["kind"] for x in done.content["places"]] == ["who"]
+    (drawn.folder / "00.mkv").rename(archive.films / "00.mkv")
+    archive.who()
+    assert "Eve 00" not in Gallery(archive.out / "gallery").identities

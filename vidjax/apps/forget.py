@@ -82,10 +82,13 @@ def forget(
     empty or invalid.
     """
     from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.video.features_folder import EARLIER
 
     people = {normal_form(check_name(name, "identity")) for name in identities}
     bare = {normal_form(clean_name(name)) for name in clips}
     asked = bare | {name + end for name in bare for end in (ENDING, ENDING.upper())}
+    # After a change of nets, clips wait with another name, see `other_nets`.
+    stored_as = asked | {f"{EARLIER}/{name}" for name in bare}
     found: list[Place] = []
     folders: dict[Path, str] = {}
     for root in (place.expanduser().absolute() for place in places):
@@ -108,7 +111,7 @@ def forget(
             continue
         runs_of_galleries[folder] = Path(gallery.origin.workdir)
         stored = gallery.clips.items()
-        shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in asked}
+        shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in stored_as}
         if shown:
             found.append(_report_gallery(gallery, shown, delete=delete))
             names.update(map(normal_form, shown))
@@ -279,7 +282,12 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
 
     Names are in tables, in corrections by a user, in names of folders, and in tags of photos.
     """
-    from vidjax.apps.video.features_folder import NUMBERS, find_earlier, read_media_files
+    from vidjax.apps.video.features_folder import (
+        EARLIER,
+        NUMBERS,
+        find_earlier,
+        read_media_files,
+    )
 
     for table in ("names.tsv", "unknown.tsv", "unmatched.tsv"):
         if files.exists(folder / table):
@@ -287,6 +295,9 @@ def _read_names_of_who(folder: Path) -> Iterator[str]:
                 yield from cells
     if files.exists(folder / NUMBERS):
         yield from _walk_texts(files.read_json(folder / NUMBERS, limit=INDEX_BYTES))
+    for film in find_earlier(folder / "features").values():  # the tables lack its clips
+        for track in film.tracks:
+            yield from (track.clip, f"{EARLIER}/{track.clip}")
     if not (people := folder / "people").is_symlink():
         for path in people.glob("*"):
             yield read_folder_name(path.name)

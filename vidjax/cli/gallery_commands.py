@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors, warn
 from vidjax.utils.messages import Result
-from vidjax.utils.names import normal_form, strip_ending
+from vidjax.utils.names import normal_form, show, strip_ending
 from vidjax.utils.parser import Parser, whole_number
 
 if TYPE_CHECKING:
@@ -594,7 +595,22 @@ def _migrate(args: argparse.Namespace) -> Result:
         for film in _read_films(args) for track in film.tracks
     }  # fmt: skip
     done = migrate(old, new, clips, digests)
+    # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
+    numbered = sorted(x for x in digests.keys() & old.clips.keys() if re.search(r"\.[tf]\d+$", x))
+    if numbered:
+        terminal.say(
+            f"clips with the number of a face: {len(numbered):,}, such as {show(numbered[0])}. "
+            "Another detector may have given this number to another person's face\n"
+            "if the detector has changed, create NEW again with features by the old detector",
+            warning=True,
+        )
     rows = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}
+    if done.relabelled:
+        name, person = min(done.relabelled.items())
+        rows["another person"] = (
+            f"{messages.count(len(done.relabelled), 'clip')}, such as {show(name)}: G replaces "
+            f"{show(person)}"
+        )
     if done.missing:
         rows["no features"] = f"{messages.count(len(done.missing), 'clip')}: "
         rows["no features"] += messages.list_some(done.missing, 3)

@@ -7,7 +7,7 @@ from vidjax.apps.gallery.gallery import AnyClips, Gallery
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.utils.errors import UserError
-from vidjax.utils.names import show, strip_ending
+from vidjax.utils.names import IGNORED, show, strip_ending
 
 
 class Migration(NamedTuple):
@@ -15,6 +15,7 @@ class Migration(NamedTuple):
 
     moved: int  # the number of clips that are new or have another person in the new gallery
     unchanged: int  # the number of clips that an earlier call has moved
+    relabelled: dict[str, str]  # clip -> its former person in the new gallery, who was replaced
     missing: list[str]  # the clips of the old gallery that the new gallery lacks
     lost: list[str]  # the people of the old gallery who have no clip in the new gallery
 
@@ -56,16 +57,15 @@ def migrate(
         for clip, names in of.items():
             denied.setdefault((films or {}).get(clip, film), {})[clip] = [*names]
     with new.change() as draft:
-        added, relabelled = dict[str, StoredClip](), 0
+        added, relabelled = dict[str, StoredClip](), dict[str, str]()
         for name, clip in chosen.items():
             before = draft.clips.get(strip_ending(name))
             if before is None:
                 added[name] = clip
             elif before.identity != clip.identity:  # a label that was changed since an earlier call
-                draft.relabel(name, clip.identity)
-                relabelled += 1
-        moved = draft.add(added) + relabelled
+                relabelled[name] = draft.relabel(name, clip.identity) or IGNORED
+        moved = draft.add(added) + len(relabelled)
         draft.deny(denied)
     missing = sorted(person_of.keys() - new.clips.keys())
     lost = sorted(old.people.keys() - new.people.keys())
-    return Migration(moved, len(chosen) - moved, missing, lost)
+    return Migration(moved, len(chosen) - moved, relabelled, missing, lost)

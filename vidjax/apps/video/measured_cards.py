@@ -21,8 +21,9 @@ from vidjax.data.input_files import load_people
 from vidjax.models import card_measure
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.models.card_measure import FEWEST_PEOPLE, Measured, Spread
-from vidjax.utils import messages
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
+from vidjax.utils.names import show
 
 PEOPLE_FOR_MEAN = 20  # with fewer people, the mean vector in the card stays
 QUALITIES = (0.0, 0.05, 0.2, 0.4, 1.0)  # between these qualities, cosines are also listed
@@ -67,12 +68,18 @@ def measure_photos(models: Path, people: Path, workers: int = 1) -> list[Measure
                 f"'{models}' needs a net of faces whose JSON file has a back_end\n"
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
-        faces = [
-            (vector, person, track.quality)
-            for person, vector, track, _ in people_photos.embed_photos(
-                gallery, people, out, models=models, workers=workers
-            )
-        ]
+        faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
+        for person, vector, track, path in people_photos.embed_photos(
+            gallery, people, out, models=models, workers=workers
+        ):
+            # A copy would be measured as the most similar face of another person.
+            owner = owners.setdefault((files.sha256_file(path), vector.tobytes()), person)
+            if owner != person:
+                raise UserError(
+                    f"'{path}', a photo of {show(person)}, is also a photo of {show(owner)}\n"
+                    "delete the wrong copy, and repeat the command"
+                )
+            faces.append((vector, person, track.quality))
         given = {"face": Samples(*map(np.array, zip(*faces, strict=True)))} if faces else {}
         return _measure_all(gallery, models, given, "photo")
 

@@ -21,10 +21,11 @@ import msgspec
 import numpy as np
 
 from vidjax.apps import cards
-from vidjax.apps.cards import Source, Written
+from vidjax.apps.cards import Card, Source, Written
 from vidjax.apps.video import nets
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages, warn
+from vidjax.utils.names import show
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -61,11 +62,12 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 def write_net(folder: Path, card: Written, net: bytes) -> Path:
     """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
 
+    If the card was measured, and is the same apart from the measured numbers, the numbers stay.
     Raises UserError if `folder` has another net with the same role.
     """
     card_path = (folder / card.file).with_suffix(".json")
     for other in sorted({*folder.glob("*.json")} - {card_path}):
-        if _read_role(other) == card.role:
+        if (known := _read_card(other)) and known.role == card.role:
             raise UserError(
                 f"'{folder}' already has a net for the role {card.role}: {other.name}\n"
                 "name another folder with --out, or delete this net and its .json"
@@ -73,17 +75,21 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
     folder = files.make_folder(folder, "--out")
     files.write_bytes(folder / card.file, net)
     before = files.sha256_file(card_path) if card_path.exists() else None
+    measured = _read_card(card_path)
     files.write_json(card_path, msgspec.to_builtins(card))
+    new = cards.read(card_path)
+    if measured and measured.back_end and measured.back_end.card == new.digest:
+        cards.replace_back_end(new, measured.back_end)
     if before not in (None, files.sha256_file(card_path)):
         warn(f"'{card_path}' differed, and was replaced")
     return card_path
 
 
-def _read_role(path: Path) -> str:
-    """Returns the role of a card, or "" if the file is damaged or no card."""
-    with contextlib.suppress(UserError):
-        return cards.read(path).role
-    return ""
+def _read_card(path: Path) -> Card | None:
+    """Reads a card. Returns None if the file is damaged, missing or no card."""
+    with contextlib.suppress(UserError, FileNotFoundError):
+        return cards.read(path)
+    return None
 
 
 def read_member(path: Path, kind: str) -> bytes:
@@ -136,7 +142,13 @@ def list_members(path: Path, ending: str) -> list[str]:
     ):
         names = [member.filename.split("/")[-1] for member in archive.infolist()]
     # macOS adds hidden files with the same endings.
-    return sorted({name for name in names if name.endswith(ending) and name[0] != "."})
+    found = sorted(name for name in names if name.endswith(ending) and name[0] != ".")
+    for name, other in itertools.pairwise(found):
+        if name == other:
+            raise UserError(
+                f"two files have the name {show(name)}\nunpack one of them, and convert it"
+            )
+    return found
 
 
 @contextlib.contextmanager

@@ -41,12 +41,13 @@ class Moved(NamedTuple):
     old: MediaFile
     new: MediaFile
     clips: dict[str, str]  # old clip -> new clip of the same face
+    parts: dict[str, list[str]]  # old clip -> all new clips, if the track was divided
 
 
 def find_moved(folder: Path) -> list[Moved]:
     """Returns the films and photos of a folder of features that were read again."""
     return [
-        Moved(stem, old, new, match_tracks(old, new))
+        Moved(stem, old, new, match_tracks(old, new), match_parts(old, new))
         for stem, old in features_folder.find_earlier(folder).items()
         if (new := features_folder.find_media_file(folder, stem))
     ]
@@ -58,8 +59,36 @@ def match_tracks(old: MediaFile, new: MediaFile) -> dict[str, str]:
     The pair with the longest and closest overlap is chosen first. No track is in two pairs. If the
     content of the file has changed, nothing is matched.
     """
+    matched: dict[str, str] = {}
+    taken = set[str]()
+    for clip, other in _rank_pairs(old, new):
+        if clip not in matched and other not in taken:
+            matched[clip] = other
+            taken.add(other)
+    return matched
+
+
+def match_parts(old: MediaFile, new: MediaFile) -> dict[str, list[str]]:
+    """Returns old clip -> new clips, first the clip of `match_tracks`.
+
+    Other clips are parts into which the other nets have divided a track. They are at other times.
+    """
+    parts = {clip: [other] for clip, other in match_tracks(old, new).items()}
+    track_of, taken = {x.clip: x for x in new.tracks}, {x for (x,) in parts.values()}
+    for clip, other in _rank_pairs(old, new):
+        if other in taken:
+            continue
+        track, known = track_of[other], [track_of[x] for x in parts[clip]]
+        if all(x.end_s < track.start_s or track.end_s < x.start_s for x in known):
+            parts[clip].append(other)
+            taken.add(other)
+    return parts
+
+
+def _rank_pairs(old: MediaFile, new: MediaFile) -> list[tuple[str, str]]:
+    """Returns pairs of an old and a new clip that may show the same face, the best pair first."""
     if old.sha256 != new.sha256:
-        return {}
+        return []
     pairs = list[tuple[float, str, str]]()
     coming, live = sorted(new.tracks, key=lambda track: -track.start_s), list[FaceTrack]()
     for track in sorted(old.tracks, key=lambda track: track.start_s):
@@ -67,13 +96,8 @@ def match_tracks(old: MediaFile, new: MediaFile) -> dict[str, str]:
             live.append(coming.pop())
         live = [other for other in live if other.end_s >= track.start_s]
         pairs += [(_measure_overlap(track, other), track.clip, other.clip) for other in live]
-    matched: dict[str, str] = {}
-    taken = set[str]()
-    for overlap, clip, other in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:])):
-        if overlap and clip not in matched and other not in taken:
-            matched[clip] = other
-            taken.add(other)
-    return matched
+    ranked = sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))
+    return [(clip, other) for overlap, clip, other in ranked if overlap]
 
 
 def _measure_overlap(old: FaceTrack, new: FaceTrack) -> float:
@@ -118,7 +142,7 @@ def move_keys(
     table = dict(table)
     for film in moved:
         of = table.pop(hash_film(film.old, earlier=True), {})
-        values = {film.clips[clip]: x for clip, x in of.items() if clip in film.clips}
+        values = {new: x for clip, x in of.items() for new in film.parts.get(clip, ())}
         key = hash_film(film.new)
         if of:
             table[key] = {**table.get(key, {}), **values}

@@ -346,13 +346,15 @@ def enrol_photos(
     enrolled: Mapping[str, PhotoFace],
     usable: Mapping[Path, Mapping[str, str]],
     names: Collection[str],
+    before: Mapping[str, Counter[str]],
 ) -> None:
     """Enrols the usable faces, and removes the other faces in `enrolled` from the gallery.
 
     `enrolled` is clip -> face in the gallery. `usable` is folder of features -> clip -> person.
-    `names` are all people. Only folders in `usable` are changed.
+    `names` are all people, and `before` their labels, see `count_labels`. Only folders in `usable`
+    are changed.
     """
-    labels, old = _choose_labels(gallery, names), dict[str, set[str]]()
+    labels, old = _choose_labels(before, names), dict[str, set[str]]()
     for clip, photo in enrolled.items():
         if photo.person in labels:
             old.setdefault(photo.folder, set()).add(clip)
@@ -417,18 +419,24 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
         )
 
 
-def _choose_labels(gallery: Gallery, names: Collection[str]) -> dict[str, str]:
+def count_labels(gallery: Gallery) -> dict[str, Counter[str]]:
+    """Returns person -> label in the gallery -> number of the person's photos with this label."""
+    labels: dict[str, Counter[str]] = {}
+    for clip, photo in list_faces(gallery).items():
+        if label := gallery.clips[clip].identity:
+            labels.setdefault(photo.person, Counter())[label] += 1
+    return labels
+
+
+def _choose_labels(before: Mapping[str, Counter[str]], names: Collection[str]) -> dict[str, str]:
     """Returns name of a person -> label, the name in the gallery for the person's new photos.
 
     The label differs from the name if a user has renamed the person in the gallery. The label is
     the most frequent label of the person's photos. Labels of other people in `names` come last.
     """
-    before = {name: Counter[str]() for name in names}
-    for clip, photo in list_faces(gallery).items():
-        if (label := gallery.clips[clip].identity) and photo.person in before:
-            before[photo.person][label] += 1
     chosen = {}
-    for name, labels in before.items():
+    for name in names:
+        labels = before.get(name, Counter())
         order = [(label != name and label in names, -labels[label], label) for label in labels]
         chosen[name] = min(order)[-1] if order else name
     return chosen

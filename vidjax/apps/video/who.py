@@ -62,6 +62,7 @@ from vidjax.apps.video.people_photos import (
     PhotoFace,
     check_people,
     check_photos,
+    count_labels,
     embed_clips,
     enrol_photos,
     extract_photos,
@@ -318,6 +319,7 @@ def _update_people(
     drop: pipeline.Drop = "all others" if forget_missing else "others"
     outcomes_of = extract_photos(photos, out, drop=drop, **options)
     gallery.refresh()  # another process may have changed the gallery in the meantime
+    labels = count_labels(gallery)  # before faces are removed
     _write_unmatched(out, other_nets.move_photos(gallery, outcomes_of))
     enrolled = list_faces(gallery)
     failed, names, usable = check_photos(enrolled, outcomes_of, people)
@@ -344,7 +346,7 @@ def _update_people(
         clip: photo for clip, photo in enrolled.items()
         if (photo.folder, photo.clip.partition(".")[0]) not in unread
     }  # fmt: skip
-    enrol_photos(gallery, checked, usable, names)
+    enrol_photos(gallery, checked, usable, names, labels)
     _forget(gallery, names, {*photos, *missing}, out)
     gallery.check_mirrored(_list_mirrored(outcomes_of, usable))
     if gallery.compare_with_card().problem != "blind":
