@@ -465,8 +465,12 @@ def _enrol(
 
 def warn_of_doubts(
     gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]], people: Path
-) -> None:
-    """Prints warnings of photos that may show another person or are enrolled for two people."""
+) -> bool:
+    """Prints warnings of photos that may show another person or are enrolled for two people.
+
+    If the net does not separate people, photos are not compared. Returns whether two names may be
+    one person.
+    """
     given = {
         str(PhotoFace(owner, track.clip, track.name or owner)): (outcome.path, outcome.known)
         for folder, photos in outcomes.items() for owner in [read_folder_name(folder.name)]
@@ -480,7 +484,8 @@ def warn_of_doubts(
         owners.setdefault(whole[clip], set()).add(person_of[clip])
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     single = {clip: person_of[clip] for clip in person_of.keys() - twins}
-    doubtful = doubts.find_doubtful_photos(gallery, single)
+    is_blind = gallery.compare_with_card().problem == "blind"
+    doubtful = doubts.find_doubtful_photos(gallery, {} if is_blind else single)
     for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
         (path, photo), name = given[clip], show(person_of[clip])
         if clip in twins:
@@ -496,6 +501,9 @@ def warn_of_doubts(
             )
     path_of = {clip: path for clip, (path, _) in given.items()}
     _warn_of_contradictions(doubtful, person_of, path_of, people)
+    likes = [*doubtful.photos.values()]
+    likes += [side.like for sides in doubtful.mixed.values() for side in sides]
+    return bool(twins or doubtful.alike or any(likes))
 
 
 def _warn_of_contradictions(
