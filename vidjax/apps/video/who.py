@@ -261,7 +261,7 @@ def name_people(
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         if not thumbnails:
-            for folder in (out / FEATURES, *(out / PEOPLE).glob("*/")):
+            for folder in (*out.glob(f"{FEATURES}/"), *(out / PEOPLE).glob("*/")):
                 features_folder.remove_thumbnails(folder)
         had_page = files.exists(out / PAGE)
         options = {
@@ -280,7 +280,8 @@ def name_people(
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
                 "add photos that each show only one person"
-                + f"\n{PAGE} and the tables are deleted, because they name forgotten people" * lost
+                + f"\n{PAGE} and the tables are deleted, because they name forgotten people"
+                * lost
             )
         if gallery.identities and not features_folder.find_earlier(out / FEATURES):
             # Mistakes in the flags are reported here, because reading the films takes long.
