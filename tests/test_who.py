@@ -259,13 +259,31 @@ def test_impossible_name_of_a_person_is_refused_before_anything_is_written(drawn
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
     _, output = drawn.who(write_group(drawn), code=2)
     assert words in output and len(output.splitlines()) <= 3 and not drawn.out.exists()
+    assert f"{drawn.friends}/" in output and "rename the photo" in output
 
 
 def test_numbered_photos_in_one_folder_get_a_warning(drawn):
     """A photo that is in no folder of a person counts as a person. Its file name is the name."""
     for name in ("Ada_1", "Ada_2"):
         write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
-    assert "counts as a different person" in drawn.who(write_group(drawn)).output
+    group = write_group(drawn)
+    assert "counts as a different person" in drawn.who(group).output
+
+
+def test_folder_of_one_person_or_a_photo_as_people_is_answered_with_the_folder_above(drawn):
+    for folder, name in (("Ada", "1"), ("Cy", "Cy")):
+        path = drawn.friends / folder / f"{name}.png"
+        write_photo(path, ("Ada", 40, 40))
+        shutil.rmtree(drawn.out, ignore_errors=True)
+        flags = [f"--people={path.parent}"]
+        _, output = drawn.who(write_group(drawn), people=False, flags=flags)
+        assert (f"name the folder above: --people={drawn.friends}" in output) == (name == "1")
+    shutil.rmtree(drawn.out)
+    _, output = drawn.who(write_group(drawn), people=False, flags=[f"--people={path}"], code=2)
+    assert f"--people={path.parent}\n" in output and f"--people={drawn.friends}\n" in output
+    flags = [f"--people={drawn.folder}"]
+    _, output = drawn.who(write_group(drawn), people=False, flags=flags, code=2)
+    assert f"is inside --people={drawn.folder}" in output
 
 
 def test_photos_without_one_good_face_and_damaged_tags_are_reported_in_every_call(drawn):
@@ -305,7 +323,7 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     done = command("extract", bad, worse, film, copy, *words)
 
     assert done.code == 1 and done.err.count("unknown format") == 2
-    assert done.out.count("use MP4, MKV") == 1
+    assert done.out.count("copy the file again") == 1 and "use MP4, MKV" not in done.out
     assert f"{copy} is a copy of {film} and is left out" in done.err
     assert [film.video for film in features_folder.read_media_files(drawn.out)] == ["party.mkv"]
 
@@ -314,6 +332,10 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
     assert labels == ["features", "files", "clips", "remedy"]  # no speed
     assert "worse.mp4' is damaged" in command("extract", worse, *words, "--quiet").err
+
+    (drawn.folder / "notes.doc").write_text("no film")
+    done = command("extract", drawn.folder / "notes.doc", worse, *words)
+    assert "notes.doc: use MP4, MKV" in done.out and "; worse.mp4: copy the file" in done.out
 
 
 @pytest.mark.slow
