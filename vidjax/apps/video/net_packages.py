@@ -61,9 +61,21 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 def write_net(folder: Path, card: Written, net: bytes) -> Path:
     """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
 
-    Raises UserError if `folder` has another net with the same role.
+    Raises UserError if `folder` has another net with the same role, or a card of the same name that
+    is of another kind or was measured.
     """
     card_path = (folder / card.file).with_suffix(".json")
+    known = None
+    with contextlib.suppress(UserError):  # a damaged card is replaced
+        known = cards.read(card_path) if card_path.exists() else None
+    if known:
+        other_kind = known.conversion.partition(":")[0] != card.conversion.partition(":")[0]
+        if other_kind or (known.back_end and known.back_end.card):
+            raise UserError(
+                f"'{card_path}' is "
+                + ("the card of another kind of net" if other_kind else "a measured card")
+                + f", and is not replaced\nname another --out, or delete {card_path.name}"
+            )
     for other in sorted({*folder.glob("*.json")} - {card_path}):
         if _read_role(other) == card.role:
             raise UserError(
