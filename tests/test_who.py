@@ -194,6 +194,16 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
         assert table.read_text() == wrong
 
 
+def test_unknown_table_that_was_saved_with_other_separators_is_to_be_saved_with_tabs(drawn):
+    group = write_group(drawn)
+    drawn.befriend("Ada")
+    drawn.who(group)
+    table = (drawn.out / "unknown.tsv").read_text()
+    for separator in ",;":
+        (drawn.out / "unknown.tsv").write_text(table.replace("\t", separator))
+        assert "with tabs between the columns" in drawn.who(group, code=2).output
+
+
 def test_folders_of_people_have_names_that_all_drives_allow(drawn):
     film, people = drawn.film(), drawn.out / "people"
     write_photo(drawn.friends / "Ada?.png", ("Ada", 40, 40))
