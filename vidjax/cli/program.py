@@ -5,6 +5,7 @@ The form `python -m vidjax.main --config=FILE [--mode=COMMAND]` is accepted, too
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -166,7 +167,7 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
             f"vidjax has no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
             "to name a configuration: --config=FILE"
         )
-    if not words:
+    if not words and not importlib.util.find_spec("ml_collections"):  # a package of `train`
         return ["--help"]
     if not names and rest and rest[0] in ("-h", "--help", "--version"):
         return rest
