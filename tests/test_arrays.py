@@ -249,6 +249,7 @@ def test_load_errors_name_the_missing_setting_or_folder():
     ("", ["contains no features", "SPLIT/CLIP.npz"]),
     ("train/", ["train' contains no CLIP.npz"]),
     ("train/one.npz train/notes.txt", ["notes.txt", "may contain only .npz files"]),
+    ("train/one.npz train/two.npy", ["two.npy", "only .npz files\na .npy file has no modality"]),
     ("train/one.npz train.parquet", ["train.parquet and a folder train: remove one"]),
     ("train-00.parquet train-01.parquet", ["train-00", "a split is one table", "join the tables"]),
     ("train.parquet train-01.parquet", ["train-01", "would be ignored", "train.parquet"]),
@@ -311,6 +312,7 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
         ):
             with pytest.warns(errors.VidjaxWarning) as caught:
                 load()
+            assert {warning.filename for warning in caught} == {__file__}
             texts = [str(warning.message) for warning in caught]
             assert any(wanted in text and effect in text for text in texts), texts
 

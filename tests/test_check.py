@@ -148,7 +148,7 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
     shutil.copytree(official_dir, folder / "official")
     truth = folder / "official" / "train_gt.txt"
     truth.write_text("".join(truth.read_text().splitlines(keepends=True)[1:]))  # one label less
-    code, lines = check_run(f"--config.data.dir={folder}/official", "--config.eval.split=train")
+    code, lines = check_run(f"--config.data.dir={folder}/official")
     assert code == 2 and "train has other labels" in lines[-2]  # the last line is the verdict
 
 

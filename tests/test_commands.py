@@ -26,6 +26,7 @@ from tests.helpers import clip_files, made_runs, seen, servers
 from tests.helpers.limits import slowness
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.cli import program, run_commands
 from vidjax.runs import config as config_lib, config_io, results as results_lib, terminal
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import RunFolder
@@ -138,7 +139,7 @@ PLACES = {
     f"{TRAIN} --config.data.dir=own": "--config.data.name=arrays",
     f"{OWN}own --config.eval.split=test": "train, val",
     f"{OWN}own": "labels.csv",
-    f"{OWN}alone": "--config.ensemble.folds=5",
+    f"{OWN}alone": "vidjax train ... --config.eval.split=train --config.ensemble.folds=5",
     "--config=knn --workdir=own/train": "a folder of clips",
     f"{TRAIN} --config.data.weights=own": "correct the path",
 }  # fmt: skip
@@ -264,6 +265,8 @@ def test_run_folder_is_named_after_its_overrides():
     names = {suffix(f"eval.split={name}") for name in odd}
     assert len(names) == len(odd) and max(map(len, names)) <= config_io.MAX_SUFFIX_LENGTH
     assert all(re.fullmatch(r"[\w=.-]+", name) for name in names)
+    words = program.parse(["train", "--config=mma: face, head"])
+    assert str(run_commands.read_train_settings(words)[1]) == "runs/mma-face-head"
 
 
 def test_printed_configuration_lists_the_origin_of_each_value(command):

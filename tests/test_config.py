@@ -50,6 +50,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
     ("noise_classes:other,prediction", "exclude each other: name only"),
     ("knn:published", "has no argument 'published': leave it out"),
     ("knn:face,head", "only one of the modalities face, head"),
+    ("mma:face:body", "write 'face,body'"),
 ])  # fmt: skip
 def test_words_of_a_configuration_that_exclude_each_other_are_refused(spec, error):
     refused(lambda: load(spec), error)
@@ -185,6 +186,11 @@ def test_fields_that_change_results_are_refused_when_a_run_resumes():
         is_read = name in config_lib.differences(old, new)
         may_change = name in MAY_CHANGE or name == "num_epochs" or not is_read
         assert (describe_changes(old, new) == "") == may_change, name
+    new = config_lib.default()
+    new.seed, new.batch_size, new.data.crop, new.eval.split = 7, 7, "quality", "test"
+    new.data.dir = f"/{'long' * 50}"
+    text = describe_changes(config_lib.default(), new)
+    assert text.count("->") == 3 and text.endswith(" more") and len(text) < 260
     page = (ROOT / "vidjax" / "runs" / "README.md").read_text()
     listed = page.partition("may be larger. These")[2].partition("\n\n")[0]
     assert {name for name in config_lib.FIELDS if f"`{name}`" in listed} == MAY_CHANGE

@@ -207,6 +207,10 @@ def test_enrol_reads_people_from_tables_of_all_kinds(tell, folder, tmp_path):
     tell("enrol", *words, f"--labels={tmp_path / 'people.parquet'}")
     assert {**Gallery(folder).identities}.items() >= {"Ada": 2, "Eve": 2}.items()
 
+    stray = clip_files.write_labels(tmp_path / "stray.csv", {"Ada 1": "Ada", "zzz": "Eve"})
+    with pytest.warns(VidjaxWarning, match="stray.csv: no clip is called 'zzz'"):
+        tell("enrol", *words, f"--labels={stray}")
+
     table = write_parquet(tmp_path / "many.parquet", {"new": {"face": np.ones((1, WIDTH))}})
     assert "--labels=FILE" in tell("enrol", folder, f"--input={table}", code=2)
     labels = clip_files.write_labels(tmp_path / "wrong.csv", {"new": "1.23E+11"})
@@ -267,6 +271,14 @@ def test_identify_accepts_a_moved_run_but_no_other_run(folder, nearest_run, tmp_
     assert done.code == 0, done.err
     assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
     assert "--threshold=P" in done.out  # how to choose another rule than the default
+
+
+@pytest.mark.slow
+def test_gallery_finds_its_run_when_both_are_moved_together(nearest_run, tmp_path):
+    shutil.copytree(nearest_run, tmp_path / "old/runs/people")
+    vidjax.Gallery.create(tmp_path / "old/people", tmp_path / "old/runs/people")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert vidjax.Gallery(tmp_path / "new/people").run.workdir == tmp_path / "new/runs/people"
 
 
 # Words after `vidjax gallery` -> part of the error. G is a gallery, H is new, TABLES has tables.

@@ -290,13 +290,16 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
 
 @pytest.mark.slow
 @nightly_after_first("spec", ["knn:face", "mma:face"])
-def test_readme_example_of_own_features_in_python_runs(tmp_path, monkeypatch, one_device, spec):
+def test_readme_example_of_own_features_in_python_runs(
+    tmp_path, monkeypatch, capsys, one_device, spec
+):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     runpy.run_path(write("features.py"))
     load_config = functools.partial(vidjax.load_config, spec, NO_REPORT)
     monkeypatch.setattr(vidjax, "load_config", lambda _, *words: load_config(*words))
 
     names = runpy.run_path(write("memory.py"))
+    assert "config.batch_size" not in capsys.readouterr().err  # there is no hint
     assert names["scores"].shape == (1, 20) and len(names["vectors"]) == 1
     best = max(names["ranked"], key=lambda identity: names["ranked"][identity][0][1])
     assert len(names["ranked"]) == 20 and best == "person_7"  # the new clip is val_7

@@ -19,6 +19,7 @@ from tests.helpers.seen import refused
 from vidjax.cli import program
 from vidjax.runs import checkpoint, digests, members_file, results as results_lib
 from vidjax.utils import files
+from vidjax.utils.errors import VidjaxWarning
 
 pytestmark = pytest.mark.slow
 CLIPS = 6  # of each split
@@ -66,7 +67,8 @@ def evaluate(own, say):
 
 def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evaluate):
     run, report = own / "run", "--config.eval.report=True"
-    evaluate(report, "--config.eval.block_size=3")  # does not change results
+    with pytest.warns(VidjaxWarning, match="--config=mma: the run keeps its model 'knn'"):
+        evaluate(report, "--config=mma", "--config.eval.block_size=3")  # does not change results
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
 

@@ -327,7 +327,8 @@ def test_wrong_requests_get_a_one_line_error(inside, monkeypatch):
         ({**one_clip(), "fpir": 0.5, "threshold": 0.5}, "give one of them"),
         ({"clips": one_clip()["clips"] * 2}, "occurs twice"),
         ({"clips": one_clip()["clips"] * 33}, "32"),
-        (b'{"clips": [{"clip": "a", "face": [[NaN]]}]}', "JSON"),
+        (b'{"clips": [{"clip": "a", "face": [[NaN]]}]}', "NaN and Infinity are not allowed"),
+        ({**one_clip(), "threshhold": 0.5}, "choose from fpir, threshold, clips, k"),
         (b'{"clips":' + b"[" * 5000 + b"]" * 5000 + b"}", ""),  # nested too deeply
         (too_long, "bytes"),
     ):
@@ -338,6 +339,12 @@ def test_wrong_requests_get_a_one_line_error(inside, monkeypatch):
     for query in ("k=1", "clip=b", "threshold=0.9"):  # a query would be ignored
         status, content = inside.ask("POST", f"/identify?{query}", one_clip())
         assert (status, "in the body" in content["error"]) == (422, True)
+    file = io.BytesIO()
+    np.savez(file, face=np.full((1, 8), 0.5, np.float32))
+    sent = file.getvalue().translate(None, b"\0\r\n")  # as curl -d sends it
+    npz = {"Content-Type": "application/x-npz"}
+    status, content = inside.ask("POST", "/identify?clip=a", sent, npz)
+    assert (status, "--data-binary" in content["error"]) == (422, True)
     status, content = inside.ask("POST", "/enrol", {**one_clip(), "identities": {}})
     assert (status, content["error"][:21]) == (422, "send either identity,")
     assert inside.ask("POST", "/identify", b"{}", {"Content-Type": "text/plain"})[0] == 415

@@ -25,7 +25,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_photo, write_voices
 from tests.helpers.seen import refused
-from vidjax.apps.gallery.answers import read_groups
+from vidjax.apps.gallery.answers import Answer, read_groups, table
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, people_photos, pipeline, who
 from vidjax.data.clip_files import write_npz
@@ -387,6 +387,10 @@ def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
     drawn.gallery("remove", flag)
     assert name_of_clip() == ("Ada", ["face"])
     drawn.gallery("enrol", features, flag, "--strangers")
+    rows = drawn.run("gallery", "identify", drawn.out / "gallery", features).content["answers"]
+    assert {row["clip"]: row["evidence"] for row in rows}[clip] == ["told"]
+    stranger = Answer(None, 0.0, -np.inf, (), ("told",))
+    assert table({clip: stranger})[-1].endswith("enrolled as a stranger")
     assert name_of_clip() == (None, [])
     drawn.gallery("relabel", flag, "--identity=Ada")
     assert name_of_clip() == ("Ada", ["told"])

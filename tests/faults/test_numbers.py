@@ -19,6 +19,7 @@ from vidjax.evaluation import scoring
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.training import plan
+from vidjax.utils import errors
 
 DIM = 4
 
@@ -142,6 +143,14 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     assert "a step uses all clips" in hint
     assert "--config.batch_size=3" in hint  # two steps of an epoch
     refused(lambda: note(100_000_000), "batch_size=100000000", "\nuse --config.batch_size=6")
+
+
+def test_people_without_training_clips_give_a_warning(tmp_path):
+    split = load(tmp_path, make_clips()).split("val")
+    people = np.flatnonzero(split.positives) + 1
+    plan.warn_of_untrained_people(split, people[: -(-len(people) // 2)])  # half: no warning
+    with pytest.warns(errors.VidjaxWarning, match=f"^{len(people)} of {len(people)} people of val"):
+        plan.warn_of_untrained_people(split, np.zeros(3, np.int32))
 
 
 def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):

@@ -238,7 +238,7 @@ def _check_run(config: "Config", workdir: Path) -> str:
     for prefer in ("latest", "best"):
         checkpoint.warn_of_lost(workdir, prefer)
     data, manifest = public.load_data(config), run.manifest
-    digests.check_data(workdir, manifest["data"], config, data, trains=False)
+    digests.check_data(workdir, manifest["data"], config, data)
     return f"step {manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
 
 

@@ -352,7 +352,8 @@ def _enrol(args: argparse.Namespace) -> Result:
                 "add photos of one person, or enrol a single face: --clip=CLIP --identity=NAME"
             )
     with prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
-        done = gallery.enrol(clips, identity, split=split, strangers=strangers)
+        more = {"source": args.labels} if args.labels else {}
+        done = gallery.enrol(clips, identity, split=split, strangers=strangers, **more)
     if refused := done.refused:
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")

@@ -19,7 +19,7 @@ from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.training import public
 from vidjax.utils import exit_codes, files, messages
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, warn
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
 
@@ -61,7 +61,7 @@ def _make_default_name(args: argparse.Namespace, config: Config) -> str:
     name, _, words = args.config.partition(":")
     file = Path(name)
     stem = file.absolute().parent.name if file.name == CONFIG else file.stem
-    name = "-".join([stem, *(word for word in words.split(",") if word)])
+    name = "-".join([stem, *(word.strip() for word in words.split(",") if word.strip())])
     config = copy.deepcopy(config)
     if config.data.dir:  # two datasets can get the same name; then the second command fails
         config.data.dir = Path(config.data.dir).expanduser().absolute().name
@@ -109,7 +109,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
                 f"config.{name} has no effect, because evaluate does not train\n"
                 f"leave out --config.{name}"
             )
-    shared_flags.load_definitions(args)
+    model = shared_flags.load_definitions(args)
     if args.coordinator and args.runs is not None:
         raise UserError(
             "--coordinator has no effect with --runs: a single process evaluates a blend of runs\n"
@@ -118,6 +118,13 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
     folder = RunFolder(args.workdir) if args.runs else public.open_run(args.workdir)
     config = _join_configs(args, folder) if args.runs else folder.config
     config = config_io.override(config, args.overrides)
+    trained = config.model.get("name")
+    if model not in (None, trained) and not config.join.runs:
+        warn(
+            f"--config={args.config}: the run keeps its model '{trained}', because "
+            "evaluate reads only definitions from this file\n"
+            "leave out --config, or name a run of that system: --workdir=FOLDER"
+        )
     if config.join.runs:
         shared_flags.check_fields(args, JOINED_FIELDS)
     else:

@@ -27,15 +27,16 @@ def add_definitions(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", help=about)
 
 
-def load_definitions(args: argparse.Namespace) -> None:
+def load_definitions(args: argparse.Namespace) -> str | None:
     """Runs the Python file of `--config`, which may define additional models and losses.
 
-    The configuration that the file returns is not used.
+    The configuration that the file returns is not used. Returns the name of its model.
     """
-    if args.config:  # a path in the folder of a run is never run: it may come from a stranger
-        from vidjax.runs import config_io
+    if not args.config:  # a path in the folder of a run is never run: it may come from a stranger
+        return None
+    from vidjax.runs import config_io
 
-        config_io.load_file(args.config)
+    return config_io.load_file(args.config).model.get("name")
 
 
 def add_processes(parser: Parser) -> None:

@@ -113,7 +113,7 @@ class FeatureFolder:
 
 
 EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # `vidjax extract` adds them to a split
-NPY_HINT = "\na .npy file has no modality: write each clip with numpy.savez('CLIP.npz', face=array)"
+NPY_HINT = "a .npy file has no modality: write each clip with numpy.savez('CLIP.npz', face=array)"
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -146,7 +146,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
         if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.npz"))):
             refuse_split(path, path.name.removesuffix(".parquet"), files)
     if not files:
-        hint = NPY_HINT if any(folder.glob("*.npy")) else ""
+        hint = f"\n{NPY_HINT}" if any(folder.glob("*.npy")) else ""
         raise NoFileError(
             f"'{folder}' contains no features, that is, no SPLIT/CLIP.npz and no SPLIT.parquet\n"
             f"name a folder with files such as train/clip1.npz; splits are train, val, test{hint}"
@@ -181,11 +181,8 @@ def _list_npz_files(folder: Path) -> list[Path]:
         entries = [entry for entry in entries if entry.name not in EXTRACT_FILES]
     for entry in entries:
         if not entry.name.endswith(".npz") or not entry.is_file():
-            hint = NPY_HINT if entry.name.endswith(".npy") else ""
-            raise UserError(
-                f"{entry.path}: {folder.name} may contain only .npz files, one for each clip\n"
-                f"move it away{hint}"
-            )
+            remedy = NPY_HINT if entry.name.endswith(".npy") else "move it away"
+            raise UserError(f"{entry.path}: {folder.name} may contain only .npz files\n{remedy}")
     if not entries:
         raise NoFileError(f"'{folder}' contains no CLIP.npz: add clips, or remove the folder")
     return [folder / entry.name for entry in entries]

@@ -47,6 +47,9 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
     options = {word for word in words if word in known}
     modalities = tuple(word for word in words if word not in known)
     for word in modalities:
+        if ":" in word:
+            commas = word.replace(":", ",")
+            raise UserError(f"--config: '{word}': separate arguments by commas: write '{commas}'")
         if word == "published":  # looks like a modality, but is an argument of other files
             raise UserError(
                 "--config: this file has no argument 'published': leave it out\n"

@@ -17,7 +17,7 @@ from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io, results, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.results import ResultPaths
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
@@ -149,14 +149,19 @@ def refuse_folder_of_data(folder: Path) -> None:
 def describe_changes(old: Config, new: Config) -> str:
     """Lists the changed fields with which a run cannot resume, as `seed: 0 -> 1, ...`.
 
-    The text is cut to 300 characters. It is "" if the run can resume: `num_epochs` may grow, and
-    fields that do not affect the results may change.
+    The text lists three fields and counts the others. It is "" if the run can resume: `num_epochs`
+    may grow, and fields that do not affect the results may change.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:
         changed.pop("num_epochs", None)
-    refused = {name: pair for name, pair in changed.items() if name not in config_lib.MAY_CHANGE}
-    return ", ".join(f"{name}: {before} -> {now}" for name, (before, now) in refused.items())[:300]
+    refused = [
+        messages.shorten(f"{name}: {before} -> {now}", 80)
+        for name, (before, now) in changed.items()
+        if name not in config_lib.MAY_CHANGE
+    ]
+    more = len(refused) - 3
+    return ", ".join(refused[:3]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:

@@ -17,6 +17,7 @@ from vidjax.data.checks import find_unusable
 from vidjax.data.clips import (
     BatchPlan,
     ClipSource,
+    Split,
     TrainingData,
     make_batch_plan,
     make_eval_plan,
@@ -84,6 +85,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     clips = tuple(clip for split in splits for clip in split.clips)
     if not np.any(labels > 0):
         raise UserError(explain_no_identity(config))
+    warn_of_untrained_people(data.split(config.eval.split), labels)
 
     trained = ensemble.count_clip_uses(
         members, labels, spec["folds"], config.seed, spec["resample"]
@@ -268,6 +270,21 @@ def make_training_clips(
         seed=config.seed,
         print_message=say,
     )
+
+
+def warn_of_untrained_people(split: Split, labels: np.ndarray) -> None:
+    """Warns if most people of the evaluated split have no training clip.
+
+    `labels` [N] are the classes of the training clips.
+    """
+    people = np.flatnonzero(split.positives) + 1
+    absent = len(np.setdiff1d(people, labels))
+    if 2 * absent > len(people):
+        warn(
+            f"{absent:,} of {len(people):,} people of {split.name} have no training clip, so the "
+            "run cannot recognise them\n"
+            "add training clips of them, or correct names that differ between the splits"
+        )
 
 
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:

@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 
@@ -57,8 +58,19 @@ class VidjaxWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Warns the user. A command prints these warnings, and hides the warnings of libraries."""
-    warnings.warn(message, VidjaxWarning, stacklevel=3)
+    """Warns the user. A command prints these warnings, and hides the warnings of libraries.
+
+    Python shows the line of the user that called vidjax.
+    """
+    stack = [frame for frame, _ in traceback.walk_stack(sys._getframe())]  # this call is first
+    inside = stack[0].f_code.co_filename.removesuffix(os.path.join("utils", "errors.py"))
+    last = max(i for i, frame in enumerate(stack) if frame.f_code.co_filename.startswith(inside))
+    frame = stack[min(last + 1, len(stack) - 1)]
+    warnings.warn_explicit(
+        message, VidjaxWarning, frame.f_code.co_filename, frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )  # fmt: skip
 
 
 def check_choice(name: str, value: object, known: Collection[object]) -> None:

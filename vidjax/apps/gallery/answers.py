@@ -59,7 +59,7 @@ class Answer(NamedTuple):
       score: the logarithm of the probability. It differs even if two probabilities round to 1.
       best: the most probable identities with their probabilities, best first.
       evidence: the modalities, such as face, that the clip and `identity` have in common. It is
-        empty if the person is unknown.
+        empty if the person is unknown. If a user enrolled a clip of a film, it is `told`.
     """
 
     identity: str | None
@@ -290,7 +290,8 @@ def table(answers: Answers) -> list[str]:
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
-        rows.append((clip, answer.identity or "unknown", best or "no usable frame"))
+        nobody = "enrolled as a stranger" if answer.evidence else "no usable frame"
+        rows.append((clip, answer.identity or "unknown", best or nobody))
     return [f"  {line}" for line in messages.align_columns(rows)]
 
 

@@ -138,7 +138,8 @@ class Gallery:
 
         Args:
           run: the training run that computed the vectors, or its folder. The default is the folder
-            that is stored in the gallery. The run is loaded when it is needed.
+            that is stored in the gallery. If the run is no longer there, the default is the folder
+            `runs/NAME` next to the gallery. The run is loaded when it is needed.
 
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
@@ -361,11 +362,14 @@ class Gallery:
         if self._checked is None or self._checked[0] != wanted:
             place = self.origin.workdir
             remedy = "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
-            if self._run is None and not Path(place, "config.json").exists():
+            copied = self.folder.parent / "runs" / Path(place).name  # with the gallery
+            places = [x for x in (Path(place), copied) if (x / "config.json").exists()]
+            if self._run is None and not places:
                 raise UnreadableError(
-                    f"the run that made gallery '{self.folder}' is no longer at '{place}'\n{remedy}"
+                    f"the run that made gallery '{self.folder}' is neither at '{place}' nor at "
+                    f"'{copied}'\n{remedy}"
                 )
-            run = run_vectors.restore(place if self._run is None else self._run)
+            run = run_vectors.restore(places[0] if self._run is None else self._run)
             if run_vectors.make_origin(run).digest != wanted:
                 raise UnreadableError(
                     f"gallery '{self.folder}' was made with the run at '{place}', but "
@@ -446,6 +450,7 @@ class Gallery:
         *,
         split: str | None = None,
         strangers: bool = False,
+        source: str = "identities",
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
@@ -457,6 +462,7 @@ class Gallery:
             of the dataset.
           strangers: False to leave out clips without a person. True to add only these clips, as
             clips of strangers.
+          source: where the identities are from, such as a file, for a warning.
 
         Raises:
           ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
@@ -477,7 +483,7 @@ class Gallery:
         if identities is not None:
             identities = {strip_ending(clip): name for clip, name in identities.items()}
             bare = [*map(strip_ending, vectors.names)]
-            _check_given(identities, bare)
+            _check_given(identities, bare, source)
             vectors = vectors._replace(labels=tuple(map(identities.get, bare)))
         labels = zip(vectors.names, vectors.labels, strict=True)
         vectors = vectors.only({name for name, label in labels if (label is None) == strangers})
@@ -1010,16 +1016,16 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
 
 
-def _check_given(identities: Mapping[str, str], clips: Collection[str]) -> None:
+def _check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
     """Warns about keys of `identities` that are not clips. Raises UserError if no key is a clip."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
     example = show(min(clips))
-    place = f"identities: no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
+    text = f"no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
     if len(stray) == len(identities):
-        raise UserError(f"{place}\nuse the clip names of the features")
-    warn(f"{place}\n{len(stray):,} of {len(identities):,} names are not used")
+        raise UserError(f"identities: {text}\nuse the clip names of the features")
+    warn(f"{source}: {text}\n{len(stray):,} of {len(identities):,} names are not used")
 
 
 def _warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:

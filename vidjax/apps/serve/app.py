@@ -357,7 +357,12 @@ class Application:
         if npz:
             if not name:
                 raise unprocessable("the query lacks the name of the clip: add ?clip=NAME")
-            size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
+            try:
+                size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
+            except UserError as error:
+                # curl -d leaves out bytes such as NUL, which every .npz contains.
+                hint = "" if b"\0" in body else ". With curl, use --data-binary instead of -d"
+                raise UserError(f"{error}{hint}") from None
             self.bodies.hold(request.scope, len(body) + 2 * size)
 
         def read() -> tuple[dict[str, Any], Any]:
@@ -391,7 +396,7 @@ def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise unprocessable(f"the query is wrong: {show(str(error))}") from None
+        raise unprocessable(f"the query is wrong: {protocol.describe(error, kind)}") from None
 
 
 def _check_clips(

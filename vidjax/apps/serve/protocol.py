@@ -170,9 +170,18 @@ def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an i
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise unprocessable(show(str(error))) from None
+        nan = re.search(rb"\b(NaN|Infinity)\b", content) and "invalid character" in str(error)
+        hint = ": NaN and Infinity are not allowed" if nan else ""
+        raise unprocessable(f"{describe(error, kind)}{hint}") from None
     except RecursionError:
         raise unprocessable("the JSON is nested too deeply: see /openapi.json") from None
+
+
+def describe(error: Exception, kind: Any) -> str:  # noqa: ANN401 (the type of a body or query)
+    """Returns the message of an error of msgspec, on one line, with the known fields."""
+    text = show(str(error))
+    is_field = "unknown field" in text and " - at `$" not in text  # not of a nested object
+    return f"{text}: choose from {', '.join(kind.__struct_fields__)}" if is_field else text
 
 
 def _read_header_size(body: bytes, header_length: str | None) -> int:

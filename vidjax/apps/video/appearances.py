@@ -23,7 +23,7 @@ from vidjax.utils.names import IGNORED, escape
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
-TOLD = "told"  # the evidence for a name that a user gave to the clip
+TOLD = "told"  # the evidence for a clip that a user enrolled for a person or a stranger
 GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance
 SUBTITLES = (".vtt", ".srt")
 FORMATS = (*SUBTITLES, ".rttm")
@@ -161,8 +161,8 @@ def name_tracks(
             best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
             answers[clip] = answers[clip]._replace(identity=None, best=best, evidence=())
     for clip, name in enrolled.items():
-        known = Answer(name, 1.0, 0.0, ((str(name), 1.0),), (TOLD,))
-        answers[clip] = NOBODY if name is None else known
+        known = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),))
+        answers[clip] = known._replace(evidence=(TOLD,))
     return NamedTracks(settle_answers(answers, films), enrolled, votes)
 
 

@@ -91,8 +91,8 @@ class Dataset:
         if name not in self._splits:
             known = ", ".join(self._splits)
             remedy = "choose one of them"
-            if "train" in self._splits:
-                remedy += ", or evaluate on left-out clips of train:\n"
+            if known == "train":
+                remedy = "train a run that evaluates left-out clips of train: vidjax train ... "
                 remedy += "--config.eval.split=train --config.ensemble.folds=5"
             raise UserError(f"the data have no split {name!r}, only {known}\n{remedy}")
         return self._splits[name]
