@@ -128,7 +128,7 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     if out.resolve().parent == people.resolve():
         raise UserError(
             f"--out={out} is inside --people={people}, where each folder is a person\n"
-            "name a folder that contains only folders of people: --people=DIR"
+            "name a folder of only people, --people=DIR, or another folder for --out"
         )
     photos_of: dict[str, list[Path]] = {}
     media_files.say_left_out([people])
