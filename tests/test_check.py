@@ -76,6 +76,23 @@ def test_parts_that_are_not_installed_or_need_another_processor_are_no_faults(tm
     assert "instructions AVX" in output and "(onnx): pip install 'vidjax[convert]'" in output
 
 
+def test_mistakes_are_reported_without_the_packages_of_runs(tmp_path, python):
+    given = [[], *(["check", flag, "--json"] for flag in (
+        "--gallery=g", "--gallry", f"--workdir={tmp_path}/none"
+    ))]  # fmt: skip
+    output = python(
+        "import sys\nsys.modules |= dict.fromkeys(('jax', 'ml_collections'))\n"
+        f"from vidjax.cli import program\nfor words in {given}:\n"
+        "    try:\n        code = program.main(words)\n"
+        "    except SystemExit as error:\n        code = error.code\n"
+        "    print(code)\n"
+    )
+    assert "usage: vidjax" in output and "\n0\n" in output and output.count("\n2\n") == 3, output
+    assert "there is no flag --gallery: write --workdir=g" in output
+    assert "there is no flag --gallry" in output and "is missing" not in output
+    assert f"'{tmp_path}/none' contains no gallery" in output
+
+
 def damage(folder, pattern):
     """Changes a byte of the largest file that matches a pattern."""
     path = max(filter(Path.is_file, folder.glob(pattern)), key=lambda path: path.stat().st_size)

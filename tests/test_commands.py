@@ -349,6 +349,17 @@ def test_commands_survive_closed_standard_streams(mode, code):
         assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_ctrl_c_during_the_first_imports_stops_without_a_traceback():
+    code = (
+        "import sys\nfrom vidjax import main\nclass Stop:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'vidjax.cli':\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\nmain.run()\n"
+    )
+    done = execute(("-c", code), ROOT)
+    assert (done.returncode, done.stderr) == (130, "vidjax: stopped\n")
+
+
 def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)

@@ -311,6 +311,14 @@ def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
     (tmp_path / name).write_bytes(films.NO_FILMS[name])
     error = refused(tmp_path / name, name)
     assert ("an empty file" if name == "empty.mp4" else "MP4") in error
+    assert ("copy the file again" in error) == (Path(name).suffix not in (".txt", ".psd"))
+
+
+@pytest.mark.parametrize("name", ["cut.mp4", "cut", "1.jpg"])
+def test_damaged_file_of_a_known_format_is_to_be_copied_again(tmp_path, name):
+    films.write(tmp_path / "a.mp4", [films.scene(0)])
+    (tmp_path / name).write_bytes((tmp_path / "a.mp4").read_bytes()[:100])
+    assert "use MP4" not in refused(tmp_path / name, "copy the file again")
 
 
 def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch):

@@ -181,7 +181,10 @@ def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path,
     photos = made.photos(made.people(6), 2).astype(np.float32)
     few = write_features(tmp_path / "few", [*photos[:4], photos[4, :1], photos[5, [0, 0]]])
     mixed = write_features(tmp_path / "mixed", photos.transpose(1, 0, 2).reshape(6, 2, -1))
-    for folder, words in ((few, "4 people"), (mixed, "does not separate")):
+    single = write_features(tmp_path / "single", photos[:, :1])
+    for folder, words in (
+        (few, "4 people"), (single, "no person has two usable clips"), (mixed, "does not separate")
+    ):  # fmt: skip
         done = command("measure-card", models, f"--input={folder}")
         assert done.code == 2 and words in done.err, done.err
     assert (models / "embed.json").read_bytes() == before

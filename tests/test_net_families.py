@@ -315,6 +315,23 @@ def test_flags_of_convert_that_do_not_fit_are_refused(convert):
     assert convert(VECTORS, "--like=sface", name="b.onnx")[0].refused("net.json", "--out")
 
 
+def test_card_of_another_kind_is_not_replaced(convert):
+    path = convert(VECTORS, "--like=arcface")[1]
+    assert convert(VECTORS, "--like=arcface")[0].code == 0
+    before = path.read_bytes()
+    assert convert(VECTORS, "--like=sface")[0].refused("another kind", "delete net.json")
+    assert path.read_bytes() == before
+
+
+def test_package_without_nets_of_faces_is_refused_by_its_name(convert, command, tmp_path):
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
+        archive.writestr("other/net.txt", b"")
+    (tmp_path / "a.tar.gz").touch()
+    for name, words in (("other.whl", "contains no net for the role"), ("a.tar.gz", "unpack it")):
+        done = command("convert", "insightface", tmp_path / name, f"--out={tmp_path}/models")
+        assert done.refused(name, words), done.err
+
+
 def test_net_without_a_card_is_answered_with_the_command_that_writes_it(command, tmp_path):
     (tmp_path / "my net.onnx").write_bytes(VECTORS)
     film = tmp_path / "film.mp4"

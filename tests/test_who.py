@@ -194,6 +194,16 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
         assert table.read_text() == wrong
 
 
+def test_unknown_table_that_was_saved_with_other_separators_is_to_be_saved_with_tabs(drawn):
+    group = write_group(drawn)
+    drawn.befriend("Ada")
+    drawn.who(group)
+    table = (drawn.out / "unknown.tsv").read_text()
+    for separator in ",;":
+        (drawn.out / "unknown.tsv").write_text(table.replace("\t", separator))
+        assert "with tabs between the columns" in drawn.who(group, code=2).output
+
+
 def test_folders_of_people_have_names_that_all_drives_allow(drawn):
     film, people = drawn.film(), drawn.out / "people"
     write_photo(drawn.friends / "Ada?.png", ("Ada", 40, 40))
@@ -259,13 +269,31 @@ def test_impossible_name_of_a_person_is_refused_before_anything_is_written(drawn
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
     _, output = drawn.who(write_group(drawn), code=2)
     assert words in output and len(output.splitlines()) <= 3 and not drawn.out.exists()
+    assert f"{drawn.friends}/" in output and "rename the photo" in output
 
 
 def test_numbered_photos_in_one_folder_get_a_warning(drawn):
     """A photo that is in no folder of a person counts as a person. Its file name is the name."""
     for name in ("Ada_1", "Ada_2"):
         write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
-    assert "counts as a different person" in drawn.who(write_group(drawn)).output
+    group = write_group(drawn)
+    assert "counts as a different person" in drawn.who(group).output
+
+
+def test_folder_of_one_person_or_a_photo_as_people_is_answered_with_the_folder_above(drawn):
+    for folder, name in (("Ada", "1"), ("Cy", "Cy")):
+        path = drawn.friends / folder / f"{name}.png"
+        write_photo(path, ("Ada", 40, 40))
+        shutil.rmtree(drawn.out, ignore_errors=True)
+        flags = [f"--people={path.parent}"]
+        _, output = drawn.who(write_group(drawn), people=False, flags=flags)
+        assert (f"name the folder above: --people={drawn.friends}" in output) == (name == "1")
+    shutil.rmtree(drawn.out)
+    _, output = drawn.who(write_group(drawn), people=False, flags=[f"--people={path}"], code=2)
+    assert f"--people={path.parent}\n" in output and f"--people={drawn.friends}\n" in output
+    flags = [f"--people={drawn.folder}"]
+    _, output = drawn.who(write_group(drawn), people=False, flags=flags, code=2)
+    assert f"is inside --people={drawn.folder}" in output
 
 
 def test_photos_without_one_good_face_and_damaged_tags_are_reported_in_every_call(drawn):
@@ -305,7 +333,7 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     done = command("extract", bad, worse, film, copy, *words)
 
     assert done.code == 1 and done.err.count("unknown format") == 2
-    assert done.out.count("use MP4, MKV") == 1
+    assert done.out.count("copy the file again") == 1 and "use MP4, MKV" not in done.out
     assert f"{copy} is a copy of {film} and is left out" in done.err
     assert [film.video for film in features_folder.read_media_files(drawn.out)] == ["party.mkv"]
 
@@ -314,6 +342,10 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
     assert labels == ["features", "files", "clips", "remedy"]  # no speed
     assert "worse.mp4' is damaged" in command("extract", worse, *words, "--quiet").err
+
+    (drawn.folder / "notes.doc").write_text("no film")
+    done = command("extract", drawn.folder / "notes.doc", worse, *words)
+    assert "notes.doc: use MP4, MKV" in done.out and "; worse.mp4: copy the file" in done.out
 
 
 @pytest.mark.slow
@@ -662,6 +694,9 @@ def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
     assert not Gallery(out / "gallery").identities and not (out / "people/Ada").exists()
     named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
     assert not named and not list(out.rglob("names.*")), "pages that name Ada are deleted"
+    assert "names.html and the tables are deleted" in output and list(out.rglob("*.png"))
+    _, output = drawn.who(film, flags=["--no-thumbnails"], code=2)
+    assert "are deleted" not in output and not list(out.rglob("*.png"))
     shutil.rmtree(out)
     assert "contains no photos" in drawn.who(film, code=2).output
     assert not out.exists()

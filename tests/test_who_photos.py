@@ -336,6 +336,24 @@ def test_photos_of_two_people_blame_nobody_if_it_is_not_clear_who_is_wrong(drawn
     assert words in "".join(lines) and len(lines) == bool(words)
 
 
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_two_names_of_one_person_do_not_blame_the_net(drawn, is_copy):
+    group = write_group(drawn)
+    for number, name in enumerate(("Ada", "Ada L")):
+        for photo in (1, 2, 3):
+            left = 30 + 2 * (photo + (0 if is_copy else 3 * number))
+            write_photo(drawn.friends / name / f"{photo}.png", ("Ada", left, 40))
+    for _ in range(2):
+        output = drawn.who(group).output
+        assert ("is also a photo of Ada" if is_copy else "but looks like Ada") in output
+        assert "as much as the card" not in output + (drawn.out / "names.html").read_text()
+
+    # If a user gave both names, no photo is doubtful.
+    shutil.rmtree(drawn.friends)
+    output = drawn.who(group, people=False).output + (drawn.out / "names.html").read_text()
+    assert "if two names are one person" in output and "as much as the card" not in output
+
+
 def test_a_photo_with_sunglasses_is_left_out_if_there_are_others(drawn):
     """Sunglasses are a dark bar over the eyes."""
     write_photo(drawn.friends / "Ada" / "1.png", ("Ada", 40, 40))

@@ -1,6 +1,6 @@
 """Runs the command line. `python -m vidjax` is the same as `vidjax`."""
 
-from vidjax.cli.program import run
+from vidjax.main import run
 
 if __name__ == "__main__":
     run()

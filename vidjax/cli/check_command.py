@@ -44,6 +44,8 @@ PARTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "parquet": ("parquet", {"pyarrow": "pyarrow"}),
 }  # fmt: skip
 
+RUN_FILE = "config.json"  # as in `runs.run_folder`, which needs the packages of runs
+
 
 class _Absent(Exception):
     """A part of vidjax is not installed, or cannot be used on this processor."""
@@ -142,6 +144,12 @@ def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Ca
         if overrides:
             raise UserError(f"{overrides[0]} has no effect on a gallery: leave it out")
         return {"gallery": partial(_check_gallery, workdir)}
+    if not files.exists(workdir / RUN_FILE) and not [*workdir.glob(f"*/{RUN_FILE}")]:
+        # The packages that read runs may not be installed.
+        raise UserError(
+            f"'{workdir}' contains no gallery ({store.GALLERY_FILE}) and no run ({RUN_FILE})\n"
+            "name the folder of a gallery or of a run; the results of vidjax who contain gallery/"
+        )
     from vidjax.runs import checkpoint, config_io
     from vidjax.training import public
 

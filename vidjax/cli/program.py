@@ -5,6 +5,7 @@ The form `python -m vidjax.main --config=FILE [--mode=COMMAND]` is accepted, too
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -130,7 +131,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _explain_stray(word: str, parser: Parser) -> str:
     """Returns the error about a word that no flag of `parser` reads."""
-    flag = word.partition("=")[0]
+    flag, _, value = word.partition("=")
     if not flag.startswith("-"):
         return f"'{word}' has no flag"
     text = f"there is no flag {flag}"
@@ -138,9 +139,12 @@ def _explain_stray(word: str, parser: Parser) -> str:
         return f"{text}: this command takes only --config.{parser.group}FIELD=VALUE"
     fields: Sequence[str] = ()
     if parser.group == "":
-        from vidjax.runs import config
+        with contextlib.suppress(ModuleNotFoundError):  # of packages that training needs
+            from vidjax.runs import config
 
-        fields = [f"config.{field}" for field in config.DEFAULTS]
+            fields = [f"config.{field}" for field in config.DEFAULTS]
+    if flag == "--gallery" and "--workdir" in parser.format_usage():
+        return f"{text}: write --workdir={value or 'FOLDER'}"
     similar = parser.suggest_flag(flag, fields)
     return f"{text}: did you mean {similar}?" if similar else text
 
@@ -163,6 +167,8 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
             f"vidjax has no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
             "to name a configuration: --config=FILE"
         )
+    if not words and not importlib.util.find_spec("ml_collections"):  # a package of `train`
+        return ["--help"]
     if not names and rest and rest[0] in ("-h", "--help", "--version"):
         return rest
     return [*(names[:1] or ["train"]), *rest]

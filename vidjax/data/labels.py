@@ -135,9 +135,10 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
                 'write names that contain a comma in double quotes: "Smith, John"'
             )
         if len(cells) <= max(columns):
-            raise UserError(
-                f"{place} the line has no name or no clip\nwrite the clip, a tab and a name"
-            )
+            remedy = "write the clip, a tab and a name"
+            if len(cells) == 1 and re.search("[;,]", cells[0]):
+                remedy = "save the table with tabs between the columns, not commas or semicolons"
+            raise UserError(f"{place} the line has no name or no clip\n{remedy}")
         clip, identity = (cells[column] for column in columns)
         yield place, clip if is_csv else clip.strip(), identity.strip()
 

@@ -4,10 +4,9 @@ import shlex
 
 from vidjax.models.card_check import Comparison
 
-NOBODY = (
-    "nobody gets a name: vectors of two people are as alike as vectors of one person, so the net "
-    "does not separate people"
-)
+NOBODY = "nobody gets a name: vectors of two people are as alike as vectors of one person"
+TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
+SAME = 0.1  # people who differ less than this share of what the card says look like one person
 
 
 def describe_problem(comparison: Comparison, models: str) -> str:
@@ -25,7 +24,12 @@ def describe_problem(comparison: Comparison, models: str) -> str:
         "expects: many names are missing or wrong",
     }
     if comparison.problem == "blind":
-        return f"{NOBODY}\nconvert the net again: the order of colours or the scale may be wrong"
+        return (
+            f"{NOBODY}\n{TWO_NAMES}\n"
+            "if not, convert the net again: the order of colours or the scale may be wrong"
+        )
+    if comparison.problem == "closer" and comparison.between < SAME:
+        return f"the enrolled people are as alike as photos of one person\n{TWO_NAMES}"
     if comparison.problem:
         return f"{texts[comparison.problem]}\n{advise_to_measure(models)}"
     return ""

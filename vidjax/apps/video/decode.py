@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from vidjax.apps.video import media_files
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv")
+# The first bytes of MP4, Matroska, AVI or WebP, JPEG and PNG.
+KNOWN_BEGIN = re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF|\xff\xd8\xff|\x89PNG", re.DOTALL)
 MOST_PIXELS = 50_000_000  # in a picture; 8K video has 33 million
 SMALL_SHAPE = (36, 64)  # rows and columns of the small pictures in which cuts are detected
 LEAST_ASPECT = 0.25  # a pixel aspect ratio below 0.25 or above 4 is ignored as a mistake
@@ -309,8 +312,16 @@ def _open_container(path: Path, file: io.FileIO) -> "InputContainer":
     except (FFmpegError, UnicodeDecodeError) as error:
         if not file.seek(0, io.SEEK_END):
             raise UserError(f"'{path}' is an empty file\ncopy the file again") from error
+        problem = f"'{path}' is damaged or has an unknown format: {_describe_error(error)}"
+        file.seek(0)
+        endings = media_files.FILMS | media_files.PHOTOS
+        if path.suffix.lower() in endings or KNOWN_BEGIN.match(file.read(12)):
+            raise UserError(
+                f"{problem}\ncopy the file again. If it still cannot be read, convert it to MP4: "
+                "ffmpeg -i FILE FILE.mp4"
+            ) from error
         raise UserError(
-            f"'{path}' is damaged or has an unknown format: {_describe_error(error)}\n"
+            f"{problem}\n"
             "use MP4, MKV, WebM, MOV, AVI, MPEG, WMV, FLV, JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC "
             "or AVIF\nconvert other formats to MP4: ffmpeg -i FILE FILE.mp4"
         ) from error

@@ -125,9 +125,10 @@ def _measure_all(
                 done.append(_measure(card, samples, clear.take(rows), unclear, kind))
     if not done:
         note = f", without {messages.count(unclear, 'unclear face')}" if unclear else ""
+        few = f"there are two usable {kind}s of {messages.count(most, 'person')}"
         raise UserError(
-            f"there are two usable {kind}s of {messages.count(most, 'person')}{note}: a card needs "
-            f"{FEWEST_PEOPLE} people\n"
+            f"{few if most else f'no person has two usable {kind}s'}{note}: a card needs "
+            f"{FEWEST_PEOPLE} people with two {kind}s each\n"
             f"add people, or {kind}s of other days, in a folder for each person"
         )
     for each in done:

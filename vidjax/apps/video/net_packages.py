@@ -63,9 +63,15 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
     """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
 
     If the card was measured, and is the same apart from the measured numbers, the numbers stay.
-    Raises UserError if `folder` has another net with the same role.
+    Raises UserError if `folder` has another net with the same role, or the card is of another kind.
     """
     card_path = (folder / card.file).with_suffix(".json")
+    measured = _read_card(card_path)
+    if measured and measured.conversion.partition(":")[0] != card.conversion.partition(":")[0]:
+        raise UserError(
+            f"'{card_path}' is the card of another kind of net, and is not replaced\n"
+            f"name another --out, or delete {card_path.name}"
+        )
     for other in sorted({*folder.glob("*.json")} - {card_path}):
         if (known := _read_card(other)) and known.role == card.role:
             raise UserError(
@@ -75,7 +81,6 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
     folder = files.make_folder(folder, "--out")
     files.write_bytes(folder / card.file, net)
     before = files.sha256_file(card_path) if card_path.exists() else None
-    measured = _read_card(card_path)
     files.write_json(card_path, msgspec.to_builtins(card))
     new = cards.read(card_path)
     if measured and measured.back_end and measured.back_end.card == new.digest:

@@ -127,7 +127,8 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
         raise _refuse_people(people)
     if out.resolve().parent == people.resolve():
         raise UserError(
-            f"--out={out} is inside '{people}', where each folder is a person\nname another folder"
+            f"--out={out} is inside --people={people}, where each folder is a person\n"
+            "name a folder of only people, --people=DIR, or another folder for --out"
         )
     photos_of: dict[str, list[Path]] = {}
     media_files.say_left_out([people])
@@ -146,7 +147,12 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
                 warning=True,
             )
         elif photos:
-            name = check_person(path.name if path.is_dir() else path.stem)
+            try:
+                name = check_person(path.name if path.is_dir() else path.stem)
+            except UserError as error:
+                problem = str(error).partition("\n")[0]
+                kind = "folder" if path.is_dir() else "photo"
+                raise UserError(f"'{show(str(path))}': {problem}\nrename the {kind}") from None
             photos_of.setdefault(name, []).extend(photos)
     if not photos_of and not files.exists(out / "gallery"):
         raise UserError(
@@ -157,6 +163,12 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
 
 def _refuse_people(people: Path) -> UserError:
     hint = "" if os.path.exists(people) else messages.suggest_path(people)
+    if files.is_file(people):
+        one, all_ = (messages.relative_path(x) for x in (*people.resolve().parents,)[:2])
+        return UserError(
+            f"--people={people} is a file, not a folder: name its folder, --people={one}\n"
+            f"if this is the folder of one person, name the folder above: --people={all_}"
+        )
     return UserError(
         f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
     )
@@ -247,14 +259,15 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
 
     `names` are the people whose photo is a file directly in the folder `people`. `only_files` is
     True if all people are such files, and nobody was enrolled before. Then two photos with any
-    names cause a warning, because `people` may be the folder of one person.
+    names, or a photo with a number in its name, cause a warning, because `people` may be the folder
+    of one person.
     """
-    if only_files and len(names) > 1:
+    if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
         above = shlex.quote(messages.relative_path(people.resolve().parent))
+        examples = " and ".join(map(show, names[:2]))
         say(
-            f"each photo in '{people}' counts as a different person, such as {show(names[0])} and "
-            f"{show(names[1])}. If all show the same person, name the folder above: "
-            f"--people={above}",
+            f"photos lie directly in '{people}', so each counts as a different person, such as "
+            f"{examples}. If all show the same person, name the folder above: --people={above}",
             warning=True,
         )
         return
@@ -473,8 +486,12 @@ def _enrol(
 
 def warn_of_doubts(
     gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]], people: Path
-) -> None:
-    """Prints warnings of photos that may show another person or are enrolled for two people."""
+) -> bool:
+    """Prints warnings of photos that may show another person or are enrolled for two people.
+
+    If the net does not separate people, photos are not compared. Returns whether two names may be
+    one person.
+    """
     given = {
         str(PhotoFace(owner, track.clip, track.name or owner)): (outcome.path, outcome.known)
         for folder, photos in outcomes.items() for owner in [read_folder_name(folder.name)]
@@ -488,7 +505,8 @@ def warn_of_doubts(
         owners.setdefault(whole[clip], set()).add(person_of[clip])
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     single = {clip: person_of[clip] for clip in person_of.keys() - twins}
-    doubtful = doubts.find_doubtful_photos(gallery, single)
+    is_blind = gallery.compare_with_card().problem == "blind"
+    doubtful = doubts.find_doubtful_photos(gallery, {} if is_blind else single)
     for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
         (path, photo), name = given[clip], show(person_of[clip])
         if clip in twins:
@@ -504,6 +522,9 @@ def warn_of_doubts(
             )
     path_of = {clip: path for clip, (path, _) in given.items()}
     _warn_of_contradictions(doubtful, person_of, path_of, people)
+    likes = [*doubtful.photos.values()]
+    likes += [side.like for sides in doubtful.mixed.values() for side in sides]
+    return bool(twins or doubtful.alike or any(likes))
 
 
 def _warn_of_contradictions(

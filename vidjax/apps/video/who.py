@@ -261,27 +261,34 @@ def name_people(
         gallery = _open_gallery(out, models)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
+        if not thumbnails:
+            for folder in (*out.glob(f"{FEATURES}/"), *(out / PEOPLE).glob("*/")):
+                features_folder.remove_thumbnails(folder)
+        had_page = files.exists(out / PAGE)
         options = {
             "models": models, "thumbnails": thumbnails, "upgrade": True, "check": check,
             "workers": workers,
         }  # fmt: skip
-        failed, names = dict[str, str](), set[str]()
+        failed, names, is_explained = dict[str, str](), set[str](), False
         if people is not None:
-            failed, names = _update_people(gallery, people, photos, out, forget_missing, options)
+            failed, names, is_explained = _update_people(
+                gallery, people, photos, out, forget_missing, options
+            )
         earlier = features_folder.find_media_files(out / FEATURES).values()
         _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
+            lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
                 "add photos that each show only one person"
+                + f"\n{PAGE} and the tables are deleted, because they name forgotten people"
+                * lost
             )
         if gallery.identities and not features_folder.find_earlier(out / FEATURES):
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
-            gallery.warn_of_card()
-        if not thumbnails:
-            for folder in (out / PEOPLE).glob("*/"):
-                features_folder.remove_thumbnails(folder)
+            if not is_explained:
+                gallery.warn_of_card()
         outcomes = pipeline.extract(
             films, out / FEATURES, settings=settings, done=done,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
@@ -297,6 +304,8 @@ def name_people(
         before = read_numbers(out).keep(kept)
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         decision = decide(gallery, out, all_films, before, identify)
+        if is_explained:
+            decision = decision._replace(card="")
         write(out, decision, padding)
         missed = sorted(names - {photo.person for photo in list_faces(gallery).values()})
         return WhoResults(decision.count_clips(), decision, failed, missed)
@@ -309,10 +318,11 @@ def _update_people(
     out: Path,
     forget_missing: bool,
     options: Mapping[str, Any],
-) -> tuple[dict[str, str], set[str]]:
+) -> tuple[dict[str, str], set[str], bool]:
     """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-    Returns path of each unusable photo -> remedy, and the names of all people with photos.
+    Returns path of each unusable photo -> remedy, the names of all people with photos, and whether
+    people look alike because two names may be one person. This was printed.
     `options` are arguments of `pipeline.extract_folders`.
     """
     check_people(gallery, photos, people, out, forget_missing)
@@ -349,9 +359,8 @@ def _update_people(
     enrol_photos(gallery, checked, usable, names, labels)
     _forget(gallery, names, {*photos, *missing}, out)
     gallery.check_mirrored(_list_mirrored(outcomes_of, usable))
-    if gallery.compare_with_card().problem != "blind":
-        warn_of_doubts(gallery, outcomes_of, people)
-    return failed, names
+    doubted = warn_of_doubts(gallery, outcomes_of, people)
+    return failed, names, doubted and gallery.compare_with_card().problem == "closer"
 
 
 def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None:
