@@ -315,12 +315,18 @@ def test_flags_of_convert_that_do_not_fit_are_refused(convert):
     assert convert(VECTORS, "--like=sface", name="b.onnx")[0].refused("net.json", "--out")
 
 
-def test_card_of_another_kind_is_not_replaced(convert):
+def test_card_of_another_kind_or_with_measured_numbers_is_not_replaced(convert):
     path = convert(VECTORS, "--like=arcface")[1]
     assert convert(VECTORS, "--like=arcface")[0].code == 0
     before = path.read_bytes()
     assert convert(VECTORS, "--like=sface")[0].refused("another kind", "delete net.json")
     assert path.read_bytes() == before
+    card = cards.read(path)
+    assert card.back_end
+    cards.replace_back_end(card, card.back_end)  # as measure-card does
+    assert convert(VECTORS, "--like=arcface")[0].code == 0
+    other = made.embedder(64)
+    assert convert(other, "--like=arcface")[0].refused("measured card", "name another --out")
 
 
 def test_package_without_nets_of_faces_is_refused_by_its_name(convert, command, tmp_path):

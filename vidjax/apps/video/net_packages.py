@@ -63,15 +63,19 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
     """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
 
     If the card was measured, and is the same apart from the measured numbers, the numbers stay.
-    Raises UserError if `folder` has another net with the same role, or the card is of another kind.
+    Raises UserError if `folder` has another net with the same role, or a card of the same name that
+    is of another kind, or was measured for another net.
     """
     card_path = (folder / card.file).with_suffix(".json")
-    measured = _read_card(card_path)
-    if measured and measured.conversion.partition(":")[0] != card.conversion.partition(":")[0]:
-        raise UserError(
-            f"'{card_path}' is the card of another kind of net, and is not replaced\n"
-            f"name another --out, or delete {card_path.name}"
-        )
+    if measured := _read_card(card_path):
+        other_kind = measured.conversion.partition(":")[0] != card.conversion.partition(":")[0]
+        is_measured = measured.back_end and measured.back_end.card
+        if other_kind or (is_measured and measured.sha256 != card.sha256):
+            about = "the card of another kind of net" if other_kind else "a measured card"
+            raise UserError(
+                f"'{card_path}' is {about}, and is not replaced\n"
+                f"name another --out, or delete {card_path.name}"
+            )
     for other in sorted({*folder.glob("*.json")} - {card_path}):
         if (known := _read_card(other)) and known.role == card.role:
             raise UserError(
