@@ -553,4 +553,5 @@ def test_errors_of_wrong_paths_of_films_and_people_name_the_remedy(tmp_path):
     refused(
         lambda: media_files.list_files([Path("x.mp4")]), f"folder is '{Path.cwd()}'", "cd FOLDER"
     )
-    refused(lambda: who.name_people([path], path, tmp_path / "out", tmp_path), "of each person")
+    words = "is a file, not a folder", f"--people={tmp_path}", "the folder above"
+    refused(lambda: who.name_people([path], path, tmp_path / "out", tmp_path), *words)
