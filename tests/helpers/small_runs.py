@@ -141,23 +141,17 @@ class Spoilt:
 
 
 class Interrupting:
-    """A dataset that sends a signal to this process before batch number `batch` of training.
-
-    It sends one signal, also if new labels make the run read its batches again: at a second signal,
-    the process would end without saving.
-    """
+    """A dataset that sends a signal to this process before batch number `batch` of training."""
 
     def __init__(self, data, batch, signum):
         self._data, self._batch, self._signum = data, batch, signum
-        self._sent = False
 
     def __getattr__(self, name):
         return getattr(self._data, name)
 
     def train_batches(self, plan, **options):
         for i, batch in enumerate(self._data.train_batches(plan, **options)):
-            if i == self._batch and not self._sent:
-                self._sent = True
+            if i == self._batch:
                 os.kill(os.getpid(), self._signum)
             yield batch
 
