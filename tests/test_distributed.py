@@ -19,8 +19,9 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import running
 from tests.helpers.small_runs import LAYER, QUICK, ROOT, flat, run, saved, shrunk, weights
 from vidjax.cli import program
-from vidjax.core import devices, rendezvous
+from vidjax.core import devices
 from vidjax.runs import checkpoint, results
+from vidjax.utils import rendezvous
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 SECONDS = 300
@@ -179,7 +180,7 @@ def test_each_process_connects_once_and_wrong_indices_are_refused(address, capsy
 # A process of three: its address, its index, and its exit code. Without JAX, it starts fast.
 PROCESS = """
 import sys, time
-from vidjax.core import rendezvous
+from vidjax.utils import rendezvous
 from vidjax.utils import exit_codes
 from vidjax.utils.errors import Expected
 

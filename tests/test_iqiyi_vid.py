@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.clip_files import as_read, random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
 from vidjax.core.batch import BATCHED
+from vidjax.data import iqiyi_vid
 from vidjax.data.clips import Modality
 from vidjax.data.labels import load_official_truth
 from vidjax.data.records import shards
@@ -47,7 +48,7 @@ def test_train_records_are_shuffled_and_val_records_are_sorted(converted):
 
 
 @pytest.mark.filterwarnings("ignore:test has 1 clip of identities")
-def test_converted_files_are_not_read_again(converted, source, monkeypatch):
+def test_converted_files_are_not_read_again(converted, source, monkeypatch, say):
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(shards, "check_shard", lambda *_: pytest.fail("read again"))
     cache = converted.folder.parent.parent
@@ -56,6 +57,7 @@ def test_converted_files_are_not_read_again(converted, source, monkeypatch):
 
     assert again.folder == converted.folder and again.report == converted.report
     assert again.splits["val"].clips == converted.splits["val"].clips
+    say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)  # the command does not, either
 
 
 def test_cache_folder_depends_on_the_content_of_the_files(tmp_path):

@@ -24,7 +24,7 @@ from tests.helpers import drawn_people, made_nets
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, ROOT
 from vidjax.cli import program, run_commands
-from vidjax.data import synthetic
+from vidjax.data import iqiyi_vid, synthetic
 from vidjax.models import build_system
 
 FOLDERS = (
@@ -33,7 +33,10 @@ FOLDERS = (
 )  # fmt: skip
 PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
 
-MAINS = {"vidjax.main": program.main, "vidjax.data.synthetic": synthetic.main}
+MAINS = {
+    "vidjax.main": program.main, "vidjax.data.iqiyi_vid": iqiyi_vid.main,
+    "vidjax.data.synthetic": synthetic.main,
+}  # fmt: skip
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
 SHORT = ("--config.num_epochs=0.3", NO_REPORT)

@@ -144,7 +144,7 @@ def run_step(step: str, folder: Path, scale: float) -> dict[str, Any]:
         return {"disk": count_bytes(files)}
     if step == "convert":
         shutil.rmtree(cache, ignore_errors=True)
-        run_module(["tests.helpers.datasets", str(files), str(cache)], log)
+        run_module(["vidjax.data.iqiyi_vid", str(files), f"--cache_dir={cache}"], log)
         return {"disk": count_bytes(cache)}
     if step == "resume":
         return resume(folder, workdir, log, scale)

@@ -6,11 +6,12 @@ import warnings
 import numpy as np
 import pytest
 
-from tests.helpers import datasets, made_runs, python2, small_runs
+from tests.helpers import made_runs, python2, small_runs
 from tests.helpers.batches import real_frames
 from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused as refused_by
+from vidjax.data import iqiyi_vid
 
 pytestmark = pytest.mark.slow
 DIM = 4
@@ -68,7 +69,7 @@ def refused(say, cache_dir):
     """Converts a folder, which must be refused with some words."""
 
     def convert(folder, *words):
-        error = say(folder, code=2, program=datasets.main)
+        error = say(folder, code=2, program=iqiyi_vid.main)
         assert all(word in error for word in words), error
         assert not list(cache_dir.rglob("*.partial"))
 

@@ -26,7 +26,7 @@ from tests.helpers.seen import contents  # noqa: E402
 from vidjax.apps.gallery.gallery import Gallery  # noqa: E402
 from vidjax.cli import program  # noqa: E402
 from vidjax.cli.gallery_commands import COMMANDS as OF_GALLERIES  # noqa: E402
-from vidjax.data import synthetic  # noqa: E402
+from vidjax.data import iqiyi_vid, synthetic  # noqa: E402
 from vidjax.utils import exit_codes  # noqa: E402
 
 
@@ -70,6 +70,7 @@ ROWS = {
     "gallery relabel": Row("gallery", "gallery relabel {at} --clip={clip} --identity=Eve"),
     "gallery remove": Row("gallery", "gallery remove {at} --identity=1"),
     **{f"gallery {name}": READS for name in ("group", "list", "threshold", "export")},
+    "vidjax.data.iqiyi_vid": Row("cache", "vidjax.data.iqiyi_vid {official} --cache_dir={at}", 1),
     "vidjax.data.synthetic": Row("synthetic", "vidjax.data.synthetic {at}"),
 }  # fmt: skip
 SOURCES = ("extract", "rank", "embed", "compare")
@@ -80,7 +81,7 @@ MADE["who"] = f"{ROWS['who'].words} --thumbnails"
 MADE["cache"] = "check --config=knn --config.data.name=arrays --config.data.dir={world}/own"
 MADE["cache"] += " --config.data.cache_dir={at} --config.modalities=face"
 MADE["exported"] = "export {world}/run --to={at} --format=safetensors"
-PROGRAMS = {synthetic.__name__: synthetic.main}
+PROGRAMS = {module.__name__: module.main for module in (iqiyi_vid, synthetic)}
 
 
 def test_table_of_this_file_has_a_row_for_every_command():

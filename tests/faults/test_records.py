@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 
 from tests.campaigns import mutations
-from tests.helpers import datasets, limits
+from tests.helpers import limits
 from tests.helpers.batches import eval_batches, labelled, train_batches
 from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle, write_truth
 from tests.helpers.datasets import prepare, record_digests
 from tests.helpers.seen import refused
+from vidjax.data import iqiyi_vid
 from vidjax.data.records import conversion
 from vidjax.data.records.shards import check_shard
 
@@ -165,7 +166,8 @@ def test_damaged_or_swapped_shards_are_refused_when_they_are_read(
 
 
 def convert_command(source, cache):
-    return [sys.executable, "-m", "tests.helpers.datasets", source, cache]
+    program = [sys.executable, "-m", "vidjax.data.iqiyi_vid"]
+    return [*program, source, f"--cache_dir={cache}"]
 
 
 def names(folder):
@@ -249,12 +251,12 @@ def test_conversion_on_a_full_disk_ends_with_one_error_and_leaves_no_files(tmp_p
     most = 0.1 * size  # less than a shard, because there are 8 shards
     for limit in np.geomspace(1024, most, 40 if campaign else 2).astype(int).tolist():
         with limits.file_limit(limit):
-            error = say(source, cache, program=datasets.main, code=2)
+            error = say(source, f"--cache_dir={cache}", program=iqiyi_vid.main, code=2)
         assert str(cache) in error and re.search("File too large|No space left", error), error
         assert names(cache / "iqiyi_vid") == set()
         assert not [*cache.rglob("manifest.json")]
 
-    say(source, cache, program=datasets.main)
+    say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
     assert len(names(cache / "iqiyi_vid")) == 1
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from vidjax.data import sources
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.records.conversion import convert
 from vidjax.runs.config import default
-from vidjax.utils import exit_codes
 
 
 def load_dataset(name, *, directory=None, cache_dir=None, **fields):
@@ -23,17 +21,6 @@ def load_dataset(name, *, directory=None, cache_dir=None, **fields):
 
 def prepare(directory, cache_dir=None, **options) -> Any:
     return convert(OfficialFiles(directory, cache_dir=cache_dir), cache_dir, **options)
-
-
-def main(words):
-    """Converts the official files in the folder `words[0]`. `words[1]` may name the cache."""
-    folder, *cache = words
-
-    def command():
-        load_dataset("iqiyi_vid", directory=folder, cache_dir=next(iter(cache), None))
-        return 0
-
-    return exit_codes.run_to_exit_code(command, words)
 
 
 def record_digests(folder):
@@ -50,7 +37,3 @@ def record_digests(folder):
             content = json.dumps(manifest).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found
-
-
-if __name__ == "__main__":
-    exit_codes.run_main(lambda: main(sys.argv[1:]))

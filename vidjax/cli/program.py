@@ -17,9 +17,9 @@ from typing import NoReturn
 
 from vidjax import __version__
 from vidjax.cli import shared_flags
-from vidjax.core import distributed, rendezvous
+from vidjax.core import distributed
 from vidjax.runs import terminal
-from vidjax.utils import exit_codes, machine, messages
+from vidjax.utils import exit_codes, machine, messages, rendezvous
 from vidjax.utils.errors import UserError, suggest
 from vidjax.utils.messages import print_result
 from vidjax.utils.parser import Parser, split_overrides

@@ -2,7 +2,7 @@
 
 import argparse
 
-from vidjax.core import rendezvous
+from vidjax.utils import rendezvous
 from vidjax.utils.errors import UserError
 from vidjax.utils.parser import Parser
 

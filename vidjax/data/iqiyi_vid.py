@@ -1,5 +1,9 @@
 """Reads the official files of the iQIYI-VID dataset: pickles of features, and ground truth.
 
+This command converts the pickles in DIR to TFRecords. The first training does the same:
+
+    python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C]
+
 TFRecords contain no labels. Each run reads the labels from the ground-truth files, so a corrected
 label does not require a new conversion.
 """
@@ -7,7 +11,8 @@ label does not require a new conversion.
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,10 @@ from vidjax.data.clips import SPLITS, Origin
 from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.packed_clips import PackedClips, join
 from vidjax.data.untrusted import sandbox
+from vidjax.utils import exit_codes, messages
 from vidjax.utils.errors import NoFileError, UserError
 from vidjax.utils.machine import memory_bytes, num_cores
+from vidjax.utils.parser import Parser
 from vidjax.utils.processes import Children, map_children
 
 VERSION = 2  # increase it if new code reads other frames from the same file, to refill the cache
@@ -135,3 +142,31 @@ def _hint(directory: Path) -> str:
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):
         return f"\nunpack {archive.name} first"
     return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts a directory to TFRecords, prints its report, and returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    about = "Convert a directory of iQIYI-VID files to TFRecords."
+    parser = Parser("python -m vidjax.data.iqiyi_vid", description=about)
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    about = "folder for the TFRecords; by default $VIDJAX_CACHE or ~/.cache/vidjax"
+    parser.add_argument("--cache_dir", metavar="C", type=Path, help=about)
+
+    def command() -> int:
+        from vidjax.data.records.conversion import convert
+        from vidjax.data.records.data_report import format_report
+        from vidjax.data.records.dataset import label_records
+
+        args = parser.parse_args(words)
+        source = OfficialFiles(args.directory, cache_dir=args.cache_dir)
+        records = convert(source, args.cache_dir)
+        _, _, report = label_records(records, source.read_labels(records.clips))
+        messages.print_text(f"{format_report(report)}\n{records.folder}/data_report.json")
+        return 0
+
+    return exit_codes.run_to_exit_code(command, words)
+
+
+if __name__ == "__main__":
+    exit_codes.run_main(main)

@@ -1024,7 +1024,7 @@ def _check_given(identities: Mapping[str, str], clips: Collection[str], source: 
     example = show(min(clips))
     text = f"no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
     if len(stray) == len(identities):
-        raise UserError(f"identities: {text}\nuse the clip names of the features")
+        raise UserError(f"{source}: {text}\nuse the clip names of the features")
     warn(f"{source}: {text}\n{len(stray):,} of {len(identities):,} names are not used")
 
 

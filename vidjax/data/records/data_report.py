@@ -8,6 +8,7 @@ import numpy as np
 
 from vidjax.data.packed_clips import PackedClips, map_again
 from vidjax.data.packing import compute_feature_norms
+from vidjax.utils import messages
 
 HISTOGRAM_BINS = 20
 FRAMES_PER_MAP = 1 << 16  # frames that are read before the file is mapped again, to free memory
@@ -74,3 +75,35 @@ def _make_histogram(values: np.ndarray) -> dict[str, Any]:
         "mean": float(finite.mean()) if finite.size else None,
         "not_finite": int(values.size - finite.size),
     }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Formats the data report as lines for a terminal."""
+    lines = [messages.count(report["identities"], "identity")]
+    for name, split in report["splits"].items():
+        labels = "no ground truth"
+        if split["labelled"]:
+            labels = (
+                f"{messages.count(split['identities'], 'identity')}, "
+                f"{messages.count(split['distractors'], 'distractor')}, "
+                f"{messages.count(split['unknown_clips'], 'unknown clip')} in the ground truth"
+            )
+        lines.append(f"{name}: {messages.count(split['clips'], 'clip')}, {labels}")
+        for name, modality in split["modalities"].items():
+            skipped = {**modality["frames_skipped"], **modality["clips_skipped"]}
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
+            line = (
+                f"  {name:6} {modality['frames']:>9,} frames, "
+                f"{modality['frames_per_clip']['mean']:.1f} per clip, "
+                f"missing in {100 * modality['missing_rate']:.1f} % of clips, "
+                f"skipped: {reasons or 'nothing'}"
+            )
+            replaced = modality["values_replaced"].items()
+            if replaced:
+                line += f", set to 0: {', '.join(f'{n:,} {reason}' for reason, n in replaced)}"
+            negative = [x for x in modality.get("bad_values", ()) if x["problem"] == "negative"]
+            if negative:
+                words = (f"{x['frames']:,} {x['field']}" for x in negative)
+                line += f", negative: {', '.join(words)}"
+            lines.append(line)
+    return "\n".join(lines)
