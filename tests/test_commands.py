@@ -27,6 +27,7 @@ from tests.helpers.limits import slowness
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program, run_commands
+from vidjax.core import losses
 from vidjax.runs import config as config_lib, config_io, results as results_lib, terminal
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import RunFolder
@@ -46,7 +47,7 @@ WORDS = {
     f"{TRAIN} --xyzzy=1": "example: vidjax train", f"{TRAIN} stray": "no flag\nexample",
     "mma": "--config=FILE", "train mma": "example: vidjax train --config=",
     f"{TRAIN} seed=3": "write --config.seed=3", "train config=mma": "did you mean --config?",
-    f"{TRAIN} quiet=1": "write --quiet", 
+    f"{TRAIN} quiet=1": "write --quiet",
     f"{TRAIN} --config.modalities=face\\ head": "write --config.modalities=face,head",
     "--config=mma --workdir=new --config.loss.classification=ArcFace": "loss.margin_type=angular",
     "rank --workdir=run clips": "needs --input", "export run new --format=onnx": "needs --to",
@@ -103,6 +104,17 @@ WORDS = {
     "--config=plda --workdir=new --config.fusion.face.train.min_quality=20":
         "no field config.fusion.face.train.min_quality: to add an argument, set it in a copy",
 }  # fmt: skip
+# A configuration with a loss of the user, which returns a value to be filled in.
+OWN_LOSS = """from vidjax.core import losses
+from vidjax.runs import config_io
+def own(logits, labels):
+    return {}
+losses.CLASSIFICATION["own"] = own
+def get_config(args=""):
+    config = config_io.load_file("quality_fusion")
+    config.loss.update(classification="own", schedule=((0, 0.0),))
+    return config
+"""
 # Faulty configuration files: name -> content, and words of the error.
 BEGIN = "from ml_collections import ConfigDict\nfrom vidjax.runs import config\n"
 BEGIN += "\ndef get_config(args=''):\n"
@@ -118,6 +130,10 @@ MINE = {
                  "    return ConfigDict(values)\n", "config.batch_size"),
     "function.py": (f"{BEGIN}    values = config.default()\n    values.model.activation = max\n"
                     "    return values\n", "set its name"),
+    **{f"loss{n}.py": (OWN_LOSS.format(code), f"loss{n}.py' line 4: {words}") for n, (code, words)
+       in enumerate({"labels.typo": "AttributeError", "logits[:, 0, 0, 0]": "IndexError",
+                     "1 if logits > 0 else 0": "", "undefined": "NameError"}.items())},
+    "shape.py": (OWN_LOSS.format("logits.mean()"), "a float for each label"),
 }  # fmt: skip
 # Commands with mistakes that are run in the folder `places`.
 PLACES = {
@@ -202,6 +218,7 @@ def places(tmp_path_factory):
 def test_error_about_a_file_names_the_remedy(words, places, monkeypatch, command):
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
+    monkeypatch.setitem(losses.CLASSIFICATION, "own", losses.binary_focal)  # removed at the end
     before = seen.contents(places, but={"cache", "__pycache__"})
     assert_refused(command, words, PLACES[words], seconds=60)  # may convert data
     assert seen.contents(places, but={"cache", "__pycache__"}) == before

@@ -248,7 +248,7 @@ def _check_loss(name: str, value: object, labels: Array) -> Array:
     else:
         kind = type(value).__name__
     raise UserError(
-        f"the loss '{name}' returns {kind} for {len(labels)} labels\n"
+        f"config.loss: the loss '{name}' returns {kind} for {len(labels)} labels\n"
         f"return a float for each label, of shape {list(labels.shape)}"
     )
 
