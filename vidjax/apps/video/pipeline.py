@@ -420,7 +420,8 @@ def _read(
     children: Children, pending: Mapping[_Job, dict[str, Any]], models: Path
 ) -> list[dict[str, Any] | UserError]:
     """Calls `film.work` for each file; returns a result or an error for each file."""
-    sidecars = (x for job in pending if job.tagged for x in regions.list_sidecars(job.path))
+    tagged = (job.path for job in pending if job.tagged)
+    sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
     size = sum(arguments["source"]["size"] for arguments in pending.values())
     photos = all(job.path.suffix.lower() in PHOTOS for job in pending)
     return run_limited_each(
