@@ -32,6 +32,14 @@ def convert_net(folder):
     net_families.convert("own", [folder / "net.onnx"], folder / "models")
 
 
+def check_net(folder):
+    pytest.importorskip("onnxruntime", reason="needs the extra [video]")
+    from tests.helpers import drawn_people
+    from vidjax.apps.video import net_checks
+
+    net_checks.list_checks(drawn_people.write_models(folder / "models"))["embed.json"]()
+
+
 def read_media(folder, name):
     pytest.importorskip("onnxruntime", reason="needs the extra [video]")
     from tests.helpers import drawn_people
@@ -46,7 +54,8 @@ def read_media(folder, name):
 KINDS = {
     "pickle": read_pickle,
     "parquet": read_table,
-    "net": convert_net,
+    "net to convert": convert_net,
+    "net to check": check_net,
     "film": lambda folder: read_media(folder, "film.mp4"),
     "photo": lambda folder: read_media(folder, "photo.jpg"),
 }

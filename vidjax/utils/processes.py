@@ -178,6 +178,7 @@ def run_limited(
     *,
     memory_bytes: int,
     cpu_seconds: int,
+    reads: Sequence[Path] = (),
     writes: Sequence[Path] = (),
     children: Children | None = None,
 ) -> dict[str, Any]:
@@ -190,6 +191,7 @@ def run_limited(
       memory_bytes: limit of the address space.
       cpu_seconds: limit of the CPU time. The elapsed time is limited to 60 seconds + 20 times this
         value.
+      reads: files and folders that `work` may read, besides `path`.
       writes: folders in which `work` may write and delete files.
       children: an object with which another thread can kill the child.
 
@@ -199,7 +201,7 @@ def run_limited(
     """
     (answer,) = run_limited_each(
         module, [(path, arguments)], memory_bytes=memory_bytes, cpu_seconds=cpu_seconds,
-        writes=writes, children=children,
+        reads=reads, writes=writes, children=children,
     )  # fmt: skip
     if isinstance(answer, UserError):
         raise answer
@@ -218,9 +220,9 @@ def run_limited_each(
 ) -> list[dict[str, Any] | UserError]:
     """Calls the function `work` of a module several times in one child process.
 
-    `given` has a pair for each call: the file that `work` reads, and the arguments of `work`. All
-    calls may also read the files and folders `reads`. The CPU time is limited for each call. For
-    the other arguments, see `run_limited`. Returns the result or the error of each call.
+    `given` has a pair for each call: the file that `work` reads, and the arguments of `work`. The
+    CPU time is limited for each call. For the other arguments, see `run_limited`. Returns the
+    result or the error of each call.
 
     If the process exceeds a limit or crashes, a new process continues with the call that it did not
     finish. If this is the first call of the new process, the call gets an error.

@@ -173,7 +173,15 @@ def read_digests(models: Path) -> dict[str, str]:
 
 def check_nets(models: Path, settings: ExtractionSettings) -> None:
     """Loads all nets in a folder and tests them. Raises UserError if a net cannot be used."""
-    film_lib.load_nets(cards_lib.load(models), settings.size)
+    arguments = {"models": str(models), "settings": msgspec.to_builtins(settings)}
+    (answer,) = run_limited_each(
+        film_lib.__name__, [(models, arguments)], reads=cards_lib.list_files(models),
+        memory_bytes=MEMORY_BYTES, cpu_seconds=PHOTO_SECONDS,
+    )  # fmt: skip
+    if isinstance(answer, UserError):
+        raise answer
+    if "net_error" in answer:
+        raise UserError(answer["net_error"])
 
 
 def _process_jobs(
@@ -429,7 +437,7 @@ def _read(
         [(job.path, arguments) for job, arguments in pending.items()],
         memory_bytes=MEMORY_BYTES,
         cpu_seconds=PHOTO_SECONDS if photos else FILM_SECONDS + size // FILM_BYTES_PER_SECOND,
-        reads=[models, *models.iterdir(), *sidecars],  # nets may be links to other folders
+        reads=[*cards_lib.list_files(models), *sidecars],
         writes=[arguments["out"] for arguments in pending.values()],
         children=children,
     )
