@@ -54,7 +54,7 @@ def read(path: Path) -> Rows:
     Raises UserError if the table is damaged or needs too much memory.
     """
     with files.scratch_folder() as scratch:  # the memory map keeps the deleted file open
-        found = _run(path, {"out_dir": str(scratch)})
+        found = _run(path, {"out_dir": str(scratch)}, writes=[scratch])
         with files.open_regular(scratch / "columns.npz") as file:
             arrays = files.load_npz(file, memory_bytes())
         values = _map_features(scratch, found["values"], np.dtype(found["dtype"]), "r")
@@ -62,8 +62,10 @@ def read(path: Path) -> Rows:
     return Rows(text, arrays, values, arrays.pop("width"))
 
 
-def _run(path: Path, arguments: Mapping[str, object]) -> dict[str, Any]:
-    """Calls `work` in a child process with limits."""
+def _run(
+    path: Path, arguments: Mapping[str, object], writes: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Calls `work` in a child process with limits. It can write only in the folders `writes`."""
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
     room = _get_room(path.stat().st_size)
@@ -73,6 +75,7 @@ def _run(path: Path, arguments: Mapping[str, object]) -> dict[str, Any]:
         {"path": str(path), **arguments},
         memory_bytes=LIBRARY_BYTES + COPIES * room,
         cpu_seconds=CPU_SECONDS + room // CPU_BYTES_PER_SECOND,
+        writes=writes,
     )
 
 
