@@ -622,6 +622,7 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
 
 
 FROZEN = sorted((Path(__file__).parent / "helpers" / "frozen_galleries").glob("*.npz"))
+FROZEN_CLIPS = ("clips", "people", "vectors")  # arrays of the files of galleries of nets
 
 
 def thaw(folder, path):
@@ -646,9 +647,9 @@ def check_frozen(people, frozen):
     np.testing.assert_array_equal(best[..., 0], frozen["names"])
     probabilities = best[..., 1].astype(float)
     np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
-    for clip, person, vector in zip(*(frozen.get(x, ()) for x in ("clips", "people", "vectors"))):
+    for clip, person, x in zip(*(frozen.get(of, ()) for of in FROZEN_CLIPS), strict=True):
         assert (people.clips[clip].identity or "") == person
-        assert np.array_equal(people.clips[clip].vector, vector)
+        assert np.array_equal(people.clips[clip].vector, x)
 
 
 @pytest.mark.parametrize("path", FROZEN, ids=lambda path: path.stem)
@@ -700,7 +701,7 @@ print(len(statements))
 @pytest.mark.slow
 def test_a_gallery_of_an_earlier_format_survives_a_kill_during_its_conversion(tmp_path):
     path = next(path for path in FROZEN if path.stem == "format_3_nets")
-    people, frozen = thaw(tmp_path, path)
+    _, frozen = thaw(tmp_path, path)
     words = [sys.executable, "-c", KILLED_CHANGE, tmp_path]
     for number in itertools.count(1):
         ended = limits.run([*words, str(number)])
