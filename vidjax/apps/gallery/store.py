@@ -39,7 +39,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -465,7 +465,7 @@ def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
 # ---- rows
 
 
-def _digest(row: tuple[int | str | bytes, ...]) -> int:
+def _digest(row: Sequence[Any]) -> int:
     *words, numbers = row
     digest = hashlib.sha256("".join(f"{word}\n" for word in words).encode())
     digest.update(numbers)
