@@ -524,6 +524,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
     if len(remaining) < len(rows):
         text = tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv")
         files.write_text(path, text)
+        files.hide(path)
 
 
 def _list_mirrored(
