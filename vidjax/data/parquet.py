@@ -138,6 +138,12 @@ def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
         return zip(clips.to_pylist(), people, strict=True)
 
 
+def has_column(path: Path, name: str) -> bool:
+    """Returns whether a parquet table has a column."""
+    with _open(path) as file:
+        return name in file.schema_arrow.names
+
+
 def count_rows(path: Path) -> int:
     """Returns the number of rows of a parquet table."""
     with _open(path) as file:

@@ -487,7 +487,7 @@ class Gallery:
         if identities is not None:
             identities = {strip_ending(clip): name for clip, name in identities.items()}
             bare = [*map(strip_ending, vectors.names)]
-            _check_given(identities, bare, source)
+            check_given(identities, bare, source)
             vectors = vectors._replace(labels=tuple(map(identities.get, bare)))
         labels = zip(vectors.names, vectors.labels, strict=True)
         vectors = vectors.only({name for name, label in labels if (label is None) == strangers})
@@ -1021,7 +1021,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
 
 
-def _check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
+def check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
     """Warns about keys of `identities` that are not clips. Raises UserError if no key is a clip."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
