@@ -156,7 +156,7 @@ def check_models(gallery: "Gallery", models: str | None) -> Path:
     for part, digest in made.items():
         if digests.get(EMBEDDER_ROLES.get(part, part)) != digest:
             raise UserError(
-                f"'{folder}' has no net for {part}, or another net than gallery '{gallery.folder}'\n"
+                f"'{folder}' lacks the net for {part} that made gallery '{gallery.folder}'\n"
                 f"name the folder of the gallery's nets, --models=DIR (at first '{place}')"
             )
     return folder

@@ -79,12 +79,15 @@ def _add_create(parser: Parser) -> None:
 
 
 def _add_clips(parser: Parser, *, several: bool = False) -> "argparse._MutuallyExclusiveGroup":
-    """Adds the flags that name clips; returns their group. If `several`, --input may be repeated."""
+    """Adds the flags that name clips; returns their group. `several` lets --input be repeated."""
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips without labels: a folder, a .parquet table or a .npz file"
     if several:
         about = "clips: a folder, a .parquet table or a .npz file; may be given several times"
-    clips.add_argument("--input", metavar="PATH", help=about, action="append" if several else None)
+    if several:
+        clips.add_argument("--input", metavar="PATH", help=about, action="append")
+    else:
+        clips.add_argument("--input", metavar="PATH", help=about)
     about = "instead of --input: a split of the dataset, such as val"
     clips.add_argument("--split", metavar="S", help=about)
     about = "the folder of the gallery's run, if the run was moved"
@@ -427,7 +430,7 @@ def _describe_enrolment(
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
     gallery.warn_of_card()
-    enrolled, unchanged = (sum(x[n] for x in done) for n in (0, 1))
+    enrolled, unchanged = sum(x.enrolled for x in done), sum(x.unchanged for x in done)
     similar = {name: other for part in done for name, other in part.similar.items()}
     rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
     rows["enrolled"] = f"{messages.count(enrolled, 'clip')}, {unchanged:,} enrolled before"
@@ -452,9 +455,8 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     models = enrol_inputs.check_models(gallery, args.models)
     done = people_photos.enrol_folder(gallery, people, models, "--photos", num_cores())
     gallery.warn_of_card()
-    rows = {
-        "enrolled": f"{messages.count(done.enrolled, 'photo')}, {done.unchanged:,} enrolled before"
-    }
+    count = messages.count(done.enrolled, "face")
+    rows = {"enrolled": f"{count}, {done.unchanged:,} enrolled before"}
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {messages.list_some(sorted(done.failed), 3)}"
     rows |= messages.list_remedies(done.failed)

@@ -127,7 +127,7 @@ def find_missing(
 def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list[Path]]:
     """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
 
-    `flag` is the flag that names the folder `people`, for messages. Raises UserError if there are no
+    Messages name `flag`, the flag that names the folder `people`. Raises UserError if there are no
     photos, and there is no gallery of an earlier call.
     """
     if not os.path.isdir(people):
