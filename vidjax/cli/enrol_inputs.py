@@ -102,10 +102,10 @@ def drop_group_photos(
             for track in film.tracks if single is None else ():
                 people.pop(f"{prefix}{track.clip}", None)
             if problem and single and film.tracks[0].dark_eyes:
-                hidden[f"{prefix}{single}"] = f"{folder / film.video}: {problem}"
+                hidden[f"{prefix}{single}"] = f"{show(str(film.source.path))}: {problem}"
             elif problem:
                 poor.add(f"{prefix}{single}")
-                warn(f"{folder / film.video}: {problem}")
+                warn(f"{show(str(film.source.path))}: {problem}")
     for problem in features_folder.leave_out_hidden(people, poor, hidden):
         warn(problem)
     return people

@@ -117,8 +117,8 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
         yield from _read_json_lines(path)
         return
     if path.suffix.lower() == ".parquet":
-        for row, pair in enumerate(parquet.read_labels(path), 1):
-            yield f"{path}: row {row}:", *pair
+        for row, clip, identity in parquet.read_labels(path):
+            yield f"{path}: row {row}:", clip, identity
         return
     is_csv, rows = path.suffix.lower() == ".csv", tables.read_text(path)
     number, header = next(rows, (1, []))
