@@ -41,7 +41,7 @@ A gallery stores people. Enrolling, identifying and deleting need no training.
 --split=S reads the clips of a split, such as val, of the dataset of the run.
 To read another dataset, add --config.data.name=N and --config.data.dir=D. A
 clip shows a single person. `enrol G --input=PATH` without a name expects a
-folder for each person: PATH/NAME/CLIP.npz.
+folder for each person, PATH/NAME/CLIP.npz, or a table with the column identity.
 
 vidjax gallery COMMAND --help prints the flags of a command, with an example.
 The guide is vidjax/apps/gallery/README.md.
