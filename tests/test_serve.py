@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import tritonclient.http as http
 import uvicorn
+from msgspec.structs import replace
 
 from tests.helpers import limits as child, made_galleries, servers
 from tests.helpers.seen import refused
@@ -34,15 +35,15 @@ from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
 from vidjax.apps.serve.batcher import Batcher, Changes
-from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
+from vidjax.apps.serve.limits import Refused, ServerMetrics
+from vidjax.apps.server_limits import Limits
 from vidjax.runs import terminal
 from vidjax.utils import errors
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
-    request_seconds=1,
+    request_seconds=1, lock_seconds=0, connections=12, idle_seconds=1, drain_seconds=1,
 )  # fmt: skip
-FEW = web.ServerLimits(connections=12, idle_seconds=1, drain_seconds=1)
 
 
 class Inside(servers.Served):
@@ -50,9 +51,9 @@ class Inside(servers.Served):
 
     def __init__(self, gallery, limits=SMALL, token=None):
         self.app = app = app_lib.make_app(gallery, limits, token)
-        self.listener = web.listen("127.0.0.1", 0)
+        self.listener = web.listen("127.0.0.1", 0, limits)
         self.port = self.listener.getsockname()[1]
-        self.server = uvicorn.Server(web.make_config(app, FEW))
+        self.server = uvicorn.Server(web.make_config(app, limits))
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 
     def __enter__(self):
@@ -499,7 +500,7 @@ def test_slow_malformed_or_ambiguous_requests_are_cut_off(inside):
 def test_number_of_connections_is_limited(inside):
     time.sleep(0.1)  # the server closes connections of earlier tests
     with contextlib.ExitStack() as stack:
-        for _ in range(FEW.connections):
+        for _ in range(SMALL.connections):
             stack.enter_context(socket.create_connection(("127.0.0.1", inside.port)))
         time.sleep(0.05)  # the server accepts the connections
         assert inside.ask("GET", "/v2/health/live")[0] == 503
@@ -629,7 +630,7 @@ def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
         return embed(people, clips, *more)
 
     monkeypatch.setattr(Gallery, "embed", slow)
-    limits, enrol_2 = SMALL._replace(waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
+    limits, enrol_2 = replace(SMALL, waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
     with Inside(Gallery(folder), limits=limits) as server, ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
         assert begun.wait(10)
@@ -643,7 +644,7 @@ def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
     """The time of `answer_seconds` starts when the body has arrived."""
     go = threading.Event()
     monkeypatch.setattr(app_lib.files, "npz_bytes", lambda *_: go.wait(20))
-    limits = SMALL._replace(answer_seconds=0.3, request_seconds=20)
+    limits = replace(SMALL, answer_seconds=0.3, request_seconds=20)
     with Inside(people, limits=limits) as server, ThreadPoolExecutor(2) as pool:
         sent = ("POST", "/identify?clip=a", b"PK", {"Content-Type": "application/x-npz"})
         began = time.monotonic()
@@ -659,9 +660,8 @@ def test_unread_answers_count_as_memory_until_they_time_out(
     people, monkeypatch, caplog, answer_s, network_s, logged
 ):
     """The server ends and logs an answer after `answer_s`. Linux closes it after `network_s`."""
-    monkeypatch.setattr(web, "UNREAD_SECONDS", network_s)
     monkeypatch.setattr(app_lib, "describe", lambda *_: "a long answer " * (1 << 20))  # 14 MiB
-    limits = SMALL._replace(held_bytes=20 << 20, request_seconds=answer_s)
+    limits = replace(SMALL, held_bytes=20 << 20, request_seconds=answer_s, unread_seconds=network_s)
     with Inside(people, limits=limits) as server:
         caplog.clear()
         with socket.create_connection(("127.0.0.1", server.port)) as unread:
@@ -691,7 +691,7 @@ Gallery.identities = property(stuck)
 Gallery.remove = stuck
 listener = web.listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
-web.serve(made, listener, web.ServerLimits(drain_seconds=1, end_seconds=2))
+web.serve(made, listener, web.ServerLimits(drain_seconds=1, end_seconds=1))
 """
 
 
@@ -719,8 +719,13 @@ def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
     shutil.copytree(nearest_run, old := tmp_path / "old")
     gallery = Gallery.create(tmp_path / "g", old, data)
     moved = old.rename(tmp_path / "new")
-    served = []
-    monkeypatch.setattr(app_lib, "make_app", lambda gallery, **_: served.append(gallery))
+    served, make_app = [], app_lib.make_app
+
+    def record(gallery, *more):
+        served.append(gallery)
+        return make_app(gallery, *more)
+
+    monkeypatch.setattr(app_lib, "make_app", record)
     monkeypatch.setattr(web, "serve", lambda *_: True)
     monkeypatch.setenv(terminal.QUIET, "1")
     say("serve", f"--gallery={gallery.folder}", f"--run={moved}", "--port=0")

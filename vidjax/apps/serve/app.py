@@ -36,13 +36,13 @@ from vidjax.apps.serve.limits import (
     LOG,
     Bodies,
     Guard,
-    Limits,
     Refused,
     ServerMetrics,
     one_line,
     set_clock,
     unprocessable,
 )
+from vidjax.apps.server_limits import Limits
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.utils import files
@@ -188,9 +188,9 @@ class Application:
     # ---- the Open Inference Protocol
 
     async def server(self, _: Request) -> Response:
-        """Returns the name, the version and the extensions of the server."""
+        """Returns the name, the version, the extensions and the limits of the server."""
         content = {"name": "vidjax", "version": __version__, "extensions": ["binary_tensor_data"]}
-        return _encode_json(content)
+        return _encode_json({**content, "limits": self.limits})
 
     async def live(self, _: Request) -> Response:
         """Returns status 200 while the server runs, and 503 if its start has failed."""
@@ -199,11 +199,13 @@ class Application:
             raise Refused(status, "the start of the server has failed: see the log")
         return _encode_json({"live": True})
 
-    async def is_ready(self, _: Request) -> Response:
+    async def is_ready(self, request: Request) -> Response:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
+        if request.scope["vidjax.leaving"]:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server will end: ask another")
         try:
-            await asyncio.to_thread(self.gallery.refresh)
+            await asyncio.to_thread(self.model.check)
         except (UserError, OSError):  # is not logged, because any client may send this request
             status = HTTPStatus.SERVICE_UNAVAILABLE
             raise Refused(status, "the gallery cannot be read", 1) from None
@@ -238,6 +240,7 @@ class Application:
         self._check_ready()
         if timeout := parsed.parameters.timeout:
             set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
+        request.scope["vidjax.clips"] = len(question.clips)
         answer = await self.batcher.ask(question, len(question.clips))
         content, size = protocol.encode_answer(parsed, model.name, model.tensors(question, answer))
         if size is None:
@@ -303,6 +306,7 @@ class Application:
         self._check_ready()
         removed = {kind: request.path_params["name"]}
         count = await self._change(request, lambda: self.gallery.remove(**removed))
+        request.scope["vidjax.clips"] = count
         await self.batcher.settle()  # waits for answers that may contain the name
         return _encode_json({"removed": count})
 
@@ -383,6 +387,7 @@ class Application:
 
         clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
         self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
+        request.scope["vidjax.clips"] = len(clips)
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
@@ -454,7 +459,7 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
     endpoints = application.list_endpoints()
     routes = [Route(point.path, point.answer, methods=[point.method]) for point in endpoints]
     router = Router(routes, redirect_slashes=False, lifespan=application.run_lifespan)
-    return Guard(router, bodies, limits, metrics, token)
+    return Guard(router, bodies, limits, metrics, gallery, token)
 
 
 def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[str, Any]:
