@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import tritonclient.http as http
 import uvicorn
 from msgspec.structs import replace
 
-from tests.helpers import limits as child, made_galleries, servers
+from tests.helpers import docs, limits as child, made_galleries, servers
 from tests.helpers.seen import refused
 from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
@@ -36,7 +38,8 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Refused, ServerMetrics
-from vidjax.apps.server_limits import Limits
+from vidjax.apps.server_limits import LIMITS, Limits
+from vidjax.cli import program
 from vidjax.runs import terminal
 from vidjax.utils import errors
 
@@ -467,6 +470,44 @@ def talk(port, content):
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
+def test_access_log_has_ids_counts_and_routes_but_no_names(folder, caplog):
+    caplog.set_level(logging.INFO, limits_lib.ACCESS.name)
+    secret, path = "s" * 40, folder / "gallery.sqlite"
+    head = f"Authorization: Bearer {secret}\r\nConnection: close\r\n"
+    body = json.dumps(enrolment("Secret", 0, 1)).encode()
+    post = f"POST /enrol HTTP/1.1\r\nHost: a\r\n{head}Content-Type: application/json\r\n"
+    post += f"Content-Length: {len(body)}\r\n"
+    ids = []
+    with Inside(Gallery(folder), token=secret.encode()) as server:
+        for start, given in (
+            (post, "my-id_1.x"), (f"DELETE /clips/Secret%200 HTTP/1.1\r\nHost: a\r\n{head}", ""),
+            (f"GET /Secret HTTP/1.1\r\nHost: a\r\n{head}", "Secret a"),
+            ("GET /identities HTTP/1.1\r\nHost: a\r\nConnection: close\r\n", "x" * 65),
+        ):  # fmt: skip
+            more = f"X-Request-Id: {given}\r\n\r\n" if given else "\r\n"
+            answer = talk(server.port, (start + more).encode() + body * (start == post)).decode()
+            (request_id,) = re.findall(r"(?m)^x-request-id: (\S+)", answer)
+            assert (request_id == given) == (start == post) and request_id.isascii()
+            ids.append(request_id)
+        path.rename(folder / "moved")
+        headers = {"Authorization": f"Bearer {secret}", "X-Request-Id": "broken"}
+        assert server.ask("GET", "/identities", headers=headers)[0] == 503
+    logged = [text for name, _, text in caplog.record_tuples if name == limits_lib.ACCESS.name]
+    lines = [line for line in map(json.loads, logged) if "health" not in line["route"]]
+    assert "(request broken)" in caplog.text
+    assert "Secret" not in caplog.text and secret not in caplog.text
+
+    fields = ("request_id", "method", "route", "status", "clips", "gallery")
+    assert [tuple(line[field] for field in fields) for line in lines] == [
+        (ids[0], "POST", "/enrol", 200, 2, 2), (ids[1], "DELETE", "/clips/{name}", 200, 1, 3),
+        (ids[2], "GET", "other", 404, 0, 3), (ids[3], "GET", "other", 401, 0, 3),
+        ("broken", "GET", "/identities", 503, 0, 3),
+    ]  # fmt: skip
+    for line in lines:
+        assert line.keys() == {*fields, "time", "ms", "model"}
+        assert datetime.fromisoformat(line["time"]).tzinfo and 0 <= line["ms"] < 60_000
+
+
 @pytest.mark.slow
 def test_slow_malformed_or_ambiguous_requests_are_cut_off(inside):
     host, end = f"Host: 127.0.0.1:{inside.port}\r\n", "Connection: close\r\n\r\n"
@@ -506,6 +547,45 @@ def test_number_of_connections_is_limited(inside):
         assert inside.ask("GET", "/v2/health/live")[0] == 503
     time.sleep(0.05)  # the server closes the connections
     assert inside.ask("GET", "/v2/health/live")[0] == 200
+
+
+def test_limits_are_read_from_flags_and_variables(people, say, monkeypatch):
+    served = []
+    monkeypatch.setattr(web, "serve", lambda *words: served.append(words) or True)
+    monkeypatch.setenv(terminal.QUIET, "1")
+    monkeypatch.setenv("VIDJAX_SERVE_CLIPS", "7")
+    monkeypatch.setenv("VIDJAX_SERVE_FRAMES", "8")
+    monkeypatch.setenv("VIDJAX_SERVE_PORT", "tcp://10.0.0.1")  # as Kubernetes sets it
+    say("serve", f"--gallery={people.folder}", "--port=0", "--frames=9", "--answer_seconds=2.5")
+    ((app, _, limits, leaving),) = served
+    assert limits == Limits(clips=7, frames=9, answer_seconds=2.5) and app.leaving is leaving
+
+    for variable, flag, words in (
+        ("BODY_BYTES=64MB", None, "VIDJAX_SERVE_BODY_BYTES=64MB: give a whole number"),
+        (None, "--clips=0", "--clips=0: give a whole number, at least 1"),
+        (None, "--answer_seconds=0", "--answer_seconds=0: give a number, above 0"),
+        (None, "--lock_seconds=nan", "--lock_seconds=nan: give a number, at least 0"),
+        (None, "--drain_seconds=-1", "at least 0 and at most 86,400"),
+        (None, "--body_bytes=1000000000", "set held_bytes to 3000000000"),
+        ("CLIP=3", None, "did you mean VIDJAX_SERVE_CLIPS?"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            if variable:
+                name, _, value = variable.partition("=")
+                patch.setenv(f"VIDJAX_SERVE_{name}", value)
+            error = say("serve", "--gallery=x", *([flag] if flag else []), code=2)
+        assert words in error and len(error.strip().splitlines()) == 1
+
+
+def test_help_server_and_page_list_every_limit(inside, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    shown, page = inside.ask("GET", "/v2")[1]["limits"], docs.SERVER.read_text()
+    assert docs.update_limits(page) == page
+    assert shown == {name: getattr(SMALL, name) for name in LIMITS}
+    for name, limit in LIMITS.items():
+        assert f"--{name} N {limit.meta.description} (default: {limit.text})" in text
 
 
 def test_full_queue_refuses_with_retry_after():
@@ -608,16 +688,39 @@ def test_answer_of_a_change_is_sent_although_the_memory_is_full(folder):
 
 
 def test_server_is_not_ready_while_its_gallery_cannot_be_read(folder):
+    path, moved = folder / "gallery.sqlite", folder.with_name("moved")
+    content = path.read_bytes()
+    faults = (
+        (lambda: folder.rename(moved), lambda: moved.rename(folder)),
+        (lambda: os.truncate(path, len(content) // 2), lambda: path.write_bytes(content)),
+        (lambda: os.truncate(path, 100), lambda: path.write_bytes(content)),
+    )
     with Inside(Gallery(folder)) as server:
         assert server.ask("GET", "/v2/health/ready")[0] == 200
-        moved = folder.rename(folder.with_name("moved"))
-        assert server.ask("GET", "/identities")[0] == 503
-        assert server.ask("GET", "/v2/health/ready") == (
-            503, {"error": "the gallery cannot be read"}
-        )  # fmt: skip
-        assert server.ask("GET", "/v2/health/live")[0] == 200
-        moved.rename(folder)
-        assert server.ask("GET", "/v2/health/ready")[0] == 200
+        for cause, repair in faults:
+            cause()
+            assert server.ask("GET", "/identities")[0] == 503
+            assert server.ask("GET", "/v2/health/ready") == (
+                503, {"error": "the gallery cannot be read"}
+            )  # fmt: skip
+            assert server.ask("GET", "/v2/health/live")[0] == 200
+            repair()
+            assert server.ask("GET", "/v2/health/ready")[0] == 200
+            assert server.ask("GET", "/identities")[0] == 200
+
+
+def test_leaving_server_answers_and_closes_connections_but_is_not_ready(inside):
+    request = f"GET /identities HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n\r\n".encode()
+    inside.app.leaving.set()
+    try:
+        answer = talk(inside.port, request)  # `talk` returns when the server closes the connection
+        assert b" 200 OK" in answer and b"connection: close" in answer
+        status, content = inside.ask("GET", "/v2/health/ready")
+        assert status == 503 and "will end" in content["error"]
+        assert inside.ask("GET", "/v2/health/live")[0] == 200
+    finally:
+        inside.app.leaving.clear()
+    assert inside.ask("GET", "/v2/health/ready")[0] == 200
 
 
 def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):

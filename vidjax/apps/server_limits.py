@@ -114,6 +114,11 @@ class Limit(NamedTuple):
         return get_args(self.kind)[1]
 
     @property
+    def text(self) -> str:
+        """The default, such as `20,000`."""
+        return f"{self.default:,.15g}"
+
+    @property
     def variable(self) -> str:
         """The environment variable that sets the limit."""
         return PREFIX + self.name.upper()

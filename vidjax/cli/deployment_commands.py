@@ -171,11 +171,11 @@ def add_serve_flags(parser: Parser) -> None:
     parser.add_argument("--token-file", metavar="F", help=about)
     about = "logs a line of JSON for each request to standard error, without names"
     parser.add_argument("--access-log", action="store_true", help=about)
-    about = f"An environment variable sets a limit, too, such as {PREFIX}CLIPS for --clips. In "
-    about += "brackets: the HTTP status of a request above the limit."
+    about = f"An environment variable also sets a limit, such as {PREFIX}CLIPS for --clips.\n"
+    about += "In brackets: the HTTP status of a request above the limit."
     group = parser.add_argument_group("limits", about)
     for name, limit in LIMITS.items():
-        about = f"{limit.meta.description} (default: {limit.default:,g})"
+        about = f"{limit.meta.description} (default: {limit.text})"
         group.add_argument(f"--{name}", metavar="N", help=about)
     parser.command(serve, "--gallery=people", "--gallery=people --port=9000")
 
