@@ -14,6 +14,7 @@ import shlex
 import shutil
 import socket
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -30,7 +31,7 @@ import tritonclient.http as http
 import uvicorn
 from msgspec.structs import replace
 
-from tests.helpers import docs, limits as child, made_galleries, servers
+from tests.helpers import docs, drawn_people, limits as child, made_galleries, servers
 from tests.helpers.seen import refused
 from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
@@ -40,6 +41,7 @@ from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import LIMITS, Limits
 from vidjax.cli import program
+from vidjax.data import clip_files
 from vidjax.runs import terminal
 from vidjax.utils import errors
 
@@ -118,7 +120,7 @@ def infer(client, model, arrays, binary=True, outputs=(), **options):
     return client.infer(model, inputs, outputs=asked, parameters=options or None)
 
 
-def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
+def test_npz_and_json_requests_get_the_answers_of_python(inside, people, tmp_path):
     def ask_with_npz(**arrays):
         np.savez(content := io.BytesIO(), **arrays)
         path, kind = "/identify?clip=q&k=2&threshold=0.2", {"Content-Type": "application/x-npz"}
@@ -132,6 +134,26 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
         assert answer["clip"] == clip
         assert_close(answer, wanted_answer)
         assert_close(ask_with_npz(**CLIPS[clip])[1]["clips"][0], wanted_answer)
+
+    # An .npz with several clips contains their names. The server checks the digests of the nets.
+    clip_files.write_npz(tmp_path / "many.npz", CLIPS, people.origin.cards)
+    content, kind = (tmp_path / "many.npz").read_bytes(), {"Content-Type": "application/x-npz"}
+    many = inside.ask("POST", "/identify?k=2&threshold=0.2", content, kind)[1]["clips"]
+    for answer, (clip, wanted_answer) in zip(many, wanted.items(), strict=True):
+        assert answer["clip"] == clip
+        assert_close(answer, wanted_answer)
+    clip_files.write_npz(tmp_path / "other.npz", CLIPS, {"face": "1" * 64})
+    clip_files.write_npz(tmp_path / "long.npz", {f"c {n}": CLIPS["query 0"] for n in range(33)})
+    for name, query, words in (
+        ("many", "?clip=q", "leave out ?clip"), ("other", "", "not from the model of the gallery"),
+        ("long", "", "too many clips: send 1 to 32"),
+    ):  # fmt: skip
+        content = (tmp_path / f"{name}.npz").read_bytes()
+        status, answer = inside.ask("POST", f"/identify{query}", content, kind)
+        assert (status, words in answer["error"]) == (422, True)
+    np.savez(content := io.BytesIO(), **CLIPS["query 0"])
+    status, answer = inside.ask("POST", "/identify", content.getvalue(), kind)
+    assert (status, "add ?clip=NAME" in answer["error"]) == (422, True)
 
     # Beyond float32, more than 1 MiB as float32, more than 1000 frames (see `SMALL`), a pickle.
     frames, large = np.ones((1001, 8), np.uint8), np.ones((1 << 15, 9), np.uint8)
@@ -233,6 +255,40 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
 
     outputs = {spec.name for spec in gallery_model.GalleryModel(people).outputs}
     assert outputs >= {*re.findall(r'as_numpy\("(\w+)"\)', page)}
+
+
+@pytest.mark.slow
+def test_first_day_of_the_page_runs_in_a_shell(tmp_path):
+    """The commands run as they are, but for the port, and `pip`, which `.ci/run` uses."""
+    pytest.importorskip("av")
+    first, second = (
+        re.findall(rf"<!-- day: {name} -->\n```sh\n(.*?)```", docs.SERVER.read_text(), re.S)[0]
+        for name in ("first", "second")
+    )
+    drawn_people.write_models(tmp_path / "models")
+    drawn_people.write_photo(tmp_path / "photos_of_ada/1.png", ("Ada", 40, 40))
+    drawn_people.write_film(tmp_path / "holiday.mp4", (2, 20, [("Ada", 20, 30)]))
+    env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(docs.ROOT)}
+
+    def run(text):
+        text = f'set -eu\npip() {{ :; }}\npython() {{ "{sys.executable}" "$@"; }}\n{text}'
+        text = text.replace("vidjax ", "python -m vidjax ").replace("curl ", "curl -sSf ")
+        words = ["/bin/sh", "-c", text]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    *before, last = first.strip().splitlines()
+    run("\n".join(before))
+    assert last.startswith("vidjax serve --gallery=staff ")
+    with servers.served(tmp_path / "staff") as server:
+        printed = run(second.replace("localhost:8080", f"localhost:{server.port}"))
+    (answer,) = re.findall(r'\{"clips":.*\]\}', printed)
+    assert [clip["identity"] for clip in json.loads(answer)["clips"]] == ["Ada"]
+    assert {
+        **Gallery(tmp_path / "staff").identities,
+        **Gallery(tmp_path / "backup").identities,
+    } == {}
 
 
 def test_people_are_enrolled_listed_and_never_named_after_removal(folder):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.helpers import limits, servers
 from tests.helpers.small_runs import ROOT
 from vidjax.apps.gallery.gallery import Gallery
 
+Ask = Callable[..., tuple[int, Any]]  # of `servers.Served`
 PAGE = ROOT / "vidjax/apps/serve/PROXY.md"
 CLIENTS = 32
 UNREADY = ("--unready_seconds=2", "--drain_seconds=5")
@@ -69,7 +71,7 @@ def test_change_by_one_process_is_in_the_next_answer_of_every_server(tmp_path):
 
 
 @contextlib.contextmanager
-def balanced(folder: Path, ports: list[int]) -> Iterator[Callable[..., tuple[int, object]]]:
+def balanced(folder: Path, ports: list[int]) -> Iterator[Ask]:
     """Yields a function that asks a server that was ready a moment ago, as a proxy does."""
     del folder
     every = [servers.Served(None, port) for port in ports]
@@ -80,7 +82,7 @@ def balanced(folder: Path, ports: list[int]) -> Iterator[Callable[..., tuple[int
         while not ended.wait(0.1):
             ready = [server for server in every if server.is_ready()] or ready
 
-    def ask(*words: object) -> tuple[int, object]:
+    def ask(*words: Any) -> tuple[int, Any]:
         first = next(turn)
         for number in range(2):
             with contextlib.suppress(ConnectionRefusedError):
@@ -99,7 +101,7 @@ def balanced(folder: Path, ports: list[int]) -> Iterator[Callable[..., tuple[int
 @contextlib.contextmanager
 def proxied(
     program: str, words: list[str], config: str, folder: Path, ports: list[int]
-) -> Iterator[Callable[..., tuple[int, object]]]:
+) -> Iterator[Ask]:
     """Runs a proxy with the configuration of the page; yields a function that asks the proxy."""
     path = shutil.which(program)
     if path is None:
@@ -126,7 +128,7 @@ def example(name: str) -> str:
 
 
 @contextlib.contextmanager
-def behind_caddy(folder: Path, ports: list[int]) -> Iterator[Callable[..., tuple[int, object]]]:
+def behind_caddy(folder: Path, ports: list[int]) -> Iterator[Ask]:
     words = ["run", "--config=config", "--adapter=caddyfile"]
     config = example("caddy").replace("{\n", "{\n\tadmin off\n", 1)
     with proxied("caddy", words, config, folder, ports) as ask:
@@ -134,7 +136,7 @@ def behind_caddy(folder: Path, ports: list[int]) -> Iterator[Callable[..., tuple
 
 
 @contextlib.contextmanager
-def behind_nginx(folder: Path, ports: list[int]) -> Iterator[Callable[..., tuple[int, object]]]:
+def behind_nginx(folder: Path, ports: list[int]) -> Iterator[Ask]:
     paths = "".join(
         f"{name}_temp_path {name};\n"
         for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -157,7 +159,7 @@ def test_rolling_restart_under_32_clients_fails_no_request(tmp_path, way):
     folder, ports = servers.make_gallery(tmp_path / "g").folder, find_ports(2)
     statuses, enrolled, ended = Counter[object](), [], threading.Event()
 
-    def work(number: int, ask: Callable[..., tuple[int, object]]) -> None:
+    def work(number: int, ask: Ask) -> None:
         query = {"clips": servers.as_json({"q": servers.make_frames(7000 + number, "person 3")})}
         for turn in itertools.count():
             name = f"client {number}, turn {turn}"
@@ -194,4 +196,3 @@ def test_rolling_restart_under_32_clients_fails_no_request(tmp_path, way):
                 client.result()
     assert {status for _, status in statuses} == {200}, statuses
     assert statuses.total() > 500 and {*enrolled} <= Gallery(folder).identities.keys()
-    print(f"\n{way.__name__}: {dict(statuses)}")  # noqa: T201

@@ -11,6 +11,7 @@ finished.
 import asyncio
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -344,8 +345,8 @@ class Application:
         """Reads a request to identify or enrol clips; returns the clips and the other fields.
 
         The clips are the result of `_check_clips`. The fields are an object of the type `kind`. The
-        body is JSON with all fields, or an `.npz` file with a single clip. For an `.npz` file, the
-        other fields are in the query.
+        body is JSON with all fields, or an `.npz` file. For an `.npz` file, the other fields, and
+        the name of a single clip, are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -359,8 +360,6 @@ class Application:
         if request.query_params and not npz:
             raise unprocessable("a request in JSON has no query: send all fields in the body")
         if npz:
-            if not name:
-                raise unprocessable("the query lacks the name of the clip: add ?clip=NAME")
             try:
                 size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
             except UserError as error:
@@ -372,16 +371,17 @@ class Application:
         def read() -> tuple[dict[str, Any], Any]:
             if npz:
                 fields = _read_query({"clips": [{"clip": name}], **words}, kind)
-                clips = [clip_files.read_npz_bytes(body, name, limit)]
+                nets = self.gallery.origin.cards
+                found = clip_files.read_npz_bytes(body, name, limit, nets)
             else:
                 fields = protocol.decode(body, kind)
-                if len(fields.clips) > self.limits.clips:
-                    most = self.limits.clips
-                    raise unprocessable(
-                        f"the request has {len(fields.clips):,} clips: send at most {most}"
-                    )
                 rows = enumerate(fields.clips)
-                clips = [clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows]
+                found = (clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows)
+            most = self.limits.clips
+            clips = [*itertools.islice(found, most + 1)]
+            if not 0 < len(clips) <= most:
+                count = "too many" if clips else "no"
+                raise unprocessable(f"the request has {count} clips: send 1 to {most}")
             fields.clips = []  # frees lists of numbers, which take more memory than arrays
             return _check_clips(clips, self.model.widths, self.limits), fields
 
@@ -479,7 +479,7 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
         if point.body in (IdentifyRequest, EnrolRequest):
             fields = schemas[point.body.__name__]["properties"].keys() - {"clips", "identities"}
             rest = ", ".join(sorted(fields))
-            about = f"the name of the clip in an .npz; only then, the query may also have {rest}"
+            about = f"the name of a single clip in an .npz; with an .npz, the query may have {rest}"
             words = {"clip": {**text, "description": about}}
         parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [
