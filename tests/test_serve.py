@@ -151,7 +151,7 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people, tmp_pat
         content = (tmp_path / f"{name}.npz").read_bytes()
         status, answer = inside.ask("POST", f"/identify{query}", content, kind)
         assert (status, words in answer["error"]) == (422, True)
-    np.savez(content := io.BytesIO(), **CLIPS["query 0"])
+    np.savez(content := io.BytesIO(), face=CLIPS["query 0"]["face"])
     status, answer = inside.ask("POST", "/identify", content.getvalue(), kind)
     assert (status, "add ?clip=NAME" in answer["error"]) == (422, True)
 

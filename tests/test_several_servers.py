@@ -70,6 +70,20 @@ def test_change_by_one_process_is_in_the_next_answer_of_every_server(tmp_path):
         assert first.ask("POST", "/enrol", enrolment("Cleo", 1))[0] == 200
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [1, 2])
+def test_signal_makes_a_server_unready_before_it_ends(tmp_path, signals):
+    folder = servers.make_gallery(tmp_path / "g").folder
+    with servers.served(folder, "--unready_seconds=4") as server:
+        began = time.monotonic()
+        server.process.terminate()
+        while server.is_ready():
+            assert time.monotonic() < began + 2
+        assert names_of(server, "person 1") and not server.is_ready()
+        assert (server.end() if signals == 2 else server.process.wait(60)) == 0
+        assert (time.monotonic() - began > 4) == (signals == 1)
+
+
 @contextlib.contextmanager
 def balanced(folder: Path, ports: list[int]) -> Iterator[Ask]:
     """Yields a function that asks a server that was ready a moment ago, as a proxy does."""
@@ -157,7 +171,7 @@ def find_ports(count: int) -> list[int]:
 @pytest.mark.parametrize("way", [balanced, behind_caddy, behind_nginx])
 def test_rolling_restart_under_32_clients_fails_no_request(tmp_path, way):
     folder, ports = servers.make_gallery(tmp_path / "g").folder, find_ports(2)
-    statuses, enrolled, ended = Counter[object](), [], threading.Event()
+    statuses, enrolled, ended = Counter[tuple[str, Any]](), [], threading.Event()
 
     def work(number: int, ask: Ask) -> None:
         query = {"clips": servers.as_json({"q": servers.make_frames(7000 + number, "person 3")})}
