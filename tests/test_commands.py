@@ -51,7 +51,7 @@ WORDS = {
     f"{TRAIN} --config.modalities=face\\ head": "write --config.modalities=face,head",
     "--config=mma --workdir=new --config.loss.classification=ArcFace": "loss.margin_type=angular",
     "rank --workdir=run clips": "needs --input", "export run new --format=onnx": "needs --to",
-    "compare --workdir=out --runs=A, B": "--runs=runs/mma,runs/deepmef", "predict": "rank, embed",
+    "compare --workdir=out --runs=A, B": "RUN RUN ... or --runs=A,B", "predict": "rank, embed",
     "evalaute --workdir=run": "'evaluate'?",
     "evaluate --workdir=run --out=o.tsv": "no flag --out",
     "rank": "needs --workdir, --input, --out",
@@ -565,3 +565,14 @@ def test_galleries_describe_the_expected_arguments(nearest_run, tmp_path):
     assert not new.exists()
     enrol, clips = servers.make_gallery(new).enrol, {"c": {"face": np.ones((1, 8), np.float32)}}
     refused(r"no clip is called 'd'(.|\n)*clip is 'c'", enrol, clips, {"d": "Ada"})
+
+
+def test_compare_prints_what_differs_and_leaves_out_folders_that_do_not_fit(places, command):
+    folders = [str(places / name) for name in ("empty", "b", "a")]
+    with pytest.warns(UserWarning, match="a folder is left out: '.*/empty' is not a run"):
+        done = command("compare", *folders)
+    assert done.code == 0, done
+    lines = [line.split() for line in done.out.splitlines()]
+    assert lines[-2] == ["field", "b", "a"] and lines[-1] == ["seed", "0", "3"]
+    assert [line[:2] for line in lines[2:4]] == [[folder, "0.6250"] for folder in folders[1:]]
+    assert "too few runs" in command("compare", folders[1]).err
