@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hmac
 import html
-import mimetypes
 import re
 import secrets
 import threading
@@ -45,13 +44,25 @@ from vidjax.utils.names import IGNORED, fold, is_unknown, normal_form
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
-FORM_BYTES = 10_000
+FORM_BYTES = 200_000
+SNIFF_BYTES = 64
+# The first bytes of films and photos -> the type as which a file is sent. A browser does not run
+# scripts in a file of these types. Other files are sent as bytes without a type.
+TYPES = {
+    rb"\x89PNG\r\n": "image/png", rb"\xff\xd8\xff": "image/jpeg", rb"GIF8": "image/gif",
+    rb"RIFF.{4}WEBP": "image/webp", rb"BM": "image/bmp", rb"II\*\0|MM\0\*": "image/tiff",
+    rb".{4}ftypavi[fs]": "image/avif", rb".{4}ftyp(hei|hev|mif)": "image/heic",
+    rb".{4}(ftyp|moov|mdat|wide|free|skip)": "video/mp4", rb"OggS": "video/ogg",
+    rb"\x1a\x45\xdf\xa3.{,59}webm": "video/webm", rb"\x1a\x45\xdf\xa3": "video/x-matroska",
+    rb"RIFF.{4}AVI ": "video/x-msvideo", rb"\0\0\x01[\xb3\xba]": "video/mpeg",
+}  # fmt: skip
 HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "same-origin",  # with `no-referrer`, browsers send forms without an origin
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+SANDBOX = {"Content-Security-Policy": "sandbox", **HEADERS}  # of films and pictures
 
 
 class Step(NamedTuple):
@@ -376,17 +387,19 @@ class _Pages:
 
     def send_film(self, request: Request) -> Response:
         path = self._find_film(request)
-        # Python 3.14 names another type for .mkv, and systems without /etc/mime.types have none.
-        known = "video/x-matroska" if path.suffix.lower() == ".mkv" else None
-        kind = known or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        return FileResponse(path, media_type=kind, headers=HEADERS)
+        with path.open("rb") as file:
+            start = file.read(SNIFF_BYTES)
+        kinds = (kind for first, kind in TYPES.items() if re.match(first, start, re.DOTALL))
+        return FileResponse(
+            path, media_type=next(kinds, "application/octet-stream"), headers=SANDBOX
+        )
 
     def send_picture(self, request: Request) -> Response:
         self._check(request)
         path = self._review.picture(request.path_params["picture"])
         if path is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
-        return FileResponse(path, media_type="image/png", headers=HEADERS)
+        return FileResponse(path, media_type="image/png", headers=SANDBOX)
 
     async def change(self, request: Request) -> Response:
         """Applies the change in a form, or undoes the last change."""
