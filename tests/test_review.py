@@ -329,7 +329,7 @@ def test_results_with_names_are_private_in_a_folder_that_others_may_read(drawn):
 
 def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     naming = {"do": "name", "of": "unknown 1"}
-    # 422: a wrong field. 409: a form of another version. 413: a form of more than 10,000 bytes.
+    # 422: a wrong field. 409: a form of another version. 413: a form of more than 200,000 bytes.
     for fields, status in [
         *((naming | {"person": new}, 422) for new in (" ", "a\u202eb", "unknown 9", "unknown")),
         *((naming | {"of": old, "person": "Bob"}, 422)
@@ -337,7 +337,7 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
         ({"do": "name", "of": "Ada", "person": "unknown 1"}, 422),
         ({"do": "burn", "of": "unknown 1"}, 422), ({}, 422),
         (naming | {"person": "Bob", "version": "9"}, 409),
-        (naming | {"person": "x" * 20_000}, 413),
+        (naming | {"person": "x" * 300_000}, 413),
     ]:  # fmt: skip
         text = reviewed.post(status=status, **fields)
         assert status == 413 or "Nothing was changed" in text  # 413: the form was not read

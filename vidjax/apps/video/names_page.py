@@ -3,10 +3,12 @@
 import base64
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from vidjax.apps.gallery.answers import FACE, Answer, rank_group
 from vidjax.apps.video.appearances import (
@@ -18,27 +20,33 @@ from vidjax.apps.video.appearances import (
     format_time,
     group_by_video,
 )
-from vidjax.apps.video.features_folder import MediaFile
+from vidjax.apps.video.features_folder import FaceTrack, MediaFile
 from vidjax.utils.names import IGNORED
 
 if TYPE_CHECKING:
     import jinja2
 
-MOST_PICTURES = 8  # pictures of a person in a film, taken from the longest appearances
+MOST_PICTURES = 8  # pictures of a person in a film, from as many appearances
+MOST_SHOWN = (
+    200  # unknown people on an overview with forms, and faces on a page of a person or film
+)
 LEAST_WIDTH = 0.4  # per cent of the timeline, so that short appearances are visible
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
 MOST_TIMES = 6  # times of a person below a timeline; further times are folded
+MOST_LIKELY = 3  # people whom a click chooses
 MOST_DOUBTFUL = 100  # doubtful names that are listed
 CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names with a tab
 
-Picture = tuple[str, str]  # the address of a picture, and its description
+# The address of a picture, its description, and the address of a larger picture.
+Picture = tuple[str, str, str]
 
 
 class PageEntry(NamedTuple):
     """An appearance of a person in a film, as the page shows it."""
 
-    key: str  # a text that identifies the appearance. It differs from all names of people
+    keys: list[str]  # texts that identify the clips. They differ from all names of people
+    best: str  # the clip with the best face
     video: str
     name: str  # the name of the person, or `unknown 3` for an unknown person
     probability: float | None  # the probability of the name; None for an unknown person
@@ -49,6 +57,7 @@ class PageEntry(NamedTuple):
     width: float  # in per cent of the timeline
     others: list[tuple[str, float]]  # other likely people with probabilities, best first
     address: str  # the URL of the film at this time
+    unclear: bool  # whether the face is unclear
 
     @property
     def doubt(self) -> float:
@@ -70,10 +79,13 @@ class Forms(NamedTuple):
     # The film or person that the page shows. For an overview, both are empty.
     film: str = ""
     person: str = ""
+    find: str = ""  # an overview shows people and films that contain these words
+    first: int = 0  # the number of unknown people or of faces on earlier pages
     message: str = ""  # a text about the last change, or an error
     last: str = ""  # a description of the change that can be undone
-    at: str = ""  # the person, or the key of the appearance, next to which the message is shown
+    at: str = ""  # the person, or the key of the appearance, whose name is asked next
     next: str = ""  # the value of `at` after the next change
+    of: Sequence[str] = ()  # the people and keys of a change that was not accepted
     typed: str = ""  # the name that the user typed, if it was not accepted
     similar: str = ""  # a person whose name is similar to `typed`
 
@@ -85,8 +97,9 @@ class Forms(NamedTuple):
     @property
     def url_query(self) -> str:
         """The query of the URL of this page, such as `film=holiday.mp4`."""
-        words = {"film": self.film, "person": self.person}
-        return urlencode({key: word for key, word in words.items() if word})
+        names = ("film", "person", "find", "first")
+        words = {name: getattr(self, name) for name in names}
+        return urlencode({name: word for name, word in words.items() if word})
 
 
 class PersonAppearances(NamedTuple):
@@ -128,11 +141,12 @@ def render(
       forms: the state of the forms with which a user corrects names. If None, there are no forms.
       note: a text about all names, or "".
     """
+    tracks = {track.clip: track for film in films for track in film.tracks}
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
     for film in films:
         in_film = by_video.get(film.video, ())
-        entries_of[film.video] = [_make_entry(x, film, answers, address) for x in in_film]
+        entries_of[film.video] = [_make_entry(x, film, tracks, answers, address) for x in in_film]
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
     unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
@@ -143,32 +157,72 @@ def render(
         forms = forms._replace(film="", person="")
     # A page without forms shows everything. A page with forms shows one film, one person, or an
     # overview.
-    part = forms.part if forms else ""
+    part, words = (forms.part, forms.find) if forms else ("", "")
     unclear = {name for name in unknown if name.startswith(FACE)}
     open_films = [film for film in films if forms is None or film.video == forms.film]
-    open_people = everyone if forms is None else unknown
+    open_people = everyone if forms is None else find(words, {name: name for name in unknown})
+    grid = list[PageEntry]()
     if forms and part:
         open_people, doubtful = [forms.person] * (forms.person in times), []
-    listed = doubtful[:MOST_DOUBTFUL]
-    shown = [*listed, *entries_of.get(part, ()), *times.get(part, ())]
+        grid = [
+            _make_entry(face, film, tracks, answers, address)
+            for film in films for x in by_video.get(film.video, ())
+            if film.video == forms.film or forms.person == (x.identity or IGNORED)
+            for face in _split_appearance(x, tracks)
+        ]  # fmt: skip
+        if forms.person:
+            grid.sort(key=lambda face: _rank_face(face.best, tracks))
+    listed = [] if words else doubtful[:MOST_DOUBTFUL]
+    first = forms.first if forms else 0
+    last = first + MOST_SHOWN if forms else None
+    count = len(grid if part else open_people)
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
-        """Returns photos of the person `name`, or if there are none, faces in `entries`."""
-        longest = sorted(range(len(entries)), key=lambda n: -entries[n].seconds)[:MOST_PICTURES]
-        chosen = [entries[n] for n in sorted(longest)]
-        pictures = [(picture(entry.key.removeprefix(CLIP)), entry.time) for entry in chosen]
-        return [*people.get(name, ())] or [pair for pair in pictures if pair[0]]
+        """Returns photos of the person `name`. If there are none: the best faces in `entries`."""
+        if people.get(name):
+            return [*people[name]]
+        best = sorted(entries, key=lambda entry: _rank_face(entry.best, tracks))
+        found = ((entry, picture(entry.best)) for entry in best)
+        pictures = (
+            (source, entry.time, f"frame/{quote(entry.best)}" if forms else source)
+            for entry, source in found if source or forms
+        )  # fmt: skip
+        return [*itertools.islice(pictures, MOST_PICTURES)]
+
+    def likely(entries: Sequence[PageEntry]) -> list[tuple[str, float]]:
+        """Returns the most likely known people of all `entries` with probabilities, best first."""
+        best: dict[str, float] = {}
+        for name, share in sorted(pair for entry in entries for pair in entry.others):
+            best[name] = max(share, best.get(name, 0.0))
+        return sorted(best.items(), key=lambda pair: -pair[1])[:MOST_LIKELY]
+
+    def turn(first: int) -> str:
+        """Returns the URL of this page from the face or person with the number `first` on."""
+        return f"./?{forms._replace(first=max(first, 0)).url_query}" if forms else ""
 
     return _load_template().render(
         part=part,
         note=note,
         doubtful=listed,
         num_doubtful=len(doubtful),
-        videos=[*entries_of],
+        videos=find(words, {
+            video: " ".join([video, *{entry.name for entry in entries}])
+            for video, entries in entries_of.items()
+        }) if words else [*entries_of],
         films=[_make_section(film, entries_of[film.video], people) for film in open_films],
-        people=[PersonAppearances(name, times[name], "") for name in open_people],
+        index=find(words, {name: name for name in everyone if name not in {*unknown}}),
+        people=[
+            PersonAppearances(name, times[name], "")
+            for name in open_people[first * (not part) : last]
+        ],
+        grid=grid[first:last],
+        count=count,
+        earlier=turn(first - MOST_SHOWN) if first else "",
+        later=turn(first + MOST_SHOWN) if forms and first + MOST_SHOWN < count else "",
+        once=sum(len(times[name]) == 1 for name in unknown),
         faces=faces,
+        likely=likely,
         entries_of=times,
         ignored=IGNORED,
         percent=format_percent,
@@ -176,12 +230,41 @@ def render(
         unknown={*unknown},
         unclear=unclear,
         anchors={name: number for number, name in enumerate(everyone, 1)},
-        placed=forms and forms.at in {*open_people, *(entry.key for entry in shown)},
         most_times=MOST_TIMES,
         forms=forms,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
+    )  # fmt: skip
+
+
+def find(words: str, texts: Mapping[str, str]) -> list[str]:
+    """Returns the keys whose texts contain most of the `words`. Case and accents are ignored.
+
+    If no text contains all words, the texts with the next highest number of words are found.
+    """
+    wanted = _simplify(words).split()
+    if not wanted:
+        return [*texts]
+    counts = {key: sum(word in _simplify(text) for word in wanted) for key, text in texts.items()}
+    best = max(counts.values(), default=0)
+    return [key for key, count in counts.items() if count == best and count]
+
+
+def _simplify(text: str) -> str:
+    letters = unicodedata.normalize("NFD", text)
+    return "".join(x for x in letters if not unicodedata.combining(x)).casefold()
+
+
+def _rank_face(clip: str, tracks: Mapping[str, FaceTrack]) -> tuple[float, ...]:
+    """Returns a value by which the faces of clips are sorted, from the clearest face on."""
+    x = tracks.get(clip)
+    return (-x.clarity, -x.quality, -x.seen) if x else ()
+
+
+def _split_appearance(x: Appearance, tracks: Mapping[str, FaceTrack]) -> Iterator[Appearance]:
+    """Yields an appearance for each clip of an appearance."""
+    for clip in x.clips:
+        yield x._replace(clips=(clip,), start_s=tracks[clip].start_s, end_s=tracks[clip].end_s)
 
 
 @functools.cache
@@ -207,6 +290,7 @@ def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
 def _make_entry(
     x: Appearance,
     film: MediaFile,
+    tracks: Mapping[str, FaceTrack],
     answers: Mapping[str, Answer],
     address: Callable[[MediaFile, float], str],
 ) -> PageEntry:
@@ -223,10 +307,12 @@ def _make_entry(
     width = min(max(100 * (x.end_s - x.start_s) / length, LEAST_WIDTH), 100 - left)
     if film.photo:
         left, width = 0.0, 100.0
+    face = min(x.clips, key=lambda clip: _rank_face(clip, tracks))
     return PageEntry(
-        CLIP + x.clips[0], film.video, name, x.probability,
+        [CLIP + clip for clip in x.clips], face, film.video, name, x.probability,
         format_certainty(x), format_appearance_time(x, film), x.end_s - x.start_s,
         round(left, 2), round(width, 2), likely, address(film, x.start_s),
+        face in tracks and tracks[face].unclear,
     )  # fmt: skip
 
 

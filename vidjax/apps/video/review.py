@@ -16,7 +16,8 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from vidjax.apps import web
+from vidjax.apps.gallery.answers import rank_group
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Denials, StoredClip
@@ -129,14 +131,15 @@ class Review:
         inside = inside and path.parent.parent.name == THUMBNAILS
         return path if inside and path.suffix == ".png" and files.is_file(path) else None
 
-    def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of names as HTML, for all films, or for one `film` or `person`.
+    def render(self, view: Mapping[str, str], problem: Forms | None = None) -> str:
+        """Returns the page of names as HTML. `view` chooses what it shows, see `_read_view`.
 
         `problem` is the state of the forms after a refused change. If it is None, the first page
         after a change says what was changed.
         """
         forms = (problem or self._forms)._replace(
-            version=self.version, film=film, person=person,
+            version=self.version, film=view.get("film", ""), person=view.get("person", ""),
+            find=view.get("find", ""), first=int(view.get("first", 0)),
             last=self._steps[-1].words if self._steps else "",
         )  # fmt: skip
         self._forms = Forms()
@@ -148,45 +151,62 @@ class Review:
 
         return who.render_page(self._out, self._decision, address, forms)
 
-    def change(self, action: str, of: str, name: str, after: str = "") -> None:
-        """Changes the name of a person, or of a person in one appearance.
+    def change(self, action: str, of: Sequence[str], name: str, after: str = "") -> None:
+        """Changes the names of people or faces, as one step that can be undone.
 
         Args:
-          action: "name" gives the person the name `name`. "deny" says that the name is wrong, so
-            that the person becomes unknown. "ignore" shows the person as ignored, without a name.
-          of: the person to change, or the key of the appearance to change.
+          action: "name" gives all of them the name `name`. "deny" says that their name is wrong,
+            so that they become unknown. "ignore" shows them as ignored, without a name.
+          of: the people, and the keys of the faces, to change.
           name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
-            person `of` become one unknown person. Then `of` must be unknown, too.
-          after: the person, or the key of the appearance, next to which the page says what changed.
+            people `of` become one unknown person. Then all of them must be unknown.
+          after: the person, or the key of the face, whose name the page asks next.
 
         Raises:
-          UserError: `of` is not on the page, or the name is not allowed.
+          UserError: one of `of` is not on the page, or the name is not allowed.
         """
-        clips, old, subject = self._find_clips(of)
-        if action == "deny" and old == of:
-            raise UserError(f"'{of}' is a person: choose an appearance that does not show {of}")
-        if action == "deny":
+        found = [self._find_clips(key) for key in of]
+        if not found:
+            raise UserError("nobody is selected: select people or faces first")
+        clips = tuple(sorted({clip for part, _, _ in found for clip in part}))
+        subjects, at = [*dict.fromkeys(subject for _, _, subject in found)], of[0]
+        subject = subjects[0] + f" and {len(subjects) - 1} more" * (len(subjects) > 1)
+        old = {key: name for key, (_, name, _) in zip(of, found, strict=True)}
+        if action in ("deny", "apart"):
+            if people := [key for key, name in old.items() if key == name]:
+                raise UserError(
+                    f"'{people[0]}' is a person: choose an appearance that does not "
+                    f"show {people[0]}"
+                )
+            name = old[at]
             entries = dict.fromkeys(self._find_enrolled(clips))
-            self._finish(f"{subject} is not {old}", of, "", entries, self._deny(clips, old))
-            found = (x.identity for x in self._decision.appearances if clips[0] in x.clips)
-            new = next(found, None)
-            message = f"Saved: {subject} is not {old}, but {new or IGNORED}."
+            self._finish(f"{subject} is not {name}", at, "", entries, self._deny(clips, name))
+            named = (x.identity for x in self._decision.appearances if clips[0] in x.clips)
+            message = f"Saved: {subject} is not {name}, but {next(named, None) or IGNORED}."
             self._forms = self._forms._replace(message=message)
         elif action == "ignore":
-            self._finish(f"{subject} is ignored", of, after, self._label_clips(of, clips, None))
+            entries = self._label_clips(of, clips, None)
+            self._finish(f"{subject} is ignored", at, after, entries)
         elif action != "name" or not name:
             raise UserError("the name is empty: type a name")
         elif is_unknown(name):
             group = self._find_group(name)
-            numbers = self._numbers.join([self._find_group(old), group])
-            self._finish(f"{subject} is {group}", of, after, {}, numbers=numbers)
+            numbers = self._numbers.join([*map(self._find_group, old.values()), group])
+            self._finish(f"{subject} is {group}", at, after, {}, numbers=numbers)
         else:
             name = check_person(name)
-            self._finish(f"{subject} is {name}", of, after, self._label_clips(of, clips, name))
+            self._finish(f"{subject} is {name}", at, after, self._label_clips(of, clips, name))
 
-    def similar(self, name: str, of: str) -> str | None:
-        """Returns an enrolled person other than `of` whose name is almost `name`, or None."""
-        people = self._gallery.identities.keys() - {of}
+    def ignore_once(self) -> None:
+        """Ignores all unknown people who are seen once, as one step that can be undone."""
+        seen = Counter(x.identity for x in self._decision.appearances if x.identity)
+        unknown = {*self._decision.unknown.values()}
+        of = [name for name, number in seen.items() if number == 1 and name in unknown]
+        self.change("ignore", of, "")
+
+    def similar(self, name: str, of: Sequence[str]) -> str | None:
+        """Returns an enrolled person not in `of` whose name is almost `name`, or None."""
+        people = self._gallery.identities.keys() - {*of}
         if is_unknown(name) or normal_form(name) in people:
             return None
         letters = {_fold_letters(person): person for person in people}
@@ -220,12 +240,13 @@ class Review:
                 self._saved = version
 
     def _find_clips(self, of: str) -> tuple[tuple[str, ...], str, str]:
-        """Returns the clips, the name and a description of the person or the appearance `of`."""
-        for x in self._decision.appearances:
-            if of == CLIP + x.clips[0]:
+        """Returns the clips, the name and a description of the person or the face `of`."""
+        clip = of.removeprefix(CLIP)
+        for x in self._decision.appearances if clip != of else ():
+            if clip in x.clips:
                 film = next(film for film in self._films if film.video == x.video)
                 subject = f"{x.video}, {format_appearance_time(x, film)},"
-                return x.clips, x.identity or IGNORED, subject
+                return (clip,), x.identity or IGNORED, subject
         unknown, enrolled = self._decision.unknown.items(), self._gallery.clips.items()
         clips = [clip for clip, name in unknown if name == of]
         clips += [clip for clip, x in enrolled if x.identity == of]
@@ -251,15 +272,17 @@ class Review:
         return {*self._gallery.find_enrolled(vectors.only({*clips}))} if vectors else set()
 
     def _label_clips(
-        self, of: str, clips: Collection[str], name: str | None
+        self, of: Sequence[str], clips: Collection[str], name: str | None
     ) -> dict[str, StoredClip | None]:
-        """Returns clip -> new entry of the gallery, in which the person `of` has the name `name`.
+        """Returns clip -> new entry of the gallery, in which `of` have the name `name`.
 
         If `name` is None, the entry says that the person is ignored. Clips without a usable face
         are left out. Raises UserError if no clip remains.
         """
         vectors, enrolled = self._decision.vectors, self._gallery.clips
-        known = clips if of in self._gallery.identities else self._find_enrolled(clips)
+        people = {*of} & self._gallery.identities.keys()
+        known = self._find_enrolled(clips)
+        known |= {clip for clip in clips if clip in enrolled and enrolled[clip].identity in people}
         new = select_usable_clips(vectors.only({*clips}.difference(known))) if vectors else {}
         old = {clip: enrolled[clip] for clip in known}
         entries = {clip: entry._replace(identity=name) for clip, entry in (new | old).items()}
@@ -360,10 +383,9 @@ class _Pages:
     def show(self, request: Request) -> Response:
         """Answers with the page of names, for all films, or for one film or person in the query."""
         self._check(request)
-        query = request.query_params
         with self._lock:
             self._review.refresh()
-            page = self._review.render(query.get("film", ""), query.get("person", ""))
+            page = self._review.render(_read_view(request.query_params))
         return HTMLResponse(page, headers=HEADERS)
 
     def _find_film(self, request: Request) -> Path:
@@ -407,36 +429,49 @@ class _Pages:
         form = await _read_form(request)
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
 
-    def _apply(self, form: Mapping[str, str], back: bool) -> Response:
+    def _apply(self, fields: Sequence[tuple[str, str]], back: bool) -> Response:
         """Applies the change in a form. If `back` is True, undoes the last change instead."""
-        review = self._review
-        of, typed = form.get("of", ""), form.get("person") or form.get("new", "")
-        name, is_naming = " ".join(typed.split()), form.get("do") == "name"
-        view = dict(urllib.parse.parse_qsl(form.get("view", "")))
-        view = {word: view[word] for word in ("film", "person") if word in view}
-        problem, status = Forms(at=of, next=form.get("next", "")), HTTPStatus.CONFLICT
+        review, form = self._review, dict(fields)
+        of = [value for name, value in fields if name == "of"]
+        typed, action = form.get("person") or form.get("new", ""), form.get("do", "")
+        name, after = " ".join(typed.split()), form.get("next", "")
+        view = _read_view(dict(urllib.parse.parse_qsl(form.get("view", ""))))
+        problem = Forms(at="".join(of[:1]), next=after, of=of, typed=typed)
+        status = HTTPStatus.CONFLICT
         with self._lock:
             try:
                 review.refresh()
                 if form.get("version") != str(review.version):
                     raise UserError("the page was out of date: repeat the change on this new page")
                 status = HTTPStatus.UNPROCESSABLE_ENTITY
+                if action == "join":
+                    action, name = "name", name or min(filter(is_unknown, of), key=rank_group)
                 if back:
                     review.undo()
-                elif is_naming and "person" in form and (other := review.similar(name, of)):
+                elif action == "once":
+                    review.ignore_once()
+                elif action == "name" and "person" in form and (other := review.similar(name, of)):
                     problem = problem._replace(similar=other)
                     raise UserError(f"there is already {other}: is it the same person?")
                 else:
-                    review.change(form.get("do", ""), of, name, form.get("next", ""))
-                    if is_naming and view.get("person") == of:
+                    review.change(action, of, name, after)
+                    if action == "name" and [view.get("person")] == of:
                         view["person"] = name
             except (Expected, OSError) as error:
                 about = f"Nothing was changed: {describe_system_error(error) or error}"
-                problem = problem._replace(message=about, typed=typed)
-                return HTMLResponse(review.render(**view, problem=problem), status, HEADERS)
+                page = review.render(view, problem._replace(message=about))
+                return HTMLResponse(page, status, HEADERS)
         place = f"./?{urllib.parse.urlencode(view)}" if view else "./"
         headers, later = {"Location": place, **HEADERS}, BackgroundTask(review.save_later)
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
+
+
+def _read_view(query: Mapping[str, str]) -> dict[str, str]:
+    """Returns the parameters of a URL that choose what the page shows, see `Forms.url_query`."""
+    view = {name: query[name] for name in ("film", "person", "find") if query.get(name)}
+    if re.fullmatch("[1-9][0-9]{0,8}", query.get("first", "")):
+        view["first"] = query["first"]
+    return view
 
 
 def make_app(review: Review, token: str) -> Starlette:
@@ -478,8 +513,8 @@ def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.
     return HTMLResponse(page, status, {"Content-Security-Policy": policy, **HEADERS})
 
 
-async def _read_form(request: Request) -> dict[str, str]:
-    """Reads the fields of a form from a request; refuses forms of more than 10 kB."""
+async def _read_form(request: Request) -> list[tuple[str, str]]:
+    """Reads the fields of a form from a request; refuses forms of more than 200 kB."""
     body = b""
     async for piece in request.stream():
         body += piece
@@ -487,7 +522,7 @@ async def _read_form(request: Request) -> dict[str, str]:
             raise HTTPException(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The name is too long: type a shorter name."
             )
-    return dict(urllib.parse.parse_qsl(body.decode(errors="replace")))
+    return urllib.parse.parse_qsl(body.decode(errors="replace"))
 
 
 def serve_review(
