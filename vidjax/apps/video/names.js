@@ -4,7 +4,7 @@
 const all = (selector, part = document) => [...part.querySelectorAll(selector)];
 const boxes = () => all("[form=selection][type=checkbox]").filter((box) => box.checkVisibility());
 const chosen = () => all("[form=selection]:checked");
-const holder = (element) => element.closest(".grid li, .person, tr");
+const holder = (element) => element.closest(".grid li, .person, tr"); // what a change hides
 let last = null; // the box of which a range begins
 
 function count() {
@@ -44,11 +44,12 @@ const large = () => document.querySelector("#large");
 let shown = [], place = 0;
 function show(step) {
   place = (place + step + shown.length) % shown.length;
-  const image = large().querySelector("img"), about = holder(shown[place])?.querySelector("p:not(.faces), h3");
+  const image = large().querySelector("img"), holds = holder(shown[place]);
+  const about = holds?.querySelector(".grid p, h3, th bdi")?.innerText || "";
   image.src = shown[place].href;
   image.alt = shown[place].title;
   large().querySelector("p").textContent =
-    `${about ? about.innerText.replace("\n", ", ") + ", " : ""}${shown[place].title}, ${place + 1} of ${shown.length}`;
+    `${about.includes(image.alt) ? about : `${about} ${image.alt}`} (${place + 1} of ${shown.length})`;
 }
 
 document.addEventListener("click", (event) => {

@@ -150,6 +150,7 @@ def render(
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
     unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
+    known = [*people, *({IGNORED} & times.keys())]
     everyone = [*people, *unknown, *({IGNORED} & times.keys())]
     doubtful = [entry for entries in entries_of.values() for entry in entries if entry.doubt]
     doubtful.sort(key=lambda entry: -entry.doubt)
@@ -211,7 +212,7 @@ def render(
             for video, entries in entries_of.items()
         }) if words else [*entries_of],
         films=[_make_section(film, entries_of[film.video], people) for film in open_films],
-        index=find(words, {name: name for name in everyone if name not in {*unknown}}),
+        index=find(words, {name: name for name in known}),
         people=[
             PersonAppearances(name, times[name], "")
             for name in open_people[first * (not part) : last]

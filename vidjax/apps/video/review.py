@@ -405,7 +405,10 @@ class _Pages:
             f"{path.name}, from {format_time(seconds, short=True)}. If it does not play, your "
             f"browser does not support its format. Open it in a player, such as VLC: {path}"
         )
-        return _make_note(path.name, about, f'<video src="{address}" controls autoplay></video>')
+        back = '<p><a href="../">All people and films</a></p>'
+        return _make_note(
+            path.name, about, back + f'<video src="{address}" controls autoplay></video>'
+        )
 
     def send_film(self, request: Request) -> Response:
         path = self._find_film(request)
