@@ -22,8 +22,9 @@ from vidjax.apps.video.features_folder import (
 from vidjax.data.clip_files import write_npz
 
 WIDTH = 128
-NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo")
+NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lou")
 SHOT_SECONDS = 4.0
+MIXTURE = (0.8, 0.6)  # of the person whom a face in a wrong group looks like, and of its own person
 
 
 def name_person(person: int) -> str:
@@ -83,8 +84,10 @@ def make(
 
     centres = unit(rng.normal(size=(people, WIDTH)))
 
-    def look(person):
-        return unit(centres[person] + 0.25 / WIDTH**0.5 * rng.normal(size=WIDTH)).astype(np.float32)
+    def look(person, like=None):
+        """Returns a vector of a face, which is more similar to the person `like` if it is given."""
+        centre = centres[person] if like is None else centres[[like, person]].T @ MIXTURE
+        return unit(centre + 0.25 / WIDTH**0.5 * rng.normal(size=WIDTH)).astype(np.float32)
 
     with gallery.change() as draft:
         for person in range(known):
@@ -100,9 +103,9 @@ def make(
         for face in range(faces):
             person, clip = next(turn), f"{stem}.s{face:03}.t00"
             truth[clip] = name_person(person)
-            looks = int(rng.integers(people)) if rng.random() < wrong else person
+            like = int(rng.integers(people)) if rng.random() < wrong else None
             quality = float(rng.uniform(0.3, 0.9))
-            vectors = np.stack([look(looks) for _ in range(3)])
+            vectors = np.stack([look(person, like) for _ in range(3)])
             arrays[clip] = {"face": vectors, "face_quality": np.full(3, quality, np.float32)}
             begin = face * SHOT_SECONDS
             box = (0.3, 0.2, 0.6, 0.9)

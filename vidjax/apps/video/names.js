@@ -96,7 +96,7 @@ document.addEventListener("keydown", (event) => {
 
 // Sends the changes one after another. The changed people disappear at once.
 let sent = Promise.resolve(), waiting = 0;
-function replace(text) {
+function replace(text, next) {
   const page = new DOMParser().parseFromString(text, "text/html");
   const field = document.activeElement;
   const typed = field?.name === "person" && field.value ? [field.ariaLabel, field.value] : null;
@@ -107,7 +107,7 @@ function replace(text) {
   }
   const again = typed && all("[name=person]").find((other) => other.ariaLabel === typed[0]);
   if (again) again.value = typed[1];
-  (again || document.querySelector("[autofocus]"))?.focus();
+  (again || document.querySelector("[autofocus]") || boxes().find((box) => box.value === next))?.focus();
 }
 async function send(form, data) {
   data.set("version", document.querySelector("[name=version]").value);
@@ -116,7 +116,7 @@ async function send(form, data) {
   waiting -= 1;
   if (!text.includes('<main id="main"')) return location.reload();
   history.replaceState(null, "", answer.redirected ? answer.url : location.href);
-  if (!waiting || !answer.ok) replace(text);
+  if (!waiting || !answer.ok) replace(text, data.get("next"));
   else document.querySelector("[name=version]").value = new DOMParser().parseFromString(text, "text/html").querySelector("[name=version]").value;
 }
 document.addEventListener("submit", (event) => {
@@ -125,15 +125,18 @@ document.addEventListener("submit", (event) => {
   event.preventDefault();
   const data = new FormData(form, event.submitter), of = data.getAll("of");
   const about = event.submitter?.textContent === "Save" ? data.getAll("person").at(-1) : event.submitter?.textContent;
-  for (const box of boxes()) if (of.includes(box.value)) holder(box).hidden = true;
-  const next = data.get("next") && boxes().find((box) => box.value === data.get("next"));
+  const list = boxes(), changed = list.filter((box) => of.includes(box.value));
+  if (form.id === "selection" && changed.length)
+    data.set("next", list.slice(list.indexOf(changed.at(-1))).find((box) => !of.includes(box.value))?.value ?? "");
+  const next = list.find((box) => box.value === data.get("next"));
+  for (const box of changed) holder(box).hidden = true;
   let said = document.querySelector(".said");
   if (!said) document.querySelector("main").prepend((said = document.createElement("div")));
   said.className = "said";
   said.innerHTML = "<p role=status></p>";
   said.firstChild.textContent = `Saving: ${about}`;
   if (form.id === "selection") form.reset();
-  if (next) holder(next).querySelector("[name=person]")?.focus();
+  if (next) (holder(next).querySelector("[name=person]") ?? next).focus();
   waiting += 1;
   sent = sent.then(() => send(form, data)).catch(() => {
     said.firstChild.textContent = "Nothing was saved: vidjax --review has ended. Start it again, and reload the page.";
