@@ -42,32 +42,97 @@ CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names 
 Picture = tuple[str, str, str]
 
 
-class PageEntry(NamedTuple):
-    """An appearance of a person in a film, as the page shows it."""
+class PageData(NamedTuple):
+    """The data from which all entries of a page are made, see `render`."""
 
-    keys: list[str]  # texts that identify the clips. They differ from all names of people
-    best: str  # the clip with the best face
-    video: str
-    name: str  # the name of the person, or `unknown 3` for an unknown person
-    probability: float | None  # the probability of the name; None for an unknown person
-    certainty: str  # the probability as text, see `format_certainty`
-    time: str  # the start and end as text, such as 3:12–3:15
-    seconds: float  # the duration
-    left: float  # the place on the timeline, in per cent
-    width: float  # in per cent of the timeline
-    others: list[tuple[str, float]]  # other likely people with probabilities, best first
-    address: str  # the URL of the film at this time
-    unclear: bool  # whether the face is unclear
+    tracks: Mapping[str, FaceTrack]  # clip -> track
+    answers: Mapping[str, Answer]
+    address: Callable[[MediaFile, float], str]
+
+    def rank(self, clip: str) -> tuple[float, ...]:
+        """Returns a value by which the faces of clips are sorted, from the clearest face on."""
+        x = self.tracks.get(clip)
+        return (-x.clarity, -x.quality, -x.seen) if x else ()
+
+
+class PageEntry:
+    """An appearance of a person in a film, as the page shows it.
+
+    A page shows few of many appearances. So texts are made when they are shown.
+    """
+
+    def __init__(self, x: Appearance, film: MediaFile, data: PageData):
+        self._x, self._film, self._data = x, film, data
+        self.video = film.video
+        self.name = x.identity or IGNORED  # the name of the person, or such as `unknown 3`
+        self.seconds = x.end_s - x.start_s
 
     @property
+    def keys(self) -> list[str]:
+        """Texts that identify the clips. They differ from all names of people."""
+        return [CLIP + clip for clip in self._x.clips]
+
+    @functools.cached_property
+    def best(self) -> str:
+        """The clip with the best face."""
+        return min(self._x.clips, key=self._data.rank)
+
+    @property
+    def unclear(self) -> bool:
+        """Whether no face is clear."""
+        return self.best in self._data.tracks and self._data.tracks[self.best].unclear
+
+    @property
+    def certainty(self) -> str:
+        """The probability as text, see `format_certainty`."""
+        return format_certainty(self._x)
+
+    @property
+    def time(self) -> str:
+        """The start and end as text, such as 3:12-3:15."""
+        return format_appearance_time(self._x, self._film)
+
+    @property
+    def address(self) -> str:
+        """The URL of the film at this time."""
+        return self._data.address(self._film, self._x.start_s)
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """The place on the timeline, and its width, in per cent of the timeline."""
+        if self._film.photo:
+            return 0.0, 100.0
+        length = max(self._film.seconds, 1e-3)
+        left = min(100 * self._x.start_s / length, 100 - LEAST_WIDTH)
+        width = min(max(100 * self.seconds / length, LEAST_WIDTH), 100 - left)
+        return round(left, 2), round(width, 2)
+
+    @functools.cached_property
+    def others(self) -> list[tuple[str, float]]:
+        """Other likely people with probabilities, best first."""
+        best = dict[str, float]()
+        for clip in self._x.clips:
+            for other, p in self._data.answers[clip].best if clip in self._data.answers else ():
+                if p >= LIKELY_PROBABILITY and other != self.name:
+                    best[other] = max(p, best.get(other, 0.0))
+        return sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
+
+    @functools.cached_property
     def doubt(self) -> float:
         """The probability that the name is wrong, 0 to 1. A probability of at most 0.1 counts as 0.
 
         For an unknown person, the doubt is the probability of the most likely name.
         """
-        if self.probability is None:
+        if self._x.probability is None:
             return self.others[0][1] if self.others else 0.0
-        return 1.0 - self.probability if self.probability < SURE_PROBABILITY else 0.0
+        return 1.0 - self._x.probability if self._x.probability < SURE_PROBABILITY else 0.0
+
+    def split(self) -> "Iterator[PageEntry]":
+        """Yields an entry for each clip of the appearance."""
+        for clip in self._x.clips:
+            track = self._data.tracks[clip]
+            part = self._x._replace(clips=(clip,), start_s=track.start_s, end_s=track.end_s)
+            yield PageEntry(part, self._film, self._data)
 
 
 class Forms(NamedTuple):
@@ -142,11 +207,12 @@ def render(
       note: a text about all names, or "".
     """
     tracks = {track.clip: track for film in films for track in film.tracks}
+    data = PageData(tracks, answers, address)
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
     for film in films:
         in_film = by_video.get(film.video, ())
-        entries_of[film.video] = [_make_entry(x, film, tracks, answers, address) for x in in_film]
+        entries_of[film.video] = [PageEntry(x, film, data) for x in in_film]
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
     unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
@@ -165,14 +231,10 @@ def render(
     grid = list[PageEntry]()
     if forms and part:
         open_people, doubtful = [forms.person] * (forms.person in times), []
-        grid = [
-            _make_entry(face, film, tracks, answers, address)
-            for film in films for x in by_video.get(film.video, ())
-            if film.video == forms.film or forms.person == (x.identity or IGNORED)
-            for face in _split_appearance(x, tracks)
-        ]  # fmt: skip
+        entries = entries_of.get(forms.film) or times[forms.person]
+        grid = [face for entry in entries for face in entry.split()]
         if forms.person:
-            grid.sort(key=lambda face: _rank_face(face.best, tracks))
+            grid.sort(key=lambda face: data.rank(face.best))
     listed = [] if words else doubtful[:MOST_DOUBTFUL]
     first = forms.first if forms else 0
     last = first + MOST_SHOWN if forms else None
@@ -183,7 +245,7 @@ def render(
         """Returns photos of the person `name`. If there are none: the best faces in `entries`."""
         if people.get(name):
             return [*people[name]]
-        best = sorted(entries, key=lambda entry: _rank_face(entry.best, tracks))
+        best = sorted(entries, key=lambda entry: data.rank(entry.best))
         found = ((entry, picture(entry.best)) for entry in best)
         pictures = (
             (source, entry.time, f"frame/{quote(entry.best)}" if forms else source)
@@ -256,18 +318,6 @@ def _simplify(text: str) -> str:
     return "".join(x for x in letters if not unicodedata.combining(x)).casefold()
 
 
-def _rank_face(clip: str, tracks: Mapping[str, FaceTrack]) -> tuple[float, ...]:
-    """Returns a value by which the faces of clips are sorted, from the clearest face on."""
-    x = tracks.get(clip)
-    return (-x.clarity, -x.quality, -x.seen) if x else ()
-
-
-def _split_appearance(x: Appearance, tracks: Mapping[str, FaceTrack]) -> Iterator[Appearance]:
-    """Yields an appearance for each clip of an appearance."""
-    for clip in x.clips:
-        yield x._replace(clips=(clip,), start_s=tracks[clip].start_s, end_s=tracks[clip].end_s)
-
-
 @functools.cache
 def _load_template() -> "jinja2.Template":
     import jinja2
@@ -286,35 +336,6 @@ def _load_template() -> "jinja2.Template":
 def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
     """Returns the time of an appearance as text, such as 3:12–3:15 or "in the photo"."""
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
-
-
-def _make_entry(
-    x: Appearance,
-    film: MediaFile,
-    tracks: Mapping[str, FaceTrack],
-    answers: Mapping[str, Answer],
-    address: Callable[[MediaFile, float], str],
-) -> PageEntry:
-    name = x.identity or IGNORED
-    best = dict[str, float]()
-    for clip in x.clips:
-        for other, probability in answers[clip].best if clip in answers else ():
-            best[other] = max(probability, best.get(other, 0.0))
-    best.pop(name, None)
-    others = sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
-    likely = [(other, p) for other, p in others if p >= LIKELY_PROBABILITY]
-    length = max(film.seconds, 1e-3)
-    left = min(100 * x.start_s / length, 100 - LEAST_WIDTH)
-    width = min(max(100 * (x.end_s - x.start_s) / length, LEAST_WIDTH), 100 - left)
-    if film.photo:
-        left, width = 0.0, 100.0
-    face = min(x.clips, key=lambda clip: _rank_face(clip, tracks))
-    return PageEntry(
-        [CLIP + clip for clip in x.clips], face, film.video, name, x.probability,
-        format_certainty(x), format_appearance_time(x, film), x.end_s - x.start_s,
-        round(left, 2), round(width, 2), likely, address(film, x.start_s),
-        face in tracks and tracks[face].unclear,
-    )  # fmt: skip
 
 
 def _make_section(
