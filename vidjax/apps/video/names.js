@@ -44,6 +44,7 @@ const large = () => document.querySelector("#large");
 let shown = [], place = 0;
 function show(step) {
   place = (place + step + shown.length) % shown.length;
+  if (!large().querySelector("img")) large().prepend(new Image());
   const image = large().querySelector("img"), holds = holder(shown[place]);
   const about = holds?.querySelector(".grid p, h3, th bdi")?.innerText || "";
   image.src = shown[place].href;
