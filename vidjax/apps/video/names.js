@@ -47,6 +47,8 @@ function show(step) {
   if (!large().querySelector("img")) large().prepend(new Image());
   const image = large().querySelector("img"), holds = holder(shown[place]);
   const about = holds?.querySelector(".grid p, h3, th bdi")?.innerText || "";
+  const small = shown[place].querySelector("img")?.src;
+  image.onerror = () => small && image.src !== small && (image.src = small); // the film is missing
   image.src = shown[place].href;
   image.alt = shown[place].title;
   large().querySelector("p").textContent =
