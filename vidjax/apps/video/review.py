@@ -321,11 +321,16 @@ class Review:
     def save_later(self) -> None:
         """Waits for a second. If there was no change in this second, writes the results."""
         version = self.version
-        while self._saved < version == self.version:
+        while self._saved < version:
             time.sleep(IDLE_SECONDS)
-            if version == self.version:
-                with contextlib.suppress(InUseError):  # `vidjax who` is running: try again
-                    return self.save(wait=0.0)
+            if version < self.version:
+                return
+            try:
+                self.save(wait=0.0)
+            except InUseError:  # `vidjax who` is running: try again
+                continue
+            except (Expected, OSError):  # the server saves again when it ends
+                return
 
     def save(self, wait: float = who.WAIT_SECONDS) -> None:
         """Writes the results if names have changed since the results were last written.
@@ -404,8 +409,12 @@ class Review:
             places = {clip: self._digest_of[clip] for clip in clips}
             if not group and len(clips) == sizes[name]:
                 raise UserError(f"these are all faces of {name}: select only the wrong faces")
-            number = min(joined, default=numbers.highest + 1)
-            numbers = numbers.move(places, number, joined - {number})
+            number = min(joined, default=0)
+            numbers = (
+                numbers.move(places, number, joined - {number})
+                if group
+                else numbers.take_out(places)
+            )
             for clip, digest in places.items() if name in self._decision.people else ():
                 old = self._gallery.denied.get(digest, {}).get(clip, ())
                 denied.setdefault(digest, {})[clip] = [*old, name]

@@ -92,6 +92,17 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
             apart=sorted({*moved.apart} | pairs),
         )
 
+    def take_out(self, clips: Mapping[str, str]) -> "UnknownNumbers":
+        """Makes clips a new unknown person, unless they are all clips of an unknown person.
+
+        `clips` is as in `move`.
+        """
+        numbers = {self.films.get(digest, {}).get(clip) for clip, digest in clips.items()}
+        pairs = (pair for of in self.films.values() for pair in of.items())
+        known = {clip for clip, number in pairs if number and number in numbers}
+        whole = len(numbers) == 1 and known == clips.keys()
+        return self if whole else self.move(clips, self.highest + 1)
+
     def join(self, groups: Iterable[str]) -> "UnknownNumbers":
         """Joins unknown people, such as `unknown 5`, to one person, who gets the lowest number."""
         low, *others = sorted(map(parse_group_number, groups))
