@@ -362,12 +362,15 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
 
 def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, monkeypatch):
     numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
+    content = numbers.read_bytes()
     numbers.unlink()
-    numbers.mkdir()  # nothing can be written at this path
-    assert "Nothing was changed" in reviewed.post(status=422, **bob)
+    numbers.mkdir()  # nothing can be read or written at this path
+    for action in ("change", "undo"):
+        answer = reviewed.client.post(action, data={"version": "0", **bob})
+        assert answer.status_code == 422 and "Nothing was changed" in answer.text
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
-    reviewed.post("undo", status=422)
     numbers.rmdir()
+    numbers.write_bytes(content)
     assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
 
     client = reviewed.client  # raises every exception that the application does not handle

@@ -152,6 +152,7 @@ class Forms(NamedTuple):
     next: str = ""  # the value of `at` after the next change
     of: Sequence[str] = ()  # the people and keys of a change that was not accepted
     typed: str = ""  # the name that the user typed, if it was not accepted
+    asked: bool = False  # whether `message` is a question
     similar: str = ""  # a person whose name is similar to `typed`
 
     @property
