@@ -63,6 +63,7 @@ def _make_default_name(args: argparse.Namespace, config: Config) -> str:
     stem = file.absolute().parent.name if file.name == CONFIG else file.stem
     name = "-".join([stem, *(word.strip() for word in words.split(",") if word.strip())])
     config = copy.deepcopy(config)
+    config.init_from = Path(config.init_from).name
     if config.data.dir:  # two datasets can get the same name; then the second command fails
         config.data.dir = Path(config.data.dir).expanduser().absolute().name
     return name + config_io.folder_suffix(config, args.overrides, config_lib.UNNAMED)
@@ -229,6 +230,8 @@ def _make_rows(
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
+    if source := results.get("init_from"):
+        rows["started from"] = results_lib.describe_source(source)
     if epochs := results_lib.describe_epochs(results):
         rows["epochs"] = epochs
     if "best_map" in results and split == folder.config.eval.split:

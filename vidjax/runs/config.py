@@ -156,6 +156,8 @@ JOINED = ReadWhen(
 TABLE: tuple[Field | Group, ...] = (
     Field("seed", 0, "seed of parameters, random draws and the order of clips, 0 to 2**31 - 1",
           low=0, high=2**31 - 1),
+    Field("init_from", "", "folder of a run whose weights training starts with, where they fit; "
+          "classes are matched by the name of the identity; empty: random weights", affects=STEPS),
     Field("batch_size", 128, "clips per training step, over all devices", low=1, high=2**20),
     Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed. It may be "
           "larger when a run resumes", above=0, high=1e6),

@@ -101,8 +101,10 @@ class RunFolder:
 
 
 def make_paths_absolute(config: Config) -> Config:
-    """Returns a copy of a configuration with absolute paths in the fields of `config.data`."""
+    """Returns a copy of a configuration with absolute paths."""
     config = copy.deepcopy(config)
+    if config.init_from:
+        config.init_from = str(files.absolute(config.init_from))
     for field in config_lib.PATHS:
         name = field.removeprefix("data.")
         if config.data[name]:

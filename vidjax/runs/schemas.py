@@ -71,6 +71,16 @@ class DataDigests(Struct, kw_only=True):
     weights: Text | None = None  # sha256 of the file `data.weights`
 
 
+class Source(Struct, kw_only=True):
+    """The run whose weights a training started with."""
+
+    run: Text  # its folder
+    step: Whole
+    sha256: Sha256  # of the digests of the files of its checkpoint
+    arrays: Count  # number of loaded arrays
+    identities: Count  # number of identities that it was trained on, too
+
+
 class Metrics(Struct, kw_only=True):
     """The results of a run on a split: the content of `metrics.json` or `metrics_<split>.json`."""
 
@@ -111,6 +121,7 @@ class Metrics(Struct, kw_only=True):
     finished: bool | None = None
     extended: Epochs | None = None  # None if `num_epochs` has not grown
     command: Text | None = None
+    init_from: Source | None = None  # None if training started with random weights
     trained_on: DataDigests | None = None
     versions: dict[str, Text] | None = None  # package -> version
     members: list[dict[str, Scalar]] | None = None  # number, options, MAP
@@ -142,6 +153,7 @@ class Manifest(Struct, kw_only=True):
     # Settings of the model that are fitted before the training.
     # Attribute of the model -> the value that `Identifier.prepare` computed.
     settings: dict[str, NotNaN | list[NotNaN]] | None = None
+    init_from: Source | None = None  # None if training started with random weights
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 

@@ -42,7 +42,7 @@ from vidjax.runs.run_folder import (
 )
 from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
-from vidjax.training import feed as feed_lib, noise_classes, train_step
+from vidjax.training import feed as feed_lib, init_from, noise_classes, train_step
 from vidjax.training.placement import Placement, choose_placement
 from vidjax.training.plan import RunPlan, compute_values, describe_repeated_clips, make_plan
 from vidjax.utils import files, messages
@@ -128,7 +128,7 @@ def train(
     if note := describe_repeated_clips(config, plan):
         say(note)
     run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
-    write_description(workdir, config, data, plan.training_sets)
+    write_description(workdir, config, data, run.training_sets)
     evaluated = _take_steps(run, plan, schedule, workdir, config.eval.split, analyse)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluation = evaluated or run.evaluate()
@@ -242,6 +242,7 @@ class TrainingRun:
     Attributes:
       step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
+      training_sets: the clips that each member was trained on, also before `config.init_from`.
       next_save: the time at which the next checkpoint is due, in seconds of `time.monotonic()`.
     """
 
@@ -265,17 +266,17 @@ class TrainingRun:
         self._attention_step = (
             eval_step.make_attention_step(self._system, mesh) if analyse and has_vectors else None
         )
+        self.training_sets, self._started = plan.training_sets, dict[str, Any]()
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
-            **digests.hash_companions(data.identities, plan.training_sets),
             "data": digests.hash_data(config, data),
             "config": config.to_dict(),
         }
         state, manifest = self._restore_or_init(data)
         epochs = list_epochs(manifest, config.num_epochs)
         self._extended = {"extended": epochs} if epochs else {}
-        self._description |= self._extended
+        self._description |= self._companions(data) | self._extended | self._started
         self.step = int(state.step)
         self.is_evaluated = bool(manifest.get("evaluated"))
         self._seconds_before, self._began = manifest.get("seconds", 0.0), began
@@ -317,18 +318,51 @@ class TrainingRun:
             # A model in closed form is trained in seconds, so nothing is lost.
             if not system.model.is_closed_form and (lost := checkpoint.explain_lost(workdir)):
                 raise CheckpointError(lost)
-            return train_step.make_state(init, system.tx, self._mesh), {}
+            if not config.init_from:
+                return train_step.make_state(init, system.tx, self._mesh), {}
+            return self._init_from_run(init, data), {}
         manifest = newest.manifest
         trained_runs.check_entries(workdir, manifest)
         old = config_io.from_json(json.dumps(manifest["config"]))
         check_resumes(workdir, old, config)
         digests.check_data(workdir, manifest["data"], config, data)
-        digests.check_digests(workdir, manifest, self._description)
+        if source := manifest.get("init_from"):
+            self._started = {"init_from": source}
+            self._add_clips(trained_runs.load_training_sets(workdir, manifest))
+        digests.check_digests(workdir, manifest, self._companions(data))
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
         checkpoint.warn_of_lost(workdir, "best")
         self._report_changes(old, manifest)
         checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
         return train_step.convert_from_items(items), manifest
+
+    def _init_from_run(
+        self, init: Callable[[], train_step.TrainState], data: TrainingData
+    ) -> train_step.TrainState:
+        """Returns a new state with the weights of the run `config.init_from`."""
+        source, mesh = init_from.find_source(self._config), self._mesh
+
+        def load(state: train_step.TrainState) -> train_step.TrainState:
+            state, entry = init_from.load_state(
+                source, self._system, self._config, data.identities, state, mesh
+            )
+            self._started = {"init_from": entry}
+            return state
+
+        self._add_clips(source.training_sets)
+        split = data.split(self._config.eval.split)
+        if ensemble.choose_scoring_members(self.training_sets, split.clips)[1]:
+            warn(
+                f"the run config.init_from was trained on clips of {split.name}, so MAP is too "
+                "high\nto measure, choose another split: --config.eval.split=SPLIT"
+            )
+        return train_step.make_state(init, self._system.tx, mesh, load)
+
+    def _add_clips(self, earlier: ensemble.TrainingSets) -> None:
+        self.training_sets = ensemble.add_trained_clips(self.training_sets, earlier)
+
+    def _companions(self, data: TrainingData) -> dict[str, str]:
+        return digests.hash_companions(data.identities, self.training_sets)
 
     def _report_changes(self, old: Config, manifest: Mapping[str, Any]) -> None:
         """Reports the changes of the configuration that affect the rest of a resumed training."""
@@ -536,7 +570,7 @@ class TrainingRun:
             self._eval_step,
             params,
             self._replicate(self._system.model.finalise_state(params, model_state)),
-            self._plan.training_sets,
+            self.training_sets,
             self._clips,
             attention_step=self._attention_step,
         )
@@ -563,6 +597,7 @@ class TrainingRun:
             "step": self.step,
             "finished": True,
             **self._extended,
+            **self._started,
             "trained_on": self._description["data"],
             "versions": collect_versions(),
         }

@@ -233,8 +233,8 @@ def train_run(
     `training.loop.train`.
     """
     from vidjax.evaluation import analysis
-    from vidjax.runs import digests
-    from vidjax.training import loop as training
+    from vidjax.runs import checkpoint, digests
+    from vidjax.training import init_from, loop as training
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
@@ -242,6 +242,8 @@ def train_run(
     if results is None:
         dry_run(config, data)
         set_up_devices(config)
+        if config.init_from and not checkpoint.list_folders(folder.path):
+            init_from.find_source(config)  # reports a mistake before the data are read
     data = load_data(config) if data is None else data
     _check_same(config, data)
     report = config.eval.report
