@@ -118,6 +118,8 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
         )
     folder = RunFolder(args.workdir) if args.runs else public.open_run(args.workdir)
     config = _join_configs(args, folder) if args.runs else folder.config
+    if "eval.split" in config_io.override_names(args.overrides):
+        config.eval.splits = ()
     config = config_io.override(config, args.overrides)
     trained = config.model.get("name")
     if model not in (None, trained) and not config.join.runs:
@@ -175,7 +177,7 @@ def evaluate(args: argparse.Namespace) -> Result:
             public.set_up_devices(config)
             results = blend.blend_runs(config, folder, public.load_data, command=args.line)
         else:
-            results = public.evaluate_run(config, folder)
+            results = public.evaluate_run(config, folder)[config.eval.split]
     return summarise(config, folder, results, time.monotonic() - began)
 
 
@@ -209,8 +211,15 @@ def summarise(
     rows |= {name: messages.relative_path(path) for name, path in files.items()}
     content = {"workdir": str(folder.path), **{name: str(path) for name, path in files.items()}}
     content |= {"finished_before": seconds is None, "metrics": dict(results)}
+    if others := _read_others(config, folder):
+        content["splits"] = others
     note = ": was finished before, and was not trained again" if seconds is None else ""
     return Result(content, rows, note=note)
+
+
+def _read_others(config: Config, folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """Returns split -> metrics of the splits in `eval.splits`, except for `eval.split`."""
+    return {name: folder.metrics(folder.paths(name)) for name in config_lib.list_splits(config)[1:]}
 
 
 def _make_rows(
@@ -224,6 +233,9 @@ def _make_rows(
         if results["map_kind"] == "in_sample":
             kind += ": the run was trained on these clips, so MAP is too high"
         rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
+        for name, other in _read_others(config, folder).items():
+            scores = [f"{other['map']:.4f}"] if "map" in other else []
+            rows[f"on {name}"] = "; ".join(scores + metrics.describe(other))
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
         if reason := results_lib.explain_unmeasured(config.to_dict(), folder.path):
@@ -238,6 +250,8 @@ def _make_rows(
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
     if data := results_lib.describe_data(results):
         rows["data"] = data
+    if reason := results_lib.describe_end(results):
+        rows["ended early"] = f"at step {results['step']:,}: {reason}"
     rows["clips"] = f"{results['num_clips']:,}"
     rows["identities"] = f"{results['num_identities']:,}"
     if "num_map_identities" in results:

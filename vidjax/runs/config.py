@@ -294,6 +294,8 @@ TABLE: tuple[Field | Group, ...] = (
     Group("eval", "evaluation and ranking"),
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
           "folds or bootstrap samples", affects=SCORES),
+    Field("eval.splits", (), "labelled splits to evaluate, too, e.g. `train,test`; only "
+          "`eval.split` chooses the best step; empty: none", affects=NOTHING),
     Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training",
           low=0, high=1e6, affects=LOGS),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20,
@@ -378,6 +380,14 @@ TABLE: tuple[Field | Group, ...] = (
     Field("optim.clip_norm", 0.0, "maximum global norm of the gradients; 0: no clipping", low=0,
           affects=STEPS),
 
+    Group("early_stop", "the end of a training that no longer improves"),
+    Field("early_stop.patience", 0, "training ends after this number of evaluations, one after the "
+          "other, without a better value of `early_stop.metric`; 0: never. With "
+          "`eval.every_epochs`", low=0, high=2**31 - 1,
+          read_when=_read_unless("eval.every_epochs", 0, 1), affects=STEPS),
+    Field("early_stop.metric", "map", "metric on `eval.split`. With `early_stop.patience`",
+          read_when=_read_unless("early_stop.patience", 0, 3), affects=STEPS),
+
     Group("join", "a blend of several runs, by `vidjax evaluate --runs=A,B`"),
     Field("join.runs", (), "folders of the runs; set by `--runs`", affects=SCORES),
     Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
@@ -417,6 +427,11 @@ def default() -> Config:
         parent = config[group] if group else config
         parent[leaf] = config_dict.placeholder(str) if value is None else value
     return config
+
+
+def list_splits(config: Config) -> tuple[str, ...]:
+    """Returns the splits to evaluate. The first is `eval.split`."""
+    return tuple(dict.fromkeys((config.eval.split, *config.eval.splits)))
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -550,11 +565,13 @@ def _find_numbers(value: Any) -> Iterator[int | float]:
 def _find_untrainable(values: Values) -> Iterator[str]:
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: use --config.data.train_splits=train"
-    split = values["eval.split"]
     leaves_clips_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT_FIELDS)
-    if split in values["data.train_splits"] and not leaves_clips_out:
+    for split in (values["eval.split"], *values["eval.splits"]):
+        if split not in values["data.train_splits"] or leaves_clips_out:
+            continue
+        field = "split" if split == values["eval.split"] else "splits"
         yield (
-            f"config.eval.split='{split}' is among config.data.train_splits, but a score on "
+            f"config.eval.{field}='{split}' is among config.data.train_splits, but a score on "
             "training clips means nothing\nto measure out of fold, use --config.ensemble.folds=5\n"
             "to train on all clips and rank test, use --config=FILE:everything "
             "--config.eval.split=test"

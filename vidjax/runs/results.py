@@ -34,6 +34,7 @@ REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLD
 TRAINING_KEYS = (
     "best_step", "best_map", "num_params", "num_members", "train_clips_per_second", "train_seconds",
     "seconds", "date", "seed", "command", "finished", "trained_on", "versions", "init_from",
+    "early_stop",
 )  # fmt: skip
 
 
@@ -147,6 +148,15 @@ def describe_source(source: Mapping[str, Any]) -> str:
         f"{source['run']}, step {source['step']:,}: {messages.count(source['arrays'], 'array')}, "
         f"{source['identities']:,} identities"
     )
+
+
+def describe_end(metrics: Mapping[str, Any]) -> str:
+    """Returns why the training of a run ended early, or "" if it did not."""
+    end = metrics.get("early_stop") or {}
+    if not end.get("stopped"):
+        return ""
+    waited = messages.count(end["waited"], "evaluation")
+    return f"{end['metric']} has not improved since step {end['step']:,}, for {waited}"
 
 
 def describe_epochs(metrics: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from vidjax.runs import (
     signals,
 )
 from vidjax.runs.checkpoint import CheckpointError
-from vidjax.runs.config import ROUNDING, Config, affects, differences
+from vidjax.runs.config import ROUNDING, Config, affects, differences, list_splits
 from vidjax.runs.results import Logs
 from vidjax.runs.run_folder import (
     CONFIG,
@@ -42,7 +42,7 @@ from vidjax.runs.run_folder import (
 )
 from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
-from vidjax.training import feed as feed_lib, init_from, noise_classes, train_step
+from vidjax.training import early_stop, feed as feed_lib, init_from, noise_classes, train_step
 from vidjax.training.placement import Placement, choose_placement
 from vidjax.training.plan import RunPlan, compute_values, describe_repeated_clips, make_plan
 from vidjax.utils import files, messages
@@ -98,6 +98,9 @@ def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] |
     wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []
     wanted += ["best_map", "best_step"] if "best_map" in results else []
+    others = list_splits(config)[1:]
+    if not all(folder.has(folder.paths(split).metrics.name) for split in others):
+        return None
     if not results.get("finished") or any(results.get(name) is None for name in wanted):
         return None
     return results if config.num_epochs == recorded.num_epochs else None
@@ -129,26 +132,31 @@ def train(
         say(note)
     run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
     write_description(workdir, config, data, run.training_sets)
-    evaluated = _take_steps(run, plan, schedule, workdir, config.eval.split, analyse)
+    evaluated = _take_steps(run, plan, schedule, workdir, analyse)
     # An earlier process may have stopped between the last evaluation and its results.
-    evaluation = evaluated or run.evaluate()
-    results = {"data": data.report["data"], **evaluation.results, **run.results()}
-    if command:
-        results["command"] = command
-    analysis.write_results(
-        RunFolder(workdir), config, [run.trained_model()], evaluation, results, mesh,
-        report=analyse, ends_training=True,
-    )  # fmt: skip
+    evaluations = evaluated or run.evaluate()
+    of_training = run.results() | ({"command": command} if command else {})
+    results: dict[str, Any] = {}
+    for evaluation in reversed(evaluations):
+        results = {"data": data.report["data"], **evaluation.results, **of_training}
+        is_last = evaluation is evaluations[0]
+        analysis.write_results(
+            RunFolder(workdir), config, [run.trained_model()], evaluation, results, mesh,
+            report=analyse, ends_training=is_last, is_last=is_last,
+        )  # fmt: skip
     return results
 
 
 def _take_steps(
-    run: "TrainingRun", plan: RunPlan, schedule: Schedule, workdir: Path, split: str, analyse: bool
-) -> Evaluation | None:
-    """Trains, logs, saves and evaluates. Returns the last evaluation, or None if there is none."""
+    run: "TrainingRun", plan: RunPlan, schedule: Schedule, workdir: Path, analyse: bool
+) -> list[Evaluation]:
+    """Trains, logs, saves and evaluates. Returns the last evaluation of each split, if any."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
-    evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
+    evaluated, is_pending = (
+        list[Evaluation](),
+        run.step in schedule.evaluate and not run.is_evaluated,
+    )
     with contextlib.ExitStack() as stack:
         logs = Logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
@@ -159,17 +167,25 @@ def _take_steps(
         stack.callback(progress.close)
         interruption = stack.enter_context(signals.catch_interruption())
 
-        def evaluate() -> Evaluation:
+        def evaluate() -> list[Evaluation]:
             """Evaluates the run. Adds the metrics to the log and the checkpoint of this step."""
             interruption.raise_if_interrupted(run.step)
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_interrupted(run.step))
-            scores = metrics.select_logged(evaluated.results)
-            logs.metrics(run.step, {"split": split, **scores})
-            line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            first, *others = evaluated
+            scores = metrics.select_logged(first.results)
+            of_others = {
+                f"{other.split.name}/{name}": value
+                for other in others
+                for name, value in metrics.select_logged(other.results).items()
+            }
+            logged = {**scores, **of_others}
+            logs.metrics(run.step, {"split": first.split.name, **logged})
+            line = ", ".join(f"{name} {value:.4f}" for name, value in logged.items())
             say(f"step {run.step} of {total_steps}: {line or 'ranked'}")
             if "map" in scores:
                 progress.keep_text(f"MAP {scores['map']:.4f}")
+            run.check_progress(first)
             run.save(**scores, evaluated=True)
             interruption.at_once = False
             return evaluated
@@ -178,7 +194,7 @@ def _take_steps(
             evaluated = evaluate()
         interruption.at_once = True  # before the first step, no training would be lost
         run.start_compiling_evaluation()
-        while run.step < total_steps:
+        while run.step < total_steps and not run.is_stopped:
             num_clips, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
             analysis.import_slow_libraries(report=analyse)
@@ -194,7 +210,7 @@ def _take_steps(
                 logs.timing(run.step, timing)
             if run.step in schedule.evaluate:
                 evaluated = evaluate()
-            if run.step < total_steps:
+            if run.step < total_steps and not run.is_stopped:
                 interruption.raise_if_interrupted(run.step)
     return evaluated
 
@@ -276,6 +292,10 @@ class TrainingRun:
         state, manifest = self._restore_or_init(data)
         epochs = list_epochs(manifest, config.num_epochs)
         self._extended = {"extended": epochs} if epochs else {}
+        self._early_stop = manifest.get("early_stop")
+        if self._early_stop and config.num_epochs != manifest["config"]["num_epochs"]:
+            self._early_stop |= {"waited": 0, "stopped": False}  # the user wants more steps
+        self._description |= {"early_stop": self._early_stop} if self._early_stop else {}
         self._description |= self._companions(data) | self._extended | self._started
         self.step = int(state.step)
         self.is_evaluated = bool(manifest.get("evaluated"))
@@ -284,7 +304,7 @@ class TrainingRun:
         if self.step:
             say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
-        layout = resident.make_resident_plan(data, plan.batches, config.eval.split)
+        layout = resident.make_resident_plan(data, plan.batches, list_splits(config))
         mode, size = self._choose_placement(layout, state, manifest)
         self._group_size = size
         self._constants = [self._replicate(part) for part in ensemble.split(plan.constants, size)]
@@ -544,13 +564,32 @@ class TrainingRun:
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
         self.next_save = time.monotonic() + self._config.checkpoint_every_seconds
 
-    def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split`. To end the evaluation early, `check` may raise an error."""
+    @property
+    def is_stopped(self) -> bool:
+        """True if training ends early."""
+        return bool(self._early_stop and self._early_stop["stopped"])
+
+    def check_progress(self, evaluation: Evaluation) -> None:
+        """Decides whether training ends early, see `config.early_stop`."""
+        if not self._config.early_stop.patience:
+            return
+        config, before = self._config, self._early_stop
+        self._early_stop = early_stop.add_evaluation(config, before, self.step, evaluation.results)
+        if self.step >= self._plan.task.total_steps:
+            self._early_stop["stopped"] = False  # not early
+        self._description["early_stop"] = self._early_stop
+
+    def evaluate(self, check: Callable[[], None] = lambda: None) -> list[Evaluation]:
+        """Ranks the splits of `config.eval`, first `eval.split`.
+
+        To end the evaluation early, `check` may raise an error.
+        """
         if self._compiling:
             self._compiling.join()
         spec = self._config.eval
         options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
-        return score([self.trained_model()], spec.split, self._mesh, **options)
+        models, splits = [self.trained_model()], list_splits(self._config)
+        return [score(models, split, self._mesh, **options) for split in splits]
 
     def start_compiling_evaluation(self) -> None:
         """Starts to compile the evaluation in another thread."""
@@ -598,6 +637,7 @@ class TrainingRun:
             "finished": True,
             **self._extended,
             **self._started,
+            **({"early_stop": self._early_stop} if self._early_stop else {}),
             "trained_on": self._description["data"],
             "versions": collect_versions(),
         }

@@ -306,9 +306,9 @@ def evaluate(
             f"evaluate one of the runs ({', '.join(config.join.runs)}),\n"
             "or use the command vidjax evaluate --workdir=FOLDER"
         )
-    config.eval.split = split or config.eval.split
+    config.eval.split, config.eval.splits = split or config.eval.split, ()
     with make_and_lock(folder.path):
-        metrics = evaluate_run(config, folder, data, num_devices=num_devices)
+        metrics = evaluate_run(config, folder, data, num_devices=num_devices)[config.eval.split]
     return _make_results(folder, config, metrics)
 
 
@@ -318,8 +318,11 @@ def evaluate_run(
     data: "TrainingData | None" = None,
     *,
     num_devices: int | None = None,
-) -> dict[str, Any]:
-    """Ranks `config.eval.split` with a run. The caller has locked `folder`. Returns the metrics."""
+) -> dict[str, dict[str, Any]]:
+    """Ranks `config.eval.split` and `config.eval.splits` with a run. Returns split -> metrics.
+
+    The caller has locked `folder`.
+    """
     from vidjax.evaluation import analysis, trained_runs
 
     set_up_devices(config)
@@ -329,7 +332,15 @@ def evaluate_run(
     data = load_data(config) if data is None else data
     _check_same(config, data)
     report = config.eval.report
-    return analysis.evaluate(config, run, data, num_devices=num_devices, report=report)
+    trained_runs.check_labelled(config, data)
+    metrics: dict[str, dict[str, Any]] = {}
+    for split in reversed(config_lib.list_splits(config)):
+        one = copy.deepcopy(config)
+        one.eval.split, is_last = split, split == config.eval.split
+        metrics[split] = analysis.evaluate(
+            one, run, data, num_devices=num_devices, report=report, is_last=is_last
+        )
+    return metrics
 
 
 def compare(
