@@ -243,7 +243,7 @@ def _make_rows(
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
     if source := results.get("init_from"):
-        rows["started from"] = results_lib.describe_source(source)
+        rows["init_from"] = results_lib.describe_source(source)
     if epochs := results_lib.describe_epochs(results):
         rows["epochs"] = epochs
     if "best_map" in results and split == folder.config.eval.split:
@@ -251,7 +251,7 @@ def _make_rows(
     if data := results_lib.describe_data(results):
         rows["data"] = data
     if reason := results_lib.describe_end(results):
-        rows["ended early"] = f"at step {results['step']:,}: {reason}"
+        rows["ended"] = f"at step {results['step']:,}: {reason}"
     rows["clips"] = f"{results['num_clips']:,}"
     rows["identities"] = f"{results['num_identities']:,}"
     if "num_map_identities" in results:

@@ -182,6 +182,8 @@ TABLE: tuple[Field | Group, ...] = (
           "mixup", low=0, high=1e6, affects=STEPS),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
           "5, 10 and the last step have a line, too", low=1, high=2**31 - 1, affects=LOGS),
+    Field("profile", (), "first and last step of a trace by `jax.profiler`, e.g. `20,30`; it is "
+          "written to the folder `profile` of the run; empty: no trace", affects=LOGS),
     Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints; every evaluation "
           "saves a checkpoint, too", low=0, high=math.inf, affects=LOGS),
 
@@ -379,6 +381,11 @@ TABLE: tuple[Field | Group, ...] = (
           "gradients) of the optimizer are reset to 0; 0: never", low=0, high=1e6, affects=STEPS),
     Field("optim.clip_norm", 0.0, "maximum global norm of the gradients; 0: no clipping", low=0,
           affects=STEPS),
+    Field("optim.accumulate", 1, "number of steps whose gradients are averaged for an update of "
+          "the parameters; it saves memory, compared with a larger `batch_size`", low=1, high=2**20,
+          affects=STEPS),
+    Field("optim.freeze", "", "regular expression: parameters with a name in which it is found "
+          "stay unchanged, e.g. `^netvlad`; empty: none", affects=STEPS),
 
     Group("early_stop", "the end of a training that no longer improves"),
     Field("early_stop.patience", 0, "training ends after this number of evaluations, one after the "
@@ -565,6 +572,11 @@ def _find_numbers(value: Any) -> Iterator[int | float]:
 def _find_untrainable(values: Values) -> Iterator[str]:
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: use --config.data.train_splits=train"
+    window, text = values["profile"], "config.profile=" + ",".join(map(str, values["profile"]))
+    if window and (len(window) != 2 or not all(type(x) is int for x in window)):
+        yield f"{text}: must be two whole numbers, such as --config.profile=20,30"
+    elif window and not 0 <= window[0] < window[1]:
+        yield f"{text}: the first step must be 0 or more, and the last step larger"
     leaves_clips_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT_FIELDS)
     for split in (values["eval.split"], *values["eval.splits"]):
         if split not in values["data.train_splits"] or leaves_clips_out:

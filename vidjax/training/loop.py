@@ -6,7 +6,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,7 +42,14 @@ from vidjax.runs.run_folder import (
 )
 from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
-from vidjax.training import early_stop, feed as feed_lib, init_from, noise_classes, train_step
+from vidjax.training import (
+    early_stop,
+    feed as feed_lib,
+    init_from,
+    noise_classes,
+    profiler,
+    train_step,
+)
 from vidjax.training.placement import Placement, choose_placement
 from vidjax.training.plan import RunPlan, compute_values, describe_repeated_clips, make_plan
 from vidjax.utils import files, messages
@@ -80,7 +87,8 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
     log = frozenset((*first, *range(0, total, config.log_every_steps), total))
     evaluate = every(config.eval.every_epochs) | {total}
     relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
-    return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
+    stops = log | evaluate | relabel | {*config.profile}
+    return Schedule(log, evaluate, relabel, tuple(sorted(stops)))
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
@@ -130,9 +138,12 @@ def train(
     schedule = make_schedule(config, plan)
     if note := describe_repeated_clips(config, plan):
         say(note)
+    if config.optim.freeze:
+        params, _ = plan.system.compute_shapes(1)
+        say(optim.describe_frozen(params, config.optim.freeze))
     run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
     write_description(workdir, config, data, run.training_sets)
-    evaluated = _take_steps(run, plan, schedule, workdir, analyse)
+    evaluated = _take_steps(run, plan, schedule, workdir, config.profile, analyse)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluations = evaluated or run.evaluate()
     of_training = run.results() | ({"command": command} if command else {})
@@ -148,7 +159,12 @@ def train(
 
 
 def _take_steps(
-    run: "TrainingRun", plan: RunPlan, schedule: Schedule, workdir: Path, analyse: bool
+    run: "TrainingRun",
+    plan: RunPlan,
+    schedule: Schedule,
+    workdir: Path,
+    window: Sequence[int],
+    analyse: bool,
 ) -> list[Evaluation]:
     """Trains, logs, saves and evaluates. Returns the last evaluation of each split, if any."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
@@ -166,6 +182,7 @@ def _take_steps(
         )  # fmt: skip
         stack.callback(progress.close)
         interruption = stack.enter_context(signals.catch_interruption())
+        trace = stack.enter_context(profiler.trace_steps(workdir, window))
 
         def evaluate() -> list[Evaluation]:
             """Evaluates the run. Adds the metrics to the log and the checkpoint of this step."""
@@ -195,6 +212,7 @@ def _take_steps(
         interruption.at_once = True  # before the first step, no training would be lost
         run.start_compiling_evaluation()
         while run.step < total_steps and not run.is_stopped:
+            trace(run.step)
             num_clips, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
             analysis.import_slow_libraries(report=analyse)
@@ -392,7 +410,7 @@ class TrainingRun:
                 say(f"config.{name} changes from {before} to {now}: later steps round otherwise")
         if config.num_epochs == old.num_epochs or self._system.model.is_closed_form:
             return
-        earlier = optim.make_schedule(
+        _, earlier = optim.make_optimizer(
             config.optim.to_dict(),
             total_steps=manifest.get("total_steps", step),
             steps_per_epoch=self._plan.batches.num_places / config.batch_size,

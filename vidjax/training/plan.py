@@ -112,7 +112,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         num_identities=len(data.identities),
         num_clusters=num_clusters,
         num_clips=len(labels),
-        total_steps=math.ceil(config.num_epochs * batches.num_places / config.batch_size),
+        total_steps=count_steps(config, batches.num_places),
         train_other=bool(np.any(weight[:, labels == 0])),
         num_places=batches.num_places,
     )
@@ -123,6 +123,12 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         system = make_system(config.to_dict(), task._replace(settings=settings))
     constants = train_step.make_member_constants(members, weight)
     return RunPlan(system, training_sets, labels, constants, batches)
+
+
+def count_steps(config: Config, num_places: int) -> int:
+    """Returns the number of steps of a run. The last step completes an update of parameters."""
+    every = config.optim.accumulate
+    return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
 
 
 def _check_plan(
