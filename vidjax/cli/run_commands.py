@@ -242,8 +242,8 @@ def _make_rows(
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
-    if source := results.get("init_from"):
-        rows["init_from"] = results_lib.describe_source(source)
+    if source := results_lib.describe_source(results):
+        rows["init_from"] = source
     if epochs := results_lib.describe_epochs(results):
         rows["epochs"] = epochs
     if "best_map" in results and split == folder.config.eval.split:

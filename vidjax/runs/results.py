@@ -142,8 +142,11 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     return f"{problem}to measure, use --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
 
 
-def describe_source(source: Mapping[str, Any]) -> str:
-    """Returns a text about the entry `init_from` of `metrics.json`."""
+def describe_source(metrics: Mapping[str, Any]) -> str:
+    """Returns a text about the run whose weights a run started with, or "" if there is none."""
+    source = metrics.get("init_from")
+    if not source:
+        return ""
     return (
         f"{source['run']}, step {source['step']:,}: {messages.count(source['arrays'], 'array')}, "
         f"{source['identities']:,} identities"

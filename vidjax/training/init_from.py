@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from vidjax.core import devices, ensemble
 from vidjax.evaluation import trained_runs
 from vidjax.models.build_system import System, TaskSpec, make_model, make_system
+from vidjax.runs import checkpoint
+from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say
 from vidjax.training.public import open_run
@@ -49,6 +51,10 @@ def find_source(config: Config) -> trained_runs.FoundRun:
             )
         theirs.eval.checkpoint = "latest"
         source = trained_runs.find_run(theirs, folder)
+        if source.manifest["step"] != (last := max(checkpoint.list_folders(folder.path))):
+            raise CheckpointError(
+                f"the checkpoint of step {last:,} in '{folder.path}' is damaged\nrestore a copy"
+            )
         members = len(source.training_sets.members)
         wanted = len(ensemble.make_members(config.ensemble.to_dict()))
         if members not in (1, wanted):
@@ -85,21 +91,26 @@ def load_state(
     old = _flatten(trained_runs.load_weights(source, theirs, mesh))
     weights = (state.params, state.model_state)
     columns = match_columns(source, system.task, identities)
-    wider, widths = _compute_wider_shapes(system, config), source.task.num_columns
+    wider, width = _compute_wider_shapes(system, config), source.task.num_columns
     rest: list[str] = []
+    num_matrices = 0
 
     def load(path: tuple[Any, ...], value: np.ndarray, wide: jax.ShapeDtypeStruct) -> np.ndarray:
+        nonlocal num_matrices
         name = _name(path)
-        loaded = _load_array(value, wide.shape, old.get(name), columns, widths)
-        rest.extend([name] if loaded is None else [])
-        return value if loaded is None else loaded
+        loaded = _load_array(value, wide.shape, old.get(name), columns, width)
+        if loaded is None:
+            rest.append(name)
+            return value
+        num_matrices += value.ndim > 2  # the first axis is the members
+        return loaded
 
     values = jax.tree_util.tree_map_with_path(load, devices.fetch(weights), wider)
     total = len(jax.tree.leaves(weights))
     folder, step = source.folder.path, source.manifest["step"]
-    if len(rest) == total:
+    if not num_matrices:
         raise UserError(
-            f"{FIELD}: no array of '{folder}' fits this run, for example {rest[0]}\n"
+            f"{FIELD}: no matrix of '{folder}' fits this run, for example {rest[0]}\n"
             f"its modalities are {', '.join(source.task.modalities)}: choose the same "
             "--config.modalities and sizes of the model"
         )

@@ -87,7 +87,12 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
     log = frozenset((*first, *range(0, total, config.log_every_steps), total))
     evaluate = every(config.eval.every_epochs) | {total}
     relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
-    stops = log | evaluate | relabel | {*config.profile}
+    if config.profile and config.profile[0] >= total:
+        raise UserError(
+            f"config.profile={config.profile[0]},{config.profile[1]}: the run has only "
+            f"{messages.count(total, 'step')}\nname earlier steps, such as --config.profile=1,2"
+        )
+    stops = log | evaluate | relabel | {step for step in config.profile if step < total}
     return Schedule(log, evaluate, relabel, tuple(sorted(stops)))
 
 
