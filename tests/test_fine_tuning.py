@@ -215,7 +215,7 @@ def write_labelled(folder):
 def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, say, command):
     """A training without a better MAP ends early, and says so. It has the loss of each split."""
     run = f"--workdir={tmp_path / 'run'}"
-    flags = (*write_labelled(tmp_path / "data"), run, "--config.eval.every_epochs=1")
+    flags = (*write_labelled(tmp_path / "data"), run)
     words = ("--config.early_stop.patience=2", "--config.optim.learning_rate=0")
     words += ("--config.eval.splits=test", "--config.profile=1,3", "--config.num_epochs=9")
     out = say(*flags, *words)

@@ -298,7 +298,8 @@ TABLE: tuple[Field | Group, ...] = (
           "folds or bootstrap samples", affects=SCORES),
     Field("eval.splits", (), "labelled splits to evaluate, too, e.g. `train,test`; only "
           "`eval.split` chooses the best step; empty: none", affects=NOTHING),
-    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training",
+    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training, or 1 with "
+          "`early_stop.patience`",
           low=0, high=1e6, affects=LOGS),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20,
           affects=NOTHING),
@@ -389,10 +390,10 @@ TABLE: tuple[Field | Group, ...] = (
 
     Group("early_stop", "the end of a training that no longer improves"),
     Field("early_stop.patience", 0, "training ends after this number of evaluations, one after the "
-          "other, without a better value of `early_stop.metric`; 0: never. With "
-          "`eval.every_epochs`", low=0, high=2**31 - 1,
-          read_when=_read_unless("eval.every_epochs", 0, 1), affects=STEPS),
-    Field("early_stop.metric", "map", "metric on `eval.split`. With `early_stop.patience`",
+          "other, without a better value of `early_stop.metric`; 0: never", low=0, high=2**31 - 1,
+          affects=STEPS),
+    Field("early_stop.metric", "map", "`map`, or a name in the table *metric* below, "
+          "on `eval.split`. With `early_stop.patience`",
           read_when=_read_unless("early_stop.patience", 0, 3), affects=STEPS),
 
     Group("join", "a blend of several runs, by `vidjax evaluate --runs=A,B`"),

@@ -13,8 +13,8 @@ from vidjax.models.build_system import System, TaskSpec, make_model, make_system
 from vidjax.runs import checkpoint
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
+from vidjax.runs.run_folder import open_run
 from vidjax.runs.terminal import say
-from vidjax.training.public import open_run
 from vidjax.training.train_step import TrainState
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, prefix_errors

@@ -85,7 +85,8 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
     first = [step for step in FIRST_STEPS if step < total]
     log = frozenset((*first, *range(0, total, config.log_every_steps), total))
-    evaluate = every(config.eval.every_epochs) | {total}
+    epochs = config.eval.every_epochs or min(config.early_stop.patience, 1)
+    evaluate = every(epochs) | {total}
     relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
     if config.profile and config.profile[0] >= total:
         raise UserError(

@@ -7,7 +7,6 @@ TensorFlow are imported when a function is called.
 import copy
 import itertools
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,8 +16,8 @@ from ml_collections import ConfigDict
 from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
-from vidjax.utils import files, messages
+from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock, open_run
+from vidjax.utils import files
 from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
@@ -50,22 +49,6 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     else:
         config = open_run(Path(spec).expanduser().absolute().parent).config
     return config_io.override(config, overrides)
-
-
-def open_run(workdir: str | Path) -> RunFolder:
-    """Opens the folder of a run. Raises UserError if the folder contains no run."""
-    folder = RunFolder(workdir)
-    if not folder.has(CONFIG):
-        paths = sorted(folder.path.glob(f"*/{CONFIG}"))
-        runs = [messages.relative_path(path.parent) for path in paths]
-        place = shlex.quote(messages.relative_path(folder.path))
-        hint = f"to train a run, use vidjax train --config=mma --workdir={place}"
-        if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
-            hint = "name the folder of a run; to train a run, use vidjax train --config=mma"
-        if runs:
-            hint = f"it contains folders of runs: name one of them, such as {', '.join(runs[:3])}"
-        raise UserError(f"no run in '{workdir}': it has no {CONFIG}\n{hint}")
-    return folder
 
 
 def set_up_devices(config: Config) -> None:
