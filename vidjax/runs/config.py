@@ -298,9 +298,8 @@ TABLE: tuple[Field | Group, ...] = (
           "folds or bootstrap samples", affects=SCORES),
     Field("eval.splits", (), "labelled splits to evaluate, too, e.g. `train,test`; only "
           "`eval.split` chooses the best step; empty: none", affects=NOTHING),
-    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training, or 1 with "
-          "`early_stop.patience`",
-          low=0, high=1e6, affects=LOGS),
+    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training, "
+          "or 1 with `early_stop.patience`", low=0, high=1e6, affects=LOGS),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20,
           affects=NOTHING),
     Field("eval.scores", "log_softmax", "scores that clips are ranked by", affects=SCORES),
