@@ -360,9 +360,12 @@ def _enrol(args: argparse.Namespace) -> Result:
         bar, waiting = _show_progress("enrol", len(vectors.names)), [vectors]
         del vectors  # so that `enrol` can free the memory of a large table
         with bar as bar, prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
-            more = {"source": args.labels} if args.labels else {}
-            more |= {"strangers": args.strangers, "advance": bar.advance}
-            done.append(gallery.enrol(waiting.pop(), identity, **more))
+            source = args.labels or "identities"
+            part = gallery.enrol(
+                waiting.pop(), identity, strangers=args.strangers, source=source,
+                advance=bar.advance,
+            )  # fmt: skip
+            done.append(part)
     if labels and len(inputs) > 1:
         check_given(labels, names, args.labels)
     if not done:
