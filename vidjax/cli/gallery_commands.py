@@ -487,7 +487,7 @@ def _group(args: argparse.Namespace) -> Result:
     _, vectors = _embed(args, gallery)
     num_clips, answers, enrolled = len(vectors.names), {}, set[str]()
     if films:
-        answers, known, _ = appearances.name_tracks(gallery, vectors, films, gallery.identify)
+        answers, known, *_ = appearances.name_tracks(gallery, vectors, films, gallery.identify)
         enrolled = {*known}
     elif gallery.identities:
         answers = gallery.identify(vectors)

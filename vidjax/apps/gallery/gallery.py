@@ -724,6 +724,8 @@ class Gallery:
         apart: Collection[tuple[str, str]] = (),
         *,
         clarity: Mapping[str, float] | None = None,
+        together: Mapping[str, int] | None = None,
+        settled: Collection[int] = (),
         for_votes: bool = False,
     ) -> dict[str, str]:
         """Groups clips that show the same person; returns clip -> name of its group.
@@ -737,6 +739,9 @@ class Gallery:
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
+          together: clip -> number. Clips with the same number certainly show the same person.
+          settled: numbers in `together` of people who certainly differ from each other. Groups
+            without these people are joined only with each other or with one of these people.
           for_votes: True for the groups of `identify`, whose clips vote on one name. These groups
             are larger, and a few contain clips of two people.
         """
@@ -745,9 +750,12 @@ class Gallery:
         names = [vectors.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in vectors.parts.values()]
         clear = [(clarity or {}).get(name, 1.0) for name in names]
+        first, people = dict[object, int](), [(together or {}).get(name, name) for name in names]
         labels = grouping.group(
-            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes
-        )
+            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes,
+            start=[first.setdefault(person, row) for row, person in enumerate(people)],
+            settled=[person in settled for person in people],
+        )  # fmt: skip
         return answers_lib.name_groups(names, labels)
 
     def _require_people(self) -> State:

@@ -318,6 +318,19 @@ def lacks_pictures(out: Path, stem: str) -> bool:
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
 
+def list_files_of(path: Path) -> list[Path]:
+    """Returns the files and the thumbnails of the media file to which a file of features belongs.
+
+    Returns [] if `path` is not in a folder of features.
+    """
+    out = path.parent if path.suffix == ".npz" else path.parent.parent
+    if not files.exists(out / NAME):
+        return []
+    stem = path.stem
+    places = (out / f"{stem}.npz", out / VIDEOS / f"{stem}.json", out / THUMBNAILS / stem)
+    return [place for place in (*places, out / EARLIER / f"{stem}.json") if files.exists(place)]
+
+
 def remove_media_file(out: Path, stem: str) -> None:
     """Removes the features and thumbnails of the video or photo `stem`."""
     # The JSON file is removed first, because it marks the other files as complete.
