@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import itertools
 import re
 import shlex
 import time
@@ -594,11 +593,12 @@ def _verify(args: argparse.Namespace) -> Result:
     others = None if args.others is None else gallery.embed(gallery.load(args.others))
     _, vectors = _embed(args, gallery)
     content: dict[str, object] = {}
-    rows, misfits = dict[str, str](), dict[str, float]()
+    rows, misfits, identity = dict[str, str](), dict[str, float](), ""
     if args.identity is not None:
-        matches = gallery.verify(vectors, args.identity, fmr=args.fmr)
-        misfits = gallery.find_misfits(args.identity)
-        content, rows = {"identity": args.identity, "misfits": misfits}, {"person": args.identity}
+        identity = normal_form(args.identity)
+        matches = gallery.verify(vectors, identity, fmr=args.fmr)
+        misfits = gallery.find_misfits(identity)
+        content, rows = {"identity": identity, "misfits": misfits}, {"person": show(identity)}
     else:
         matches = gallery.compare(vectors, others, fmr=args.fmr)
     accepted = sum(match.accepted for match in matches.values())
@@ -611,9 +611,10 @@ def _verify(args: argparse.Namespace) -> Result:
     rows |= _describe_card(gallery)
     content |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
     if out:
-        verification.write(out, matches)
+        verification.write(out, matches, identity)
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
-    listed = [*itertools.starmap(verification.as_json, matches.items())] if args.json else []
+    pairs = matches.items() if args.json else ()
+    listed = [verification.as_json(*pair, identity) for pair in pairs]
     text = "\n".join(verification.table(matches))
     return Result(content | {"answers": listed}, rows, text)
 

@@ -907,7 +907,9 @@ class Gallery:
 
     def _match_rule(self, state: State, identity: str | None, fmr: float | None) -> MatchRule:
         verification.check_fmr(fmr)
-        identity = self._find_person(state, identity)
+        if identity is not None:
+            check_argument("identity", identity, str, "the name of a person")
+            find_enrolled("identity", identity := normal_form(identity), state.people)
         if self._compare(state).problem == "blind":
             return verification.make_blind_rule(fmr, card_notes.NOBODY)
         known, rules = self._match_rules or (None, {})
@@ -928,13 +930,6 @@ class Gallery:
             ratios = ratios[shared.any(axis=0)]
             rules[identity, fmr] = verification.make_rule(ratios, fmr, pairs=identity is None)
         return rules[identity, fmr]
-
-    def _find_person(self, state: State, identity: str | None) -> str | None:
-        if identity is None:
-            return None
-        check_argument("identity", identity, str, "the name of a person")
-        find_enrolled("identity", normal_form(identity), state.people)
-        return normal_form(identity)
 
     def _stack(self, state: State, names: Sequence[str]) -> list[np.ndarray]:
         """Returns the vectors of enrolled clips, M arrays [N, D]."""
@@ -962,6 +957,7 @@ class Gallery:
           ValueError: nobody is called `identity`, or there are fewer than 1 / fmr - 1 clips of
             strangers, or the features do not fit the gallery.
         """
+        check_argument("verify: identity", identity, str, "the name of a person")
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.match_rule(identity, fmr=fmr)
         vectors, state = self.embed(clips, split), self._read_current()

@@ -16,7 +16,6 @@ clips of other people that reach the threshold. There are two ways to choose a t
   ratio of these clips is 1. It holds only if the clips are distributed as the back end assumes.
 """
 
-import itertools
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -267,14 +266,12 @@ def find_misfits(
     return dict(sorted(misfits.items(), key=lambda pair: pair[1]))
 
 
-def as_json(key: str | tuple[str, str], match: Match) -> dict[str, object]:
-    """Returns a comparison as values for JSON. `key` is a clip, or two clips."""
-    return {**dict(zip(("clip", "other"), list_clips(key), strict=False)), **match.to_dict()}
-
-
-def list_clips(key: str | tuple[str, str]) -> tuple[str, ...]:
-    """Returns the clips of a comparison, one or two."""
-    return (key,) if isinstance(key, str) else key
+def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dict[str, object]:
+    """Returns a comparison as values for JSON. `key` is a clip of `identity`, or two clips."""
+    names = {"clip": key, "identity": identity}
+    if not isinstance(key, str):
+        names = dict(zip(("clip", "other"), key, strict=True))
+    return names | match.to_dict()
 
 
 def table(matches: Matches | PairMatches) -> list[str]:
@@ -286,21 +283,21 @@ def table(matches: Matches | PairMatches) -> list[str]:
         fits = [f"{show(x[0])} {x[1]:.3g}" if x else "" for x in (match.best, match.worst)]
         cells = ["yes" if match.accepted else "no", f"{match.log_ratio:.4g}"]
         cells.append(share(match.probability) if match.evidence else "no usable frame")
-        cells.append(show(", ".join(list_clips(key))))
+        cells.append(show(key if isinstance(key, str) else ", ".join(key)))
         rows.append((*cells, *fits))
     return [f"  {line}" for line in messages.align_columns(rows)]
 
 
-def write(path: Path, matches: Matches | PairMatches) -> None:
+def write(path: Path, matches: Matches | PairMatches, identity: str = "") -> None:
     """Writes comparisons to a new table. The ending of `path` is the format."""
-    is_pair = any(len(list_clips(key)) > 1 for key in matches)
-    columns = dict.fromkeys(("clip", "other") if is_pair else ("clip",), "string")
-    columns |= {"accepted": "bool", "log_ratio": "float64", "probability": "float64"}
+    objects = [as_json(key, match, identity) for key, match in matches.items()]
+    columns = dict.fromkeys([*objects[0]][:2], "string")
+    columns |= {"accepted": "bool_", "log_ratio": "float64", "probability": "float64"}
     for name in ("best", "worst"):
         columns |= {name: "string", f"{name}_log_ratio": "float64"}
     none = (None, None)
     rows = (
-        (*list_clips(key), *match[:3], *(match.best or none), *(match.worst or none))
-        for key, match in matches.items()
+        (*[*names.values()][:2], *match[:3], *(match.best or none), *(match.worst or none))
+        for names, match in zip(objects, matches.values(), strict=True)
     )
-    tables.write(path, columns, rows, itertools.starmap(as_json, matches.items()))
+    tables.write(path, columns, rows, objects)

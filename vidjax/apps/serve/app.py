@@ -279,12 +279,12 @@ class Application:
         vectors = await self._embed(clips)
 
         def answer() -> dict[str, object]:
-            matches = self.gallery.verify(vectors, body.identity, fmr=body.fmr)
+            identity = normal_form(body.identity)
+            matches = self.gallery.verify(vectors, identity, fmr=body.fmr)
             return {
-                "identity": normal_form(body.identity),
-                "clips": [*itertools.starmap(verification.as_json, matches.items())],
-                "rule": self.gallery.match_rule(body.identity, fmr=body.fmr).to_dict(),
-                "misfits": self.gallery.find_misfits(body.identity),
+                "clips": [verification.as_json(*pair, identity) for pair in matches.items()],
+                "rule": self.gallery.match_rule(identity, fmr=body.fmr).to_dict(),
+                "misfits": self.gallery.find_misfits(identity),
             }
 
         return _encode_json(await self.batcher.run(answer))
