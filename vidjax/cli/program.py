@@ -131,9 +131,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _explain_stray(word: str, parser: Parser) -> str:
     """Returns the error about a word that no flag of `parser` reads."""
-    flag, _, value = word.partition("=")
-    if not flag.startswith("-"):
-        return f"'{word}' has no flag"
+    flag, equals, value = word.partition("=")
     text = f"there is no flag {flag}"
     if flag.startswith("--config.") and parser.group:
         return f"{text}: this command takes only --config.{parser.group}FIELD=VALUE"
@@ -143,6 +141,11 @@ def _explain_stray(word: str, parser: Parser) -> str:
             from vidjax.runs import config
 
             fields = [f"config.{field}" for field in config.DEFAULTS]
+    if not flag.startswith("-"):
+        known = [name for name in (flag, f"config.{flag}") if name in fields]
+        names = known or [parser.suggest_flag(flag, cutoff=1.0).lstrip("-")] if equals else [""]
+        remedy = f": write --{names[0]}={value}" if names[0] else ""
+        return f"'{word}' has no flag{remedy}"
     if flag == "--gallery" and "--workdir" in parser.format_usage():
         return f"{text}: write --workdir={value or 'FOLDER'}"
     similar = parser.suggest_flag(flag, fields)
@@ -164,7 +167,7 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
         raise UserError(f"{' and '.join(names)} are two commands: name only one")
     if names and names[0] not in COMMANDS:
         raise UserError(
-            f"vidjax has no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
+            f"there is no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
             "to name a configuration: --config=FILE"
         )
     if not words and not importlib.util.find_spec("ml_collections"):  # a package of `train`
