@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hmac
 import html
-import mimetypes
 import re
 import secrets
 import threading
@@ -32,7 +31,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from vidjax.apps import web
-from vidjax.apps.gallery.answers import FACE, parse_group_number
+from vidjax.apps.gallery.answers import FACE, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Denials, StoredClip
@@ -54,13 +53,25 @@ from vidjax.utils.names import IGNORED, fold, is_unknown, normal_form
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
-FORM_BYTES = 10_000
+FORM_BYTES = 200_000
+SNIFF_BYTES = 64
+# The first bytes of films and photos -> the type as which a file is sent. A browser does not run
+# scripts in a file of these types. Other files are sent as bytes without a type.
+TYPES = {
+    rb"\x89PNG\r\n": "image/png", rb"\xff\xd8\xff": "image/jpeg", rb"GIF8": "image/gif",
+    rb"RIFF.{4}WEBP": "image/webp", rb"BM": "image/bmp", rb"II\*\0|MM\0\*": "image/tiff",
+    rb".{4}ftypavi[fs]": "image/avif", rb".{4}ftyp(hei|hev|mif)": "image/heic",
+    rb".{4}(ftyp|moov|mdat|wide|free|skip)": "video/mp4", rb"OggS": "video/ogg",
+    rb"\x1a\x45\xdf\xa3.{,59}webm": "video/webm", rb"\x1a\x45\xdf\xa3": "video/x-matroska",
+    rb"RIFF.{4}AVI ": "video/x-msvideo", rb"\0\0\x01[\xb3\xba]": "video/mpeg",
+}  # fmt: skip
 HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "same-origin",  # with `no-referrer`, browsers send forms without an origin
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+SANDBOX = {"Content-Security-Policy": "sandbox", **HEADERS}  # of films and pictures
 
 
 class OutdatedError(UserError):
@@ -213,14 +224,15 @@ class Review:
         inside = inside and path.parent.parent.name == THUMBNAILS
         return path if inside and path.suffix == ".png" and files.is_file(path) else None
 
-    def render(self, film: str = "", person: str = "", problem: Forms | None = None) -> str:
-        """Returns the page of names as HTML, for all films, or for one `film` or `person`.
+    def render(self, view: Mapping[str, str], problem: Forms | None = None) -> str:
+        """Returns the page of names as HTML. `view` chooses what it shows, see `_read_view`.
 
         `problem` is the state of the forms after a refused change. If it is None, the first page
         after a change says what was changed.
         """
         forms = (problem or self._forms)._replace(
-            version=self.version, film=film, person=person,
+            version=self.version, film=view.get("film", ""), person=view.get("person", ""),
+            find=view.get("find", ""), first=int(view.get("first", 0)),
             last=self._steps[-1].words if self._steps else "",
         )  # fmt: skip
         self._forms = Forms()
@@ -245,7 +257,7 @@ class Review:
         Args:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
             show somebody else: they become a new unknown person. "ignore" shows people and faces
-            as ignored, without a name. "ignore once" ignores all unknown people who appear once.
+            as ignored, without a name. "once" ignores all unknown people who appear once.
           of: the people, and the keys of the faces, to change.
           name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
             people and faces `of` become one unknown person. Then the people must be unknown.
@@ -258,7 +270,7 @@ class Review:
         """
         keys = {*of, name.casefold()} if is_unknown(name) else of
         with self._lock(version, keys):
-            if action == "ignore once":
+            if action == "once":
                 of = self._list_seen_once()
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
@@ -267,7 +279,7 @@ class Review:
             subject = f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
             if action in ("deny", "apart"):
                 self._move(found, subject, "")
-            elif action.startswith("ignore"):
+            elif action in ("ignore", "once"):
                 entries, digest_of = self._label(found, None), self._digest_of
                 clips = {c: digest_of[c] for x in found for c in x.clips if c in digest_of}
                 numbers = self._decision.numbers.move(clips, IGNORED_NUMBER)
@@ -532,10 +544,9 @@ class _Pages:
     def show(self, request: Request) -> Response:
         """Answers with the page of names, for all films, or for one film or person in the query."""
         self._check(request)
-        query = request.query_params
         with self._lock:
             self._review.refresh()
-            page = self._review.render(query.get("film", ""), query.get("person", ""))
+            page = self._review.render(_read_view(request.query_params))
         return HTMLResponse(page, headers=HEADERS)
 
     def _find_film(self, request: Request) -> Path:
@@ -555,21 +566,26 @@ class _Pages:
             f"{path.name}, from {format_time(seconds, short=True)}. If it does not play, your "
             f"browser does not support its format. Open it in a player, such as VLC: {path}"
         )
-        return _make_note(path.name, about, f'<video src="{address}" controls autoplay></video>')
+        back = '<p><a href="../">All people and films</a></p>'
+        return _make_note(
+            path.name, about, back + f'<video src="{address}" controls autoplay></video>'
+        )
 
     def send_film(self, request: Request) -> Response:
         path = self._find_film(request)
-        # Python 3.14 names another type for .mkv, and systems without /etc/mime.types have none.
-        known = "video/x-matroska" if path.suffix.lower() == ".mkv" else None
-        kind = known or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        return FileResponse(path, media_type=kind, headers=HEADERS)
+        with path.open("rb") as file:
+            start = file.read(SNIFF_BYTES)
+        kinds = (kind for first, kind in TYPES.items() if re.match(first, start, re.DOTALL))
+        return FileResponse(
+            path, media_type=next(kinds, "application/octet-stream"), headers=SANDBOX
+        )
 
     def send_picture(self, request: Request) -> Response:
         self._check(request)
         path = self._review.picture(request.path_params["picture"])
         if path is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
-        return FileResponse(path, media_type="image/png", headers=HEADERS)
+        return FileResponse(path, media_type="image/png", headers=SANDBOX)
 
     async def change(self, request: Request) -> Response:
         """Applies the change in a form, or undoes the last change."""
@@ -577,35 +593,46 @@ class _Pages:
         form = await _read_form(request)
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
 
-    def _apply(self, form: Mapping[str, str], back: bool) -> Response:
+    def _apply(self, fields: Sequence[tuple[str, str]], back: bool) -> Response:
         """Applies the change in a form. If `back` is True, undoes the last change instead."""
-        review = self._review
-        of, typed = form.get("of", ""), form.get("person") or form.get("new", "")
-        name, is_naming = " ".join(typed.split()), form.get("do") == "name"
-        view = dict(urllib.parse.parse_qsl(form.get("view", "")))
-        view = {word: view[word] for word in ("film", "person") if word in view}
-        problem, status = Forms(at=of, next=form.get("next", "")), HTTPStatus.UNPROCESSABLE_ENTITY
+        review, form = self._review, dict(fields)
+        of = [value for name, value in fields if name == "of"]
+        typed, action = form.get("person") or form.get("new", ""), form.get("do", "")
+        name, after = " ".join(typed.split()), form.get("next", "")
+        view = _read_view(dict(urllib.parse.parse_qsl(form.get("view", ""))))
+        problem = Forms(at="".join(of[:1]), next=after, of=of, typed=typed)
+        status = HTTPStatus.UNPROCESSABLE_ENTITY
         with self._lock:
             try:
                 version = int(form["version"]) if form.get("version", "").isdecimal() else -1
+                if action == "join":
+                    action, name = "name", name or min(filter(is_unknown, of), key=rank_group)
                 if back:
                     review.undo(version)
-                elif is_naming and "person" in form and (other := review.similar(name, [of])):
+                elif action == "name" and "person" in form and (other := review.similar(name, of)):
                     problem = problem._replace(similar=other)
                     raise UserError(f"there is already {other}: is it the same person?")
                 else:
-                    review.change(form.get("do", ""), [of], name, form.get("next", ""), version)
-                    if is_naming and view.get("person") == of:
+                    review.change(action, of, name, after, version)
+                    if action == "name" and [view.get("person")] == of:
                         view["person"] = name
             except (Expected, OSError) as error:
                 if isinstance(error, OutdatedError):
                     status = HTTPStatus.CONFLICT
                 about = f"Nothing was changed: {describe_system_error(error) or error}"
-                problem = problem._replace(message=about, typed=typed)
-                return HTMLResponse(review.render(**view, problem=problem), status, HEADERS)
+                page = review.render(view, problem._replace(message=about))
+                return HTMLResponse(page, status, HEADERS)
         place = f"./?{urllib.parse.urlencode(view)}" if view else "./"
         headers, later = {"Location": place, **HEADERS}, BackgroundTask(review.save_later)
         return Response(None, HTTPStatus.SEE_OTHER, headers, background=later)
+
+
+def _read_view(query: Mapping[str, str]) -> dict[str, str]:
+    """Returns the parameters of a URL that choose what the page shows, see `Forms.url_query`."""
+    view = {name: query[name] for name in ("film", "person", "find") if query.get(name)}
+    if re.fullmatch("[1-9][0-9]{0,8}", query.get("first", "")):
+        view["first"] = query["first"]
+    return view
 
 
 def make_app(review: Review, token: str) -> Starlette:
@@ -641,14 +668,15 @@ def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.
         '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
         f'content="light dark"><title>{html.escape(title)}</title><style>body {{ font: 1rem/1.5 '
-        "system-ui, sans-serif; overflow-wrap: anywhere; } video { max-width: 100%; }</style>"
-        f"{more}<p>{html.escape(about)}</p></html>"
+        "system-ui, sans-serif; overflow-wrap: anywhere; background: Canvas; color: CanvasText; } "
+        "h1 { font-size: 1.4rem; } a { line-height: 2; } video { max-width: 100%; }</style>"
+        f"<main><h1>{html.escape(title)}</h1>{more}<p>{html.escape(about)}</p></main></html>"
     )
     return HTMLResponse(page, status, {"Content-Security-Policy": policy, **HEADERS})
 
 
-async def _read_form(request: Request) -> dict[str, str]:
-    """Reads the fields of a form from a request; refuses forms of more than 10 kB."""
+async def _read_form(request: Request) -> list[tuple[str, str]]:
+    """Reads the fields of a form from a request; refuses forms of more than 200 kB."""
     body = b""
     async for piece in request.stream():
         body += piece
@@ -656,7 +684,7 @@ async def _read_form(request: Request) -> dict[str, str]:
             raise HTTPException(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The name is too long: type a shorter name."
             )
-    return dict(urllib.parse.parse_qsl(body.decode(errors="replace")))
+    return urllib.parse.parse_qsl(body.decode(errors="replace"))
 
 
 def serve_review(
