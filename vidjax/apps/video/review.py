@@ -257,7 +257,7 @@ class Review:
         Args:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
             show somebody else: they become a new unknown person. "ignore" shows people and faces
-            as ignored, without a name. "ignore once" ignores all unknown people who appear once.
+            as ignored, without a name. "once" ignores all unknown people who appear once.
             "join" makes one unknown person of all, with the lowest number.
           of: the people, and the keys of the faces, to change.
           name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
@@ -271,7 +271,7 @@ class Review:
         """
         keys = {*of, name.casefold()} if is_unknown(name) else of
         with self._lock(version, keys):
-            if action == "ignore once":
+            if action == "once":
                 of = self._list_seen_once()
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
@@ -285,7 +285,7 @@ class Review:
             subject = f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
             if action in ("deny", "apart"):
                 self._move(found, subject, "")
-            elif action.startswith("ignore"):
+            elif action in ("ignore", "once"):
                 entries, digest_of = self._label(found, None), self._digest_of
                 clips = {c: digest_of[c] for x in found for c in x.clips if c in digest_of}
                 numbers = self._decision.numbers.move(clips, IGNORED_NUMBER)
