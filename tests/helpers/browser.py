@@ -48,6 +48,8 @@ class Browser:
     def __exit__(self, *_):
         self._process.kill()
         self._process.wait()
+        self._out.close()
+        os.close(self._in)
 
     def _read(self):
         while b"\0" not in self._unread:
