@@ -130,6 +130,8 @@ class Decision(NamedTuple):
     appearances: list[Appearance]  # by video, and in order of time
     numbers: UnknownNumbers = UnknownNumbers(films={})
     twins: Mapping[str, str] = MappingProxyType({})  # see `appearances.NamedTracks`
+    # `Gallery.rows`, and clip -> answer of the gallery before corrections.
+    raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
     card: str = ""  # see `Gallery.describe_card`
 
     def count_clips(self) -> dict[str, int]:
@@ -544,13 +546,18 @@ def decide(
         vectors = embed_clips(gallery, out / FEATURES, clips)
         gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
-    digest, people = gallery.digest, gallery.people
+    digest, people, rows = gallery.digest, gallery.people, gallery.rows
+    raw = last.raw[1] if last and last.raw[0] == rows else {}
+
+    def answer(clips: Vectors, *, groups: Mapping[str, str] | None) -> Mapping[str, Answer]:
+        nonlocal raw
+        raw = raw or identify(clips, groups=groups)
+        return raw
+
     numbers, twins = dict[str, int](), dict[str, str]()
     if vectors is not None:
         known = select_films(before.films, films)
-        named = appearances.name_tracks(
-            gallery, vectors, films, identify, votes, known, before.apart
-        )
+        named = appearances.name_tracks(gallery, vectors, films, answer, votes, known, before.apart)
         answers, votes, twins = named.answers, named.votes, named.twins
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
         nameless -= named.enrolled.keys()
@@ -566,7 +573,18 @@ def decide(
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
     card = gallery.describe_card()
     return Decision(
-        digest, people, films, vectors, votes, answers, groups, in_films, before, twins, card
+        digest,
+        people,
+        films,
+        vectors,
+        votes,
+        answers,
+        groups,
+        in_films,
+        before,
+        twins,
+        (rows, raw),
+        card,
     )
 
 
