@@ -37,8 +37,9 @@ MOST_LIKELY = 3  # people whom a click chooses
 MOST_DOUBTFUL = 100  # doubtful names that are listed
 CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names with a tab
 
-# The address of a picture, its description, and the address of a larger picture.
-Picture = tuple[str, str, str]
+# The address of a picture, its description, the address of a larger picture, and the place of the
+# face in the larger picture: left, top, width and height in per cent, or "".
+Picture = tuple[str, str, str, str]
 
 
 class PageData(NamedTuple):
@@ -75,6 +76,13 @@ class PageEntry:
     def best(self) -> str:
         """The clip with the best face."""
         return min(self._x.clips, key=self._data.rank)
+
+    @property
+    def box(self) -> str:
+        """The place of the best face in its frame: left, top, width and height in per cent."""
+        x = self._data.tracks.get(self.best)
+        left, top, right, bottom = x.box if x and x.box else (0.0, 0.0, 0.0, 0.0)
+        return " ".join(f"{100 * x:.4g}" for x in (left, top, right - left, bottom - top))
 
     @property
     def unclear(self) -> bool:
@@ -253,7 +261,8 @@ def render(
         best = sorted(entries, key=lambda entry: data.rank(entry.best))
         found = ((entry, picture(entry.best)) for entry in best)
         pictures = (
-            (source, entry.time, f"frame/{quote(entry.best)}" if forms else source)
+            (source, entry.time, f"frame/{quote(entry.best)}", entry.box)
+            if forms else (source, entry.time, source, "")
             for entry, source in found if source or forms
         )  # fmt: skip
         return [*itertools.islice(pictures, MOST_PICTURES)]

@@ -586,6 +586,12 @@ class _Pages:
             path, media_type=next(kinds, "application/octet-stream"), headers=SANDBOX
         )
 
+    def send_frame(self, request: Request) -> Response:
+        self._check(request)
+        if (picture := self._review.frame(request.path_params["clip"])) is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND, "The film of this face is missing.")
+        return Response(picture, media_type="image/jpeg", headers=SANDBOX)
+
     def send_picture(self, request: Request) -> Response:
         self._check(request)
         path = self._review.picture(request.path_params["picture"])
@@ -659,6 +665,7 @@ def make_app(review: Review, token: str) -> Starlette:
             Route("/{token}/", pages.show),
             Route("/{token}/play/{number}", pages.play),
             Route("/{token}/film/{number}", pages.send_film),
+            Route("/{token}/frame/{clip}", pages.send_frame),
             Route("/{token}/change", pages.change, methods=["POST"]),
             Route("/{token}/undo", pages.change, methods=["POST"]),
             Route("/{token}/{picture:path}", pages.send_picture),
