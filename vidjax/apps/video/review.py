@@ -685,7 +685,7 @@ def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
         f'content="light dark"><title>{html.escape(title)}</title><style>body {{ font: 1rem/1.5 '
         "system-ui, sans-serif; overflow-wrap: anywhere; background: Canvas; color: CanvasText; } "
-        "h1 { font-size: 1.4rem; } a { line-height: 2; } video { max-width: 100%; }</style>"
+        "h1 { font-size: 1.4rem; } a { display: inline-block; line-height: 2; } video { max-width: 100%; }</style>"
         f"<main><h1>{html.escape(title)}</h1>{more}<p>{html.escape(about)}</p></main></html>"
     )
     return HTMLResponse(page, status, {"Content-Security-Policy": policy, **HEADERS})
