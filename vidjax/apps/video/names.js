@@ -154,17 +154,18 @@ document.addEventListener("input", (event) => {
   if (!find) return;
   const wanted = plain(event.target.value).split(/\s+/).filter(Boolean);
   const matched = (text) => wanted.filter((word) => plain(text).includes(word)).length;
+  const kind = (part) => part.closest("#films, #doubtful, #people").id;
   const best = new Map(), parts = all("[data-find]").map((part) => {
     const lines = all(".line", part), names = lines.map((line) => line.firstElementChild.textContent);
     const number = matched([part.dataset.find, ...names].join(" "));
-    best.set(part.parentElement, Math.max(number, best.get(part.parentElement) || 0));
+    best.set(kind(part), Math.max(number, best.get(kind(part)) || 0));
     const any = names.some(matched);
     lines.forEach((line, place) => (line.hidden = any && !matched(names[place])));
     return [part, number];
   });
   let total = 0;
   for (const [part, number] of parts) {
-    part.hidden = wanted.length > 0 && (!number || number < best.get(part.parentElement));
+    part.hidden = wanted.length > 0 && (!number || number < best.get(kind(part)));
     total += !part.hidden;
   }
   find.querySelector("[role=status]").textContent = !wanted.length ? "" : total ? `${total} match` : "Nothing matches.";

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     import jinja2
 
 MOST_PICTURES = 8  # pictures of a person in a film, from as many appearances
-MOST_SHOWN = (
-    200  # unknown people on an overview with forms, and faces on a page of a person or film
-)
+MOST_SHOWN = 100  # unknown people, or known people with a picture, on a page with forms
+MOST_FACES = 200  # faces of a person or film on a page with forms
 LEAST_WIDTH = 0.4  # per cent of the timeline, so that short appearances are visible
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
@@ -152,6 +151,7 @@ class Forms(NamedTuple):
     next: str = ""  # the value of `at` after the next change
     of: Sequence[str] = ()  # the people and keys of a change that was not accepted
     typed: str = ""  # the name that the user typed, if it was not accepted
+    asked: bool = False  # whether `message` is a question
     similar: str = ""  # a person whose name is similar to `typed`
 
     @property
@@ -216,7 +216,6 @@ def render(
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
     unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
-    known = [*people, *({IGNORED} & times.keys())]
     everyone = [*people, *unknown, *({IGNORED} & times.keys())]
     doubtful = [entry for entries in entries_of.values() for entry in entries if entry.doubt]
     doubtful.sort(key=lambda entry: -entry.doubt)
@@ -227,7 +226,12 @@ def render(
     part, words = (forms.part, forms.find) if forms else ("", "")
     unclear = {name for name in unknown if name.startswith(FACE)}
     open_films = [film for film in films if forms is None or film.video == forms.film]
-    open_people = everyone if forms is None else find(words, {name: name for name in unknown})
+    found = find(words, {name: name for name in everyone})
+    open_people = (
+        everyone
+        if forms is None
+        else [name for name in found if name not in people and name != IGNORED]
+    )
     grid = list[PageEntry]()
     if forms and part:
         open_people, doubtful = [forms.person] * (forms.person in times), []
@@ -237,7 +241,8 @@ def render(
             grid.sort(key=lambda face: data.rank(face.best))
     listed = [] if words else doubtful[:MOST_DOUBTFUL]
     first = forms.first if forms else 0
-    last = first + MOST_SHOWN if forms else None
+    step = MOST_FACES if part else MOST_SHOWN
+    last = first + step if forms else None
     count = len(grid if part else open_people)
     script = (Path(__file__).parent / "names.js").read_text()
 
@@ -274,15 +279,15 @@ def render(
             for video, entries in entries_of.items()
         }) if words else [*entries_of],
         films=[_make_section(film, entries_of[film.video], people) for film in open_films],
-        index=find(words, {name: name for name in known}),
+        index=[name for name in found if name == IGNORED or name in people],
         people=[
             PersonAppearances(name, times[name], "")
             for name in open_people[first * (not part) : last]
         ],
         grid=grid[first:last],
         count=count,
-        earlier=turn(first - MOST_SHOWN) if first else "",
-        later=turn(first + MOST_SHOWN) if forms and first + MOST_SHOWN < count else "",
+        earlier=turn(first - step) if first else "",
+        later=turn(first + step) if forms and first + step < count else "",
         once=sum(len(times[name]) == 1 for name in unknown),
         faces=faces,
         likely=likely,
@@ -294,6 +299,7 @@ def render(
         unclear=unclear,
         anchors={name: number for number, name in enumerate(everyone, 1)},
         most_times=MOST_TIMES,
+        most_shown=MOST_SHOWN,
         forms=forms,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -314,6 +320,8 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
 
 
 def _simplify(text: str) -> str:
+    if text.isascii():
+        return text.casefold()
     letters = unicodedata.normalize("NFD", text)
     return "".join(x for x in letters if not unicodedata.combining(x)).casefold()
 
