@@ -53,6 +53,7 @@ function show(step) {
   image.onload = () => (box.hidden = !width || image.src === small);
   image.onerror = () => small && image.src !== small && (image.src = small); // the film is missing
   box.hidden = true;
+  for (const button of all("[value]", large())) button.hidden = shown.length < 2;
   image.src = shown[place].href;
   image.alt = shown[place].title;
   large().querySelector("p").textContent =

@@ -48,6 +48,7 @@ class PageData(NamedTuple):
     tracks: Mapping[str, FaceTrack]  # clip -> track
     answers: Mapping[str, Answer]
     address: Callable[[MediaFile, float], str]
+    twins: Mapping[str, str]
 
     def rank(self, clip: str) -> tuple[float, ...]:
         """Returns a value by which the faces of clips are sorted, from the clearest face on."""
@@ -134,6 +135,11 @@ class PageEntry:
             return self.others[0][1] if self.others else 0.0
         return 1.0 - self._x.probability if self._x.probability < SURE_PROBABILITY else 0.0
 
+    @property
+    def twin(self) -> str:
+        """The name of a similar face of the same time, or ""."""
+        return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
+
     def split(self) -> "Iterator[PageEntry]":
         """Yields an entry for each clip of the appearance."""
         for clip in self._x.clips:
@@ -201,6 +207,7 @@ def render(
     address: Callable[[MediaFile, float], str],
     forms: Forms | None = None,
     note: str = "",
+    twins: Mapping[str, str] | None = None,
 ) -> str:
     """Returns the page that shows who appears when in films, as HTML.
 
@@ -213,9 +220,10 @@ def render(
       address: a function that returns the URL of a film at a time in seconds.
       forms: the state of the forms with which a user corrects names. If None, there are no forms.
       note: a text about all names, or "".
+      twins: clip -> name that a more similar face of the same time has, see `NamedTracks`.
     """
     tracks = {track.clip: track for film in films for track in film.tracks}
-    data = PageData(tracks, answers, address)
+    data = PageData(tracks, answers, address, twins or {})
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
     for film in films:
@@ -375,6 +383,7 @@ def _make_section(
         rows[name] = PersonAppearances(name, group, duration)
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends earlier than it declares" if film.damaged else ""
+    about += "; too dark to find faces" if film.is_dark else ""
     ordered = [rows[name] for name in sorted(rows, key=ranks.__getitem__)]
     return FilmSection(film.video, length + about, ordered, entries)
 
