@@ -37,7 +37,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Denials, StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.video import features_folder, still, who
-from vidjax.apps.video.appearances import Appearance, format_time
+from vidjax.apps.video.appearances import Appearance, format_time, pair_seen_together
 from vidjax.apps.video.features_folder import (
     NUMBERS,
     THUMBNAILS,
@@ -279,8 +279,14 @@ class Review:
         Args:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
             show somebody else: they become a new unknown person. "ignore" shows people and faces
+<<<<<<< HEAD
             as ignored, without a name. "once" ignores all unknown people who appear once.
             "join" makes one unknown person of all, with the lowest number.
+=======
+            as ignored, without a name. "ignore once" ignores all unknown people who appear once.
+            "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
+            name of another face of the same time, which keeps it, as in a mirror.
+>>>>>>> pageback
           of: the people, and the keys of the faces, to change.
           name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
             people and faces `of` become one unknown person. Then the people must be unknown.
@@ -298,6 +304,9 @@ class Review:
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
                 raise UserError("nobody is selected: select people or faces first")
+            if action == "twin":
+                found, name = self._list_twins(found[0])
+                action = "name"
             if action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
                 if not unknown:
@@ -326,6 +335,15 @@ class Review:
     def _list_seen_once(self) -> list[str]:
         seen = Counter(x.identity for x in self._decision.appearances)
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
+
+    def _list_twins(self, face: Subject) -> tuple[list[Subject], str]:
+        """Returns `face` and the faces of the same time that have its name, and the name."""
+        (clip,), x = face.clips, self._shown[face.clips[0]]
+        if (name := self._decision.twins.get(clip, "")) == "":
+            raise UserError("no other face of this time has a name: type the name")
+        pairs = pair_seen_together([self._films[x.video]])
+        rivals = {y for pair in pairs if clip in pair for y in pair if self._name(y) == name}
+        return [face, *(self._find(CLIP + y) for y in sorted(rivals))], name
 
     def similar(self, name: str, of: Sequence[str]) -> str | None:
         """Returns an enrolled person not in `of` whose name is almost `name`, or None."""
