@@ -70,8 +70,11 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """Texts that identify the clips. They differ from all names of people."""
-        return [CLIP + clip for clip in self._x.clips]
+        """Texts that identify the clips. They differ from all names of people.
+
+        A clip with a twin comes first, see `twin`.
+        """
+        return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
 
     @functools.cached_property
     def best(self) -> str:

@@ -279,14 +279,9 @@ class Review:
         Args:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
             show somebody else: they become a new unknown person. "ignore" shows people and faces
-<<<<<<< HEAD
-            as ignored, without a name. "once" ignores all unknown people who appear once.
-            "join" makes one unknown person of all, with the lowest number.
-=======
             as ignored, without a name. "ignore once" ignores all unknown people who appear once.
             "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
             name of another face of the same time, which keeps it, as in a mirror.
->>>>>>> pageback
           of: the people, and the keys of the faces, to change.
           name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
             people and faces `of` become one unknown person. Then the people must be unknown.
