@@ -261,8 +261,9 @@ def render(
     listed = [] if words else doubtful[:MOST_DOUBTFUL]
     first = forms.first if forms else 0
     step = MOST_FACES if part else MOST_SHOWN
-    last = first + step if forms else None
     count = len(grid if part else open_people)
+    first = min(first, max(count - 1, 0) // step * step)
+    last = first + step if forms else None
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
