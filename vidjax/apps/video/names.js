@@ -44,11 +44,16 @@ const large = () => document.querySelector("#large");
 let shown = [], place = 0;
 function show(step) {
   place = (place + step + shown.length) % shown.length;
-  if (!large().querySelector("img")) large().prepend(new Image());
-  const image = large().querySelector("img"), holds = holder(shown[place]);
+  const frame = large().querySelector("div"), box = frame.querySelector("i"), holds = holder(shown[place]);
+  if (!frame.querySelector("img")) frame.prepend(new Image());
+  const image = frame.querySelector("img"), [left, top, width, height] = (shown[place].dataset.box ?? "").split(" ");
+  for (const [name, share] of Object.entries({ left, top, width, height })) box.style[name] = `${share}%`;
   const about = holds?.querySelector(".grid p, h3, th bdi")?.innerText || "";
   const small = shown[place].querySelector("img")?.src;
+  image.onload = () => (box.hidden = !width || image.src === small);
   image.onerror = () => small && image.src !== small && (image.src = small); // the film is missing
+  box.hidden = true;
+  for (const button of all("[value]", large())) button.hidden = shown.length < 2;
   image.src = shown[place].href;
   image.alt = shown[place].title;
   large().querySelector("p").textContent =

@@ -37,8 +37,9 @@ MOST_LIKELY = 3  # people whom a click chooses
 MOST_DOUBTFUL = 100  # doubtful names that are listed
 CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names with a tab
 
-# The address of a picture, its description, and the address of a larger picture.
-Picture = tuple[str, str, str]
+# The address of a picture, its description, the address of a larger picture, and the place of the
+# face in the larger picture: left, top, width and height in per cent, or "".
+Picture = tuple[str, str, str, str]
 
 
 class PageData(NamedTuple):
@@ -47,6 +48,7 @@ class PageData(NamedTuple):
     tracks: Mapping[str, FaceTrack]  # clip -> track
     answers: Mapping[str, Answer]
     address: Callable[[MediaFile, float], str]
+    twins: Mapping[str, str]
 
     def rank(self, clip: str) -> tuple[float, ...]:
         """Returns a value by which the faces of clips are sorted, from the clearest face on."""
@@ -75,6 +77,13 @@ class PageEntry:
     def best(self) -> str:
         """The clip with the best face."""
         return min(self._x.clips, key=self._data.rank)
+
+    @property
+    def box(self) -> str:
+        """The place of the best face in its frame: left, top, width and height in per cent."""
+        x = self._data.tracks.get(self.best)
+        left, top, right, bottom = x.box if x and x.box else (0.0, 0.0, 0.0, 0.0)
+        return " ".join(f"{100 * x:.4g}" for x in (left, top, right - left, bottom - top))
 
     @property
     def unclear(self) -> bool:
@@ -125,6 +134,11 @@ class PageEntry:
         if self._x.probability is None:
             return self.others[0][1] if self.others else 0.0
         return 1.0 - self._x.probability if self._x.probability < SURE_PROBABILITY else 0.0
+
+    @property
+    def twin(self) -> str:
+        """The name of a similar face of the same time, or ""."""
+        return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
 
     def split(self) -> "Iterator[PageEntry]":
         """Yields an entry for each clip of the appearance."""
@@ -193,6 +207,7 @@ def render(
     address: Callable[[MediaFile, float], str],
     forms: Forms | None = None,
     note: str = "",
+    twins: Mapping[str, str] | None = None,
 ) -> str:
     """Returns the page that shows who appears when in films, as HTML.
 
@@ -205,9 +220,10 @@ def render(
       address: a function that returns the URL of a film at a time in seconds.
       forms: the state of the forms with which a user corrects names. If None, there are no forms.
       note: a text about all names, or "".
+      twins: clip -> name that a more similar face of the same time has, see `NamedTracks`.
     """
     tracks = {track.clip: track for film in films for track in film.tracks}
-    data = PageData(tracks, answers, address)
+    data = PageData(tracks, answers, address, twins or {})
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
     for film in films:
@@ -253,7 +269,8 @@ def render(
         best = sorted(entries, key=lambda entry: data.rank(entry.best))
         found = ((entry, picture(entry.best)) for entry in best)
         pictures = (
-            (source, entry.time, f"frame/{quote(entry.best)}" if forms else source)
+            (source, entry.time, f"frame/{quote(entry.best)}", entry.box)
+            if forms else (source, entry.time, source, "")
             for entry, source in found if source or forms
         )  # fmt: skip
         return [*itertools.islice(pictures, MOST_PICTURES)]
@@ -366,6 +383,7 @@ def _make_section(
         rows[name] = PersonAppearances(name, group, duration)
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends earlier than it declares" if film.damaged else ""
+    about += "; too dark to find faces" if film.is_dark else ""
     ordered = [rows[name] for name in sorted(rows, key=ranks.__getitem__)]
     return FilmSection(film.video, length + about, ordered, entries)
 

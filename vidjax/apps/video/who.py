@@ -675,11 +675,19 @@ def render_page(
         pictures = (
             _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
         )
-        people[name] = [(picture, name, picture) for picture in pictures if picture]
+        people[name] = [(picture, name, picture, "") for picture in pictures if picture]
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
-        decision.appearances, films, people, locate, decision.answers, address, forms, decision.card
+        decision.appearances,
+        films,
+        people,
+        locate,
+        decision.answers,
+        address,
+        forms,
+        decision.card,
+        decision.twins,
     )
 
 
