@@ -90,7 +90,7 @@ def test_review_needs_neither_prometheus_nor_httptools(python):
         "from vidjax.apps import web\n"
         "from vidjax.apps.video import review\n"
         "app = review.make_app(None, 'token')\n"
-        "web.Server(app, web.ServerLimits()).config.load()\n"
+        "web.Server(app, web.DEFAULTS, None).config.load()\n"
     )
 
 
