@@ -279,9 +279,9 @@ class Review:
         Args:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
             show somebody else: they become a new unknown person. "ignore" shows people and faces
-            as ignored, without a name. "ignore once" ignores all unknown people who appear once.
+            as ignored, without a name. "once" ignores all unknown people who appear once.
             "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
-            name of another face of the same time, which keeps it, as in a mirror.
+            name of another face of the same time. Both have the name then, as in a mirror.
           of: the people, and the keys of the faces, to change.
           name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
             people and faces `of` become one unknown person. Then the people must be unknown.
@@ -294,14 +294,14 @@ class Review:
         """
         keys = {*of, name.casefold()} if is_unknown(name) else of
         with self._lock(version, keys):
-            if action == "ignore once":
+            if action == "once":
                 of = self._list_seen_once()
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
                 raise UserError("nobody is selected: select people or faces first")
             if action == "twin":
-                found, name = self._list_twins(found[0])
-                action = "name"
+                action, name = "name", self._find_twin(found)
+                found += self._list_rivals(found, name)
             if action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
                 if not unknown:
@@ -311,7 +311,7 @@ class Review:
             subject = f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
             if action in ("deny", "apart"):
                 self._move(found, subject, "")
-            elif action in ("ignore", "ignore once"):
+            elif action in ("ignore", "once"):
                 entries, digest_of = self._label(found, None), self._digest_of
                 clips = {c: digest_of[c] for x in found for c in x.clips if c in digest_of}
                 numbers = self._decision.numbers.move(clips, IGNORED_NUMBER)
@@ -331,14 +331,19 @@ class Review:
         seen = Counter(x.identity for x in self._decision.appearances)
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
-    def _list_twins(self, face: Subject) -> tuple[list[Subject], str]:
-        """Returns `face` and the faces of the same time that have its name, and the name."""
-        (clip,), x = face.clips, self._shown[face.clips[0]]
-        if (name := self._decision.twins.get(clip, "")) == "":
+    def _find_twin(self, found: Sequence[Subject]) -> str:
+        """Returns the name that faces did not get, because other faces of the time have it."""
+        names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
+        if (name := next(filter(None, names), None)) is None:
             raise UserError("no other face of this time has a name: type the name")
-        pairs = pair_seen_together([self._films[x.video]])
-        rivals = {y for pair in pairs if clip in pair for y in pair if self._name(y) == name}
-        return [face, *(self._find(CLIP + y) for y in sorted(rivals))], name
+        return name
+
+    def _list_rivals(self, found: Sequence[Subject], name: str) -> list[Subject]:
+        """Returns the faces with the name `name` that are seen together with the faces `found`."""
+        clips = {clip for x in found for clip in x.clips}
+        films = [self._films[video] for video in {self._shown[clip].video for clip in clips}]
+        together = {clip for pair in pair_seen_together(films) if {*pair} & clips for clip in pair}
+        return [self._find(CLIP + clip) for clip in sorted(together) if self._name(clip) == name]
 
     def similar(self, name: str, of: Sequence[str]) -> str | None:
         """Returns an enrolled person not in `of` whose name is almost `name`, or None."""

@@ -70,6 +70,7 @@ from vidjax.apps.video.people_photos import (
     extract_photos,
     find_missing,
     list_faces,
+    list_mirrored,
     list_photos,
     locate_people,
     warn_of_doubts,
@@ -315,7 +316,7 @@ def _update_people(
         }  # fmt: skip
         enrol_photos(gallery, checked, usable, names, labels)
         _forget(gallery, names, {*photos, *missing}, out)
-    gallery.check_mirrored(_list_mirrored(outcomes_of, usable))
+    gallery.check_mirrored(list_mirrored(outcomes_of, usable))
     doubted = warn_of_doubts(gallery, outcomes_of, people)
     return failed, names, doubted and gallery.compare_with_card().problem == "closer"
 
@@ -487,18 +488,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
     if len(remaining) < len(rows):
         text = tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv")
         files.write_text(path, text)
-
-
-def _list_mirrored(
-    outcomes_of: Mapping[Path, Sequence[FileOutcome]], usable: Mapping[Path, Mapping[str, str]]
-) -> list[float]:
-    """Returns `FaceTrack.mirrored` of each usable face in photos."""
-    return [
-        track.mirrored for folder, outcomes in outcomes_of.items()
-        for outcome in outcomes if outcome.known
-        for track in outcome.known.tracks
-        if track.clip in usable[folder] and track.mirrored is not None
-    ]  # fmt: skip
+        files.hide(path)
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
