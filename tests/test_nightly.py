@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.benchmarks import qdrant
 from tests.helpers import clip_files, made_nets
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.gallery import Gallery
@@ -113,7 +114,7 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
     # The program of the page reads the export.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QDRANT", ":memory:")
-    (program,) = re.findall(r"```python\n(.*?)```", RECIPES.read_text(), re.S)
+    program = re.findall(r"```python\n(.*?)```", RECIPES.read_text(), re.S)[0]
     Path("recipe.py").write_text(program)
     client = runpy.run_path("recipe.py")["client"]
 
@@ -123,3 +124,16 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
         (white,) = gallery.backend.whiten([photo[None]])
         (best,) = client.query_points("people", white[0].tolist(), using="face", limit=1).points
         assert best.payload["identity"] == name
+
+
+@pytest.mark.slow
+def test_program_that_asks_qdrant_gives_the_answers_of_the_gallery(monkeypatch, tmp_path):
+    pytest.importorskip("qdrant_client")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QDRANT", "")  # `measure` sets both
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found = qdrant.measure(num_people=3000, width=64, num_clips=12, many=1000)
+    for name in ("exported", "exported.reader"):
+        del sys.modules[name]
+    assert found["difference of log-likelihood ratios"] < 1e-6
+    assert found["difference of probabilities"] < 1e-6

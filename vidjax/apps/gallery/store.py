@@ -333,7 +333,7 @@ class Store:
         connection: sqlite3.Connection,
         state: State,
         new: Mapping[str, StoredClip] | None = None,
-        people: People | None = None,
+        people: Sequence[People] | None = None,
     ) -> State:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
@@ -347,7 +347,7 @@ class Store:
         with _translate_errors(self.path, write=True):
             present = _version(connection)[0] == FORMAT
             if present and new is not None and people is not None and entries + len(new) < most:
-                blocks, clips = [people] if people.names else [], new
+                blocks, clips = people, new
             else:
                 rows = entries = 0
                 for table, columns in SCHEMA.items():
