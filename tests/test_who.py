@@ -154,17 +154,14 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
 
 def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
     list_faces = mock.Mock(wraps=who.list_faces)  # lists the faces of all people in photos
-    resolve = mock.Mock(side_effect=who.UnknownNumbers.resolve)  # once for each unknown person
     for module in (who, people_photos):
         monkeypatch.setattr(module, "list_faces", list_faces)
-    monkeypatch.setattr(who.UnknownNumbers, "resolve", lambda *args: resolve(*args))
 
     drawn.meet("Eve")
     calls_for_one_person = list_faces.call_count
     drawn.meet("Ada", "Bob")  # now three people have photos
 
     assert list_faces.call_count == 2 * calls_for_one_person  # in two calls of vidjax who
-    assert resolve.call_count == 2, "Bob and Ada, who is in two shots, were unknown at first"
 
 
 def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_names(drawn):

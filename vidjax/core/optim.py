@@ -225,7 +225,8 @@ def make_optimizer(
     """
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]
-    check_entry("config.optim.name", name, OPTIMIZERS)
+    adamw = {"adamw": "--config.optim.name=adam --config.optim.total_decay=1"}
+    check_entry("config.optim.name", name, OPTIMIZERS, adamw)
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
     # Matrices have 2 axes or more.
     decayed = None if spec["decay_all"] else lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
