@@ -197,12 +197,24 @@ class ClipScores(NamedTuple):
     pool: np.ndarray  # [N] bool, the clips that are ranked
     best: np.ndarray  # [N] float32, the highest score for any identity; -inf outside the pool
     right: np.ndarray  # [N] bool, True if that identity is the label of the clip
+    # [N] float32, the log-probability of the label of the clip; not finite for a distractor or a
+    # clip without a score. None if scores are not logarithms, or if not all scores are kept.
+    own: np.ndarray | None = None
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
     """Returns the share of known clips (`labels` [N] int above 0) whose best identity is right."""
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
+
+
+def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
+    """Returns the mean of minus `clips.own` over known clips. For the arguments, see `top1`."""
+    if clips.own is None:
+        return None
+    values = clips.own[clips.pool & (labels > 0)].astype(np.float64)
+    values = values[np.isfinite(values)]
+    return -float(values.mean()) if len(values) else None
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
@@ -231,11 +243,19 @@ class Metric(NamedTuple):
     fn: Callable[[ClipScores, np.ndarray], float | None]
     digits: int = 4  # number of digits to print after the decimal point
     log: bool = False  # True: every evaluation writes it to the logs and the terminal
+    lower: bool = False  # True: a lower value is better
 
 
 # Key in `metrics.json` -> metric. MAP is not among them, because it needs the ranking.
 CLIP_METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", "labelled clips whose best identity is right", top1, log=True),
+    "eval_loss": Metric(
+        "loss",
+        "mean of minus the log-probability of the right identity, over labelled clips",
+        mean_loss,
+        log=True,
+        lower=True,
+    ),
     "auroc": Metric(
         "AUROC", "how well the best scores separate known clips from distractors", clip_auroc
     ),
@@ -243,6 +263,7 @@ CLIP_METRICS: dict[str, Metric] = {
         "FNIR at FPIR 1 %",
         "known clips missed or misnamed if at most 1 % of new distractors pass",
         functools.partial(open_set, value="fnir", fpir=0.01),
+        lower=True,
     ),
     "threshold_at_fpir_0.01": Metric(
         "threshold at FPIR 1 %",
@@ -253,6 +274,7 @@ CLIP_METRICS: dict[str, Metric] = {
         "FNIR at FPIR 10 %",
         "known clips missed or misnamed if at most 10 % of new distractors pass",
         functools.partial(open_set, value="fnir", fpir=0.1),
+        lower=True,
     ),
     "threshold_at_fpir_0.1": Metric(
         "threshold at FPIR 10 %",

@@ -453,7 +453,11 @@ class _Ranker:
             for scorer in self.scorers
         ]
         lowest = np.full(num_clips, -np.inf, np.float32)
-        best = ClipScores(self.pool, lowest, np.zeros(num_clips, bool))
+        # Without all scores as logarithms of probabilities, there is no loss.
+        systems = [model.system for model in models]
+        has_loss = all(x.scores_are_logs and not x.top_classes for x in systems)
+        own = lowest if has_loss else None
+        best = ClipScores(self.pool, lowest, np.zeros(num_clips, bool), own)
         self.best, self._labels = devices.replicate(mesh, (best, split.labels))
 
     def add(self, window: Sequence[Sequence[Batch]]) -> None:
@@ -525,6 +529,10 @@ def _add_best(
     rows = jnp.where(batch_mask, clip_index, len(labels))  # drops padding
     best, label = jnp.max(scores, axis=1), labels[clip_index]
     right = is_argmax(scores, label - 1) & (label > 0) & (best > -jnp.inf)
+    if clips.own is not None:
+        at = jnp.maximum(label - 1, 0)[:, None]
+        own = jnp.where(label > 0, jnp.take_along_axis(scores, at, axis=1)[:, 0], -jnp.inf)
+        clips = clips._replace(own=jnp.asarray(clips.own).at[rows].set(own, mode="drop"))
     return clips._replace(
         best=jnp.asarray(clips.best).at[rows].set(best, mode="drop"),
         right=jnp.asarray(clips.right).at[rows].set(right, mode="drop"),

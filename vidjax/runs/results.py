@@ -33,7 +33,8 @@ REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLD
 # Keys of `metrics.json` that describe the training. A later evaluation does not change them.
 TRAINING_KEYS = (
     "best_step", "best_map", "num_params", "num_members", "train_clips_per_second", "train_seconds",
-    "seconds", "date", "seed", "command", "finished", "trained_on", "versions",
+    "seconds", "date", "seed", "command", "finished", "trained_on", "versions", "init_from",
+    "early_stop",
 )  # fmt: skip
 
 
@@ -139,6 +140,26 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
         return f"{problem}most people have one clip: add a split val with other clips of them"
     return f"{problem}to measure, use --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
+
+
+def describe_source(metrics: Mapping[str, Any]) -> str:
+    """Returns a text about the run whose weights a run started with, or "" if there is none."""
+    source = metrics.get("init_from")
+    if not source:
+        return ""
+    return (
+        f"{source['run']}, step {source['step']:,}: {messages.count(source['arrays'], 'array')}, "
+        f"{source['identities']:,} identities"
+    )
+
+
+def describe_end(metrics: Mapping[str, Any]) -> str:
+    """Returns why the training of a run ended early, or "" if it did not."""
+    end = metrics.get("early_stop") or {}
+    if not end.get("stopped"):
+        return ""
+    waited = messages.count(end["waited"], "evaluation")
+    return f"{end['metric']} has not improved since step {end['step']:,}, for {waited}"
 
 
 def describe_epochs(metrics: Mapping[str, Any]) -> str:

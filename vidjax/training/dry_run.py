@@ -22,6 +22,7 @@ from vidjax.models.build_system import MODELS, TaskSpec, make_blank_clips, make_
 from vidjax.runs import config as config_lib
 from vidjax.runs.config import Config
 from vidjax.training import train_step
+from vidjax.training.early_stop import check_metric
 from vidjax.utils.errors import UserError
 
 # The assumptions of a dry run, which reads no data:
@@ -64,6 +65,7 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
     run takes a second.
     """
     check_model(config)
+    check_metric(config)
     known = data.modalities if data else {}
     if not data:
         widths = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)

@@ -181,7 +181,9 @@ def run_rows(run: RunFiles) -> Rows:
         "modalities": _join(config["modalities"]),
         "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
+        "init_from": results_lib.describe_source(run.values),
         "epochs": results_lib.describe_epochs(run.values),
+        "ended early": results_lib.describe_end(run.values),
         "finished": own.date or "",
         "evaluated": own.eval_date or "",
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
@@ -227,7 +229,7 @@ def learning(run: RunFiles) -> Markup | None:
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
-    loss = _draw_curve(train, "train_loss", "Training loss")
+    loss = _draw_curve(train, "train_loss", "Training loss", run.lines)
     rate = _draw_curve(train, "learning_rate", "Learning rate")
     figures = html.beside("figures", [loss, _draw_scores(train, run.lines), rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
@@ -237,13 +239,30 @@ def learning(run: RunFiles) -> Markup | None:
     return figures + html.paragraph(words, html.number(bad_steps, 0))
 
 
-def _draw_curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup:
+def _draw_curve(
+    train: Sequence[Mapping[str, Any]],
+    field: str,
+    title: str,
+    lines: Sequence[Mapping[str, Any]] = (),
+) -> Markup:
+    """Draws a curve of training and, if `lines` have losses of evaluations, these as points."""
     x, y = _column(train, "epoch"), _column(train, field)
     plot = html.Plot(x="epoch", y=title.lower())
-    plot.curve(x, y)
+    plot.curve(x, y, label="training")
     first, most, last = (f"{value:.3g}" for value in (y[0], y.max(), y[-1]))
     words = f"{title} starts at {first}, is {most} at most, and ends at {last}."
+    if scored := [line for line in lines if "eval_loss" in line]:
+        losses, split = _column(scored, "eval_loss"), html.short(scored[-1].get("split", ""))
+        plot.axes.plot(_epochs(train, scored), losses, "o-", color=html.SECOND, ms=4, label=split)
+        plot.legend()
+        words += f" The loss on {split} ends at {losses[-1]:.3g}."
     return plot.html(field, title, words)
+
+
+def _epochs(train: Sequence[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Returns the epoch of each evaluation in `lines`."""
+    last = train[-1]
+    return [line["step"] * last["epoch"] / max(last["step"], 1) for line in lines]
 
 
 def _draw_scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
@@ -253,8 +272,7 @@ def _draw_scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str
     description = f"Training accuracy ends at {accuracy[-1]:.3f}."
     scored = [line for line in lines if "map" in line]
     if scored:
-        epochs_per_step = x[-1] / max(train[-1]["step"], 1)
-        places = [line["step"] * epochs_per_step for line in scored]
+        places = _epochs(train, scored)
         values = [line["map"] for line in scored]
         split = scored[-1].get("split", "")
         label = f"MAP@100 on {html.short(split)}"
