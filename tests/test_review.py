@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import shutil
+from unittest import mock
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_review_needs_neither_prometheus_nor_httptools(python):
         "from vidjax.apps import web\n"
         "from vidjax.apps.video import review\n"
         "app = review.make_app(None, 'token')\n"
-        "web.Server(app, web.ServerLimits()).config.load()\n"
+        "web.Server(app, web.DEFAULTS, None).config.load()\n"
     )
 
 
@@ -191,12 +192,32 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
 
     whole = client.get("film/1")
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
+    assert whole.headers["content-security-policy"] == "sandbox"
     part = client.get("film/1", headers={"range": "bytes=10-19"})
     assert part.status_code == 206 and part.content == whole.content[10:20]
 
     reviewed.review.film(1).write_bytes(b"another file")
     for answer in map(client.get, ("film/1", "play/1")):
         assert answer.status_code == 404 and "vidjax who again" in answer.text
+
+
+def test_films_and_photos_are_sent_as_what_they_contain_and_never_as_pages(reviewed, drawn):
+    """The type of a file is recognised by its first bytes, and not by the name of the file."""
+    script = b"<!DOCTYPE html><script>alert(1)</script>"
+    write_photo(photo := drawn.folder / "photo.html", ("Bob", 40, 40))
+    starts = {
+        photo.read_bytes() + script: "image/png", script: "application/octet-stream",
+        b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\x01\x42\x82\x84webm": "video/webm",
+        b"\0\0\0\x20ftypisom": "video/mp4", b"\0\0\0\x20ftypavif": "image/avif",
+        b"<svg xmlns='http://www.w3.org/2000/svg'>": "application/octet-stream",
+        b"RIFF\n\0\0\0WEBP": "image/webp", b"": "application/octet-stream",
+    }  # fmt: skip
+    for content, kind in starts.items():
+        photo.write_bytes(content)
+        with mock.patch.object(reviewed.review, "film", return_value=photo):
+            answer = reviewed.client.get("film/0")
+        assert answer.headers["content-type"] == kind and answer.content == content
+        assert answer.headers["content-security-policy"] == "sandbox"
 
 
 @pytest.mark.slow
@@ -308,7 +329,7 @@ def test_results_with_names_are_private_in_a_folder_that_others_may_read(drawn):
 
 def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     naming = {"do": "name", "of": "unknown 1"}
-    # 422: a wrong field. 409: a form of another version. 413: a form of more than 10,000 bytes.
+    # 422: a wrong field. 409: a form of another version. 413: a form of more than 200,000 bytes.
     for fields, status in [
         *((naming | {"person": new}, 422) for new in (" ", "a\u202eb", "unknown 9", "unknown")),
         *((naming | {"of": old, "person": "Bob"}, 422)
@@ -316,7 +337,7 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
         ({"do": "name", "of": "Ada", "person": "unknown 1"}, 422),
         ({"do": "burn", "of": "unknown 1"}, 422), ({}, 422),
         (naming | {"person": "Bob", "version": "9"}, 409),
-        (naming | {"person": "x" * 20_000}, 413),
+        (naming | {"person": "x" * 300_000}, 413),
     ]:  # fmt: skip
         text = reviewed.post(status=status, **fields)
         assert status == 413 or "Nothing was changed" in text  # 413: the form was not read
@@ -341,12 +362,15 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
 
 def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, monkeypatch):
     numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
+    content = numbers.read_bytes()
     numbers.unlink()
-    numbers.mkdir()  # nothing can be written at this path
-    assert "Nothing was changed" in reviewed.post(status=422, **bob)
+    numbers.mkdir()  # nothing can be read or written at this path
+    for action in ("change", "undo"):
+        answer = reviewed.client.post(action, data={"version": "0", **bob})
+        assert answer.status_code == 422 and "Nothing was changed" in answer.text
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
-    reviewed.post("undo", status=422)
     numbers.rmdir()
+    numbers.write_bytes(content)
     assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
 
     client = reviewed.client  # raises every exception that the application does not handle

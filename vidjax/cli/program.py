@@ -45,6 +45,8 @@ COMMANDS = {
     "import": "makes a run from the weights of an exported folder",
     "forget": "lists all places that contain a name, and deletes it from some of them",
 }
+# Commands whose files contain features or names of people. Only this user may read the files.
+PRIVATE = ("rank", "embed", "gallery", "extract", "who", "serve", "forget")
 SWITCHES = ("--quiet", "--json", "--debug")  # flags that may stand before the command
 DESCRIPTION = """\
 Identify people in video: train a system on features of frames, and rank the
@@ -76,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = parse(words)
-        with terminal.hide_progress() if args.quiet else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if args.quiet:
+                stack.enter_context(terminal.hide_progress())
+            if args.parser.prog.split()[1] in PRIVATE:
+                stack.callback(os.umask, os.umask(0o077))
             shared_flags.join_processes(args)
             with rendezvous.blame_lost_process():
                 result = args.execute(args)

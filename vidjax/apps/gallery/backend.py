@@ -558,21 +558,25 @@ class Index:
                 scorers.append(DistanceRatios(part, people))
         return scorers
 
-    def replaced(self, removed: Collection[str], new: People) -> "Index":
-        """Returns a new index without the people `removed`, and with the people `new`.
+    def replaced(self, removed: Collection[str], new: Sequence[People]) -> "Index":
+        """Returns a new index without the people `removed`, and with the blocks of people `new`.
 
         Unknown names in `removed` are ignored.
         """
-        removed, kept, small = set(removed), [], [new]
+        removed, kept = set(removed), []
+        small = [block for block in new if len(block.names) < MIN_BLOCK_PEOPLE]
         for block in self.blocks:
             if removed and not removed.isdisjoint(block.names):
                 rows = [row for row, name in enumerate(block.names) if name not in removed]
                 block = block.take(rows)
             (small if len(block.names) < MIN_BLOCK_PEOPLE else kept).append(block)
-        joined = join(small)
-        rows = np.arange(len(joined.names))
-        pieces = (rows[at : at + MAX_BLOCK_PEOPLE] for at in range(0, len(rows), MAX_BLOCK_PEOPLE))
-        return Index(self.backend, [*kept, *map(joined.take, pieces)])
+        kept += [block for block in new if len(block.names) >= MIN_BLOCK_PEOPLE]
+        if small:
+            joined = join(small)
+            rows = np.arange(len(joined.names))
+            starts = range(0, len(rows), MAX_BLOCK_PEOPLE)
+            kept += [joined.take(rows[at : at + MAX_BLOCK_PEOPLE]) for at in starts]
+        return Index(self.backend, kept)
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields the log-probabilities of all people for each of Q clips, [1 + N] float64.

@@ -420,13 +420,14 @@ class Gallery:
     # ---- changes
 
     @contextlib.contextmanager
-    def change(self) -> Iterator[Draft]:
+    def change(self, advance: Callable[[int], None] = ignore_count) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. It also has
         `complete`, but with the argument {clip: vector of all modalities}, and `deny`. All changes
         are written at the end of the block. If the block raises an error, nothing is written.
-        During the block, no other process can change the gallery.
+        During the block, no other process can change the gallery. `advance` is called at the end of
+        the block, with numbers of new and changed clips that are finished.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._read_current())
@@ -436,7 +437,7 @@ class Gallery:
                 draft.is_open = False
             if not draft:
                 return
-            state, people = draft.state()
+            state, people = draft.state(advance)
             if draft.refits:
                 state = refit(state)
             with self._lock:
@@ -451,6 +452,7 @@ class Gallery:
         split: str | None = None,
         strangers: bool = False,
         source: str = "identities",
+        advance: Callable[[int], None] = ignore_count,
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
@@ -463,6 +465,7 @@ class Gallery:
           strangers: False to leave out clips without a person. True to add only these clips, as
             clips of strangers.
           source: where the identities are from, such as a file, for a warning.
+          advance: is called with numbers of new clips whose people are finished.
 
         Raises:
           ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
@@ -478,12 +481,13 @@ class Gallery:
                 check_argument("enrol: identities", identity, (str, type(None)), wanted)
                 _ = None if identity is None else check_person(identity)
         vectors = self.embed(clips, split)
+        del clips  # a large table would need the memory twice
         if isinstance(identities, str):
             identities = dict.fromkeys(vectors.names, identities)
         if identities is not None:
             identities = {strip_ending(clip): name for clip, name in identities.items()}
             bare = [*map(strip_ending, vectors.names)]
-            _check_given(identities, bare, source)
+            check_given(identities, bare, source)
             vectors = vectors._replace(labels=tuple(map(identities.get, bare)))
         labels = zip(vectors.names, vectors.labels, strict=True)
         vectors = vectors.only({name for name, label in labels if (label is None) == strangers})
@@ -501,12 +505,13 @@ class Gallery:
             for name, clip in select_usable_clips(vectors).items()
         }
         refused = tuple(sorted({*vectors.names} - chosen.keys()))
+        del vectors
         if not chosen:
             raise UserError(
                 f"none of the clips, such as '{show(refused[0])}', has a usable frame\n"
                 "give clips with other frames"
             )
-        with self.change() as draft:
+        with self.change(advance) as draft:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
         advise_other_films(self, people)
@@ -719,6 +724,8 @@ class Gallery:
         apart: Collection[tuple[str, str]] = (),
         *,
         clarity: Mapping[str, float] | None = None,
+        together: Mapping[str, int] | None = None,
+        settled: Collection[int] = (),
         for_votes: bool = False,
     ) -> dict[str, str]:
         """Groups clips that show the same person; returns clip -> name of its group.
@@ -732,6 +739,9 @@ class Gallery:
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
+          together: clip -> number. Clips with the same number certainly show the same person.
+          settled: numbers in `together` of people who certainly differ from each other. Groups
+            without these people are joined only with each other or with one of these people.
           for_votes: True for the groups of `identify`, whose clips vote on one name. These groups
             are larger, and a few contain clips of two people.
         """
@@ -740,9 +750,12 @@ class Gallery:
         names = [vectors.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in vectors.parts.values()]
         clear = [(clarity or {}).get(name, 1.0) for name in names]
+        first, people = dict[object, int](), [(together or {}).get(name, name) for name in names]
         labels = grouping.group(
-            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes
-        )
+            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes,
+            start=[first.setdefault(person, row) for row, person in enumerate(people)],
+            settled=[person in settled for person in people],
+        )  # fmt: skip
         return answers_lib.name_groups(names, labels)
 
     def _require_people(self) -> State:
@@ -1016,7 +1029,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
 
 
-def _check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
+def check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
     """Warns about keys of `identities` that are not clips. Raises UserError if no key is a clip."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:

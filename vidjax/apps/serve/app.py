@@ -11,6 +11,7 @@ finished.
 import asyncio
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,13 +37,13 @@ from vidjax.apps.serve.limits import (
     LOG,
     Bodies,
     Guard,
-    Limits,
     Refused,
     ServerMetrics,
     one_line,
     set_clock,
     unprocessable,
 )
+from vidjax.apps.server_limits import Limits
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.utils import files
@@ -188,9 +189,9 @@ class Application:
     # ---- the Open Inference Protocol
 
     async def server(self, _: Request) -> Response:
-        """Returns the name, the version and the extensions of the server."""
+        """Returns the name, the version, the extensions and the limits of the server."""
         content = {"name": "vidjax", "version": __version__, "extensions": ["binary_tensor_data"]}
-        return _encode_json(content)
+        return _encode_json({**content, "limits": self.limits})
 
     async def live(self, _: Request) -> Response:
         """Returns status 200 while the server runs, and 503 if its start has failed."""
@@ -199,11 +200,13 @@ class Application:
             raise Refused(status, "the start of the server has failed: see the log")
         return _encode_json({"live": True})
 
-    async def is_ready(self, _: Request) -> Response:
+    async def is_ready(self, request: Request) -> Response:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
+        if request.scope["vidjax.leaving"]:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server will end: ask another")
         try:
-            await asyncio.to_thread(self.gallery.refresh)
+            await asyncio.to_thread(self.model.check)
         except (UserError, OSError):  # is not logged, because any client may send this request
             status = HTTPStatus.SERVICE_UNAVAILABLE
             raise Refused(status, "the gallery cannot be read", 1) from None
@@ -238,6 +241,7 @@ class Application:
         self._check_ready()
         if timeout := parsed.parameters.timeout:
             set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
+        request.scope["vidjax.clips"] = len(question.clips)
         answer = await self.batcher.ask(question, len(question.clips))
         content, size = protocol.encode_answer(parsed, model.name, model.tensors(question, answer))
         if size is None:
@@ -303,6 +307,7 @@ class Application:
         self._check_ready()
         removed = {kind: request.path_params["name"]}
         count = await self._change(request, lambda: self.gallery.remove(**removed))
+        request.scope["vidjax.clips"] = count
         await self.batcher.settle()  # waits for answers that may contain the name
         return _encode_json({"removed": count})
 
@@ -340,8 +345,8 @@ class Application:
         """Reads a request to identify or enrol clips; returns the clips and the other fields.
 
         The clips are the result of `_check_clips`. The fields are an object of the type `kind`. The
-        body is JSON with all fields, or an `.npz` file with a single clip. For an `.npz` file, the
-        other fields are in the query.
+        body is JSON with all fields, or an `.npz` file. For an `.npz` file, the other fields, and
+        the name of a single clip, are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -355,8 +360,6 @@ class Application:
         if request.query_params and not npz:
             raise unprocessable("a request in JSON has no query: send all fields in the body")
         if npz:
-            if not name:
-                raise unprocessable("the query lacks the name of the clip: add ?clip=NAME")
             try:
                 size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
             except UserError as error:
@@ -368,21 +371,23 @@ class Application:
         def read() -> tuple[dict[str, Any], Any]:
             if npz:
                 fields = _read_query({"clips": [{"clip": name}], **words}, kind)
-                clips = [clip_files.read_npz_bytes(body, name, limit)]
+                nets = self.gallery.origin.cards
+                found = clip_files.read_npz_bytes(body, name, limit, nets)
             else:
                 fields = protocol.decode(body, kind)
-                if len(fields.clips) > self.limits.clips:
-                    most = self.limits.clips
-                    raise unprocessable(
-                        f"the request has {len(fields.clips):,} clips: send at most {most}"
-                    )
                 rows = enumerate(fields.clips)
-                clips = [clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows]
+                found = (clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows)
+            most = self.limits.clips
+            clips = [*itertools.islice(found, most + 1)]
+            if not 0 < len(clips) <= most:
+                count = "too many" if clips else "no"
+                raise unprocessable(f"the request has {count} clips: send 1 to {most}")
             fields.clips = []  # frees lists of numbers, which take more memory than arrays
             return _check_clips(clips, self.model.widths, self.limits), fields
 
         clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
         self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
+        request.scope["vidjax.clips"] = len(clips)
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
@@ -454,7 +459,7 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
     endpoints = application.list_endpoints()
     routes = [Route(point.path, point.answer, methods=[point.method]) for point in endpoints]
     router = Router(routes, redirect_slashes=False, lifespan=application.run_lifespan)
-    return Guard(router, bodies, limits, metrics, token)
+    return Guard(router, bodies, limits, metrics, gallery, token)
 
 
 def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[str, Any]:
@@ -474,7 +479,7 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
         if point.body in (IdentifyRequest, EnrolRequest):
             fields = schemas[point.body.__name__]["properties"].keys() - {"clips", "identities"}
             rest = ", ".join(sorted(fields))
-            about = f"the name of the clip in an .npz; only then, the query may also have {rest}"
+            about = f"the name of a single clip in an .npz; with an .npz, the query may have {rest}"
             words = {"clip": {**text, "description": about}}
         parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [

@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from vidjax.apps.serve.limits import Limits, unprocessable
+from vidjax.apps.serve.limits import unprocessable
+from vidjax.apps.server_limits import Limits
 from vidjax.utils.names import show
 
 HEADER = "inference-header-content-length"

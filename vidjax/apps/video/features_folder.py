@@ -146,6 +146,8 @@ class MediaFile(Struct, kw_only=True):
     video: Text
     source: FileStamp
     sha256: Sha256
+    # The first folder below the folder that a user named, such as `Ada` for `photos/Ada/1.jpg`.
+    folder: Text = ""
     photo: bool
     seconds: Seconds  # the length of the video
     # The start and end of each shot.
@@ -314,6 +316,19 @@ def lacks_pictures(out: Path, stem: str) -> bool:
     """Returns whether a film has no thumbnails in a folder that keeps thumbnails."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
+
+
+def list_files_of(path: Path) -> list[Path]:
+    """Returns the files and the thumbnails of the media file to which a file of features belongs.
+
+    Returns [] if `path` is not in a folder of features.
+    """
+    out = path.parent if path.suffix == ".npz" else path.parent.parent
+    if not files.exists(out / NAME):
+        return []
+    stem = path.stem
+    places = (out / f"{stem}.npz", out / VIDEOS / f"{stem}.json", out / THUMBNAILS / stem)
+    return [place for place in (*places, out / EARLIER / f"{stem}.json") if files.exists(place)]
 
 
 def remove_media_file(out: Path, stem: str) -> None:

@@ -378,13 +378,16 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Calls `extract` in a child process; arguments and result are JSON objects.
 
-    If a net cannot be used, the result is only {"net_error": the message}.
+    If a net cannot be used, the result is only {"net_error": the message}. Without the argument
+    `path`, only the nets are loaded.
     """
     settings = msgspec.convert(arguments["settings"], ExtractionSettings)
     try:
         nets = _load_nets(arguments["models"], settings.size)
     except NetError as error:
         return {"net_error": str(error)}
+    if "path" not in arguments:
+        return {}
     film = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
         msgspec.convert(arguments["source"], FileStamp), arguments["sha256"],
