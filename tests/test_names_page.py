@@ -109,8 +109,10 @@ def test_faces_of_a_person_begin_with_the_clearest_face():
     x = appearance(0, 5, "unknown 1", None)._replace(clips=("a", "b", "c"))
     address = lambda film, seconds: f"play/0?t={seconds:.1f}"  # noqa: E731
     html = names_page.render(
-        [x], [a_film], {}, "{}.png".format, {}, address, names_page.Forms(person="unknown 1")
-    )
+        [x], [a_film], {}, "{}.png".format, {}, address, names_page.Forms(person="unknown 1"),
+        twins={"c": "Ada"},
+    )  # fmt: skip
     assert re.findall('href="frame/(.)"', html) == ["b", "c", "a"]
     assert re.findall(r"t=(\d)", html) == ["2", "4", "0"], "each face has its own time"
     assert text_of(html).count("unclear") == 1
+    assert text_of(html).count("Another face at this time is Ada .") == 1

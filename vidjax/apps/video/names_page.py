@@ -70,8 +70,11 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """Texts that identify the clips. They differ from all names of people."""
-        return [CLIP + clip for clip in self._x.clips]
+        """Texts that identify the clips. They differ from all names of people.
+
+        A clip with a twin comes first, see `twin`.
+        """
+        return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
 
     @functools.cached_property
     def best(self) -> str:
@@ -258,8 +261,9 @@ def render(
     listed = [] if words else doubtful[:MOST_DOUBTFUL]
     first = forms.first if forms else 0
     step = MOST_FACES if part else MOST_SHOWN
-    last = first + step if forms else None
     count = len(grid if part else open_people)
+    first = min(first, max(count - 1, 0) // step * step)
+    last = first + step if forms else None
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
