@@ -76,7 +76,7 @@ class Source(Struct, kw_only=True):
 
     run: Text  # its folder
     step: Whole
-    sha256: Sha256  # of the digests of the files of its checkpoint
+    sha256: Text  # of the digests of the files of its checkpoint
     arrays: Count  # number of loaded arrays
     identities: Count  # number of identities that it was trained on, too
 

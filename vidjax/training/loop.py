@@ -175,10 +175,8 @@ def _take_steps(
     """Trains, logs, saves and evaluates. Returns the last evaluation of each split, if any."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
-    evaluated, is_pending = (
-        list[Evaluation](),
-        run.step in schedule.evaluate and not run.is_evaluated,
-    )
+    is_pending = run.step in schedule.evaluate and not run.is_evaluated
+    evaluated: list[Evaluation] = []
     with contextlib.ExitStack() as stack:
         logs = Logs(workdir, step=run.step, evaluated=not is_pending)
         stack.callback(logs.close)
