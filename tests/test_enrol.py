@@ -251,26 +251,3 @@ def test_a_killed_enrolment_continues(folder, say, tmp_path):
     say("gallery", "enrol", whole, f"--input={day}")
     assert list_clips(folder) == list_clips(whole)
     assert Gallery(folder).identities == Gallery(whole).identities
-
-
-PEAK = """
-import resource, sys
-from vidjax.cli.program import main
-code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
-sys.exit(code)
-"""
-
-
-@pytest.mark.slow
-def test_memory_of_an_enrolment_is_a_few_times_the_vectors(folder, tmp_path):
-    """The people and the vectors stay in memory, and the table for some time."""
-    used = []
-    for count in (10_000, 40_000):
-        table = write_table(tmp_path / f"{count}.parquet", [*map(str, range(count))], frames=1)
-        copy = shutil.copytree(folder, tmp_path / str(count))
-        words = ("gallery", "enrol", copy, f"--input={table}")
-        done = subprocess.run([sys.executable, "-c", PEAK, *words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        used.append(int(done.stderr.splitlines()[-1]))
-    assert used[1] - used[0] < 30_000 * (8 * WIDTH * 4 + 3000), used

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tests.helpers import limits, made_galleries
 from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_galleries import SETTINGS, answers, contents, make, make_clip, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib, store as store_lib
+from vidjax.apps.gallery import backend as backend_lib, enrolment, store as store_lib
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import fit_backend
 from vidjax.apps.gallery.gallery import Gallery
@@ -69,6 +70,7 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
         # Small blocks, so that changes of 12 people split and join blocks.
         patch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
         patch.setattr(backend_lib, "MAX_BLOCK_PEOPLE", 4)
+        patch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 4)
         present = data.draw(st.sets(st.sampled_from(names)))
         people = make(folder / "g", {name: CLIPS[name] for name in present})
 
@@ -109,6 +111,23 @@ def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, t
         wanted[name] = wanted[name]._replace(identity=person)
     del wanted[clips_of["person 5"][0]]
     check_same(gallery, make(gallery.folder.parent / "once", wanted))
+
+
+def test_memory_of_a_large_enrolment_is_little_more_than_its_people(tmp_path, monkeypatch):
+    """Blocks of people are computed one after the other, because the computation is in float64."""
+    monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 512})
+    monkeypatch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 1024)
+    people, count = make(tmp_path / "g", {}), 8192
+    vectors = np.random.default_rng(0).standard_normal((count, 512)).astype(np.float32)
+    clips = {f"c{n}": StoredClip(f"p{n}", row) for n, row in enumerate(vectors)}
+    finished = list[int]()
+    with people.change(finished.append) as draft:
+        draft.add(clips)
+        tracemalloc.start()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(finished) == count and len(finished) == 8
+    assert peak < 4 * vectors.nbytes
 
 
 def test_time_of_a_change_does_not_grow_with_the_number_of_people(gallery):
@@ -390,7 +409,7 @@ def list_backup_commands():
     page = Path(vidjax.__file__).parent / "apps" / "gallery" / "README.md"
     section = page.read_text().split("## Backup, restore and upgrade")[1]
     backup, restore = re.findall(r"```sh\n(.*?)```", section, re.S)[:2]
-    make, *copy, _ = backup.splitlines()
+    make, *copy = backup.splitlines()
     return [f"{make}; {line}" for line in copy if shutil.which(line.split()[0])], restore
 
 

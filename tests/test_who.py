@@ -456,14 +456,17 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     write_film(other, shot("Bob"))
 
     def list_films():
-        subtitles = {path.stem for path in (drawn.out / "subtitles").glob("*.srt")}
+        subtitles = {
+            str(path.relative_to(drawn.out / "subtitles").with_suffix(""))
+            for path in (drawn.out / "subtitles").rglob("*.srt")
+        }
         return {row["video"] for row in drawn.rows()}, subtitles
 
     # Films with the same name are listed with their folders.
     drawn.who(other.parent)
     folder = drawn.folder.name
     paths = {f"{folder}/party.mkv", "other/party.mkv"}
-    assert list_films() == (paths, {f"{folder} - party", "other - party"})
+    assert list_films() == (paths, {f"{folder}/party", "other/party"})
 
     # A film is not read a second time, even if it was moved: reading would now fail.
     with monkeypatch.context() as patch:

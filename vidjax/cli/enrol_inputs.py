@@ -92,7 +92,7 @@ def drop_group_photos(
 
     people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
     is_flat = isinstance(identity, str) or files.exists(path / features_folder.NAME)
-    folders = [path] if is_flat else sorted(path.iterdir())
+    folders = [path] if is_flat or not path.is_dir() else sorted(path.iterdir())
     poor, hidden = set[str](), dict[str, str]()
     for folder in (folder for folder in folders if (folder / features_folder.NAME).exists()):
         prefix = "" if folder == path else f"{folder.name}/"
@@ -111,7 +111,7 @@ def drop_group_photos(
     return people
 
 
-def name_by_folder(
+def add_folders(
     path: Path, vectors: "Vectors", identity: Mapping[str, str]
 ) -> "tuple[Vectors, dict[str, str]]":
     """Adds the folder of each photo to the names of its clips, as in `Ada/1`.

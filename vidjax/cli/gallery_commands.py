@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
 
+LARGE_BYTES = 10 << 20  # of a table whose name is printed before it is read
+
 HELP = """\
 A gallery stores people. Enrolling, identifying and deleting need no training.
 
@@ -344,28 +346,27 @@ def _enrol(args: argparse.Namespace) -> Result:
     labels = enrol_inputs.read_labels(Path(args.labels).expanduser()) if args.labels else None
     inputs = enrol_inputs.list_inputs(args.input or ())
     args.input = [*map(str, inputs)]
+    if args.clip and len(inputs) > 1:
+        raise UserError(f"--clip={args.clip} is a clip of one input: give --input once")
     gallery, names, done = _open(args), set[str](), []
     for number, path in enumerate(inputs or [None], 1):
-        if len(inputs) > 1:
-            terminal.say(f"{number:,} of {len(inputs):,}: {show(str(path))} ...")
-        given = _embed_for_enrolment(args, gallery, path, labels, several=len(inputs) > 1)
-        vectors, identity = [given[0]], given[1]
-        del given  # the vectors of a large table are in memory once
-        names |= {*vectors[0].names}
+        place = f"{number:,} of {len(inputs):,}: " if len(inputs) > 1 else ""
+        if path and (place or path.stat().st_size > LARGE_BYTES):
+            terminal.say(f"{place}{show(str(path))} ...")
+        vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
+        names |= {*vectors.names}
         if identity == {} and len(inputs) > 1:
             continue
-        flag, source = ("", "identities") if labels is None else (args.labels, args.labels)
-        with (
-            prefix_errors(flag) if flag else contextlib.nullcontext(),
-            _show_progress("enrol", len(vectors[0].names)) as bar,
-        ):
-            done.append(
-                gallery.enrol(
-                    vectors.pop(), identity, strangers=args.strangers, source=source,
-                    advance=bar.advance,
-                )
+        bar, waiting = _show_progress("enrol", len(vectors.names)), [vectors]
+        del vectors  # so that `enrol` can free the memory of a large table
+        with bar as bar, prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
+            source = args.labels or "identities"
+            part = gallery.enrol(
+                waiting.pop(), identity, strangers=args.strangers, source=source,
+                advance=bar.advance,
             )  # fmt: skip
-    if labels is not None and len(inputs) > 1:
+            done.append(part)
+    if labels and len(inputs) > 1:
         check_given(labels, names, args.labels)
     if not done:
         raise UserError(
@@ -375,7 +376,7 @@ def _enrol(args: argparse.Namespace) -> Result:
     return _describe_enrolment(args, gallery, done)
 
 
-def _embed_for_enrolment(
+def _embed_people(
     args: argparse.Namespace,
     gallery: "Gallery",
     path: Path | None,
@@ -387,18 +388,9 @@ def _embed_for_enrolment(
 
     If there are `several` inputs, only the labels of this input are returned, and may be {}.
     """
-    split, identity, is_table = args.split, args.identity if labels is None else labels, False
-    finds = path is not None and identity is None and not args.strangers
-    if path is None:
-        clips = _load_clips(args, gallery)
-    elif not finds:
-        clips = gallery.load(path)
-    elif (found := enrol_inputs.read_people(path, required=not several)) is not None:
-        clips, identity, is_table = gallery.load(path), found, path.suffix == ".parquet"
-    else:
-        clips, identity = enrol_inputs.load_people(path, gallery)
-    with _show_progress("vectors", len(clips.split(split or "clips").clips)) as bar:
-        vectors = gallery.embed(clips, split, advance=bar.advance)
+    clips, identity = _load_people(args, gallery, path, labels, required=not several)
+    with _show_progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
+        vectors = gallery.embed(clips, args.split, advance=bar.advance)
     del clips
     if args.clip:
         clip = strip_ending(args.clip)
@@ -408,16 +400,39 @@ def _embed_for_enrolment(
     if isinstance(identity, Mapping) and (args.clip or several):
         known = {*map(strip_ending, vectors.names)}
         identity = {name: who for name, who in identity.items() if strip_ending(name) in known}
-    if path is not None and labels is None and not args.strangers and not is_table and identity:
-        identity = enrol_inputs.drop_group_photos(path, vectors.names, identity)
-        if not identity:
-            raise UserError(
-                f"--input={path}: every photo shows several people\n"
-                "add photos of one person, or enrol a single face: --clip=CLIP --identity=NAME"
-            )
-        if finds:
-            return enrol_inputs.name_by_folder(path, vectors, identity)
-    return vectors, identity
+    if path is None or labels or args.strangers or not identity:
+        return vectors, identity
+    identity = enrol_inputs.drop_group_photos(path, vectors.names, identity)
+    if not identity:
+        raise UserError(
+            f"--input={path}: every photo shows several people\n"
+            "add photos of one person, or enrol a single face: --clip=CLIP --identity=NAME"
+        )
+    return (
+        (vectors, identity) if args.identity else enrol_inputs.add_folders(path, vectors, identity)
+    )
+
+
+def _load_people(
+    args: argparse.Namespace,
+    gallery: "Gallery",
+    path: Path | None,
+    labels: Mapping[str, str] | None,
+    *,
+    required: bool,
+) -> "tuple[MemoryClips | TrainingData, str | Mapping[str, str] | None]":
+    """Returns the clips of an input or a split, and the person of all clips or of each clip.
+
+    `required` is True if at least one clip of a table must have a person.
+    """
+    identity = labels or args.identity
+    if path is None:
+        return _load_clips(args, gallery), identity
+    if identity is None and not args.strangers:
+        identity = enrol_inputs.read_people(path, required=required)
+        if identity is None:
+            return enrol_inputs.load_people(path, gallery)
+    return gallery.load(path), identity
 
 
 def _describe_enrolment(

@@ -1,7 +1,8 @@
 """Metrics in NumPy: average precision of rankings, AUROC, and errors of open-set identification.
 
-To add a metric that is computed from the best score of each clip, write a function and add a line
-to `CLIP_METRICS`. It then appears in `metrics.json`, in the report and in comparisons of runs.
+To add a metric that is computed from the scores of clips, write a function and add a line to
+`CLIP_METRICS`. For example, the top-5 accuracy of known clips is `np.mean(clips.rank[known] < 5)`.
+The metric then appears in `metrics.json`, in the report and in comparisons of runs.
 
 Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. Unlike in the
 usual libraries, the denominator is the number of all positives of the identity, not
@@ -192,7 +193,7 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
 
 
 class ClipScores(NamedTuple):
-    """The best score of each of the N clips of a split, and whether its identity is right."""
+    """The scores of the N clips of a split, which is the argument of a metric."""
 
     pool: np.ndarray  # [N] bool, the clips that are ranked
     best: np.ndarray  # [N] float32, the highest score for any identity; -inf outside the pool
@@ -200,6 +201,12 @@ class ClipScores(NamedTuple):
     # [N] float32, the log-probability of the label of the clip; not finite for a distractor or a
     # clip without a score. None if scores are not logarithms, or if not all scores are kept.
     own: np.ndarray | None = None
+    identity: np.ndarray | None = None  # [N] int32, the class column of the best identity, or 0
+    # [N] int32, the number of identities with a higher score than the label of the clip; of no
+    # meaning for a distractor
+    rank: np.ndarray | None = None
+    # [C, 100] int32, the indices of the best clips of each identity, best first; -1 fills a list
+    ranking: np.ndarray | None = None
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
@@ -235,7 +242,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) 
 
 
 class Metric(NamedTuple):
-    """A metric that is computed from the best score of each clip."""
+    """A metric that is computed from the scores of clips."""
 
     label: str  # the name of the metric for a reader
     about: str  # half a sentence that explains it

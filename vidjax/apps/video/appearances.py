@@ -142,7 +142,7 @@ def name_tracks(
     gallery: "Gallery",
     vectors: Vectors,
     films: Sequence[MediaFile],
-    identify: Callable[..., dict[str, Answer]],
+    identify: Callable[..., Mapping[str, Answer]],
     votes: dict[str, str] | None = None,
     numbers: Mapping[str, int] | None = None,
     apart: Collection[tuple[int, int]] = (),
