@@ -149,7 +149,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     assert numbers(films / "e.mkv")["e.s000.t00"] == "unknown 4"
     # A number is not used again for another person after it was joined with a lower number.
     joined = who.read_numbers(drawn.out).join(["unknown 2", "unknown 7"])
-    assert joined.keep([]).highest == 7  # although no film is kept
+    assert joined.keep(set()).highest == 7  # although no film is kept
 
 
 def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
