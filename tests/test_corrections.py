@@ -127,9 +127,9 @@ def test_many_people_and_faces_are_changed_in_one_step(shelf):
     face = shelf.clips(one)[0]
     for of, name in ((keys([face]), two), (keys([face]), "Zoe")):
         shelf.page.change("name", of, name)
-        assert shelf.names()[face] == name and len(shelf.clips(one)) > 3
-    refused(lambda: shelf.page.change("apart", keys(shelf.clips(one))), "select only the wrong")
-    refused(lambda: shelf.page.change("apart", [one]), "choose an appearance")
+        assert shelf.names()[face] == name and (name != two or len(shelf.clips(one)) > 3)
+    refused(lambda: shelf.page.change("apart", keys(shelf.clips(two))), "select only the wrong")
+    refused(lambda: shelf.page.change("apart", [two]), "choose an appearance")
     refused(lambda: shelf.page.change("name", [], "Zoe"), "select people or faces")
 
 
@@ -199,7 +199,8 @@ def test_two_browsers_and_vidjax_who_at_once_lose_none_of_200_changes(tmp_path, 
             alone = "these are all faces" in answer.text  # of an unknown person
             said = re.findall('id="said" role="status">(.*?)<', answer.text)
             assert answer.status_code == 303 or alone, (form, said)
-            wanted[clip] = {"name": form["new"], "ignore": None, "deny": "unknown"}[kind]
+            if not alone:
+                wanted[clip] = {"name": form["new"], "ignore": None, "deny": ""}[kind]
 
     def call(function, *arguments):
         try:
@@ -219,9 +220,11 @@ def test_two_browsers_and_vidjax_who_at_once_lose_none_of_200_changes(tmp_path, 
     shelf.page.save()
     found = shelf.names()
     assert {x[:8] for x in found} >= {"film_008", "film_009"}
+    numbers = who.read_numbers(shelf.out)
+    number_of = {clip: number for of in numbers.films.values() for clip, number in of.items()}
     for clip, name in wanted.items():
-        shown = found[clip] or ""
-        assert found[clip] == name or (name == "unknown" and shown.startswith("unknown ")), clip
+        # A face that was taken out is a person of its own, who may get a name later.
+        assert number_of[clip] in numbers.fixed if name == "" else found[clip] == name, clip
     assert shelf.who() == found
 
 

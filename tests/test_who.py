@@ -573,7 +573,7 @@ def test_enrol_reports_photos_without_one_good_face_and_ignores_tracks_without_c
         drawn.run("gallery", "enrol", gallery, f"--input={people}")
 
     assert [str(warning.message).partition(":")[0] for warning in caught] == [
-        f"{people}/Ada/{name}.png" for name in ("none", "poor", "two")
+        f"{photos}/{name}.png" for name in ("none", "poor", "two")
     ]
     assert {*Gallery(gallery).clips} == {"Ada/one", "Ada/poor"}  # poor faces are enrolled, too
 

@@ -194,8 +194,7 @@ class Review:
                 last = shown._replace(numbers=numbers) if is_known else None
         if last is not shown or self._gallery.digest != shown.digest:
             decision = self._decide(numbers, films, last)
-            if last is None:
-                self._set_films(films)
+            self._set_films(films)
             self._show(decision)
 
     def _decide(
@@ -762,5 +761,8 @@ def serve_review(
         try:
             web.serve(make_app(review, token), listener)
         finally:
-            review.save()
+            try:
+                review.save()
+            except InUseError:  # all changes are in the gallery and in `unknown.json`
+                messages.print_text("vidjax who is still running: it writes the tables at its end.")
         return review.done

@@ -209,8 +209,7 @@ def name_people(
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
-        with lock_changes(out):
-            gallery = _open_gallery(out, models)
+        gallery = _open_gallery(out, models)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         if not thumbnails:
@@ -364,7 +363,8 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
         gallery = Gallery(path)
     except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
         return Gallery.of_models(path, models)
-    _change_nets(gallery, out, models)
+    with lock_changes(out):
+        _change_nets(gallery, out, models)
     return gallery
 
 
