@@ -245,7 +245,7 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
 
     page = (folder.path / "report.html").read_text()
     assert "report_test.html" in page and "has not improved" in page
-    for bad in ("--config.eval.splits=train", "--config.profile=3,1", "--config.profile=99,100"):
-        assert command(*flags, bad, f"--workdir={tmp_path / 'new'}").refused(
+    for bad in ("--config.eval.splits=train", "--config.profile=3,1", "--config.profile=999,1000"):
+        assert command(*flags[:-1], bad, f"--workdir={tmp_path / 'new'}").refused(
             bad.partition("=")[0].removeprefix("--")
         )

@@ -409,7 +409,7 @@ def list_backup_commands():
     page = Path(vidjax.__file__).parent / "apps" / "gallery" / "README.md"
     section = page.read_text().split("## Backup, restore and upgrade")[1]
     backup, restore = re.findall(r"```sh\n(.*?)```", section, re.S)[:2]
-    make, *copy, _ = backup.splitlines()
+    make, *copy = backup.splitlines()
     return [f"{make}; {line}" for line in copy if shutil.which(line.split()[0])], restore
 
 

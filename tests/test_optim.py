@@ -183,7 +183,7 @@ def test_frozen_parameters_stay_and_others_are_updated_as_without_them():
     params: Any = {"net": {"w": np.ones((2, 2)), "b": np.ones(2)}, "head": {"w": np.ones((2, 2))}}
     grads = jax.tree.map(lambda x: x * 3.0, params)
 
-    def step(params, grads, **more):
+    def step(params: Any, grads: Any, **more: Any) -> Any:
         tx = make_optimizer(total_steps=5, **spec, **more)
         return optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
 

@@ -14,6 +14,8 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from starlette import testclient
 
+from tests.benchmarks import review_page
+from tests.helpers import browser
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, names_page, review, who
@@ -172,6 +174,70 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     assert "<title>more.mkv: " in text and 'value="clip:\tmore.s000.t00"' in text
     # For a film that does not exist, the page of all films is shown.
     assert "<title>Who appears" in reviewed.client.get("?film=less.mkv").text
+
+
+def test_people_and_faces_are_changed_together_in_one_step(reviewed):
+    before, unknown = reviewed.names(), ["unknown 1", "unknown 2"]
+
+    def renamed(name):
+        return {clip: name if x in unknown else x for clip, x in before.items()}
+
+    text = reviewed.post(do="name", of=unknown, person="Guest")
+    assert "Saved: unknown 1 and 1 more are Guest." in text and reviewed.names() == renamed("Guest")
+    assert "Undone" in reviewed.post("undo") and reviewed.names() == before
+    reviewed.post(do="join", of=unknown)
+    assert reviewed.names() == renamed("unknown 1")
+    reviewed.post("undo")
+    # A button with a likely name is sent after the empty or half-typed field.
+    reviewed.post(do="name", of="unknown 1", person=["Ex", "Ada"])
+    assert "unknown 1" not in reviewed.names().values()
+    reviewed.post("undo")
+    faces = [f"clip:\t{clip}" for clip, name in before.items() if name == "unknown 1"]
+    reviewed.post(do="name", of=faces, person="Bob")
+    assert reviewed.names() == {c: "Bob" if x == "unknown 1" else x for c, x in before.items()}
+    reviewed.post("undo")
+    reviewed.post(do="apart", of=faces[0])  # each of the two faces is now another person
+    text = reviewed.client.get("").text
+    ((do, count),) = re.findall('value="([a-z]+)">Ignore everybody seen once .([0-9]+)', text)
+    reviewed.post(do=do)
+    assert [*reviewed.names().values()].count(None) == int(count) == len(faces) == 2
+    for fields in ({"of": "Ada"}, {}):
+        assert "Nothing was changed" in reviewed.post(status=422, do="join", **fields)
+
+
+def test_naming_unclear_faces_asks_first(reviewed):
+    naming = {"do": "name", "of": ["unknown 1", "unknown 2"]}
+    with mock.patch.object(reviewed.review, "is_unclear", return_value=True):
+        text = reviewed.post(status=422, **naming, person="Bob")
+        assert "unclear faces of two people look alike" in text and "I am sure: it is Bob" in text
+        assert text.count('type="hidden" name="of" value="unknown') > 2, "both are asked about"
+        assert "Saved" in reviewed.post(**naming, new="Bob")
+    assert {*reviewed.names().values()} == {"Ada", "Bob"}
+
+
+def test_page_shows_some_people_at_a_time_and_searches_all(reviewed, monkeypatch):
+    monkeypatch.setattr(names_page, "MOST_SHOWN", 1)
+    get = reviewed.client.get
+    first, second = get("").text, get("?first=1").text
+    assert 'id="people"' in first and 'value="unknown 1" form=' in first
+    assert 'href="./?first=1">More people<' in first and ">Earlier people<" not in first
+    assert 'value="unknown 1" form=' not in second and 'value="unknown 2" form=' in second
+    assert ">More people<" not in second and 'href="./?">Earlier people<' in second
+    found = get("?find=ADA+2").text  # only a film has both words
+    assert 'value="unknown 2" form=' in found and ">Ada<" in found
+    assert "?film=party.mkv" in found and "?film=more.mkv" not in found
+    assert "Nothing matches" in get("?find=zzz").text
+    assert get("?first=-1&find=%22%3E").status_code == 200
+    text = reviewed.post(do="ignore", of="unknown 2", view="first=1")
+    assert "Saved: unknown 2 is ignored." in text
+    assert 'value="unknown 1" form=' in text, "the page with unknown 2 no longer exists"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium")
+def test_every_change_can_be_made_with_keys_only(tmp_path):
+    with browser.Browser(tmp_path / "browser") as page:
+        review_page.use_keyboard(tmp_path, page)
 
 
 def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):

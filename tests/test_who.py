@@ -149,7 +149,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     assert numbers(films / "e.mkv")["e.s000.t00"] == "unknown 4"
     # A number is not used again for another person after it was joined with a lower number.
     joined = who.read_numbers(drawn.out).join(["unknown 2", "unknown 7"])
-    assert joined.keep([]).highest == 7  # although no film is kept
+    assert joined.keep(set()).highest == 7  # although no film is kept
 
 
 def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
@@ -456,14 +456,17 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     write_film(other, shot("Bob"))
 
     def list_films():
-        subtitles = {path.stem for path in (drawn.out / "subtitles").glob("*.srt")}
+        subtitles = {
+            str(path.relative_to(drawn.out / "subtitles").with_suffix(""))
+            for path in (drawn.out / "subtitles").rglob("*.srt")
+        }
         return {row["video"] for row in drawn.rows()}, subtitles
 
     # Films with the same name are listed with their folders.
     drawn.who(other.parent)
     folder = drawn.folder.name
     paths = {f"{folder}/party.mkv", "other/party.mkv"}
-    assert list_films() == (paths, {f"{folder} - party", "other - party"})
+    assert list_films() == (paths, {f"{folder}/party", "other/party"})
 
     # A film is not read a second time, even if it was moved: reading would now fail.
     with monkeypatch.context() as patch:
@@ -570,7 +573,7 @@ def test_enrol_reports_photos_without_one_good_face_and_ignores_tracks_without_c
         drawn.run("gallery", "enrol", gallery, f"--input={people}")
 
     assert [str(warning.message).partition(":")[0] for warning in caught] == [
-        f"{people}/Ada/{name}.png" for name in ("none", "poor", "two")
+        f"{photos}/{name}.png" for name in ("none", "poor", "two")
     ]
     assert {*Gallery(gallery).clips} == {"Ada/one", "Ada/poor"}  # poor faces are enrolled, too
 

@@ -40,7 +40,8 @@ def serve(shelf: Any):
     who.write(shelf.out, decision)
     reviewed = review.Review(shelf.out, decision)
     with web.listen("127.0.0.1", 0) as listener:
-        server = web.Server(review.make_app(reviewed, "token"), web.ServerLimits())
+        app = review.make_app(reviewed, "token")
+        server = web.Server(app, web.ServerLimits(), threading.Event())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -14,6 +15,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Name of a key -> code for Windows, by which Chromium recognises it.
 KEYS = {"Enter": 13, "Tab": 9, " ": 32, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38,
         "ArrowRight": 39, "ArrowDown": 40}  # fmt: skip
+# Moves two pipes to 3 and 4, where the browser expects them, and becomes the browser.
+START = """import os, sys
+for place, pipe in enumerate(sys.argv[1:3], 3):
+    os.dup2(int(pipe), place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 TEXTS = {"Enter": "\r", " ": " "}
 
 
@@ -22,17 +29,14 @@ class Browser:
 
     def __init__(self, folder):
         (read, out), (into, write) = os.pipe(), os.pipe()
-        # The browser expects its ends of the pipes at 3 and 4, so they must not be there yet.
+        # The pipes must not be at 3 and 4 yet.
         read, write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (read, write))
-
-        def place_pipes():
-            os.dup2(read, 3)
-            os.dup2(write, 4)
 
         words = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                  "--hide-scrollbars", f"--user-data-dir={folder}", "about:blank")  # fmt: skip
         self._process = subprocess.Popen(
-            [str(CHROMIUM), *words], preexec_fn=place_pipes, pass_fds=(3, 4, read, write),
+            [sys.executable, "-c", START, str(read), str(write), str(CHROMIUM), *words],
+            pass_fds=(read, write),
             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         self._out, self._in, self._unread = os.fdopen(out, "wb", 0), into, b""
@@ -48,6 +52,8 @@ class Browser:
     def __exit__(self, *_):
         self._process.kill()
         self._process.wait()
+        self._out.close()
+        os.close(self._in)
 
     def _read(self):
         while b"\0" not in self._unread:

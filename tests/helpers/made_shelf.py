@@ -108,7 +108,7 @@ def make(
             vectors = np.stack([look(person, like) for _ in range(3)])
             arrays[clip] = {"face": vectors, "face_quality": np.full(3, quality, np.float32)}
             begin = face * SHOT_SECONDS
-            box = (0.3, 0.2, 0.6, 0.9)
+            box = (0.25, 0.15, 0.75, 0.9)
             tracks.append(FaceTrack(
                 clip=clip, shot=face, start_s=begin, end_s=begin + 3.8, seen=10, quality=quality,
                 box=box, box_at_s=begin + 2, places=[(begin + 2, box)],

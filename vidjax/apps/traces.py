@@ -2,6 +2,7 @@
 
 import gzip
 import html
+import itertools
 import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,13 +52,14 @@ class Traces:
 
     def __init__(self, names: Iterable[str], vectors: Iterable[np.ndarray]):
         """`names` are people and clips. `vectors` [D] are of their clips, in any modality."""
-        self._names: dict[str, set[tuple[str, int]]] = {}  # first word -> (name, place of the word)
+        # First word of names -> (place of the word in a name, length of the name) -> the names.
+        self._names: dict[str, dict[tuple[int, int], set[str]]] = {}
         for name in names:
             for spelling in (name, *make_file_stems([name])):
                 plain = _simplify(spelling)
                 word = re.search(r"\w+", plain)
                 key, at = (word[0], word.start()) if word else (plain, 0)
-                self._names.setdefault(key, set()).add((plain, at))
+                self._names.setdefault(key, {}).setdefault((at, len(plain)), set()).add(plain)
         self._vectors: dict[int, list[np.ndarray]] = {}
         for x in vectors:
             if x.any():
@@ -83,10 +85,13 @@ class Traces:
 
     def _in_text(self, text: str) -> bool:
         plain = _simplify(text)
-        for word in re.finditer(r"\w+", plain):
-            for name, at in self._names.get(word[0], ()):
-                begin, end = word.start() - at, word.start() - at + len(name)
-                if begin >= 0 and plain[begin:end] == name:
+        for word in self._names.keys() & {*re.findall(r"\w+", plain)}:
+            places = (found.start() for found in re.finditer(rf"\b{word}\b", plain))
+            for place, ((at, length), names) in itertools.product(
+                places, self._names[word].items()
+            ):
+                begin, end = place - at, place - at + length
+                if begin >= 0 and plain[begin:end] in names:
                     around = plain[max(begin - 2, 0) : begin], plain[end : end + 2]
                     if not (_LONGER[0].search(around[0]) or _LONGER[1].match(around[1])):
                         return True

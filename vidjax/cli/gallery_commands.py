@@ -423,7 +423,7 @@ def _embed_people(
     if isinstance(identity, Mapping) and (args.clip or several):
         known = {*map(strip_ending, vectors.names)}
         identity = {name: who for name, who in identity.items() if strip_ending(name) in known}
-    if path is None or labels or args.strangers or not identity:
+    if path is None or labels or args.strangers or args.clip or not identity:
         return vectors, identity
     identity = enrol_inputs.drop_group_photos(path, vectors.names, identity)
     if not identity:

@@ -385,7 +385,7 @@ TABLE: tuple[Field | Group, ...] = (
           "the parameters; it saves memory, compared with a larger `batch_size`", low=1, high=2**20,
           affects=STEPS),
     Field("optim.freeze", "", "regular expression: parameters with a name in which it is found "
-          "stay unchanged, e.g. `^netvlad`; empty: none", affects=STEPS),
+          "stay unchanged, e.g. `^face_netvlad`; empty: none", affects=STEPS),
 
     Group("early_stop", "the end of a training that no longer improves"),
     Field("early_stop.patience", 0, "training ends after this number of evaluations, one after the "

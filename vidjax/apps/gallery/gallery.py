@@ -298,6 +298,11 @@ class Gallery:
         return self._read_current().sha256.hex()
 
     @property
+    def rows(self) -> int:
+        """A digest of the enrolled clips. It does not depend on denied names."""
+        return self._read_current().rows
+
+    @property
     def origin(self) -> VectorOrigin:
         """The run or the models that compute the vectors."""
         return self._state.origin
@@ -887,8 +892,10 @@ class Gallery:
             by_owner.append(rule.answer(match, cards=bool(state.origin.cards)))
             advance(num_clips)
         answers = {clip: by_owner[row] for clip, row in zip(vectors.names, owner, strict=True)}
-        # At most 10 people have a probability of at least 0.1.
-        shared = np.flatnonzero(counts[owner] > 1)
+        # A group without a name needs no comparison of its clips. At most 10 people have a
+        # probability of at least 0.1.
+        named = np.array([answer.identity is not None for answer in by_owner], bool)
+        shared = np.flatnonzero((counts > 1)[owner] & named[owner])
         singly = state.index.nearest([x[shared] for x in parts], max(k, 10))
         for row, match in zip(shared.tolist(), singly, strict=True):
             own = rule.answer(match, cards=bool(state.origin.cards))

@@ -142,7 +142,7 @@ def name_tracks(
     gallery: "Gallery",
     vectors: Vectors,
     films: Sequence[MediaFile],
-    identify: Callable[..., dict[str, Answer]],
+    identify: Callable[..., Mapping[str, Answer]],
     votes: dict[str, str] | None = None,
     numbers: Mapping[str, int] | None = None,
     apart: Collection[tuple[int, int]] = (),
@@ -183,23 +183,22 @@ def _tell_apart(
 ) -> dict[str, Answer]:
     """Returns answers in which two people who differ have different names.
 
-    If both have a name, the clips of the less probable person lose it, except names by a user. For
-    the arguments, see `name_tracks`.
+    If most clips of both people have the same name, the clips of the less probable person lose it,
+    except names by a user. For the arguments, see `name_tracks`.
     """
     answers, clips_of = dict(answers), dict[int, list[str]]()
     for clip in answers.keys() & numbers.keys() if apart else ():
         clips_of.setdefault(numbers[clip], []).append(clip)
     for pair in apart:
-        best = [dict[str, float](), dict[str, float]()]
         sides = [clips_of.get(number, []) for number in pair]
-        for clips, scores in zip(sides, best, strict=True):
-            for name, score in ((answers[c].identity, answers[c].score) for c in clips):
-                if name:
-                    scores[name] = max(score, scores.get(name, score))
-        for name in best[0].keys() & best[1].keys():
-            for clip in sides[best[0][name] >= best[1][name]]:
-                if answers[clip].identity == name and answers[clip].evidence != (TOLD,):
-                    answers[clip] = answers[clip]._replace(identity=None, evidence=())
+        names = [Counter(answers[x].identity for x in clips).most_common(1) for clips in sides]
+        (name, *others) = {count[0][0] if count else None for count in names}
+        if name is None or others:
+            continue
+        named = [[x for x in clips if answers[x].identity == name] for clips in sides]
+        for clip in min(named, key=lambda clips: max(answers[x].score for x in clips)):
+            if answers[clip].evidence != (TOLD,):
+                answers[clip] = answers[clip]._replace(identity=None, evidence=())
     return answers
 
 

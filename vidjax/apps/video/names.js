@@ -21,7 +21,8 @@ function count() {
 function select(box, range) {
   const list = boxes(), from = list.indexOf(last), to = list.indexOf(box);
   if (range && from >= 0)
-    for (const other of list.slice(Math.min(from, to), Math.max(from, to) + 1)) other.checked = box.checked;
+    for (const other of list.slice(Math.min(from, to), Math.max(from, to) + 1))
+      other.checked = box.checked;
   last = box;
   count();
 }
@@ -44,11 +45,17 @@ const large = () => document.querySelector("#large");
 let shown = [], place = 0;
 function show(step) {
   place = (place + step + shown.length) % shown.length;
-  if (!large().querySelector("img")) large().prepend(new Image());
-  const image = large().querySelector("img"), holds = holder(shown[place]);
-  const about = holds?.querySelector(".grid p, h3, th bdi")?.innerText || "";
+  const frame = large().querySelector("div"), box = frame.querySelector("i");
+  if (!frame.querySelector("img")) frame.prepend(new Image());
+  const image = frame.querySelector("img");
+  const [left, top, width, height] = (shown[place].dataset.box ?? "").split(" ");
+  for (const [name, share] of Object.entries({ left, top, width, height })) box.style[name] = `${share}%`;
+  const about = holder(shown[place])?.querySelector(".grid p, h3, th bdi")?.innerText || "";
   const small = shown[place].querySelector("img")?.src;
+  image.onload = () => (box.hidden = !width || image.src === small);
   image.onerror = () => small && image.src !== small && (image.src = small); // the film is missing
+  box.hidden = true;
+  for (const button of all("[value]", large())) button.hidden = shown.length < 2;
   image.src = shown[place].href;
   image.alt = shown[place].title;
   large().querySelector("p").textContent =
@@ -98,39 +105,47 @@ document.addEventListener("keydown", (event) => {
 });
 
 // Sends the changes one after another. The changed people disappear at once.
-let sent = Promise.resolve(), waiting = 0;
+let sent = Promise.resolve(), waiting = 0, version = null; // of the last answer
 function replace(text, next) {
   const page = new DOMParser().parseFromString(text, "text/html");
   const field = document.activeElement;
   const typed = field?.name === "person" && field.value ? [field.ariaLabel, field.value] : null;
+  const words = document.querySelector("#find input")?.value;
   document.title = page.title;
   for (const name of ["header", "nav", "main"]) {
     const old = document.querySelector(name), now = page.querySelector(name);
     old && now ? old.replaceWith(now) : old?.remove();
   }
+  const find = document.querySelector("#find input");
+  if (find && words !== find.value) {
+    find.value = words;
+    find.dispatchEvent(new Event("input", { bubbles: true }));
+  }
   const again = typed && all("[name=person]").find((other) => other.ariaLabel === typed[0]);
   if (again) again.value = typed[1];
-  (again || document.querySelector("[autofocus]") || boxes().find((box) => box.value === next))?.focus();
+  const wanted = again || document.querySelector("[autofocus]");
+  (wanted || boxes().find((box) => box.value === next))?.focus();
 }
 async function send(form, data) {
-  data.set("version", document.querySelector("[name=version]").value);
+  data.set("version", version ?? data.get("version"));
   const answer = await fetch(form.action, { method: "POST", body: new URLSearchParams(data) });
   const text = await answer.text();
   waiting -= 1;
-  if (!text.includes('<main id="main"')) return location.reload();
+  version = text.match(/name="version" value="([0-9]+)"/)?.[1];
+  if (!version) return location.reload(); // an answer without forms
   history.replaceState(null, "", answer.redirected ? answer.url : location.href);
   if (!waiting || !answer.ok) replace(text, data.get("next"));
-  else document.querySelector("[name=version]").value = new DOMParser().parseFromString(text, "text/html").querySelector("[name=version]").value;
 }
 document.addEventListener("submit", (event) => {
   const form = event.target;
   if (form.method !== "post") return;
   event.preventDefault();
   const data = new FormData(form, event.submitter), of = data.getAll("of");
-  const about = event.submitter?.textContent === "Save" ? data.getAll("person").at(-1) : event.submitter?.textContent;
+  const words = event.submitter?.textContent;
+  const about = words === "Save" ? data.getAll("person").at(-1) : words;
   const list = boxes(), changed = list.filter((box) => of.includes(box.value));
   if (form.id === "selection" && changed.length)
-    data.set("next", list.slice(list.indexOf(changed.at(-1))).find((box) => !of.includes(box.value))?.value ?? "");
+    data.set("next", list[list.indexOf(changed.at(-1)) + 1]?.value ?? "");
   const next = list.find((box) => box.value === data.get("next"));
   for (const box of changed) holder(box).hidden = true;
   let said = document.querySelector(".said");
@@ -142,7 +157,7 @@ document.addEventListener("submit", (event) => {
   if (next) (holder(next).querySelector("[name=person]") ?? next).focus();
   waiting += 1;
   sent = sent.then(() => send(form, data)).catch(() => {
-    said.firstChild.textContent = "Nothing was saved: vidjax --review has ended. Start it again, and reload the page.";
+    said.firstChild.textContent = "Nothing was saved: vidjax who --review has ended. Call it again.";
     waiting = 0;
   });
 });
@@ -154,17 +169,18 @@ document.addEventListener("input", (event) => {
   if (!find) return;
   const wanted = plain(event.target.value).split(/\s+/).filter(Boolean);
   const matched = (text) => wanted.filter((word) => plain(text).includes(word)).length;
+  const kind = (part) => part.closest("#films, #doubtful, #people").id;
   const best = new Map(), parts = all("[data-find]").map((part) => {
     const lines = all(".line", part), names = lines.map((line) => line.firstElementChild.textContent);
     const number = matched([part.dataset.find, ...names].join(" "));
-    best.set(part.parentElement, Math.max(number, best.get(part.parentElement) || 0));
+    best.set(kind(part), Math.max(number, best.get(kind(part)) || 0));
     const any = names.some(matched);
     lines.forEach((line, place) => (line.hidden = any && !matched(names[place])));
     return [part, number];
   });
   let total = 0;
   for (const [part, number] of parts) {
-    part.hidden = wanted.length > 0 && (!number || number < best.get(part.parentElement));
+    part.hidden = wanted.length > 0 && (!number || number < best.get(kind(part)));
     total += !part.hidden;
   }
   find.querySelector("[role=status]").textContent = !wanted.length ? "" : total ? `${total} match` : "Nothing matches.";

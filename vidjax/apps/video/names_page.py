@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     import jinja2
 
 MOST_PICTURES = 8  # pictures of a person in a film, from as many appearances
-MOST_SHOWN = (
-    200  # unknown people on an overview with forms, and faces on a page of a person or film
-)
+MOST_SHOWN = 100  # unknown people, or known people with a picture, on a page with forms
+MOST_FACES = 200  # faces of a person or film on a page with forms
 LEAST_WIDTH = 0.4  # per cent of the timeline, so that short appearances are visible
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
@@ -38,8 +37,9 @@ MOST_LIKELY = 3  # people whom a click chooses
 MOST_DOUBTFUL = 100  # doubtful names that are listed
 CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names with a tab
 
-# The address of a picture, its description, and the address of a larger picture.
-Picture = tuple[str, str, str]
+# The address of a picture, its description, the address of a larger picture, and the place of the
+# face in the larger picture: left, top, width and height in per cent, or "".
+Picture = tuple[str, str, str, str]
 
 
 class PageData(NamedTuple):
@@ -48,6 +48,7 @@ class PageData(NamedTuple):
     tracks: Mapping[str, FaceTrack]  # clip -> track
     answers: Mapping[str, Answer]
     address: Callable[[MediaFile, float], str]
+    twins: Mapping[str, str]
 
     def rank(self, clip: str) -> tuple[float, ...]:
         """Returns a value by which the faces of clips are sorted, from the clearest face on."""
@@ -69,13 +70,23 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """Texts that identify the clips. They differ from all names of people."""
-        return [CLIP + clip for clip in self._x.clips]
+        """Texts that identify the clips. They differ from all names of people.
+
+        A clip with a twin comes first, see `twin`.
+        """
+        return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
 
     @functools.cached_property
     def best(self) -> str:
         """The clip with the best face."""
         return min(self._x.clips, key=self._data.rank)
+
+    @property
+    def box(self) -> str:
+        """The place of the best face in its frame: left, top, width and height in per cent."""
+        x = self._data.tracks.get(self.best)
+        left, top, right, bottom = x.box if x and x.box else (0.0, 0.0, 0.0, 0.0)
+        return " ".join(f"{100 * x:.4g}" for x in (left, top, right - left, bottom - top))
 
     @property
     def unclear(self) -> bool:
@@ -126,6 +137,11 @@ class PageEntry:
         if self._x.probability is None:
             return self.others[0][1] if self.others else 0.0
         return 1.0 - self._x.probability if self._x.probability < SURE_PROBABILITY else 0.0
+
+    @property
+    def twin(self) -> str:
+        """The name of a similar face of the same time, or ""."""
+        return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
 
     def split(self) -> "Iterator[PageEntry]":
         """Yields an entry for each clip of the appearance."""
@@ -194,6 +210,7 @@ def render(
     address: Callable[[MediaFile, float], str],
     forms: Forms | None = None,
     note: str = "",
+    twins: Mapping[str, str] | None = None,
 ) -> str:
     """Returns the page that shows who appears when in films, as HTML.
 
@@ -206,9 +223,10 @@ def render(
       address: a function that returns the URL of a film at a time in seconds.
       forms: the state of the forms with which a user corrects names. If None, there are no forms.
       note: a text about all names, or "".
+      twins: clip -> name that a more similar face of the same time has, see `NamedTracks`.
     """
     tracks = {track.clip: track for film in films for track in film.tracks}
-    data = PageData(tracks, answers, address)
+    data = PageData(tracks, answers, address, twins or {})
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
     for film in films:
@@ -217,7 +235,6 @@ def render(
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
     unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
-    known = [*people, *({IGNORED} & times.keys())]
     everyone = [*people, *unknown, *({IGNORED} & times.keys())]
     doubtful = [entry for entries in entries_of.values() for entry in entries if entry.doubt]
     doubtful.sort(key=lambda entry: -entry.doubt)
@@ -228,7 +245,12 @@ def render(
     part, words = (forms.part, forms.find) if forms else ("", "")
     unclear = {name for name in unknown if name.startswith(FACE)}
     open_films = [film for film in films if forms is None or film.video == forms.film]
-    open_people = everyone if forms is None else find(words, {name: name for name in unknown})
+    found = find(words, {name: name for name in everyone})
+    open_people = (
+        everyone
+        if forms is None
+        else [name for name in found if name not in people and name != IGNORED]
+    )
     grid = list[PageEntry]()
     if forms and part:
         open_people, doubtful = [forms.person] * (forms.person in times), []
@@ -238,8 +260,10 @@ def render(
             grid.sort(key=lambda face: data.rank(face.best))
     listed = [] if words else doubtful[:MOST_DOUBTFUL]
     first = forms.first if forms else 0
-    last = first + MOST_SHOWN if forms else None
+    step = MOST_FACES if part else MOST_SHOWN
     count = len(grid if part else open_people)
+    first = min(first, max(count - 1, 0) // step * step)
+    last = first + step if forms else None
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
@@ -249,7 +273,8 @@ def render(
         best = sorted(entries, key=lambda entry: data.rank(entry.best))
         found = ((entry, picture(entry.best)) for entry in best)
         pictures = (
-            (source, entry.time, f"frame/{quote(entry.best)}" if forms else source)
+            (source, entry.time, f"frame/{quote(entry.best)}", entry.box)
+            if forms else (source, entry.time, source, "")
             for entry, source in found if source or forms
         )  # fmt: skip
         return [*itertools.islice(pictures, MOST_PICTURES)]
@@ -275,15 +300,15 @@ def render(
             for video, entries in entries_of.items()
         }) if words else [*entries_of],
         films=[_make_section(film, entries_of[film.video], people) for film in open_films],
-        index=find(words, {name: name for name in known}),
+        index=[name for name in found if name == IGNORED or name in people],
         people=[
             PersonAppearances(name, times[name], "")
             for name in open_people[first * (not part) : last]
         ],
         grid=grid[first:last],
         count=count,
-        earlier=turn(first - MOST_SHOWN) if first else "",
-        later=turn(first + MOST_SHOWN) if forms and first + MOST_SHOWN < count else "",
+        earlier=turn(first - step) if first else "",
+        later=turn(first + step) if forms and first + step < count else "",
         once=sum(len(times[name]) == 1 for name in unknown),
         faces=faces,
         likely=likely,
@@ -295,6 +320,7 @@ def render(
         unclear=unclear,
         anchors={name: number for number, name in enumerate(everyone, 1)},
         most_times=MOST_TIMES,
+        most_shown=MOST_SHOWN,
         forms=forms,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -315,6 +341,8 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
 
 
 def _simplify(text: str) -> str:
+    if text.isascii():
+        return text.casefold()
     letters = unicodedata.normalize("NFD", text)
     return "".join(x for x in letters if not unicodedata.combining(x)).casefold()
 
@@ -359,6 +387,7 @@ def _make_section(
         rows[name] = PersonAppearances(name, group, duration)
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends earlier than it declares" if film.damaged else ""
+    about += "; too dark to find faces" if film.is_dark else ""
     ordered = [rows[name] for name in sorted(rows, key=ranks.__getitem__)]
     return FilmSection(film.video, length + about, ordered, entries)
 

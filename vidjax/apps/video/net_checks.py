@@ -52,9 +52,10 @@ def _check_folder(folder: Path) -> str:
 
 def _describe_file(path: Path) -> str:
     """Calls `work` in a child process."""
-    limits = {"memory_bytes": MEMORY_BYTES, "cpu_seconds": CPU_SECONDS}
-    files = cards.list_files(path.parent)
-    return processes.run_limited(__name__, path, {"path": str(path)}, reads=files, **limits)["text"]
+    return processes.run_limited(
+        __name__, path, {"path": str(path)}, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS,
+        reads=cards.list_files(path.parent),
+    )["text"]  # fmt: skip
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:

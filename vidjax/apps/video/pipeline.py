@@ -431,7 +431,7 @@ def _extract_batch(
         if pending:
             photos = messages.count(len(pending), "photo")
             say(f"{features_folder.make_printable(title) or photos} ...")
-        answers = _read(children, pending, models)
+        answers = _read(children, pending, models) if pending else []
         for (job, arguments), answer in zip(pending.items(), answers, strict=True):
             outcomes[job] = _take_results(job, arguments, answer)
     return [outcomes[job] for job in jobs]

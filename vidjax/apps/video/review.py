@@ -36,14 +36,13 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Denials, StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
-from vidjax.apps.video import features_folder, who
-from vidjax.apps.video.appearances import Appearance, format_time
+from vidjax.apps.video import features_folder, still, who
+from vidjax.apps.video.appearances import Appearance, format_time, pair_seen_together
 from vidjax.apps.video.features_folder import (
     NUMBERS,
     THUMBNAILS,
     FileStamp,
     MediaFile,
-    hash_film,
 )
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.unknown_numbers import IGNORED_NUMBER, UnknownNumbers
@@ -53,6 +52,7 @@ from vidjax.utils.names import IGNORED, fold, is_unknown, normal_form
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
+MOST_DECODED = 2  # pictures that are decoded at the same time
 FORM_BYTES = 200_000
 SNIFF_BYTES = 64
 # The first bytes of films and photos -> the type as which a file is sent. A browser does not run
@@ -128,20 +128,29 @@ class Review:
         self._changed: dict[str, int] = {}
         self._forms = Forms()
         self._stamp: FileStamp | None = None  # of the last `unknown.json` that was read
-        self._decision, self._shown = decision, _list_shown(decision)
+        self._decoding = threading.Semaphore(MOST_DECODED)
         self._set_films(decision.films)
+        self._set_names(decision)
 
     def _set_films(self, films: Sequence[MediaFile]) -> None:
         self._films = {film.video: film for film in films}
         self._digest_of, self._shot_of = dict[str, str](), dict[str, int]()  # of each clip
         for film in films:
             self._shot_of |= {track.clip: track.shot for track in film.tracks}
-            self._digest_of |= dict.fromkeys((x.clip for x in film.tracks), hash_film(film))
+            self._digest_of |= dict.fromkeys((x.clip for x in film.tracks), film.digest)
+
+    def _set_names(self, decision: who.Decision) -> None:
+        self._decision = decision
+        # Clip -> appearance on the page, and unknown person -> clips.
+        self._shown = {clip: x for x in decision.appearances for clip in x.clips}
+        self._clips_of: dict[str, list[str]] = {}
+        for clip, name in decision.unknown.items():
+            self._clips_of.setdefault(name, []).append(clip)
 
     def _show(self, decision: who.Decision) -> None:
         """Replaces the names on the page, and remembers which people and faces have changed."""
-        before, self._decision = self._shown, decision
-        self._shown = _list_shown(decision)
+        before = self._shown
+        self._set_names(decision)
         for clip in before.keys() | self._shown.keys():
             names = [
                 x and (x.identity or IGNORED) for x in (before.get(clip), self._shown.get(clip))
@@ -181,12 +190,11 @@ class Review:
             if numbers != shown.numbers:
                 self._steps.clear()  # a step would restore the other numbers
                 films = features_folder.read_media_files(self._out / who.FEATURES)
-                is_known = {*map(hash_film, films)} == {*self._digest_of.values()}
+                is_known = {x.digest for x in films} == {x.digest for x in shown.films}
                 last = shown._replace(numbers=numbers) if is_known else None
         if last is not shown or self._gallery.digest != shown.digest:
             decision = self._decide(numbers, films, last)
-            if last is None:
-                self._set_films(films)
+            self._set_films(films)
             self._show(decision)
 
     def _decide(
@@ -216,6 +224,19 @@ class Review:
         # A malicious folder of results may name any file of this disk as a film, but the folder
         # cannot contain the right size, time and inode of the file. So this file is not sent.
         return path if path.is_file() and FileStamp.of(path) == source else None
+
+    def frame(self, clip: str) -> bytes | None:
+        """Returns the picture with the best face of a clip as JPEG, or None if it is missing.
+
+        The picture is decoded from the film or photo. `Appearance.box` is the place of the face.
+        """
+        if not (x := self._shown.get(clip)):
+            return None
+        films = self._decision.films
+        track = next(y for y in self._films[x.video].tracks if y.clip == clip)
+        path = self.film(next(n for n, film in enumerate(films) if film.video == x.video))
+        with self._decoding:
+            return path and still.read_still(path, track.box_at_s or track.start_s)
 
     def picture(self, address: str) -> Path | None:
         """Returns the path of the picture with this address, or None if there is no picture."""
@@ -257,8 +278,9 @@ class Review:
         Args:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
             show somebody else: they become a new unknown person. "ignore" shows people and faces
-            as ignored, without a name. "ignore once" ignores all unknown people who appear once.
-            "join" makes one unknown person of all, with the lowest number.
+            as ignored, without a name. "once" ignores all unknown people who appear once.
+            "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
+            name of another face of the same time. Both have the name then, as in a mirror.
           of: the people, and the keys of the faces, to change.
           name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
             people and faces `of` become one unknown person. Then the people must be unknown.
@@ -271,11 +293,14 @@ class Review:
         """
         keys = {*of, name.casefold()} if is_unknown(name) else of
         with self._lock(version, keys):
-            if action == "ignore once":
+            if action == "once":
                 of = self._list_seen_once()
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
                 raise UserError("nobody is selected: select people or faces first")
+            if action == "twin":
+                action, name = "name", self._find_twin(found)
+                found += self._list_rivals(found, name)
             if action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
                 if not unknown:
@@ -285,7 +310,7 @@ class Review:
             subject = f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
             if action in ("deny", "apart"):
                 self._move(found, subject, "")
-            elif action.startswith("ignore"):
+            elif action in ("ignore", "once"):
                 entries, digest_of = self._label(found, None), self._digest_of
                 clips = {c: digest_of[c] for x in found for c in x.clips if c in digest_of}
                 numbers = self._decision.numbers.move(clips, IGNORED_NUMBER)
@@ -304,6 +329,20 @@ class Review:
     def _list_seen_once(self) -> list[str]:
         seen = Counter(x.identity for x in self._decision.appearances)
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
+
+    def _find_twin(self, found: Sequence[Subject]) -> str:
+        """Returns the name that faces did not get, because other faces of the time have it."""
+        names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
+        if (name := next(filter(None, names), None)) is None:
+            raise UserError("no other face of this time has a name: type the name")
+        return name
+
+    def _list_rivals(self, found: Sequence[Subject], name: str) -> list[Subject]:
+        """Returns the faces with the name `name` that are seen together with the faces `found`."""
+        clips = {clip for x in found for clip in x.clips}
+        films = [self._films[video] for video in {self._shown[clip].video for clip in clips}]
+        together = {clip for pair in pair_seen_together(films) if {*pair} & clips for clip in pair}
+        return [self._find(CLIP + clip) for clip in sorted(together) if self._name(clip) == name]
 
     def similar(self, name: str, of: Sequence[str]) -> str | None:
         """Returns an enrolled person not in `of` whose name is almost `name`, or None."""
@@ -368,8 +407,7 @@ class Review:
         if clip != of and (x := self._shown.get(clip)):
             words = f"{x.video}, {format_appearance_time(x, self._films[x.video])},"
             return Subject(of, [clip], x.identity or IGNORED, words, is_person=False)
-        clips = [clip for clip, name in self._decision.unknown.items() if name == of]
-        clips += self._gallery.people.get(of, ())
+        clips = [*self._clips_of.get(of, ()), *self._decision.people.get(of, ())]
         if not clips:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
         return Subject(of, sorted(clips), of, of, is_person=True)
@@ -422,10 +460,10 @@ class Review:
         for x in found:
             clips_of.setdefault(x.name, set()).update(x.clips)
         denied: dict[str, dict[str, list[str]]] = {}
-        numbers, sizes = self._decision.numbers, Counter(self._decision.unknown.values())
+        numbers = self._decision.numbers
         for name, clips in clips_of.items():
             places = {clip: self._digest_of[clip] for clip in clips}
-            if not group and len(clips) == sizes[name]:
+            if not group and len(clips) == len(self._clips_of.get(name, ())):
                 raise UserError(f"these are all faces of {name}: select only the wrong faces")
             number = min(joined, default=0)
             numbers = (
@@ -521,11 +559,6 @@ class Review:
         self._forms = Forms(message=f"Saved: {words}.", at=after)
 
 
-def _list_shown(decision: who.Decision) -> dict[str, Appearance]:
-    """Returns clip -> appearance on the page."""
-    return {clip: x for x in decision.appearances for clip in x.clips}
-
-
 def _fold_letters(name: str) -> str:
     """Returns the letters and digits of a name in lower case, without accents and blanks."""
     return "".join(x for x in unicodedata.normalize("NFKD", fold(name)) if x.isalnum())
@@ -593,6 +626,16 @@ class _Pages:
             raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
         return FileResponse(path, media_type="image/png", headers=SANDBOX)
 
+    def send_frame(self, request: Request) -> Response:
+        self._check(request)
+        try:
+            picture = self._review.frame(request.path_params["clip"])
+        except UserError:
+            picture = None
+        if picture is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND, "The picture cannot be decoded.")
+        return Response(picture, media_type="image/jpeg", headers=SANDBOX)
+
     async def change(self, request: Request) -> Response:
         """Applies the change in a form, or undoes the last change."""
         self._check(request)
@@ -618,9 +661,7 @@ class _Pages:
                     raise UserError(f"there is already {other}: is it the same person?")
                 elif asks and name and not is_unknown(name) and review.is_unclear(of):
                     problem = problem._replace(asked=True)
-                    raise UserError(
-                        "an unclear face is selected, and unclear faces of two people look alike"
-                    )
+                    raise UserError("unclear faces of two people look alike. Are you sure?")
                 else:
                     review.change(action, of, name, after, version)
                     if action == "name" and [view.get("person")] == of:
@@ -659,6 +700,7 @@ def make_app(review: Review, token: str) -> Starlette:
             Route("/{token}/", pages.show),
             Route("/{token}/play/{number}", pages.play),
             Route("/{token}/film/{number}", pages.send_film),
+            Route("/{token}/frame/{clip}", pages.send_frame),
             Route("/{token}/change", pages.change, methods=["POST"]),
             Route("/{token}/undo", pages.change, methods=["POST"]),
             Route("/{token}/{picture:path}", pages.send_picture),
@@ -678,7 +720,8 @@ def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
         f'content="light dark"><title>{html.escape(title)}</title><style>body {{ font: 1rem/1.5 '
         "system-ui, sans-serif; overflow-wrap: anywhere; background: Canvas; color: CanvasText; } "
-        "h1 { font-size: 1.4rem; } a { line-height: 2; } video { max-width: 100%; }</style>"
+        "h1 { font-size: 1.4rem; } a { display: inline-block; line-height: 2; } "
+        "video { max-width: 100%; }</style>"
         f"<main><h1>{html.escape(title)}</h1>{more}<p>{html.escape(about)}</p></main></html>"
     )
     return HTMLResponse(page, status, {"Content-Security-Policy": policy, **HEADERS})
@@ -718,5 +761,8 @@ def serve_review(
         try:
             web.serve(make_app(review, token), listener)
         finally:
-            review.save()
+            try:
+                review.save()
+            except InUseError:  # all changes are in the gallery and in `unknown.json`
+                messages.print_text("vidjax who is still running: it writes the tables at its end.")
         return review.done

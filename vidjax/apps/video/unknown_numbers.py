@@ -15,15 +15,15 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.gallery.answers import parse_group_number
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video.appearances import group_unknown
-from vidjax.apps.video.features_folder import NUMBERS, MediaFile, hash_film, select_films
+from vidjax.apps.video.features_folder import NUMBERS, MediaFile, select_films
 from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.gallery.vectors import Vectors
 
 REMEDY = "delete it; the next call then numbers unknown people again"
 MOST_BYTES = 256 * files.MB  # the largest `unknown.json` that is read
@@ -140,7 +140,7 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
         table = {**updated.films}
         for film in films:
             clips = sorted({track.clip for track in film.tracks} & numbers.keys())
-            digest = hash_film(film)
+            digest = film.digest
             table[digest] = table.get(digest, {}) | {clip: numbers[clip] for clip in clips}
         return msgspec.structs.replace(updated, films=table)
 
@@ -163,7 +163,7 @@ def write_numbers(out: Path, numbers: UnknownNumbers) -> None:
 
 def number_people(
     gallery: "Gallery",
-    vectors: "Vectors",
+    vectors: Vectors,
     films: Collection[MediaFile],
     before: UnknownNumbers,
     highest: int,
@@ -182,10 +182,12 @@ def number_people(
     known = select_films(before.films, films)
     kept = {clip: known[clip] for clip in vectors.names if known.get(clip)}
     together, settled = kept, {number for number in kept.values() if number <= highest}
-    if any(hash_film(film) not in before.films for film in films):
+    if any(film.digest not in before.films for film in films):
         fixed, settled = {*before.fixed}, set[int]()
         together = {clip: number for clip, number in kept.items() if number in fixed}
-    elif len(kept) == len(vectors.names) and settled >= {*kept.values()}:
+    elif settled >= {*kept.values()} and not select_usable_clips(
+        vectors.only({*vectors.names} - kept.keys())
+    ):
         return kept
     groups = group_unknown(gallery, vectors, films, together, before.apart, settled)
     return _keep_numbers(groups, kept, before.highest)

@@ -25,11 +25,12 @@ of the call are read again, and names and corrections are kept, see `other_nets`
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -85,7 +86,7 @@ from vidjax.data.checks import list_entries
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
-from vidjax.utils.names import IGNORED, make_file_stems, read_folder_name, show
+from vidjax.utils.names import IGNORED, fold, make_file_stems, read_folder_name, show
 
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
@@ -131,6 +132,8 @@ class Decision(NamedTuple):
     appearances: list[Appearance]  # by video, and in order of time
     numbers: UnknownNumbers = UnknownNumbers(films={})
     twins: Mapping[str, str] = MappingProxyType({})  # see `appearances.NamedTracks`
+    # `Gallery.rows`, and clip -> answer of the gallery before corrections.
+    raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
     card: str = ""  # see `Gallery.describe_card`
 
     def count_clips(self) -> dict[str, int]:
@@ -206,8 +209,7 @@ def name_people(
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
-        with lock_changes(out):
-            gallery = _open_gallery(out, models)
+        gallery = _open_gallery(out, models)
         if thumbnails is None:
             thumbnails = files.exists(out / FEATURES / THUMBNAILS)
         if not thumbnails:
@@ -251,7 +253,7 @@ def name_people(
             waiting = features_folder.find_earlier(out / FEATURES).values()
             _report_waiting(gallery, [*waiting])
             kept = {
-                *map(hash_film, all_films),
+                *(film.digest for film in all_films),
                 *(hash_film(film, earlier=True) for film in waiting),
             }
             _forget_denials(gallery, kept)
@@ -329,6 +331,13 @@ def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None
             f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}: "
             "to delete the results of missing films, add --prune"
         )
+    dark = [film.video for film in films if film.is_dark]
+    if dark:
+        say(
+            f"{messages.count(len(dark), 'film')} too dark to find faces, such as {dark[0]}: "
+            "brighten the pictures, and call vidjax who again",
+            warning=True,
+        )
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
         lacks = stem and features_folder.lacks_pictures(out / FEATURES, stem)
@@ -354,7 +363,8 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
         gallery = Gallery(path)
     except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
         return Gallery.of_models(path, models)
-    _change_nets(gallery, out, models)
+    with lock_changes(out):
+        _change_nets(gallery, out, models)
     return gallery
 
 
@@ -444,7 +454,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> Non
     names = answers_lib.read_groups(path) if files.exists(path) else {}
     # If the last call was interrupted, a replaced film may have other clips with the same names.
     numbered = read_numbers(out).films
-    present = {x.clip for film in films if hash_film(film) in numbered for x in film.tracks}
+    present = {x.clip for film in films if film.digest in numbered for x in film.tracks}
     known = {clip: name for clip, name in names.items() if clip in present}
     if len(known) < len(names):
         example = show(min(names.keys() - present))
@@ -534,13 +544,18 @@ def decide(
         vectors = embed_clips(gallery, out / FEATURES, clips)
         gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
-    digest, people = gallery.digest, gallery.people
+    digest, people, rows = gallery.digest, gallery.people, gallery.rows
+    raw = last.raw[1] if last and last.raw[0] == rows else {}
+
+    def answer(clips: Vectors, *, groups: Mapping[str, str] | None) -> Mapping[str, Answer]:
+        nonlocal raw
+        raw = raw or identify(clips, groups=groups)
+        return raw
+
     numbers, twins = dict[str, int](), dict[str, str]()
     if vectors is not None:
         known = select_films(before.films, films)
-        named = appearances.name_tracks(
-            gallery, vectors, films, identify, votes, known, before.apart
-        )
+        named = appearances.name_tracks(gallery, vectors, films, answer, votes, known, before.apart)
         answers, votes, twins = named.answers, named.votes, named.twins
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
         nameless -= named.enrolled.keys()
@@ -556,16 +571,31 @@ def decide(
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
     card = gallery.describe_card()
     return Decision(
-        digest, people, films, vectors, votes, answers, groups, in_films, before, twins, card
+        digest,
+        people,
+        films,
+        vectors,
+        votes,
+        answers,
+        groups,
+        in_films,
+        before,
+        twins,
+        (rows, raw),
+        card,
     )
 
 
 def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> None:
     """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
+    here = out.resolve()
+    place_of = {
+        film.video: quote(os.fsencode(os.path.relpath(film.source.path, here)))
+        for film in decision.films
+    }  # fmt: skip
 
     def address(film: MediaFile, seconds: float) -> str:
-        place = quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
-        return place if film.photo else f"{place}#t={seconds:.1f}"
+        return place_of[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
 
     # The old page stays until the new page replaces it.
     files.write_text(out / PAGE, render_page(out, decision, address))
@@ -579,19 +609,42 @@ def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> No
     for name in (UNKNOWN, *TABLES):
         files.hide(out / name)
     by_video = appearances.group_by_video(decision.appearances)
-    (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
     films = [film for film in decision.films if not film.photo]
-    names = {film.video: film.video.replace("/", " - ") for film in films}
-    twins = Counter(Path(name).stem.lower() for name in names.values())
-    stems = make_file_stems(
-        Path(name).stem if twins[Path(name).stem.lower()] == 1 else name for name in names.values()
-    )
-    for video, stem in zip(names, stems, strict=True):
+    for film, place in zip(films, _place_subtitles(films), strict=True):
+        for folder in reversed(place.parents):
+            (out / SUBTITLES / folder).mkdir(mode=0o700, exist_ok=True)
         for ending in appearances.SUBTITLES:
-            text = appearances.to_subtitles(by_video.get(video, []), ending)
-            files.write_text(out / SUBTITLES / f"{stem}{ending}", text)
+            text = appearances.to_subtitles(by_video.get(film.video, []), ending)
+            path = out / SUBTITLES / f"{place}{ending}"
+            files.write_bytes(path, text.encode(), sync=False)
     (out / CUTS).mkdir(mode=0o700, exist_ok=True)
     cuts.write(out / CUTS, decision.appearances, decision.films, padding)
+
+
+def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
+    """Returns the path of each film's subtitles in their folder, without the ending.
+
+    Players look for the name of the film. If several films have this name, their subtitles are in
+    folders with the names of the films' folders, such as `2019/IMG_0001`. If these films are in one
+    folder, the names of the subtitles contain the endings of the films.
+    """
+    paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
+    keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]
+    counts, namesakes = Counter(keys), dict[str, set[tuple[str, ...]]]()
+    for key in keys:
+        namesakes.setdefault(key[-1], set()).add(key)
+    in_folder: dict[PurePath, dict[PurePath, str]] = {}
+    for path, key in zip(paths, keys, strict=True):
+        others = namesakes[key[-1]] - {key}
+        depth = next(n for n in itertools.count(1) if key[-n:] not in {x[-n:] for x in others})
+        folder = PurePath(*(make_file_stems([part])[0] for part in path.parts[-depth:-1]))
+        in_folder.setdefault(folder, {})[path] = path.name if counts[key] > 1 else path.stem
+    places = {
+        path: folder / stem
+        for folder, stems in in_folder.items()
+        for path, stem in zip(stems, make_file_stems(stems.values()), strict=True)
+    }
+    return [places[path] for path in paths]
 
 
 def render_page(
@@ -612,11 +665,19 @@ def render_page(
         pictures = (
             _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
         )
-        people[name] = [(picture, name, picture) for picture in pictures if picture]
+        people[name] = [(picture, name, picture, "") for picture in pictures if picture]
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
-        decision.appearances, films, people, locate, decision.answers, address, forms, decision.card
+        decision.appearances,
+        films,
+        people,
+        locate,
+        decision.answers,
+        address,
+        forms,
+        decision.card,
+        decision.twins,
     )
 
 
@@ -629,5 +690,6 @@ def _locate_picture(out: Path, features: Path, clip: str) -> str:
 def _remove_results(out: Path, *, page: bool = True) -> None:
     for name in (*TABLES, *[PAGE] * page):
         (out / name).unlink(missing_ok=True)
-    files.remove_ours(out / SUBTITLES, r".+\.(vtt|srt)")
+    for folder, _, _ in os.walk(out / SUBTITLES, topdown=False):
+        files.remove_ours(Path(folder), r".+\.(vtt|srt)")
     files.remove_ours(out / CUTS, r".+\.edl")
