@@ -96,7 +96,7 @@ def pair_oracle(gallery, one, other):
         if part.space is None:
             d, square = part.distances, np.sum((a - b) ** 2)
             limits = (d.same, d.within), (d.different, d.within + d.between)
-            logs = [stats.gamma(n, scale=2 * v / n).logpdf(square) for n, v in limits]
+            logs = [stats.gamma.logpdf(square, n, scale=2 * v / n) for n, v in limits]
             ratio = logs[0] - logs[1]
         else:
             z = np.stack([(v - part.space.mean) @ part.space.transform for v in (a, b)], axis=1)
