@@ -69,7 +69,7 @@ ROWS = {
     "gallery migrate": Row("gallery", "gallery migrate {world}/gallery {at} --input={world}/own"),
     "gallery relabel": Row("gallery", "gallery relabel {at} --clip={clip} --identity=Eve"),
     "gallery remove": Row("gallery", "gallery remove {at} --identity=1"),
-    **{f"gallery {name}": READS for name in ("group", "list", "threshold", "export")},
+    **{f"gallery {name}": READS for name in ("verify", "group", "list", "threshold", "export")},
     "vidjax.data.iqiyi_vid": Row("cache", "vidjax.data.iqiyi_vid {official} --cache_dir={at}", 1),
     "vidjax.data.synthetic": Row("synthetic", "vidjax.data.synthetic {at}"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vidjax.apps import bulk
-from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.video import appearances
@@ -156,6 +156,25 @@ def _add_identify(parser: Parser) -> None:
     parser.command(_identify, *examples)
 
 
+def _add_verify(parser: Parser) -> None:
+    _add_clips(parser)
+    person = parser.add_mutually_exclusive_group()
+    person.add_argument("--identity", metavar="NAME", help="the person whom the clips may show")
+    about = (
+        "instead of --identity: clips that may show the same person as the clips of --input; "
+        "without both flags, the clips of --input are compared with each other"
+    )
+    person.add_argument("--with", metavar="PATH", dest="others", help=about)
+    about = (
+        "the share of other people's clips that may be accepted (default: "
+        f"{verification.DEFAULT_FMR})"
+    )
+    parser.add_argument("--fmr", metavar="R", type=_number, help=about)
+    about = "the new file: .jsonl, .csv, .tsv or .parquet"
+    parser.add_argument("--out", metavar="FILE", help=about)
+    parser.command(_verify, "G --identity=Ada --input=PATH", "G --input=a.npz --with=b.npz")
+
+
 def _add_group(parser: Parser) -> None:
     _add_clips(parser)
     parser.add_argument("--out", metavar="FILE", required=True, help="the new file: .tsv")
@@ -233,6 +252,10 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     ),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
     "identify": ("names the person in each clip, or answers unknown", _add_identify),
+    "verify": (
+        "decides if clips show a given person, or if two clips show the same person",
+        _add_verify,
+    ),
     "group": ("groups the clips of unknown people, so that you can name them", _add_group),
     "rank": (
         "ranks the clips for every person; with --fpir or --threshold, leaves out clips that get "
@@ -559,6 +582,41 @@ def _identify(args: argparse.Namespace) -> Result:
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
     listed = [answers_lib.as_json(*pair) for pair in answers.items()] if args.json else []
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(answers)))
+
+
+def _verify(args: argparse.Namespace) -> Result:
+    out = Path(args.out).expanduser() if args.out else None
+    if out:
+        tables.check_new(out, tables.ENDINGS)
+    gallery = _open(args)
+    rule = gallery.match_rule(args.identity, fmr=args.fmr)  # a mistake is reported early
+    others = None if args.others is None else gallery.embed(gallery.load(args.others))
+    _, vectors = _embed(args, gallery)
+    content: dict[str, object] = {}
+    rows, misfits, identity = dict[str, str](), dict[str, float](), ""
+    if args.identity is not None:
+        identity = normal_form(args.identity)
+        matches = gallery.verify(vectors, identity, fmr=args.fmr)
+        misfits = gallery.find_misfits(identity)
+        content, rows = {"identity": identity, "misfits": misfits}, {"person": show(identity)}
+    else:
+        matches = gallery.compare(vectors, others, fmr=args.fmr)
+    accepted = sum(match.accepted for match in matches.values())
+    rows |= {"compared": f"{len(matches):,}", "accepted": f"{accepted:,}", **rule.describe()}
+    if misfits:
+        rows["does not fit"] = (
+            f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "
+            "or delete a clip: vidjax gallery relabel, vidjax gallery remove"
+        )
+    rows |= _describe_card(gallery)
+    content |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
+    if out:
+        verification.write(out, matches, identity)
+        return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
+    pairs = matches.items() if args.json else ()
+    listed = [verification.as_json(*pair, identity) for pair in pairs]
+    text = "\n".join(verification.table(matches))
+    return Result(content | {"answers": listed}, rows, text)
 
 
 def _describe_card(gallery: "Gallery") -> dict[str, str]:

@@ -71,10 +71,13 @@ def analyse(
         "num_others": split.num_others if pool.all() else 0,
         "worst": measures.find_worst_identities(scored),
         "wrong_clips": measures.find_wrong_clips(scored),
+        "pairs": measures.find_confused_pairs(evaluation.clips, split.labels),
         "intervals": measures.compute_clip_intervals(evaluation.clips, split.labels),
         "fewest_identities": FEWEST_IDENTITIES,
         "strata": measures.measure_strata(scored, split, model.modalities, train_clips),
     }
+    if logs and evaluation.results["map_kind"] != "in_sample":
+        values["suspects"] = measures.measure_suspects(scored, evaluation.clips)
     people = len(model.data.identities)
     more = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
     return values | more[0], arrays | more[1]

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -25,6 +25,7 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
 Arrays = dict[str, np.ndarray]
+LogFunction = Callable[[dict[str, Any]], object]  # it gets a line of `metrics.jsonl`
 
 MAX_LOG_LINES = 20_000  # lines of a log that are returned
 MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
@@ -276,11 +277,15 @@ class Logs:
 
     If several processes train the run, only the first process writes. A resumed run continues after
     `step`: later lines are removed, and TensorBoard hides later entries. `evaluated` is True if
-    `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names.
+    `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names. `log` gets
+    each line of `metrics.jsonl` as a dict, after the line is written.
     """
 
-    def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
+    def __init__(
+        self, workdir: Path, *, step: int, evaluated: bool = True, log: LogFunction | None = None
+    ):
         self._files: dict[str, io.FileIO] = {}
+        self._log = log
         if not distributed.is_first():
             return
         if not step:
@@ -299,6 +304,8 @@ class Logs:
         numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
         scalars = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
         self._event(step=step, summary={"value": scalars})
+        if self._log and self._files:
+            self._log({"step": step, **values})
 
     def timing(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes measured times to `timing.jsonl`, and whether the step has a checkpoint."""

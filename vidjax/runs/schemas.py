@@ -198,6 +198,7 @@ class Mistake(Struct, kw_only=True):
 
 
 Mistakes = list[Mistake]
+TRAIN_CLIPS = "training clips of the identity"  # `Strata.by` of groups by this number
 Pair = tuple[Column, Column]  # the index of an identity or -1, and a number of clips
 
 
@@ -210,6 +211,28 @@ class WorstIdentity(Struct, kw_only=True):
     # The pairs of the following lists are (another identity, number of clips).
     lost_to: list[Pair]  # clips that score highest for the other identity
     mixed_with: list[Pair]  # clips of the other identity in the first places
+
+
+class ConfusedPair(Struct, kw_only=True):
+    """Two identities whose clips are confused."""
+
+    first: Column
+    second: Column
+    # The clips of `first` that score highest for `second`, and the reverse.
+    counts: tuple[Count, Count]
+
+
+class Suspects(Struct, kw_only=True):
+    """The clips whose labels are suspected to be wrong, and the change in MAP without them."""
+
+    sure: Share  # the best identity of a suspected clip has at least this probability
+    above: Count  # at least this number of identities scores above the label
+    count: Count  # suspected clips
+    clips: Mistakes  # the suspected clips with the highest scores
+    identities: Count  # identities that keep a clip; the following values are means over them
+    gain: float
+    low: float  # this and `high`: the 95 % interval
+    high: float
 
 
 class Stratum(Struct, kw_only=True):
@@ -284,6 +307,8 @@ class Analysis(Struct, kw_only=True):
     strata: list[Strata] | None = None
     fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
     wrong_clips: WrongClips | None = None
+    pairs: list[ConfusedPair] | None = None  # None in old analyses
+    suspects: Suspects | None = None  # None if scores are no probabilities, or MAP is in sample
     open_set: OpenSet | None = None  # None without distractors
     calibration_error: float = math.nan  # expected calibration error
 

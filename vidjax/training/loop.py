@@ -129,12 +129,13 @@ def train(
     analyse: bool = False,
     command: str | None = None,
     began: float | None = None,
+    log: results_lib.LogFunction | None = None,
 ) -> dict[str, Any]:
     """Trains a system, or resumes the training. Returns the content of `metrics.json`.
 
     The caller has locked the folder `workdir`. If `analyse` is True, `analysis.npz` and
     `report.html` are written at the end. `command` is the command line that repeats the training.
-    `began` is the value of `time.monotonic()` when this process started. For errors, see
+    `began` is the value of `time.monotonic()` when this process started. For `log` and errors, see
     `public.train`.
     """
     began = time.monotonic() if began is None else began
@@ -149,7 +150,7 @@ def train(
         say(optim.describe_frozen(params, config.optim.freeze))
     run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
     write_description(workdir, config, data, run.training_sets)
-    evaluated = _take_steps(run, plan, schedule, workdir, config.profile, analyse)
+    evaluated = _take_steps(run, plan, schedule, workdir, config.profile, analyse, log)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluations = evaluated or run.evaluate()
     of_training = run.results() | ({"command": command} if command else {})
@@ -171,6 +172,7 @@ def _take_steps(
     workdir: Path,
     window: Sequence[int],
     analyse: bool,
+    log: results_lib.LogFunction | None,
 ) -> list[Evaluation]:
     """Trains, logs, saves and evaluates. Returns the last evaluation of each split, if any."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
@@ -178,7 +180,7 @@ def _take_steps(
     is_pending = run.step in schedule.evaluate and not run.is_evaluated
     evaluated: list[Evaluation] = []
     with contextlib.ExitStack() as stack:
-        logs = Logs(workdir, step=run.step, evaluated=not is_pending)
+        logs = Logs(workdir, step=run.step, evaluated=not is_pending, log=log)
         stack.callback(logs.close)
         progress = Progress(
             num_drawn(total_steps), initial=num_drawn(run.step),
@@ -201,7 +203,7 @@ def _take_steps(
                 for name, value in metrics.select_logged(other.results).items()
             }
             logged = {**scores, **of_others}
-            logs.metrics(run.step, {"split": first.split.name, **logged})
+            logs.metrics(run.step, {"epoch": run.epoch, "split": first.split.name, **logged})
             line = ", ".join(f"{name} {value:.4f}" for name, value in logged.items())
             say(f"step {run.step} of {total_steps}: {line or 'ranked'}")
             if "map" in scores:
@@ -480,6 +482,11 @@ class TrainingRun:
         return self._seconds_before + time.monotonic() - self._began
 
     @property
+    def epoch(self) -> float:
+        """The number of passes over the training clips up to `step`."""
+        return self.step * self._config.batch_size / self._plan.batches.num_places
+
+    @property
     def state(self) -> train_step.TrainState:
         """The state of all members."""
         return train_step.merge_states(self._states)
@@ -526,7 +533,7 @@ class TrainingRun:
                 f"up to step {self.step}, {messages.count(int(sums['bad_steps']), 'step')} had no "
                 "effect, because the loss or the gradient was not finite"
             )
-        values = {"epoch": self.step * self._config.batch_size / self._plan.batches.num_places}
+        values = {"epoch": self.epoch}
         if not self._system.model.is_closed_form:
             values["learning_rate"] = float(np.asarray(self._system.lr_schedule(self.step - 1)))
         weight = max(sums["weight"], 1e-6)

@@ -7,7 +7,7 @@ TensorFlow are imported when a function is called.
 import copy
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.packing import Clips
     from vidjax.evaluation.comparison import Comparison
     from vidjax.evaluation.predict import Predictor
-    from vidjax.runs.results import Results
+    from vidjax.runs.results import LogFunction, Results
 
 
 def load_config(spec: str | Path, *overrides: str) -> Config:
@@ -132,7 +132,12 @@ def load_data(
 
 
 def train(
-    config: Config, workdir: str | Path, data: "TrainingData", *, num_devices: int | None = None
+    config: Config,
+    workdir: str | Path,
+    data: "TrainingData",
+    *,
+    num_devices: int | None = None,
+    log: "LogFunction | None" = None,
 ) -> "Results":
     """Trains a system, and writes checkpoints and results to a folder.
 
@@ -145,6 +150,9 @@ def train(
       workdir: the folder for checkpoints, metrics, rankings and the report.
       data: the result of `load_data`.
       num_devices: the number of devices to use. None means all.
+      log: a function that is called with each line of `metrics.jsonl` as a dict, after the line is
+        written. If it raises an error, training stops, and the same call resumes it. After a resume,
+        it may get lines again. With several processes, only the first process calls it.
 
     Returns:
       The results of the run: `map` and all other entries of `metrics.json`.
@@ -158,10 +166,11 @@ def train(
     """
     check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")
+    check_argument("train: log", log, (Callable, type(None)), "a function of one argument")
     check_loaded("train", data)
     config = _name_data(config, data)
     with make_and_lock(workdir) as path:
-        metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices)
+        metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices, log=log)
     return _make_results(RunFolder(path), config, metrics)
 
 
@@ -208,6 +217,7 @@ def train_run(
     num_devices: int | None = None,
     command: str | None = None,
     began: float | None = None,
+    log: "LogFunction | None" = None,
 ) -> tuple[dict[str, Any], bool]:
     """Trains a system in a folder that the caller has locked.
 
@@ -233,7 +243,7 @@ def train_run(
     if results is None:
         metrics = training.train(
             config, folder.path, data,
-            num_devices=num_devices, analyse=report, command=command, began=began,
+            num_devices=num_devices, analyse=report, command=command, began=began, log=log,
         )  # fmt: skip
         return metrics, False
     digests.check_data(folder.path, results["trained_on"], config, data)

@@ -614,6 +614,23 @@ class Index:
             rest = sum_others(logs[1:], int(logs[1:-1].argmax())) if best else -np.inf
             yield Nearest(float(logs[0]), pairs, compared, rest)
 
+    def ratios(self, parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Compares Q clips with the person `name`. `parts` are their vectors, M arrays [Q, D].
+
+        Returns the log-likelihood ratios [Q] float64 of this person against a stranger, and bool
+        [M, Q], True for each modality that both the clip and the person have.
+        """
+        row, units = self.names.index(name), self.backend.units(parts)
+        ratios = np.zeros(len(units[0]))
+        for at in range(0, len(ratios), MAX_QUERY_CLIPS):
+            some = [x[at : at + MAX_QUERY_CLIPS] for x in units]
+            owner = np.arange(len(some[0]))
+            queries = self._prepare(some, [np.ones(len(owner))] * len(some))
+            rows = np.full(len(owner), row)
+            ratios[at : at + len(owner)] = self._logits_of(rows, owner, queries)
+        present = np.array([x.any(axis=1) for x in units])
+        return ratios, present & (self.counts[:, [row]] > 0)
+
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:

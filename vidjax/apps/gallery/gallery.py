@@ -46,6 +46,7 @@ from vidjax.apps.gallery import (
     card_notes,
     grouping,
     run_vectors,
+    verification,
 )
 from vidjax.apps.gallery.answers import (
     ABOVE_HALF,
@@ -56,8 +57,14 @@ from vidjax.apps.gallery.answers import (
     Threshold,
 )
 from vidjax.apps.gallery.backend import Backend, Index
-from vidjax.apps.gallery.changes import Draft, check_clip, check_person, find_equal
-from vidjax.apps.gallery.enrolment import make_state, refit
+from vidjax.apps.gallery.changes import (
+    Draft,
+    check_clip,
+    check_person,
+    find_enrolled,
+    find_equal,
+)
+from vidjax.apps.gallery.enrolment import make_state, refit, stack_vectors
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
@@ -72,6 +79,7 @@ from vidjax.apps.gallery.store import (
     VectorOrigin,
 )
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, VectorSource, select_usable_clips
+from vidjax.apps.gallery.verification import Match, MatchRule
 from vidjax.data.clips import TrainingData
 from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
@@ -158,6 +166,8 @@ class Gallery:
         # A state, and for each of its strangers the score of the most probable person.
         self._calibration: tuple[State, np.ndarray] | None = None
         self._comparison: tuple[State, Comparison] | None = None
+        # A state, and the rules of `match_rule` that were made for it.
+        self._match_rules: tuple[State, dict[object, MatchRule]] | None = None
 
     @classmethod
     def create(
@@ -894,6 +904,118 @@ class Gallery:
                 answer = answer._replace(identity=None, evidence=())
             answers[vectors.names[row]] = answer._replace(best=answer.best[:k])
         return answers
+
+    def match_rule(self, identity: str | None = None, *, fmr: float | None = None) -> MatchRule:
+        """Returns the rule by which `verify` accepts clips of the person `identity`.
+
+        If `identity` is None, returns the rule by which `compare` accepts two clips.
+        """
+        return self._match_rule(self._read_current(), identity, fmr)
+
+    def _match_rule(self, state: State, identity: str | None, fmr: float | None) -> MatchRule:
+        verification.check_fmr(fmr)
+        if identity is not None:
+            check_argument("identity", identity, str, "the name of a person")
+            find_enrolled("identity", identity := normal_form(identity), state.people)
+        if self._compare(state).problem == "blind":
+            return verification.make_blind_rule(fmr, card_notes.NOBODY)
+        known, rules = self._match_rules or (None, {})
+        if known is not state:
+            self._match_rules = state, (rules := {})
+        if (identity, fmr) not in rules:
+            parts = self._stack(state, [*_list_usable_strangers(state)])
+            if identity is not None:
+                ratios, shared = state.index.ratios(parts, identity)
+            else:
+                # Clips of one film, whose names are neighbours, are not paired.
+                half, white = len(parts[0]) // 2, state.index.backend.whiten(parts)
+                ratios, shared = verification.pair_log_ratios(
+                    state.index.backend,
+                    [x[:half] for x in white],
+                    [x[half : 2 * half] for x in white],
+                )
+            ratios = ratios[shared.any(axis=0)]
+            rules[identity, fmr] = verification.make_rule(ratios, fmr, pairs=identity is None)
+        return rules[identity, fmr]
+
+    def _stack(self, state: State, names: Sequence[str]) -> list[np.ndarray]:
+        """Returns the vectors of enrolled clips, M arrays [N, D]."""
+        width = sum(state.index.backend.widths.values())
+        return state.index.backend.split(stack_vectors(names, state.clips, width))
+
+    def verify(
+        self,
+        clips: AnyClips,
+        identity: str,
+        *,
+        fmr: float | None = None,
+        split: str | None = None,
+    ) -> dict[str, Match]:
+        """Decides for each clip if it shows the person `identity`; returns clip -> comparison.
+
+        Args:
+          clips, split: see the class.
+          fmr: the largest share of clips of other people that may be accepted. The threshold is
+            measured on the clips of strangers in the gallery. The default is 0.01. If the gallery
+            has fewer than 99 clips of strangers, the default threshold is a likelihood ratio of
+            100, see `verification`.
+
+        Raises:
+          ValueError: nobody is called `identity`, or there are fewer than 1 / fmr - 1 clips of
+            strangers, or the features do not fit the gallery.
+        """
+        check_argument("verify: identity", identity, str, "the name of a person")
+        if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
+            self.match_rule(identity, fmr=fmr)
+        vectors, state = self.embed(clips, split), self._read_current()
+        rule, person = self._match_rule(state, identity, fmr), normal_form(identity)
+        parts, names = [*vectors.parts.values()], state.clips_of[person]
+        backend = state.index.backend
+        matches = verification.make_matches(rule, backend, *state.index.ratios(parts, person))
+        enrolled = self._stack(state, names)
+        matches = verification.add_fits(backend, matches, parts, names, enrolled)
+        return dict(zip(vectors.names, matches, strict=True))
+
+    def find_misfits(self, identity: str) -> dict[str, float]:
+        """Finds enrolled clips that differ from most clips of the person `identity`.
+
+        Each clip is compared with the person's other clips. Returns clip -> median of the log
+        ratios, if the median is below 0, lowest first.
+        """
+        state = self._read_current()
+        names = find_enrolled("identity", normal_form(identity), state.people)
+        return verification.find_misfits(state.index.backend, names, self._stack(state, names))
+
+    def compare(
+        self, clips: AnyClips, others: AnyClips | None = None, *, fmr: float | None = None
+    ) -> dict[tuple[str, str], Match]:
+        """Decides for pairs of clips if they show the same person. Nobody needs to be enrolled.
+
+        Args:
+          clips, others: see the class. Each of `clips` is compared with each of `others`. If
+            `others` is None, each of `clips` is compared with each other clip.
+          fmr: as in `verify`. For two clips, the threshold is measured on pairs of strangers, so
+            twice as many are needed.
+
+        Returns:
+          (clip, other clip) -> comparison.
+
+        Raises:
+          ValueError: there are no pairs or too many pairs, or as in `verify`.
+        """
+        self.match_rule(fmr=fmr)  # reports mistakes before vectors are computed
+        first = self.embed(clips)
+        second, state = first if others is None else self.embed(others), self._read_current()
+        num_others = None if others is None else len(second.names)
+        rows, columns = verification.list_pairs(len(first.names), num_others)
+        backend, rule = state.index.backend, self._match_rule(state, None, fmr)
+        x, y = (backend.whiten([*v.parts.values()]) for v in (first, second))
+        ratios, shared = verification.pair_log_ratios(
+            backend, [a[rows] for a in x], [b[columns] for b in y]
+        )
+        matches = verification.make_matches(rule, backend, ratios, shared)
+        keys = ((first.names[a], second.names[b]) for a, b in zip(rows, columns, strict=True))
+        return dict(zip(keys, matches, strict=True))
 
     def rank(
         self,

@@ -27,8 +27,9 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from vidjax import __version__
-from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.serve import gallery_model, protocol
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.gallery_model import Frames, GalleryModel, Question, make_question
@@ -80,6 +81,14 @@ class IdentifyRequest(protocol.RuleParameters, kw_only=True):
     k: protocol.K = protocol.DEFAULT_K
 
 
+class VerifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A request to decide if clips show the person `identity`."""
+
+    clips: ClipList
+    identity: str
+    fmr: protocol.Fmr | None = None
+
+
 class EnrolRequest(Struct, forbid_unknown_fields=True):
     """A request to enrol clips. One of `identity`, `identities` and `strangers` must be given.
 
@@ -94,6 +103,9 @@ class EnrolRequest(Struct, forbid_unknown_fields=True):
     identity: str | None = None
     identities: dict[str, str] | None = None
     strangers: bool = False
+
+
+CLIP_REQUESTS = (IdentifyRequest, VerifyRequest, EnrolRequest)
 
 
 class PageQuery(Struct, forbid_unknown_fields=True):
@@ -153,6 +165,7 @@ class Application:
             *(Endpoint("GET", path, self.metadata) for path in MODEL_PATHS),
             *(Endpoint("GET", f"{path}/ready", self.is_ready) for path in MODEL_PATHS),
             Endpoint("POST", "/identify", self.identify, (409, *BODY_ERRORS), IdentifyRequest),
+            Endpoint("POST", "/verify", self.verify, (404, 409, *BODY_ERRORS), VerifyRequest),
             Endpoint("POST", "/enrol", self.enrol, (*BODY_ERRORS, 507), EnrolRequest),
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
@@ -259,6 +272,34 @@ class Application:
         identified = await self.batcher.ask(question, len(clips))
         return _encode_json({"clips": [*map(answers_lib.as_json, clips, identified.answers)]})
 
+    async def verify(self, request: Request) -> Response:
+        """Decides if each clip shows the given person."""
+        clips, body = await self._read(request, VerifyRequest)
+        self._check_ready()
+        vectors = await self._embed(clips)
+
+        def answer() -> dict[str, object]:
+            identity = normal_form(body.identity)
+            matches = self.gallery.verify(vectors, identity, fmr=body.fmr)
+            return {
+                "clips": [verification.as_json(*pair, identity) for pair in matches.items()],
+                "rule": self.gallery.match_rule(identity, fmr=body.fmr).to_dict(),
+                "misfits": self.gallery.find_misfits(identity),
+            }
+
+        return _encode_json(await self.batcher.run(answer))
+
+    async def _embed(self, clips: Mapping[str, Mapping[str, Frames]]) -> Vectors:
+        """Computes the vectors of clips. Raises Refused (status 429) if too many clips wait."""
+        waiting = self._count_waiting()
+        if waiting and waiting + len(clips) > self.limits.waiting_clips:
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
+        self.embedding += len(clips)
+        try:
+            return await self.batcher.run(functools.partial(self.gallery.embed, clips))
+        finally:
+            self.embedding -= len(clips)
+
     async def enrol(self, request: Request) -> Response:
         """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
         clips, body = await self._read(request, EnrolRequest)
@@ -273,14 +314,7 @@ class Application:
             text = f"identities has the clip '{show(min(stray))}', but clips lacks it: send it, too"
             raise unprocessable(text)
         self._check_ready()
-        waiting = self._count_waiting()
-        if waiting and waiting + len(clips) > self.limits.waiting_clips:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
-        self.embedding += len(clips)
-        try:
-            vectors = await self.batcher.run(functools.partial(self.gallery.embed, clips))
-        finally:
-            self.embedding -= len(clips)
+        vectors = await self._embed(clips)
         make = functools.partial(
             self.gallery.enrol, vectors, people_of_clips, strangers=body.strangers
         )
@@ -342,7 +376,7 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a request to identify or enrol clips; returns the clips and the other fields.
+        """Reads a request with clips; returns the clips and the other fields.
 
         The clips are the result of `_check_clips`. The fields are an object of the type `kind`. The
         body is JSON with all fields, or an `.npz` file. For an `.npz` file, the other fields, and
@@ -466,7 +500,7 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
     """Returns the OpenAPI description. `widths` are modality -> width of its features."""
     kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in (IdentifyRequest, EnrolRequest):
+    for kind in CLIP_REQUESTS:
         clip = schemas[kind.__name__]["properties"]["clips"]["items"]["properties"]
         for name, width in widths.items():
             row = {"type": "array", "items": {"type": "number"}}
@@ -476,7 +510,7 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
     for point in endpoints:
         path = point.path.replace(":path", "")
         words = schemas[point.query.__name__]["properties"] if point.query else {}
-        if point.body in (IdentifyRequest, EnrolRequest):
+        if point.body in CLIP_REQUESTS:
             fields = schemas[point.body.__name__]["properties"].keys() - {"clips", "identities"}
             rest = ", ".join(sorted(fields))
             about = f"the name of a single clip in an .npz; with an .npz, the query may have {rest}"

@@ -31,6 +31,9 @@ K = Annotated[int, Meta(ge=1, le=1000, description="largest number of identities
 Fpir = Annotated[
     float, Meta(gt=0, lt=1, description="the largest share of strangers who may wrongly get a name")
 ]
+Fmr = Annotated[
+    float, Meta(gt=0, lt=1, description="the largest share of other people's clips to accept")
+]
 Probability = Annotated[
     float, Meta(gt=0, le=1, description="the lowest probability of a name, instead of fpir")
 ]
