@@ -317,7 +317,7 @@ def test_forget_reads_any_arrays_and_long_texts(tmp_path, places, monkeypatch):
     assert {Path(path).name for path in listed} == expected
 
 
-BASH = shutil.which("bash")
+BASH = shutil.which("bash") or ""
 
 
 @pytest.mark.skipif(not BASH, reason="needs bash")
