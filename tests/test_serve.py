@@ -888,7 +888,7 @@ Gallery.identities = property(stuck)
 Gallery.remove = stuck
 listener = web.listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
-web.serve(made, listener, web.ServerLimits(drain_seconds=1, end_seconds=1))
+web.serve(made, listener, web.Limits(drain_seconds=1, end_seconds=1))
 """
 
 
