@@ -402,7 +402,7 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
           for old in ("unknown 99", "clip:\t9999", "")),
         ({"do": "name", "of": "Ada", "person": "unknown 1"}, 422),
         ({"do": "burn", "of": "unknown 1"}, 422), ({}, 422),
-        (naming | {"person": "Bob", "version": "9"}, 409),
+        *((naming | {"person": "Bob", "version": x}, 409) for x in ("9", "9" * 5000, "\u0661")),
         (naming | {"person": "x" * 300_000}, 413),
     ]:  # fmt: skip
         text = reviewed.post(status=status, **fields)
@@ -449,6 +449,9 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     headers = [(b"host", f"127.0.0.1:{PORT}".encode())]
     scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/change", "headers": headers}
     asyncio.run(client.app(scope, call, call))  # raises no error
+    frame = {"method": "GET", "path": f"/{TOKEN}/frame/party.s000.t00"}
+    with mock.patch.object(review.Review, "frame", side_effect=AssertionError):
+        asyncio.run(client.app(scope | frame, call, call))  # decodes no picture
 
     monkeypatch.setattr(who, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
     reviewed.post(do="name", of="unknown 2", person="Eve")  # is saved in the gallery

@@ -335,7 +335,8 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
     wanted = _simplify(words).split()
     if not wanted:
         return [*texts]
-    counts = {key: sum(word in _simplify(text) for word in wanted) for key, text in texts.items()}
+    plain = {key: _simplify(text) for key, text in texts.items()}
+    counts = {key: sum(word in text for word in wanted) for key, text in plain.items()}
     best = max(counts.values(), default=0)
     return [key for key, count in counts.items() if count == best and count]
 

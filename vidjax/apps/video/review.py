@@ -6,6 +6,7 @@ in the gallery or in `unknown.json`, so that the next call of `vidjax who` keeps
 result files are written a second after the last change, and when the server ends.
 """
 
+import asyncio
 import contextlib
 import functools
 import hmac
@@ -128,7 +129,6 @@ class Review:
         self._changed: dict[str, int] = {}
         self._forms = Forms()
         self._stamp: FileStamp | None = None  # of the last `unknown.json` that was read
-        self._decoding = threading.Semaphore(MOST_DECODED)
         self._set_films(decision.films)
         self._set_names(decision)
 
@@ -235,8 +235,7 @@ class Review:
         films = self._decision.films
         track = next(y for y in self._films[x.video].tracks if y.clip == clip)
         path = self.film(next(n for n, film in enumerate(films) if film.video == x.video))
-        with self._decoding:
-            return path and still.read_still(path, track.box_at_s or track.start_s)
+        return path and still.read_still(path, track.box_at_s or track.start_s)
 
     def picture(self, address: str) -> Path | None:
         """Returns the path of the picture with this address, or None if there is no picture."""
@@ -570,6 +569,7 @@ class _Pages:
     def __init__(self, review: Review, token: str):
         self._review, self._token = review, token
         self._lock = threading.Lock()
+        self._decoding = asyncio.Semaphore(MOST_DECODED)
 
     def _check(self, request: Request) -> None:
         """Raises HTTPException if the secret word, the host, or the origin of a change is wrong."""
@@ -626,12 +626,15 @@ class _Pages:
             raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
         return FileResponse(path, media_type="image/png", headers=SANDBOX)
 
-    def send_frame(self, request: Request) -> Response:
+    async def send_frame(self, request: Request) -> Response:
         self._check(request)
-        try:
-            picture = self._review.frame(request.path_params["clip"])
-        except UserError:
-            picture = None
+        # Pictures that wait take no thread. Otherwise, the page would wait for them, too.
+        async with self._decoding:
+            await request.body()  # raises ClientDisconnect if the user has gone on to another face
+            try:
+                picture = await run_in_threadpool(self._review.frame, request.path_params["clip"])
+            except UserError:
+                picture = None
         if picture is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "The picture cannot be decoded.")
         return Response(picture, media_type="image/jpeg", headers=SANDBOX)
@@ -653,7 +656,8 @@ class _Pages:
         status, asks = HTTPStatus.UNPROCESSABLE_ENTITY, action == "name" and "person" in form
         with self._lock:
             try:
-                version = int(form["version"]) if form.get("version", "").isdecimal() else -1
+                version = form.get("version", "")
+                version = int(version) if re.fullmatch("[0-9]{1,9}", version) else -1
                 if back:
                     review.undo(version)
                 elif asks and (other := review.similar(name, of)):
