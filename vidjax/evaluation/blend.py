@@ -55,12 +55,16 @@ def blend_runs(
     if folder.has(CONFIG):  # `eval.split` stays the split of the first evaluation
         kept.eval.split = folder.config.eval.split
     join = None
-    if config.join.learned and (spec.split == kept.eval.split or not config.join.calibration):
-        join = _learn(models, spec.split, mesh, spec.block_size)
-        kept.join.calibration = calibration.to_values(join)
-    elif config.join.learned:
-        num_clips = len(models[0].data.split(spec.split).clips)
-        join = calibration.from_values(config.join.calibration, num_clips)
+    if config.join.learned:
+        clips = models[0].data.split(spec.split)
+        if spec.split == kept.eval.split or not config.join.calibration:
+            splits = tuple(config.data.train_splits) if config.join.systems else (spec.split,)
+            sets = _learn(models, splits, mesh, spec.block_size)
+            kept.join.calibration = calibration.to_values(sets)
+            join = calibration.Joined(sets, calibration.split_clips(clips.labels))
+        else:
+            sets = calibration.from_values(config.join.calibration)
+            join = calibration.Joined(sets, np.zeros(len(clips.clips), np.int32))
     evaluation = score(
         models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members, join=join
     )
@@ -86,33 +90,33 @@ def choose_runs(config: Config) -> tuple[str, ...]:
 
 
 def _learn(
-    models: Sequence[TrainedModel], split_name: str, mesh: Mesh, block_size: int
-) -> calibration.Joined:
-    """Learns how to join the scores of runs from the clips of a split."""
-    split = models[0].data.split(split_name)
-    scorers = [ModelScorer(model, split.clips, mesh) for model in models]
-    pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
-    if not (split.labelled and pool.any()) or any(scorer.in_sample for scorer in scorers):
-        raise UserError(
-            f"config.join.learned: {split_name} has no labelled clip that the runs were not trained "
-            "on\nchoose another split: --config.eval.split=val"
-        )
-    drawn = np.random.default_rng(0).permutation(np.flatnonzero(pool))[: calibration.MAX_CLIPS]
-    wanted = np.isin(np.arange(len(split.clips)), drawn)
-    use = np.concatenate([scorer.use for scorer in scorers]) & wanted
-    clips, parts = [], []
-    for window in iterate_block_groups(models, split_name, block_size, mesh, use):
-        scores = [scorer.score(blocks) for scorer, blocks in zip(scorers, window, strict=True)]
-        for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
-            index, mask = map(np.asarray, devices.fetch((block.clip_index, block.batch_mask)))
-            rows = np.flatnonzero(mask)
-            rows = rows[wanted[index[rows]]]
-            clips.append(index[rows])
-            values = [np.asarray(x)[rows] for x in devices.fetch(each)]
-            parts.append(calibration.choose_candidates(values, split.labels[clips[-1]]))
-    logs, unknown = (np.concatenate([part[i] for part in parts], axis=1) for i in range(2))
-    examples = calibration.Examples(logs, unknown, np.concatenate([part.right for part in parts]))
-    return calibration.learn(examples, np.concatenate(clips), split.labels)
+    models: Sequence[TrainedModel], splits: Sequence[str], mesh: Mesh, block_size: int
+) -> calibration.Calibration:
+    """Learns how to join the scores of runs from clips that the runs were not trained on."""
+    examples = []
+    for name in splits:
+        split = models[0].data.split(name)
+        scorers = [ModelScorer(model, split.clips, mesh) for model in models]
+        pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
+        if not (split.labelled and pool.any()) or any(scorer.in_sample for scorer in scorers):
+            raise UserError(
+                f"config.join.learned: {name} has no labelled clip that no run was trained on\n"
+                "train the runs in folds: --config.ensemble.folds=5"
+            )
+        order = np.random.default_rng(0).permutation(np.flatnonzero(pool))
+        wanted = np.isin(np.arange(len(pool)), order[: calibration.MAX_CLIPS // len(splits)])
+        part = calibration.split_clips(split.labels)
+        use = np.concatenate([scorer.use for scorer in scorers]) & wanted
+        for window in iterate_block_groups(models, name, block_size, mesh, use):
+            scores = [scorer.score(blocks) for scorer, blocks in zip(scorers, window, strict=True)]
+            for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
+                index, mask, each = devices.fetch((block.clip_index, block.batch_mask, each))
+                rows = np.flatnonzero(mask & wanted[np.where(mask, index, 0)])
+                clips = index[rows]
+                values = [np.asarray(x)[rows] for x in each]
+                labels = split.labels[clips]
+                examples.append(calibration.choose_candidates(values, labels, part[clips]))
+    return calibration.learn(examples)
 
 
 def _parse_weights(config: Config) -> tuple[float, ...]:

@@ -23,6 +23,7 @@ import scipy
 
 from vidjax.core import ensemble
 from vidjax.core.batch import Array
+from vidjax.core.losses import log_softmax
 
 PARTS = 3  # the numbers for the clips of a part are learned on the other parts
 MAX_CLIPS = 4000  # clips to learn from; if there are more, they are drawn
@@ -49,6 +50,7 @@ class Examples(NamedTuple):
     logs: np.ndarray  # [R, n, K] float32, logarithms of probabilities
     unknown: np.ndarray  # [R, n] float32, log of the probability of a stranger
     right: np.ndarray  # [n] int32
+    part: np.ndarray  # [n] int32, from 0 to PARTS - 1
 
 
 def log_odds_unknown(logs: Array) -> Array:
@@ -89,13 +91,15 @@ def join_scores(scores: Sequence[Array], calibration: Calibration) -> Array:
     """Joins the scores of R runs, [B, C] each, to logarithms of probabilities, [B, C]."""
     logs = jnp.stack(scores)
     logits = join_logs(logs, log_odds_unknown(logs), calibration)
-    return jax.nn.log_softmax(logits, axis=1)[:, 1:]
+    return log_softmax(logits, jnp.ones(logits.shape[1], bool))[:, 1:]
 
 
-def choose_candidates(scores: Sequence[np.ndarray], labels: np.ndarray) -> Examples:
+def choose_candidates(
+    scores: Sequence[np.ndarray], labels: np.ndarray, part: np.ndarray
+) -> Examples:
     """Keeps the scores of the right identity and of the best others, from [n, C] for each run.
 
-    `labels` [n] are columns, 1..C, or 0 for strangers.
+    `labels` [n] are columns, 1..C, or 0 for strangers. `part` is [n], see `split_clips`.
     """
     logs = np.stack(scores)
     unknown = np.asarray(log_odds_unknown(logs))
@@ -104,7 +108,8 @@ def choose_candidates(scores: Sequence[np.ndarray], labels: np.ndarray) -> Examp
     rows = np.flatnonzero(labels > 0)
     value[rows, labels[rows] - 1] = np.inf
     columns = np.argsort(-value, axis=1, kind="stable")[:, :number]
-    return Examples(np.take_along_axis(logs, columns[None], axis=2), unknown, (labels > 0) * 1)
+    logs = np.take_along_axis(logs, columns[None], axis=2)
+    return Examples(logs, unknown, (labels > 0).astype(np.int32), part)
 
 
 def fit(examples: Examples, weights: np.ndarray) -> Calibration:
@@ -114,7 +119,7 @@ def fit(examples: Examples, weights: np.ndarray) -> Calibration:
     share = weights / np.sum(weights)
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = _loss(jnp.asarray(point, jnp.float32), *examples, share)
+        value, slope = _loss(jnp.asarray(point, jnp.float32), *examples[:3], share)
         gap = point - start
         more = PRIOR * gap / len(gap)
         return float(value) + float(gap @ more) / 2, np.asarray(slope, np.float64) + more
@@ -149,23 +154,29 @@ class Joined(NamedTuple):
         return join_scores(scores, Calibration(*(jnp.asarray(x)[part] for x in self.sets)))
 
 
-def learn(examples: Examples, clips: np.ndarray, labels: np.ndarray) -> Joined:
-    """Learns the numbers once for each part of a split, from the clips of the other parts.
+def split_clips(labels: np.ndarray) -> np.ndarray:
+    """Assigns the clips of a split, with labels [N], to PARTS parts. Returns [N] int32."""
+    return ensemble.assign_folds(labels, PARTS, 0)
 
-    `clips` [n] are the clips of `examples`. `labels` [N] are the labels of all clips of the split.
+
+def learn(examples: Sequence[Examples]) -> Calibration:
+    """Learns the numbers for each part, from the clips of the other parts.
+
+    Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
     """
-    part = ensemble.assign_folds(labels, PARTS, 0)
-    chosen = [part[clips] != number for number in range(PARTS + 1)]
-    sets = [fit(examples, rows.astype(np.float32)) for rows in chosen]
-    return Joined(Calibration(*map(np.stack, zip(*sets, strict=True))), part)
+    logs, unknown = (np.concatenate([x[i] for x in examples], axis=1) for i in range(2))
+    right, part = (np.concatenate([x[i] for x in examples]) for i in range(2, 4))
+    joined = Examples(logs, unknown, right, part)
+    sets = [fit(joined, (part != number).astype(np.float32)) for number in range(PARTS + 1)]
+    return Calibration(*map(np.stack, zip(*sets, strict=True)))
 
 
-def to_values(joined: Joined) -> tuple[Any, ...]:
+def to_values(sets: Calibration) -> tuple[Any, ...]:
     """Returns the numbers that are learned on all clips, for `config.join.calibration`."""
-    return tuple(x[-1].tolist() if x.ndim == 1 else tuple(x[-1].tolist()) for x in joined.sets)
+    return tuple(tuple(np.atleast_1d(x[-1]).tolist()) for x in sets)
 
 
-def from_values(values: Sequence[Any], num_clips: int) -> Joined:
-    """Reads numbers from `config.join.calibration`, for `num_clips` clips."""
-    sets = Calibration(*(np.asarray(x, np.float32)[None] for x in values))
-    return Joined(sets, np.zeros(num_clips, np.int32))
+def from_values(values: Sequence[Any]) -> Calibration:
+    """Reads the numbers in `config.join.calibration`. Returns arrays [1, R]."""
+    *rows, (stranger,) = values
+    return Calibration(*(np.asarray(x, np.float32)[None] for x in (*rows, stranger)))

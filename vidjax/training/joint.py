@@ -1,6 +1,7 @@
 """Trains the systems of a blend in a folder, and joins their scores (`config.join.systems`)."""
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from vidjax.evaluation import blend
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
+from vidjax.runs.terminal import say
 from vidjax.training import public
 from vidjax.utils.errors import UserError
-from vidjax.runs.terminal import say
 
 SET_HERE = ("runs", "finals", "weights", "calibration")  # fields of `config.join`
 
@@ -29,6 +30,7 @@ def train_systems(
     The folds measure the blend, and the runs on all clips rank the split test. Returns the content
     of `metrics.json`, and whether the blend had been finished before.
     """
+    began = time.monotonic()
     _check_same_blend(config, folder)
     data = public.load_data(config) if data is None else data
     has_test = "test" in data.report["splits"]
@@ -40,8 +42,8 @@ def train_systems(
             path = folder.path / f"{number}_{own.model.name}{'_all' if final else ''}"
             say(f"{path.name}: {spec}, on {'all clips' if final else 'folds'}")
             with make_and_lock(path):
-                _, was_finished = public.train_run(own, RunFolder(path), data, num_devices=num_devices)
-            new |= not was_finished
+                run = public.train_run(own, RunFolder(path), data, num_devices=num_devices)
+            new |= not run[1]
             names[final].append(str(path))
     splits = [config.eval.split, *(["test"] if has_test else [])]
     done = [folder.metrics(folder.paths(split)) if folder.has(CONFIG) else {} for split in splits]
@@ -55,7 +57,7 @@ def train_systems(
         joined = folder.config
         joined.eval.split = "test"
         blend.blend_runs(joined, folder, lambda _: data, **options)
-    return results, False
+    return results | {"seconds": time.monotonic() - began}, False
 
 
 def make_config(config: Config, spec: str, *, final: bool) -> Config:
@@ -70,6 +72,7 @@ def make_config(config: Config, spec: str, *, final: bool) -> Config:
             own.data[name] = value
     own.seed = config.seed
     own.ensemble.folds = 0 if final else config.ensemble.folds
+    own.ensemble.seeds = own.ensemble.seeds if final else 1  # more nets would hardly change it
     own.eval.split = "test" if final else config.eval.split
     own.eval.report = False
     return own
