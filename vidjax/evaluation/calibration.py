@@ -129,7 +129,7 @@ def fit(examples: Examples, weights: np.ndarray) -> Calibration:
 
 
 def _unpack(point: Array, num_runs: int) -> Calibration:
-    return Calibration(*point[:-1].reshape(4, num_runs), point[-1])
+    return Calibration._make([*point[:-1].reshape(4, num_runs), point[-1]])
 
 
 @jax.jit
@@ -179,4 +179,4 @@ def to_values(sets: Calibration) -> tuple[Any, ...]:
 def from_values(values: Sequence[Any]) -> Calibration:
     """Reads the numbers in `config.join.calibration`. Returns arrays [1, R]."""
     *rows, (stranger,) = values
-    return Calibration(*(np.asarray(x, np.float32)[None] for x in (*rows, stranger)))
+    return Calibration._make(np.asarray(x, np.float32)[None] for x in (*rows, stranger))

@@ -11,7 +11,7 @@ from vidjax.data import sources
 from vidjax.data.clips import Modality, TrainingData, select_modalities
 from vidjax.models.base import Identifier
 from vidjax.models.build_system import MODELS, TaskSpec, make_system
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.training import train_step
 from vidjax.utils.errors import UserError
@@ -54,6 +54,10 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
     read, and no device is used. This takes a tenth of a second. A fault in the code of a user's
     loss is not found, because no training step is traced.
     """
+    for spec in config.join.systems:
+        dry_run(config_io.load_system(config, spec, final=False), data)
+    if config.join.systems:
+        return
     check_model(config)
     known = data.modalities if data else {}
     if not data:

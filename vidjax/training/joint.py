@@ -12,6 +12,7 @@ from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.runs.terminal import say
 from vidjax.training import public
+from vidjax.training.dry_run import dry_run
 from vidjax.utils.errors import UserError
 
 SET_HERE = ("runs", "finals", "weights", "calibration")  # fields of `config.join`
@@ -32,13 +33,14 @@ def train_systems(
     """
     began = time.monotonic()
     _check_same_blend(config, folder)
+    dry_run(config, data)
     data = public.load_data(config) if data is None else data
     has_test = "test" in data.report["splits"]
     names: dict[bool, list[str]] = {False: [], True: []}
     new = False
     for final in (False, True)[: 1 + has_test]:
         for number, spec in enumerate(config.join.systems, 1):
-            own = make_config(config, spec, final=final)
+            own = config_io.load_system(config, spec, final=final)
             path = folder.path / f"{number}_{own.model.name}{'_all' if final else ''}"
             say(f"{path.name}: {spec}, on {'all clips' if final else 'folds'}")
             with make_and_lock(path):
@@ -58,24 +60,6 @@ def train_systems(
         joined.eval.split = "test"
         blend.blend_runs(joined, folder, lambda _: data, **options)
     return results | {"seconds": time.monotonic() - began}, False
-
-
-def make_config(config: Config, spec: str, *, final: bool) -> Config:
-    """Returns the configuration of a system, with the data and the seed of a blend.
-
-    Values of `config.data` other than the defaults replace the values of the system.
-    """
-    own = config_io.load_file(spec)
-    defaults = config_lib.default()
-    for name, value in config.data.items():
-        if value != defaults.data[name]:
-            own.data[name] = value
-    own.seed = config.seed
-    own.ensemble.folds = 0 if final else config.ensemble.folds
-    own.ensemble.seeds = own.ensemble.seeds if final else 1  # more nets would hardly change it
-    own.eval.split = "test" if final else config.eval.split
-    own.eval.report = False
-    return own
 
 
 def _check_same_blend(config: Config, folder: RunFolder) -> None:
