@@ -41,8 +41,19 @@ def halve(rng, clips):
     return clips._replace(weight=jnp.where(keep, clips.weight, clips.weight / 2))
 
 
-def confident(clips, labels):
-    return float(np.mean(clips.best[clips.pool] > np.log(0.5)))
+def top5(clips, labels):
+    known = clips.pool & (labels > 0)
+    return float(np.mean(clips.rank[known] < 5))
+
+
+def precision_at_1(clips, labels):
+    first = clips.ranking[:, 0]
+    return float(np.mean(labels[first] == 1 + np.arange(len(first))))
+
+
+def worst_recall(clips, labels):
+    people = np.unique(labels[labels > 0])
+    return float(min(np.mean(clips.identity[labels == person] == person) for person in people))
 
 
 # Rows: table, name and value of the new line.
@@ -51,7 +62,9 @@ ADDITIONS = (
     (sources.DATASETS, "blobs", open_blobs),
     (fusion.FUSIONS, "first", first_frame),
     (augment.TRANSFORMS, "halve", augment.Transform(halve)),
-    (metrics.CLIP_METRICS, "confident", metrics.Metric("confident clips", "", confident, log=True)),
+    (metrics.CLIP_METRICS, "top5", metrics.Metric("top-5", "", top5, log=True)),
+    (metrics.CLIP_METRICS, "p1", metrics.Metric("precision at 1", "", precision_at_1)),
+    (metrics.CLIP_METRICS, "worst", metrics.Metric("worst recall", "", worst_recall)),
 )
 EXPERIMENT = """
 from vidjax.runs import config as config_lib
@@ -77,9 +90,10 @@ def test_run_uses_added_loss_dataset_fusion_transform_and_metric(tmp_path, monke
     path.write_text(EXPERIMENT)
     output = say(f"--config={path}", f"--workdir={run}")
     results = json.loads((run / "metrics.json").read_text())
-    assert 0 <= results["confident"] <= 1
+    assert 0 <= results["worst"] <= results["top1"] <= results["top5"] <= 1
+    assert results["map"] <= results["p1"] <= 1
     # EXPERIMENT uses the other additions. A random order of 6 people has a MAP of about 0.25.
     assert results["map"] > 0.5
     # The added metric is printed, logged and reported.
-    assert "confident" in output and '"confident"' in (run / "metrics.jsonl").read_text()
-    assert "confident clips" in (run / "report.html").read_text()
+    assert "top-5" in output and '"top5"' in (run / "metrics.jsonl").read_text()
+    assert "precision at 1" in (run / "report.html").read_text()

@@ -12,6 +12,7 @@ import pytest
 from tests.helpers import clip_files, made_galleries
 from tests.helpers.datasets import prepare
 from vidjax.runs import checkpoint
+from vidjax.utils import confinement
 from vidjax.utils.errors import VidjaxWarning
 
 
@@ -70,10 +71,21 @@ def test_parts_that_are_not_installed_or_need_another_processor_are_no_faults(tm
     states = [line.split(":")[0].split() for line in output.splitlines()]
     assert states == [
         ["ok", "environment"], ["none", "runs"], ["ok", "training"], ["ok", "films"],
-        ["none", "nets"], ["ok", "server"], ["ok", "parquet"], ["all", "good"],
+        ["none", "nets"], ["ok", "server"], ["ok", "parquet"],
+        ["none" if confinement.list_gaps() else "ok", "files", "of", "strangers"], ["all", "good"],
     ]  # fmt: skip
     assert "onnxruntime of another package" in output
     assert "instructions AVX" in output and "(onnx): pip install 'vidjax[convert]'" in output
+
+
+def test_limits_that_the_system_cannot_enforce_are_listed(check, monkeypatch):
+    monkeypatch.setattr(confinement, "_read_landlock_version", lambda: 0)
+    monkeypatch.setattr(confinement, "MACHINES", {})
+    code, lines = check()
+    (line,) = [line for line in lines if "files of strangers" in line]
+    assert code == 0 and line.split()[0] == "none" and lines[-1] == "all good"
+    for words in ("delete other files", "memory", "connections", "processes", "5.13", "Landlock"):
+        assert words in line
 
 
 def test_mistakes_are_reported_without_the_packages_of_runs(tmp_path, python):
@@ -109,7 +121,8 @@ def test_check_of_a_good_run_or_without_a_folder_reports_all_good(folder, check,
     assert (code, lines[-1]) == (0, "all good"), lines
     (step,) = checkpoint.manifests(folder / "run")
     # `conftest` emulates 8 devices. The clips are counted as in `clip_files.CLIPS`.
-    for words in ("jax ", "8 x cpu", f"checkpoint {step}: ", "train 96 clips, val 60 clips"):
+    wanted = "jax ", "8 x cpu", f"checkpoint {step}: ", "train 96 clips, val 60 clips"
+    for words in (*wanted, "report.html and other results are not checked"):
         assert words in "\n".join(lines), lines
     assert check_run("--quiet") == (0, ["all good"])
     assert json.loads(*check_run("--json")[1])["verdict"] == "all good"  # a single line

@@ -27,6 +27,7 @@ from tests.helpers.limits import slowness
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program, run_commands
+from vidjax.core import losses
 from vidjax.runs import config as config_lib, config_io, results as results_lib, terminal
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import RunFolder
@@ -45,8 +46,12 @@ WORDS = {
     f"{TRAIN} --quite": "--quiet",
     f"{TRAIN} --xyzzy=1": "example: vidjax train", f"{TRAIN} stray": "no flag\nexample",
     "mma": "--config=FILE", "train mma": "example: vidjax train --config=",
+    f"{TRAIN} seed=3": "write --config.seed=3", "train config=mma": "did you mean --config?",
+    f"{TRAIN} quiet=1": "write --quiet",
+    f"{TRAIN} --config.modalities=face\\ head": "write --config.modalities=face,head",
+    "--config=mma --workdir=new --config.loss.classification=ArcFace": "loss.margin_type=angular",
     "rank --workdir=run clips": "needs --input", "export run new --format=onnx": "needs --to",
-    "compare --workdir=out --runs=A, B": "--runs=runs/mma,runs/deepmef", "predict": "rank, embed",
+    "compare --workdir=out --runs=A, B": "RUN RUN ... or --runs=A,B", "predict": "rank, embed",
     "evalaute --workdir=run": "'evaluate'?",
     "evaluate --workdir=run --out=o.tsv": "no flag --out",
     "rank": "needs --workdir, --input, --out",
@@ -88,7 +93,7 @@ WORDS = {
     f"{TRAIN} --config.modalities=5": "separated by commas",
     f"{TRAIN} --config.modalities={{[]:1}}": "choose from face",
     "--config=mma:face,haed --workdir=new": "'head'",
-    "--config=mma --workdir=new --config.optim.name=adamw": "'adam'?",
+    "--config=mma --workdir=new --config.optim.name=adamw": "total_decay=1",
     "--config=quality_fusion --workdir=new --config.model.layers=((0,None,False,0.5),)":
         "Expected `int` >= 1",
     "--config=mma --workdir=new --config.model.embed_dim=100000000": "reduce its sizes",
@@ -99,6 +104,17 @@ WORDS = {
     "--config=plda --workdir=new --config.fusion.face.train.min_quality=20":
         "no field config.fusion.face.train.min_quality: to add an argument, set it in a copy",
 }  # fmt: skip
+# A configuration with a loss of the user, which returns a value to be filled in.
+OWN_LOSS = """from vidjax.core import losses
+from vidjax.runs import config_io
+def own(logits, labels):
+    return {}
+losses.CLASSIFICATION["own"] = own
+def get_config(args=""):
+    config = config_io.load_file("quality_fusion")
+    config.loss.update(classification="own", schedule=((0, 0.0),))
+    return config
+"""
 # Faulty configuration files: name -> content, and words of the error.
 BEGIN = "from ml_collections import ConfigDict\nfrom vidjax.runs import config\n"
 BEGIN += "\ndef get_config(args=''):\n"
@@ -114,6 +130,10 @@ MINE = {
                  "    return ConfigDict(values)\n", "config.batch_size"),
     "function.py": (f"{BEGIN}    values = config.default()\n    values.model.activation = max\n"
                     "    return values\n", "set its name"),
+    **{f"loss{n}.py": (OWN_LOSS.format(code), f"loss{n}.py' line 4: {words}") for n, (code, words)
+       in enumerate({"labels.typo": "AttributeError", "logits[:, 0, 0, 0]": "IndexError",
+                     "1 if logits > 0 else 0": "", "undefined": "NameError"}.items())},
+    "shape.py": (OWN_LOSS.format("logits.mean()"), "a float for each label"),
 }  # fmt: skip
 # Commands with mistakes that are run in the folder `places`.
 PLACES = {
@@ -126,7 +146,8 @@ PLACES = {
     "compare --workdir=a --runs=a,b": "contains a run",
     "compare --workdir=out --runs=a,b --config.eval.split=test":
         "vidjax evaluate --workdir=a --config.eval.split=test",
-    "--config=nowhere/mma.py": "'mma'",
+    "--config=nowhere/mma.py": "'mma'", "--config=a": "did you mean 'a/config.json'?",
+    "--config=own": "'own' is a folder", "--config=a/config.json:face": "takes no arguments",
     "export nowhere --to=new/deep/folder --format=numpy": "is not a folder",
     "--config=configs": "choose from cosine",
     **{f"--config=mine/{name}": remedy for name, (_, remedy) in MINE.items()},
@@ -197,6 +218,7 @@ def places(tmp_path_factory):
 def test_error_about_a_file_names_the_remedy(words, places, monkeypatch, command):
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
+    monkeypatch.setitem(losses.CLASSIFICATION, "own", losses.binary_focal)  # removed at the end
     before = seen.contents(places, but={"cache", "__pycache__"})
     assert_refused(command, words, PLACES[words], seconds=60)  # may convert data
     assert seen.contents(places, but={"cache", "__pycache__"}) == before
@@ -225,7 +247,12 @@ def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
         ("--mode=report --workdir=run --json", '"report":', 0, {}),
         ("--mode=evaluate --workdir=run --config.eval.split=test --quiet", "MAP@100", 0, {}),
         ("--config=knn --config.seed=1 --config.eval.report=0", "runs/knn_seed=1", 0, {}),
-        ("--mode=evaluate --workdir=run --config.eval.split=tset", "test, train, val", 2, {}),
+        (
+            "--mode=evaluate --workdir=run --config.eval.split=tset",
+            "train, val\ndid you mean 'test'?",
+            2,
+            {},
+        ),
         (f"{TRAIN} --config.seed", "--config.seed=...", 2, {}),
         (TRAIN, "--config.data.cache_dir", 2, no_cache),
         (TRAIN, "unset JAX_PLATFORMS", 2, no_gpu),
@@ -538,3 +565,14 @@ def test_galleries_describe_the_expected_arguments(nearest_run, tmp_path):
     assert not new.exists()
     enrol, clips = servers.make_gallery(new).enrol, {"c": {"face": np.ones((1, 8), np.float32)}}
     refused(r"no clip is called 'd'(.|\n)*clip is 'c'", enrol, clips, {"d": "Ada"})
+
+
+def test_compare_prints_what_differs_and_leaves_out_folders_that_do_not_fit(places, command):
+    folders = [str(places / name) for name in ("empty", "b", "a")]
+    with pytest.warns(UserWarning, match="a folder is left out: '.*/empty' is not a run"):
+        done = command("compare", *folders)
+    assert done.code == 0, done
+    lines = [line.split() for line in done.out.splitlines()]
+    assert lines[-2] == ["field", "b", "a"] and lines[-1] == ["seed", "0", "3"]
+    assert [line[:2] for line in lines[2:4]] == [[folder, "0.6250"] for folder in folders[1:]]
+    assert "too few runs" in command("compare", folders[1]).err

@@ -111,6 +111,7 @@ UNREAD = {
         "noise.keep": "prediction", "noise.mirror_weight": "((0,0.5),)",
     },
     "noise.join=true": {"noise.pieces": "random"},
+    "early_stop.patience=2": {"early_stop.metric": "top1"},
     "after_fusion=examples": {"eval.reduce": "max"},
     "data.name=arrays": {"data.dir": "folder", "data.quality": "norm"},
     "": {"join.weights": "1,2", "join.runs": "a,b"},
@@ -165,8 +166,9 @@ def test_values_of_two_other_fields_decide_whether_a_field_is_read():
 # Fields that may change when a run resumes. `num_epochs` may grow.
 MAY_CHANGE = {
     "data.dir", "data.weights", "data.cache_dir",  # paths
-    "deterministic", "eval.block_size", "eval.members", "eval.report", "eval.checkpoint",
-    "log_every_steps", "checkpoint_every_seconds", "eval.every_epochs",  # logs
+    "deterministic", "eval.splits", "eval.block_size", "eval.members", "eval.report",
+    "eval.checkpoint",
+    "log_every_steps", "checkpoint_every_seconds", "eval.every_epochs", "profile",  # logs
     "data.mode",  # rounding
 }  # fmt: skip
 

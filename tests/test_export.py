@@ -174,6 +174,15 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
         assert command("import", file.parent, f"--to={again}").refused(words)
         assert not again.exists()
 
+    weights.write(nearest_run, file.parent, "latest")
+    for name in weights.COPIED_FILES:
+        cut = file.with_name(name)
+        content = cut.read_bytes()
+        cut.write_bytes(content[: len(content) // 2])
+        done = command("import", file.parent, f"--to={again}")
+        assert done.refused(f"{cut}'", "is damaged", "\nexport the run again"), name
+        cut.write_bytes(content)
+
 
 def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
     run, empty, new = nearest_run, tmp_path / "empty", tmp_path / "deep" / "new"

@@ -461,6 +461,30 @@ def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
     assert [x.name for x in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
 
 
+def long_namespace(size, declared='xmlns:u="{}"', begin="", name="<u:a/>"):
+    """Returns XMP of `size` bytes. Half of it is an address that a parser copies for each name."""
+    half, inner = size // 2, name * (size // 2 // len(name))
+    return xmp.packet(f"<a {begin} {declared.format('n' * half)}>{inner}</a><MP:Regions/>")
+
+
+def test_face_tags_with_endless_namespaces_are_refused_before_they_are_parsed(tags_of):
+    for packet in (
+        long_namespace(500_000),
+        long_namespace(4_000_000),
+        long_namespace(500_000, "xmlns:u\n=\n'{}'", name='<a u:b=""/>'),
+        long_namespace(500_000, "xmlns = '\">{}'", name="<a/>"),
+        long_namespace(500_000, begin="""x='="' y="='">" """),
+        long_namespace(500_000, begin="".join(f'y{n}="=\'"' for n in range(300))),
+    ):
+        began = time.process_time()
+        assert "cannot be read: a namespace has" in tags_of(packet).problem
+        assert time.process_time() - began < 0.5 * slowness()
+    # Other long values and texts are usual: they may contain pictures.
+    long = "n=xmlns:" * 100_000
+    body = f'<a MP:b="{long}" MP:c=\'{long}\'>d="{long}"</a>{xmp.attributes(SPELLED)}'
+    assert boxes(tags_of(xmp.packet(body))) == TAGS
+
+
 def test_sidecar_that_is_a_link_or_whose_name_is_too_long_is_not_read(tags_of, tmp_path):
     own = tagged_photo("jpeg", MWG)
     (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")

@@ -1,12 +1,15 @@
 """`vidjax forget` lists every place of a person, and deletes galleries and records."""
 
+import gzip
 import html
 import itertools
 import json
 import os
+import shutil
 import stat
 import subprocess
 import unicodedata
+import urllib.parse
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from typing import Any
 import markupsafe
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 import vidjax
-from tests.helpers import clip_files, made_galleries
+from tests.helpers import clip_files, drawn_people, made_galleries, servers
 from tests.helpers.limits import file_limit
 from vidjax.data import cache_folders
 from vidjax.utils import files, tables
@@ -172,7 +176,8 @@ def other_files(say):
     """Returns a function: words -> files that the printed commands find by path and by content."""
 
     def find(*words):
-        commands, text = say("forget", *words, "--json")["commands"], say("forget", *words)
+        commands = say("forget", *words, "--json", code=1)["commands"]
+        text = say("forget", *words, code=1)  # the files are of kinds that vidjax writes
         assert all(f"\n  {command}\n" in text for command in commands)
         return [sorted(Path(line).name for line in execute(command)) for command in commands]
 
@@ -199,7 +204,7 @@ def test_printed_commands_find_names_with_any_letters_in_each_format(name, tmp_p
         "c.json": json.dumps({"x": [name]}), "d.csv": tables.to_text([("x", name)], ".csv"),
         "e.vtt": html.escape(name, quote=False), "f.txt": name,
         "g.txt": unicodedata.normalize("NFD", name), "h.txt": TOUCHED.get(name, name),
-        "i.json": json.dumps(TOUCHED.get(name, name)),
+        "i.json": json.dumps(TOUCHED.get(name, name)), "j.rttm": "_".join(name.split()),
     }  # fmt: skip
     for file, text in (texts | {"z.txt": "another person"}).items():
         (folder / file).write_text(text)
@@ -270,6 +275,30 @@ def test_forget_lists_places_that_it_cannot_read(tmp_path, places, monkeypatch):
     assert places("--clip=some clip", tmp_path) == unread
 
 
+def test_forget_finds_files_by_the_vectors_of_clips_with_short_names(tmp_path, places):
+    """The clip of a photo is called `1`, which nearly every file contains."""
+    clips = {"1": made_galleries.make_clip(1, GONE), "2": made_galleries.make_clip(2, "Eve")}
+    gallery = made_galleries.make(tmp_path / "g", clips)
+    gone, other = (gallery.backend.split(clips[name].vector[None])[0] for name in clips)
+    out = tmp_path / "files"
+    out.mkdir()
+    for kind in (np.float16, np.float32, np.float64):
+        np.savez(out / f"{kind.__name__}.npz", x=3 * gone.astype(kind))
+    np.savez(out / "mean.npz", x=np.concatenate([gone + 0.1, gone - 0.1]))
+    found = {path.name for path in out.iterdir()}
+    clip_files.write_parquet(out / "1.parquet", {"1": {"face": gone}})
+    shutil.copy(gallery.folder / "gallery.sqlite", out / "copy")
+    found |= {"1.parquet", "copy"}
+
+    np.savez(out / "other.npz", x=other)
+    clip_files.write_parquet(out / "other.parquet", {"1": {"face": other}})
+    (out / "answers.tsv").write_text("clip\tidentity\n1\tAda\n2\tAda Lovelace King\n")
+    kinds = places(f"--identity={GONE}", tmp_path)
+    assert {Path(path).name for path, (kind, _) in kinds.items() if kind == "file"} == found
+    deleted = places(f"--identity={GONE}", "--delete", tmp_path)
+    assert deleted.keys() == kinds.keys() and GONE not in gallery.identities
+
+
 def search(folder, pieces):
     """Returns the entries of a folder that contain some bytes, in files or in archives."""
     found = set()
@@ -309,7 +338,7 @@ def test_no_byte_of_a_person_is_left_after_forget(tmp_path, say, places):
     say("forget", *words, "--delete", code=1)
     left = places(*words)
     # The gallery is still listed, because its run was trained with the person.
-    assert {kind for kind, _ in left.values()} == {"run", "gallery"}
+    assert {kind for kind, _ in left.values()} == {"run", "gallery", "file"}
     others = map(execute, say("forget", *words, "--json", code=1)["commands"])
     # The user has to delete these places and files.
     for path in map(Path, itertools.chain(left, *others)):
@@ -321,3 +350,124 @@ def test_no_byte_of_a_person_is_left_after_forget(tmp_path, say, places):
             path.unlink(missing_ok=True)
     assert not search(tmp_path, [*pieces, GONE.encode()]) and not [*tmp_path.rglob(f"*{GONE}*")]
     assert places(*words, code=0) == {}
+
+
+ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".vtt", ".srt", ".rttm")
+PERSON = "Zoë Qüintela O'Brien"
+
+
+def unpack(path):
+    """Returns the content of a file as bytes, unpacked, and of a table the values of all cells."""
+    if path.suffix == ".parquet":
+        return repr(parquet.read_table(path).to_pylist()).encode()
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        return gzip.decompress(content)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return b"".join([content, *map(archive.read, archive.namelist())])
+    return content
+
+
+def list_traces(folder, pieces):
+    """Returns the files with any of `pieces` in their paths or in their contents."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(folder)) for path in paths
+        if any(x in bytes(path.relative_to(folder)) + b"\n" + unpack(path) for x in pieces)
+    }  # fmt: skip
+
+
+def spell(name):
+    """Returns the bytes of a name in the encodings and with the codes of files of vidjax."""
+    forms = {unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
+    texts = {x for form in forms for x in (
+        form, json.dumps(form)[1:-1], urllib.parse.quote(form), form.replace(" ", "_"),
+        form.replace(" ", "%20"), html.escape(form),
+    )}  # fmt: skip
+    texts |= {text.casefold() for text in texts}
+    codes = ("utf-8", "utf-16-le", "utf-16-be")
+    return {x.encode(code) for x in texts for code in codes} | {name.encode("latin-1")}
+
+
+@pytest.mark.slow
+def test_the_printed_steps_delete_every_byte_of_a_person_from_all_results(
+    tmp_path, command, say, monkeypatch
+):
+    """All results of films, photos and galleries are in a folder: nothing of the person is left."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("VIDJAX_CACHE", str(home / ".cache"))
+    drawn = drawn_people.Drawn(home, command)
+    drawn_people.write_photo(drawn.friends / PERSON / "1.png", ("Ada", 40, 40))
+    drawn_people.write_photo(drawn.friends / "Bob" / "bob.png", ("Bob", 40, 40))
+    film, other = drawn.film(), home / "other.mkv"
+    drawn_people.write_film(other, (2, 20, [("Bob", 20, 30)]), (2, 60, [("Eve", 80, 50)]))
+    drawn.who(film, other, flags=["--thumbnails"])
+
+    # A gallery, answers with every ending, exports, copies, and a server that removes the person.
+    models, people, feats = f"--models={drawn.models}", home / "people", home / "feats"
+    bob = home / "bob"
+    drawn.run("extract", drawn.friends / "Bob" / "bob.png", models, f"--out={bob}")
+    photo = drawn.friends / PERSON / "1.png"
+    drawn.run("extract", photo, film, models, f"--out={feats}")
+    say("gallery", "create", people, models)
+    say("gallery", "enrol", people, f"--input={feats / '1.npz'}", f"--identity={PERSON}")
+    say("gallery", "enrol", people, f"--input={feats / 'party.npz'}", "--clip=party.s000.t00",
+        f"--identity={PERSON}")  # fmt: skip
+    say("gallery", "enrol", people, f"--input={bob / 'bob.npz'}", "--identity=Bob")
+    for ending in ENDINGS:
+        shown = feats / "party.npz" if ending in (".vtt", ".srt") else feats
+        say("gallery", "identify", people, f"--input={shown}", f"--out={home}/answers{ending}")
+    say("gallery", "rank", people, f"--input={feats}", f"--out={home}/ranks.tsv")
+    faces = {"face": clip_files.read_arrays(feats)["1"]["face"]}
+    (home / "tables").mkdir()
+    clip_files.write_parquet(home / "tables" / "t.parquet", {"query": faces})
+    for task in ("identify", "rank"):
+        words = (f"--input={home}/tables", f"--out={home}/{task}s")
+        say("gallery", task, people, *words)
+    say("gallery", "export", people, f"--out={home}/people.parquet")
+    for kind in ("safetensors", "numpy"):
+        say("export", people, f"--to={home}/{kind}", f"--format={kind}")
+    say("gallery", "create", home / "new", models)
+    say("gallery", "migrate", people, home / "new", f"--input={feats}", code=1)  # Bob is missing
+    for name in ("people.bak", "served"):
+        shutil.copytree(people, home / name)
+    shutil.copy(people / "gallery.sqlite", home / "gallery.sqlite.bak")
+    (home / "old.tsv.gz").write_bytes(gzip.compress((home / "answers.tsv").read_bytes()))
+
+    clips = [x for x in vidjax.Gallery(people).clips.values() if x.identity == PERSON]
+    vectors = [x.vector for x in clips]
+    for name in ("1", "party.s000.t00"):
+        vectors += [*clip_files.read_arrays(feats)[name]["face"]]
+    units = [x / np.linalg.norm(x.astype(float)) for x in vectors]
+    kinds = (np.float32, np.float64, np.float16)
+    pieces = {x.astype(kind)[:4].tobytes() for x in (*vectors, *units) for kind in kinds}
+    pieces |= spell(PERSON)
+    before = list_traces(home, pieces)
+    assert {f"answers{ending}" for ending in ENDINGS} <= before
+
+    with servers.served(home / "served") as server:
+        path = f"/identities/{urllib.parse.quote(PERSON)}"
+        assert server.ask("DELETE", path)[1] == {"removed": 2}
+    assert not list_traces(home / "served", pieces)
+
+    # 1. The user deletes the person's photos, films and tables of features.
+    shutil.rmtree(drawn.friends / PERSON)
+    shutil.rmtree(home / "tables")
+    film.unlink()
+    # 2. and 3. The listed places.
+    answer = say("forget", f"--identity={PERSON}", "--delete", home, "--json", code=1)
+    text = say("forget", f"--identity={PERSON}", home, code=1)
+    assert "\u2028" not in text and len(text.splitlines()) < 40
+    execute(answer["delete_files"])
+    for place in answer["places"]:
+        assert place["kind"] in ("gallery", "file", "export", "who"), place
+        if place["kind"] == "export":
+            files.remove_tree(Path(place["path"]))
+    drawn.who(other, flags=["--forget-missing", "--prune"])
+    # 4. The files of other programs.
+    assert not [line for words in answer["commands"] for line in execute(words)]
+    # 5. The same command again.
+    assert say("forget", f"--identity={PERSON}", home, "--json")["places"] == []
+    assert not list_traces(home, pieces)

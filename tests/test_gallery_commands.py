@@ -377,6 +377,13 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, mad
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]
     before = contents(out)
     assert tell(*words)["skipped"] == 4 and contents(out) == before  # all results exist
+    assert "contains results of other clips" in tell(*words[:-2], "--k=2", "--json", code=2)
+    for content in (TABLES[1], b"PAR1 no table"):
+        part = out / "part-1.parquet"
+        part.write_bytes(content) if isinstance(content, bytes) else write_parquet(part, content)
+        before = contents(out)
+        assert "was not written by this command, or is damaged" in tell(*words, code=2)
+        assert contents(out) == before
 
 
 @pytest.mark.slow

@@ -5,11 +5,15 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sqlite3
 import struct
+import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import vidjax
 from tests.campaigns import gallery_kills
 from tests.helpers import limits, made_galleries
 from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_galleries import SETTINGS, answers, contents, make, make_clip, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib, store as store_lib
+from vidjax.apps.gallery import backend as backend_lib, enrolment, store as store_lib
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import fit_backend
 from vidjax.apps.gallery.gallery import Gallery
@@ -65,6 +70,7 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
         # Small blocks, so that changes of 12 people split and join blocks.
         patch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
         patch.setattr(backend_lib, "MAX_BLOCK_PEOPLE", 4)
+        patch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 4)
         present = data.draw(st.sets(st.sampled_from(names)))
         people = make(folder / "g", {name: CLIPS[name] for name in present})
 
@@ -105,6 +111,23 @@ def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, t
         wanted[name] = wanted[name]._replace(identity=person)
     del wanted[clips_of["person 5"][0]]
     check_same(gallery, make(gallery.folder.parent / "once", wanted))
+
+
+def test_memory_of_a_large_enrolment_is_little_more_than_its_people(tmp_path, monkeypatch):
+    """Blocks of people are computed one after the other, because the computation is in float64."""
+    monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 512})
+    monkeypatch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 1024)
+    people, count = make(tmp_path / "g", {}), 8192
+    vectors = np.random.default_rng(0).standard_normal((count, 512)).astype(np.float32)
+    clips = {f"c{n}": StoredClip(f"p{n}", row) for n, row in enumerate(vectors)}
+    finished = list[int]()
+    with people.change(finished.append) as draft:
+        draft.add(clips)
+        tracemalloc.start()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(finished) == count and len(finished) == 8
+    assert peak < 4 * vectors.nbytes
 
 
 def test_time_of_a_change_does_not_grow_with_the_number_of_people(gallery):
@@ -381,6 +404,52 @@ def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, cam
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
 
 
+def list_backup_commands():
+    """Returns the page's commands for a backup, one for each program, and for restoring it."""
+    page = Path(vidjax.__file__).parent / "apps" / "gallery" / "README.md"
+    section = page.read_text().split("## Backup, restore and upgrade")[1]
+    backup, restore = re.findall(r"```sh\n(.*?)```", section, re.S)[:2]
+    make, *copy = backup.splitlines()
+    return [f"{make}; {line}" for line in copy if shutil.which(line.split()[0])], restore
+
+
+@pytest.mark.slow
+def test_the_backup_commands_of_the_page_copy_a_gallery_that_is_being_changed(gallery):
+    place, stop = gallery.folder.parent, threading.Event()
+    gallery.folder.rename(place / "people")
+    people = Gallery(place / "people")
+    commands, restore = list_backup_commands()
+    assert commands
+
+    def change():
+        while not stop.is_set():
+            people.add(NEW)
+            people.remove(clip=["new"])
+
+    def run(text):
+        subprocess.run(["/bin/sh", "-c", f"set -e; {text}"], cwd=place, check=True)
+
+    with ThreadPoolExecutor() as threads:
+        changes = threads.submit(change)
+        try:
+            for command in [*commands] * 6:
+                shutil.rmtree(place / "backup", ignore_errors=True)
+                run(command)
+                assert {*Gallery(place / "backup").clips} in ({*CLIPS}, {*CLIPS, *NEW})
+                assert (place / "backup").stat().st_mode & 0o077 == 0
+        finally:
+            stop.set()
+        changes.result()
+
+    # The open gallery notices the restored file, although a journal of another file was left.
+    before = answers(Gallery(place / "backup"))
+    people.remove(identity=["person 7"])
+    (place / "people" / store_lib.JOURNAL_FILE).write_bytes(b"journal")
+    run(restore)
+    assert "person 7" in people and answers(people) == before
+    people.remove(identity=["person 7"])
+
+
 CHANGE = """
 import sys
 from tests.test_gallery_store import NEW
@@ -586,8 +655,9 @@ def test_forged_tables_and_facts_are_refused(gallery):
     path.write_bytes(content)
     forged(gallery.folder, facts={}, digest=True)  # changes nothing
     assert answers(Gallery(folder)) == answers(gallery)
-    forged(gallery.folder, "PRAGMA user_version=2")  # the number of the format
-    refused(lambda: Gallery(folder), "create the gallery again")
+    for number, word in ((2, "damaged"), (5, "install the newest version of vidjax")):
+        forged(gallery.folder, f"PRAGMA user_version={number}")  # the number of the format
+        refused(lambda: Gallery(folder), word)
 
 
 @pytest.mark.slow
@@ -619,12 +689,24 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
 
-def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
-    """The file has an old gallery, vectors, and answers. `fpir` 2/7 lets 1 of 6 strangers pass."""
-    with np.load(Path(__file__).parent / "helpers" / "frozen_gallery.npz") as file:
+FROZEN = sorted((Path(__file__).parent / "helpers" / "frozen_galleries").glob("*.npz"))
+FROZEN_CLIPS = ("clips", "people", "vectors")  # arrays of the files of galleries of nets
+
+
+def thaw(folder, path):
+    """Writes the gallery of a file of FROZEN; returns the gallery, and the arrays of the file."""
+    with np.load(path) as file:
         frozen = dict(file)
-    (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
-    people = Gallery(tmp_path)
+    folder.mkdir(exist_ok=True)
+    (folder / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
+    return Gallery(folder), frozen
+
+
+def check_frozen(people, frozen):
+    """Asserts that a gallery gives the answers that were recorded when it was made.
+
+    `fpir` 2/7 lets 1 of 6 strangers pass.
+    """
     assert people.threshold(fpir=2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     shown = {f"query {n}": StoredClip(None, x) for n, x in enumerate(frozen["shown"])}
     found = people.identify(vectors_of(people, shown), k=len(people.identities)).values()
@@ -633,6 +715,66 @@ def test_a_stored_gallery_gives_the_same_answers_as_when_it_was_made(tmp_path):
     np.testing.assert_array_equal(best[..., 0], frozen["names"])
     probabilities = best[..., 1].astype(float)
     np.testing.assert_allclose(probabilities, frozen["probabilities"], rtol=0, atol=1e-6)
+    for clip, person, x in zip(*(frozen.get(of, ()) for of in FROZEN_CLIPS), strict=True):
+        assert (people.clips[clip].identity or "") == person
+        assert np.array_equal(people.clips[clip].vector, x)
+
+
+@pytest.mark.parametrize("path", FROZEN, ids=lambda path: path.stem)
+def test_a_gallery_of_an_earlier_version_keeps_its_answers(path, tmp_path):
+    """Earlier versions of vidjax wrote the files, whose names begin with the format.
+
+    Reading changes no byte. The first change writes the present format.
+    """
+    people, frozen = thaw(tmp_path, path)
+    before = contents(tmp_path), people.denied
+    assert bool(people.denied) == path.stem.endswith("denied")
+    check_frozen(people, frozen)
+    assert (tmp_path / store_lib.GALLERY_FILE).read_bytes() == frozen["sqlite"].tobytes()
+
+    people.add({"new": StoredClip("new", np.ones(frozen["shown"].shape[1], np.float32))})
+    with people._store.open() as connection:
+        assert store_lib._version(connection)[0] == store_lib.FORMAT
+    people.remove(identity="new")
+    for opened in (people, Gallery(tmp_path)):
+        check_frozen(opened, frozen)
+    assert (contents(tmp_path), people.denied) == before
+    name = max(people.people)
+    people.remove(identity=name)
+    assert not holds(people, name.encode())
+
+
+KILLED_CHANGE = """
+import os, sys
+import numpy as np
+from vidjax.apps.gallery import store
+from vidjax.apps.gallery.gallery import Gallery
+gallery, connect, wanted = Gallery(sys.argv[1]), store._connect, int(sys.argv[2])
+statements = []
+def count(statement):
+    statements.append(statement)
+    if len(statements) == wanted:
+        os.kill(os.getpid(), 9)
+def watch(path):
+    connection = connect(path)
+    connection.execute("PRAGMA cache_size=1")  # so pages are written early
+    connection.set_trace_callback(count)
+    return connection
+store._connect = watch
+gallery.rename(sorted(gallery.people)[0], "Eve")
+print(len(statements))
+"""
+
+
+@pytest.mark.slow
+def test_a_gallery_of_an_earlier_format_survives_a_kill_during_its_conversion(tmp_path):
+    path = next(path for path in FROZEN if path.stem == "format_3_nets")
+    _, frozen = thaw(tmp_path, path)
+    words, kills = [sys.executable, "-c", KILLED_CHANGE, tmp_path], 0
+    while (ended := limits.run([*words, str(kills + 1)])).returncode == -9:
+        kills += 1
+        check_frozen(Gallery(tmp_path), frozen)
+    assert ended.returncode == 0 and kills > 20 and "Eve" in Gallery(tmp_path).people
 
 
 @pytest.mark.slow

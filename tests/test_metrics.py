@@ -17,7 +17,7 @@ from tests.helpers import made_runs, map_oracle, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
 from vidjax.core import metrics
-from vidjax.evaluation import measures, ranking, significance, topk
+from vidjax.evaluation import measures, ranking, scoring, significance, topk
 from vidjax.evaluation.scoring import ClipScores
 from vidjax.runs import config_io
 from vidjax.training import loop
@@ -446,3 +446,22 @@ def test_metric_of_a_user_becomes_a_number_of_python_or_is_refused(monkeypatch):
     assert json.dumps(compute(np.float32(0.5))) == "0.5"
     for wrong in (np.zeros(2), "good"):
         refused(lambda wrong=wrong: compute(wrong), "metric 'mine'", "return a number, or None")
+
+
+def test_metric_sees_the_best_identity_of_each_clip_and_the_rank_of_its_label():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 9, (40, 12)).astype(np.float32)  # with ties
+    scores[3], scores[4, 5] = -np.inf, np.nan
+    labels = rng.integers(0, 13, 40).astype(np.int32)
+    zeros, lowest = np.zeros(40, np.int32), np.full(40, -np.inf, np.float32)
+    empty = ClipScores(zeros == 0, lowest, zeros > 0, lowest, zeros, zeros)
+    places, real = np.append(np.arange(40), 0).astype(np.int32), np.arange(41) < 40
+    found = scoring._add_best(empty, labels, np.vstack([scores, scores[:1]]), places, real)
+    for clip, (row, label) in enumerate(zip(scores, labels, strict=True)):
+        scored = np.isfinite(row).all()
+        assert found.identity[clip] == (row.argmax() + 1 if scored else 0)
+        assert bool(found.right[clip]) == (scored and label > 0 and row.argmax() + 1 == label)
+        if label and scored:
+            assert found.rank[clip] == np.sum(row > row[label - 1])
+            assert found.own[clip] == row[label - 1]
+    assert found.rank[3] == found.rank[4] == 12

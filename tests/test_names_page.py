@@ -90,3 +90,29 @@ def test_page_allows_only_its_script_and_escapes_names():
     (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}'" in html and "alert" not in script
+
+
+def test_search_finds_texts_that_contain_most_of_the_words():
+    films = {"1": "Zo\u00eb Joe summer.mp4", "2": "Joe winter.mp4", "3": "Ann.mp4"}
+    for words, found in {
+        "": "123", "zoe": "1", "JOE": "12", "zoe joe": "1", "joe zo\u00eb winter": "12",
+        "ann joe": "123", "bob": "", "bob ann": "3",
+    }.items():  # fmt: skip
+        assert "".join(names_page.find(words, films)) == found, words
+
+
+def test_faces_of_a_person_begin_with_the_clearest_face():
+    clarity = {"a": 0.2, "b": 0.9, "c": 0.5}
+    a_film = film(a=(0, 1), b=(2, 3), c=(4, 5))
+    for track in a_film.tracks:
+        track.clarity = clarity[track.clip]
+    x = appearance(0, 5, "unknown 1", None)._replace(clips=("a", "b", "c"))
+    address = lambda film, seconds: f"play/0?t={seconds:.1f}"  # noqa: E731
+    html = names_page.render(
+        [x], [a_film], {}, "{}.png".format, {}, address, names_page.Forms(person="unknown 1"),
+        twins={"c": "Ada"},
+    )  # fmt: skip
+    assert re.findall('href="frame/(.)"', html) == ["b", "c", "a"]
+    assert re.findall(r"t=(\d)", html) == ["2", "4", "0"], "each face has its own time"
+    assert text_of(html).count("unclear") == 1
+    assert text_of(html).count("Another face at this time is Ada .") == 1

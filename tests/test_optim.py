@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.helpers.seen import refused
 from vidjax.core import optim
 from vidjax.runs import config as config_lib
 
@@ -141,3 +142,58 @@ def test_impossible_optimiser_specifications_are_refused(spec, message, monkeypa
     monkeypatch.setitem(optim.OPTIMIZERS, "adamw", optax.adamw)
     with pytest.raises(ValueError, match=message):
         make_optimizer(total_steps=9, **spec)
+
+
+def test_accumulated_gradients_equal_their_mean():
+    """Schedules, decay and restart count updates."""
+    spec: Any = {"weight_decay": 0.1, "total_decay": 0.5, "clip_norm": 0.3, "restart_epoch": 2.0}
+    rng = np.random.default_rng(0)
+    sizes = {"w": (3, 2), "b": (2,)}
+
+    def draw():
+        return {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+
+    params, grads = draw(), [draw() for _ in range(24)]
+
+    def run(steps, grads, **more):
+        tx, schedule = optim.make_optimizer(
+            SPEC | spec | more, total_steps=steps, steps_per_epoch=steps / 3
+        )
+        state, now, kept = tx.init(params), params, []
+        for grad in grads:
+            updates, state = tx.update(grad, state, now)
+            now = optax.apply_updates(now, updates)
+            kept.append(now)
+        return kept, schedule(np.arange(steps))
+
+    fine, rates_of_steps = run(24, grads, accumulate=4)
+    means = [
+        jax.tree.map(lambda *x: np.mean(x, axis=0), *grads[i : i + 4]) for i in range(0, 24, 4)
+    ]
+    coarse, rates_of_updates = run(6, means)
+    for number, wanted in enumerate(coarse):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), fine[4 * number + 3], wanted
+        )
+    np.testing.assert_array_equal(rates_of_steps, np.repeat(rates_of_updates, 4))
+
+
+def test_frozen_parameters_stay_and_others_are_updated_as_without_them():
+    spec: Any = {"decay_all": True, "weight_decay": 0.1, "total_decay": 0.5, "clip_norm": 0.1}
+    params: Any = {"net": {"w": np.ones((2, 2)), "b": np.ones(2)}, "head": {"w": np.ones((2, 2))}}
+    grads = jax.tree.map(lambda x: x * 3.0, params)
+
+    def step(params: Any, grads: Any, **more: Any) -> Any:
+        tx = make_optimizer(total_steps=5, **spec, **more)
+        return optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+
+    frozen = step(params, grads, freeze="^net/")
+    np.testing.assert_equal(frozen["net"], params["net"])
+    alone = step({"head": params["head"]}, {"head": grads["head"]})
+    np.testing.assert_array_equal(frozen["head"]["w"], alone["head"]["w"])
+    names = "head/w, net/b, net/w"
+    for pattern, wanted in (("x", "no parameter"), (".", "all parameters"), ("(", "correct it")):
+        words = [wanted, *([names] if pattern != "(" else [])]
+        refused(lambda pattern=pattern: step(params, grads, freeze=pattern), *words)
+    told = optim.describe_frozen(params, "^net/")
+    assert "6 of 10 parameters" in told and "net/b, net/w" in told

@@ -22,7 +22,7 @@ from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
 from vidjax.utils.errors import VidjaxWarning
 
-SECTIONS = ["summary", "reading", "learning", "identities", "mistakes", "strata", "open_set"]
+SECTIONS = [make.__name__ for make in run_page.SECTIONS]
 EVIL = (
     "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>{} --></style></title>]]>"
     '<meta http-equiv="refresh" content="0; url=//x"><form action="//x"><input name=y autofocus '
@@ -95,6 +95,7 @@ def full(tmp_path_factory):
     facts = made_runs.example(schemas.Analysis, {"clip": "clip {}", "label": name, "vectors": name})
     # A group without an interval; -1 is a distractor.
     facts["strata"][0]["rows"][0] |= {"low": None, "high": None}
+    facts["strata"][1]["by"] = schemas.TRAIN_CLIPS
     facts["worst"][0] |= {"lost_to": [[-1, 1]], "mixed_with": [[2, 1], [-1, 1]]}
     facts["wrong_clips"]["distractors"][0]["shows"] = -1
     enough = {"rate": 0.1, "fewest": 10, "threshold": -1.5, "fpir": 0.1, "fnir": 0.375}

@@ -83,7 +83,7 @@ def clips_of(data, modalities=MODALITIES, devices=1, splits=("train",), **change
     """Returns the train and val splits as Resident, their layout, and a plan of training."""
     options: Any = {"batch_size": 8, "max_frames": 7, "crop": "window", "seed": 3, **changed}
     plan = make_batch_plan([data.split(name) for name in splits], modalities, **options)
-    layout = resident.make_resident_plan(data, plan, "val")
+    layout = resident.make_resident_plan(data, plan, ["val"])
     return resident.Resident(data, layout, devices_lib.make_mesh(devices)), layout, plan
 
 

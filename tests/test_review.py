@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import shutil
+from unittest import mock
 
 import pytest
 
@@ -13,6 +14,8 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from starlette import testclient
 
+from tests.benchmarks import review_page
+from tests.helpers import browser
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, names_page, review, who
@@ -87,7 +90,7 @@ def test_review_needs_neither_prometheus_nor_httptools(python):
         "from vidjax.apps import web\n"
         "from vidjax.apps.video import review\n"
         "app = review.make_app(None, 'token')\n"
-        "web.Server(app, web.ServerLimits()).config.load()\n"
+        "web.Server(app, web.DEFAULTS, None).config.load()\n"
     )
 
 
@@ -173,6 +176,70 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     assert "<title>Who appears" in reviewed.client.get("?film=less.mkv").text
 
 
+def test_people_and_faces_are_changed_together_in_one_step(reviewed):
+    before, unknown = reviewed.names(), ["unknown 1", "unknown 2"]
+
+    def renamed(name):
+        return {clip: name if x in unknown else x for clip, x in before.items()}
+
+    text = reviewed.post(do="name", of=unknown, person="Guest")
+    assert "Saved: unknown 1 and 1 more are Guest." in text and reviewed.names() == renamed("Guest")
+    assert "Undone" in reviewed.post("undo") and reviewed.names() == before
+    reviewed.post(do="join", of=unknown)
+    assert reviewed.names() == renamed("unknown 1")
+    reviewed.post("undo")
+    # A button with a likely name is sent after the empty or half-typed field.
+    reviewed.post(do="name", of="unknown 1", person=["Ex", "Ada"])
+    assert "unknown 1" not in reviewed.names().values()
+    reviewed.post("undo")
+    faces = [f"clip:\t{clip}" for clip, name in before.items() if name == "unknown 1"]
+    reviewed.post(do="name", of=faces, person="Bob")
+    assert reviewed.names() == {c: "Bob" if x == "unknown 1" else x for c, x in before.items()}
+    reviewed.post("undo")
+    reviewed.post(do="apart", of=faces[0])  # each of the two faces is now another person
+    text = reviewed.client.get("").text
+    ((do, count),) = re.findall('value="([a-z]+)">Ignore everybody seen once .([0-9]+)', text)
+    reviewed.post(do=do)
+    assert [*reviewed.names().values()].count(None) == int(count) == len(faces) == 2
+    for fields in ({"of": "Ada"}, {}):
+        assert "Nothing was changed" in reviewed.post(status=422, do="join", **fields)
+
+
+def test_naming_unclear_faces_asks_first(reviewed):
+    naming = {"do": "name", "of": ["unknown 1", "unknown 2"]}
+    with mock.patch.object(reviewed.review, "is_unclear", return_value=True):
+        text = reviewed.post(status=422, **naming, person="Bob")
+        assert "unclear faces of two people look alike" in text and "I am sure: it is Bob" in text
+        assert text.count('type="hidden" name="of" value="unknown') > 2, "both are asked about"
+        assert "Saved" in reviewed.post(**naming, new="Bob")
+    assert {*reviewed.names().values()} == {"Ada", "Bob"}
+
+
+def test_page_shows_some_people_at_a_time_and_searches_all(reviewed, monkeypatch):
+    monkeypatch.setattr(names_page, "MOST_SHOWN", 1)
+    get = reviewed.client.get
+    first, second = get("").text, get("?first=1").text
+    assert 'id="people"' in first and 'value="unknown 1" form=' in first
+    assert 'href="./?first=1">More people<' in first and ">Earlier people<" not in first
+    assert 'value="unknown 1" form=' not in second and 'value="unknown 2" form=' in second
+    assert ">More people<" not in second and 'href="./?">Earlier people<' in second
+    found = get("?find=ADA+2").text  # only a film has both words
+    assert 'value="unknown 2" form=' in found and ">Ada<" in found
+    assert "?film=party.mkv" in found and "?film=more.mkv" not in found
+    assert "Nothing matches" in get("?find=zzz").text
+    assert get("?first=-1&find=%22%3E").status_code == 200
+    text = reviewed.post(do="ignore", of="unknown 2", view="first=1")
+    assert "Saved: unknown 2 is ignored." in text
+    assert 'value="unknown 1" form=' in text, "the page with unknown 2 no longer exists"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium")
+def test_every_change_can_be_made_with_keys_only(tmp_path):
+    with browser.Browser(tmp_path / "browser") as page:
+        review_page.use_keyboard(tmp_path, page)
+
+
 def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
     client = reviewed.client
     pictures = re.findall('<img[^>]* src="([^"]+)"', client.get("").text)
@@ -191,12 +258,32 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
 
     whole = client.get("film/1")
     assert whole.status_code == 200 and whole.headers["content-type"] == "video/x-matroska"
+    assert whole.headers["content-security-policy"] == "sandbox"
     part = client.get("film/1", headers={"range": "bytes=10-19"})
     assert part.status_code == 206 and part.content == whole.content[10:20]
 
     reviewed.review.film(1).write_bytes(b"another file")
     for answer in map(client.get, ("film/1", "play/1")):
         assert answer.status_code == 404 and "vidjax who again" in answer.text
+
+
+def test_films_and_photos_are_sent_as_what_they_contain_and_never_as_pages(reviewed, drawn):
+    """The type of a file is recognised by its first bytes, and not by the name of the file."""
+    script = b"<!DOCTYPE html><script>alert(1)</script>"
+    write_photo(photo := drawn.folder / "photo.html", ("Bob", 40, 40))
+    starts = {
+        photo.read_bytes() + script: "image/png", script: "application/octet-stream",
+        b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\x01\x42\x82\x84webm": "video/webm",
+        b"\0\0\0\x20ftypisom": "video/mp4", b"\0\0\0\x20ftypavif": "image/avif",
+        b"<svg xmlns='http://www.w3.org/2000/svg'>": "application/octet-stream",
+        b"RIFF\n\0\0\0WEBP": "image/webp", b"": "application/octet-stream",
+    }  # fmt: skip
+    for content, kind in starts.items():
+        photo.write_bytes(content)
+        with mock.patch.object(reviewed.review, "film", return_value=photo):
+            answer = reviewed.client.get("film/0")
+        assert answer.headers["content-type"] == kind and answer.content == content
+        assert answer.headers["content-security-policy"] == "sandbox"
 
 
 @pytest.mark.slow
@@ -308,7 +395,7 @@ def test_results_with_names_are_private_in_a_folder_that_others_may_read(drawn):
 
 def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
     naming = {"do": "name", "of": "unknown 1"}
-    # 422: a wrong field. 409: a form of another version. 413: a form of more than 10,000 bytes.
+    # 422: a wrong field. 409: a form of another version. 413: a form of more than 200,000 bytes.
     for fields, status in [
         *((naming | {"person": new}, 422) for new in (" ", "a\u202eb", "unknown 9", "unknown")),
         *((naming | {"of": old, "person": "Bob"}, 422)
@@ -316,7 +403,7 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
         ({"do": "name", "of": "Ada", "person": "unknown 1"}, 422),
         ({"do": "burn", "of": "unknown 1"}, 422), ({}, 422),
         (naming | {"person": "Bob", "version": "9"}, 409),
-        (naming | {"person": "x" * 20_000}, 413),
+        (naming | {"person": "x" * 300_000}, 413),
     ]:  # fmt: skip
         text = reviewed.post(status=status, **fields)
         assert status == 413 or "Nothing was changed" in text  # 413: the form was not read
@@ -341,12 +428,15 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
 
 def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, monkeypatch):
     numbers, bob = drawn.out / "unknown.json", {"do": "name", "of": "unknown 1", "person": "Bob"}
+    content = numbers.read_bytes()
     numbers.unlink()
-    numbers.mkdir()  # nothing can be written at this path
-    assert "Nothing was changed" in reviewed.post(status=422, **bob)
+    numbers.mkdir()  # nothing can be read or written at this path
+    for action in ("change", "undo"):
+        answer = reviewed.client.post(action, data={"version": "0", **bob})
+        assert answer.status_code == 422 and "Nothing was changed" in answer.text
     assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
-    reviewed.post("undo", status=422)
     numbers.rmdir()
+    numbers.write_bytes(content)
     assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
 
     client = reviewed.client  # raises every exception that the application does not handle

@@ -7,17 +7,20 @@ import gc
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
 import shutil
 import socket
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +29,26 @@ import numpy as np
 import pytest
 import tritonclient.http as http
 import uvicorn
+from msgspec.structs import replace
 
-from tests.helpers import limits as child, made_galleries, servers
+from tests.helpers import docs, drawn_people, limits as child, made_galleries, servers
 from tests.helpers.seen import refused
 from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
 from vidjax.apps.serve.batcher import Batcher, Changes
-from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
+from vidjax.apps.serve.limits import Refused, ServerMetrics
+from vidjax.apps.server_limits import LIMITS, Limits
+from vidjax.cli import program
+from vidjax.data import clip_files
 from vidjax.runs import terminal
 from vidjax.utils import errors
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,
-    request_seconds=1,
+    request_seconds=1, lock_seconds=0, connections=12, idle_seconds=1, drain_seconds=1,
 )  # fmt: skip
-FEW = web.ServerLimits(connections=12, idle_seconds=1, drain_seconds=1)
 
 
 class Inside(servers.Served):
@@ -50,9 +56,9 @@ class Inside(servers.Served):
 
     def __init__(self, gallery, limits=SMALL, token=None):
         self.app = app = app_lib.make_app(gallery, limits, token)
-        self.listener = web.listen("127.0.0.1", 0)
+        self.listener = web.listen("127.0.0.1", 0, limits)
         self.port = self.listener.getsockname()[1]
-        self.server = uvicorn.Server(web.make_config(app, FEW))
+        self.server = uvicorn.Server(web.make_config(app, limits))
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
 
     def __enter__(self):
@@ -114,7 +120,7 @@ def infer(client, model, arrays, binary=True, outputs=(), **options):
     return client.infer(model, inputs, outputs=asked, parameters=options or None)
 
 
-def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
+def test_npz_and_json_requests_get_the_answers_of_python(inside, people, tmp_path):
     def ask_with_npz(**arrays):
         np.savez(content := io.BytesIO(), **arrays)
         path, kind = "/identify?clip=q&k=2&threshold=0.2", {"Content-Type": "application/x-npz"}
@@ -128,6 +134,26 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people):
         assert answer["clip"] == clip
         assert_close(answer, wanted_answer)
         assert_close(ask_with_npz(**CLIPS[clip])[1]["clips"][0], wanted_answer)
+
+    # An .npz with several clips contains their names. The server checks the digests of the nets.
+    clip_files.write_npz(tmp_path / "many.npz", CLIPS, people.origin.cards)
+    content, kind = (tmp_path / "many.npz").read_bytes(), {"Content-Type": "application/x-npz"}
+    many = inside.ask("POST", "/identify?k=2&threshold=0.2", content, kind)[1]["clips"]
+    for answer, (clip, wanted_answer) in zip(many, wanted.items(), strict=True):
+        assert answer["clip"] == clip
+        assert_close(answer, wanted_answer)
+    clip_files.write_npz(tmp_path / "other.npz", CLIPS, {"face": "1" * 64})
+    clip_files.write_npz(tmp_path / "long.npz", {f"c {n}": CLIPS["query 0"] for n in range(33)})
+    for name, query, words in (
+        ("many", "?clip=q", "leave out ?clip"), ("other", "", "not from the model of the gallery"),
+        ("long", "", "too many clips: send 1 to 32"),
+    ):  # fmt: skip
+        content = (tmp_path / f"{name}.npz").read_bytes()
+        status, answer = inside.ask("POST", f"/identify{query}", content, kind)
+        assert (status, words in answer["error"]) == (422, True)
+    np.savez(content := io.BytesIO(), face=CLIPS["query 0"]["face"])
+    status, answer = inside.ask("POST", "/identify", content.getvalue(), kind)
+    assert (status, "add ?clip=NAME" in answer["error"]) == (422, True)
 
     # Beyond float32, more than 1 MiB as float32, more than 1000 frames (see `SMALL`), a pickle.
     frames, large = np.ones((1001, 8), np.uint8), np.ones((1 << 15, 9), np.uint8)
@@ -229,6 +255,40 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
 
     outputs = {spec.name for spec in gallery_model.GalleryModel(people).outputs}
     assert outputs >= {*re.findall(r'as_numpy\("(\w+)"\)', page)}
+
+
+@pytest.mark.slow
+def test_first_day_of_the_page_runs_in_a_shell(tmp_path):
+    """The commands run as they are, but for the port, and `pip`, which `.ci/run` uses."""
+    pytest.importorskip("av")
+    first, second = (
+        re.findall(rf"<!-- day: {name} -->\n```sh\n(.*?)```", docs.SERVER.read_text(), re.S)[0]
+        for name in ("first", "second")
+    )
+    drawn_people.write_models(tmp_path / "models")
+    drawn_people.write_photo(tmp_path / "photos_of_ada/1.png", ("Ada", 40, 40))
+    drawn_people.write_film(tmp_path / "holiday.mp4", (2, 20, [("Ada", 20, 30)]))
+    env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(docs.ROOT)}
+
+    def run(text):
+        text = f'set -eu\npip() {{ :; }}\npython() {{ "{sys.executable}" "$@"; }}\n{text}'
+        text = text.replace("vidjax ", "python -m vidjax ").replace("curl ", "curl -sSf ")
+        words = ["/bin/sh", "-c", text]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    *before, last = first.strip().splitlines()
+    run("\n".join(before))
+    assert last.startswith("vidjax serve --gallery=staff ")
+    with servers.served(tmp_path / "staff") as server:
+        printed = run(second.replace("localhost:8080", f"localhost:{server.port}"))
+    (answer,) = re.findall(r'\{"clips":.*\]\}', printed)
+    assert [clip["identity"] for clip in json.loads(answer)["clips"]] == ["Ada"]
+    assert {
+        **Gallery(tmp_path / "staff").identities,
+        **Gallery(tmp_path / "backup").identities,
+    } == {}
 
 
 def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
@@ -466,6 +526,44 @@ def talk(port, content):
         return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
+def test_access_log_has_ids_counts_and_routes_but_no_names(folder, caplog):
+    caplog.set_level(logging.INFO, limits_lib.ACCESS.name)
+    secret, path = "s" * 40, folder / "gallery.sqlite"
+    head = f"Authorization: Bearer {secret}\r\nConnection: close\r\n"
+    body = json.dumps(enrolment("Secret", 0, 1)).encode()
+    post = f"POST /enrol HTTP/1.1\r\nHost: a\r\n{head}Content-Type: application/json\r\n"
+    post += f"Content-Length: {len(body)}\r\n"
+    ids = []
+    with Inside(Gallery(folder), token=secret.encode()) as server:
+        for start, given in (
+            (post, "my-id_1.x"), (f"DELETE /clips/Secret%200 HTTP/1.1\r\nHost: a\r\n{head}", ""),
+            (f"GET /Secret HTTP/1.1\r\nHost: a\r\n{head}", "Secret a"),
+            ("GET /identities HTTP/1.1\r\nHost: a\r\nConnection: close\r\n", "x" * 65),
+        ):  # fmt: skip
+            more = f"X-Request-Id: {given}\r\n\r\n" if given else "\r\n"
+            answer = talk(server.port, (start + more).encode() + body * (start == post)).decode()
+            (request_id,) = re.findall(r"(?m)^x-request-id: (\S+)", answer)
+            assert (request_id == given) == (start == post) and request_id.isascii()
+            ids.append(request_id)
+        path.rename(folder / "moved")
+        headers = {"Authorization": f"Bearer {secret}", "X-Request-Id": "broken"}
+        assert server.ask("GET", "/identities", headers=headers)[0] == 503
+    logged = [text for name, _, text in caplog.record_tuples if name == limits_lib.ACCESS.name]
+    lines = [line for line in map(json.loads, logged) if "health" not in line["route"]]
+    assert "(request broken)" in caplog.text
+    assert "Secret" not in caplog.text and secret not in caplog.text
+
+    fields = ("request_id", "method", "route", "status", "clips", "gallery")
+    assert [tuple(line[field] for field in fields) for line in lines] == [
+        (ids[0], "POST", "/enrol", 200, 2, 2), (ids[1], "DELETE", "/clips/{name}", 200, 1, 3),
+        (ids[2], "GET", "other", 404, 0, 3), (ids[3], "GET", "other", 401, 0, 3),
+        ("broken", "GET", "/identities", 503, 0, 3),
+    ]  # fmt: skip
+    for line in lines:
+        assert line.keys() == {*fields, "time", "ms", "model"}
+        assert datetime.fromisoformat(line["time"]).tzinfo and 0 <= line["ms"] < 60_000
+
+
 @pytest.mark.slow
 def test_slow_malformed_or_ambiguous_requests_are_cut_off(inside):
     host, end = f"Host: 127.0.0.1:{inside.port}\r\n", "Connection: close\r\n\r\n"
@@ -499,12 +597,51 @@ def test_slow_malformed_or_ambiguous_requests_are_cut_off(inside):
 def test_number_of_connections_is_limited(inside):
     time.sleep(0.1)  # the server closes connections of earlier tests
     with contextlib.ExitStack() as stack:
-        for _ in range(FEW.connections):
+        for _ in range(SMALL.connections):
             stack.enter_context(socket.create_connection(("127.0.0.1", inside.port)))
         time.sleep(0.05)  # the server accepts the connections
         assert inside.ask("GET", "/v2/health/live")[0] == 503
     time.sleep(0.05)  # the server closes the connections
     assert inside.ask("GET", "/v2/health/live")[0] == 200
+
+
+def test_limits_are_read_from_flags_and_variables(people, say, monkeypatch):
+    served = []
+    monkeypatch.setattr(web, "serve", lambda *words: served.append(words) or True)
+    monkeypatch.setenv(terminal.QUIET, "1")
+    monkeypatch.setenv("VIDJAX_SERVE_CLIPS", "7")
+    monkeypatch.setenv("VIDJAX_SERVE_FRAMES", "8")
+    monkeypatch.setenv("VIDJAX_SERVE_PORT", "tcp://10.0.0.1")  # as Kubernetes sets it
+    say("serve", f"--gallery={people.folder}", "--port=0", "--frames=9", "--answer_seconds=2.5")
+    ((app, _, limits, leaving),) = served
+    assert limits == Limits(clips=7, frames=9, answer_seconds=2.5) and app.leaving is leaving
+
+    for variable, flag, words in (
+        ("BODY_BYTES=64MB", None, "VIDJAX_SERVE_BODY_BYTES=64MB: give a whole number"),
+        (None, "--clips=0", "--clips=0: give a whole number, at least 1"),
+        (None, "--answer_seconds=0", "--answer_seconds=0: give a number, above 0"),
+        (None, "--lock_seconds=nan", "--lock_seconds=nan: give a number, at least 0"),
+        (None, "--drain_seconds=-1", "at least 0 and at most 86,400"),
+        (None, "--body_bytes=1000000000", "set held_bytes to 3000000000"),
+        ("CLIP=3", None, "did you mean VIDJAX_SERVE_CLIPS?"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            if variable:
+                name, _, value = variable.partition("=")
+                patch.setenv(f"VIDJAX_SERVE_{name}", value)
+            error = say("serve", "--gallery=x", *([flag] if flag else []), code=2)
+        assert words in error and len(error.strip().splitlines()) == 1
+
+
+def test_help_server_and_page_list_every_limit(inside, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    shown, page = inside.ask("GET", "/v2")[1]["limits"], docs.SERVER.read_text()
+    assert docs.update_limits(page) == page
+    assert shown == {name: getattr(SMALL, name) for name in LIMITS}
+    for name, limit in LIMITS.items():
+        assert f"--{name} N {limit.meta.description} (default: {limit.text})" in text
 
 
 def test_full_queue_refuses_with_retry_after():
@@ -607,16 +744,39 @@ def test_answer_of_a_change_is_sent_although_the_memory_is_full(folder):
 
 
 def test_server_is_not_ready_while_its_gallery_cannot_be_read(folder):
+    path, moved = folder / "gallery.sqlite", folder.with_name("moved")
+    content = path.read_bytes()
+    faults = (
+        (lambda: folder.rename(moved), lambda: moved.rename(folder)),
+        (lambda: os.truncate(path, len(content) // 2), lambda: path.write_bytes(content)),
+        (lambda: os.truncate(path, 100), lambda: path.write_bytes(content)),
+    )
     with Inside(Gallery(folder)) as server:
         assert server.ask("GET", "/v2/health/ready")[0] == 200
-        moved = folder.rename(folder.with_name("moved"))
-        assert server.ask("GET", "/identities")[0] == 503
-        assert server.ask("GET", "/v2/health/ready") == (
-            503, {"error": "the gallery cannot be read"}
-        )  # fmt: skip
-        assert server.ask("GET", "/v2/health/live")[0] == 200
-        moved.rename(folder)
-        assert server.ask("GET", "/v2/health/ready")[0] == 200
+        for cause, repair in faults:
+            cause()
+            assert server.ask("GET", "/identities")[0] == 503
+            assert server.ask("GET", "/v2/health/ready") == (
+                503, {"error": "the gallery cannot be read"}
+            )  # fmt: skip
+            assert server.ask("GET", "/v2/health/live")[0] == 200
+            repair()
+            assert server.ask("GET", "/v2/health/ready")[0] == 200
+            assert server.ask("GET", "/identities")[0] == 200
+
+
+def test_leaving_server_answers_and_closes_connections_but_is_not_ready(inside):
+    request = f"GET /identities HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\n\r\n".encode()
+    inside.app.leaving.set()
+    try:
+        answer = talk(inside.port, request)  # `talk` returns when the server closes the connection
+        assert b" 200 OK" in answer and b"connection: close" in answer
+        status, content = inside.ask("GET", "/v2/health/ready")
+        assert status == 503 and "will end" in content["error"]
+        assert inside.ask("GET", "/v2/health/live")[0] == 200
+    finally:
+        inside.app.leaving.clear()
+    assert inside.ask("GET", "/v2/health/ready")[0] == 200
 
 
 def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
@@ -629,7 +789,7 @@ def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
         return embed(people, clips, *more)
 
     monkeypatch.setattr(Gallery, "embed", slow)
-    limits, enrol_2 = SMALL._replace(waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
+    limits, enrol_2 = replace(SMALL, waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
     with Inside(Gallery(folder), limits=limits) as server, ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
         assert begun.wait(10)
@@ -643,7 +803,7 @@ def test_answer_timeout_includes_the_wait_for_parsing(people, monkeypatch):
     """The time of `answer_seconds` starts when the body has arrived."""
     go = threading.Event()
     monkeypatch.setattr(app_lib.files, "npz_bytes", lambda *_: go.wait(20))
-    limits = SMALL._replace(answer_seconds=0.3, request_seconds=20)
+    limits = replace(SMALL, answer_seconds=0.3, request_seconds=20)
     with Inside(people, limits=limits) as server, ThreadPoolExecutor(2) as pool:
         sent = ("POST", "/identify?clip=a", b"PK", {"Content-Type": "application/x-npz"})
         began = time.monotonic()
@@ -659,9 +819,8 @@ def test_unread_answers_count_as_memory_until_they_time_out(
     people, monkeypatch, caplog, answer_s, network_s, logged
 ):
     """The server ends and logs an answer after `answer_s`. Linux closes it after `network_s`."""
-    monkeypatch.setattr(web, "UNREAD_SECONDS", network_s)
     monkeypatch.setattr(app_lib, "describe", lambda *_: "a long answer " * (1 << 20))  # 14 MiB
-    limits = SMALL._replace(held_bytes=20 << 20, request_seconds=answer_s)
+    limits = replace(SMALL, held_bytes=20 << 20, request_seconds=answer_s, unread_seconds=network_s)
     with Inside(people, limits=limits) as server:
         caplog.clear()
         with socket.create_connection(("127.0.0.1", server.port)) as unread:
@@ -691,7 +850,7 @@ Gallery.identities = property(stuck)
 Gallery.remove = stuck
 listener = web.listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
-web.serve(made, listener, web.ServerLimits(drain_seconds=1, end_seconds=2))
+web.serve(made, listener, web.ServerLimits(drain_seconds=1, end_seconds=1))
 """
 
 
@@ -719,8 +878,13 @@ def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
     shutil.copytree(nearest_run, old := tmp_path / "old")
     gallery = Gallery.create(tmp_path / "g", old, data)
     moved = old.rename(tmp_path / "new")
-    served = []
-    monkeypatch.setattr(app_lib, "make_app", lambda gallery, **_: served.append(gallery))
+    served, make_app = [], app_lib.make_app
+
+    def record(gallery, *more):
+        served.append(gallery)
+        return make_app(gallery, *more)
+
+    monkeypatch.setattr(app_lib, "make_app", record)
     monkeypatch.setattr(web, "serve", lambda *_: True)
     monkeypatch.setenv(terminal.QUIET, "1")
     say("serve", f"--gallery={gallery.folder}", f"--run={moved}", "--port=0")

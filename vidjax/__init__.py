@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.answers import Identify
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.serve.app import make_app
-    from vidjax.apps.serve.limits import Limits
+    from vidjax.apps.server_limits import Limits
     from vidjax.apps.video.who import name_people
     from vidjax.runs.results import load_analysis
     from vidjax.training.public import compare, evaluate, load_config, load_data, restore, train
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> object:
         case "make_app":
             from vidjax.apps.serve import app as module
         case "Limits":
-            from vidjax.apps.serve import limits as module
+            from vidjax.apps import server_limits as module
         case "name_people":
             from vidjax.apps.video import who as module
         case "load_analysis":

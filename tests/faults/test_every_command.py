@@ -69,7 +69,7 @@ ROWS = {
     "gallery migrate": Row("gallery", "gallery migrate {world}/gallery {at} --input={world}/own"),
     "gallery relabel": Row("gallery", "gallery relabel {at} --clip={clip} --identity=Eve"),
     "gallery remove": Row("gallery", "gallery remove {at} --identity=1"),
-    **{f"gallery {name}": READS for name in ("group", "list", "threshold", "export")},
+    **{f"gallery {name}": READS for name in ("verify", "group", "list", "threshold", "export")},
     "vidjax.data.iqiyi_vid": Row("cache", "vidjax.data.iqiyi_vid {official} --cache_dir={at}", 1),
     "vidjax.data.synthetic": Row("synthetic", "vidjax.data.synthetic {at}"),
 }  # fmt: skip
@@ -81,12 +81,24 @@ MADE["who"] = f"{ROWS['who'].words} --thumbnails"
 MADE["cache"] = "check --config=knn --config.data.name=arrays --config.data.dir={world}/own"
 MADE["cache"] += " --config.data.cache_dir={at} --config.modalities=face"
 MADE["exported"] = "export {world}/run --to={at} --format=safetensors"
+OF_PEOPLE = [name for name, words in MADE.items() if words.split()[0] in program.PRIVATE]
 PROGRAMS = {module.__name__: module.main for module in (iqiyi_vid, synthetic)}
 
 
 def test_table_of_this_file_has_a_row_for_every_command():
     of_galleries = {f"gallery {name}" for name in OF_GALLERIES}
     assert {*ROWS} == {*program.COMMANDS} - {"gallery"} | of_galleries | {*PROGRAMS}
+
+
+@pytest.mark.parametrize("name", OF_PEOPLE)
+def test_only_the_user_can_read_results_with_names(name, tmp_path, world):
+    """The folder of the results exists, and all users can read the folder."""
+    at = tmp_path / "at"
+    at.mkdir()
+    at.chmod(0o755)
+    assert call(MADE[name], at=at, **world) == 0
+    paths = [*at.rglob("*")]
+    assert paths and not [path for path in paths if path.stat().st_mode & 0o077]
 
 
 def call(text, **places):

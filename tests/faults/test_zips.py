@@ -13,6 +13,7 @@ import tarfile
 import time
 import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
 
     with bounds():
         refused(lambda: files.npz_bytes(bomb, SMALL))
-        refused(lambda: clip_files.read_npz_bytes(bomb, "c", SMALL))
+        refused(lambda: [*clip_files.read_npz_bytes(bomb, "c", SMALL)])
         refused(lambda: input_files.load_clips(tmp_path / "clips", {"face": 4}, ()), "c.npz")
         matches = forget.forget(["Ada"], [], [tmp_path / "records"]).found
     assert [match.kind for match in matches] == ["unread"]  # `forget` lists files it cannot read
@@ -144,15 +145,32 @@ def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
             refused(functools.partial(net_packages.read_member, tmp_path / name, role), name)
 
 
-def test_npz_reader_limits_memory_and_compares_the_checksum():
+def test_npz_reader_limits_memory_and_refuses_hidden_or_changed_bytes():
     made = io.BytesIO()
     np.savez_compressed(made, face=np.ones((1000, 512), np.uint8), face_quality=np.ones(1000))
     content = made.getvalue()
     # The features are read as float32, and the qualities as float64: 2,056,000 bytes.
     assert files.npz_bytes(content, SMALL) == 1000 * 512 * 4 + 1000 * 8
-    read = clip_files.read_npz_bytes
+
+    def read(*words):
+        (clip,) = clip_files.read_npz_bytes(*words)
+        return clip
+
     refused(lambda: read(content, "c", 2_000_000), "need more than 2,000,000 bytes of memory")
     assert len(read(content, "c", 2_100_000).modalities["face"]["features"])
+
+    frame = npy_header((1, 4), "<f4") + bytes(16)
+    longer = packed(DEFLATED, content=frame + b"more")
+    sizes = with_header_bytes(longer, 22, 24, len(frame).to_bytes(4, "little"))
+    shorter = with_header_bytes(sizes, 14, 16, zlib.crc32(frame).to_bytes(4, "little"))
+    with zipfile.ZipFile(twice := io.BytesIO(), "w") as archive:
+        archive.writestr("face.npy", frame)
+        with pytest.warns(match="Duplicate name"):
+            archive.writestr("face.npy", frame)
+    assert len(read(packed(DEFLATED, content=frame), "c", SMALL).modalities["face"]["features"])
+    for bad, words in ((longer, "more bytes follow"), (shorter, "damaged"), (twice, "twice")):
+        content = bad if isinstance(bad, bytes) else bad.getvalue()
+        refused(lambda content=content: read(content, "c", SMALL), words)
 
     spoilt = bytearray(packed(STORED, content=npy_header((64,)) + bytes(64)))
     spoilt[spoilt.index(bytes(64)) + 5] = 1  # one of the 64 zeros

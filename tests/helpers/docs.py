@@ -1,6 +1,7 @@
-"""The Markdown tables of configs/README.md: fields, names and arguments.
+"""The Markdown tables of configs/README.md, fields, names and arguments, and of the server's page.
 
-`python -m tests.helpers.docs configs/README.md` writes them into the page.
+`python -m tests.helpers.docs configs/README.md` and `python -m tests.helpers.docs
+vidjax/apps/serve/README.md` write them into the page.
 """
 
 import sys
@@ -8,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.small_runs import ROOT
+from vidjax.apps.server_limits import LIMITS
 from vidjax.core import augment, fusion, losses, optim
 from vidjax.core.metrics import CLIP_METRICS
 from vidjax.data import sources
@@ -17,10 +20,22 @@ from vidjax.runs.config import FIELDS, TABLE, Field, Group
 from vidjax.runs.config_io import value_text
 from vidjax.runs.config_words import SCALE_WORDS
 
+SERVER = ROOT / "vidjax/apps/serve/README.md"
+
 
 def update(page: str) -> str:
     """Returns a page with new tables between each `<!-- NAME -->` and `<!-- /NAME -->`."""
     tables = {"arguments": _argument_table(), "fields": _field_tables(), "names": _name_tables()}
+    return _insert(page, tables)
+
+
+def update_limits(page: str) -> str:
+    """Returns the page of the server with a new table of limits."""
+    rows = [(f"`{x.name}`", x.text, str(x.meta.description)) for x in LIMITS.values()]
+    return _insert(page, {"limits": _table(("limit", "default", "meaning"), rows)})
+
+
+def _insert(page: str, tables: Mapping[str, str]) -> str:
     for name, new in tables.items():
         before, start, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
@@ -102,4 +117,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    path.write_text(update(path.read_text()))
+    path.write_text((update_limits if path.samefile(SERVER) else update)(path.read_text()))

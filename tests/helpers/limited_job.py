@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "time":
             while True:
                 np.sort(np.arange(10000.0))
+        case "work":
+            start = time.process_time()
+            while time.process_time() < start + 0.8:
+                np.sort(np.arange(10000.0))
+            return {"process": os.getpid()}
         case "crash":
             os.abort()
         case "bug":

@@ -59,9 +59,14 @@ class Served:
 
     def wait(self):
         end = time.monotonic() + 60
-        while self.ask("GET", "/v2/health/ready")[0] != 200:
+        while not self.is_ready():
             assert time.monotonic() < end
             time.sleep(0.02)
+
+    def is_ready(self):
+        with contextlib.suppress(OSError):  # a proxy that does not listen yet
+            return self.ask("GET", "/v2/health/ready")[0] == 200
+        return False
 
     def end(self):
         """Ends the server by SIGTERM; returns its exit code."""
@@ -70,9 +75,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(folder):
-    """Runs `vidjax serve` at a free port while the context is open; yields the ready server."""
-    command = [sys.executable, "-m", "vidjax.main", "serve", f"--gallery={folder}", "--port=0"]
+def served(folder, *flags, port=0):
+    """Runs `vidjax serve`, by default at a free port, in the context; yields the ready server."""
+    command = [sys.executable, "-m", "vidjax.main", "serve", f"--gallery={folder}"]
+    command += [f"--port={port}", *flags]
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
     with limits.running(command, env=env) as process:
         assert process.stdout and process.stderr

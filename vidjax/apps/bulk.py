@@ -152,10 +152,7 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) ->
     if path.exists() and path.samefile(inputs[0].parent):
         raise UserError(f"--out={out} is the folder of the clips\nname another folder")
     if work.joined and files.exists(joined := path / RANKING) and _read_note(joined) != JOINED_NOTE:
-        raise UserError(
-            f"'{joined}' was not written by this command, so it is not replaced\n"
-            "move it away, or name another folder: --out=FOLDER"
-        )
+        raise _foreign_error(joined)
     if work.joined and (path / LISTS).is_symlink():
         raise UserError(
             f"'{path / LISTS}' must be a folder, but is a link\nname another folder: --out=FOLDER"
@@ -232,12 +229,22 @@ def _is_made(results: Path, note: bytes) -> bool:
     """Returns whether the file `results` exists; raises UserError if its note is not `note`."""
     if not files.exists(results):
         return False
-    if _read_note(results) != note:
+    found = _read_note(results)
+    if found is None:
+        raise _foreign_error(results)
+    if found != note:
         raise UserError(
-            f"'{results}' is damaged, or contains results of other clips or of another run, "
-            "gallery or rule\ndelete it, or name another folder: --out=FOLDER"
+            f"'{results}' contains results of other clips or of another run, gallery or rule\n"
+            "delete it, or name another folder: --out=FOLDER"
         )
     return True
+
+
+def _foreign_error(results: Path) -> UserError:
+    return UserError(
+        f"'{results}' was not written by this command, or is damaged, so it is not replaced\n"
+        "move it away, or name another folder: --out=FOLDER"
+    )
 
 
 def _read_note(results: Path) -> bytes | None:

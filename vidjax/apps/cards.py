@@ -216,6 +216,11 @@ def read_all(folder: Path) -> dict[Role, Card]:
     return cards
 
 
+def list_files(folder: Path) -> list[Path]:
+    """Returns a folder of nets and all files in it, which may be links to other folders."""
+    return [folder, *folder.iterdir()]
+
+
 def read(path: Path) -> Card:
     """Reads the card of a net; raises UserError if a key is missing, wrong or unknown."""
     remedy = f"{REMEDY}; if the file describes no net, name another folder, or move the file"

@@ -1,7 +1,8 @@
 """Finds places of vidjax that contain people or clips: the search of `vidjax forget`.
 
-Clips are deleted from galleries and from converted datasets in the cache. Runs and folders of
-`vidjax who` are only listed. `list_commands` returns shell commands that search all other files.
+Clips are deleted from galleries and from converted datasets in the cache. Runs, folders of
+`vidjax who` and single files (see `traces`) are only listed. `list_commands` returns shell commands
+that search the files of other programs.
 """
 
 import html
@@ -13,10 +14,14 @@ import re
 import shlex
 import unicodedata
 import urllib.parse
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from vidjax.apps.traces import Traces
 from vidjax.data import cache_folders
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, closest
@@ -37,15 +42,16 @@ if TYPE_CHECKING:
 
 INDEX_BYTES = 512 * files.MB  # limit for a converted dataset's list of clips, and a file of a run
 MAX_NAMES_IN_INDEX = 10_000_000
+MIN_LETTERS = 4  # of a clip whose name is searched in files
 # A folder of the cache that a killed process has left. The list of its clips is written last.
 UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
 
 
 class Place(NamedTuple):
-    """A folder that contains a searched name, or could not be searched."""
+    """A folder or file that contains a searched name, or could not be searched."""
 
     # `gallery`, `records` (a converted dataset), `run`, `export`, `who` (results of `vidjax who`),
-    # or `unread` if the folder could not be searched.
+    # `file` (any other file of vidjax), or `unread` if the folder could not be searched.
     kind: str
     path: Path
     about: str  # a description of the content
@@ -62,7 +68,7 @@ class Place(NamedTuple):
 class Forgotten(NamedTuple):
     """The result of a search."""
 
-    found: list[Place]  # the folders that contain a name or could not be searched
+    found: list[Place]  # the folders and files that contain a name or could not be searched
     names: set[str]  # people, their clips, and other searched clips, in the Unicode form NFC
     similar: dict[str, str]  # searched name -> another stored name, such as `ada` for `Ada`
 
@@ -91,17 +97,19 @@ def forget(
     stored_as = asked | {f"{EARLIER}/{name}" for name in bare}
     found: list[Place] = []
     folders: dict[Path, str] = {}
+    others: list[Path] = []
     for root in (place.expanduser().absolute() for place in places):
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
         if is_empty(root):
             about = "it is empty: is the drive connected?"
             found.append(Place("unread", root, about, "connect it, and search it again"))
-        _survey(root, folders, found)
+        _survey(root, folders, others, found)
     of_kind = lambda kind: [path for path in sorted(folders) if folders[path] == kind]  # noqa: E731
     wanted = people | bare
     names, known = people | asked, set[str]()
     runs_of_galleries: dict[Path, Path] = {}
+    vectors: list[np.ndarray] = []
     for folder in of_kind("gallery"):
         try:
             gallery = Gallery(folder)
@@ -113,6 +121,8 @@ def forget(
         stored = gallery.clips.items()
         shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in stored_as}
         if shown:
+            for name in shown:
+                vectors += [x[0] for x in gallery.backend.split(gallery.clips[name].vector[None])]
             found.append(_report_gallery(gallery, shown, delete=delete))
             names.update(map(normal_form, shown))
     for folder in of_kind("records"):
@@ -134,8 +144,42 @@ def forget(
         if run in runs:
             about = f"its vectors were computed by '{run}', which was trained on the clips"
             found.append(Place("gallery", folder, about, "make the gallery again with a new run"))
-    others = known.difference(wanted)
-    return Forgotten(found, names, _find_similar(wanted, others, closely=not found))
+    searched = Traces({*people, *list_clear_names(names - people)}, vectors)
+    found += _search_files(others, searched, [x.path for x in found if x.kind in READERS])
+    similar = _find_similar(wanted, known.difference(wanted), closely=not found)
+    return Forgotten(found, names, similar)
+
+
+def list_clear_names(clips: Iterable[str]) -> set[str]:
+    """Returns the names of clips without their ending. Leaves out names such as `1` or `a`.
+
+    Nearly every file contains such short names. Their clips are found by person and by vector.
+    """
+    bare = map(strip_ending, clips)
+    return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
+
+
+def _search_files(
+    paths: Iterable[Path], traces: Traces, listed: Collection[Path]
+) -> Iterator[Place]:
+    """Describes the files with any of `traces`, except in the folders `listed`."""
+    from vidjax.apps.video import features_folder
+
+    seen = set[Path]()
+    for path in sorted(paths):
+        if path in seen or any(path.is_relative_to(folder) for folder in listed):
+            continue
+        try:
+            is_found = traces.in_file(path)
+        except FileNotFoundError:
+            continue  # another program has deleted it
+        except (UserError, OSError, EOFError, zlib.error) as error:
+            yield _list_unread(path, error)
+            continue
+        if is_found:
+            for file in features_folder.list_files_of(path) or [path]:
+                seen.add(file)
+                yield Place("file", file, "it contains a name or a vector", "delete it")
 
 
 def is_empty(folder: Path) -> bool:
@@ -159,14 +203,16 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
     return {name: other for name, other in near.items() if other}
 
 
-def _survey(root: Path, folders: dict[Path, str], found: list[Place]) -> None:
+def _survey(root: Path, folders: dict[Path, str], others: list[Path], found: list[Place]) -> None:
     """Finds the folders below `root` that must be searched, and adds path -> kind to `folders`.
+
+    The files in all folders, except in the kinds "records" and "unfinished", are added to `others`.
 
     The kinds are "gallery", "records" (a converted dataset), "unfinished" (a killed conversion),
     "run", "export" (of a run or a gallery), and "who" (results of `vidjax who`). Unreadable folders
     are added to `found`. Links are not followed.
     """
-    from vidjax.apps.gallery.store import GALLERY_FILE
+    from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
     tell = lambda error: found.append(_list_unread(error.filename or root, error))  # noqa: E731
     for place, inner, names in os.walk(root, onerror=tell):
@@ -174,17 +220,21 @@ def _survey(root: Path, folders: dict[Path, str], found: list[Place]) -> None:
         if UNFINISHED.fullmatch(folder.name):
             folders[folder] = "unfinished"
             inner.clear()
+            continue
         elif GALLERY_FILE in there:
             folders[folder] = "gallery"
         elif {"index.npz", "manifest.json"} <= there:
             folders[folder] = "records"
             inner.clear()
+            continue
         elif "export.json" in there and "checkpoints" not in there:  # not an imported run
             folders[folder] = "export"
         elif there & {"identities.json", "members.npz"}:
             folders[folder] = "run"
         elif {"names.tsv", "gallery"} <= there:
             folders[folder] = "who"
+        paths = (folder / name for name in names if name not in (GALLERY_FILE, JOURNAL_FILE))
+        others += [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def _list_unread(path: str | Path, error: Exception) -> Place:
@@ -334,10 +384,10 @@ def list_commands(names: Iterable[str], places: Iterable[Path]) -> list[str]:
 
 
 def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns the spellings of names in text, JSON, HTML, URLs, rankings and tables."""
+    """Returns the spellings of names in text, JSON, HTML, URLs, RTTM, rankings and tables."""
     forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     ways: tuple[Callable[[str], str], ...] = (
-        str, escape, html.escape, urllib.parse.quote,
+        str, escape, lambda form: "_".join(form.split()), html.escape, urllib.parse.quote,
         lambda form: html.escape(form, quote=False),
         # Jinja writes other codes for quotation marks than Python. Tables double quotation marks.
         lambda form: html.escape(form).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),

@@ -10,28 +10,20 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 import uvicorn
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp
 
+from vidjax.apps.server_limits import ServerLimits
 from vidjax.utils.errors import UserError
 
 LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-UNREAD_SECONDS = 60  # a connection is closed if its client reads nothing for this time
-
-
-class ServerLimits(NamedTuple):
-    """The limits of the connections of a server. `_seconds` are times in seconds."""
-
-    connections: int = 512  # open connections
-    idle_seconds: float = 30.0  # until an idle connection is closed
-    drain_seconds: float = 15.0  # for unfinished requests after a signal
-    end_seconds: float = 20.0  # from a signal to the forced end of the process
+DEFAULTS = ServerLimits()
 
 
 def is_loopback(host: str) -> bool:
@@ -64,7 +56,7 @@ def _split(address: str) -> SplitResult:
         return urlsplit("")
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, limits: ServerLimits = DEFAULTS) -> socket.socket:
     """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
     listener = None
     try:
@@ -74,7 +66,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Closes connections whose clients read nothing.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
+        unread = 1000 * limits.unread_seconds
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
         listener.bind(address)
         listener.listen()
     except (OSError, UnicodeError) as error:  # UnicodeError: a part of the host is too long
@@ -100,32 +93,56 @@ def make_config(app: ASGIApp, limits: ServerLimits) -> uvicorn.Config:
         headers=[("x-content-type-options", "nosniff")],
         limit_concurrency=limits.connections,
         backlog=min(2 * limits.connections, 1024),
-        timeout_keep_alive=int(limits.idle_seconds),
-        timeout_graceful_shutdown=int(limits.drain_seconds),
+        timeout_keep_alive=limits.idle_seconds,
+        timeout_graceful_shutdown=limits.drain_seconds,
     )
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that ends within `limits.end_seconds` of a signal, even if it hangs."""
+    """A uvicorn server that ends after a signal, even if it hangs.
 
-    def __init__(self, app: ASGIApp, limits: ServerLimits):
+    The signal sets `leaving`. After `limits.unready_seconds`, or at a second signal, the server
+    stops accepting requests. Requests that have arrived are still answered.
+    """
+
+    def __init__(self, app: ASGIApp, limits: ServerLimits, leaving: threading.Event):
         super().__init__(make_config(app, limits))
-        self._end = threading.Timer(limits.end_seconds, self._give_up)
-        self._end.daemon = True
+        self._leaving, self._unready_seconds = leaving, limits.unready_seconds
+        self._end = _make_timer(limits.drain_seconds + limits.end_seconds, self._give_up)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stops accepting requests. Requests that have arrived are still answered."""
+        """Handles a signal."""
+        if self._unready_seconds and not self._leaving.is_set():
+            _make_timer(self._unready_seconds, self._stop).start()
+        elif self.should_exit:
+            super().handle_exit(sig, frame)  # uvicorn cuts off the requests at a second SIGINT
+        else:
+            self._stop()
+        self._leaving.set()
+
+    def _stop(self) -> None:
         if not self.should_exit:
+            self.should_exit = True
             self._end.start()
-        super().handle_exit(sig, frame)
 
     def _give_up(self) -> None:
         LOG.error("ended before its work was finished")
         os._exit(1)  # the next process undoes an unfinished change
 
 
-def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits | None = None) -> bool:
-    """Answers requests until SIGINT or SIGTERM.
+def _make_timer(seconds: float, function: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    return timer
+
+
+def serve(
+    app: ASGIApp,
+    listener: socket.socket,
+    limits: ServerLimits = DEFAULTS,
+    leaving: threading.Event | None = None,
+) -> bool:
+    """Answers requests until SIGINT or SIGTERM. The signal sets `leaving`.
 
     Returns True if all requests were answered. Returns False if the server could not start or has
     cut off requests. If a thread hangs after the signal, the process ends with exit code 1.
@@ -133,7 +150,7 @@ def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits | None = N
     for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log
         logging.getLogger(name).setLevel(logging.ERROR)
     gc.freeze()  # modules and people stay in memory, so the garbage collector may skip them
-    server = Server(app, limits or ServerLimits())
+    server = Server(app, limits, leaving or threading.Event())
     # uvicorn raises a signal again after the last answer. The second signal must do nothing.
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vidjax import __version__
 from vidjax.cli import shared_flags
-from vidjax.utils import exit_codes, files, messages
+from vidjax.utils import confinement, exit_codes, files, messages
 from vidjax.utils.errors import UserError, VidjaxWarning, describe_system_error, warn
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
@@ -48,7 +48,7 @@ RUN_FILE = "config.json"  # as in `runs.run_folder`, which needs the packages of
 
 
 class _Absent(Exception):
-    """A part of vidjax is not installed, or cannot be used on this processor."""
+    """A part of vidjax is not installed, or this machine does not support it."""
 
 
 def add_check_flags(parser: Parser) -> None:
@@ -133,7 +133,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 
         config = config_io.override(public.load_config(args.config), args.overrides)
         return checks | {"runs": parts["runs"], "data": partial(_check_data, config)}
-    return checks | parts
+    return checks | parts | {"files of strangers": _check_confinement}
 
 
 def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Callable[[], str]]:
@@ -201,6 +201,16 @@ def _read_version(package: str) -> str:
         return "of another package"
 
 
+def _check_confinement() -> str:
+    """Says what this system forbids processes that read files of strangers, or raises _Absent."""
+    if gaps := confinement.list_gaps():
+        raise _Absent(
+            f"a process that reads them could {', '.join(gaps)}\n"
+            "to forbid it, use Linux 5.13 or later with Landlock, on x86-64 or 64-bit ARM"
+        )
+    return "a process that reads them uses no other files, connections or programs"
+
+
 def _check_jax() -> dict[str, str]:
     """Returns the device of jax and the git commit. Raises _Absent if jax needs another CPU."""
     try:
@@ -239,7 +249,9 @@ def _check_run(config: "Config", workdir: Path) -> str:
         checkpoint.warn_of_lost(workdir, prefer)
     data, manifest = public.load_data(config), run.manifest
     digests.check_data(workdir, manifest["data"], config, data)
-    return f"step {manifest['step']:,} and its data: {_count_clips(data.report['splits'])}"
+    counts = _count_clips(data.report["splits"])
+    unchecked = "ranking.txt, metrics.json, report.html and other results are not checked"
+    return f"step {manifest['step']:,} and its data: {counts}; {unchecked}"
 
 
 def _count_clips(splits: Mapping[str, Mapping[str, int]]) -> str:

@@ -1,6 +1,7 @@
 """`vidjax export`, `import` and `serve`: take runs and galleries to other programs."""
 
 import argparse
+import logging
 import os
 import time
 import warnings
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vidjax import __version__
+from vidjax.apps.server_limits import LIMITS, PREFIX, read_limits
 from vidjax.cli import shared_flags
 from vidjax.evaluation.export.formats import FORMATS, Format
 from vidjax.runs import terminal
@@ -167,6 +169,14 @@ def add_serve_flags(parser: Parser) -> None:
     parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
     about = "a file with a secret that clients must send; needed if ADDRESS is not local"
     parser.add_argument("--token-file", metavar="F", help=about)
+    about = "logs a line of JSON for each request to standard error, without names"
+    parser.add_argument("--access-log", action="store_true", help=about)
+    about = f"An environment variable also sets a limit, such as {PREFIX}CLIPS for --clips.\n"
+    about += "In brackets: the HTTP status of a request above the limit."
+    group = parser.add_argument_group("limits", about)
+    for name, limit in LIMITS.items():
+        about = f"{limit.meta.description} (default: {limit.text})"
+        group.add_argument(f"--{name}", metavar="N", help=about)
     parser.command(serve, "--gallery=people", "--gallery=people --port=9000")
 
 
@@ -178,6 +188,8 @@ def serve(args: argparse.Namespace) -> Result:
     from vidjax.apps import web
     from vidjax.apps.serve import limits as limits_lib
 
+    limits = read_limits({name: getattr(args, name) for name in LIMITS}, os.environ)
+    limits_lib.ACCESS.setLevel(logging.INFO if args.access_log else logging.WARNING)
     token = limits_lib.read_token(Path(args.token_file).expanduser()) if args.token_file else None
     if token is None and not web.is_loopback(args.host):
         raise UserError(
@@ -189,8 +201,8 @@ def serve(args: argparse.Namespace) -> Result:
 
     gallery = Gallery(args.gallery, run=args.run)
     gallery.remove_leftovers()
-    app = app_lib.make_app(gallery, token=token)
-    listener = web.listen(args.host, args.port)
+    app = app_lib.make_app(gallery, limits, token)
+    listener = web.listen(args.host, args.port, limits)
     with listener:
         address, number = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
@@ -198,6 +210,6 @@ def serve(args: argparse.Namespace) -> Result:
         # Messages for the terminal contain names of people. The log of a server must not.
         os.environ[terminal.QUIET] = "1"
         warnings.simplefilter("ignore", VidjaxWarning)
-        complete = web.serve(app, listener)
+        complete = web.serve(app, listener, limits, app.leaving)
     text = "ended" if complete else "ended; unfinished requests were cut off"
     return Result({"ended": True, "complete": complete}, text=text)

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -26,7 +26,6 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
-from vidjax.utils.names import show
 from vidjax.utils.parser import Parser, whole_number
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
@@ -105,19 +104,6 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
     return problems
 
 
-def list_remedies(failed: Mapping[str, str]) -> dict[str, str]:
-    """Returns {"remedy": text} with the first three different remedies. Without any, returns {}.
-
-    `failed` is path of a file -> remedy. Several remedies begin with the name of their file.
-    """
-    files_of = dict[str, str]()
-    for path, remedy in failed.items():
-        files_of.setdefault("; ".join(remedy.splitlines()), show(Path(path).name))
-    files_of.pop("", None)
-    texts = [f"{name}: {x}" if len(files_of) > 1 else x for x, name in files_of.items()]
-    return {"remedy": "; ".join(texts[:3])} if texts else {}
-
-
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts features from films and photos. If a file cannot be read, the exit code is 1."""
     began = time.monotonic()
@@ -139,7 +125,7 @@ def run_extract(args: argparse.Namespace) -> Result:
         "features": str(args.out),
         "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
         "clips": f"{clips:,}",
-        **list_remedies(failed),
+        **messages.list_remedies(failed),
     }
     if minutes:
         rows["speed"] = f"{rate:.3g} minutes of film per minute"
@@ -275,7 +261,7 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         rows["no usable photo"] = messages.list_some(done.missed)
     if done.failed:
         rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
-        rows |= list_remedies(done.failed)
+        rows |= messages.list_remedies(done.failed)
     if num_unknown or num_faces:
         rows["unknown"] = (
             f"{unknown} without a name: to name them, add --review --thumbnails to the command"

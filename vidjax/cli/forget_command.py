@@ -1,9 +1,10 @@
 """`vidjax forget`: lists folders of vidjax that contain a name, and deletes clips from some."""
 
 import argparse
+import shlex
 from pathlib import Path
 
-from vidjax.apps.forget import forget, is_empty, list_commands
+from vidjax.apps.forget import forget, is_empty, list_clear_names, list_commands
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result
@@ -11,8 +12,8 @@ from vidjax.utils.names import clean_name, normal_form, show
 from vidjax.utils.parser import Parser
 
 HELP = """\
-Lists galleries, caches, runs and results of `vidjax who` that contain names of
-people or clips, and prints commands that search all other files.
+Lists galleries, caches, runs, results and all other files of vidjax that contain
+names of people or clips, or vectors of their clips.
 
 A PLACE is a folder. It is searched with all folders below it. The default is
 the current folder. The cache is always searched, too. Without --delete, nothing
@@ -23,14 +24,17 @@ galleries are fitted again. Converted datasets that contain a clip are deleted
 from the cache: the next run converts the remaining files again.
 
 Runs are only listed: their weights depend on the training clips, so a run must
-be trained again. The printed commands find all other files whose path or
-content has a name. They search text in UTF-8. Search compressed files, parquet
-tables and .npz files yourself.
+be trained again. Files are only listed, too: the last command deletes them. Two
+more commands find files of other programs whose path or content has a name.
+They search text in UTF-8. Search compressed files of other programs yourself.
+
+The vectors are known only until they are deleted from the gallery. So delete
+all listed files before you run the command again.
 
 The exit code is 0 if no listed place is left. It is 1 if a place still contains
 a name, could not be searched, or is empty: the drive may not be connected.
 """
-MAX_PRINTED_NAMES = 20  # in a command
+MAX_PRINTED_FILES = 20
 
 
 def add_forget_flags(parser: Parser) -> None:
@@ -62,23 +66,31 @@ def forget_names(args: argparse.Namespace) -> Result:
     roots = [root.expanduser().absolute() for root in roots]
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)
+    single = [place.path for place in places if place.kind == "file"]
+    delete = shlex.join(["rm", "-r", "--", *map(str, single)]) if single else ""
+    given = {normal_form(clean_name(name)) for name in (*args.identity, *args.clip)}
+    clear = list_clear_names(names - given) | given
     content = {
         "places": [place._asdict() | {"path": str(place.path)} for place in places],
         "left": left,
         "unread": unread,
         "deleted": len(places) - left - unread,
         "similar": similar,
-        "commands": list_commands(names, roots),
+        "delete_files": delete,
+        "commands": list_commands(clear, roots),
     }
-    given = {normal_form(clean_name(name)) for name in (*args.identity, *args.clip)}
     lines = [
         f"  {place.kind:8} {show(str(place.path))}: {place.about}\n           {place.remedy}"
-        for place in places
-    ]
-    printed = sorted(names, key=lambda name: (name not in given, name))[:MAX_PRINTED_NAMES]
-    note = f" (for {MAX_PRINTED_NAMES} of {len(names):,} names; --json lists all)"
-    lines.append(f"to search other files{note if len(names) > MAX_PRINTED_NAMES else ''}:")
-    lines += [f"  {command}" for command in list_commands(printed, roots)]
+        for place in places if place.kind != "file"
+    ]  # fmt: skip
+    lines += [f"  file     {show(str(path))}" for path in single[:MAX_PRINTED_FILES]]
+    if more := single[MAX_PRINTED_FILES:]:
+        lines.append(f"  file     {len(more):,} more (--json lists all)")
+    if single:
+        lines += ["to delete these files, after you have looked at them:", f"  {delete}"]
+    note = f" (--json has commands for {len(clear):,} names)" if clear != given else ""
+    lines.append(f"to search files of other programs{note}:")
+    lines += [f"  {command}" for command in list_commands(given, roots)]
     lines += [
         f"'{show(other)}' looks similar to '{show(name)}', but is another name: it is not deleted"
         for name, other in similar.items()

@@ -14,23 +14,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vidjax.apps import bulk
-from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.video import appearances
+from vidjax.cli import enrol_inputs
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors, warn
+from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
 from vidjax.utils.names import normal_form, show, strip_ending
 from vidjax.utils.parser import Parser, whole_number
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import Enrolment, Gallery
     from vidjax.apps.gallery.vectors import Vectors
     from vidjax.apps.video.features_folder import MediaFile
     from vidjax.data.clips import TrainingData
     from vidjax.data.memory import MemoryClips
+
+LARGE_BYTES = 10 << 20  # of a table whose name is printed before it is read
 
 HELP = """\
 A gallery stores people. Enrolling, identifying and deleting need no training.
@@ -39,7 +43,7 @@ A gallery stores people. Enrolling, identifying and deleting need no training.
 --split=S reads the clips of a split, such as val, of the dataset of the run.
 To read another dataset, add --config.data.name=N and --config.data.dir=D. A
 clip shows a single person. `enrol G --input=PATH` without a name expects a
-folder for each person: PATH/NAME/CLIP.npz.
+folder for each person, PATH/NAME/CLIP.npz, or a table with the column identity.
 
 vidjax gallery COMMAND --help prints the flags of a command, with an example.
 The guide is vidjax/apps/gallery/README.md.
@@ -76,15 +80,22 @@ def _add_create(parser: Parser) -> None:
     parser.command(_create, "G --run=runs/plda", "G --models=models")
 
 
-def _add_clips(parser: Parser) -> None:
+def _add_clips(parser: Parser, *, several: bool = False) -> "argparse._MutuallyExclusiveGroup":
+    """Adds the flags that name clips; returns their group. `several` lets --input be repeated."""
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips without labels: a folder, a .parquet table or a .npz file"
-    clips.add_argument("--input", metavar="PATH", help=about)
+    if several:
+        about = "clips: a folder, a .parquet table or a .npz file; may be given several times"
+    if several:
+        clips.add_argument("--input", metavar="PATH", help=about, action="append")
+    else:
+        clips.add_argument("--input", metavar="PATH", help=about)
     about = "instead of --input: a split of the dataset, such as val"
     clips.add_argument("--split", metavar="S", help=about)
     about = "the folder of the gallery's run, if the run was moved"
     parser.add_argument("--run", metavar="W", help=about)
     parser.fields("data.", example="data.dir=PATH")
+    return clips
 
 
 def add_rule(parser: Parser) -> None:
@@ -106,21 +117,28 @@ def _number(text: str) -> float:
 
 
 def _add_enrol(parser: Parser) -> None:
-    _add_clips(parser)
+    clips = _add_clips(parser, several=True)
+    about = (
+        "instead of --input: the folder of photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
+    )
+    clips.add_argument("--photos", metavar="DIR", help=about)
+    about = "with --photos: the folder of nets (default: the folder of which the gallery was made)"
+    parser.add_argument("--models", metavar="DIR", help=about)
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--identity", metavar="NAME", help="the person whom all clips show")
     about = "enrols only this clip of the input"
     parser.add_argument("--clip", metavar="CLIP", help=about)
     about = (
-        "a table with the columns clip and identity: .csv, .tsv or .parquet, such as the table of "
-        "vidjax gallery group"
+        "a table with the columns clip and identity: .csv, .tsv, .jsonl or .parquet, such as "
+        "labels.csv of a dataset, the answers of identify, or the table of group"
     )
     who.add_argument("--labels", metavar="FILE", help=about)
     about = "enrols the clips as examples of people who must not get a name"
     who.add_argument("--strangers", action="store_true", help=about)
     parser.command(
-        _enrol, "G --input=PATH --identity=Ada", "G --input=PATH --clip=CLIP --identity=Ada"
-    )
+        _enrol, "G --input=PATH --identity=Ada", "G --input=PATH --clip=CLIP --identity=Ada",
+        "G --input=people.parquet --labels=labels.csv", "G --photos=friends --models=models",
+    )  # fmt: skip
 
 
 def _add_identify(parser: Parser) -> None:
@@ -136,6 +154,25 @@ def _add_identify(parser: Parser) -> None:
     parser.add_argument("--out", metavar="FILE", help=about)
     examples = ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv")
     parser.command(_identify, *examples)
+
+
+def _add_verify(parser: Parser) -> None:
+    _add_clips(parser)
+    person = parser.add_mutually_exclusive_group()
+    person.add_argument("--identity", metavar="NAME", help="the person whom the clips may show")
+    about = (
+        "instead of --identity: clips that may show the same person as the clips of --input; "
+        "without both flags, the clips of --input are compared with each other"
+    )
+    person.add_argument("--with", metavar="PATH", dest="others", help=about)
+    about = (
+        "the share of other people's clips that may be accepted (default: "
+        f"{verification.DEFAULT_FMR})"
+    )
+    parser.add_argument("--fmr", metavar="R", type=_number, help=about)
+    about = "the new file: .jsonl, .csv, .tsv or .parquet"
+    parser.add_argument("--out", metavar="FILE", help=about)
+    parser.command(_verify, "G --identity=Ada --input=PATH", "G --input=a.npz --with=b.npz")
 
 
 def _add_group(parser: Parser) -> None:
@@ -215,6 +252,10 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     ),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
     "identify": ("names the person in each clip, or answers unknown", _add_identify),
+    "verify": (
+        "decides if clips show a given person, or if two clips show the same person",
+        _add_verify,
+    ),
     "group": ("groups the clips of unknown people, so that you can name them", _add_group),
     "rank": (
         "ranks the clips for every person; with --fpir or --threshold, leaves out clips that get "
@@ -276,19 +317,21 @@ def _open(args: argparse.Namespace) -> "Gallery":
     from vidjax.data.clips import SPLITS
     from vidjax.data.input_files import check_path, find_files
 
-    path = Path(args.input).expanduser() if getattr(args, "input", None) else None
-    if path and args.overrides:
+    given = getattr(args, "input", None) or []  # a list for enrol
+    paths = [Path(x).expanduser() for x in ([given] if isinstance(given, str) else given)]
+    if paths and args.overrides:
         raise UserError(f"{args.overrides[0]} has no effect with --input: leave it out")
     people = args.command == "enrol" and not (args.identity or args.labels or args.strangers)
-    if path and (people or bulk.list_tables(path)):
-        check_path(path)
-    elif path:
-        find_files(path)
+    for path in paths:
+        if people or bulk.list_tables(path):
+            check_path(path)
+        else:
+            find_files(path)
     if (split := getattr(args, "split", None)) and split not in SPLITS:
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
     gallery.follow_cards()
-    if path and gallery.origin.cards:
+    for path in paths if gallery.origin.cards else ():
         features_folder.check_models(path, gallery.origin.cards)
     return gallery
 
@@ -315,95 +358,148 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
 
 
 def _enrol(args: argparse.Namespace) -> Result:
-    from vidjax.data.input_files import load_people
-    from vidjax.data.memory import MemoryClips
+    from vidjax.apps.gallery.gallery import check_given
 
+    if args.photos:
+        return _enrol_photos(args)
+    if args.models:
+        raise UserError("--models has no effect without --photos: leave it out")
     if args.identity:  # a mistake is reported before clips are read
         check_person(args.identity)
-    labels = _read_labels(Path(args.labels).expanduser()) if args.labels else {}
-    gallery, strangers, split = _open(args), args.strangers, args.split
-    if args.labels:
-        clips, identity = _load_clips(args, gallery), labels
-    elif args.input and not args.identity and not strangers:
-        path = Path(args.input).expanduser()
-        if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
-            raise UserError(
-                f"'{stray}' is in no folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
-                "if all clips show the same person, add --identity=NAME\n"
-                "if they show several people, add --labels=FILE, a table with the columns clip and "
-                "identity"
-            )
-        widths, quality = gallery.reads
-        nets = gallery.origin.cards
-        clips, identity = load_people(path, widths, quality=quality, nets=nets)
-    else:
-        clips, identity = _load_clips(args, gallery), args.identity
+    labels = enrol_inputs.read_labels(Path(args.labels).expanduser()) if args.labels else None
+    inputs = enrol_inputs.list_inputs(args.input or ())
+    args.input = [*map(str, inputs)]
+    if args.clip and len(inputs) > 1:
+        raise UserError(f"--clip={args.clip} is a clip of one input: give --input once")
+    gallery, names, done = _open(args), set[str](), []
+    for number, path in enumerate(inputs or [None], 1):
+        place = f"{number:,} of {len(inputs):,}: " if len(inputs) > 1 else ""
+        if path and (place or path.stat().st_size > LARGE_BYTES):
+            terminal.say(f"{place}{show(str(path))} ...")
+        vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
+        names |= {*vectors.names}
+        if identity == {} and len(inputs) > 1:
+            continue
+        bar, waiting = _show_progress("enrol", len(vectors.names)), [vectors]
+        del vectors  # so that `enrol` can free the memory of a large table
+        with bar as bar, prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
+            source = args.labels or "identities"
+            part = gallery.enrol(
+                waiting.pop(), identity, strangers=args.strangers, source=source,
+                advance=bar.advance,
+            )  # fmt: skip
+            done.append(part)
+    if labels and len(inputs) > 1:
+        check_given(labels, names, args.labels)
+    if not done:
+        raise UserError(
+            f"no clip in {args.input[0]} and the other inputs has a person\n"
+            "add a column identity to the tables, or --labels=FILE"
+        )
+    return _describe_enrolment(args, gallery, done)
+
+
+def _embed_people(
+    args: argparse.Namespace,
+    gallery: "Gallery",
+    path: Path | None,
+    labels: Mapping[str, str] | None,
+    *,
+    several: bool,
+) -> "tuple[Vectors, str | Mapping[str, str] | None]":
+    """Returns the vectors of an input or a split, and the person of all clips or of each clip.
+
+    If there are `several` inputs, only the labels of this input are returned, and may be {}.
+    """
+    clips, identity = _load_people(args, gallery, path, labels, required=not several)
+    with _show_progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
+        vectors = gallery.embed(clips, args.split, advance=bar.advance)
+    del clips
     if args.clip:
-        vectors, split, clip = gallery.embed(clips, split), None, strip_ending(args.clip)
-        clips = vectors.only({name for name in vectors.names if strip_ending(name) == clip})
-        if not clips.names:
+        clip = strip_ending(args.clip)
+        vectors = vectors.only({name for name in vectors.names if strip_ending(name) == clip})
+        if not vectors.names:
             raise UserError(f"--clip={args.clip}: no clip has this name: name a clip of the input")
-        if isinstance(identity, Mapping):
-            identity = {name: who for name, who in identity.items() if strip_ending(name) == clip}
-    if isinstance(clips, MemoryClips) and not args.labels and not strangers:
-        identity = _drop_group_photos(Path(args.input).expanduser(), clips.names, identity)
-        if not identity:
-            raise UserError(
-                f"--input={args.input}: every photo shows several people\n"
-                "add photos of one person, or enrol a single face: --clip=CLIP --identity=NAME"
-            )
-    with prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
-        more = {"source": args.labels} if args.labels else {}
-        done = gallery.enrol(clips, identity, split=split, strangers=strangers, **more)
-    if refused := done.refused:
+    if isinstance(identity, Mapping) and (args.clip or several):
+        known = {*map(strip_ending, vectors.names)}
+        identity = {name: who for name, who in identity.items() if strip_ending(name) in known}
+    if path is None or labels or args.strangers or args.clip or not identity:
+        return vectors, identity
+    identity = enrol_inputs.drop_group_photos(path, vectors.names, identity)
+    if not identity:
+        raise UserError(
+            f"--input={path}: every photo shows several people\n"
+            "add photos of one person, or enrol a single face: --clip=CLIP --identity=NAME"
+        )
+    return (
+        (vectors, identity) if args.identity else enrol_inputs.add_folders(path, vectors, identity)
+    )
+
+
+def _load_people(
+    args: argparse.Namespace,
+    gallery: "Gallery",
+    path: Path | None,
+    labels: Mapping[str, str] | None,
+    *,
+    required: bool,
+) -> "tuple[MemoryClips | TrainingData, str | Mapping[str, str] | None]":
+    """Returns the clips of an input or a split, and the person of all clips or of each clip.
+
+    `required` is True if at least one clip of a table must have a person.
+    """
+    identity = labels or args.identity
+    if path is None:
+        return _load_clips(args, gallery), identity
+    if identity is None and not args.strangers:
+        identity = enrol_inputs.read_people(path, required=required)
+        if identity is None:
+            return enrol_inputs.load_people(path, gallery)
+    return gallery.load(path), identity
+
+
+def _describe_enrolment(
+    args: argparse.Namespace, gallery: "Gallery", done: "Sequence[Enrolment]"
+) -> Result:
+    from vidjax.apps.gallery.gallery import Enrolment
+
+    refused = tuple(clip for part in done for clip in part.refused)
+    if refused:
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
     gallery.warn_of_card()
-    text = f"{messages.count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
-    return _summarise(gallery, {"enrolled": text}, done._asdict())
+    enrolled, unchanged = sum(x.enrolled for x in done), sum(x.unchanged for x in done)
+    similar = {name: other for part in done for name, other in part.similar.items()}
+    rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
+    rows["enrolled"] = f"{messages.count(enrolled, 'clip')}, {unchanged:,} enrolled before"
+    total = Enrolment(enrolled, unchanged, refused, similar)
+    return _summarise(gallery, rows, total._asdict())
 
 
-def _drop_group_photos(
-    path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
-) -> dict[str, str]:
-    """Returns clip -> person, without the clips of photos that show several people.
+def _enrol_photos(args: argparse.Namespace) -> Result:
+    """Enrols the photos of a folder. If a photo is not enrolled, the exit code is 1."""
+    from vidjax.apps.video import people_photos
 
-    If a person has several photos, photos with sunglasses are also left out.
-
-    If `identity` is a name, all `clips` show this person, and `path` is the folder of the clips.
-    If `identity` is clip -> person, `path` contains a folder of clips for each person. Only folders
-    that `vidjax extract` wrote are checked. A warning names each photo with a problem.
-    """
-    from vidjax.apps.video import features_folder
-
-    people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
-    folders = [path] if isinstance(identity, str) else sorted(path.iterdir())
-    poor, hidden = set[str](), dict[str, str]()
-    for folder in (folder for folder in folders if (folder / features_folder.NAME).exists()):
-        prefix = "" if folder == path else f"{folder.name}/"
-        for film in features_folder.read_media_files(folder):
-            film.tracks = [track for track in film.tracks if f"{prefix}{track.clip}" in people]
-            single, problem = features_folder.check_photo(film) if film.photo else ("", "")
-            for track in film.tracks if single is None else ():
-                people.pop(f"{prefix}{track.clip}", None)
-            if problem and single and film.tracks[0].dark_eyes:
-                hidden[f"{prefix}{single}"] = f"{folder / film.video}: {problem}"
-            elif problem:
-                poor.add(f"{prefix}{single}")
-                warn(f"{folder / film.video}: {problem}")
-    for problem in features_folder.leave_out_hidden(people, poor, hidden):
-        warn(problem)
-    return people
-
-
-def _read_labels(path: Path) -> dict[str, str]:
-    """Reads clip -> person from a table of labels. Raises UserError if it contains no name."""
-    if labels := answers_lib.read_groups(path):
-        return labels
-    raise UserError(
-        f"{path} contains no name\n"
-        f"replace '{answers_lib.UNKNOWN}1' and so on by the names of people"
-    )
+    for flag in ("clip", "identity", "labels", "strangers", "run"):
+        if getattr(args, flag):
+            raise UserError(
+                f"--{flag} has no effect with --photos: leave it out. The names of people are the "
+                "names of folders and photos: FOLDER/NAME/PHOTO.jpg or FOLDER/NAME.jpg"
+            )
+    if args.overrides:
+        raise UserError(f"{args.overrides[0]} has no effect with --photos: leave it out")
+    args.input, people = [], Path(args.photos).expanduser()
+    gallery = _open(args)
+    models = enrol_inputs.check_models(gallery, args.models)
+    done = people_photos.enrol_folder(gallery, people, models, "--photos", num_cores())
+    gallery.warn_of_card()
+    count = messages.count(done.enrolled, "face")
+    rows = {"enrolled": f"{count}, {done.unchanged:,} enrolled before"}
+    if done.failed:
+        rows["not used"] = f"{len(done.failed):,}: {messages.list_some(sorted(done.failed), 3)}"
+    rows |= messages.list_remedies(done.failed)
+    content = done._asdict() | {"failed": [*done.failed]}
+    return _summarise(gallery, rows, content)._replace(code=1 if done.failed else 0)
 
 
 def _group(args: argparse.Namespace) -> Result:
@@ -414,7 +510,7 @@ def _group(args: argparse.Namespace) -> Result:
     _, vectors = _embed(args, gallery)
     num_clips, answers, enrolled = len(vectors.names), {}, set[str]()
     if films:
-        answers, known, _ = appearances.name_tracks(gallery, vectors, films, gallery.identify)
+        answers, known, *_ = appearances.name_tracks(gallery, vectors, films, gallery.identify)
         enrolled = {*known}
     elif gallery.identities:
         answers = gallery.identify(vectors)
@@ -486,6 +582,41 @@ def _identify(args: argparse.Namespace) -> Result:
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
     listed = [answers_lib.as_json(*pair) for pair in answers.items()] if args.json else []
     return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(answers)))
+
+
+def _verify(args: argparse.Namespace) -> Result:
+    out = Path(args.out).expanduser() if args.out else None
+    if out:
+        tables.check_new(out, tables.ENDINGS)
+    gallery = _open(args)
+    rule = gallery.match_rule(args.identity, fmr=args.fmr)  # a mistake is reported early
+    others = None if args.others is None else gallery.embed(gallery.load(args.others))
+    _, vectors = _embed(args, gallery)
+    content: dict[str, object] = {}
+    rows, misfits, identity = dict[str, str](), dict[str, float](), ""
+    if args.identity is not None:
+        identity = normal_form(args.identity)
+        matches = gallery.verify(vectors, identity, fmr=args.fmr)
+        misfits = gallery.find_misfits(identity)
+        content, rows = {"identity": identity, "misfits": misfits}, {"person": show(identity)}
+    else:
+        matches = gallery.compare(vectors, others, fmr=args.fmr)
+    accepted = sum(match.accepted for match in matches.values())
+    rows |= {"compared": f"{len(matches):,}", "accepted": f"{accepted:,}", **rule.describe()}
+    if misfits:
+        rows["does not fit"] = (
+            f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "
+            "or delete a clip: vidjax gallery relabel, vidjax gallery remove"
+        )
+    rows |= _describe_card(gallery)
+    content |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
+    if out:
+        verification.write(out, matches, identity)
+        return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
+    pairs = matches.items() if args.json else ()
+    listed = [verification.as_json(*pair, identity) for pair in pairs]
+    text = "\n".join(verification.table(matches))
+    return Result(content | {"answers": listed}, rows, text)
 
 
 def _describe_card(gallery: "Gallery") -> dict[str, str]:

@@ -45,6 +45,8 @@ COMMANDS = {
     "import": "makes a run from the weights of an exported folder",
     "forget": "lists all places that contain a name, and deletes it from some of them",
 }
+# Commands whose files contain features or names of people. Only this user may read the files.
+PRIVATE = ("rank", "embed", "gallery", "extract", "who", "serve", "forget")
 SWITCHES = ("--quiet", "--json", "--debug")  # flags that may stand before the command
 DESCRIPTION = """\
 Identify people in video: train a system on features of frames, and rank the
@@ -76,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = parse(words)
-        with terminal.hide_progress() if args.quiet else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if args.quiet:
+                stack.enter_context(terminal.hide_progress())
+            if args.parser.prog.split()[1] in PRIVATE:
+                stack.callback(os.umask, os.umask(0o077))
             shared_flags.join_processes(args)
             with rendezvous.blame_lost_process():
                 result = args.execute(args)
@@ -131,9 +137,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _explain_stray(word: str, parser: Parser) -> str:
     """Returns the error about a word that no flag of `parser` reads."""
-    flag, _, value = word.partition("=")
-    if not flag.startswith("-"):
-        return f"'{word}' has no flag"
+    flag, equals, value = word.partition("=")
     text = f"there is no flag {flag}"
     if flag.startswith("--config.") and parser.group:
         return f"{text}: this command takes only --config.{parser.group}FIELD=VALUE"
@@ -143,6 +147,11 @@ def _explain_stray(word: str, parser: Parser) -> str:
             from vidjax.runs import config
 
             fields = [f"config.{field}" for field in config.DEFAULTS]
+    if not flag.startswith("-"):
+        known = [name for name in (flag, f"config.{flag}") if name in fields]
+        names = known or [parser.suggest_flag(flag, cutoff=1.0).lstrip("-")] if equals else [""]
+        remedy = f": write --{names[0]}={value}" if names[0] else ""
+        return f"'{word}' has no flag{remedy}"
     if flag == "--gallery" and "--workdir" in parser.format_usage():
         return f"{text}: write --workdir={value or 'FOLDER'}"
     similar = parser.suggest_flag(flag, fields)
@@ -164,7 +173,7 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
         raise UserError(f"{' and '.join(names)} are two commands: name only one")
     if names and names[0] not in COMMANDS:
         raise UserError(
-            f"vidjax has no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
+            f"there is no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
             "to name a configuration: --config=FILE"
         )
     if not words and not importlib.util.find_spec("ml_collections"):  # a package of `train`

@@ -158,35 +158,46 @@ def _warn_if_nothing_matches(
 
 def add_compare_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax compare`."""
-    shared_flags.add_workdir(parser, "the folder for the comparison")
+    about = "folders of runs; each is compared with the first. Unsuitable folders are left out"
+    parser.add_argument("folders", metavar="RUN", nargs="*", help=about)
     about = (
-        "folders of runs; each is compared with the first. A1+A2,B1+B2 compares means of several "
-        "runs, e.g. with different seeds"
+        "the same as RUN, but an unsuitable folder is an error. A1+A2,B1+B2 compares means of "
+        "several runs, e.g. with different seeds"
     )
-    parser.add_argument("--runs", metavar="A,B", required=True, help=about)
+    parser.add_argument("--runs", metavar="A,B", help=about)
+    about = "a folder for comparison.html, .json and .tex"
+    parser.add_argument("--workdir", metavar="FOLDER", help=about)
     parser.fields(example="eval.split=test")
     parser.command(
         compare_runs,
+        "runs/*",
         "--workdir=runs/two --runs=runs/mma,runs/deepmef",
         "--workdir=runs/seeds --runs=runs/a1+runs/a2,runs/b1+runs/b2",
     )
 
 
 def compare_runs(args: argparse.Namespace) -> Result:
-    """Compares the MAP of each run with the MAP of the first. Writes the results to a folder."""
+    """Compares the MAP of each run with the MAP of the first."""
+    from vidjax.evaluation import comparison
     from vidjax.runs import config as config_lib, config_io
-    from vidjax.runs.run_folder import RunFolder
     from vidjax.training import public
 
-    folder = RunFolder(args.workdir)
     overridden = shared_flags.check_fields(args, ("eval.split",))
     config = config_io.override(config_lib.default(), args.overrides)
     split = config.eval.split if overridden else None
-    groups = [_split_seeds(name) for name in shared_flags.split_runs(args.runs)]
-    result = public.compare(groups, out=folder.path, split=split)
-    page = f"{messages.relative_path(folder.path)}/comparison.html"
-    text = f"{result.text()}\ncomparison: {page}, .json, .tex"
-    return Result({"comparison": page, "table": result.text(), **result.to_dict()}, text=text)
+    if bool(args.folders) == bool(args.runs):
+        args.parser.error("compare needs folders of runs: either RUN RUN ... or --runs=A,B")
+    groups = [_split_seeds(name) for name in shared_flags.split_runs(args.runs or "")]
+    groups += [[name] for name in comparison.select_comparable(args.folders, split)]
+    result = public.compare(groups, out=args.workdir, split=split)
+    values, lines = {"table": result.text(), **result.to_dict()}, [result.text()]
+    if args.workdir:
+        page = f"{messages.relative_path(Path(args.workdir))}/comparison.html"
+        values = {"comparison": page, **values}
+        lines.append(f"comparison: {page}, .json, .tex")
+    else:
+        lines += result.config_lines()
+    return Result(values, text="\n".join(lines))
 
 
 def _split_seeds(name: str) -> list[str]:

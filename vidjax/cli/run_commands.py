@@ -63,6 +63,7 @@ def _make_default_name(args: argparse.Namespace, config: Config) -> str:
     stem = file.absolute().parent.name if file.name == CONFIG else file.stem
     name = "-".join([stem, *(word.strip() for word in words.split(",") if word.strip())])
     config = copy.deepcopy(config)
+    config.init_from = Path(config.init_from).name
     if config.data.dir:  # two datasets can get the same name; then the second command fails
         config.data.dir = Path(config.data.dir).expanduser().absolute().name
     return name + config_io.folder_suffix(config, args.overrides, config_lib.UNNAMED)
@@ -117,6 +118,8 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
         )
     folder = RunFolder(args.workdir) if args.runs else public.open_run(args.workdir)
     config = _join_configs(args, folder) if args.runs else folder.config
+    if "eval.split" in config_io.override_names(args.overrides):
+        config.eval.splits = ()
     config = config_io.override(config, args.overrides)
     trained = config.model.get("name")
     if model not in (None, trained) and not config.join.runs:
@@ -174,7 +177,7 @@ def evaluate(args: argparse.Namespace) -> Result:
             public.set_up_devices(config)
             results = blend.blend_runs(config, folder, public.load_data, command=args.line)
         else:
-            results = public.evaluate_run(config, folder)
+            results = public.evaluate_run(config, folder)[config.eval.split]
     return summarise(config, folder, results, time.monotonic() - began)
 
 
@@ -208,8 +211,15 @@ def summarise(
     rows |= {name: messages.relative_path(path) for name, path in files.items()}
     content = {"workdir": str(folder.path), **{name: str(path) for name, path in files.items()}}
     content |= {"finished_before": seconds is None, "metrics": dict(results)}
+    if others := _read_others(config, folder):
+        content["splits"] = others
     note = ": was finished before, and was not trained again" if seconds is None else ""
     return Result(content, rows, note=note)
+
+
+def _read_others(config: Config, folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """Returns split -> metrics of the splits in `eval.splits`, except for `eval.split`."""
+    return {name: folder.metrics(folder.paths(name)) for name in config_lib.list_splits(config)[1:]}
 
 
 def _make_rows(
@@ -223,18 +233,25 @@ def _make_rows(
         if results["map_kind"] == "in_sample":
             kind += ": the run was trained on these clips, so MAP is too high"
         rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
+        for name, other in _read_others(config, folder).items():
+            scores = [f"{other['map']:.4f}"] if "map" in other else []
+            rows[f"on {name}"] = "; ".join(scores + metrics.describe(other))
     else:
         rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
         if reason := results_lib.explain_unmeasured(config.to_dict(), folder.path):
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
+    if source := results_lib.describe_source(results):
+        rows["init_from"] = source
     if epochs := results_lib.describe_epochs(results):
         rows["epochs"] = epochs
     if "best_map" in results and split == folder.config.eval.split:
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
     if data := results_lib.describe_data(results):
         rows["data"] = data
+    if reason := results_lib.describe_end(results):
+        rows["ended"] = f"at step {results['step']:,}: {reason}"
     rows["clips"] = f"{results['num_clips']:,}"
     rows["identities"] = f"{results['num_identities']:,}"
     if "num_map_identities" in results:

@@ -140,6 +140,19 @@ def count_clip_uses(
     return np.stack(rows).astype(np.float32)
 
 
+def add_trained_clips(sets: TrainingSets, earlier: TrainingSets) -> TrainingSets:
+    """Returns `sets` with the clips of `earlier`, because training continued from its weights.
+
+    A member of `sets` continues the member of `earlier` at the same place, or its only member.
+    """
+    known = _index_clips(sets.clips)
+    more = tuple(clip for clip in earlier.clips if clip not in known)
+    clips = sets.clips + more
+    trained = np.pad(sets.trained, ((0, 0), (0, len(more))))
+    trained[:, [_index_clips(clips)[clip] for clip in earlier.clips]] |= earlier.trained
+    return sets._replace(clips=clips, trained=trained)
+
+
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
     """Returns a PRNG key for each member, [E], from the seed and `Member.number`."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)

@@ -248,7 +248,7 @@ def _check_loss(name: str, value: object, labels: Array) -> Array:
     else:
         kind = type(value).__name__
     raise UserError(
-        f"the loss '{name}' returns {kind} for {len(labels)} labels\n"
+        f"config.loss: the loss '{name}' returns {kind} for {len(labels)} labels\n"
         f"return a float for each label, of shape {list(labels.shape)}"
     )
 
@@ -272,7 +272,12 @@ def make_loss(
         float. The step may be traced. If `scale` is not None, it is a learned scale that broadcasts
         to [...] and replaces `logit_scale`. For `counted`, see `batch_focal`.
     """
-    check_entry("config.loss.classification", spec["classification"], CLASSIFICATION)
+    margin = "--config.loss.classification=softmax --config.loss.margin=0.5"
+    elsewhere = {
+        "arcface": f"{margin} --config.loss.margin_type=angular",
+        "cosface": f"{margin} --config.loss.margin_type=cosine",
+    }
+    check_entry("config.loss.classification", spec["classification"], CLASSIFICATION, elsewhere)
     check_entry("config.loss.focal", spec["focal"], CLASSIFICATION)
     check_entry("config.loss.margin_type", spec["margin_type"], MARGINS)
     if spec["margin"] and logit_scale == 1.0:

@@ -1,7 +1,8 @@
 """Metrics in NumPy: average precision of rankings, AUROC, and errors of open-set identification.
 
-To add a metric that is computed from the best score of each clip, write a function and add a line
-to `CLIP_METRICS`. It then appears in `metrics.json`, in the report and in comparisons of runs.
+To add a metric that is computed from the scores of clips, write a function and add a line to
+`CLIP_METRICS`. For example, the top-5 accuracy of known clips is `np.mean(clips.rank[known] < 5)`.
+The metric then appears in `metrics.json`, in the report and in comparisons of runs.
 
 Source: average precision follows iQIYI-VID, equation 4, and the organisers' script. Unlike in the
 usual libraries, the denominator is the number of all positives of the identity, not
@@ -192,17 +193,35 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
 
 
 class ClipScores(NamedTuple):
-    """The best score of each of the N clips of a split, and whether its identity is right."""
+    """The scores of the N clips of a split, which is the argument of a metric."""
 
     pool: np.ndarray  # [N] bool, the clips that are ranked
     best: np.ndarray  # [N] float32, the highest score for any identity; -inf outside the pool
     right: np.ndarray  # [N] bool, True if that identity is the label of the clip
+    # [N] float32, the log-probability of the label of the clip; not finite for a distractor or a
+    # clip without a score. None if scores are not logarithms, or if not all scores are kept.
+    own: np.ndarray | None = None
+    identity: np.ndarray | None = None  # [N] int32, the class column of the best identity, or 0
+    # [N] int32, the number of identities with a higher score than the label of the clip; of no
+    # meaning for a distractor
+    rank: np.ndarray | None = None
+    # [C, 100] int32, the indices of the best clips of each identity, best first; -1 fills a list
+    ranking: np.ndarray | None = None
 
 
 def top1(clips: ClipScores, labels: np.ndarray) -> float:
     """Returns the share of known clips (`labels` [N] int above 0) whose best identity is right."""
     known = labels[clips.pool] > 0
     return float(clips.right[clips.pool].sum() / max(known.sum(), 1))
+
+
+def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
+    """Returns the mean of minus `clips.own` over known clips. For the arguments, see `top1`."""
+    if clips.own is None:
+        return None
+    values = clips.own[clips.pool & (labels > 0)].astype(np.float64)
+    values = values[np.isfinite(values)]
+    return -float(values.mean()) if len(values) else None
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
@@ -223,7 +242,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) 
 
 
 class Metric(NamedTuple):
-    """A metric that is computed from the best score of each clip."""
+    """A metric that is computed from the scores of clips."""
 
     label: str  # the name of the metric for a reader
     about: str  # half a sentence that explains it
@@ -231,11 +250,19 @@ class Metric(NamedTuple):
     fn: Callable[[ClipScores, np.ndarray], float | None]
     digits: int = 4  # number of digits to print after the decimal point
     log: bool = False  # True: every evaluation writes it to the logs and the terminal
+    lower: bool = False  # True: a lower value is better
 
 
 # Key in `metrics.json` -> metric. MAP is not among them, because it needs the ranking.
 CLIP_METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", "labelled clips whose best identity is right", top1, log=True),
+    "eval_loss": Metric(
+        "loss",
+        "mean of minus the log-probability of the right identity, over labelled clips",
+        mean_loss,
+        log=True,
+        lower=True,
+    ),
     "auroc": Metric(
         "AUROC", "how well the best scores separate known clips from distractors", clip_auroc
     ),
@@ -243,6 +270,7 @@ CLIP_METRICS: dict[str, Metric] = {
         "FNIR at FPIR 1 %",
         "known clips missed or misnamed if at most 1 % of new distractors pass",
         functools.partial(open_set, value="fnir", fpir=0.01),
+        lower=True,
     ),
     "threshold_at_fpir_0.01": Metric(
         "threshold at FPIR 1 %",
@@ -253,6 +281,7 @@ CLIP_METRICS: dict[str, Metric] = {
         "FNIR at FPIR 10 %",
         "known clips missed or misnamed if at most 10 % of new distractors pass",
         functools.partial(open_set, value="fnir", fpir=0.1),
+        lower=True,
     ),
     "threshold_at_fpir_0.1": Metric(
         "threshold at FPIR 10 %",

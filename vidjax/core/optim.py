@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 from vidjax.core.batch import Array
+from vidjax.utils import messages
 from vidjax.utils.errors import UserError, check_entry
 
 
@@ -195,6 +197,48 @@ def restart_before(tx: optax.GradientTransformation, step: int) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
+def list_names(params: optax.Params) -> list[str]:
+    """Returns the name of each parameter, such as `dense_0/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+def describe_frozen(params: optax.Params, pattern: str) -> str:
+    """Returns which of the parameters of a net `freeze` does not update, and their number."""
+    names, sizes = list_names(params), [math.prod(x.shape) for x in jax.tree.leaves(params)]
+    frozen = [name for name in names if re.search(pattern, name)]
+    number = sum(size for name, size in zip(names, sizes, strict=True) if name in frozen)
+    return (
+        f"config.optim.freeze: {number:,} of {sum(sizes):,} parameters stay unchanged, "
+        f"{messages.list_some(frozen)}"
+    )
+
+
+def freeze(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
+    """Returns the optimiser `tx` without updates of the parameters whose names match `pattern`.
+
+    A name matches if the regular expression is found in it. `init` raises UserError if no name
+    matches, or if all match.
+    """
+    try:
+        found = re.compile(pattern).search
+    except re.error as error:
+        raise UserError(f"config.optim.freeze={pattern}: {error}: correct it") from error
+
+    def label(params: optax.Params) -> optax.Params:
+        names = list_names(params)
+        labels = ["frozen" if found(name) else "trained" for name in names]
+        if len({*labels}) < 2:
+            what = "no parameter" if "trained" in labels else "all parameters"
+            raise UserError(
+                f"config.optim.freeze={pattern} is found in the names of {what}\n"
+                f"the names are {messages.list_some(names, 20)}"
+            )
+        return jax.tree.unflatten(jax.tree.structure(params), labels)
+
+    return optax.multi_transform({"trained": tx, "frozen": optax.set_to_zero()}, label)
+
+
 def make_optimizer(
     spec: Mapping[str, Any], *, total_steps: int, steps_per_epoch: float
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -217,15 +261,20 @@ def make_optimizer(
         decay_all: True to decay all parameters, as torch.optim does.
         clip_norm: largest global norm of the gradient; 0 means no limit.
         restart_epoch: epoch at which the momentum or the moments are reset to 0; 0 means never.
+        accumulate: number of steps whose mean gradient makes an update.
+        freeze: see the function `freeze`; "" means that all parameters are updated.
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
       UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate`; or
         `total_decay` is set, and the sum of all learning rates is not above 0 and finite.
     """
+    every = spec["accumulate"]
+    total_steps, steps_per_epoch = -(-total_steps // every), steps_per_epoch / every  # updates
     schedule = make_schedule(spec, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
     name = spec["name"]
-    check_entry("config.optim.name", name, OPTIMIZERS)
+    adamw = {"adamw": "--config.optim.name=adam --config.optim.total_decay=1"}
+    check_entry("config.optim.name", name, OPTIMIZERS, adamw)
     parts = [optax.clip_by_global_norm(spec["clip_norm"])] if spec["clip_norm"] else []
     # Matrices have 2 axes or more.
     decayed = None if spec["decay_all"] else lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
@@ -251,7 +300,11 @@ def make_optimizer(
         decay = spec["total_decay"] / rates
         parts.append(optax.add_decayed_weights(decay, mask=decayed))
     parts.append(optax.scale_by_learning_rate(schedule))
-    return optax.chain(*parts), schedule
+    tx = optax.chain(*parts)
+    if every > 1:
+        tx = optax.MultiSteps(tx, every).gradient_transformation()
+    tx = freeze(tx, spec["freeze"]) if spec["freeze"] else tx
+    return tx, schedule if every == 1 else lambda step: schedule(step // every)
 
 
 def select_options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:

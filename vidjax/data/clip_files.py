@@ -136,18 +136,27 @@ def write_npz(
         np.savez(file, **joined)  # pyright: ignore[reportArgumentType]
 
 
-def read_npz_bytes(content: bytes, name: str, limit: int) -> Clip:
-    """Reads a clip from the content of an `.npz` file in memory.
+def read_npz_bytes(content: bytes, name: str, limit: int, nets: Nets = NO_NETS) -> Iterator[Clip]:
+    """Yields the clips in the content of an `.npz` file in memory.
 
-    Raises UserError if the content is damaged, has several clips, or needs more than `limit` bytes
-    of memory. The bytes are counted before the arrays are unpacked, with at least 4 per number.
+    `name` is the name of a single clip. It must be empty if the file contains the names of clips.
+    `nets` are the nets of the gallery, see `check_nets`. Raises UserError if the content is damaged
+    or needs more than `limit` bytes of memory. The bytes are counted before the arrays are
+    unpacked, with at least 4 per number.
     """
-    clean = clean_name_at("clip:", name)
-    with prefix_errors(f"clip {show(clean)}"):
+    clean = clean_name_at("clip:", name) if name else ""
+    with prefix_errors(f"clip {show(clean)}" if name else "npz"):
         arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
-        if has_several_clips(arrays):
-            raise UserError("the .npz contains several clips\nsend each clip separately")
-    return Clip(clean, "npz", group_by_modality(arrays, "npz"), name)
+        several = has_several_clips(arrays)
+        if several and name:
+            raise UserError("the .npz contains the names of its clips: leave out ?clip=NAME")
+        if not several and not name:
+            raise UserError("the query lacks the name of the clip: add ?clip=NAME")
+        check_nets(Path("npz"), _take_nets(arrays), nets)
+    if several:
+        yield from _split(arrays, "npz")
+    else:
+        yield Clip(clean, "npz", group_by_modality(arrays, "npz"), name)
 
 
 def read_json(value: object, place: str) -> Clip:

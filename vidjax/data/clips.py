@@ -226,9 +226,10 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
     _check_distinct("config.modalities", names)
     for name in names:
         if name not in known:
-            raise UserError(
-                f"config.modalities: the data have no modality '{name}': {suggest(name, known)}"
-            )
+            words = name.split()
+            separated = f"write --config.modalities={','.join(words)}"
+            remedy = separated if len(words) > 1 else suggest(name, known)
+            raise UserError(f"config.modalities: the data have no modality '{name}': {remedy}")
     return {name: known[name].dim for name in names}
 
 

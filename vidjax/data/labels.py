@@ -1,5 +1,6 @@
 """Reads labels and weights of clips from ground-truth files, tables or dicts."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -27,7 +28,7 @@ from vidjax.utils.names import (
 
 TABLE = "labels.csv"
 COLUMNS = ("clip", "identity")
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 Truth = Mapping[str, Mapping[str, str]]  # split with labels -> clip -> identity
 LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a file of labels
 
@@ -107,13 +108,17 @@ def load_label_table(
 def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
     """Yields (start of an error message, clip, identity) for each row of a table of labels.
 
-    A file that does not end in .csv or .parquet is text with tabs. The columns are called `clip`
-    and `identity`. If text with tabs has no such names, its first two columns are read.
+    A file that does not end in .csv, .jsonl or .parquet is text with tabs. The columns are called
+    `clip` and `identity`. If text with tabs has no such names, its first two columns are read. A
+    line of .jsonl is an object with these keys.
     """
     _refuse_no_file(path)
+    if path.suffix.lower() == ".jsonl":
+        yield from _read_json_lines(path)
+        return
     if path.suffix.lower() == ".parquet":
-        for row, pair in enumerate(parquet.read_labels(path), 1):
-            yield f"{path}: row {row}:", *pair
+        for row, clip, identity in parquet.read_labels(path):
+            yield f"{path}: row {row}:", clip, identity
         return
     is_csv, rows = path.suffix.lower() == ".csv", tables.read_text(path)
     number, header = next(rows, (1, []))
@@ -141,6 +146,22 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
             raise UserError(f"{place} the line has no name or no clip\n{remedy}")
         clip, identity = (cells[column] for column in columns)
         yield place, clip if is_csv else clip.strip(), identity.strip()
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Any, Any]]:
+    with files.open_text(path) as file:
+        lines = file.read().splitlines()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            value = None
+            with contextlib.suppress(ValueError):
+                value = files.parse_json(line)
+            if not isinstance(value, dict) or not {*COLUMNS} <= value.keys():
+                raise UserError(
+                    f"{path}: line {number} is not JSON of a clip and its identity\n"
+                    'write {"clip": "NAME", "identity": "NAME"}'
+                )
+            yield f"{path}: line {number}:", *(value[column] for column in COLUMNS)
 
 
 def _refuse_no_file(path: Path) -> None:

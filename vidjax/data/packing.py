@@ -190,10 +190,12 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
     if np.ma.is_masked(values):
         raise UserError(f"{place} has masked values: leave these frames out")
     if array.dtype.kind not in "fiu" or array.ndim > 2:
+        remedy = "give floats, as from array.astype('float32')"
+        if array.ndim > 2:
+            remedy = "give an array [frames, width], as from array.reshape(-1, array.shape[-1])"
         raise UserError(
             f"{place} must be an array of numbers with at most 2 axes, "
-            f"but has the shape {list(array.shape)} and the dtype {array.dtype}\n"
-            "give floats, as from array.astype('float32')"
+            f"but has the shape {list(array.shape)} and the dtype {array.dtype}\n{remedy}"
         )
     return np.atleast_1d(array).astype(array.dtype.newbyteorder("="), copy=False)
 
@@ -326,9 +328,10 @@ class Packer(contextlib.ExitStack):
         place, problem = locate(clip, self._modality), ""
         if features.shape[1] != width:
             shape = list(features.shape)
-            problem = (
-                f"{shape[1]} wide, but {width} wide in other clips: "
-                f"give arrays [frames, {width}] instead of {shape}"
+            problem = f"{shape[1]} wide, but {width} wide in other clips: " + (
+                "transpose the array, as array.T"
+                if shape[0] == width
+                else f"give arrays [frames, {width}] instead of {shape}"
             )
         elif features.dtype != dtype:
             problem = (

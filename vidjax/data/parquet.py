@@ -54,7 +54,7 @@ def read(path: Path) -> Rows:
     Raises UserError if the table is damaged or needs too much memory.
     """
     with files.scratch_folder() as scratch:  # the memory map keeps the deleted file open
-        found = _run(path, {"out_dir": str(scratch)})
+        found = _run(path, {"out_dir": str(scratch)}, writes=[scratch])
         with files.open_regular(scratch / "columns.npz") as file:
             arrays = files.load_npz(file, memory_bytes())
         values = _map_features(scratch, found["values"], np.dtype(found["dtype"]), "r")
@@ -62,8 +62,21 @@ def read(path: Path) -> Rows:
     return Rows(text, arrays, values, arrays.pop("width"))
 
 
-def _run(path: Path, arguments: Mapping[str, object]) -> dict[str, Any]:
-    """Calls `work` in a child process with limits."""
+def read_contents(path: Path) -> tuple[list[str], list[np.ndarray]]:
+    """Returns all texts of a table with any columns, and the numbers of each column of floats.
+
+    Nested columns are flattened. For errors, see `read`.
+    """
+    with files.scratch_folder() as scratch:
+        texts = _run(path, {"out_dir": str(scratch), "any_columns": True}, [scratch])["text"]
+        with files.open_regular(scratch / "columns.npz") as file:
+            return texts, [*files.load_npz(file, memory_bytes()).values()]
+
+
+def _run(
+    path: Path, arguments: Mapping[str, object], writes: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Calls `work` in a child process with limits. It can write only in the folders `writes`."""
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
     room = _get_room(path.stat().st_size)
@@ -73,6 +86,7 @@ def _run(path: Path, arguments: Mapping[str, object]) -> dict[str, Any]:
         {"path": str(path), **arguments},
         memory_bytes=LIBRARY_BYTES + COPIES * room,
         cpu_seconds=CPU_SECONDS + room // CPU_BYTES_PER_SECOND,
+        writes=writes,
     )
 
 
@@ -88,6 +102,17 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             file.read(columns=names, use_threads=False)
         return {}
     folder = Path(arguments["out_dir"])
+    if arguments.get("any_columns"):
+        texts, numbers = set[str](), list[np.ndarray]()
+        with _open(path) as file:
+            for column in file.read(use_threads=False).columns:
+                for leaf in _flatten(column.combine_chunks()):
+                    if leaf.type in ("float", "double", "halffloat"):
+                        numbers.append(leaf.drop_null().to_numpy(zero_copy_only=False))
+                    elif "string" in str(leaf.type):
+                        texts.update(map(str, leaf.unique().to_pylist()))
+        np.savez(folder / "columns.npz", *numbers)
+        return {"text": sorted(texts)}
     with _open(path) as file:
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
@@ -118,8 +143,11 @@ def read_clip_names(path: Path) -> list[str]:
         return column.unique().cast("string").to_pylist()
 
 
-def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Returns the pairs (clip, identity) of a parquet table. A missing identity is "" or NaN."""
+def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
+    """Yields the different pairs of a clip and its identity in a parquet table, and their rows.
+
+    A row is the number of the first row of a pair, from 1. A missing identity is "" or NaN.
+    """
     from pyarrow import types
 
     names = ["clip", "identity"]
@@ -131,11 +159,23 @@ def read_labels(path: Path) -> Iterator[tuple[Any, Any]]:
             )
         _check_footer(path, file, names)
         _run(path, {"names": names})
-        clips, identities = file.read(columns=names).select(names)
-        people: Iterable[Any] = ("" if x is None else x for x in identities.to_pylist())
-        if types.is_floating(identities.type):
-            people = identities.to_numpy()  # its scalars keep the width of the floats
-        return zip(clips.to_pylist(), people, strict=True)
+        row, seen = 0, set[tuple[str, str]]()
+        for batch in file.iter_batches(columns=names):
+            clips, identities = (batch.column(name) for name in names)
+            people: Iterable[Any] = ("" if x is None else x for x in identities.to_pylist())
+            if types.is_floating(identities.type):  # scalars of numpy keep the width of the floats
+                people = identities.to_numpy(zero_copy_only=False)
+            for clip, person in zip(clips.to_pylist(), people, strict=True):
+                row += 1
+                if (pair := (str(clip), str(person))) not in seen:  # a row may be a frame
+                    seen.add(pair)
+                    yield row, clip, person
+
+
+def has_column(path: Path, name: str) -> bool:
+    """Returns whether a parquet table has a column."""
+    with _open(path) as file:
+        return name in file.schema_arrow.names
 
 
 def count_rows(path: Path) -> int:
@@ -173,6 +213,19 @@ def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str])
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"'{path}' is not a parquet table, or is damaged ({reason}): write it again")
+
+
+def _flatten(array: Any) -> Iterator[Any]:  # noqa: ANN401 (pyarrow)
+    """Yields the arrays inside of an array of lists or structures, or the array."""
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_nested(kind):
+        inner = array.flatten()
+        for part in inner if types.is_struct(kind) else [inner]:
+            yield from _flatten(part)
+    else:
+        yield array
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ class ResidentPlan(NamedTuple):
     """The clips that are copied to the devices, and the memory that they need."""
 
     train_splits: tuple[str, ...]  # names of the training splits, as in `BatchPlan.splits`
-    splits: tuple[str, ...]  # names of the training splits and of the split to evaluate
+    splits: tuple[str, ...]  # names of the training splits and of the splits to evaluate
     num_frames: Mapping[str, int]  # modality -> number of frames, including the copies of `best`
     # (split, phase, modality) -> T, where the phase is 'train' or 'eval'. If a clip has more than T
     # frames, this phase uses a copy of its T frames of the highest quality.
@@ -105,9 +105,11 @@ class ResidentPlan(NamedTuple):
     widths: Mapping[str, int]  # modality -> feature width
 
 
-def make_resident_plan(data: TrainingData, plan: BatchPlan, eval_split: str) -> ResidentPlan:
+def make_resident_plan(
+    data: TrainingData, plan: BatchPlan, eval_splits: Sequence[str]
+) -> ResidentPlan:
     """Plans which clips are copied to the devices. `plan` describes the training batches."""
-    splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, eval_split])}
+    splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, *eval_splits])}
     best = {}
     for split in splits.values():
         eval_lengths = make_eval_plan(split, plan.modalities).padded_lengths

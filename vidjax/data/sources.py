@@ -66,7 +66,7 @@ def _get_directory(data: Section, content: str) -> Path:
         raise UserError(
             f"config.data.dir is not set: name the folder of the {content} with "
             "--config.data.dir=FOLDER\n"
-            "if the data are in memory, pass them in Python, as in vidjax.evaluate(workdir, data)"
+            "if the data are in memory, pass them in Python, as in vidjax.train(config, data)"
         )
     folder = files.local(data["dir"])
     if not folder.is_dir():

@@ -71,10 +71,13 @@ def analyse(
         "num_others": split.num_others if pool.all() else 0,
         "worst": measures.find_worst_identities(scored),
         "wrong_clips": measures.find_wrong_clips(scored),
+        "pairs": measures.find_confused_pairs(evaluation.clips, split.labels),
         "intervals": measures.compute_clip_intervals(evaluation.clips, split.labels),
         "fewest_identities": FEWEST_IDENTITIES,
         "strata": measures.measure_strata(scored, split, model.modalities, train_clips),
     }
+    if logs and evaluation.results["map_kind"] != "in_sample":
+        values["suspects"] = measures.measure_suspects(scored, evaluation.clips)
     people = len(model.data.identities)
     more = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
     return values | more[0], arrays | more[1]
@@ -132,6 +135,7 @@ def write_results(
     *,
     report: bool,
     ends_training: bool = False,
+    is_last: bool = True,
 ) -> None:
     """Writes the ranking and the metrics and, if `report` is True, the analysis and the report.
 
@@ -145,6 +149,7 @@ def write_results(
         name of the split, so that no result of the training is replaced.
       ends_training: marks the metrics as `finished` after the report is written, not before. If the
         process is killed before that, the command writes the report when it is repeated.
+      is_last: False if another split of the run follows. Then the report is not yet written.
     """
     split, identities = evaluation.split, models[0].data.identities
     paths = folder.paths(split.name, apart=bool(values.get("overrides")))
@@ -161,7 +166,7 @@ def write_results(
                 results.save_analysis(paths.analysis, *analysis)
     if not distributed.is_first():
         return
-    if report:
+    if report and is_last:
         write_report(folder, split.name)
     if ends_training:
         folder.write_metrics(values, paths)
@@ -204,6 +209,7 @@ def evaluate(
     *,
     num_devices: int | None = None,
     report: bool = False,
+    is_last: bool = True,
 ) -> dict[str, Any]:
     """Ranks a split with a trained run, writes the results into the run's folder and returns them.
 
@@ -211,7 +217,8 @@ def evaluate(
     without a ground truth. If `config` changes the split or the scores of the run, the results are
     written to separate files such as `metrics_<split>.json`. The same applies to a checkpoint other
     than the checkpoint that training has evaluated. If `report` is True, the analysis and the
-    report are written, too. `num_devices` does not change the scores. None means all devices.
+    report are written, too. `num_devices` does not change the scores. None means all devices. For
+    `is_last`, see `write_results`.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -231,7 +238,7 @@ def evaluate(
         "eval_date": results.now(),
         **({"overrides": changed} if changed else {}),
     }
-    write_results(folder, config, models, evaluation, values, mesh, report=report)
+    write_results(folder, config, models, evaluation, values, mesh, report=report, is_last=is_last)
     return values
 
 

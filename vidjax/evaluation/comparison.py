@@ -22,7 +22,7 @@ from vidjax.evaluation.significance import Difference
 from vidjax.runs import config as config_lib, config_io, results as results_lib
 from vidjax.runs.run_folder import CONFIG, RunFolder
 from vidjax.utils import files, messages
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, warn
 
 MAX_MISMATCH = 1e-9  # largest difference between the MAP of metrics.json and analysis.npz
 MAX_IDENTITIES = 20  # most identities in a table of the page
@@ -66,12 +66,7 @@ class Comparison(NamedTuple):
 
     def text(self) -> str:
         """Returns the comparison as a table for the terminal."""
-        head, rows = make_difference_table(self.runs, self.differences)
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in [head, *rows]
-        ]
+        lines = _align_columns(*make_difference_table(self.runs, self.differences))
         first = self.runs[0]
         clips = f"{messages.count(first.metrics['num_clips'], 'clip')} of {first.split}"
         unseen = f" ({first.num_others:,} that no run was trained on are left out)"
@@ -81,6 +76,11 @@ class Comparison(NamedTuple):
         lines += describe_limit(self.runs, self.differences) + describe_in_sample(self.runs)
         lines += describe_extended(self.runs)
         return "\n".join([title, *(f"  {line}" for line in lines)])
+
+    def config_lines(self) -> list[str]:
+        """Returns the fields in which the configurations differ, as a table for the terminal."""
+        head, rows = make_config_table(self.runs)
+        return _align_columns(head, rows) if rows else ["the configurations are equal"]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as plain values for JSON."""
@@ -160,6 +160,21 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
         [merge_seeds(group) for group in seeds],
         significance.differences_of_seeds([[run.ap for run in group] for group in seeds]),
     )
+
+
+def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
+    """Returns the folders that can be compared with the first run, and warns of all others.
+
+    The folders come from a pattern such as `runs/*`, so some may contain no results.
+    """
+    kept: list[RankedRun] = []
+    for name in names:
+        try:
+            run = read(name, split)
+            kept.append(align(kept[0], run) if kept else run)
+        except UserError as error:
+            warn(f"a folder is left out: {str(error).splitlines()[0].removeprefix('--runs: ')}")
+    return [run.name for run in kept]
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
@@ -307,6 +322,16 @@ def _is_number(value: object) -> bool:
 
 
 Rows = list[list[str]]
+
+
+def _align_columns(head: Sequence[str], rows: Rows) -> list[str]:
+    """Returns the lines of a table, in which only the first column is aligned to the left."""
+    table = [list(head), *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in table
+    ]
 
 
 def make_difference_table(

@@ -20,8 +20,13 @@ from vidjax.core import metrics
 from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import Split
 from vidjax.evaluation.scoring import TrainedModel
-from vidjax.evaluation.significance import FEWEST_IDENTITIES, map_interval
+from vidjax.evaluation.significance import (
+    FEWEST_IDENTITIES,
+    compute_gap_interval,
+    map_interval,
+)
 from vidjax.evaluation.topk import TopK
+from vidjax.runs import schemas
 
 MOST_GROUPS = 8  # sets of modalities with separate groups; all other sets form one group
 DRAWS = 1000  # for the interval of a group
@@ -29,6 +34,10 @@ QUANTILES = 5  # number of groups of clips by quality
 COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # upper edges of groups by the number of clips or frames
 NUM_WORST = 20  # identities
 NUM_WRONG = 15  # clips of each kind of mistake
+NUM_PAIRS = 15  # pairs of identities
+# A label is suspected to be wrong if another identity has at least this probability,
+SURE = 0.9
+NUM_ABOVE = 5  # and at least this number of identities scores above the label.
 SCORE_BINS, CONFIDENCE_BINS = 40, 10
 RATES = (0.01, 0.1)  # FPIR of the thresholds in the report
 RESAMPLES = 1000  # number of bootstrap samples
@@ -75,11 +84,26 @@ class ScoredSplit:
         The size is the number of chosen clips that are not distractors.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
-        wanted = self.hits & chosen[np.where(self.hits, self.top.index, 0)]
-        ranks = np.cumsum(wanted | ~self.hits, axis=1)
+        kept = ~self.hits | chosen[np.where(self.hits, self.top.index, 0)]
+        return self._averages_of(kept, positives)[positives > 0], int(positives.sum())
+
+    def averages_without(self, removed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the average precisions [C] if the clips `removed` [N] are in no list.
+
+        The second value is the number of clips that each identity keeps, [C]. A shorter list is not
+        filled with the clips behind its last place.
+        """
+        gone = np.bincount(self.labels[removed & self.pool], minlength=len(self.hits) + 1)[1:]
+        kept = ~np.append(removed, False)[np.minimum(self.top.index, len(removed))]
+        positives = self.positives - gone
+        return self._averages_of(kept, positives), positives
+
+    def _averages_of(self, kept: np.ndarray, positives: np.ndarray) -> np.ndarray:
+        """Returns the average precisions [C] of the places `kept` [C, k] of the lists."""
+        wanted = self.hits & kept
+        ranks = np.cumsum(kept, axis=1)
         precision = np.where(wanted, np.cumsum(wanted, axis=1) / np.maximum(ranks, 1), 0.0)
-        average = precision.sum(axis=1)[positives > 0] / positives[positives > 0]
-        return average, int(positives.sum())
+        return precision.sum(axis=1) / np.maximum(positives, 1)
 
     @cached_property
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +146,7 @@ def measure_strata(
             for label, chosen in group_by_count(train_clips)
             if (chosen & known).any()
         ]
-        tables.append({"by": "training clips of the identity", "rows": rows})
+        tables.append({"by": schemas.TRAIN_CLIPS, "rows": rows})
     lengths = split.lengths[primary]
     groups = group_by_quantile(split.quality[primary], lengths > 0)
     if groups:
@@ -252,6 +276,60 @@ def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
             for i in places[np.lexsort((places, -score[places]))][:NUM_WRONG]
         ]
     return rows
+
+
+def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[Row]:
+    """Returns rows of the pairs of identities with the most confused clips, most clips first.
+
+    `counts` of a row are the clips of `first` that score highest for `second`, and the clips of
+    `second` that score highest for `first`. `labels` [N] int is 0 for a distractor.
+    """
+    best = clips.identity
+    assert best is not None
+    wrong = clips.pool & (labels > 0) & (best > 0) & (best != labels)
+    lost = Counter(zip((labels[wrong] - 1).tolist(), (best[wrong] - 1).tolist(), strict=True))
+    pairs = {(min(pair), max(pair)) for pair in lost}
+    rows = [
+        {"first": one, "second": two, "counts": (lost[one, two], lost[two, one])}
+        for one, two in sorted(pairs)
+    ]
+    return sorted(rows, key=lambda row: -sum(row["counts"]))[:NUM_PAIRS]
+
+
+def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> Row:
+    """Measures how MAP changes without the clips whose labels are suspected to be wrong.
+
+    A label is suspected if the best identity of its clip has a probability of SURE or more, and
+    NUM_ABOVE or more identities score above the label. `clips` are logarithms of probabilities of a
+    model that was not trained on these clips. Identities without another clip are left out.
+    """
+    assert clips.identity is not None and clips.rank is not None
+    doubted = clips.pool & (scored.labels > 0) & (clips.rank >= NUM_ABOVE)
+    doubted &= clips.best >= math.log(SURE)
+    averages, positives = scored.averages_without(doubted)
+    known = positives > 0
+    gaps = (averages - scored.averages)[known]
+    low, high, _ = compute_gap_interval(gaps, draws=DRAWS) if known.any() else (0.0, 0.0, 1.0)
+    places = np.flatnonzero(doubted)
+    rows = [
+        {
+            "clip": scored.names[i],
+            "shows": int(scored.labels[i]) - 1,
+            "identity": int(clips.identity[i]) - 1,
+            "score": float(clips.best[i]),
+        }
+        for i in places[np.lexsort((places, -clips.best[places]))][:NUM_WRONG]
+    ]
+    return {
+        "sure": SURE,
+        "above": NUM_ABOVE,
+        "count": len(places),
+        "clips": rows,
+        "identities": int(known.sum()),
+        "gain": float(gaps.mean()) if known.any() else 0.0,
+        "low": low,
+        "high": high,
+    }
 
 
 # ---- known clips and distractors

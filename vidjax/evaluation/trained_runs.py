@@ -142,6 +142,16 @@ def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
     return data
 
 
+def check_labelled(config: Config, data: TrainingData) -> None:
+    """Raises UserError if a split in `eval.splits` is missing or has no ground truth."""
+    for name in config.eval.splits:
+        if not data.split(name).labelled:
+            raise UserError(
+                f"config.eval.splits: {name} has no ground truth, so it cannot be scored\n"
+                f"leave it out; to rank it, use vidjax evaluate --config.eval.split={name}"
+            )
+
+
 def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
     """Raises UserError if a dataset lacks a modality of a run, or has another feature width."""
     widths = select_modalities(tuple(modalities), data.modalities)

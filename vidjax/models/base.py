@@ -149,7 +149,7 @@ def check_output(model: Identifier, output: object, num_clips: int) -> None:
     name = type(model).__name__
     if not isinstance(output, ModelOutput):
         raise UserError(
-            f"model {name} returns {type(output).__name__}\n"
+            f"model {name} returns {'an array' if hasattr(output, 'dtype') else type(output)}\n"
             "return ModelOutput(logits, embedding) of vidjax.core.batch"
         )
     shapes = {field: getattr(x, "shape", None) for field, x in output._asdict().items()}

@@ -232,6 +232,20 @@ def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, row: int)
     return np.sum(mean**2 / other - gap**2 / variance + np.log(other / variance), axis=1) / 2
 
 
+def clip_log_ratios(space: Space, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Compares clips x with clips y. Both are coordinates [..., D] that broadcast; returns [...].
+
+    A result is log(p(both clips | the same person) / p(both clips | two people)).
+    """
+    # `pair_log_ratios` for groups of one clip, in a form that is exactly symmetric.
+    share = space.ratio / (1 + space.ratio)
+    slope = share / (1 + share)
+    constant = np.sum(np.log1p(space.ratio) - np.log1p(share)) / 2
+    return (
+        constant + np.vecdot(slope * x, y) - (x**2 @ (slope * share) + y**2 @ (slope * share)) / 2
+    )
+
+
 class Settings(NamedTuple):
     """The parameters of a PLDA model.
 

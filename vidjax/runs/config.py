@@ -156,6 +156,8 @@ JOINED = ReadWhen(
 TABLE: tuple[Field | Group, ...] = (
     Field("seed", 0, "seed of parameters, random draws and the order of clips, 0 to 2**31 - 1",
           low=0, high=2**31 - 1),
+    Field("init_from", "", "folder of a run whose weights training starts with, where they fit; "
+          "classes are matched by the name of the identity; empty: random weights", affects=STEPS),
     Field("batch_size", 128, "clips per training step, over all devices", low=1, high=2**20),
     Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed. It may be "
           "larger when a run resumes", above=0, high=1e6),
@@ -180,6 +182,8 @@ TABLE: tuple[Field | Group, ...] = (
           "mixup", low=0, high=1e6, affects=STEPS),
     Field("log_every_steps", 20, "training steps between two lines of `metrics.jsonl`; steps 1, 2, "
           "5, 10 and the last step have a line, too", low=1, high=2**31 - 1, affects=LOGS),
+    Field("profile", (), "first and last step of a trace by `jax.profiler`, e.g. `20,30`; it is "
+          "written to the folder `profile` of the run; empty: no trace", affects=LOGS),
     Field("checkpoint_every_seconds", 300.0, "seconds between two checkpoints; every evaluation "
           "saves a checkpoint, too", low=0, high=math.inf, affects=LOGS),
 
@@ -292,8 +296,10 @@ TABLE: tuple[Field | Group, ...] = (
     Group("eval", "evaluation and ranking"),
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
           "folds or bootstrap samples", affects=SCORES),
-    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training",
-          low=0, high=1e6, affects=LOGS),
+    Field("eval.splits", (), "labelled splits to evaluate, too, e.g. `train,test`; only "
+          "`eval.split` chooses the best step; empty: none", affects=NOTHING),
+    Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training, "
+          "or 1 with `early_stop.patience`", low=0, high=1e6, affects=LOGS),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20,
           affects=NOTHING),
     Field("eval.scores", "log_softmax", "scores that clips are ranked by", affects=SCORES),
@@ -375,6 +381,19 @@ TABLE: tuple[Field | Group, ...] = (
           "gradients) of the optimizer are reset to 0; 0: never", low=0, high=1e6, affects=STEPS),
     Field("optim.clip_norm", 0.0, "maximum global norm of the gradients; 0: no clipping", low=0,
           affects=STEPS),
+    Field("optim.accumulate", 1, "number of steps whose gradients are averaged for an update of "
+          "the parameters; it saves memory, compared with a larger `batch_size`", low=1, high=2**20,
+          affects=STEPS),
+    Field("optim.freeze", "", "regular expression: parameters with a name in which it is found "
+          "stay unchanged, e.g. `^face_netvlad`; empty: none", affects=STEPS),
+
+    Group("early_stop", "the end of a training that no longer improves"),
+    Field("early_stop.patience", 0, "training ends after this number of evaluations, one after the "
+          "other, without a better value of `early_stop.metric`; 0: never", low=0, high=2**31 - 1,
+          affects=STEPS),
+    Field("early_stop.metric", "map", "`map`, or a name in the table *metric* below, "
+          "on `eval.split`. With `early_stop.patience`",
+          read_when=_read_unless("early_stop.patience", 0, 3), affects=STEPS),
 
     Group("join", "a blend of several runs, by `vidjax evaluate --runs=A,B`"),
     Field("join.runs", (), "folders of the runs; set by `--runs`", affects=SCORES),
@@ -423,6 +442,11 @@ def default() -> Config:
         parent = config[group] if group else config
         parent[leaf] = config_dict.placeholder(str) if value is None else value
     return config
+
+
+def list_splits(config: Config) -> tuple[str, ...]:
+    """Returns the splits to evaluate. The first is `eval.split`."""
+    return tuple(dict.fromkeys((config.eval.split, *config.eval.splits)))
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -556,11 +580,18 @@ def _find_numbers(value: Any) -> Iterator[int | float]:
 def _find_untrainable(values: Values) -> Iterator[str]:
     if not values["data.train_splits"]:
         yield "config.data.train_splits is empty: use --config.data.train_splits=train"
-    split = values["eval.split"]
+    window, text = values["profile"], "config.profile=" + ",".join(map(str, values["profile"]))
+    if window and (len(window) != 2 or not all(type(x) is int for x in window)):
+        yield f"{text}: must be two whole numbers, such as --config.profile=20,30"
+    elif window and not 0 <= window[0] < window[1]:
+        yield f"{text}: the first step must be 0 or more, and the last step larger"
     leaves_clips_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT_FIELDS)
-    if split in values["data.train_splits"] and not leaves_clips_out:
+    for split in (values["eval.split"], *values["eval.splits"]):
+        if split not in values["data.train_splits"] or leaves_clips_out:
+            continue
+        field = "split" if split == values["eval.split"] else "splits"
         yield (
-            f"config.eval.split='{split}' is among config.data.train_splits, but a score on "
+            f"config.eval.{field}='{split}' is among config.data.train_splits, but a score on "
             "training clips means nothing\nto measure out of fold, use --config.ensemble.folds=5\n"
             "to train on all clips and rank test, use --config=FILE:everything "
             "--config.eval.split=test"

@@ -101,9 +101,10 @@ def find_file(name: str) -> Path:
         known |= {file.stem: file for file in folder.glob("*.py")}
     if name in known:
         return known[name]
-    raise UserError(
-        f"--config: the file '{name}' does not exist\n{suggest(path.stem, sorted(known))}"
-    )
+    problem = "is a folder, not a file" if path.is_dir() else "does not exist"
+    saved = path / "config.json"  # of a run
+    remedy = f"did you mean '{saved}'?" if saved.is_file() else suggest(path.stem, sorted(known))
+    raise UserError(f"--config: '{name}' {problem}\n{remedy}")
 
 
 def shipped_folder() -> Path:
@@ -124,6 +125,8 @@ class _Loader(SourceFileLoader):
 
 def load_module(path: Path) -> ModuleType:
     """Executes a configuration file. Raises UserError if it has no function `get_config`."""
+    if path.name == "config.json":
+        raise UserError(f"--config: '{path}' takes no arguments: remove the text after the colon")
     if path.suffix != ".py":
         raise UserError(f"--config: '{path}' is not a Python file: end the name in .py")
     module = execute(path)

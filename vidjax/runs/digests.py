@@ -19,7 +19,7 @@ from vidjax.core import ensemble
 from vidjax.data.clips import TrainingData
 from vidjax.runs import members_file
 from vidjax.runs.checkpoint import CheckpointError
-from vidjax.runs.config import Config
+from vidjax.runs.config import Config, list_splits
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
 
@@ -59,7 +59,7 @@ def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
     return {
         "splits": {
             name: of_splits[name]["sha256"]
-            for name in dict.fromkeys((*config.data.train_splits, config.eval.split))
+            for name in dict.fromkeys((*config.data.train_splits, *list_splits(config)))
             if "sha256" in of_splits.get(name, {})
         },
         "weights": files.sha256_file(Path(weights).expanduser()) if weights else None,

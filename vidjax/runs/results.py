@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -25,6 +25,7 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
 Arrays = dict[str, np.ndarray]
+LogFunction = Callable[[dict[str, Any]], object]  # it gets a line of `metrics.jsonl`
 
 MAX_LOG_LINES = 20_000  # lines of a log that are returned
 MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
@@ -33,7 +34,8 @@ REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLD
 # Keys of `metrics.json` that describe the training. A later evaluation does not change them.
 TRAINING_KEYS = (
     "best_step", "best_map", "num_params", "num_members", "train_clips_per_second", "train_seconds",
-    "seconds", "date", "seed", "command", "finished", "trained_on", "versions",
+    "seconds", "date", "seed", "command", "finished", "trained_on", "versions", "init_from",
+    "early_stop",
 )  # fmt: skip
 
 
@@ -139,6 +141,26 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
         return f"{problem}most people have one clip: add a split val with other clips of them"
     return f"{problem}to measure, use --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
+
+
+def describe_source(metrics: Mapping[str, Any]) -> str:
+    """Returns a text about the run whose weights a run started with, or "" if there is none."""
+    source = metrics.get("init_from")
+    if not source:
+        return ""
+    return (
+        f"{source['run']}, step {source['step']:,}: {messages.count(source['arrays'], 'array')}, "
+        f"{source['identities']:,} identities"
+    )
+
+
+def describe_end(metrics: Mapping[str, Any]) -> str:
+    """Returns why the training of a run ended early, or "" if it did not."""
+    end = metrics.get("early_stop") or {}
+    if not end.get("stopped"):
+        return ""
+    waited = messages.count(end["waited"], "evaluation")
+    return f"{end['metric']} has not improved since step {end['step']:,}, for {waited}"
 
 
 def describe_epochs(metrics: Mapping[str, Any]) -> str:
@@ -255,11 +277,15 @@ class Logs:
 
     If several processes train the run, only the first process writes. A resumed run continues after
     `step`: later lines are removed, and TensorBoard hides later entries. `evaluated` is True if
-    `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names.
+    `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names. `log` gets
+    each line of `metrics.jsonl` as a dict, after the line is written.
     """
 
-    def __init__(self, workdir: Path, *, step: int, evaluated: bool = True):
+    def __init__(
+        self, workdir: Path, *, step: int, evaluated: bool = True, log: LogFunction | None = None
+    ):
         self._files: dict[str, io.FileIO] = {}
+        self._log = log
         if not distributed.is_first():
             return
         if not step:
@@ -278,6 +304,8 @@ class Logs:
         numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
         scalars = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
         self._event(step=step, summary={"value": scalars})
+        if self._log and self._files:
+            self._log({"step": step, **values})
 
     def timing(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes measured times to `timing.jsonl`, and whether the step has a checkpoint."""

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -100,9 +101,27 @@ class RunFolder:
         vars(self).pop("_config", None)
 
 
+def open_run(workdir: str | Path) -> RunFolder:
+    """Opens the folder of a run. Raises UserError if the folder contains no run."""
+    folder = RunFolder(workdir)
+    if not folder.has(CONFIG):
+        paths = sorted(folder.path.glob(f"*/{CONFIG}"))
+        runs = [messages.relative_path(path.parent) for path in paths]
+        place = shlex.quote(messages.relative_path(folder.path))
+        hint = f"to train a run, use vidjax train --config=mma --workdir={place}"
+        if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
+            hint = "name the folder of a run; to train a run, use vidjax train --config=mma"
+        if runs:
+            hint = f"it contains folders of runs: name one of them, such as {', '.join(runs[:3])}"
+        raise UserError(f"no run in '{workdir}': it has no {CONFIG}\n{hint}")
+    return folder
+
+
 def make_paths_absolute(config: Config) -> Config:
-    """Returns a copy of a configuration with absolute paths in the fields of `config.data`."""
+    """Returns a copy of a configuration with absolute paths."""
     config = copy.deepcopy(config)
+    if config.init_from:
+        config.init_from = str(files.absolute(config.init_from))
     for field in config_lib.PATHS:
         name = field.removeprefix("data.")
         if config.data[name]:

@@ -71,6 +71,26 @@ class DataDigests(Struct, kw_only=True):
     weights: Text | None = None  # sha256 of the file `data.weights`
 
 
+class Source(Struct, kw_only=True):
+    """The run whose weights a training started with."""
+
+    run: Text  # its folder
+    step: Whole
+    sha256: Text  # of the digests of the files of its checkpoint
+    arrays: Count  # number of loaded arrays
+    identities: Count  # number of identities that it was trained on, too
+
+
+class EarlyStop(Struct, kw_only=True):
+    """The best evaluation so far of a run with `early_stop.patience`."""
+
+    metric: Text
+    best: NotNaN
+    step: Whole  # of the best evaluation
+    waited: Count  # number of evaluations since then
+    stopped: bool  # True if training ended for this reason
+
+
 class Metrics(Struct, kw_only=True):
     """The results of a run on a split: the content of `metrics.json` or `metrics_<split>.json`."""
 
@@ -85,6 +105,7 @@ class Metrics(Struct, kw_only=True):
     num_map_identities: Whole | None = None  # identities with a clip; MAP is their mean
     map_kind: Text | None = None  # the name of the split, `out_of_fold` or `in_sample`
     top1: Share | None = None  # share of labelled clips whose best identity is right
+    eval_loss: NotNaN | None = None  # mean of minus the log-probability of the right identity
     auroc: Share | None = None  # how well the best scores separate known clips from distractors
     # Share of known clips that are missed or misnamed, if 1 % or 10 % of distractors get a name.
     fnir_1: Share | None = field(default=None, name="fnir_at_fpir_0.01")
@@ -111,6 +132,8 @@ class Metrics(Struct, kw_only=True):
     finished: bool | None = None
     extended: Epochs | None = None  # None if `num_epochs` has not grown
     command: Text | None = None
+    init_from: Source | None = None  # None if training started with random weights
+    early_stop: EarlyStop | None = None  # None without `early_stop.patience`
     trained_on: DataDigests | None = None
     versions: dict[str, Text] | None = None  # package -> version
     members: list[dict[str, Scalar]] | None = None  # number, options, MAP
@@ -142,6 +165,8 @@ class Manifest(Struct, kw_only=True):
     # Settings of the model that are fitted before the training.
     # Attribute of the model -> the value that `Identifier.prepare` computed.
     settings: dict[str, NotNaN | list[NotNaN]] | None = None
+    init_from: Source | None = None  # None if training started with random weights
+    early_stop: EarlyStop | None = None  # None without `early_stop.patience`
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 
@@ -173,6 +198,7 @@ class Mistake(Struct, kw_only=True):
 
 
 Mistakes = list[Mistake]
+TRAIN_CLIPS = "training clips of the identity"  # `Strata.by` of groups by this number
 Pair = tuple[Column, Column]  # the index of an identity or -1, and a number of clips
 
 
@@ -185,6 +211,28 @@ class WorstIdentity(Struct, kw_only=True):
     # The pairs of the following lists are (another identity, number of clips).
     lost_to: list[Pair]  # clips that score highest for the other identity
     mixed_with: list[Pair]  # clips of the other identity in the first places
+
+
+class ConfusedPair(Struct, kw_only=True):
+    """Two identities whose clips are confused."""
+
+    first: Column
+    second: Column
+    # The clips of `first` that score highest for `second`, and the reverse.
+    counts: tuple[Count, Count]
+
+
+class Suspects(Struct, kw_only=True):
+    """The clips whose labels are suspected to be wrong, and the change in MAP without them."""
+
+    sure: Share  # the best identity of a suspected clip has at least this probability
+    above: Count  # at least this number of identities scores above the label
+    count: Count  # suspected clips
+    clips: Mistakes  # the suspected clips with the highest scores
+    identities: Count  # identities that keep a clip; the following values are means over them
+    gain: float
+    low: float  # this and `high`: the 95 % interval
+    high: float
 
 
 class Stratum(Struct, kw_only=True):
@@ -259,6 +307,8 @@ class Analysis(Struct, kw_only=True):
     strata: list[Strata] | None = None
     fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
     wrong_clips: WrongClips | None = None
+    pairs: list[ConfusedPair] | None = None  # None in old analyses
+    suspects: Suspects | None = None  # None if scores are no probabilities, or MAP is in sample
     open_set: OpenSet | None = None  # None without distractors
     calibration_error: float = math.nan  # expected calibration error
 

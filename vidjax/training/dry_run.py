@@ -1,19 +1,28 @@
 """Checks that a system can be built from a configuration, before any data are read."""
 
 import math
+import os
 import shlex
+import traceback
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+import vidjax
 from vidjax.core import ensemble
+from vidjax.core.batch import Batch
+from vidjax.core.fusion import FUSIONS
+from vidjax.core.losses import CLASSIFICATION
 from vidjax.data import sources
 from vidjax.data.clips import Modality, TrainingData, select_modalities
 from vidjax.models.base import Identifier
-from vidjax.models.build_system import MODELS, TaskSpec, make_system
+from vidjax.models.build_system import MODELS, TaskSpec, make_blank_clips, make_system
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.training import train_step
+from vidjax.training.early_stop import check_metric
 from vidjax.utils.errors import UserError
 
 # The assumptions of a dry run, which reads no data:
@@ -51,14 +60,16 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
     """Raises UserError if a system cannot be built from a configuration.
 
     If `data` is None, the names of the files in `config.data` give the modalities. No features are
-    read, and no device is used. This takes a tenth of a second. A fault in the code of a user's
-    loss is not found, because no training step is traced.
+    read, and no device is used. This takes a tenth of a second. If a user has added a model, a loss
+    or a fusion, a training step is traced, too, because it calls the user's functions. Then a dry
+    run takes a second.
     """
     for spec in config.join.systems:
         dry_run(config_io.load_system(config, spec, final=False), data)
     if config.join.systems:
         return
     check_model(config)
+    check_metric(config)
     known = data.modalities if data else {}
     if not data:
         widths = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
@@ -70,23 +81,29 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
     clusters = 1 if config.data.distractors == "noise" else None
     task = TaskSpec(widths, 2, clusters, CLIPS, STEPS, train_other=True)
 
-    def init() -> train_step.TrainState:
+    def begin() -> train_step.TrainState:
         system = make_system(spec, task)
         rngs = ensemble.make_rngs(members, config.seed)
-        return train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
+        state = train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
+        if not _has_own_code():
+            return state
+        constants = train_step.make_member_constants(members, np.ones((1, CLIPS)))
+        rows = jnp.zeros(2, jnp.int32)
+        batch = Batch(make_blank_clips(widths), rows, rows == 0)
+        return train_step.train_step(system, state, jax.tree.map(jnp.asarray, constants), batch)[0]
 
     try:
-        params = jax.eval_shape(init).params
-    except ValueError as error:
+        params = jax.eval_shape(begin).params
+    except UserError as error:
         place = "" if "config." in str(error) else "config.model: "
         raise UserError(f"{place}{error}") from error
     except MemoryError:
         raise
-    except Exception as error:  # the code of the model may come from the user
+    except Exception as error:  # the code of a model or a loss may come from the user
         reason = (str(error) or "no reason given").splitlines()[0]
+        line = _find_own_line(error) or f"the model '{spec['model'].get('name')}' cannot be built"
         raise UserError(
-            f"the model '{spec['model'].get('name')}' cannot be built: "
-            f"{type(error).__name__}: {reason}\nto see the line of code, add --debug"
+            f"{line}: {type(error).__name__}: {reason}\nto see the whole traceback, add --debug"
         ) from error
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     if count > MAX_PARAMS:
@@ -94,3 +111,22 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
             f"the model '{spec['model'].get('name')}' has {count:,} parameters, more "
             f"than {MAX_PARAMS:,}\nreduce its sizes in config.model"
         )
+
+
+def _has_own_code() -> bool:
+    """Returns True if a user has added a model, a loss or a fusion."""
+    functions = [*MODELS.values(), *CLASSIFICATION.values(), *FUSIONS.values()]
+    return any(not function.__module__.startswith("vidjax.") for function in functions)
+
+
+def _find_own_line(error: Exception) -> str:
+    """Returns the file and the line of a user's code that raised `error`, or ""."""
+    libraries = (
+        Path(vidjax.__file__).parent,
+        Path(jax.__file__).parents[1],
+        Path(os.__file__).parent,
+    )
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in libraries):
+            return f"'{frame.filename}' line {frame.lineno}"
+    return ""

@@ -6,7 +6,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,7 +31,7 @@ from vidjax.runs import (
     signals,
 )
 from vidjax.runs.checkpoint import CheckpointError
-from vidjax.runs.config import ROUNDING, Config, affects, differences
+from vidjax.runs.config import ROUNDING, Config, affects, differences, list_splits
 from vidjax.runs.results import Logs
 from vidjax.runs.run_folder import (
     CONFIG,
@@ -42,7 +42,14 @@ from vidjax.runs.run_folder import (
 )
 from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
-from vidjax.training import feed as feed_lib, noise_classes, train_step
+from vidjax.training import (
+    early_stop,
+    feed as feed_lib,
+    init_from,
+    noise_classes,
+    profiler,
+    train_step,
+)
 from vidjax.training.placement import Placement, choose_placement
 from vidjax.training.plan import RunPlan, compute_values, describe_repeated_clips, make_plan
 from vidjax.utils import files, messages
@@ -78,9 +85,16 @@ def make_schedule(config: Config, plan: RunPlan) -> Schedule:
 
     first = [step for step in FIRST_STEPS if step < total]
     log = frozenset((*first, *range(0, total, config.log_every_steps), total))
-    evaluate = every(config.eval.every_epochs) | {total}
+    epochs = config.eval.every_epochs or min(config.early_stop.patience, 1)
+    evaluate = every(epochs) | {total}
     relabel = every(config.noise.relabel_every_epochs) if plan.task.layout else frozenset()
-    return Schedule(log, evaluate, relabel, tuple(sorted(log | evaluate | relabel)))
+    if config.profile and config.profile[0] >= total:
+        raise UserError(
+            f"config.profile={config.profile[0]},{config.profile[1]}: the run has only "
+            f"{messages.count(total, 'step')}\nname earlier steps, such as --config.profile=1,2"
+        )
+    stops = log | evaluate | relabel | {step for step in config.profile if step < total}
+    return Schedule(log, evaluate, relabel, tuple(sorted(stops)))
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
@@ -98,6 +112,9 @@ def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] |
     wanted = ["num_clips", "num_identities", "trained_on"]
     wanted += ["map", "map_kind"] if "map" in results else []
     wanted += ["best_map", "best_step"] if "best_map" in results else []
+    others = list_splits(config)[1:]
+    if not all(folder.has(folder.paths(split).metrics.name) for split in others):
+        return None
     if not results.get("finished") or any(results.get(name) is None for name in wanted):
         return None
     return results if config.num_epochs == recorded.num_epochs else None
@@ -112,12 +129,13 @@ def train(
     analyse: bool = False,
     command: str | None = None,
     began: float | None = None,
+    log: results_lib.LogFunction | None = None,
 ) -> dict[str, Any]:
     """Trains a system, or resumes the training. Returns the content of `metrics.json`.
 
     The caller has locked the folder `workdir`. If `analyse` is True, `analysis.npz` and
     `report.html` are written at the end. `command` is the command line that repeats the training.
-    `began` is the value of `time.monotonic()` when this process started. For errors, see
+    `began` is the value of `time.monotonic()` when this process started. For `log` and errors, see
     `public.train`.
     """
     began = time.monotonic() if began is None else began
@@ -127,30 +145,42 @@ def train(
     schedule = make_schedule(config, plan)
     if note := describe_repeated_clips(config, plan):
         say(note)
+    if config.optim.freeze:
+        params, _ = plan.system.compute_shapes(1)
+        say(optim.describe_frozen(params, config.optim.freeze))
     run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
-    write_description(workdir, config, data, plan.training_sets)
-    evaluated = _take_steps(run, plan, schedule, workdir, config.eval.split, analyse)
+    write_description(workdir, config, data, run.training_sets)
+    evaluated = _take_steps(run, plan, schedule, workdir, config.profile, analyse, log)
     # An earlier process may have stopped between the last evaluation and its results.
-    evaluation = evaluated or run.evaluate()
-    results = {"data": data.report["data"], **evaluation.results, **run.results()}
-    if command:
-        results["command"] = command
-    analysis.write_results(
-        RunFolder(workdir), config, [run.trained_model()], evaluation, results, mesh,
-        report=analyse, ends_training=True,
-    )  # fmt: skip
+    evaluations = evaluated or run.evaluate()
+    of_training = run.results() | ({"command": command} if command else {})
+    results: dict[str, Any] = {}
+    for evaluation in reversed(evaluations):
+        results = {"data": data.report["data"], **evaluation.results, **of_training}
+        is_last = evaluation is evaluations[0]
+        analysis.write_results(
+            RunFolder(workdir), config, [run.trained_model()], evaluation, results, mesh,
+            report=analyse, ends_training=is_last, is_last=is_last,
+        )  # fmt: skip
     return results
 
 
 def _take_steps(
-    run: "TrainingRun", plan: RunPlan, schedule: Schedule, workdir: Path, split: str, analyse: bool
-) -> Evaluation | None:
-    """Trains, logs, saves and evaluates. Returns the last evaluation, or None if there is none."""
+    run: "TrainingRun",
+    plan: RunPlan,
+    schedule: Schedule,
+    workdir: Path,
+    window: Sequence[int],
+    analyse: bool,
+    log: results_lib.LogFunction | None,
+) -> list[Evaluation]:
+    """Trains, logs, saves and evaluates. Returns the last evaluation of each split, if any."""
     total_steps, num_drawn = plan.task.total_steps, plan.batches.num_drawn
     # An earlier process may have stopped between a step and its evaluation.
-    evaluated, is_pending = None, run.step in schedule.evaluate and not run.is_evaluated
+    is_pending = run.step in schedule.evaluate and not run.is_evaluated
+    evaluated: list[Evaluation] = []
     with contextlib.ExitStack() as stack:
-        logs = Logs(workdir, step=run.step, evaluated=not is_pending)
+        logs = Logs(workdir, step=run.step, evaluated=not is_pending, log=log)
         stack.callback(logs.close)
         progress = Progress(
             num_drawn(total_steps), initial=num_drawn(run.step),
@@ -158,18 +188,27 @@ def _take_steps(
         )  # fmt: skip
         stack.callback(progress.close)
         interruption = stack.enter_context(signals.catch_interruption())
+        trace = stack.enter_context(profiler.trace_steps(workdir, window))
 
-        def evaluate() -> Evaluation:
+        def evaluate() -> list[Evaluation]:
             """Evaluates the run. Adds the metrics to the log and the checkpoint of this step."""
             interruption.raise_if_interrupted(run.step)
             interruption.at_once = True
             evaluated = run.evaluate(lambda: interruption.raise_if_interrupted(run.step))
-            scores = metrics.select_logged(evaluated.results)
-            logs.metrics(run.step, {"split": split, **scores})
-            line = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            first, *others = evaluated
+            scores = metrics.select_logged(first.results)
+            of_others = {
+                f"{other.split.name}/{name}": value
+                for other in others
+                for name, value in metrics.select_logged(other.results).items()
+            }
+            logged = {**scores, **of_others}
+            logs.metrics(run.step, {"epoch": run.epoch, "split": first.split.name, **logged})
+            line = ", ".join(f"{name} {value:.4f}" for name, value in logged.items())
             say(f"step {run.step} of {total_steps}: {line or 'ranked'}")
             if "map" in scores:
                 progress.keep_text(f"MAP {scores['map']:.4f}")
+            run.check_progress(first)
             run.save(**scores, evaluated=True)
             interruption.at_once = False
             return evaluated
@@ -178,7 +217,8 @@ def _take_steps(
             evaluated = evaluate()
         interruption.at_once = True  # before the first step, no training would be lost
         run.start_compiling_evaluation()
-        while run.step < total_steps:
+        while run.step < total_steps and not run.is_stopped:
+            trace(run.step)
             num_clips, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
             analysis.import_slow_libraries(report=analyse)
@@ -194,7 +234,7 @@ def _take_steps(
                 logs.timing(run.step, timing)
             if run.step in schedule.evaluate:
                 evaluated = evaluate()
-            if run.step < total_steps:
+            if run.step < total_steps and not run.is_stopped:
                 interruption.raise_if_interrupted(run.step)
     return evaluated
 
@@ -242,6 +282,7 @@ class TrainingRun:
     Attributes:
       step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
+      training_sets: the clips that each member was trained on, also before `config.init_from`.
       next_save: the time at which the next checkpoint is due, in seconds of `time.monotonic()`.
     """
 
@@ -265,17 +306,21 @@ class TrainingRun:
         self._attention_step = (
             eval_step.make_attention_step(self._system, mesh) if analyse and has_vectors else None
         )
+        self.training_sets, self._started = plan.training_sets, dict[str, Any]()
         self._num_members = len(plan.training_sets.members)
         self._description: dict[str, Any] = {
             **plan.task._asdict(),
-            **digests.hash_companions(data.identities, plan.training_sets),
             "data": digests.hash_data(config, data),
             "config": config.to_dict(),
         }
         state, manifest = self._restore_or_init(data)
         epochs = list_epochs(manifest, config.num_epochs)
         self._extended = {"extended": epochs} if epochs else {}
-        self._description |= self._extended
+        self._early_stop = manifest.get("early_stop")
+        if self._early_stop and config.num_epochs != manifest["config"]["num_epochs"]:
+            self._early_stop |= {"waited": 0, "stopped": False}  # the user wants more steps
+        self._description |= {"early_stop": self._early_stop} if self._early_stop else {}
+        self._description |= self._companions(data) | self._extended | self._started
         self.step = int(state.step)
         self.is_evaluated = bool(manifest.get("evaluated"))
         self._seconds_before, self._began = manifest.get("seconds", 0.0), began
@@ -283,7 +328,7 @@ class TrainingRun:
         if self.step:
             say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
-        layout = resident.make_resident_plan(data, plan.batches, config.eval.split)
+        layout = resident.make_resident_plan(data, plan.batches, list_splits(config))
         mode, size = self._choose_placement(layout, state, manifest)
         self._group_size = size
         self._constants = [self._replicate(part) for part in ensemble.split(plan.constants, size)]
@@ -317,18 +362,51 @@ class TrainingRun:
             # A model in closed form is trained in seconds, so nothing is lost.
             if not system.model.is_closed_form and (lost := checkpoint.explain_lost(workdir)):
                 raise CheckpointError(lost)
-            return train_step.make_state(init, system.tx, self._mesh), {}
+            if not config.init_from:
+                return train_step.make_state(init, system.tx, self._mesh), {}
+            return self._init_from_run(init, data), {}
         manifest = newest.manifest
         trained_runs.check_entries(workdir, manifest)
         old = config_io.from_json(json.dumps(manifest["config"]))
         check_resumes(workdir, old, config)
         digests.check_data(workdir, manifest["data"], config, data)
-        digests.check_digests(workdir, manifest, self._description)
+        if source := manifest.get("init_from"):
+            self._started = {"init_from": source}
+            self._add_clips(trained_runs.load_training_sets(workdir, manifest))
+        digests.check_digests(workdir, manifest, self._companions(data))
         items = checkpoint.load(newest, train_step.convert_to_items(jax.eval_shape(init)), sharding)
         checkpoint.warn_of_lost(workdir, "best")
         self._report_changes(old, manifest)
         checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
         return train_step.convert_from_items(items), manifest
+
+    def _init_from_run(
+        self, init: Callable[[], train_step.TrainState], data: TrainingData
+    ) -> train_step.TrainState:
+        """Returns a new state with the weights of the run `config.init_from`."""
+        source, mesh = init_from.find_source(self._config), self._mesh
+
+        def load(state: train_step.TrainState) -> train_step.TrainState:
+            state, entry = init_from.load_state(
+                source, self._system, self._config, data.identities, state, mesh
+            )
+            self._started = {"init_from": entry}
+            return state
+
+        self._add_clips(source.training_sets)
+        split = data.split(self._config.eval.split)
+        if ensemble.choose_scoring_members(self.training_sets, split.clips)[1]:
+            warn(
+                f"the run config.init_from was trained on clips of {split.name}, so MAP is too "
+                "high\nto measure, choose another split: --config.eval.split=SPLIT"
+            )
+        return train_step.make_state(init, self._system.tx, mesh, load)
+
+    def _add_clips(self, earlier: ensemble.TrainingSets) -> None:
+        self.training_sets = ensemble.add_trained_clips(self.training_sets, earlier)
+
+    def _companions(self, data: TrainingData) -> dict[str, str]:
+        return digests.hash_companions(data.identities, self.training_sets)
 
     def _report_changes(self, old: Config, manifest: Mapping[str, Any]) -> None:
         """Reports the changes of the configuration that affect the rest of a resumed training."""
@@ -338,7 +416,7 @@ class TrainingRun:
                 say(f"config.{name} changes from {before} to {now}: later steps round otherwise")
         if config.num_epochs == old.num_epochs or self._system.model.is_closed_form:
             return
-        earlier = optim.make_schedule(
+        _, earlier = optim.make_optimizer(
             config.optim.to_dict(),
             total_steps=manifest.get("total_steps", step),
             steps_per_epoch=self._plan.batches.num_places / config.batch_size,
@@ -404,6 +482,11 @@ class TrainingRun:
         return self._seconds_before + time.monotonic() - self._began
 
     @property
+    def epoch(self) -> float:
+        """The number of passes over the training clips up to `step`."""
+        return self.step * self._config.batch_size / self._plan.batches.num_places
+
+    @property
     def state(self) -> train_step.TrainState:
         """The state of all members."""
         return train_step.merge_states(self._states)
@@ -450,7 +533,7 @@ class TrainingRun:
                 f"up to step {self.step}, {messages.count(int(sums['bad_steps']), 'step')} had no "
                 "effect, because the loss or the gradient was not finite"
             )
-        values = {"epoch": self.step * self._config.batch_size / self._plan.batches.num_places}
+        values = {"epoch": self.epoch}
         if not self._system.model.is_closed_form:
             values["learning_rate"] = float(np.asarray(self._system.lr_schedule(self.step - 1)))
         weight = max(sums["weight"], 1e-6)
@@ -510,13 +593,32 @@ class TrainingRun:
         checkpoint.save(self._workdir, self.step, train_step.convert_to_items(self.state), info)
         self.next_save = time.monotonic() + self._config.checkpoint_every_seconds
 
-    def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """Ranks `config.eval.split`. To end the evaluation early, `check` may raise an error."""
+    @property
+    def is_stopped(self) -> bool:
+        """True if training ends early."""
+        return bool(self._early_stop and self._early_stop["stopped"])
+
+    def check_progress(self, evaluation: Evaluation) -> None:
+        """Decides whether training ends early, see `config.early_stop`."""
+        if not self._config.early_stop.patience:
+            return
+        config, before = self._config, self._early_stop
+        self._early_stop = early_stop.add_evaluation(config, before, self.step, evaluation.results)
+        if self.step >= self._plan.task.total_steps:
+            self._early_stop["stopped"] = False  # not early
+        self._description["early_stop"] = self._early_stop
+
+    def evaluate(self, check: Callable[[], None] = lambda: None) -> list[Evaluation]:
+        """Ranks the splits of `config.eval`, first `eval.split`.
+
+        To end the evaluation early, `check` may raise an error.
+        """
         if self._compiling:
             self._compiling.join()
         spec = self._config.eval
         options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
-        return score([self.trained_model()], spec.split, self._mesh, **options)
+        models, splits = [self.trained_model()], list_splits(self._config)
+        return [score(models, split, self._mesh, **options) for split in splits]
 
     def start_compiling_evaluation(self) -> None:
         """Starts to compile the evaluation in another thread."""
@@ -536,7 +638,7 @@ class TrainingRun:
             self._eval_step,
             params,
             self._replicate(self._system.model.finalise_state(params, model_state)),
-            self._plan.training_sets,
+            self.training_sets,
             self._clips,
             attention_step=self._attention_step,
         )
@@ -563,6 +665,8 @@ class TrainingRun:
             "step": self.step,
             "finished": True,
             **self._extended,
+            **self._started,
+            **({"early_stop": self._early_stop} if self._early_stop else {}),
             "trained_on": self._description["data"],
             "versions": collect_versions(),
         }

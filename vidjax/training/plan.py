@@ -24,9 +24,10 @@ from vidjax.data.clips import (
     select_modalities,
 )
 from vidjax.data.labels import load_clip_weights
+from vidjax.evaluation.trained_runs import check_labelled
 from vidjax.models.base import TrainingClips
 from vidjax.models.build_system import MODELS, System, TaskSpec, make_fusions, make_system
-from vidjax.runs.config import Config
+from vidjax.runs.config import Config, list_splits
 from vidjax.runs.terminal import say
 from vidjax.training import noise_classes, train_step
 from vidjax.training.dry_run import check_model
@@ -80,6 +81,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
     spec = config.ensemble.to_dict()
     members = ensemble.make_members(spec)
     data.split(config.eval.split)  # raises an error if the split is missing
+    check_labelled(config, data)
     splits = [data.split(name) for name in config.data.train_splits]
     labels = np.concatenate([split.labels for split in splits])
     clips = tuple(clip for split in splits for clip in split.clips)
@@ -110,7 +112,7 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         num_identities=len(data.identities),
         num_clusters=num_clusters,
         num_clips=len(labels),
-        total_steps=math.ceil(config.num_epochs * batches.num_places / config.batch_size),
+        total_steps=count_steps(config, batches.num_places),
         train_other=bool(np.any(weight[:, labels == 0])),
         num_places=batches.num_places,
     )
@@ -121,6 +123,12 @@ def make_plan(config: Config, data: TrainingData) -> RunPlan:
         system = make_system(config.to_dict(), task._replace(settings=settings))
     constants = train_step.make_member_constants(members, weight)
     return RunPlan(system, training_sets, labels, constants, batches)
+
+
+def count_steps(config: Config, num_places: int) -> int:
+    """Returns the number of steps of a run. The last step completes an update of parameters."""
+    every = config.optim.accumulate
+    return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
 
 
 def _check_plan(
@@ -135,7 +143,7 @@ def _check_plan(
             )
     for problem in find_unusable(data.report, config.data.train_splits, config.modalities):
         raise UserError(problem)
-    for problem in find_unusable(data.report, [config.eval.split], config.modalities):
+    for problem in find_unusable(data.report, list_splits(config), config.modalities):
         warn(problem)
     num_clips = len(sets.clips)
     if config.batch_size > max(MAX_BATCH_ROWS, num_clips):

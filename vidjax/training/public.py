@@ -7,8 +7,7 @@ TensorFlow are imported when a function is called.
 import copy
 import itertools
 import os
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -17,8 +16,8 @@ from ml_collections import ConfigDict
 from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
-from vidjax.utils import files, messages
+from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock, open_run
+from vidjax.utils import files
 from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
@@ -28,7 +27,7 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.packing import Clips
     from vidjax.evaluation.comparison import Comparison
     from vidjax.evaluation.predict import Predictor
-    from vidjax.runs.results import Results
+    from vidjax.runs.results import LogFunction, Results
 
 
 def load_config(spec: str | Path, *overrides: str) -> Config:
@@ -50,22 +49,6 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     else:
         config = open_run(Path(spec).expanduser().absolute().parent).config
     return config_io.override(config, overrides)
-
-
-def open_run(workdir: str | Path) -> RunFolder:
-    """Opens the folder of a run. Raises UserError if the folder contains no run."""
-    folder = RunFolder(workdir)
-    if not folder.has(CONFIG):
-        paths = sorted(folder.path.glob(f"*/{CONFIG}"))
-        runs = [messages.relative_path(path.parent) for path in paths]
-        place = shlex.quote(messages.relative_path(folder.path))
-        hint = f"to train a run, use vidjax train --config=mma --workdir={place}"
-        if folder.path.is_dir() and any(folder.path.iterdir()):  # a new run needs an empty folder
-            hint = "name the folder of a run; to train a run, use vidjax train --config=mma"
-        if runs:
-            hint = f"it contains folders of runs: name one of them, such as {', '.join(runs[:3])}"
-        raise UserError(f"no run in '{workdir}': it has no {CONFIG}\n{hint}")
-    return folder
 
 
 def set_up_devices(config: Config) -> None:
@@ -149,7 +132,12 @@ def load_data(
 
 
 def train(
-    config: Config, workdir: str | Path, data: "TrainingData", *, num_devices: int | None = None
+    config: Config,
+    workdir: str | Path,
+    data: "TrainingData",
+    *,
+    num_devices: int | None = None,
+    log: "LogFunction | None" = None,
 ) -> "Results":
     """Trains a system, and writes checkpoints and results to a folder.
 
@@ -162,6 +150,9 @@ def train(
       workdir: the folder for checkpoints, metrics, rankings and the report.
       data: the result of `load_data`.
       num_devices: the number of devices to use. None means all.
+      log: a function that is called with each line of `metrics.jsonl` as a dict, after the line is
+        written. If it raises an error, training stops, and the same call resumes it. After a resume,
+        it may get lines again. With several processes, only the first process calls it.
 
     Returns:
       The results of the run: `map` and all other entries of `metrics.json`.
@@ -175,10 +166,11 @@ def train(
     """
     check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")
+    check_argument("train: log", log, (Callable, type(None)), "a function of one argument")
     check_loaded("train", data)
     config = _name_data(config, data)
     with make_and_lock(workdir) as path:
-        metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices)
+        metrics, _ = train_run(config, RunFolder(path), data, num_devices=num_devices, log=log)
     return _make_results(RunFolder(path), config, metrics)
 
 
@@ -225,6 +217,7 @@ def train_run(
     num_devices: int | None = None,
     command: str | None = None,
     began: float | None = None,
+    log: "LogFunction | None" = None,
 ) -> tuple[dict[str, Any], bool]:
     """Trains a system in a folder that the caller has locked.
 
@@ -233,8 +226,8 @@ def train_run(
     `training.loop.train`.
     """
     from vidjax.evaluation import analysis
-    from vidjax.runs import digests
-    from vidjax.training import loop as training
+    from vidjax.runs import checkpoint, digests
+    from vidjax.training import init_from, loop as training
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
@@ -246,13 +239,15 @@ def train_run(
     if results is None:
         dry_run(config, data)
         set_up_devices(config)
+        if config.init_from and not checkpoint.list_folders(folder.path):
+            init_from.find_source(config)  # reports a mistake before the data are read
     data = load_data(config) if data is None else data
     _check_same(config, data)
     report = config.eval.report
     if results is None:
         metrics = training.train(
             config, folder.path, data,
-            num_devices=num_devices, analyse=report, command=command, began=began,
+            num_devices=num_devices, analyse=report, command=command, began=began, log=log,
         )  # fmt: skip
         return metrics, False
     digests.check_data(folder.path, results["trained_on"], config, data)
@@ -308,9 +303,9 @@ def evaluate(
             f"evaluate one of the runs ({', '.join(config.join.runs)}),\n"
             "or use the command vidjax evaluate --workdir=FOLDER"
         )
-    config.eval.split = split or config.eval.split
+    config.eval.split, config.eval.splits = split or config.eval.split, ()
     with make_and_lock(folder.path):
-        metrics = evaluate_run(config, folder, data, num_devices=num_devices)
+        metrics = evaluate_run(config, folder, data, num_devices=num_devices)[config.eval.split]
     return _make_results(folder, config, metrics)
 
 
@@ -320,8 +315,11 @@ def evaluate_run(
     data: "TrainingData | None" = None,
     *,
     num_devices: int | None = None,
-) -> dict[str, Any]:
-    """Ranks `config.eval.split` with a run. The caller has locked `folder`. Returns the metrics."""
+) -> dict[str, dict[str, Any]]:
+    """Ranks `config.eval.split` and `config.eval.splits` with a run. Returns split -> metrics.
+
+    The caller has locked `folder`.
+    """
     from vidjax.evaluation import analysis, trained_runs
 
     set_up_devices(config)
@@ -331,7 +329,15 @@ def evaluate_run(
     data = load_data(config) if data is None else data
     _check_same(config, data)
     report = config.eval.report
-    return analysis.evaluate(config, run, data, num_devices=num_devices, report=report)
+    trained_runs.check_labelled(config, data)
+    metrics: dict[str, dict[str, Any]] = {}
+    for split in reversed(config_lib.list_splits(config)):
+        one = copy.deepcopy(config)
+        one.eval.split, is_last = split, split == config.eval.split
+        metrics[split] = analysis.evaluate(
+            one, run, data, num_devices=num_devices, report=report, is_last=is_last
+        )
+    return metrics
 
 
 def compare(

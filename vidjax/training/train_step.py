@@ -82,15 +82,19 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
 
 
 def make_state(
-    init: Callable[[], TrainState], tx: optax.GradientTransformation, mesh: Mesh
+    init: Callable[[], TrainState],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    change: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> TrainState:
     """Returns the state at step 0, on every device of `mesh`.
 
     `init` calls `init_state`. Its optimiser state is dropped, and computed again from the optimiser
-    `tx`, because two programs need less memory than one.
+    `tx`, because two programs need less memory than one. Before that, `change` may change the
+    weights.
     """
     draw, complete = make_init_programs(init, tx, mesh)
-    return complete(draw())
+    return complete(change(draw()))
 
 
 def make_init_programs(

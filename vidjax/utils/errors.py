@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 
 class Expected(Exception):
@@ -207,14 +207,19 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"
 
 
-def check_entry(field: str, name: object, table: Collection[str]) -> None:
+def check_entry(
+    field: str, name: object, table: Collection[str], elsewhere: Mapping[str, str] | None = None
+) -> None:
     """Raises UserError if `name`, the value of `field`, is not in `table`, such as `OPTIMIZERS`.
 
     A configuration file may add names to `table`, so the message explains how to load the file.
+    `elsewhere` is the name that another library uses -> the fields that do the same here.
     """
     if not isinstance(name, str) or name not in table:
+        fields = (elsewhere or {}).get(str(name).lower())
+        remedy = f"write {fields}" if fields else suggest(str(name), table)
         raise UserError(
-            f"{field}='{name}' is unknown: {suggest(str(name), table)}\n"
+            f"{field}='{name}' is unknown: {remedy}\n"
             "if your own file adds it, give --config=FILE (train, evaluate, rank, embed, export, "
             "import), or first call vidjax.load_config(FILE)"
         )

@@ -122,3 +122,16 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns a line of text for every row, and pads the cells of a column to equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def list_remedies(failed: Mapping[str, str]) -> dict[str, str]:
+    """Returns {"remedy": text} with the first three different remedies. Without any, returns {}.
+
+    `failed` is path of a file -> remedy. Several remedies begin with the name of their file.
+    """
+    files_of = dict[str, str]()
+    for path, remedy in failed.items():
+        files_of.setdefault("; ".join(remedy.splitlines()), show(Path(path).name))
+    files_of.pop("", None)
+    texts = [f"{name}: {x}" if len(files_of) > 1 else x for x, name in files_of.items()]
+    return {"remedy": "; ".join(texts[:3])} if texts else {}

@@ -72,10 +72,10 @@ class Parser(argparse.ArgumentParser):
         self.words = args or ()
         return super().parse_known_args(args, namespace)
 
-    def suggest_flag(self, flag: str, more: Sequence[str] = ()) -> str:
+    def suggest_flag(self, flag: str, more: Sequence[str] = (), cutoff: float = 0.7) -> str:
         """Returns a flag of this parser, or of `more`, that looks like `flag`, or ""."""
         known = [*re.findall(r"--([\w-]+)", self.format_usage()), *more]
-        match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
+        match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff)
         return f"--{match}" if match else ""
 
     def error(self, message: str) -> NoReturn:
@@ -84,8 +84,8 @@ class Parser(argparse.ArgumentParser):
         If a required flag is missing because it is misspelt, the message names the misspelt flag.
         """
         for word in self.words if "required" in message else ():
-            flag = word.partition("=")[0]
-            similar = self.suggest_flag(flag) if flag.startswith("--") else ""
+            flag, equals, _ = word.partition("=")
+            similar = self.suggest_flag(flag) if flag.startswith("--") or equals else ""
             if similar not in ("", flag):
                 message = f"there is no flag {flag}: did you mean {similar}?"
         needs = f"{self.prog.removeprefix('vidjax ')} needs"

@@ -3,7 +3,7 @@
 A child process runs a module of this package that ends with `processes.serve(work)`.
 `run_limited` starts the module, and returns the result of its function `work`. Arguments and result
 are JSON values; arrays are passed in files. The CPU time and the address space of the child are
-limited, and it can neither open connections nor start programs.
+limited. It can use only files that it needs, and no connections or programs, see `confinement`.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -13,9 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
-import platform
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -25,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from vidjax.utils import confinement
 from vidjax.utils.errors import DiskError, UserError, describe_system_error
 from vidjax.utils.machine import max_open_files
 from vidjax.utils.names import show
@@ -34,17 +33,7 @@ MB = 1 << 20
 # The elapsed time exceeds the CPU time if the disk is slow or other processes use the cores.
 WALL_SECONDS, WALL_PER_CPU = 60, 20  # the limit of the elapsed time is 60 s + 20 x the CPU time
 
-# Machine -> its number in the headers of Linux, and the numbers of the forbidden system calls:
-# socket, execve, execveat, ptrace and io_uring_setup (which can open sockets, too).
-# Linux 6.12 on an emulated aarch64 refused all of them. The rest of vidjax was never run there.
-_CALLS = {
-    "x86_64": (0xC000003E, (41, 59, 322, 101, 425)),
-    "aarch64": (0xC00000B7, (198, 221, 281, 117, 425)),
-}
-_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER, _PARENT_DEATH = 38, 22, 2, 1
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050001  # EPERM
-_SECOND_CALL_LIST = 0x40000000  # x86_64 numbers the same calls again from here on
+_PARENT_DEATH = 1
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -140,33 +129,6 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
         resource.setrlimit(kind, (soft, hard))
 
 
-def forbid_connections() -> None:
-    """Prevents this process from opening sockets and starting programs, if the system supports it.
-
-    Source: seccomp(2) of Linux, a filter of system calls that a process cannot remove.
-    """
-    if platform.machine() not in _CALLS:
-        return
-    machine, calls = _CALLS[platform.machine()]
-    refuse = len(calls) + 1  # steps to skip from here to the last step, which refuses the call
-    steps = [
-        (_LOAD, 0, 0, 4),  # loads the machine
-        (_IF_EQUAL, 0, refuse + 2, machine),
-        (_LOAD, 0, 0, 0),  # loads the number of the call
-        (_IF_AT_LEAST, refuse, 0, _SECOND_CALL_LIST),
-        *((_IF_EQUAL, refuse - 1 - n, 0, call) for n, call in enumerate(calls)),
-        (_RETURN, 0, 0, _ALLOW),
-        (_RETURN, 0, 0, _REFUSE),
-    ]
-    code = b"".join(struct.pack("=HBBI", *step) for step in steps)
-    buffer = ctypes.create_string_buffer(code)
-    program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(buffer)))
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    zero = ctypes.c_ulong(0)
-    prctl(_NO_NEW_PRIVILEGES, ctypes.c_ulong(1), zero, zero, zero)
-    prctl(_SET_SECCOMP, ctypes.c_ulong(_FILTER), program, zero, zero)
-
-
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     """Calls `work` with each job that `run_limited_each` sends to this child process.
 
@@ -179,11 +141,12 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
         jobs = json.load(given)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    limit_resources(jobs["memory_bytes"], jobs["cpu_seconds"])
-    forbid_connections()
+    confinement.confine([path for path, _ in jobs["given"]] + jobs["reads"], jobs["writes"])
     limit = f"{jobs['memory_bytes'] // MB:,} MB"
     with answers:
-        json.dump([_answer(work, path, given, limit) for path, given in jobs["given"]], answers)
+        for path, arguments in jobs["given"]:
+            limit_resources(jobs["memory_bytes"], jobs["cpu_seconds"])
+            print(json.dumps(_answer(work, path, arguments, limit)), file=answers, flush=True)
     sys.stderr.flush()
     # In Python 3.14, a thread of Arrow that frees an array late would wait for ever, and the end of
     # the process for the thread.
@@ -215,25 +178,31 @@ def run_limited(
     *,
     memory_bytes: int,
     cpu_seconds: int,
+    reads: Sequence[Path] = (),
+    writes: Sequence[Path] = (),
     children: Children | None = None,
 ) -> dict[str, Any]:
     """Runs the function `work` of a module in a child process, and returns its result.
 
     Args:
       module: the name of a module that ends with `processes.serve(work)`.
-      path: the file that `work` reads, for messages.
+      path: the file that `work` reads.
       arguments: the arguments of `work`, JSON values.
       memory_bytes: limit of the address space.
       cpu_seconds: limit of the CPU time. The elapsed time is limited to 60 seconds + 20 times this
         value.
+      reads: files and folders that `work` may read, besides `path`.
+      writes: folders in which `work` may write and delete files.
       children: an object with which another thread can kill the child.
 
     Raises:
       UserError: `work` raised UserError, exceeded a limit, or crashed.
       DiskError: `work` could not read or write a file.
     """
-    limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
-    (answer,) = run_limited_each(module, [(path, arguments)], **limits, children=children)
+    (answer,) = run_limited_each(
+        module, [(path, arguments)], memory_bytes=memory_bytes, cpu_seconds=cpu_seconds,
+        reads=reads, writes=writes, children=children,
+    )  # fmt: skip
     if isinstance(answer, UserError):
         raise answer
     return answer
@@ -245,33 +214,50 @@ def run_limited_each(
     *,
     memory_bytes: int,
     cpu_seconds: int,
+    reads: Sequence[Path] = (),
+    writes: Sequence[Path] = (),
     children: Children | None = None,
 ) -> list[dict[str, Any] | UserError]:
     """Calls the function `work` of a module several times in one child process.
 
     `given` has a pair for each call: the file that `work` reads, and the arguments of `work`. The
-    limits apply to all calls together. For the other arguments, see `run_limited`. Returns the
-    result or the error of each call. Raises UserError if the process exceeded a limit or crashed.
+    CPU time is limited for each call. For the other arguments, see `run_limited`. Returns the
+    result or the error of each call.
+
+    If the process exceeds a limit or crashes, a new process continues with the call that it did not
+    finish. If this is the first call of the new process, the call gets an error.
     """
-    path = given[0][0]
+    answers: list[dict[str, Any] | UserError] = []
+    children = children or Children()
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
-    jobs = {"given": [(os.fspath(path), dict(arguments)) for path, arguments in given], **limits}
-    seconds = WALL_SECONDS + WALL_PER_CPU * cpu_seconds
-    try:
-        input_ = json.dumps(jobs).encode()
-        child = (children or Children()).run(module, given=input_, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"'{path}' is refused, because reading it needs more than {seconds} s: "
-            "split it into smaller files"
-        ) from None
-    if child.returncode == -signal.SIGXCPU:
-        raise UserError(
-            f"'{path}' is refused, because reading it needs more than {cpu_seconds} s of CPU time: "
+    jobs = {**limits, "reads": [*map(str, reads)], "writes": [*map(str, writes)]}
+    while left := given[len(answers) :]:
+        jobs["given"] = [(os.fspath(path), dict(arguments)) for path, arguments in left]
+        seconds = WALL_SECONDS + WALL_PER_CPU * cpu_seconds * len(left)
+        try:
+            child = children.run(module, given=json.dumps(jobs).encode(), timeout=seconds)
+            output = child.stdout
+        except subprocess.TimeoutExpired as expired:
+            child, output = None, expired.output or b""
+        lines = output.split(b"\n")[:-1]
+        answers += [_parse_answer(json.loads(line)) for line in lines[: len(left)]]
+        if not lines:
+            answers.append(_describe_end(left[0][0], child, seconds, cpu_seconds))
+    return answers
+
+
+def _describe_end(
+    path: Path, child: subprocess.CompletedProcess[bytes] | None, seconds: int, cpu_seconds: int
+) -> UserError:
+    """Returns the error for a file whose process gave no answer. It is None after `seconds`."""
+    if child is None or child.returncode == -signal.SIGXCPU:
+        limit = f"{cpu_seconds} s of CPU time" if child else f"{seconds} s"
+        return UserError(
+            f"'{path}' is refused, because reading it needs more than {limit}: "
             "split it into smaller files"
         )
     if child.returncode == -signal.SIGKILL:
-        raise UserError(
+        return UserError(
             f"{path}: the process that reads it was killed, perhaps for lack of memory: "
             "close other programs, and run the command again"
         )
@@ -279,17 +265,15 @@ def run_limited_each(
         name = f"signal {-child.returncode}"
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
-        raise UserError(
+        return UserError(
             f"'{path}' is damaged or hostile: the process that reads it ended with {name}: "
             "write the file again, or leave it out"
         )
-    if child.returncode:
-        last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise UserError(
-            f"{path}: the process that reads it failed: {show(last)}\n"
-            "install vidjax again; if that does not help, report it"
-        )
-    return [_parse_answer(answer) for answer in json.loads(child.stdout)]
+    last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return UserError(
+        f"{path}: the process that reads it failed: {show(last)}\n"
+        "install vidjax again; if that does not help, report it"
+    )
 
 
 def _parse_answer(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:

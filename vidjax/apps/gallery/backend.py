@@ -558,21 +558,25 @@ class Index:
                 scorers.append(DistanceRatios(part, people))
         return scorers
 
-    def replaced(self, removed: Collection[str], new: People) -> "Index":
-        """Returns a new index without the people `removed`, and with the people `new`.
+    def replaced(self, removed: Collection[str], new: Sequence[People]) -> "Index":
+        """Returns a new index without the people `removed`, and with the blocks of people `new`.
 
         Unknown names in `removed` are ignored.
         """
-        removed, kept, small = set(removed), [], [new]
+        removed, kept = set(removed), []
+        small = [block for block in new if len(block.names) < MIN_BLOCK_PEOPLE]
         for block in self.blocks:
             if removed and not removed.isdisjoint(block.names):
                 rows = [row for row, name in enumerate(block.names) if name not in removed]
                 block = block.take(rows)
             (small if len(block.names) < MIN_BLOCK_PEOPLE else kept).append(block)
-        joined = join(small)
-        rows = np.arange(len(joined.names))
-        pieces = (rows[at : at + MAX_BLOCK_PEOPLE] for at in range(0, len(rows), MAX_BLOCK_PEOPLE))
-        return Index(self.backend, [*kept, *map(joined.take, pieces)])
+        kept += [block for block in new if len(block.names) >= MIN_BLOCK_PEOPLE]
+        if small:
+            joined = join(small)
+            rows = np.arange(len(joined.names))
+            starts = range(0, len(rows), MAX_BLOCK_PEOPLE)
+            kept += [joined.take(rows[at : at + MAX_BLOCK_PEOPLE]) for at in starts]
+        return Index(self.backend, kept)
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields the log-probabilities of all people for each of Q clips, [1 + N] float64.
@@ -609,6 +613,23 @@ class Index:
             pairs = [(name, -log) for log, name, _ in best]
             rest = sum_others(logs[1:], int(logs[1:-1].argmax())) if best else -np.inf
             yield Nearest(float(logs[0]), pairs, compared, rest)
+
+    def ratios(self, parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Compares Q clips with the person `name`. `parts` are their vectors, M arrays [Q, D].
+
+        Returns the log-likelihood ratios [Q] float64 of this person against a stranger, and bool
+        [M, Q], True for each modality that both the clip and the person have.
+        """
+        row, units = self.names.index(name), self.backend.units(parts)
+        ratios = np.zeros(len(units[0]))
+        for at in range(0, len(ratios), MAX_QUERY_CLIPS):
+            some = [x[at : at + MAX_QUERY_CLIPS] for x in units]
+            owner = np.arange(len(some[0]))
+            queries = self._prepare(some, [np.ones(len(owner))] * len(some))
+            rows = np.full(len(owner), row)
+            ratios[at : at + len(owner)] = self._logits_of(rows, owner, queries)
+        present = np.array([x.any(axis=1) for x in units])
+        return ratios, present & (self.counts[:, [row]] > 0)
 
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None

@@ -1,14 +1,15 @@
 """Edits the content of a gallery in a draft. `Gallery.change` writes the draft."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from vidjax.apps.gallery.backend import Backend, People
-from vidjax.apps.gallery.enrolment import enrol
+from vidjax.apps.gallery.enrolment import enrol_in_blocks
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, Denials, State, StoredClip
+from vidjax.runs.terminal import ignore_count
 from vidjax.utils.errors import UserError, check_argument, closest
 from vidjax.utils.names import (
     ENDING,
@@ -257,8 +258,11 @@ class Draft:
                 return None
         return {name: self.clips[name] for name in self._changed_clips}
 
-    def state(self) -> tuple[State, People]:
-        """Returns the new content, and the coefficients of all people whose clips changed."""
+    def state(self, advance: Callable[[int], None] = ignore_count) -> tuple[State, list[People]]:
+        """Returns the new content, and the coefficients of all people whose clips changed.
+
+        `advance` is called with the number of new and changed clips in each finished block.
+        """
         old = self._state
         # `keys & set` iterates over the small set, but `set & keys` over all keys.
         changed = sorted(self.clips_of.keys() & self._changed_people)
@@ -266,7 +270,10 @@ class Draft:
         self.clips_of |= clips_of
         clips_of.pop(STRANGER, None)
         of_plda = old.origin.counts_every_clip
-        people = enrol(old.index.backend, clips_of, self.clips, of_plda=of_plda)
+        people = list[People]()
+        for block in enrol_in_blocks(old.index.backend, clips_of, self.clips, of_plda=of_plda):
+            people.append(block)
+            advance(sum(len(self._changed_clips.intersection(clips_of[x])) for x in block.names))
         state = old._replace(
             version=old.version + 1,
             index=old.index.replaced(old.clips_of.keys() & self._changed_people, people),

@@ -1,6 +1,6 @@
 """Computes the people of a gallery from their clips, and fits the back end of the gallery."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -52,6 +52,20 @@ def enrol(
         film if len(films) < len(ordered) else None,
         np.array([of_plda and all(clips[x].fitted for x in names) for names in clips_of.values()]),
     )
+
+
+def enrol_in_blocks(
+    backend: Backend,
+    clips_of: Mapping[str, Sequence[str]],
+    clips: Mapping[str, StoredClip],
+    *,
+    of_plda: bool = False,
+) -> Iterator[People]:
+    """Yields blocks of people, which need little memory. The arguments are as in `enrol`."""
+    names = [*clips_of]
+    for at in range(0, len(names), MAX_BLOCK_PEOPLE):
+        some = {name: clips_of[name] for name in names[at : at + MAX_BLOCK_PEOPLE]}
+        yield enrol(backend, some, clips, of_plda=of_plda)
 
 
 def group_by_film(
@@ -147,10 +161,6 @@ def make_state(
 ) -> State:
     """Returns a state, with the coefficients of all people in `clips`."""
     clips_of = list_clips_of(clips)
-    names = sorted(clips_of.keys() - {STRANGER})
-    starts = range(0, len(names), MAX_BLOCK_PEOPLE)
-    blocks = (
-        enrol(backend, {x: clips_of[x] for x in some}, clips, of_plda=origin.counts_every_clip)
-        for some in (names[at : at + MAX_BLOCK_PEOPLE] for at in starts)
-    )
+    people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
+    blocks = enrol_in_blocks(backend, people, clips, of_plda=origin.counts_every_clip)
     return State(version, origin, Index(backend, blocks), clips, clips_of, denied)

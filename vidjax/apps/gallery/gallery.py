@@ -46,6 +46,7 @@ from vidjax.apps.gallery import (
     card_notes,
     grouping,
     run_vectors,
+    verification,
 )
 from vidjax.apps.gallery.answers import (
     ABOVE_HALF,
@@ -56,8 +57,14 @@ from vidjax.apps.gallery.answers import (
     Threshold,
 )
 from vidjax.apps.gallery.backend import Backend, Index
-from vidjax.apps.gallery.changes import Draft, check_clip, check_person, find_equal
-from vidjax.apps.gallery.enrolment import make_state, refit
+from vidjax.apps.gallery.changes import (
+    Draft,
+    check_clip,
+    check_person,
+    find_enrolled,
+    find_equal,
+)
+from vidjax.apps.gallery.enrolment import make_state, refit, stack_vectors
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
@@ -72,6 +79,7 @@ from vidjax.apps.gallery.store import (
     VectorOrigin,
 )
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, VectorSource, select_usable_clips
+from vidjax.apps.gallery.verification import Match, MatchRule
 from vidjax.data.clips import TrainingData
 from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
@@ -158,6 +166,8 @@ class Gallery:
         # A state, and for each of its strangers the score of the most probable person.
         self._calibration: tuple[State, np.ndarray] | None = None
         self._comparison: tuple[State, Comparison] | None = None
+        # A state, and the rules of `match_rule` that were made for it.
+        self._match_rules: tuple[State, dict[object, MatchRule]] | None = None
 
     @classmethod
     def create(
@@ -286,6 +296,11 @@ class Gallery:
     def digest(self) -> str:
         """The sha256 of the current content, in hexadecimal digits."""
         return self._read_current().sha256.hex()
+
+    @property
+    def rows(self) -> int:
+        """A digest of the enrolled clips. It does not depend on denied names."""
+        return self._read_current().rows
 
     @property
     def origin(self) -> VectorOrigin:
@@ -420,13 +435,14 @@ class Gallery:
     # ---- changes
 
     @contextlib.contextmanager
-    def change(self) -> Iterator[Draft]:
+    def change(self, advance: Callable[[int], None] = ignore_count) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. It also has
         `complete`, but with the argument {clip: vector of all modalities}, and `deny`. All changes
         are written at the end of the block. If the block raises an error, nothing is written.
-        During the block, no other process can change the gallery.
+        During the block, no other process can change the gallery. `advance` is called at the end of
+        the block, with numbers of new and changed clips that are finished.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._read_current())
@@ -436,7 +452,7 @@ class Gallery:
                 draft.is_open = False
             if not draft:
                 return
-            state, people = draft.state()
+            state, people = draft.state(advance)
             if draft.refits:
                 state = refit(state)
             with self._lock:
@@ -451,6 +467,7 @@ class Gallery:
         split: str | None = None,
         strangers: bool = False,
         source: str = "identities",
+        advance: Callable[[int], None] = ignore_count,
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
@@ -463,6 +480,7 @@ class Gallery:
           strangers: False to leave out clips without a person. True to add only these clips, as
             clips of strangers.
           source: where the identities are from, such as a file, for a warning.
+          advance: is called with numbers of new clips whose people are finished.
 
         Raises:
           ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
@@ -478,12 +496,13 @@ class Gallery:
                 check_argument("enrol: identities", identity, (str, type(None)), wanted)
                 _ = None if identity is None else check_person(identity)
         vectors = self.embed(clips, split)
+        del clips  # a large table would need the memory twice
         if isinstance(identities, str):
             identities = dict.fromkeys(vectors.names, identities)
         if identities is not None:
             identities = {strip_ending(clip): name for clip, name in identities.items()}
             bare = [*map(strip_ending, vectors.names)]
-            _check_given(identities, bare, source)
+            check_given(identities, bare, source)
             vectors = vectors._replace(labels=tuple(map(identities.get, bare)))
         labels = zip(vectors.names, vectors.labels, strict=True)
         vectors = vectors.only({name for name, label in labels if (label is None) == strangers})
@@ -501,12 +520,13 @@ class Gallery:
             for name, clip in select_usable_clips(vectors).items()
         }
         refused = tuple(sorted({*vectors.names} - chosen.keys()))
+        del vectors
         if not chosen:
             raise UserError(
                 f"none of the clips, such as '{show(refused[0])}', has a usable frame\n"
                 "give clips with other frames"
             )
-        with self.change() as draft:
+        with self.change(advance) as draft:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
         advise_other_films(self, people)
@@ -719,6 +739,8 @@ class Gallery:
         apart: Collection[tuple[str, str]] = (),
         *,
         clarity: Mapping[str, float] | None = None,
+        together: Mapping[str, int] | None = None,
+        settled: Collection[int] = (),
         for_votes: bool = False,
     ) -> dict[str, str]:
         """Groups clips that show the same person; returns clip -> name of its group.
@@ -732,6 +754,9 @@ class Gallery:
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
+          together: clip -> number. Clips with the same number certainly show the same person.
+          settled: numbers in `together` of people who certainly differ from each other. Groups
+            without these people are joined only with each other or with one of these people.
           for_votes: True for the groups of `identify`, whose clips vote on one name. These groups
             are larger, and a few contain clips of two people.
         """
@@ -740,9 +765,12 @@ class Gallery:
         names = [vectors.names[place] for place in usable.tolist()]
         parts = [x[usable] for x in vectors.parts.values()]
         clear = [(clarity or {}).get(name, 1.0) for name in names]
+        first, people = dict[object, int](), [(together or {}).get(name, name) for name in names]
         labels = grouping.group(
-            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes
-        )
+            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes,
+            start=[first.setdefault(person, row) for row, person in enumerate(people)],
+            settled=[person in settled for person in people],
+        )  # fmt: skip
         return answers_lib.name_groups(names, labels)
 
     def _require_people(self) -> State:
@@ -864,8 +892,10 @@ class Gallery:
             by_owner.append(rule.answer(match, cards=bool(state.origin.cards)))
             advance(num_clips)
         answers = {clip: by_owner[row] for clip, row in zip(vectors.names, owner, strict=True)}
-        # At most 10 people have a probability of at least 0.1.
-        shared = np.flatnonzero(counts[owner] > 1)
+        # A group without a name needs no comparison of its clips. At most 10 people have a
+        # probability of at least 0.1.
+        named = np.array([answer.identity is not None for answer in by_owner], bool)
+        shared = np.flatnonzero((counts > 1)[owner] & named[owner])
         singly = state.index.nearest([x[shared] for x in parts], max(k, 10))
         for row, match in zip(shared.tolist(), singly, strict=True):
             own = rule.answer(match, cards=bool(state.origin.cards))
@@ -874,6 +904,118 @@ class Gallery:
                 answer = answer._replace(identity=None, evidence=())
             answers[vectors.names[row]] = answer._replace(best=answer.best[:k])
         return answers
+
+    def match_rule(self, identity: str | None = None, *, fmr: float | None = None) -> MatchRule:
+        """Returns the rule by which `verify` accepts clips of the person `identity`.
+
+        If `identity` is None, returns the rule by which `compare` accepts two clips.
+        """
+        return self._match_rule(self._read_current(), identity, fmr)
+
+    def _match_rule(self, state: State, identity: str | None, fmr: float | None) -> MatchRule:
+        verification.check_fmr(fmr)
+        if identity is not None:
+            check_argument("identity", identity, str, "the name of a person")
+            find_enrolled("identity", identity := normal_form(identity), state.people)
+        if self._compare(state).problem == "blind":
+            return verification.make_blind_rule(fmr, card_notes.NOBODY)
+        known, rules = self._match_rules or (None, {})
+        if known is not state:
+            self._match_rules = state, (rules := {})
+        if (identity, fmr) not in rules:
+            parts = self._stack(state, [*_list_usable_strangers(state)])
+            if identity is not None:
+                ratios, shared = state.index.ratios(parts, identity)
+            else:
+                # Clips of one film, whose names are neighbours, are not paired.
+                half, white = len(parts[0]) // 2, state.index.backend.whiten(parts)
+                ratios, shared = verification.pair_log_ratios(
+                    state.index.backend,
+                    [x[:half] for x in white],
+                    [x[half : 2 * half] for x in white],
+                )
+            ratios = ratios[shared.any(axis=0)]
+            rules[identity, fmr] = verification.make_rule(ratios, fmr, pairs=identity is None)
+        return rules[identity, fmr]
+
+    def _stack(self, state: State, names: Sequence[str]) -> list[np.ndarray]:
+        """Returns the vectors of enrolled clips, M arrays [N, D]."""
+        width = sum(state.index.backend.widths.values())
+        return state.index.backend.split(stack_vectors(names, state.clips, width))
+
+    def verify(
+        self,
+        clips: AnyClips,
+        identity: str,
+        *,
+        fmr: float | None = None,
+        split: str | None = None,
+    ) -> dict[str, Match]:
+        """Decides for each clip if it shows the person `identity`; returns clip -> comparison.
+
+        Args:
+          clips, split: see the class.
+          fmr: the largest share of clips of other people that may be accepted. The threshold is
+            measured on the clips of strangers in the gallery. The default is 0.01. If the gallery
+            has fewer than 99 clips of strangers, the default threshold is a likelihood ratio of
+            100, see `verification`.
+
+        Raises:
+          ValueError: nobody is called `identity`, or there are fewer than 1 / fmr - 1 clips of
+            strangers, or the features do not fit the gallery.
+        """
+        check_argument("verify: identity", identity, str, "the name of a person")
+        if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
+            self.match_rule(identity, fmr=fmr)
+        vectors, state = self.embed(clips, split), self._read_current()
+        rule, person = self._match_rule(state, identity, fmr), normal_form(identity)
+        parts, names = [*vectors.parts.values()], state.clips_of[person]
+        backend = state.index.backend
+        matches = verification.make_matches(rule, backend, *state.index.ratios(parts, person))
+        enrolled = self._stack(state, names)
+        matches = verification.add_fits(backend, matches, parts, names, enrolled)
+        return dict(zip(vectors.names, matches, strict=True))
+
+    def find_misfits(self, identity: str) -> dict[str, float]:
+        """Finds enrolled clips that differ from most clips of the person `identity`.
+
+        Each clip is compared with the person's other clips. Returns clip -> median of the log
+        ratios, if the median is below 0, lowest first.
+        """
+        state = self._read_current()
+        names = find_enrolled("identity", normal_form(identity), state.people)
+        return verification.find_misfits(state.index.backend, names, self._stack(state, names))
+
+    def compare(
+        self, clips: AnyClips, others: AnyClips | None = None, *, fmr: float | None = None
+    ) -> dict[tuple[str, str], Match]:
+        """Decides for pairs of clips if they show the same person. Nobody needs to be enrolled.
+
+        Args:
+          clips, others: see the class. Each of `clips` is compared with each of `others`. If
+            `others` is None, each of `clips` is compared with each other clip.
+          fmr: as in `verify`. For two clips, the threshold is measured on pairs of strangers, so
+            twice as many are needed.
+
+        Returns:
+          (clip, other clip) -> comparison.
+
+        Raises:
+          ValueError: there are no pairs or too many pairs, or as in `verify`.
+        """
+        self.match_rule(fmr=fmr)  # reports mistakes before vectors are computed
+        first = self.embed(clips)
+        second, state = first if others is None else self.embed(others), self._read_current()
+        num_others = None if others is None else len(second.names)
+        rows, columns = verification.list_pairs(len(first.names), num_others)
+        backend, rule = state.index.backend, self._match_rule(state, None, fmr)
+        x, y = (backend.whiten([*v.parts.values()]) for v in (first, second))
+        ratios, shared = verification.pair_log_ratios(
+            backend, [a[rows] for a in x], [b[columns] for b in y]
+        )
+        matches = verification.make_matches(rule, backend, ratios, shared)
+        keys = ((first.names[a], second.names[b]) for a, b in zip(rows, columns, strict=True))
+        return dict(zip(keys, matches, strict=True))
 
     def rank(
         self,
@@ -1016,7 +1158,7 @@ def make_models_origin(models: str | Path) -> "tuple[VectorOrigin, dict[str, Bac
     return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
 
 
-def _check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
+def check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
     """Warns about keys of `identities` that are not clips. Raises UserError if no key is a clip."""
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:

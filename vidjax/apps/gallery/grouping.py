@@ -53,6 +53,7 @@ class Groups:
       clarity: [G], the mean clarity of a group's faces, see `align.measure_clarity`.
       unclear: [G] bool, True if all faces of a group are unclear.
       apart: [G, G] bool, True if two groups certainly show different people.
+      settled: [G] bool, True for groups that are not joined to each other, see `settle`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Groups:
         self.sizes = np.bincount(labels)
         self.clarity = np.bincount(labels, clarity) / self.sizes
         self.unclear = np.bincount(labels, clarity >= LEAST_CLARITY) == 0
+        self.settled = np.zeros(num, bool)
         self.apart = np.zeros((num, num), bool)
         for clip, other in apart:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
@@ -105,6 +107,11 @@ class Groups:
         effective = two_covariance.count_independent(within, num, num[:, None] * mean)
         return 1 / np.reshape(effective, np.shape(count))
 
+    def settle(self, settled: np.ndarray) -> None:
+        """Keeps the groups with True in `settled` [G] bool apart from each other."""
+        self.settled = settled
+        self.apart |= settled & settled[:, None]
+
     def join(self, target: int, source: int) -> None:
         """Moves all clips of the group `source` to the group `target`."""
         for number, (count, mean) in enumerate(zip(self.counts, self.means, strict=True)):
@@ -116,6 +123,7 @@ class Groups:
         shares = self.sizes[[target, source]] / (self.sizes[target] + self.sizes[source])
         self.clarity[target] = shares @ self.clarity[[target, source]]
         self.unclear[target] &= self.unclear[source]
+        self.settled[target] |= self.settled[source]
         self.sizes[target] += self.sizes[source]
         self.sizes[source] = 0
         self.apart[target] |= self.apart[source]
@@ -128,6 +136,7 @@ class Groups:
             arrays[:] = [x[rows] for x in arrays]
         self.sizes, self.apart = self.sizes[rows], self.apart[np.ix_(rows, rows)]
         self.clarity, self.unclear = self.clarity[rows], self.unclear[rows]
+        self.settled = self.settled[rows]
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
@@ -170,6 +179,8 @@ def group(
     apart: Collection[tuple[str, str]] = (),
     *,
     clarity: Sequence[float] | None = None,
+    start: Sequence[int] | None = None,
+    settled: Sequence[bool] | None = None,
     for_votes: bool = False,
 ) -> np.ndarray:
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
@@ -180,6 +191,10 @@ def group(
       apart: pairs of names of clips that show different people.
       clarity: [N], 0 to 1, the clarity of each clip's best face, see `align.measure_clarity`. By
         default, it is 1.
+      start: [N], for each clip the index of a clip that certainly shows the same person. It is the
+        same index for all clips of the person. By default, it is the index of the clip itself.
+      settled: [N], True for the clips of earlier groups. Only other clips are grouped, with each
+        other and with the earlier groups. `start` contains the earlier groups.
       for_votes: True for groups whose clips vote on one name.
     """
     place = {name: number for number, name in enumerate(names)}
@@ -188,6 +203,9 @@ def group(
     coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
     order = np.argsort([cut_film_name(name) for name in names], kind="stable")
     labels = np.argsort(order)  # each clip is a group; groups of a film have adjacent numbers
+    if start is not None:
+        labels = np.unique(labels[np.array(start, int)], return_inverse=True)[1]
+    old = np.array(settled or np.zeros(len(names)), bool)
     clear = np.ones(len(names)) if clarity is None else np.array(clarity, float)
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
@@ -198,6 +216,7 @@ def group(
         inside = here[pairs]
         inside = inside[(inside >= 0).all(axis=1)].tolist()
         groups = Groups(backend, [z[rows] for z in coordinates], local, clear[rows], inside)
+        groups.settle(np.bincount(local, old[rows]) > 0)
         joined = _agglomerate(groups, VOTE_ODDS if for_votes else 1.0)
         if absorb:
             joined = _absorb(groups, joined)
@@ -250,8 +269,8 @@ def _agglomerate(groups: Groups, odds: float) -> np.ndarray:
     # was the highest ratio of a third group, the bound replaces it, and is called stale. A stale
     # ratio is computed again only when it is the highest of all ratios.
     num = left = len(groups.sizes)
-    labels, best, stale = np.arange(num), np.zeros(num, int), np.ones(num, bool)
-    highest, others = np.full((2, num), np.inf)
+    labels, best, stale = np.arange(num), np.zeros(num, int), ~groups.settled
+    highest, others = np.where(groups.settled, -np.inf, np.full((2, num), np.inf))
     while left > 1:
         row = int(highest.argmax())
         if highest[row] <= np.log(left / odds):
@@ -264,13 +283,13 @@ def _agglomerate(groups: Groups, odds: float) -> np.ndarray:
             highest[other] = others[other] = -np.inf
             stale |= (best == row) | (best == other)
             np.copyto(highest, others, where=stale)
-        new = groups.ratios(row)
-        added = stale | (best != row)  # the highest ratio of the others is in `new`
-        np.maximum(others, np.minimum(highest, new), out=others, where=added)
-        nearer = new >= highest
-        best[nearer], highest[nearer], stale[nearer] = row, new[nearer], False
-        best[row], highest[row], stale[row] = new.argmax(), new.max(), False
-        others[row] = np.partition(new, -2)[-2]
+        ratios = groups.ratios(row)
+        added = stale | (best != row)  # the highest ratio of the others is in `ratios`
+        np.maximum(others, np.minimum(highest, ratios), out=others, where=added)
+        nearer = ratios >= highest
+        best[nearer], highest[nearer], stale[nearer] = row, ratios[nearer], False
+        best[row], highest[row], stale[row] = ratios.argmax(), ratios.max(), False
+        others[row] = np.partition(ratios, -2)[-2]
         if left <= MAX_KEPT_SHARE * len(best):
             place, rows = np.cumsum(groups.sizes > 0) - 1, groups.drop_joined()
             labels, best = place[labels], place[best[rows]]
@@ -284,7 +303,7 @@ def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)
         for row in np.argsort(sizes, kind="stable").tolist():
-            if not 0 < sizes[row] <= MAX_SMALL_CLIPS:
+            if not 0 < sizes[row] <= MAX_SMALL_CLIPS or groups.settled[row]:
                 continue
             logits = np.where(sizes <= MAX_SMALL_CLIPS, -np.inf, groups.ratios(row))
             logits += np.log(np.maximum(sizes, 1))

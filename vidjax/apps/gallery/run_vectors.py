@@ -69,19 +69,19 @@ class RunVectors(NamedTuple):
                 "name one: --split=S, or split=S in Python"
             )
         source, split, places, names, _ = run.request(clips, split)
-        values: np.ndarray | None = None
+        parts: dict[str, np.ndarray] = {}
         chosen = source.split(split)
+        rows = np.argsort(places)  # of each clip of the split in `names`
         for batch in pad_batches(source, split, tuple(run.modalities), EMBED_ROWS):
             (block,) = run.embed_blocks([batch])
-            if values is None:
-                values = np.zeros((len(chosen.clips), block.shape[1]), np.float32)
             real = np.asarray(batch.batch_mask)
-            values[np.asarray(batch.clip_index)[real]] = block[real]
+            for part, x in _make_parts(run, block[real]).items():
+                if part not in parts:
+                    parts[part] = np.zeros((len(names), x.shape[1]), np.float32)
+                parts[part][rows[np.asarray(batch.clip_index)[real]]] = x
             advance(int(real.sum()))
-        assert values is not None  # there are clips
         people = (None, *source.identities) if chosen.labelled else (None,)
         labels = tuple(people[label] for label in chosen.labels[places].tolist())
-        parts = _make_parts(run, values[places])
         for part, x in parts.items() if isinstance(clips, Mapping | MemoryClips) else ():
             lengths = chosen.lengths.get(part, np.sum([*chosen.lengths.values()], axis=0))[places]
             zeros = np.flatnonzero((lengths > 0) & ~x.any(axis=1))

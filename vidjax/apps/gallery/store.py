@@ -13,6 +13,8 @@ table, its last entry is valid. Any other change deletes all rows and inserts th
 that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: rows
 that SQLite has moved may leave copies in other pages.)
 
+A file with an earlier format is read, and the first change writes all rows in the present format.
+
 The file may be forged. So it must be a regular file with exactly the tables of SCHEMA, and the
 lengths of its values are limited. A journal is checked before SQLite uses it, because a journal may
 contain the path of another file, which SQLite would delete.
@@ -37,7 +39,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -81,6 +83,19 @@ SCHEMA = {
     "clip": ROWS,  # the names, and then the people
 }
 ROW_KINDS = (int, str, bytes)
+# The format 3, which is still read: a row contains a single person or clip.
+FORMAT_OF_SINGLE_ROWS = 3
+SCHEMAS = {
+    FORMAT: SCHEMA,
+    FORMAT_OF_SINGLE_ROWS: {
+        "gallery": SCHEMA["gallery"],
+        "backend": "(place INTEGER PRIMARY KEY, numbers BLOB NOT NULL)",
+        "person": "(name TEXT PRIMARY KEY NOT NULL, coefficients BLOB NOT NULL) WITHOUT ROWID",
+        "clip": "(name TEXT PRIMARY KEY NOT NULL, person TEXT NOT NULL, fitted INTEGER NOT NULL, "
+        "vector BLOB NOT NULL) WITHOUT ROWID",
+    },
+}
+SINGLE_ROW_KINDS = {"backend": (int, bytes), "person": (str, bytes), "clip": (str, str, int, bytes)}
 BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
@@ -272,12 +287,13 @@ class Store:
                 version, tables = _version(connection)
             if not write and not version and not tables:
                 raise self._no_gallery()
-            if tables and version != FORMAT:
+            if version > FORMAT:
                 raise UnreadableError(
-                    f"'{self.path}' was written by another version of vidjax, with the format "
-                    f"{version} instead of {FORMAT}\ncreate the gallery again"
+                    f"'{self.path}' was written by a newer version of vidjax, with the format "
+                    f"{version} instead of {FORMAT}\ninstall the newest version of vidjax"
                 )
-            if tables and tables != {f"CREATE TABLE {name} {SCHEMA[name]}" for name in SCHEMA}:
+            schema = SCHEMAS.get(version, {})
+            if tables and tables != {f"CREATE TABLE {name} {schema[name]}" for name in schema}:
                 raise damaged(self.path, "its tables are not the tables of a gallery")
             yield connection
 
@@ -310,10 +326,6 @@ class Store:
         with self.open(write=True) as connection:
             if _version(connection)[1]:
                 raise UserError(f"'{self.folder}' already contains a gallery: name another folder")
-            with _translate_errors(self.path, write=True):
-                for table, columns in SCHEMA.items():
-                    connection.execute(f"CREATE TABLE {table} {columns}")
-                connection.execute(f"PRAGMA user_version={FORMAT}")
             self.write(connection, state)
 
     def write(
@@ -321,24 +333,27 @@ class Store:
         connection: sqlite3.Connection,
         state: State,
         new: Mapping[str, StoredClip] | None = None,
-        people: People | None = None,
+        people: Sequence[People] | None = None,
     ) -> State:
         """Writes a state and ends the transaction; returns the state with the new digests.
 
         `connection` is from `open`. By default, all rows are written again. `new` and `people`
         are the clips and people that differ from the file. If both are given, they are added at
         the end, and their old entries stay in the file as outdated entries. If about half of all
-        entries would be outdated, all rows are written again.
+        entries would be outdated, or if the file has an earlier format, all rows are written again.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
         with _translate_errors(self.path, write=True):
-            if new is not None and people is not None and entries + len(new) < most:
-                blocks, clips = [people] if people.names else [], new
+            present = _version(connection)[0] == FORMAT
+            if present and new is not None and people is not None and entries + len(new) < most:
+                blocks, clips = people, new
             else:
                 rows = entries = 0
-                for table in SCHEMA:
-                    connection.execute(f"DELETE FROM {table}")
+                for table, columns in SCHEMA.items():
+                    connection.execute(f"DROP TABLE IF EXISTS {table}")
+                    connection.execute(f"CREATE TABLE {table} {columns}")
+                connection.execute(f"PRAGMA user_version={FORMAT}")
                 numbers = index.backend.numbers().view(BACKEND_LAYOUT)
                 rows += _append(connection, "backend", [], numbers)
             for block in blocks:
@@ -450,9 +465,9 @@ def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
 # ---- rows
 
 
-def _digest(row: tuple[int, str, bytes]) -> int:
-    place, words, numbers = row
-    digest = hashlib.sha256(f"{place}\n{words}\n".encode())
+def _digest(row: Sequence[Any]) -> int:
+    *words, numbers = row
+    digest = hashlib.sha256("".join(f"{word}\n" for word in words).encode())
     digest.update(numbers)
     return int.from_bytes(digest.digest())
 
@@ -570,12 +585,14 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table of N people, clips, or numbers of the back end.
+    """Reads and checks a table of N people, clips, or numbers of the back end, in any format.
 
     Returns `num_words` lists of N names, the numbers as an array [N] with the dtype `layout`, and
     the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2 for clips:
     the names of the clips, and of their people. It is 0 for the back end.
     """
+    if _version(connection)[0] == FORMAT_OF_SINGLE_ROWS:
+        return _read_single_rows(connection, table, layout, num_words)
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
     words: list[list[str]] = [[] for _ in range(num_words)]
@@ -598,15 +615,44 @@ def _read_table(
     return words, numbers, total
 
 
+def _read_single_rows(
+    connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
+) -> tuple[list[list[str]], np.ndarray, int]:
+    """Reads a table of the format 3, see `_read_table`."""
+    words: list[list[str]] = [[] for _ in range(num_words)]
+    content, total = bytearray(), 0
+    for row in connection.execute(f"SELECT * FROM {table} ORDER BY 1"):
+        kinds = tuple(map(type, row))
+        if kinds != SINGLE_ROW_KINDS[table] or (table == "clip" and row[2] not in (0, 1)):
+            raise UserError(f"a row of its table '{table}' has the wrong types")
+        for column, word in zip(words, row, strict=False):
+            column.append(word)
+        content += row[-1]
+        if table == "clip":
+            content += row[2].to_bytes(4, "little")  # `fitted` in `_clip_layout`
+        total += _digest(row)
+    counts = {len(content) / layout.itemsize, *map(len, words)}
+    if len(counts) > 1 or len(content) % layout.itemsize:
+        raise UserError(f"a row of its table '{table}' has the wrong length")
+    numbers = np.frombuffer(bytes(content), layout)
+    _check_finite(numbers)
+    _check_names([*itertools.chain(*words)], words[0] if words else [])
+    return words, numbers, total
+
+
 def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
     """Copies the numbers of a row to the array `numbers`; returns the sha256 of the row.
 
     Raises UserError if a number is not finite.
     """
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
+    _check_finite(numbers)
+    return _digest(row)
+
+
+def _check_finite(numbers: np.ndarray) -> None:
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
         raise UserError("one of its rows contains NaN or infinity")
-    return _digest(row)
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:

@@ -32,6 +32,8 @@ class Vectors(NamedTuple):
     def only(self, names: Collection[str]) -> "Vectors":
         """Selects the clips with the given names, in the order of `self.names`."""
         rows = [row for row, name in enumerate(self.names) if name in names]
+        if len(rows) == len(self.names):
+            return self
         parts = {part: x[rows] for part, x in self.parts.items()}
         labels = tuple(self.labels[row] for row in rows)
         return Vectors(tuple(self.names[row] for row in rows), parts, labels)

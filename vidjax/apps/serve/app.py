@@ -11,6 +11,7 @@ finished.
 import asyncio
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,9 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from vidjax import __version__
-from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.serve import gallery_model, protocol
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.gallery_model import Frames, GalleryModel, Question, make_question
@@ -36,13 +38,13 @@ from vidjax.apps.serve.limits import (
     LOG,
     Bodies,
     Guard,
-    Limits,
     Refused,
     ServerMetrics,
     one_line,
     set_clock,
     unprocessable,
 )
+from vidjax.apps.server_limits import Limits
 from vidjax.data import clip_files
 from vidjax.data.packing import Clip
 from vidjax.utils import files
@@ -79,6 +81,14 @@ class IdentifyRequest(protocol.RuleParameters, kw_only=True):
     k: protocol.K = protocol.DEFAULT_K
 
 
+class VerifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A request to decide if clips show the person `identity`."""
+
+    clips: ClipList
+    identity: str
+    fmr: protocol.Fmr | None = None
+
+
 class EnrolRequest(Struct, forbid_unknown_fields=True):
     """A request to enrol clips. One of `identity`, `identities` and `strangers` must be given.
 
@@ -93,6 +103,9 @@ class EnrolRequest(Struct, forbid_unknown_fields=True):
     identity: str | None = None
     identities: dict[str, str] | None = None
     strangers: bool = False
+
+
+CLIP_REQUESTS = (IdentifyRequest, VerifyRequest, EnrolRequest)
 
 
 class PageQuery(Struct, forbid_unknown_fields=True):
@@ -152,6 +165,7 @@ class Application:
             *(Endpoint("GET", path, self.metadata) for path in MODEL_PATHS),
             *(Endpoint("GET", f"{path}/ready", self.is_ready) for path in MODEL_PATHS),
             Endpoint("POST", "/identify", self.identify, (409, *BODY_ERRORS), IdentifyRequest),
+            Endpoint("POST", "/verify", self.verify, (404, 409, *BODY_ERRORS), VerifyRequest),
             Endpoint("POST", "/enrol", self.enrol, (*BODY_ERRORS, 507), EnrolRequest),
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
@@ -188,9 +202,9 @@ class Application:
     # ---- the Open Inference Protocol
 
     async def server(self, _: Request) -> Response:
-        """Returns the name, the version and the extensions of the server."""
+        """Returns the name, the version, the extensions and the limits of the server."""
         content = {"name": "vidjax", "version": __version__, "extensions": ["binary_tensor_data"]}
-        return _encode_json(content)
+        return _encode_json({**content, "limits": self.limits})
 
     async def live(self, _: Request) -> Response:
         """Returns status 200 while the server runs, and 503 if its start has failed."""
@@ -199,11 +213,13 @@ class Application:
             raise Refused(status, "the start of the server has failed: see the log")
         return _encode_json({"live": True})
 
-    async def is_ready(self, _: Request) -> Response:
+    async def is_ready(self, request: Request) -> Response:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
+        if request.scope["vidjax.leaving"]:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server will end: ask another")
         try:
-            await asyncio.to_thread(self.gallery.refresh)
+            await asyncio.to_thread(self.model.check)
         except (UserError, OSError):  # is not logged, because any client may send this request
             status = HTTPStatus.SERVICE_UNAVAILABLE
             raise Refused(status, "the gallery cannot be read", 1) from None
@@ -238,6 +254,7 @@ class Application:
         self._check_ready()
         if timeout := parsed.parameters.timeout:
             set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
+        request.scope["vidjax.clips"] = len(question.clips)
         answer = await self.batcher.ask(question, len(question.clips))
         content, size = protocol.encode_answer(parsed, model.name, model.tensors(question, answer))
         if size is None:
@@ -255,6 +272,34 @@ class Application:
         identified = await self.batcher.ask(question, len(clips))
         return _encode_json({"clips": [*map(answers_lib.as_json, clips, identified.answers)]})
 
+    async def verify(self, request: Request) -> Response:
+        """Decides if each clip shows the given person."""
+        clips, body = await self._read(request, VerifyRequest)
+        self._check_ready()
+        vectors = await self._embed(clips)
+
+        def answer() -> dict[str, object]:
+            identity = normal_form(body.identity)
+            matches = self.gallery.verify(vectors, identity, fmr=body.fmr)
+            return {
+                "clips": [verification.as_json(*pair, identity) for pair in matches.items()],
+                "rule": self.gallery.match_rule(identity, fmr=body.fmr).to_dict(),
+                "misfits": self.gallery.find_misfits(identity),
+            }
+
+        return _encode_json(await self.batcher.run(answer))
+
+    async def _embed(self, clips: Mapping[str, Mapping[str, Frames]]) -> Vectors:
+        """Computes the vectors of clips. Raises Refused (status 429) if too many clips wait."""
+        waiting = self._count_waiting()
+        if waiting and waiting + len(clips) > self.limits.waiting_clips:
+            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
+        self.embedding += len(clips)
+        try:
+            return await self.batcher.run(functools.partial(self.gallery.embed, clips))
+        finally:
+            self.embedding -= len(clips)
+
     async def enrol(self, request: Request) -> Response:
         """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
         clips, body = await self._read(request, EnrolRequest)
@@ -269,14 +314,7 @@ class Application:
             text = f"identities has the clip '{show(min(stray))}', but clips lacks it: send it, too"
             raise unprocessable(text)
         self._check_ready()
-        waiting = self._count_waiting()
-        if waiting and waiting + len(clips) > self.limits.waiting_clips:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
-        self.embedding += len(clips)
-        try:
-            vectors = await self.batcher.run(functools.partial(self.gallery.embed, clips))
-        finally:
-            self.embedding -= len(clips)
+        vectors = await self._embed(clips)
         make = functools.partial(
             self.gallery.enrol, vectors, people_of_clips, strangers=body.strangers
         )
@@ -303,6 +341,7 @@ class Application:
         self._check_ready()
         removed = {kind: request.path_params["name"]}
         count = await self._change(request, lambda: self.gallery.remove(**removed))
+        request.scope["vidjax.clips"] = count
         await self.batcher.settle()  # waits for answers that may contain the name
         return _encode_json({"removed": count})
 
@@ -337,11 +376,11 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a request to identify or enrol clips; returns the clips and the other fields.
+        """Reads a request with clips; returns the clips and the other fields.
 
         The clips are the result of `_check_clips`. The fields are an object of the type `kind`. The
-        body is JSON with all fields, or an `.npz` file with a single clip. For an `.npz` file, the
-        other fields are in the query.
+        body is JSON with all fields, or an `.npz` file. For an `.npz` file, the other fields, and
+        the name of a single clip, are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -355,8 +394,6 @@ class Application:
         if request.query_params and not npz:
             raise unprocessable("a request in JSON has no query: send all fields in the body")
         if npz:
-            if not name:
-                raise unprocessable("the query lacks the name of the clip: add ?clip=NAME")
             try:
                 size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
             except UserError as error:
@@ -368,21 +405,23 @@ class Application:
         def read() -> tuple[dict[str, Any], Any]:
             if npz:
                 fields = _read_query({"clips": [{"clip": name}], **words}, kind)
-                clips = [clip_files.read_npz_bytes(body, name, limit)]
+                nets = self.gallery.origin.cards
+                found = clip_files.read_npz_bytes(body, name, limit, nets)
             else:
                 fields = protocol.decode(body, kind)
-                if len(fields.clips) > self.limits.clips:
-                    most = self.limits.clips
-                    raise unprocessable(
-                        f"the request has {len(fields.clips):,} clips: send at most {most}"
-                    )
                 rows = enumerate(fields.clips)
-                clips = [clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows]
+                found = (clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows)
+            most = self.limits.clips
+            clips = [*itertools.islice(found, most + 1)]
+            if not 0 < len(clips) <= most:
+                count = "too many" if clips else "no"
+                raise unprocessable(f"the request has {count} clips: send 1 to {most}")
             fields.clips = []  # frees lists of numbers, which take more memory than arrays
             return _check_clips(clips, self.model.widths, self.limits), fields
 
         clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
         self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
+        request.scope["vidjax.clips"] = len(clips)
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
@@ -454,14 +493,14 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
     endpoints = application.list_endpoints()
     routes = [Route(point.path, point.answer, methods=[point.method]) for point in endpoints]
     router = Router(routes, redirect_slashes=False, lifespan=application.run_lifespan)
-    return Guard(router, bodies, limits, metrics, token)
+    return Guard(router, bodies, limits, metrics, gallery, token)
 
 
 def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[str, Any]:
     """Returns the OpenAPI description. `widths` are modality -> width of its features."""
     kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in (IdentifyRequest, EnrolRequest):
+    for kind in CLIP_REQUESTS:
         clip = schemas[kind.__name__]["properties"]["clips"]["items"]["properties"]
         for name, width in widths.items():
             row = {"type": "array", "items": {"type": "number"}}
@@ -471,10 +510,10 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
     for point in endpoints:
         path = point.path.replace(":path", "")
         words = schemas[point.query.__name__]["properties"] if point.query else {}
-        if point.body in (IdentifyRequest, EnrolRequest):
+        if point.body in CLIP_REQUESTS:
             fields = schemas[point.body.__name__]["properties"].keys() - {"clips", "identities"}
             rest = ", ".join(sorted(fields))
-            about = f"the name of the clip in an .npz; only then, the query may also have {rest}"
+            about = f"the name of a single clip in an .npz; with an .npz, the query may have {rest}"
             words = {"clip": {**text, "description": about}}
         parameters = [{"name": name, "in": "query", "schema": kind} for name, kind in words.items()]
         parameters += [

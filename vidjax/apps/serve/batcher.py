@@ -7,13 +7,16 @@ can take minutes.
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Generic, NamedTuple, TypeVar
 
-from vidjax.apps.serve.limits import Limits, Refused, ServerMetrics
+from vidjax.apps.serve.limits import Refused, ServerMetrics
+from vidjax.apps.server_limits import Limits
+from vidjax.utils.errors import InUseError
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -143,7 +146,7 @@ class Changes:
             status = HTTPStatus.TOO_MANY_REQUESTS
             raise Refused(status, "too many changes are waiting: try again", 2)
         self.waiting += 1
-        work = asyncio.get_running_loop().run_in_executor(self._thread, change)
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._try, change)
         work.add_done_callback(self._done)
         await asyncio.wait([work], timeout=self._limits.change_seconds)
         if not work.done():
@@ -151,6 +154,16 @@ class Changes:
             text = "the change is not finished and goes on: check later whether it was made"
             raise Refused(status, text, 5)
         return work.result()
+
+    def _try(self, change: Callable[[], T]) -> T:
+        """Calls `change` again if another process changes the gallery, for a limited time."""
+        end = time.monotonic() + self._limits.lock_seconds
+        while True:
+            try:
+                return change()
+            except InUseError:  # after `store.LOCK_SECONDS`
+                if time.monotonic() > end:
+                    raise
 
     def _done(self, work: "asyncio.Future[T]") -> None:
         self.waiting -= 1

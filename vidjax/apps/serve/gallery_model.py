@@ -13,8 +13,9 @@ import numpy as np
 
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve.limits import Limits, unprocessable
+from vidjax.apps.serve.limits import unprocessable
 from vidjax.apps.serve.protocol import DEFAULT_K, Parameters, Spec
+from vidjax.apps.server_limits import Limits
 from vidjax.data.clips import PAD_LENGTHS
 from vidjax.data.packed_clips import FRAME_FIELDS, LARGEST
 
@@ -126,7 +127,12 @@ class GalleryModel:
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
-        _ = self.widths  # loads the run of the gallery, so that errors appear at the start
+        self.check()  # loads the run of the gallery, so that errors appear at the start
+
+    def check(self) -> None:
+        """Raises an error if the gallery, or the run that made it, cannot be read."""
+        self.gallery.refresh()
+        _ = self.widths
 
     @property
     def widths(self) -> dict[str, int]:

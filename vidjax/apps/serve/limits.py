@@ -8,12 +8,16 @@ import asyncio
 import hmac
 import logging
 import os
+import re
 import shlex
 import stat
+import threading
 import traceback
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -26,12 +30,17 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vidjax.apps import web
 from vidjax.apps.gallery.changes import NotEnrolledError
-from vidjax.apps.gallery.gallery import NobodyError
+from vidjax.apps.gallery.gallery import Gallery, NobodyError
 from vidjax.apps.gallery.store import UncertainWriteError, UnreadableError, UnwritableError
+from vidjax.apps.server_limits import Limits
 from vidjax.utils import files
 from vidjax.utils.errors import Expected, InUseError, UserError, describe_system_error
 
 LOG = logging.getLogger("vidjax.apps.serve")
+ACCESS = logging.getLogger("vidjax.apps.serve.access")  # a line of JSON for each request
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # of the current request
+REQUEST_ID_FORM = re.compile(r"[\w.-]{1,64}", re.ASCII)
+CLIENT_GONE = 499  # the status, in counters and logs, of a request whose client has gone
 MIN_TOKEN_LETTERS = 16
 # Errors with these statuses may be sent before the body was read, so they end the connection.
 ENDING_STATUSES = (400, 401, 403, 404, 405, 413, 415, 429)
@@ -59,32 +68,13 @@ REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
 
-class Limits(NamedTuple):
-    """The limits of requests. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
-
-    body_bytes: int = 32 << 20  # a binary body, and the arrays of an `.npz` file as float32
-    json_bytes: int = 4 << 20  # a JSON body, or the JSON before binary tensors
-    # Everything in memory for all requests: bodies, frames, a copy of the frames, unsent answers.
-    held_bytes: int = 256 << 20
-    clips: int = 256  # clips in a request
-    frames: int = 20_000  # frames in a clip and modality
-    batch_clips: int = 64  # clips that the server scores together
-    waiting_clips: int = 1024  # clips that wait to be scored or embedded
-    waiting_changes: int = 16  # enrolments and removals that wait
-    answer_seconds: float = 10.0  # from the end of the body to the answer
-    # Additional time for a change of the gallery. After a removal, the parameters of the gallery
-    # may be fitted to the remaining clips, which can take minutes.
-    change_seconds: float = 120.0
-    request_seconds: float = 130.0  # to receive a body, and the same time again to send the answer
-
-
 class ServerMetrics:
     """Counters for Prometheus. They contain no names of people or clips."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         shared: dict[str, Any] = {"namespace": "vidjax", "registry": self.registry}
-        about = "Answered requests."
+        about = f"Requests. Code {CLIENT_GONE}: the client has gone."
         self.requests = Counter("requests", about, ["route", "code"], **shared)
         self.seconds = Histogram("request_seconds", "Seconds from request to answer.", **shared)
         about, sizes = "Clips that were scored together.", [2**n for n in range(9)]
@@ -212,23 +202,32 @@ class Guard:
         bodies: Bodies,
         limits: Limits,
         metrics: ServerMetrics,
+        gallery: Gallery,
         token: bytes | None,
     ):
         self.routes = app.routes
+        self.leaving = threading.Event()  # set when the server will end
         self._paths = {route.endpoint: route.path for route in reversed(app.routes)}  # pyright: ignore
         self._app, self._bodies, self._limits, self._metrics = app, bodies, limits, metrics
-        self._token = token
+        self._gallery, self._token = gallery, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request. Other events, such as the start of the server, are passed on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0
+        status, headers = 0, Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID_FORM.fullmatch(given) else os.urandom(8).hex()
+        REQUEST_ID.set(request_id)
+        more = {"x-request-id": request_id}
+        if self.leaving.is_set():  # so that the client's next connection is to another server
+            more["connection"] = "close"
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                message["headers"] += [(x.encode(), y.encode()) for x, y in more.items()]
                 self._bodies.hold(scope, int(Headers(raw=message["headers"])["content-length"]))
                 set_clock(scope, self._limits.request_seconds)
                 status = message["status"]
@@ -240,33 +239,50 @@ class Guard:
             await send(message)
 
         scope["app"] = self._app  # makes the router raise an error for an unknown path or method
-        scope["vidjax.held"] = 0
+        scope["vidjax.held"] = scope["vidjax.clips"] = 0
+        scope["vidjax.leaving"] = self.leaving.is_set()
         began = asyncio.get_running_loop().time()
         limits, sends = self._limits, scope["method"] == "POST"
         seconds = limits.request_seconds if sends else limits.answer_seconds
         try:
-            self._check_sender(scope, Headers(scope=scope))
+            self._check_sender(scope, headers)
             async with asyncio.timeout(seconds) as scope["vidjax.clock"]:
                 await self._app(scope, receive, answer)
         except ClientDisconnect:
-            return
+            status = status or CLIENT_GONE
         except Exception as error:
-            if status:
-                return  # a part of the answer is already sent; uvicorn then closes the connection
-            refused = to_refusal(error)
-            # The traceback and the error refer to each other. The body would stay in memory until
-            # Python searches for such cycles.
-            error.__traceback__ = None
-            status = refused.status
-            content = msgspec.json.encode({"error": refused.text})
-            response = Response(content, status, refused.headers, "application/json")
-            await response(scope, receive, send)
+            # If a part of the answer is already sent, uvicorn closes the connection.
+            if not status:
+                refused = to_refusal(error)
+                # The traceback and the error refer to each other. The body would stay in memory
+                # until Python searches for such cycles.
+                error.__traceback__ = None
+                status = refused.status
+                content = msgspec.json.encode({"error": refused.text})
+                response = Response(content, status, refused.headers | more, "application/json")
+                await response(scope, receive, send)
         finally:
             self._bodies.hold(scope, 0)
-        seconds = asyncio.get_running_loop().time() - began
+        self._record(scope, status, asyncio.get_running_loop().time() - began)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        """Counts and logs a request. The log contains no name, token or body."""
         path = self._paths.get(scope.get("endpoint"), "other").replace(":path", "")
         self._metrics.requests.labels(path, status).inc()
         self._metrics.seconds.observe(seconds)
+        if ACCESS.isEnabledFor(logging.INFO):
+            line = {
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "request_id": REQUEST_ID.get(),
+                "method": scope["method"],
+                "route": path,
+                "status": int(status),
+                "ms": round(1000 * seconds, 1),
+                "clips": scope["vidjax.clips"],
+                "gallery": self._gallery.version,
+                "model": self._gallery.origin.digest[:12],
+            }
+            ACCESS.info("%s", msgspec.json.encode(line).decode())
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
         """Raises Refused if the sender may not use the server.
@@ -308,19 +324,23 @@ def to_refusal(error: Exception) -> Refused:
     for kind, (status, text, retry_after) in REFUSALS.items():
         if isinstance(error, kind):
             if text.endswith(SEE_LOG):
-                LOG.error("%s", one_line(str(error)))
+                _log_error(one_line(str(error)))
             return Refused(status, text, retry_after)
     if isinstance(error, UserError):
         return unprocessable(str(error))
     if text := describe_system_error(error):
-        LOG.error("%s", one_line(text))
+        _log_error(one_line(text))
         status = HTTPStatus.INSUFFICIENT_STORAGE
         return Refused(status, f"the gallery cannot be written{SEE_LOG}", 10)
     # The message of the error is not logged, because it may contain names of people.
     frames = reversed(traceback.extract_tb(error.__traceback__)[-4:])
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-    LOG.error("internal error: %s at %s", type(error).__name__, places)
+    _log_error(f"internal error: {type(error).__name__} at {places}")
     return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal error{SEE_LOG}")
+
+
+def _log_error(text: str) -> None:
+    LOG.error("%s (request %s)", text, REQUEST_ID.get())
 
 
 def unprocessable(text: str) -> Refused:

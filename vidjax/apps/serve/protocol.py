@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from vidjax.apps.serve.limits import Limits, unprocessable
+from vidjax.apps.serve.limits import unprocessable
+from vidjax.apps.server_limits import Limits
 from vidjax.utils.names import show
 
 HEADER = "inference-header-content-length"
@@ -29,6 +30,9 @@ DEFAULT_K = 5
 K = Annotated[int, Meta(ge=1, le=1000, description="largest number of identities per clip")]
 Fpir = Annotated[
     float, Meta(gt=0, lt=1, description="the largest share of strangers who may wrongly get a name")
+]
+Fmr = Annotated[
+    float, Meta(gt=0, lt=1, description="the largest share of other people's clips to accept")
 ]
 Probability = Annotated[
     float, Meta(gt=0, le=1, description="the lowest probability of a name, instead of fpir")

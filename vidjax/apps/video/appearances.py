@@ -133,14 +133,19 @@ class NamedTracks(NamedTuple):
     answers: dict[str, Answer]  # clip -> answer
     enrolled: dict[str, str | None]  # enrolled clip -> its person, or None for a stranger
     votes: dict[str, str] | None  # clip -> group that votes on one name, see `group_votes`
+    # Clip -> name that it did not get, because a more similar face of the same time has the name. A
+    # mirror or a split screen shows a person twice.
+    twins: dict[str, str]
 
 
 def name_tracks(
     gallery: "Gallery",
     vectors: Vectors,
     films: Sequence[MediaFile],
-    identify: Callable[..., dict[str, Answer]],
+    identify: Callable[..., Mapping[str, Answer]],
     votes: dict[str, str] | None = None,
+    numbers: Mapping[str, int] | None = None,
+    apart: Collection[tuple[int, int]] = (),
 ) -> NamedTracks:
     """Names the people in tracks of films.
 
@@ -149,7 +154,8 @@ def name_tracks(
     unclear faces of a person are enrolled, no other track gets the name of this person.
 
     `identify` is the method `gallery.identify`, with fixed arguments. If `votes` are given, the
-    tracks are not grouped again.
+    tracks are not grouped again. `numbers` are clip -> number of an unknown person, or 0 for a clip
+    that a user ignores. `apart` are numbers of people who certainly differ.
     """
     enrolled, denied = gallery.find_enrolled(vectors), select_films(gallery.denied, films)
     answers = dict.fromkeys(vectors.names, NOBODY)
@@ -160,10 +166,40 @@ def name_tracks(
         if answers[clip].identity in denied[clip]:
             best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
             answers[clip] = answers[clip]._replace(identity=None, best=best, evidence=())
+    numbers = numbers or {}
+    ignored = {clip for clip in answers.keys() & numbers.keys() if numbers[clip] == 0}
+    enrolled = dict.fromkeys(ignored) | enrolled
     for clip, name in enrolled.items():
         known = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),))
         answers[clip] = known._replace(evidence=(TOLD,))
-    return NamedTracks(settle_answers(answers, films), enrolled, votes)
+    answers = _tell_apart(answers, numbers, apart)
+    settled = settle_answers(answers, films)
+    twins = {c: x.identity for c, x in answers.items() if x.identity and not settled[c].identity}
+    return NamedTracks(settled, enrolled, votes, twins)
+
+
+def _tell_apart(
+    answers: Mapping[str, Answer], numbers: Mapping[str, int], apart: Collection[tuple[int, int]]
+) -> dict[str, Answer]:
+    """Returns answers in which two people who differ have different names.
+
+    If most clips of both people have the same name, the clips of the less probable person lose it,
+    except names by a user. For the arguments, see `name_tracks`.
+    """
+    answers, clips_of = dict(answers), dict[int, list[str]]()
+    for clip in answers.keys() & numbers.keys() if apart else ():
+        clips_of.setdefault(numbers[clip], []).append(clip)
+    for pair in apart:
+        sides = [clips_of.get(number, []) for number in pair]
+        names = [Counter(answers[x].identity for x in clips).most_common(1) for clips in sides]
+        (name, *others) = {count[0][0] if count else None for count in names}
+        if name is None or others:
+            continue
+        named = [[x for x in clips if answers[x].identity == name] for clips in sides]
+        for clip in min(named, key=lambda clips: max(answers[x].score for x in clips)):
+            if answers[clip].evidence != (TOLD,):
+                answers[clip] = answers[clip]._replace(identity=None, evidence=())
+    return answers
 
 
 def group_votes(
@@ -182,20 +218,37 @@ def group_votes(
 
 
 def group_unknown(
-    gallery: "Gallery", vectors: Vectors, films: Sequence[MediaFile]
+    gallery: "Gallery",
+    vectors: Vectors,
+    films: Collection[MediaFile],
+    together: Mapping[str, int] | None = None,
+    apart: Collection[tuple[int, int]] = (),
+    settled: Collection[int] = (),
 ) -> dict[str, str]:
     """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
 
     Two people with unclear faces look alike. So an unclear face is in no group, and has a number
-    that no other track has.
+    that no other track has, unless it is in `together`.
+
+    `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
+    these numbers, of people who differ. For `settled`, see `Gallery.group`.
     """
+    together = together or {}
     unclear = list_unclear(films)
     faces = sorted(unclear & select_usable_clips(vectors).keys())
     clear = vectors.only({*vectors.names} - unclear)
     clarity = {track.clip: track.clarity for film in films for track in film.tracks}
-    groups = gallery.group(clear, pair_seen_together(films), clarity=clarity)
+    pairs, of_number = (
+        pair_seen_together(films),
+        {together[c]: c for c in clear.names if c in together},
+    )
+    pairs += [(of_number[x], of_number[y]) for x, y in apart if {x, y} <= of_number.keys()]
+    groups = gallery.group(clear, pairs, clarity=clarity, together=together, settled=settled)
     first = 1 + len(groups)
-    return groups | {clip: f"{UNKNOWN}{first + number}" for number, clip in enumerate(faces)}
+    place = {number: groups[clip] for number, clip in of_number.items()}
+    for number, clip in enumerate(faces):
+        groups[clip] = place.setdefault(together.get(clip, -number), f"{UNKNOWN}{first + number}")
+    return groups
 
 
 def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[str, str]:

@@ -180,6 +180,24 @@ class Video:
         missing = declared - self.counts.seconds - from_zero
         self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
+    def still(self, seconds: float) -> np.ndarray | None:
+        """Returns the upright picture at `seconds`, uint8 [H, W, 3]. None if there is none."""
+        from av.error import FFmpegError
+        from av.video.frame import VideoFrame
+        from av.video.reformatter import VideoReformatter
+
+        wanted, last = seconds + self.info.start_s + 1e-3, None
+        with contextlib.suppress(FFmpegError):  # a format without a seek is read from the start
+            self._container.seek(max(0, int(wanted * 1e6)))
+        for frame in self._decode(self._stream, VideoFrame):
+            if last is not None and frame.time is not None and frame.time > wanted:
+                break
+            last = frame
+        if last is None:
+            return None
+        width = max(1, round(last.width * self.info.aspect))
+        return _turn_upright(_resize(VideoReformatter(), last, width, last.height), last)
+
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
         """Returns the end of a frame in seconds. A frame lasts at least 1 / `info.rate` seconds."""
         end_s = time_s + 1.0 / self.info.rate

@@ -17,6 +17,7 @@ call extracts the video again.
 """
 
 import contextlib
+import functools
 import itertools
 import operator
 import os
@@ -48,6 +49,9 @@ EARLIER = "earlier"
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
+# The mean brightness below which faces are not found. CenterFace found all faces in a film that was
+# darkened to 0.06 of its brightness, and none at 0.03.
+DARK = 0.02
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "delete the folder, and extract the files again"
@@ -138,7 +142,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
         return Path(os.fsdecode(urllib.parse.unquote_to_bytes(self.address)))
 
 
-class MediaFile(Struct, kw_only=True):
+class MediaFile(Struct, kw_only=True, dict=True):
     """The contents of `videos/STEM.json`, which describes a video or a photo."""
 
     format: Literal[3] = 3
@@ -146,6 +150,8 @@ class MediaFile(Struct, kw_only=True):
     video: Text
     source: FileStamp
     sha256: Sha256
+    # The first folder below the folder that a user named, such as `Ada` for `photos/Ada/1.jpg`.
+    folder: Text = ""
     photo: bool
     seconds: Seconds  # the length of the video
     # The start and end of each shot.
@@ -158,6 +164,8 @@ class MediaFile(Struct, kw_only=True):
     repaired: Count = 0
     damaged: bool = False
     rate: Annotated[float, Meta(gt=0, le=1000)] | None = None  # frames per second; None for photos
+    # The mean brightness of all pictures. Older versions did not measure it.
+    brightness: Share | None = None
     others: Count = 0  # number of further video streams, which were not read
     voices: Count = 0  # number of tracks with a voice
     lost_sound: Count = 0  # number of frames and packets of sound that could not be decoded
@@ -168,6 +176,16 @@ class MediaFile(Struct, kw_only=True):
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
+
+    @property
+    def is_dark(self) -> bool:
+        """Whether no face was found, and the pictures are too dark to find faces."""
+        return not self.tracks and (self.brightness or 1.0) < DARK
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A digest of the file and its clips."""
+        return hash_film(self)
 
     @property
     def tags(self) -> set[str]:
@@ -255,7 +273,7 @@ def select_films(table: Mapping[str, Mapping[str, T]], films: Iterable[MediaFile
     """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
     selected: dict[str, T] = {}
     for film in films:
-        selected |= table.get(hash_film(film), {})
+        selected |= table.get(film.digest, {})
     return selected
 
 
@@ -314,6 +332,19 @@ def lacks_pictures(out: Path, stem: str) -> bool:
     """Returns whether a film has no thumbnails in a folder that keeps thumbnails."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
+
+
+def list_files_of(path: Path) -> list[Path]:
+    """Returns the files and the thumbnails of the media file to which a file of features belongs.
+
+    Returns [] if `path` is not in a folder of features.
+    """
+    out = path.parent if path.suffix == ".npz" else path.parent.parent
+    if not files.exists(out / NAME):
+        return []
+    stem = path.stem
+    places = (out / f"{stem}.npz", out / VIDEOS / f"{stem}.json", out / THUMBNAILS / stem)
+    return [place for place in (*places, out / EARLIER / f"{stem}.json") if files.exists(place)]
 
 
 def remove_media_file(out: Path, stem: str) -> None:

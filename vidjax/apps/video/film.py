@@ -279,8 +279,9 @@ def _read_film(
 ) -> dict[str, Any]:
     """Makes the clips of a video; returns the other fields of its `MediaFile`."""
     with decode.open_video(path) as video:
-        shots, seen = _make_clips(video, clips, nets, stem, out, settings)
-    facts = {"shots": shots, "others": video.info.others, "rate": video.info.rate}
+        cuts, seen = _make_clips(video, clips, nets, stem, out, settings)
+    facts = {"shots": cuts.shots(video.counts.seconds), "brightness": cuts.brightness}
+    facts |= {"others": video.info.others, "rate": video.info.rate}
     facts |= dataclasses.asdict(video.counts)
     if nets.listen and video.info.sound:
         with decode.open_video(path) as video:
@@ -297,10 +298,10 @@ def _make_clips(
     stem: str,
     out: Path,
     settings: ExtractionSettings,
-) -> tuple[list[tuple[float, float]], list[FaceTrack]]:
+) -> tuple[ShotDetector, list[FaceTrack]]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
-    Returns the start and end of each shot in seconds, and the tracks of all people.
+    Returns the detector of the shots, and the tracks of all people.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
     tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
@@ -343,7 +344,7 @@ def _make_clips(
                 take(search.add(number, frame.time_s, frame.rgb))
     take(search.end_shot())
     end_shot(video.counts.seconds)
-    return cuts.shots(video.counts.seconds), seen if main else clips.tracks
+    return cuts, seen if main else clips.tracks
 
 
 def _read_photo(
@@ -367,6 +368,7 @@ def _read_photo(
             else:
                 lost.append(tag.name)
     facts = {"seconds": 0.0, "shots": [(0.0, 0.0)], "frames": 1, "lost_tags": lost}
+    facts["brightness"] = float(photo.rgb.mean()) / 255
     return facts | {"bad_tags": tags.problem, "misfit": misfit}
 
 
@@ -378,13 +380,16 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Calls `extract` in a child process; arguments and result are JSON objects.
 
-    If a net cannot be used, the result is only {"net_error": the message}.
+    If a net cannot be used, the result is only {"net_error": the message}. Without the argument
+    `path`, only the nets are loaded.
     """
     settings = msgspec.convert(arguments["settings"], ExtractionSettings)
     try:
         nets = _load_nets(arguments["models"], settings.size)
     except NetError as error:
         return {"net_error": str(error)}
+    if "path" not in arguments:
+        return {}
     film = extract(
         Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
         msgspec.convert(arguments["source"], FileStamp), arguments["sha256"],

@@ -3,10 +3,12 @@
 import base64
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+import itertools
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from vidjax.apps.gallery.answers import FACE, Answer, rank_group
 from vidjax.apps.video.appearances import (
@@ -18,47 +20,135 @@ from vidjax.apps.video.appearances import (
     format_time,
     group_by_video,
 )
-from vidjax.apps.video.features_folder import MediaFile
+from vidjax.apps.video.features_folder import FaceTrack, MediaFile
 from vidjax.utils.names import IGNORED
 
 if TYPE_CHECKING:
     import jinja2
 
-MOST_PICTURES = 8  # pictures of a person in a film, taken from the longest appearances
+MOST_PICTURES = 8  # pictures of a person in a film, from as many appearances
+MOST_SHOWN = 100  # unknown people, or known people with a picture, on a page with forms
+MOST_FACES = 200  # faces of a person or film on a page with forms
 LEAST_WIDTH = 0.4  # per cent of the timeline, so that short appearances are visible
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
 MOST_TIMES = 6  # times of a person below a timeline; further times are folded
+MOST_LIKELY = 3  # people whom a click chooses
 MOST_DOUBTFUL = 100  # doubtful names that are listed
 CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names with a tab
 
-Picture = tuple[str, str]  # the address of a picture, and its description
+# The address of a picture, its description, the address of a larger picture, and the place of the
+# face in the larger picture: left, top, width and height in per cent, or "".
+Picture = tuple[str, str, str, str]
 
 
-class PageEntry(NamedTuple):
-    """An appearance of a person in a film, as the page shows it."""
+class PageData(NamedTuple):
+    """The data from which all entries of a page are made, see `render`."""
 
-    key: str  # a text that identifies the appearance. It differs from all names of people
-    video: str
-    name: str  # the name of the person, or `unknown 3` for an unknown person
-    probability: float | None  # the probability of the name; None for an unknown person
-    certainty: str  # the probability as text, see `format_certainty`
-    time: str  # the start and end as text, such as 3:12–3:15
-    seconds: float  # the duration
-    left: float  # the place on the timeline, in per cent
-    width: float  # in per cent of the timeline
-    others: list[tuple[str, float]]  # other likely people with probabilities, best first
-    address: str  # the URL of the film at this time
+    tracks: Mapping[str, FaceTrack]  # clip -> track
+    answers: Mapping[str, Answer]
+    address: Callable[[MediaFile, float], str]
+    twins: Mapping[str, str]
+
+    def rank(self, clip: str) -> tuple[float, ...]:
+        """Returns a value by which the faces of clips are sorted, from the clearest face on."""
+        x = self.tracks.get(clip)
+        return (-x.clarity, -x.quality, -x.seen) if x else ()
+
+
+class PageEntry:
+    """An appearance of a person in a film, as the page shows it.
+
+    A page shows few of many appearances. So texts are made when they are shown.
+    """
+
+    def __init__(self, x: Appearance, film: MediaFile, data: PageData):
+        self._x, self._film, self._data = x, film, data
+        self.video = film.video
+        self.name = x.identity or IGNORED  # the name of the person, or such as `unknown 3`
+        self.seconds = x.end_s - x.start_s
 
     @property
+    def keys(self) -> list[str]:
+        """Texts that identify the clips. They differ from all names of people.
+
+        A clip with a twin comes first, see `twin`.
+        """
+        return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
+
+    @functools.cached_property
+    def best(self) -> str:
+        """The clip with the best face."""
+        return min(self._x.clips, key=self._data.rank)
+
+    @property
+    def box(self) -> str:
+        """The place of the best face in its frame: left, top, width and height in per cent."""
+        x = self._data.tracks.get(self.best)
+        left, top, right, bottom = x.box if x and x.box else (0.0, 0.0, 0.0, 0.0)
+        return " ".join(f"{100 * x:.4g}" for x in (left, top, right - left, bottom - top))
+
+    @property
+    def unclear(self) -> bool:
+        """Whether no face is clear."""
+        return self.best in self._data.tracks and self._data.tracks[self.best].unclear
+
+    @property
+    def certainty(self) -> str:
+        """The probability as text, see `format_certainty`."""
+        return format_certainty(self._x)
+
+    @property
+    def time(self) -> str:
+        """The start and end as text, such as 3:12-3:15."""
+        return format_appearance_time(self._x, self._film)
+
+    @property
+    def address(self) -> str:
+        """The URL of the film at this time."""
+        return self._data.address(self._film, self._x.start_s)
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """The place on the timeline, and its width, in per cent of the timeline."""
+        if self._film.photo:
+            return 0.0, 100.0
+        length = max(self._film.seconds, 1e-3)
+        left = min(100 * self._x.start_s / length, 100 - LEAST_WIDTH)
+        width = min(max(100 * self.seconds / length, LEAST_WIDTH), 100 - left)
+        return round(left, 2), round(width, 2)
+
+    @functools.cached_property
+    def others(self) -> list[tuple[str, float]]:
+        """Other likely people with probabilities, best first."""
+        best = dict[str, float]()
+        for clip in self._x.clips:
+            for other, p in self._data.answers[clip].best if clip in self._data.answers else ():
+                if p >= LIKELY_PROBABILITY and other != self.name:
+                    best[other] = max(p, best.get(other, 0.0))
+        return sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
+
+    @functools.cached_property
     def doubt(self) -> float:
         """The probability that the name is wrong, 0 to 1. A probability of at most 0.1 counts as 0.
 
         For an unknown person, the doubt is the probability of the most likely name.
         """
-        if self.probability is None:
+        if self._x.probability is None:
             return self.others[0][1] if self.others else 0.0
-        return 1.0 - self.probability if self.probability < SURE_PROBABILITY else 0.0
+        return 1.0 - self._x.probability if self._x.probability < SURE_PROBABILITY else 0.0
+
+    @property
+    def twin(self) -> str:
+        """The name of a similar face of the same time, or ""."""
+        return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
+
+    def split(self) -> "Iterator[PageEntry]":
+        """Yields an entry for each clip of the appearance."""
+        for clip in self._x.clips:
+            track = self._data.tracks[clip]
+            part = self._x._replace(clips=(clip,), start_s=track.start_s, end_s=track.end_s)
+            yield PageEntry(part, self._film, self._data)
 
 
 class Forms(NamedTuple):
@@ -70,11 +160,15 @@ class Forms(NamedTuple):
     # The film or person that the page shows. For an overview, both are empty.
     film: str = ""
     person: str = ""
+    find: str = ""  # an overview shows people and films that contain these words
+    first: int = 0  # the number of unknown people or of faces on earlier pages
     message: str = ""  # a text about the last change, or an error
     last: str = ""  # a description of the change that can be undone
-    at: str = ""  # the person, or the key of the appearance, next to which the message is shown
+    at: str = ""  # the person, or the key of the appearance, whose name is asked next
     next: str = ""  # the value of `at` after the next change
+    of: Sequence[str] = ()  # the people and keys of a change that was not accepted
     typed: str = ""  # the name that the user typed, if it was not accepted
+    asked: bool = False  # whether `message` is a question
     similar: str = ""  # a person whose name is similar to `typed`
 
     @property
@@ -85,8 +179,9 @@ class Forms(NamedTuple):
     @property
     def url_query(self) -> str:
         """The query of the URL of this page, such as `film=holiday.mp4`."""
-        words = {"film": self.film, "person": self.person}
-        return urlencode({key: word for key, word in words.items() if word})
+        names = ("film", "person", "find", "first")
+        words = {name: getattr(self, name) for name in names}
+        return urlencode({name: word for name, word in words.items() if word})
 
 
 class PersonAppearances(NamedTuple):
@@ -115,6 +210,7 @@ def render(
     address: Callable[[MediaFile, float], str],
     forms: Forms | None = None,
     note: str = "",
+    twins: Mapping[str, str] | None = None,
 ) -> str:
     """Returns the page that shows who appears when in films, as HTML.
 
@@ -127,12 +223,15 @@ def render(
       address: a function that returns the URL of a film at a time in seconds.
       forms: the state of the forms with which a user corrects names. If None, there are no forms.
       note: a text about all names, or "".
+      twins: clip -> name that a more similar face of the same time has, see `NamedTracks`.
     """
+    tracks = {track.clip: track for film in films for track in film.tracks}
+    data = PageData(tracks, answers, address, twins or {})
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
     for film in films:
         in_film = by_video.get(film.video, ())
-        entries_of[film.video] = [_make_entry(x, film, answers, address) for x in in_film]
+        entries_of[film.video] = [PageEntry(x, film, data) for x in in_film]
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
     unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
@@ -143,32 +242,76 @@ def render(
         forms = forms._replace(film="", person="")
     # A page without forms shows everything. A page with forms shows one film, one person, or an
     # overview.
-    part = forms.part if forms else ""
+    part, words = (forms.part, forms.find) if forms else ("", "")
     unclear = {name for name in unknown if name.startswith(FACE)}
     open_films = [film for film in films if forms is None or film.video == forms.film]
-    open_people = everyone if forms is None else unknown
+    found = find(words, {name: name for name in everyone})
+    open_people = (
+        everyone
+        if forms is None
+        else [name for name in found if name not in people and name != IGNORED]
+    )
+    grid = list[PageEntry]()
     if forms and part:
         open_people, doubtful = [forms.person] * (forms.person in times), []
-    listed = doubtful[:MOST_DOUBTFUL]
-    shown = [*listed, *entries_of.get(part, ()), *times.get(part, ())]
+        entries = entries_of.get(forms.film) or times[forms.person]
+        grid = [face for entry in entries for face in entry.split()]
+        if forms.person:
+            grid.sort(key=lambda face: data.rank(face.best))
+    listed = [] if words else doubtful[:MOST_DOUBTFUL]
+    first = forms.first if forms else 0
+    step = MOST_FACES if part else MOST_SHOWN
+    count = len(grid if part else open_people)
+    first = min(first, max(count - 1, 0) // step * step)
+    last = first + step if forms else None
     script = (Path(__file__).parent / "names.js").read_text()
 
     def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
-        """Returns photos of the person `name`, or if there are none, faces in `entries`."""
-        longest = sorted(range(len(entries)), key=lambda n: -entries[n].seconds)[:MOST_PICTURES]
-        chosen = [entries[n] for n in sorted(longest)]
-        pictures = [(picture(entry.key.removeprefix(CLIP)), entry.time) for entry in chosen]
-        return [*people.get(name, ())] or [pair for pair in pictures if pair[0]]
+        """Returns photos of the person `name`. If there are none: the best faces in `entries`."""
+        if people.get(name):
+            return [*people[name]]
+        best = sorted(entries, key=lambda entry: data.rank(entry.best))
+        found = ((entry, picture(entry.best)) for entry in best)
+        pictures = (
+            (source, entry.time, f"frame/{quote(entry.best)}", entry.box)
+            if forms else (source, entry.time, source, "")
+            for entry, source in found if source or forms
+        )  # fmt: skip
+        return [*itertools.islice(pictures, MOST_PICTURES)]
+
+    def likely(entries: Sequence[PageEntry]) -> list[tuple[str, float]]:
+        """Returns the most likely known people of all `entries` with probabilities, best first."""
+        best: dict[str, float] = {}
+        for name, share in sorted(pair for entry in entries for pair in entry.others):
+            best[name] = max(share, best.get(name, 0.0))
+        return sorted(best.items(), key=lambda pair: -pair[1])[:MOST_LIKELY]
+
+    def turn(first: int) -> str:
+        """Returns the URL of this page from the face or person with the number `first` on."""
+        return f"./?{forms._replace(first=max(first, 0)).url_query}" if forms else ""
 
     return _load_template().render(
         part=part,
         note=note,
         doubtful=listed,
         num_doubtful=len(doubtful),
-        videos=[*entries_of],
+        videos=find(words, {
+            video: " ".join([video, *{entry.name for entry in entries}])
+            for video, entries in entries_of.items()
+        }) if words else [*entries_of],
         films=[_make_section(film, entries_of[film.video], people) for film in open_films],
-        people=[PersonAppearances(name, times[name], "") for name in open_people],
+        index=[name for name in found if name == IGNORED or name in people],
+        people=[
+            PersonAppearances(name, times[name], "")
+            for name in open_people[first * (not part) : last]
+        ],
+        grid=grid[first:last],
+        count=count,
+        earlier=turn(first - step) if first else "",
+        later=turn(first + step) if forms and first + step < count else "",
+        once=sum(len(times[name]) == 1 for name in unknown),
         faces=faces,
+        likely=likely,
         entries_of=times,
         ignored=IGNORED,
         percent=format_percent,
@@ -176,12 +319,32 @@ def render(
         unknown={*unknown},
         unclear=unclear,
         anchors={name: number for number, name in enumerate(everyone, 1)},
-        placed=forms and forms.at in {*open_people, *(entry.key for entry in shown)},
         most_times=MOST_TIMES,
+        most_shown=MOST_SHOWN,
         forms=forms,
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
+    )  # fmt: skip
+
+
+def find(words: str, texts: Mapping[str, str]) -> list[str]:
+    """Returns the keys whose texts contain most of the `words`. Case and accents are ignored.
+
+    If no text contains all words, the texts with the next highest number of words are found.
+    """
+    wanted = _simplify(words).split()
+    if not wanted:
+        return [*texts]
+    counts = {key: sum(word in _simplify(text) for word in wanted) for key, text in texts.items()}
+    best = max(counts.values(), default=0)
+    return [key for key, count in counts.items() if count == best and count]
+
+
+def _simplify(text: str) -> str:
+    if text.isascii():
+        return text.casefold()
+    letters = unicodedata.normalize("NFD", text)
+    return "".join(x for x in letters if not unicodedata.combining(x)).casefold()
 
 
 @functools.cache
@@ -204,32 +367,6 @@ def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
     return "in the photo" if film.photo else format_span(appearance.start_s, appearance.end_s)
 
 
-def _make_entry(
-    x: Appearance,
-    film: MediaFile,
-    answers: Mapping[str, Answer],
-    address: Callable[[MediaFile, float], str],
-) -> PageEntry:
-    name = x.identity or IGNORED
-    best = dict[str, float]()
-    for clip in x.clips:
-        for other, probability in answers[clip].best if clip in answers else ():
-            best[other] = max(probability, best.get(other, 0.0))
-    best.pop(name, None)
-    others = sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
-    likely = [(other, p) for other, p in others if p >= LIKELY_PROBABILITY]
-    length = max(film.seconds, 1e-3)
-    left = min(100 * x.start_s / length, 100 - LEAST_WIDTH)
-    width = min(max(100 * (x.end_s - x.start_s) / length, LEAST_WIDTH), 100 - left)
-    if film.photo:
-        left, width = 0.0, 100.0
-    return PageEntry(
-        CLIP + x.clips[0], film.video, name, x.probability,
-        format_certainty(x), format_appearance_time(x, film), x.end_s - x.start_s,
-        round(left, 2), round(width, 2), likely, address(film, x.start_s),
-    )  # fmt: skip
-
-
 def _make_section(
     film: MediaFile, entries: list[PageEntry], people: Collection[str]
 ) -> FilmSection:
@@ -250,6 +387,7 @@ def _make_section(
         rows[name] = PersonAppearances(name, group, duration)
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends earlier than it declares" if film.damaged else ""
+    about += "; too dark to find faces" if film.is_dark else ""
     ordered = [rows[name] for name in sorted(rows, key=ranks.__getitem__)]
     return FilmSection(film.video, length + about, ordered, entries)
 

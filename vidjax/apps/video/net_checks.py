@@ -1,14 +1,19 @@
-"""Describes the nets in a folder for `vidjax check`: their test, their speed and their card."""
+"""Describes the nets in a folder for `vidjax check`: their test, their speed and their card.
+
+A child process with limits runs each net, because a stranger may have made it.
+"""
 
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vidjax.apps import cards
 from vidjax.apps.cards import BackEnd, Card
 from vidjax.apps.video import nets
+from vidjax.apps.video.net_families import CPU_SECONDS, MEMORY_BYTES
+from vidjax.utils import processes
 from vidjax.utils.errors import warn
 
 if TYPE_CHECKING:
@@ -46,7 +51,16 @@ def _check_folder(folder: Path) -> str:
 
 
 def _describe_file(path: Path) -> str:
-    card = cards.read(path)
+    """Calls `work` in a child process."""
+    return processes.run_limited(
+        __name__, path, {"path": str(path)}, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS,
+        reads=cards.list_files(path.parent),
+    )["text"]  # fmt: skip
+
+
+def work(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Tests the net of the card `path`, and describes it: {"text": ...}."""
+    card = cards.read(Path(arguments["path"]))
     session = nets.open_session(card)
     parts = [
         f"{card.role}, {card.decoder}, from {card.source.describe()}",
@@ -54,7 +68,8 @@ def _describe_file(path: Path) -> str:
         f"{measure_milliseconds(card, session):.3g} ms of CPU time per {INPUTS[card.role]}",
         f"weights {card.licence.weights}",
     ]
-    return "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
+    text = "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
+    return {"text": text}
 
 
 def measure_milliseconds(card: Card, session: "InferenceSession") -> float:
@@ -81,3 +96,7 @@ def describe_back_end(back_end: BackEnd) -> str:
         pairs = " and ".join(f"{count:,}" for count in back_end.pairs)
         source = f"measured on {pairs} pairs: {source}"
     return f"cosine of one person {same}, of two people {different}; {source}"
+
+
+if __name__ == "__main__":
+    processes.serve(work)

@@ -5,6 +5,7 @@ are ordered from left to right in the image. A card is a JSON file that describe
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +27,8 @@ MOST_CANDIDATES = 5000  # only the best detections enter non-maximum suppression
 # face. It is shrunk until the longer side of the face has FACE_SHARE * `Detector.size` pixels.
 NEAR, FACE_SHARE = 1.0, 0.1
 CELL = 4  # the side of CenterFace's cells, in pixels
+# ONNX Runtime's errors may name a line of its source, and the function there with its arguments.
+IN_SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ .*?\) ")
 FORMULA_STEP = 7919  # see `make_formula_image`
 STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 MANY_STRIDES = (*STRIDES, 64, 128)  # of SCRFD with 15 outputs
@@ -185,7 +188,8 @@ def takes_many(session: "InferenceSession") -> bool:
 
 
 def _make_error(card: Card, error: Exception) -> NetError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = IN_SOURCE.sub("", reason)[:200]
     return NetError(
         f"'{card.path.with_name(card.file)}' is not the net that '{card.path.name}' describes "
         f"({reason})\n{REMEDY}"

@@ -1,10 +1,11 @@
 """Finds the photos of people, checks them, and enrols their faces."""
 
+import contextlib
 import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import doubts, features_folder, media_files
 from vidjax.apps.video.features_folder import FaceTrack
@@ -19,13 +21,14 @@ from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
 from vidjax.data.memory import MemoryClips
-from vidjax.runs.terminal import say
+from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
 
 PEOPLE = "people"  # the folder in the results that contains the features of photos
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
+WHO_FLAG = "--people"  # the flag of `vidjax who` that names the folder of photos
 MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
 
 
@@ -43,6 +46,11 @@ class PhotoFace(NamedTuple):
     def __str__(self) -> str:
         tag = "" if self.person == self.folder else f"/{self.person}"
         return f"{PEOPLE}/{self.folder}/{self.clip}{tag}"
+
+    @property
+    def plain(self) -> str:
+        """The name of the clip in a gallery of `enrol_folder`, such as `Ada/IMG_1.f02`."""
+        return f"{self.folder}/{self.clip}"
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
@@ -116,19 +124,20 @@ def find_missing(
     return missing
 
 
-def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
+def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list[Path]]:
     """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
 
-    Raises UserError if there are no photos, and there is no gallery of an earlier call.
+    Messages name `flag`, the flag that names the folder `people`. Raises UserError if there are no
+    photos, and there is no gallery of an earlier call.
     """
     if not os.path.isdir(people):
         if not os.path.exists(people) and files.exists(out / "gallery"):
             return {}
-        raise _refuse_people(people)
+        raise _refuse_people(people, flag)
     if out.resolve().parent == people.resolve():
         raise UserError(
-            f"--out={out} is inside --people={people}, where each folder is a person\n"
-            "name a folder of only people, --people=DIR, or another folder for --out"
+            f"--out={out} is inside {flag}={people}, where each folder is a person\n"
+            f"name a folder of only people, {flag}=DIR, or another folder for --out"
         )
     photos_of: dict[str, list[Path]] = {}
     media_files.say_left_out([people])
@@ -161,13 +170,13 @@ def list_photos(people: Path, out: Path) -> dict[str, list[Path]]:
     return photos_of
 
 
-def _refuse_people(people: Path) -> UserError:
+def _refuse_people(people: Path, flag: str = WHO_FLAG) -> UserError:
     hint = "" if os.path.exists(people) else messages.suggest_path(people)
     if files.is_file(people):
         one, all_ = (messages.relative_path(x) for x in (*people.resolve().parents,)[:2])
         return UserError(
-            f"--people={people} is a file, not a folder: name its folder, --people={one}\n"
-            f"if this is the folder of one person, name the folder above: --people={all_}"
+            f"{flag}={people} is a file, not a folder: name its folder, {flag}={one}\n"
+            f"if this is the folder of one person, name the folder above: {flag}={all_}"
         )
     return UserError(
         f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
@@ -254,7 +263,7 @@ def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
     )
 
 
-def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> None:
+def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool, flag: str) -> None:
     """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
     `names` are the people whose photo is a file directly in the folder `people`. `only_files` is
@@ -267,7 +276,7 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool) -> No
         examples = " and ".join(map(show, names[:2]))
         say(
             f"photos lie directly in '{people}', so each counts as a different person, such as "
-            f"{examples}. If all show the same person, name the folder above: --people={above}",
+            f"{examples}. If all show the same person, name the folder above: {flag}={above}",
             warning=True,
         )
         return
@@ -305,6 +314,7 @@ def check_photos(
     enrolled: Mapping[str, PhotoFace],
     outcomes_of: Mapping[Path, Sequence[FileOutcome]],
     people: Path,
+    flag: str = WHO_FLAG,
 ) -> tuple[dict[str, str], set[str], dict[Path, dict[str, str]]]:
     """Finds the usable faces in photos, and prints problems of photos.
 
@@ -313,7 +323,7 @@ def check_photos(
     outcomes of its photos. `enrolled` is clip -> face in the gallery.
 
     Returns path of each unusable photo -> remedy, the names of all people, and folder of features
-    -> clip -> person for all usable clips.
+    -> clip -> person for all usable clips. For `flag`, see `list_photos`.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[tuple[Path, str], str] = {}
@@ -347,7 +357,7 @@ def check_photos(
     for problem in features_folder.leave_out_hidden(usable, poor, hidden):
         say(problem, warning=True)
     only_files = len(single) == len(outcomes_of) and not known
-    _warn_of_numbers([name for name in single if name in names], people, only_files)
+    _warn_of_numbers([name for name in single if name in names], people, only_files, flag)
     faces_of: dict[Path, dict[str, str]] = {folder: {} for folder in outcomes_of}
     for (folder, clip), name in usable.items():
         faces_of[folder][clip] = name
@@ -374,11 +384,89 @@ def enrol_photos(
     for folder, named in usable.items():
         _enrol(gallery, folder, named, labels, old.get(read_folder_name(folder.name), set()))
     found = {name for named in usable.values() for name in named.values()}
-    for name in sorted({*names} - found - {photo.person for photo in list_faces(gallery).values()}):
+    _warn_of_lost({*names} - found - {photo.person for photo in list_faces(gallery).values()})
+
+
+def _warn_of_lost(names: Iterable[str]) -> None:
+    for name in sorted(names):
         say(
             f"{show(name)} cannot be recognised: no photo of {show(name)} can be used",
             warning=True,
         )
+
+
+class PhotoEnrolment(NamedTuple):
+    """The result of `enrol_folder`."""
+
+    enrolled: int  # the number of new faces
+    unchanged: int  # the number of faces that were enrolled before
+    failed: dict[str, str]  # path of a photo that is not enrolled -> remedy, or ""
+
+
+def enrol_folder(
+    gallery: Gallery, people: Path, models: Path, flag: str, workers: int
+) -> PhotoEnrolment:
+    """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery of models.
+
+    The faces that another call has enrolled stay as they are, even if they were renamed. New photos
+    of a renamed person get the new name. For `flag`, see `list_photos`. The features of the photos
+    are deleted at the end.
+    """
+    with files.scratch_folder() as out:
+        photos_of = list_photos(people, out, flag)
+        total = sum(map(len, photos_of.values()))
+        bar = Progress(total, unit="photo", label="photos", leave=False)
+        with contextlib.closing(bar):
+            outcomes_of = extract_photos(
+                photos_of, out, models=models, workers=workers, done=lambda _: bar.advance(1)
+            )
+        failed, names, usable = check_photos({}, outcomes_of, people, flag)
+        faces, clips = dict[str, PhotoFace](), dict[str, StoredClip]()
+        for folder, person_of in usable.items():
+            vectors = embed_clips(gallery, folder, person_of) if person_of else None
+            for clip, entry in (select_usable_clips(vectors) if vectors else {}).items():
+                face = PhotoFace(read_folder_name(folder.name), clip, person_of[clip])
+                faces[face.plain], clips[face.plain] = face, entry
+    path_of = {
+        PhotoFace(read_folder_name(folder.name), track.clip, "").plain: outcome.path
+        for folder, outcomes in outcomes_of.items()
+        for outcome in outcomes if outcome.media
+        for track in outcome.media.tracks
+    }  # fmt: skip
+    with gallery.change() as draft:
+        before: dict[str, Counter[str]] = {}
+        for clip, face in faces.items():
+            if label := clip in draft.clips and draft.clips[clip].identity:
+                before.setdefault(face.person, Counter())[label] += 1
+        labels = _choose_labels(before, names)
+        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
+        new = dict[str, str]()
+        for clip in sorted(clips.keys() - unchanged):
+            try:
+                new[clip] = labels[faces[clip].person]
+                draft.add({clip: clips[clip]._replace(identity=new[clip])})
+            except UserError as error:
+                new.pop(clip)
+                problem, _, failed[str(path_of[clip])] = str(error).partition("\n")
+                say(f"{path_of[clip]}: {problem}", warning=True)
+    _warn_of_lost(names - {face.person for face in faces.values()})
+    if gallery.clips.keys() <= clips.keys():  # no photo of another call is missing
+        gallery.check_mirrored(list_mirrored(outcomes_of, usable))
+    advise_other_films(gallery, sorted({*new.values()}))
+    warn_of_doubts(gallery, outcomes_of, people, lambda face: face.plain)
+    return PhotoEnrolment(len(new), len(unchanged), failed)
+
+
+def list_mirrored(
+    outcomes_of: Mapping[Path, Sequence[FileOutcome]], usable: Mapping[Path, Mapping[str, str]]
+) -> list[float]:
+    """Returns `FaceTrack.mirrored` of each usable face in photos."""
+    return [
+        track.mirrored for folder, outcomes in outcomes_of.items()
+        for outcome in outcomes if outcome.known
+        for track in outcome.known.tracks
+        if track.clip in usable[folder] and track.mirrored is not None
+    ]  # fmt: skip
 
 
 def _check_photo(
@@ -485,15 +573,18 @@ def _enrol(
 
 
 def warn_of_doubts(
-    gallery: Gallery, outcomes: Mapping[Path, Sequence[FileOutcome]], people: Path
+    gallery: Gallery,
+    outcomes: Mapping[Path, Sequence[FileOutcome]],
+    people: Path,
+    name_clip: Callable[[PhotoFace], str] = str,
 ) -> bool:
     """Prints warnings of photos that may show another person or are enrolled for two people.
 
-    If the net does not separate people, photos are not compared. Returns whether two names may be
-    one person.
+    `name_clip` returns the name of a face's clip in the gallery. If the net does not separate
+    people, photos are not compared. Returns whether two names may be one person.
     """
     given = {
-        str(PhotoFace(owner, track.clip, track.name or owner)): (outcome.path, outcome.known)
+        name_clip(PhotoFace(owner, track.clip, track.name or owner)): (outcome.path, outcome.known)
         for folder, photos in outcomes.items() for owner in [read_folder_name(folder.name)]
         for outcome in photos if outcome.known
         for track in outcome.known.tracks

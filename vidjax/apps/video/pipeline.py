@@ -40,8 +40,8 @@ ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
 PROGRESS_SECONDS = 1.0  # between two updates of the progress bar
 BATCH_PHOTOS = 50  # the largest number of photos that a process reads
-# A process may use 600 seconds of CPU time, and one second more for each 20,000 bytes of its files.
-CPU_SECONDS, CPU_BYTES_PER_SECOND = 600, 20_000
+# The CPU time for a photo, and for a film: 600 seconds, and one more for each 20,000 bytes.
+PHOTO_SECONDS, FILM_SECONDS, FILM_BYTES_PER_SECOND = 60, 600, 20_000
 Drop = Literal["nothing", "deleted", "missing", "others", "all others"]  # see `extract_folders`
 FORGET_REMEDY = "to delete the results of such files, too, add --forget-missing"
 # After these errors, no other file is read, because every other file would fail, too.
@@ -77,6 +77,7 @@ class _Job(NamedTuple):
     out: Path  # the folder of features
     settings: ExtractionSettings
     tagged: bool  # whether names that photo programs stored for faces are read
+    folder: str  # see `MediaFile.folder`
 
 
 def extract(
@@ -156,7 +157,10 @@ def extract_folders(
             files.refuse_links(out)
             used = _check_extraction(out, digests, settings, upgrade)
             stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails)
-            jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
+            jobs += [
+                _Job(path, stem, out, used, tagged, _find_folder(path, inputs))
+                for path, stem in stems.items()
+            ]
 
         outcomes_of = _process_jobs(jobs, models, workers, check, done)
         for out, outcomes in unsure.items():
@@ -166,6 +170,15 @@ def extract_folders(
         return outcomes_of
 
 
+def _find_folder(path: Path, inputs: Sequence[Path]) -> str:
+    """Returns the first folder between a file and the folder in `inputs` that contains the file."""
+    for named in inputs:
+        if path != named and path.is_relative_to(named):
+            inner = path.relative_to(named).parent.parts
+            return features_folder.make_printable(inner[0]) if inner else ""
+    return ""
+
+
 def read_digests(models: Path) -> dict[str, str]:
     """Returns role -> digest of the card of each net in a folder."""
     return {role: card.digest for role, card in cards_lib.read_all(models).items()}
@@ -173,7 +186,15 @@ def read_digests(models: Path) -> dict[str, str]:
 
 def check_nets(models: Path, settings: ExtractionSettings) -> None:
     """Loads all nets in a folder and tests them. Raises UserError if a net cannot be used."""
-    film_lib.load_nets(cards_lib.load(models), settings.size)
+    arguments = {"models": str(models), "settings": msgspec.to_builtins(settings)}
+    (answer,) = run_limited_each(
+        film_lib.__name__, [(models, arguments)], reads=cards_lib.list_files(models),
+        memory_bytes=MEMORY_BYTES, cpu_seconds=PHOTO_SECONDS,
+    )  # fmt: skip
+    if isinstance(answer, UserError):
+        raise answer
+    if "net_error" in answer:
+        raise UserError(answer["net_error"])
 
 
 def _process_jobs(
@@ -410,11 +431,29 @@ def _extract_batch(
         if pending:
             photos = messages.count(len(pending), "photo")
             say(f"{features_folder.make_printable(title) or photos} ...")
-        given = [(job.path, arguments) for job, arguments in pending.items()]
-        answers = _read_batch(children, given)
+        answers = _read(children, pending, models) if pending else []
         for (job, arguments), answer in zip(pending.items(), answers, strict=True):
             outcomes[job] = _take_results(job, arguments, answer)
     return [outcomes[job] for job in jobs]
+
+
+def _read(
+    children: Children, pending: Mapping[_Job, dict[str, Any]], models: Path
+) -> list[dict[str, Any] | UserError]:
+    """Calls `film.work` for each file; returns a result or an error for each file."""
+    tagged = (job.path for job in pending if job.tagged)
+    sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
+    size = sum(arguments["source"]["size"] for arguments in pending.values())
+    photos = all(job.path.suffix.lower() in PHOTOS for job in pending)
+    return run_limited_each(
+        film_lib.__name__,
+        [(job.path, arguments) for job, arguments in pending.items()],
+        memory_bytes=MEMORY_BYTES,
+        cpu_seconds=PHOTO_SECONDS if photos else FILM_SECONDS + size // FILM_BYTES_PER_SECOND,
+        reads=[*cards_lib.list_files(models), *sidecars],
+        writes=[arguments["out"] for arguments in pending.values()],
+        children=children,
+    )
 
 
 def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
@@ -428,11 +467,15 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
     source = features_folder.FileStamp.of(job.path, sidecars)
     complete = before and not features_folder.lacks_pictures(job.out, job.stem)
     if before and complete and before.source == source and not check:
+        if job.folder not in ("", before.folder):  # an earlier call has named another folder
+            before.folder = job.folder
+            features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
     same_file = before is not None and before.sha256 == sha256
     if before and complete and same_file and before.source.sidecars == source.sidecars:
         before.source, before.video = source, features_folder.make_printable(job.path.name)
+        before.folder = job.folder
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
     partial = folders.enter_context(
@@ -452,29 +495,6 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
     }
 
 
-def _read_batch(
-    children: Children, pending: Sequence[tuple[Path, dict[str, Any]]]
-) -> list[dict[str, Any] | UserError]:
-    """Calls `film.work` for each file in one process; returns a result or an error for each file.
-
-    If the process crashes, the files are divided into halves, and each half is read in a new
-    process. In the end, only the file that causes the crash fails.
-    """
-    if not pending:
-        return []
-    size = sum(arguments["source"]["size"] for _, arguments in pending)
-    try:
-        return run_limited_each(
-            film_lib.__name__, pending, memory_bytes=MEMORY_BYTES, children=children,
-            cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
-        )  # fmt: skip
-    except UserError as error:
-        if len(pending) == 1:
-            return [error]
-    half = len(pending) // 2
-    return _read_batch(children, pending[:half]) + _read_batch(children, pending[half:])
-
-
 def _take_results(
     job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError
 ) -> FileOutcome:
@@ -490,6 +510,7 @@ def _take_results(
         if isinstance(answer, UserError):
             raise answer
         film = schemas.parse(job.path, answer, MediaFile, "leave it out")
+        film.folder = job.folder
         before = features_folder.find_media_file(job.out, job.stem)
         before = before or features_folder.find_earlier_file(job.out, job.stem)
         if before and before.tags and not film.tags:

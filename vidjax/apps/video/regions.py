@@ -11,6 +11,7 @@ entities, which may be harmful, come before.
 import io
 import itertools
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,10 @@ END_BYTES = 2 * files.MB  # XMP is searched only in the first and the last 2 MB 
 # Limits against malicious files: the pieces of XMP and the tags in a photo, the XML elements in a
 # tag, and the letters in a name.
 MOST_PACKETS, MOST_TAGS, MOST_VALUES, MOST_LETTERS = 16, 500, 100, 400
+# The XML parser copies the address of a namespace for each element and attribute with this prefix.
+MOST_ADDRESS_BYTES = 1000
+LONG_PIECE = re.compile(rb"<[^<]{%d,}" % MOST_ADDRESS_BYTES)  # a long tag, and text after it
+VALUE = re.compile(rb"=\s*(\"[^\"]*\"|'[^']*')")  # of an attribute
 PACKET_BEGIN, PACKET_END = b"<rdf:RDF", b"</rdf:RDF>"
 PNG = b"\x89PNG"
 # The start of compressed XMP in a PNG. Then follow two texts, each with a zero byte at its end, and
@@ -125,6 +130,7 @@ def parse_packet(packet: bytes) -> Tags:
 
     Raises SyntaxError if `packet` is not valid XML.
     """
+    _refuse_long_addresses(packet)
     root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
     mwg, mp = (_find_items(root, name) for name in (f"{MWG}RegionList", f"{REGIONS}Regions"))
     all_tags = [*filter(None, map(_read_mwg_tag, mwg))] or [*filter(None, map(_read_mp_tag, mp))]
@@ -140,6 +146,16 @@ def parse_packet(packet: bytes) -> Tags:
     applied = next(map(_collect_values, root.iter(f"{MWG}AppliedToDimensions")), {})
     width, height = (_parse_number(applied.get(SIZE + key)) for key in "wh")
     return Tags(tags, (width, height) if width > 0 and height > 0 else None, problem)
+
+
+def _refuse_long_addresses(packet: bytes) -> None:
+    """Raises UserError if the address of a namespace is so long that XML takes minutes to parse."""
+    for piece in LONG_PIECE.finditer(packet):
+        end = 0  # of the previous value; between values are only names
+        for value in VALUE.finditer(piece[0]):
+            if len(value[1]) > MOST_ADDRESS_BYTES and b"xmlns" in piece[0][end : value.start()]:
+                raise UserError(f"a namespace has more than {MOST_ADDRESS_BYTES:,} bytes")
+            end = value.end()
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:

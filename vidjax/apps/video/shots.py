@@ -65,6 +65,7 @@ class ShotDetector:
 
     def __init__(self) -> None:
         self.starts: list[float] = []
+        self._greys, self._count = 0.0, 0
         self._before_blank: _Picture | None = None
         self._last = np.zeros(2)  # the last change: the difference and 1 - likeness
         self._time_s = np.inf
@@ -79,12 +80,18 @@ class ShotDetector:
         start of the new shot in `starts` is then the middle of the dissolve.
         """
         picture = _Picture(small)
+        self._greys, self._count = self._greys + float(picture.grey.mean()), self._count + 1
         cut = not self._pictures or self._is_cut(time_s, picture)
         self._pictures.append(picture)
         if cut:
             self.starts.append(min(time_s, self._dissolve.middle_s))
             self._dissolve = _Dissolve()
         return cut
+
+    @property
+    def brightness(self) -> float:
+        """The mean brightness of all pictures so far, 0 to 1."""
+        return self._greys / max(255 * self._count, 1)
 
     def shots(self, end_s: float) -> list[tuple[float, float]]:
         """Returns the start and end of all shots in seconds. The last shot ends at `end_s`."""

@@ -23,17 +23,19 @@ without a folder of people keeps every person of the gallery. Names that `vidjax
 of the call are read again, and names and corrections are kept, see `other_nets`.
 """
 
+import contextlib
 import functools
+import itertools
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from pathlib import Path, PurePath
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import msgspec
-from msgspec import Meta, Struct
 
 from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import Answer
@@ -68,25 +70,29 @@ from vidjax.apps.video.people_photos import (
     extract_photos,
     find_missing,
     list_faces,
+    list_mirrored,
     list_photos,
     locate_people,
     warn_of_doubts,
 )
 from vidjax.apps.video.pipeline import FileOutcome
+from vidjax.apps.video.unknown_numbers import (
+    UnknownNumbers,
+    number_people,
+    read_numbers,
+    write_numbers,
+)
 from vidjax.data.checks import list_entries
-from vidjax.runs import schemas
-from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
-from vidjax.utils.names import IGNORED, make_file_stems, read_folder_name, show
+from vidjax.utils.names import IGNORED, fold, make_file_stems, read_folder_name, show
 
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
-UNKNOWN, NUMBERS = "unknown.tsv", features_folder.NUMBERS
-NUMBERS_REMEDY = "delete it; the next call then numbers unknown people again"
-NUMBERS_BYTES = 256 * files.MB  # the largest `unknown.json` that is read
+WAIT_SECONDS = 20.0  # the longest time for which a change of names waits for another program
+UNKNOWN = "unknown.tsv"
 
 
 class WhoResults(NamedTuple):
@@ -111,59 +117,6 @@ class WhoResults(NamedTuple):
         return rows
 
 
-class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The contents of `unknown.json`: the numbers of unknown people.
-
-    The person with number 3 has the name `unknown 3`. A film is identified by a digest of its file
-    and its clips. `join` and other methods return a changed copy.
-    """
-
-    format: Literal[1] = 1
-    # Digest of the film -> clip -> number of the unknown person. Films without unknown people are
-    # included.
-    films: Annotated[dict[Sha256, dict[Text, Size]], Meta(max_length=files.MAX_ITEMS)]
-    # Pairs (number, lower number) of unknown people whom a user joined to one person.
-    same: Annotated[list[tuple[Size, Size]], Meta(max_length=files.MAX_ITEMS)] = []
-    removed: Count = 0  # the numbers up to this one are not given to new people
-
-    def __post_init__(self) -> None:
-        if any(low >= number for number, low in self.same):
-            raise ValueError("the second number of a pair in `same` must be lower than the first")
-
-    @property
-    def highest(self) -> int:
-        """The highest number that an unknown person has or had, or 0."""
-        numbers = [number for clips in self.films.values() for number in clips.values()]
-        return max([self.removed, *numbers, *dict(self.same)])
-
-    def resolve(self, group: str) -> str:
-        """Returns the name that the unknown person `group` has after joins, such as `unknown 2`."""
-        number, lower = answers_lib.parse_group_number(group), dict(self.same)
-        while number in lower:
-            number = lower[number]
-        return f"{answers_lib.UNKNOWN}{number}"
-
-    def join(self, groups: Iterable[str]) -> "UnknownNumbers":
-        """Joins unknown people, such as `unknown 5`, to one person, who gets the lowest number."""
-        numbers = sorted(answers_lib.parse_group_number(self.resolve(group)) for group in groups)
-        new = [(number, numbers[0]) for number in numbers if number > numbers[0]]
-        return msgspec.structs.replace(self, same=[*self.same, *new])
-
-    def keep(self, digests: Collection[str]) -> "UnknownNumbers":
-        """Forgets films whose digests are not in `digests`."""
-        kept = {digest: self.films[digest] for digest in sorted({*digests} & self.films.keys())}
-        return msgspec.structs.replace(self, films=kept, removed=self.highest)
-
-    def update(self, films: Iterable[MediaFile], groups: Mapping[str, str]) -> "UnknownNumbers":
-        """Stores the number of each unknown clip of `films`. `groups` is clip -> `unknown 3`."""
-        numbers = {**self.films}
-        for film in films:
-            clips = sorted({track.clip for track in film.tracks} & groups.keys())
-            new = {clip: answers_lib.parse_group_number(groups[clip]) for clip in clips}
-            numbers[hash_film(film)] = numbers.get(hash_film(film), {}) | new
-        return msgspec.structs.replace(self, films=numbers)
-
-
 class Decision(NamedTuple):
     """The people in all films of a folder of results."""
 
@@ -177,6 +130,10 @@ class Decision(NamedTuple):
     # `unknown face 4`. Ignored people are left out.
     unknown: dict[str, str]
     appearances: list[Appearance]  # by video, and in order of time
+    numbers: UnknownNumbers = UnknownNumbers(films={})
+    twins: Mapping[str, str] = MappingProxyType({})  # see `appearances.NamedTracks`
+    # `Gallery.rows`, and clip -> answer of the gallery before corrections.
+    raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
     card: str = ""  # see `Gallery.describe_card`
 
     def count_clips(self) -> dict[str, int]:
@@ -184,19 +141,13 @@ class Decision(NamedTuple):
         return {name: len(clips) for name, clips in self.people.items()}
 
 
-def read_numbers(out: Path) -> UnknownNumbers:
-    """Returns the numbers of unknown people in a folder of results.
+def lock_changes(out: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[None]:
+    """Locks the names in a folder of results, while they are changed or written.
 
-    If there is no `unknown.json`, no person has a number.
+    `name_people` also locks the folder itself, so that there is only one call at a time. The page
+    of corrections needs only this lock, so that names can be corrected while films are read.
     """
-    if not files.exists(path := out / NUMBERS):
-        return UnknownNumbers(films={})
-    return schemas.read(path, UnknownNumbers, NUMBERS_REMEDY, NUMBERS_BYTES)
-
-
-def _write_numbers(out: Path, numbers: UnknownNumbers) -> None:
-    files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
-    files.hide(out / NUMBERS)
+    return files.lock(out, "out", ".changes.lock", wait=wait)
 
 
 def _forget_denials(gallery: Gallery, kept: Collection[str]) -> None:
@@ -275,7 +226,8 @@ def name_people(
                 gallery, people, photos, out, forget_missing, options
             )
         earlier = features_folder.find_media_files(out / FEATURES).values()
-        _enrol_named(gallery, out, earlier)
+        with lock_changes(out):
+            _enrol_named(gallery, out, earlier)
         if people is not None and not gallery.identities:
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
@@ -294,19 +246,23 @@ def name_people(
             drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
-        _move_films(gallery, out)
-        all_films = features_folder.read_media_files(out / FEATURES)
-        _report_missing(all_films, out, prune)
-        waiting = features_folder.find_earlier(out / FEATURES).values()
-        _report_waiting(gallery, [*waiting])
-        kept = {*map(hash_film, all_films), *(hash_film(film, earlier=True) for film in waiting)}
-        _forget_denials(gallery, kept)
-        before = read_numbers(out).keep(kept)
-        identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
-        decision = decide(gallery, out, all_films, before, identify)
-        if is_explained:
-            decision = decision._replace(card="")
-        write(out, decision, padding)
+        with lock_changes(out):
+            _move_films(gallery, out)
+            all_films = features_folder.read_media_files(out / FEATURES)
+            _report_missing(all_films, out, prune)
+            waiting = features_folder.find_earlier(out / FEATURES).values()
+            _report_waiting(gallery, [*waiting])
+            kept = {
+                *(film.digest for film in all_films),
+                *(hash_film(film, earlier=True) for film in waiting),
+            }
+            _forget_denials(gallery, kept)
+            before = read_numbers(out).keep(kept)
+            identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
+            decision = decide(gallery, out, all_films, before, identify)
+            if is_explained:
+                decision = decision._replace(card="")
+            write(out, decision, padding)
         missed = sorted(names - {photo.person for photo in list_faces(gallery).values()})
         return WhoResults(decision.count_clips(), decision, failed, missed)
 
@@ -328,37 +284,38 @@ def _update_people(
     check_people(gallery, photos, people, out, forget_missing)
     drop: pipeline.Drop = "all others" if forget_missing else "others"
     outcomes_of = extract_photos(photos, out, drop=drop, **options)
-    gallery.refresh()  # another process may have changed the gallery in the meantime
-    labels = count_labels(gallery)  # before faces are removed
-    _write_unmatched(out, other_nets.move_photos(gallery, outcomes_of))
-    enrolled = list_faces(gallery)
-    failed, names, usable = check_photos(enrolled, outcomes_of, people)
-    missing = set[str]()
-    if not forget_missing:
-        missing = find_missing(enrolled, outcomes_of, usable, people, out)
-    if missing:
-        kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
-        names |= kept
-        failed |= {str(people / folder): "" for folder in sorted(missing)}
-        hint = "" if os.path.isdir(people) else messages.suggest_path(people)
-        say(
-            f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
-            f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
-            f"to forget people whose photos are missing, add --forget-missing{hint}",
-            warning=True,
-        )
-    # After a change of nets, a photo that cannot be read has no features any more.
-    unread = {
-        (read_folder_name(folder.name), stem)
-        for folder in outcomes_of for stem in features_folder.find_earlier(folder)
-    }  # fmt: skip
-    checked = {
-        clip: photo for clip, photo in enrolled.items()
-        if (photo.folder, photo.clip.partition(".")[0]) not in unread
-    }  # fmt: skip
-    enrol_photos(gallery, checked, usable, names, labels)
-    _forget(gallery, names, {*photos, *missing}, out)
-    gallery.check_mirrored(_list_mirrored(outcomes_of, usable))
+    with lock_changes(out):
+        gallery.refresh()  # another process may have changed the gallery in the meantime
+        labels = count_labels(gallery)  # before faces are removed
+        _write_unmatched(out, other_nets.move_photos(gallery, outcomes_of))
+        enrolled = list_faces(gallery)
+        failed, names, usable = check_photos(enrolled, outcomes_of, people)
+        missing = set[str]()
+        if not forget_missing:
+            missing = find_missing(enrolled, outcomes_of, usable, people, out)
+        if missing:
+            kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
+            names |= kept
+            failed |= {str(people / folder): "" for folder in sorted(missing)}
+            hint = "" if os.path.isdir(people) else messages.suggest_path(people)
+            say(
+                f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
+                f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
+                f"to forget people whose photos are missing, add --forget-missing{hint}",
+                warning=True,
+            )
+        # After a change of nets, a photo that cannot be read has no features any more.
+        unread = {
+            (read_folder_name(folder.name), stem)
+            for folder in outcomes_of for stem in features_folder.find_earlier(folder)
+        }  # fmt: skip
+        checked = {
+            clip: photo for clip, photo in enrolled.items()
+            if (photo.folder, photo.clip.partition(".")[0]) not in unread
+        }  # fmt: skip
+        enrol_photos(gallery, checked, usable, names, labels)
+        _forget(gallery, names, {*photos, *missing}, out)
+    gallery.check_mirrored(list_mirrored(outcomes_of, usable))
     doubted = warn_of_doubts(gallery, outcomes_of, people)
     return failed, names, doubted and gallery.compare_with_card().problem == "closer"
 
@@ -373,6 +330,13 @@ def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None
         say(
             f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}: "
             "to delete the results of missing films, add --prune"
+        )
+    dark = [film.video for film in films if film.is_dark]
+    if dark:
+        say(
+            f"{messages.count(len(dark), 'film')} too dark to find faces, such as {dark[0]}: "
+            "brighten the pictures, and call vidjax who again",
+            warning=True,
         )
     for film in films:
         stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
@@ -399,7 +363,8 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
         gallery = Gallery(path)
     except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
         return Gallery.of_models(path, models)
-    _change_nets(gallery, out, models)
+    with lock_changes(out):
+        _change_nets(gallery, out, models)
     return gallery
 
 
@@ -428,7 +393,7 @@ def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
     with gallery.change() as draft:
         draft.denied = other_nets.hold_keys(draft.denied, held)
     numbers = read_numbers(out)
-    _write_numbers(
+    write_numbers(
         out, msgspec.structs.replace(numbers, films=other_nets.hold_keys(numbers.films, held))
     )
     parts = gallery.widen(models, waiting)
@@ -444,14 +409,13 @@ def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
 def _move_films(gallery: Gallery, out: Path) -> None:
     """Moves corrections to the clips of films that were read again with other nets."""
     numbers = read_numbers(out)
-    joined = {number for pair in numbers.same for number in pair}
-    plan = other_nets.plan_films(gallery, out / FEATURES, numbers.films, joined)
+    plan = other_nets.plan_films(gallery, out / FEATURES, numbers.films, {*numbers.fixed})
     _write_unmatched(out, plan.rows)  # first, so that a killed call loses nothing
     other_nets.move_films(gallery, plan)
     if plan.moved:
         films = other_nets.move_keys(numbers.films, plan.moved)
         highest = numbers.highest
-        _write_numbers(out, msgspec.structs.replace(numbers, films=films, removed=highest))
+        write_numbers(out, msgspec.structs.replace(numbers, films=films, removed=highest))
         features_folder.forget_earlier(out / FEATURES, [film.stem for film in plan.moved])
 
 
@@ -490,7 +454,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> Non
     names = answers_lib.read_groups(path) if files.exists(path) else {}
     # If the last call was interrupted, a replaced film may have other clips with the same names.
     numbered = read_numbers(out).films
-    present = {x.clip for film in films if hash_film(film) in numbered for x in film.tracks}
+    present = {x.clip for film in films if film.digest in numbered for x in film.tracks}
     known = {clip: name for clip, name in names.items() if clip in present}
     if len(known) < len(names):
         example = show(min(names.keys() - present))
@@ -524,18 +488,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
     if len(remaining) < len(rows):
         text = tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv")
         files.write_text(path, text)
-
-
-def _list_mirrored(
-    outcomes_of: Mapping[Path, Sequence[FileOutcome]], usable: Mapping[Path, Mapping[str, str]]
-) -> list[float]:
-    """Returns `FaceTrack.mirrored` of each usable face in photos."""
-    return [
-        track.mirrored for folder, outcomes in outcomes_of.items()
-        for outcome in outcomes if outcome.known
-        for track in outcome.known.tracks
-        if track.clip in usable[folder] and track.mirrored is not None
-    ]  # fmt: skip
+        files.hide(path)
 
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
@@ -582,60 +535,67 @@ def decide(
       out: the folder of results.
       before: the numbers of the last call.
       identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
-      last: an earlier decision on the same films. Its embeddings and groups are used to save time.
+      last: an earlier decision on the same films, after which `unknown.json` was not changed. Its
+        embeddings and groups are used to save time.
     """
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
-    answers, groups = dict[str, Answer](), dict[str, str]()
-    if clips := {track.clip for film in films for track in film.tracks}:
-        vectors = vectors or embed_clips(gallery, out / FEATURES, clips)
+    answers = dict[str, Answer]()
+    if not last and (clips := {track.clip for film in films for track in film.tracks}):
+        vectors = embed_clips(gallery, out / FEATURES, clips)
         gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
-    digest, people = gallery.digest, gallery.people
+    digest, people, rows = gallery.digest, gallery.people, gallery.rows
+    raw = last.raw[1] if last and last.raw[0] == rows else {}
+
+    def answer(clips: Vectors, *, groups: Mapping[str, str] | None) -> Mapping[str, Answer]:
+        nonlocal raw
+        raw = raw or identify(clips, groups=groups)
+        return raw
+
+    numbers, twins = dict[str, int](), dict[str, str]()
     if vectors is not None:
-        answers, enrolled, votes = appearances.name_tracks(gallery, vectors, films, identify, votes)
+        known = select_films(before.films, films)
+        named = appearances.name_tracks(gallery, vectors, films, answer, votes, known, before.apart)
+        answers, votes, twins = named.answers, named.votes, named.twins
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
-        nameless -= enrolled.keys()
-        groups = appearances.group_unknown(gallery, vectors.only(nameless), films)
-        groups = _keep_numbers(groups, select_films(before.films, films), before.highest)
-    # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
-    _write_numbers(out, before.update(films, groups))
-    resolved = {group: before.resolve(group) for group in {*groups.values()}}
-    groups = {clip: resolved[group] for clip, group in groups.items()}
+        nameless -= named.enrolled.keys()
+        highest = (last.numbers if last else before).highest
+        numbers = number_people(gallery, vectors.only(nameless), films, before, highest)
+    before = before.update(films, numbers)
+    groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
     groups = appearances.mark_unclear(groups, films)
+    # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
+    if not last or before != last.numbers:
+        write_numbers(out, before)
     in_films = appearances.find_appearances(answers, films, groups)
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
     card = gallery.describe_card()
-    return Decision(digest, people, films, vectors, votes, answers, groups, in_films, card)
-
-
-def _keep_numbers(
-    groups: Mapping[str, str], before: Mapping[str, int], highest: int
-) -> dict[str, str]:
-    """Gives groups of clips the numbers of the last call; returns clip -> new group.
-
-    `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
-    group gets the number that most of its clips had. If several groups claim a number, the group
-    with the most clips of this number gets it. All other groups get new numbers above `highest`.
-    """
-    votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
-    number: dict[str, int] = {}
-    taken: set[int] = set()
-    rank = answers_lib.parse_group_number
-    for group, old in sorted(votes, key=lambda pair: (-votes[pair], pair[1], rank(pair[0]))):
-        if group not in number and old not in taken:
-            number[group] = old
-            taken.add(old)
-    new_groups = sorted({*groups.values()} - number.keys(), key=rank)
-    number |= {group: new for new, group in enumerate(new_groups, highest + 1)}
-    return {clip: f"{answers_lib.UNKNOWN}{number[group]}" for clip, group in groups.items()}
+    return Decision(
+        digest,
+        people,
+        films,
+        vectors,
+        votes,
+        answers,
+        groups,
+        in_films,
+        before,
+        twins,
+        (rows, raw),
+        card,
+    )
 
 
 def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> None:
     """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
+    here = out.resolve()
+    place_of = {
+        film.video: quote(os.fsencode(os.path.relpath(film.source.path, here)))
+        for film in decision.films
+    }  # fmt: skip
 
     def address(film: MediaFile, seconds: float) -> str:
-        place = quote(os.fsencode(os.path.relpath(film.source.path, out.resolve())))
-        return place if film.photo else f"{place}#t={seconds:.1f}"
+        return place_of[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
 
     # The old page stays until the new page replaces it.
     files.write_text(out / PAGE, render_page(out, decision, address))
@@ -649,19 +609,42 @@ def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> No
     for name in (UNKNOWN, *TABLES):
         files.hide(out / name)
     by_video = appearances.group_by_video(decision.appearances)
-    (out / SUBTITLES).mkdir(mode=0o700, exist_ok=True)
     films = [film for film in decision.films if not film.photo]
-    names = {film.video: film.video.replace("/", " - ") for film in films}
-    twins = Counter(Path(name).stem.lower() for name in names.values())
-    stems = make_file_stems(
-        Path(name).stem if twins[Path(name).stem.lower()] == 1 else name for name in names.values()
-    )
-    for video, stem in zip(names, stems, strict=True):
+    for film, place in zip(films, _place_subtitles(films), strict=True):
+        for folder in reversed(place.parents):
+            (out / SUBTITLES / folder).mkdir(mode=0o700, exist_ok=True)
         for ending in appearances.SUBTITLES:
-            text = appearances.to_subtitles(by_video.get(video, []), ending)
-            files.write_text(out / SUBTITLES / f"{stem}{ending}", text)
+            text = appearances.to_subtitles(by_video.get(film.video, []), ending)
+            path = out / SUBTITLES / f"{place}{ending}"
+            files.write_bytes(path, text.encode(), sync=False)
     (out / CUTS).mkdir(mode=0o700, exist_ok=True)
     cuts.write(out / CUTS, decision.appearances, decision.films, padding)
+
+
+def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
+    """Returns the path of each film's subtitles in their folder, without the ending.
+
+    Players look for the name of the film. If several films have this name, their subtitles are in
+    folders with the names of the films' folders, such as `2019/IMG_0001`. If these films are in one
+    folder, the names of the subtitles contain the endings of the films.
+    """
+    paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
+    keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]
+    counts, namesakes = Counter(keys), dict[str, set[tuple[str, ...]]]()
+    for key in keys:
+        namesakes.setdefault(key[-1], set()).add(key)
+    in_folder: dict[PurePath, dict[PurePath, str]] = {}
+    for path, key in zip(paths, keys, strict=True):
+        others = namesakes[key[-1]] - {key}
+        depth = next(n for n in itertools.count(1) if key[-n:] not in {x[-n:] for x in others})
+        folder = PurePath(*(make_file_stems([part])[0] for part in path.parts[-depth:-1]))
+        in_folder.setdefault(folder, {})[path] = path.name if counts[key] > 1 else path.stem
+    places = {
+        path: folder / stem
+        for folder, stems in in_folder.items()
+        for path, stem in zip(stems, make_file_stems(stems.values()), strict=True)
+    }
+    return [places[path] for path in paths]
 
 
 def render_page(
@@ -682,11 +665,19 @@ def render_page(
         pictures = (
             _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
         )
-        people[name] = [(picture, name) for picture in pictures if picture]
+        people[name] = [(picture, name, picture, "") for picture in pictures if picture]
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
-        decision.appearances, films, people, locate, decision.answers, address, forms, decision.card
+        decision.appearances,
+        films,
+        people,
+        locate,
+        decision.answers,
+        address,
+        forms,
+        decision.card,
+        decision.twins,
     )
 
 
@@ -699,5 +690,6 @@ def _locate_picture(out: Path, features: Path, clip: str) -> str:
 def _remove_results(out: Path, *, page: bool = True) -> None:
     for name in (*TABLES, *[PAGE] * page):
         (out / name).unlink(missing_ok=True)
-    files.remove_ours(out / SUBTITLES, r".+\.(vtt|srt)")
+    for folder, _, _ in os.walk(out / SUBTITLES, topdown=False):
+        files.remove_ours(Path(folder), r".+\.(vtt|srt)")
     files.remove_ours(out / CUTS, r".+\.edl")

@@ -33,7 +33,7 @@ from vidjax.data.labels import Truth, sort_identities
 from vidjax.data.packed_clips import BadValues, PackedReader, pack_arrays
 from vidjax.data.records.shards import VERSION, Reader, Records, SplitRecords
 from vidjax.utils import messages
-from vidjax.utils.errors import UserError, require_packages, warn
+from vidjax.utils.errors import UserError, require_packages, suggest, warn
 from vidjax.utils.files import sha256_json
 
 MAX_PACKED_CLIPS = 256  # clips that `Dataset.packed` reads from the disk at once
@@ -90,7 +90,7 @@ class Dataset:
         """Returns the clips and labels of a split."""
         if name not in self._splits:
             known = ", ".join(self._splits)
-            remedy = "choose one of them"
+            remedy = suggest(name, self._splits)
             if known == "train":
                 remedy = "train a run that evaluates left-out clips of train: vidjax train ... "
                 remedy += "--config.eval.split=train --config.ensemble.folds=5"

@@ -87,6 +87,7 @@ def unpack(
         arguments,
         memory_bytes=512 * MB + 4 * size,
         cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
+        writes=[out_dir],
         children=children,
     )
     return open_packed(modality, out_dir, summary)

@@ -10,7 +10,8 @@ E is the number of ensemble members. The state of the optimiser is not exported,
 can rank clips, but cannot continue its training.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def read(folder: Path, workdir: Path) -> None:
     manifest = files.read_manifest(path)
     schemas.parse(path, manifest, schemas.Manifest, "export the run again")
     trained_runs.check_entries(folder, manifest)
-    with files.atomic_folder(workdir) as partial:
+    with files.atomic_folder(workdir) as partial, _blame_export(folder, partial):
         _copy(folder, partial)
         run = RunFolder(partial)
         config = run.config
@@ -71,6 +72,19 @@ def read(folder: Path, workdir: Path) -> None:
         checkpoint.save(partial, manifest["step"], items, info)
         config.eval.checkpoint = "latest"  # the only checkpoint may have no MAP
         trained_runs.find_run(config, run)  # checks that the files belong together
+
+
+@contextlib.contextmanager
+def _blame_export(folder: Path, copy: Path) -> Iterator[None]:
+    """Turns errors about the files in `copy` into errors about the exported files in `folder`."""
+    try:
+        yield
+    except (UserError, checkpoint.CheckpointError) as error:
+        text = str(error).replace(str(copy), str(folder))
+        if isinstance(error, OSError) or str(folder) not in text:
+            raise
+        problem = text.splitlines()[:-1] or [text]
+        raise UserError("\n".join([*problem, "export the run again"])) from error
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -181,7 +181,9 @@ def run_rows(run: RunFiles) -> Rows:
         "modalities": _join(config["modalities"]),
         "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
+        "init_from": results_lib.describe_source(run.values),
         "epochs": results_lib.describe_epochs(run.values),
+        "ended early": results_lib.describe_end(run.values),
         "finished": own.date or "",
         "evaluated": own.eval_date or "",
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
@@ -227,7 +229,7 @@ def learning(run: RunFiles) -> Markup | None:
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
-    loss = _draw_curve(train, "train_loss", "Training loss")
+    loss = _draw_curve(train, "train_loss", "Training loss", run.lines)
     rate = _draw_curve(train, "learning_rate", "Learning rate")
     figures = html.beside("figures", [loss, _draw_scores(train, run.lines), rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
@@ -237,13 +239,30 @@ def learning(run: RunFiles) -> Markup | None:
     return figures + html.paragraph(words, html.number(bad_steps, 0))
 
 
-def _draw_curve(train: Sequence[Mapping[str, Any]], field: str, title: str) -> Markup:
+def _draw_curve(
+    train: Sequence[Mapping[str, Any]],
+    field: str,
+    title: str,
+    lines: Sequence[Mapping[str, Any]] = (),
+) -> Markup:
+    """Draws a curve of training and, if `lines` have losses of evaluations, these as points."""
     x, y = _column(train, "epoch"), _column(train, field)
     plot = html.Plot(x="epoch", y=title.lower())
-    plot.curve(x, y)
+    plot.curve(x, y, label="training")
     first, most, last = (f"{value:.3g}" for value in (y[0], y.max(), y[-1]))
     words = f"{title} starts at {first}, is {most} at most, and ends at {last}."
+    if scored := [line for line in lines if "eval_loss" in line]:
+        losses, split = _column(scored, "eval_loss"), html.short(scored[-1].get("split", ""))
+        plot.axes.plot(_epochs(train, scored), losses, "o-", color=html.SECOND, ms=4, label=split)
+        plot.legend()
+        words += f" The loss on {split} ends at {losses[-1]:.3g}."
     return plot.html(field, title, words)
+
+
+def _epochs(train: Sequence[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Returns the epoch of each evaluation in `lines`."""
+    last = train[-1]
+    return [line["step"] * last["epoch"] / max(last["step"], 1) for line in lines]
 
 
 def _draw_scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
@@ -253,8 +272,7 @@ def _draw_scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str
     description = f"Training accuracy ends at {accuracy[-1]:.3f}."
     scored = [line for line in lines if "map" in line]
     if scored:
-        epochs_per_step = x[-1] / max(train[-1]["step"], 1)
-        places = [line["step"] * epochs_per_step for line in scored]
+        places = _epochs(train, scored)
         values = [line["map"] for line in scored]
         split = scored[-1].get("split", "")
         label = f"MAP@100 on {html.short(split)}"
@@ -334,6 +352,88 @@ def mistakes(run: RunFiles) -> Markup | None:
     caption = "Known clips that score highest for another identity"
     tables.append(html.table(caption, ("clip", "shows", *head[1:]), others))
     return html.paragraph(LOGARITHMS if run.analysis.logs else "") + html.beside("tables", tables)
+
+
+def errors(run: RunFiles) -> Markup | None:
+    """Returns the most confused pairs, suspected labels, and MAP by number of training clips."""
+    if run.analysis.pairs is None:
+        return None
+    parts = [_confused_pairs(run, run.analysis.pairs)]
+    if suspects := run.analysis.suspects:
+        parts.append(_suspects(run, suspects))
+    for table in run.analysis.strata or ():
+        if table.by == schemas.TRAIN_CLIPS and len(table.rows) > 1:
+            parts.append(html.beside("figures", [_draw_by_clips(table.rows)]))
+    return Markup().join(parts)
+
+
+def _confused_pairs(run: RunFiles, pairs: Sequence[schemas.ConfusedPair]) -> Markup:
+    counted = {"clips": run.arrays.get("positives"), "trained on": run.arrays.get("train_clips")}
+    known = {name: numbers for name, numbers in counted.items() if numbers is not None}
+
+    def both(first: int, second: int) -> html.Number:
+        return html.Number(Markup("{} + {}").format(html.number(first), html.number(second)))
+
+    rows = [
+        (
+            run.identity(pair.first),
+            run.identity(pair.second),
+            both(*pair.counts),
+            *(both(int(x[pair.first]), int(x[pair.second])) for x in known.values()),
+        )
+        for pair in pairs
+    ]
+    if not rows:
+        return html.paragraph("No clip of a known person scores highest for another person.")
+    head = ("identity", "other identity", "confused clips", *known)
+    return html.table("Pairs of identities that are confused most", head, rows) + html.paragraph(
+        "Confused clips: clips of the first identity that score highest for the other identity, + "
+        "clips of the other identity that score highest for the first."
+    )
+
+
+def _suspects(run: RunFiles, suspects: schemas.Suspects) -> Markup:
+    rule = html.paragraph(
+        "A label is suspected to be wrong if another identity has a probability of {} or more, and "
+        "{} or more identities score above the label.",
+        html.number(suspects.sure, 0, percent=True), html.number(suspects.above),
+    )  # fmt: skip
+    if not suspects.count:
+        return rule + html.paragraph("No label is suspected.")
+    words = html.paragraph(
+        "Suspected labels: {}. Without their clips, the MAP of the {} identities that keep a clip "
+        "changes by {} (95 % interval {}). The clips were chosen because the run contradicts their "
+        "labels, so the gain is too high if some of the labels are right: look at the clips.",
+        html.number(suspects.count), html.number(suspects.identities),
+        html.number(suspects.gain, sign="+"), html.between(suspects.low, suspects.high, 4),
+    )  # fmt: skip
+    rows = [
+        (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
+        for row in suspects.clips
+    ]
+    head = ("clip", "label", "best identity", "score")
+    return rule + words + html.table("Suspected labels with the highest scores", head, rows)
+
+
+def _draw_by_clips(rows: Sequence[schemas.Stratum]) -> Markup:
+    plot = html.Plot(x="training clips of a person (below: number of people)", y="MAP@100")
+    places, values = np.arange(len(rows)), np.array([row.map for row in rows])
+    plot.axes.plot(places, values, "o-", color=html.FIRST)
+    for place, row in zip(places, rows, strict=True):
+        if row.low is not None and row.high is not None:
+            plot.axes.vlines(place, row.low, row.high, color=html.FIRST)
+    labels = [row.label.replace(" to ", "-").replace("over ", ">") for row in rows]
+    people = [f"{row.identities:,}" if row.identities is not None else "" for row in rows]
+    ticks = [f"{html.short(text)}\n{count}" for text, count in zip(labels, people, strict=True)]
+    plot.axes.set_xticks(places, ticks, fontsize=8)
+    plot.axes.set_ylim(0, 1.04)
+    first, last = rows[0], rows[-1]
+    description = (
+        f"MAP is {first.map:.3f} for people with {first.label} training clips, and {last.map:.3f} "
+        f"for people with {last.label}."
+    )
+    caption = "MAP by number of training clips. Vertical lines are 95 % intervals."
+    return plot.html("by-clips", "MAP by number of training clips", description, caption)
 
 
 def strata(run: RunFiles) -> Markup | None:
@@ -486,6 +586,7 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
     learning: "Learning curves",
     identities: "Identities",
     mistakes: "Mistakes",
+    errors: "Error analysis",
     strata: "Kinds of clips",
     open_set: "Distractors and calibration",
 }

@@ -7,25 +7,37 @@ import os
 import pwd
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from vidjax.utils.errors import InUseError, UserError
 from vidjax.utils.files.reading import open_regular
 
+RETRY_SECONDS = 0.02  # between two attempts to lock a folder
 LOCK_BYTES = 1000  # the longest text of a `.lock`
 
 
 @contextlib.contextmanager
-def lock(workdir: Path, name: str = "workdir") -> Iterator[None]:
+def lock(
+    workdir: Path, name: str = "workdir", file_name: str = ".lock", *, wait: float = 0.0
+) -> Iterator[None]:
     """Locks a folder until the context or the process ends.
 
-    If another process has locked the folder, raises InUseError. Messages call the folder `name`.
+    If another process has locked the folder for longer than `wait` seconds, raises InUseError.
+    Messages call the folder `name`. Locks with another `file_name` are independent.
     """
-    path = workdir / ".lock"
+    path, end = workdir / file_name, time.monotonic() + wait
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        raise
+                    time.sleep(RETRY_SECONDS)
         except BlockingIOError:
             text = file.read(LOCK_BYTES).decode(errors="replace")
             owner = "".join(filter(str.isprintable, text)).strip() or "another process"

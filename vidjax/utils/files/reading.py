@@ -245,6 +245,8 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[s
         for name, entry, _ in _open_arrays(file, limit, least):
             entry.seek(0)
             arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
+            if entry.read(1):
+                raise UserError(f"more bytes follow the array '{name[:50]}': write the file again")
     return arrays
 
 
@@ -295,6 +297,7 @@ def _open_arrays(
         if twice := [name for name, count in names.items() if count > 1]:
             raise UserError(f"it contains the array '{twice[0][:50]}' twice: write the file again")
         for entry in entries:
+            entry.file_size += 1  # so that a byte after the declared end can be read
             with open_entry(archive, entry) as opened:
                 shape, dtype = _read_header(opened)
                 if dtype.hasobject:

@@ -1,0 +1,145 @@
+"""A folder of results of `vidjax who` with films of made-up people, without any net or film."""
+
+import io
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from tests.helpers import films as films_lib, made_nets
+from tests.helpers.embeddings import unit
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import StoredClip
+from vidjax.apps.video import features_folder, pipeline, who
+from vidjax.apps.video.features_folder import (
+    Extraction,
+    ExtractionSettings,
+    FaceTrack,
+    FileStamp,
+    MediaFile,
+)
+from vidjax.data.clip_files import write_npz
+
+WIDTH = 128
+NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lou")
+SHOT_SECONDS = 4.0
+MIXTURE = (0.8, 0.6)  # of the person whom a face in a wrong group looks like, and of its own person
+
+
+def name_person(person: int) -> str:
+    """Returns the name of a person, such as `Ada` or `Ada 2`, without names that look alike."""
+    return NAMES[person % len(NAMES)] + f" {person // len(NAMES) + 1}" * (person >= len(NAMES))
+
+
+def draw_face(person: int, number: int, side=56) -> np.ndarray:
+    """Returns a drawn face of a person, uint8 [side, side, 3]. `number` moves it a little."""
+    rng, small = np.random.default_rng(person), np.random.default_rng(number)
+    hair, skin, eyes, shirt = (tuple(map(int, rng.integers(30, 230, 3))) for _ in range(4))
+    picture = Image.new("RGB", (side, side), tuple(map(int, small.integers(90, 180, 3))))
+    draw, unit_ = ImageDraw.Draw(picture), side / 56
+    x, y = 28 * unit_ + small.integers(-4, 5), 30 * unit_ + small.integers(-3, 4)
+    wide, high = rng.uniform(11, 17) * unit_, rng.uniform(14, 20) * unit_
+    draw.rectangle((x - 20 * unit_, y + high, x + 20 * unit_, side), fill=shirt)
+    draw.ellipse(
+        (x - wide - 3, y - high - 5, x + wide + 3, y + high * rng.uniform(0, 0.9)), fill=hair
+    )
+    draw.ellipse((x - wide, y - high, x + wide, y + high), fill=skin)
+    for sign in (-1, 1):
+        left = x + sign * wide * 0.45
+        draw.ellipse((left - 3, y - 5, left + 3, y + 1), fill="white")
+        draw.ellipse((left - 1.5, y - 4, left + 1.5, y - 1), fill=eyes)
+    draw.arc((x - 6, y + 2, x + 6, y + high * 0.7), 10, 170, fill=(90, 20, 20), width=2)
+    return np.asarray(picture)
+
+
+def write_png(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(png := io.BytesIO(), "PNG")
+    path.write_bytes(png.getvalue())
+
+
+def make(
+    folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, real=False, seed=0,
+):  # fmt: skip
+    """Writes the results of `films` films; returns where they are, and clip -> true person.
+
+    `known` of the `people` are enrolled by a photo. A film has `faces` faces. A share `wrong` of
+    them look like another person. If `real` is True, the films exist.
+    """
+    rng, out = np.random.default_rng(seed), folder / "out"
+    (models := folder / "models").mkdir(parents=True)
+    cosines = made_nets.back_end(same=(0.94, 0.02), different=(0.0, 0.09), width=WIDTH)
+    weights = rng.normal(size=(made_nets.SIDE**2 * 3, WIDTH)).astype(np.float32)
+    made_nets.write(models, "find", "face_detector")
+    net = made_nets.embedder(weights=weights)
+    made_nets.write(models, "embed", back_end=cosines, width=WIDTH, content=net)
+    out.mkdir()
+    gallery, digests = Gallery.of_models(out / "gallery", models), pipeline.read_digests(models)
+    features = out / who.FEATURES
+    (features / features_folder.VIDEOS).mkdir(parents=True)
+    settings = ExtractionSettings()
+    extraction = Extraction(models=digests, settings=settings)
+    features_folder.write(features / features_folder.NAME, extraction)
+
+    centres = unit(rng.normal(size=(people, WIDTH)))
+
+    def look(person, like=None):
+        """Returns a vector of a face, which is more similar to the person `like` if it is given."""
+        centre = centres[person] if like is None else centres[[like, person]].T @ MIXTURE
+        return unit(centre + 0.25 / WIDTH**0.5 * rng.normal(size=WIDTH)).astype(np.float32)
+
+    with gallery.change() as draft:
+        for person in range(known):
+            clip = f"people/{name_person(person)}/1"
+            draft.add({clip: StoredClip(name_person(person), look(person))})
+            place = features_folder.locate_thumbnail(out / "people" / name_person(person), "1")
+            write_png(place, draw_face(person, 0))
+
+    truth, numbers = {}, itertools.count()
+    turn = itertools.cycle(rng.permutation(people).tolist())
+    for number in range(films):
+        stem, tracks, arrays = f"film_{number:03}", [], {}
+        for face in range(faces):
+            person, clip = next(turn), f"{stem}.s{face:03}.t00"
+            truth[clip] = name_person(person)
+            like = int(rng.integers(people)) if rng.random() < wrong else None
+            quality = float(rng.uniform(0.3, 0.9))
+            vectors = np.stack([look(person, like) for _ in range(3)])
+            arrays[clip] = {"face": vectors, "face_quality": np.full(3, quality, np.float32)}
+            begin = face * SHOT_SECONDS
+            box = (0.25, 0.15, 0.75, 0.9)
+            tracks.append(FaceTrack(
+                clip=clip, shot=face, start_s=begin, end_s=begin + 3.8, seen=10, quality=quality,
+                box=box, box_at_s=begin + 2, places=[(begin + 2, box)],
+            ))  # fmt: skip
+            write_png(
+                features_folder.locate_thumbnail(features, clip), draw_face(person, next(numbers))
+            )
+        path = folder / "films" / f"{stem}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        if real:
+            shots = [draw_face(NAMES_INDEX[truth[x.clip]], x.shot, 160) for x in tracks]
+            films_lib.write(
+                path, (shot for shot in shots for _ in range(int(SHOT_SECONDS * 5))), "libx264", 5
+            )
+        else:
+            path.write_bytes(b"")
+        write_npz(features / f"{stem}.npz", arrays, {"face": digests["face_embedder"]})
+        film = MediaFile(
+            video=path.name, source=FileStamp.of(path), sha256=f"{number:064x}", photo=False,
+            seconds=faces * SHOT_SECONDS, tracks=tracks, frames=faces * 20, rate=25.0,
+            shots=[(x.start_s, x.start_s + SHOT_SECONDS) for x in tracks],
+        )  # fmt: skip
+        features_folder.write(features / features_folder.VIDEOS / f"{stem}.json", film)
+    return SimpleNamespace(out=out, truth=truth, models=models)
+
+
+NAMES_INDEX = {name_person(person): person for person in range(10_000)}
+
+
+def decide(out):
+    """Returns the decision on a folder of results."""
+    gallery = Gallery(out / "gallery")
+    films = features_folder.read_media_files(out / who.FEATURES)
+    return who.decide(gallery, out, films, who.read_numbers(out), gallery.identify)

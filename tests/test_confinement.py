@@ -1,0 +1,97 @@
+"""Child processes that read files of strangers have no rights but to read these files."""
+
+import json
+
+import pytest
+
+from tests.helpers import attempts
+from vidjax.utils import confinement
+from vidjax.utils.errors import UserError
+
+
+def read_pickle(folder):
+    from vidjax.data.untrusted import sandbox
+
+    (folder / "face_val.pickle").write_bytes(b"pickle")
+    sandbox.unpack(folder / "face_val.pickle", "face", folder / "out")
+
+
+def read_table(folder):
+    pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+    from vidjax.data import parquet
+
+    (folder / "clips.parquet").write_bytes(b"parquet")
+    parquet.read(folder / "clips.parquet")
+
+
+def convert_net(folder):
+    pytest.importorskip("onnx", reason="needs the extra [convert]")
+    from vidjax.apps.video import net_families
+
+    (folder / "net.onnx").write_bytes(b"net")
+    net_families.convert("own", [folder / "net.onnx"], folder / "models")
+
+
+def check_net(folder):
+    pytest.importorskip("onnxruntime", reason="needs the extra [video]")
+    from tests.helpers import drawn_people
+    from vidjax.apps.video import net_checks
+
+    net_checks.list_checks(drawn_people.write_models(folder / "models"))["embed.json"]()
+
+
+def read_media(folder, name):
+    pytest.importorskip("onnxruntime", reason="needs the extra [video]")
+    from tests.helpers import drawn_people
+    from vidjax.apps.video import pipeline
+
+    (folder / name).write_bytes(b"media")
+    models = drawn_people.write_models(folder / "models")
+    outcomes = pipeline.extract_folders({folder / "out": [folder / name]}, models, tagged=True)
+    raise UserError(outcomes[folder / "out"][0].error)
+
+
+KINDS = {
+    "pickle": read_pickle,
+    "parquet": read_table,
+    "net to convert": convert_net,
+    "net to check": check_net,
+    "film": lambda folder: read_media(folder, "film.mp4"),
+    "photo": lambda folder: read_media(folder, "photo.jpg"),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tried(request, tmp_path_factory):
+    """Attempt -> why it was refused, from a child process of each kind."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "sitecustomize.py").write_text(
+        "from tests.helpers import attempts\nattempts.install()"
+    )
+    (folder / "other").mkdir()
+    other = folder / "other" / "secret.txt"
+    other.write_text("secret")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UserError, match="ATTEMPTS") as caught,
+    ):
+        patch.syspath_prepend(folder)
+        patch.setenv("VIDJAX_TEST_OTHER", str(other))
+        KINDS[request.param](folder)
+    text = str(caught.value)
+    return json.JSONDecoder().raw_decode(text[text.index("ATTEMPTS") + len("ATTEMPTS") :])[0]
+
+
+@pytest.mark.parametrize("attempt", [*attempts.LANDLOCK, *attempts.FILTER])
+def test_child_that_reads_a_file_of_a_stranger_cannot(tried, attempt):
+    gaps = " ".join(confinement.list_gaps())
+    if attempt in attempts.LANDLOCK and "other files" in gaps:
+        pytest.skip("this system has no Landlock")
+    if attempt in attempts.FILTER and "connections" in gaps:
+        pytest.skip("this system has no filters of calls")
+    assert tried[attempt]
+
+
+def test_child_takes_the_rights_of_root_from_its_only_thread(tried):
+    assert tried["threads"] == "1"
+    assert int(tried["rights of root"], 16) & ~confinement.KEPT_CAPABILITIES == 0

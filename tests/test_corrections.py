@@ -1,0 +1,326 @@
+"""Corrections of unknown people: faces that stay together or apart, many at once, several users.
+
+The results are a shelf of made-up films, see `tests.helpers.made_shelf`.
+"""
+
+import re
+import threading
+from pathlib import PurePath
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette.testclient")
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+
+from starlette import testclient
+
+from tests.helpers import films, made_shelf
+from tests.helpers.drawn_people import write_film, write_photo
+from tests.helpers.seen import refused
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import features_folder, review, still, who
+from vidjax.apps.video.names_page import CLIP
+from vidjax.apps.video.unknown_numbers import UnknownNumbers
+
+TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"
+FILM = "a" * 64  # the digest of a film
+
+
+class Shelf:
+    """Results of films of made-up people, and the page of corrections."""
+
+    def __init__(self, folder, **sizes):
+        self.made = made_shelf.make(folder, **sizes)
+        self.out, self.films = self.made.out, folder / "films"
+        self.open()
+
+    def open(self):
+        self.page = review.Review(self.out, made_shelf.decide(self.out))
+
+    def who(self):
+        """Calls `vidjax who`, and returns clip -> name, or None for an ignored clip."""
+        who.name_people(self.films, None, self.out, self.made.models)
+        return self.names(made_shelf.decide(self.out))
+
+    def names(self, decision=None):
+        decision = decision or self.page._decision
+        return {clip: x.identity for x in decision.appearances for clip in x.clips}
+
+    def clips(self, name):
+        return [clip for clip, x in self.names().items() if x == name]
+
+    def people(self):
+        """Returns the unknown people, with the most frequent person first."""
+        return sorted({*filter(None, self.names().values())} - {*self.made.truth.values()},
+                      key=lambda name: -len(self.clips(name)))  # fmt: skip
+
+    def client(self):
+        app = review.make_app(self.page, TOKEN)
+        headers = {"origin": SITE, "sec-fetch-site": "same-origin"}
+        return testclient.TestClient(app, base_url=f"{SITE}/{TOKEN}/", headers=headers)
+
+    def hide(self, film):
+        """Hides a film from `vidjax who`, and returns a function that shows it again."""
+        features, away = self.out / who.FEATURES, self.out.parent / "away"
+        paths = [features / "videos" / f"{film}.json", features / f"{film}.npz"]
+        paths.append(self.films / f"{film}.mp4")
+        away.mkdir(exist_ok=True)
+        hidden = [path.rename(away / path.name) for path in paths]
+        return lambda: [x.rename(path) for x, path in zip(hidden[::-1], paths[::-1], strict=True)]
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(tmp_path, people=6, films=4, known=1, faces=12)
+
+
+def keys(clips):
+    return [CLIP + clip for clip in clips]
+
+
+def test_faces_taken_out_and_people_joined_stay_so_when_a_film_is_added(shelf):
+    show = shelf.hide("film_003")
+    shelf.open()
+    one, two, three, *_ = shelf.people()
+    wrong, rest = shelf.clips(one)[:2], shelf.clips(one)[2:]
+    shelf.page.change("apart", keys(wrong))
+    (new,) = {shelf.names()[clip] for clip in wrong}
+    assert new not in (one, two, three) and {shelf.names()[clip] for clip in rest} == {one}
+    shelf.page.change("name", [two], three)  # joins two people, who look different
+    both = shelf.clips(min(two, three))
+    before = shelf.names()
+    assert shelf.names(made_shelf.decide(shelf.out)) == before, "the same names in the next call"
+    show()
+    after = shelf.names(made_shelf.decide(shelf.out))
+    assert len(after) > len(before) and {after[clip] for clip in both} == {min(two, three)}
+    (apart,) = {after[clip] for clip in wrong}
+    assert apart != one and {after[clip] for clip in rest} == {one}
+
+    # If the rest gets a name, the faces that were taken out do not get it.
+    shelf.open()
+    shelf.page.change("name", [one], "Zoe")
+    assert {shelf.names()[clip] for clip in rest} == {"Zoe"}
+    assert "Zoe" not in {shelf.names()[clip] for clip in wrong}
+    assert shelf.names(made_shelf.decide(shelf.out)) == shelf.names()
+
+
+def test_many_people_and_faces_are_changed_in_one_step(shelf):
+    before, (one, two, *_) = shelf.names(), shelf.people()
+    faces = [shelf.clips(name)[0] for name in shelf.people()[2:4]]
+    for action, name in (("name", "Zoe"), ("ignore", None)):
+        shelf.page.change(action, [one, two, *keys(faces)], name or "")
+        changed = {*faces, *(clip for clip, x in before.items() if x in (one, two))}
+        assert {shelf.names()[clip] for clip in changed} == {name}
+        assert shelf.names(made_shelf.decide(shelf.out)) == shelf.names()
+        shelf.page.undo()
+        assert shelf.names() == before == shelf.names(made_shelf.decide(shelf.out))
+    # Each person's part becomes another person.
+    clips = [clip for name in (one, two) for clip in shelf.clips(name)[:2]]
+    shelf.page.change("apart", keys(clips))
+    names = [shelf.names()[clip] for clip in clips]
+    assert names[0] == names[1] != names[2] == names[3] and not {one, two} & {*names}
+    shelf.page.undo()
+    # A face moves to another unknown person, and to a person with a name.
+    face = shelf.clips(one)[0]
+    for of, name in ((keys([face]), two), (keys([face]), "Zoe")):
+        shelf.page.change("name", of, name)
+        assert shelf.names()[face] == name and (name != two or len(shelf.clips(one)) > 3)
+    refused(lambda: shelf.page.change("apart", keys(shelf.clips(two))), "select only the wrong")
+    refused(lambda: shelf.page.change("apart", [two]), "choose an appearance")
+    refused(lambda: shelf.page.change("name", [], "Zoe"), "select people or faces")
+
+
+def test_everybody_seen_once_is_ignored_and_gets_names_later(tmp_path):
+    shelf = Shelf(tmp_path, people=130, films=10, known=1, faces=14)
+    once = [name for name in shelf.people() if len(shelf.clips(name)) == 1]
+    clips = [shelf.clips(name)[0] for name in once]
+    assert (
+        len(once) > 99
+    )  # with 99 clips of strangers in the gallery, names would need another rule
+    before = shelf.names()
+    shelf.page.change("once", [])
+    assert (
+        shelf.names() == before | dict.fromkeys(clips) == shelf.names(made_shelf.decide(shelf.out))
+    )
+    shelf.page.change("name", keys(clips[:1]), "Zoe")
+    assert shelf.names()[clips[0]] == "Zoe"
+    shelf.page.undo()
+    shelf.page.undo()
+    assert shelf.names() == before
+
+
+def test_change_on_an_old_page_is_refused_only_if_its_people_have_changed(shelf):
+    one, two, three, *_ = shelf.people()
+    old, clip = shelf.page.version, shelf.clips(two)[0]
+    shelf.page.change("name", keys([clip]), "Zoe", version=old)
+    last = shelf.page.version
+    shelf.page.change("ignore", [one], version=old)
+    for change in (
+        lambda: shelf.page.change("name", [two], "Bea", version=old),  # it had one more face
+        lambda: shelf.page.change("name", [three], two, version=old),
+        lambda: shelf.page.change("ignore", keys([clip]), version=old),
+        lambda: shelf.page.change("once", [], version=old),
+        lambda: shelf.page.undo(version=last),  # another change would be undone
+        lambda: shelf.page.change("name", [three], "Bea", version=shelf.page.version + 1),
+    ):
+        refused(change, "repeat the change")
+    shelf.page.change("name", [three], "Bea", version=old)
+    shelf.page.undo(version=shelf.page.version)
+
+
+def test_two_browsers_and_vidjax_who_at_once_lose_none_of_200_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(review.Review, "save_later", lambda self: None)
+    shelf = Shelf(tmp_path, people=40, films=10, known=2, faces=24)
+    truth, names = shelf.made.truth, shelf.names()
+    clips = [clip for clip, name in names.items() if name not in truth.values()][:200]
+    assert len(clips) == 200
+    wanted, errors = dict[str, str | None](), list[BaseException]()
+    shows = [shelf.hide("film_008"), shelf.hide("film_009")]
+    clips = [clip for clip in clips if clip[:8] not in ("film_008", "film_009")]
+    shelf.who()
+    shelf.open()
+
+    def edit(number):
+        """Changes every second clip, and repeats the changes that are refused."""
+        client = shelf.client()
+        version = re.findall('name="version" value="([0-9]+)"', client.get("").text)[0]
+        for place, clip in enumerate(clips[number::2]):
+            kind = ("name", "ignore", "name", "deny")[place % 4]
+            form = {"do": kind, "of": CLIP + clip, "new": f"{('Left', 'Right')[number]} {place}"}
+            answer = SimpleNamespace(status_code=409)
+            while answer.status_code == 409:
+                form["version"] = version
+                answer = client.post("change", data=form, follow_redirects=False)
+                if answer.status_code == 409 or place % 10 == 0:  # else the page stays old
+                    version = re.findall('name="version" value="([0-9]+)"', client.get("").text)[0]
+            alone = "these are all faces" in answer.text  # of an unknown person
+            said = re.findall('id="said" role="status">(.*?)<', answer.text)
+            assert answer.status_code == 303 or alone, (form, said)
+            if not alone:
+                wanted[clip] = {"name": form["new"], "ignore": None, "deny": ""}[kind]
+
+    def call(function, *arguments):
+        try:
+            function(*arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(edit, number)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for show in shows:  # in each call, a film is new
+        show()
+        call(shelf.who)
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    shelf.page.save()
+    found = shelf.names()
+    assert {x[:8] for x in found} >= {"film_008", "film_009"}
+    numbers = who.read_numbers(shelf.out)
+    number_of = {clip: number for of in numbers.films.values() for clip, number in of.items()}
+    for clip, name in wanted.items():
+        # A face that was taken out is a person of its own, who may get a name later.
+        assert number_of[clip] in numbers.fixed if name == "" else found[clip] == name, clip
+    assert shelf.who() == found
+
+
+def test_message_says_that_another_face_of_the_shot_got_the_denied_name(tmp_path):
+    shelf = Shelf(tmp_path, people=3, films=2, known=1, faces=6)
+    # Two faces of one person are seen at the same time, as in a mirror.
+    path = shelf.out / who.FEATURES / features_folder.VIDEOS / "film_000.json"
+    film, ada = features_folder.read_media_file(path), made_shelf.name_person(0)
+    first, second = (x for x in film.tracks if shelf.made.truth[x.clip] == ada)
+    second.shot, second.start_s, second.end_s = first.shot, first.start_s, first.end_s
+    features_folder.write(path, film)
+    shelf.open()
+    (kept,) = {first.clip, second.clip} & {*shelf.clips(ada)}
+    (twin,) = {first.clip, second.clip} - {kept}
+    assert shelf.page._decision.twins == {twin: ada}
+    shelf.page.change("deny", keys([kept]))
+    assert shelf.names()[twin] == ada
+    text = shelf.page.render({})
+    assert (
+        f"{ada}, too</button>" not in text
+        and f"Another face of the same shot now has the name {ada}" in text
+    )
+    shelf.page.undo()
+    shelf.page.change("twin", keys([twin]))
+    assert {shelf.names()[kept], shelf.names()[twin]} == {ada}
+
+
+def test_unknown_numbers_are_moved_divided_and_joined():
+    places = dict.fromkeys("abcd", FILM)
+    numbers = UnknownNumbers(films={FILM: {"a": 1, "b": 1, "c": 1, "d": 2}})
+    apart = numbers.move({"a": FILM}, 3)
+    assert apart.films[FILM] == {"a": 3, "b": 1, "c": 1, "d": 2}
+    assert (apart.fixed, apart.apart) == ([1, 3], [(1, 3)])
+    assert apart.take_out({"a": FILM}) is apart, "it is a person already"
+    joined = apart.join(["unknown 2", "unknown 3"])
+    assert joined.films[FILM] == {"a": 2, "b": 1, "c": 1, "d": 2}
+    assert (joined.fixed, joined.apart, joined.highest) == ([1, 2], [(1, 2)], 3)
+    together = joined.join(["unknown 1", "unknown 2"])
+    assert (together.fixed, together.apart) == ([1], []), "the last statement counts"
+    ignored = apart.move({"a": FILM}, 0)
+    assert ignored.films[FILM]["a"] == 0 and (ignored.fixed, ignored.apart) == ([1], [])
+    assert ignored.move(places, 4).films[FILM] == dict.fromkeys("abcd", 4)
+    # An older version stored pairs of joined numbers.
+    old = msgspec.json.encode({"films": numbers.films, "same": [(2, 1), (5, 2)], "removed": 5})
+    read = msgspec.json.decode(old, type=UnknownNumbers)
+    assert read.films[FILM] == dict.fromkeys("abcd", 1) and (read.fixed, read.highest) == ([1], 5)
+
+
+def test_subtitles_have_the_names_of_their_films():
+    paths = [
+        "/a/2019/IMG_1.MP4", "/a/2020/IMG_1.MOV", "/a/2020/only.mp4", "/b/Twin.mp4", "/b/twin.MOV",
+        "/c/x/y.mp4", "/d/x/y.mp4", "/a/con.mp4",
+    ]  # fmt: skip
+    videos = [SimpleNamespace(source=SimpleNamespace(path=PurePath(x))) for x in paths]
+    assert [str(x) for x in who._place_subtitles(videos)] == [  # pyright: ignore
+        "2019/IMG_1", "2020/IMG_1", "only", "Twin.mp4", "twin.MOV", "c/x/y", "d/x/y", "con_",
+    ]  # fmt: skip
+
+
+def test_subtitles_of_twins_are_replaced_and_files_of_others_stay(shelf, tmp_path):
+    mine = shelf.out / "subtitles" / "2019" / "mine.txt"
+    decision = shelf.page._decision
+    twins = [msgspec.structs.replace(film) for film in decision.films[:2]]
+    for year, film in zip(("2019", "2020"), twins, strict=True):
+        stamp = film.source
+        film.source = msgspec.structs.replace(stamp, address=f"/films/{year}/IMG_1.mp4")
+    who.write(shelf.out, decision._replace(films=twins, appearances=[], unknown={}))
+    made = {str(x.relative_to(shelf.out)) for x in (shelf.out / "subtitles").rglob("*.srt")}
+    assert made == {"subtitles/2019/IMG_1.srt", "subtitles/2020/IMG_1.srt"}
+    assert (shelf.out / "subtitles" / "2019").stat().st_mode & 0o777 == 0o700
+    mine.write_text("mine")
+    who.write(shelf.out, decision)
+    assert mine.read_text() == "mine" and not (shelf.out / "subtitles" / "2020").exists()
+    assert not mine.with_name("IMG_1.srt").exists()
+
+
+def test_page_shows_the_picture_of_a_face_from_the_film(drawn, read_here):
+    film = drawn.meet("Ada")
+    write_photo(drawn.folder / "group.png", ("Ada", 20, 20))
+    drawn.who(drawn.folder / "group.png")
+    page = review.Review(drawn.out, made_shelf.decide(drawn.out))
+    for clip in ("party.s001.t00", "group"):
+        picture = page.frame(clip)
+        assert picture and picture.startswith(b"\xff\xd8\xff")
+    assert page.frame("party.s009.t00") is None
+    refused(lambda: still.read_still(drawn.out / "names.tsv", 0.0), "damaged or has an unknown")
+    film.write_bytes(b"another file")
+    assert page.frame("party.s001.t00") is None
+
+
+def test_film_that_is_too_dark_is_reported(drawn):
+    film = drawn.folder / "night.mkv"
+    write_film(film, (2, 20, []), size=(96, 128))
+    drawn.befriend("Ada")
+    _, output = drawn.who(film)
+    assert "too dark" not in output and Gallery(drawn.out / "gallery").identities == {"Ada": 1}
+    films.write(film, (np.full((96, 128, 3), 3, np.uint8) for _ in range(20)), "ffv1", 10)
+    _, output = drawn.who(film)
+    assert "1 film too dark to find faces, such as night.mkv" in output

@@ -1,0 +1,253 @@
+"""`vidjax gallery enrol`: many photos, features of photos, tables of people, and interruptions."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+
+from pyarrow import parquet
+
+from tests.helpers import clip_files, limits, made_galleries, made_nets
+from tests.helpers.clip_files import write_parquet
+from tests.helpers.drawn_people import tags, write_models, write_photo
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.utils.errors import VidjaxWarning
+
+WIDTH = made_nets.WIDTH
+
+
+@pytest.fixture
+def folder(tmp_path, say):
+    """An empty gallery of nets for drawn faces."""
+    models = write_models(tmp_path / "nets")
+    say("gallery", "create", tmp_path / "g", f"--models={models}")
+    return tmp_path / "g"
+
+
+def list_clips(folder):
+    """Returns clip -> person."""
+    return {name: clip.identity for name, clip in Gallery(folder).clips.items()}
+
+
+@pytest.fixture
+def friends(tmp_path):
+    """Photos of three people, one of two people, and one of nobody."""
+    for name, place in (("Ada", 40), ("Bob", 40), ("Ada", 30)):
+        count = len([*(tmp_path / "friends" / name).glob("*")])
+        write_photo(tmp_path / f"friends/{name}/{count + 1}.png", (name, place, 40))
+    write_photo(tmp_path / "friends/Eve.png", ("Eve", 40, 40))
+    write_photo(tmp_path / "friends/Bob/group.png", ("Bob", 20, 20), ("Ada", 70, 40))
+    write_photo(tmp_path / "friends/Bob/wall.png")
+    return tmp_path / "friends"
+
+
+PHOTOS = {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob", "Eve/Eve": "Eve"}
+
+
+@pytest.mark.usefixtures("read_here")
+def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends):
+    words = ("gallery", "enrol", folder, f"--photos={friends}")
+    done = command(*words, "--json")
+    assert done.code == 1 and list_clips(folder) == PHOTOS
+    content = json.loads(done.out)
+    assert (content["enrolled"], content["unchanged"]) == (4, 0)
+    assert [Path(path).name for path in content["failed"]] == ["group.png", "wall.png"]
+    assert "group.png: the photo shows 2 faces: give a photo of only one person" in done.err
+    assert "wall.png: the photo shows no face" in done.err
+
+    (friends / "Bob/group.png").unlink()
+    (friends / "Bob/wall.png").unlink()
+    before = Gallery(folder).digest
+    assert "0 faces, 4 enrolled before" in command(*words).out
+    assert Gallery(folder).digest == before
+    command("gallery", "rename", folder, "--identity=Ada", "--to=Countess")
+    command("gallery", "relabel", folder, "--clip=Bob/1", "--identity=Robert")
+    write_photo(friends / "Ada/3.png", ("Ada", 20, 50))
+    assert "1 face, 4 enrolled before" in command(*words).out
+    renamed = dict.fromkeys(("Ada/1", "Ada/2", "Ada/3"), "Countess")
+    assert list_clips(folder) == renamed | {"Bob/1": "Robert", "Eve/Eve": "Eve"}
+
+    write_photo(friends / "Ada/3.png", ("Eve", 20, 50))  # another photo of this name
+    write_photo(friends / "Dan/1.png", ("Bob", 50, 20))
+    done = command(*words)
+    assert done.code == 1 and "Ada/3.png: clip 'Ada/3' is already enrolled with another" in done.err
+    assert "remove the enrolled clip" in done.out and list_clips(folder)["Dan/1"] == "Dan"
+
+
+@pytest.mark.usefixtures("read_here")
+def test_face_tags_name_the_people_of_a_photo(say, folder, tmp_path):
+    pair = ("Ada", 20, 40), ("Bob", 76, 40)
+    write_photo(tmp_path / "friends/holiday.png", *pair, tagged=pair)
+    assert tags(*pair)
+    say("gallery", "enrol", folder, f"--photos={tmp_path / 'friends'}")
+    clips = {"holiday/holiday.f01": "Ada", "holiday/holiday.f02": "Bob"}
+    assert list_clips(folder) == clips
+
+
+@pytest.mark.usefixtures("read_here")
+def test_extract_keeps_the_folders_of_people_for_enrol(say, command, folder, friends, tmp_path):
+    """The clips are the same as with --photos, although three photos are called 1.png."""
+    models, out = tmp_path / "nets", tmp_path / "f"
+    extract = ("extract", friends, f"--models={models}", f"--out={out}")
+    say(*extract)
+    stems = {path.stem for path in out.glob("*.npz")}
+    assert {"1", "2", "Eve", "group"} < stems and len(stems) == 6
+    words = ("gallery", "enrol", folder, f"--input={out}")
+    assert f"'{out / 'Eve.npz'}' is in no folder of a person" in say(*words, code=2)
+    (friends / "Eve").mkdir()
+    (friends / "Eve.png").rename(friends / "Eve/Eve.png")
+    say(*extract, "--prune")
+    assert {path.stem for path in out.glob("*.npz")} == stems  # a moved photo keeps its clips
+    with pytest.warns(VidjaxWarning) as seen:
+        assert "4 clips, 0 enrolled before" in say(*words)
+    problem = f"{friends / 'Bob/group.png'}: the photo shows 2 faces"
+    assert any(problem in str(warning.message) for warning in seen)
+    assert list_clips(folder) == PHOTOS
+    assert (
+        "0 faces, 4 enrolled before"
+        in command("gallery", "enrol", folder, f"--photos={friends}").out
+    )
+    # The folder of a person is known only if the folder above was named, in any call.
+    ada, words = tmp_path / "ada", ("gallery", "enrol", folder, f"--input={tmp_path / 'ada'}")
+    extract = ("extract", f"--models={models}", f"--out={ada}")
+    say(*extract, friends / "Ada")
+    assert "in no folder" in say(*words, code=2)
+    say(*extract, friends)
+    say(*extract, friends / "Ada")
+    with pytest.warns(VidjaxWarning):
+        assert "0 clips, 4 enrolled before" in say(*words)
+
+
+# Words after `vidjax gallery enrol G` -> part of the error.
+MISTAKES = {
+    "--photos=P --identity=Ada": "--identity has no effect with --photos",
+    "--photos=P --labels=x.csv": "--labels has no effect with --photos",
+    "--photos=P/Ada/1.png": "--photos=P/Ada/1.png is a file, not a folder",
+    "--photos=P --models=EMPTY": "--models=DIR",
+    "--input=P --models=EMPTY": "--models has no effect without --photos",
+    "--photos=missing": "'missing' is not a folder",
+    "": "needs one of --input --split --photos",
+}
+
+
+@pytest.mark.usefixtures("read_here")
+def test_mistakes_about_photos_name_the_remedy(say, folder, friends, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    friends.rename("P")
+    (tmp_path / "EMPTY").mkdir()
+    for words, remedy in MISTAKES.items():
+        assert remedy in say("gallery", "enrol", folder, *words.split(), code=2), words
+    of_run = made_galleries.make(tmp_path / "run").folder
+    assert "gallery create NEW --models=DIR" in say(
+        "gallery", "enrol", of_run, "--photos=P", code=2
+    )  # fmt: skip
+
+
+def write_table(path, people, *, first=0, frames=2):
+    """Writes a table with a column of people, who may be None; returns its path."""
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(first)
+    clips = {
+        f"c{first + number}": {"face": rng.normal(size=(frames, WIDTH)).astype(np.float32)}
+        for number in range(len(people))
+    }
+    write_parquet(path, clips)
+    table = parquet.read_table(path)
+    column = [people[int(clip[1:]) - first] for clip in table["clip"].to_pylist()]
+    parquet.write_table(table.append_column("identity", [column]), path)
+    return path
+
+
+def test_tables_with_a_column_of_people_are_enrolled(say, folder, tmp_path):
+    one = write_table(tmp_path / "one.parquet", ["Ada", "Eve", None, "unknown 1"])
+    with pytest.warns(VidjaxWarning, match=r"row 3: clip c2: its .*clips: 1\)"):
+        assert "2 clips, 0 enrolled before" in say("gallery", "enrol", folder, f"--input={one}")
+    assert list_clips(folder) == {"c0": "Ada", "c1": "Eve"}
+    odd = write_table(tmp_path / "odd.parquet", ["1E+05", "Eve"], first=10)
+    with pytest.warns(VidjaxWarning, match="odd.parquet: row 1: identity '1E[+]05' looks like"):
+        say("gallery", "enrol", folder, f"--input={odd}")
+    twice = parquet.read_table(odd)
+    twice = twice.set_column(twice.column_names.index("identity"), "identity", [["A", *"BBB"]])
+    parquet.write_table(twice, odd)
+    error = say("gallery", "enrol", folder, f"--input={odd}", code=2)
+    assert "odd.parquet: row 3: clip c10 has the labels A and B" in error
+    nobody = write_table(tmp_path / "nobody.parquet", ["unknown 1"], first=20)
+    assert "contains no name" in say("gallery", "enrol", folder, f"--input={nobody}", code=2)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_answers_of_identify_are_labels_of_many_tables(say, folder, tmp_path, ending):
+    """A folder of tables and a single table; the answers name clips of both."""
+    day = tmp_path / "day"
+    for number, people in enumerate((["Ada", "Eve"], ["Ada", "Bob"], [None])):
+        write_table(day / f"{number}.parquet", people, first=2 * number)
+    say("gallery", "enrol", folder, f"--input={day}/0.parquet", f"--input={day}/1.parquet")
+    rows = {f"c{number}": name for number, name in enumerate(("Ada", "Eve", "Ada", "Bob"))}
+    assert list_clips(folder) == rows
+
+    answers, other = tmp_path / f"answers.{ending}", tmp_path / "other"
+    say("gallery", "create", other, f"--models={tmp_path / 'nets'}")
+    for number in (0, 1):  # `identify` writes the answers of a table
+        part = tmp_path / f"{number}.{ending}"
+        words = (f"--input={day}/{number}.parquet", f"--out={part}", "--threshold=1e-9")
+        say("gallery", "identify", folder, *words)
+    words = ("gallery", "enrol", other, f"--input={day}", f"--labels={tmp_path / f'0.{ending}'}")
+    done = say(*words)
+    assert "inputs      3" in done and "2 clips, 0 enrolled before" in done
+    assert list_clips(other) == {"c0": "Ada", "c1": "Eve"}
+    shutil.copy(tmp_path / f"1.{ending}", answers)
+    words = (f"--input={day / '1.parquet'}", f"--input={day / '0.parquet'}", f"--labels={answers}")
+    say("gallery", "enrol", other, *words)
+    assert list_clips(other) == rows
+
+
+def test_labels_that_no_input_has_are_reported_once(say, command, folder, tmp_path):
+    day = tmp_path / "day"
+    for number in (0, 2):
+        write_table(day / f"{number}.parquet", ["Ada", "Eve"], first=number)
+    words = ("gallery", "enrol", folder, f"--input={day}")
+    labels = clip_files.write_labels(tmp_path / "labels.csv", {"c3": "Eve", "zzz": "Bob"})
+    with pytest.warns(VidjaxWarning, match="labels.csv: no clip is called 'zzz'") as warned:
+        say(*words, f"--labels={labels}")
+    assert len(warned) == 1 and list_clips(folder) == {"c3": "Eve"}
+    labels = clip_files.write_labels(tmp_path / "stray.csv", {"zzz": "Bob"})
+    done = command(*words, f"--labels={labels}")
+    assert done.code == 2 and "use the clip names of the features" in done.err
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"clip": "c0", "identity": "Ada"}\n\n{"clip": "c1"}\n')
+    assert f"{broken}: line 3 is not JSON" in say(*words, f"--labels={broken}", code=2)
+    plain = write_parquet(tmp_path / "plain.parquet", {"x": {"face": np.ones((1, WIDTH))}})
+    error = say("gallery", "enrol", folder, f"--input={plain}", code=2)
+    assert "--labels=FILE" in error and "a column identity in the table" in error
+
+
+def test_a_killed_enrolment_continues(folder, say, tmp_path):
+    """Tables that were finished before the process was killed are not enrolled twice."""
+    day = tmp_path / "day"
+    for number in range(3):
+        people = [f"Person {number} {index % 40}" for index in range(60)]
+        write_table(day / f"{number}.parquet", people, first=60 * number)
+    words = ("gallery", "enrol", folder, f"--input={day}")
+    with limits.running([sys.executable, "-m", "vidjax", *words], stderr=subprocess.PIPE) as child:
+        assert child.stderr
+        for line in child.stderr:
+            if "3 of 3:" in line:
+                child.send_signal(signal.SIGKILL)
+                break
+        assert child.wait() == -signal.SIGKILL
+    before = list_clips(folder)
+    assert {f"c{number}" for number in range(120)} <= {*before}
+    assert f"{180 - len(before)} clips, {len(before)} enrolled before" in say(*words)
+    whole = tmp_path / "whole"
+    say("gallery", "create", whole, f"--models={tmp_path / 'nets'}")
+    say("gallery", "enrol", whole, f"--input={day}")
+    assert list_clips(folder) == list_clips(whole)
+    assert Gallery(folder).identities == Gallery(whole).identities

@@ -1,0 +1,251 @@
+"""Training from the weights of a run, with frozen parameters, early stops, and several splits."""
+
+import itertools
+import json
+import shutil
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import clip_files, small_runs as small
+from tests.helpers.cases import quick_first
+from tests.helpers.seen import refused
+from vidjax.core import devices, ensemble
+from vidjax.core.ensemble import Member, TrainingSets
+from vidjax.runs import checkpoint, members_file, signals
+from vidjax.runs.run_folder import RunFolder
+from vidjax.training import early_stop, init_from, public, train_step
+from vidjax.training.plan import make_plan
+from vidjax.utils.errors import VidjaxWarning
+
+MLP = "configs/quality_fusion.py:iqiyi_vid"
+LEAVE_OUT = "--config.data.distractors=leave_out"
+NAMES = ("cosine", "mma", "deepmef", "residual_dense:face,one", "noise_classes")
+
+
+def halve(data):
+    """Returns the dataset with every second identity. The clips of the others are distractors."""
+    with pytest.warns(VidjaxWarning, match="not in the training data"):
+        return data.with_identities(data.identities[::2])
+
+
+@pytest.fixture(scope="session")
+def half_run(data, tmp_path_factory):
+    """Returns a function that trains a configuration with half of the identities."""
+    made = {}
+
+    def train(spec=MLP, *words):
+        if (spec, *words) not in made:
+            folder = tmp_path_factory.mktemp("half")
+            config = small.shrunk("--config.num_epochs=1", *words, spec=spec)
+            small.run(config, folder, halve(data))
+            made[spec, *words] = folder
+        return made[spec, *words]
+
+    return train
+
+
+def started(config, data, source):
+    """Returns path -> array at step 0 of a new run, first with random weights, then as loaded."""
+    plan, mesh = make_plan(config, data), devices.make_mesh(1)
+    members = plan.training_sets.members
+    labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(members), 1))
+    rngs = ensemble.make_rngs(members, config.seed)
+    states = []
+
+    def load(state):
+        found, _ = init_from.load_state(source, plan.system, config, data.identities, state, mesh)
+        states.extend([flat(state), flat(found)])
+        return found
+
+    state = train_step.make_state(
+        lambda: train_step.init_state(plan.system, rngs, labels), plan.system.tx, mesh, load
+    )
+    assert int(state.step) == 0
+    return states
+
+
+def flat(state):
+    return small.flat({"params": state.params, "model_state": state.model_state})
+
+
+@pytest.mark.parametrize("name", quick_first([MLP, *(f"configs/{name}" for name in NAMES)]))
+def test_classes_get_the_weights_of_the_same_name_and_new_classes_stay_random(data, half_run, name):
+    stem, _, words = name.removesuffix(".py:iqiyi_vid").partition(":")
+    spec = f"{stem}.py:iqiyi_vid{',' * bool(words)}{words}"
+    folder = half_run(spec)
+    config = small.shrunk(spec=spec)
+    config.init_from = str(folder)
+    fresh, loaded = started(config, data, init_from.find_source(config))
+    old = small.weights(folder)
+
+    assert fresh.keys() == loaded.keys() == old.keys()
+    classes = [key for key in old if old[key].shape != fresh[key].shape]
+    assert classes and len(classes) < len(old)
+    for key, value in loaded.items():
+        if key not in classes:
+            np.testing.assert_array_equal(value, old[key], key)
+            continue
+        # The classes are on the last axis. Identities 1, 3, ... are the identities of the old run.
+        for column in range(1, 1 + len(data.identities)):
+            like = old[key][..., (column + 1) // 2] if column % 2 else fresh[key][..., column]
+            np.testing.assert_array_equal(value[..., column], like, f"{key} {column}")
+        # Only the old run is trained on distractors. Noise classes differ between the runs.
+        for rest in (slice(0, 1), slice(1 + len(data.identities), None)):
+            np.testing.assert_array_equal(value[..., rest], fresh[key][..., rest])
+
+
+OPTIONS = (
+    "--config.num_epochs=6", "--config.eval.every_epochs=1", "--config.early_stop.patience=2",
+    "--config.early_stop.metric=top1", "--config.optim.accumulate=4",
+    "--config.optim.freeze=layer_0/dense/kernel",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_resumed_fine_tuning_equals_an_uninterrupted_one_without_the_first_run(
+    data, half_run, tmp_path
+):
+    """Training is stopped in the middle of an accumulation, and after the last evaluation."""
+    source = shutil.copytree(half_run(), tmp_path / "source")
+    config = small.shrunk(*OPTIONS, small.STREAMED, f"--config.init_from={source}", spec=MLP)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = small.run(config, whole, data)
+    with pytest.raises(signals.Interrupted):
+        small.run(config, parts, small.Interrupting(data, 6, signal.SIGTERM))
+    stopped_at = max(checkpoint.manifests(parts))
+    assert stopped_at % 4
+    shutil.rmtree(source)
+    small.run(config, parts, data)
+    small.assert_same_run(parts, whole)
+    small.assert_same_run(parts, whole, ("members.npz", "identities.json"))
+
+    frozen = [key for key in small.weights(whole) if "layer_0" in key and "kernel" in key]
+    assert frozen
+    for key in frozen:
+        np.testing.assert_array_equal(small.weights(whole)[key], small.weights(half_run())[key])
+    assert done["init_from"] == RunFolder(parts).metrics()["init_from"]
+    assert (done["init_from"]["run"], done["init_from"]["identities"]) == (str(source), 6)
+    assert done["init_from"]["step"] == max(checkpoint.manifests(half_run()))
+
+
+@pytest.mark.slow
+def test_runs_of_other_kinds_are_refused(half_run, trained, official_dir, tmp_path, command):
+    """Also a run of another model or size of ensemble, a damaged run, and a model without steps."""
+    source = half_run()
+
+    def refuse(*words, config="quality_fusion", run=source, code=2):
+        flags = (f"--config={config}", f"--config.init_from={run}", f"--workdir={tmp_path / 'new'}")
+        data = ("--config.data.name=iqiyi_vid", f"--config.data.dir={official_dir}")
+        done = command(*flags, *data, "--config.modalities=face", *words)
+        assert done.code == code, done.err
+        return done.err
+
+    assert "model 'dense', but this run trains the model 'mma'" in refuse(config="mma")
+    assert "has no effect" in refuse(config="plda") and "no run in" in refuse(run=tmp_path)
+    damaged = shutil.copytree(source, tmp_path / "damaged")
+    for file in damaged.glob("checkpoints/*/state/**/*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes() + b"x")
+    with pytest.warns(VidjaxWarning, match="is not used"):
+        assert "is damaged" in refuse(run=damaged, code=3)
+    (damaged / "metrics.json").unlink()
+    assert "is not finished" in refuse(run=damaged)
+    assert "has 3 members, but this run has 2" in refuse(
+        "--config.ensemble.seeds=2", run=trained(MLP, "--config.ensemble.seeds=3")
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_that_fits_is_refused(data, half_run):
+    config = small.shrunk("--config.model.layers=((9,'swish',True,0.5),)", spec=MLP)
+    config.init_from, config.modalities = str(half_run()), ("audio",)
+    source = init_from.find_source(config)
+    refused(lambda: started(config, data, source), "no matrix", "--config.modalities")
+
+
+def test_a_member_has_seen_the_clips_of_the_run_that_it_continues():
+    """So no member scores them, and MAP is not measured on clips that all members have seen."""
+    members = (Member(0), Member(1))
+    one = TrainingSets(members[:1], ("a", "x"), np.array([[True, True]]))
+    two = TrainingSets(members, ("b", "a"), np.array([[True, False], [False, True]]))
+    both = ensemble.add_trained_clips(two, one)
+    assert both.clips == ("b", "a", "x") and both.members == members
+    np.testing.assert_array_equal(both.trained, [[1, 1, 1], [0, 1, 1]])
+    again = ensemble.add_trained_clips(two, both)  # as a resumed run does
+    assert members_file.digest(again) == members_file.digest(both)
+
+    alone = ensemble.add_trained_clips(one._replace(clips=("c", "d")), one)
+    assert ensemble.choose_scoring_members(alone, ["x", "y"])[1]  # in sample
+
+
+@pytest.mark.parametrize(("metric", "values", "stop"), [
+    ("map", [0.1, 0.3, 0.2, 0.3], 4), ("map", [0.1, 0.2, 0.1, 0.3, 0.1], None),
+    ("eval_loss", [3.0, 2.0, 2.5, 2.0], 4), ("eval_loss", [3.0, 2.0, 2.5, 1.0], None),
+])  # fmt: skip
+def test_training_ends_after_evaluations_without_a_better_value(metric, values, stop):
+    config = small.shrunk("--config.early_stop.patience=2", f"--config.early_stop.metric={metric}")
+    entry, stopped = None, None
+    for step, value in enumerate(values, start=1):
+        entry = early_stop.add_evaluation(config, entry, step, {metric: value})
+        stopped = step if entry["stopped"] else None
+        if stopped:
+            break
+    assert stopped == stop
+    refused(lambda: early_stop.add_evaluation(config, None, 1, {}), metric, "eval.split")
+    config.early_stop.metric = "mpa"
+    refused(lambda: early_stop.check_metric(config), "did you mean 'map'?")
+
+
+def write_labelled(folder):
+    """Writes six clips of three people in each of three splits. Returns flags of a training."""
+    rng, clips, labels = np.random.default_rng(0), {}, {}
+    for split, number in itertools.product(("train", "val", "test"), range(6)):
+        features = (np.eye(3, 8)[number % 3] + rng.normal(0, 0.4, (2, 8))).astype(np.float32)
+        clips.setdefault(split, {})[f"{split}{number}"] = {"face": {"features": features}}
+        labels[f"{split}{number}"] = f"person {number % 3}"
+    clip_files.write_labels(clip_files.write_npz(folder, clips) / "labels.csv", labels)
+    return ("--config=quality_fusion:face", "--config.data.name=arrays", small.LAYER,
+            f"--config.data.dir={folder}", "--config.batch_size=3")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, say, command):
+    """A training without a better MAP ends early, and says so. It has the loss of each split."""
+    run = f"--workdir={tmp_path / 'run'}"
+    flags = (*write_labelled(tmp_path / "data"), run)
+    words = ("--config.early_stop.patience=2", "--config.optim.learning_rate=0")
+    words += ("--config.eval.splits=test", "--config.profile=1,3", "--config.num_epochs=9")
+    out = say(*flags, *words)
+    assert "ended" in out and "at step 6: map has not improved since step 2" in out
+    assert "on test" in out and (tmp_path / "run" / "profile").is_dir()
+    assert say(*flags, *words).count("at step 6: map") == 1  # the finished run
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scored = [line for line in lines if "split" in line]
+    assert [line["step"] for line in scored] == [2, 4, 6]
+
+    results = {name: RunFolder(tmp_path / "run").metrics() for name in ("val",)}
+    folder = RunFolder(tmp_path / "run")
+    results["test"] = folder.metrics(folder.paths("test"))
+    assert results["val"]["best_map"] == results["test"]["best_map"] == scored[0]["map"]
+    assert results["val"]["early_stop"]["stopped"]
+    for key in ("map", "top1", "eval_loss"):
+        assert scored[-1][key] == results["val"][key]
+        assert scored[-1][f"test/{key}"] == results["test"][key]
+    both = say("evaluate", run, "--config.eval.splits=test", "--json")
+    for name, found in (("val", both["metrics"]), ("test", both["splits"]["test"])):
+        assert found["map"] == results[name]["map"]
+    for split in ("val", "test"):
+        data = public.load_data(folder.config)
+        scores = small.scores([small.restored(folder.path, data, folder.config)], split)
+        own = scores[np.arange(6), data.split(split).labels - 1]
+        assert results[split]["eval_loss"] == pytest.approx(-own.mean(), rel=1e-5)
+
+    page = (folder.path / "report.html").read_text()
+    assert "report_test.html" in page and "has not improved" in page
+    for bad in ("--config.eval.splits=train", "--config.profile=3,1", "--config.profile=999,1000"):
+        assert command(*flags[:-1], bad, f"--workdir={tmp_path / 'new'}").refused(
+            bad.partition("=")[0].removeprefix("--")
+        )

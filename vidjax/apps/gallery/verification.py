@@ -1,0 +1,303 @@
+"""Decides if a clip shows a given person, or if two clips show the same person.
+
+The log-likelihood ratio of a clip and a person is log(p(clip | the person) / p(clip | a stranger)),
+as in `Gallery.identify`. For two clips, it is log(p(clips | one person) / p(clips | two people)).
+The ratio is symmetric. If one of two answers is right in half of all cases (even odds), the
+probability that the answer is yes is 1 / (1 + exp(-ratio)).
+
+A clip is accepted if its ratio reaches a threshold. The false match rate (FMR) is the share of
+clips of other people that reach the threshold. There are two ways to choose a threshold:
+
+- Measured: the clips of strangers in the gallery are compared with the person. S clips can show a
+  rate of at least 1 / (S + 1). For two clips, the strangers are compared in S / 2 pairs, so that no
+  two comparisons have a clip in common.
+- By the model, if there are too few strangers: of all clips of other people, at most a share R has
+  a likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood
+  ratio of these clips is 1. It holds only if the clips are distributed as the back end assumes.
+"""
+
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from vidjax.apps.gallery.answers import (
+    Threshold,
+    count_needed_strangers,
+    measure_threshold,
+    share,
+)
+from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend
+from vidjax.models import card_backend, two_covariance
+from vidjax.utils import messages, tables
+from vidjax.utils.errors import UserError, check_argument
+from vidjax.utils.names import show
+
+DEFAULT_FMR = 0.01  # false match rate: 99 strangers can show it
+MAX_PAIRS = 10_000  # of clips that are compared with each other
+MAX_COMPARED = 100  # other clips of a person with which each clip is compared
+Kind = Literal["measured", "model", "blind"]
+
+
+class Match(NamedTuple):
+    """The comparison of a clip with a person, or with another clip.
+
+    Attributes:
+      accepted: True if the ratio reaches the threshold.
+      log_ratio: the natural logarithm of the likelihood ratio. It is 0 if no modality is compared.
+      probability: the probability that it is the same person, at even odds.
+      evidence: the compared modalities, such as face. If there is none, the clip is not accepted.
+      best, worst: the person's enrolled clip that fits this clip best or worst, and the log ratio
+        of the two clips. None for two clips, and if no modality is compared.
+    """
+
+    accepted: bool
+    log_ratio: float
+    probability: float
+    evidence: tuple[str, ...]
+    best: tuple[str, float] | None = None
+    worst: tuple[str, float] | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns values for JSON."""
+        clips = {"best": self.best, "worst": self.worst}
+        fits = {key: x and {"clip": x[0], "log_ratio": x[1]} for key, x in clips.items()}
+        return {**self._asdict(), "evidence": [*self.evidence], **fits}
+
+
+Matches: TypeAlias = Mapping[str, Match]  # clip -> its comparison with a person
+PairMatches: TypeAlias = Mapping[tuple[str, str], Match]  # two clips -> their comparison
+
+
+class MatchRule(NamedTuple):
+    """The rule that decides if a clip is accepted.
+
+    Attributes:
+      by: the kind of the rule.
+        `measured`: the threshold was measured on strangers.
+        `model`: the threshold is 1 / `fmr`, as there are too few strangers to measure.
+        `blind`: no clip is accepted, because the vectors do not separate people.
+      fmr: the largest share of other people's clips that may be accepted.
+      log_ratio: the lowest accepted log ratio.
+      threshold: the measured threshold; None for other kinds.
+      about: a description of the rule for the user.
+    """
+
+    by: Kind
+    fmr: float
+    log_ratio: float
+    threshold: Threshold | None
+    about: str
+
+    def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
+        """Returns the comparison with the log ratio `ratio`, which used the parts `evidence`."""
+        accepted = bool(evidence) and ratio >= self.log_ratio
+        probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0
+        return Match(accepted, ratio, probability, evidence)
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns values for JSON. `low` and `high` are the 95 % interval of a measured FMR."""
+        limit, measured = self.threshold, {}
+        if limit is not None:
+            low, high = limit.interval
+            measured = {"comparisons": limit.num_strangers, "alarms": limit.num_alarms}
+            measured |= {"low": low, "high": high}
+        ratio = self.log_ratio if math.isfinite(self.log_ratio) else None
+        return {
+            "by": self.by, "fmr": self.fmr, "log_ratio": ratio, "about": self.about,
+            "measured": measured or None,
+        }  # fmt: skip
+
+    def describe(self) -> dict[str, str]:
+        """Returns rows for the terminal, label -> text."""
+        rows = {"accepted if": self.about}
+        if self.threshold is not None:
+            count, low, high = self.threshold.num_strangers, *map(share, self.threshold.interval)
+            rows["false matches"] = f"{low} to {high} at 95 % confidence, measured on {count:,} "
+            rows["false matches"] += f"comparisons, of which {self.threshold.num_alarms:,} reach it"
+        return rows
+
+
+def check_fmr(fmr: float | None) -> None:
+    """Raises UserError if `fmr` is neither None nor a number between 0 and 1."""
+    check_argument("fmr", fmr, (numbers.Real, type(None)), "a number, or None")
+    if fmr is not None and not 0 < fmr < 1:
+        raise UserError(f"fmr={fmr:g} is not a rate: give a number above 0 and below 1")
+
+
+def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRule:
+    """Makes a rule from the log ratios [S] of comparisons of different people.
+
+    `fmr` is None for DEFAULT_FMR. `pairs` is True if each comparison needs two clips of strangers.
+    Raises UserError if `fmr` is given and there are too few comparisons.
+    """
+    rate, each = fmr or DEFAULT_FMR, 2 if pairs else 1
+    needed = each * count_needed_strangers(rate)
+    if each * len(ratios) >= needed:
+        limit = measure_threshold(ratios, rate, 1)
+        about = f"the log ratio is {limit.score:.6g} or more, which on average at most "
+        about += f"{100 * rate:.10g} % of comparisons with new strangers reach"
+        return MatchRule("measured", rate, limit.score, limit, about)
+    if fmr is not None:
+        lowest = f"the lowest is {1 / (len(ratios) + 1):.2g}" if len(ratios) else "it can show none"
+        raise UserError(
+            f"fmr={fmr:g} needs at least {needed:,} clips of strangers with the same modality, "
+            f"but the gallery has {each * len(ratios):,}: {lowest}\n"
+            "choose a higher fmr, enrol more strangers, or leave out fmr"
+        )
+    least = -math.log(rate)
+    about = f"the log ratio is {least:.6g} or more. If the model is right, at most "
+    about += (
+        f"{100 * rate:g} % of other people's clips reach it; with {needed} clips of strangers, "
+    )
+    about += "the rate is measured"
+    return MatchRule("model", rate, least, None, about)
+
+
+def make_blind_rule(fmr: float | None, about: str) -> MatchRule:
+    """Makes the rule that accepts no clip."""
+    return MatchRule("blind", fmr or DEFAULT_FMR, math.inf, None, about)
+
+
+def pair_log_ratios(
+    backend: Backend, x: Sequence[np.ndarray], y: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compares clips x with clips y.
+
+    Both are M arrays [..., D] of `Backend.whiten`, which broadcast. Returns the log ratios [...],
+    and bool [M, ...], True for each modality that both clips have.
+    """
+    shared = np.array([~np.isnan(a[..., 0] + b[..., 0]) for a, b in zip(x, y, strict=True)])
+    several, total = shared.sum(axis=0) > 1, np.zeros(shared.shape[1:])
+    for part, a, b, both in zip(backend.parts, x, y, shared, strict=True):
+        a, b = np.nan_to_num(a), np.nan_to_num(b)
+        if part.space is not None:
+            ratios = two_covariance.clip_log_ratios(part.space, a, b)
+            ratios = float(backend.settings.scale) * ratios
+        else:
+            assert part.distances is not None
+            gap = np.vecdot(a, a) + np.vecdot(b, b) - 2 * np.vecdot(a, b)
+            ratios = card_backend.pair_log_ratios(part.distances, gap, np.array(2.0))
+        if part.may_be_offscreen:
+            limited = np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO)
+            ratios = np.where(several, limited, ratios)
+        total += np.where(both, ratios, 0)
+    return total, shared
+
+
+def pair_strangers(backend: Backend, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Compares N / 2 pairs of N strangers. `parts` are M arrays [N, D]; see `pair_log_ratios`."""
+    # Clips of one film, whose names are neighbours, are not paired.
+    half, white = len(parts[0]) // 2, backend.whiten(parts)
+    return pair_log_ratios(backend, [x[:half] for x in white], [x[half : 2 * half] for x in white])
+
+
+def make_matches(
+    rule: MatchRule, backend: Backend, ratios: np.ndarray, shared: np.ndarray
+) -> Iterator[Match]:
+    """Makes Q comparisons from log ratios [Q], and from the compared modalities, [M, Q] bool."""
+    for ratio, compared in zip(ratios.tolist(), shared.T, strict=True):
+        parts = zip(backend.parts, compared.tolist(), strict=True)
+        yield rule.match(ratio, tuple(part.name for part, is_shared in parts if is_shared))
+
+
+def list_pairs(num_clips: int, num_others: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices [P] of P pairs: of each clip with each other clip, or of two clips.
+
+    If `num_others` is None, the pairs are of two different clips of `num_clips`. Raises UserError
+    if there are no pairs, or more than MAX_PAIRS.
+    """
+    if num_others is None:
+        count, text = num_clips * (num_clips - 1) // 2, "give at least two clips, or --with=PATH"
+    else:
+        count, text = num_clips * num_others, "give at least one clip and one other clip"
+    if not 0 < count <= MAX_PAIRS:
+        remedy = f"give fewer clips: at most {MAX_PAIRS:,} pairs are compared" if count else text
+        raise UserError(f"there are {count:,} pairs of clips to compare\n{remedy}")
+    if num_others is None:
+        return np.triu_indices(num_clips, 1)
+    rows = np.indices((num_clips, num_others)).reshape(2, -1)
+    return rows[0], rows[1]
+
+
+def add_fits(
+    backend: Backend,
+    matches: Iterable[Match],
+    parts: Sequence[np.ndarray],
+    names: Sequence[str],
+    vectors: Sequence[np.ndarray],
+) -> Iterator[Match]:
+    """Adds the best and worst of a person's clips to the comparisons of Q clips.
+
+    `parts` are the vectors of the Q clips, M arrays [Q, D]. `names` are the person's K clips, and
+    `vectors` their vectors, M arrays [K, D].
+    """
+    x, y = backend.whiten(parts), backend.whiten(vectors)
+    for row, match in enumerate(matches):
+        ratios, shared = pair_log_ratios(backend, [a[row] for a in x], y)
+        places = np.flatnonzero(shared.any(axis=0))
+        if len(places):
+            found = ratios[places]
+            high, low = places[[found.argmax(), found.argmin()]].tolist()
+            best, worst = ((names[place], float(ratios[place])) for place in (high, low))
+            match = match._replace(best=best, worst=worst)
+        yield match
+
+
+def find_misfits(
+    backend: Backend, names: Sequence[str], vectors: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Finds clips of a person that probably show another person than most of the other clips.
+
+    The clips `names` have the vectors `vectors`, M arrays [K, D]. Each clip is compared with the
+    other clips, or with MAX_COMPARED of them. Returns clip -> median log ratio, if the median is
+    below 0, lowest first.
+    """
+    x, misfits = backend.whiten(vectors), dict[str, float]()
+    step = -(-len(names) // MAX_COMPARED)
+    for row, name in enumerate(names):
+        ratios, shared = pair_log_ratios(backend, [a[row] for a in x], [a[::step] for a in x])
+        others = shared.any(axis=0) & (np.arange(len(names))[::step] != row)
+        if others.any() and (middle := float(np.median(ratios[others]))) < 0:
+            misfits[name] = middle
+    return dict(sorted(misfits.items(), key=lambda pair: pair[1]))
+
+
+def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dict[str, object]:
+    """Returns a comparison as values for JSON. `key` is a clip of `identity`, or two clips."""
+    names = {"clip": key, "identity": identity}
+    if not isinstance(key, str):
+        names = dict(zip(("clip", "other"), key, strict=True))
+    return names | match.to_dict()
+
+
+def table(matches: Matches | PairMatches) -> list[str]:
+    """Returns the comparisons as lines of text, for the terminal."""
+    rows: list[Sequence[str]] = [
+        ("accepted", "log ratio", "even odds", "clips", "fits best", "fits worst")
+    ]
+    for key, match in matches.items():
+        fits = [f"{show(x[0])} {x[1]:.3g}" if x else "" for x in (match.best, match.worst)]
+        cells = ["yes" if match.accepted else "no", f"{match.log_ratio:.4g}"]
+        cells.append(share(match.probability) if match.evidence else "no usable frame")
+        cells.append(show(key if isinstance(key, str) else ", ".join(key)))
+        rows.append((*cells, *fits))
+    return [f"  {line}" for line in messages.align_columns(rows)]
+
+
+def write(path: Path, matches: Matches | PairMatches, identity: str = "") -> None:
+    """Writes comparisons to a new table. The ending of `path` is the format."""
+    objects = [as_json(key, match, identity) for key, match in matches.items()]
+    columns = dict.fromkeys([*objects[0]][:2], "string")
+    columns |= {"accepted": "bool_", "log_ratio": "float64", "probability": "float64"}
+    for name in ("best", "worst"):
+        columns |= {name: "string", f"{name}_log_ratio": "float64"}
+    none = (None, None)
+    rows = (
+        (*[*names.values()][:2], *match[:3], *(match.best or none), *(match.worst or none))
+        for names, match in zip(objects, matches.values(), strict=True)
+    )
+    tables.write(path, columns, rows, objects)

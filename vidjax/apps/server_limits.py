@@ -1,0 +1,161 @@
+"""The limits of a server: their defaults, their ranges, and how a user sets them.
+
+The fields of `Limits` are the only list of limits. The flags of `vidjax serve`, its environment
+variables, its help, the answer to `GET /v2` and the table in the page of the server come from it.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from vidjax.utils.errors import UserError, closest
+
+PREFIX = "VIDJAX_SERVE_"  # an environment variable is this text and the name of a limit
+MOST, DAY = 1 << 40, 86_400  # largest values, of numbers and of seconds
+
+
+class ServerLimits(Struct, frozen=True, kw_only=True):
+    """The limits of the connections and of the end of a server."""
+
+    connections: Annotated[int, Meta(ge=1, le=MOST, description="open connections (503)")] = 512
+    idle_seconds: Annotated[
+        int, Meta(ge=1, le=DAY, description="until an idle connection is closed")
+    ] = 30
+    unread_seconds: Annotated[
+        int,
+        Meta(ge=1, le=DAY, description="until a client that reads nothing is cut off, on Linux"),
+    ] = 60
+    unready_seconds: Annotated[
+        int,
+        Meta(ge=0, le=DAY, description="from SIGTERM until connections are refused; not ready "
+             "meanwhile, so that a proxy asks another server; 0: they are refused at once"),
+    ] = 0  # fmt: skip
+    drain_seconds: Annotated[
+        int,
+        Meta(ge=0, le=DAY, description="then, to finish the answers of received requests; "
+             "0: they are cut off"),
+    ] = 15  # fmt: skip
+    end_seconds: Annotated[
+        int, Meta(ge=1, le=DAY, description="then, until a process that hangs is killed")
+    ] = 5
+
+
+class Limits(ServerLimits, frozen=True, kw_only=True):
+    """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
+
+    body_bytes: Annotated[
+        int,
+        Meta(ge=1, le=MOST,
+             description="a body, and the arrays of an .npz file as float32 (413, 422)"),
+    ] = 32 << 20  # fmt: skip
+    json_bytes: Annotated[
+        int,
+        Meta(ge=1, le=MOST, description="a JSON body, or the JSON before binary tensors "
+             "(413, 422)"),
+    ] = 4 << 20  # fmt: skip
+    held_bytes: Annotated[
+        int,
+        Meta(ge=1, le=MOST, description="all bodies, frames and answers in memory (429); at least "
+             "3 times body_bytes"),
+    ] = 256 << 20  # fmt: skip
+    clips: Annotated[int, Meta(ge=1, le=MOST, description="clips in a request (422)")] = 256
+    frames: Annotated[
+        int, Meta(ge=1, le=MOST, description="frames in a clip and modality (422)")
+    ] = 20_000
+    batch_clips: Annotated[
+        int, Meta(ge=1, le=MOST, description="clips that are scored together")
+    ] = 64
+    waiting_clips: Annotated[
+        int, Meta(ge=1, le=MOST, description="clips that wait to be scored or embedded (429)")
+    ] = 1024
+    waiting_changes: Annotated[
+        int, Meta(ge=1, le=MOST, description="enrolments and removals that wait (429)")
+    ] = 16
+    answer_seconds: Annotated[
+        float, Meta(gt=0, le=DAY, description="from the end of the body to the answer (503)")
+    ] = 10.0
+    # After a removal, the parameters of the gallery may be fitted to the remaining clips, which can
+    # take minutes.
+    change_seconds: Annotated[
+        float, Meta(gt=0, le=DAY, description="in addition, for a change of the gallery (503)")
+    ] = 120.0
+    lock_seconds: Annotated[
+        float,
+        Meta(ge=0, le=DAY, description="that a change waits for a change by another server or "
+             "command (503); 0: it tries once"),
+    ] = 5.0  # fmt: skip
+    request_seconds: Annotated[
+        float,
+        Meta(gt=0, le=DAY, description="to receive a body, and again to send the answer (503, or "
+             "cut off)"),
+    ] = 130.0  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Raises UserError if a body of the largest size would not fit into the memory."""
+        if self.held_bytes < 3 * self.body_bytes:  # the body, its arrays, and a copy of the arrays
+            raise UserError(
+                f"held_bytes={self.held_bytes} is too small for body_bytes={self.body_bytes}: set "
+                f"held_bytes to {3 * self.body_bytes} or more"
+            )
+
+
+class Limit(NamedTuple):
+    """A field of `Limits`."""
+
+    name: str
+    kind: Any  # int or float, with its range
+    default: float
+
+    @property
+    def meta(self) -> Meta:
+        """The range and the meaning."""
+        return get_args(self.kind)[1]
+
+    @property
+    def text(self) -> str:
+        """The default, such as `20,000`."""
+        return f"{self.default:,.15g}"
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets the limit."""
+        return PREFIX + self.name.upper()
+
+    def read(self, place: str, text: str) -> float:
+        """Converts the `text` of a flag or variable `place`. Raises UserError if it is wrong."""
+        meta = self.meta
+        try:
+            return msgspec.convert(text.strip(), self.kind, strict=False)
+        except msgspec.ValidationError:
+            low = f"above {meta.gt}" if meta.ge is None else f"at least {meta.ge}"
+            kind = "a whole number" if get_args(self.kind)[0] is int else "a number"
+            raise UserError(
+                f"{place}={text[:20]}: give {kind}, {low} and at most {meta.le:,}"
+            ) from None
+
+
+_FIELDS = [Limit(x.name, x.type, x.default) for x in msgspec.structs.fields(Limits)]
+_COUNT = len(msgspec.structs.fields(ServerLimits))
+LIMITS = {limit.name: limit for limit in (*_FIELDS[_COUNT:], *_FIELDS[:_COUNT])}
+
+
+def read_limits(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Limits:
+    """Returns the limits that `flags`, name -> text or None, and environment variables set.
+
+    A flag has priority. Raises UserError for a wrong value, or for a misspelt variable.
+    """
+    # Kubernetes sets variables such as VIDJAX_SERVE_PORT, which resembles no limit, for a service
+    # that is called vidjax-serve.
+    for variable in environment.keys() - {limit.variable for limit in LIMITS.values()}:
+        name = variable.removeprefix(PREFIX).lower() if variable.startswith(PREFIX) else ""
+        if similar := closest(name, LIMITS, cutoff=0.8):
+            raise UserError(f"{variable} is no limit: did you mean {LIMITS[similar].variable}?")
+    values = {}
+    for name, limit in LIMITS.items():
+        if text := flags.get(name):
+            values[name] = limit.read(f"--{name}", text)
+        elif text := environment.get(limit.variable):
+            values[name] = limit.read(limit.variable, text)
+    return Limits(**values)

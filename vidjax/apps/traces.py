@@ -1,0 +1,168 @@
+"""Searches the files that vidjax writes for names and vectors of people, for `vidjax forget`."""
+
+import gzip
+import html
+import itertools
+import re
+import urllib.parse
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vidjax.data import parquet
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.names import make_file_stems, normal_form
+
+MAX_BYTES = 512 * files.MB  # of a file, also after it is unpacked
+TEXTS = (
+    ".tsv",
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".rttm",
+    ".vtt",
+    ".srt",
+    ".edl",
+    ".html",
+    ".txt",
+    ".tex",
+)
+BLANKS = (".rttm", ".txt")  # files in which blanks separate names, and names contain no blanks
+SQLITE = b"SQLite format 3\0"  # the first bytes of a copy of a gallery
+NEAR = 0.9999  # least cosine of two vectors of the same clip
+PIECE = 4  # numbers of a vector that identify the vector
+_UTF16 = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")  # letters in JSON
+_RATE = re.compile(r" [\d.]+ fps\b")  # `cuts` adds it to the name of a person
+_LONGER = re.compile(r"\w ?\Z"), re.compile(r" ?\w")  # before and after a part of a longer name
+
+
+class Content(NamedTuple):
+    """The content of a file in which names and vectors are searched."""
+
+    texts: Sequence[str] = ()
+    arrays: Sequence[np.ndarray] = ()
+    raw: bytes = b""
+
+
+class Traces:
+    """Names and vectors that are searched in files."""
+
+    def __init__(self, names: Iterable[str], vectors: Iterable[np.ndarray]):
+        """`names` are people and clips. `vectors` [D] are of their clips, in any modality."""
+        # First word of names -> (place of the word in a name, length of the name) -> the names.
+        self._names: dict[str, dict[tuple[int, int], set[str]]] = {}
+        for name in names:
+            for spelling in (name, *make_file_stems([name])):
+                plain = _simplify(spelling)
+                word = re.search(r"\w+", plain)
+                key, at = (word[0], word.start()) if word else (plain, 0)
+                self._names.setdefault(key, {}).setdefault((at, len(plain)), set()).add(plain)
+        self._vectors: dict[int, list[np.ndarray]] = {}
+        for x in vectors:
+            if x.any():
+                self._vectors.setdefault(len(x), []).append(x)
+
+    def in_file(self, path: Path) -> bool:
+        """Returns whether the name or the content of a file contains any name or vector.
+
+        Returns False for files of kinds that vidjax does not write. Raises UserError if the file
+        cannot be read, and OSError if the disk fails.
+        """
+        content = read(path)
+        return content is not None and (
+            self._in_text(path.name.partition(".")[0])
+            or any(map(self._in_text, content.texts))
+            or any(map(self._in_array, content.arrays))
+            or any(x.tobytes() in content.raw for x in self._list_pieces())
+        )
+
+    def _list_pieces(self) -> Iterator[np.ndarray]:
+        for vectors in self._vectors.values():
+            yield from (x[np.flatnonzero(x)[0] :][:PIECE] for x in vectors)
+
+    def _in_text(self, text: str) -> bool:
+        plain = _simplify(text)
+        for word in self._names.keys() & {*re.findall(r"\w+", plain)}:
+            places = (found.start() for found in re.finditer(rf"\b{word}\b", plain))
+            for place, ((at, length), names) in itertools.product(
+                places, self._names[word].items()
+            ):
+                begin, end = place - at, place - at + length
+                if begin >= 0 and plain[begin:end] in names:
+                    around = plain[max(begin - 2, 0) : begin], plain[end : end + 2]
+                    if not (_LONGER[0].search(around[0]) or _LONGER[1].match(around[1])):
+                        return True
+        return any(key in plain for key in self._names if not re.match(r"\w", key))
+
+    def _in_array(self, array: np.ndarray) -> bool:
+        """Returns whether a vector is a row of `array` [..., D], or the mean of its rows."""
+        if array.dtype.kind in "US":
+            return self._in_text("\n".join(map(str, array.ravel())))
+        if array.dtype == np.uint8 and array.ndim == 1:
+            return self._in_text(_decode(array.tobytes()))
+        if array.dtype.kind != "f":
+            return False
+        for width, vectors in self._vectors.items():
+            if array.ndim == 1 or array.shape[-1] == width:
+                whole = array[: len(array) // width * width] if array.ndim == 1 else array
+                rows = whole.reshape(-1, width).astype(np.float64)
+                means = rows.mean(axis=0, keepdims=True) if len(rows) else rows
+                wanted = _scale(np.array(vectors)).T
+                if any((_scale(x) @ wanted > NEAR).any() for x in (rows, means)):
+                    return True
+        return False
+
+
+def read(path: Path) -> Content | None:
+    """Reads a file that vidjax may have written. Returns None for other kinds of files."""
+    kinds = [kind.lower() for kind in path.suffixes]
+    with files.open_regular(path) as file:
+        is_sqlite = file.read(len(SQLITE)) == SQLITE
+    if kinds[-1:] == [".parquet"]:
+        return Content(*parquet.read_contents(path))
+    if kinds[-1:] == [".npz"]:
+        arrays = files.read_npz(path, MAX_BYTES)
+        return Content(["\n".join(arrays)], [*arrays.values()])
+    if is_sqlite or kinds[-1:] == [".safetensors"]:
+        raw = files.read_bytes(path, MAX_BYTES)
+        return Content([_decode(raw)], raw=raw)
+    if kinds[-1:] == [".gz"]:
+        with files.open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
+            text = _decode(unpacked.read(MAX_BYTES))
+            if unpacked.read(1):
+                raise UserError(f"'{path}' unpacks to more than {MAX_BYTES:,} bytes")
+        return Content([text])
+    if kinds[-1:] and kinds[-1] in TEXTS:
+        text = _decode(files.read_bytes(path, MAX_BYTES))
+        return Content(["\n".join(text.split()) if kinds[-1] in BLANKS else text])
+    return None
+
+
+def _decode(content: bytes) -> str:
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):  # as Excel saves tables
+        return content.decode("utf-16", "replace")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content.decode(errors="replace") + "\n" + content.decode("cp1252", "replace")
+
+
+def _simplify(text: str) -> str:
+    """Returns a text without the codes of JSON, HTML, URLs, tables and file names."""
+    if "\\" in text:
+        text = _UTF16.sub(
+            lambda x: bytes.fromhex(x[0].replace("\\u", "")).decode("utf-16-be", "replace"), text
+        )
+        text = text.replace('\\"', '"').replace("\\\\", "\\")
+    text = html.unescape(text) if "&" in text else text
+    text = urllib.parse.unquote(text) if "%" in text else text
+    text = text.translate({ord("_"): " ", ord("\u2039"): "<", ord("\u203a"): ">"})
+    text = _RATE.sub("", text.replace('""', '"'))
+    return normal_form(normal_form(text).casefold())
+
+
+def _scale(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)

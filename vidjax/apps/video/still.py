@@ -1,0 +1,50 @@
+"""Decodes a single picture of a film or photo, which may be malicious.
+
+`read_still` starts this module as a child process with limits. The picture is stored nowhere.
+"""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from vidjax.apps.video import decode, photos
+from vidjax.utils import processes
+from vidjax.utils.errors import UserError
+
+MOST_SIDE = 1280  # pixels of the longer side
+MEMORY_BYTES, CPU_SECONDS = 4 << 30, 30
+
+
+def read_still(path: Path, seconds: float) -> bytes:
+    """Returns the upright picture of a film at a time, or a photo, as JPEG.
+
+    Raises UserError if the file cannot be decoded.
+    """
+    arguments = {"path": str(path.absolute()), "seconds": seconds}
+    answer = processes.run_limited(
+        __name__, path, arguments, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
+    )
+    return base64.b64decode(answer["jpeg"])
+
+
+def work(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Decodes a picture in a child process; arguments and result are JSON objects."""
+    from PIL import Image
+
+    path = Path(arguments["path"])
+    if photo := photos.read_photo(path):
+        rgb = photo.rgb
+    else:
+        with decode.open_video(path) as video:
+            rgb = video.still(arguments["seconds"])
+    if rgb is None:
+        raise UserError(f"'{path}' has no picture at {arguments['seconds']:.1f} s")
+    picture, file = Image.fromarray(rgb), io.BytesIO()
+    picture.thumbnail((MOST_SIDE, MOST_SIDE))
+    picture.save(file, "jpeg", quality=85)
+    return {"jpeg": base64.b64encode(file.getvalue()).decode()}
+
+
+if __name__ == "__main__":
+    processes.serve(work)

@@ -1,0 +1,179 @@
+"""Starts the training of a run with the weights of another run, `config.init_from`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax.core import devices, ensemble
+from vidjax.evaluation import trained_runs
+from vidjax.models.build_system import System, TaskSpec, make_model, make_system
+from vidjax.runs import checkpoint
+from vidjax.runs.checkpoint import CheckpointError
+from vidjax.runs.config import Config
+from vidjax.runs.run_folder import open_run
+from vidjax.runs.terminal import say
+from vidjax.training.train_step import TrainState
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError, prefix_errors
+
+FIELD = "config.init_from"
+Arrays = dict[str, np.ndarray]  # path -> values [E, ...] of the E nets of a run
+
+
+class Columns(NamedTuple):
+    """The class columns of a run that continue the class columns of another run."""
+
+    new: np.ndarray  # [n] int, columns of the run that starts
+    old: np.ndarray  # [n] int, the same classes in the other run
+
+
+def find_source(config: Config) -> trained_runs.FoundRun:
+    """Finds the run `config.init_from`.
+
+    Raises UserError if its net is of another kind, and CheckpointError if a file is damaged.
+    """
+    with prefix_errors(FIELD):
+        folder = open_run(config.init_from)
+        theirs, name = folder.config, config.model.get("name")
+        if (other := theirs.model.get("name")) != name:
+            kind = f"a run of the model '{other}'" if other else "a blend of runs"
+            raise UserError(
+                f"'{folder.path}' is {kind}, but this run trains the model '{name}'\n"
+                "name a run of this model, or leave out --config.init_from"
+            )
+        if not folder.metrics().get("finished"):
+            raise UserError(
+                f"the run in '{folder.path}' is not finished\n"
+                "to finish it, repeat the command that trains it"
+            )
+        theirs.eval.checkpoint = "latest"
+        source = trained_runs.find_run(theirs, folder)
+        if source.manifest["step"] != (last := max(checkpoint.list_folders(folder.path))):
+            raise CheckpointError(
+                f"the checkpoint of step {last:,} in '{folder.path}' is damaged\nrestore a copy"
+            )
+        members = len(source.training_sets.members)
+        wanted = len(ensemble.make_members(config.ensemble.to_dict()))
+        if members not in (1, wanted):
+            raise UserError(
+                f"the run in '{folder.path}' has {members} members, but this run has {wanted}\n"
+                f"name a run with 1 or {wanted}, or use its groups ensemble of the configuration"
+            )
+    return source
+
+
+def load_state(
+    source: trained_runs.FoundRun,
+    system: System,
+    config: Config,
+    identities: Sequence[str],
+    state: TrainState,
+    mesh: Mesh,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Replaces the weights of a new run by the weights of `source` that fit.
+
+    An array fits if it has the same path and shape. Along the axis of the classes, each identity
+    gets the values of the identity with the same name in `source`. All other values stay.
+
+    Args:
+      system: the system of the new run.
+      config: its configuration.
+      identities: its identities. The first has class column 1.
+      state: its state at step 0.
+
+    Returns:
+      The state, and the entry `init_from` of the manifest.
+    """
+    theirs = make_system(source.folder.config.to_dict(), source.task)
+    old = _flatten(trained_runs.load_weights(source, theirs, mesh))
+    weights = (state.params, state.model_state)
+    columns = match_columns(source, system.task, identities)
+    wider, width = _compute_wider_shapes(system, config), source.task.num_columns
+    rest: list[str] = []
+    num_matrices = 0
+
+    def load(path: tuple[Any, ...], value: np.ndarray, wide: jax.ShapeDtypeStruct) -> np.ndarray:
+        nonlocal num_matrices
+        name = _name(path)
+        loaded = _load_array(value, wide.shape, old.get(name), columns, width)
+        if loaded is None:
+            rest.append(name)
+            return value
+        num_matrices += value.ndim > 2  # the first axis is the members
+        return loaded
+
+    values = jax.tree_util.tree_map_with_path(load, devices.fetch(weights), wider)
+    total = len(jax.tree.leaves(weights))
+    folder, step = source.folder.path, source.manifest["step"]
+    if not num_matrices:
+        raise UserError(
+            f"{FIELD}: no matrix of '{folder}' fits this run, for example {rest[0]}\n"
+            f"its modalities are {', '.join(source.task.modalities)}: choose the same "
+            "--config.modalities and sizes of the model"
+        )
+    known = int(np.sum(columns.new > 0))
+    text = f"{FIELD}: step {step:,} of '{folder}': {total - len(rest)} of {total} arrays are loaded"
+    fresh = f", {len(identities) - known:,} start anew" if known < len(identities) else ""
+    text += f"; {known:,} of {len(identities):,} identities are known{fresh}"
+    say(text + (f"\nnot loaded: {messages.list_some(rest)}" if rest else ""))
+    params, model_state = devices.replicate(mesh, values)
+    entry = {
+        "run": str(folder), "step": step, "sha256": files.sha256_json(source.manifest["files"]),
+        "arrays": total - len(rest), "identities": known,
+    }  # fmt: skip
+    return state.replace(params=params, model_state=model_state), entry
+
+
+def match_columns(
+    source: trained_runs.FoundRun, task: TaskSpec, identities: Sequence[str]
+) -> Columns:
+    """Matches the class columns of identities by name, and column 0 if both runs train it."""
+    number = {name: column for column, name in enumerate(source.identities, start=1)}
+    pairs = [(new, number[x]) for new, x in enumerate(identities, start=1) if x in number]
+    if task.train_other and source.task.train_other:
+        pairs.insert(0, (0, 0))
+    return Columns(*np.array(pairs, np.int64).reshape(-1, 2).T)
+
+
+def _compute_wider_shapes(system: System, config: Config) -> tuple[Mapping[str, Any], ...]:
+    """Returns the shapes of the weights with one more identity. They show the axes of classes."""
+    task = system.task._replace(num_identities=system.task.num_identities + 1)
+    wider = system._replace(task=task, model=make_model(config.to_dict(), task))
+    members = len(ensemble.make_members(config.ensemble.to_dict()))
+    return wider.compute_shapes(members)
+
+
+def _load_array(
+    value: np.ndarray, wide: tuple[int, ...], old: np.ndarray | None, columns: Columns, width: int
+) -> np.ndarray | None:
+    """Returns `value` [E, ...] with the values of `old`, or None if the shapes do not fit.
+
+    `wide` is the shape of `value` with one more identity. `width` is the number of class columns of
+    `old`.
+    """
+    if old is None or old.ndim != value.ndim:
+        return None
+    classes = [
+        i for i, (size, more) in enumerate(zip(value.shape, wide, strict=True)) if size != more
+    ]
+    expected = [width if i in classes else size for i, size in enumerate(value.shape)]
+    if list(old.shape[1:]) != expected[1:] or len(classes) > 1:
+        return None
+    old = np.broadcast_to(old, (len(value), *old.shape[1:])).astype(value.dtype)
+    if not classes:
+        return old
+    result = np.moveaxis(value.copy(), classes[0], 0)
+    result[columns.new] = np.moveaxis(old, classes[0], 0)[columns.old]
+    return np.moveaxis(result, 0, classes[0])
+
+
+def _flatten(tree: object) -> Arrays:
+    leaves = jax.tree_util.tree_leaves_with_path(devices.fetch(tree))
+    return {_name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path[1:], simple=True, separator="/")
