@@ -116,5 +116,11 @@ def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():
         3, "somewhere", 5, 1,
     )  # fmt: skip
     assert (final.eval.split, final.ensemble.folds, final.ensemble.seeds) == ("test", 0, 3)
+    config = config_io.load_file("configs/joint.py:iqiyi_vid")  # one net measures, and one ranks
+    measured, final = (
+        config_io.load_system(config, config.join.systems[0], final=x) for x in (False, True)
+    )
+    assert (measured.ensemble.only, final.ensemble.only) == ((0,), ())
+    assert measured.modalities == ("face",)
     refused(lambda: config_io.load_system(config, "/tmp/x.py", final=False), "configs/NAME.py")
     assert final.data.train_splits == ("train", "val")

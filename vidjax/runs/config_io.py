@@ -61,7 +61,7 @@ def load_file(spec: str) -> Config:
 def load_system(config: Config, spec: str, *, final: bool) -> Config:
     """Returns the configuration `spec`, one of `config.join.systems`, to train it for a blend.
 
-    `config` gives the seed, the folds, and the values of `data` that differ from the defaults. If
+    `config` gives the seed, the folds to train, and the values of `data` that differ from the defaults. If
     `final` is True, the system is trained on all clips, and ranks test.
     """
     if not spec.partition(":")[0].isidentifier():  # a received run must not execute any file
@@ -75,6 +75,7 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
             own.data[name] = value
     own.seed = config.seed
     own.ensemble.folds = 0 if final else config.ensemble.folds
+    own.ensemble.only = () if final else config.ensemble.only
     own.ensemble.seeds = own.ensemble.seeds if final else 1  # more nets hardly change the blend
     own.eval.split = "test" if final else config.eval.split
     own.eval.report = False
