@@ -231,6 +231,10 @@ def train_run(
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
+    if config.join.systems:
+        from vidjax.training import joint
+
+        return joint.train_systems(config, folder, data, num_devices=num_devices, command=command)
     results = training.read_finished_metrics(folder, config)
     if results is None:
         dry_run(config, data)
