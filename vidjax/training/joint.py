@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,29 @@ from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.runs.terminal import say
-from vidjax.training import public
-from vidjax.training.dry_run import dry_run
 from vidjax.utils.errors import UserError
 
+Train = Callable[..., tuple[dict[str, Any], bool]]
 SET_HERE = ("runs", "finals", "weights", "calibration")  # fields of `config.join`
 
 
 def train_systems(
     config: Config,
     folder: RunFolder,
-    data: TrainingData | None,
+    data: TrainingData,
+    train: Train,
     *,
     num_devices: int | None = None,
     command: str | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """Trains each system in folds and on all clips, and joins their scores.
+    """Trains each system in folds and on all clips with `train`, and joins their scores.
 
-    The folds measure the blend, and the runs on all clips rank the split test. Returns the content
-    of `metrics.json`, and whether the blend had been finished before.
+    The function `train` is `public.train_run`. The folds measure the blend, and the runs on all
+    clips rank the split test. Returns the content of `metrics.json`, and whether the blend had been
+    finished before.
     """
     began = time.monotonic()
     _check_same_blend(config, folder)
-    dry_run(config, data)
-    data = public.load_data(config) if data is None else data
     has_test = "test" in data.report["splits"]
     names: dict[bool, list[str]] = {False: [], True: []}
     new = False
@@ -44,7 +44,7 @@ def train_systems(
             path = folder.path / f"{number}_{own.model.name}{'_all' if final else ''}"
             say(f"{path.name}: {spec}, on {'all clips' if final else 'folds'}")
             with make_and_lock(path):
-                run = public.train_run(own, RunFolder(path), data, num_devices=num_devices)
+                run = train(own, RunFolder(path), data, num_devices=num_devices)
             new |= not run[1]
             names[final].append(str(path))
     splits = [config.eval.split, *(["test"] if has_test else [])]
