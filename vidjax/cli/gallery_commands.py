@@ -84,7 +84,7 @@ def _add_clips(parser: Parser, *, several: bool = False) -> "argparse._MutuallyE
     """Adds the flags that name clips; returns their group. `several` lets --input be repeated."""
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips: a folder, a .parquet table or a .npz file"
-    about += "; may be given several times" if several else ""
+    about += "; may be repeated" if several else ""
     action = "append" if several else "store"
     clips.add_argument("--input", metavar="PATH", help=about, action=action)
     about = "instead of --input: a split of the dataset, such as val"
@@ -119,7 +119,7 @@ def _add_enrol(parser: Parser) -> None:
         "instead of --input: the folder of photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     )
     clips.add_argument("--photos", metavar="DIR", help=about)
-    about = "with --photos: the folder of nets (default: the folder of which the gallery was made)"
+    about = "with --photos: the folder of nets (default: the folder that made the gallery)"
     parser.add_argument("--models", metavar="DIR", help=about)
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--identity", metavar="NAME", help="the person whom all clips show")
