@@ -458,9 +458,7 @@ def _load_people(
 def _describe_enrolment(
     args: argparse.Namespace, gallery: "Gallery", done: "Sequence[Enrolment]"
 ) -> Result:
-    from vidjax.apps.gallery.gallery import Enrolment
-
-    refused = tuple(clip for part in done for clip in part.refused)
+    refused = [clip for part in done for clip in part.refused]
     if refused:
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
@@ -469,8 +467,8 @@ def _describe_enrolment(
     similar = {name: other for part in done for name, other in part.similar.items()}
     rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
     rows["enrolled"] = f"{messages.count(enrolled, 'clip')}, {unchanged:,} enrolled before"
-    total = Enrolment(enrolled, unchanged, refused, similar)
-    return _summarise(gallery, rows, total._asdict())
+    content = {"enrolled": enrolled, "unchanged": unchanged, "refused": refused}
+    return _summarise(gallery, rows, content | {"similar": similar})
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
