@@ -407,6 +407,7 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     assert [second["low"], second["high"]] == pytest.approx(bounds)
     # A comparison of groups has no p-value, so the text has no correction by Holm.
     assert second["p"] is None and "seeds" in facts["method"]
+    assert facts["num_clips"] == 50 and isinstance(facts["num_clips"], int)
     text = compared(runs=runs).out
     assert f"{gaps.mean():+.4f}" in text and "Holm" not in text
 

@@ -598,6 +598,10 @@ def _verify(args: argparse.Namespace) -> Result:
         matches = gallery.compare(vectors, others, fmr=args.fmr)
     accepted = sum(match.accepted for match in matches.values())
     rows |= {"compared": f"{len(matches):,}", "accepted": f"{accepted:,}", **rule.describe()}
+    if none := sum(not match.evidence for match in matches.values()):
+        rows["not compared"] = (
+            f"{none:,}, without a usable frame of a modality that both sides have: give other clips"
+        )
     if misfits:
         rows["does not fit"] = (
             f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "
