@@ -169,7 +169,7 @@ def test_verify_gets_the_answers_of_python(tmp_path):
     assert {match.accepted for match in wanted.values()} == {True, False}
     body = {"clips": servers.as_json(CLIPS), "identity": "person 3"}
     npz = {"Content-Type": "application/x-npz"}
-    np.savez(content := io.BytesIO(), **CLIPS["query 3"])
+    np.savez(content := io.BytesIO(), **CLIPS["query 3"])  # pyright: ignore[reportArgumentType]
     with Inside(people) as server:
         status, answer = server.ask("POST", "/verify", body)
         assert (status, answer["rule"]) == (200, json.loads(json.dumps(rule.to_dict())))

@@ -84,7 +84,7 @@ def _add_clips(parser: Parser, *, several: bool = False) -> "argparse._MutuallyE
     """Adds the flags that name clips; returns their group. `several` lets --input be repeated."""
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips: a folder, a .parquet table or a .npz file"
-    about += "; may be given several times" if several else ""
+    about += "; may be repeated" if several else ""
     action = "append" if several else "store"
     clips.add_argument("--input", metavar="PATH", help=about, action=action)
     about = "instead of --input: a split of the dataset, such as val"
@@ -119,7 +119,7 @@ def _add_enrol(parser: Parser) -> None:
         "instead of --input: the folder of photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     )
     clips.add_argument("--photos", metavar="DIR", help=about)
-    about = "with --photos: the folder of nets (default: the folder of which the gallery was made)"
+    about = "with --photos: the folder of nets (default: the folder that made the gallery)"
     parser.add_argument("--models", metavar="DIR", help=about)
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--identity", metavar="NAME", help="the person whom all clips show")
@@ -458,9 +458,7 @@ def _load_people(
 def _describe_enrolment(
     args: argparse.Namespace, gallery: "Gallery", done: "Sequence[Enrolment]"
 ) -> Result:
-    from vidjax.apps.gallery.gallery import Enrolment
-
-    refused = tuple(clip for part in done for clip in part.refused)
+    refused = [clip for part in done for clip in part.refused]
     if refused:
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
@@ -469,8 +467,8 @@ def _describe_enrolment(
     similar = {name: other for part in done for name, other in part.similar.items()}
     rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
     rows["enrolled"] = f"{messages.count(enrolled, 'clip')}, {unchanged:,} enrolled before"
-    total = Enrolment(enrolled, unchanged, refused, similar)
-    return _summarise(gallery, rows, total._asdict())
+    content = {"enrolled": enrolled, "unchanged": unchanged, "refused": refused}
+    return _summarise(gallery, rows, content | {"similar": similar})
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
