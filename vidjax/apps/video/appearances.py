@@ -187,7 +187,7 @@ def _tell_apart(
     except names by a user. For the arguments, see `name_tracks`.
     """
     answers, clips_of = dict(answers), dict[int, list[str]]()
-    for clip in answers.keys() & numbers.keys() if apart else ():
+    for clip in sorted(answers.keys() & numbers.keys()) if apart else ():
         clips_of.setdefault(numbers[clip], []).append(clip)
     for pair in apart:
         sides = [clips_of.get(number, []) for number in pair]
