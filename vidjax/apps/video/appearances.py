@@ -183,22 +183,31 @@ def _tell_apart(
 ) -> dict[str, Answer]:
     """Returns answers in which two people who differ have different names.
 
-    If most clips of both people have the same name, the clips of the less probable person lose it,
-    except names by a user. For the arguments, see `name_tracks`.
+    If both people have the same name, the clips of the less probable person lose it. A name by a
+    user is kept. It counts only if more than half of the clips have it, because a user may name
+    wrong faces one by one. For the arguments, see `name_tracks`.
     """
     answers, clips_of = dict(answers), dict[int, list[str]]()
     for clip in sorted(answers.keys() & numbers.keys()) if apart else ():
         clips_of.setdefault(numbers[clip], []).append(clip)
-    for pair in apart:
-        sides = [clips_of.get(number, []) for number in pair]
-        names = [Counter(answers[x].identity for x in clips).most_common(1) for clips in sides]
-        (name, *others) = {count[0][0] if count else None for count in names}
-        if name is None or others:
-            continue
-        named = [[x for x in clips if answers[x].identity == name] for clips in sides]
-        for clip in min(named, key=lambda clips: max(answers[x].score for x in clips)):
-            if answers[clip].evidence != (TOLD,):
-                answers[clip] = answers[clip]._replace(identity=None, evidence=())
+
+    def list_clips(number: int) -> dict[str, list[str]]:
+        named = dict[str, list[str]]()
+        for clip in (clips := clips_of.get(number, ())):
+            if name := answers[clip].identity:
+                named.setdefault(name, []).append(clip)
+        return {
+            name: of for name, of in named.items()
+            if 2 * len(of) > len(clips) or any(answers[x].evidence != (TOLD,) for x in of)
+        }  # fmt: skip
+
+    for number, other in apart:
+        sides = list_clips(number), list_clips(other)
+        for name in sorted(sides[0].keys() & sides[1].keys()):
+            weaker = min(sides, key=lambda named: max(answers[x].score for x in named[name]))
+            for clip in weaker[name]:
+                if answers[clip].evidence != (TOLD,):
+                    answers[clip] = answers[clip]._replace(identity=None, evidence=())
     return answers
 
 
