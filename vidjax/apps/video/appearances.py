@@ -92,8 +92,8 @@ def find_appearances(
             for joined in _join_tracks(tracks):
                 least = min(answers[track.clip].probability for track in joined)
                 parts = dict.fromkeys(p for track in joined for p in answers[track.clip].evidence)
-                appearance = _make_appearance(film, name, least if known else None, joined)
-                appearances.append(appearance._replace(evidence=tuple(parts)))
+                p = least if known else None
+                appearances.append(_make_appearance(film, name, p, joined, tuple(parts)))
     return sorted(appearances, key=lambda x: (x.video, x.start_s, x.identity or ""))
 
 
@@ -281,7 +281,8 @@ def remove_unclear_names(
     unclear = list_unclear(films)
     clear = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
     return {
-        clip: x if x.identity in clear else x._replace(identity=None, evidence=())
+        clip: x if x.identity is None or x.identity in clear
+        else x._replace(identity=None, evidence=())
         for clip, x in answers.items()
     }
 
@@ -312,13 +313,17 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) ->
 
 
 def _make_appearance(
-    film: MediaFile, name: str | None, probability: float | None, tracks: Sequence[FaceTrack]
+    film: MediaFile,
+    name: str | None,
+    probability: float | None,
+    tracks: Sequence[FaceTrack],
+    evidence: tuple[str, ...] = (),
 ) -> Appearance:
     end = max(track.end_s for track in tracks)
     clips = tuple(track.clip for track in tracks)
     best, begin = max(tracks, key=lambda track: track.seen), tracks[0].start_s
     return Appearance(
-        film.video, begin, end, name, probability, clips, box=best.box, box_at_s=best.box_at_s
+        film.video, begin, end, name, probability, clips, evidence, best.box, best.box_at_s
     )
 
 

@@ -529,7 +529,7 @@ def decide(
 
     A group of clips without a name is an unknown person, who keeps the number of the last call or
     gets a new number. An unclear face without a name is in no group. The numbers are written to
-    `unknown.json`.
+    `unknown.json`, so the caller must hold `lock_changes`.
 
     Args:
       out: the folder of results.
