@@ -151,8 +151,8 @@ def train(
       data: the result of `load_data`.
       num_devices: the number of devices to use. None means all.
       log: a function that is called with each line of `metrics.jsonl` as a dict, after the line is
-        written. If it raises an error, training stops, and the same call resumes it. After a resume,
-        it may get lines again. With several processes, only the first process calls it.
+        written. If it raises an error, training stops, and the same call resumes it. After a
+        resume, it may get lines again. With several processes, only the first process calls it.
 
     Returns:
       The results of the run: `map` and all other entries of `metrics.json`.
