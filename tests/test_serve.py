@@ -161,6 +161,43 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people, tmp_pat
         assert ask_with_npz(face=wrong)[0] == 422
 
 
+def test_verify_gets_the_answers_of_python(tmp_path):
+    people = made_galleries.make(
+        tmp_path / "g", made_galleries.make_clips(strangers=99), origin=servers.CARDS
+    )
+    wanted, rule = people.verify(CLIPS, "person 3"), people.match_rule("person 3")
+    assert {match.accepted for match in wanted.values()} == {True, False}
+    body = {"clips": servers.as_json(CLIPS), "identity": "person 3"}
+    npz = {"Content-Type": "application/x-npz"}
+    np.savez(content := io.BytesIO(), **CLIPS["query 3"])
+    with Inside(people) as server:
+        status, answer = server.ask("POST", "/verify", body)
+        assert (status, answer["rule"]) == (200, json.loads(json.dumps(rule.to_dict())))
+        assert answer["misfits"] == people.find_misfits("person 3")
+        for found, (clip, match) in zip(answer["clips"], wanted.items(), strict=True):
+            expected = {"clip": clip, "identity": "person 3", **match.to_dict()}
+            assert found.keys() == expected.keys()
+            for key in ("clip", "identity", "accepted", "evidence"):
+                assert found[key] == expected[key]
+            for key in ("best", "worst"):
+                assert found[key] == pytest.approx(expected[key], abs=1e-6)
+            assert found["log_ratio"] == pytest.approx(match.log_ratio, abs=1e-6)
+        path = "/verify?clip=query%203&identity=person%203&fmr=0.01"
+        status, answer = server.ask("POST", path, content.getvalue(), npz)
+        assert (status, answer["clips"][0]["accepted"]) == (200, True)
+        for fields, status, words in (
+            ({"identity": "person 33"}, 404, "no such name is enrolled"),
+            ({"fmr": 0.001}, 422, "the lowest is 0.01"),
+            ({"fmr": 1}, 422, "fmr"),
+            ({"identity": None}, 422, "identity"),
+            ({"threshold": 0.5}, 422, "choose from clips, identity, fmr"),
+            ({"clips": []}, 422, "clips"),
+        ):
+            found, answer = server.ask("POST", "/verify", {**body, **fields})
+            assert (found, words in answer["error"]) == (status, True), answer
+            assert "\n" not in answer["error"]
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_triton_client_gets_the_answers_of_python(inside, people, binary):
     # The three faces of a clip have the qualities 3, 4 and 5.
@@ -230,12 +267,12 @@ def test_questions_after_warm_up_do_not_compile(trained, data, tmp_path, monkeyp
 def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "vidjax/apps/serve/README.md").read_text()
     block = page.split("## By name")[1].split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
-    assert len(block.splitlines()) == 6  # requests
+    assert len(block.splitlines()) == 7  # requests
 
     # In the README, a face has 2 features, and fpir=0.01 needs 99 enrolled strangers.
     monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 2})
     clips = {f"stranger {n}": made_galleries.make_clip(n, None) for n in range(99)}
-    clips["Bo"] = made_galleries.make_clip(99, "Bo")
+    clips |= {name: made_galleries.make_clip(99, name) for name in ("Ada", "Bo")}
     origin = servers.VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
     people = made_galleries.make(tmp_path / "g", clips, origin=origin)
     monkeypatch.chdir(tmp_path)
@@ -283,8 +320,9 @@ def test_first_day_of_the_page_runs_in_a_shell(tmp_path):
     assert last.startswith("vidjax serve --gallery=staff ")
     with servers.served(tmp_path / "staff") as server:
         printed = run(second.replace("localhost:8080", f"localhost:{server.port}"))
-    (answer,) = re.findall(r'\{"clips":.*\]\}', printed)
-    assert [clip["identity"] for clip in json.loads(answer)["clips"]] == ["Ada"]
+    identified, verified = map(json.loads, re.findall(r'\{"clips":.*\}', printed))
+    assert [clip["identity"] for clip in identified["clips"]] == ["Ada"]
+    assert [clip["accepted"] for clip in verified["clips"]] == [True]
     assert {
         **Gallery(tmp_path / "staff").identities,
         **Gallery(tmp_path / "backup").identities,
@@ -850,7 +888,7 @@ Gallery.identities = property(stuck)
 Gallery.remove = stuck
 listener = web.listen("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
-web.serve(made, listener, web.ServerLimits(drain_seconds=1, end_seconds=1))
+web.serve(made, listener, web.Limits(drain_seconds=1, end_seconds=1))
 """
 
 

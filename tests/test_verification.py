@@ -162,8 +162,9 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(people, tm
     matches = people.verify(vectors_of(people, strangers), "person 3", fmr=0.02)
     rule = people.match_rule("person 3", fmr=0.02)
     assert sum(match.accepted for match in matches.values()) == 1
-    assert (rule.by, rule.threshold.num_alarms, rule.threshold.num_strangers) == ("measured", 1, 120)
-    low, high = rule.threshold.interval
+    limit = rule.threshold
+    assert (rule.by, limit.num_alarms, limit.num_strangers) == ("measured", 1, 120)
+    low, high = limit.interval
     wanted = stats.beta(2, 119).ppf([0.025, 0.975])
     assert [low, high] == pytest.approx(wanted, rel=1e-6)
     assert people.match_rule("person 3").fmr == 0.01

@@ -41,7 +41,7 @@ def serve(shelf: Any):
     reviewed = review.Review(shelf.out, decision)
     with web.listen("127.0.0.1", 0) as listener:
         app = review.make_app(reviewed, "token")
-        server = web.Server(app, web.ServerLimits(), threading.Event())
+        server = web.Server(app, web.Limits(), threading.Event())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -16,33 +16,7 @@ PREFIX = "VIDJAX_SERVE_"  # an environment variable is this text and the name of
 MOST, DAY = 1 << 40, 86_400  # largest values, of numbers and of seconds
 
 
-class ServerLimits(Struct, frozen=True, kw_only=True):
-    """The limits of the connections and of the end of a server."""
-
-    connections: Annotated[int, Meta(ge=1, le=MOST, description="open connections (503)")] = 512
-    idle_seconds: Annotated[
-        int, Meta(ge=1, le=DAY, description="until an idle connection is closed")
-    ] = 30
-    unread_seconds: Annotated[
-        int,
-        Meta(ge=1, le=DAY, description="until a client that reads nothing is cut off, on Linux"),
-    ] = 60
-    unready_seconds: Annotated[
-        int,
-        Meta(ge=0, le=DAY, description="from SIGTERM until connections are refused; not ready "
-             "meanwhile, so that a proxy asks another server; 0: they are refused at once"),
-    ] = 0  # fmt: skip
-    drain_seconds: Annotated[
-        int,
-        Meta(ge=0, le=DAY, description="then, to finish the answers of received requests; "
-             "0: they are cut off"),
-    ] = 15  # fmt: skip
-    end_seconds: Annotated[
-        int, Meta(ge=1, le=DAY, description="then, until a process that hangs is killed")
-    ] = 5
-
-
-class Limits(ServerLimits, frozen=True, kw_only=True):
+class Limits(Struct, frozen=True, kw_only=True):
     """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
 
     body_bytes: Annotated[
@@ -91,6 +65,28 @@ class Limits(ServerLimits, frozen=True, kw_only=True):
         Meta(gt=0, le=DAY, description="to receive a body, and again to send the answer (503, or "
              "cut off)"),
     ] = 130.0  # fmt: skip
+    # The web server, not the application, applies the limits from here on.
+    connections: Annotated[int, Meta(ge=1, le=MOST, description="open connections (503)")] = 512
+    idle_seconds: Annotated[
+        int, Meta(ge=1, le=DAY, description="until an idle connection is closed")
+    ] = 30
+    unread_seconds: Annotated[
+        int,
+        Meta(ge=1, le=DAY, description="until a client that reads nothing is cut off, on Linux"),
+    ] = 60
+    unready_seconds: Annotated[
+        int,
+        Meta(ge=0, le=DAY, description="from SIGTERM until connections are refused; not ready "
+             "meanwhile, so that a proxy asks another server; 0: they are refused at once"),
+    ] = 0  # fmt: skip
+    drain_seconds: Annotated[
+        int,
+        Meta(ge=0, le=DAY, description="then, to finish the answers of received requests; "
+             "0: they are cut off"),
+    ] = 15  # fmt: skip
+    end_seconds: Annotated[
+        int, Meta(ge=1, le=DAY, description="then, until a process that hangs is killed")
+    ] = 5
 
     def __post_init__(self) -> None:
         """Raises UserError if a body of the largest size would not fit into the memory."""
@@ -136,9 +132,7 @@ class Limit(NamedTuple):
             ) from None
 
 
-_FIELDS = [Limit(x.name, x.type, x.default) for x in msgspec.structs.fields(Limits)]
-_COUNT = len(msgspec.structs.fields(ServerLimits))
-LIMITS = {limit.name: limit for limit in (*_FIELDS[_COUNT:], *_FIELDS[:_COUNT])}
+LIMITS = {x.name: Limit(x.name, x.type, x.default) for x in msgspec.structs.fields(Limits)}
 
 
 def read_limits(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Limits:

@@ -83,13 +83,10 @@ def _add_create(parser: Parser) -> None:
 def _add_clips(parser: Parser, *, several: bool = False) -> "argparse._MutuallyExclusiveGroup":
     """Adds the flags that name clips; returns their group. `several` lets --input be repeated."""
     clips = parser.add_mutually_exclusive_group(required=True)
-    about = "clips without labels: a folder, a .parquet table or a .npz file"
-    if several:
-        about = "clips: a folder, a .parquet table or a .npz file; may be given several times"
-    if several:
-        clips.add_argument("--input", metavar="PATH", help=about, action="append")
-    else:
-        clips.add_argument("--input", metavar="PATH", help=about)
+    about = "clips: a folder, a .parquet table or a .npz file"
+    about += "; may be given several times" if several else ""
+    action = "append" if several else "store"
+    clips.add_argument("--input", metavar="PATH", help=about, action=action)
     about = "instead of --input: a split of the dataset, such as val"
     clips.add_argument("--split", metavar="S", help=about)
     about = "the folder of the gallery's run, if the run was moved"
@@ -493,7 +490,7 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     args.input, people = [], Path(args.photos).expanduser()
     gallery = _open(args)
     models = enrol_inputs.check_models(gallery, args.models)
-    done = people_photos.enrol_folder(gallery, people, models, "--photos", num_cores())
+    done = people_photos.enrol_folder(gallery, people, models, num_cores())
     gallery.warn_of_card()
     count = messages.count(done.enrolled, "face")
     rows = {"enrolled": f"{count}, {done.unchanged:,} enrolled before"}

@@ -238,10 +238,8 @@ def group_unknown(
     faces = sorted(unclear & select_usable_clips(vectors).keys())
     clear = vectors.only({*vectors.names} - unclear)
     clarity = {track.clip: track.clarity for film in films for track in film.tracks}
-    pairs, of_number = (
-        pair_seen_together(films),
-        {together[c]: c for c in clear.names if c in together},
-    )
+    pairs = pair_seen_together(films)
+    of_number = {together[clip]: clip for clip in clear.names if clip in together}
     pairs += [(of_number[x], of_number[y]) for x, y in apart if {x, y} <= of_number.keys()]
     groups = gallery.group(clear, pairs, clarity=clarity, together=together, settled=settled)
     first = 1 + len(groups)
