@@ -303,7 +303,7 @@ def test_first_day_of_the_page_runs_in_a_shell(tmp_path):
         for name in ("first", "second")
     )
     drawn_people.write_models(tmp_path / "models")
-    drawn_people.write_photo(tmp_path / "photos_of_ada/1.png", ("Ada", 40, 40))
+    drawn_people.write_photo(tmp_path / "photos/Ada/1.png", ("Ada", 40, 40))
     drawn_people.write_film(tmp_path / "holiday.mp4", (2, 20, [("Ada", 20, 30)]))
     env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(docs.ROOT)}
 

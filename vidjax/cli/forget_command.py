@@ -83,7 +83,8 @@ def forget_names(args: argparse.Namespace) -> Result:
         "commands": list_commands(clear, roots),
     }
     lines = [
-        f"  {place.kind:8} {show(str(place.path))}: {place.about}\n           {place.remedy}"
+        f"  {place.kind:8} {show(str(place.path))}: {place.about}\n           "
+        + ("to delete: add --delete" if place.remedy == "--delete" else place.remedy)
         for place in places if place.kind != "file"
     ]  # fmt: skip
     lines += [f"  file     {show(str(path))}" for path in single[:MAX_PRINTED_FILES]]

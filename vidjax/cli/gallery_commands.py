@@ -368,12 +368,14 @@ def _enrol(args: argparse.Namespace) -> Result:
     args.input = [*map(str, inputs)]
     if args.clip and len(inputs) > 1:
         raise UserError(f"--clip={args.clip} is a clip of one input: give --input once")
-    gallery, names, done = _open(args), set[str](), []
+    with enrol_inputs.hint_at_photos(inputs):
+        gallery, names, done = _open(args), set[str](), []
     for number, path in enumerate(inputs or [None], 1):
         place = f"{number:,} of {len(inputs):,}: " if len(inputs) > 1 else ""
         if path and (place or path.stat().st_size > LARGE_BYTES):
             terminal.say(f"{place}{show(str(path))} ...")
-        vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
+        with enrol_inputs.hint_at_photos([path] if path else []):
+            vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
         names |= {*vectors.names}
         if identity == {} and len(inputs) > 1:
             continue

@@ -61,8 +61,8 @@ def load_file(spec: str) -> Config:
 def load_system(config: Config, spec: str, *, final: bool) -> Config:
     """Returns the configuration `spec`, one of `config.join.systems`, to train it for a blend.
 
-    `config` gives the seed, the folds to train, and the values of `data` that differ from the defaults. If
-    `final` is True, the system is trained on all clips, and ranks test.
+    `config` gives the seed, the folds to train, and the values of `data` that differ from the
+    defaults. If `final` is True, the system is trained on all clips, and ranks test.
     """
     if not spec.partition(":")[0].isidentifier():  # a received run must not execute any file
         raise UserError(

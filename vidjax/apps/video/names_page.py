@@ -316,6 +316,7 @@ def render(
         ignored=IGNORED,
         percent=format_percent,
         named=people,
+        num_people=sum(name != IGNORED and name not in unclear for name in found),
         unknown={*unknown},
         unclear=unclear,
         anchors={name: number for number, name in enumerate(everyone, 1)},
