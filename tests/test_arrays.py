@@ -171,6 +171,7 @@ def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
         (np.zeros((DIM, 2)), "transpose the array, as array.T"),
         (np.zeros((2, 0)), "shape [2, 0]"),
         (two | {"quality": [1.0] * 3}, "quality has shape [3]: give [2]"),
+        (two | {"quality": [1.0] * DIM}, "transpose the array, as array.T"),
         (two | {"number": [0.5, 1.0]}, "number 0.5"),
         ({"quality": [1.0]}, "no features"),
         ({"feature": np.zeros((1, DIM))}, "the key 'feature' is unknown"),

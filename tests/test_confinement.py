@@ -95,3 +95,7 @@ def test_child_that_reads_a_file_of_a_stranger_cannot(tried, attempt):
 def test_child_takes_the_rights_of_root_from_its_only_thread(tried):
     assert tried["threads"] == "1"
     assert int(tried["rights of root"], 16) & ~confinement.KEPT_CAPABILITIES == 0
+
+
+def test_child_cannot_raise_its_limits(tried):
+    assert tried["raised"] == []

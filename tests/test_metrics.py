@@ -323,6 +323,57 @@ def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
     assert lost == {0: [(-1, 51)], 1: [(0, 1), (-1, 1)]}
 
 
+def test_map_without_suspected_labels_equals_map_of_the_other_clips():
+    """A label is suspected if another person is nearly certain, and 5 people are above the label.
+
+    Clips 0 to 7 get the label of the person after their person. Some keep a good rank.
+    """
+    rng, people, num = np.random.default_rng(0), 10, 60
+    shown = np.arange(num) % people
+    scores = rng.normal(size=(num, people)) + 8 * np.eye(people)[shown]
+    labels = shown + 1
+    labels[:8] = (shown[:8] + 1) % people + 1
+    scores[np.arange(4), labels[:4] - 1] = 6.0  # the label is the second best
+    labels[50:] = 0  # distractors
+    scores -= special.logsumexp(scores, axis=1, keepdims=True)
+    pool = np.arange(num) < num - 1
+
+    def rank(clips, labels):
+        rows = (scores[clips].astype(np.float32), np.arange(len(clips), dtype=np.int32))
+        top = topk.rank([(*rows, np.ones(len(clips), bool))], people)
+        positives = np.bincount(labels[clips], minlength=people + 1)[1:]
+        return top._replace(index=np.where(top.index == topk.NO_CLIP, num, top.index)), positives
+
+    top, positives = rank(np.arange(num)[pool], labels)
+    best, identity = scores.max(axis=1).astype(np.float32), scores.argmax(axis=1) + 1
+    own = np.where(labels > 0, scores[np.arange(num), np.maximum(labels, 1) - 1], -np.inf)
+    above = (scores > own[:, None]).sum(axis=1)
+    clips = ClipScores(pool, best, identity == labels, None, identity, above)
+    names = [*map(str, range(num))]
+    scored = measures.ScoredSplit(top, best, labels, names, pool, positives)
+
+    suspects = measures.measure_suspects(scored, clips)
+    doubted = [i for i in range(4, 8) if above[i] >= 5 and best[i] > math.log(0.9)]
+    assert 2 <= suspects["count"] == len(doubted) and suspects["low"] <= suspects["gain"]
+    assert {row["clip"] for row in suspects["clips"]} == {*map(str, doubted)}
+    kept = np.setdiff1d(np.arange(num)[pool], doubted)
+    others, left = rank(kept, labels)
+    after = metrics.mean_average_precision(others.index, labels[kept], left)
+    gain = after - metrics.mean_average_precision(top.index, labels[pool], positives)
+    assert suspects["gain"] == pytest.approx(gain) and gain > 0
+
+    # A pair has the counts of both directions, and pairs with more clips come first.
+    pairs = measures.find_confused_pairs(clips, labels)
+    counts = [sum(row["counts"]) for row in pairs]
+    assert counts == sorted(counts, reverse=True)
+    wrong = pool & (labels > 0) & (identity != labels)
+    assert sum(counts) == wrong.sum()
+    for row in pairs:
+        lost = wrong & (labels == row["first"] + 1) & (identity == row["second"] + 1)
+        back = wrong & (labels == row["second"] + 1) & (identity == row["first"] + 1)
+        assert row["counts"] == (lost.sum(), back.sum()) and row["first"] < row["second"]
+
+
 @pytest.mark.parametrize("share_right", [0.5, 0.9, 1.0])
 def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_person(share_right):
     """The AP of a person with one clip is 1 if the clip is right, and otherwise 0."""

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from tests.helpers import drawn_people, made_nets
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import LAYER, ROOT
 from vidjax.cli import program, run_commands
+from vidjax.core import losses, metrics
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.models import build_system
 
@@ -31,12 +33,15 @@ FOLDERS = (
     "configs", "vidjax/data", "vidjax/evaluation/export", "vidjax/apps/video",
     "vidjax/apps/gallery", "vidjax/runs", "vidjax/apps/serve", "tests/benchmarks", "tests",
 )  # fmt: skip
-PAGES = {name: ROOT / name for name in ("README.md", *(f"{x}/README.md" for x in FOLDERS))}
+EXPERIMENTS, WHERE = "configs/experiments.md", "configs/where-is.md"
+NAMES = ("README.md", *(f"{x}/README.md" for x in FOLDERS), EXPERIMENTS, WHERE)
+PAGES = {name: ROOT / name for name in NAMES}
 
 MAINS = {
     "vidjax.main": program.main, "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
 }  # fmt: skip
+OWN = (build_system.MODELS, losses.CLASSIFICATION, metrics.CLIP_METRICS)  # a user's file adds
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
 SHORT = ("--config.num_epochs=0.3", NO_REPORT)
@@ -47,13 +52,43 @@ CLOSED_FORM = (
 )  # fmt: skip
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
 TINY = {"mma.py": (*SMALL, "--config.modalities=face,audio"), "quality_fusion.py": (LAYER,)}
+# Modules with the calls of `configs/experiments.md`. They keep the lines that they get.
+TRACKERS = {
+    "wandb": """
+import contextlib
+LINES, summary = [], {}
+def log(line, step): LINES.append(line | {"step": step})
+@contextlib.contextmanager
+def init(*, project, mode, config):
+    assert mode == "offline" and config["loss"]["classification"] == "poly"
+    import wandb
+    yield wandb
+""",
+    "mlflow": """
+import contextlib
+LINES, PARAMS, log_params = [], {}, dict
+def log_metrics(line, step): LINES.append(line | {"step": step})
+def log_metric(name, value): PARAMS[name] = value
+@contextlib.contextmanager
+def start_run(*, run_name): yield
+""",
+}
 
 
-def commands():
-    """Returns [module, *words] of all Python commands of the pages, in order, without repeats."""
+def commands(pages=tuple(name for name in NAMES if name != EXPERIMENTS)):
+    """Returns [module, *words] of all Python commands of pages, in order, without repeats.
+
+    A loop of the shell becomes a command for each value.
+    """
     every = []
-    for page in PAGES.values():
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+    for page in pages:
+        text = re.sub(
+            r"for (\w+) in ([^;\n]*); do\n(.*?)done\n",
+            lambda loop: "".join(loop[3].replace(f"${loop[1]}", x) for x in loop[2].split()),
+            PAGES[page].read_text(),
+            flags=re.DOTALL,
+        )
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
             for command in re.split("\n|&&", block.replace("\\\n", " ")):
                 words = shlex.split(command, comments=True)
                 if words[:1] == ["vidjax"]:
@@ -69,6 +104,20 @@ def one_device(tmp_path, monkeypatch):
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: first)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def forget_own():
+    """Returns a function that forgets the models, losses and metrics of a user's file."""
+    known = [dict(table) for table in OWN]
+
+    def forget():
+        for table, names in zip(OWN, known, strict=True):
+            table.clear()
+            table.update(names)
+
+    yield forget
+    forget()
 
 
 def example(name, page="README.md"):
@@ -159,13 +208,13 @@ def test_pages_and_notebooks_use_only_public_names_of_python():
 
 
 @pytest.mark.slow
-def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypatch):
-    path = write("configs/mine.py", kind="example", page="configs/README.md")
-    own, known = f"--config={path}", dict(build_system.MODELS)
+def test_readme_example_of_a_system_runs(official_dir, say, one_device, forget_own):
+    path = write("configs/mine.py", kind="example", page=EXPERIMENTS)
+    own = f"--config={path}"
 
     def command(*words, workdir="--workdir=run", code=0):
         """Runs a command without the models of earlier commands; returns results or the error."""
-        monkeypatch.setattr(build_system, "MODELS", dict(known))
+        forget_own()
         error = say(*words, workdir, code=code)
         return error if code else json.loads(Path("run/metrics.json").read_text())
 
@@ -187,6 +236,54 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, monkeypa
         command(*copying, own, workdir=f"--to={to}")
     vidjax.load_config(path)  # defines the model, as Python code must do before `restore`
     assert len(vidjax.restore("run").identities) == 12
+
+
+@pytest.mark.slow
+def test_page_of_experiments_runs_as_it_stands(
+    tmp_path, monkeypatch, one_device, capsys, forget_own
+):
+    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
+    tiny = synthetic.SIZES["small"]._replace(identities=20, mean_frames=4.0)
+    monkeypatch.setitem(synthetic.SIZES, "small", tiny)
+    short, load_config = (
+        ("--config.num_epochs=2", "--config.eval.every_epochs=1"),
+        vidjax.load_config,
+    )
+    write("configs/mine.py", kind="example", page=EXPERIMENTS)
+    for module, *words in commands([EXPERIMENTS]):
+        words += short if words[0] == "train" else ()
+        assert MAINS[module](words) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "95 % interval" in printed and "runs/b1+runs/b2+runs/b3" in printed
+
+    monkeypatch.setattr(vidjax, "load_config", lambda *words: load_config(*words, *short))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, code in TRACKERS.items():
+        Path(f"{name}.py").write_text(code)
+        runpy.run_path(write(f"{name}_run.py", page=EXPERIMENTS))
+        tracked = importlib.import_module(name).LINES
+        log = Path(f"runs/{name}/metrics.jsonl").read_text()
+        lines = [*map(json.loads, log.splitlines())]
+        assert [x["step"] for x in tracked] == [x["step"] for x in lines]
+        assert all(tracked[i].items() <= line.items() for i, line in enumerate(lines))
+        assert {"map", "top5", "train_loss"} <= {key for line in tracked for key in line}
+    pytest.importorskip("pandas")
+    runpy.run_path(write("plot.py", page=EXPERIMENTS))
+    assert Path("map.png").stat().st_size > 9_000
+
+
+def test_every_flag_and_command_on_the_page_where_is_x_is_known():
+    page = PAGES[WHERE].read_text()
+    words = [shlex.split(text) for text in re.findall(r"`((?:vidjax )?[^`]*)`", page)]
+    flags = {x for row in words for x in row if x.startswith("--config.") and "=" in x}
+    assert len(flags) > 30 and "--config.FIELD=VALUE" in flags
+    for flag in flags - {"--config.FIELD=VALUE"}:
+        spec = "cosine" if "margin" in flag else "mma"
+        vidjax.load_config(spec, flag)
+    calls = [row[1:] for row in words if row[:1] == ["vidjax"]]
+    assert len(calls) > 9
+    for call in calls:
+        program.parse(call)
 
 
 @pytest.mark.slow
@@ -222,8 +319,8 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 
     for module, *words in ours:
         text = " ".join(words)
-        # Other tests run these commands: above (mine.py), test_extract_models.py, test_serve.py.
-        if {"--config=configs/mine.py", "convert", "serve", "staff", "backup"} & {*words}:
+        # Other tests run these commands: test_extract_models.py, test_serve.py.
+        if {"convert", "serve", "staff", "backup"} & {*words}:
             continue
         if not every and re.search("folds|everything|few|runs/both|runs/measured|runs/best", text):
             continue  # long commands

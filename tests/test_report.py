@@ -189,6 +189,20 @@ def test_date_and_every_number_in_the_report_come_from_a_run_file(full, page):
     check_numbers(full.folder, page)
 
 
+def test_report_of_an_old_run_has_no_error_analysis(full, page):
+    shown = values(section(page, "errors"))
+    suspects, pair = full.analysis.suspects, full.analysis.pairs[0]
+    trained = full.arrays["train_clips"]
+    assert [*pair.counts, trained[pair.first], trained[pair.second]] == [*shown[:2], *shown[4:6]]
+    assert {suspects.count, suspects.gain, suspects.low, suspects.high} <= {*shown}
+    assert 'id="by-clips"' in page or "by-clips-" in page
+    old = msgspec.structs.replace(full.analysis, pairs=None, suspects=None)
+    text = run_page.render(full._replace(analysis=old))
+    assert [attrs["id"] for attrs in check_page(text).all("section")] == [
+        name for name in SECTIONS if name != "errors"
+    ]
+
+
 def test_report_explains_missing_results(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     text = run_page.write(RunFolder(tmp_path)).read_text()
@@ -393,6 +407,7 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     assert [second["low"], second["high"]] == pytest.approx(bounds)
     # A comparison of groups has no p-value, so the text has no correction by Holm.
     assert second["p"] is None and "seeds" in facts["method"]
+    assert facts["num_clips"] == 50 and isinstance(facts["num_clips"], int)
     text = compared(runs=runs).out
     assert f"{gaps.mean():+.4f}" in text and "Holm" not in text
 

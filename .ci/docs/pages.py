@@ -27,8 +27,8 @@ GITHUB = "https://github.com/vidjax/vidjax"
 CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 MODULES = """# Modules to extend
 
-A configuration file may import these modules, see [A system of your
-own](configs/README.md#a-system-of-your-own). A table in
+A configuration file may import these modules, see [Your own
+experiments](configs/experiments.md). A table in
 [Contributing](.github/CONTRIBUTING.md#where-things-go) lists what is added to which module.
 """
 

@@ -87,7 +87,8 @@ PROGRAMS = {module.__name__: module.main for module in (iqiyi_vid, synthetic)}
 
 def test_table_of_this_file_has_a_row_for_every_command():
     of_galleries = {f"gallery {name}" for name in OF_GALLERIES}
-    assert {*ROWS} == {*program.COMMANDS} - {"gallery"} | of_galleries | {*PROGRAMS}
+    commands = {*program.COMMANDS} - {"gallery"} | of_galleries | {*PROGRAMS}
+    assert {*ROWS} == commands, "add a row to ROWS, with the words of a call or a reason"
 
 
 @pytest.mark.parametrize("name", OF_PEOPLE)

@@ -4,7 +4,9 @@
 attempts is JSON in an error, because every caller of a child process passes errors on.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import resource
@@ -20,11 +22,32 @@ OTHER = Path(os.environ.get("VIDJAX_TEST_OTHER", ""))  # a file that is not give
 PARENT = os.getppid()
 
 
+def call(name, *arguments):
+    """Calls a function of the C library."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def read_memory():
     """Asks the system for a byte of the parent's memory: the error comes before the address."""
-    libc, zero = ctypes.CDLL(None, use_errno=True), ctypes.c_ulong(0)
-    if libc.process_vm_readv(PARENT, None, zero, None, zero, zero) < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    zero = ctypes.c_ulong(0)
+    call("process_vm_readv", PARENT, None, zero, None, zero, zero)
+
+
+def signal_by_file():
+    """Asks the system to signal the parent when a pipe has data."""
+    fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, PARENT)
+
+
+def raise_limits():
+    """Returns the limits that this process can raise: the limits of its memory and its CPU time."""
+    raised, none = [], resource.RLIM_INFINITY
+    for kind in ("RLIMIT_AS", "RLIMIT_CPU"):
+        with contextlib.suppress(ValueError):
+            resource.setrlimit(getattr(resource, kind), (none, none))
+            raised.append(kind)
+    return raised
 
 
 def fork():
@@ -60,6 +83,15 @@ FILTER = {
     "start a program": lambda: subprocess.run([sys.executable, "-V"], check=True),
     "connect": lambda: socket.create_connection(("127.0.0.1", 9)),
     "open a local socket": lambda: socket.socket(socket.AF_UNIX),
+    "open a pair of local sockets": socket.socketpair,
+    "share memory with others": lambda: call("shmget", 0, 4096, 0o1600),
+    "delete shared memory of others": lambda: call("shmctl", 0, 0, None),
+    "delete messages of others": lambda: call("mq_unlink", b"/vidjax-test"),
+    "watch a folder": lambda: call("inotify_add_watch", 0, bytes(OTHER.parent), 1),
+    "open for commands only": lambda: os.open(given, os.O_ACCMODE),
+    "change attributes": lambda: fcntl.ioctl(os.open(given, os.O_RDONLY), 0x40086602, bytes(4)),
+    "signal the parent by a file": signal_by_file,
+    "lower the priority of others": lambda: os.setpriority(os.PRIO_PROCESS, PARENT, 19),
     "copy the parent's memory": read_memory,
     "signal the parent": lambda: os.kill(PARENT, 0),
     "limit the parent": lambda: resource.prlimit(PARENT, resource.RLIMIT_CPU),
@@ -93,7 +125,8 @@ def install():
         thread = threading.Thread(target=Path(given).read_bytes)  # allowed
         thread.start()
         thread.join()
-        found |= {name: describe(call) for name, call in (FILTER | LANDLOCK).items()}
-        return {"error": f"ATTEMPTS{json.dumps(found)}"}
+        tried = {name: describe(call) for name, call in (FILTER | LANDLOCK).items()}
+        found |= tried
+        return {"error": f"ATTEMPTS{json.dumps({**found, 'raised': raise_limits()})}"}
 
     processes._answer = answer

@@ -18,12 +18,12 @@ import uvicorn
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp
 
-from vidjax.apps.server_limits import ServerLimits
+from vidjax.apps.server_limits import Limits
 from vidjax.utils.errors import UserError
 
 LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-DEFAULTS = ServerLimits()
+DEFAULTS = Limits()
 
 
 def is_loopback(host: str) -> bool:
@@ -56,7 +56,7 @@ def _split(address: str) -> SplitResult:
         return urlsplit("")
 
 
-def listen(host: str, port: int, limits: ServerLimits = DEFAULTS) -> socket.socket:
+def listen(host: str, port: int, limits: Limits = DEFAULTS) -> socket.socket:
     """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
     listener = None
     try:
@@ -80,7 +80,7 @@ def listen(host: str, port: int, limits: ServerLimits = DEFAULTS) -> socket.sock
     return listener
 
 
-def make_config(app: ASGIApp, limits: ServerLimits) -> uvicorn.Config:
+def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
     """Returns the settings of uvicorn, the web server."""
     return uvicorn.Config(
         app,
@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
     stops accepting requests. Requests that have arrived are still answered.
     """
 
-    def __init__(self, app: ASGIApp, limits: ServerLimits, leaving: threading.Event):
+    def __init__(self, app: ASGIApp, limits: Limits, leaving: threading.Event):
         super().__init__(make_config(app, limits))
         self._leaving, self._unready_seconds = leaving, limits.unready_seconds
         self._end = _make_timer(limits.drain_seconds + limits.end_seconds, self._give_up)
@@ -139,7 +139,7 @@ def _make_timer(seconds: float, function: Callable[[], None]) -> threading.Timer
 def serve(
     app: ASGIApp,
     listener: socket.socket,
-    limits: ServerLimits = DEFAULTS,
+    limits: Limits = DEFAULTS,
     leaving: threading.Event | None = None,
 ) -> bool:
     """Answers requests until SIGINT or SIGTERM. The signal sets `leaving`.

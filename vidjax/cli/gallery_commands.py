@@ -83,13 +83,10 @@ def _add_create(parser: Parser) -> None:
 def _add_clips(parser: Parser, *, several: bool = False) -> "argparse._MutuallyExclusiveGroup":
     """Adds the flags that name clips; returns their group. `several` lets --input be repeated."""
     clips = parser.add_mutually_exclusive_group(required=True)
-    about = "clips without labels: a folder, a .parquet table or a .npz file"
-    if several:
-        about = "clips: a folder, a .parquet table or a .npz file; may be given several times"
-    if several:
-        clips.add_argument("--input", metavar="PATH", help=about, action="append")
-    else:
-        clips.add_argument("--input", metavar="PATH", help=about)
+    about = "clips: a folder, a .parquet table or a .npz file"
+    about += "; may be repeated" if several else ""
+    action = "append" if several else "store"
+    clips.add_argument("--input", metavar="PATH", help=about, action=action)
     about = "instead of --input: a split of the dataset, such as val"
     clips.add_argument("--split", metavar="S", help=about)
     about = "the folder of the gallery's run, if the run was moved"
@@ -122,7 +119,7 @@ def _add_enrol(parser: Parser) -> None:
         "instead of --input: the folder of photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     )
     clips.add_argument("--photos", metavar="DIR", help=about)
-    about = "with --photos: the folder of nets (default: the folder of which the gallery was made)"
+    about = "with --photos: the folder of nets (default: the folder that made the gallery)"
     parser.add_argument("--models", metavar="DIR", help=about)
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--identity", metavar="NAME", help="the person whom all clips show")
@@ -371,12 +368,14 @@ def _enrol(args: argparse.Namespace) -> Result:
     args.input = [*map(str, inputs)]
     if args.clip and len(inputs) > 1:
         raise UserError(f"--clip={args.clip} is a clip of one input: give --input once")
-    gallery, names, done = _open(args), set[str](), []
+    with enrol_inputs.hint_at_photos(inputs):
+        gallery, names, done = _open(args), set[str](), []
     for number, path in enumerate(inputs or [None], 1):
         place = f"{number:,} of {len(inputs):,}: " if len(inputs) > 1 else ""
         if path and (place or path.stat().st_size > LARGE_BYTES):
             terminal.say(f"{place}{show(str(path))} ...")
-        vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
+        with enrol_inputs.hint_at_photos([path] if path else []):
+            vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
         names |= {*vectors.names}
         if identity == {} and len(inputs) > 1:
             continue
@@ -461,9 +460,7 @@ def _load_people(
 def _describe_enrolment(
     args: argparse.Namespace, gallery: "Gallery", done: "Sequence[Enrolment]"
 ) -> Result:
-    from vidjax.apps.gallery.gallery import Enrolment
-
-    refused = tuple(clip for part in done for clip in part.refused)
+    refused = [clip for part in done for clip in part.refused]
     if refused:
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
@@ -472,8 +469,8 @@ def _describe_enrolment(
     similar = {name: other for part in done for name, other in part.similar.items()}
     rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
     rows["enrolled"] = f"{messages.count(enrolled, 'clip')}, {unchanged:,} enrolled before"
-    total = Enrolment(enrolled, unchanged, refused, similar)
-    return _summarise(gallery, rows, total._asdict())
+    content = {"enrolled": enrolled, "unchanged": unchanged, "refused": refused}
+    return _summarise(gallery, rows, content | {"similar": similar})
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
@@ -491,7 +488,7 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     args.input, people = [], Path(args.photos).expanduser()
     gallery = _open(args)
     models = enrol_inputs.check_models(gallery, args.models)
-    done = people_photos.enrol_folder(gallery, people, models, "--photos", num_cores())
+    done = people_photos.enrol_folder(gallery, people, models, num_cores())
     gallery.warn_of_card()
     count = messages.count(done.enrolled, "face")
     rows = {"enrolled": f"{count}, {done.unchanged:,} enrolled before"}

@@ -143,7 +143,7 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
         if column is None:
             frames[name] = field.default(len(features))
         else:
-            frames[name] = _read_column(column, name, field, len(features), f"{place}: {name}")
+            frames[name] = _read_column(column, name, field, features.shape, f"{place}: {name}")
     if quality == "norm" or given.get("quality") is None:
         frames["quality"] = compute_feature_norms(features)
     if given.get("number") is not None and np.any(np.diff(frames["number"]) < 0):
@@ -153,16 +153,17 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
 
 
 def _read_column(
-    values: Any, name: str, field: FrameField, num_frames: int, place: str
+    values: Any, name: str, field: FrameField, shape: tuple[int, int], place: str
 ) -> np.ndarray:
-    """Returns the field `name` of `num_frames` frames as an array with the dtype of the field."""
-    column = _to_real_array(values, place)
+    """Returns the field `name` of features of a `shape` as an array with the field's dtype."""
+    column, (num_frames, width) = _to_real_array(values, place), shape
     if column.size == num_frames == 1:
         column = column.reshape(1)  # the value of a single frame may be a scalar
     if column.shape != (num_frames,):
-        raise UserError(
-            f"{place} has shape {list(column.shape)}: give [{num_frames}], a value for each frame"
-        )
+        remedy = f"give [{num_frames}], a value for each frame"
+        if column.shape == (width,):
+            remedy = f"{remedy}; if features are [width, frames], transpose the array, as array.T"
+        raise UserError(f"{place} has shape {list(column.shape)}: {remedy}")
     if name == "number":
         whole = (column >= 0) & (column < 2**31)  # also false for a NaN
         if column.dtype.kind == "f":

@@ -312,7 +312,7 @@ def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
     return first._replace(
         name="+".join(run.name for run in seeds),
         ap=np.mean([run.ap for run in seeds], axis=0),
-        metrics={**metrics, "map_kind": next(worst)},
+        metrics={**metrics, "map_kind": next(worst), "num_clips": first.metrics["num_clips"]},
         seeds=tuple((run.name, float(run.ap.mean())) for run in seeds),
     )
 

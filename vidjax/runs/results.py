@@ -277,8 +277,8 @@ class Logs:
 
     If several processes train the run, only the first process writes. A resumed run continues after
     `step`: later lines are removed, and TensorBoard hides later entries. `evaluated` is True if
-    `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names. `log` gets
-    each line of `metrics.jsonl` as a dict, after the line is written.
+    `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names. `log`
+    gets each line of `metrics.jsonl` as a dict, after the line is written.
     """
 
     def __init__(

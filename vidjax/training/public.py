@@ -150,9 +150,9 @@ def train(
       workdir: the folder for checkpoints, metrics, rankings and the report.
       data: the result of `load_data`.
       num_devices: the number of devices to use. None means all.
-      log: a function that is called with each line of `metrics.jsonl` as a dict, after the line is
-        written. If it raises an error, training stops, and the same call resumes it. After a resume,
-        it may get lines again. With several processes, only the first process calls it.
+      log: a function that gets each line of `metrics.jsonl` as a dict, after it is written. If
+        it raises an error, training stops, and the same call resumes it. After a resume, it may get
+        lines again. With several processes, only the first process calls it.
 
     Returns:
       The results of the run: `map` and all other entries of `metrics.json`.
@@ -231,6 +231,13 @@ def train_run(
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
+    if config.join.systems:
+        from vidjax.training import joint
+
+        dry_run(config, data)
+        data = load_data(config) if data is None else data
+        options = {"num_devices": num_devices, "command": command}
+        return joint.train_systems(config, folder, data, train_run, **options)
     results = training.read_finished_metrics(folder, config)
     if results is None:
         dry_run(config, data)

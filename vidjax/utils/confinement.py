@@ -13,7 +13,7 @@ import os
 import platform
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # Call -> its numbers on x86_64 and on aarch64, or None if it does not exist there.
@@ -21,12 +21,19 @@ Calls = dict[str, tuple[int | None, int | None]]
 Step = tuple[int, int, int, int]  # of a filter: operation, jump if true, jump if false, value
 
 FORBIDDEN: Calls = {
-    # Connections, programs, and other processes.
-    "socket": (41, 198), "io_uring_setup": (425, 425), "execve": (59, 221), "execveat": (322, 281),
+    # Connections, programs, and other processes. A pair of sockets can send to a socket of others.
+    "socket": (41, 198), "socketpair": (53, 199), "io_uring_setup": (425, 425),
+    "execve": (59, 221), "execveat": (322, 281),
     "fork": (57, None), "vfork": (58, None), "unshare": (272, 97), "setns": (308, 268),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    # Memory and messages that other processes of the user share by a number or a name.
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190),
+    "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186),
+    "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
     # Files. Landlock does not limit these calls, or not in every version.
     "truncate": (76, 45), "open_by_handle_at": (304, 265), "chmod": (90, None), "fchmod": (91, 52),
     "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None), "fchown": (93, 55),
@@ -34,7 +41,8 @@ FORBIDDEN: Calls = {
     "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14),
     "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
     "file_setattr": (469, 469), "utime": (132, None), "utimes": (235, None),
-    "futimesat": (261, None), "utimensat": (280, 88),
+    "futimesat": (261, None), "utimensat": (280, 88), "inotify_add_watch": (254, 27),
+    "fanotify_init": (300, 262),
     # Keys of the user, and parts of the kernel in which many faults were found.
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282),
@@ -45,7 +53,14 @@ THREADS: Calls = {"clone": (56, 220)}  # starts threads, but no processes
 # the others.
 SIGNALS: Calls = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131)}
 LIMITS: Calls = {"prlimit64": (302, 261)}
-# Openings for reading that truncate the file: Linux before 6.2 does not forbid them.
+# Second arguments that are refused: signals when a file has data, which Linux before 6.12 sends to
+# any process of the user, and changes of a file's attributes.
+COMMANDS: tuple[tuple[Calls, tuple[int, ...]], ...] = (
+    ({"fcntl": (72, 25)}, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    ({"ioctl": (16, 29)}, (0x40086602, 0x401C5820)),  # FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR
+)
+# Openings that truncate the file, although they do not write, and openings for commands only:
+# Linux before 6.2 does not forbid the first, and no Linux the others.
 OPENINGS: tuple[tuple[Calls, int], ...] = (({"open": (2, None)}, 1), ({"openat": (257, 56)}, 2))
 
 # Machine -> its number in the headers of Linux, and its column in the tables of calls.
@@ -59,6 +74,7 @@ REFUSE, IS_UNKNOWN = ((RETURN, 0, 0, 0x00050000 | code) for code in (errno.EPERM
 CALL, MACHINE, ARGUMENTS = 0, 4, 16  # places in the data of a filter
 SECOND_CALL_LIST = 0x40000000  # x86_64 numbers the same calls again from here on
 NEW_THREAD, TRUNCATE, ACCESS_MODE = 0x10000, os.O_TRUNC, os.O_ACCMODE
+ONLY_COMMANDS = os.O_ACCMODE  # neither reading nor writing
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the numbers are the same everywhere
 GIVE_VERSION, BENEATH = 1, 1
@@ -192,11 +208,11 @@ def _make_filter(machine: str) -> list[Step]:
         (LIMITS, [_load_argument(0), (IF_EQUAL, 1, 0, 0), REFUSE, ALLOW]),
     ]
     for calls, argument in OPENINGS:
-        opened = [
-            _load_argument(argument), (IF_ANY_BIT, 0, 4, TRUNCATE), (AND, 0, 0, ACCESS_MODE),
-            (IF_EQUAL, 2, 0, os.O_WRONLY), (IF_EQUAL, 1, 0, os.O_RDWR), REFUSE, ALLOW,
-        ]  # fmt: skip
-        cases.append((calls, opened))
+        refused = [os.O_RDONLY | TRUNCATE, ONLY_COMMANDS | TRUNCATE, ONLY_COMMANDS]
+        mode = (AND, 0, 0, ACCESS_MODE | TRUNCATE)
+        cases.append((calls, [_load_argument(argument), mode, *_refuse_any(refused)]))
+    for calls, refused in COMMANDS:
+        cases.append((calls, [_load_argument(1), *_refuse_any(refused)]))
     steps = [
         (LOAD, 0, 0, MACHINE), (IF_EQUAL, 1, 0, number), REFUSE,
         (LOAD, 0, 0, CALL), (IF_AT_LEAST, 0, 1, SECOND_CALL_LIST), REFUSE,
@@ -206,6 +222,13 @@ def _make_filter(machine: str) -> list[Step]:
             if (call := numbers[column]) is not None:
                 steps += [(IF_EQUAL, 0, len(ending), call), *ending]
     return [*steps, ALLOW]
+
+
+def _refuse_any(values: Sequence[int]) -> list[Step]:
+    """Returns the steps that refuse a call if the loaded number is one of `values`."""
+    numbered = enumerate(reversed(values), 1)
+    checks = [(IF_EQUAL, left, 0, value) for left, value in numbered]
+    return [*reversed(checks), ALLOW, REFUSE]
 
 
 def _load_argument(number: int) -> Step:

@@ -115,18 +115,24 @@ def map_children(
     return [future.result() for future in futures]
 
 
-def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
-    """Limits the address space of this process, and its CPU time from now on."""
+def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
+    """Limits the address space of this process, and its CPU time from now on.
+
+    This process cannot raise the limits later. `calls` is the number of calls that are left, each
+    with the limit `cpu_seconds`.
+    """
     import resource
 
-    cpu = int(time.process_time()) + cpu_seconds
-    limits = {
-        resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: cpu, resource.RLIMIT_AS: memory_bytes,
-    }  # fmt: skip
-    for kind, wanted in limits.items():
+    now = int(time.process_time())
+    limits = {  # one more second, because the signal of the last limit does not name the limit
+        resource.RLIMIT_CPU: (now + cpu_seconds, now + cpu_seconds * calls + 1),
+        resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_AS: (memory_bytes, memory_bytes),
+    }
+    for kind, (soft, last) in limits.items():
         _, hard = resource.getrlimit(kind)
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(kind, (soft, hard))
+        last = last if hard == resource.RLIM_INFINITY else min(last, hard)
+        resource.setrlimit(kind, (min(soft, last), last))
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
@@ -144,8 +150,9 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
     confinement.confine([path for path, _ in jobs["given"]] + jobs["reads"], jobs["writes"])
     limit = f"{jobs['memory_bytes'] // MB:,} MB"
     with answers:
-        for path, arguments in jobs["given"]:
-            limit_resources(jobs["memory_bytes"], jobs["cpu_seconds"])
+        for number, (path, arguments) in enumerate(jobs["given"]):
+            calls = len(jobs["given"]) - number
+            limit_resources(jobs["memory_bytes"], jobs["cpu_seconds"], calls)
             print(json.dumps(_answer(work, path, arguments, limit)), file=answers, flush=True)
     sys.stderr.flush()
     # In Python 3.14, a thread of Arrow that frees an array late would wait for ever, and the end of
@@ -240,7 +247,8 @@ def run_limited_each(
         except subprocess.TimeoutExpired as expired:
             child, output = None, expired.output or b""
         lines = output.split(b"\n")[:-1]
-        answers += [_parse_answer(json.loads(line)) for line in lines[: len(left)]]
+        pairs = zip(left, lines, strict=False)
+        answers += [_parse_answer(path, line) for (path, _), line in pairs]
         if not lines:
             answers.append(_describe_end(left[0][0], child, seconds, cpu_seconds))
     return answers
@@ -276,9 +284,20 @@ def _describe_end(
     )
 
 
-def _parse_answer(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:
-    if "os_error" in answer:
-        failed = DiskError(answer["os_error"])
-        failed.errno = answer.get("errno")
-        return failed
-    return UserError(answer["error"]) if "error" in answer else answer["result"]
+def _parse_answer(path: Path, line: bytes) -> dict[str, Any] | UserError:
+    """Returns the result or the error in a line that a child has printed.
+
+    A file that has taken over the child may print anything.
+    """
+    try:
+        answer = json.loads(line)
+        if "os_error" in answer:
+            failed = DiskError(str(answer["os_error"]))
+            failed.errno = answer.get("errno")
+            return failed
+        return UserError(str(answer["error"])) if "error" in answer else dict(answer["result"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return UserError(
+            f"'{path}' is damaged or hostile: the process that reads it printed no result: "
+            "write the file again, or leave it out"
+        )

@@ -28,7 +28,8 @@ from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, 
 
 PEOPLE = "people"  # the folder in the results that contains the features of photos
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
-WHO_FLAG = "--people"  # the flag of `vidjax who` that names the folder of photos
+# The flags of `vidjax who` and `vidjax gallery enrol` that name the folder of photos.
+WHO_FLAG, ENROL_FLAG = "--people", "--photos"
 MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
 
 
@@ -403,24 +404,21 @@ class PhotoEnrolment(NamedTuple):
     failed: dict[str, str]  # path of a photo that is not enrolled -> remedy, or ""
 
 
-def enrol_folder(
-    gallery: Gallery, people: Path, models: Path, flag: str, workers: int
-) -> PhotoEnrolment:
+def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> PhotoEnrolment:
     """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery of models.
 
     The faces that another call has enrolled stay as they are, even if they were renamed. New photos
-    of a renamed person get the new name. For `flag`, see `list_photos`. The features of the photos
-    are deleted at the end.
+    of a renamed person get the new name. The features of the photos are deleted at the end.
     """
     with files.scratch_folder() as out:
-        photos_of = list_photos(people, out, flag)
+        photos_of = list_photos(people, out, ENROL_FLAG)
         total = sum(map(len, photos_of.values()))
         bar = Progress(total, unit="photo", label="photos", leave=False)
         with contextlib.closing(bar):
             outcomes_of = extract_photos(
                 photos_of, out, models=models, workers=workers, done=lambda _: bar.advance(1)
             )
-        failed, names, usable = check_photos({}, outcomes_of, people, flag)
+        failed, names, usable = check_photos({}, outcomes_of, people, ENROL_FLAG)
         faces, clips = dict[str, PhotoFace](), dict[str, StoredClip]()
         for folder, person_of in usable.items():
             vectors = embed_clips(gallery, folder, person_of) if person_of else None

@@ -29,27 +29,25 @@ def lock(
     """
     path, end = workdir / file_name, time.monotonic() + wait
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
-        try:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= end:
-                        raise
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < end:
                     time.sleep(RETRY_SECONDS)
-        except BlockingIOError:
-            text = file.read(LOCK_BYTES).decode(errors="replace")
-            owner = "".join(filter(str.isprintable, text)).strip() or "another process"
-            raise InUseError(
-                f"{name} '{workdir}' is in use by {owner}\nwait for it, or use another folder"
-            ) from None
-        except OSError as error:
-            flag = "workdir" if name == "workdir" else "out"
-            raise UserError(
-                f"'{workdir}' is on a drive without locks, like some network and cloud drives "
-                f"({error.strerror})\nname a folder on another disk: --{flag}=FOLDER"
-            ) from error
+                    continue
+                text = file.read(LOCK_BYTES).decode(errors="replace")
+                owner = "".join(filter(str.isprintable, text)).strip() or "another process"
+                raise InUseError(
+                    f"{name} '{workdir}' is in use by {owner}\nwait for it, or use another folder"
+                ) from None
+            except OSError as error:
+                flag = "workdir" if name == "workdir" else "out"
+                raise UserError(
+                    f"'{workdir}' is on a drive without locks, like some network and cloud drives "
+                    f"({error.strerror})\nname a folder on another disk: --{flag}=FOLDER"
+                ) from error
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):
             raise UserError(f"'{path}' was not written by vidjax\nmove the file elsewhere")
