@@ -138,6 +138,12 @@ def test_failures_of_limited_jobs_report_film_and_cause(wanted, kind, message):
     assert len(str(caught.value).splitlines()) <= 3
 
 
+@pytest.mark.parametrize("text", ["no JSON", "[1]", "{}", '{"result": 1}', "[" * 200_000])
+def test_job_that_prints_no_result_is_an_error(text):
+    with pytest.raises(UserError, match=r"film\.mp4' is damaged or hostile: .* no result"):
+        run("print", text=text)
+
+
 def test_job_that_crashes_or_takes_too_long_does_not_affect_other_jobs():
     """The CPU time is limited for each job. The others take 2.4 s together, in one process."""
     wanted = ["work", "crash", "work", "work", "work", "time", "work"]

@@ -134,6 +134,8 @@ MISTAKES = {
     "--photos=P --models=EMPTY": "--models=DIR",
     "--input=P --models=EMPTY": "--models has no effect without --photos",
     "--photos=missing": "'missing' is not a folder",
+    "--input=P": "'P' contains photos, but no features\nto enrol people from photos: --photos=P",
+    "--input=P --identity=Ada": "'P' contains photos, but no features",
     "": "needs one of --input --split --photos",
 }
 

@@ -22,6 +22,7 @@ from pyarrow import parquet
 import vidjax
 from tests.helpers import clip_files, drawn_people, made_galleries, servers
 from tests.helpers.limits import file_limit
+from vidjax.apps import traces
 from vidjax.data import cache_folders
 from vidjax.utils import files, tables
 
@@ -297,6 +298,45 @@ def test_forget_finds_files_by_the_vectors_of_clips_with_short_names(tmp_path, p
     assert {Path(path).name for path, (kind, _) in kinds.items() if kind == "file"} == found
     deleted = places(f"--identity={GONE}", "--delete", tmp_path)
     assert deleted.keys() == kinds.keys() and GONE not in gallery.identities
+
+
+def test_forget_reads_any_arrays_and_long_texts(tmp_path, places, monkeypatch):
+    gallery = made_galleries.make(tmp_path / "g", {"1": made_galleries.make_clip(1, GONE)})
+    width = gallery.clips["1"].vector.size
+    np.savez(
+        tmp_path / "other.npz", number=np.float32(1), text=np.array(GONE[:3]),
+        infinite=np.full((2, width), np.inf), long=np.ones(3, np.longdouble), x=np.ones(2, complex),
+    )  # fmt: skip
+    (tmp_path / "others.csv").write_text(f"{GONE}s," * 2000)
+    monkeypatch.setattr(traces, "PART_LETTERS", 300)
+    monkeypatch.setattr(traces, "OVERLAP_LETTERS", 80)
+    for letters in range(280, 310):  # the name is at the end of a part, or is divided
+        (tmp_path / f"{letters}.csv").write_text("x," * (letters // 2) + f"{GONE},{'y,' * 500}")
+    listed = places(f"--identity={GONE}", tmp_path)
+    expected = {f"{letters}.csv" for letters in range(280, 310)} | {"g"}
+    assert {Path(path).name for path in listed} == expected
+
+
+BASH = shutil.which("bash") or ""
+
+
+@pytest.mark.skipif(not BASH, reason="needs bash")
+def test_printed_line_deletes_files_with_any_names(tmp_path, say):
+    names = [
+        b"a\nrm x.tsv",
+        b"\x1b[31mred.tsv",
+        b"\xff.tsv",
+        b"$(id)'\n`id`.tsv",
+        "\u202eb.tsv".encode(),
+    ]
+    other = tmp_path / "x.tsv"
+    other.write_text("clip\tEve\n")
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_text(f"clip\t{GONE}\n")
+    text = say("forget", f"--identity={GONE}", tmp_path, code=1)
+    (line,) = (line for line in text.splitlines() if line.startswith("  rm -r -- "))
+    subprocess.run([BASH, "-c", line], check=True)
+    assert [*tmp_path.iterdir()] == [other]
 
 
 def search(folder, pieces):

@@ -115,7 +115,8 @@ assert gallery.enrol({"new": clips["0"]}, "0").enrolled == 1
 assert gallery.relabel("new", "1") == "0" and gallery.remove(clip="new") == 1
 for words in (
     "list g", "identify g --input=in --threshold=0.5", "identify g --input=in --fpir=0.3",
-    "threshold g --fpir=0.3", "enrol g --input=in/0.npz --identity=Ada",
+    "threshold g --fpir=0.3", "verify g --identity=0 --input=in", "verify g --input=in",
+    "enrol g --input=in/0.npz --identity=Ada",
 ):
     assert main(["gallery", *words.split()]) == 0, words
 assert main(["export", "g", "--to=arrays", "--format=numpy"]) == 0

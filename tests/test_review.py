@@ -185,8 +185,8 @@ def test_people_and_faces_are_changed_together_in_one_step(reviewed):
     text = reviewed.post(do="name", of=unknown, person="Guest")
     assert "Saved: unknown 1 and 1 more are Guest." in text and reviewed.names() == renamed("Guest")
     assert "Undone" in reviewed.post("undo") and reviewed.names() == before
-    reviewed.post(do="join", of=unknown)
-    assert reviewed.names() == renamed("unknown 1")
+    text = reviewed.post(do="join", of=unknown)
+    assert reviewed.names() == renamed("unknown 1") and "Saved: unknown 2 is unknown 1." in text
     reviewed.post("undo")
     # A button with a likely name is sent after the empty or half-typed field.
     reviewed.post(do="name", of="unknown 1", person=["Ex", "Ada"])
@@ -203,6 +203,37 @@ def test_people_and_faces_are_changed_together_in_one_step(reviewed):
     assert [*reviewed.names().values()].count(None) == int(count) == len(faces) == 2
     for fields in ({"of": "Ada"}, {}):
         assert "Nothing was changed" in reviewed.post(status=422, do="join", **fields)
+
+
+def test_giving_a_person_the_name_of_another_person_asks_first(reviewed):
+    reviewed.post(do="name", of="unknown 1", person="Bob")
+    before, renaming = reviewed.names(), {"do": "name", "of": "Bob"}
+    text = reviewed.post(status=422, **renaming, person="Ada", view="person=Bob")
+    assert "there is already Ada. Is Bob the same person?" in text
+    assert "I am sure: it is Ada" in text and "<title>Bob: " in text and reviewed.names() == before
+    reviewed.post(**renaming, new="Ada")
+    assert "Bob" not in reviewed.names().values()
+    reviewed.post("undo")
+    reviewed.post(do="name", of="unknown 2", person="Ada")  # an unknown person is often Ada
+
+
+def test_message_about_a_face_has_its_time_and_not_the_time_of_the_whole_appearance(drawn):
+    """Ada is visible for 4 s, in two shots. Each shot is a clip."""
+    drawn.befriend("Ada")
+    write_film(film := drawn.folder / "long.mkv", *[(2, x, [("Ada", 20, 30)]) for x in (20, 60)])
+    write_photo(photo := drawn.folder / "photo.png", ("Ada", 40, 40))
+    drawn.who(film, photo)
+    reviewed = Reviewed.__new__(Reviewed)
+    reviewed.drawn, reviewed.names = drawn, drawn.names
+    reviewed.open()
+    assert drawn.rows()[0]["clips"] == ["long.s000.t00", "long.s001.t00"]
+    faces = [f"clip:\t{clip}" for clip in ("long.s000.t00", "long.s001.t00", "photo")]
+    for of, words in (
+        (faces[1], "long.mkv, 0:02\u20130:04, is"), (faces[:2], "long.mkv, 0:00\u20130:04, is"),
+        (faces[2], "a face in photo.png is"), (faces, "long.mkv, 0:00\u20130:04, and 1 more are"),
+    ):  # fmt: skip
+        assert f"Saved: {words} Eve." in reviewed.post(do="name", of=of, person="Eve")
+        reviewed.post("undo")
 
 
 def test_naming_unclear_faces_asks_first(reviewed):
@@ -402,7 +433,7 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
           for old in ("unknown 99", "clip:\t9999", "")),
         ({"do": "name", "of": "Ada", "person": "unknown 1"}, 422),
         ({"do": "burn", "of": "unknown 1"}, 422), ({}, 422),
-        (naming | {"person": "Bob", "version": "9"}, 409),
+        *((naming | {"person": "Bob", "version": x}, 409) for x in ("9", "9" * 5000, "\u0661")),
         (naming | {"person": "x" * 300_000}, 413),
     ]:  # fmt: skip
         text = reviewed.post(status=status, **fields)
@@ -449,6 +480,9 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     headers = [(b"host", f"127.0.0.1:{PORT}".encode())]
     scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/change", "headers": headers}
     asyncio.run(client.app(scope, call, call))  # raises no error
+    frame = {"method": "GET", "path": f"/{TOKEN}/frame/party.s000.t00"}
+    with mock.patch.object(review.Review, "frame", side_effect=AssertionError):
+        asyncio.run(client.app(scope | frame, call, call))  # decodes no picture
 
     monkeypatch.setattr(who, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
     reviewed.post(do="name", of="unknown 2", person="Eve")  # is saved in the gallery

@@ -169,7 +169,7 @@ def test_verify_gets_the_answers_of_python(tmp_path):
     assert {match.accepted for match in wanted.values()} == {True, False}
     body = {"clips": servers.as_json(CLIPS), "identity": "person 3"}
     npz = {"Content-Type": "application/x-npz"}
-    np.savez(content := io.BytesIO(), **CLIPS["query 3"])
+    np.savez(content := io.BytesIO(), **CLIPS["query 3"])  # pyright: ignore[reportArgumentType]
     with Inside(people) as server:
         status, answer = server.ask("POST", "/verify", body)
         assert (status, answer["rule"]) == (200, json.loads(json.dumps(rule.to_dict())))
@@ -303,7 +303,7 @@ def test_first_day_of_the_page_runs_in_a_shell(tmp_path):
         for name in ("first", "second")
     )
     drawn_people.write_models(tmp_path / "models")
-    drawn_people.write_photo(tmp_path / "photos_of_ada/1.png", ("Ada", 40, 40))
+    drawn_people.write_photo(tmp_path / "photos/Ada/1.png", ("Ada", 40, 40))
     drawn_people.write_film(tmp_path / "holiday.mp4", (2, 20, [("Ada", 20, 30)]))
     env = {**os.environ, "VIDJAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(docs.ROOT)}
 
@@ -320,7 +320,8 @@ def test_first_day_of_the_page_runs_in_a_shell(tmp_path):
     assert last.startswith("vidjax serve --gallery=staff ")
     with servers.served(tmp_path / "staff") as server:
         printed = run(second.replace("localhost:8080", f"localhost:{server.port}"))
-    identified, verified = map(json.loads, re.findall(r'\{"clips":.*\}', printed))
+    decoder, places = json.JSONDecoder(), re.finditer(r'\{"clips":', printed)
+    identified, verified = (decoder.raw_decode(printed, at.start())[0] for at in places)
     assert [clip["identity"] for clip in identified["clips"]] == ["Ada"]
     assert [clip["accepted"] for clip in verified["clips"]] == [True]
     assert {

@@ -204,6 +204,13 @@ def use_keyboard(folder: Path, page: Browser) -> None:
         reach("#selection [value=ignore]")
         page.press("Enter")
         done("ignored")
+        # After the last box of the page, the focus goes back to another person.
+        page.run("[...document.querySelectorAll('.person [type=checkbox]')].at(-1).focus()")
+        page.press("Enter")
+        reach("#selection [value=ignore]")
+        page.press("Enter")
+        done("ignored")
+        assert page.run("document.activeElement.matches('.person [name=person]')")
         reach(".person h3 a")
         page.press("Enter")
         page.wait("!!document.querySelector('.grid')")
@@ -220,6 +227,14 @@ def use_keyboard(folder: Path, page: Browser) -> None:
         reach("#selection [value=apart]")
         page.press("Enter")
         done("not unknown")
+        # Enter confirms a question.
+        page.open(f"{address}?person=Ada")
+        reach(".person [name=person]")
+        page.type("Bob")
+        page.press("Enter")
+        page.wait("document.activeElement.innerText === 'I am sure: it is Bob'", 5)
+        page.press("Enter")
+        done("Ada is Bob")
     print_rows(("keyboard only", f"all, {user.counts.total()} changes"))
 
 

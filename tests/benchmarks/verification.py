@@ -32,7 +32,7 @@ DRAWS = 200
 ENROLLED, NEW = 3, 2  # clips of each person
 PEOPLE = 50  # enrolled people
 RATES = {0.01: 99, 0.001: 999}  # false match rate -> clips of strangers in the gallery
-ALARMS = 100  # the expected number of accepted clips of other strangers
+ALARMS = 20  # the expected number of accepted clips of other strangers
 TURNS = 10  # draws with the same enrolled people, if clips are real
 
 

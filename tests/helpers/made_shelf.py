@@ -140,6 +140,7 @@ NAMES_INDEX = {name_person(person): person for person in range(10_000)}
 
 def decide(out):
     """Returns the decision on a folder of results."""
-    gallery = Gallery(out / "gallery")
-    films = features_folder.read_media_files(out / who.FEATURES)
-    return who.decide(gallery, out, films, who.read_numbers(out), gallery.identify)
+    with who.lock_changes(out):  # otherwise a change of these milliseconds would be overwritten
+        gallery = Gallery(out / "gallery")
+        films = features_folder.read_media_files(out / who.FEATURES)
+        return who.decide(gallery, out, films, who.read_numbers(out), gallery.identify)

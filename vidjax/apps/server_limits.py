@@ -16,77 +16,56 @@ PREFIX = "VIDJAX_SERVE_"  # an environment variable is this text and the name of
 MOST, DAY = 1 << 40, 86_400  # largest values, of numbers and of seconds
 
 
+def _size(about: str) -> Meta:
+    return Meta(ge=1, le=MOST, description=about)
+
+
+def _seconds(about: str, least: int = 1) -> Meta:
+    return Meta(ge=least, le=DAY, description=about)
+
+
+def _duration(about: str) -> Meta:
+    return Meta(gt=0, le=DAY, description=about)
+
+
 class Limits(Struct, frozen=True, kw_only=True):
     """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
 
-    body_bytes: Annotated[
-        int,
-        Meta(ge=1, le=MOST,
-             description="a body, and the arrays of an .npz file as float32 (413, 422)"),
-    ] = 32 << 20  # fmt: skip
-    json_bytes: Annotated[
-        int,
-        Meta(ge=1, le=MOST, description="a JSON body, or the JSON before binary tensors "
-             "(413, 422)"),
-    ] = 4 << 20  # fmt: skip
-    held_bytes: Annotated[
-        int,
-        Meta(ge=1, le=MOST, description="all bodies, frames and answers in memory (429); at least "
-             "3 times body_bytes"),
-    ] = 256 << 20  # fmt: skip
-    clips: Annotated[int, Meta(ge=1, le=MOST, description="clips in a request (422)")] = 256
-    frames: Annotated[
-        int, Meta(ge=1, le=MOST, description="frames in a clip and modality (422)")
-    ] = 20_000
-    batch_clips: Annotated[
-        int, Meta(ge=1, le=MOST, description="clips that are scored together")
-    ] = 64
-    waiting_clips: Annotated[
-        int, Meta(ge=1, le=MOST, description="clips that wait to be scored or embedded (429)")
-    ] = 1024
-    waiting_changes: Annotated[
-        int, Meta(ge=1, le=MOST, description="enrolments and removals that wait (429)")
-    ] = 16
-    answer_seconds: Annotated[
-        float, Meta(gt=0, le=DAY, description="from the end of the body to the answer (503)")
-    ] = 10.0
+    # fmt: off
+    body_bytes: Annotated[int, _size(
+        "a body, and the arrays of an .npz file as float32 (413, 422)")] = 32 << 20
+    json_bytes: Annotated[int, _size(
+        "a JSON body, or the JSON before binary tensors (413, 422)")] = 4 << 20
+    held_bytes: Annotated[int, _size(
+        "all bodies, frames and answers in memory (429); at least 3 times body_bytes")] = 256 << 20
+    clips: Annotated[int, _size("clips in a request (422)")] = 256
+    frames: Annotated[int, _size("frames in a clip and modality (422)")] = 20_000
+    batch_clips: Annotated[int, _size("clips that are scored together")] = 64
+    waiting_clips: Annotated[int, _size("clips that wait to be scored or embedded (429)")] = 1024
+    waiting_changes: Annotated[int, _size("enrolments and removals that wait (429)")] = 16
+    answer_seconds: Annotated[float, _duration(
+        "from the end of the body to the answer (503)")] = 10.0
     # After a removal, the parameters of the gallery may be fitted to the remaining clips, which can
     # take minutes.
-    change_seconds: Annotated[
-        float, Meta(gt=0, le=DAY, description="in addition, for a change of the gallery (503)")
-    ] = 120.0
-    lock_seconds: Annotated[
-        float,
-        Meta(ge=0, le=DAY, description="that a change waits for a change by another server or "
-             "command (503); 0: it tries once"),
-    ] = 5.0  # fmt: skip
-    request_seconds: Annotated[
-        float,
-        Meta(gt=0, le=DAY, description="to receive a body, and again to send the answer (503, or "
-             "cut off)"),
-    ] = 130.0  # fmt: skip
+    change_seconds: Annotated[float, _duration(
+        "in addition, for a change of the gallery (503)")] = 120.0
+    lock_seconds: Annotated[float, _seconds(
+        "that a change waits for a change by another server or command (503); 0: it tries once",
+        least=0)] = 5.0
+    request_seconds: Annotated[float, _duration(
+        "to receive a body, and again to send the answer (503, or cut off)")] = 130.0
     # The web server, not the application, applies the limits from here on.
-    connections: Annotated[int, Meta(ge=1, le=MOST, description="open connections (503)")] = 512
-    idle_seconds: Annotated[
-        int, Meta(ge=1, le=DAY, description="until an idle connection is closed")
-    ] = 30
-    unread_seconds: Annotated[
-        int,
-        Meta(ge=1, le=DAY, description="until a client that reads nothing is cut off, on Linux"),
-    ] = 60
-    unready_seconds: Annotated[
-        int,
-        Meta(ge=0, le=DAY, description="from SIGTERM until connections are refused; not ready "
-             "meanwhile, so that a proxy asks another server; 0: they are refused at once"),
-    ] = 0  # fmt: skip
-    drain_seconds: Annotated[
-        int,
-        Meta(ge=0, le=DAY, description="then, to finish the answers of received requests; "
-             "0: they are cut off"),
-    ] = 15  # fmt: skip
-    end_seconds: Annotated[
-        int, Meta(ge=1, le=DAY, description="then, until a process that hangs is killed")
-    ] = 5
+    connections: Annotated[int, _size("open connections (503)")] = 512
+    idle_seconds: Annotated[int, _seconds("until an idle connection is closed")] = 30
+    unread_seconds: Annotated[int, _seconds(
+        "until a client that reads nothing is cut off, on Linux")] = 60
+    unready_seconds: Annotated[int, _seconds(
+        "from SIGTERM until connections are refused; not ready meanwhile, so that a proxy asks "
+        "another server; 0: they are refused at once", least=0)] = 0
+    drain_seconds: Annotated[int, _seconds(
+        "then, to finish the answers of received requests; 0: they are cut off", least=0)] = 15
+    end_seconds: Annotated[int, _seconds("then, until a process that hangs is killed")] = 5
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Raises UserError if a body of the largest size would not fit into the memory."""

@@ -24,7 +24,10 @@ BLANKS = (".rttm", ".txt")  # files in which blanks separate names, and names co
 SQLITE = b"SQLite format 3\0"  # the first bytes of a copy of a gallery
 NEAR = 0.9999  # least cosine of two vectors of the same clip
 PIECE = 4  # numbers of a vector that identify the vector
+# A text is searched in overlapping parts, because the search takes 30 times the memory of a part.
+PART_LETTERS, OVERLAP_LETTERS = 1 << 20, 1 << 14
 _UTF16 = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")  # letters in JSON
+_NO_WORD = re.compile(r"\W")
 _RATE = re.compile(r" [\d.]+ fps\b")  # `cuts` adds it to the name of a person
 _LONGER = re.compile(r"\w ?\Z"), re.compile(r" ?\w")  # before and after a part of a longer name
 
@@ -74,6 +77,9 @@ class Traces:
             yield from (x[np.flatnonzero(x)[0] :][:PIECE] for x in vectors)
 
     def _in_text(self, text: str) -> bool:
+        return any(map(self._in_part, _divide(text)))
+
+    def _in_part(self, text: str) -> bool:
         plain = _simplify(text)
         for word in self._names.keys() & {*re.findall(r"\w+", plain)}:
             places = (found.start() for found in re.finditer(rf"\b{word}\b", plain))
@@ -96,7 +102,7 @@ class Traces:
         if array.dtype.kind != "f":
             return False
         for width, vectors in self._vectors.items():
-            if array.ndim == 1 or array.shape[-1] == width:
+            if array.ndim == 1 or array.shape[-1:] == (width,):
                 whole = array[: len(array) // width * width] if array.ndim == 1 else array
                 rows = whole.reshape(-1, width).astype(np.float64)
                 means = rows.mean(axis=0, keepdims=True) if len(rows) else rows
@@ -129,6 +135,20 @@ def read(path: Path) -> Content | None:
         text = _decode(files.read_bytes(path, MAX_BYTES))
         return Content(["\n".join(text.split()) if kinds[-1] in BLANKS else text])
     return None
+
+
+def _divide(text: str) -> Iterator[str]:
+    """Yields overlapping parts of a text. No part begins or ends within a word of usual length."""
+
+    def find_end(at: int) -> int:
+        end = min(at + OVERLAP_LETTERS // 2, len(text))
+        return found.start() if (found := _NO_WORD.search(text, at, end)) else end
+
+    begin = end = 0
+    while end < len(text):
+        end = find_end(begin + PART_LETTERS)
+        yield text[begin:end]
+        begin = find_end(end - OVERLAP_LETTERS)
 
 
 def _decode(content: bytes) -> str:

@@ -1,6 +1,8 @@
 """Finds the people of the clips that `vidjax gallery enrol` reads."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +66,24 @@ def load_people(path: Path, gallery: "Gallery") -> "tuple[MemoryClips, dict[str,
         raise refuse_stray(stray)
     widths, quality = gallery.reads
     return input_files.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
+
+
+@contextlib.contextmanager
+def hint_at_photos(paths: Iterable[Path]) -> Iterator[None]:
+    """Replaces the error for a folder of photos by a hint at `--photos`, in a `with` block."""
+    from vidjax.apps.video.media_files import PHOTOS
+
+    try:
+        yield
+    except UserError:
+        for path in paths:
+            endings = {x.suffix.lower() for of in ("*", "*/*") for x in path.glob(of)}
+            if endings & PHOTOS and ".npz" not in endings:
+                raise UserError(
+                    f"'{path}' contains photos, but no features\n"
+                    f"to enrol people from photos: --photos={shlex.quote(str(path))}"
+                ) from None
+        raise
 
 
 def refuse_stray(path: Path) -> UserError:

@@ -1,7 +1,9 @@
 """`vidjax forget`: lists folders of vidjax that contain a name, and deletes clips from some."""
 
 import argparse
+import os
 import shlex
+import string
 from pathlib import Path
 
 from vidjax.apps.forget import forget, is_empty, list_clear_names, list_commands
@@ -35,6 +37,7 @@ The exit code is 0 if no listed place is left. It is 1 if a place still contains
 a name, could not be searched, or is empty: the drive may not be connected.
 """
 MAX_PRINTED_FILES = 20
+_PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code
 
 
 def add_forget_flags(parser: Parser) -> None:
@@ -67,7 +70,7 @@ def forget_names(args: argparse.Namespace) -> Result:
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)
     single = [place.path for place in places if place.kind == "file"]
-    delete = shlex.join(["rm", "-r", "--", *map(str, single)]) if single else ""
+    delete = " ".join(["rm -r --", *map(_quote, single)]) if single else ""
     given = {normal_form(clean_name(name)) for name in (*args.identity, *args.clip)}
     clear = list_clear_names(names - given) | given
     content = {
@@ -80,7 +83,8 @@ def forget_names(args: argparse.Namespace) -> Result:
         "commands": list_commands(clear, roots),
     }
     lines = [
-        f"  {place.kind:8} {show(str(place.path))}: {place.about}\n           {place.remedy}"
+        f"  {place.kind:8} {show(str(place.path))}: {place.about}\n           "
+        + ("to delete: add --delete" if place.remedy == "--delete" else place.remedy)
         for place in places if place.kind != "file"
     ]  # fmt: skip
     lines += [f"  file     {show(str(path))}" for path in single[:MAX_PRINTED_FILES]]
@@ -98,3 +102,14 @@ def forget_names(args: argparse.Namespace) -> Result:
     deleted = f", {content['deleted']:,} of them deleted" if args.delete else ""
     rows = {"places": f"{len(places) - unread:,}{deleted}", "not read": f"{unread:,}"}
     return Result(content, rows, "\n".join(lines), code=int(left + unread > 0))
+
+
+def _quote(path: Path) -> str:
+    """Returns a path as a word of a shell. Bytes that a terminal would not show become codes.
+
+    All usual shells read these codes, except dash.
+    """
+    if str(path).isprintable():
+        return shlex.quote(str(path))
+    letters = (chr(byte) if chr(byte) in _PLAIN else f"\\x{byte:02x}" for byte in os.fsencode(path))
+    return f"$'{''.join(letters)}'"

@@ -84,7 +84,7 @@ def _add_clips(parser: Parser, *, several: bool = False) -> "argparse._MutuallyE
     """Adds the flags that name clips; returns their group. `several` lets --input be repeated."""
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips: a folder, a .parquet table or a .npz file"
-    about += "; may be given several times" if several else ""
+    about += "; may be repeated" if several else ""
     action = "append" if several else "store"
     clips.add_argument("--input", metavar="PATH", help=about, action=action)
     about = "instead of --input: a split of the dataset, such as val"
@@ -119,7 +119,7 @@ def _add_enrol(parser: Parser) -> None:
         "instead of --input: the folder of photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     )
     clips.add_argument("--photos", metavar="DIR", help=about)
-    about = "with --photos: the folder of nets (default: the folder of which the gallery was made)"
+    about = "with --photos: the folder of nets (default: the folder that made the gallery)"
     parser.add_argument("--models", metavar="DIR", help=about)
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--identity", metavar="NAME", help="the person whom all clips show")
@@ -368,12 +368,14 @@ def _enrol(args: argparse.Namespace) -> Result:
     args.input = [*map(str, inputs)]
     if args.clip and len(inputs) > 1:
         raise UserError(f"--clip={args.clip} is a clip of one input: give --input once")
-    gallery, names, done = _open(args), set[str](), []
+    with enrol_inputs.hint_at_photos(inputs):
+        gallery, names, done = _open(args), set[str](), []
     for number, path in enumerate(inputs or [None], 1):
         place = f"{number:,} of {len(inputs):,}: " if len(inputs) > 1 else ""
         if path and (place or path.stat().st_size > LARGE_BYTES):
             terminal.say(f"{place}{show(str(path))} ...")
-        vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
+        with enrol_inputs.hint_at_photos([path] if path else []):
+            vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
         names |= {*vectors.names}
         if identity == {} and len(inputs) > 1:
             continue
@@ -458,9 +460,7 @@ def _load_people(
 def _describe_enrolment(
     args: argparse.Namespace, gallery: "Gallery", done: "Sequence[Enrolment]"
 ) -> Result:
-    from vidjax.apps.gallery.gallery import Enrolment
-
-    refused = tuple(clip for part in done for clip in part.refused)
+    refused = [clip for part in done for clip in part.refused]
     if refused:
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
@@ -469,8 +469,8 @@ def _describe_enrolment(
     similar = {name: other for part in done for name, other in part.similar.items()}
     rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
     rows["enrolled"] = f"{messages.count(enrolled, 'clip')}, {unchanged:,} enrolled before"
-    total = Enrolment(enrolled, unchanged, refused, similar)
-    return _summarise(gallery, rows, total._asdict())
+    content = {"enrolled": enrolled, "unchanged": unchanged, "refused": refused}
+    return _summarise(gallery, rows, content | {"similar": similar})
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
@@ -600,6 +600,10 @@ def _verify(args: argparse.Namespace) -> Result:
         matches = gallery.compare(vectors, others, fmr=args.fmr)
     accepted = sum(match.accepted for match in matches.values())
     rows |= {"compared": f"{len(matches):,}", "accepted": f"{accepted:,}", **rule.describe()}
+    if none := sum(not match.evidence for match in matches.values()):
+        rows["not compared"] = (
+            f"{none:,}, without a usable frame of a modality that both sides have: give other clips"
+        )
     if misfits:
         rows["does not fit"] = (
             f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "

@@ -2,13 +2,16 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
 
 from vidjax.core import devices
 from vidjax.data.clips import TrainingData
-from vidjax.evaluation import analysis, trained_runs
-from vidjax.evaluation.scoring import score
+from vidjax.evaluation import analysis, calibration, trained_runs
+from vidjax.evaluation.scoring import ModelScorer, TrainedModel, iterate_block_groups, score
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
@@ -36,23 +39,35 @@ def blend_runs(
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
     weights = _parse_weights(config)
-    configs = [run_config(config, name) for name in config.join.runs]
+    spec = config.eval
+    names = choose_runs(config)
+    configs = [run_config(config, name) for name in names]
     datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share a dataset
     models = []
-    for own, name, weight in zip(configs, config.join.runs, weights, strict=True):
+    for own, name, weight in zip(configs, names, weights, strict=True):
         run = trained_runs.find_run(own, RunFolder(name))
         if (key := repr(own.data)) not in datasets:
             datasets[key] = load(own)
         model = trained_runs.make_model(own, run, datasets[key], mesh)
         models.append(model._replace(weight=weight))
-    spec = config.eval
-    evaluation = score(
-        models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
-    )
     kept = copy.deepcopy(config)
     kept.join.weights = weights
     if folder.has(CONFIG):  # `eval.split` stays the split of the first evaluation
         kept.eval.split = folder.config.eval.split
+    join = None
+    if config.join.learned:
+        clips = models[0].data.split(spec.split)
+        if spec.split == kept.eval.split or not config.join.calibration:
+            splits = tuple(config.data.train_splits) if config.join.systems else (spec.split,)
+            sets = _learn(models, splits, mesh, spec.block_size)
+            kept.join.calibration = calibration.to_values(sets)
+            join = calibration.Joined(sets, calibration.split_clips(clips.labels))
+        else:
+            sets = calibration.from_values(config.join.calibration)
+            join = calibration.Joined(sets, np.zeros(len(clips.clips), np.int32))
+    evaluation = score(
+        models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members, join=join
+    )
     folder.write_config(kept)
     results = evaluation.results | {
         "data": models[0].data.report["data"],
@@ -66,6 +81,42 @@ def blend_runs(
         folder, configs[0], models, evaluation, results, mesh, report=spec.report
     )
     return results
+
+
+def choose_runs(config: Config) -> tuple[str, ...]:
+    """Returns the folders of the runs that score `config.eval.split`."""
+    trained = config.eval.split in config.data.train_splits
+    return tuple(config.join.runs if trained else config.join.finals or config.join.runs)
+
+
+def _learn(
+    models: Sequence[TrainedModel], splits: Sequence[str], mesh: Mesh, block_size: int
+) -> calibration.Calibration:
+    """Learns how to join the scores of runs from clips that the runs were not trained on."""
+    examples = []
+    for name in splits:
+        split = models[0].data.split(name)
+        scorers = [ModelScorer(model, split.clips, mesh) for model in models]
+        pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
+        if not (split.labelled and pool.any()) or any(scorer.in_sample for scorer in scorers):
+            raise UserError(
+                f"config.join.learned: {name} has no labelled clip that no run was trained on\n"
+                "train the runs in folds: --config.ensemble.folds=5"
+            )
+        order = np.random.default_rng(0).permutation(np.flatnonzero(pool))
+        wanted = np.isin(np.arange(len(pool)), order[: calibration.MAX_CLIPS // len(splits)])
+        part = calibration.split_clips(split.labels)
+        use = np.concatenate([scorer.use for scorer in scorers]) & wanted
+        for window in iterate_block_groups(models, name, block_size, mesh, use):
+            scores = [scorer.score(blocks) for scorer, blocks in zip(scorers, window, strict=True)]
+            for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
+                index, mask, each = devices.fetch((block.clip_index, block.batch_mask, each))
+                rows = np.flatnonzero(mask & wanted[np.where(mask, index, 0)])
+                clips = index[rows]
+                values = [np.asarray(x)[rows] for x in each]
+                labels = split.labels[clips]
+                examples.append(calibration.choose_candidates(values, labels, part[clips]))
+    return calibration.learn(examples)
 
 
 def _parse_weights(config: Config) -> tuple[float, ...]:

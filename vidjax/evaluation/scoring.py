@@ -32,6 +32,9 @@ WINDOW_BYTES = 512 << 20  # a window ends early at this size of its features
 JOINED_FRAMES = 1 << 17  # most frames of a modality, with padding, in joined blocks
 WAITING_BYTES = 1 << 30  # a window is smaller if the scores of its clips would take more memory
 
+# (scores [B, C] of each run, clip_index [B]) -> joint scores [B, C].
+Join = Callable[[Sequence[Array], Array], Array]
+
 
 class TrainedModel(NamedTuple):
     """A model with its weights, and the clips to evaluate.
@@ -350,6 +353,7 @@ def score(
     block_size: int,
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
+    join: Join | None = None,
 ) -> Evaluation:
     """Scores and ranks the clips of a split with a model or a blend of models.
 
@@ -360,6 +364,7 @@ def score(
       block_size: number of clips that a device scores at a time.
       each_member: also computes the MAP of each member of an ensemble.
       check: called after each group of blocks. It may raise an exception to end the evaluation.
+      join: joins the scores of a blend. None means the weighted mean of probabilities.
 
     Raises:
       UserError: the models differ in clips or identities, the scores of a blend are not logarithms,
@@ -371,7 +376,7 @@ def score(
     if block_size < 1:
         raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
     split = models[0].data.split(split_name)
-    ranker = _Ranker(models, split, mesh, each_member=each_member)
+    ranker = _Ranker(models, split, mesh, each_member=each_member, join=join)
     if not (pool := ranker.pool).any():
         raise UserError(
             f"config.eval.split={split_name}: all members of the run were trained on all clips of "
@@ -438,9 +443,17 @@ class _Ranker:
     """
 
     def __init__(
-        self, models: Sequence[TrainedModel], split: Split, mesh: Mesh, *, each_member: bool
+        self,
+        models: Sequence[TrainedModel],
+        split: Split,
+        mesh: Mesh,
+        *,
+        each_member: bool,
+        join: Join | None = None,
     ):
         self._models, self._split = models, split
+        weights = [model.weight for model in models]
+        self._join = join or (lambda scores, _: blend(scores, weights))
         self.scorers = [ModelScorer(model, split.clips, mesh) for model in models]
         self.pool = np.all([scorer.use.any(axis=0) for scorer in self.scorers], axis=0)
         num_identities, num_clips = models[0].system.task.num_identities, len(split.clips)
@@ -469,9 +482,8 @@ class _Ranker:
                 for block, block_scores in zip(blocks, scores[-1], strict=True):
                     self._by_model[number].add((block_scores, block.clip_index, block.batch_mask))
                 self._by_model[number].flush()
-        weights = [model.weight for model in self._models]
         for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
-            blended = blend(each, weights) if self._by_model else each[0]
+            blended = self._join(each, block.clip_index) if self._by_model else each[0]
             scored = blended, block.clip_index, block.batch_mask
             self.ranking.add(scored)
             self.best = _add_best(self.best, self._labels, *scored)

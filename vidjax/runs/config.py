@@ -399,6 +399,14 @@ TABLE: tuple[Field | Group, ...] = (
     Field("join.runs", (), "folders of the runs; set by `--runs`", affects=SCORES),
     Field("join.weights", (), "weight of each run, 0 or more, e.g. `2,1`; empty: equal weights",
           read_when=JOINED, affects=SCORES),
+    Field("join.systems", (), "configurations, `FILE:ARGS`, that `vidjax train` trains and joins. "
+          "Each is trained in folds of `data.train_splits`, to measure and learn the blend, and on "
+          "all of these clips, to rank test"),
+    Field("join.finals", (), "folders of the runs on all clips; set by `vidjax train`",
+          affects=SCORES),
+    Field("join.learned", False, "`True`: the scores of the runs are joined with numbers that are "
+          "learned on clips that no run was trained on, not by `join.weights`", affects=SCORES),
+    Field("join.calibration", (), "the learned numbers; set by `vidjax evaluate`", affects=SCORES),
 
 )
 # fmt: on

@@ -58,6 +58,30 @@ def load_file(spec: str) -> Config:
     return config
 
 
+def load_system(config: Config, spec: str, *, final: bool) -> Config:
+    """Returns the configuration `spec`, one of `config.join.systems`, to train it for a blend.
+
+    `config` gives the seed, the folds to train, and the values of `data` that differ from the
+    defaults. If `final` is True, the system is trained on all clips, and ranks test.
+    """
+    if not spec.partition(":")[0].isidentifier():  # a received run must not execute any file
+        raise UserError(
+            f"config.join.systems: '{spec}' is not the name of a configuration\n"
+            "write a name such as cosine:face, of a file configs/NAME.py"
+        )
+    own = load_file(spec)
+    for name, value in config.data.items():
+        if value != DEFAULTS[f"data.{name}"]:
+            own.data[name] = value
+    own.seed = config.seed
+    own.ensemble.folds = 0 if final else config.ensemble.folds
+    own.ensemble.only = () if final else config.ensemble.only
+    own.ensemble.seeds = own.ensemble.seeds if final else 1  # more nets hardly change the blend
+    own.eval.split = "test" if final else config.eval.split
+    own.eval.report = False
+    return own
+
+
 def _find_wrong_type(values: Mapping[str, Any]) -> str:
     """Describes the first field that is missing or has a wrong type. If none has, returns ""."""
     for name, default in DEFAULTS.items():

@@ -19,7 +19,7 @@ from vidjax.data import sources
 from vidjax.data.clips import Modality, TrainingData, select_modalities
 from vidjax.models.base import Identifier
 from vidjax.models.build_system import MODELS, TaskSpec, make_blank_clips, make_system
-from vidjax.runs import config as config_lib
+from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.training import train_step
 from vidjax.training.early_stop import check_metric
@@ -64,6 +64,10 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
     or a fusion, a training step is traced, too, because it calls the user's functions. Then a dry
     run takes a second.
     """
+    for spec in config.join.systems:
+        dry_run(config_io.load_system(config, spec, final=False), data)
+    if config.join.systems:
+        return
     check_model(config)
     check_metric(config)
     known = data.modalities if data else {}

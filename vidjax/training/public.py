@@ -232,6 +232,13 @@ def train_run(
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
+    if config.join.systems:
+        from vidjax.training import joint
+
+        dry_run(config, data)
+        data = load_data(config) if data is None else data
+        options = {"num_devices": num_devices, "command": command}
+        return joint.train_systems(config, folder, data, train_run, **options)
     results = training.read_finished_metrics(folder, config)
     if results is None:
         dry_run(config, data)

@@ -247,7 +247,8 @@ def run_limited_each(
         except subprocess.TimeoutExpired as expired:
             child, output = None, expired.output or b""
         lines = output.split(b"\n")[:-1]
-        answers += [_parse_answer(json.loads(line)) for line in lines[: len(left)]]
+        pairs = zip(left, lines, strict=False)
+        answers += [_parse_answer(path, line) for (path, _), line in pairs]
         if not lines:
             answers.append(_describe_end(left[0][0], child, seconds, cpu_seconds))
     return answers
@@ -283,9 +284,20 @@ def _describe_end(
     )
 
 
-def _parse_answer(answer: Mapping[str, Any]) -> dict[str, Any] | UserError:
-    if "os_error" in answer:
-        failed = DiskError(answer["os_error"])
-        failed.errno = answer.get("errno")
-        return failed
-    return UserError(answer["error"]) if "error" in answer else answer["result"]
+def _parse_answer(path: Path, line: bytes) -> dict[str, Any] | UserError:
+    """Returns the result or the error in a line that a child has printed.
+
+    A file that has taken over the child may print anything.
+    """
+    try:
+        answer = json.loads(line)
+        if "os_error" in answer:
+            failed = DiskError(str(answer["os_error"]))
+            failed.errno = answer.get("errno")
+            return failed
+        return UserError(str(answer["error"])) if "error" in answer else dict(answer["result"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return UserError(
+            f"'{path}' is damaged or hostile: the process that reads it printed no result: "
+            "write the file again, or leave it out"
+        )

@@ -226,8 +226,8 @@ class Store:
         return f"it is a run; make a gallery from it: {command}"
 
     def _no_gallery(self) -> NoGalleryError:
-        command = f"vidjax gallery create {shlex.quote(str(self.folder))} --run=RUN"
-        advice = self.advise_on_run() or f"make a gallery from a run: {command}"
+        command = f"vidjax gallery create {shlex.quote(str(self.folder))} --models=DIR"
+        advice = self.advise_on_run() or f"to make a gallery: {command} (or --run=RUN)"
         # A user may name the folder of `vidjax who`, or the file of a gallery.
         for folder in (self.folder / "gallery", self.folder.parent):
             if files.exists(folder / GALLERY_FILE):

@@ -282,7 +282,7 @@ def table(matches: Matches | PairMatches) -> list[str]:
     for key, match in matches.items():
         fits = [f"{show(x[0])} {x[1]:.3g}" if x else "" for x in (match.best, match.worst)]
         cells = ["yes" if match.accepted else "no", f"{match.log_ratio:.4g}"]
-        cells.append(share(match.probability) if match.evidence else "no usable frame")
+        cells.append(share(match.probability) if match.evidence else "not compared")
         cells.append(show(key if isinstance(key, str) else ", ".join(key)))
         rows.append((*cells, *fits))
     return [f"  {line}" for line in messages.align_columns(rows)]

@@ -183,7 +183,7 @@ def decode(content: bytes | memoryview, kind: Any) -> Any:  # noqa: ANN401 (an i
 
 def describe(error: Exception, kind: Any) -> str:  # noqa: ANN401 (the type of a body or query)
     """Returns the message of an error of msgspec, on one line, with the known fields."""
-    text = show(str(error))
+    text = show(str(error)).replace("Input data was truncated", "the JSON ends too early")
     is_field = "unknown field" in text and " - at `$" not in text  # not of a nested object
     return f"{text}: choose from {', '.join(kind.__struct_fields__)}" if is_field else text
 

@@ -92,8 +92,8 @@ def find_appearances(
             for joined in _join_tracks(tracks):
                 least = min(answers[track.clip].probability for track in joined)
                 parts = dict.fromkeys(p for track in joined for p in answers[track.clip].evidence)
-                appearance = _make_appearance(film, name, least if known else None, joined)
-                appearances.append(appearance._replace(evidence=tuple(parts)))
+                p = least if known else None
+                appearances.append(_make_appearance(film, name, p, joined, tuple(parts)))
     return sorted(appearances, key=lambda x: (x.video, x.start_s, x.identity or ""))
 
 
@@ -183,22 +183,31 @@ def _tell_apart(
 ) -> dict[str, Answer]:
     """Returns answers in which two people who differ have different names.
 
-    If most clips of both people have the same name, the clips of the less probable person lose it,
-    except names by a user. For the arguments, see `name_tracks`.
+    If both people have the same name, the clips of the less probable person lose it. A name by a
+    user is kept. It counts only if more than half of the clips have it, because a user may name
+    wrong faces one by one. For the arguments, see `name_tracks`.
     """
     answers, clips_of = dict(answers), dict[int, list[str]]()
-    for clip in answers.keys() & numbers.keys() if apart else ():
+    for clip in sorted(answers.keys() & numbers.keys()) if apart else ():
         clips_of.setdefault(numbers[clip], []).append(clip)
-    for pair in apart:
-        sides = [clips_of.get(number, []) for number in pair]
-        names = [Counter(answers[x].identity for x in clips).most_common(1) for clips in sides]
-        (name, *others) = {count[0][0] if count else None for count in names}
-        if name is None or others:
-            continue
-        named = [[x for x in clips if answers[x].identity == name] for clips in sides]
-        for clip in min(named, key=lambda clips: max(answers[x].score for x in clips)):
-            if answers[clip].evidence != (TOLD,):
-                answers[clip] = answers[clip]._replace(identity=None, evidence=())
+
+    def list_clips(number: int) -> dict[str, list[str]]:
+        named = dict[str, list[str]]()
+        for clip in (clips := clips_of.get(number, ())):
+            if name := answers[clip].identity:
+                named.setdefault(name, []).append(clip)
+        return {
+            name: of for name, of in named.items()
+            if 2 * len(of) > len(clips) or any(answers[x].evidence != (TOLD,) for x in of)
+        }  # fmt: skip
+
+    for number, other in apart:
+        sides = list_clips(number), list_clips(other)
+        for name in sorted(sides[0].keys() & sides[1].keys()):
+            weaker = min(sides, key=lambda named: max(answers[x].score for x in named[name]))
+            for clip in weaker[name]:
+                if answers[clip].evidence != (TOLD,):
+                    answers[clip] = answers[clip]._replace(identity=None, evidence=())
     return answers
 
 
@@ -270,7 +279,8 @@ def remove_unclear_names(
     unclear = list_unclear(films)
     clear = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
     return {
-        clip: x if x.identity in clear else x._replace(identity=None, evidence=())
+        clip: x if x.identity is None or x.identity in clear
+        else x._replace(identity=None, evidence=())
         for clip, x in answers.items()
     }
 
@@ -301,13 +311,17 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) ->
 
 
 def _make_appearance(
-    film: MediaFile, name: str | None, probability: float | None, tracks: Sequence[FaceTrack]
+    film: MediaFile,
+    name: str | None,
+    probability: float | None,
+    tracks: Sequence[FaceTrack],
+    evidence: tuple[str, ...] = (),
 ) -> Appearance:
     end = max(track.end_s for track in tracks)
     clips = tuple(track.clip for track in tracks)
     best, begin = max(tracks, key=lambda track: track.seen), tracks[0].start_s
     return Appearance(
-        film.video, begin, end, name, probability, clips, box=best.box, box_at_s=best.box_at_s
+        film.video, begin, end, name, probability, clips, evidence, best.box, best.box_at_s
     )
 
 

@@ -123,7 +123,8 @@ function replace(text, next) {
   }
   const again = typed && all("[name=person]").find((other) => other.ariaLabel === typed[0]);
   if (again) again.value = typed[1];
-  const wanted = again || document.querySelector("[autofocus]");
+  const asked = again?.matches("[aria-describedby]") && document.querySelector(".said [autofocus]");
+  const wanted = asked || again || document.querySelector("[autofocus]");
   (wanted || boxes().find((box) => box.value === next))?.focus();
 }
 async function send(form, data) {
@@ -144,8 +145,10 @@ document.addEventListener("submit", (event) => {
   const words = event.submitter?.textContent;
   const about = words === "Save" ? data.getAll("person").at(-1) : words;
   const list = boxes(), changed = list.filter((box) => of.includes(box.value));
-  if (form.id === "selection" && changed.length)
-    data.set("next", list[list.indexOf(changed.at(-1)) + 1]?.value ?? "");
+  if (form.id === "selection" && changed.length) {
+    const after = list[list.indexOf(changed.at(-1)) + 1], before = list[list.indexOf(changed[0]) - 1];
+    data.set("next", (after ?? before ?? changed[0]).value);
+  }
   const next = list.find((box) => box.value === data.get("next"));
   for (const box of changed) holder(box).hidden = true;
   let said = document.querySelector(".said");

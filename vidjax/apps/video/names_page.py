@@ -316,6 +316,7 @@ def render(
         ignored=IGNORED,
         percent=format_percent,
         named=people,
+        num_people=sum(name != IGNORED and name not in unclear for name in found),
         unknown={*unknown},
         unclear=unclear,
         anchors={name: number for number, name in enumerate(everyone, 1)},
@@ -335,7 +336,8 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
     wanted = _simplify(words).split()
     if not wanted:
         return [*texts]
-    counts = {key: sum(word in _simplify(text) for word in wanted) for key, text in texts.items()}
+    plain = {key: _simplify(text) for key, text in texts.items()}
+    counts = {key: sum(word in text for word in wanted) for key, text in plain.items()}
     best = max(counts.values(), default=0)
     return [key for key, count in counts.items() if count == best and count]
 

@@ -6,6 +6,7 @@ in the gallery or in `unknown.json`, so that the next call of `vidjax who` keeps
 result files are written a second after the last change, and when the server ends.
 """
 
+import asyncio
 import contextlib
 import functools
 import hmac
@@ -95,7 +96,6 @@ class Subject(NamedTuple):
     key: str
     clips: Sequence[str]
     name: str  # of the person, or IGNORED
-    words: str  # a description
     is_person: bool  # False for a face
 
 
@@ -128,7 +128,6 @@ class Review:
         self._changed: dict[str, int] = {}
         self._forms = Forms()
         self._stamp: FileStamp | None = None  # of the last `unknown.json` that was read
-        self._decoding = threading.Semaphore(MOST_DECODED)
         self._set_films(decision.films)
         self._set_names(decision)
 
@@ -235,8 +234,7 @@ class Review:
         films = self._decision.films
         track = next(y for y in self._films[x.video].tracks if y.clip == clip)
         path = self.film(next(n for n, film in enumerate(films) if film.video == x.video))
-        with self._decoding:
-            return path and still.read_still(path, track.box_at_s or track.start_s)
+        return path and still.read_still(path, track.box_at_s or track.start_s)
 
     def picture(self, address: str) -> Path | None:
         """Returns the path of the picture with this address, or None if there is no picture."""
@@ -306,7 +304,7 @@ class Review:
                 if not unknown:
                     raise UserError("a known person is selected: type the name")
                 action, name = "name", min(unknown, key=rank_group)
-            words = [*dict.fromkeys(subject.words for subject in found)]
+            words = [x for x in self._describe(found) if x != name] or [name]
             subject = f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
             if action in ("deny", "apart"):
                 self._move(found, subject, "")
@@ -353,6 +351,11 @@ class Review:
         best = closest(_fold_letters(name), letters, 0.8)
         digits = [re.sub(r"\D", "", word) for word in (name, best or "")]
         return letters[best] if best and digits[0] == digits[1] else None
+
+    def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
+        """Returns the people in `of` with names, if another person has the name `name` already."""
+        people, name = self._gallery.identities, normal_form(name)
+        return [x for x in of if x in people and x != name] if name in people else []
 
     def is_unclear(self, of: Sequence[str]) -> bool:
         """Returns whether one of the people or faces `of` is an unclear face without a name."""
@@ -405,12 +408,23 @@ class Review:
         """Returns the person or the face `of`."""
         clip = of.removeprefix(CLIP)
         if clip != of and (x := self._shown.get(clip)):
-            words = f"{x.video}, {format_appearance_time(x, self._films[x.video])},"
-            return Subject(of, [clip], x.identity or IGNORED, words, is_person=False)
+            return Subject(of, [clip], x.identity or IGNORED, is_person=False)
         clips = [*self._clips_of.get(of, ()), *self._decision.people.get(of, ())]
         if not clips:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
-        return Subject(of, sorted(clips), of, of, is_person=True)
+        return Subject(of, sorted(clips), of, is_person=True)
+
+    def _describe(self, found: Sequence[Subject]) -> list[str]:
+        """Returns a description of each person, and of the given faces of each appearance."""
+        words = [x.name for x in found if x.is_person]
+        clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
+        for x in {self._shown[clip].clips: self._shown[clip] for clip in clips}.values():
+            film = self._films[x.video]
+            tracks = [y for y in film.tracks if y.clip in clips and y.clip in x.clips]
+            start, end = min(y.start_s for y in tracks), max(y.end_s for y in tracks)
+            time = format_appearance_time(x._replace(start_s=start, end_s=end), film)
+            words.append(f"a face in {x.video}" if film.photo else f"{x.video}, {time},")
+        return words
 
     def _find_group(self, name: str) -> str:
         """Returns the name in lower case. Raises UserError if no unknown person has this name."""
@@ -570,6 +584,7 @@ class _Pages:
     def __init__(self, review: Review, token: str):
         self._review, self._token = review, token
         self._lock = threading.Lock()
+        self._decoding = asyncio.Semaphore(MOST_DECODED)
 
     def _check(self, request: Request) -> None:
         """Raises HTTPException if the secret word, the host, or the origin of a change is wrong."""
@@ -626,12 +641,15 @@ class _Pages:
             raise HTTPException(HTTPStatus.NOT_FOUND, "This page does not exist.")
         return FileResponse(path, media_type="image/png", headers=SANDBOX)
 
-    def send_frame(self, request: Request) -> Response:
+    async def send_frame(self, request: Request) -> Response:
         self._check(request)
-        try:
-            picture = self._review.frame(request.path_params["clip"])
-        except UserError:
-            picture = None
+        # Pictures that wait take no thread. Otherwise, the page would wait for them, too.
+        async with self._decoding:
+            await request.body()  # raises ClientDisconnect if the user has gone on to another face
+            try:
+                picture = await run_in_threadpool(self._review.frame, request.path_params["clip"])
+            except UserError:
+                picture = None
         if picture is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "The picture cannot be decoded.")
         return Response(picture, media_type="image/jpeg", headers=SANDBOX)
@@ -653,12 +671,16 @@ class _Pages:
         status, asks = HTTPStatus.UNPROCESSABLE_ENTITY, action == "name" and "person" in form
         with self._lock:
             try:
-                version = int(form["version"]) if form.get("version", "").isdecimal() else -1
+                version = form.get("version", "")
+                version = int(version) if re.fullmatch("[0-9]{1,9}", version) else -1
                 if back:
                     review.undo(version)
                 elif asks and (other := review.similar(name, of)):
                     problem = problem._replace(asked=True, similar=other)
                     raise UserError(f"there is already {other}: is it the same person?")
+                elif asks and (merged := review.list_merged(name, of)):
+                    problem = problem._replace(asked=True)
+                    raise UserError(f"there is already {name}. Is {merged[0]} the same person?")
                 elif asks and name and not is_unknown(name) and review.is_unclear(of):
                     problem = problem._replace(asked=True)
                     raise UserError("unclear faces of two people look alike. Are you sure?")

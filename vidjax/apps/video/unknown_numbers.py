@@ -86,6 +86,10 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
             return moved
         divided = (old & left) - {0, number, *groups}
         pairs = {(min(x, number), max(x, number)) for x in divided}
+        if number > self.highest:  # a new person also differs from people who differ from the old
+            pairs |= {
+                (x, number) for pair in self.apart for x in pair if len({*pair} & divided) == 1
+            } - {(x, number) for x in old}
         return msgspec.structs.replace(
             moved,
             fixed=sorted({*moved.fixed, *divided, number}),

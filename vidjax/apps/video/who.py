@@ -529,7 +529,7 @@ def decide(
 
     A group of clips without a name is an unknown person, who keeps the number of the last call or
     gets a new number. An unclear face without a name is in no group. The numbers are written to
-    `unknown.json`.
+    `unknown.json`, so the caller must hold `lock_changes`.
 
     Args:
       out: the folder of results.
@@ -553,15 +553,22 @@ def decide(
         return raw
 
     numbers, twins = dict[str, int](), dict[str, str]()
-    if vectors is not None:
+    highest, old = (last.numbers if last else before).highest, None
+    # Names depend on numbers of people who differ. So names are decided until numbers stay the
+    # same, because the next call must find the same names.
+    while vectors is not None and before != old:
         known = select_films(before.films, films)
         named = appearances.name_tracks(gallery, vectors, films, answer, votes, known, before.apart)
         answers, votes, twins = named.answers, named.votes, named.twins
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
         nameless -= named.enrolled.keys()
-        highest = (last.numbers if last else before).highest
         numbers = number_people(gallery, vectors.only(nameless), films, before, highest)
-    before = before.update(films, numbers)
+        old, before = before, before.update(films, numbers)
+        highest = before.highest
+        if not before.apart:
+            break
+    if vectors is None:
+        before = before.update(films, {})
     groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
     groups = appearances.mark_unclear(groups, films)
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.

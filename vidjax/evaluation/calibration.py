@@ -1,0 +1,182 @@
+"""Learns how to join the scores of several runs, on clips that the runs were not trained on.
+
+A run that has learned only heads is often sure of a wrong person if a clip shows no clear head. So
+a run counts only with a probability, its *trust*: otherwise, its scores of the clip say nothing.
+The log odds of identity j against a stranger are
+
+    sum over the runs that can score the clip of log(1 - trust + trust exp(scale r_j + offset))
+
+where r_j are the log odds of the run. If the run does not know identity j, its term is `absent`.
+All of these numbers are learned by logistic regression, over all identities and a stranger at once.
+
+Source: the logistic regression is from Brümmer and du Preez 2006, Application-independent
+evaluation of speaker detection. `trust` and `absent` are not published.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy
+
+from vidjax.core import ensemble
+from vidjax.core.batch import Array
+from vidjax.core.losses import log_softmax
+
+PARTS = 3  # the numbers for the clips of a part are learned on the other parts
+MAX_CLIPS = 4000  # clips to learn from; if there are more, they are drawn
+CANDIDATES = 100  # identities of a clip to learn from, those with the highest scores
+WRONG = 0.02  # assumed share of wrong labels
+PRIOR = 0.02  # weight of the prior, whose means are START
+START = {"scale": 0.0, "offset": 0.0, "trust": 2.5, "absent": -1.0}
+LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish smaller ones
+
+
+class Calibration(NamedTuple):
+    """The numbers that join R runs. Arrays may have more axes in front, for parts or clips."""
+
+    scale: Array  # [R] logarithm of the scale
+    offset: Array  # [R]
+    trust: Array  # [R] logit of the trust
+    absent: Array  # [R]
+    stranger: Array  # [] log odds of a stranger
+
+
+class Examples(NamedTuple):
+    """Scores of n clips for K candidates. The right column is 0 for a stranger, else 1 to K."""
+
+    logs: np.ndarray  # [R, n, K] float32, logarithms of probabilities
+    unknown: np.ndarray  # [R, n] float32, log of the probability of a stranger
+    right: np.ndarray  # [n] int32
+    part: np.ndarray  # [n] int32, from 0 to PARTS - 1
+
+
+def log_odds_unknown(logs: Array) -> Array:
+    """Computes the log of the probability that a clip shows a stranger, [..., B], from [..., B, C].
+
+    `logs` are logarithms of the probabilities of all identities.
+    """
+    known = jnp.sum(jnp.exp(logs), axis=-1)
+    return jnp.log(jnp.maximum(1.0 - known, LEAST))
+
+
+def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
+    """Computes the joint logits of B clips, [B, 1 + K]. Column 0 is a stranger.
+
+    Args:
+      logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
+        cannot score a clip has a row of -inf.
+      unknown: [R, B], see `log_odds_unknown`.
+      calibration: arrays [R], or [B, R].
+    """
+    scale, offset, trust, absent = (
+        jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:4]
+    )  # [R, 1] or [R, B, 1]
+    if scale.ndim == 2:
+        scale, offset, trust, absent = (x[:, None] for x in (scale, offset, trust, absent))
+    known = logs > -jnp.inf
+    ratio = jnp.exp(scale) * (jnp.where(known, logs, 0.0) - unknown[..., None]) + offset
+    term = jnp.logaddexp(jax.nn.log_sigmoid(-trust), jax.nn.log_sigmoid(trust) + ratio)
+    usable = jnp.any(known, axis=2, keepdims=True)
+    total = jnp.sum(jnp.where(usable, jnp.where(known, term, absent), 0.0), axis=0)
+    total = jnp.where(jnp.any(known, axis=0), total, -jnp.inf)
+    stranger = jnp.broadcast_to(jnp.asarray(calibration.stranger), total.shape[:1])
+    return jnp.concatenate([stranger[:, None], total], axis=1)
+
+
+@jax.jit
+def join_scores(scores: Sequence[Array], calibration: Calibration) -> Array:
+    """Joins the scores of R runs, [B, C] each, to logarithms of probabilities, [B, C]."""
+    logs = jnp.stack(scores)
+    logits = join_logs(logs, log_odds_unknown(logs), calibration)
+    return log_softmax(logits, jnp.ones(logits.shape[1], bool))[:, 1:]
+
+
+def choose_candidates(
+    scores: Sequence[np.ndarray], labels: np.ndarray, part: np.ndarray
+) -> Examples:
+    """Keeps the scores of the right identity and of the best others, from [n, C] for each run.
+
+    `labels` [n] are columns, 1..C, or 0 for strangers. `part` is [n], see `split_clips`.
+    """
+    logs = np.stack(scores)
+    unknown = np.asarray(log_odds_unknown(logs))
+    number = min(CANDIDATES, logs.shape[2])
+    value = np.max(logs - unknown[..., None], axis=0)  # [n, C]
+    rows = np.flatnonzero(labels > 0)
+    value[rows, labels[rows] - 1] = np.inf
+    columns = np.argsort(-value, axis=1, kind="stable")[:, :number]
+    logs = np.take_along_axis(logs, columns[None], axis=2)
+    return Examples(logs, unknown, (labels > 0).astype(np.int32), part)
+
+
+def fit(examples: Examples, weights: np.ndarray) -> Calibration:
+    """Learns the numbers from clips with `weights` [n], by maximum a posteriori."""
+    num_runs = len(examples.logs)
+    start = np.concatenate([np.full(num_runs, x) for x in START.values()] + [np.zeros(1)])
+    share = weights / np.sum(weights)
+
+    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = _loss(jnp.asarray(point, jnp.float32), *examples[:3], share)
+        gap = point - start
+        more = PRIOR * gap / len(gap)
+        return float(value) + float(gap @ more) / 2, np.asarray(slope, np.float64) + more
+
+    best = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B")
+    return _unpack(np.asarray(best.x, np.float32), num_runs)
+
+
+def _unpack(point: Array, num_runs: int) -> Calibration:
+    return Calibration._make([*point[:-1].reshape(4, num_runs), point[-1]])
+
+
+@jax.jit
+@jax.value_and_grad
+def _loss(point: Array, logs: Array, unknown: Array, right: Array, share: Array) -> Array:
+    """Computes the cross-entropy of the right answers. Labels are wrong with probability WRONG."""
+    logits = join_logs(logs, unknown, _unpack(point, len(logs)))
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), right[:, None], axis=1)[:, 0]
+    floor = jnp.log(WRONG / logits.shape[1])
+    return -jnp.sum(share * jnp.logaddexp(chosen + jnp.log(1 - WRONG), floor))
+
+
+class Joined(NamedTuple):
+    """Numbers that join R runs, for each part of the clips of a split."""
+
+    sets: Calibration  # arrays [P, R]; the last set is learned on all clips
+    part: np.ndarray  # [N] int32, the set for each clip
+
+    def __call__(self, scores: Sequence[Array], clip_index: Array) -> Array:
+        """Joins the scores of R runs, [B, C] each, for the clips `clip_index` [B]."""
+        part = jnp.asarray(self.part)[jnp.minimum(clip_index, len(self.part) - 1)]
+        return join_scores(scores, Calibration(*(jnp.asarray(x)[part] for x in self.sets)))
+
+
+def split_clips(labels: np.ndarray) -> np.ndarray:
+    """Assigns the clips of a split, with labels [N], to PARTS parts. Returns [N] int32."""
+    return ensemble.assign_folds(labels, PARTS, 0)
+
+
+def learn(examples: Sequence[Examples]) -> Calibration:
+    """Learns the numbers for each part, from the clips of the other parts.
+
+    Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
+    """
+    logs, unknown = (np.concatenate([x[i] for x in examples], axis=1) for i in range(2))
+    right, part = (np.concatenate([x[i] for x in examples]) for i in range(2, 4))
+    joined = Examples(logs, unknown, right, part)
+    sets = [fit(joined, (part != number).astype(np.float32)) for number in range(PARTS + 1)]
+    return Calibration(*map(np.stack, zip(*sets, strict=True)))
+
+
+def to_values(sets: Calibration) -> tuple[Any, ...]:
+    """Returns the numbers that are learned on all clips, for `config.join.calibration`."""
+    return tuple(tuple(np.atleast_1d(x[-1]).tolist()) for x in sets)
+
+
+def from_values(values: Sequence[Any]) -> Calibration:
+    """Reads the numbers in `config.join.calibration`. Returns arrays [1, R]."""
+    *rows, (stranger,) = values
+    return Calibration._make(np.asarray(x, np.float32)[None] for x in (*rows, stranger))
