@@ -321,7 +321,13 @@ def test_suggested_name_that_a_user_refuses_is_not_suggested_again(tmp_path):
     clip, name = next((c, pairs[0][0]) for c, pairs in sorted(best.items()) if len(pairs) > 1)
     client = shelf.client()
     assert client.get(f"{SITE}/favicon.ico").status_code == 204
-    form = {"do": "name", "of": CLIP + clip, "version": str(page.version), "person": "", "not": name}
+    form = {
+        "do": "name",
+        "of": CLIP + clip,
+        "version": str(page.version),
+        "person": "",
+        "not": name,
+    }
     before = shelf.names()
     assert f"is not {name}." in client.post("change", data=form).text
     assert shelf.names() == before == shelf.names(made_shelf.decide(shelf.out))
