@@ -163,9 +163,10 @@ def name_tracks(
         votes = votes or group_votes(gallery, vectors, films)
         answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
     for clip in denied.keys() & answers.keys():
+        best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
+        answers[clip] = answers[clip]._replace(best=best)
         if answers[clip].identity in denied[clip]:
-            best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
-            answers[clip] = answers[clip]._replace(identity=None, best=best, evidence=())
+            answers[clip] = answers[clip]._replace(identity=None, evidence=())
     numbers = numbers or {}
     ignored = {clip for clip in answers.keys() & numbers.keys() if numbers[clip] == 0}
     enrolled = dict.fromkeys(ignored) | enrolled
@@ -279,7 +280,8 @@ def remove_unclear_names(
     unclear = list_unclear(films)
     clear = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
     return {
-        clip: x if x.identity is None or x.identity in clear
+        clip: x
+        if x.identity is None or x.identity in clear
         else x._replace(identity=None, evidence=())
         for clip, x in answers.items()
     }
