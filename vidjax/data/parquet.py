@@ -86,6 +86,7 @@ def _run(
         {"path": str(path), **arguments},
         memory_bytes=LIBRARY_BYTES + COPIES * room,
         cpu_seconds=CPU_SECONDS + room // CPU_BYTES_PER_SECOND,
+        output_bytes=processes.OUTPUT_BYTES + room,  # the texts of the table
         writes=writes,
     )
 
