@@ -359,7 +359,7 @@ def test_the_printed_line_deletes_no_files_of_other_programs(tmp_path, say):
         "package.json": json.dumps({"author": GONE}), "labels.csv": f"clip,identity\nx,{GONE}\n",
         "people.tsv": f"name\tborn\n{GONE}\t1815\n", "notes.txt": text, "page.html": text,
         "log.jsonl": json.dumps({"user": GONE}), "film.srt": f"1\n{cue}{text}",
-        "film.vtt": f"WEBVTT\n\n{cue.replace(',', '.')}{text}", f"{GONE} cut.edl": "TITLE: cut\n",
+        "film.vtt": f"WEBVTT\n\n{cue.replace(',', '.')}{text}", "cut.edl": f"TITLE: {GONE}\n",
         "other.rttm": f"{speaker} Ada_Lovelace <NA> <NA>\n{speaker} Zoe <NA> <NA>\n",
     }  # fmt: skip
     for name, content in (ours | others).items():

@@ -44,8 +44,8 @@ READ_BYTES = 1 << 16
 # Names that end with `_` are the beginnings of names.
 VARIABLES = (
     "PATH", "HOME", "LANG", "LANGUAGE", "LC_", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP",
-    "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHON", "VIDJAX_", "OMP_", "GOMP_", "KMP_",
-    "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_TUNABLES", "ORT_", "ARROW_",
+    "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHON", "VIDJAX_",
+    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_TUNABLES", "ORT_", "ARROW_",
 )  # fmt: skip
 
 _PARENT_DEATH = 1
@@ -118,29 +118,27 @@ def _exchange(
     """
     assert child.stdin and child.stdout and child.stderr
     left, end = memoryview(given), time.monotonic() + timeout
-    kept = {child.stdout: bytearray(), child.stderr: bytearray()}
-    output, errors = kept.values()
+    output, errors = bytearray(), bytearray()
     with selectors.DefaultSelector() as pipes:
         pipes.register(child.stdin, selectors.EVENT_WRITE)
-        for pipe in kept:
-            pipes.register(pipe, selectors.EVENT_READ)
+        pipes.register(child.stdout, selectors.EVENT_READ, output)
+        pipes.register(child.stderr, selectors.EVENT_READ, errors)
         while pipes.get_map():
             if (seconds := end - time.monotonic()) <= 0:
                 raise subprocess.TimeoutExpired(child.args, timeout, bytes(output))
             for key, _ in pipes.select(seconds):
-                if key.fileobj is child.stdin:
+                if key.data is None:
                     try:
                         left = left[os.write(key.fd, left[: select.PIPE_BUF]) :]
                     except BrokenPipeError:  # the child has ended
                         left = left[:0]
-                    is_done = not left
+                    if not left:
+                        pipes.unregister(child.stdin)
+                        child.stdin.close()
+                elif piece := os.read(key.fd, READ_BYTES):
+                    key.data.extend(piece)
                 else:
-                    piece = os.read(key.fd, READ_BYTES)
-                    kept[key.fileobj] += piece
-                    is_done = not piece
-                if is_done:
                     pipes.unregister(key.fileobj)
-                    key.fileobj.close()
             del errors[:-KEPT_ERROR_BYTES]
             if len(output) > output_bytes:
                 child.kill()
