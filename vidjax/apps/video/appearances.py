@@ -279,7 +279,8 @@ def remove_unclear_names(
     unclear = list_unclear(films)
     clear = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
     return {
-        clip: x if x.identity is None or x.identity in clear
+        clip: x
+        if x.identity is None or x.identity in clear
         else x._replace(identity=None, evidence=())
         for clip, x in answers.items()
     }
