@@ -170,8 +170,10 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(_: str, given: Any, **limits: Any) -> Any:
         film._load_nets.cache_clear()
         answers = [processes._answer(film.work, str(path), words, "") for path, words in given]
-        as_sent = json.loads(json.dumps(answers))  # as children send their answers
-        return [processes._parse_answer(answer) for answer in as_sent]
+        return [
+            processes._parse_answer(path, json.dumps(answer).encode())
+            for (path, _), answer in zip(given, answers, strict=True)
+        ]
 
     monkeypatch.setattr(pipeline, "run_limited_each", read)
 

@@ -538,6 +538,7 @@ def test_functions_describe_the_expected_arguments(official_dir, tmp_path):
     misspelt.optim.learn_rate = 1
     refused("train: config must be a configuration", train, str(new), config, made)
     refused("train: workdir must be the path of a folder", train, config, made, new)
+    refused("train: log must be a function", train, config, new, made, log="wandb")
     refused("data must be the result of vidjax.load_data", train, config, new, str(new))
     refused(r"learn_rate .*optim\.learning_rate", train, misspelt, new, made)
     refused("restore: workdir must be the path", restore, config)

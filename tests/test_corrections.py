@@ -314,6 +314,30 @@ def test_message_says_that_another_face_of_the_shot_got_the_denied_name(tmp_path
     assert {shelf.names()[kept], shelf.names()[twin]} == {ada}
 
 
+def test_suggested_name_that_a_user_refuses_is_not_suggested_again(tmp_path):
+    shelf = Shelf(tmp_path, people=12, films=5, known=6, faces=12, wrong=0.5)
+    page = shelf.page
+    best = {clip: x.best for clip, x in page._decision.answers.items() if not x.identity}
+    clip, name = next((c, pairs[0][0]) for c, pairs in sorted(best.items()) if len(pairs) > 1)
+    client = shelf.client()
+    assert client.get(f"{SITE}/favicon.ico").status_code == 204
+    form = {
+        "do": "name",
+        "of": CLIP + clip,
+        "version": str(page.version),
+        "person": "",
+        "not": name,
+    }
+    before = shelf.names()
+    assert f"is not {name}." in client.post("change", data=form).text
+    assert shelf.names() == before == shelf.names(made_shelf.decide(shelf.out))
+    assert name not in dict(page._decision.answers[clip].best)
+    assert name not in dict(made_shelf.decide(shelf.out).answers[clip].best)
+    page.undo()
+    assert page._decision.answers[clip].best == best[clip]
+    refused(lambda: page.change("deny", keys([clip]), "Zoe"), "reload the page")
+
+
 def test_unknown_numbers_are_moved_divided_and_joined():
     places = dict.fromkeys("abcd", FILM)
     numbers = UnknownNumbers(films={FILM: {"a": 1, "b": 1, "c": 1, "d": 2}})

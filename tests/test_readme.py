@@ -13,6 +13,7 @@ import sqlite3
 import urllib.parse
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,10 @@ MAINS = {
     "vidjax.main": program.main, "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
 }  # fmt: skip
-OWN = (build_system.MODELS, losses.CLASSIFICATION, metrics.CLIP_METRICS)  # a user's file adds
+# Tables to which a user's file adds names.
+OWN: tuple[dict[str, Any], ...] = (
+    build_system.MODELS, losses.CLASSIFICATION, metrics.CLIP_METRICS,
+)  # fmt: skip
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
 SHORT = ("--config.num_epochs=0.3", NO_REPORT)
@@ -66,9 +70,8 @@ def init(*, project, mode, config):
 """,
     "mlflow": """
 import contextlib
-LINES, PARAMS, log_params = [], {}, dict
+LINES, log_params = [], dict
 def log_metrics(line, step): LINES.append(line | {"step": step})
-def log_metric(name, value): PARAMS[name] = value
 @contextlib.contextmanager
 def start_run(*, run_name): yield
 """,

@@ -96,7 +96,7 @@ def pair_oracle(gallery, one, other):
         if part.space is None:
             d, square = part.distances, np.sum((a - b) ** 2)
             limits = (d.same, d.within), (d.different, d.within + d.between)
-            logs = [stats.gamma(n, scale=2 * v / n).logpdf(square) for n, v in limits]
+            logs = [stats.gamma.logpdf(square, n, scale=2 * v / n) for n, v in limits]
             ratio = logs[0] - logs[1]
         else:
             z = np.stack([(v - part.space.mean) @ part.space.transform for v in (a, b)], axis=1)
@@ -151,8 +151,7 @@ def test_clip_without_a_common_modality_is_not_accepted(tmp_path):
         voice, none = make_clip(2, "Ada", lacks="face"), StoredClip(None, 0 * clips["a"].vector)
         shown = vectors_of(people, {"voice": voice, "none": none})
         for match in people.verify(shown, "Ada").values():
-            assert (match.accepted, match.evidence, match.best) == (False, (), None)
-        assert people.verify(shown, "Ada")["none"] == Match(False, 0.0, 0.5, ())
+            assert match == Match(False, 0.0, 0.5, ())
         assert people.compare(shown)["voice", "none"] == Match(False, 0.0, 0.5, ())
 
 

@@ -142,8 +142,9 @@ def draw_real(
     """
     names, counts = np.unique(people, return_counts=True)
     rng, turns = np.random.default_rng(0), min(TURNS, known)
+    chosen, rows, model = np.zeros(0, int), list[np.ndarray](), None
     for draw in range(draws):
-        if draw % turns == 0:  # other people are enrolled
+        if model is None or draw % turns == 0:  # other people are enrolled
             chosen = rng.permutation(names[counts > ENROLLED])[:known]
             rows = [rng.permutation(np.flatnonzero(people == name)) for name in chosen]
             labels = 1 + np.arange(known).repeat(ENROLLED)
@@ -170,7 +171,7 @@ def load_run(run: Path) -> tuple[np.ndarray, np.ndarray, Callable[..., Backend]]
     for split in ("train", "val"):
         found = run_vectors.RunVectors(predictor).embed(data, split)
         (x,) = found.parts.values()
-        usable = x.any(axis=1)
+        usable = np.any(x != 0, axis=1).tolist()
         vectors.append(x[usable])
         names = zip(found.names, found.labels, usable, strict=True)
         people += [label or f"{split} {name}" for name, label, has in names if has]

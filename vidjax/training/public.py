@@ -7,7 +7,7 @@ TensorFlow are imported when a function is called.
 import copy
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -166,7 +166,8 @@ def train(
     """
     check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")
-    check_argument("train: log", log, (Callable, type(None)), "a function of one argument")
+    if not (log is None or callable(log)):
+        raise ArgumentError(f"train: log must be a function, not {type(log).__name__}")
     check_loaded("train", data)
     config = _name_data(config, data)
     with make_and_lock(workdir) as path:

@@ -94,6 +94,7 @@ class MatchRule(NamedTuple):
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
         """Returns the comparison with the log ratio `ratio`, which used the parts `evidence`."""
+        ratio = ratio if evidence else 0.0
         accepted = bool(evidence) and ratio >= self.log_ratio
         probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0
         return Match(accepted, ratio, probability, evidence)
@@ -149,11 +150,10 @@ def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRul
             "choose a higher fmr, enrol more strangers, or leave out fmr"
         )
     least = -math.log(rate)
-    about = f"the log ratio is {least:.6g} or more. If the model is right, at most "
-    about += (
-        f"{100 * rate:g} % of other people's clips reach it; with {needed} clips of strangers, "
+    about = (
+        f"the log ratio is {least:.6g} or more. If the model is right, at most {100 * rate:g} % "
     )
-    about += "the rate is measured"
+    about += f"of other people's clips reach it; with {needed} clips of strangers, it is measured"
     return MatchRule("model", rate, least, None, about)
 
 

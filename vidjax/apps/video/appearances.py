@@ -163,9 +163,10 @@ def name_tracks(
         votes = votes or group_votes(gallery, vectors, films)
         answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
     for clip in denied.keys() & answers.keys():
+        best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
+        answers[clip] = answers[clip]._replace(best=best)
         if answers[clip].identity in denied[clip]:
-            best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
-            answers[clip] = answers[clip]._replace(identity=None, best=best, evidence=())
+            answers[clip] = answers[clip]._replace(identity=None, evidence=())
     numbers = numbers or {}
     ignored = {clip for clip in answers.keys() & numbers.keys() if numbers[clip] == 0}
     enrolled = dict.fromkeys(ignored) | enrolled

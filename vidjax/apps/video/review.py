@@ -275,7 +275,8 @@ class Review:
 
         Args:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
-            show somebody else: they become a new unknown person. "ignore" shows people and faces
+            show somebody else: they become a new unknown person. "deny" with a name says that this
+            suggested name is wrong: it is not suggested any more. "ignore" shows people and faces
             as ignored, without a name. "once" ignores all unknown people who appear once.
             "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
             name of another face of the same time. Both have the name then, as in a mirror.
@@ -306,7 +307,12 @@ class Review:
                 action, name = "name", min(unknown, key=rank_group)
             words = [x for x in self._describe(found) if x != name] or [name]
             subject = f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
-            if action in ("deny", "apart"):
+            if action == "deny" and name:
+                if name not in self._decision.people:
+                    raise UserError(f"'{name}' is not a person on this page: reload the page")
+                denied = self._deny((clip for x in found for clip in x.clips), name)
+                self._finish(f"{subject} not {name}", of[0], of[0], {}, denied)
+            elif action in ("deny", "apart"):
                 self._move(found, subject, "")
             elif action in ("ignore", "once"):
                 entries, digest_of = self._label(found, None), self._digest_of
@@ -473,7 +479,7 @@ class Review:
         clips_of: dict[str, set[str]] = {}
         for x in found:
             clips_of.setdefault(x.name, set()).update(x.clips)
-        denied: dict[str, dict[str, list[str]]] = {}
+        denied: dict[str, Mapping[str, list[str]]] = {}
         numbers = self._decision.numbers
         for name, clips in clips_of.items():
             places = {clip: self._digest_of[clip] for clip in clips}
@@ -485,9 +491,9 @@ class Review:
                 if group
                 else numbers.take_out(places)
             )
-            for clip, digest in places.items() if name in self._decision.people else ():
-                old = self._gallery.denied.get(digest, {}).get(clip, ())
-                denied.setdefault(digest, {})[clip] = [*old, name]
+            if name in self._decision.people:
+                for digest, names in self._deny(clips, name).items():
+                    denied[digest] = {**denied.get(digest, {}), **names}
         entries = dict.fromkeys(self._find_enrolled(set().union(*clips_of.values())))
         known, names = self._shown, " or ".join(clips_of)
         words = f"{about} {group or f'not {names}'}"
@@ -497,6 +503,15 @@ class Review:
             for name in denied and clips_of:
                 about += self._describe_rivals(clips_of[name], name, known)
             self._forms = self._forms._replace(message=about)
+
+    def _deny(self, clips: Iterable[str], name: str) -> dict[str, dict[str, list[str]]]:
+        """Returns the denied names of clips with the name `name` added, by digest of the film."""
+        denied: dict[str, dict[str, list[str]]] = {}
+        for clip in clips:
+            if digest := self._digest_of.get(clip):
+                old = self._gallery.denied.get(digest, {}).get(clip, ())
+                denied.setdefault(digest, {})[clip] = [*old, name]
+        return denied
 
     def _name(self, clip: str) -> str:
         return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
@@ -665,7 +680,10 @@ class _Pages:
         review, form = self._review, dict(fields)
         of = [value for name, value in fields if name == "of"]
         typed, action = form.get("person") or form.get("new", ""), form.get("do", "")
+        if "not" in form:  # the button of a suggested name
+            typed, action = form["not"], "deny"
         name, after = " ".join(typed.split()), form.get("next", "")
+        name = "" if action == "deny" and "not" not in form else name
         view = _read_view(dict(urllib.parse.parse_qsl(form.get("view", ""))))
         problem = Forms(at="".join(of[:1]), next=after, of=of, typed=typed)
         status, asks = HTTPStatus.UNPROCESSABLE_ENTITY, action == "name" and "person" in form
@@ -719,6 +737,7 @@ def make_app(review: Review, token: str) -> Starlette:
 
     return Starlette(
         routes=[
+            Route("/favicon.ico", lambda _: Response(status_code=HTTPStatus.NO_CONTENT)),
             Route("/{token}/", pages.show),
             Route("/{token}/play/{number}", pages.play),
             Route("/{token}/film/{number}", pages.send_film),

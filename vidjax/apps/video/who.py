@@ -297,13 +297,7 @@ def _update_people(
             kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
             names |= kept
             failed |= {str(people / folder): "" for folder in sorted(missing)}
-            hint = "" if os.path.isdir(people) else messages.suggest_path(people)
-            say(
-                f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
-                f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
-                f"to forget people whose photos are missing, add --forget-missing{hint}",
-                warning=True,
-            )
+            _report_missing_photos(kept, people)
         # After a change of nets, a photo that cannot be read has no features any more.
         unread = {
             (read_folder_name(folder.name), stem)
@@ -318,6 +312,17 @@ def _update_people(
     gallery.check_mirrored(list_mirrored(outcomes_of, usable))
     doubted = warn_of_doubts(gallery, outcomes_of, people)
     return failed, names, doubted and gallery.compare_with_card().problem == "closer"
+
+
+def _report_missing_photos(kept: Collection[str], people: Path) -> None:
+    """Prints that `kept` people stay enrolled although their photos are missing, with remedies."""
+    hint = "" if os.path.isdir(people) else messages.suggest_path(people)
+    say(
+        f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
+        f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
+        f"to forget people whose photos are missing, add --forget-missing{hint}",
+        warning=True,
+    )
 
 
 def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None:
@@ -564,11 +569,10 @@ def decide(
         nameless -= named.enrolled.keys()
         numbers = number_people(gallery, vectors.only(nameless), films, before, highest)
         old, before = before, before.update(films, numbers)
-        highest = before.highest
         if not before.apart:
             break
-    if vectors is None:
-        before = before.update(films, {})
+        highest = before.highest
+    before = before.update(films, numbers)
     groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
     groups = appearances.mark_unclear(groups, films)
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
@@ -578,19 +582,9 @@ def decide(
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
     card = gallery.describe_card()
     return Decision(
-        digest,
-        people,
-        films,
-        vectors,
-        votes,
-        answers,
-        groups,
-        in_films,
-        before,
-        twins,
-        (rows, raw),
-        card,
-    )
+        digest, people, films, vectors, votes, answers, groups, in_films, before, twins,
+        (rows, raw), card,
+    )  # fmt: skip
 
 
 def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> None:
@@ -676,16 +670,9 @@ def render_page(
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(
-        decision.appearances,
-        films,
-        people,
-        locate,
-        decision.answers,
-        address,
-        forms,
-        decision.card,
-        decision.twins,
-    )
+        decision.appearances, films, people, locate, decision.answers, address, forms,
+        decision.card, decision.twins,
+    )  # fmt: skip
 
 
 def _locate_picture(out: Path, features: Path, clip: str) -> str:
