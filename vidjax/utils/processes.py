@@ -43,8 +43,8 @@ READ_BYTES = 1 << 16
 # Environment variables that a child gets. All others may be secrets, such as AWS_SECRET_ACCESS_KEY.
 # Names that end with `_` are the beginnings of names.
 VARIABLES = (
-    "PATH", "HOME", "LANG", "LANGUAGE", "LC_", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP", "VIRTUAL_ENV",
-    "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHON", "VIDJAX_", "OMP_", "GOMP_", "KMP_",
+    "PATH", "HOME", "LANG", "LANGUAGE", "LC_", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP",
+    "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHON", "VIDJAX_", "OMP_", "GOMP_", "KMP_",
     "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_TUNABLES", "ORT_", "ARROW_",
 )  # fmt: skip
 

@@ -976,9 +976,7 @@ class Gallery:
         matches = verification.add_fits(backend, matches, parts, names, enrolled)
         return dict(zip(vectors.names, matches, strict=True))
 
-    def find_misfits(
-        self, identity: str, clips: Collection[str] | None = None
-    ) -> dict[str, float]:
+    def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
         """Finds enrolled clips that differ from most clips of the person `identity`.
 
         Each clip is compared with the person's other clips. If the names `clips` are given, only
